@@ -1,0 +1,44 @@
+# Everything a person or CI needs. `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+FAISS ?= cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo serve test lint format bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## make .venv with the pinned versions (FAISS=gpu for the CUDA wheel)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(FAISS),dev]'
+	touch $@
+
+demo: install ## the whole main job: data, training, shards, HTTP queries; prints tables, then stops
+	$(BIN)/shardline demo
+
+serve: install ## the same, and stays up until Ctrl-C
+	$(BIN)/shardline demo --stay
+
+test: install lint ## lint, unit tests, then tests on a real local cluster
+	$(BIN)/pytest tests/unit
+	$(BIN)/pytest tests/integration
+
+lint: install ## ruff (format and rules) and mypy --strict
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install ## let ruff rewrite the sources
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install ## one million vectors, four shards: HTTP latency beside its floor
+	$(BIN)/shardline bench latency
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

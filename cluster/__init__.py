@@ -1,0 +1,1 @@
+"""Composition root: configuration, store, generations, placement, controller, command line."""

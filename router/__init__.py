@@ -1,0 +1,1 @@
+"""A query's home: HTTP API, query encoder, fan-out, merge, client."""

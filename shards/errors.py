@@ -1,0 +1,111 @@
+"""Every error Shardline raises on purpose, in one tree.
+
+    ShardlineError
+    ├── InvalidInput        the caller's request, vector or parameter is wrong      (HTTP 4xx)
+    ├── ConfigError         configuration: unknown key, illegal value, bad override
+    ├── DataError           a table or text file of the user's: schema, line, value
+    ├── CorruptFile         a file of ours: checksum, length or header does not match
+    ├── NewerFormat         a file of ours written by a newer version
+    ├── NotFound            a file, generation, user or item that does not exist
+    ├── VersionMismatch     query encoder and generation come from different models
+    ├── ProtocolError       a peer broke the wire protocol, or failed to authenticate
+    └── Unavailable         nothing can answer now; trying again later may succeed
+        ├── DeadlineExceeded
+        └── Overloaded
+
+Each error says what was expected, what came and what to do. All survive pickling, because they
+cross process borders.
+"""
+
+from typing import Any, ClassVar
+
+
+class ShardlineError(Exception):
+    """Base of the tree. ``code`` is stable and machine-readable; the message is for people."""
+
+    code: ClassVar[str] = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        expected: str | None = None,
+        got: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.expected = expected
+        self.got = got
+        self.hint = hint
+
+    def __str__(self) -> str:
+        parts = [f"{self.field}: {self.message}" if self.field else self.message]
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        if self.got is not None:
+            parts.append(f"got {self.got}")
+        if self.hint is not None:
+            parts.append(self.hint)
+        return "; ".join(parts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        details = (self.field, self.expected, self.got, self.hint)
+        return _rebuild, (type(self), self.message, *details)
+
+
+def _rebuild(
+    kind: type[ShardlineError],
+    message: str,
+    field: str | None,
+    expected: str | None,
+    got: str | None,
+    hint: str | None,
+) -> ShardlineError:
+    return kind(message, field=field, expected=expected, got=got, hint=hint)
+
+
+class InvalidInput(ShardlineError, ValueError):
+    code = "invalid_input"
+
+
+class ConfigError(ShardlineError):
+    code = "invalid_config"
+
+
+class DataError(ShardlineError):
+    code = "invalid_data"
+
+
+class CorruptFile(ShardlineError):
+    code = "corrupt_file"
+
+
+class NewerFormat(ShardlineError):
+    code = "newer_format"
+
+
+class NotFound(ShardlineError):
+    code = "not_found"
+
+
+class VersionMismatch(ShardlineError):
+    code = "version_mismatch"
+
+
+class ProtocolError(ShardlineError):
+    code = "protocol_error"
+
+
+class Unavailable(ShardlineError):
+    code = "unavailable"
+
+
+class DeadlineExceeded(Unavailable):
+    code = "deadline_exceeded"
+
+
+class Overloaded(Unavailable):
+    code = "overloaded"

@@ -1,0 +1,1 @@
+"""The model: data, features, towers, losses, training loop, evaluation, export."""
