@@ -1,0 +1,151 @@
+"""The one configuration: a YAML file over the defaults, and ``--set key.path=value`` over both.
+
+Each part of the program declares its own section where its fields are explained; this module
+composes them and turns every mistake into one ConfigError that names the key.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from router.config import RouterConfig
+from shards.errors import ConfigError, NotFound
+from shards.index_spec import IndexSpec
+from training.config import TrainingConfig
+
+
+class ClusterConfig(BaseModel):
+    """Where shards run and how the HTTP front end listens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: str = Field(
+        default="local",
+        description='Ray cluster: "local" starts a private one here, "auto" joins this machine\'s.',
+    )
+    shards: int = Field(default=4, ge=1, le=4096, description="Item ranges of a new generation.")
+    threads_per_shard: int = Field(
+        default=1, ge=1, le=256, description="faiss threads of one shard's search, in threads."
+    )
+    cpus_per_shard: float = Field(
+        default=0, ge=0, le=256, description="CPU share each shard actor reserves from Ray."
+    )
+    gpus_per_shard: float = Field(
+        default=1, ge=0, le=8, description="GPU share each shard actor reserves when on a GPU."
+    )
+    shard_host: str = Field(
+        default="127.0.0.1",
+        description='Interface shards listen on; "node" means the address Ray knows the host by.',
+    )
+    http_host: str = Field(default="127.0.0.1", description="Interface of the HTTP front end.")
+    http_port: int = Field(
+        default=8000, ge=0, le=65535, description="HTTP port; 0 picks a free one (local only)."
+    )
+    router_replicas: int = Field(
+        default=1, ge=1, le=64, description="Router processes behind the HTTP front end."
+    )
+    start_timeout_s: float = Field(
+        default=300, gt=0, description="How long shards and router may take to be ready, seconds."
+    )
+
+
+class ShardlineConfig(BaseModel):
+    """All of it. ``store`` is the folder of embedding sets and generations, shared by all hosts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: Path = Field(
+        default=Path("shardline-store"), description="Folder of runs, embeddings, generations."
+    )
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    index: IndexSpec = Field(default_factory=IndexSpec)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+
+
+def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> ShardlineConfig:
+    """The configuration of a YAML file (all defaults when None) with overrides applied.
+
+    Args:
+        overrides: ``key.path=value`` strings; the value is read as YAML, so numbers are numbers.
+
+    Raises:
+        NotFound: the file does not exist.
+        ConfigError: not YAML, an unknown key, or an illegal value; names the key.
+    """
+    content = _read_yaml(path) if path is not None else {}
+    source = str(path) if path is not None else "--set"
+    for override in overrides:
+        _apply_override(content, override)
+    try:
+        return ShardlineConfig.model_validate(content)
+    except ValidationError as error:
+        raise config_error(error, ShardlineConfig, source) from error
+
+
+def config_error(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:
+    """The first problem of a pydantic error as one ConfigError with the key's path."""
+    problem = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(model, problem["loc"][:-1])
+        return ConfigError(
+            f"unknown key in {source}",
+            field=path,
+            expected=f"one of {', '.join(known)}" if known else None,
+            hint=_did_you_mean(str(problem["loc"][-1]), known),
+        )
+    return ConfigError(
+        f"illegal value in {source}: {problem['msg']}", field=path, got=repr(problem.get("input"))
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise NotFound(f"{path}: no such configuration file")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML", got=" ".join(str(error).split())) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: not a mapping", got=type(content).__name__)
+    return content
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError("bad --set", expected="key.path=value", got=override)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("bad --set: the value is not YAML", field=path, got=text) from error
+    *parents, last = path.split(".")
+    for name in parents:
+        section = content.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError("bad --set: not a section", field=path, got=repr(section))
+        content = section
+    content[last] = value
+
+
+def _known_keys(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:
+    """Field names of the section at ``path``; empty where the path leaves plain sections."""
+    section: Any = model
+    for name in path:
+        field = section.model_fields.get(str(name))
+        section = field.annotation if field is not None else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+    return list(section.model_fields)
+
+
+def _did_you_mean(key: str, known: list[str]) -> str | None:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else None

@@ -1,0 +1,82 @@
+"""What a person sees: progress on a terminal, plain lines elsewhere, tables, one-line errors."""
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+PLAIN_INTERVAL_S = 5.0  # between two lines of one stage where there is no terminal
+
+
+class StageProgress:
+    """A ``progress(stage, done, total)`` callback: a bar a stage on a terminal, else lines.
+
+    Use as a context manager. ``note`` prints one line above the bars.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._printed: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=self.console,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._bars is not None:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total)
+            self._bars.update(self._tasks[stage], completed=done, total=total)
+            return
+        now = time.monotonic()
+        if done >= total or now - self._printed.get(stage, -PLAIN_INTERVAL_S) >= PLAIN_INTERVAL_S:
+            self._printed[stage] = now
+            self.note(f"{stage}: {done}/{total}")
+
+    def note(self, line: str) -> None:
+        """One plain line of news."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output; first column left, the others right."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if place == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    # a pipe has no width: wide enough never to cut a figure
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(table)

@@ -1,0 +1,297 @@
+"""The controller: one named Ray actor that places shard actors, watches them, publishes the table.
+
+A thin shell: every rule is in ``cluster.placement``. It does not carry queries; while it is away,
+routers keep serving on the table they have. Both it and the shard actors are detached, so that a
+restarted controller finds the shards alive and learns their addresses from them.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
+
+from cluster.placement import (
+    Event,
+    Instruction,
+    Place,
+    Publish,
+    ShardFailed,
+    ShardRegistered,
+    ShardUnreachable,
+    open_generation,
+    step,
+)
+from shards import files
+from shards.actor import ShardActor
+from shards.errors import ShardlineError, Unavailable
+from shards.generation import GenerationManifest, read_generation
+from shards.types import RoutingTable, ShardRoute
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER_NAME = "shardline-controller"
+WATCH_INTERVAL_S = 1.0
+DESCRIBE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControllerSettings:
+    """What a controller is started with; secret proves a router to a shard and back."""
+
+    store: str
+    generation: int
+    secret: bytes
+    shard_host: str
+    threads_per_shard: int
+    cpus_per_shard: float
+    gpus_per_shard: float
+
+
+class Controller:
+    """The state machine's shell. Create it with ``start_controller``."""
+
+    def __init__(self, settings: ControllerSettings) -> None:
+        self._settings = settings
+        self._counter_path = Path(settings.store) / "epochs" / f"{settings.generation:06d}.json"
+        self._folder = Path(settings.store) / "generations" / f"{settings.generation:06d}"
+        self._manifest = read_generation(self._folder)
+        table = _empty_table(self._folder, self._manifest)
+        self._placement, places = open_generation(table, counter=self._next_counter())
+        self._changed = asyncio.Condition()
+        self._actors: dict[int, ActorHandle[Any]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._spawn(self._open(places))
+
+    async def register_shard(self, *, shard: int, generation: int, address: tuple[str, int]) -> int:
+        """A shard process announces where it listens; the epoch it must say Hello with.
+
+        Raises:
+            Unavailable: the shard belongs to a generation that is not being served.
+        """
+        if generation != self._manifest.generation:
+            raise Unavailable(
+                "this generation is not being served",
+                expected=str(self._manifest.generation),
+                got=str(generation),
+            )
+        await self._apply(ShardRegistered(shard=shard, address=(address[0], address[1])))
+        return self._placement.places[shard].route.epoch
+
+    async def table_after(self, version: int, timeout_s: float) -> RoutingTable | None:
+        """The routing table once it is newer than ``version``; None when the time is up first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._placement.table.version > version)
+                return self._placement.table
+        return None
+
+    async def wait_ready(self, timeout_s: float) -> bool:
+        """Whether every shard answers before the time is up.
+
+        Raises:
+            Unavailable: a shard cannot be placed; carries its reason.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._placement.ready or self._failures())
+                if self._failures():
+                    raise Unavailable(self._failures()[0])
+                return True
+        return False
+
+    async def shard_reports(self) -> list[dict[str, Any]]:
+        """What each shard process says of itself, or why it does not, in shard order."""
+        places = self._placement.places
+        return list(await asyncio.gather(*(self._report(place.route.shard) for place in places)))
+
+    async def close(self) -> None:
+        """Stops watching and ends every shard actor, for good."""
+        for task in list(self._tasks):
+            task.cancel()
+        for handle in self._actors.values():
+            ray.kill(handle)
+
+    async def _open(self, places: tuple[Place, ...]) -> None:
+        for place in places:
+            await self._carry_out(place)
+        self._spawn(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            await asyncio.gather(*(self._check(shard) for shard in list(self._actors)))
+
+    async def _check(self, shard: int) -> None:
+        """One health check; what it finds becomes an event."""
+        route = self._placement.places[shard].route
+        handle = self._actors[shard]
+        try:
+            await asyncio.wait_for(_call(handle.ping.remote()), DESCRIBE_TIMEOUT_S)
+        except ActorDiedError as error:
+            if self._actors.get(shard) is handle:
+                del self._actors[shard]
+                await self._apply(ShardFailed(shard=shard, reason=_reason(error)))
+        except (ActorUnavailableError, RayActorError) as error:
+            reason = _reason(error)
+            await self._apply(ShardUnreachable(shard=shard, epoch=route.epoch, reason=reason))
+        except (TimeoutError, GetTimeoutError):
+            # Slow is not dead: the routers' own deadlines deal with slow shards.
+            logger.warning("shard %d has not answered for %.0f s", shard, DESCRIBE_TIMEOUT_S)
+
+    async def _report(self, shard: int) -> dict[str, Any]:
+        place = self._placement.places[shard]
+        report: dict[str, Any] = {"shard": shard, "failures": place.failures}
+        handle = self._actors.get(shard)
+        if handle is None:
+            return report | {"error": place.reason or "not placed"}
+        try:
+            described = await asyncio.wait_for(_call(handle.describe.remote()), DESCRIBE_TIMEOUT_S)
+        except (RayActorError, TimeoutError, GetTimeoutError) as error:
+            return report | {"error": _reason(error)}
+        return report | described
+
+    async def _apply(self, event: Event) -> None:
+        self._placement, instructions = step(self._placement, event)
+        for instruction in instructions:
+            await self._carry_out(instruction)
+
+    async def _carry_out(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Publish):
+            self._save_counter()
+            async with self._changed:
+                self._changed.notify_all()
+        else:
+            self._spawn(self._place(instruction))
+
+    async def _place(self, place: Place) -> None:
+        await asyncio.sleep(place.after_s)
+        settings = self._settings
+        on_gpu = self._manifest.index.device == "cuda"
+        actor = ray.remote(ShardActor).options(
+            name=f"shardline-shard-{self._manifest.generation}-{place.shard}",
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            num_cpus=settings.cpus_per_shard,
+            num_gpus=settings.gpus_per_shard if on_gpu else 0,
+        )
+        self._actors[place.shard] = actor.remote(
+            folder=str(self._folder),
+            shard=place.shard,
+            controller=CONTROLLER_NAME,
+            secret=settings.secret,
+            host=settings.shard_host,
+            threads=settings.threads_per_shard,
+        )
+
+    def _failures(self) -> list[str]:
+        return [
+            f"shard {place.route.shard}: {place.reason}"
+            for place in self._placement.places
+            if place.failures > 0
+        ]
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("controller task failed", exc_info=task.exception())
+
+    def _next_counter(self) -> int:
+        """Above every number an earlier controller of this generation has given out."""
+        if not self._counter_path.is_file():
+            return 1
+        return int(json.loads(self._counter_path.read_bytes())["counter"]) + 1
+
+    def _save_counter(self) -> None:
+        files.write_json(self._counter_path, {"counter": self._placement.counter})
+
+
+def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":
+    """Creates the controller actor, which places the shards of its generation at once.
+
+    Raises:
+        ShardlineError: the generation is absent, corrupt, or of a newer format.
+        Unavailable: a controller runs already, or Ray could not create it.
+    """
+    read_generation(Path(settings.store) / "generations" / f"{settings.generation:06d}")
+    try:
+        handle = (
+            ray.remote(Controller)
+            .options(
+                name=CONTROLLER_NAME,
+                lifetime="detached",
+                max_restarts=-1,
+                max_task_retries=-1,
+                num_cpus=0,
+                max_concurrency=1000,  # every router replica parks one long poll here
+            )
+            .remote(settings)
+        )
+    except ValueError as error:
+        raise Unavailable(
+            "a controller is running already", hint="`shardline down` stops it"
+        ) from error
+    return handle
+
+
+def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> None:
+    """Returns once every shard answers.
+
+    Raises:
+        Unavailable: a shard cannot be placed, or the time is up; says why.
+    """
+    try:
+        ready = ray.get(controller.wait_ready.remote(timeout_s), timeout=timeout_s + 5)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise cause if isinstance(cause, ShardlineError) else Unavailable(str(cause)) from error
+    except (RayActorError, GetTimeoutError) as error:
+        raise Unavailable("the controller does not answer", got=_reason(error)) from error
+    if not ready:
+        raise Unavailable(
+            "shards did not become ready",
+            expected=f"within {timeout_s:g} s",
+            hint="raise cluster.start_timeout_s, or give Ray more CPUs",
+        )
+
+
+def _empty_table(folder: Path, manifest: GenerationManifest) -> RoutingTable:
+    return RoutingTable(
+        version=0,
+        generation=manifest.generation,
+        generation_dir=str(folder),
+        model_version=manifest.model_version,
+        dim=manifest.dim,
+        metric=manifest.metric,
+        index=manifest.index.kind,
+        shards=tuple(
+            ShardRoute(shard=entry.shard, rows=entry.rows, epoch=0, address=None)
+            for entry in manifest.shards
+        ),
+    )
+
+
+async def _call(reference: Awaitable[Any]) -> Any:
+    return await reference
+
+
+def _reason(error: BaseException) -> str:
+    """The last line of a Ray error: the one that says what happened."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, ShardlineError):
+        return str(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,225 @@
+"""Starting and stopping Ray on this machine, and leaving nothing behind.
+
+``local_ray`` starts a private Ray in a folder of its own, so several may run side by side, and
+removes it whole: Serve first (HAProxy outlives a plain ``ray stop``), then Ray, then the folder.
+``attached_ray`` joins a cluster that somebody else started, ``ray up`` for one.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import ray
+
+from shards.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "shardline"
+SESSION_PREFIX = "shardline-"
+# Ray takes 30 % of the memory by default; our object store only carries build jobs and their
+# reports, never vectors.
+OBJECT_STORE_BYTES = 128 << 20
+STOP_TIMEOUT_S = 10.0
+# HAProxy takes socket paths of 97 bytes, of which Ray's node id and a one-letter name use 59.
+MAX_SESSION_PATH = 38
+
+
+@contextlib.contextmanager
+def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
+    """A private Ray on this machine for the length of the block; yields its folder.
+
+    ``num_cpus`` is logical: it bounds how many tasks run at once, not which cores they use.
+
+    Raises:
+        Unavailable: Ray did not start, or this process is attached to another one already.
+    """
+    if ray.is_initialized():
+        raise Unavailable("Ray is already running in this process", hint="stop it first")
+    reap_orphans()
+    session = _session_folder()
+    with _environment(_ray_environment(session)):
+        try:
+            _init_local(session, num_cpus=num_cpus, verbose=verbose)
+            yield session
+        finally:
+            _stop_ray()
+            _stop_leftovers(session)
+            shutil.rmtree(session, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def attached_ray(address: str, *, verbose: bool = False) -> Iterator[None]:
+    """Joins the Ray cluster at ``address`` ("auto" finds the one of this machine).
+
+    Raises:
+        Unavailable: no cluster answers there.
+    """
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Unavailable(
+            f"no Ray cluster at {address!r}", got=str(error), hint="start one with `ray up`"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def ray_for(
+    address: str, *, num_cpus: int, verbose: bool = False
+) -> contextlib.AbstractContextManager[object]:
+    """``local_ray`` for the address "local", ``attached_ray`` for any other."""
+    if address == "local":
+        return local_ray(num_cpus=num_cpus, verbose=verbose)
+    return attached_ray(address, verbose=verbose)
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could bind this port on every interface now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+def reap_orphans() -> list[int]:
+    """Ends processes left by sessions whose owner was killed; removes their folders; their pids.
+
+    A session's folder carries its owner's pid, and every process of the session, HAProxy
+    included, has that folder on its command line: nothing else is touched.
+    """
+    reaped: list[int] = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*-*"):
+        owner = folder.name.removeprefix(SESSION_PREFIX).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            reaped += _stop_leftovers(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+    return reaped
+
+
+def _session_folder() -> Path:
+    root = Path(tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=root))
+    if len(str(folder)) > MAX_SESSION_PATH:
+        folder.rmdir()
+        raise Unavailable(
+            f"{root}: path too long for Ray's sockets",
+            expected=f"a temporary folder of at most {MAX_SESSION_PATH - 24} characters",
+            hint="set TMPDIR=/tmp",
+        )
+    return folder
+
+
+def _ray_environment(session: Path) -> dict[str, str]:
+    """What Ray's processes must find in their environment; they inherit ours."""
+    return {
+        "RAY_AUTH_TOKEN": _auth_token(),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(session / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(session / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(session / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(session),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(session / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # forwards far more than one router can answer
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, at every stop
+        # one loop for Serve and our ASGI app halves the latency of a request (docs/ARCHITECTURE.md)
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+
+
+@functools.cache
+def _auth_token() -> str:
+    """One token a process, because Ray caches the first it sees.
+
+    ray.init() turns token mode on by itself; finding a token in the environment it does not write
+    one to the home folder, where it would change how later clusters start.
+    """
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in (*values, "RAY_AUTH_MODE")}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _init_local(session: Path, *, num_cpus: int, verbose: bool) -> None:
+    try:
+        ray.init(
+            num_cpus=num_cpus,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(session),
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+        )
+    except Exception as error:
+        raise Unavailable("Ray did not start", got=str(error)) from error
+
+
+def _stop_ray() -> None:
+    if not ray.is_initialized():
+        return
+    from ray import serve  # 0.7 s to import, and most commands never serve
+
+    with contextlib.suppress(Exception):  # a broken Serve must not keep Ray alive
+        serve.shutdown()
+    ray.shutdown()
+
+
+def _stop_leftovers(session: Path) -> list[int]:
+    """Terminates, then kills, every process that names the session's folder; their pids."""
+    found = [process for process in psutil.process_iter() if _belongs_to(process, session)]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(found, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+    return [process.pid for process in found]
+
+
+def _belongs_to(process: psutil.Process, session: Path) -> bool:
+    if process.pid == os.getpid():
+        return False
+    try:
+        return any(str(session) in argument for argument in process.cmdline())
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False

@@ -1,0 +1,180 @@
+"""Brings a generation up behind HTTP, and takes it down: controller, shards, router, in that order.
+
+Ray must be running already (``cluster.launch``). On a private Ray the serving process stays in the
+foreground and leaves a note in the store, so that other commands find it.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray import serve
+
+from cluster.config import ShardlineConfig
+from cluster.controller import (
+    CONTROLLER_NAME,
+    ControllerSettings,
+    start_controller,
+    wait_ready,
+)
+from cluster.launch import NAMESPACE, free_port, port_is_free
+from cluster.store import Store
+from router.app import RouterReplica
+from router.client import Client
+from shards import files
+from shards.errors import NotFound, Unavailable
+
+APPLICATION = "shardline"
+NOTE_NAME = "serving.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where a cluster answers, and the process in whose foreground it runs (0: detached)."""
+
+    url: str
+    generation: int
+    pid: int
+
+
+@contextmanager
+def serving(
+    config: ShardlineConfig,
+    *,
+    generation: int | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Iterator[Endpoint]:
+    """Serves a generation (the live one when None) for the length of the block.
+
+    Raises:
+        NotFound: there is no such generation.
+        CorruptFile: a file of it does not match its checksum.
+        Unavailable: the port is taken, or something did not become ready in time.
+    """
+    store = Store(config.store.resolve())
+    try:
+        endpoint = start_serving(config, generation=generation, on_stage=on_stage)
+        files.write_json(store.root / NOTE_NAME, asdict(endpoint))
+        yield endpoint
+    finally:
+        (store.root / NOTE_NAME).unlink(missing_ok=True)
+        stop_serving()
+
+
+def start_serving(
+    config: ShardlineConfig,
+    *,
+    generation: int | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Endpoint:
+    """Starts controller, shards and router; returns once all of them answer."""
+    store = Store(config.store.resolve())
+    number = store.current() if generation is None else generation
+    port = _http_port(config)
+    secret = secrets.token_bytes(32)
+    on_stage(f"loading generation {number} into its shards")
+    controller = start_controller(
+        ControllerSettings(
+            store=str(store.root),
+            generation=number,
+            secret=secret,
+            shard_host=config.cluster.shard_host,
+            threads_per_shard=config.cluster.threads_per_shard,
+            cpus_per_shard=config.cluster.cpus_per_shard,
+            gpus_per_shard=config.cluster.gpus_per_shard,
+        )
+    )
+    wait_ready(controller, config.cluster.start_timeout_s)
+    on_stage("starting the HTTP front end")
+    _start_router(config, port, secret)
+    url = f"http://{_reachable(config.cluster.http_host)}:{port}"
+    with Client(url) as client:
+        client.wait_ready(config.cluster.start_timeout_s)
+    local = config.cluster.address == "local"
+    return Endpoint(url=url, generation=number, pid=os.getpid() if local else 0)
+
+
+def stop_serving() -> None:
+    """Stops router, shards and controller of the Ray this process is attached to."""
+    if not ray.is_initialized():
+        return
+    serve.shutdown()
+    with suppress(ValueError):  # there is no controller: it never started, or is gone already
+        controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+        with suppress(ray.exceptions.RayError):  # it died: its shards are ended just below
+            ray.get(controller.close.remote(), timeout=10)
+        ray.kill(controller)
+    for actor in ray.util.list_named_actors():
+        if actor.startswith("shardline-shard-"):
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(actor, namespace=NAMESPACE))
+
+
+def find_endpoint(store: Store) -> Endpoint:
+    """The cluster that serves this store from this machine.
+
+    Raises:
+        NotFound: none does, or the process that did is gone.
+    """
+    path = store.root / NOTE_NAME
+    hint = "start one with `shardline serve`, or name one with --url"
+    if not path.is_file():
+        raise NotFound(f"{store.root}: no cluster is serving this store", hint=hint)
+    note: dict[str, Any] = json.loads(path.read_bytes())
+    endpoint = Endpoint(**note)
+    if endpoint.pid and not psutil.pid_exists(endpoint.pid):
+        raise NotFound(f"the cluster at {endpoint.url} is gone (pid {endpoint.pid})", hint=hint)
+    return endpoint
+
+
+def shard_reports() -> list[dict[str, Any]]:
+    """What every shard process says of itself; needs Ray attached.
+
+    Raises:
+        Unavailable: no controller runs there.
+    """
+    try:
+        controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+    except ValueError as error:
+        raise Unavailable("no controller runs in this Ray cluster") from error
+    reports: list[dict[str, Any]] = ray.get(controller.shard_reports.remote(), timeout=30)
+    return reports
+
+
+def _start_router(config: ShardlineConfig, port: int, secret: bytes) -> None:
+    cluster = config.cluster
+    location = "HeadOnly" if cluster.address == "local" else "EveryNode"
+    serve.start(http_options={"host": cluster.http_host, "port": port, "location": location})
+    application = RouterReplica.options(
+        num_replicas=cluster.router_replicas,
+        # the service refuses overload itself, early and with Retry-After
+        max_ongoing_requests=config.router.max_in_flight * 2,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(config=config.router, controller=CONTROLLER_NAME, namespace=NAMESPACE, secret=secret)
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise Unavailable("the HTTP front end did not start", got=str(error)) from error
+
+
+def _http_port(config: ShardlineConfig) -> int:
+    port = config.cluster.http_port
+    if port == 0:
+        return free_port()
+    if config.cluster.address == "local" and not port_is_free(port):
+        raise Unavailable(
+            f"port {port} is taken",
+            field="cluster.http_port",
+            hint="stop what listens there, or choose another with --set cluster.http_port=8001",
+        )
+    return port
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host

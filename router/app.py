@@ -1,0 +1,74 @@
+"""The Ray Serve edge: one router replica, following the controller's routing table.
+
+Nothing of the request path is here: the ASGI app comes from ``router.api`` and runs in the
+replica's one event loop, so nothing in it may block. A background task parks a long poll at the
+controller; while the controller is away the replica serves on with the table it has.
+"""
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from router.api import create_app
+from router.config import RouterConfig
+from router.service import SearchService
+from shards.errors import ShardlineError
+
+logger = logging.getLogger(__name__)
+
+POLL_TIMEOUT_S = 30.0
+RETRY_S = 0.5
+
+
+@serve.deployment(name="router", health_check_period_s=5, health_check_timeout_s=10)
+@serve.ingress()
+class RouterReplica:
+    """Serves the HTTP API. ``secret`` proves this router to the shards."""
+
+    def __init__(
+        self, *, config: RouterConfig, controller: str, namespace: str, secret: bytes
+    ) -> None:
+        self._service = SearchService(config, secret)
+        self._controller = (controller, namespace)
+        self._app = create_app(self._service, config)
+        self._following: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._lifespan_app
+
+    async def _lifespan_app(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        await receive()
+        self._following = asyncio.ensure_future(self._follow_controller())
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        self._following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._following
+        await self._service.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _follow_controller(self) -> None:
+        """Applies every newer table, for as long as the replica lives."""
+        version = 0
+        while True:
+            try:
+                name, namespace = self._controller
+                controller = ray.get_actor(name, namespace=namespace)
+                table = await controller.table_after.remote(version, POLL_TIMEOUT_S)
+                if table is not None:
+                    await self._service.apply(table)
+                    version = table.version
+            except (RayError, ValueError) as error:
+                logger.warning("controller is away, serving on with table %d: %s", version, error)
+                await asyncio.sleep(RETRY_S)
+            except ShardlineError as error:
+                logger.error("table refused: %s", error)
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,44 @@
+"""CURRENT and the numbering of generations."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.store import Store
+from shards import files
+from shards.errors import CorruptFile, NotFound
+
+
+def complete_generation(store: Store, number: int) -> None:
+    store.generation(number).mkdir(parents=True)
+    files.write_manifest(store.generation(number), kind="generation", version=1, body={})
+
+
+def test_an_empty_store_has_no_live_generation(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.generation_numbers() == []
+    assert store.next_generation() == 1
+    with pytest.raises(NotFound, match="shardline build"):
+        store.current()
+    with pytest.raises(NotFound, match="shardline export"):
+        store.newest_embeddings()
+    with pytest.raises(NotFound, match="shardline train"):
+        store.newest_run()
+
+
+def test_current_names_a_complete_generation_only(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    complete_generation(store, 1)
+    store.generation(2).mkdir()
+    store.set_current(1)
+    with pytest.raises(NotFound, match="000002"):
+        store.set_current(2)
+    assert store.current() == 1
+    assert store.generation_numbers() == [1]
+    assert store.next_generation() == 3, "an incomplete folder's number is never reused"
+
+
+def test_a_damaged_current_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "CURRENT").write_text("one\n")
+    with pytest.raises(CorruptFile, match="CURRENT"):
+        Store(tmp_path).current()
