@@ -31,6 +31,8 @@ class StageProgress:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._printed: dict[str, float] = {}
+        self._stage = ""
+        self._detailed = 0.0
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -39,6 +41,7 @@ class StageProgress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[detail]}"),
                 console=self.console,
             )
             self._bars.start()
@@ -55,15 +58,24 @@ class StageProgress:
             self._bars = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        self._stage = stage
         if self._bars is not None:
             if stage not in self._tasks:
-                self._tasks[stage] = self._bars.add_task(stage, total=total)
+                self._tasks[stage] = self._bars.add_task(stage, total=total, detail="")
             self._bars.update(self._tasks[stage], completed=done, total=total)
             return
         now = time.monotonic()
         if done >= total or now - self._printed.get(stage, -PLAIN_INTERVAL_S) >= PLAIN_INTERVAL_S:
             self._printed[stage] = now
             self.note(f"{stage}: {done}/{total}")
+
+    def detail(self, text: str) -> None:
+        """What the running stage is at: beside its bar, or a line now and then."""
+        if self._bars is not None:
+            self._bars.update(self._tasks[self._stage], detail=text)
+        elif text and time.monotonic() - self._detailed >= PLAIN_INTERVAL_S:
+            self._detailed = time.monotonic()
+            self.note(f"  {text}")
 
     def note(self, line: str) -> None:
         """One plain line of news."""

@@ -153,7 +153,9 @@ class Controller:
         if handle is None:
             return report | {"error": place.reason or "not placed"}
         try:
-            described = await asyncio.wait_for(_call(handle.describe.remote()), DESCRIBE_TIMEOUT_S)
+            described: dict[str, Any] = await asyncio.wait_for(
+                _call(handle.describe.remote()), DESCRIBE_TIMEOUT_S
+            )
         except (RayActorError, TimeoutError, GetTimeoutError) as error:
             return report | {"error": _reason(error)}
         return report | described

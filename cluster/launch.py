@@ -7,11 +7,13 @@ removes it whole: Serve first (HAProxy outlives a plain ``ray stop``), then Ray,
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +86,11 @@ def ray_for(
     return attached_ray(address, verbose=verbose)
 
 
+def cores() -> int:
+    """Cores this process may use, fewer than the machine has under taskset or in a container."""
+    return len(os.sched_getaffinity(0))
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on right now."""
     with socket.socket() as probe:
@@ -107,7 +114,7 @@ def reap_orphans() -> list[int]:
     """Ends processes left by sessions whose owner was killed; removes their folders; their pids.
 
     A session's folder carries its owner's pid, and every process of the session, HAProxy
-    included, has that folder on its command line: nothing else is touched.
+    included, has that folder on its command line or a file of it open: nothing else is touched.
     """
     reaped: list[int] = []
     for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*-*"):
@@ -178,6 +185,8 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 
 def _init_local(session: Path, *, num_cpus: int, verbose: bool) -> None:
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray.init(
             num_cpus=num_cpus,
@@ -193,12 +202,18 @@ def _init_local(session: Path, *, num_cpus: int, verbose: bool) -> None:
 
 
 def _stop_ray() -> None:
+    """Serve first, where it was used: HAProxy outlives a plain shutdown of Ray."""
     if not ray.is_initialized():
         return
-    from ray import serve  # 0.7 s to import, and most commands never serve
+    if "ray.serve" in sys.modules:
+        from ray import serve
 
-    with contextlib.suppress(Exception):  # a broken Serve must not keep Ray alive
-        serve.shutdown()
+        # Ray reports the end of Serve's controller as a failed task, on our standard output
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                serve.shutdown()
+            except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
+                logger.warning("Ray Serve did not shut down in order: %s", error)
     ray.shutdown()
 
 
@@ -217,9 +232,11 @@ def _stop_leftovers(session: Path) -> list[int]:
 
 
 def _belongs_to(process: psutil.Process, session: Path) -> bool:
+    """By command line, or by the log files it holds open: Ray's workers rename themselves."""
     if process.pid == os.getpid():
         return False
     try:
-        return any(str(session) in argument for argument in process.cmdline())
+        traces = [*process.cmdline(), *(file.path for file in process.open_files())]
+        return any(str(session) in trace for trace in traces)
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False

@@ -8,6 +8,7 @@ controller; while the controller is away the replica serves on with the table it
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import ray
@@ -25,7 +26,28 @@ POLL_TIMEOUT_S = 30.0
 RETRY_S = 0.5
 
 
-@serve.deployment(name="router", health_check_period_s=5, health_check_timeout_s=10)
+class WithLifespan:
+    """An ASGI app that runs ``start`` and ``stop`` at the two ends of its server's life."""
+
+    def __init__(
+        self, app: Any, start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._app = app
+        self._start = start
+        self._stop = stop
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        await receive()
+        await self._start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
 @serve.ingress()
 class RouterReplica:
     """Serves the HTTP API. ``secret`` proves this router to the shards."""
@@ -35,25 +57,23 @@ class RouterReplica:
     ) -> None:
         self._service = SearchService(config, secret)
         self._controller = (controller, namespace)
-        self._app = create_app(self._service, config)
+        self._app = WithLifespan(create_app(self._service, config), self.start, self.stop)
         self._following: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._lifespan_app
+        return self._app
 
-    async def _lifespan_app(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "lifespan":
-            await self._app(scope, receive, send)
-            return
-        await receive()
+    async def start(self) -> None:
+        """Begins to follow the controller; the replica's loop is running now."""
         self._following = asyncio.ensure_future(self._follow_controller())
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        self._following.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._following
+
+    async def stop(self) -> None:
+        """Stops following, closes the shard connections."""
+        if self._following is not None:
+            self._following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._following
         await self._service.close()
-        await send({"type": "lifespan.shutdown.complete"})
 
     async def _follow_controller(self) -> None:
         """Applies every newer table, for as long as the replica lives."""

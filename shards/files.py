@@ -148,13 +148,15 @@ def read_manifest(folder: Path, *, kind: str, version: int) -> dict[str, Any]:
         raise NotFound(f"{folder}: no complete {kind} here", hint=f"{MANIFEST_NAME} is missing")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{path}: not JSON", got=str(error)) from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         got = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise CorruptFile(f"{path}: not a manifest of this kind", expected=kind, got=str(got))
     found = content.get("format_version")
-    if not isinstance(found, int) or found > version:
+    if type(found) is not int:
+        raise CorruptFile(f"{path}: no format_version", expected="an integer", got=repr(found))
+    if found > version:
         raise NewerFormat(
             f"{path}: format is newer than this program",
             expected=f"format_version <= {version}",

@@ -92,7 +92,9 @@ def decode_payload(payload: bytes) -> tuple[int, Message]:
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
         raise ProtocolError("bad frame", expected="[tag, id, fields]", got=str(error)) from error
     if type(tag) is not int or not 0 <= tag < len(MESSAGE_TYPES) or type(request_id) is not int:
-        raise ProtocolError("bad frame", expected="a known tag and an integer id", got=repr(tag))
+        raise ProtocolError(
+            "bad frame", expected="a known tag and an integer id", got=repr(tag)[:40]
+        )
     kind = MESSAGE_TYPES[tag]
     if not isinstance(content, dict) or set(content) != set(_FIELDS[kind]):
         raise ProtocolError("bad frame", expected=f"the fields of {kind.__name__}")
@@ -100,6 +102,38 @@ def decode_payload(payload: bytes) -> tuple[int, Message]:
         content["params"] = _search_params(content["params"])
     _check_scalars(kind, content)
     return request_id, kind(**content)
+
+
+class FrameSplitter:
+    """Cuts a byte stream into the payloads of its frames; ``limit`` bounds one payload in bytes."""
+
+    def __init__(self, limit: int = MAX_FRAME_BYTES) -> None:
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The payloads completed by ``data``, in order.
+
+        Raises:
+            ProtocolError: a frame announces more than the limit.
+        """
+        buffer = self._buffer
+        buffer += data
+        payloads = []
+        start = 0
+        while len(buffer) - start >= HEADER.size:
+            (length,) = HEADER.unpack_from(buffer, start)
+            if length > self.limit:
+                raise ProtocolError(
+                    "frame too large", expected=f"<= {self.limit} bytes", got=f"{length} bytes"
+                )
+            end = start + HEADER.size + length
+            if len(buffer) < end:
+                break
+            payloads.append(bytes(buffer[start + HEADER.size : end]))
+            start = end
+        del buffer[:start]
+        return payloads
 
 
 async def read_frame(reader: asyncio.StreamReader) -> tuple[int, Message]:
@@ -132,19 +166,36 @@ async def greet_client(
         ProtocolError: the peer does not know the secret, or does not speak the protocol.
         asyncio.IncompleteReadError: the peer closed the connection.
     """
-    nonce = secrets.token_bytes(NONCE_BYTES)
-    hello = Hello(
-        protocol=PROTOCOL_VERSION, shard=shard, generation=generation, epoch=epoch, nonce=nonce
-    )
+    hello = new_hello(shard=shard, generation=generation, epoch=epoch)
     writer.write(encode_frame(0, hello))
     await writer.drain()
-    _, proof = await read_frame(reader)
-    if not isinstance(proof, Proof):
-        raise ProtocolError("handshake", expected="Proof", got=type(proof).__name__)
-    if not hmac.compare_digest(proof.mac, _mac(secret, b"client", nonce, proof.nonce)):
-        raise ProtocolError("peer does not know the cluster secret")
-    writer.write(encode_frame(0, Welcome(mac=_mac(secret, b"server", proof.nonce, nonce))))
+    _, message = await read_frame(reader)
+    writer.write(encode_frame(0, welcome(message, secret, hello)))
     await writer.drain()
+
+
+def new_hello(*, shard: int, generation: int, epoch: int) -> Hello:
+    """The first frame of a new connection, with a nonce of its own."""
+    return Hello(
+        protocol=PROTOCOL_VERSION,
+        shard=shard,
+        generation=generation,
+        epoch=epoch,
+        nonce=secrets.token_bytes(NONCE_BYTES),
+    )
+
+
+def welcome(message: Message, secret: bytes, hello: Hello) -> Welcome:
+    """The server's answer to the client's first frame, when that proves the secret.
+
+    Raises:
+        ProtocolError: not a Proof, or the peer does not know the secret.
+    """
+    if not isinstance(message, Proof):
+        raise ProtocolError("handshake", expected="Proof", got=type(message).__name__)
+    if not hmac.compare_digest(message.mac, _mac(secret, b"client", hello.nonce, message.nonce)):
+        raise ProtocolError("peer does not know the cluster secret")
+    return Welcome(mac=_mac(secret, b"server", message.nonce, hello.nonce))
 
 
 async def greet_server(
@@ -157,23 +208,36 @@ async def greet_server(
         asyncio.IncompleteReadError: the server closed the connection, for one because our proof
             was wrong.
     """
-    _, hello = await read_frame(reader)
-    if not isinstance(hello, Hello):
-        raise ProtocolError("handshake", expected="Hello", got=type(hello).__name__)
-    if hello.protocol != PROTOCOL_VERSION:
+    _, message = await read_frame(reader)
+    hello, proof, welcome_mac = prove(message, secret)
+    writer.write(encode_frame(0, proof))
+    await writer.drain()
+    _, message = await read_frame(reader)
+    check_welcome(message, welcome_mac)
+    return hello
+
+
+def prove(message: Message, secret: bytes) -> tuple[Hello, Proof, bytes]:
+    """The server's first frame as Hello, the Proof to send back, and the mac Welcome must carry.
+
+    Raises:
+        ProtocolError: not a Hello, or another protocol version.
+    """
+    if not isinstance(message, Hello):
+        raise ProtocolError("handshake", expected="Hello", got=type(message).__name__)
+    if message.protocol != PROTOCOL_VERSION:
         raise ProtocolError(
-            "protocol version", expected=str(PROTOCOL_VERSION), got=str(hello.protocol)
+            "protocol version", expected=str(PROTOCOL_VERSION), got=str(message.protocol)
         )
     nonce = secrets.token_bytes(NONCE_BYTES)
-    mac = _mac(secret, b"client", hello.nonce, nonce)
-    writer.write(encode_frame(0, Proof(nonce=nonce, mac=mac)))
-    await writer.drain()
-    _, welcome = await read_frame(reader)
-    if not isinstance(welcome, Welcome) or not hmac.compare_digest(
-        welcome.mac, _mac(secret, b"server", nonce, hello.nonce)
-    ):
+    proof = Proof(nonce=nonce, mac=_mac(secret, b"client", message.nonce, nonce))
+    return message, proof, _mac(secret, b"server", nonce, message.nonce)
+
+
+def check_welcome(message: Message, mac: bytes) -> None:
+    """Raises ProtocolError unless the server's second frame proves the secret."""
+    if not isinstance(message, Welcome) or not hmac.compare_digest(message.mac, mac):
         raise ProtocolError("server does not know the cluster secret")
-    return hello
 
 
 def _mac(secret: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
@@ -183,7 +247,9 @@ def _mac(secret: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
 def _pack_value(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         array = np.ascontiguousarray(value)
-        return {"dtype": array.dtype.str, "shape": array.shape, "data": array.data.cast("B")}
+        # a memoryview with a zero in its shape cannot be cast, and has no bytes anyway
+        data = array.data.cast("B") if array.size else b""
+        return {"dtype": array.dtype.str, "shape": array.shape, "data": data}
     if isinstance(value, SearchParams):
         return {name: getattr(value, name) for name in _PARAM_FIELDS}
     raise TypeError(f"{type(value).__name__} does not travel on the wire")
@@ -233,6 +299,8 @@ def _check_scalars(kind: type[Message], content: dict[str, Any]) -> None:
             raise ProtocolError(
                 "bad frame", field=f"{kind.__name__}.{name}", got=type(value).__name__
             )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ProtocolError("bad frame", field=f"{kind.__name__}.{name}", got=str(value))
 
 
 def _refuse_ext(code: int, data: bytes) -> Any:

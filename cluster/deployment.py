@@ -4,15 +4,13 @@ Ray must be running already (``cluster.launch``). On a private Ray the serving p
 foreground and leaves a note in the store, so that other commands find it.
 """
 
-import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
 import ray
 from ray import serve
 
@@ -23,24 +21,15 @@ from cluster.controller import (
     start_controller,
     wait_ready,
 )
+from cluster.endpoint import Endpoint, leave_note, remove_note
 from cluster.launch import NAMESPACE, free_port, port_is_free
 from cluster.store import Store
 from router.app import RouterReplica
 from router.client import Client
-from shards import files
-from shards.errors import NotFound, Unavailable
+from shards.errors import ShardlineError, Unavailable
 
 APPLICATION = "shardline"
-NOTE_NAME = "serving.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where a cluster answers, and the process in whose foreground it runs (0: detached)."""
-
-    url: str
-    generation: int
-    pid: int
+READY_POLL_S = 0.05
 
 
 @contextmanager
@@ -60,10 +49,10 @@ def serving(
     store = Store(config.store.resolve())
     try:
         endpoint = start_serving(config, generation=generation, on_stage=on_stage)
-        files.write_json(store.root / NOTE_NAME, asdict(endpoint))
+        leave_note(store, endpoint)
         yield endpoint
     finally:
-        (store.root / NOTE_NAME).unlink(missing_ok=True)
+        remove_note(store)
         stop_serving()
 
 
@@ -94,8 +83,7 @@ def start_serving(
     on_stage("starting the HTTP front end")
     _start_router(config, port, secret)
     url = f"http://{_reachable(config.cluster.http_host)}:{port}"
-    with Client(url) as client:
-        client.wait_ready(config.cluster.start_timeout_s)
+    _wait_connected(url, config.cluster.start_timeout_s)
     local = config.cluster.address == "local"
     return Endpoint(url=url, generation=number, pid=os.getpid() if local else 0)
 
@@ -116,23 +104,6 @@ def stop_serving() -> None:
                 ray.kill(ray.get_actor(actor, namespace=NAMESPACE))
 
 
-def find_endpoint(store: Store) -> Endpoint:
-    """The cluster that serves this store from this machine.
-
-    Raises:
-        NotFound: none does, or the process that did is gone.
-    """
-    path = store.root / NOTE_NAME
-    hint = "start one with `shardline serve`, or name one with --url"
-    if not path.is_file():
-        raise NotFound(f"{store.root}: no cluster is serving this store", hint=hint)
-    note: dict[str, Any] = json.loads(path.read_bytes())
-    endpoint = Endpoint(**note)
-    if endpoint.pid and not psutil.pid_exists(endpoint.pid):
-        raise NotFound(f"the cluster at {endpoint.url} is gone (pid {endpoint.pid})", hint=hint)
-    return endpoint
-
-
 def shard_reports() -> list[dict[str, Any]]:
     """What every shard process says of itself; needs Ray attached.
 
@@ -151,16 +122,42 @@ def _start_router(config: ShardlineConfig, port: int, secret: bytes) -> None:
     cluster = config.cluster
     location = "HeadOnly" if cluster.address == "local" else "EveryNode"
     serve.start(http_options={"host": cluster.http_host, "port": port, "location": location})
-    application = RouterReplica.options(
-        num_replicas=cluster.router_replicas,
-        # the service refuses overload itself, early and with Retry-After
-        max_ongoing_requests=config.router.max_in_flight * 2,
-        ray_actor_options={"num_cpus": 0},
-    ).bind(config=config.router, controller=CONTROLLER_NAME, namespace=NAMESPACE, secret=secret)
+    application = (
+        serve.deployment(RouterReplica)
+        .options(
+            name="router",
+            health_check_period_s=5,
+            health_check_timeout_s=10,
+            num_replicas=cluster.router_replicas,
+            # the service refuses overload itself, early and with Retry-After
+            max_ongoing_requests=config.router.max_in_flight * 2,
+            ray_actor_options={"num_cpus": 0},
+        )
+        .bind(config=config.router, controller=CONTROLLER_NAME, namespace=NAMESPACE, secret=secret)
+    )
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:
         raise Unavailable("the HTTP front end did not start", got=str(error)) from error
+
+
+def _wait_connected(url: str, timeout_s: float) -> None:
+    """Returns once the router answers and every shard is connected to it."""
+    deadline = time.monotonic() + timeout_s
+    with Client(url) as client:
+        while True:
+            try:
+                missing = [s["shard"] for s in client.status()["shards"] if not s["connected"]]
+                reason = f"shards {missing} are not connected"
+            except ShardlineError as error:
+                missing, reason = [-1], str(error)
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                raise Unavailable(
+                    f"{url} did not become ready", expected=f"within {timeout_s:g} s", got=reason
+                )
+            time.sleep(READY_POLL_S)
 
 
 def _http_port(config: ShardlineConfig) -> int:

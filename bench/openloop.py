@@ -1,0 +1,154 @@
+"""Open-loop load: requests leave on a fixed schedule, whatever the answers do.
+
+A closed loop waits for an answer before it asks again, so a slow server slows the questions and
+hides its own queue. Here a latency counts from the moment a request was *meant* to leave; failures
+are counted apart and never appear among the latencies.
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException
+from urllib.parse import urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPIN_S = 0.001  # a sleep wakes up to this late; the rest is spun, so the schedule is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request, ready to send: method, path, body, headers."""
+
+    method: str
+    path: str
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """latencies_ms (answered,) float64 in schedule order; failures by kind; bodies if kept."""
+
+    latencies_ms: NDArray[np.float64]
+    failures: dict[str, int]
+    late_ms: float
+    bodies: dict[int, bytes]
+
+    def percentile(self, q: float) -> float:
+        """Milliseconds; NaN when nothing was answered."""
+        return float(np.percentile(self.latencies_ms, q)) if self.latencies_ms.size else np.nan
+
+    def summary(self) -> dict[str, object]:
+        return {
+            "answered": int(self.latencies_ms.size),
+            "failures": self.failures,
+            "p50_ms": round(self.percentile(50), 3),
+            "p90_ms": round(self.percentile(90), 3),
+            "p99_ms": round(self.percentile(99), 3),
+            "max_ms": round(self.percentile(100), 3),
+            "client_late_p99_ms": round(self.late_ms, 3),
+        }
+
+
+def run_open_loop(
+    url: str,
+    request_of: Callable[[int], Request],
+    *,
+    rate: float,
+    count: int,
+    connections: int = 8,
+    warm_up: int = 0,
+    keep_bodies: bool = False,
+    timeout_s: float = 30.0,
+) -> LoadResult:
+    """Sends ``warm_up + count`` requests at ``rate`` a second; the warm-up is not counted.
+
+    ``late_ms`` of the result is how late the client itself was at p99: when it is not small beside
+    the latencies, the client was the bottleneck and the figures are not the server's.
+    """
+    state = _State(warm_up + count)
+    start = time.perf_counter() + 0.1
+    workers = [
+        threading.Thread(
+            target=_work, args=(state, url, request_of, start, rate, timeout_s, keep_bodies)
+        )
+        for _ in range(connections)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    counted = slice(warm_up, None)
+    latencies = state.latencies_ms[counted]
+    late = state.late_ms[counted]
+    return LoadResult(
+        latencies_ms=latencies[~np.isnan(latencies)],
+        failures=dict(Counter(kind for number, kind in state.failures if number >= warm_up)),
+        late_ms=float(np.percentile(late, 99)),
+        bodies={number - warm_up: body for number, body in state.bodies.items()},
+    )
+
+
+class _State:
+    """Shared by the workers; each number is taken, and each slot written, by one of them."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.latencies_ms = np.full(total, np.nan)
+        self.late_ms = np.zeros(total)
+        self.failures: list[tuple[int, str]] = []
+        self.bodies: dict[int, bytes] = {}
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> int | None:
+        with self._lock:
+            if self._next == self.total:
+                return None
+            self._next += 1
+            return self._next - 1
+
+
+def _work(
+    state: _State,
+    url: str,
+    request_of: Callable[[int], Request],
+    start: float,
+    rate: float,
+    timeout_s: float,
+    keep_bodies: bool,
+) -> None:
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout_s)
+    while (number := state.take()) is not None:
+        request = request_of(number)
+        intended = start + number / rate
+        _wait_until(intended)
+        state.late_ms[number] = (time.perf_counter() - intended) * 1e3
+        try:
+            connection.request(request.method, request.path, request.body, dict(request.headers))
+            response = connection.getresponse()
+            body = response.read()
+        except (OSError, HTTPException) as error:
+            state.failures.append((number, type(error).__name__))
+            connection.close()
+            continue
+        if response.status != 200:
+            state.failures.append((number, f"HTTP {response.status}"))
+            continue
+        state.latencies_ms[number] = (time.perf_counter() - intended) * 1e3
+        if keep_bodies:
+            state.bodies[number] = body
+    connection.close()
+
+
+def _wait_until(moment: float) -> None:
+    remaining = moment - time.perf_counter()
+    if remaining > SPIN_S:
+        time.sleep(remaining - SPIN_S)
+    while time.perf_counter() < moment:
+        pass

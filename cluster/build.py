@@ -1,0 +1,290 @@
+"""Builds a generation: one template trained on a sample of the whole corpus, one index per shard.
+
+Shards are independent jobs. ``run_here`` does them one after the other in this process,
+``run_on_ray`` as Ray tasks; both give the same files. Queries sampled from the corpus are answered
+by every shard, exactly and through its index, so the manifest carries the recall of the build.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import numpy as np
+import ray
+
+from cluster.partition import Partition, Partitioning, partition
+from cluster.store import Store
+from router.merge import merge_top_k
+from shards import files
+from shards.embeddings import EmbeddingSet, open_embedding_set
+from shards.errors import ShardlineError
+from shards.generation import (
+    INDEX_NAME,
+    ITEM_IDS_NAME,
+    QUERY_ENCODER_FOLDER,
+    TEMPLATE_NAME,
+    GenerationManifest,
+    ShardEntry,
+    describe_shard,
+    shard_folder,
+    write_generation,
+    write_item_ids,
+)
+from shards.index_build import build_shard_index, train_template, write_index
+from shards.index_resolve import resolve
+from shards.index_spec import IndexKind, IndexSpec, ResolvedIndex
+from shards.main_index import MainIndex
+from shards.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
+from shards.types import SearchParams
+
+QUALITY_QUERIES = 200
+QUALITY_K = 100
+MIN_TRAIN_ROWS = 1  # an index that needs no training still takes its dimension from a sample
+
+Progress = Callable[[str, int, int], None]
+Answer = tuple[FloatArray, IdArray]  # scores and item ids, both (n, k), in answer order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildPlan:
+    """What to build. threads: faiss threads of the template's training and of each shard's job."""
+
+    spec: IndexSpec
+    num_shards: int
+    partitioning: Partitioning
+    threads: int
+    seed: int = 0
+    gpu: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardJob:
+    """Everything one shard is built from; crosses to another process by pickling."""
+
+    shard: int
+    embeddings: Path
+    generation: Path
+    cut: Partition
+    index: ResolvedIndex
+    metric: Metric
+    threads: int
+    queries: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardBuilt:
+    """A shard's files, and how it answers the quality queries: exactly, and through its index."""
+
+    entry: ShardEntry
+    exact: Answer
+    found: Answer
+    bytes_per_vector: float
+    seconds: float
+
+
+RunJobs = Callable[[Sequence[ShardJob]], Iterator[ShardBuilt]]
+
+
+def build_generation(
+    store: Store,
+    embeddings: Path,
+    plan: BuildPlan,
+    *,
+    run_jobs: RunJobs | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> GenerationManifest:
+    """Writes the next generation from an embedding set; it is not made the live one.
+
+    Raises:
+        NotFound, CorruptFile, NewerFormat, DataError: the embedding set is absent or damaged.
+        ConfigError: the index cannot be built over this corpus.
+        InvalidInput: more shards than items.
+    """
+    started = time.perf_counter()
+    corpus = open_embedding_set(embeddings)
+    index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
+    cut = partition(corpus.item_ids(), plan.num_shards, plan.partitioning)
+    number = store.next_generation()
+    with files.staged_folder(store.generation(number)) as staging:
+        sample, queries = _samples(corpus, max(index.train_rows, MIN_TRAIN_ROWS), plan.seed)
+        template = train_template(
+            index,
+            sample,
+            metric=corpus.metric,
+            seed=plan.seed,
+            threads=plan.threads,
+            progress=progress,
+        )
+        write_index(template, staging / TEMPLATE_NAME)
+        train_seconds = time.perf_counter() - started
+        jobs = [
+            ShardJob(
+                shard=shard,
+                embeddings=corpus.folder,
+                generation=staging,
+                cut=cut,
+                index=index,
+                metric=corpus.metric,
+                threads=plan.threads,
+                queries=queries,
+            )
+            for shard in range(plan.num_shards)
+        ]
+        built = _collect((run_jobs or run_here)(jobs), len(jobs), progress)
+        manifest = GenerationManifest(
+            generation=number,
+            model_version=corpus.model_version,
+            metric=corpus.metric,
+            dim=corpus.dim,
+            spec=plan.spec,
+            index=index,
+            partitioning=plan.partitioning.value,
+            boundaries=tuple(int(key) for key in cut.upper_keys),
+            shards=tuple(shard.entry for shard in built),
+            template=files.describe_file(staging, TEMPLATE_NAME),
+            query_encoder=_copy_encoder(corpus, staging),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            quality=_quality(built, train_seconds, time.perf_counter() - started),
+        )
+        write_generation(staging, manifest)
+    return manifest
+
+
+def run_here(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
+    """Builds shards one after the other in this process."""
+    return map(build_shard, jobs)
+
+
+def run_on_ray(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
+    """Builds shards as Ray tasks, as many at a time as Ray has CPUs for; in order of completion."""
+    task = ray.remote(max_retries=2)(build_shard)
+    waiting = [task.options(num_cpus=job.threads).remote(job) for job in jobs]
+    while waiting:
+        done, waiting = ray.wait(waiting)
+        try:
+            yield ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            for reference in waiting:
+                ray.cancel(reference)
+            if isinstance(error.cause, ShardlineError):
+                raise error.cause from error
+            raise
+
+
+def build_shard(job: ShardJob) -> ShardBuilt:
+    """Writes one shard's folder and answers the quality queries."""
+    started = time.perf_counter()
+    corpus = open_embedding_set(job.embeddings, verify=False)  # verified once, by the build
+    item_ids, vectors = _rows_of(corpus, job.cut, job.shard)
+    folder = job.generation / shard_folder(job.shard)
+    folder.mkdir()
+    build_shard_index(
+        job.generation / TEMPLATE_NAME,
+        vectors,
+        folder / INDEX_NAME,
+        metric=job.metric,
+        threads=job.threads,
+    )
+    write_item_ids(folder / ITEM_IDS_NAME, item_ids)
+    seconds = time.perf_counter() - started
+    main = MainIndex.load(folder / INDEX_NAME, metric=job.metric, defaults=job.index.search_params)
+    exact = _exact(vectors, job.queries, job.metric)
+    return ShardBuilt(
+        entry=describe_shard(job.generation, job.shard, item_ids),
+        exact=_with_ids(exact, item_ids),
+        found=_with_ids(main.search(job.queries, QUALITY_K, SearchParams()), item_ids),
+        bytes_per_vector=main.bytes_per_vector,
+        seconds=seconds,
+    )
+
+
+def _samples(corpus: EmbeddingSet, train_rows: int, seed: int) -> tuple[FloatArray, FloatArray]:
+    """(train_rows, dim) for the template and (QUALITY_QUERIES, dim) as queries, of all rows."""
+    rng = np.random.default_rng(seed)
+    train = np.sort(rng.choice(corpus.rows, min(train_rows, corpus.rows), replace=False))
+    asked = np.sort(rng.choice(corpus.rows, min(QUALITY_QUERIES, corpus.rows), replace=False))
+    picked: tuple[list[FloatArray], list[FloatArray]] = ([], [])
+    start = 0
+    for batch in corpus.batches():
+        stop = start + len(batch.item_ids)
+        for rows, parts in zip((train, asked), picked, strict=True):
+            chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
+            parts.append(batch.vectors[chosen - start])
+        start = stop
+    sample, queries = (np.concatenate(parts) for parts in picked)
+    return sample, normalise(queries) if corpus.metric is Metric.COSINE else queries
+
+
+def _rows_of(corpus: EmbeddingSet, cut: Partition, shard: int) -> tuple[IdArray, FloatArray]:
+    """The shard's item ids, ascending, and their vectors; only these rows are kept in memory."""
+    ids: list[IdArray] = []
+    vectors: list[FloatArray] = []
+    for batch in corpus.batches():
+        mine = cut.shard_of(batch.item_ids) == shard
+        ids.append(batch.item_ids[mine])
+        vectors.append(batch.vectors[mine])
+    item_ids = np.concatenate(ids)
+    order = np.argsort(item_ids)
+    rows = np.concatenate(vectors)[order]
+    return item_ids[order], normalise(rows) if corpus.metric is Metric.COSINE else rows
+
+
+def _exact(vectors: FloatArray, queries: FloatArray, metric: Metric) -> Answer:
+    """The exact answer over local rows, by the flat index: the standard recall is measured by."""
+    flat = resolve(
+        IndexSpec(kind=IndexKind.FLAT), rows=len(vectors), dim=vectors.shape[1], metric=metric
+    )
+    index = train_template(flat, vectors[:1], metric=metric, seed=0, threads=1)
+    index.add(vectors)
+    return MainIndex(index, metric=metric, defaults=flat.search_params).search(
+        queries, QUALITY_K, SearchParams()
+    )
+
+
+def _with_ids(answer: Answer, item_ids: IdArray) -> Answer:
+    scores, rows = answer
+    return scores, np.where(rows < 0, EMPTY_ID, item_ids[rows])
+
+
+def _collect(results: Iterator[ShardBuilt], total: int, progress: Progress) -> list[ShardBuilt]:
+    built: list[ShardBuilt] = []
+    progress("shards", 0, total)
+    for shard in results:
+        built.append(shard)
+        progress("shards", len(built), total)
+    return sorted(built, key=lambda shard: shard.entry.shard)
+
+
+def _quality(built: list[ShardBuilt], train_seconds: float, seconds: float) -> dict[str, Any]:
+    k = min(QUALITY_K, sum(shard.entry.rows for shard in built))
+    _, exact = merge_top_k([b.exact[0] for b in built], [b.exact[1] for b in built], k)
+    _, found = merge_top_k([b.found[0] for b in built], [b.found[1] for b in built], k)
+    hits = sum(np.intersect1d(*pair).size for pair in zip(exact, found, strict=True))
+    rows = np.array([shard.entry.rows for shard in built])
+    return {
+        "queries": len(exact),
+        "k": k,
+        f"recall@{k}": round(hits / exact.size, 4),
+        "bytes_per_vector": round(
+            float(np.average([shard.bytes_per_vector for shard in built], weights=rows)), 1
+        ),
+        "train_seconds": round(train_seconds, 2),
+        "shard_seconds": [round(shard.seconds, 2) for shard in built],
+        "build_seconds": round(seconds, 2),
+    }
+
+
+def _copy_encoder(corpus: EmbeddingSet, staging: Path) -> tuple[files.FileEntry, ...]:
+    if corpus.encoder_folder is None:
+        return ()
+    copytree(corpus.encoder_folder, staging / QUERY_ENCODER_FOLDER)
+    names = sorted(
+        path.relative_to(staging).as_posix()
+        for path in (staging / QUERY_ENCODER_FOLDER).rglob("*")
+        if path.is_file()
+    )
+    return tuple(files.describe_file(staging, name) for name in names)

@@ -1,0 +1,158 @@
+"""``build``: from an embedding set, or somebody else's vectors, to the next generation."""
+
+import hashlib
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from cluster.build import BuildPlan, build_generation, run_here, run_on_ray
+from cluster.cli import Settings
+from cluster.config import ShardlineConfig
+from cluster.console import StageProgress
+from cluster.launch import cores, ray_for
+from cluster.partition import Partitioning
+from cluster.store import Store
+from shards.embeddings import embedding_writer
+from shards.errors import InvalidInput
+from shards.files import sha256_of
+from shards.foreign import read_foreign
+from shards.generation import GenerationManifest
+from shards.gpu import gpu_count
+from shards.schema import Metric
+
+
+@click.command()
+@click.option(
+    "--embeddings",
+    type=click.Path(path_type=Path),
+    help="Folder of an embedding set.  [default: the store's newest]",
+)
+@click.option(
+    "--vectors",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Parquet or Arrow file, or folder of them, with an id and a vector column. Repeatable.",
+)
+@click.option("--id-column", help="The id column of --vectors, if not id, idx or item_id.")
+@click.option("--vector-column", help="Its vector column, if not emb, embedding or vector.")
+@click.option(
+    "--metric",
+    type=click.Choice([metric.value for metric in Metric]),
+    default=Metric.COSINE.value,
+    show_default=True,
+    help="How the vectors of --vectors are compared.",
+)
+@click.option(
+    "--partitioning",
+    type=click.Choice([each.value for each in Partitioning]),
+    default=Partitioning.RANGE.value,
+    show_default=True,
+    help="Ranges of item ids, or of mixed ids where neighbouring ids are alike.",
+)
+@click.option("--in-process", is_flag=True, help="Build shards one by one, without Ray.")
+@click.option("--no-publish", is_flag=True, help="Leave the live generation as it is.")
+@click.pass_obj
+def build(
+    settings: Settings,
+    embeddings: Path | None,
+    vectors: tuple[Path, ...],
+    id_column: str | None,
+    vector_column: str | None,
+    metric: str,
+    partitioning: str,
+    in_process: bool,
+    no_publish: bool,
+) -> None:
+    """Turn an embedding set into index shards, and make them the live generation."""
+    if embeddings is not None and vectors:
+        raise InvalidInput("--embeddings and --vectors exclude each other")
+    config, store = settings.config, settings.store
+    with StageProgress() as progress:
+        if vectors:
+            embeddings = import_vectors(
+                store,
+                vectors,
+                metric=Metric(metric),
+                id_column=id_column,
+                vector_column=vector_column,
+                progress=progress,
+            )
+        embeddings = embeddings or store.newest_embeddings()
+        progress.note(f"building from {embeddings}")
+        plan = plan_of(config, Partitioning(partitioning))
+        if in_process:
+            manifest = build_generation(
+                store, embeddings, plan, run_jobs=run_here, progress=progress
+            )
+        else:
+            with ray_for(config.cluster.address, num_cpus=cores(), verbose=settings.verbose):
+                manifest = build_generation(
+                    store, embeddings, plan, run_jobs=run_on_ray, progress=progress
+                )
+        if not no_publish:
+            store.set_current(manifest.generation)
+    click.echo(describe(manifest))
+
+
+def plan_of(config: ShardlineConfig, partitioning: Partitioning = Partitioning.RANGE) -> BuildPlan:
+    """The build that a configuration asks for on this machine."""
+    return BuildPlan(
+        spec=config.index,
+        num_shards=config.cluster.shards,
+        partitioning=partitioning,
+        threads=config.cluster.threads_per_shard,
+        gpu=gpu_count() > 0,
+    )
+
+
+def import_vectors(
+    store: Store,
+    paths: tuple[Path, ...],
+    *,
+    metric: Metric,
+    id_column: str | None,
+    vector_column: str | None,
+    progress: StageProgress,
+) -> Path:
+    """Copies foreign vectors into an embedding set, named after their contents; its folder."""
+    digest = hashlib.sha256(str(metric).encode())
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            digest.update(sha256_of(file).encode() if file.is_file() else b"")
+    version = f"vectors-{digest.hexdigest()[:12]}"
+    target = store.embeddings / version
+    if target.exists():
+        return target
+    batches = read_foreign(paths, id_column=id_column, vector_column=vector_column)
+    first = next(batches)
+    with embedding_writer(
+        target,
+        model_version=version,
+        dim=first.vectors.shape[1],
+        metric=metric,
+        normalised=False,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    ) as writer:
+        rows = 0
+        for batch in (first, *batches):
+            writer.append(batch.item_ids, batch.vectors, batch.attributes)
+            rows += len(batch.item_ids)
+            progress("import", rows, rows)
+    return target
+
+
+def describe(manifest: GenerationManifest) -> str:
+    """What was built, in three lines."""
+    quality = manifest.quality
+    recall = next(name for name in quality if name.startswith("recall@"))
+    return "\n".join(
+        (
+            f"generation {manifest.generation}: {manifest.rows:,} rows in "
+            f"{len(manifest.shards)} shards, model {manifest.model_version}",
+            f"index: {manifest.index.factory} ({manifest.index.reason})",
+            f"quality: {recall} {quality[recall]:.3f} over {quality['queries']} sampled items, "
+            f"{quality['bytes_per_vector']:.0f} bytes a vector, "
+            f"built in {quality['build_seconds']:.1f} s",
+        )
+    )

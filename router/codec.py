@@ -1,0 +1,345 @@
+"""HTTP bodies to queries and answers to HTTP bodies, JSON or msgpack.
+
+Arrays: in msgpack ``{"dtype": "<f4", "shape": [n, d], "data": bin}`` or plain lists, in JSON plain
+lists. Nothing else is taken for a number: no strings, no booleans, no NaN, no ragged rows. An
+answer's empty slots (id -1, score -inf) are kept in msgpack, where ids and scores are (n, k)
+arrays; JSON has no infinity, so there each row is cut to its live results.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from functools import lru_cache
+from typing import Any
+
+import msgpack
+import numpy as np
+import orjson
+from pydantic import ValidationError
+
+from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
+from router.models import ParamsBody, SearchBody
+from router.problems import NotAcceptable, UnsupportedMediaType, from_validation
+from shards.errors import InvalidInput, ProtocolError
+from shards.schema import EMPTY_ID
+from shards.types import SearchParams
+
+ARRAY_KEYS = {"dtype", "shape", "data"}
+ARRAY_DTYPES = frozenset({"<f4", "<f8", "<i4", "<i8"})
+NUMBERS = frozenset({int, float})
+INTEGERS = frozenset({int})
+SCALARS = frozenset({int, float, bool, str, type(None)})
+SEARCH_FIELDS = tuple(SearchBody.model_fields)
+PARAM_FIELDS = tuple(ParamsBody.model_fields)
+
+
+class Media(StrEnum):
+    """The two body formats, by their media type."""
+
+    JSON = "application/json"
+    MSGPACK = "application/msgpack"
+
+
+_MEDIA = {
+    "application/json": Media.JSON,
+    "application/msgpack": Media.MSGPACK,
+    "application/x-msgpack": Media.MSGPACK,
+    "application/vnd.msgpack": Media.MSGPACK,
+}
+_WILDCARDS = ("*/*", "application/*")
+
+
+@lru_cache(maxsize=256)
+def body_media(content_type: str) -> Media:
+    """The format a Content-Type names.
+
+    Raises:
+        UnsupportedMediaType: neither JSON nor msgpack, or none named.
+    """
+    media = _MEDIA.get(content_type.partition(";")[0].strip().lower())
+    if media is None:
+        raise UnsupportedMediaType(
+            "body format not supported",
+            field="Content-Type",
+            expected=" or ".join(Media),
+            got=content_type or "none",
+        )
+    return media
+
+
+@lru_cache(maxsize=256)
+def answer_media(accept: str, default: Media) -> Media:
+    """The format to answer in: the best of an Accept header, ``default`` where it does not care.
+
+    Raises:
+        NotAcceptable: it accepts neither JSON nor msgpack.
+    """
+    if not accept.strip():
+        return default
+    best, best_quality = None, 0.0
+    for entry in accept.split(","):
+        name, _, parameters = entry.partition(";")
+        media = default if name.strip() in _WILDCARDS else _MEDIA.get(name.strip().lower())
+        quality = _quality(parameters)
+        if media is not None and quality > best_quality:
+            best, best_quality = media, quality
+    if best is None:
+        raise NotAcceptable(
+            "no acceptable answer format", field="Accept", expected=" or ".join(Media), got=accept
+        )
+    return best
+
+
+def decode_query(body: bytes, media: Media) -> SearchQuery:
+    """A search request's body; vectors and ids are numpy arrays, values not yet checked.
+
+    Raises:
+        InvalidInput: does not parse, has an unknown field, or a field of the wrong type.
+    """
+    content = _load_json(body) if media is Media.JSON else _load_msgpack(body)
+    if not isinstance(content, dict):
+        raise InvalidInput(
+            "not an object",
+            field="body",
+            expected="a map of fields",
+            got=type(content).__name__,
+        )
+    try:
+        parsed = SearchBody.model_validate(content)
+    except ValidationError as error:
+        raise _complaint(error) from error
+    params = SearchParams() if parsed.params is None else SearchParams(**dict(parsed.params))
+    return SearchQuery(
+        vectors=_optional(_matrix, parsed.vectors),
+        features=_optional(_features, parsed.features),
+        item_ids=_optional(_ids, parsed.item_ids),
+        k=parsed.k,
+        timeout_ms=parsed.timeout_ms,
+        min_coverage=parsed.min_coverage,
+        params=params,
+    )
+
+
+def encode_query(query: SearchQuery) -> bytes:
+    """A query as a msgpack body; fields left at None are left out."""
+    content = {name: getattr(query, name) for name in SEARCH_FIELDS if name != "params"}
+    content["params"] = {
+        name: value for name in PARAM_FIELDS if (value := getattr(query.params, name)) is not None
+    } or None
+    body: bytes = msgpack.packb(
+        {name: value for name, value in content.items() if value is not None}, default=_pack_array
+    )
+    return body
+
+
+def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
+    """A search's answer, columnar."""
+    content: dict[str, Any] = {
+        "ids": answer.ids,
+        "scores": answer.scores,
+        "generation": answer.generation,
+        "model_version": answer.model_version,
+        "coverage": {name: getattr(answer.coverage, name) for name in Coverage.__slots__},
+        "took_ms": round(answer.took_ms, 3),
+        "search_ms": round(answer.search_ms, 3),
+        "request_id": answer.request_id,
+    }
+    if answer.reasons:
+        content["reasons"] = {str(row): why for row, why in answer.reasons.items()}
+    if media is Media.JSON:
+        live = (answer.ids != EMPTY_ID).sum(axis=1)
+        if (live < answer.ids.shape[1]).any():
+            content["ids"] = [row[:n] for row, n in zip(answer.ids, live, strict=True)]
+            content["scores"] = [row[:n] for row, n in zip(answer.scores, live, strict=True)]
+    return encode(content, media)
+
+
+def decode_answer(body: bytes) -> SearchAnswer:
+    """A msgpack answer, as ``encode_answer`` wrote it.
+
+    Raises:
+        ProtocolError: it is not one.
+    """
+    try:
+        content = _load_msgpack(body)
+        coverage = Coverage(**content.pop("coverage"))
+        reasons = {int(row): why for row, why in content.pop("reasons", {}).items()}
+        return SearchAnswer(coverage=coverage, reasons=reasons, **content)
+    except (InvalidInput, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ProtocolError("not a search answer", got=str(error)) from error
+
+
+def encode_item(answer: ItemAnswer, media: Media) -> bytes:
+    return encode({name: getattr(answer, name) for name in ItemAnswer.__slots__}, media)
+
+
+def encode(content: Mapping[str, Any], media: Media) -> bytes:
+    """Plain data and numpy arrays."""
+    if media is Media.JSON:
+        return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    body: bytes = msgpack.packb(content, default=_pack_array)
+    return body
+
+
+def _load_json(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidInput(
+            "not JSON",
+            field="body",
+            got=f"{error.msg} at line {error.lineno} column {error.colno}",
+        ) from error
+
+
+def _load_msgpack(body: bytes) -> Any:
+    try:
+        return msgpack.unpackb(
+            body, object_pairs_hook=_unpack_map, strict_map_key=True, ext_hook=_refuse_ext
+        )
+    except InvalidInput:
+        raise
+    except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
+        raise InvalidInput(
+            "not msgpack", field="body", got=str(error) or type(error).__name__
+        ) from error
+
+
+def _unpack_map(pairs: list[tuple[str, Any]]) -> Any:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise InvalidInput("a key comes twice", field="body", expected="distinct keys")
+    return _array(content) if content.keys() == ARRAY_KEYS else content
+
+
+def _array(value: dict[str, Any]) -> np.ndarray[Any, np.dtype[Any]]:
+    dtype, shape, data = value["dtype"], value["shape"], value["data"]
+    if not isinstance(dtype, str) or dtype not in ARRAY_DTYPES:
+        raise InvalidInput(
+            "array type not supported",
+            field="dtype",
+            expected=f"one of {', '.join(sorted(ARRAY_DTYPES))}",
+            got=repr(dtype),
+        )
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise InvalidInput("bad array", field="shape", expected="a list of sizes", got=repr(shape))
+    expected = math.prod(shape) * np.dtype(dtype).itemsize
+    if not isinstance(data, bytes) or len(data) != expected or len(shape) > 2:
+        got = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+        raise InvalidInput(
+            "bad array",
+            field="data",
+            expected=f"{expected} bytes for shape {shape}, at most 2-d",
+            got=got,
+        )
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _pack_array(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        array = np.ascontiguousarray(value)
+        return {"dtype": array.dtype.str, "shape": array.shape, "data": array.tobytes()}
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no form in msgpack")
+
+
+def _refuse_ext(code: int, data: bytes) -> Any:
+    raise InvalidInput("msgpack extension types are not supported", field="body", got=str(code))
+
+
+def _optional(convert: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else convert(value)
+
+
+def _matrix(value: Any) -> Any:
+    """A numpy array as it is, or lists of numbers as (n, d) float64."""
+    if isinstance(value, np.ndarray):
+        return _with_ndim("vectors", value, 2)
+    if not isinstance(value, list):
+        raise _wrong_type("vectors", "a list of rows", value)
+    for row, numbers in enumerate(value):
+        if not isinstance(numbers, list):
+            raise _wrong_type(
+                f"vectors[{row}]", "a list of numbers", numbers, "even one query is a list of one"
+            )
+        if not NUMBERS.issuperset(map(type, numbers)):
+            wrong = next(item for item in numbers if type(item) not in NUMBERS)
+            raise _wrong_type(f"vectors[{row}]", "numbers", wrong)
+        if len(numbers) != len(value[0]):
+            raise InvalidInput(
+                "rows of different lengths",
+                field=f"vectors[{row}]",
+                expected=f"{len(value[0])} numbers, as in row 0",
+                got=f"{len(numbers)} numbers",
+            )
+    try:
+        return np.array(value, dtype=np.float64).reshape(len(value), -1 if value else 0)
+    except OverflowError as error:
+        raise InvalidInput("number too large", field="vectors", expected="float32") from error
+
+
+def _with_ndim(field: str, array: np.ndarray[Any, Any], ndim: int) -> np.ndarray[Any, Any]:
+    if array.ndim != ndim:
+        raise InvalidInput(
+            "wrong shape", field=field, expected=f"{ndim}-d array", got=f"{array.ndim}-d array"
+        )
+    return array
+
+
+def _ids(value: Any) -> Any:
+    """A numpy array as it is, or the list of integers."""
+    if isinstance(value, np.ndarray):
+        return _with_ndim("item_ids", value, 1)
+    if not isinstance(value, list):
+        raise _wrong_type("item_ids", "a list of integers", value)
+    if not INTEGERS.issuperset(map(type, value)):
+        row = next(row for row, item in enumerate(value) if type(item) is not int)
+        raise _wrong_type(f"item_ids[{row}]", "an integer", value[row])
+    return value
+
+
+def _features(value: Any) -> list[dict[str, Any]]:
+    """Maps of feature names to finite scalars or lists of them; the encoder knows the rest."""
+    if not isinstance(value, list):
+        raise _wrong_type("features", "a list of maps", value)
+    for row, features in enumerate(value):
+        if not isinstance(features, dict):
+            raise _wrong_type(f"features[{row}]", "a map of features", features)
+        for name, item in features.items():
+            if isinstance(item, np.ndarray):
+                item = features[name] = item.tolist()
+            _check_feature(f"features[{row}].{name}", item)
+    return value
+
+
+def _check_feature(field: str, value: Any) -> None:
+    for item in value if isinstance(value, list) else (value,):
+        if type(item) not in SCALARS:
+            raise _wrong_type(field, "a number, string, boolean or a list of them", item)
+        if isinstance(item, float) and not math.isfinite(item):
+            raise InvalidInput("not finite", field=field, expected="a finite number", got=str(item))
+
+
+def _wrong_type(field: str, expected: str, value: Any, hint: str | None = None) -> InvalidInput:
+    return InvalidInput(
+        "wrong type", field=field, expected=expected, got=type(value).__name__, hint=hint
+    )
+
+
+def _complaint(error: ValidationError) -> InvalidInput:
+    inside_params = error.errors(include_url=False, include_context=False)[0]["loc"][:1]
+    known = PARAM_FIELDS if inside_params == ("params",) else SEARCH_FIELDS
+    return from_validation(error, known)
+
+
+def _quality(parameters: str) -> float:
+    """The q of an Accept entry, 1 when it has none or a wrong one."""
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip().lower() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 1.0
+    return 1.0

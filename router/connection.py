@@ -1,0 +1,299 @@
+"""One persistent connection to one shard, with many requests in flight.
+
+``Link`` is one TCP connection: handshake, then frames, parsed where they arrive so that a reply
+costs no task and no future. ``ShardConnection`` keeps one link up: it connects, reconnects with
+growing random pauses, and refuses a shard process that an older epoch or another generation
+marks as the wrong one. Deadlines belong to the caller, who abandons what it no longer waits for.
+"""
+
+import asyncio
+import logging
+import random
+import socket
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+from router.config import RouterConfig
+from shards.errors import Overloaded, ProtocolError, Unavailable
+from shards.types import Hello, ShardRoute
+from shards.wire import (
+    MAX_FRAME_BYTES,
+    FrameSplitter,
+    Message,
+    check_welcome,
+    decode_payload,
+    encode_frame,
+    prove,
+)
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_FRAME_BYTES = 1024  # Hello has about 120; nobody unproven makes us buffer more
+
+OnReply: TypeAlias = Callable[[Message | Unavailable], None]
+
+
+def backoff_ms(failures: int, config: RouterConfig, rng: random.Random) -> float:
+    """The pause before the next attempt after ``failures`` >= 1 in a row: doubling, half random."""
+    # 2**30 milliseconds is beyond any allowed maximum; the bound keeps the float finite
+    longest = min(config.backoff_max_ms, config.backoff_base_ms * 2.0 ** min(failures - 1, 30))
+    return longest * rng.uniform(0.5, 1.0)
+
+
+class Link(asyncio.Protocol):
+    """One TCP connection to a shard. ``hello`` resolves when both sides have proved the secret.
+
+    ``lost`` resolves with the reason once the connection is gone; every pending request has been
+    told by then.
+    """
+
+    def __init__(self, secret: bytes) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._secret = secret
+        self._splitter = FrameSplitter(HANDSHAKE_FRAME_BYTES)
+        self._pending: dict[int, OnReply] = {}
+        self._transport: asyncio.Transport | None = None
+        self._greeting: tuple[Hello, bytes] | None = None
+        self._waiting_since: float | None = None
+        self.hello: asyncio.Future[Hello] = self._loop.create_future()
+        self.lost: asyncio.Future[str] = self._loop.create_future()
+        self.writable = True
+        self.answered = False
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    def stalled_for(self) -> float:
+        """Seconds since the shard last sent a byte while it owed an answer; 0 when it owes none."""
+        return 0.0 if self._waiting_since is None else self._loop.time() - self._waiting_since
+
+    def send(self, request_id: int, frame: bytes, on_reply: OnReply) -> None:
+        assert self._transport is not None
+        self._pending[request_id] = on_reply
+        if self._waiting_since is None:
+            self._waiting_since = self._loop.time()
+        self._transport.write(frame)
+
+    def abandon(self, request_id: int) -> None:
+        """Its reply, should it still come, is dropped."""
+        self._pending.pop(request_id, None)
+
+    def close(self, reason: str) -> None:
+        """Drops the connection at once and tells every pending request why."""
+        if self._transport is not None:
+            self._transport.abort()
+        self._finish(reason)
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # no isinstance here: uvloop's transports, as in a Serve replica, are of no asyncio class
+        self._transport = cast(asyncio.Transport, transport)
+        connection: socket.socket = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        self._waiting_since = None
+        try:
+            for payload in self._splitter.feed(data):
+                self._take(*decode_payload(payload))
+        except ProtocolError as error:
+            logger.warning("shard at %s broke the protocol: %s", self._peer(), error)
+            self.close(f"broke the protocol ({error.message})")
+        if self._pending and self._waiting_since is None:
+            self._waiting_since = self._loop.time()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._finish("connection lost")
+
+    def pause_writing(self) -> None:
+        self.writable = False
+
+    def resume_writing(self) -> None:
+        self.writable = True
+
+    # Inside
+
+    def _take(self, request_id: int, message: Message) -> None:
+        if self.hello.done():
+            self.answered = True
+            on_reply = self._pending.pop(request_id, None)
+            if on_reply is not None:
+                on_reply(message)
+        elif self._greeting is None:
+            hello, proof, welcome_mac = prove(message, self._secret)
+            self._greeting = hello, welcome_mac
+            assert self._transport is not None
+            self._transport.write(encode_frame(0, proof))
+        else:
+            hello, welcome_mac = self._greeting
+            check_welcome(message, welcome_mac)
+            self._splitter.limit = MAX_FRAME_BYTES
+            self.hello.set_result(hello)
+
+    def _finish(self, reason: str) -> None:
+        if self.lost.done():
+            return
+        self.lost.set_result(reason)
+        if not self.hello.done():
+            self.hello.set_exception(Unavailable(f"{reason} during the handshake"))
+            self.hello.exception()  # marks it as seen: whoever connects may have been cancelled
+        pending, self._pending = self._pending, {}
+        for on_reply in pending.values():
+            on_reply(Unavailable(reason))
+
+    def _peer(self) -> Any:
+        return self._transport.get_extra_info("peername") if self._transport else None
+
+
+class ShardConnection:
+    """Keeps a link to the shard process of one route, from ``start`` to ``close``."""
+
+    def __init__(
+        self,
+        route: ShardRoute,
+        generation: int,
+        *,
+        secret: bytes,
+        config: RouterConfig,
+        rng: random.Random,
+    ) -> None:
+        assert route.address is not None
+        self.route = route
+        self.generation = generation
+        self._address = route.address
+        self._secret = secret
+        self._config = config
+        self._rng = rng
+        self._epoch = route.epoch
+        self._link: Link | None = None
+        self._reason = "not connected yet"
+        self._task: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        return self._link is not None and not self._link.lost.done()
+
+    @property
+    def reason(self) -> str:
+        """Why there is no connection now; empty when there is one."""
+        return "" if self.connected else self._reason
+
+    def start(self) -> None:
+        name = f"shard {self.route.shard} connection"
+        self._task = asyncio.create_task(self._keep_connected(), name=name)
+
+    async def settled(self) -> None:
+        """Returns once the first attempt to connect has succeeded or failed."""
+        await self._settled.wait()
+
+    async def close(self) -> None:
+        """Drops the link and ends the task; pending requests are told."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def request(self, request_id: int, frame: bytes, on_reply: OnReply) -> None:
+        """Sends one frame; ``on_reply`` is called once, with the reply or the connection's loss.
+
+        request_id is the frame's own, and unique among the requests in flight.
+
+        Raises:
+            Unavailable: no connection now.
+            Overloaded: too many requests wait for this shard, or it does not read them.
+        """
+        link = self._link
+        if link is None:
+            raise Unavailable(self._reason)
+        if link.lost.done():
+            raise Unavailable(link.lost.result())
+        if link.in_flight >= self._config.shard_max_in_flight or not link.writable:
+            raise Overloaded("overloaded")
+        link.send(request_id, frame, on_reply)
+
+    def abandon(self, request_id: int) -> None:
+        """The caller's deadline has passed: its reply is dropped, and a silent shard with it."""
+        link = self._link
+        if link is None:
+            return
+        link.abandon(request_id)
+        if link.stalled_for() * 1000 > self._config.stall_timeout_ms:
+            logger.warning("shard %d has gone silent: reconnecting", self.route.shard)
+            link.close("gone silent")
+
+    def fail(self, reason: str) -> None:
+        """Drops the link because of what the peer sent; it is connected anew."""
+        if self._link is not None:
+            self._link.close(reason)
+
+    async def _keep_connected(self) -> None:
+        failures = 0
+        while True:
+            try:
+                link = await self._connect()
+            except (OSError, TimeoutError, ProtocolError, Unavailable) as error:
+                self._reason = _describe(error)
+                log = logger.debug if failures else logger.warning
+                log("shard %d at %s: %s", self.route.shard, self._address, self._reason)
+            else:
+                await self._serve(link)
+                if link.answered:
+                    failures = 0
+            self._settled.set()
+            failures += 1
+            await asyncio.sleep(backoff_ms(failures, self._config, self._rng) / 1000)
+
+    async def _serve(self, link: Link) -> None:
+        """Until the link is lost."""
+        self._link = link
+        self._settled.set()
+        logger.info("shard %d at %s: connected", self.route.shard, self._address)
+        try:
+            # shielded, or cancelling this task would resolve the link's own future
+            self._reason = await asyncio.shield(link.lost)
+            logger.warning("shard %d at %s: %s", self.route.shard, self._address, self._reason)
+        finally:
+            self._link = None
+            link.close("closing")
+
+    async def _connect(self) -> Link:
+        loop = asyncio.get_running_loop()
+        host, port = self._address
+        async with asyncio.timeout(self._config.connect_timeout_ms / 1000):
+            _, link = await loop.create_connection(lambda: Link(self._secret), host, port)
+            try:
+                self._check(await link.hello)
+            except BaseException:
+                link.close("refused")
+                raise
+        return link
+
+    def _check(self, hello: Hello) -> None:
+        """Refuses another shard or generation, and a process that a later one has replaced."""
+        for name, expected, got in (
+            ("shard", self.route.shard, hello.shard),
+            ("generation", self.generation, hello.generation),
+        ):
+            if got != expected:
+                raise ProtocolError(f"wrong {name}", expected=str(expected), got=str(got))
+        if hello.epoch < self._epoch:
+            raise ProtocolError(
+                "an older process of this shard",
+                expected=f"epoch >= {self._epoch}",
+                got=str(hello.epoch),
+            )
+        self._epoch = hello.epoch
+
+
+def _describe(error: Exception) -> str:
+    """Without the peer's address, because the text ends in answers to callers."""
+    if isinstance(error, TimeoutError):
+        return "no connection in time"
+    if isinstance(error, ProtocolError):
+        return f"refused, {error}"
+    if isinstance(error, Unavailable):
+        return error.message
+    return "no connection"

@@ -1,0 +1,100 @@
+"""What one query may ask for: the values it leaves out filled in, the others checked.
+
+Pure functions of the query and the configuration; vectors and ids are checked by the service.
+"""
+
+from dataclasses import dataclass
+
+from router.config import RouterConfig
+from router.messages import SearchQuery
+from shards.errors import InvalidInput
+from shards.schema import FloatArray, check_k
+from shards.wire import MAX_FRAME_BYTES
+
+KINDS = ("vectors", "features", "item_ids")
+# Vectors of one request travel in one frame; the rest of it takes far less than this.
+MAX_QUERY_BYTES = MAX_FRAME_BYTES - 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """On what terms a query is answered; ``kind`` is the field that holds its queries."""
+
+    kind: str
+    k: int
+    timeout_ms: float
+    min_coverage: float
+
+
+def terms_of(query: SearchQuery, config: RouterConfig) -> Terms:
+    """Raises InvalidInput: not one kind, an empty or too large batch, a value out of range."""
+    kind = _kind_of(query)
+    _check_batch(kind, len(getattr(query, kind)), config.max_batch)
+    return Terms(
+        kind=kind,
+        k=check_k(config.default_k if query.k is None else query.k, limit=config.max_k),
+        timeout_ms=_timeout_ms(query, config),
+        min_coverage=_min_coverage(query, config),
+    )
+
+
+def check_size(vectors: FloatArray, kind: str) -> None:
+    """Raises InvalidInput for more vectors (n, dim) than one frame to a shard can carry."""
+    if vectors.nbytes > MAX_QUERY_BYTES:
+        raise InvalidInput(
+            "batch too large",
+            field=kind,
+            expected=f"<= {MAX_QUERY_BYTES} bytes of float32",
+            got=f"{vectors.nbytes} bytes",
+            hint="send it in several requests",
+        )
+
+
+def _kind_of(query: SearchQuery) -> str:
+    given = [kind for kind in KINDS if getattr(query, kind) is not None]
+    if len(given) != 1:
+        raise InvalidInput(
+            "exactly one kind of query is needed",
+            field=given[1] if given else "vectors",
+            expected=f"one of {', '.join(KINDS)}",
+            got=" and ".join(given) or "none of them",
+        )
+    return given[0]
+
+
+def _check_batch(kind: str, size: int, limit: int) -> None:
+    if size == 0:
+        raise InvalidInput(
+            "empty batch", field=kind, expected="at least one query", got="0 queries"
+        )
+    if size > limit:
+        raise InvalidInput(
+            "batch too large",
+            field=kind,
+            expected=f"<= {limit} queries",
+            got=f"{size} queries",
+            hint="send them in several requests",
+        )
+
+
+def _timeout_ms(query: SearchQuery, config: RouterConfig) -> float:
+    if query.timeout_ms is None:
+        return config.default_timeout_ms
+    if not 0 < query.timeout_ms <= config.max_timeout_ms:
+        raise InvalidInput(
+            "out of range",
+            field="timeout_ms",
+            expected=f"above 0 and at most {config.max_timeout_ms:g}",
+            got=f"{query.timeout_ms:g}",
+        )
+    return query.timeout_ms
+
+
+def _min_coverage(query: SearchQuery, config: RouterConfig) -> float:
+    if query.min_coverage is None:
+        return config.default_min_coverage
+    if not 0 <= query.min_coverage <= 1:
+        raise InvalidInput(
+            "out of range", field="min_coverage", expected="0 to 1", got=f"{query.min_coverage:g}"
+        )
+    return query.min_coverage

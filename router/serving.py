@@ -1,0 +1,107 @@
+"""What one query runs on from start to end: a routing table, its query encoder, its connections.
+
+The three are of one generation and change together, so no answer mixes two generations or two
+model versions. The encoder is known here by what the router needs of it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from router.connection import ShardConnection
+from router.encoder import QueryEncoder
+from shards.schema import FloatArray
+from shards.types import RoutingTable, ShardRoute
+
+ENCODER_FOLDER = "query_encoder"
+
+
+class Encoder(Protocol):
+    """The query tower of one model version."""
+
+    @property
+    def model_version(self) -> str: ...
+
+    @property
+    def features(self) -> Any:
+        """What a caller may send: one description per feature, ready for JSON."""
+
+    def encode(self, rows: list[dict[str, Any]], /) -> FloatArray:
+        """(n, dim) float32, one row per map of features.
+
+        Raises:
+            InvalidInput: a feature is missing, unknown or of the wrong type; field names it.
+        """
+
+
+@dataclass(eq=False, slots=True)
+class Serving:
+    """connections are in the order of ``table.shards``; None where no process serves the shard.
+
+    ``running`` counts the queries that use it, so its connections outlive its replacement.
+    """
+
+    table: RoutingTable
+    encoder: Encoder | None
+    connections: tuple[ShardConnection | None, ...]
+    running: int = 0
+
+    @property
+    def connected_shards(self) -> int:
+        return sum(c is not None and c.connected for c in self.connections)
+
+    def connectivity(self) -> dict[str, int]:
+        """Shards and rows, and how many of them are connected now."""
+        rows_connected = sum(
+            route.rows
+            for route, connection in zip(self.table.shards, self.connections, strict=True)
+            if connection is not None and connection.connected
+        )
+        return {
+            "shards_connected": self.connected_shards,
+            "shards": len(self.connections),
+            "rows_connected": rows_connected,
+            "rows": self.table.rows,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Table, shards and encoder, for JSON."""
+        table, encoder = self.table, self.encoder
+        return {
+            "version": table.version,
+            "generation": table.generation,
+            "model_version": table.model_version,
+            "index": table.index,
+            "dim": table.dim,
+            "metric": str(table.metric),
+            "rows": table.rows,
+            "shards": [
+                _describe_shard(route, connection)
+                for route, connection in zip(table.shards, self.connections, strict=True)
+            ],
+            "encoder": None
+            if encoder is None
+            else {"model_version": encoder.model_version, "features": encoder.features},
+        }
+
+
+def _describe_shard(route: ShardRoute, connection: ShardConnection | None) -> dict[str, Any]:
+    address = None if route.address is None else f"{route.address[0]}:{route.address[1]}"
+    return {
+        "shard": route.shard,
+        "rows": route.rows,
+        "epoch": route.epoch,
+        "address": address,
+        "connected": connection is not None and connection.connected,
+        "reason": "no process serves it" if connection is None else connection.reason,
+    }
+
+
+def load_query_encoder(table: RoutingTable) -> Encoder | None:
+    """The encoder of a table's generation; None when it has none, as with imported vectors.
+
+    Raises:
+        CorruptFile, NewerFormat: the encoder is there but does not load.
+    """
+    folder = Path(table.generation_dir) / ENCODER_FOLDER
+    return QueryEncoder.load(folder) if folder.is_dir() else None

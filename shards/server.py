@@ -1,0 +1,369 @@
+"""A shard's TCP server: one event loop in its own thread, in front of one search thread.
+
+    loop thread     accepts, parses frames, queues requests, writes replies
+    search thread   takes whatever is queued as one batch, searches, hands the replies back
+
+It never waits for a batch to fill. The queue is bounded: beyond it requests are refused at once as
+``Overloaded``. A request whose budget has run out while it waited is dropped unsearched. A frame
+that breaks the protocol closes its own connection only; a request that is merely wrong is answered
+with an ``ErrorReply``. Independent of Ray.
+"""
+
+import asyncio
+import logging
+import queue
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+from shards.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    ProtocolError,
+    ShardlineError,
+)
+from shards.main_index import set_search_threads
+from shards.shard import Shard
+from shards.types import ErrorReply, FetchRequest, SearchRequest
+from shards.wire import (
+    MAX_FRAME_BYTES,
+    FrameSplitter,
+    Message,
+    decode_payload,
+    encode_frame,
+    new_hello,
+    welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+HANDSHAKE_TIMEOUT_S = 5.0
+HANDSHAKE_FRAME_BYTES = 1024  # a Proof has about 80; nobody unproven makes us buffer more
+MAX_QUEUED_REQUESTS = 1024
+MAX_QUEUED_ROWS = 65_536  # queries plus ids to fetch: 32 MB at 128-d
+MAX_BATCH_ROWS = 1024  # so that one drained batch keeps nobody waiting for seconds
+MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES  # of a client that asks but does not read
+BYTES_PER_RESULT = 12  # an int64 id and a float32 score
+FRAME_MARGIN_BYTES = 1024  # what a reply's frame holds beside its arrays
+BACKLOG = 128
+STOP_TIMEOUT_S = 10.0
+
+Request: TypeAlias = SearchRequest | FetchRequest
+
+
+@dataclass(slots=True)
+class _Work:
+    """A queued request; ``deadline`` in seconds of time.monotonic."""
+
+    connection: "_Connection"
+    request_id: int
+    request: Request
+    rows: int
+    deadline: float
+
+
+@dataclass(slots=True)
+class ServerStats:
+    """Counters since the start; each is written by one thread only."""
+
+    requests: int = 0
+    batches: int = 0
+    overloaded: int = 0
+    expired: int = 0
+    failed: int = 0
+
+
+class ShardServer:
+    """Serves one shard. ``bind``, then ``start`` with the epoch to announce, then ``stop``.
+
+    ``threads`` is the number of cores one search may use.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        *,
+        secret: bytes,
+        host: str = "127.0.0.1",
+        threads: int = 1,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> None:
+        self.shard = shard
+        self.secret = secret
+        self.epoch = 0
+        self.stats = ServerStats()
+        self.handshake_timeout_s = handshake_timeout_s
+        self.connections: set[_Connection] = set()
+        self._host = host
+        self._threads = threads
+        self._max_queued_requests = max_queued_requests
+        self._socket: socket.socket | None = None
+        self._loop = asyncio.new_event_loop()
+        self._loop_thread = threading.Thread(target=self._run_loop, name="shard-loop", daemon=True)
+        self._search_thread = threading.Thread(
+            target=self._run_search, name="shard-search", daemon=True
+        )
+        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
+        self._queued_requests = 0
+        self._ready = threading.Event()
+        self._stopped = False
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests accepted and not yet answered."""
+        return self._queued_requests
+
+    def bind(self) -> tuple[str, int]:
+        """Takes a free port and starts listening; clients that connect now wait for ``start``."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        self._socket = socket.create_server((self._host, 0), family=family, backlog=BACKLOG)
+        address = self._socket.getsockname()
+        return address[0], address[1]
+
+    def start(self, epoch: int) -> None:
+        """Answers from now on; ``epoch`` is announced to every client."""
+        assert self._socket is not None, "bind first"
+        self.epoch = epoch
+        self._search_thread.start()
+        self._loop_thread.start()
+        self._ready.wait()
+
+    def stop(self) -> None:
+        """Closes port and connections and ends both threads; may be called twice."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._loop_thread.is_alive():
+            self._queue.put(None)
+            self._search_thread.join(STOP_TIMEOUT_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join(STOP_TIMEOUT_S)
+        else:
+            self._loop.close()
+        if self._socket is not None:
+            self._socket.close()
+
+    # Loop thread
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        assert self._socket is not None
+        server = self._loop.run_until_complete(
+            self._loop.create_server(lambda: _Connection(self), sock=self._socket)
+        )
+        self._ready.set()
+        try:
+            self._loop.run_forever()
+        finally:
+            server.close()
+            for connection in list(self.connections):
+                connection.abort()
+            self._loop.run_until_complete(server.wait_closed())
+            self._loop.close()
+
+    def submit(self, connection: "_Connection", request_id: int, request: Request) -> None:
+        """Queues a request of a connection, or answers it at once with an error."""
+        rows = len(request.queries if isinstance(request, SearchRequest) else request.item_ids)
+        try:
+            self._admit(request, rows)
+        except ShardlineError as error:
+            connection.reply(request_id, _error_reply(error))
+            return
+        self._queued_rows += rows
+        self._queued_requests += 1
+        deadline = time.monotonic() + request.timeout_ms / 1e3
+        self._queue.put(_Work(connection, request_id, request, rows, deadline))
+
+    def _admit(self, request: Request, rows: int) -> None:
+        """Raises Overloaded or InvalidInput for a request that must not be queued."""
+        if isinstance(request, SearchRequest):
+            reply_bytes = rows * request.k * BYTES_PER_RESULT
+        else:
+            reply_bytes = rows * (self.shard.dim * 4 + 8)
+        if reply_bytes > MAX_FRAME_BYTES - FRAME_MARGIN_BYTES:
+            raise InvalidInput(
+                "the reply would not fit a frame",
+                expected=f"<= {MAX_FRAME_BYTES} bytes",
+                got=f"{reply_bytes} bytes",
+                hint="ask for less in one request",
+            )
+        full = self._queued_rows > 0 and self._queued_rows + rows > MAX_QUEUED_ROWS
+        if full or self._queued_requests >= self._max_queued_requests:
+            self.stats.overloaded += 1
+            raise Overloaded(
+                "shard queue is full",
+                got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
+            )
+
+    def _deliver(self, answered: list[tuple[_Work, Message]]) -> None:
+        for work, message in answered:
+            self._queued_rows -= work.rows
+            self._queued_requests -= 1
+            work.connection.reply(work.request_id, message)
+
+    # Search thread
+
+    def _run_search(self) -> None:
+        set_search_threads(self._threads)
+        while True:
+            batch, more = self._next_batch()
+            if batch:
+                answered = self._answer(batch)
+                self.stats.requests += len(batch)
+                self.stats.batches += 1
+                self._loop.call_soon_threadsafe(self._deliver, answered)
+            if self._stopped or not more:
+                return
+
+    def _next_batch(self) -> tuple[list[_Work], bool]:
+        """Everything that waits now, up to a bound; False with it when the server stops."""
+        batch: list[_Work] = []
+        rows = 0
+        try:
+            work = self._queue.get()
+            while work is not None:
+                batch.append(work)
+                rows += work.rows
+                if rows >= MAX_BATCH_ROWS:
+                    return batch, True
+                work = self._queue.get_nowait()
+        except queue.Empty:
+            return batch, True
+        return batch, False
+
+    def _answer(self, batch: list[_Work]) -> list[tuple[_Work, Message]]:
+        now = time.monotonic()
+        answered: list[tuple[_Work, Message]] = []
+        searches: list[tuple[_Work, SearchRequest]] = []
+        for work in batch:
+            if work.deadline <= now:
+                self.stats.expired += 1
+                error = DeadlineExceeded("the request's time ran out before the search")
+                answered.append((work, _error_reply(error)))
+            elif isinstance(work.request, SearchRequest):
+                searches.append((work, work.request))
+            else:
+                answered.append((work, self._fetch(work.request)))
+        if searches:
+            replies = self._search([request for _, request in searches])
+            answered += zip((work for work, _ in searches), replies, strict=True)
+        return answered
+
+    def _search(self, requests: list[SearchRequest]) -> list[Message]:
+        try:
+            replies = self.shard.search_batch(requests)
+        except Exception:  # a bug of ours must cost these answers, not the search thread
+            logger.exception("search failed")
+            self.stats.failed += len(requests)
+            return [_INTERNAL_ERROR] * len(requests)
+        return [
+            _error_reply(reply) if isinstance(reply, ShardlineError) else reply for reply in replies
+        ]
+
+    def _fetch(self, request: FetchRequest) -> Message:
+        try:
+            return self.shard.fetch(request)
+        except ShardlineError as error:
+            return _error_reply(error)
+        except Exception:
+            logger.exception("fetch failed")
+            self.stats.failed += 1
+            return _INTERNAL_ERROR
+
+
+class _Connection(asyncio.Protocol):
+    """One client. Lives in the loop thread: nothing here is touched by the search thread."""
+
+    def __init__(self, server: ShardServer) -> None:
+        self._server = server
+        self._splitter = FrameSplitter(HANDSHAKE_FRAME_BYTES)
+        self._hello = new_hello(
+            shard=server.shard.shard, generation=server.shard.generation, epoch=server.epoch
+        )
+        self._is_proven = False
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def reply(self, request_id: int, message: Message) -> None:
+        """Sends a frame, unless the client has gone."""
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        transport.write(encode_frame(request_id, message))
+        if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            logger.warning("client %s does not read its replies", self._peer())
+            transport.abort()
+
+    def abort(self) -> None:
+        """Drops the connection at once, unsent replies included."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # no isinstance here: Ray installs uvloop, whose transports are of no asyncio class
+        self._transport = cast(asyncio.Transport, transport)
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._server.connections.add(self)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._server.handshake_timeout_s, self._give_up)
+        self._transport.write(encode_frame(0, self._hello))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._transport = None
+        self._server.connections.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for payload in self._splitter.feed(data):
+                self._take(*decode_payload(payload))
+        except ProtocolError as error:
+            logger.warning("client %s broke the protocol: %s", self._peer(), error)
+            self.abort()
+
+    def pause_writing(self) -> None:
+        """The client reads slower than it asks: take no more of its requests."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None:
+            self._transport.resume_reading()
+
+    # Inside
+
+    def _take(self, request_id: int, message: Message) -> None:
+        if not self._is_proven:
+            self.reply(0, welcome(message, self._server.secret, self._hello))
+            self._is_proven = True
+            self._splitter.limit = MAX_FRAME_BYTES
+            if self._timer is not None:
+                self._timer.cancel()
+        elif isinstance(message, SearchRequest | FetchRequest):
+            self._server.submit(self, request_id, message)
+        else:
+            raise ProtocolError("not a request", got=type(message).__name__)
+
+    def _give_up(self) -> None:
+        logger.warning("client %s did not prove the secret in time", self._peer())
+        self.abort()
+
+    def _peer(self) -> str:
+        return str(self._transport.get_extra_info("peername")) if self._transport else "(gone)"
+
+
+def _error_reply(error: ShardlineError) -> ErrorReply:
+    return ErrorReply(code=error.code, message=str(error))
+
+
+_INTERNAL_ERROR = ErrorReply(code=ShardlineError.code, message="internal error of the shard")

@@ -1,0 +1,188 @@
+"""A shard server without an index: brute force over its rows, and faults on demand."""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shards.errors import ProtocolError
+from shards.schema import EMPTY_ID, EMPTY_SCORE, Metric, sort_results
+from shards.types import (
+    ErrorReply,
+    FetchReply,
+    FetchRequest,
+    RoutingTable,
+    SearchReply,
+    SearchRequest,
+    ShardRoute,
+)
+from shards.wire import encode_frame, greet_client, read_frame
+
+SECRET = b"a secret of tests"
+
+
+@dataclass(eq=False, kw_only=True)
+class FakeShard:
+    """ids (rows,) int64, vectors (rows, dim) float32, compared by inner product.
+
+    Faults, to be set at any time: ``gate`` cleared holds every answer back; ``garbage`` is sent
+    instead of the next answers; ``error`` is answered; ``short`` answers with too few columns.
+    """
+
+    ids: np.ndarray
+    vectors: np.ndarray
+    shard: int = 0
+    generation: int = 1
+    epoch: int = 1
+    secret: bytes = SECRET
+    garbage: bytes | None = None
+    error: ErrorReply | None = None
+    short: bool = False
+    requests: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = asyncio.Event()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, port: int = 0) -> ShardRoute:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self.route
+
+    @property
+    def route(self) -> ShardRoute:
+        return ShardRoute(
+            shard=self.shard,
+            rows=len(self.ids),
+            epoch=self.epoch,
+            address=("127.0.0.1", self.port),
+        )
+
+    @property
+    def connections(self) -> int:
+        return len(self._writers)
+
+    def stop_reading(self) -> None:
+        for writer in self._writers:
+            writer.transport.pause_reading()
+
+    async def kill(self) -> None:
+        """As kill -9 does: the port closes and every connection is reset."""
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._server.wait_closed()
+
+    async def _serve(self, reader, writer) -> None:
+        self._tasks.add(asyncio.current_task())
+        self._writers.add(writer)
+        try:
+            await greet_client(
+                reader,
+                writer,
+                self.secret,
+                shard=self.shard,
+                generation=self.generation,
+                epoch=self.epoch,
+            )
+            while True:
+                request_id, message = await read_frame(reader)
+                self.requests.append(message)
+                self.asked.set()
+                self._spawn(self._answer(writer, request_id, message))
+        except (OSError, EOFError, ProtocolError, asyncio.CancelledError):
+            pass
+        finally:
+            self._writers.discard(writer)
+            self._tasks.discard(asyncio.current_task())
+            writer.close()
+
+    def _spawn(self, work) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, writer, request_id, message) -> None:
+        await self.gate.wait()
+        if self.garbage is not None:
+            writer.write(self.garbage)
+        else:
+            writer.write(encode_frame(request_id, self.error or self.reply(message)))
+        with contextlib.suppress(OSError):
+            await writer.drain()
+
+    def reply(self, message):
+        if isinstance(message, FetchRequest):
+            mine = np.flatnonzero(np.isin(self.ids, message.item_ids))
+            return FetchReply(item_ids=self.ids[mine], vectors=self.vectors[mine])
+        assert isinstance(message, SearchRequest)
+        ids, scores = brute_force(message.queries, self.ids, self.vectors, message.k)
+        if self.short:
+            ids, scores = ids[:, :-1], scores[:, :-1]
+        return SearchReply(ids=ids, scores=scores, rows=len(self.ids), search_ms=0.25)
+
+
+def brute_force(queries, ids, vectors, k):
+    """ids (n, k) and scores (n, k) by inner product, in answer order."""
+    scores = (queries @ vectors.T).astype(np.float32)
+    pad = max(0, k - len(ids))
+    scores = np.pad(scores, ((0, 0), (0, pad)), constant_values=EMPTY_SCORE)
+    rows = np.pad(np.tile(ids, (len(queries), 1)), ((0, 0), (0, pad)), constant_values=EMPTY_ID)
+    scores, rows = sort_results(scores, rows)
+    return rows[:, :k], scores[:, :k]
+
+
+def make_rows(num_rows: int, dim: int, seed: int = 0):
+    """ids 0..num_rows-1, and vectors of multiples of 1/2: inner products are exact, ties occur."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.integers(-4, 5, (num_rows, dim)).astype(np.float32) / 2
+    vectors[:, 0] += 5  # none is zero
+    return np.arange(num_rows), vectors
+
+
+@contextlib.asynccontextmanager
+async def running_shards(ids, vectors, num_shards: int, **options):
+    """num_shards FakeShards over equal ranges of the rows; killed at the end."""
+    shards = [
+        FakeShard(ids=part, vectors=rows, shard=number, **options)
+        for number, (part, rows) in enumerate(
+            zip(np.array_split(ids, num_shards), np.array_split(vectors, num_shards), strict=True)
+        )
+    ]
+    try:
+        for shard in shards:
+            await shard.start()
+        yield shards
+    finally:
+        for shard in shards:
+            await shard.kill()
+
+
+def make_table(routes, dim: int, **changes) -> RoutingTable:
+    """A routing table over FakeShards or ShardRoutes."""
+    content = {
+        "version": 1,
+        "generation": 1,
+        "generation_dir": "nowhere",
+        "model_version": "m1",
+        "dim": dim,
+        "metric": Metric.DOT,
+        "index": "flat",
+        "shards": tuple(r if isinstance(r, ShardRoute) else r.route for r in routes),
+    }
+    return RoutingTable(**(content | changes))
+
+
+async def until(condition, timeout: float = 5.0) -> None:
+    """Returns when the condition holds; fails the test when it does not come true in time."""
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.002)

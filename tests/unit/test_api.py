@@ -1,0 +1,502 @@
+"""The HTTP API through the whole ASGI app: real codec, real service, fake shards on sockets."""
+
+import asyncio
+import contextlib
+import logging
+
+import httpx
+import msgpack
+import numpy as np
+import orjson
+import pytest
+
+from router.api import create_app
+from router.codec import decode_answer
+from router.config import RouterConfig
+from router.service import SearchService
+from shards.schema import Metric
+from tests.fake_encoder import FakeEncoder
+from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards
+
+DIM = 8
+CONFIG = RouterConfig(
+    backoff_base_ms=1,
+    backoff_max_ms=5,
+    max_batch=10,
+    max_k=50,
+    default_k=10,
+    max_body_bytes=4096,
+    body_timeout_ms=100,
+    retry_after_s=2,
+)
+JSON = {"content-type": "application/json"}
+MSGPACK = {"content-type": "application/msgpack"}
+
+
+@contextlib.asynccontextmanager
+async def api(encoder="m1", config=CONFIG, **table):
+    """(http client, shards, service, vectors) over 60 rows in 4 shards."""
+    ids, vectors = make_rows(60, DIM)
+    async with running_shards(ids, vectors, 4) as shards:
+        service = SearchService(
+            config, SECRET, load_encoder=lambda _table: FakeEncoder(DIM, encoder)
+        )
+        await service.apply(make_table(shards, DIM, **table))
+        transport = httpx.ASGITransport(app=create_app(service, config))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+            yield http, shards, service, vectors
+        await service.close()
+
+
+def one_request(method, path, **options):
+    """The response to one request to a fresh cluster."""
+    table = options.pop("table", {})
+
+    async def run():
+        async with api(**table) as (http, _, _, _):
+            return await http.request(method, path, **options)
+
+    return asyncio.run(run())
+
+
+def test_search_in_json():
+    async def run():
+        async with api() as (http, _, _, vectors):
+            response = await http.post("/v1/search", json={"vectors": vectors[:2].tolist(), "k": 3})
+            ids, scores = brute_force(vectors[:2], np.arange(60), vectors, 3)
+            assert response.status_code == 200
+            assert response.headers["content-type"] == "application/json"
+            body = response.json()
+            assert body["ids"] == ids.tolist()
+            assert body["scores"] == scores.tolist()
+            assert body["coverage"] == {
+                "shards_asked": 4,
+                "shards_answered": 4,
+                "rows_asked": 60,
+                "rows_answered": 60,
+                "degraded": [],
+            }
+            assert (body["generation"], body["model_version"]) == (1, "m1")
+            assert body["request_id"] == response.headers["x-request-id"]
+            assert "reasons" not in body
+
+    asyncio.run(run())
+
+
+def test_k_is_the_default_of_the_configuration():
+    response = one_request("POST", "/v1/search", json={"item_ids": [1]})
+    assert [len(row) for row in response.json()["ids"]] == [10]
+
+
+def test_search_in_msgpack_both_ways():
+    async def run():
+        async with api() as (http, _, _, vectors):
+            data = vectors[:2].astype("<f4")
+            array = {"dtype": "<f4", "shape": [2, DIM], "data": data.tobytes()}
+            response = await http.post(
+                "/v1/search", content=msgpack.packb({"vectors": array, "k": 4}), headers=MSGPACK
+            )
+            assert response.headers["content-type"] == "application/msgpack"
+            answer = decode_answer(response.content)
+            ids, scores = brute_force(vectors[:2], np.arange(60), vectors, 4)
+            np.testing.assert_array_equal(answer.ids, ids)
+            np.testing.assert_array_equal(answer.scores, scores)
+
+            response = await http.post(
+                "/v1/search",
+                json={"vectors": vectors[:2].tolist(), "k": 4},
+                headers={"accept": "application/msgpack"},
+            )
+            np.testing.assert_array_equal(decode_answer(response.content).ids, ids)
+
+    asyncio.run(run())
+
+
+def test_an_unknown_item_is_an_empty_row_with_a_reason():
+    response = one_request("POST", "/v1/search", json={"item_ids": [5, 999], "k": 2})
+    assert response.status_code == 200
+    body = response.json()
+    assert [len(row) for row in body["ids"]] == [2, 0]
+    assert 5 not in body["ids"][0]
+    assert body["reasons"] == {"1": "item 999 not found"}
+
+
+def test_features_are_encoded():
+    response = one_request("POST", "/v1/search", json={"features": [{"slope": 0.25}], "k": 2})
+    assert response.status_code == 200
+    assert len(response.json()["ids"][0]) == 2
+
+
+ONE = [1.0] * DIM
+# (body, field, part of the detail); a body that is bytes is sent as it is
+BAD = [
+    ({"vectors": [[1.0] * 7]}, "vectors", "wrong dimension"),
+    (b'{"vectors": [[NaN]]}', "body", "not JSON"),
+    (b'{"vectors": [[1e999]]}', "body", "not JSON"),
+    ({"vectors": [[1e39, *ONE[1:]]]}, "vectors[0]", "not finite"),
+    ({"vectors": [ONE, [0.0] * DIM]}, "vectors[1]", "zero vector"),
+    ({"vectors": [ONE], "k": 0}, "k", "out of range"),
+    ({"vectors": [ONE], "k": -1}, "k", "out of range"),
+    ({"vectors": [ONE], "k": 51}, "k", "out of range"),
+    ({"vectors": [ONE], "k": 2.5}, "k", "wrong value"),
+    ({"vectors": [ONE], "k": "3"}, "k", "wrong value"),
+    ({"vectors": [ONE], "topk": 3}, "topk", "unknown field"),
+    ({"vectors": [ONE], "params": {"nprob": 3}}, "params.nprob", "unknown field"),
+    ({"vectors": [ONE], "params": {"nprobe": -3}}, "params.nprobe", "wrong value"),
+    ({"vectors": []}, "vectors", "empty batch"),
+    ({"features": []}, "features", "empty batch"),
+    ({"item_ids": []}, "item_ids", "empty batch"),
+    ({"item_ids": [0] * 11}, "item_ids", "batch too large"),
+    ({"item_ids": [-1]}, "item_ids[0]", "negative id"),
+    ({"item_ids": [2**63]}, "item_ids", "id too large"),
+    ({"item_ids": [1.5]}, "item_ids[0]", "wrong type"),
+    ({}, "vectors", "exactly one kind"),
+    ({"vectors": [ONE], "item_ids": [1]}, "item_ids", "exactly one kind"),
+    ({"vectors": [["1"] * DIM]}, "vectors[0]", "wrong type"),
+    ({"vectors": [ONE, ONE[1:]]}, "vectors[1]", "different lengths"),
+    ({"features": [{}]}, "features[0].slope", "missing"),
+    ({"features": [{"slope": "wide"}]}, "features[0].slope", "missing or of the wrong type"),
+    ({"features": ["slope"]}, "features[0]", "wrong type"),
+    ({"item_ids": [1], "timeout_ms": 0}, "timeout_ms", "out of range"),
+    ({"item_ids": [1], "timeout_ms": 1e7}, "timeout_ms", "out of range"),
+    ({"item_ids": [1], "min_coverage": 2}, "min_coverage", "out of range"),
+    (b"", "body", "not JSON"),
+    (b"k=5", "body", "not JSON"),
+    (b"[]", "body", "not an object"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "detail"), BAD)
+def test_bad_input_is_400_names_the_field_and_reaches_no_shard(body, field, detail):
+    async def run():
+        async with api(metric=Metric.COSINE) as (http, shards, _, _):
+            content = body if isinstance(body, bytes) else orjson.dumps(body)
+            response = await http.post("/v1/search", content=content, headers=JSON)
+            assert response.status_code == 400
+            assert response.headers["content-type"] == "application/problem+json"
+            problem = response.json()
+            assert problem["code"] == "invalid_input"
+            assert problem["field"] == field
+            assert detail in problem["detail"]
+            assert problem["request_id"] == response.headers["x-request-id"]
+            assert [shard.requests for shard in shards] == [[], [], [], []]
+
+    asyncio.run(run())
+
+
+def test_expected_and_got_are_told():
+    response = one_request("POST", "/v1/search", json={"vectors": [[1.0] * 7]})
+    problem = response.json()
+    assert (problem["expected"], problem["got"]) == ("8", "7")
+
+
+def test_nan_in_msgpack_is_400_too():
+    data = np.array([[np.nan] * DIM], "<f4")
+    array = {"dtype": "<f4", "shape": [1, DIM], "data": data.tobytes()}
+    content = msgpack.packb({"vectors": array})
+    response = one_request("POST", "/v1/search", content=content, headers=MSGPACK)
+    assert (response.status_code, response.json()["field"]) == (400, "vectors[0]")
+
+
+def test_a_body_that_is_not_msgpack_is_400():
+    response = one_request("POST", "/v1/search", content=b'{"k": 1}', headers=MSGPACK)
+    assert (response.status_code, response.json()["field"]) == (400, "body")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "options", "status", "code"),
+    [
+        ("POST", "/v1/search", {"content": b"{}"}, 415, "unsupported_media_type"),
+        ("POST", "/v1/search", {"data": {"k": "1"}}, 415, "unsupported_media_type"),
+        (
+            "POST",
+            "/v1/search",
+            {"content": b"{}", "headers": JSON | {"content-encoding": "gzip"}},
+            415,
+            "unsupported_media_type",
+        ),
+        (
+            "POST",
+            "/v1/search",
+            {"json": {"item_ids": [1]}, "headers": {"accept": "text/html"}},
+            406,
+            "not_acceptable",
+        ),
+        ("GET", "/v1/search", {}, 405, "method_not_allowed"),
+        ("DELETE", "/v1/items/3", {}, 405, "method_not_allowed"),
+        ("POST", "/v1/status", {}, 405, "method_not_allowed"),
+        ("GET", "/v2/search", {}, 404, "not_found"),
+        ("GET", "/", {}, 404, "not_found"),
+        ("GET", "/v1/items/60", {}, 404, "not_found"),
+        ("GET", "/v1/items/-1", {}, 400, "invalid_input"),
+        ("GET", "/v1/items/abc", {}, 400, "invalid_input"),
+        ("GET", f"/v1/items/{2**70}", {}, 400, "invalid_input"),
+        ("POST", "/v1/search", {"content": b"x" * 4097, "headers": JSON}, 413, "payload_too_large"),
+    ],
+)
+def test_other_refusals(method, path, options, status, code):
+    response = one_request(method, path, **options)
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.json()["code"] == code
+    assert response.json()["request_id"] == response.headers["x-request-id"]
+    if status == 405:
+        assert response.headers["allow"]
+
+
+def test_a_body_too_large_is_refused_without_content_length_and_before_all_of_it_came():
+    async def run():
+        sent = 0
+
+        async def endless():
+            nonlocal sent
+            while True:
+                sent += 1024
+                yield b" " * 1024
+
+        async with api() as (http, _, _, _):
+            response = await http.post("/v1/search", content=endless(), headers=JSON)
+            assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
+            assert sent <= 8 * 1024
+
+    asyncio.run(run())
+
+
+def test_a_body_that_does_not_arrive_is_given_up():
+    async def run():
+        async def stuck():
+            yield b"{"
+            await asyncio.Event().wait()
+
+        async with api() as (http, _, _, _):
+            response = await http.post("/v1/search", content=stuck(), headers=JSON)
+            assert (response.status_code, response.json()["code"]) == (408, "body_timeout")
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_gets_nothing_and_harms_nothing():
+    async def run():
+        async with api() as (http, _, service, _):
+            app = http._transport.app
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/search",
+                "headers": [(b"content-type", b"application/json")],
+            }
+            sent = []
+
+            async def gone():
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            await app(scope, gone, send)
+            assert sent == []
+            assert service.status()["in_flight"] == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("given", ["abc-123", "!" * 128])
+def test_a_request_id_is_echoed(given):
+    for path in ("/healthz", "/v1/search"):
+        response = one_request("GET", path, headers={"x-request-id": given})
+        assert response.headers.get_list("x-request-id") == [given]
+
+
+@pytest.mark.parametrize("given", ["", "a b", "a" * 129, "\x01"])
+def test_a_request_id_that_is_not_fit_to_print_is_replaced(given):
+    headers = {"x-request-id": given.encode()}
+    response = one_request("GET", "/healthz", headers=headers)
+    (made,) = response.headers.get_list("x-request-id")
+    assert made != given
+    assert len(made) == 16
+
+
+def test_partial_answers_are_200_and_say_so_and_min_coverage_makes_them_503():
+    async def run():
+        async with api() as (http, shards, _, _):
+            await shards[3].kill()
+            query = {"item_ids": [1], "k": 3}
+            response = await http.post("/v1/search", json=query)
+            assert response.status_code == 200
+            coverage = response.json()["coverage"]
+            assert (coverage["rows_asked"], coverage["rows_answered"]) == (60, 45)
+            assert coverage["degraded"][0].startswith("shard 3: ")
+
+            response = await http.post("/v1/search", json=query | {"min_coverage": 1})
+            assert response.status_code == 503
+            assert response.headers["retry-after"] == "2"
+            problem = response.json()
+            assert problem["code"] == "unavailable"
+            assert problem["got"] == "45 of 60 rows"
+
+    asyncio.run(run())
+
+
+def test_a_missed_deadline_is_504():
+    async def run():
+        async with api() as (http, shards, _, vectors):
+            for shard in shards:
+                shard.gate.clear()
+            query = {"vectors": vectors[:1].tolist(), "timeout_ms": 20}
+            response = await http.post("/v1/search", json=query)
+            assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
+
+    asyncio.run(run())
+
+
+def test_overload_is_429_at_once_and_passes():
+    async def run():
+        config = CONFIG.model_copy(update={"max_in_flight": 1})
+        async with api(config=config) as (http, shards, _, vectors):
+            query = {"vectors": vectors[:1].tolist(), "timeout_ms": 5000}
+            shards[0].gate.clear()
+            running = asyncio.create_task(http.post("/v1/search", json=query))
+            await shards[0].asked.wait()
+            response = await http.post("/v1/search", json=query)
+            assert (response.status_code, response.json()["code"]) == (429, "overloaded")
+            assert response.headers["retry-after"] == "2"
+            assert (await http.get("/healthz")).status_code == 200
+            shards[0].gate.set()
+            assert (await running).status_code == 200
+            assert (await http.post("/v1/search", json=query)).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_an_encoder_of_another_model_is_503():
+    response = one_request(
+        "POST", "/v1/search", json={"features": [{"slope": 1}]}, table={"encoder": "m0"}
+    )
+    problem = response.json()
+    assert (response.status_code, problem["code"]) == (503, "version_mismatch")
+    assert (problem["expected"], problem["got"]) == ("m1", "m0")
+
+
+@pytest.mark.parametrize("path", ["/v1/search", "/v1/status"])
+def test_an_unexpected_error_is_500_without_details(path, caplog):
+    async def run():
+        async with api() as (http, _, service, _):
+
+            def broken(*_args, **_options):
+                raise RuntimeError("a secret detail")
+
+            service.search = service.status = broken
+            method = "POST" if path == "/v1/search" else "GET"
+            options = {"json": {"item_ids": [1]}} if method == "POST" else {}
+            return await http.request(method, path, **options)
+
+    with caplog.at_level(logging.ERROR):
+        response = asyncio.run(run())
+    assert response.status_code == 500
+    assert response.json()["code"] == "internal"
+    assert "secret" not in response.text
+    assert "a secret detail" in caplog.text
+
+
+def test_item_gives_its_vector():
+    async def run():
+        async with api() as (http, _, _, vectors):
+            body = (await http.get("/v1/items/16")).json()
+            assert body == {
+                "item_id": 16,
+                "vector": vectors[16].tolist(),
+                "shard": 1,
+                "generation": 1,
+                "model_version": "m1",
+            }
+            response = await http.get("/v1/items/16", headers={"accept": "application/msgpack"})
+            assert msgpack.unpackb(response.content)["shard"] == 1
+
+    asyncio.run(run())
+
+
+def test_status_tells_table_shards_and_features():
+    body = one_request("GET", "/v1/status").json()
+    assert (body["generation"], body["rows"], body["metric"]) == (1, 60, "dot")
+    assert [shard["connected"] for shard in body["shards"]] == [True] * 4
+    assert [shard["rows"] for shard in body["shards"]] == [15] * 4
+    assert body["shards"][0]["address"].startswith("127.0.0.1:")
+    assert body["encoder"] == {
+        "model_version": "m1",
+        "features": [{"name": "slope", "kind": "number"}],
+    }
+
+
+def test_ready_follows_the_shards_and_healthy_does_not():
+    async def run():
+        service = SearchService(CONFIG, SECRET)
+        transport = httpx.ASGITransport(app=create_app(service, CONFIG))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+            assert (await http.get("/healthz")).json() == {"status": "ok"}
+            response = await http.get("/readyz")
+            assert response.status_code == 503
+            assert response.json()["reason"] == "no routing table yet"
+            response = await http.post("/v1/search", json={"item_ids": [1]})
+            assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+        async with api() as (http, _, _, _):
+            response = await http.get("/readyz")
+            assert response.status_code == 200
+            assert response.json()["rows_connected"] == 60
+
+    asyncio.run(run())
+
+
+def test_openapi_describes_what_the_code_checks():
+    schema = one_request("GET", "/openapi.json").json()
+    assert set(schema["paths"]) == {
+        "/v1/search",
+        "/v1/items/{item_id}",
+        "/v1/status",
+        "/healthz",
+        "/readyz",
+    }
+    search = schema["paths"]["/v1/search"]["post"]
+    assert set(search["requestBody"]["content"]) == {"application/json", "application/msgpack"}
+    assert "422" not in search["responses"]
+    body = schema["components"]["schemas"]["SearchBody"]
+    assert set(body["properties"]) == {
+        "vectors",
+        "features",
+        "item_ids",
+        "k",
+        "timeout_ms",
+        "min_coverage",
+        "params",
+    }
+    assert body["additionalProperties"] is False
+
+    def refs(node):
+        if isinstance(node, dict):
+            yield from [node["$ref"]] if "$ref" in node else []
+            node = list(node.values())
+        if isinstance(node, list):
+            for item in node:
+                yield from refs(item)
+
+    for ref in refs(schema):
+        assert ref.rpartition("/")[2] in schema["components"]["schemas"]
+
+
+def test_docs_need_no_other_host():
+    response = one_request("GET", "/docs")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "/v1/search" in response.text
+    assert "min_coverage" in response.text
+    assert "http://" not in response.text
+    assert "https://" not in response.text
+
+
+def test_the_documented_response_is_the_real_one():
+    schema = one_request("GET", "/openapi.json").json()["components"]["schemas"]
+    body = one_request("POST", "/v1/search", json={"item_ids": [5, 999]}).json()
+    assert set(body) == set(schema["SearchResponse"]["properties"])
+    assert set(body["coverage"]) == set(schema["CoverageBody"]["properties"])
+    item = one_request("GET", "/v1/items/5").json()
+    assert set(item) == set(schema["ItemResponse"]["properties"])
+    problem = one_request("POST", "/v1/search", json={"vectors": [[1.0]], "x": 1}).json()
+    assert set(problem) <= set(schema["Problem"]["properties"])

@@ -1,0 +1,153 @@
+"""Prepared data against the tables it came from, and batches against loops."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.errors import DataError
+from tests.tiny import ITEM_IDS, NUM_USERS, PER_USER, USER_IDS, tiny_config, tiny_dataset
+from training.batches import Sampler, TrainingData, item_lists, newest_of, others, prepare
+from training.features import fit
+from training.metrics import Csr
+from training.tables import Dataset
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return tiny_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def data(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    folder = tmp_path_factory.mktemp("cache")
+    prepare(dataset, fit(tiny_config(), dataset), folder)
+    return TrainingData.open(folder)
+
+
+def sampler(data: TrainingData, rank: int = 0, world: int = 1, rate: float = 0.0) -> Sampler:
+    return Sampler(
+        data=data,
+        batch_size=24,
+        rank=rank,
+        world=world,
+        seed=9,
+        unknown_rate=rate,
+        history_length=4,
+    )
+
+
+def test_lists_hold_each_users_items_in_order_of_time(dataset: Dataset, data: TrainingData) -> None:
+    table = dataset.interactions("train").to_pylist()
+    for row, user in enumerate(USER_IDS):
+        mine = sorted((r["timestamp"], r["item_id"]) for r in table if r["user_id"] == user)
+        items = data.train.items[data.train.indptr[row] : data.train.indptr[row + 1]]
+        assert ITEM_IDS[items].tolist() == [item for _, item in mine]
+    assert (data.train_users == data.train.owners).all()
+    assert data.item_counts().sum() == NUM_USERS * (PER_USER - 2)
+
+
+def test_mapped_arrays_are_not_copies(data: TrainingData) -> None:
+    for array in (data.items.numeric, data.items.categorical, data.train.items):
+        assert not array.flags.writeable
+        assert not array.flags.owndata
+
+
+def test_every_example_once_an_epoch_and_orders_differ(data: TrainingData) -> None:
+    epochs = []
+    for epoch in (0, 1):
+        pairs = [
+            (u, i)
+            for batch in sampler(data).epoch(epoch)
+            for u, i in zip(batch.users.categorical[:, 0], batch.item_rows, strict=True)
+        ]
+        assert len(pairs) == len(set(pairs)) == 240
+        epochs.append(pairs)
+    assert epochs[0] != epochs[1]
+    assert set(epochs[0]) == set(epochs[1])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_batch_of_one(data: TrainingData, world: int) -> None:
+    whole = list(sampler(data, rate=0.3).epoch(2))
+    parts = [list(sampler(data, rank, world, rate=0.3).epoch(2)) for rank in range(world)]
+    assert {len(part) for part in parts} == {len(whole)}
+    for step, batch in enumerate(whole):
+        ours = [part[step] for part in parts]
+        for name in ("users", "items", "history"):
+            for field in ("categorical", "numeric"):
+                joined = np.concatenate([getattr(getattr(b, name), field) for b in ours])
+                assert (joined == getattr(getattr(batch, name), field)).all()
+        for name in ("history_lengths", "item_rows", "known_items"):
+            joined = np.concatenate([getattr(b, name) for b in ours])
+            assert (joined == getattr(batch, name)).all()
+
+
+def test_history_leaves_the_positive_out_and_keeps_the_newest(data: TrainingData) -> None:
+    rows = np.arange(len(data.train.items))
+    users = data.train_users
+    for newest in (1, 3, 4, 5, 50):
+        found = others(data.train, users, rows, newest)
+        for row in rows:
+            start, end = data.train.indptr[users[row]], data.train.indptr[users[row] + 1]
+            rest = [data.train.items[i] for i in range(start, end) if i != row][-newest:]
+            mine = found.items[found.indptr[row] : found.indptr[row + 1]]
+            assert mine.tolist() == rest
+
+
+def test_others_of_users_with_one_item_and_without_history() -> None:
+    train = Csr(np.array([0, 1, 3]), np.array([7, 8, 9]))
+    rows = np.array([0, 2])
+    found = others(train, np.array([0, 1]), rows, 4)
+    assert found.indptr.tolist() == [0, 0, 1]
+    assert found.items.tolist() == [8]
+    assert others(train, np.array([0, 1]), rows, 0).indptr.tolist() == [0, 0, 0]
+
+
+def test_known_pairs_are_all_train_items_of_the_users(data: TrainingData) -> None:
+    rows = np.arange(24) * 7
+    batch = sampler(data).batch(rows, np.random.default_rng(0))
+    expected = [
+        (example, item)
+        for example, row in enumerate(rows)
+        for item in data.train.items[
+            data.train.indptr[data.train_users[row]] : data.train.indptr[data.train_users[row] + 1]
+        ].tolist()
+    ]
+    pairs = zip(batch.known_rows.tolist(), batch.known_items.tolist(), strict=True)
+    assert list(pairs) == expected
+
+
+def test_hidden_values_come_at_the_asked_rate(data: TrainingData) -> None:
+    batches = [b for epoch in range(20) for b in sampler(data, rate=0.25).epoch(epoch)]
+    for blocks in ([b.users for b in batches], [b.items for b in batches]):
+        unknown = np.concatenate([block.categorical for block in blocks]) == 0
+        assert unknown.mean(axis=0) == pytest.approx(0.25, abs=0.04)
+    empty = np.concatenate([b.history_lengths for b in batches]) == 0
+    assert empty.mean() == pytest.approx(0.25, abs=0.04)
+    for batch in batches[:10]:
+        assert len(batch.history) == batch.history_lengths.sum()
+
+
+def test_newest_of_cuts_from_the_front() -> None:
+    lists = Csr(np.array([0, 3, 3, 5]), np.array([1, 2, 3, 4, 5]))
+    cut = newest_of(lists, np.array([2, 0, 1]), 2)
+    assert (cut.indptr.tolist(), cut.items.tolist()) == ([0, 2, 4, 4], [4, 5, 2, 3])
+    assert newest_of(lists, np.array([0])).items.tolist() == [1, 2, 3]
+    assert newest_of(lists, np.array([0]), 0).items.tolist() == []
+
+
+def test_item_lists_of_several_splits(dataset: Dataset) -> None:
+    both = item_lists(dataset, ("train", "val"))
+    assert both.lengths.tolist() == [PER_USER - 1] * NUM_USERS
+
+
+def test_nothing_to_train_on_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    class OnlyTest:
+        users, items = dataset.users, dataset.items
+
+        def interactions(self, splits: object) -> object:
+            return dataset.interactions("test").slice(0, 0)
+
+    with pytest.raises(DataError, match="no interactions to train on"):
+        prepare(OnlyTest(), fit(tiny_config(), dataset), tmp_path)

@@ -1,0 +1,303 @@
+"""Bodies in both formats: what goes in comes out, and only numbers pass for numbers."""
+
+import msgpack
+import numpy as np
+import orjson
+import pytest
+
+from router.codec import (
+    Media,
+    answer_media,
+    body_media,
+    decode_answer,
+    decode_query,
+    encode_answer,
+    encode_item,
+    encode_query,
+)
+from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
+from router.problems import NotAcceptable, UnsupportedMediaType
+from shards.errors import InvalidInput, ProtocolError
+from shards.types import SearchParams
+
+INF = np.float32(np.inf)
+
+
+def packed(array, dtype):
+    array = np.asarray(array, dtype=dtype)
+    return {"dtype": dtype, "shape": list(array.shape), "data": array.tobytes()}
+
+
+def make_answer(**changes):
+    content = {
+        "ids": np.array([[4, 2, -1], [7, 8, 9]]),
+        "scores": np.array([[0.1, -3.5, -INF], [3, 2, 1]], np.float32),
+        "generation": 3,
+        "model_version": "m",
+        "coverage": Coverage(
+            shards_asked=2,
+            shards_answered=1,
+            rows_asked=9,
+            rows_answered=4,
+            degraded=["shard 1: x"],
+        ),
+        "took_ms": 1.23456,
+        "search_ms": 0.5,
+        "reasons": {},
+        "request_id": "r",
+    }
+    return SearchAnswer(**(content | changes))
+
+
+@pytest.mark.parametrize(
+    ("content_type", "expected"),
+    [
+        ("application/json", Media.JSON),
+        ("Application/JSON; charset=utf-8", Media.JSON),
+        ("application/msgpack", Media.MSGPACK),
+        ("application/x-msgpack", Media.MSGPACK),
+    ],
+)
+def test_body_media(content_type, expected):
+    assert body_media(content_type) is expected
+
+
+@pytest.mark.parametrize("content_type", ["", "text/plain", "application/x-www-form-urlencoded"])
+def test_other_bodies_are_unsupported(content_type):
+    with pytest.raises(UnsupportedMediaType) as caught:
+        body_media(content_type)
+    assert caught.value.field == "Content-Type"
+
+
+@pytest.mark.parametrize(
+    ("accept", "default", "expected"),
+    [
+        ("", Media.MSGPACK, Media.MSGPACK),
+        ("*/*", Media.MSGPACK, Media.MSGPACK),
+        ("application/*", Media.JSON, Media.JSON),
+        ("application/msgpack", Media.JSON, Media.MSGPACK),
+        ("text/html, application/json;q=0.4, application/msgpack;q=0.5", Media.JSON, Media.MSGPACK),
+        ("application/msgpack;q=0.2, */*;q=0.1", Media.JSON, Media.MSGPACK),
+        ("application/json;q=oops", Media.MSGPACK, Media.JSON),
+    ],
+)
+def test_answer_media(accept, default, expected):
+    assert answer_media(accept, default) is expected
+
+
+@pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "image/*"])
+def test_other_answers_are_not_acceptable(accept):
+    with pytest.raises(NotAcceptable):
+        answer_media(accept, Media.JSON)
+
+
+def test_json_query():
+    body = (
+        b'{"vectors": [[1, 2.5], [-3e2, 0]], "k": 7, "timeout_ms": 50, "min_coverage": 1,'
+        b' "params": {"nprobe": 4}, "features": null}'
+    )
+    query = decode_query(body, Media.JSON)
+    assert query.vectors.tolist() == [[1.0, 2.5], [-300.0, 0.0]]
+    assert (query.k, query.timeout_ms, query.min_coverage) == (7, 50.0, 1.0)
+    assert query.params == SearchParams(nprobe=4)
+    assert query.features is None
+    assert query.item_ids is None
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", "<i4", "<i8"])
+def test_msgpack_arrays_of_every_type(dtype):
+    body = msgpack.packb({"vectors": packed([[1, 2], [3, 4]], dtype)})
+    query = decode_query(body, Media.MSGPACK)
+    assert query.vectors.dtype == np.dtype(dtype)
+    assert query.vectors.tolist() == [[1, 2], [3, 4]]
+
+
+def test_msgpack_takes_plain_lists_too():
+    query = decode_query(msgpack.packb({"item_ids": [3, 2**62]}), Media.MSGPACK)
+    assert query.item_ids == [3, 2**62]
+    query = decode_query(msgpack.packb({"vectors": [[1, 2.5]]}), Media.MSGPACK)
+    assert query.vectors.tolist() == [[1.0, 2.5]]
+
+
+def test_an_array_as_a_feature_is_a_list():
+    body = msgpack.packb({"features": [{"interest": packed([1, 2], "<f4"), "country": "DE"}]})
+    query = decode_query(body, Media.MSGPACK)
+    assert query.features == [{"interest": [1.0, 2.0], "country": "DE"}]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        SearchQuery(vectors=np.array([[1, 2]], "<f4"), k=3, params=SearchParams(ef_search=9)),
+        SearchQuery(item_ids=np.array([5, 6], "<i8"), timeout_ms=20.5, min_coverage=0.5),
+        SearchQuery(features=[{"age": 30, "past": [1, 2], "country": None, "new": True}]),
+    ],
+)
+def test_encode_query_is_what_decode_query_reads(query):
+    again = decode_query(encode_query(query), Media.MSGPACK)
+    for name in ("vectors", "item_ids"):
+        expected, got = getattr(query, name), getattr(again, name)
+        assert (expected is None) == (got is None)
+        assert expected is None or (expected == got).all()
+    assert (again.features, again.k, again.params) == (query.features, query.k, query.params)
+    assert (again.timeout_ms, again.min_coverage) == (query.timeout_ms, query.min_coverage)
+
+
+BAD_JSON = [
+    (b"", "body", "not JSON"),
+    (b"{", "body", "not JSON"),
+    (b"\xff\xfe", "body", "not JSON"),
+    (b"[" * 3000 + b"]" * 3000, "body", "not JSON"),
+    (b'{"vectors": [[NaN]]}', "body", "not JSON"),
+    (b'{"vectors": [[1e999]]}', "body", "not JSON"),
+    (b"[1]", "body", "not an object"),
+    (b"null", "body", "not an object"),
+    (b'{"vectors": 3}', "vectors", "wrong type"),
+    (b'{"vectors": [1.0, 2.0]}', "vectors[0]", "wrong type"),
+    (b'{"vectors": {"dtype": "<f4"}}', "vectors", "wrong type"),
+    (b'{"vectors": [["1.5"]]}', "vectors[0]", "wrong type"),
+    (b'{"vectors": [[1.0], [true]]}', "vectors[1]", "wrong type"),
+    (b'{"vectors": [[1.0], [null]]}', "vectors[1]", "wrong type"),
+    (b'{"vectors": [[1.0, 2.0], [1.0]]}', "vectors[1]", "rows of different lengths"),
+    (b'{"vectors": [[[1.0]]]}', "vectors[0]", "wrong type"),
+    (b'{"item_ids": "5"}', "item_ids", "wrong type"),
+    (b'{"item_ids": [1, 2.0]}', "item_ids[1]", "wrong type"),
+    (b'{"item_ids": [true]}', "item_ids[0]", "wrong type"),
+    (b'{"item_ids": [1, "2"]}', "item_ids[1]", "wrong type"),
+    (b'{"features": {"age": 3}}', "features", "wrong type"),
+    (b'{"features": [3]}', "features[0]", "wrong type"),
+    (b'{"features": [{"age": {"years": 3}}]}', "features[0].age", "wrong type"),
+    (b'{"features": [{"age": [[3]]}]}', "features[0].age", "wrong type"),
+    (b'{"item_ids": [1], "k": "5"}', "k", "wrong value"),
+    (b'{"item_ids": [1], "k": 5.0}', "k", "wrong value"),
+    (b'{"item_ids": [1], "k": true}', "k", "wrong value"),
+    (b'{"item_ids": [1], "timeout_ms": "9"}', "timeout_ms", "wrong value"),
+    (b'{"item_ids": [1], "params": {"nprobe": 0}}', "params.nprobe", "wrong value"),
+    (b'{"item_ids": [1], "params": {"nprobes": 1}}', "params.nprobes", "unknown field"),
+    (b'{"item_ids": [1], "params": 3}', "params", "wrong value"),
+    (b'{"item_id": [1]}', "item_id", "unknown field"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "message"), BAD_JSON)
+def test_bad_json_is_named(body, field, message):
+    with pytest.raises(InvalidInput, match=message) as caught:
+        decode_query(body, Media.JSON)
+    assert caught.value.field == field
+
+
+def test_an_unknown_field_comes_with_the_known_ones_and_a_guess():
+    with pytest.raises(InvalidInput) as caught:
+        decode_query(b'{"item_id": [1]}', Media.JSON)
+    assert caught.value.hint == (
+        "did you mean item_ids? "
+        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params"
+    )
+    with pytest.raises(InvalidInput) as caught:
+        decode_query(b'{"params": {"zzz": 1}}', Media.JSON)
+    assert caught.value.hint == "known fields: nprobe, ef_search, rerank_factor"
+
+
+BAD_MSGPACK = [
+    (b"", "body", "not msgpack"),
+    (b"\xc1", "body", "not msgpack"),
+    (msgpack.packb({"k": 1}) + b"x", "body", "not msgpack"),
+    (b"\x91" * 3000 + b"\x01", "body", "not msgpack"),
+    (b"\xdf\xff\xff\xff\xff", "body", "not msgpack"),
+    (msgpack.packb({1: 2}), "body", "not msgpack"),
+    (b"\x82\xa1k\x01\xa1k\x02", "body", "a key comes twice"),
+    (msgpack.packb({"k": msgpack.ExtType(4, b"x")}), "body", "extension types"),
+    (msgpack.packb({"k": msgpack.Timestamp(4)}), "k", "wrong value"),
+    (
+        msgpack.packb({"features": [{"age": msgpack.Timestamp(4)}]}),
+        "features[0].age",
+        "wrong type",
+    ),
+    (msgpack.packb({"features": [{"age": float("nan")}]}), "features[0].age", "not finite"),
+    (msgpack.packb({"features": [{"age": b"raw"}]}), "features[0].age", "wrong type"),
+    (msgpack.packb({"timeout_ms": float("nan")}), "timeout_ms", "wrong value"),
+    (msgpack.packb({"vectors": packed([1, 2], "<f4")}), "vectors", "wrong shape"),
+    (msgpack.packb({"vectors": packed(1, "<f4")}), "vectors", "wrong shape"),
+    (msgpack.packb({"item_ids": packed([[1, 2]], "<i8")}), "item_ids", "wrong shape"),
+    (msgpack.packb({"vectors": packed([[1, 2]], "<u2")}), "dtype", "array type"),
+    (msgpack.packb({"vectors": packed([[1, 2]], "<f4") | {"dtype": "O"}}), "dtype", "array type"),
+    (msgpack.packb({"vectors": packed([[1, 2]], "<f4") | {"shape": [1, 3]}}), "data", "bad array"),
+    (
+        msgpack.packb({"vectors": packed([[1, 2]], "<f4") | {"shape": [-1, -2]}}),
+        "shape",
+        "bad array",
+    ),
+    (msgpack.packb({"vectors": packed([[1, 2]], "<f4") | {"shape": 2}}), "shape", "bad array"),
+    (msgpack.packb({"vectors": packed([[1, 2]], "<f4") | {"data": "ab"}}), "data", "bad array"),
+    (msgpack.packb({"vectors": packed([[[1, 2]]], "<f4")}), "data", "bad array"),
+]
+
+
+@pytest.mark.parametrize(("body", "field", "message"), BAD_MSGPACK)
+def test_bad_msgpack_is_named(body, field, message):
+    with pytest.raises(InvalidInput, match=message) as caught:
+        decode_query(body, Media.MSGPACK)
+    assert caught.value.field == field
+
+
+def test_json_answers_are_cut_to_live_results():
+    content = orjson.loads(encode_answer(make_answer(), Media.JSON))
+    assert content == {
+        "ids": [[4, 2], [7, 8, 9]],
+        "scores": [[0.1, -3.5], [3.0, 2.0, 1.0]],
+        "generation": 3,
+        "model_version": "m",
+        "coverage": {
+            "shards_asked": 2,
+            "shards_answered": 1,
+            "rows_asked": 9,
+            "rows_answered": 4,
+            "degraded": ["shard 1: x"],
+        },
+        "took_ms": 1.235,
+        "search_ms": 0.5,
+        "request_id": "r",
+    }
+
+
+def test_full_json_answers_are_not_cut():
+    answer = make_answer(ids=np.array([[1, 2]]), scores=np.array([[2, 1]], np.float32))
+    content = orjson.loads(encode_answer(answer, Media.JSON))
+    assert (content["ids"], content["scores"]) == ([[1, 2]], [[2.0, 1.0]])
+
+
+def test_reasons_are_there_only_when_there_are_any():
+    content = orjson.loads(encode_answer(make_answer(reasons={1: "why"}), Media.JSON))
+    assert content["reasons"] == {"1": "why"}
+
+
+def test_msgpack_answers_come_back_as_they_were():
+    answer = make_answer(reasons={0: "why"}, took_ms=1.5)
+    again = decode_answer(encode_answer(answer, Media.MSGPACK))
+    np.testing.assert_array_equal(again.ids, answer.ids)
+    np.testing.assert_array_equal(again.scores, answer.scores)
+    assert (again.ids.dtype, again.scores.dtype) == (np.int64, np.float32)
+    for name in ("generation", "model_version", "coverage", "took_ms", "reasons", "request_id"):
+        assert getattr(again, name) == getattr(answer, name)
+
+
+@pytest.mark.parametrize("body", [b"", b"\x80", b"\x01", msgpack.packb({"coverage": {"a": 1}})])
+def test_what_is_no_answer_is_a_protocol_error(body):
+    with pytest.raises(ProtocolError):
+        decode_answer(body)
+
+
+def test_item_in_both_formats():
+    answer = ItemAnswer(
+        item_id=5, vector=np.array([0.1, 2], np.float32), shard=1, generation=2, model_version="m"
+    )
+    content = orjson.loads(encode_item(answer, Media.JSON))
+    assert content == {
+        "item_id": 5,
+        "vector": [0.1, 2.0],
+        "shard": 1,
+        "generation": 2,
+        "model_version": "m",
+    }
+    content = msgpack.unpackb(encode_item(answer, Media.MSGPACK))
+    assert content["vector"] == packed([0.1, 2], "<f4")

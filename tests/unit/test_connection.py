@@ -1,0 +1,277 @@
+"""One connection to one shard: framing, handshake, loss, reconnection, fencing, bounds."""
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+
+from router.config import RouterConfig
+from router.connection import ShardConnection, backoff_ms
+from shards.errors import Overloaded, Unavailable
+from shards.types import ErrorReply, FetchReply, FetchRequest, ShardRoute
+from shards.wire import HEADER, MAX_FRAME_BYTES, encode_frame
+from tests.fake_shard import SECRET, FakeShard, make_rows, until
+
+FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, connect_timeout_ms=500)
+
+
+def make_shard(**options):
+    ids, vectors = make_rows(20, 8)
+    return FakeShard(ids=ids, vectors=vectors, **options)
+
+
+def connect(route, *, config=FAST, secret=SECRET, generation=1):
+    connection = ShardConnection(
+        route, generation, secret=secret, config=config, rng=random.Random(0)
+    )
+    connection.start()
+    return connection
+
+
+def ask(connection, request_id, item=3):
+    """A future of the reply to a fetch of one item."""
+    reply = asyncio.get_running_loop().create_future()
+    frame = encode_frame(request_id, FetchRequest(item_ids=np.array([item]), timeout_ms=1000.0))
+    connection.request(request_id, frame, reply.set_result)
+    return reply
+
+
+def test_backoff_doubles_up_to_its_limit_and_half_of_it_is_random():
+    config = RouterConfig(backoff_base_ms=10, backoff_max_ms=100)
+    for failures, longest in [(1, 10), (2, 20), (3, 40), (4, 80), (5, 100), (5000, 100)]:
+        pauses = [backoff_ms(failures, config, random.Random(seed)) for seed in range(50)]
+        assert longest / 2 <= min(pauses) < max(pauses) <= longest
+
+
+def test_many_requests_are_in_flight_and_replies_find_their_own():
+    async def run():
+        shard = make_shard()
+        connection = connect(await shard.start())
+        await connection.settled()
+        assert connection.connected
+        assert connection.reason == ""
+        shard.gate.clear()
+        replies = [ask(connection, request_id, item=request_id) for request_id in range(1, 11)]
+        await until(lambda: len(shard.requests) == 10)
+        assert shard.connections == 1
+        shard.gate.set()
+        for request_id, reply in enumerate(await asyncio.gather(*replies), start=1):
+            assert isinstance(reply, FetchReply)
+            assert reply.item_ids.tolist() == [request_id]
+            np.testing.assert_array_equal(reply.vectors[0], shard.vectors[request_id])
+        await connection.close()
+        await until(lambda: shard.connections == 0)
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+def test_a_killed_shard_fails_what_is_pending_at_once_and_is_found_again_on_the_same_port():
+    async def run():
+        shard = make_shard()
+        route = await shard.start()
+        connection = connect(route)
+        await connection.settled()
+        shard.gate.clear()
+        pending = [ask(connection, 1), ask(connection, 2)]
+        await until(lambda: len(shard.requests) == 2)
+        await shard.kill()
+        for reply in await asyncio.wait_for(asyncio.gather(*pending), 1):
+            assert isinstance(reply, Unavailable)
+            assert reply.message == "connection lost"
+        with pytest.raises(Unavailable, match="connection"):
+            ask(connection, 3)
+        assert not connection.connected
+
+        again = make_shard(epoch=2)
+        await again.start(route.address[1])
+        await until(lambda: connection.connected)
+        assert (await ask(connection, 4)).item_ids.tolist() == [3]
+        await connection.close()
+        await again.kill()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("shard_options", "route_epoch", "reason"),
+    [
+        ({"secret": b"another"}, 1, "connection lost during the handshake"),
+        ({"epoch": 4}, 5, "an older process of this shard; expected epoch >= 5; got 4"),
+        ({"generation": 2}, 1, "wrong generation; expected 1; got 2"),
+        ({"shard": 7}, 1, "wrong shard; expected 0; got 7"),
+    ],
+)
+def test_the_wrong_process_is_refused(shard_options, route_epoch, reason):
+    async def run():
+        shard = make_shard(**shard_options)
+        address = (await shard.start()).address
+        route = ShardRoute(shard=0, rows=20, epoch=route_epoch, address=address)
+        connection = connect(route)
+        await connection.settled()
+        assert not connection.connected
+        assert reason in connection.reason
+        with pytest.raises(Unavailable):
+            ask(connection, 1)
+        await connection.close()
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+def test_after_a_higher_epoch_the_lower_one_of_the_table_is_a_zombie():
+    async def run():
+        newer = make_shard(epoch=3)
+        route = await newer.start()
+        connection = connect(ShardRoute(shard=0, rows=20, epoch=1, address=route.address))
+        await connection.settled()
+        assert connection.connected
+        await newer.kill()
+        zombie = make_shard(epoch=2)
+        await zombie.start(route.address[1])
+        await until(lambda: "older process" in connection.reason)
+        assert not connection.connected
+        await connection.close()
+        await zombie.kill()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_never_greets_is_given_up_in_time():
+    async def run():
+        async def wait_for_the_end(reader, writer):
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(wait_for_the_end, "127.0.0.1", 0)
+        address = server.sockets[0].getsockname()[:2]
+        config = RouterConfig(connect_timeout_ms=30, backoff_base_ms=1, backoff_max_ms=5)
+        connection = connect(ShardRoute(shard=0, rows=1, epoch=1, address=address), config=config)
+        await connection.settled()
+        assert connection.reason == "no connection in time"
+        await connection.close()
+        server.close()
+        await until(lambda: len(asyncio.all_tasks()) == 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        HEADER.pack(4) + b"\xff\xff\xff\xff",
+        HEADER.pack(MAX_FRAME_BYTES + 1),
+        HEADER.pack(3) + b"\x93\x63\x01",
+        encode_frame(9, ErrorReply(code="x", message="y"))[:-1] + b"\xc1",
+    ],
+)
+def test_garbage_closes_the_connection_and_tells_the_pending(garbage):
+    async def run():
+        shard = make_shard(garbage=garbage)
+        connection = connect(await shard.start())
+        await connection.settled()
+        reply = await asyncio.wait_for(ask(connection, 1), 1)
+        assert isinstance(reply, Unavailable)
+        assert reply.message.startswith("broke the protocol")
+        shard.garbage = None
+        await until(lambda: connection.connected)
+        assert isinstance(await ask(connection, 2), FetchReply)
+        await connection.close()
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+def test_the_late_reply_of_an_abandoned_request_is_dropped():
+    async def run():
+        shard = make_shard()
+        connection = connect(await shard.start())
+        await connection.settled()
+        shard.gate.clear()
+        abandoned = ask(connection, 1, item=1)
+        await until(lambda: len(shard.requests) == 1)
+        connection.abandon(1)
+        shard.gate.set()
+        assert (await ask(connection, 2, item=2)).item_ids.tolist() == [2]
+        assert not abandoned.done()
+        assert connection.connected
+        await connection.close()
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+def test_more_in_flight_than_allowed_is_refused_at_once():
+    async def run():
+        shard = make_shard()
+        config = FAST.model_copy(update={"shard_max_in_flight": 2})
+        connection = connect(await shard.start(), config=config)
+        await connection.settled()
+        shard.gate.clear()
+        pending = [ask(connection, 1), ask(connection, 2)]
+        with pytest.raises(Overloaded):
+            ask(connection, 3)
+        shard.gate.set()
+        await asyncio.gather(*pending)
+        assert isinstance(await ask(connection, 4), FetchReply)
+        await connection.close()
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+def test_a_shard_that_does_not_read_is_overloaded_instead_of_buffered_without_bound():
+    async def run():
+        shard = make_shard()
+        connection = connect(await shard.start())
+        await connection.settled()
+        shard.stop_reading()
+        big = encode_frame(1, FetchRequest(item_ids=np.arange(500_000), timeout_ms=1.0))
+        refused = 0
+        for request_id in range(1, 20):
+            try:
+                connection.request(request_id, big, lambda _reply: None)
+            except Overloaded:
+                refused += 1
+            await asyncio.sleep(0)
+        assert refused >= 10
+        await connection.close()
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+def test_a_silent_shard_is_dropped_once_a_deadline_is_missed():
+    async def run():
+        shard = make_shard()
+        config = FAST.model_copy(update={"stall_timeout_ms": 20.0})
+        connection = connect(await shard.start(), config=config)
+        await connection.settled()
+        shard.gate.clear()
+        first, second = ask(connection, 1), ask(connection, 2)
+        connection.abandon(1)
+        assert connection.connected  # a missed deadline alone is no reason
+        await asyncio.sleep(0.03)
+        connection.abandon(1)
+        assert (await asyncio.wait_for(second, 1)).message == "gone silent"
+        assert not first.done()
+        await connection.close()
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+def test_close_tells_the_pending_and_leaves_no_task():
+    async def run():
+        shard = make_shard()
+        connection = connect(await shard.start())
+        await connection.settled()
+        shard.gate.clear()
+        pending = ask(connection, 1)
+        await connection.close()
+        assert isinstance(await pending, Unavailable)
+        await shard.kill()
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())

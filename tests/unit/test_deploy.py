@@ -1,0 +1,25 @@
+"""The files in deploy/ are what Ray and our own configuration accept."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from cluster.config import load_config
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+
+
+@pytest.mark.parametrize("path", sorted(DEPLOY.glob("ray/onprem*.yaml")), ids=lambda p: p.name)
+def test_ray_up_accepts_the_launcher_file(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    validate_config(prepare_config(config))
+    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+    assert all("ENABLE_HA_PROXY=1" in line for line in starts if "ray start" in line)
+
+
+def test_our_configuration_accepts_the_cluster_file() -> None:
+    config = load_config(DEPLOY / "ray" / "cluster-config.yaml")
+    assert config.cluster.address == "auto"
+    assert config.cluster.shard_host == "node"

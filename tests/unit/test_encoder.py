@@ -1,0 +1,180 @@
+"""The numpy encoder must say what the torch query tower says, and refuse what does not fit."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from router.encoder import QueryEncoder
+from shards.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
+from training.batches import item_lists, prepare
+from training.checkpoint import Run, load_best, start_run
+from training.encoding import encode_queries
+from training.export import export
+from training.features import fit
+from training.loop import train_rank
+from training.queries import feature_kinds, query_features, query_features_of_user
+from training.tables import ITEMS, USERS, Dataset
+
+GOOD = {"user_id": 1, "country": "US", "member": True, "age": 30, "history": [100, 103]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = tiny_dataset(folder / "data")
+    config = tiny_config(epochs=3, unknown_rate=0.2)
+    space = fit(config, dataset)
+    prepare(dataset, space, folder / "run" / "cache")
+    start_run(folder / "run", Run(config=config, space=space), {})
+    train_rank(folder / "run", torch.device("cpu"))
+    return folder / "run", dataset
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(trained: tuple[Path, Dataset], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run, dataset = trained
+    store = tmp_path_factory.mktemp("store")
+    exported = export(run, dataset.path, store, created_at="2026-01-01T00:00:00Z")
+    assert exported.encoder_folder is not None
+    return exported.encoder_folder
+
+
+@pytest.fixture(scope="module")
+def encoder(encoder_folder: Path) -> QueryEncoder:
+    return QueryEncoder.load(encoder_folder)
+
+
+def test_equals_the_torch_tower(trained: tuple[Path, Dataset], encoder: QueryEncoder) -> None:
+    run_folder, dataset = trained
+    run, model = load_best(run_folder)
+    users = np.arange(dataset.rows["users"])
+    expected = encode_queries(
+        model,
+        run.space.query.encode(dataset.users(), USERS),
+        item_lists(dataset, ("train", "val")),
+        run.space.item.encode(dataset.items(), ITEMS),
+    )
+    kinds = feature_kinds(run.space)
+    queries = query_features(dataset, kinds, users, ("train", "val"))
+    found = encoder.encode(json.loads(json.dumps(queries)))
+    assert found.dtype == np.float32
+    assert found.shape == (len(users), encoder.dim) == (40, 16)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    one = query_features_of_user(dataset, kinds, 5)
+    np.testing.assert_allclose(encoder.encode([one])[0], expected[2], atol=1e-5)
+    assert {f["name"]: f["kind"] for f in encoder.features} == kinds
+
+
+def test_one_query_encodes_well_under_a_millisecond(encoder: QueryEncoder) -> None:
+    query = GOOD | {"history": ITEM_IDS.tolist()}
+    times = []
+    for _ in range(200):
+        start = time.perf_counter()
+        encoder.encode([query])
+        times.append(time.perf_counter() - start)
+    assert np.median(times) < 1e-3  # 0.1 ms on an idle core
+
+
+def test_unknown_values_are_the_unknown_category(encoder: QueryEncoder) -> None:
+    names = ("user_id", "country")
+    rows = [{"user_id": 999, "country": "XX"}, {"user_id": 10**30, "country": None}]
+    found = encoder.encode([GOOD | row for row in rows])
+    np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+    for name in names:
+        known = encoder.encode([GOOD, GOOD | {name: rows[0][name]}])
+        assert np.abs(known[0] - known[1]).max() > 1e-3
+
+
+def test_history_skips_unknown_items_and_keeps_the_newest(encoder: QueryEncoder) -> None:
+    first, *rest = ITEM_IDS[:5].tolist()
+    found = encoder.encode(
+        [
+            GOOD | {"history": rest},
+            GOOD | {"history": [first, *rest]},  # max_length is 4
+            GOOD | {"history": [*rest[:2], 1, *rest[2:], 10**9]},
+            GOOD | {"history": []},
+            GOOD | {"history": [1, 2]},
+        ]
+    )
+    np.testing.assert_allclose(found[1:3], found[[0, 0]], atol=1e-6)
+    np.testing.assert_allclose(found[3], found[4], atol=1e-6)
+    assert np.abs(found[0] - found[3]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"country": 3}, "country", "expected string or null; got int"),
+        ({"user_id": True}, "user_id", "expected int or null; got bool"),
+        ({"user_id": 1.0}, "user_id", "got float"),
+        ({"user_id": "1"}, "user_id", "got str"),
+        ({"member": 1}, "member", "expected bool or null; got int"),
+        ({"age": "30"}, "age", "expected finite number; got str"),
+        ({"age": True}, "age", "got bool"),
+        ({"age": None}, "age", "got null"),
+        ({"age": float("nan")}, "age", "got nan"),
+        ({"age": float("inf")}, "age", "got inf"),
+        ({"age": 10**400}, "age", "integer too large"),
+        ({"age": [30]}, "age", "got list"),
+        ({"history": 100}, "history", "expected list of item ids, oldest first; got int"),
+        ({"history": None}, "history", "got null"),
+        ({"history": [100, "a"]}, "history[1]", "got str"),
+        ({"history": [100, True]}, "history[1]", "got bool"),
+        ({"history": [2**70]}, "history", "integer too large"),
+        ({"shoe_size": 44}, "shoe_size", "unknown feature; expected one of age, country"),
+    ],
+)
+def test_values_that_do_not_fit(
+    encoder: QueryEncoder, change: dict[str, Any], field: str, words: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        encoder.encode([GOOD, GOOD | change])
+    assert caught.value.field == f"features[1].{field}"
+    assert words in str(caught.value)
+
+
+def test_values_beyond_float32_are_refused(encoder: QueryEncoder) -> None:
+    with pytest.raises(InvalidInput, match=r"features\[1\]: values too large"):
+        encoder.encode([GOOD, GOOD | {"age": 1e300}])
+
+
+@pytest.mark.parametrize("missing", sorted(GOOD))
+def test_missing_features(encoder: QueryEncoder, missing: str) -> None:
+    query = {name: value for name, value in GOOD.items() if name != missing}
+    with pytest.raises(InvalidInput, match=rf"features\[0\]\.{missing}: missing feature"):
+        encoder.encode([query])
+
+
+def test_empty_batches_and_other_shapes(encoder: QueryEncoder) -> None:
+    with pytest.raises(InvalidInput, match="features: empty batch"):
+        encoder.encode([])
+    with pytest.raises(InvalidInput, match=r"features\[0\]: not an object.*got list"):
+        encoder.encode([[1]])  # type: ignore[list-item]
+
+
+def test_broken_folders(encoder_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match=r"encoder\.json"):
+        QueryEncoder.load(tmp_path / "nowhere")
+    folder = tmp_path / "broken"
+    shutil.copytree(encoder_folder, folder)
+    config = json.loads((folder / "encoder.json").read_text())
+    weights = bytearray((folder / "weights.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "weights.safetensors").write_bytes(weights)
+    with pytest.raises(CorruptFile, match=r"weights\.safetensors: missing or altered"):
+        QueryEncoder.load(folder)
+    (folder / "encoder.json").write_text(json.dumps(config | {"format_version": 99}))
+    with pytest.raises(NewerFormat, match="format_version <= 1; got 99"):
+        QueryEncoder.load(folder)
+    for content in ("{", "[]", "{}"):
+        (folder / "encoder.json").write_text(content)
+        with pytest.raises(CorruptFile, match=r"encoder\.json: not a query encoder"):
+            QueryEncoder.load(folder)

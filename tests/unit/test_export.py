@@ -1,0 +1,139 @@
+"""Export against the model it came from; evaluation against plain loops and through a search."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from router.encoder import QueryEncoder
+from shards.embeddings import open_embedding_set
+from shards.errors import InvalidInput, NotFound
+from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
+from training.batches import item_lists, prepare
+from training.checkpoint import Run, load_best, start_run
+from training.encoding import encode_items
+from training.evaluate import drop_known, evaluate_exact, evaluate_through
+from training.export import export
+from training.features import fit
+from training.loop import train_rank
+from training.metrics import Csr
+from training.queries import feature_kinds
+from training.tables import ITEMS, Dataset
+
+WHEN = "2026-01-01T00:00:00Z"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = tiny_dataset(folder / "data")
+    config = tiny_config(epochs=3)
+    space = fit(config, dataset)
+    prepare(dataset, space, folder / "run" / "cache")
+    start_run(folder / "run", Run(config=config, space=space), {})
+    train_rank(folder / "run", torch.device("cpu"))
+    return folder / "run", dataset
+
+
+def test_set_holds_the_models_vectors_and_the_catalogue(
+    trained: tuple[Path, Dataset], tmp_path: Path
+) -> None:
+    run_folder, dataset = trained
+    stages: list[tuple[str, int, int]] = []
+    written = export(
+        run_folder,
+        dataset.path,
+        tmp_path,
+        created_at=WHEN,
+        progress=lambda *stage: stages.append(stage),
+    )
+    assert stages == [("export", 60, 60)]
+    found = open_embedding_set(tmp_path / "embeddings" / written.model_version)
+    assert (found.rows, found.dim, found.metric, found.normalised) == (60, 16, "cosine", True)
+    run, model = load_best(run_folder)
+    expected = encode_items(model, run.space.item.encode(dataset.items(), ITEMS))
+    (batch,) = found.batches()
+    assert batch.item_ids.tolist() == ITEM_IDS.tolist()
+    assert (batch.vectors == expected).all()
+    assert batch.attributes.schema.names == ["category", "price", "attribute_vector"]
+    assert batch.attributes.column("price").equals(dataset.items()["price"].combine_chunks())
+    assert found.encoder_folder is not None
+    assert QueryEncoder.load(found.encoder_folder).model_version == found.model_version
+
+
+def test_same_model_same_version(trained: tuple[Path, Dataset], tmp_path: Path) -> None:
+    run_folder, dataset = trained
+    first = export(run_folder, dataset.path, tmp_path / "a", created_at=WHEN)
+    again = export(run_folder, dataset.path, tmp_path / "a", created_at="later")
+    assert again == first  # the set that is there already
+    elsewhere = export(run_folder, dataset.path, tmp_path / "b", created_at=WHEN)
+    assert elsewhere.model_version == first.model_version
+    assert len(first.model_version) == 12
+    checksums = [{e.sha256 for e in s.files} for s in (first, elsewhere)]
+    assert checksums[0] == checksums[1]
+
+
+def test_missing_run_and_other_catalogue(trained: tuple[Path, Dataset], tmp_path: Path) -> None:
+    run_folder, dataset = trained
+    with pytest.raises(NotFound, match="no complete training run"):
+        export(tmp_path / "nowhere", dataset.path, tmp_path, created_at=WHEN)
+    with pytest.raises(NotFound, match="no complete dataset"):
+        export(run_folder, tmp_path / "nowhere", tmp_path, created_at=WHEN)
+
+
+def slow_recall(queries: np.ndarray, items: np.ndarray, known: Csr, wanted: Csr, k: int) -> float:
+    recalls = []
+    for user in range(len(queries)):
+        mine = set(wanted.items[wanted.indptr[user] : wanted.indptr[user + 1]])
+        seen = set(known.items[known.indptr[user] : known.indptr[user + 1]])
+        order = np.argsort(-(items @ queries[user]), kind="stable")
+        top = [item for item in order if item not in seen][:k]
+        recalls.append(len(mine & set(top)) / len(mine))
+    return float(np.mean(recalls))
+
+
+def test_exact_and_through_a_search_agree(trained: tuple[Path, Dataset], tmp_path: Path) -> None:
+    run_folder, dataset = trained
+    run, _ = load_best(run_folder)
+    written = export(run_folder, dataset.path, tmp_path, created_at=WHEN)
+    (batch,) = written.batches()
+    assert written.encoder_folder is not None
+    encoder = QueryEncoder.load(written.encoder_folder)
+    asked: list[int] = []
+    sent: list[np.ndarray] = []
+
+    def search(features: list[dict], k: int) -> np.ndarray:
+        asked.append(k)
+        sent.append(encoder.encode(features))
+        order = np.argsort(-(sent[-1] @ batch.vectors.T), axis=1, kind="stable")[:, :k]
+        return batch.item_ids[order]
+
+    exact = evaluate_exact(run_folder, dataset, ks=(5, 10, 1000))
+    through = evaluate_through(search, dataset, kinds=feature_kinds(run.space), ks=(5, 10))
+    assert asked == [10 + 7]  # train and val items of a user are known
+    assert exact.users == through.users == 40
+    for name in ("recall@5", "recall@10", "hit_rate@10", "ndcg@10", "mrr"):
+        assert through.means[name] == pytest.approx(exact.means[name], abs=1e-6), name
+    known, wanted = item_lists(dataset, ("train", "val")), item_lists(dataset, ("test",))
+    expected = slow_recall(np.concatenate(sent), batch.vectors, known, wanted, 10)
+    assert exact.means["recall@10"] == pytest.approx(expected)
+    assert "recall@1000" not in exact.means  # beyond the corpus
+
+
+def test_drop_known_keeps_order_and_pads() -> None:
+    found = np.array([[5, 3, 9, 1], [2, 4, -1, -1]])
+    known = Csr(np.array([0, 2, 3]), np.array([3, 7, 2]))
+    assert drop_known(found, known, 3).tolist() == [[5, 9, 1], [4, -1, -1]]
+
+
+def test_unknown_split(trained: tuple[Path, Dataset]) -> None:
+    run_folder, dataset = trained
+    with pytest.raises(InvalidInput, match=r"split: unknown split; expected val \| test"):
+        evaluate_exact(run_folder, dataset, split="train")
+
+
+def test_queries_need_the_columns_of_the_model(trained: tuple[Path, Dataset]) -> None:
+    _, dataset = trained
+    with pytest.raises(NotFound, match="no column 'shoe_size'"):
+        evaluate_through(lambda f, k: np.empty(0), dataset, kinds={"shoe_size": "numeric"})

@@ -1,0 +1,83 @@
+"""Launching without Ray: what is checked before it, and what becomes of the errors of ranks."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+from shards.errors import ConfigError, NotFound, Unavailable
+from tests.tiny import tiny_config, tiny_dataset
+from training.launch import _cause, _followed, train
+
+
+def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    events: list[dict] = []
+    result = train(tiny_config(), dataset.path, tmp_path / "run", on_event=events.append)
+    assert (result.epochs, result.steps) == (2, 20)
+    assert [event["event"] for event in events] == ["step", "validation"] * 2
+    assert 0 < (result.best_value or 0) <= 1
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(tiny_config(), dataset.path, tmp_path / "run")
+    again = train(tiny_config(), dataset.path, tmp_path / "run", resume=True)
+    assert again == result
+    with pytest.raises(ConfigError, match="dim: 8, was 16"):
+        train(tiny_config(dim=8), dataset.path, tmp_path / "run", resume=True)
+
+
+def test_features_are_inferred_where_none_are_named(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    config = tiny_config(towers={"query": {"hidden": [8]}, "item": {"hidden": [8]}}, epochs=1)
+    assert train(config, dataset.path, tmp_path / "run").steps == 10
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no complete dataset"):
+        train(tiny_config(), tmp_path / "nowhere", tmp_path / "run")
+    dataset = tiny_dataset(tmp_path / "data")
+    with pytest.raises(NotFound, match="no complete training run"):
+        train(tiny_config(), dataset.path, tmp_path / "run", resume=True)
+    with pytest.raises(Unavailable, match="num_workers: several workers train under Ray"):
+        train(tiny_config(num_workers=2), dataset.path, tmp_path / "run")
+    with pytest.raises(Unavailable, match="device: not enough GPUs; expected 1, one a worker"):
+        train(tiny_config(device="cuda"), dataset.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def failed_ranks(*errors: Exception) -> WorkerGroupError:
+    failures = {
+        rank: UserExceptionWithTraceback(error, f"Traceback ...\n{error}")
+        for rank, error in enumerate(errors)
+    }
+    return WorkerGroupError("ranks failed", failures)
+
+
+def test_an_error_of_a_rank_comes_back_as_itself() -> None:
+    ours = ConfigError("too large", field="batch_size")
+    assert _cause(failed_ranks(RuntimeError("connection closed by peer"), ours)) is ours
+
+
+def test_other_errors_become_one_line() -> None:
+    error = _cause(failed_ranks(RuntimeError("first\nlast line")))
+    assert isinstance(error, Unavailable)
+    assert str(error) == "training failed; got last line"
+
+
+def test_the_log_is_followed_line_by_line(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event": "of an earlier run"}\n')
+    events: list[dict] = []
+    seen = threading.Event()
+
+    def on_event(event: dict) -> None:
+        events.append(event)
+        seen.set()
+
+    with _followed(log, on_event), log.open("a") as file:
+        file.write('{"event": 1}\n{"eve')
+        file.flush()
+        assert seen.wait(30)
+        file.write('nt": 2}\n')
+    assert events == [{"event": 1}, {"event": 2}]

@@ -1,0 +1,329 @@
+"""The main index against brute force: scores, order, exclusion, parameters, read-back."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+
+from bench.vectors import manifold, recall_at_k
+from shards import gpu
+from shards.errors import ConfigError, CorruptFile, InvalidInput
+from shards.index_build import write_index
+from shards.index_spec import Device
+from shards.main_index import MainIndex
+from shards.schema import Metric
+from shards.types import SearchParams
+from tests.engine import build_main
+from tests.reference import assert_answer_order, assert_same_answers, brute_force
+
+ROWS, DIM = 600, 16
+FULL = SearchParams(nprobe=2048)
+KINDS = {
+    "flat": {"kind": "flat"},
+    "ivf": {"kind": "ivf", "nlist": 8},
+    "hnsw": {"kind": "hnsw"},
+    "pq": {"kind": "pq", "m": 8, "nbits": 6},
+    "pq-rerank": {"kind": "pq", "m": 8, "nbits": 6, "rerank": "fp32"},
+    "ivfpq": {"kind": "ivfpq", "nlist": 8, "m": 8, "nbits": 6},
+    "ivfpq-fs": {"kind": "ivfpq-fs", "nlist": 8, "m": 8},
+    "ivfpq-fs-fp32": {"kind": "ivfpq-fs", "nlist": 8, "m": 8, "rerank": "fp32"},
+    "sq8": {"kind": "sq8"},
+    "pca-flat": {"kind": "flat", "pca": 8},
+    "pca-ivf": {"kind": "ivf", "nlist": 8, "pca": 8, "rerank": "none"},
+    "pca-hnsw": {"kind": "hnsw", "pca": 8},
+    "pca-pq": {"kind": "pq", "m": 8, "nbits": 6, "pca": 8},
+    "ivf-sq8": {"kind": "factory", "factory": "IVF8,SQ8"},
+    "pq-fs": {"kind": "factory", "factory": "PQ8x4fs,RFlat"},
+    "hnsw-sq8": {"kind": "factory", "factory": "HNSW16,SQ8,RFlat"},
+}
+EXACT = ["flat", "ivf"]
+# these scan every row, or every list with FULL, so k live rows are always found
+COMPLETE = [name for name in KINDS if "hnsw" not in name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    rows = manifold(ROWS, DIM, 4, seed=1)
+    rows[100:110] = rows[0]  # eleven exact copies
+    return rows
+
+
+@pytest.fixture(scope="module")
+def queries(vectors: np.ndarray) -> np.ndarray:
+    return np.concatenate([vectors[:2], manifold(4, DIM, 4, seed=1, stream=1)])
+
+
+@pytest.fixture(scope="module")
+def built(vectors: np.ndarray) -> dict[tuple[str, Metric], MainIndex]:
+    return {
+        (name, metric): build_main(vectors, metric=metric, **fields)
+        for name, fields in KINDS.items()
+        for metric in Metric
+    }
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("k", [1, 10, 100, ROWS + 5])
+def test_exact_kinds_equal_brute_force(built, vectors, queries, kind, metric, k) -> None:
+    got = built[kind, metric].search(queries, k, FULL)
+    expected = brute_force(queries, vectors, np.arange(ROWS), k, metric)
+    assert got[0].dtype == np.float32
+    assert got[1].dtype == np.int64
+    assert_same_answers(got, expected)
+    assert_answer_order(*got)
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_finds_most_and_scores_higher_is_better(
+    built, vectors, queries, kind, metric
+) -> None:
+    scores, rows = built[kind, metric].search(queries, 20, FULL)
+    assert_answer_order(scores, rows)
+    _, exact = brute_force(queries, vectors, np.arange(ROWS), 20, metric)
+    assert recall_at_k(rows, exact) > 0.5
+    true = brute_force(queries, vectors, np.arange(ROWS), ROWS, metric)
+    for at in range(len(queries)):
+        true_score = dict(zip(true[1][at].tolist(), true[0][at].tolist(), strict=True))
+        near = [true_score[row] for row in rows[at].tolist()]
+        # approximate scores approach the true ones, sign included
+        np.testing.assert_allclose(scores[at], near, atol=0.2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_query_gets_the_same_answer_alone_and_in_a_batch(built, queries, kind) -> None:
+    main = built[kind, Metric.COSINE]
+    scores, rows = main.search(queries, 15, FULL)
+    for at in range(len(queries)):
+        alone = main.search(queries[at : at + 1], 15, FULL)
+        assert_same_answers((scores[at : at + 1], rows[at : at + 1]), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", [Metric.COSINE, Metric.L2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
+def test_excluded_rows_never_come_back(built, queries, kind, metric, share) -> None:
+    rng = np.random.default_rng(5)
+    best = np.unique(built[kind, metric].search(queries, 5, FULL)[1])
+    chosen = rng.choice(ROWS, int(ROWS * share), replace=False)
+    excluded = np.union1d(chosen, best)[: ROWS - 12]
+    scores, rows = built[kind, metric].search(queries, 10, FULL, excluded=excluded)
+    assert not np.isin(rows, excluded).any()
+    assert_answer_order(scores, rows)
+    if kind in COMPLETE:
+        assert (rows >= 0).all()
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("kind", EXACT)
+def test_exclusion_equals_brute_force_over_the_rest(built, vectors, queries, kind, metric) -> None:
+    excluded = np.flatnonzero(np.random.default_rng(6).random(ROWS) < 0.4)
+    got = built[kind, metric].search(queries, 50, FULL, excluded=excluded)
+    expected = brute_force(queries, vectors, np.arange(ROWS), 50, metric, excluded.tolist())
+    assert_same_answers(got, expected)
+
+
+@pytest.mark.parametrize("kind", COMPLETE)
+def test_fewer_live_rows_than_k_leave_empty_slots(built, queries, kind) -> None:
+    excluded = np.arange(3, ROWS)
+    scores, rows = built[kind, Metric.COSINE].search(queries, 10, FULL, excluded=excluded)
+    for row in rows:
+        assert sorted(row[:3].tolist()) == [0, 1, 2]
+    assert (rows[:, 3:] == -1).all()
+    assert np.isneginf(scores[:, 3:]).all()
+
+
+@pytest.mark.parametrize("kind", ["flat", "pq", "ivfpq-fs"])
+def test_everything_excluded_and_nothing_excluded(built, queries, kind) -> None:
+    main = built[kind, Metric.COSINE]
+    free = main.search(queries, 10, FULL)
+    scores, rows = main.search(queries, 10, FULL, excluded=np.arange(ROWS))
+    assert (rows == -1).all()
+    assert np.isneginf(scores).all()
+    for nothing in (None, np.empty(0, np.int64)):
+        again = main.search(queries, 10, FULL, excluded=nothing)
+        np.testing.assert_array_equal(again[1], free[1])
+        np.testing.assert_array_equal(again[0], free[0])
+
+
+def test_ties_are_ordered_by_row(built, vectors) -> None:
+    _, rows = built["flat", Metric.DOT].search(vectors[:1], 11, FULL)
+    assert rows[0].tolist() == [0, *range(100, 110)]
+
+
+def test_nprobe_widens_the_search(built, queries, vectors) -> None:
+    exact = brute_force(queries, vectors, np.arange(ROWS), 50, Metric.COSINE)[1]
+    main = built["ivf", Metric.COSINE]
+    recalls = [
+        recall_at_k(main.search(queries, 50, SearchParams(nprobe=nprobe))[1], exact)
+        for nprobe in (1, 2, 8)
+    ]
+    assert recalls == sorted(recalls)
+    assert recalls[0] < recalls[2] == 1.0
+
+
+def test_rerank_factor_widens_the_search(built, queries, vectors) -> None:
+    exact = brute_force(queries, vectors, np.arange(ROWS), 20, Metric.COSINE)[1]
+    main = built["pq-fs", Metric.COSINE]
+    recalls = [
+        recall_at_k(main.search(queries, 20, SearchParams(rerank_factor=factor))[1], exact)
+        for factor in (1, 30)
+    ]
+    assert recalls[0] < recalls[1] == 1.0
+
+
+def test_ef_search_is_never_below_k(built, queries) -> None:
+    _, rows = built["hnsw", Metric.COSINE].search(queries, 300, SearchParams(ef_search=1))
+    assert (rows >= 0).sum(axis=1).min() == 300
+
+
+def test_a_request_overrides_and_otherwise_the_default_holds(vectors, queries) -> None:
+    main = build_main(vectors, kind="ivf", nlist=8, nprobe=1)
+    by_default = main.search(queries, 50, SearchParams())
+    explicit = main.search(queries, 50, SearchParams(nprobe=1))
+    np.testing.assert_array_equal(by_default[1], explicit[1])
+    assert (main.search(queries, 50, SearchParams(nprobe=8))[1] != by_default[1]).any()
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SearchParams(nprobe=2049),
+        SearchParams(nprobe=0),
+        SearchParams(ef_search=16_385),
+        SearchParams(rerank_factor=65),
+    ],
+)
+@pytest.mark.parametrize("kind", ["flat", "ivfpq-fs"])
+def test_illegal_parameters_are_refused(built, queries, kind, params) -> None:
+    with pytest.raises(InvalidInput, match="out of range") as caught:
+        built[kind, Metric.COSINE].search(queries, 5, params)
+    assert caught.value.field in {"params.nprobe", "params.ef_search", "params.rerank_factor"}
+
+
+def test_wrong_dimension_is_refused(built) -> None:
+    with pytest.raises(InvalidInput, match="wrong dimension; expected 16; got 8"):
+        built["flat", Metric.COSINE].search(np.zeros((1, 8), np.float32), 5, FULL)
+
+
+def test_many_kinds_of_requests_do_not_pile_up(built, queries) -> None:
+    main = built["ivf", Metric.COSINE]
+    for k in range(1, 200):
+        assert main.search(queries[:1], k, FULL)[1].shape == (1, k)
+    assert len(main._prepared) <= 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [
+        ("flat", 0),
+        ("ivf", 0),
+        ("hnsw", 0),
+        ("ivfpq-fs-fp32", 0),
+        ("pq-rerank", 0),
+        ("ivfpq-fs", 5e-4),
+        ("pca-flat", 5e-4),
+        ("sq8", 0.01),
+        ("ivf-sq8", 0.01),
+        ("pq", 0.4),
+        ("ivfpq", 0.4),
+        ("pca-ivf", 0.4),
+    ],
+)
+def test_reconstruct(built, vectors, kind, tolerance) -> None:
+    rows = np.array([599, 3, 3, 0])
+    got = built[kind, Metric.COSINE].reconstruct(rows)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, vectors[rows], atol=tolerance, rtol=0)
+    assert built[kind, Metric.COSINE].reconstruct(rows[:0]).shape == (0, DIM)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("flat", 64),
+        ("ivf", 64 + 8),
+        ("pq", 6),
+        ("ivfpq", 6 + 8),
+        ("ivfpq-fs", 4 + 8 + 32),
+        ("sq8", 16),
+        ("pca-flat", 32 + 32),
+        ("pq-fs", 4 + 64),
+    ],
+)
+def test_bytes_per_vector(built, kind, size) -> None:
+    assert built[kind, Metric.COSINE].bytes_per_vector == size
+
+
+def test_bytes_per_vector_of_hnsw_counts_the_links(built) -> None:
+    assert 64 + 4 * 64 <= built["hnsw", Metric.COSINE].bytes_per_vector < 64 + 4 * 80
+
+
+def test_describe(built) -> None:
+    assert built["ivfpq-fs", Metric.L2].describe() == {
+        "class": "IndexIVFPQFastScan",
+        "rows": ROWS,
+        "dim": DIM,
+        "metric": "l2",
+        "device": "cpu",
+        "bytes_per_vector": 44.0,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loaded_index_answers_as_the_one_that_was_written(
+    built, queries, kind, tmp_path: Path
+) -> None:
+    main = built[kind, Metric.COSINE]
+    write_index(main._layers.whole, tmp_path / "index.faiss")
+    loaded = MainIndex.load(tmp_path / "index.faiss", metric=Metric.COSINE, defaults=main._defaults)
+    expected = main.search(queries, 20, SearchParams())
+    got = loaded.search(queries, 20, SearchParams())
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_array_equal(got[1], expected[1])
+    rows = np.arange(5)
+    np.testing.assert_array_equal(loaded.reconstruct(rows), main.reconstruct(rows))
+
+
+def test_a_file_that_is_no_index_is_named(tmp_path: Path) -> None:
+    (tmp_path / "index.faiss").write_bytes(b"IxF2 and then nothing")
+    with pytest.raises(CorruptFile, match=r"index\.faiss: not a faiss index"):
+        MainIndex.load(tmp_path / "index.faiss", metric=Metric.DOT, defaults=SearchParams())
+
+
+def test_cuda_without_a_gpu_is_refused(vectors, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "gpu_count", lambda: 0)
+    index = faiss.IndexFlatIP(DIM)
+    index.add(vectors)
+    with pytest.raises(ConfigError, match="no GPU can be used here"):
+        MainIndex(index, metric=Metric.DOT, defaults=SearchParams(), device=Device.CUDA)
+
+
+def test_over_fetch_and_filter_on_a_gpu_that_ignores_selectors(
+    vectors, queries, monkeypatch
+) -> None:
+    """The faiss-gpu wheel has no selectors; a CPU index stands in for its device index."""
+    monkeypatch.setattr(gpu, "to_gpu", lambda index: (index, None))
+    index = faiss.IndexFlatIP(DIM)
+    index.add(vectors)
+    main = MainIndex(index, metric=Metric.DOT, defaults=SearchParams(), device=Device.CUDA)
+    excluded = np.flatnonzero(np.random.default_rng(6).random(ROWS) < 0.9)
+    got = main.search(queries, 50, FULL, excluded=excluded)
+    expected = brute_force(queries, vectors, np.arange(ROWS), 50, Metric.DOT, excluded.tolist())
+    assert_same_answers(got, expected)
+
+
+def test_a_gpu_that_answers_wrongly_is_refused(vectors, monkeypatch) -> None:
+    right, wrong = faiss.IndexFlatIP(DIM), faiss.IndexFlatIP(DIM)
+    right.add(vectors)
+    wrong.add(-vectors)
+    monkeypatch.setattr(gpu, "to_gpu", lambda index: (wrong, None))
+    with pytest.raises(ConfigError, match="differ from the CPU's"):
+        MainIndex(right, metric=Metric.DOT, defaults=SearchParams(), device=Device.CUDA)

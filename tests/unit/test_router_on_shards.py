@@ -1,0 +1,109 @@
+"""The router on real shard servers: a flat index each, real sockets, one process."""
+
+import asyncio
+import contextlib
+
+import faiss
+import numpy as np
+import pytest
+
+from router.config import RouterConfig
+from router.messages import SearchQuery
+from router.service import SearchService
+from shards.errors import InvalidInput
+from shards.main_index import MainIndex
+from shards.schema import Metric, check_vectors
+from shards.server import ShardServer
+from shards.shard import Shard
+from shards.types import SearchParams, ShardRoute
+from tests import reference
+from tests.fake_shard import SECRET, make_table, until
+
+DIM = 8
+FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
+METRICS = {
+    Metric.COSINE: faiss.IndexFlatIP,
+    Metric.DOT: faiss.IndexFlatIP,
+    Metric.L2: faiss.IndexFlatL2,
+}
+
+
+def make_server(shard, ids, vectors, metric, epoch=1):
+    """(server, its route); the caller stops it."""
+    index = METRICS[metric](DIM)
+    index.add(vectors)
+    main = MainIndex(index, metric=metric, defaults=SearchParams())
+    server = ShardServer(Shard(shard=shard, generation=1, main=main, item_ids=ids), secret=SECRET)
+    address = server.bind()
+    server.start(epoch)
+    return server, ShardRoute(shard=shard, rows=len(ids), epoch=epoch, address=address)
+
+
+@contextlib.asynccontextmanager
+async def cluster(metric, num_shards):
+    """(service, servers, routes, ids, vectors) over 90 rows with ids of their own."""
+    rng = np.random.default_rng(5)
+    vectors = check_vectors(rng.standard_normal((90, DIM)), dim=DIM, metric=metric)
+    ids = np.sort(rng.choice(10_000, 90, replace=False))
+    parts = zip(np.array_split(ids, num_shards), np.array_split(vectors, num_shards), strict=True)
+    made = [make_server(shard, *part, metric) for shard, part in enumerate(parts)]
+    servers, routes = [server for server, _ in made], [route for _, route in made]
+    service = SearchService(FAST, SECRET, load_encoder=lambda _table: None)
+    try:
+        await service.apply(make_table(routes, DIM, metric=metric))
+        yield service, servers, routes, ids, vectors
+    finally:
+        await service.close()
+        for server in servers:
+            server.stop()
+
+
+async def search(service, **query):
+    arrived_at = asyncio.get_running_loop().time()
+    return await service.search(SearchQuery(**query), arrived_at=arrived_at)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("metric", list(Metric))
+def test_answers_equal_brute_force_for_any_number_of_shards(metric, num_shards):
+    async def run():
+        async with cluster(metric, num_shards) as (service, _, _, ids, vectors):
+            answer = await search(service, vectors=vectors[:5], k=20)
+            scores, expected = reference.brute_force(vectors[:5], vectors, ids, 20, metric)
+            np.testing.assert_allclose(answer.scores, scores, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(answer.ids, expected)
+            assert answer.coverage.share == 1.0
+
+            answer = await search(service, item_ids=[int(ids[7]), 10_001], k=20)
+            _, expected = reference.brute_force(
+                vectors[7:8], vectors, ids, 20, metric, excluded=[ids[7]]
+            )
+            assert answer.ids[0].tolist() == expected[0].tolist()
+            assert answer.reasons == {1: "item 10001 not found"}
+
+    asyncio.run(run())
+
+
+def test_a_parameter_that_is_wrong_for_a_shard_is_the_callers_error():
+    async def run():
+        async with cluster(Metric.DOT, 2) as (service, _, _, _, vectors):
+            with pytest.raises(InvalidInput):
+                await search(service, vectors=vectors[:1], params=SearchParams(nprobe=10**9))
+
+    asyncio.run(run())
+
+
+def test_a_shard_that_stops_is_missed_and_comes_back_at_another_port():
+    async def run():
+        async with cluster(Metric.DOT, 3) as (service, servers, routes, ids, vectors):
+            servers[1].stop()
+            await until(lambda: service.ready()[1]["shards_connected"] == 2)
+            answer = await search(service, vectors=vectors[:1], k=90)
+            assert (answer.coverage.rows_asked, answer.coverage.rows_answered) == (90, 60)
+            servers[1], routes[1] = make_server(1, ids[30:60], vectors[30:60], Metric.DOT, epoch=2)
+            await service.apply(make_table(routes, DIM, version=2))
+            answer = await search(service, vectors=vectors[:1], k=90)
+            assert sorted(answer.ids[0]) == ids.tolist()
+            assert answer.coverage.share == 1.0
+
+    asyncio.run(run())

@@ -1,0 +1,348 @@
+"""The life of a query without HTTP: kinds of queries, limits, encoder and table in one step."""
+
+import asyncio
+import contextlib
+
+import numpy as np
+import pytest
+
+from router.config import RouterConfig
+from router.messages import SearchQuery
+from router.service import ENCODE_IN_LOOP, SearchService, drop_own
+from shards.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    VersionMismatch,
+)
+from shards.schema import Metric
+from tests.fake_encoder import FakeEncoder
+from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
+
+DIM = 8
+FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, max_batch=10, max_k=60, default_k=10)
+
+
+@contextlib.asynccontextmanager
+async def serving(encoder="m1", config=FAST, **table):
+    """(service, shards, ids, vectors) over 60 rows in 4 shards."""
+    ids, vectors = make_rows(60, DIM)
+
+    def load_encoder(table):
+        return FakeEncoder(DIM, encoder) if encoder else None
+
+    async with running_shards(ids, vectors, 4) as shards:
+        service = SearchService(config, SECRET, load_encoder=load_encoder)
+        await service.apply(make_table(shards, DIM, **table))
+        yield service, shards, ids, vectors
+        await service.close()
+
+
+async def search(service, **query):
+    arrived_at = asyncio.get_running_loop().time()
+    return await service.search(SearchQuery(**query), arrived_at=arrived_at, request_id="r1")
+
+
+def test_vectors_are_searched_and_the_answer_says_on_what():
+    async def run():
+        async with serving() as (service, _, ids, vectors):
+            answer = await search(service, vectors=vectors[:3].tolist(), k=4)
+            expected_ids, expected_scores = brute_force(vectors[:3], ids, vectors, 4)
+            np.testing.assert_array_equal(answer.ids, expected_ids)
+            np.testing.assert_array_equal(answer.scores, expected_scores)
+            assert (answer.generation, answer.model_version) == (1, "m1")
+            assert answer.coverage.share == 1.0
+            assert answer.reasons == {}
+            assert answer.request_id == "r1"
+            assert 0 < answer.took_ms < 2000
+
+    asyncio.run(run())
+
+
+def test_under_cosine_the_length_of_a_query_does_not_matter():
+    async def run():
+        async with serving(metric=Metric.COSINE) as (service, _, _, vectors):
+            answer = await search(service, vectors=vectors[:1] * 1000, k=60)
+            unit = vectors[:1] / np.linalg.norm(vectors[0])
+            np.testing.assert_allclose(
+                answer.scores[0], np.sort(unit @ vectors.T)[0, ::-1], rtol=1e-5
+            )
+
+    asyncio.run(run())
+
+
+def test_features_are_encoded_by_the_query_tower():
+    async def run():
+        async with serving() as (service, _, ids, vectors):
+            answer = await search(service, features=[{"slope": 0.0}, {"slope": 1.5}], k=5)
+            queries = FakeEncoder(DIM).encode([{"slope": 0.0}, {"slope": 1.5}])
+            expected_ids, _ = brute_force(queries, ids, vectors, 5)
+            np.testing.assert_array_equal(answer.ids, expected_ids)
+
+    asyncio.run(run())
+
+
+def test_a_batch_too_large_for_the_loop_is_encoded_in_a_thread():
+    async def run():
+        config = FAST.model_copy(update={"max_batch": ENCODE_IN_LOOP + 1})
+        async with serving(config=config) as (service, _, ids, vectors):
+            features = [{"slope": float(row)} for row in range(ENCODE_IN_LOOP + 1)]
+            answer = await search(service, features=features, k=2)
+            expected_ids, _ = brute_force(FakeEncoder(DIM).encode(features), ids, vectors, 2)
+            np.testing.assert_array_equal(answer.ids, expected_ids)
+
+    asyncio.run(run())
+
+
+def test_an_item_is_left_out_of_its_own_answer_and_still_gets_k_results():
+    async def run():
+        async with serving() as (service, _, ids, vectors):
+            wanted = [7, 31, 7]
+            answer = await search(service, item_ids=wanted, k=5)
+            for row, item in enumerate(wanted):
+                others = ids != item
+                expected, scores = brute_force(
+                    vectors[item : item + 1], ids[others], vectors[others], 5
+                )
+                assert answer.ids[row].tolist() == expected[0].tolist()
+                assert answer.scores[row].tolist() == scores[0].tolist()
+
+    asyncio.run(run())
+
+
+def test_at_the_largest_k_an_item_to_item_answer_is_one_short():
+    async def run():
+        async with serving() as (service, _, ids, _):
+            answer = await search(service, item_ids=[3], k=60)
+            assert set(answer.ids[0, :59]) == set(ids) - {3}
+            assert answer.ids[0, 59] == -1
+            assert np.isneginf(answer.scores[0, 59])
+
+    asyncio.run(run())
+
+
+def test_an_unknown_item_is_empty_with_a_reason_and_the_others_are_answered():
+    async def run():
+        async with serving() as (service, _, _, _):
+            answer = await search(service, item_ids=[5, 999, 6], k=3)
+            alone = await search(service, item_ids=[5, 6], k=3)
+            assert answer.reasons == {1: "item 999 not found"}
+            np.testing.assert_array_equal(answer.ids[[0, 2]], alone.ids)
+            assert answer.ids[1].tolist() == [-1, -1, -1]
+            assert np.isneginf(answer.scores[1]).all()
+
+    asyncio.run(run())
+
+
+def test_only_unknown_items_are_still_an_answer():
+    async def run():
+        async with serving() as (service, _, _, _):
+            answer = await search(service, item_ids=[999, 1000], k=2)
+            assert answer.ids.tolist() == [[-1, -1], [-1, -1]]
+            assert answer.reasons == {0: "item 999 not found", 1: "item 1000 not found"}
+            assert answer.coverage.share == 1.0
+
+    asyncio.run(run())
+
+
+def test_an_item_of_a_dead_shard_is_said_to_be_missing_among_the_rest():
+    async def run():
+        async with serving() as (service, shards, _, _):
+            await shards[0].kill()
+            await until(lambda: service.ready()[1]["shards_connected"] == 3)
+            answer = await search(service, item_ids=[0, 59], k=2)
+            assert "item 0 not found in the shards that answered (shard 0:" in answer.reasons[0]
+            assert answer.ids[1, 0] != -1
+            now = asyncio.get_running_loop().time()
+            with pytest.raises(Unavailable, match="not found in the shards that answered"):
+                await service.item(0, arrived_at=now)
+
+    asyncio.run(run())
+
+
+BAD = [
+    ({}, "vectors", "exactly one kind"),
+    ({"vectors": [[1.0] * DIM], "item_ids": [1]}, "item_ids", "exactly one kind"),
+    ({"vectors": []}, "vectors", "empty batch"),
+    ({"features": []}, "features", "empty batch"),
+    ({"item_ids": []}, "item_ids", "empty batch"),
+    ({"item_ids": list(range(11))}, "item_ids", "batch too large"),
+    ({"vectors": [[1.0] * 7]}, "vectors", "wrong dimension"),
+    ({"vectors": [[1.0] * DIM, [np.nan] * DIM]}, "vectors[1]", "not finite"),
+    ({"vectors": [[np.inf] + [1.0] * 7]}, "vectors[0]", "not finite"),
+    ({"vectors": [[1e39] + [1.0] * 7]}, "vectors[0]", "not finite"),
+    ({"vectors": [[0.0] * DIM]}, "vectors[0]", "zero vector"),
+    ({"item_ids": [1, -4]}, "item_ids[1]", "negative id"),
+    ({"item_ids": [1], "k": 0}, "k", "out of range"),
+    ({"item_ids": [1], "k": -3}, "k", "out of range"),
+    ({"item_ids": [1], "k": 61}, "k", "out of range"),
+    ({"item_ids": [1], "timeout_ms": 0.0}, "timeout_ms", "out of range"),
+    ({"item_ids": [1], "timeout_ms": 1e9}, "timeout_ms", "out of range"),
+    ({"item_ids": [1], "min_coverage": 1.1}, "min_coverage", "out of range"),
+    ({"item_ids": [1], "min_coverage": -0.1}, "min_coverage", "out of range"),
+    ({"features": [{"slope": 1.0}, {}]}, "features[1].slope", "missing"),
+]
+
+
+@pytest.mark.parametrize(("query", "field", "message"), BAD)
+def test_bad_input_is_named_and_reaches_no_shard(query, field, message):
+    async def run():
+        async with serving(metric=Metric.COSINE) as (service, shards, _, _):
+            with pytest.raises(InvalidInput, match=message) as caught:
+                await search(service, **query)
+            assert caught.value.field == field
+            assert [shard.requests for shard in shards] == [[], [], [], []]
+
+    asyncio.run(run())
+
+
+def test_an_encoder_of_another_model_is_refused_and_vectors_still_work():
+    async def run():
+        async with serving(encoder="m0") as (service, _, _, vectors):
+            with pytest.raises(VersionMismatch) as caught:
+                await search(service, features=[{"slope": 1.0}])
+            assert (caught.value.expected, caught.value.got) == ("m1", "m0")
+            assert (await search(service, vectors=vectors[:1], k=1)).ids.shape == (1, 1)
+
+    asyncio.run(run())
+
+
+def test_a_generation_without_an_encoder_takes_no_features():
+    async def run():
+        async with serving(encoder=None) as (service, _, _, _):
+            with pytest.raises(InvalidInput, match="no query encoder"):
+                await search(service, features=[{"slope": 1.0}])
+            assert service.status()["encoder"] is None
+
+    asyncio.run(run())
+
+
+def test_encoder_and_table_change_in_one_step_and_a_running_query_keeps_both():
+    """The second generation's encoder belongs to its model; the first query began before it."""
+
+    async def run():
+        ids, vectors = make_rows(60, DIM)
+        loaded = []
+
+        def load_encoder(table):
+            loaded.append(table.generation)
+            return FakeEncoder(DIM, table.model_version)
+
+        async with (
+            running_shards(ids, vectors, 2) as old,
+            running_shards(ids + 1000, vectors, 2, generation=2) as new,
+        ):
+            service = SearchService(FAST, SECRET, load_encoder=load_encoder)
+            await service.apply(make_table(old, DIM))
+            await service.apply(make_table(old, DIM, version=2))
+            assert loaded == [1]  # the same generation needs no second load
+
+            old[0].gate.clear()
+            # item-to-item asks the shards twice, with the switch in between
+            running = asyncio.create_task(search(service, item_ids=[3], k=5))
+            await old[0].asked.wait()
+            table = make_table(new, DIM, version=3, generation=2, model_version="m2")
+            assert await service.apply(table)
+            assert service.status()["encoder"]["model_version"] == "m2"
+            fresh = await search(service, features=[{"slope": 0.5}], k=5)
+            assert (fresh.generation, fresh.model_version) == (2, "m2")
+            old[0].gate.set()
+            answer = await running
+            assert (answer.generation, answer.model_version) == (1, "m1")
+            assert (answer.ids < 1000).all()
+            assert (fresh.ids >= 1000).all()
+            await service.close()
+
+    asyncio.run(run())
+
+
+def test_one_deadline_covers_looking_up_and_searching():
+    async def run():
+        async with serving() as (service, shards, _, _):
+            for shard in shards:
+                shard.gate.clear()
+            with pytest.raises(DeadlineExceeded):
+                await search(service, item_ids=[1], timeout_ms=30.0)
+
+    asyncio.run(run())
+
+
+def test_the_deadline_counts_from_the_arrival_not_from_the_start_of_the_work():
+    async def run():
+        async with serving() as (service, shards, _, vectors):
+            long_ago = asyncio.get_running_loop().time() - 1.0
+            with pytest.raises(DeadlineExceeded):
+                await service.search(
+                    SearchQuery(vectors=vectors[:1], timeout_ms=900.0), arrived_at=long_ago
+                )
+            assert shards[0].requests == []
+
+    asyncio.run(run())
+
+
+def test_more_requests_than_allowed_are_refused_and_the_place_is_given_back():
+    service = SearchService(FAST.model_copy(update={"max_in_flight": 1}), SECRET)
+    with service.admit(), pytest.raises(Overloaded, match="too many requests"), service.admit():
+        pass
+    with service.admit():
+        pass
+
+
+def test_item_is_the_stored_vector_and_its_shard():
+    async def run():
+        async with serving() as (service, _, _, vectors):
+            now = asyncio.get_running_loop().time()
+            answer = await service.item(16, arrived_at=now)
+            np.testing.assert_array_equal(answer.vector, vectors[16])
+            assert (answer.item_id, answer.shard, answer.generation) == (16, 1, 1)
+            with pytest.raises(NotFound):
+                await service.item(60, arrived_at=now)
+            with pytest.raises(InvalidInput):
+                await service.item(-1, arrived_at=now)
+
+    asyncio.run(run())
+
+
+def test_ready_and_status_follow_table_and_connections():
+    async def run():
+        empty = SearchService(FAST, SECRET)
+        assert empty.ready() == (False, {"ready": False, "reason": "no routing table yet"})
+        with pytest.raises(Unavailable):
+            empty.status()
+        async with serving() as (service, shards, _, _):
+            assert service.ready() == (
+                True,
+                {
+                    "ready": True,
+                    "shards_connected": 4,
+                    "shards": 4,
+                    "rows_connected": 60,
+                    "rows": 60,
+                },
+            )
+            status = service.status()
+            assert {key: status[key] for key in ("version", "index", "dim", "metric", "rows")} == {
+                "version": 1,
+                "index": "flat",
+                "dim": DIM,
+                "metric": "dot",
+                "rows": 60,
+            }
+            assert status["encoder"]["features"] == FakeEncoder.features
+            for shard in shards:
+                await shard.kill()
+            await until(lambda: not service.ready()[0])
+            assert [shard["connected"] for shard in service.status()["shards"]] == [False] * 4
+            assert all(shard["reason"] for shard in service.status()["shards"])
+
+    asyncio.run(run())
+
+
+def test_drop_own_moves_the_rest_up_and_leaves_other_rows_alone():
+    ids = np.array([[4, 7, 9], [4, 7, -1]])
+    scores = np.array([[3, 2, 1], [3, 2, -np.inf]], np.float32)
+    got_ids, got_scores = drop_own(ids, scores, np.array([7, 100]))
+    assert got_ids.tolist() == [[4, 9, -1], [4, 7, -1]]
+    assert got_scores.tolist() == [[3, 1, -np.inf], [3, 2, -np.inf]]

@@ -1,0 +1,328 @@
+"""Frames, the handshake, and the promise that garbage raises ProtocolError and nothing else."""
+
+import asyncio
+from dataclasses import fields, replace
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards.errors import ProtocolError
+from shards.types import (
+    ErrorReply,
+    FetchReply,
+    FetchRequest,
+    Hello,
+    Proof,
+    SearchParams,
+    SearchReply,
+    SearchRequest,
+    Welcome,
+)
+from shards.wire import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    MESSAGE_TYPES,
+    FrameSplitter,
+    check_welcome,
+    decode_payload,
+    encode_frame,
+    greet_client,
+    greet_server,
+    new_hello,
+    prove,
+    read_frame,
+    welcome,
+)
+
+FLOATS = np.array([[1.5, -2.0], [0.0, np.inf]], dtype=np.float32)
+IDS = np.array([[3, -1], [2**62, 0]], dtype=np.int64)
+MESSAGES = [
+    Hello(protocol=1, shard=2, generation=3, epoch=4, nonce=b"n" * 16),
+    Proof(nonce=b"n" * 16, mac=b"m" * 32),
+    Welcome(mac=b"m" * 32),
+    ErrorReply(code="overloaded", message="später"),
+    SearchRequest(queries=FLOATS, k=7, timeout_ms=12.5, params=SearchParams(nprobe=4)),
+    SearchReply(ids=IDS, scores=FLOATS, rows=10, search_ms=0.25),
+    FetchRequest(item_ids=IDS[0], timeout_ms=3),
+    FetchReply(item_ids=IDS[0], vectors=FLOATS),
+    FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0]),
+]
+
+
+def assert_equal(got: object, expected: object) -> None:
+    assert type(got) is type(expected)
+    for field in fields(expected):
+        a, b = getattr(got, field.name), getattr(expected, field.name)
+        if isinstance(b, np.ndarray):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_messages_round_trip(message) -> None:
+    frame = encode_frame(77, message)
+    (length,) = HEADER.unpack(frame[:4])
+    assert length == len(frame) - 4
+    request_id, decoded = decode_payload(frame[4:])
+    assert request_id == 77
+    assert_equal(decoded, message)
+
+
+def test_every_message_type_is_covered_here() -> None:
+    assert {type(message) for message in MESSAGES} == set(MESSAGE_TYPES)
+
+
+def test_arrays_need_not_be_contiguous() -> None:
+    message = SearchRequest(queries=FLOATS.T, k=1, timeout_ms=1.0)
+    _, decoded = decode_payload(encode_frame(1, message)[4:])
+    np.testing.assert_array_equal(decoded.queries, FLOATS.T)
+
+
+def test_an_oversized_frame_is_not_sent() -> None:
+    vectors = np.zeros((1, MAX_FRAME_BYTES // 4 + 1), dtype=np.float32)
+    with pytest.raises(ProtocolError, match="frame too large"):
+        encode_frame(1, FetchReply(item_ids=np.zeros(1, np.int64), vectors=vectors))
+
+
+def request(**changes: object) -> bytes:
+    content = {
+        "queries": {"dtype": "<f4", "shape": [1, 2], "data": bytes(8)},
+        "k": 1,
+        "timeout_ms": 1.0,
+        "params": {"nprobe": None, "ef_search": None, "rerank_factor": None},
+    }
+    return msgpack.packb([4, 1, content | changes])
+
+
+def array(dtype: object, shape: object, data: object) -> dict:
+    return {"queries": {"dtype": dtype, "shape": shape, "data": data}}
+
+
+PARAMS = {"nprobe": None, "ef_search": None, "rerank_factor": None}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\xc1",
+        b"garbage that is no msgpack",
+        msgpack.packb(5),
+        msgpack.packb("abc"),
+        msgpack.packb([]),
+        msgpack.packb([4, 1]),
+        msgpack.packb([4, 1, {}]),
+        msgpack.packb([4, 1, []]),
+        msgpack.packb([99, 1, {}]),
+        msgpack.packb([-1, 1, {}]),
+        msgpack.packb([True, 1, {}]),
+        msgpack.packb([4.0, 1, {}]),
+        msgpack.packb(["4", 1, {}]),
+        msgpack.packb([2, None, {"mac": b""}]),
+        msgpack.packb([2, 1, {"mac": "text"}]),
+        msgpack.packb([2, 1, {"mac": b"", "more": 1}]),
+        msgpack.packb([2, 1, {b"mac": b""}]),
+        msgpack.packb([2, 1, {1: b""}]),
+        msgpack.packb([2, 1, {"mac": b""}]) + b"trailing",
+        msgpack.packb([2, 1, {"mac": b""}])[:-1],
+        msgpack.packb([3, 1, {"code": b"\xff", "message": ""}]),
+        b"\x93\x03\x01\x82\xa4code\xa1\xff\xa7message\xa0",  # invalid UTF-8 in a string
+        msgpack.packb([3, 1, {"code": msgpack.ExtType(5, b"x"), "message": ""}]),
+        msgpack.packb([3, 1, {"code": msgpack.Timestamp(0), "message": ""}]),
+        b"\x91" * 2000,  # deep nesting
+        b"\xdd\xff\xff\xff\xff",  # an array that claims four billion items
+        b"\xc6\xff\xff\xff\xff",  # bytes that claim four gigabytes
+        request(k="1"),
+        request(k=True),
+        request(k=1.0),
+        request(timeout_ms=None),
+        request(timeout_ms=float("nan")),
+        request(timeout_ms=float("inf")),
+        request(params=None),
+        request(params={}),
+        request(params=PARAMS | {"nprobe": 0}),
+        request(params=PARAMS | {"nprobe": 1.5}),
+        request(params=PARAMS | {"nprobe": True}),
+        request(params=PARAMS | {"other": 1}),
+        request(queries=None),
+        request(queries=[[1.0, 2.0]]),
+        request(queries={"dtype": "<f4"}),
+        request(**array("<f8", [1, 1], bytes(8))),
+        request(**array(">f4", [1, 2], bytes(8))),
+        request(**array("O", [1, 1], bytes(8))),
+        request(**array("|O8", [1, 1], bytes(8))),
+        request(**array(["<f4"], [1, 2], bytes(8))),
+        request(**array("<f4", [1, 2], bytes(7))),
+        request(**array("<f4", [1, 2], "text....")),
+        request(**array("<f4", [2], bytes(8))),
+        request(**array("<f4", 2, bytes(8))),
+        request(**array("<f4", [-1, -2], bytes(8))),
+        request(**array("<f4", [True, 2], bytes(8))),
+        request(**array("<f4", [1.0, 2.0], bytes(8))),
+        request(**array("<f4", [2**63, 0], b"")),
+        request(**array("<f4", [0] * 80, b"")),
+        request(**array("<i8", [1, 1], bytes(8))),
+    ],
+)
+def test_bad_payloads_are_protocol_errors(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_payload(payload)
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=300)
+def test_random_bytes_raise_nothing_else(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_payload(payload)
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=9)
+    | st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["<f4", "<i8", "O", 1]),
+            "shape": st.lists(st.integers(-1, 2**64 - 1) | st.integers(0, 2), max_size=3),
+            "data": st.binary(max_size=16),
+        }
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=5,
+)
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_structured_garbage_raises_nothing_else(data: st.DataObject) -> None:
+    """The right field names with wrong values, which reach deeper than random bytes do."""
+    tag = data.draw(st.integers(0, len(MESSAGE_TYPES) - 1))
+    names = [field.name for field in fields(MESSAGE_TYPES[tag])]
+    content = {name: data.draw(VALUES) for name in names}
+    payload = msgpack.packb([tag, data.draw(st.integers(-(2**63), 2**64 - 1)), content])
+    try:
+        _, message = decode_payload(payload)
+    except ProtocolError:
+        return
+    assert type(message) is MESSAGE_TYPES[tag]
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_flipped_bytes_raise_nothing_else(data: st.DataObject) -> None:
+    message = data.draw(st.sampled_from(MESSAGES))
+    payload = bytearray(encode_frame(1, message)[4:])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(payload) - 1))
+        payload[at] = data.draw(st.integers(0, 255))
+    try:
+        decode_payload(bytes(payload))
+    except ProtocolError:
+        return
+
+
+@given(st.lists(st.integers(1, 40), max_size=30))
+def test_frames_are_cut_wherever_the_stream_breaks(sizes: list[int]) -> None:
+    frames = [encode_frame(number, message) for number, message in enumerate(MESSAGES)]
+    stream = b"".join(frames)
+    splitter = FrameSplitter()
+    payloads = []
+    start = 0
+    for size in [*sizes, len(stream)]:
+        payloads += splitter.feed(stream[start : start + size])
+        start += size
+    assert payloads == [frame[4:] for frame in frames]
+
+
+def test_the_splitter_refuses_a_frame_above_its_limit() -> None:
+    splitter = FrameSplitter(limit=10)
+    assert splitter.feed(HEADER.pack(10) + bytes(10)) == [bytes(10)]
+    with pytest.raises(ProtocolError, match="frame too large"):
+        splitter.feed(HEADER.pack(11))
+
+
+SECRET = b"s" * 32
+
+
+def test_both_sides_prove_the_secret() -> None:
+    hello = new_hello(shard=1, generation=2, epoch=3)
+    said, proof, mac = prove(hello, SECRET)
+    assert said == hello
+    check_welcome(welcome(proof, SECRET, hello), mac)
+
+
+def test_nonces_are_never_reused() -> None:
+    hellos = [new_hello(shard=1, generation=2, epoch=3) for _ in range(50)]
+    assert len({hello.nonce for hello in hellos}) == 50
+    assert len({prove(hellos[0], SECRET)[1].nonce for _ in range(50)}) == 50
+
+
+def test_a_wrong_secret_is_refused_by_either_side() -> None:
+    hello = new_hello(shard=1, generation=2, epoch=3)
+    _, proof, mac = prove(hello, b"another")
+    with pytest.raises(ProtocolError, match="peer does not know"):
+        welcome(proof, SECRET, hello)
+    forged = welcome(proof, b"another", hello)
+    check_welcome(forged, mac)
+    with pytest.raises(ProtocolError, match="server does not know"):
+        check_welcome(forged, prove(hello, SECRET)[2])
+
+
+def test_a_replayed_or_reflected_proof_is_refused() -> None:
+    first, second = (new_hello(shard=1, generation=2, epoch=3) for _ in range(2))
+    _, proof, _ = prove(first, SECRET)
+    with pytest.raises(ProtocolError):
+        welcome(proof, SECRET, second)
+    accepted = welcome(proof, SECRET, first)
+    with pytest.raises(ProtocolError):  # the server's own mac does not pass for a client's
+        welcome(replace(proof, mac=accepted.mac), SECRET, first)
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
+def test_only_the_right_message_greets(message) -> None:
+    hello = new_hello(shard=1, generation=2, epoch=3)
+    with pytest.raises(ProtocolError):
+        welcome(message, SECRET, hello)
+    with pytest.raises(ProtocolError):
+        check_welcome(message, b"x" * 32)
+    if not isinstance(message, Hello):
+        with pytest.raises(ProtocolError):
+            prove(message, SECRET)
+
+
+def test_another_protocol_version_is_refused() -> None:
+    hello = replace(new_hello(shard=1, generation=2, epoch=3), protocol=2)
+    with pytest.raises(ProtocolError, match="protocol version"):
+        prove(hello, SECRET)
+
+
+def test_the_streams_handshake() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await greet_client(reader, writer, SECRET, shard=5, generation=6, epoch=7)
+        request_id, message = await read_frame(reader)
+        writer.write(encode_frame(request_id, message))
+        writer.close()
+
+    async def main() -> tuple[Hello, tuple[int, object]]:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            hello = await greet_server(reader, writer, SECRET)
+            writer.write(encode_frame(9, MESSAGES[4]))
+            answer = await read_frame(reader)
+            writer.close()
+            await writer.wait_closed()
+            return hello, answer
+
+    hello, (request_id, message) = asyncio.run(main())
+    assert (hello.shard, hello.generation, hello.epoch) == (5, 6, 7)
+    assert request_id == 9
+    assert_equal(message, MESSAGES[4])

@@ -1,0 +1,228 @@
+"""Training data on disk, mapped by every rank, and the batches each rank draws from it.
+
+``prepare`` writes the dataset once as Arrow IPC files of dense rows; ``TrainingData.open`` maps
+them, so all ranks of a host share the same pages and a rank reads only the rows of its batches.
+Users and items go by their row in users.parquet and items.parquet, not by id.
+
+The order of examples and the values hidden from the model depend on (seed, epoch, step) alone:
+the global batch is the same for any number of ranks, and a resumed run draws what it would have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from shards.errors import DataError
+from shards.files import atomic_path
+from shards.schema import IdArray
+from training.features import Block, FeatureSpace
+from training.metrics import Csr
+from training.tables import ITEMS, USERS, Dataset, positives_by_user
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's share of a step: b examples, one positive item each.
+
+    users, items: input rows of both towers. history: input rows of the past items of all b users,
+    one user after the other, history_lengths (b,) int64 of them each. item_rows (b,) int64: the
+    positives. known: (P,) pairs of an example, 0 to b - 1, and an item its user has in train.
+    """
+
+    users: Block
+    items: Block
+    history: Block
+    history_lengths: IdArray
+    item_rows: IdArray
+    known_rows: IdArray
+    known_items: IdArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """The prepared dataset, mapped. train and val: item rows per user row, oldest first."""
+
+    items: Block
+    users: Block
+    train: Csr
+    train_users: IdArray  # train.items[i] is an interaction of train_users[i]
+    val: Csr
+
+    @classmethod
+    def open(cls, folder: Path) -> "TrainingData":
+        """Maps what ``prepare`` wrote; nothing is read until a batch asks for it."""
+        train, val = _map(folder / "train.arrow"), _map(folder / "val.arrow")
+        indptr = _map(folder / "indptr.arrow")
+        return cls(
+            items=_map_block(folder / "items.arrow"),
+            users=_map_block(folder / "users.arrow"),
+            train=Csr(indptr["train"], train["items"]),
+            train_users=train["users"],
+            val=Csr(indptr["val"], val["items"]),
+        )
+
+    def item_counts(self) -> IdArray:
+        """(items,) int64, occurrences in train."""
+        return np.bincount(self.train.items, minlength=len(self.items)).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """Which examples one rank sees at each step, and what is hidden from the model in them."""
+
+    data: TrainingData
+    batch_size: int  # global
+    rank: int
+    world: int
+    seed: int
+    unknown_rate: float
+    history_length: int  # 0 without a history feature
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The same on every rank: gloo aborts on uneven batches, so the rest is left out."""
+        return len(self.data.train.items) // self.batch_size
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of one epoch, in order."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.train.items))
+        for step in range(self.steps_per_epoch):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield self.batch(rows, np.random.default_rng([self.seed, epoch, step]))
+
+    def batch(self, rows: IdArray, rng: np.random.Generator) -> Batch:
+        """This rank's slice of the global batch of train interactions ``rows``."""
+        data, size = self.data, len(rows) // self.world
+        mine = slice(self.rank * size, (self.rank + 1) * size)
+        num_user, num_item = data.users.categorical.shape[1], data.items.categorical.shape[1]
+        # drawn for the global batch and cut, so that the ranks together see what one would
+        draws = rng.random((len(rows), num_user + num_item + 1), dtype=np.float32)
+        hidden = draws[mine] < self.unknown_rate
+        users, items = data.train_users[rows[mine]], data.train.items[rows[mine]]
+        history = others(data.train, users, rows[mine], self.history_length)
+        lengths = np.where(hidden[:, -1], 0, history.lengths)
+        kept = np.repeat(~hidden[:, -1], history.lengths)
+        known = newest_of(data.train, users)
+        return Batch(
+            users=_hide(data.users.take(users), hidden[:, :num_user]),
+            items=_hide(data.items.take(items), hidden[:, num_user:-1]),
+            history=data.items.take(history.items[kept]),
+            history_lengths=lengths,
+            item_rows=items,
+            known_rows=np.repeat(np.arange(size), known.lengths),
+            known_items=known.items,
+        )
+
+
+def prepare(dataset: Dataset, space: FeatureSpace, folder: Path) -> None:
+    """Writes the dataset as dense, mappable Arrow files: inputs of both towers, train and val.
+
+    Raises:
+        DataError: a feature column does not fit, or there is nothing to train on.
+    """
+    train, val = (item_lists(dataset, (split,)) for split in ("train", "val"))
+    if not len(train.items):
+        raise DataError("no interactions to train on", field="split", expected="train rows")
+    items = space.item.encode(dataset.items(), ITEMS)
+    users = space.query.encode(dataset.users(), USERS)
+    _write_block(folder / "items.arrow", items)
+    _write_block(folder / "users.arrow", users)
+    _write(folder / "train.arrow", users=train.owners, items=train.items)
+    _write(folder / "val.arrow", items=val.items)
+    _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
+
+
+def item_lists(dataset: Dataset, splits: tuple[str, ...]) -> Csr:
+    """Item rows of every user row over some splits, oldest first, no item twice."""
+    user_ids = dataset.users()["user_id"].to_numpy()
+    item_ids = dataset.items()["item_id"].to_numpy()
+    return positives_by_user(dataset.interactions(splits), user_ids, item_ids)
+
+
+def newest_of(lists: Csr, users: IdArray, newest: int | None = None) -> Csr:
+    """The lists of some users, in that order, each cut to its newest items."""
+    starts, ends = lists.indptr[:-1][users], lists.indptr[1:][users]
+    if newest is not None:
+        starts = np.maximum(starts, ends - newest)
+    places = _places(starts, ends - starts)
+    return Csr(places.indptr, lists.items[places.items])
+
+
+def others(train: Csr, users: IdArray, rows: IdArray, newest: int) -> Csr:
+    """The newest other items of each user: interaction ``rows[i]``, of users[i], is left out.
+
+    That is what keeps the history from giving the answer away.
+    """
+    if newest == 0:
+        return Csr(np.zeros(len(rows) + 1, np.int64), train.items[:0])
+    ends = train.indptr[1:][users]
+    # one more where the positive will be taken out of the window again
+    starts = np.maximum(train.indptr[:-1][users], ends - newest - (rows >= ends - newest))
+    window = _places(starts, ends - starts)
+    kept = window.items != rows[window.owners]
+    return Csr(_indptr(window.lengths - (rows >= starts)), train.items[window.items[kept]])
+
+
+def _places(starts: IdArray, lengths: IdArray) -> Csr:
+    """start, start + 1, ... start + length - 1 of each pair."""
+    indptr = _indptr(lengths)
+    return Csr(indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths))
+
+
+def _indptr(lengths: IdArray) -> IdArray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def _hide(block: Block, hidden: NDArray[np.bool_]) -> Block:
+    return Block(np.where(hidden, 0, block.categorical), block.numeric)
+
+
+def _write_block(path: Path, block: Block) -> None:
+    # Arrow has no lists of width 0: such a matrix is left out, its row count is in ``rows``
+    matrices: dict[str, NDArray[Any]] = {
+        "categorical": block.categorical,
+        "numeric": block.numeric,
+    }
+    wide = {name: matrix for name, matrix in matrices.items() if matrix.shape[1]}
+    _write(path, rows=np.arange(len(block)), **wide)
+
+
+def _map_block(path: Path) -> Block:
+    arrays = _map(path)
+    rows = len(arrays["rows"])
+    return Block(
+        arrays.get("categorical", np.empty((rows, 0), np.int64)),
+        arrays.get("numeric", np.empty((rows, 0), np.float32)),
+    )
+
+
+def _write(path: Path, **arrays: NDArray[Any]) -> None:
+    """Arrays of equal length as one record batch of an Arrow IPC file, so they map as they are."""
+    columns = {}
+    for name, array in arrays.items():
+        flat = pa.array(np.ascontiguousarray(array).ravel())
+        is_matrix = array.ndim == 2
+        columns[name] = (
+            pa.FixedSizeListArray.from_arrays(flat, array.shape[1]) if is_matrix else flat
+        )
+    batch = pa.RecordBatch.from_pydict(columns)
+    with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _map(path: Path) -> dict[str, NDArray[Any]]:
+    """Read-only views of a file written by ``_write``; it stays mapped while they live."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    arrays = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_fixed_size_list(column.type):
+            matrix = column.flatten().to_numpy()
+            arrays[name] = matrix.reshape(len(column), column.type.list_size)
+        else:
+            arrays[name] = column.to_numpy()
+    return arrays

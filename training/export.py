@@ -1,0 +1,133 @@
+"""From the best checkpoint of a run to an embedding set with its query encoder.
+
+``<store>/embeddings/<model_version>/``: every catalogue item's vector and attributes, and the query
+tower as plain arrays that ``router.encoder`` runs without torch. The version is a hash of weights,
+features and configuration: the same model exported twice has the same name.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from shards.embeddings import (
+    ENCODER_FOLDER,
+    EmbeddingSet,
+    embedding_writer,
+    open_embedding_set,
+)
+from shards.files import sha256_of, write_json
+from shards.schema import IdArray, Metric
+from training.checkpoint import Run, load_best
+from training.encoding import BLOCK_ROWS, encode_items
+from training.metrics import Progress
+from training.tables import ITEMS, Dataset, open_dataset
+from training.towers import Inputs, TwoTower
+
+ENCODER_FORMAT_VERSION = 1  # of encoder.json; router.encoder reads it
+VERSION_DIGITS = 12
+
+
+def export(
+    run_folder: Path,
+    data_folder: Path,
+    store: Path,
+    *,
+    created_at: str,
+    progress: Progress | None = None,
+) -> EmbeddingSet:
+    """Writes the embedding set of the run's best model, or returns it if it is there already.
+
+    created_at: ISO 8601 time, for the manifest. Progress stage: ``export``.
+
+    Raises:
+        NotFound: no trained run, or no dataset. DataError: the items lack a feature column.
+    """
+    run, model = load_best(run_folder)
+    dataset = open_dataset(data_folder)
+    version = model_version(run, model)
+    target = store / "embeddings" / version
+    if target.exists():
+        return open_embedding_set(target)
+    items = dataset.items()
+    with embedding_writer(
+        target,
+        model_version=version,
+        dim=model.dim,
+        metric=Metric.COSINE,
+        normalised=True,
+        created_at=created_at,
+    ) as writer:
+        for start in range(0, items.num_rows, BLOCK_ROWS):
+            table = items.slice(start, BLOCK_ROWS).combine_chunks()
+            vectors = encode_items(model, run.space.item.encode(table, ITEMS))
+            attributes = table.drop_columns(["item_id"]).to_batches()
+            writer.append(
+                table["item_id"].to_numpy(), vectors, attributes[0] if attributes else None
+            )
+            if progress is not None:
+                progress("export", start + table.num_rows, items.num_rows)
+        export_encoder(run, model, dataset, version, writer.folder / ENCODER_FOLDER)
+    return open_embedding_set(target, verify=False)
+
+
+def model_version(run: Run, model: TwoTower) -> str:
+    """Twelve hex digits over weights, features and configuration."""
+    digest = hashlib.sha256()
+    declared = {"config": run.config.identity(), "space": run.space.to_json()}
+    digest.update(json.dumps(declared, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    return digest.hexdigest()[:VERSION_DIGITS]
+
+
+def export_encoder(run: Run, model: TwoTower, dataset: Dataset, version: str, folder: Path) -> None:
+    """Writes encoder.json and weights.safetensors, the files ``router.encoder`` documents."""
+    folder.mkdir(parents=True)
+    weights = _tower_weights(model)
+    features: list[dict[str, Any]] = [asdict(v) for v in run.space.query.vocabularies]
+    features += [{"kind": "numeric", **asdict(s)} for s in run.space.query.standardisers]
+    if run.space.history is not None:
+        features.append(run.space.history.model_dump())
+        weights |= _history_table(run, model, dataset)
+    save_file(weights, folder / "weights.safetensors")
+    write_json(
+        folder / "encoder.json",
+        {
+            "format_version": ENCODER_FORMAT_VERSION,
+            "model_version": version,
+            "dim": model.dim,
+            "features": features,
+            "weights_sha256": sha256_of(folder / "weights.safetensors"),
+        },
+    )
+
+
+def _tower_weights(model: TwoTower) -> dict[str, NDArray[Any]]:
+    tower = {
+        name.replace("norms.", "norm."): tensor
+        for name, tensor in model.query_tower.state_dict().items()
+    }
+    embeddings = {
+        f"embedding.{name.split('.')[1]}": tensor
+        for name, tensor in model.query_rows.state_dict().items()
+    }
+    return {name: tensor.cpu().numpy() for name, tensor in (tower | embeddings).items()}
+
+
+@torch.no_grad()
+def _history_table(run: Run, model: TwoTower, dataset: Dataset) -> dict[str, NDArray[Any]]:
+    """Item ids, ascending, and the input row of each, which the history feature averages."""
+    items = dataset.items()
+    ids: IdArray = items["item_id"].to_numpy()
+    block = run.space.item.encode(items, ITEMS)
+    rows: Tensor = model.item_rows(Inputs.of(block, model.log_temperature.device))
+    return {"history.item_ids": ids.copy(), "history.rows": rows.cpu().numpy()}

@@ -1,0 +1,56 @@
+"""Gathering rows from every rank, with and without gradient.
+
+With DDP averaging gradients over ranks, a loss over local rows and all gathered columns gives the
+gradient of the full batch when the gather's backward sums what the ranks send back: no factor W
+anywhere. A gather without gradient would leave the item tower half its signal, pointing elsewhere.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        return gather_values(local)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        size = len(gradient) // world_size()
+        if dist.get_backend() == "nccl":
+            local = gradient.new_empty(size, *gradient.shape[1:])
+            dist.reduce_scatter_tensor(local, gradient)
+            return local
+        # gloo has no reduce_scatter
+        dist.all_reduce(gradient)
+        return gradient[rank() * size : (rank() + 1) * size]
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """(W * b, ...) of (b, ...), rank 0 first; its gradient is summed over ranks. Same b on all."""
+    if world_size() == 1:
+        return local
+    gathered: Tensor = _Gather.apply(local)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def gather_values(local: Tensor) -> Tensor:
+    """(W * b, ...) of (b, ...), rank 0 first, without gradient."""
+    if world_size() == 1:
+        return local
+    local = local.contiguous()
+    parts = [torch.empty_like(local) for _ in range(world_size())]
+    dist.all_gather(parts, local)
+    return torch.cat(parts)

@@ -1,0 +1,83 @@
+"""Which features a dataset suggests, for towers whose configuration names none.
+
+Few-valued columns become categories, other numbers numeric, and the query tower gets the user's
+history. A vector per id is learned for items that are seen often enough to have one, and wherever
+there is nothing else to go by. Titles, codes and other many-valued texts are left out.
+"""
+
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from training.config import (
+    CategoricalFeature,
+    FeatureConfig,
+    HistoryFeature,
+    IdFeature,
+    NumericFeature,
+    TowerConfig,
+    TowersConfig,
+    TrainingConfig,
+)
+from training.features import MIN_DEVIATION, is_number, numbers, plain, value_type
+from training.tables import Dataset
+
+logger = logging.getLogger(__name__)
+
+FEW_INTEGERS = 32  # integer columns with more distinct values are quantities, not categories
+FEW_STRINGS = 1000  # text columns with more are titles, codes or keys
+DENSE_INTERACTIONS = 5  # train interactions per item from which a vector per id can be learned
+SKEWED = 1.0  # skewness from which log(1 + x) is taken; an exponential has 2, a normal 0
+
+
+def infer_config(config: TrainingConfig, dataset: Dataset) -> TrainingConfig:
+    """The configuration with every tower's features named; those already named stay."""
+    query, item = config.towers.query, config.towers.item
+    if item.features is None:
+        items = dataset.items()
+        features = _suggest(items, "item_id")
+        num_train = dataset.interactions("train").num_rows
+        if not features or num_train >= DENSE_INTERACTIONS * items.num_rows:
+            features = [IdFeature(column="item_id"), *features]
+        item = _with_features(item, features)
+    if query.features is None:
+        features = _suggest(dataset.users(), "user_id") or [IdFeature(column="user_id")]
+        query = _with_features(query, [*features, HistoryFeature()])
+    return config.model_copy(update={"towers": TowersConfig(query=query, item=item)})
+
+
+def _with_features(tower: TowerConfig, features: list[FeatureConfig]) -> TowerConfig:
+    return tower.model_copy(update={"features": tuple(features)})
+
+
+def _suggest(table: pa.Table, key: str) -> list[FeatureConfig]:
+    features: list[FeatureConfig] = []
+    for name in table.column_names:
+        feature = None if name == key else _suggest_one(name, table[name])
+        if feature is not None:
+            features.append(feature)
+        elif name != key:
+            logger.info("column %s (%s) is not used as a feature", name, table[name].type)
+    return features
+
+
+def _suggest_one(name: str, column: pa.ChunkedArray) -> FeatureConfig | None:
+    values = plain(column)
+    kind = value_type(values.type)
+    distinct = pc.count_distinct(values).as_py() if kind else 0
+    if kind == "string":
+        few = distinct <= min(FEW_STRINGS, len(values) // 2)
+        return CategoricalFeature(column=name) if few else None
+    if kind == "bool" or (kind == "int" and distinct <= min(FEW_INTEGERS, len(values) // 4)):
+        return CategoricalFeature(column=name)
+    return NumericFeature(column=name, log=is_number(column.type) and _is_skewed(column))
+
+
+def _is_skewed(column: pa.ChunkedArray) -> bool:
+    values = numbers(column, "", "")
+    if values.size == 0 or values.min() < 0 or values.std() < MIN_DEVIATION:
+        return False
+    standardised = (values - values.mean()) / values.std()
+    return bool(np.mean(standardised**3) > SKEWED)

@@ -1,0 +1,211 @@
+"""Starts a training run: in this process for one worker, under Ray Train for several.
+
+The only module of the training part that knows Ray, and it expects the caller to be connected.
+Everything a rank needs lies in the run folder, which all nodes must be able to read and write;
+what a rank does is ``training.loop.train_rank``.
+"""
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import get_context as get_rank_context
+from ray.train.torch import TorchTrainer, get_device
+
+from shards.errors import ConfigError, ShardlineError, Unavailable
+from shards.files import MANIFEST_NAME
+from training.batches import prepare
+from training.checkpoint import Run, check_resumable, latest_state, start_run
+from training.config import TrainingConfig
+from training.features import fit
+from training.infer import infer_config
+from training.loop import CACHE, LOG, Event, train_rank
+from training.tables import Dataset, open_dataset
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5  # how often the log of ranks elsewhere is read for progress
+RAY_FOLDER = "ray"  # inside the run folder: what Ray Train itself writes
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """best_value is the validation recall of best_epoch; both None without a val split."""
+
+    run_folder: Path
+    epochs: int
+    steps: int
+    best_epoch: int | None
+    best_value: float | None
+
+
+def train(
+    config: TrainingConfig,
+    data_folder: Path,
+    run_folder: Path,
+    *,
+    on_event: OnEvent | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Trains ``config.num_workers`` ranks to the end; the run folder keeps the best checkpoint.
+
+    on_event gets every line of the log: ``event`` is "step" (step, total_steps, loss,
+    in_batch_accuracy, examples_per_s, ...) or "validation" (epoch, recall@k). resume: go on from
+    the newest checkpoint of the same configuration and data.
+
+    Raises:
+        ConfigError, DataError: settings or data that do not fit, or not the ones resumed.
+        Unavailable: several workers without a Ray connection or GPUs, or a rank died.
+    """
+    run_folder = run_folder.resolve()  # ranks under Ray have another working directory
+    dataset = open_dataset(data_folder)
+    config = infer_config(config, dataset)
+    use_gpu = _use_gpu(config)
+    if resume:
+        check_resumable(run_folder, config, _identity(dataset))
+    else:
+        _start(config, dataset, run_folder)
+    if config.num_workers == 1:
+        train_rank(run_folder, torch.device("cuda" if use_gpu else "cpu"), on_event)
+    else:
+        with _followed(run_folder / LOG, on_event):
+            _train_under_ray(config.num_workers, use_gpu, run_folder)
+    state = latest_state(run_folder)
+    assert state is not None, "a finished run has a checkpoint"
+    return TrainResult(
+        run_folder=run_folder,
+        epochs=state.epoch,
+        steps=state.step,
+        best_epoch=state.best_epoch,
+        best_value=state.best_value,
+    )
+
+
+def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path) -> None:
+    if (run_folder / MANIFEST_NAME).exists():
+        raise ConfigError(
+            f"{run_folder}: holds a run already",
+            hint="resume it, or train into another folder",
+        )
+    space = fit(config, dataset)
+    prepare(dataset, space, run_folder / CACHE)
+    start_run(run_folder, Run(config=config, space=space), _identity(dataset))
+
+
+def _identity(dataset: Dataset) -> dict[str, Any]:
+    return {"name": dataset.name, "files": dataset.manifest["files"]}
+
+
+def _use_gpu(config: TrainingConfig) -> bool:
+    if config.num_workers > 1 and not ray.is_initialized():
+        raise Unavailable(
+            "several workers train under Ray",
+            field="num_workers",
+            expected="a connection to a Ray cluster, or num_workers 1",
+        )
+    if config.device == "cpu":
+        return False
+    if config.num_workers == 1:
+        found = torch.cuda.device_count()
+    else:
+        found = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and found < config.num_workers:
+        raise Unavailable(
+            "not enough GPUs",
+            field="device",
+            expected=f"{config.num_workers}, one a worker",
+            got=str(found),
+            hint="train with device: cpu, or with fewer workers",
+        )
+    return found >= config.num_workers
+
+
+def _train_under_ray(num_workers: int, use_gpu: bool, run_folder: Path) -> None:
+    trainer = TorchTrainer(
+        _rank_entry,
+        train_loop_config={"run_folder": str(run_folder)},
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=RAY_FOLDER,
+            storage_path=str(run_folder),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+    try:
+        with _interrupt_handler_kept():
+            trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+
+
+def _rank_entry(settings: dict[str, str]) -> None:
+    """What every Ray worker runs. The cores of a host are shared evenly by its ranks."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // get_rank_context().get_local_world_size()))
+    train_rank(Path(settings["run_folder"]), get_device())
+
+
+def _cause(error: TrainingFailedError) -> ShardlineError:
+    """One error of ours for whatever the ranks reported, the first that explains itself."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    for cause in causes:
+        if isinstance(cause, ShardlineError):
+            return cause
+    first = str(causes[0] if causes else error).strip().splitlines()
+    return Unavailable("training failed", got=first[-1] if first else type(error).__name__)
+
+
+@contextmanager
+def _interrupt_handler_kept() -> Iterator[None]:
+    """Ray Train puts its own handler on Ctrl-C and leaves it there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _followed(log: Path, on_event: OnEvent | None) -> Iterator[None]:
+    """Hands lines that ranks elsewhere append to the log to ``on_event``, until the block ends."""
+    if on_event is None:
+        yield
+        return
+    ended = threading.Event()
+    start = log.stat().st_size if log.exists() else 0
+    follower = threading.Thread(target=_follow, args=(log, start, on_event, ended))
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _follow(log: Path, start: int, on_event: OnEvent, ended: threading.Event) -> None:
+    last_round = False
+    while not last_round:
+        last_round = ended.wait(POLL_S)
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(start)
+                for line in file:
+                    if line.endswith(b"\n"):  # else half a line: next time
+                        start += len(line)
+                        on_event(json.loads(line))

@@ -1,0 +1,283 @@
+"""One rank's training loop: steps, validation, early stop, checkpoints.
+
+Runs the same in this process and under any launcher that has set up ``torch.distributed``. The
+learning rate and every random draw are functions of the step, so resuming needs no random state.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shards.errors import ConfigError
+from training import gather
+from training.batches import Batch, Sampler, TrainingData, newest_of
+from training.checkpoint import TrainState, latest_state, open_run, restore, save_checkpoint
+from training.config import OptimiserConfig, TrainingConfig
+from training.encoding import encode_items, encode_queries
+from training.losses import LossTerms, false_negatives, info_nce
+from training.metrics import rank_exact, score_lists
+from training.towers import Inputs, QueryInputs, TwoTower, build_model
+
+logger = logging.getLogger(__name__)
+
+CACHE, LOG = "cache", "log.jsonl"  # inside the run folder
+LOG_STEPS = 10  # steps between two log lines; each costs one small all-reduce
+BETAS = (0.9, 0.98)  # a shorter second moment than AdamW's default suits runs of 1000 steps
+
+Event = dict[str, Any]
+
+
+def train_rank(
+    run_folder: Path, device: torch.device, on_event: Callable[[Event], None] | None = None
+) -> TrainState:
+    """Trains from the newest checkpoint, or the start, to the end; all ranks return the same.
+
+    ``run_folder`` holds a declared run and the prepared data. Rank 0 writes checkpoints and the
+    log, and gives every log line to ``on_event`` too.
+
+    Raises:
+        ConfigError: the batch is larger than the train split, or does not split over the ranks.
+    """
+    run = open_run(run_folder)
+    config, data = run.config, TrainingData.open(run_folder / CACHE)
+    sampler = Sampler(
+        data=data,
+        batch_size=config.batch_size,
+        rank=gather.rank(),
+        world=gather.world_size(),
+        seed=config.seed,
+        unknown_rate=config.unknown_rate,
+        history_length=run.space.history.max_length if run.space.history else 0,
+    )
+    _check_batch(sampler)
+    model = build_model(config, run.space).to(device)
+    optimiser = build_optimiser(model, config.optimiser)
+    state = latest_state(run_folder) or TrainState()
+    if state.epoch:
+        restore(run_folder, state.epoch, model, optimiser)
+    log = _Log(run_folder / LOG, on_event, config.batch_size) if sampler.rank == 0 else None
+    # wrapped once: each wrapper would reduce the gradients again
+    wrapped = DistributedDataParallel(model) if sampler.world > 1 else model
+    trainer = Trainer(config, model, wrapped, optimiser, sampler, log)
+    while state.epoch < config.epochs and state.stale < config.validation.patience:
+        state = trainer.epoch(state)
+        if log is not None:
+            save_checkpoint(run_folder, model, optimiser, state)
+    if gather.world_size() > 1:
+        dist.barrier()  # nobody leaves before the last checkpoint is complete
+    return state
+
+
+@dataclass(slots=True)
+class Trainer:
+    """A model in training. ``epoch`` is one pass over the data, and validation where it is due."""
+
+    config: TrainingConfig
+    model: TwoTower
+    wrapped: nn.Module  # the model, under DistributedDataParallel where there are several ranks
+    optimiser: torch.optim.Optimizer
+    sampler: Sampler
+    log: "_Log | None"
+
+    def epoch(self, state: TrainState) -> TrainState:
+        config, steps = self.config, self.sampler.steps_per_epoch
+        device = self.model.log_temperature.device
+        log_q = log_frequencies(self.sampler.data, device) if config.loss.logq else None
+        self.model.train()
+        step = state.step
+        for batch in self.sampler.epoch(state.epoch):
+            rate = learning_rate(config.optimiser, step, steps * config.epochs)
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            generator = torch.Generator(device).manual_seed(_step_seed(config.seed, step))
+            terms = batch_loss(self.wrapped, config, batch, log_q, generator)
+            self.optimiser.zero_grad()
+            terms.loss.backward()  # type: ignore[no-untyped-call]
+            self.optimiser.step()
+            self.model.clamp_temperature()
+            step += 1
+            if step % LOG_STEPS == 0 or step == state.step + steps:
+                self._log_step(terms, step, state.epoch + 1, rate)
+        state = replace(state, epoch=state.epoch + 1, step=step)
+        due = state.epoch % config.validation.every_epochs == 0 or state.epoch == config.epochs
+        if due and len(self.sampler.data.val.items):
+            state = self._validate(state)
+        return state
+
+    def _validate(self, state: TrainState) -> TrainState:
+        started = time.perf_counter()
+        recall = validation_recall(self.model, self.sampler, self.config)
+        if self.log is not None:
+            seconds = time.perf_counter() - started
+            name = f"recall@{self.config.validation.k}"
+            self.log.write("validation", epoch=state.epoch, seconds=seconds, **{name: recall})
+        if state.best_value is None or recall > state.best_value:
+            return replace(state, best_epoch=state.epoch, best_value=recall, stale=0)
+        return replace(state, stale=state.stale + 1)
+
+    def _log_step(self, terms: LossTerms, step: int, epoch: int, rate: float) -> None:
+        values = torch.stack([terms.loss.detach(), terms.accuracy, terms.masked])
+        if gather.world_size() > 1:
+            dist.all_reduce(values)
+        loss, accuracy, masked = (values / gather.world_size()).tolist()
+        if self.log is not None:
+            self.log.step(
+                step,
+                epoch=epoch,
+                total_steps=self.sampler.steps_per_epoch * self.config.epochs,
+                loss=loss,
+                in_batch_accuracy=accuracy,
+                masked_share=masked,
+                temperature=self.model.temperature().item(),
+                learning_rate=rate,
+            )
+
+
+def batch_loss(
+    model: nn.Module,
+    config: TrainingConfig,
+    batch: Batch,
+    log_q: Tensor | None,
+    generator: torch.Generator | None,
+) -> LossTerms:
+    """The loss of this rank's rows against the items of all ranks; a step of every rank at once.
+
+    model: a TwoTower, or DistributedDataParallel around one. log_q (items,) float32 or None.
+    """
+    device = next(model.parameters()).device
+    queries = QueryInputs.of(batch.users, batch.history, batch.history_lengths, device)
+    local_queries, local_items, temperature = model(
+        queries, Inputs.of(batch.items, device), generator
+    )
+    row_items = torch.from_numpy(batch.item_rows).to(device)
+    columns = gather.gather_values(row_items)
+    labels = torch.arange(len(row_items), device=device) + gather.rank() * len(row_items)
+    masked = false_negatives(
+        config.loss,
+        row_items,
+        columns,
+        labels,
+        torch.from_numpy(batch.known_rows).to(device),
+        torch.from_numpy(batch.known_items).to(device),
+    )
+    return info_nce(
+        local_queries,
+        gather.gather_rows(local_items),
+        labels,
+        temperature,
+        log_q=None if log_q is None else log_q[columns],
+        masked=masked,
+    )
+
+
+def validation_recall(model: TwoTower, sampler: Sampler, config: TrainingConfig) -> float:
+    """Recall@k on the val split over the whole corpus, train items left out of the ranking.
+
+    The users are the same each time; every rank ranks its share of them.
+    """
+    data, settings = sampler.data, config.validation
+    users = np.flatnonzero(data.val.lengths)
+    if len(users) > settings.max_users:
+        rng = np.random.default_rng([config.seed, settings.max_users])
+        users = np.sort(rng.choice(users, settings.max_users, replace=False))
+    users = users[sampler.rank :: sampler.world]
+    model.eval()
+    train = newest_of(data.train, users)
+    queries = encode_queries(model, data.users.take(users), train, data.items)
+    total = torch.zeros(2, dtype=torch.float64)
+    if len(users):
+        k = min(settings.k, len(data.items))
+        _, ranked = rank_exact(queries, encode_items(model, data.items), k=k, exclude=train)
+        recall = score_lists(ranked, newest_of(data.val, users), (k,)).values[f"recall@{k}"]
+        total = torch.tensor([recall.sum(), len(recall)], dtype=torch.float64)
+    total = total.to(model.log_temperature.device)
+    if gather.world_size() > 1:
+        dist.all_reduce(total)
+    return float(total[0] / total[1])
+
+
+def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
+    """AdamW; biases, norms and the temperature do not decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS)
+
+
+def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float:
+    """Linear from 0 over the warm-up, then half a cosine down to 0 at the end."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def log_frequencies(data: TrainingData, device: torch.device) -> Tensor:
+    """(items,) float32: log of each item's share of train; items that never occur get -inf."""
+    counts = data.item_counts()
+    with np.errstate(divide="ignore"):
+        frequencies = np.log(counts / counts.sum())
+    return torch.from_numpy(frequencies.astype(np.float32)).to(device)
+
+
+def _step_seed(seed: int, step: int) -> int:
+    """Dropout differs by rank; the batches do not need to."""
+    entropy = np.random.SeedSequence([seed, step, gather.rank()])
+    return int(entropy.generate_state(1, np.uint64)[0] >> 1)
+
+
+def _check_batch(sampler: Sampler) -> None:
+    if sampler.batch_size % sampler.world:
+        raise ConfigError(
+            "the global batch does not split evenly",
+            field="batch_size",
+            expected=f"a multiple of {sampler.world} ranks",
+            got=str(sampler.batch_size),
+        )
+    if sampler.steps_per_epoch == 0:
+        raise ConfigError(
+            "the global batch is larger than the train split",
+            field="batch_size",
+            expected=f"<= {len(sampler.data.train.items)}",
+            got=str(sampler.batch_size),
+        )
+
+
+class _Log:
+    """One JSON object a line, appended, so that a resumed run goes on in the same file."""
+
+    def __init__(
+        self, path: Path, on_event: Callable[[Event], None] | None, batch_size: int
+    ) -> None:
+        self._path = path
+        self._on_event = on_event
+        self._batch_size = batch_size
+        self._last: tuple[int, float] | None = None
+
+    def write(self, kind: str, **values: Any) -> None:
+        event = {"event": kind, "time": time.time(), **values}
+        with self._path.open("a") as file:
+            file.write(json.dumps(event) + "\n")
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def step(self, step: int, **values: Any) -> None:
+        now, speed = time.perf_counter(), None
+        if self._last is not None:
+            before, at = self._last
+            speed = (step - before) * self._batch_size / (now - at)
+        self._last = (step, now)
+        self.write("step", step=step, examples_per_s=speed, **values)

@@ -1,0 +1,293 @@
+"""Retrieval metrics over ranked lists, and the exact ranking they are usually applied to.
+
+A ranked list is a row of ids, best first; -1 marks an empty slot. For a user with R relevant items:
+
+    recall@k    relevant items among the first k, divided by R
+    hit_rate@k  1 if there is at least one among the first k
+    ndcg@k      sum of 1 / log2(rank + 1) over hits in the first k, divided by the same sum for
+                ranks 1 .. min(k, R)
+    mrr         1 / rank of the first hit in the whole list, 0 without a hit
+
+Users without relevant items have no recall; they are left out of every mean and counted. Means
+are sums over users, so parts of a test set can be scored apart and merged (``MetricSums``).
+Pure numpy: nothing here knows about models, tables or indexes.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import InvalidInput
+from shards.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Metric, check_vectors
+
+DEFAULT_KS = (10, 100, 1000)
+BLOCK_SCORES = 1 << 23  # float32 scores in memory at a time, 32 MiB
+SAMPLE = 4096  # columns looked at to guess the k-th score of a row
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+class Csr(NamedTuple):
+    """Items of each of n users: ``items[indptr[u]:indptr[u + 1]]``; indptr (n + 1,), both int64."""
+
+    indptr: IdArray
+    items: IdArray
+
+    @property
+    def lengths(self) -> IdArray:
+        return np.diff(self.indptr)
+
+    @property
+    def owners(self) -> IdArray:
+        """(len(items),) int64: the user that each entry of ``items`` belongs to."""
+        return np.repeat(np.arange(len(self.indptr) - 1, dtype=np.int64), self.lengths)
+
+    def slice(self, start: int, stop: int) -> "Csr":
+        """Users start .. stop - 1; the items are a view."""
+        indptr = self.indptr[start : stop + 1]
+        return Csr(indptr - indptr[0], self.items[indptr[0] : indptr[-1]])
+
+    def take(self, users: IdArray) -> "Csr":
+        """The given users in the given order, copied."""
+        lengths = self.lengths[users]
+        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        shift = np.repeat(self.indptr[users] - indptr[:-1], lengths)
+        return Csr(indptr, self.items[shift + np.arange(indptr[-1])])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserMetrics:
+    """values[name] (u,) float64 of the u ``users`` (places in the batch) with relevant items."""
+
+    users: IdArray
+    values: dict[str, NDArray[np.float64]]
+    skipped: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricResult:
+    """Means over ``users`` users; ``skipped`` users had no relevant item."""
+
+    means: dict[str, float]
+    users: int
+    skipped: int
+
+
+@dataclass(slots=True)
+class MetricSums:
+    """Running sums of per-user metrics: add batches, merge those of other workers, then result."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    users: int = 0
+    skipped: int = 0
+
+    def add(self, batch: UserMetrics) -> None:
+        self._add({name: float(v.sum()) for name, v in batch.values.items()}, len(batch.users))
+        self.skipped += batch.skipped
+
+    def merge(self, other: "MetricSums") -> None:
+        self._add(other.sums, other.users)
+        self.skipped += other.skipped
+
+    def result(self) -> MetricResult:
+        """Raises InvalidInput when no user had a relevant item, so that no mean exists."""
+        if self.users == 0:
+            raise InvalidInput(
+                "nothing to measure",
+                field="relevant",
+                expected="at least one user with a relevant item",
+                got=f"{self.skipped} users without any",
+            )
+        means = {name: total / self.users for name, total in self.sums.items()}
+        return MetricResult(means=means, users=self.users, skipped=self.skipped)
+
+    def _add(self, sums: dict[str, float], users: int) -> None:
+        if self.users and users and self.sums.keys() != sums.keys():
+            raise InvalidInput(
+                "metrics of different kinds cannot be added",
+                expected=", ".join(self.sums),
+                got=", ".join(sums),
+            )
+        for name, total in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        self.users += users
+
+
+def hit_matrix(ranked: IdArray, relevant: Csr) -> NDArray[np.bool_]:
+    """(n, K) bool: whether each ranked id is relevant to its row's user.
+
+    Raises:
+        InvalidInput: not one list per user, or an id that occurs twice in a user's relevant items
+            or, being a hit, twice in a list (it would be counted twice).
+    """
+    if ranked.ndim != 2 or len(ranked) != len(relevant.indptr) - 1:
+        raise InvalidInput(
+            "one ranked list per user",
+            field="ranked",
+            expected=f"({len(relevant.indptr) - 1}, K)",
+            got=str(ranked.shape),
+        )
+    known, compact = np.unique(relevant.items, return_inverse=True)
+    if not len(known):
+        return np.zeros(ranked.shape, dtype=np.bool_)
+    wanted = np.sort(relevant.owners * len(known) + compact)
+    _refuse_repeats(wanted, "relevant", len(known))
+    place = np.minimum(np.searchsorted(known, ranked), len(known) - 1)
+    is_known = (known[place] == ranked) & (ranked != EMPTY_ID)
+    rows, columns = np.nonzero(is_known)
+    keys = rows * len(known) + place[rows, columns]
+    is_hit = wanted[np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)] == keys
+    _refuse_repeats(np.sort(keys[is_hit]), "ranked", len(known))
+    hits = np.zeros(ranked.shape, dtype=np.bool_)
+    hits[rows[is_hit], columns[is_hit]] = True
+    return hits
+
+
+def score_lists(ranked: IdArray, relevant: Csr, ks: Sequence[int] = DEFAULT_KS) -> UserMetrics:
+    """Metrics of each user; ranked (n, K) int64 best first, -1 empty; every k of ks <= K.
+
+    Raises:
+        InvalidInput: a k below 1 or beyond the lists' length, or see ``hit_matrix``.
+    """
+    hits = hit_matrix(ranked, relevant)
+    width = hits.shape[1]
+    if not ks or min(ks) < 1 or max(ks) > width:
+        raise InvalidInput("k out of range", field="ks", expected=f"1 to {width}", got=str(ks))
+    users = np.flatnonzero(relevant.lengths)
+    hits, sizes = hits[users], relevant.lengths[users]
+    gains = 1.0 / np.log2(np.arange(2, width + 2))
+    ideal = np.concatenate([[0.0], np.cumsum(gains)])
+    first = np.where(hits.any(axis=1), hits.argmax(axis=1), -1)
+    values: dict[str, NDArray[np.float64]] = {}
+    for k in ks:
+        head = hits[:, :k]
+        values[f"recall@{k}"] = head.sum(axis=1) / sizes
+        values[f"hit_rate@{k}"] = ((first >= 0) & (first < k)).astype(np.float64)
+        values[f"ndcg@{k}"] = (head @ gains[:k]) / ideal[np.minimum(sizes, k)]
+    values["mrr"] = np.where(first >= 0, 1.0 / np.maximum(first + 1, 1), 0.0)
+    return UserMetrics(users=users, values=values, skipped=len(relevant.indptr) - 1 - len(users))
+
+
+def rank_exact(
+    queries: FloatArray,
+    items: FloatArray,
+    *,
+    k: int,
+    exclude: Csr | None = None,
+    block: int | None = None,
+) -> tuple[FloatArray, IdArray]:
+    """(n, k) float32 dot products, higher first, and (n, k) int64 item rows, by brute force.
+
+    queries (n, d), items (m, d) float32. The items of ``exclude`` (item rows of each query) never
+    appear. Equal scores are ordered by lower row; slots beyond the catalogue hold -inf and -1.
+    ``block`` queries are scored at a time (default: what fits 32 MiB); it changes no answer beyond
+    the rounding of the matrix product.
+    """
+    parts = list(_ranked_blocks(queries, items, exclude, k, block))
+    return np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
+
+
+def evaluate_vectors(
+    queries: FloatArray,
+    items: FloatArray,
+    *,
+    relevant: Csr,
+    exclude: Csr | None = None,
+    ks: Sequence[int] = DEFAULT_KS,
+    progress: Progress | None = None,
+    stage: str = "evaluate",
+) -> MetricResult:
+    """Mean metrics of ranking all items by dot product: the exact, full-corpus evaluation.
+
+    One query per user of ``relevant`` and ``exclude``; lists are as long as the largest k.
+    """
+    sums, done = MetricSums(), 0
+    for start, _, rows in _ranked_blocks(queries, items, exclude, max(ks), None):
+        done = start + len(rows)
+        sums.add(score_lists(rows, relevant.slice(start, done), ks))
+        if progress:
+            progress(stage, done, len(queries))
+    return sums.result()
+
+
+def _ranked_blocks(
+    queries: FloatArray, items: FloatArray, exclude: Csr | None, k: int, block: int | None
+) -> Iterator[tuple[int, FloatArray, IdArray]]:
+    """(first query, scores, rows) of consecutive blocks of queries."""
+    if k < 1:
+        raise InvalidInput("out of range", field="k", expected=">= 1", got=str(k))
+    items = check_vectors(items, dim=items.shape[-1], metric=Metric.DOT, field="items")
+    queries = check_vectors(queries, dim=items.shape[1], metric=Metric.DOT, field="queries")
+    if exclude is not None and len(exclude.indptr) != len(queries) + 1:
+        raise InvalidInput(
+            "one list per query",
+            field="exclude",
+            expected=str(len(queries)),
+            got=str(len(exclude.indptr) - 1),
+        )
+    step = block or max(1, BLOCK_SCORES // len(items))
+    for start in range(0, len(queries), step):
+        scores = queries[start : start + step] @ items.T
+        if exclude is not None:
+            masked = exclude.slice(start, start + len(scores))
+            scores[masked.owners, masked.items] = EMPTY_SCORE
+        yield start, *_top(scores, k)
+
+
+def _top(scores: FloatArray, k: int) -> tuple[FloatArray, IdArray]:
+    """The k best of each row, ties by lower column, padded with -inf and -1.
+
+    A full partial sort of each row would dominate the evaluation. Instead a strided sample of the
+    columns guesses a score that a little more than k entries reach; what reaches it is collected
+    and sorted. A guess that turns out too high, or far too low, is replaced by the k-th score.
+    """
+    threshold = _guess(scores, k)
+    reached = scores >= threshold[:, None]
+    counts = np.count_nonzero(reached, axis=1)
+    wrong = np.flatnonzero((counts < k) | (counts > 8 * k + SAMPLE))
+    if len(wrong):
+        kth = _kth_best(scores[wrong], k)
+        reached[wrong] = (scores[wrong] >= kth[:, None]) & (scores[wrong] > EMPTY_SCORE)
+        counts[wrong] = np.count_nonzero(reached[wrong], axis=1)
+    flat = np.flatnonzero(reached)
+    rows, columns = np.divmod(flat, scores.shape[1])
+    slots = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = max(k, int(counts.max(initial=0)))
+    found = np.full((len(scores), width), -EMPTY_SCORE, dtype=np.float32)  # negated: sorts upward
+    ids = np.full((len(scores), width), EMPTY_ID, dtype=np.int64)
+    found[rows, slots] = -scores.ravel()[flat]
+    ids[rows, slots] = columns
+    order = np.argsort(found, axis=1, kind="stable")[:, :k]  # slots are in column order: ties hold
+    return -np.take_along_axis(found, order, axis=1), np.take_along_axis(ids, order, axis=1)
+
+
+def _guess(scores: FloatArray, k: int) -> FloatArray:
+    """(n,) float32: a score that the k best of each row probably reach; +inf for no guess."""
+    columns = scores.shape[1]
+    sample = scores[:, :: max(1, columns // SAMPLE)]
+    expected = k * sample.shape[1] / columns
+    place = int(expected + 4.0 * np.sqrt(expected) + 4.0)  # four standard deviations of a sample
+    if columns < 4 * SAMPLE or place >= SAMPLE // 2:
+        return np.full(len(scores), np.inf, dtype=np.float32)
+    guess = _kth_best(np.ascontiguousarray(sample), place)
+    # -inf would collect excluded items; such a row is nearly empty and takes the exact way
+    return np.where(np.isneginf(guess), np.float32(np.inf), guess)
+
+
+def _kth_best(scores: FloatArray, k: int) -> FloatArray:
+    """(n,) float32: the k-th largest of each row, or -inf where there are fewer."""
+    if k > scores.shape[1]:
+        return np.full(len(scores), EMPTY_SCORE, dtype=np.float32)
+    place = scores.shape[1] - k
+    return np.partition(scores, place, axis=1)[:, place]
+
+
+def _refuse_repeats(ordered: IdArray, name: str, stride: int) -> None:
+    repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(repeated):
+        raise InvalidInput(
+            "an id occurs twice", field=f"{name}[{repeated[0] // stride}]", expected="unique ids"
+        )

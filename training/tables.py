@@ -1,0 +1,490 @@
+"""A dataset folder: users, items, and interactions split into train, val and test.
+
+    users.parquet         user_id int64, then feature columns
+    items.parquet         item_id int64, then feature columns
+    interactions.parquet  user_id int64, item_id int64, timestamp int64, split dictionary<string>
+    oracle.safetensors    only of synthetic data: the hidden vectors; never a feature
+    _manifest.json        name, rows, checksums, ceilings, parameters; written last
+
+Ids are arbitrary int64 >= 0, unique and ascending in their table. The training part speaks of a
+user or item by its *row* in that table: dense, and in the same order as the ids, so that "ties by
+lower row" is "ties by lower id". ``rows_of`` translates. Feature columns are bool, integer,
+float, string, or fixed_size_list<float32>[n]; no value is null, NaN or infinite.
+
+Parquet pages carry checksums, files are verified against the manifest when a folder is opened,
+and a folder is complete or absent.
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from shards.errors import CorruptFile, DataError, NotFound
+from shards.files import (
+    FileEntry,
+    describe_file,
+    read_manifest,
+    staged_folder,
+    verify_files,
+    write_manifest,
+)
+from shards.schema import IdArray
+from training.metrics import Csr
+
+KIND = "dataset"
+VERSION = 1
+USERS, ITEMS, INTERACTIONS = "users.parquet", "items.parquet", "interactions.parquet"
+ORACLE = "oracle.safetensors"
+SPLITS = ("train", "val", "test")
+ROW_GROUP = 1 << 20  # interactions a row group; bounds what a streaming reader holds
+
+INTERACTION_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.int64(), nullable=False),
+        pa.field("item_id", pa.int64(), nullable=False),
+        pa.field("timestamp", pa.int64(), nullable=False),
+        pa.field("split", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+    ]
+)
+
+SplitCodes = NDArray[np.int8]  # positions in SPLITS
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """An opened folder; tables are read when asked for."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def ceilings(self) -> dict[str, Any] | None:
+        """Metrics that no model can beat on this split, when the generator knows them."""
+        ceilings: dict[str, Any] | None = self.manifest["ceilings"]
+        return ceilings
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Row counts of ``users``, ``items`` and ``interactions``."""
+        return dict(self.manifest["rows"])
+
+    def users(self) -> pa.Table:
+        return _read_table(self.path / USERS)
+
+    def items(self) -> pa.Table:
+        return _read_table(self.path / ITEMS)
+
+    def interactions(self, split: str | tuple[str, ...] | None = None) -> pa.Table:
+        """All interactions in file order, or those of the named split or splits."""
+        table = _read_table(self.path / INTERACTIONS).unify_dictionaries()
+        if split is None:
+            return table
+        wanted = (split,) if isinstance(split, str) else split
+        for name in wanted:
+            if name not in SPLITS:
+                raise DataError("unknown split", expected=" | ".join(SPLITS), got=repr(name))
+        return table.filter(pc.is_in(table["split"].cast(pa.string()), pa.array(wanted)))
+
+    def oracle(self) -> dict[str, NDArray[np.float32]] | None:
+        """The generator's hidden vectors, or None for data that has none."""
+        path = self.path / ORACLE
+        if ORACLE not in {entry["name"] for entry in self.manifest["files"]}:
+            return None
+        try:
+            return dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise CorruptFile(f"{path}: not readable", got=str(error)) from error
+
+
+def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
+    """Opens a folder after checking sizes, checksums, schemas, ids and references.
+
+    ``verify=False`` reads the manifest only, for the further ranks of a job whose first rank has
+    verified the folder.
+
+    Raises:
+        NotFound: no complete dataset there. CorruptFile: a file does not match the manifest.
+        NewerFormat: written by a newer version. DataError: a column is missing or of a wrong type,
+        ids are negative or repeated, an interaction refers to an unknown user or item.
+    """
+    manifest = read_manifest(path, kind=KIND, version=VERSION)
+    dataset = Dataset(path, manifest)
+    if verify:
+        verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
+        _verify_tables(dataset)
+    return dataset
+
+
+class DatasetWriter:
+    """Fills a staged folder; see ``dataset_writer``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: dict[str, int] = {}
+        self.ceilings: dict[str, Any] | None = None
+        self._ids: dict[str, IdArray] = {}
+
+    def users(self, table: pa.Table) -> None:
+        self._features(USERS, "user_id", table)
+
+    def items(self, table: pa.Table) -> None:
+        self._features(ITEMS, "item_id", table)
+
+    def interactions(self, batches: Iterable[pa.RecordBatch]) -> None:
+        """Written as they come; users and items must have been written before."""
+        path, rows = self.folder / INTERACTIONS, 0
+        with pq.ParquetWriter(path, INTERACTION_SCHEMA, write_page_checksum=True) as writer:
+            for batch in batches:
+                table = _interaction_table(pa.Table.from_batches([batch]))
+                for column, file in (("user_id", USERS), ("item_id", ITEMS)):
+                    _rows_in(self._ids[file], table, column, INTERACTIONS, file)
+                writer.write_table(table, row_group_size=ROW_GROUP)
+                rows += table.num_rows
+        self.rows["interactions"] = rows
+
+    def oracle(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
+        save_file(dict(arrays), self.folder / ORACLE)
+
+    def _features(self, file: str, key: str, table: pa.Table) -> None:
+        checked = _feature_table(table, key, file)
+        pq.write_table(checked, self.folder / file, write_page_checksum=True)
+        self._ids[file] = checked[key].to_numpy()
+        self.rows[file.removesuffix(".parquet")] = checked.num_rows
+
+
+@contextmanager
+def dataset_writer(
+    path: Path, *, name: str, parameters: dict[str, Any] | None = None, overwrite: bool = False
+) -> Iterator[DatasetWriter]:
+    """Writes users, items, interactions (in this order) and the manifest; all appear at the end.
+
+    Raises:
+        DataError: the target exists and ``overwrite`` is not set, or a table is not acceptable.
+    """
+    _refuse_existing(path, overwrite)
+    with staged_folder(path) as staging:
+        writer = DatasetWriter(staging)
+        yield writer
+        names = [USERS, ITEMS, INTERACTIONS]
+        files = [describe_file(staging, n, writer.rows[n.removesuffix(".parquet")]) for n in names]
+        if (staging / ORACLE).exists():
+            files.append(describe_file(staging, ORACLE))
+        body = {
+            "name": name,
+            "rows": writer.rows,
+            "ceilings": writer.ceilings,
+            "parameters": parameters,
+            "files": [asdict(entry) for entry in files],
+        }
+        write_manifest(staging, kind=KIND, version=VERSION, body=body)
+        if path.exists():
+            shutil.rmtree(path)  # a dataset of ours, asked to be replaced: see _refuse_existing
+
+
+def write_dataset(
+    path: Path,
+    users: pa.Table,
+    items: pa.Table,
+    interactions: pa.Table | Iterable[pa.RecordBatch],
+    *,
+    name: str,
+    ceilings: dict[str, Any] | None = None,
+    parameters: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Dataset:
+    """Writes a folder in one call; ``interactions`` may be an iterator that is streamed.
+
+    Users and items may come in any order and are sorted by id. Raises as ``dataset_writer``.
+    """
+    batches = interactions.to_batches() if isinstance(interactions, pa.Table) else interactions
+    with dataset_writer(path, name=name, parameters=parameters, overwrite=overwrite) as writer:
+        writer.users(users)
+        writer.items(items)
+        writer.interactions(batches)
+        writer.ceilings = ceilings
+    return open_dataset(path, verify=False)
+
+
+def interaction_batch(
+    users: IdArray, items: IdArray, timestamps: IdArray, codes: SplitCodes
+) -> pa.RecordBatch:
+    """Four columns of equal length as a record batch of the interactions table."""
+    split = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(SPLITS))
+    columns = [pa.array(a, pa.int64()) for a in (users, items, timestamps)]
+    return pa.RecordBatch.from_arrays([*columns, split], schema=INTERACTION_SCHEMA)
+
+
+def vector_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
+    """(n, d) float32 as a fixed_size_list<float32>[d] column."""
+    flat = np.ascontiguousarray(vectors, dtype=np.float32).ravel()
+    return pa.FixedSizeListArray.from_arrays(pa.array(flat), vectors.shape[1])
+
+
+def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    """A fixed_size_list<float32>[d] column as (n, d) float32."""
+    array = column.combine_chunks()
+    flat: NDArray[np.float32] = array.flatten().to_numpy()
+    return flat.reshape(len(array), column.type.list_size)
+
+
+def rows_of(table_ids: IdArray, ids: IdArray, *, field: str) -> IdArray:
+    """Row of each id in an ascending id column.
+
+    Raises:
+        DataError: an id that the table does not have.
+    """
+    rows = np.minimum(np.searchsorted(table_ids, ids), max(len(table_ids) - 1, 0))
+    unknown = np.flatnonzero(table_ids[rows] != ids) if len(table_ids) else np.arange(len(ids))
+    if len(unknown):
+        raise DataError(
+            f"{len(unknown)} unknown ids",
+            field=f"{field}[{unknown[0]}]",
+            expected=f"one of {len(table_ids)} known ids",
+            got=str(ids[unknown[0]]),
+        )
+    return rows.astype(np.int64, copy=False)
+
+
+def positives_by_user(interactions: pa.Table, user_ids: IdArray, item_ids: IdArray) -> Csr:
+    """Item rows of each listed user, in order of (timestamp, item id), repeats dropped.
+
+    user_ids and item_ids are ascending: the id columns of the dataset's tables, or for users a
+    part of it. Interactions of users that are not listed are left out.
+
+    Raises:
+        DataError: an interaction of a listed user refers to an item outside item_ids.
+    """
+    users, items, times = (
+        interactions[name].to_numpy() for name in ("user_id", "item_id", "timestamp")
+    )
+    listed = np.isin(users, user_ids)
+    users = np.searchsorted(user_ids, users[listed])
+    rows = rows_of(item_ids, items[listed], field="interactions.item_id")
+    order = np.lexsort((rows, times[listed], users))
+    users, rows = users[order], rows[order]
+    _, first = np.unique(users * np.int64(len(item_ids)) + rows, return_index=True)
+    first.sort()  # back to the order of time
+    counts = np.bincount(users[first], minlength=len(user_ids))
+    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Csr(indptr, rows[first])
+
+
+def assign_splits(
+    users: IdArray,
+    items: IdArray,
+    timestamps: IdArray,
+    *,
+    test_per_user: int,
+    val_users: int,
+    rng: np.random.Generator,
+) -> SplitCodes:
+    """(n,) int8 positions in SPLITS, leave-last-out; rows may come in any order.
+
+    The last ``test_per_user`` interactions of a user by (timestamp, item id) are test. Of up to
+    ``val_users`` users, drawn from those who keep two or more, the last one kept is val. A user
+    with no more than ``test_per_user`` interactions keeps all of them in train.
+    """
+    ids, counts = np.unique(users, return_counts=True)
+    kept = np.where(counts > test_per_user, counts - test_per_user, counts)
+    eligible = ids[kept >= 2]
+    chosen = rng.choice(eligible, min(val_users, len(eligible)), replace=False)
+    return split_codes(users, items, timestamps, test_per_user=test_per_user, val_ids=chosen)
+
+
+def split_codes(
+    users: IdArray,
+    items: IdArray,
+    timestamps: IdArray,
+    *,
+    test_per_user: int,
+    val_ids: IdArray,
+) -> SplitCodes:
+    """As ``assign_splits``, with the users of the validation split given.
+
+    It needs all interactions of a user at once, but not all users at once. A user of ``val_ids``
+    who keeps fewer than two interactions gets no val.
+    """
+    codes = np.zeros(len(users), dtype=np.int8)
+    if not len(users):
+        return codes
+    order = np.lexsort((items, timestamps, users))
+    ids, starts, counts = np.unique(users[order], return_index=True, return_counts=True)
+    has_test = counts > test_per_user
+    kept = np.where(has_test, counts - test_per_user, counts)
+    position = np.arange(len(users)) - np.repeat(starts, counts)
+    ordered = np.where(position >= np.repeat(kept, counts), 2, 0).astype(np.int8)
+    has_val = np.isin(ids, val_ids) & (kept >= 2)
+    ordered[(starts + kept - 1)[has_val]] = 1
+    codes[order] = ordered
+    return codes
+
+
+def _refuse_existing(path: Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{path}: already exists", hint="choose another folder, or overwrite it")
+    try:  # only ever delete what is a dataset
+        read_manifest(path, kind=KIND, version=VERSION)
+    except NotFound as error:
+        if not path.is_dir() or any(path.iterdir()):
+            raise DataError(
+                f"{path}: not a dataset, so it is not overwritten", hint="remove it yourself"
+            ) from error
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise CorruptFile(f"{path}: not readable as Parquet", got=str(error)) from error
+
+
+def _verify_tables(dataset: Dataset) -> None:
+    ids = {}
+    for file, key, table in (
+        (USERS, "user_id", dataset.users()),
+        (ITEMS, "item_id", dataset.items()),
+    ):
+        where = str(dataset.path / file)
+        ids[file] = _feature_table(table, key, where)[key].to_numpy()
+        if (np.diff(table[key].to_numpy()) < 0).any():
+            raise DataError("ids are not ascending", field=f"{where}: {key}")
+    where = str(dataset.path / INTERACTIONS)
+    table = _interaction_table(dataset.interactions(), where)
+    for column, file in (("user_id", USERS), ("item_id", ITEMS)):
+        _rows_in(ids[file], table, column, where, file)
+    for file, rows in dataset.rows.items():
+        found = {"users": len(ids[USERS]), "items": len(ids[ITEMS]), "interactions": len(table)}
+        if rows != found[file]:
+            raise CorruptFile(
+                f"{dataset.path / file}.parquet: wrong number of rows",
+                expected=str(rows),
+                got=str(found[file]),
+            )
+
+
+def _rows_in(ids: IdArray, table: pa.Table, column: str, where: str, file: str) -> None:
+    try:
+        rows_of(ids, table[column].to_numpy(), field=f"{where}: {column}")
+    except DataError as error:
+        error.hint = f"every {column} must be listed in {file}"
+        raise
+
+
+def _interaction_table(table: pa.Table, where: str = INTERACTIONS) -> pa.Table:
+    """The table in the exact schema; DataError naming the column that does not fit."""
+    columns = []
+    for field in INTERACTION_SCHEMA:
+        if field.name not in table.column_names:
+            raise DataError(
+                "missing column",
+                field=f"{where}: {field.name}",
+                expected=", ".join(INTERACTION_SCHEMA.names),
+                got=", ".join(table.column_names),
+            )
+        column = table[field.name]
+        is_text = field.name == "split" and _is_text(column.type)
+        if column.type != field.type and not is_text:
+            raise _wrong_type(where, field.name, str(field.type), str(column.type))
+        _refuse_nulls(column, where, field.name)
+        columns.append(column.cast(field.type))
+    known = pc.is_in(columns[-1].cast(pa.string()), pa.array(SPLITS))
+    if not pc.all(known, min_count=0).as_py():
+        bad = columns[-1][pc.index(known, False).as_py()].as_py()
+        raise DataError(
+            "unknown split", field=f"{where}: split", expected=" | ".join(SPLITS), got=repr(bad)
+        )
+    return pa.Table.from_arrays(columns, schema=INTERACTION_SCHEMA)
+
+
+def _feature_table(table: pa.Table, key: str, where: str) -> pa.Table:
+    """The table sorted by its key column, every column of an acceptable type and complete."""
+    if key not in table.column_names:
+        raise DataError(
+            "missing column",
+            field=f"{where}: {key}",
+            expected="an int64 id column",
+            got=", ".join(table.column_names),
+        )
+    if table.schema.field(key).type != pa.int64():
+        raise _wrong_type(where, key, "int64", str(table.schema.field(key).type))
+    for name in table.column_names:
+        if table.column_names.count(name) > 1:
+            raise DataError("column occurs twice", field=f"{where}: {name}")
+        _check_feature(table[name], where, name)
+    ids = table[key].to_numpy()
+    if len(ids) and ids.min() < 0:
+        raise DataError("negative id", field=f"{where}: {key}", expected=">= 0", got=str(ids.min()))
+    if (np.diff(ids) > 0).all():
+        return table
+    order = np.argsort(ids, kind="stable")
+    repeated = ids[order][1:][np.diff(ids[order]) == 0]
+    if len(repeated):
+        raise DataError(
+            "ids occur twice",
+            field=f"{where}: {key}",
+            expected="unique ids",
+            got=f"{len(np.unique(repeated))} repeated, the first is {repeated[0]}",
+        )
+    return table.take(pa.array(order))
+
+
+def _check_feature(column: pa.ChunkedArray, where: str, name: str) -> None:
+    kind = column.type
+    is_vector = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()
+    is_scalar = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    if not (is_vector or is_scalar or _is_text(kind)):
+        expected = "bool, integer, float, string or fixed_size_list<float32>"
+        raise _wrong_type(where, name, expected, str(kind))
+    _refuse_nulls(column, where, name)
+    if not (is_vector or pa.types.is_floating(kind)):
+        return
+    values = vector_matrix(column) if is_vector else column.to_numpy()[:, None]
+    finite = np.isfinite(values).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            "not finite",
+            field=f"{where}: {name}[{np.flatnonzero(~finite)[0]}]",
+            expected="finite numbers",
+            got="NaN or infinity",
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _refuse_nulls(column: pa.ChunkedArray, where: str, name: str) -> None:
+    nulls = column.null_count
+    if pa.types.is_fixed_size_list(column.type):
+        nulls += column.combine_chunks().flatten().null_count
+    if nulls:
+        raise DataError(
+            "missing values",
+            field=f"{where}: {name}",
+            expected="no nulls",
+            got=f"{nulls} nulls",
+            hint="fill them, and add an indicator column if their absence means something",
+        )
+
+
+def _wrong_type(where: str, column: str, expected: str, got: str) -> DataError:
+    return DataError("wrong type", field=f"{where}: {column}", expected=expected, got=got)
