@@ -15,7 +15,7 @@ USER_IDS = np.arange(NUM_USERS) * 2 + 1
 
 
 def tiny_dataset(folder: Path, seed: int = 0) -> Dataset:
-    """Users like items whose attribute vector points their way; splits are train 6, val 1, test 1."""
+    """Users like items whose attributes point their way; 6 of train, 1 of val, 1 of test each."""
     rng = np.random.default_rng(seed)
     interests = rng.standard_normal((NUM_USERS, 4))
     attributes = rng.standard_normal((NUM_ITEMS, 4)).astype(np.float32)

@@ -18,7 +18,7 @@ from router.client import Client
 from shards.errors import InvalidInput
 from shards.schema import IdArray
 from shards.types import SearchParams
-from training.baselines import evaluate_popularity
+from training.baselines import Baseline, evaluate_baseline
 from training.evaluate import evaluate_exact, evaluate_through
 from training.export import export as export_embeddings
 from training.launch import TrainResult
@@ -106,7 +106,9 @@ def evaluate(
             columns["model"] = evaluate_exact(
                 folder, dataset, split=split, ks=cutoffs, progress=progress
             )
-        columns["popularity"] = evaluate_popularity(dataset, split=split, ks=cutoffs)
+        columns["popularity"] = evaluate_baseline(
+            Baseline.POPULARITY, dataset, split=split, ks=cutoffs
+        )
     ceilings = dataset.ceilings or {}
     if as_json:
         report: dict[str, Any] = {name: result.means for name, result in columns.items()}

@@ -13,8 +13,8 @@ def metric_rows(
 
     ``columns`` are what was measured, the model first; ceilings are those of a synthetic data set.
     """
-    best: Metrics = ceilings.get("best_estimate", {})
-    oracle: Metrics = ceilings.get("oracle", {})
+    best: Metrics = ceilings.get("best_estimate", {}).get("means", {})
+    oracle: Metrics = ceilings.get("oracle", {}).get("means", {})
     first = next(iter(columns.values()))
     header = ["metric", *columns]
     if best:

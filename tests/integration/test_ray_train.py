@@ -14,7 +14,6 @@ from training.checkpoint import load_best
 from training.evaluate import evaluate_exact
 from training.launch import train
 
-
 # Ray Train brings up Ray Data's context, which warns about the defaults of its own settings
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 

@@ -1,0 +1,99 @@
+"""The corpora benchmarks run on, as embedding sets and generations in a store of their own."""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import faiss
+import numpy as np
+
+from bench.vectors import BLOCK_ROWS, clustered_blocks
+from cluster.build import BuildPlan, RunJobs, build_generation
+from cluster.store import Store
+from shards.embeddings import EmbeddingSet, embedding_writer, open_embedding_set
+from shards.generation import INDEX_NAME, GenerationManifest, read_generation, shard_folder
+from shards.main_index import MainIndex
+from shards.schema import FloatArray, IdArray, Metric
+
+SEED = 7
+ROWS_PER_CLUSTER = 250
+
+Progress = Callable[[str, int, int], None]
+
+
+def clustered_set(store: Store, rows: int, dim: int, progress: Progress) -> EmbeddingSet:
+    """An embedding set of clustered unit vectors, item ids 0..rows-1; reused when it is there."""
+    name = f"clustered-{rows}x{dim}-s{SEED}"
+    target = store.embeddings / name
+    if target.exists():
+        return open_embedding_set(target)
+    with embedding_writer(
+        target,
+        model_version=name,
+        dim=dim,
+        metric=Metric.COSINE,
+        normalised=True,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    ) as writer:
+        at = 0
+        for block in clustered_blocks(rows, dim, clusters_of(rows), SEED):
+            writer.append(np.arange(at, at + len(block)), block)
+            at += len(block)
+            progress("vectors", at, rows)
+    return open_embedding_set(target, verify=False)
+
+
+def clustered_queries(rows: int, dim: int, count: int) -> FloatArray:
+    """(count, dim) further vectors of the same clusters, none of them indexed."""
+    first_row = -(-rows // BLOCK_ROWS) * BLOCK_ROWS
+    blocks = clustered_blocks(count, dim, clusters_of(rows), SEED, first_row=first_row)
+    return np.concatenate(list(blocks))
+
+
+def clusters_of(rows: int) -> int:
+    return max(rows // ROWS_PER_CLUSTER, 1)
+
+
+def generation_of(
+    store: Store, corpus: EmbeddingSet, plan: BuildPlan, *, run_jobs: RunJobs, progress: Progress
+) -> GenerationManifest:
+    """A live generation of this corpus and plan; an earlier one like it is reused."""
+    for number in reversed(store.generation_numbers()):
+        manifest = read_generation(store.generation(number))
+        if (
+            manifest.model_version == corpus.model_version
+            and manifest.spec == plan.spec
+            and len(manifest.shards) == plan.num_shards
+        ):
+            break
+    else:
+        manifest = build_generation(
+            store, corpus.folder, plan, run_jobs=run_jobs, progress=progress
+        )
+    store.set_current(manifest.generation)
+    return manifest
+
+
+def exact_ids(corpus: EmbeddingSet, queries: FloatArray, k: int) -> IdArray:
+    """(n, k) int64: the exact answer under inner product, block by block."""
+    best = faiss.ResultHeap(len(queries), k, keep_max=True)
+    for batch in corpus.batches():
+        flat = faiss.IndexFlatIP(corpus.dim)
+        flat.add(batch.vectors)
+        scores, rows = flat.search(queries, k)
+        best.add_result(scores, batch.item_ids[rows])
+    best.finalize()
+    ids: IdArray = best.I
+    return ids
+
+
+def load_bare(store: Store, manifest: GenerationManifest) -> list[MainIndex]:
+    """The generation's indexes in this process: what is left when no socket is in the way."""
+    folder = store.generation(manifest.generation)
+    return [
+        MainIndex.load(
+            folder / shard_folder(entry.shard) / INDEX_NAME,
+            metric=manifest.metric,
+            defaults=manifest.index.search_params,
+        )
+        for entry in manifest.shards
+    ]

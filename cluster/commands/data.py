@@ -1,0 +1,132 @@
+"""``data synth`` and ``data import``: where a data set folder comes from."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import click
+from pydantic import BaseModel, ValidationError
+
+from cluster.cli import Settings
+from cluster.commands.report import metric_rows
+from cluster.config import config_error
+from cluster.console import StageProgress, print_table
+from cluster.launch import cores
+from training.importers import Format, ImportConfig, import_dataset
+from training.synth import PRESETS, Observed, SynthConfig, generate
+
+Model = TypeVar("Model", bound=BaseModel)
+
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
+
+
+@click.group()
+def data() -> None:
+    """Make a synthetic data set, or import a real one."""
+
+
+@data.command()
+@out_option
+@click.option("--preset", type=click.Choice(sorted(PRESETS)), default="seed", show_default=True)
+@click.option("--users", "num_users", type=int, help="Users.  [default: 10000]")
+@click.option("--items", "num_items", type=int, help="Items.  [default: 100000]")
+@click.option("--interactions-per-user", type=int, help="Different items a user.  [default: 20]")
+@click.option("--sharpness", type=float, help="How strongly affinity decides.")
+@click.option("--noise", type=float, help="Deviation of the noise on an affinity.")
+@click.option("--seed", type=int, help="Same seed, same files.  [default: 42]")
+@click.option(
+    "--observe",
+    type=click.Choice(get_args(Observed)),
+    multiple=True,
+    help="Hidden vectors to write as feature columns. Repeatable.  [default: attributes]",
+)
+@overwrite_option
+def synth(
+    out: Path, preset: str, observe: tuple[Observed, ...], overwrite: bool, **options: Any
+) -> None:
+    """Users with hidden interests, items with attributes, and who took what.
+
+    Prints the ceilings of the split: what ranking by the true affinities reaches (oracle), and
+    the best that can be done knowing the items but not the users' interests (best estimate).
+    """
+    values = PRESETS[preset].model_dump() | {k: v for k, v in options.items() if v is not None}
+    if observe:
+        values["observe"] = observe
+    config = _validated(SynthConfig, values)
+    with StageProgress() as progress:
+        dataset = generate(config, out, threads=cores(), overwrite=overwrite, progress=progress)
+    rows = ", ".join(f"{count:,} {name}" for name, count in dataset.rows.items())
+    click.echo(f"{out}: {rows}")
+    if dataset.ceilings:
+        header, table = metric_rows({"oracle": dataset.ceilings["oracle"]["means"]}, dataset.ceilings)
+        keep = [header.index(name) for name in ("metric", "best estimate", "oracle")]
+        print_table(
+            "ceilings of the test split",
+            [header[place] for place in keep],
+            [[row[place] for place in keep] for row in table],
+        )
+
+
+@data.command("import")
+@click.option("--format", "kind", type=click.Choice([each.value for each in Format]), required=True)
+@click.option(
+    "--source", type=click.Path(path_type=Path), required=True, help="Folder of the files."
+)
+@out_option
+@click.option(
+    "--on-error",
+    type=click.Choice(["raise", "skip"]),
+    default="raise",
+    show_default=True,
+    help="A malformed line: stop there, or skip and count it.",
+)
+@click.option("--val-users", type=int, help="Users whose last train item becomes validation.")
+@click.option("--test-per-user", type=int, help="Items held out, where there is no test split.")
+@click.option("--min-rating", type=int, help="MovieLens: leave out ratings below.")
+@click.option("--users-file", help="Parquet: file below the source, or 'none' to derive users.")
+@click.option("--items-file", help="Parquet: file below the source, or 'none' to derive items.")
+@click.option("--interactions-file", help="Parquet: file below the source.")
+@click.option("--user-column", help="Parquet: column of user ids.")
+@click.option("--item-column", help="Parquet: column of item ids.")
+@click.option("--time-column", help="Parquet: column of integers, or 'none' for the rows' order.")
+@overwrite_option
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_obj
+def import_command(
+    settings: Settings,
+    /,
+    kind: str,
+    source: Path,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Bring real data in: map ids, drop repeats, report holes and malformed lines."""
+    values = {name: value for name, value in options.items() if value is not None}
+    for name in ("users_file", "items_file", "time_column"):
+        if values.get(name) == "none":
+            values[name] = None
+    config = _validated(ImportConfig, values)
+    report = import_dataset(Format(kind), source, out, config, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(asdict(report), indent=2))
+        return
+    splits = ", ".join(f"{count:,} {name}" for name, count in report.interactions.items())
+    click.echo(f"{out}: {report.users:,} users, {report.items:,} items, interactions: {splits}")
+    for name, count in asdict(report).items():
+        if isinstance(count, int) and count and name not in ("users", "items"):
+            click.echo(f"  {name.replace('_', ' ')}: {count:,}")
+    for example in report.examples:
+        click.echo(f"  {example}")
+
+
+def _validated(model: type[Model], values: dict[str, Any]) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise config_error(error, model, "the command line") from error
