@@ -33,6 +33,7 @@ from shards import files
 from shards.actor import ShardActor
 from shards.errors import ShardlineError, Unavailable
 from shards.generation import GenerationManifest, read_generation
+from shards.index_spec import Device
 from shards.types import RoutingTable, ShardRoute
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Controller:
         self._manifest = read_generation(self._folder)
         table = _empty_table(self._folder, self._manifest)
         self._placement, places = open_generation(table, counter=self._next_counter())
+        self._published: RoutingTable | None = None
         self._changed = asyncio.Condition()
         self._actors: dict[int, ActorHandle[Any]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -89,8 +91,8 @@ class Controller:
         """The routing table once it is newer than ``version``; None when the time is up first."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._placement.table.version > version)
-                return self._placement.table
+                await self._changed.wait_for(lambda: self._newer_than(version))
+                return self._published
         return None
 
     async def wait_ready(self, timeout_s: float) -> bool:
@@ -121,7 +123,7 @@ class Controller:
 
     async def _open(self, places: tuple[Place, ...]) -> None:
         for place in places:
-            await self._carry_out(place)
+            self._carry_out(place)
         self._spawn(self._watch())
 
     async def _watch(self) -> None:
@@ -162,32 +164,46 @@ class Controller:
 
     async def _apply(self, event: Event) -> None:
         self._placement, instructions = step(self._placement, event)
+        self._save_counter()  # before anyone sees a number of it
         for instruction in instructions:
-            await self._carry_out(instruction)
+            self._carry_out(instruction)
+        async with self._changed:
+            self._changed.notify_all()
 
-    async def _carry_out(self, instruction: Instruction) -> None:
+    def _carry_out(self, instruction: Instruction) -> None:
         if isinstance(instruction, Publish):
-            self._save_counter()
-            async with self._changed:
-                self._changed.notify_all()
+            self._published = instruction.table
         else:
             self._spawn(self._place(instruction))
 
+    def _newer_than(self, version: int) -> bool:
+        return self._published is not None and self._published.version > version
+
     async def _place(self, place: Place) -> None:
+        """Creates the shard's actor, or finds it alive when this controller is a restarted one."""
         await asyncio.sleep(place.after_s)
+        name = f"shardline-shard-{self._manifest.generation}-{place.shard}"
+        try:
+            handle = ray.get_actor(name)
+        except ValueError:
+            self._actors[place.shard] = self._create(name, place.shard)
+        else:
+            self._actors[place.shard] = handle
+            handle.announce.remote()
+
+    def _create(self, name: str, shard: int) -> "ActorHandle[Any]":
         settings = self._settings
-        on_gpu = self._manifest.index.device == "cuda"
+        on_gpu = self._manifest.index.device is Device.CUDA
         actor = ray.remote(ShardActor).options(
-            name=f"shardline-shard-{self._manifest.generation}-{place.shard}",
+            name=name,
             lifetime="detached",
-            get_if_exists=True,
             max_restarts=-1,
             num_cpus=settings.cpus_per_shard,
             num_gpus=settings.gpus_per_shard if on_gpu else 0,
         )
-        self._actors[place.shard] = actor.remote(
+        return actor.remote(
             folder=str(self._folder),
-            shard=place.shard,
+            shard=shard,
             controller=CONTROLLER_NAME,
             secret=settings.secret,
             host=settings.shard_host,

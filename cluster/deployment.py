@@ -47,8 +47,8 @@ def serving(
         Unavailable: the port is taken, or something did not become ready in time.
     """
     store = Store(config.store.resolve())
+    endpoint = start_serving(config, generation=generation, on_stage=on_stage)
     try:
-        endpoint = start_serving(config, generation=generation, on_stage=on_stage)
         leave_note(store, endpoint)
         yield endpoint
     finally:
@@ -62,7 +62,10 @@ def start_serving(
     generation: int | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Endpoint:
-    """Starts controller, shards and router; returns once all of them answer."""
+    """Starts controller, shards and router; returns once all of them answer.
+
+    What was started is stopped again when something fails. Raises as ``serving``.
+    """
     store = Store(config.store.resolve())
     number = store.current() if generation is None else generation
     port = _http_port(config)
@@ -79,11 +82,15 @@ def start_serving(
             gpus_per_shard=config.cluster.gpus_per_shard,
         )
     )
-    wait_ready(controller, config.cluster.start_timeout_s)
-    on_stage("starting the HTTP front end")
-    _start_router(config, port, secret)
-    url = f"http://{_reachable(config.cluster.http_host)}:{port}"
-    _wait_connected(url, config.cluster.start_timeout_s)
+    try:
+        wait_ready(controller, config.cluster.start_timeout_s)
+        on_stage("starting the HTTP front end")
+        _start_router(config, port, secret)
+        url = f"http://{_reachable(config.cluster.http_host)}:{port}"
+        _wait_connected(url, config.cluster.start_timeout_s)
+    except BaseException:
+        stop_serving()
+        raise
     local = config.cluster.address == "local"
     return Endpoint(url=url, generation=number, pid=os.getpid() if local else 0)
 
@@ -121,7 +128,7 @@ def shard_reports() -> list[dict[str, Any]]:
 def _start_router(config: ShardlineConfig, port: int, secret: bytes) -> None:
     cluster = config.cluster
     location = "HeadOnly" if cluster.address == "local" else "EveryNode"
-    serve.start(http_options={"host": cluster.http_host, "port": port, "location": location})
+    serve.start(proxy_location=location, http_options={"host": cluster.http_host, "port": port})
     application = (
         serve.deployment(RouterReplica)
         .options(

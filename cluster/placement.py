@@ -1,8 +1,10 @@
 """The controller's rules as a pure state machine: events in, a new state and instructions out.
 
 No Ray, no clock, no I/O: ``step`` is a function. The controller feeds it what happened and carries
-out what it answers. One counter numbers both table versions and shard epochs, so each rises
-whenever anything changes, and a router that sees a lower number knows it to be old.
+out what it answers. The first table is published once every shard has answered or failed: until
+then a restarted controller knows less than the routers do. One counter numbers both table versions
+and shard epochs, so each rises whenever anything changes, and a router that sees a lower number
+knows it to be old.
 """
 
 from dataclasses import dataclass, replace
@@ -25,11 +27,15 @@ class ShardPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The generation being served and the place of each of its shards, by shard number."""
+    """The generation being served and the place of each of its shards, by shard number.
+
+    settled: every shard has been heard of since this controller opened the generation.
+    """
 
     table: RoutingTable
     places: tuple[ShardPlace, ...]
     counter: int
+    settled: bool = False
 
     @property
     def ready(self) -> bool:
@@ -142,4 +148,8 @@ def _publish(
     shard = place.route.shard
     places = (*placement.places[:shard], place, *placement.places[shard + 1 :])
     table = replace(placement.table, version=counter, shards=tuple(each.route for each in places))
-    return replace(placement, table=table, places=places, counter=counter), (Publish(table=table),)
+    settled = placement.settled or all(
+        each.route.address is not None or each.failures for each in places
+    )
+    changed = replace(placement, table=table, places=places, counter=counter, settled=settled)
+    return changed, (Publish(table=table),) if settled else ()

@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from router.api import create_app
+from router.api import REQUEST_ID_HEADER, create_app
 from router.config import RouterConfig
 from router.service import SearchService
 from shards.errors import ShardlineError
@@ -26,8 +26,11 @@ POLL_TIMEOUT_S = 30.0
 RETRY_S = 0.5
 
 
-class WithLifespan:
-    """An ASGI app that runs ``start`` and ``stop`` at the two ends of its server's life."""
+class ServeApp:
+    """The API as Ray Serve wants it: ``start`` and ``stop`` at the two ends of the server's life.
+
+    Serve echoes X-Request-ID itself, so ours, which holds the same value, is taken off.
+    """
 
     def __init__(
         self, app: Any, start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]
@@ -37,8 +40,14 @@ class WithLifespan:
         self._stop = stop
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_one_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = message["headers"]
+                message["headers"] = [each for each in headers if each[0] != REQUEST_ID_HEADER]
+            await send(message)
+
         if scope["type"] != "lifespan":
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, send_one_id)
             return
         await receive()
         await self._start()
@@ -57,7 +66,7 @@ class RouterReplica:
     ) -> None:
         self._service = SearchService(config, secret)
         self._controller = (controller, namespace)
-        self._app = WithLifespan(create_app(self._service, config), self.start, self.stop)
+        self._app = ServeApp(create_app(self._service, config), self.start, self.stop)
         self._following: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:

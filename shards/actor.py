@@ -43,10 +43,8 @@ class ShardActor:
             host = ray.util.get_node_ip_address()
         self._server = ShardServer(self._shard, secret=secret, host=host, threads=threads)
         self._address = self._server.bind()
-        registration = ray.get_actor(controller).register_shard.remote(
-            shard=shard, generation=self._shard.generation, address=self._address
-        )
-        self._server.start(epoch=ray.get(registration))
+        self._controller = controller
+        self._server.start(epoch=self._register())
         logger.info(
             "shard %d of generation %d: %d rows at %s:%d, loaded in %.0f ms",
             shard,
@@ -55,6 +53,10 @@ class ShardActor:
             *self._address,
             self._load_ms,
         )
+
+    def announce(self) -> None:
+        """Registers again, for a controller that was restarted and does not know where we are."""
+        self._server.epoch = self._register()
 
     def ping(self) -> int:
         """The process id, as a sign of life."""
@@ -78,6 +80,13 @@ class ShardActor:
             "expired": stats.expired,
             "failed": stats.failed,
         }
+
+    def _register(self) -> int:
+        registration = ray.get_actor(self._controller).register_shard.remote(
+            shard=self._shard.shard, generation=self._shard.generation, address=self._address
+        )
+        epoch: int = ray.get(registration)
+        return epoch
 
     def stop(self) -> None:
         """Closes port and connections; the process stays until Ray ends it."""

@@ -47,7 +47,7 @@ END_OF_TIME = 1_000_000  # timestamps are below
 BLOCK_USERS = 256  # users of one random stream
 BLOCK_WEIGHTS = 1 << 23  # float32 weights in memory at a time and thread, 32 MiB
 ROUND_POINTS = 64  # arrivals drawn per user and round; 20 distinct items rarely need a second
-CHUNK = 256  # items summed together, so that an arrival searches 256 weights and not all
+CHUNK = 64  # items summed together, so that an arrival searches 64 weights and not all
 
 Observed = Literal["attributes", "interests"]
 Float64Array = NDArray[np.float64]

@@ -62,7 +62,9 @@ def synth(
     rows = ", ".join(f"{count:,} {name}" for name, count in dataset.rows.items())
     click.echo(f"{out}: {rows}")
     if dataset.ceilings:
-        header, table = metric_rows({"oracle": dataset.ceilings["oracle"]["means"]}, dataset.ceilings)
+        header, table = metric_rows(
+            {"oracle": dataset.ceilings["oracle"]["means"]}, dataset.ceilings
+        )
         keep = [header.index(name) for name in ("metric", "best estimate", "oracle")]
         print_table(
             "ceilings of the test split",

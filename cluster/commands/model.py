@@ -161,7 +161,7 @@ def train_with_progress(
             progress.detail(
                 f"epoch {event['epoch']}  loss {event['loss']:.3f}  "
                 f"in-batch accuracy {event['in_batch_accuracy']:.3f}  "
-                f"{event['examples_per_s']:,.0f} examples/s"
+                f"{event['examples_per_s'] or 0:,.0f} examples/s"
             )
         elif event["event"] == "validation":
             recall = next(name for name in event if name.startswith("recall@"))

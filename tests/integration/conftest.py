@@ -1,0 +1,102 @@
+"""A real cluster, once a session: data, a trained model, three shards, HTTP. Checks for leaks."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.build import build_generation, run_on_ray
+from cluster.commands.build import plan_of
+from cluster.config import ShardlineConfig, load_config
+from cluster.deployment import serving
+from cluster.endpoint import Endpoint
+from cluster.launch import SESSION_PREFIX, local_ray
+from cluster.store import Store
+from router.client import Client
+from training.export import export
+from training.launch import train
+from training.synth import PRESETS, generate
+from training.tables import Dataset
+
+NUM_ITEMS = 3000
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the session's cluster was made from, and where it answers."""
+
+    config: ShardlineConfig
+    store: Store
+    dataset: Dataset
+    run: Path
+    endpoint: Endpoint
+
+    @property
+    def generation(self) -> Path:
+        return self.store.generation(self.endpoint.generation)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """No process of ours, no session folder, after the last test."""
+    before = our_traces()
+    yield
+    assert our_traces() - before == set()
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardlineConfig, Dataset, Path]:
+    """A small data set and a model trained on it in this process."""
+    root = tmp_path_factory.mktemp("job")
+    config = load_config(
+        None,
+        [
+            f"store={root / 'store'}",
+            "index.kind=flat",
+            "cluster.shards=3",
+            "cluster.http_port=0",
+            "training.num_workers=1",
+            "training.epochs=2",
+            "training.batch_size=1024",
+        ],
+    )
+    synth = PRESETS["sharp"].model_copy(
+        update={"num_users": 400, "num_items": NUM_ITEMS, "val_users": 100}
+    )
+    dataset = generate(synth, root / "data")
+    run = root / "store" / "runs" / "small"
+    train(config.training, dataset.path, run)
+    return config, dataset, run
+
+
+@pytest.fixture(scope="session")
+def cluster(job: tuple[ShardlineConfig, Dataset, Path]) -> Iterator[Cluster]:
+    """The session's cluster; a test that harms it waits until it is whole again."""
+    config, dataset, run = job
+    store = Store(config.store)
+    embeddings = export(run, dataset.path, store.root, created_at="2026-01-01T00:00:00+00:00")
+    with local_ray(num_cpus=4):
+        manifest = build_generation(store, embeddings.folder, plan_of(config), run_jobs=run_on_ray)
+        store.set_current(manifest.generation)
+        with serving(config) as endpoint:
+            yield Cluster(config, store, dataset, run, endpoint)
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[Client]:
+    with Client(cluster.endpoint.url) as client:
+        yield client
+
+
+def our_traces() -> set[str]:
+    """Session folders, and processes that a session of ours would leave."""
+    folders = {str(path) for path in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*")}
+    return folders | {
+        f"{process.info['name']} {process.pid}"
+        for process in psutil.process_iter(["name"])
+        if process.info["name"] in ("haproxy", "raylet", "gcs_server")
+        or (process.info["name"] or "").startswith("ray::")
+    }

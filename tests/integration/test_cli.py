@@ -1,0 +1,155 @@
+"""The main job by its commands, each a process of its own, as the README gives them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.launch import free_port
+from shards.generation import INDEX_NAME, shard_folder
+
+START_S = 120.0
+
+
+def shardline(folder: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs one command to its end, in ``folder`` with the store ``folder/store``."""
+    done = subprocess.run(
+        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=START_S
+    )
+    assert done.returncode == expect, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "shardline"), "--store", "store", *arguments]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run; the first ones up to ``build`` have been run there."""
+    folder = tmp_path_factory.mktemp("cli")
+    sizes = ("--users", "300", "--items", "2000")
+    shardline(folder, "data", "synth", "--preset", "sharp", "--out", "data", *sizes)
+    settings = ("--set", "training.batch_size=1024", "--set", "training.num_workers=1")
+    shardline(folder, *settings, "train", "--data", "data", "--epochs", "1")
+    shardline(folder, "export", "--data", "data")
+    kind = ("--set", "index.kind=ivf", "--set", "cluster.shards=2")
+    built = shardline(folder, *kind, "build", "--in-process")
+    assert "generation 1: 2,000 rows in 2 shards" in built.stdout
+    return folder
+
+
+def test_evaluate_prints_the_model_beside_popularity_and_the_ceilings(folder: Path) -> None:
+    report = json.loads(shardline(folder, "evaluate", "--data", "data", "--json").stdout)
+    assert report["model"]["recall@100"] > report["popularity"]["recall@100"]
+    assert report["ceilings"]["oracle"]["means"]["recall@100"] > report["model"]["recall@100"]
+    table = shardline(folder, "evaluate", "--data", "data", "--k", "10").stdout
+    assert "of ceiling" in table
+    assert "popularity" in table
+
+
+def test_serve_status_query_down(folder: Path) -> None:
+    port = free_port()
+    server = subprocess.Popen(
+        command("serve", "--port", str(port)), cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if line.startswith("serving generation 1"):
+                break
+        assert f"http://127.0.0.1:{port}" in lines[-1], lines
+        status = json.loads(shardline(folder, "status", "--json").stdout)
+        assert [shard["connected"] for shard in status["shards"]] == [True, True]
+        assert status["rows"] == 2000
+        found = json.loads(
+            shardline(folder, "query", "--user", "7", "--data", "data", "-k", "5", "--json").stdout
+        )
+        assert len(found["results"]) == 5
+        assert found["coverage"]["rows_answered"] == 2000
+        assert "results from generation 1" in shardline(folder, "query", "--item", "3").stdout
+        taken = shardline(folder, "serve", "--port", str(port), expect=4)
+        assert f"port {port} is taken" in taken.stderr
+        assert "stopped" in shardline(folder, "down").stdout
+        assert server.wait(timeout=START_S) == 0
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGTERM)
+            server.wait(timeout=START_S)
+        server.stderr.close() if server.stderr is not None else None
+    gone = shardline(folder, "status", expect=3)
+    assert gone.stderr.startswith("error: ")
+    assert "no cluster is serving this store" in gone.stderr
+
+
+def test_doctor_and_serve_name_a_damaged_file(folder: Path) -> None:
+    index = folder / "store" / "generations" / "000001" / shard_folder(1) / INDEX_NAME
+    whole = index.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(damaged) // 2] ^= 1
+    try:
+        index.write_bytes(damaged)
+        report = shardline(folder, "--set", "cluster.http_port=0", "doctor", expect=3)
+        assert "FAIL  generation 1" in report.stdout
+        assert str(index.relative_to(folder)) in report.stdout
+        refused = shardline(folder, "--set", "cluster.http_port=0", "serve", expect=4)
+        assert "wrong checksum" in refused.stderr
+        assert f"{shard_folder(1)}/{INDEX_NAME}" in refused.stderr
+    finally:
+        index.write_bytes(whole)
+
+
+def test_a_killed_server_is_cleaned_up_by_down(folder: Path) -> None:
+    server = subprocess.Popen(
+        command("--set", "cluster.http_port=0", "serve"),
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stderr is not None
+    for line in server.stderr:
+        if line.startswith("serving generation 1"):
+            break
+    os.kill(server.pid, signal.SIGKILL)
+    server.wait()
+    server.stderr.close()
+    out = shardline(folder, "down").stdout
+    assert "left by a session that was killed" in out
+    assert "nothing is serving this store" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("serve",), 3, "no live generation"),
+        (("build",), 3, "no embedding set"),
+        (("evaluate", "--data", "nowhere"), 3, "nowhere"),
+        (("--set", "index.nlits=4", "build"), 2, "index.nlits"),
+        (("--set", "cluster.shards=0", "build"), 2, "cluster.shards"),
+        (("-c", "nowhere.yaml", "build"), 3, "nowhere.yaml"),
+        (("query", "--vector", "[1,"), 2, "--vector"),
+        (("query",), 2, "exactly one of"),
+        (("nonsense",), 2, "nonsense"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_an_exit_code(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = shardline(tmp_path, *arguments, expect=code)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_is_fast_and_lists_every_command(tmp_path: Path) -> None:
+    started = time.perf_counter()
+    text = shardline(tmp_path, "--help").stdout
+    assert time.perf_counter() - started < 5, "heavy imports are lazy; this is 0.2 s when idle"
+    for name in ("data", "train", "evaluate", "export", "build", "serve", "status", "query"):
+        assert f"  {name} " in text

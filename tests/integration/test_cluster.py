@@ -1,0 +1,163 @@
+"""The whole cluster from outside: every answer over HTTP, checked against brute force."""
+
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+
+from router.client import Client
+from router.encoder import QueryEncoder
+from shards.embeddings import open_embedding_set
+from shards.errors import InvalidInput, NotFound
+from shards.generation import QUERY_ENCODER_FOLDER
+from shards.schema import FloatArray, IdArray, Metric, normalise
+from tests.integration.conftest import NUM_ITEMS, Cluster
+from tests.reference import assert_same_answers, brute_force
+from training.evaluate import evaluate_exact, evaluate_through
+from training.queries import query_features
+
+
+@pytest.fixture(scope="module")
+def corpus(cluster: Cluster) -> tuple[IdArray, FloatArray]:
+    """All item ids and vectors."""
+    embeddings = open_embedding_set(cluster.store.newest_embeddings())
+    batches = list(embeddings.batches())
+    return (
+        np.concatenate([batch.item_ids for batch in batches]),
+        np.concatenate([batch.vectors for batch in batches]),
+    )
+
+
+@pytest.fixture(scope="module")
+def user_features(cluster: Cluster) -> list[dict[str, Any]]:
+    encoder = QueryEncoder.load(cluster.generation / QUERY_ENCODER_FOLDER)
+    kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
+    return query_features(cluster.dataset, kinds, np.arange(5), ("train", "val"))
+
+
+def exact(
+    queries: FloatArray, corpus: tuple[IdArray, FloatArray], k: int
+) -> tuple[FloatArray, IdArray]:
+    """(scores, ids) of the slow way."""
+    item_ids, vectors = corpus
+    return brute_force(normalise(queries), vectors, item_ids, k, Metric.COSINE)
+
+
+@pytest.mark.parametrize("k", [1, 10, 100, 1000])
+def test_vectors_over_msgpack_equal_brute_force(
+    client: Client, corpus: tuple[IdArray, FloatArray], k: int
+) -> None:
+    queries = corpus[1][:3] + np.float32(0.05)
+    answer = client.search(vectors=queries, k=k)
+    assert_same_answers((answer.scores, answer.ids), exact(queries, corpus, k))
+    assert answer.coverage.rows_answered == answer.coverage.rows_asked == NUM_ITEMS
+    assert answer.coverage.shards_answered == answer.coverage.shards_asked == 3
+    assert answer.coverage.degraded == []
+
+
+def test_vectors_over_json_equal_brute_force(
+    cluster: Cluster, corpus: tuple[IdArray, FloatArray]
+) -> None:
+    vectors = corpus[1]
+    body = orjson.dumps({"vectors": vectors[:2].tolist(), "k": 5})
+    response = httpx.post(
+        f"{cluster.endpoint.url}/v1/search",
+        content=body,
+        headers={"content-type": "application/json", "x-request-id": "mine-17"},
+    )
+    assert response.status_code == 200
+    assert response.headers["x-request-id"] == "mine-17"
+    answer = response.json()
+    assert answer["request_id"] == "mine-17"
+    assert answer["generation"] == cluster.endpoint.generation
+    found = np.array(answer["scores"], dtype=np.float32), np.array(answer["ids"])
+    assert_same_answers(found, exact(vectors[:2], corpus, 5))
+
+
+def test_features_are_encoded_by_the_query_tower(
+    client: Client,
+    cluster: Cluster,
+    corpus: tuple[IdArray, FloatArray],
+    user_features: list[dict[str, Any]],
+) -> None:
+    encoder = QueryEncoder.load(cluster.generation / QUERY_ENCODER_FOLDER)
+    answer = client.search(features=user_features, k=50)
+    expected = exact(encoder.encode(user_features), corpus, 50)
+    assert_same_answers((answer.scores, answer.ids), expected)
+    assert answer.model_version == encoder.model_version
+
+
+def test_item_to_item_leaves_the_item_itself_out(
+    client: Client, corpus: tuple[IdArray, FloatArray]
+) -> None:
+    item_ids, vectors = corpus
+    answer = client.search(item_ids=[int(item_ids[5]), 10**12], k=10)
+    scores, ids = exact(vectors[5:6], corpus, 11)
+    kept = ids[0] != item_ids[5]
+    np.testing.assert_allclose(answer.scores[0], scores[0][kept], rtol=1e-5)
+    assert answer.ids[1].tolist() == [-1] * 10
+    assert answer.reasons == {1: "item 1000000000000 not found"}
+
+
+def test_one_item_can_be_read_back(client: Client, corpus: tuple[IdArray, FloatArray]) -> None:
+    item_ids, vectors = corpus
+    item = client.item(int(item_ids[1234]))
+    np.testing.assert_allclose(item.vector, vectors[1234], atol=1e-6)
+    with pytest.raises(NotFound):
+        client.item(10**12)
+
+
+def test_metrics_through_the_cluster_equal_the_exact_ones(client: Client, cluster: Cluster) -> None:
+    kinds = {f["name"]: f["kind"] for f in client.status()["encoder"]["features"]}
+
+    def search(features: list[dict[str, Any]], k: int) -> IdArray:
+        return client.search(features=features, k=k).ids
+
+    through = evaluate_through(search, cluster.dataset, kinds=kinds, ks=(10, 100))
+    direct = evaluate_exact(cluster.run, cluster.dataset, ks=(10, 100))
+    assert through.users == direct.users == 400
+    assert through.means == pytest.approx(direct.means, abs=2e-3)
+    assert direct.means["recall@100"] > 0.2, "the model learnt something"
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/status", "/docs", "/openapi.json"])
+def test_pages_that_people_and_probes_read(cluster: Cluster, path: str) -> None:
+    response = httpx.get(cluster.endpoint.url + path)
+    assert response.status_code == 200
+    assert response.content
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "named"),
+    [
+        (b'{"vectors": [[1, 2, 3]]}', "invalid_input", "vectors"),
+        (b'{"vectors": [], "k": 3}', "invalid_input", "vectors"),
+        (b'{"item_ids": [1], "k": 0}', "invalid_input", "k"),
+        (b'{"item_ids": [1], "k": 2147483648}', "invalid_input", "k"),
+        (b'{"item_ids": [1], "kk": 3}', "invalid_input", "kk"),
+        (b'{"features": [{"age": "old"}]}', "invalid_input", "features[0]"),
+        (b"{", "invalid_input", None),
+    ],
+)
+def test_bad_input_is_a_problem_that_names_the_field(
+    cluster: Cluster, body: bytes, code: str, named: str | None
+) -> None:
+    response = httpx.post(
+        f"{cluster.endpoint.url}/v1/search",
+        content=body,
+        headers={"content-type": "application/json"},
+    )
+    assert response.status_code == 400
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert problem["code"] == code
+    if named is not None:
+        assert problem["field"].startswith(named)
+
+
+def test_the_cluster_is_whole_after_bad_input(client: Client) -> None:
+    with pytest.raises(InvalidInput):
+        client.search(vectors=[[float("nan")] * 128], k=1)
+    assert client.search(item_ids=[1], k=3).coverage.share == 1.0

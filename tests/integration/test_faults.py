@@ -1,0 +1,129 @@
+"""Processes are killed while queries run: answers go on, say what they miss, and become whole."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.controller import CONTROLLER_NAME
+from cluster.deployment import serving, shard_reports
+from router.client import Client
+from router.messages import SearchAnswer
+from shards.errors import ShardlineError, Unavailable
+from tests.integration.conftest import Cluster
+
+RECOVERY_S = 60.0
+
+
+@dataclass
+class Questions:
+    """Asks without pause in a thread; keeps every answer and every error with its time."""
+
+    url: str
+    answers: list[tuple[float, SearchAnswer]] = field(default_factory=list)
+    errors: list[tuple[float, ShardlineError]] = field(default_factory=list)
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> "Questions":
+        self._thread = threading.Thread(target=self._ask)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        query = np.random.default_rng(3).standard_normal((1, 128)).astype(np.float32)
+        with Client(self.url) as client:
+            while not self._done.is_set():
+                try:
+                    answer = client.search(vectors=query, k=20)
+                except ShardlineError as error:
+                    self.errors.append((time.perf_counter(), error))
+                else:
+                    self.answers.append((time.perf_counter(), answer))
+
+    def wait_for(self, wanted: Callable[[SearchAnswer], bool], since: float) -> float:
+        """The time of the first answer after ``since`` that is as wanted."""
+        deadline = time.perf_counter() + RECOVERY_S
+        seen = 0
+        while time.perf_counter() < deadline:
+            while seen < len(self.answers):
+                at, answer = self.answers[seen]
+                seen += 1
+                if at > since and wanted(answer):
+                    return at
+            self._done.wait(0.01)
+        raise AssertionError(f"not seen within {RECOVERY_S} s")
+
+
+def is_partial(answer: SearchAnswer) -> bool:
+    return answer.coverage.share < 1
+
+
+def is_full(answer: SearchAnswer) -> bool:
+    return answer.coverage.share == 1
+
+
+def test_a_killed_shard_costs_its_rows_and_comes_back(cluster: Cluster) -> None:
+    victim = shard_reports()[1]
+    with Questions(cluster.endpoint.url) as questions:
+        started = questions.wait_for(is_full, since=0)
+        os.kill(victim["pid"], signal.SIGKILL)
+        killed = time.perf_counter()
+        partial = questions.wait_for(is_partial, since=killed)
+        whole = questions.wait_for(is_full, since=partial)
+    assert questions.errors == [], "no query may fail while a shard is away"
+    missing = [answer for at, answer in questions.answers if is_partial(answer)]
+    for answer in missing:
+        assert answer.coverage.rows_answered == answer.coverage.rows_asked - victim["rows"]
+        assert answer.coverage.shards_answered == 2
+        assert any("shard 1" in reason for reason in answer.coverage.degraded)
+    print(
+        f"killed after {killed - started:.2f} s, partial after {(partial - killed) * 1e3:.0f} ms, "
+        f"whole again after {whole - killed:.2f} s, {len(missing)} partial answers"
+    )
+    revived = shard_reports()[1]
+    assert revived["pid"] != victim["pid"]
+    assert revived["epoch"] > victim["epoch"]
+
+
+def test_queries_go_on_while_the_controller_is_away(cluster: Cluster) -> None:
+    before = {report["shard"]: report for report in shard_reports()}
+    with Questions(cluster.endpoint.url) as questions:
+        questions.wait_for(is_full, since=0)
+        ray.kill(ray.get_actor(CONTROLLER_NAME), no_restart=False)
+        killed = time.perf_counter()
+        after = wait_for_new_epochs({s: report["epoch"] for s, report in before.items()})
+        questions.wait_for(is_full, since=time.perf_counter())
+    assert questions.errors == []
+    assert len([at for at, _ in questions.answers if at > killed]) > 10
+    for shard, report in after.items():
+        assert report["pid"] == before[shard]["pid"], "shards were found, not started again"
+
+
+def wait_for_new_epochs(old: dict[int, int]) -> dict[int, dict[str, int]]:
+    """Shard reports once the restarted controller has given every shard a higher epoch."""
+    deadline = time.perf_counter() + RECOVERY_S
+    while time.perf_counter() < deadline:
+        try:
+            reports = {report["shard"]: report for report in shard_reports()}
+        except (ShardlineError, ray.exceptions.RayError):
+            continue
+        if all(report.get("epoch", 0) > old[shard] for shard, report in reports.items()):
+            return reports
+    raise AssertionError("the controller did not find its shards again")
+
+
+def test_a_second_cluster_in_the_same_ray_is_refused_and_harms_nothing(cluster: Cluster) -> None:
+    with pytest.raises(Unavailable, match="controller is running already"), serving(cluster.config):
+        raise AssertionError("two clusters in one Ray")
+    with Client(cluster.endpoint.url) as client:
+        assert client.search(item_ids=[1], k=3).coverage.share == 1

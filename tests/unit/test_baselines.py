@@ -1,0 +1,116 @@
+"""Popularity by hand, SVD against a dense one, and both through a dataset folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from shards.errors import DataError, InvalidInput
+from training.baselines import Baseline, evaluate_baseline, popularity_vectors, svd_vectors
+from training.metrics import Csr, rank_exact
+from training.tables import Dataset, interaction_batch, write_dataset
+
+
+def write(path: Path, rows: list[tuple[int, int, int, int]], users: int, items: int) -> Dataset:
+    columns = np.array(rows).T
+    batch = interaction_batch(*columns[:3], columns[3].astype(np.int8))
+    return write_dataset(
+        path,
+        pa.table({"user_id": pa.array(np.arange(users))}),
+        pa.table({"item_id": pa.array(np.arange(items) * 10)}),
+        iter([batch]),
+        name="hand-made",
+    )
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """Train counts of items 0, 10, 20, 30: 3, 2, 2, 0; user 0 knows item 0."""
+    rows = [(0, 0, 1, 0), (1, 0, 1, 0), (2, 0, 1, 0), (1, 10, 2, 0), (2, 10, 2, 0)]
+    rows += [(1, 20, 3, 0), (2, 20, 3, 1), (0, 20, 2, 2), (1, 30, 4, 2)]
+    return write(tmp_path / "d", rows, users=4, items=4)
+
+
+def test_popularity_by_hand(dataset: Dataset) -> None:
+    """User 0 is shown 10, 20, 30 (0 is masked; 10 before 20 by id); user 1 is shown 30 only."""
+    result = evaluate_baseline(Baseline.POPULARITY, dataset, ks=(1, 2))
+    assert (result.users, result.skipped) == (2, 0)
+    assert result.means == pytest.approx(
+        {
+            "recall@1": 0.5,
+            "hit_rate@1": 0.5,
+            "ndcg@1": 0.5,
+            "recall@2": 1.0,
+            "hit_rate@2": 1.0,
+            "ndcg@2": (1 / np.log2(3) + 1) / 2,
+            "mrr": 0.75,
+        }
+    )
+
+
+def test_val_is_measured_on_train_alone(dataset: Dataset) -> None:
+    """User 2's val item 20 is the only one left for them that is popular: train counts 3, 2, 1."""
+    result = evaluate_baseline(Baseline.POPULARITY, dataset, split="val", ks=(1,))
+    assert (result.users, result.means["recall@1"]) == (1, 1.0)
+
+
+def test_a_split_without_interactions(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "d", [(0, 0, 1, 0), (1, 10, 1, 0)], users=2, items=2)
+    with pytest.raises(InvalidInput):
+        evaluate_baseline(Baseline.POPULARITY, dataset)
+
+
+def random_lists(seed: int) -> Csr:
+    rng = np.random.default_rng(seed)
+    lists = [rng.choice(15, rng.integers(0, 8), replace=False) for _ in range(20)]
+    return Csr(np.cumsum([0, *map(len, lists)]).astype(np.int64), np.concatenate(lists))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_svd_against_a_dense_one(seed: int) -> None:
+    """Scores are those of the best rank-3 approximation, popularity multiplied back in."""
+    train = random_lists(seed)
+    dense = np.zeros((20, 16))
+    dense[train.owners, train.items] = 1
+    with np.errstate(divide="ignore", invalid="ignore"):
+        normal = dense / np.sqrt(dense.sum(1, keepdims=True)) / np.sqrt(dense.sum(0))
+    left, values, right = np.linalg.svd(np.nan_to_num(normal))
+    expected = (left[:, :3] * values[:3]) @ right[:3] * np.sqrt(dense.sum(0))
+    users, items = svd_vectors(train, 16, rank=3, seed=seed)
+    assert users @ items.T == pytest.approx(expected, abs=1e-5)
+    assert users.shape == (20, 3)
+    assert not items[15].any()  # an item nobody took
+
+
+def test_svd_repeats_itself_and_caps_its_rank() -> None:
+    train = random_lists(1)
+    first, second = svd_vectors(train, 15), svd_vectors(train, 15)
+    assert np.array_equal(first[0], second[0])
+    assert first[0].shape == (20, 14)
+    with pytest.raises(DataError, match="too small"):
+        svd_vectors(Csr(np.array([0, 1]), np.array([0])), 5)
+
+
+def test_svd_finds_two_groups() -> None:
+    """Users 0-4 take items 0-4, users 5-9 items 5-9, each all but one: that one comes first."""
+    lists = [[i for i in range(u // 5 * 5, u // 5 * 5 + 5) if i % 5 != u % 5] for u in range(10)]
+    train = Csr(np.arange(0, 41, 4), np.concatenate(lists))
+    users, items = svd_vectors(train, 10, rank=2)
+    _, rows = rank_exact(users, items, k=1, exclude=train)
+    assert rows.ravel().tolist() == list(range(10))
+
+
+def test_svd_through_a_dataset(tmp_path: Path) -> None:
+    rows = [(u, 10 * i, 1, 2 if i == 8 else 0) for u in range(6) for i in range(u, 9)]
+    dataset = write(tmp_path / "d", rows, 6, 9)
+    result = evaluate_baseline(Baseline.SVD, dataset, ks=(8,))
+    assert (result.users, result.means["recall@8"]) == (6, 1.0)  # 8 or fewer candidates each
+
+
+def test_popularity_counts() -> None:
+    train = Csr(np.array([0, 2, 3]), np.array([1, 4, 4]))
+    users, items = popularity_vectors(train, 6)
+    scores, rows = rank_exact(users, items, k=6, exclude=train)
+    assert rows.tolist() == [[0, 2, 3, 5, -1, -1], [1, 0, 2, 3, 5, -1]]
+    assert scores[1].tolist() == [1, 0, 0, 0, 0, -np.inf]
