@@ -143,6 +143,7 @@ def _ray_environment(session: Path) -> dict[str, str]:
     return {
         "RAY_AUTH_TOKEN": _auth_token(),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # 15 by default: shards would wait behind everything else
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(session / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(session / "a"),
@@ -151,6 +152,8 @@ def _ray_environment(session: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(session / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        # else HAProxy sends a line a request to a Python process that competes with the shards
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # forwards far more than one router can answer
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, at every stop
         # one loop for Serve and our ASGI app halves the latency of a request (docs/ARCHITECTURE.md)

@@ -3,14 +3,17 @@
     loop thread     accepts, parses frames, queues requests, writes replies
     search thread   takes whatever is queued as one batch, searches, hands the replies back
 
-It never waits for a batch to fill. The queue is bounded: beyond it requests are refused at once as
-``Overloaded``. A request whose budget has run out while it waited is dropped unsearched. A frame
-that breaks the protocol closes its own connection only; a request that is merely wrong is answered
-with an ``ErrorReply``. Independent of Ray.
+A batch that will take less than INLINE_MS is searched by the loop thread itself while the search
+thread is idle: two hand-overs between threads cost more than such a search. Never do both search
+at once. It never waits for a batch to fill. The queue is bounded: beyond it requests are refused
+at once as ``Overloaded``. A request whose budget has run out while it waited is dropped unsearched.
+A frame that breaks the protocol closes its own connection only; a request that is merely wrong is
+answered with an ``ErrorReply``. Independent of Ray.
 """
 
 import asyncio
 import logging
+import math
 import queue
 import socket
 import threading
@@ -49,6 +52,9 @@ MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES  # of a client that asks but does not rea
 BYTES_PER_RESULT = 12  # an int64 id and a float32 score
 FRAME_MARGIN_BYTES = 1024  # what a reply's frame holds beside its arrays
 BACKLOG = 128
+INLINE_MS = (
+    2.0  # longest search in the loop thread: nobody notices a handshake that waits this long
+)
 STOP_TIMEOUT_S = 10.0
 
 Request: TypeAlias = SearchRequest | FetchRequest
@@ -67,7 +73,7 @@ class _Work:
 
 @dataclass(slots=True)
 class ServerStats:
-    """Counters since the start; each is written by one thread only."""
+    """Counters since the start; each is written by one thread at a time."""
 
     requests: int = 0
     batches: int = 0
@@ -108,6 +114,9 @@ class ShardServer:
             target=self._run_search, name="shard-search", daemon=True
         )
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._arrived: list[_Work] = []  # loop thread only: what came in since the last dispatch
+        self._handed_over = 0  # loop thread only: requests the search thread has not answered
+        self._ms_per_row = math.inf  # of the newest search; unknown means long
         self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
         self._queued_requests = 0
         self._ready = threading.Event()
@@ -152,6 +161,7 @@ class ShardServer:
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
+        set_search_threads(self._threads)
         assert self._socket is not None
         server = self._loop.run_until_complete(
             self._loop.create_server(lambda: _Connection(self), sock=self._socket)
@@ -177,7 +187,20 @@ class ShardServer:
         self._queued_rows += rows
         self._queued_requests += 1
         deadline = time.monotonic() + request.timeout_ms / 1e3
-        self._queue.put(_Work(connection, request_id, request, rows, deadline))
+        self._arrived.append(_Work(connection, request_id, request, rows, deadline))
+        if len(self._arrived) == 1:  # after all sockets that are readable now have been read
+            self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Searches what has arrived here and now, or hands it over to the search thread."""
+        batch, self._arrived = self._arrived, []
+        rows = sum(work.rows for work in batch)
+        if self._handed_over == 0 and rows * self._ms_per_row <= INLINE_MS:
+            self._deliver(self._answer(batch))
+            return
+        self._handed_over += len(batch)
+        for work in batch:
+            self._queue.put(work)
 
     def _admit(self, request: Request, rows: int) -> None:
         """Raises Overloaded or InvalidInput for a request that must not be queued."""
@@ -200,6 +223,10 @@ class ShardServer:
                 got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
             )
 
+    def _take_back(self, answered: list[tuple[_Work, Message]]) -> None:
+        self._handed_over -= len(answered)
+        self._deliver(answered)
+
     def _deliver(self, answered: list[tuple[_Work, Message]]) -> None:
         for work, message in answered:
             self._queued_rows -= work.rows
@@ -213,10 +240,7 @@ class ShardServer:
         while True:
             batch, more = self._next_batch()
             if batch:
-                answered = self._answer(batch)
-                self.stats.requests += len(batch)
-                self.stats.batches += 1
-                self._loop.call_soon_threadsafe(self._deliver, answered)
+                self._loop.call_soon_threadsafe(self._take_back, self._answer(batch))
             if self._stopped or not more:
                 return
 
@@ -236,8 +260,13 @@ class ShardServer:
             return batch, True
         return batch, False
 
+    # Whichever thread searches
+
     def _answer(self, batch: list[_Work]) -> list[tuple[_Work, Message]]:
+        """A reply for each request, in no order."""
         now = time.monotonic()
+        self.stats.requests += len(batch)
+        self.stats.batches += 1
         answered: list[tuple[_Work, Message]] = []
         searches: list[tuple[_Work, SearchRequest]] = []
         for work in batch:
@@ -252,6 +281,8 @@ class ShardServer:
         if searches:
             replies = self._search([request for _, request in searches])
             answered += zip((work for work, _ in searches), replies, strict=True)
+            rows = sum(work.rows for work, _ in searches)
+            self._ms_per_row = (time.monotonic() - now) * 1e3 / max(rows, 1)
         return answered
 
     def _search(self, requests: list[SearchRequest]) -> list[Message]:

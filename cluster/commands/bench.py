@@ -13,6 +13,9 @@ out_option = click.option(
     "--out", type=click.Path(path_type=Path), help="Write the JSON to this file too."
 )
 
+# nprobe 16: half the lists that the default visits, recall@100 above .99 on this clustered corpus
+DEFAULT_INDEX = {"index.kind": "ivfpq-fs", "index.nprobe": "16"}
+
 
 @click.group()
 def bench() -> None:
@@ -37,7 +40,7 @@ def latency(
     """
     from bench.latency import print_report, run
 
-    settings.extra_overrides.extend(_defaults(settings, {"index.kind": "ivfpq-fs"}))
+    settings.extra_overrides.extend(_defaults(settings, DEFAULT_INDEX))
     config = settings.config
     cpus = serving_cpus(config)
     with StageProgress() as progress, local_ray(num_cpus=cpus, verbose=settings.verbose):

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import click
 import psutil
@@ -9,12 +10,13 @@ import psutil
 from cluster.cli import Settings
 from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
-from cluster.deployment import serving, start_serving, stop_serving
+from cluster.deployment import check_http_port, serving, start_serving, stop_serving
 from cluster.endpoint import Endpoint, find_endpoint
 from cluster.launch import attached_ray, cores, ray_for, reap_orphans
 from shards.errors import NotFound, Unavailable
 
 STOP_TIMEOUT_S = 60.0
+STOP_POLL_S = 0.1
 
 
 @click.command()
@@ -32,6 +34,7 @@ def serve(settings: Settings, generation: int | None, port: int | None) -> None:
         settings.extra_overrides.append(f"cluster.http_port={port}")
     config = settings.config
     address = config.cluster.address
+    check_http_port(config)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
         with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose):
@@ -66,13 +69,20 @@ def down(settings: Settings) -> None:
         return
     process = psutil.Process(endpoint.pid)
     process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=STOP_TIMEOUT_S)
-    except psutil.TimeoutExpired as error:
-        raise Unavailable(
-            f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s"
-        ) from error
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while not _has_ended(process):
+        if time.monotonic() > deadline:
+            raise Unavailable(f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s")
+        time.sleep(STOP_POLL_S)
     click.echo(f"stopped {endpoint.url}")
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Gone, or a zombie that its parent has not collected yet."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as stopped`

@@ -35,8 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     sizes = ("--users", "300", "--items", "2000")
     shardline(folder, "data", "synth", "--preset", "sharp", "--out", "data", *sizes)
-    settings = ("--set", "training.batch_size=1024", "--set", "training.num_workers=1")
-    shardline(folder, *settings, "train", "--data", "data", "--epochs", "1")
+    values = ("batch_size=512", "num_workers=1", "optimiser.warmup_steps=5")
+    settings = [part for value in values for part in ("--set", f"training.{value}")]
+    shardline(folder, *settings, "train", "--data", "data", "--epochs", "8")
     shardline(folder, "export", "--data", "data")
     kind = ("--set", "index.kind=ivf", "--set", "cluster.shards=2")
     built = shardline(folder, *kind, "build", "--in-process")
