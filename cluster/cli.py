@@ -78,6 +78,11 @@ class Settings:
 
         return Store(self.config.store.resolve())
 
+    def prefer(self, values: dict[str, str]) -> None:
+        """Defaults of a command that has its own; what --set says on the command line wins."""
+        chosen = {override.partition("=")[0] for override in self.overrides}
+        self.extra_overrides += [f"{k}={v}" for k, v in values.items() if k not in chosen]
+
 
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are run."""

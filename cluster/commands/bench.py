@@ -40,15 +40,9 @@ def latency(
     """
     from bench.latency import print_report, run
 
-    settings.extra_overrides.extend(_defaults(settings, DEFAULT_INDEX))
+    settings.prefer(DEFAULT_INDEX)
     config = settings.config
     cpus = serving_cpus(config)
     with StageProgress() as progress, local_ray(num_cpus=cpus, verbose=settings.verbose):
         report = run(config, rows=rows, dim=dim, k=k, rate=rate, seconds=seconds, progress=progress)
     print_report(report, out, k)
-
-
-def _defaults(settings: Settings, values: dict[str, str]) -> list[str]:
-    """Settings of a benchmark that the command line did not choose itself."""
-    chosen = {override.partition("=")[0] for override in settings.overrides}
-    return [f"{key}={value}" for key, value in values.items() if key not in chosen]

@@ -80,13 +80,21 @@ def test_auto_device_takes_the_gpu_only_where_it_can(fields: dict, device: Devic
 
 
 @pytest.mark.parametrize(
-    ("rows", "nlist"),
-    [(1, 1), (100, 2), (1000, 16), (100_000, 512), (1_000_000, 2048), (10**8, 16384)],
+    ("rows", "nlist", "nprobe"),
+    [
+        (1, 1, 1),
+        (100, 2, 2),
+        (1000, 16, 16),
+        (10_000, 128, 32),
+        (100_000, 512, 128),
+        (1_000_000, 2048, 128),
+        (10**8, 16384, 128),
+    ],
 )
-def test_lists_follow_the_rows(rows: int, nlist: int) -> None:
+def test_lists_follow_the_rows(rows: int, nlist: int, nprobe: int) -> None:
     result = resolved(kind="ivf", rows=rows)
     assert result.nlist == nlist
-    assert result.nprobe == min(32, nlist)
+    assert result.nprobe == nprobe
     assert result.train_rows == min(rows, max(65_536, 64 * nlist))
 
 
@@ -96,7 +104,7 @@ def test_small_corpora_are_probed_in_full() -> None:
 
 
 def test_search_defaults() -> None:
-    assert resolved(kind="ivfpq-fs").search_params == SearchParams(nprobe=32, rerank_factor=4)
+    assert resolved(kind="ivfpq-fs").search_params == SearchParams(nprobe=128, rerank_factor=4)
     assert resolved(kind="hnsw").search_params == SearchParams(ef_search=256)
     assert resolved(kind="flat").search_params == SearchParams()
     chosen = resolved(kind="factory", factory="IVF64,Flat", nprobe=5)
