@@ -56,7 +56,7 @@ def clusters_of(rows: int) -> int:
 def generation_of(
     store: Store, corpus: EmbeddingSet, plan: BuildPlan, *, run_jobs: RunJobs, progress: Progress
 ) -> GenerationManifest:
-    """A live generation of this corpus and plan; an earlier one like it is reused."""
+    """A generation of this corpus and plan; an earlier one like it is reused."""
     for number in reversed(store.generation_numbers()):
         manifest = read_generation(store.generation(number))
         if (
@@ -64,13 +64,8 @@ def generation_of(
             and manifest.spec == plan.spec
             and len(manifest.shards) == plan.num_shards
         ):
-            break
-    else:
-        manifest = build_generation(
-            store, corpus.folder, plan, run_jobs=run_jobs, progress=progress
-        )
-    store.set_current(manifest.generation)
-    return manifest
+            return manifest
+    return build_generation(store, corpus.folder, plan, run_jobs=run_jobs, progress=progress)
 
 
 def exact_ids(corpus: EmbeddingSet, queries: FloatArray, k: int) -> IdArray:

@@ -38,6 +38,7 @@ from shards.types import SearchParams
 
 EMPTY = Request("GET", "/healthz")
 WARM_UP = 100
+BENCH_STORE = "bench"  # below the user's store, whose own generations stay as they are
 
 
 def run(
@@ -51,7 +52,8 @@ def run(
     progress: StageProgress,
 ) -> dict[str, Any]:
     """Builds (or reuses) the corpus, serves it, measures; Ray must be running."""
-    store = Store(config.store.resolve())
+    store = Store(config.store.resolve() / BENCH_STORE)
+    config = config.model_copy(update={"store": store.root})
     corpus = clustered_set(store, rows, dim, progress)
     manifest = generation_of(store, corpus, plan_of(config), run_jobs=run_on_ray, progress=progress)
     count = int(rate * seconds)
@@ -102,7 +104,10 @@ class RequestOf:
     """number -> request; numbers beyond the queries start over, for the warm-up."""
 
     def __init__(self, queries: FloatArray, k: int) -> None:
-        self._bodies = [encode_query(SearchQuery(vectors=query[None], k=k)) for query in queries]
+        self._bodies = [
+            encode_query(SearchQuery(vectors=query[None], k=k, min_coverage=1.0))
+            for query in queries
+        ]
         self._headers = (("Content-Type", Media.MSGPACK.value), ("Accept", Media.MSGPACK.value))
 
     def __call__(self, number: int) -> Request:

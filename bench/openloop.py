@@ -89,7 +89,11 @@ def run_open_loop(
         latencies_ms=latencies[~np.isnan(latencies)],
         failures=dict(Counter(kind for number, kind in state.failures if number >= warm_up)),
         late_ms=float(np.percentile(late, 99)),
-        bodies={number - warm_up: body for number, body in state.bodies.items()},
+        bodies={
+            number - warm_up: body
+            for number, body in sorted(state.bodies.items())
+            if number >= warm_up
+        },
     )
 
 

@@ -43,6 +43,7 @@ from shards.types import SearchParams
 
 QUALITY_QUERIES = 200
 QUALITY_K = 100
+CANCEL_S = 10.0
 MIN_TRAIN_ROWS = 1  # an index that needs no training still takes its dimension from a sample
 
 Progress = Callable[[str, int, int], None]
@@ -161,18 +162,24 @@ def run_here(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
 
 def run_on_ray(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
     """Builds shards as Ray tasks, as many at a time as Ray has CPUs for; in order of completion."""
+    most = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     task = ray.remote(max_retries=2)(build_shard)
-    waiting = [task.options(num_cpus=job.threads).remote(job) for job in jobs]
-    while waiting:
-        done, waiting = ray.wait(waiting)
-        try:
-            yield ray.get(done[0])
-        except ray.exceptions.RayTaskError as error:
-            for reference in waiting:
-                ray.cancel(reference)
-            if isinstance(error.cause, ShardlineError):
-                raise error.cause from error
-            raise
+    # a task that asks for more CPUs than any host has would wait for ever
+    waiting = [task.options(num_cpus=min(job.threads, most)).remote(job) for job in jobs]
+    try:
+        while waiting:
+            (done,), waiting = ray.wait(waiting)
+            try:
+                yield ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ShardlineError):
+                    raise error.cause from error
+                raise
+    finally:
+        for reference in waiting:  # none unless a shard failed: nobody writes on after this
+            ray.cancel(reference, force=True)
+        if waiting:
+            ray.wait(waiting, num_returns=len(waiting), timeout=CANCEL_S)
 
 
 def build_shard(job: ShardJob) -> ShardBuilt:
@@ -181,7 +188,7 @@ def build_shard(job: ShardJob) -> ShardBuilt:
     corpus = open_embedding_set(job.embeddings, verify=False)  # verified once, by the build
     item_ids, vectors = _rows_of(corpus, job.cut, job.shard)
     folder = job.generation / shard_folder(job.shard)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # a task that Ray tries again finds it
     build_shard_index(
         job.generation / TEMPLATE_NAME,
         vectors,

@@ -62,12 +62,16 @@ class Settings:
     store_path: Path | None = None
     verbose: bool = False
     extra_overrides: list[str] = field(default_factory=list)
+    preferences: dict[str, object] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> "ShardlineConfig":
+        """``extra_overrides`` are options that stand for --set, ``preferences`` a command's own
+        defaults, below what the user's file says."""
         from cluster.config import load_config  # pydantic: not needed for --help
 
-        config = load_config(self.config_path, (*self.overrides, *self.extra_overrides))
+        overrides = (*self.overrides, *self.extra_overrides)
+        config = load_config(self.config_path, overrides, self.preferences)
         if self.store_path is not None:
             config = config.model_copy(update={"store": self.store_path})
         return config
@@ -77,11 +81,6 @@ class Settings:
         from cluster.store import Store
 
         return Store(self.config.store.resolve())
-
-    def prefer(self, values: dict[str, str]) -> None:
-        """Defaults of a command that has its own; what --set says on the command line wins."""
-        chosen = {override.partition("=")[0] for override in self.overrides}
-        self.extra_overrides += [f"{k}={v}" for k, v in values.items() if k not in chosen]
 
 
 class LazyGroup(click.Group):

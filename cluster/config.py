@@ -5,7 +5,7 @@ composes them and turns every mistake into one ConfigError that names the key.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,16 @@ class ShardlineConfig(BaseModel):
     router: RouterConfig = Field(default_factory=RouterConfig)
 
 
-def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> ShardlineConfig:
+def load_config(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    preferences: Mapping[str, object] | None = None,
+) -> ShardlineConfig:
     """The configuration of a YAML file (all defaults when None) with overrides applied.
 
     Args:
+        preferences: ``key.path`` -> value, of a command with defaults of its own: they hold where
+            neither the file nor an override says anything.
         overrides: ``key.path=value`` strings; the value is read as YAML, so numbers are numbers.
 
     Raises:
@@ -81,6 +87,8 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Shar
     source = str(path) if path is not None else "--set"
     for override in overrides:
         _apply_override(content, override)
+    for key, value in (preferences or {}).items():
+        _set_if_absent(content, key, value)
     try:
         return ShardlineConfig.model_validate(content)
     except ValidationError as error:
@@ -133,6 +141,16 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
             raise ConfigError("bad --set: not a section", field=path, got=repr(section))
         content = section
     content[last] = value
+
+
+def _set_if_absent(content: dict[str, Any], path: str, value: object) -> None:
+    *parents, last = path.split(".")
+    for name in parents:
+        section = content.setdefault(name, {})
+        if not isinstance(section, dict):
+            return  # validation will say what is wrong with it
+        content = section
+    content.setdefault(last, value)
 
 
 def _known_keys(model: type[BaseModel], path: Iterable[int | str]) -> list[str]:

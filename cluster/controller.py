@@ -7,8 +7,10 @@ restarted controller finds the shards alive and learns their addresses from them
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
 
 from cluster.placement import (
     Event,
@@ -29,18 +31,21 @@ from cluster.placement import (
     open_generation,
     step,
 )
+from cluster.store import Store
 from shards import files
 from shards.actor import ShardActor
 from shards.errors import ShardlineError, Unavailable
-from shards.generation import GenerationManifest, read_generation
+from shards.generation import GenerationManifest, read_generation, verify_query_encoder
 from shards.index_spec import Device
 from shards.types import RoutingTable, ShardRoute
 
 logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "shardline-controller"
+SHARD_ACTOR_PREFIX = "shardline-shard-"
 WATCH_INTERVAL_S = 1.0
 DESCRIBE_TIMEOUT_S = 5.0
+MISSES = 2  # failed checks in a row before a shard is taken out of the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,14 +66,16 @@ class Controller:
 
     def __init__(self, settings: ControllerSettings) -> None:
         self._settings = settings
-        self._counter_path = Path(settings.store) / "epochs" / f"{settings.generation:06d}.json"
-        self._folder = Path(settings.store) / "generations" / f"{settings.generation:06d}"
+        store = Store(Path(settings.store))
+        self._counter_path = store.counter(settings.generation)
+        self._folder = store.generation(settings.generation)
         self._manifest = read_generation(self._folder)
         table = _empty_table(self._folder, self._manifest)
         self._placement, places = open_generation(table, counter=self._next_counter())
         self._published: RoutingTable | None = None
         self._changed = asyncio.Condition()
         self._actors: dict[int, ActorHandle[Any]] = {}
+        self._misses: Counter[int] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._open(places))
 
@@ -129,7 +136,10 @@ class Controller:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            await asyncio.gather(*(self._check(shard) for shard in list(self._actors)))
+            checks = [self._check(shard) for shard in list(self._actors)]
+            for error in await asyncio.gather(*checks, return_exceptions=True):
+                if isinstance(error, Exception):  # a full disk, say: look again in a second
+                    logger.error("shard check failed", exc_info=error)
 
     async def _check(self, shard: int) -> None:
         """One health check; what it finds becomes an event."""
@@ -137,13 +147,20 @@ class Controller:
         handle = self._actors[shard]
         try:
             await asyncio.wait_for(_call(handle.ping.remote()), DESCRIBE_TIMEOUT_S)
+            self._misses[shard] = 0
+            if self._placement.places[shard].route.address is None:
+                # alive, but we lost where: after our own restart, or after a passing failure
+                await asyncio.wait_for(_call(handle.announce.remote()), DESCRIBE_TIMEOUT_S)
         except ActorDiedError as error:
             if self._actors.get(shard) is handle:
                 del self._actors[shard]
                 await self._apply(ShardFailed(shard=shard, reason=_reason(error)))
-        except (ActorUnavailableError, RayActorError) as error:
-            reason = _reason(error)
-            await self._apply(ShardUnreachable(shard=shard, epoch=route.epoch, reason=reason))
+        except RayActorError as error:
+            # A restarting actor registers a moment before Ray takes calls for it again.
+            self._misses[shard] += 1
+            if self._misses[shard] >= MISSES:
+                reason = _reason(error)
+                await self._apply(ShardUnreachable(shard=shard, epoch=route.epoch, reason=reason))
         except (TimeoutError, GetTimeoutError):
             # Slow is not dead: the routers' own deadlines deal with slow shards.
             logger.warning("shard %d has not answered for %.0f s", shard, DESCRIBE_TIMEOUT_S)
@@ -163,8 +180,11 @@ class Controller:
         return report | described
 
     async def _apply(self, event: Event) -> None:
-        self._placement, instructions = step(self._placement, event)
-        self._save_counter()  # before anyone sees a number of it
+        changed, instructions = step(self._placement, event)
+        if changed is self._placement:
+            return
+        self._save_counter(changed.counter)  # before anyone sees a number of it
+        self._placement = changed
         for instruction in instructions:
             self._carry_out(instruction)
         async with self._changed:
@@ -182,14 +202,16 @@ class Controller:
     async def _place(self, place: Place) -> None:
         """Creates the shard's actor, or finds it alive when this controller is a restarted one."""
         await asyncio.sleep(place.after_s)
-        name = f"shardline-shard-{self._manifest.generation}-{place.shard}"
+        name = self._actor_name(place.shard)
         try:
-            handle = ray.get_actor(name)
-        except ValueError:
-            self._actors[place.shard] = self._create(name, place.shard)
-        else:
-            self._actors[place.shard] = handle
-            handle.announce.remote()
+            self._actors[place.shard] = _existing(name) or self._create(name, place.shard)
+        except (RayError, ValueError) as error:
+            await self._apply(ShardFailed(shard=place.shard, reason=_reason(error)))
+
+    def _actor_name(self, shard: int) -> str:
+        """Unique to this cluster: the secret's digest tells it from leftovers of an earlier one."""
+        digest = hashlib.sha256(self._settings.secret).hexdigest()[:8]
+        return f"{SHARD_ACTOR_PREFIX}{self._manifest.generation}-{shard}-{digest}"
 
     def _create(self, name: str, shard: int) -> "ActorHandle[Any]":
         settings = self._settings
@@ -233,8 +255,8 @@ class Controller:
             return 1
         return int(json.loads(self._counter_path.read_bytes())["counter"]) + 1
 
-    def _save_counter(self) -> None:
-        files.write_json(self._counter_path, {"counter": self._placement.counter})
+    def _save_counter(self, counter: int) -> None:
+        files.write_json(self._counter_path, {"counter": counter})
 
 
 def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":
@@ -244,7 +266,10 @@ def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":
         ShardlineError: the generation is absent, corrupt, or of a newer format.
         Unavailable: a controller runs already, or Ray could not create it.
     """
-    read_generation(Path(settings.store) / "generations" / f"{settings.generation:06d}")
+    folder = Store(Path(settings.store)).generation(settings.generation)
+    manifest = read_generation(folder)
+    if manifest.query_encoder:  # routers load it without its manifest
+        verify_query_encoder(folder, manifest)
     try:
         handle = (
             ray.remote(Controller)
@@ -300,6 +325,13 @@ def _empty_table(folder: Path, manifest: GenerationManifest) -> RoutingTable:
             for entry in manifest.shards
         ),
     )
+
+
+def _existing(name: str) -> "ActorHandle[Any] | None":
+    try:
+        return ray.get_actor(name)
+    except ValueError:
+        return None
 
 
 async def _call(reference: Awaitable[Any]) -> Any:

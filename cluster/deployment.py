@@ -4,6 +4,7 @@ Ray must be running already (``cluster.launch``). On a private Ray the serving p
 foreground and leaves a note in the store, so that other commands find it.
 """
 
+import logging
 import os
 import secrets
 import time
@@ -11,22 +12,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from cluster.config import ShardlineConfig
 from cluster.controller import (
     CONTROLLER_NAME,
+    SHARD_ACTOR_PREFIX,
     ControllerSettings,
     start_controller,
     wait_ready,
 )
-from cluster.endpoint import Endpoint, leave_note, remove_note
+from cluster.endpoint import Endpoint, leave_note, refuse_if_served, remove_note
 from cluster.launch import NAMESPACE, free_port, port_is_free
 from cluster.store import Store
 from router.app import RouterReplica
 from router.client import Client
 from shards.errors import ShardlineError, Unavailable
+
+logger = logging.getLogger(__name__)
 
 APPLICATION = "shardline"
 READY_POLL_S = 0.05
@@ -43,17 +49,21 @@ def serving(
 
     Raises:
         NotFound: there is no such generation.
-        CorruptFile: a file of it does not match its checksum.
-        Unavailable: the port is taken, or something did not become ready in time.
+        CorruptFile: its query encoder does not match its checksums.
+        Unavailable: the store is being served already, the port is taken, a shard refuses its
+            files, or something did not become ready in time.
     """
     store = Store(config.store.resolve())
+    refuse_if_served(store)
     endpoint = start_serving(config, generation=generation, on_stage=on_stage)
     try:
         leave_note(store, endpoint)
         yield endpoint
     finally:
-        remove_note(store)
-        stop_serving()
+        try:
+            stop_serving()
+        finally:
+            remove_note(store, endpoint)
 
 
 def start_serving(
@@ -92,22 +102,32 @@ def start_serving(
     except BaseException:
         stop_serving()
         raise
-    local = config.cluster.address == "local"
-    return Endpoint(url=url, generation=number, pid=os.getpid() if local else 0)
+    return Endpoint(
+        url=url,
+        generation=number,
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+    )
 
 
 def stop_serving() -> None:
-    """Stops router, shards and controller of the Ray this process is attached to."""
+    """Stops router, shards and controller of the Ray this process is attached to.
+
+    Other Serve applications of that Ray are left alone.
+    """
     if not ray.is_initialized():
         return
-    serve.shutdown()
+    try:
+        serve.delete(APPLICATION)
+    except (ray.exceptions.RayError, RayServeException, RuntimeError) as error:
+        logger.warning("the HTTP front end did not stop in order: %s", error)
     with suppress(ValueError):  # there is no controller: it never started, or is gone already
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
         with suppress(ray.exceptions.RayError):  # it died: its shards are ended just below
             ray.get(controller.close.remote(), timeout=10)
         ray.kill(controller)
     for actor in ray.util.list_named_actors():
-        if actor.startswith("shardline-shard-"):
+        if actor.startswith(SHARD_ACTOR_PREFIX):
             with suppress(ValueError):
                 ray.kill(ray.get_actor(actor, namespace=NAMESPACE))
 

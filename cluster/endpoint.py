@@ -5,24 +5,42 @@ The process that serves in the foreground leaves it; ``status``, ``query`` and `
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import psutil
 
 from cluster.store import Store
 from shards import files
-from shards.errors import NotFound
+from shards.errors import CorruptFile, NotFound, Unavailable
 
 NOTE_NAME = "serving.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a cluster answers, and the process in whose foreground it runs (0: detached)."""
+    """Where a cluster answers, and the process in whose foreground it runs.
+
+    started is that process's creation time in seconds: a pid alone may belong to another one later.
+    """
 
     url: str
     generation: int
     pid: int
+    started: float
+
+    @property
+    def is_alive(self) -> bool:
+        return is_alive(self.pid, self.started)
+
+
+def is_alive(pid: int, started: float | None = None) -> bool:
+    """Whether the process runs, and is the one created then; a zombie is dead."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return started is None or abs(process.create_time() - started) < 1
+    except psutil.NoSuchProcess:
+        return False
 
 
 def leave_note(store: Store, endpoint: Endpoint) -> None:
@@ -30,9 +48,19 @@ def leave_note(store: Store, endpoint: Endpoint) -> None:
     files.write_json(store.root / NOTE_NAME, asdict(endpoint))
 
 
-def remove_note(store: Store) -> None:
-    """Nobody serves the store any more."""
-    (store.root / NOTE_NAME).unlink(missing_ok=True)
+def remove_note(store: Store, endpoint: Endpoint) -> None:
+    """This cluster serves the store no more; the note of another one stays."""
+    if _read_note(store) == endpoint:
+        (store.root / NOTE_NAME).unlink(missing_ok=True)
+
+
+def refuse_if_served(store: Store) -> None:
+    """Raises Unavailable when a cluster of this machine serves the store now."""
+    note = _read_note(store)
+    if note is not None and note.is_alive:
+        raise Unavailable(
+            f"{store.root}: served at {note.url} already", hint="`shardline down` stops it"
+        )
 
 
 def find_endpoint(store: Store) -> Endpoint:
@@ -41,12 +69,19 @@ def find_endpoint(store: Store) -> Endpoint:
     Raises:
         NotFound: none does, or the process that did is gone.
     """
-    path = store.root / NOTE_NAME
     hint = "start one with `shardline serve`, or name one with --url"
-    if not path.is_file():
+    note = _read_note(store)
+    if note is None:
         raise NotFound(f"{store.root}: no cluster is serving this store", hint=hint)
-    note: dict[str, Any] = json.loads(path.read_bytes())
-    endpoint = Endpoint(**note)
-    if endpoint.pid and not psutil.pid_exists(endpoint.pid):
-        raise NotFound(f"the cluster at {endpoint.url} is gone (pid {endpoint.pid})", hint=hint)
-    return endpoint
+    if not note.is_alive:
+        raise NotFound(f"the cluster at {note.url} is gone (pid {note.pid})", hint=hint)
+    return note
+
+
+def _read_note(store: Store) -> Endpoint | None:
+    try:
+        return Endpoint(**json.loads((store.root / NOTE_NAME).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise CorruptFile(f"{store.root / NOTE_NAME}: not a note of ours; remove it") from error

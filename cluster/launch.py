@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 import ray
 
+from cluster.endpoint import is_alive
 from shards.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ OBJECT_STORE_BYTES = 128 << 20
 STOP_TIMEOUT_S = 10.0
 # HAProxy takes socket paths of 97 bytes, of which Ray's node id and a one-letter name use 59.
 MAX_SESSION_PATH = 38
+# "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
+MAX_TEMPORARY_PATH = MAX_SESSION_PATH - 27
 
 
 @contextlib.contextmanager
@@ -53,9 +56,11 @@ def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
             _init_local(session, num_cpus=num_cpus, verbose=verbose)
             yield session
         finally:
-            _stop_ray()
-            _stop_leftovers(session)
-            shutil.rmtree(session, ignore_errors=True)
+            try:
+                _stop_ray()
+            finally:
+                _stop_leftovers(session)
+                shutil.rmtree(session, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -119,10 +124,18 @@ def reap_orphans() -> list[int]:
     reaped: list[int] = []
     for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*-*"):
         owner = folder.name.removeprefix(SESSION_PREFIX).split("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+        if owner.isdigit() and not _owns(int(owner), folder):
             reaped += _stop_leftovers(folder)
             shutil.rmtree(folder, ignore_errors=True)
     return reaped
+
+
+def _owns(pid: int, folder: Path) -> bool:
+    """Whether the session's owner still runs; a younger process may carry its pid by now."""
+    try:
+        return is_alive(pid) and psutil.Process(pid).create_time() <= folder.stat().st_ctime + 1
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
 
 
 def _session_folder() -> Path:
@@ -132,7 +145,7 @@ def _session_folder() -> Path:
         folder.rmdir()
         raise Unavailable(
             f"{root}: path too long for Ray's sockets",
-            expected=f"a temporary folder of at most {MAX_SESSION_PATH - 24} characters",
+            expected=f"a temporary folder of at most {MAX_TEMPORARY_PATH} characters",
             hint="set TMPDIR=/tmp",
         )
     return folder

@@ -37,6 +37,10 @@ class Store:
         """The folder of a generation, existing or to come."""
         return self.generations / f"{number:0{GENERATION_DIGITS}d}"
 
+    def counter(self, number: int) -> Path:
+        """Where the controller of a generation keeps its counter of epochs and table versions."""
+        return self.root / "epochs" / f"{number:0{GENERATION_DIGITS}d}.json"
+
     def generation_numbers(self) -> list[int]:
         """Complete generations, oldest first."""
         return sorted(
@@ -89,14 +93,3 @@ class Store:
                 f"{self.embeddings}: no embedding set", hint="run `shardline export` to write one"
             )
         return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent
-
-    def newest_run(self) -> Path:
-        """The training run changed last.
-
-        Raises:
-            NotFound: there is none.
-        """
-        runs = [path for path in self.runs.glob("*") if path.is_dir()]
-        if not runs:
-            raise NotFound(f"{self.runs}: no training run", hint="run `shardline train` first")
-        return max(runs, key=lambda path: path.stat().st_mtime_ns)

@@ -18,12 +18,12 @@ from ray.exceptions import RayError
 from router.api import REQUEST_ID_HEADER, create_app
 from router.config import RouterConfig
 from router.service import SearchService
-from shards.errors import ShardlineError
 
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 30.0
 RETRY_S = 0.5
+FIRST_TABLE_S = 30.0
 
 
 class ServeApp:
@@ -68,13 +68,20 @@ class RouterReplica:
         self._controller = (controller, namespace)
         self._app = ServeApp(create_app(self._service, config), self.start, self.stop)
         self._following: asyncio.Task[None] | None = None
+        self._has_table = asyncio.Event()
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     async def start(self) -> None:
-        """Begins to follow the controller; the replica's loop is running now."""
+        """Begins to follow the controller; returns with the first table, so that Serve sends
+        no query to a replica that could not answer it.
+
+        Raises:
+            TimeoutError: there is none; Serve starts the replica again.
+        """
         self._following = asyncio.ensure_future(self._follow_controller())
+        await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
 
     async def stop(self) -> None:
         """Stops following, closes the shard connections."""
@@ -87,17 +94,24 @@ class RouterReplica:
     async def _follow_controller(self) -> None:
         """Applies every newer table, for as long as the replica lives."""
         version = 0
+        controller: Any = None
         while True:
             try:
-                name, namespace = self._controller
-                controller = ray.get_actor(name, namespace=namespace)
+                if controller is None:  # blocks while Ray's head is away, so not in this loop
+                    controller = await asyncio.to_thread(self._find_controller)
                 table = await controller.table_after.remote(version, POLL_TIMEOUT_S)
                 if table is not None:
                     await self._service.apply(table)
                     version = table.version
+                    self._has_table.set()
             except (RayError, ValueError) as error:
                 logger.warning("controller is away, serving on with table %d: %s", version, error)
+                controller = None
                 await asyncio.sleep(RETRY_S)
-            except ShardlineError as error:
-                logger.error("table refused: %s", error)
+            except Exception:
+                logger.exception("a table newer than %d could not be applied", version)
                 await asyncio.sleep(RETRY_S)
+
+    def _find_controller(self) -> Any:
+        name, namespace = self._controller
+        return ray.get_actor(name, namespace=namespace)

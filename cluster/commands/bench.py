@@ -14,7 +14,7 @@ out_option = click.option(
 )
 
 # nprobe 16: half the lists that the default visits, recall@100 above .99 on this clustered corpus
-DEFAULT_INDEX = {"index.kind": "ivfpq-fs", "index.nprobe": "16"}
+DEFAULT_INDEX = {"kind": "ivfpq-fs", "nprobe": 16}
 
 
 @click.group()
@@ -40,7 +40,7 @@ def latency(
     """
     from bench.latency import print_report, run
 
-    settings.prefer(DEFAULT_INDEX)
+    settings.preferences["index"] = DEFAULT_INDEX  # as a whole, or not at all
     config = settings.config
     cpus = serving_cpus(config)
     with StageProgress() as progress, local_ray(num_cpus=cpus, verbose=settings.verbose):

@@ -14,7 +14,7 @@ from cluster.launch import cores, ray_for
 from cluster.partition import Partitioning
 from cluster.store import Store
 from shards.embeddings import embedding_writer
-from shards.errors import InvalidInput
+from shards.errors import DataError, InvalidInput
 from shards.files import sha256_of
 from shards.foreign import read_foreign
 from shards.generation import GenerationManifest
@@ -116,7 +116,7 @@ def import_vectors(
     progress: StageProgress,
 ) -> Path:
     """Copies foreign vectors into an embedding set, named after their contents; its folder."""
-    digest = hashlib.sha256(str(metric).encode())
+    digest = hashlib.sha256(repr((str(metric), id_column, vector_column)).encode())
     for path in paths:
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             digest.update(sha256_of(file).encode() if file.is_file() else b"")
@@ -125,7 +125,9 @@ def import_vectors(
     if target.exists():
         return target
     batches = read_foreign(paths, id_column=id_column, vector_column=vector_column)
-    first = next(batches)
+    first = next(batches, None)
+    if first is None:
+        raise DataError("no rows", field=", ".join(map(str, paths)), expected="at least one vector")
     with embedding_writer(
         target,
         model_version=version,

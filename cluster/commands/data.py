@@ -56,7 +56,7 @@ def synth(
     values = PRESETS[preset].model_dump() | {k: v for k, v in options.items() if v is not None}
     if observe:
         values["observe"] = observe
-    config = _validated(SynthConfig, values)
+    config = validated(SynthConfig, values)
     with StageProgress() as progress:
         dataset = generate(config, out, threads=cores(), overwrite=overwrite, progress=progress)
     rows = ", ".join(f"{count:,} {name}" for name, count in dataset.rows.items())
@@ -113,7 +113,7 @@ def import_command(
     for name in ("users_file", "items_file", "time_column"):
         if values.get(name) == "none":
             values[name] = None
-    config = _validated(ImportConfig, values)
+    config = validated(ImportConfig, values)
     report = import_dataset(Format(kind), source, out, config, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
@@ -127,7 +127,8 @@ def import_command(
         click.echo(f"  {example}")
 
 
-def _validated(model: type[Model], values: dict[str, Any]) -> Model:
+def validated(model: type[Model], values: dict[str, Any]) -> Model:
+    """The model of these values; a ConfigError names the first that is wrong."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -19,6 +19,7 @@ from bench.openloop import LoadResult, Request, run_open_loop
 from cluster.build import build_generation, run_on_ray
 from cluster.cli import Settings
 from cluster.commands.build import plan_of
+from cluster.commands.data import validated
 from cluster.commands.model import encoder_kinds, evaluate_cluster, train_with_progress
 from cluster.commands.report import metric_rows
 from cluster.commands.serve import serving_cpus, stop_on_signals
@@ -37,7 +38,7 @@ from training.evaluate import evaluate_exact
 from training.export import export
 from training.metrics import DEFAULT_KS
 from training.queries import query_features
-from training.synth import PRESETS, generate
+from training.synth import PRESETS, SynthConfig, generate
 from training.tables import Dataset
 
 # The table of the text this project started from: what a good and an excellent system reach.
@@ -49,7 +50,7 @@ TARGETS = {
 }
 REPORT_NAME = "demo-report.json"
 # Four epochs: more of them sharpen the first ranks and lose items further down (recall@1000).
-DEMO_SETTINGS = {"training.num_workers": "2", "training.epochs": "4", "cluster.shards": "4"}
+DEMO_SETTINGS = {"training.num_workers": 2, "training.epochs": 4, "cluster.shards": 4}
 # The metrics ask for a thousand items, ten times what the default nprobe is meant for.
 DEEP_SEARCH = SearchParams(nprobe=256)
 KIND_QUERIES = 500
@@ -86,10 +87,9 @@ def demo(
     Works in a temporary folder and removes it, unless --store names one to keep.
     """
     sizes = {"num_users": users, "num_items": items}
-    synth = PRESETS[preset].model_copy(
-        update={name: size for name, size in sizes.items() if size is not None}
-    )
-    settings.prefer(DEMO_SETTINGS)
+    chosen = {name: size for name, size in sizes.items() if size is not None}
+    synth = validated(SynthConfig, PRESETS[preset].model_dump() | chosen)
+    settings.preferences.update(DEMO_SETTINGS)
     with _work_folder(settings) as folder, StageProgress() as progress:
         config = settings.config.model_copy(update={"store": folder / "store"})
         run = Demo(config=config, folder=folder, progress=progress)
@@ -98,13 +98,13 @@ def demo(
             embeddings = run.model(dataset)
             run.kinds(dataset, embeddings)
             run.build(embeddings)
-            with stop_on_signals() as stopped, run.served() as endpoint:
+            with stop_on_signals() as wait, run.served() as endpoint:
                 run.measure(endpoint, dataset)
                 run.finish(report)
                 if stay:
                     progress.note(f"serving at {endpoint.url} until Ctrl-C")
                     progress.note(f"try: shardline query --url {endpoint.url} --item 17")
-                    stopped.wait()
+                    wait()
                     progress.note("stopping")
 
 
@@ -126,7 +126,7 @@ class Demo:
     def run_folder(self) -> Path:
         return self.store.runs / "demo"
 
-    def data(self, synth: Any, preset: str) -> Dataset:
+    def data(self, synth: SynthConfig, preset: str) -> Dataset:
         """Users, items and interactions, and the ceilings of their split."""
         with self._station("data"):
             dataset = generate(synth, self.folder / "data", threads=cores(), progress=self.progress)
@@ -265,7 +265,8 @@ def print_report(figures: dict[str, Any]) -> None:
     )
     http = figures["http_ms"]
     print_table(
-        f"HTTP latency, {http['rate']:g} requests/s, k = {http['k']}, 4 shards, {cores()} cores",
+        f"HTTP latency, {http['rate']:g} requests/s, k = {http['k']}, "
+        f"{figures['generation']['shards']} shards, {cores()} cores",
         ("ms", "p50", "p99", "answered", "failed"),
         [
             (
@@ -311,7 +312,7 @@ def _user_vectors(embeddings: EmbeddingSet, dataset: Dataset, count: int) -> Any
 
 
 def _feature_request(features: dict[str, Any]) -> Request:
-    body = orjson.dumps({"features": [features], "k": TOP_K})
+    body = orjson.dumps({"features": [features], "k": TOP_K, "min_coverage": 1.0})
     return Request("POST", "/v1/search", body, (("Content-Type", "application/json"),))
 
 

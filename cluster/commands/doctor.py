@@ -1,4 +1,4 @@
-"""``doctor``: what this machine has, and whether every file of the store is as it was written."""
+"""``doctor``: what this machine has, and whether the store's files are as they were written."""
 
 import importlib.metadata
 import importlib.util
@@ -13,7 +13,7 @@ import click
 
 from cluster.cli import Settings
 from cluster.config import ShardlineConfig
-from cluster.launch import MAX_SESSION_PATH, cores, port_is_free
+from cluster.launch import MAX_TEMPORARY_PATH, cores, port_is_free
 from cluster.store import Store
 from shards.embeddings import open_embedding_set
 from shards.errors import ShardlineError
@@ -28,7 +28,7 @@ LOW_SHM_BYTES = 256 << 20
 @click.command()
 @click.pass_obj
 def doctor(settings: Settings) -> int:
-    """Check this machine and the store's files; exit code 3 when something is wrong."""
+    """Check this machine, embeddings and generations; exit code 3 when something is wrong."""
     config, store = settings.config, settings.store
     failed = 0
     for name, check in _checks(config, store):
@@ -106,9 +106,8 @@ def _shared_memory() -> str:
 
 def _temporary_folder() -> str:
     root = tempfile.gettempdir()
-    limit = MAX_SESSION_PATH - 26
-    if len(root) > limit:
-        raise OSError(f"{root}: longer than {limit} characters; set TMPDIR=/tmp")
+    if len(root) > MAX_TEMPORARY_PATH:
+        raise OSError(f"{root}: longer than {MAX_TEMPORARY_PATH} characters; set TMPDIR=/tmp")
     return root
 
 
@@ -124,7 +123,13 @@ def _store_checks(store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
     for number in store.generation_numbers():
         yield f"generation {number}", partial(_generation, store.generation(number))
     if store.generation_numbers():
-        yield "live generation", lambda: str(store.current())
+        yield "live generation", lambda: _live(store)
+
+
+def _live(store: Store) -> str:
+    number = store.current()
+    read_generation(store.generation(number))
+    return str(number)
 
 
 def _embeddings(folder: Path) -> str:

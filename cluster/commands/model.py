@@ -26,11 +26,15 @@ from training.launch import train as train_model
 from training.metrics import DEFAULT_KS, MetricResult
 from training.tables import Dataset, open_dataset
 
+EVALUATION_TIMEOUT_MS = 10_000.0  # a batch of deep queries over a flat corpus takes its time
+
 data_option = click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set."
 )
 run_option = click.option(
-    "--run", type=click.Path(path_type=Path), help="Folder of the run.  [default: the newest]"
+    "--run",
+    type=click.Path(path_type=Path),
+    help="Folder of the run.  [default: <store>/runs/<name of the data set's folder>]",
 )
 
 
@@ -57,7 +61,7 @@ def train(
     for key, value in (("num_workers", workers), ("epochs", epochs)):
         if value is not None:
             settings.extra_overrides.append(f"training.{key}={value}")
-    run = run or settings.store.runs / data.resolve().name
+    run = run or default_run(settings, data)
     config = settings.config
     with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
         result = train_with_progress(config, data, run, progress, resume=resume)
@@ -87,7 +91,7 @@ def evaluate(
     max_users: int | None,
     as_json: bool,
 ) -> None:
-    """Recall, MRR, NDCG and HitRate over the whole corpus, beside popularity and the ceilings.
+    """Recall, MRR, NDCG and HitRate over the whole corpus, beside baselines and ceilings.
 
     Exact by default: every test user against every item, the items known before left out. With
     --url or --through-cluster the same users ask a running cluster.
@@ -102,14 +106,17 @@ def evaluate(
                     client, dataset, split, cutoffs, progress, max_users=max_users
                 )
         else:
-            folder = run or settings.store.newest_run()
+            folder = run or default_run(settings, data)
             columns["model"] = evaluate_exact(
                 folder, dataset, split=split, ks=cutoffs, progress=progress
             )
-        columns["popularity"] = evaluate_baseline(
-            Baseline.POPULARITY, dataset, split=split, ks=cutoffs
-        )
-    ceilings = dataset.ceilings or {}
+        for baseline in Baseline:
+            columns[baseline.value] = evaluate_baseline(
+                baseline, dataset, split=split, ks=cutoffs, progress=progress
+            )
+    # the ceilings are those of the whole test split, ranked as deep as the default cut-offs
+    is_comparable = split == "test" and not ks and max_users is None
+    ceilings = (dataset.ceilings or {}) if is_comparable else {}
     if as_json:
         report: dict[str, Any] = {name: result.means for name, result in columns.items()}
         click.echo(json.dumps(report | {"ceilings": ceilings}, indent=2))
@@ -127,7 +134,7 @@ def export(settings: Settings, data: Path, run: Path | None) -> None:
     """Write the embeddings of all items, and the query encoder, as an embedding set."""
     with StageProgress() as progress:
         embeddings = export_embeddings(
-            run or settings.store.newest_run(),
+            run or default_run(settings, data),
             data,
             settings.store.root,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -137,6 +144,11 @@ def export(settings: Settings, data: Path, run: Path | None) -> None:
         f"{embeddings.folder}: {embeddings.rows:,} items x {embeddings.dim}, "
         f"model {embeddings.model_version}"
     )
+
+
+def default_run(settings: Settings, data: Path) -> Path:
+    """Where a data set's model is trained to, and looked for."""
+    return settings.store.runs / data.resolve().name
 
 
 def ray_for_training(
@@ -183,7 +195,13 @@ def evaluate_cluster(
     """The metrics of a running cluster's answers to the users' features, over HTTP."""
 
     def search(features: list[dict[str, Any]], k: int) -> IdArray:
-        answer = client.search(features=features, k=k, params=params, min_coverage=1.0)
+        answer = client.search(
+            features=features,
+            k=k,
+            params=params,
+            min_coverage=1.0,
+            timeout_ms=EVALUATION_TIMEOUT_MS,
+        )
         return answer.ids
 
     return evaluate_through(

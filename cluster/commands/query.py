@@ -99,6 +99,7 @@ def query(
             "generation": answer.generation,
             "model_version": answer.model_version,
             "coverage": asdict(answer.coverage),
+            "reasons": list(answer.reasons.values()),
             "took_ms": answer.took_ms,
         }
         click.echo(json.dumps(report, indent=2))

@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import click
 import psutil
@@ -43,10 +44,10 @@ def serve(settings: Settings, generation: int | None, port: int | None) -> None:
                 progress.note(_ready_line(endpoint))
                 return
             # Ray has put its own handlers on the signals by now; ours go over them
-            with stop_on_signals() as stopped:
+            with stop_on_signals() as wait:
                 with serving(config, generation=generation, on_stage=progress.note) as endpoint:
                     progress.note(_ready_line(endpoint))
-                    stopped.wait()
+                    wait()
                 progress.note("stopping")
 
 
@@ -67,40 +68,37 @@ def down(settings: Settings) -> None:
     except NotFound:
         click.echo("nothing is serving this store")
         return
-    process = psutil.Process(endpoint.pid)
-    process.send_signal(signal.SIGTERM)
+    psutil.Process(endpoint.pid).send_signal(signal.SIGTERM)
     deadline = time.monotonic() + STOP_TIMEOUT_S
-    while not _has_ended(process):
+    while endpoint.is_alive:
         if time.monotonic() > deadline:
             raise Unavailable(f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s")
         time.sleep(STOP_POLL_S)
     click.echo(f"stopped {endpoint.url}")
 
 
-def _has_ended(process: psutil.Process) -> bool:
-    """Gone, or a zombie that its parent has not collected yet."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as wait`
+    """SIGINT and SIGTERM end ``wait()`` in good order; anywhere else they interrupt the block."""
 
-
-class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as stopped`
-    """SIGINT and SIGTERM set the event it yields, and the block ends in good order."""
-
-    def __enter__(self) -> threading.Event:
+    def __enter__(self) -> Callable[[], None]:
         self._stopped = threading.Event()
+        self._is_waiting = False
         self._before = {
             number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
         }
-        return self._stopped
+        return self._wait
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _wait(self) -> None:
+        self._is_waiting = True
+        self._stopped.wait()
+        self._is_waiting = False
+
     def _stop(self, number: int, frame: object) -> None:
-        if self._stopped.is_set():  # asked twice: do not wait for good order
+        if not self._is_waiting:
             raise KeyboardInterrupt
         self._stopped.set()
 

@@ -7,6 +7,8 @@ import numpy as np
 import orjson
 import pytest
 
+from cluster.commands.model import evaluate_cluster
+from cluster.console import StageProgress
 from router.client import Client
 from router.encoder import QueryEncoder
 from shards.embeddings import open_embedding_set
@@ -15,7 +17,7 @@ from shards.generation import QUERY_ENCODER_FOLDER
 from shards.schema import FloatArray, IdArray, Metric, normalise
 from tests.integration.conftest import NUM_ITEMS, Cluster
 from tests.reference import assert_same_answers, brute_force
-from training.evaluate import evaluate_exact, evaluate_through
+from training.evaluate import evaluate_exact
 from training.queries import query_features
 
 
@@ -110,12 +112,8 @@ def test_one_item_can_be_read_back(client: Client, corpus: tuple[IdArray, FloatA
 
 
 def test_metrics_through_the_cluster_equal_the_exact_ones(client: Client, cluster: Cluster) -> None:
-    kinds = {f["name"]: f["kind"] for f in client.status()["encoder"]["features"]}
-
-    def search(features: list[dict[str, Any]], k: int) -> IdArray:
-        return client.search(features=features, k=k).ids
-
-    through = evaluate_through(search, cluster.dataset, kinds=kinds, ks=(10, 100))
+    with StageProgress() as progress:
+        through = evaluate_cluster(client, cluster.dataset, "test", (10, 100), progress)
     direct = evaluate_exact(cluster.run, cluster.dataset, ks=(10, 100))
     assert through.users == direct.users == 400
     assert through.means == pytest.approx(direct.means, abs=2e-3)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.controller import CONTROLLER_NAME
+from cluster.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
 from cluster.deployment import serving, shard_reports
 from router.client import Client
 from router.messages import SearchAnswer
@@ -80,7 +80,10 @@ def test_a_killed_shard_costs_its_rows_and_comes_back(cluster: Cluster) -> None:
         killed = time.perf_counter()
         partial = questions.wait_for(is_partial, since=killed)
         whole = questions.wait_for(is_full, since=partial)
+        # and stays whole over the controller's next checks
+        settled = questions.wait_for(is_full, since=whole + 3 * WATCH_INTERVAL_S)
     assert questions.errors == [], "no query may fail while a shard is away"
+    assert all(is_full(answer) for at, answer in questions.answers if whole < at < settled)
     missing = [answer for at, answer in questions.answers if is_partial(answer)]
     for answer in missing:
         assert answer.coverage.rows_answered == answer.coverage.rows_asked - victim["rows"]
@@ -105,6 +108,7 @@ def test_queries_go_on_while_the_controller_is_away(cluster: Cluster) -> None:
         questions.wait_for(is_full, since=time.perf_counter())
     assert questions.errors == []
     assert len([at for at, _ in questions.answers if at > killed]) > 10
+    assert all(is_full(answer) for _, answer in questions.answers)
     for shard, report in after.items():
         assert report["pid"] == before[shard]["pid"], "shards were found, not started again"
 
@@ -123,7 +127,7 @@ def wait_for_new_epochs(old: dict[int, int]) -> dict[int, dict[str, int]]:
 
 
 def test_a_second_cluster_in_the_same_ray_is_refused_and_harms_nothing(cluster: Cluster) -> None:
-    with pytest.raises(Unavailable, match="controller is running already"), serving(cluster.config):
+    with pytest.raises(Unavailable, match="served at"), serving(cluster.config):
         raise AssertionError("two clusters in one Ray")
     with Client(cluster.endpoint.url) as client:
         assert client.search(item_ids=[1], k=3).coverage.share == 1

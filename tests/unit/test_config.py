@@ -68,3 +68,12 @@ def test_override_without_key_or_value(override: str) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"none\.yaml"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_commands_own_defaults_give_way_to_file_and_overrides(tmp_path: Path) -> None:
+    path = written(tmp_path, "cluster: {shards: 3}")
+    preferences = {"cluster.shards": 8, "training.epochs": 4, "index": {"kind": "flat"}}
+    config = load_config(path, ["index.kind=hnsw"], preferences)
+    assert (config.cluster.shards, config.training.epochs) == (3, 4)
+    assert config.index.kind == "hnsw"
+    assert load_config(None, [], preferences).index.kind == "flat"

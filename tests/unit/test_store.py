@@ -22,8 +22,6 @@ def test_an_empty_store_has_no_live_generation(tmp_path: Path) -> None:
         store.current()
     with pytest.raises(NotFound, match="shardline export"):
         store.newest_embeddings()
-    with pytest.raises(NotFound, match="shardline train"):
-        store.newest_run()
 
 
 def test_current_names_a_complete_generation_only(tmp_path: Path) -> None:
