@@ -49,7 +49,7 @@ def test_evaluate_prints_the_model_beside_popularity_and_the_ceilings(folder: Pa
     report = json.loads(shardline(folder, "evaluate", "--data", "data", "--json").stdout)
     assert report["model"]["recall@100"] > report["popularity"]["recall@100"]
     assert report["ceilings"]["oracle"]["means"]["recall@100"] > report["model"]["recall@100"]
-    table = shardline(folder, "evaluate", "--data", "data", "--k", "10").stdout
+    table = shardline(folder, "evaluate", "--data", "data").stdout
     assert "of ceiling" in table
     assert "popularity" in table
 

