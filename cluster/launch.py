@@ -37,6 +37,19 @@ MAX_SESSION_PATH = 38
 # "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
 MAX_TEMPORARY_PATH = MAX_SESSION_PATH - 27
 
+# What every Ray process of a serving cluster needs in its environment before it starts; a
+# runtime_env comes too late. The launcher files in deploy/ray set the same.
+SERVING_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: shards would wait behind everything else
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # else HAProxy sends a line a request to a Python process that competes with the shards
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # one loop for Serve and our ASGI app halves the latency of a request
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+
 
 @contextlib.contextmanager
 def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
@@ -152,12 +165,9 @@ def _session_folder() -> Path:
 
 
 def _ray_environment(session: Path) -> dict[str, str]:
-    """What Ray's processes must find in their environment; they inherit ours."""
-    return {
+    """What Ray's processes must find in their environment here; they inherit ours."""
+    return SERVING_ENVIRONMENT | {
         "RAY_AUTH_TOKEN": _auth_token(),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",  # 15 by default: shards would wait behind everything else
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(session / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(session / "a"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(session / "m"),
@@ -165,13 +175,8 @@ def _ray_environment(session: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(session / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        # else HAProxy sends a line a request to a Python process that competes with the shards
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # forwards far more than one router can answer
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, at every stop
-        # one loop for Serve and our ASGI app halves the latency of a request (docs/ARCHITECTURE.md)
-        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
     }
 

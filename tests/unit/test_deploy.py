@@ -7,6 +7,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.config import load_config
+from cluster.launch import SERVING_ENVIRONMENT
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -16,7 +17,9 @@ def test_ray_up_accepts_the_launcher_file(path: Path) -> None:
     config = yaml.safe_load(path.read_text())
     validate_config(prepare_config(config))
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
-    assert all("ENABLE_HA_PROXY=1" in line for line in starts if "ray start" in line)
+    for line in (line for line in starts if "ray start" in line):
+        missing = [f"{k}={v}" for k, v in SERVING_ENVIRONMENT.items() if f"{k}={v}" not in line]
+        assert missing == []
 
 
 def test_our_configuration_accepts_the_cluster_file() -> None:
