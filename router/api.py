@@ -8,6 +8,7 @@ BaseHTTPMiddleware would cost more than a whole search's share of this process.
 import asyncio
 import re
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any
 
@@ -75,6 +76,7 @@ def create_app(service: SearchService, config: RouterConfig) -> ASGIApp:
             answer = await service.search(
                 query,
                 arrived_at=request.scope["shardline.arrived_at"],
+                began_at=request.scope["shardline.began_at"],
                 request_id=request.scope["shardline.request_id"],
             )
             return Response(encode_answer(answer, accepted), media_type=accepted)
@@ -143,7 +145,8 @@ class RequestContext:
         request_id = _request_id(scope)
         header = (REQUEST_ID_HEADER, request_id.encode())
         scope["shardline.request_id"] = request_id
-        scope["shardline.arrived_at"] = asyncio.get_running_loop().time()
+        scope["shardline.arrived_at"] = asyncio.get_running_loop().time()  # deadlines count here
+        scope["shardline.began_at"] = time.perf_counter()  # took_ms here: uvloop's clock is coarse
         started = False
 
         async def send_with_id(message: Message) -> None:

@@ -29,8 +29,13 @@ from shards.wire import (
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_FRAME_BYTES = 1024  # Hello has about 120; nobody unproven makes us buffer more
+OLDER_PROCESS_FAILURES = 3  # as many as its pauses grow with: it is about to learn its epoch
 
 OnReply: TypeAlias = Callable[[Message | Unavailable], None]
+
+
+class OlderProcess(ProtocolError):
+    """The shard that answered has a lower epoch than the routing table: it may learn it yet."""
 
 
 def backoff_ms(failures: int, config: RouterConfig, rng: random.Random) -> float:
@@ -186,7 +191,11 @@ class ShardConnection:
         self._task = asyncio.create_task(self._keep_connected(), name=name)
 
     async def settled(self) -> None:
-        """Returns once the first attempt to connect has succeeded or failed."""
+        """Returns once an attempt to connect has succeeded, or failed for a reason that counts.
+
+        An older process is no such reason: a restarted controller publishes its table a moment
+        before the shards hear of their new epochs. Only the caller's patience bounds that wait.
+        """
         await self._settled.wait()
 
     async def close(self) -> None:
@@ -238,11 +247,14 @@ class ShardConnection:
                 self._reason = _describe(error)
                 log = logger.debug if failures else logger.warning
                 log("shard %d at %s: %s", self.route.shard, self._address, self._reason)
+                if isinstance(error, OlderProcess):
+                    failures = min(failures, OLDER_PROCESS_FAILURES - 1)
+                else:
+                    self._settled.set()
             else:
                 await self._serve(link)
                 if link.answered:
                     failures = 0
-            self._settled.set()
             failures += 1
             await asyncio.sleep(backoff_ms(failures, self._config, self._rng) / 1000)
 
@@ -280,7 +292,7 @@ class ShardConnection:
             if got != expected:
                 raise ProtocolError(f"wrong {name}", expected=str(expected), got=str(got))
         if hello.epoch < self._epoch:
-            raise ProtocolError(
+            raise OlderProcess(
                 "an older process of this shard",
                 expected=f"epoch >= {self._epoch}",
                 got=str(hello.epoch),

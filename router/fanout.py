@@ -195,11 +195,20 @@ class Fanout:
             search_ms=max(reply.search_ms for _, reply in answered),
         )
 
-    async def fetch(self, serving: Serving, item_ids: IdArray, *, deadline: float) -> FetchAnswer:
+    async def fetch(
+        self,
+        serving: Serving,
+        item_ids: IdArray,
+        *,
+        deadline: float,
+        min_coverage: float = 0.0,
+    ) -> FetchAnswer:
         """The stored vectors of those of item_ids (n,) int64 that some shard holds.
 
+        min_coverage holds when some item is not found: what is found is whole in any case.
+
         Raises:
-            DeadlineExceeded, Overloaded, Unavailable: no shard answered.
+            DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
         dim = serving.table.dim
         request = FetchRequest(item_ids=item_ids, timeout_ms=_remaining_ms(deadline))
@@ -207,9 +216,11 @@ class Fanout:
         answered, coverage = self._collect(
             serving, gather, FetchReply, lambda r: r.vectors.shape == (len(r.item_ids), dim)
         )
-        _require(coverage, 0.0, gather)
+        found = [reply.item_ids for _, reply in answered]
+        is_whole = bool(found) and bool(np.isin(item_ids, np.concatenate(found)).all())
+        _require(coverage, 0.0 if is_whole else min_coverage, gather)
         return FetchAnswer(
-            item_ids=np.concatenate([reply.item_ids for _, reply in answered]),
+            item_ids=np.concatenate(found),
             vectors=np.concatenate([reply.vectors for _, reply in answered]),
             shards=np.concatenate(
                 [np.full(len(reply.item_ids), route.shard) for route, reply in answered]
@@ -332,7 +343,7 @@ def _as_error(
         connection.fail("broke the protocol (wrong reply)")
         return Unavailable("wrong reply")
     if reply.code == InvalidInput.code:
-        raise InvalidInput(reply.message)
+        raise InvalidInput(reply.message, field=reply.field)
     if reply.code == DeadlineExceeded.code:
         return DeadlineExceeded("deadline exceeded")
     if reply.code == Overloaded.code:

@@ -1,6 +1,6 @@
 """What goes into and out of a search: plain data, shared by service, codec, HTTP API and client."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shards.schema import FloatArray, IdArray
@@ -27,6 +27,8 @@ class SearchQuery:
 class Coverage:
     """How much of the corpus an answer saw; ``degraded`` says why each missing shard is missing.
 
+    Where items were looked up and some not found, a shard that missed the look-up is missing too.
+
     Rows are as the shard counts them where it answered, as the routing table does elsewhere.
     """
 
@@ -42,6 +44,11 @@ class Coverage:
         if self.rows_asked:
             return self.rows_answered / self.rows_asked
         return self.shards_answered / self.shards_asked if self.shards_asked else 0.0
+
+    def joined(self, other: "Coverage") -> "Coverage":
+        """Of an answer that needed both: the counts of the smaller, every reason of either."""
+        smaller = min(self, other, key=lambda coverage: coverage.share)
+        return replace(smaller, degraded=list(dict.fromkeys(self.degraded + other.degraded)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
 from shards.schema import MAX_K
+from shards.types import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR
 
 
 class _Body(BaseModel):
@@ -18,12 +19,17 @@ class _Body(BaseModel):
 class ParamsBody(_Body):
     """Search-time knobs of the index kinds; left out, the generation's own defaults hold."""
 
-    nprobe: int | None = Field(default=None, ge=1, le=65536, description="inverted lists visited")
+    nprobe: int | None = Field(
+        default=None, ge=1, le=MAX_NPROBE, description="inverted lists visited"
+    )
     ef_search: int | None = Field(
-        default=None, ge=1, le=65536, description="candidate queue of hnsw"
+        default=None, ge=1, le=MAX_EF_SEARCH, description="candidate queue of hnsw"
     )
     rerank_factor: int | None = Field(
-        default=None, ge=1, le=1024, description="candidates re-ranked exactly, a multiple of k"
+        default=None,
+        ge=1,
+        le=MAX_RERANK_FACTOR,
+        description="candidates re-ranked exactly, a multiple of k",
     )
 
 

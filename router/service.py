@@ -6,6 +6,7 @@ its arrival. Requests beyond ``max_in_flight`` are refused before any work is do
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +39,10 @@ ENCODE_IN_LOOP = 64
 
 @dataclass(slots=True, kw_only=True)
 class _Prepared:
-    """Vectors ready to be asked, one per live query; ``own`` are items to drop from answers."""
+    """Vectors ready to be asked, one per live query; ``own`` are items to drop from answers.
+
+    ``coverage`` is that of looking the items up.
+    """
 
     vectors: FloatArray
     live: IdArray
@@ -102,20 +106,28 @@ class SearchService:
             self._in_flight -= 1
 
     async def search(
-        self, query: SearchQuery, *, arrived_at: float, request_id: str = ""
+        self,
+        query: SearchQuery,
+        *,
+        arrived_at: float,
+        began_at: float | None = None,
+        request_id: str = "",
     ) -> SearchAnswer:
-        """arrived_at is on the event loop's clock; the deadline is counted from it.
+        """The deadline is counted from arrived_at, on the event loop's clock.
+
+        took_ms is counted from began_at, on time.perf_counter's, by default from now: the clock of
+        a Serve replica's loop ticks in whole milliseconds.
 
         Raises:
             InvalidInput: the query breaks a rule; field names where.
             VersionMismatch: the encoder is not of the generation's model.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or too small a coverage.
         """
-        loop = asyncio.get_running_loop()
+        began_at = time.perf_counter() if began_at is None else began_at
         terms = terms_of(query, self.config)
         deadline = arrived_at + terms.timeout_ms / 1000
         with self._fanout.pin() as serving:
-            prepared = await self._prepare(serving, query, terms.kind, deadline)
+            prepared = await self._prepare(serving, query, terms, deadline)
             check_size(prepared.vectors, terms.kind)
             found = await self._ask(serving, prepared, terms, query.params, deadline)
             table = serving.table
@@ -126,7 +138,7 @@ class SearchService:
             generation=table.generation,
             model_version=table.model_version,
             coverage=coverage,
-            took_ms=(loop.time() - arrived_at) * 1000,
+            took_ms=(time.perf_counter() - began_at) * 1000,
             search_ms=search_ms,
             reasons=prepared.reasons,
             request_id=request_id,
@@ -183,11 +195,12 @@ class SearchService:
     # Steps
 
     async def _prepare(
-        self, serving: Serving, query: SearchQuery, kind: str, deadline: float
+        self, serving: Serving, query: SearchQuery, terms: Terms, deadline: float
     ) -> _Prepared:
-        table = serving.table
+        table, kind = serving.table, terms.kind
         if kind == "item_ids":
-            return await self._look_up(serving, check_ids(query.item_ids), deadline)
+            item_ids = check_ids(query.item_ids)
+            return await self._look_up(serving, item_ids, deadline, terms.min_coverage)
         if kind == "features":
             assert query.features is not None
             values: Any = await _encode(_encoder_of(serving), query.features)
@@ -196,10 +209,13 @@ class SearchService:
         vectors = check_vectors(values, dim=table.dim, metric=table.metric, field=kind)
         return _Prepared(vectors=vectors, live=np.arange(len(vectors)), num_queries=len(vectors))
 
-    async def _look_up(self, serving: Serving, item_ids: IdArray, deadline: float) -> _Prepared:
+    async def _look_up(
+        self, serving: Serving, item_ids: IdArray, deadline: float, min_coverage: float
+    ) -> _Prepared:
         """Items' vectors as queries; the unknown ones get a reason instead."""
-        wanted = np.unique(item_ids)
-        found = await self._fanout.fetch(serving, wanted, deadline=deadline)
+        found = await self._fanout.fetch(
+            serving, np.unique(item_ids), deadline=deadline, min_coverage=min_coverage
+        )
         order = np.argsort(found.item_ids)
         held = found.item_ids[order]
         live = np.flatnonzero(np.isin(item_ids, held))
@@ -250,7 +266,10 @@ class SearchService:
         width = min(k, own_ids.shape[1])
         ids[prepared.live, :width] = own_ids[:, :width]
         scores[prepared.live, :width] = own_scores[:, :width]
-        return ids, scores, answer.coverage, answer.search_ms
+        coverage = answer.coverage
+        if prepared.reasons and prepared.coverage is not None and prepared.coverage.degraded:
+            coverage = coverage.joined(prepared.coverage)
+        return ids, scores, coverage, answer.search_ms
 
 
 def drop_own(ids: IdArray, scores: FloatArray, own: IdArray) -> tuple[IdArray, FloatArray]:

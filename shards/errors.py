@@ -42,7 +42,12 @@ class ShardlineError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        parts = [f"{self.field}: {self.message}" if self.field else self.message]
+        return f"{self.field}: {self.details}" if self.field else self.details
+
+    @property
+    def details(self) -> str:
+        """The whole text but for the field, which some keep apart from it."""
+        parts = [self.message]
         if self.expected is not None:
             parts.append(f"expected {self.expected}")
         if self.got is not None:

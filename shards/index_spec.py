@@ -8,11 +8,7 @@ from enum import StrEnum
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from shards.types import SearchParams
-
-MAX_NPROBE = 2048  # faiss's limit on GPUs; on a CPU more would be slower than an exact scan
-MAX_EF_SEARCH = 16_384
-MAX_RERANK_FACTOR = 64
+from shards.types import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR, SearchParams
 
 
 class IndexKind(StrEnum):

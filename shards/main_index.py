@@ -18,9 +18,9 @@ from shards import gpu
 from shards.errors import InvalidInput
 from shards.index_build import read_index
 from shards.index_layers import layers_of
-from shards.index_spec import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR, Device
+from shards.index_spec import Device
 from shards.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Metric, sort_results
-from shards.types import SearchParams
+from shards.types import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR, SearchParams
 
 PARAMETER_CACHE = 64  # distinct (k, params) kept ready; callers use a handful
 OVERFETCH_START = 32  # spare candidates of the first try where faiss cannot exclude rows itself

@@ -3,12 +3,12 @@
     loop thread     accepts, parses frames, queues requests, writes replies
     search thread   takes whatever is queued as one batch, searches, hands the replies back
 
-A batch that will take less than INLINE_MS is searched by the loop thread itself while the search
-thread is idle: two hand-overs between threads cost more than such a search. Never do both search
-at once. It never waits for a batch to fill. The queue is bounded: beyond it requests are refused
-at once as ``Overloaded``. A request whose budget has run out while it waited is dropped unsearched.
-A frame that breaks the protocol closes its own connection only; a request that is merely wrong is
-answered with an ``ErrorReply``. Independent of Ray.
+A batch of a few rows that will take less than INLINE_MS is searched by the loop thread itself
+while the search thread is idle: two hand-overs between threads cost more than such a search.
+Never do both search at once. It never waits for a batch to fill. The queue is bounded: beyond it
+requests are refused at once as ``Overloaded``. A request whose budget has run out while it waited
+is dropped unsearched. A frame that breaks the protocol closes its own connection only; a request
+that is merely wrong is answered with an ``ErrorReply``. Independent of Ray.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from shards.errors import (
 )
 from shards.main_index import set_search_threads
 from shards.shard import Shard
-from shards.types import ErrorReply, FetchRequest, SearchRequest
+from shards.types import ErrorReply, FetchRequest, SearchReply, SearchRequest
 from shards.wire import (
     MAX_FRAME_BYTES,
     FrameSplitter,
@@ -52,9 +52,10 @@ MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES  # of a client that asks but does not rea
 BYTES_PER_RESULT = 12  # an int64 id and a float32 score
 FRAME_MARGIN_BYTES = 1024  # what a reply's frame holds beside its arrays
 BACKLOG = 128
-INLINE_MS = (
-    2.0  # longest search in the loop thread: nobody notices a handshake that waits this long
-)
+# The longest search in the loop thread: nobody notices a handshake that waits this long.
+INLINE_MS = 2.0
+INLINE_ROWS = 8  # and the largest batch, because what a row costs is only estimated
+ESTIMATE_DECAY = 0.9  # so that one dear request (a large k, many lists) is not forgotten at once
 STOP_TIMEOUT_S = 10.0
 
 Request: TypeAlias = SearchRequest | FetchRequest
@@ -116,7 +117,7 @@ class ShardServer:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._arrived: list[_Work] = []  # loop thread only: what came in since the last dispatch
         self._handed_over = 0  # loop thread only: requests the search thread has not answered
-        self._ms_per_row = math.inf  # of the newest search; unknown means long
+        self._ms_per_row = math.inf  # estimated from past searches; unknown means long
         self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
         self._queued_requests = 0
         self._ready = threading.Event()
@@ -195,7 +196,8 @@ class ShardServer:
         """Searches what has arrived here and now, or hands it over to the search thread."""
         batch, self._arrived = self._arrived, []
         rows = sum(work.rows for work in batch)
-        if self._handed_over == 0 and rows * self._ms_per_row <= INLINE_MS:
+        is_short = rows <= INLINE_ROWS and rows * self._ms_per_row <= INLINE_MS
+        if is_short and self._handed_over == 0:
             self._deliver(self._answer(batch))
             return
         self._handed_over += len(batch)
@@ -281,20 +283,29 @@ class ShardServer:
         if searches:
             replies = self._search([request for _, request in searches])
             answered += zip((work for work, _ in searches), replies, strict=True)
-            rows = sum(work.rows for work, _ in searches)
-            self._ms_per_row = (time.monotonic() - now) * 1e3 / max(rows, 1)
         return answered
 
     def _search(self, requests: list[SearchRequest]) -> list[Message]:
+        started = time.perf_counter()
         try:
             replies = self.shard.search_batch(requests)
         except Exception:  # a bug of ours must cost these answers, not the search thread
             logger.exception("search failed")
             self.stats.failed += len(requests)
             return [_INTERNAL_ERROR] * len(requests)
+        if all(isinstance(reply, SearchReply) for reply in replies):  # a refusal costs nothing
+            rows = sum(len(request.queries) for request in requests)
+            self._learn((time.perf_counter() - started) * 1e3 / rows)
         return [
             _error_reply(reply) if isinstance(reply, ShardlineError) else reply for reply in replies
         ]
+
+    def _learn(self, ms_per_row: float) -> None:
+        """Takes a measurement into the estimate, which rises at once and falls slowly."""
+        if math.isinf(self._ms_per_row):
+            self._ms_per_row = ms_per_row
+        else:
+            self._ms_per_row = max(ms_per_row, ESTIMATE_DECAY * self._ms_per_row)
 
     def _fetch(self, request: FetchRequest) -> Message:
         try:
@@ -394,7 +405,7 @@ class _Connection(asyncio.Protocol):
 
 
 def _error_reply(error: ShardlineError) -> ErrorReply:
-    return ErrorReply(code=error.code, message=str(error))
+    return ErrorReply(code=error.code, message=error.details, field=error.field)
 
 
 _INTERNAL_ERROR = ErrorReply(code=ShardlineError.code, message="internal error of the shard")

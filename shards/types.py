@@ -12,6 +12,11 @@ import numpy as np
 from shards.errors import ProtocolError
 from shards.schema import FloatArray, IdArray, Metric
 
+# The largest search-time knobs, in configuration, over HTTP and in the index alike.
+MAX_NPROBE = 2048  # faiss's limit on GPUs; on a CPU more would be slower than an exact scan
+MAX_EF_SEARCH = 16_384
+MAX_RERANK_FACTOR = 64
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchParams:
@@ -78,10 +83,14 @@ class FetchReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorReply:
-    """A shard's refusal; ``code`` is the code of an error class of shards.errors."""
+    """A shard's refusal; ``code`` is the code of an error class of shards.errors.
+
+    field names the part of the request that is wrong, where the shard knows it.
+    """
 
     code: str
     message: str
+    field: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

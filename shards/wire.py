@@ -12,12 +12,12 @@ Handshake, on every new connection, before any request:
     server -> Welcome(mac = HMAC(secret, "server" + client nonce + server nonce))
 """
 
-import asyncio
 import hmac
 import math
 import secrets
 import struct
 from dataclasses import fields
+from types import NoneType
 from typing import Any, TypeAlias
 
 import msgpack
@@ -136,44 +136,6 @@ class FrameSplitter:
         return payloads
 
 
-async def read_frame(reader: asyncio.StreamReader) -> tuple[int, Message]:
-    """The next (request_id, message).
-
-    Raises:
-        ProtocolError: a frame that is too large or does not decode.
-        asyncio.IncompleteReadError: the peer closed the connection.
-    """
-    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-    if length > MAX_FRAME_BYTES:
-        raise ProtocolError(
-            "frame too large", expected=f"<= {MAX_FRAME_BYTES} bytes", got=f"{length} bytes"
-        )
-    return decode_payload(await reader.readexactly(length))
-
-
-async def greet_client(
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-    secret: bytes,
-    *,
-    shard: int,
-    generation: int,
-    epoch: int,
-) -> None:
-    """Server's side of the handshake.
-
-    Raises:
-        ProtocolError: the peer does not know the secret, or does not speak the protocol.
-        asyncio.IncompleteReadError: the peer closed the connection.
-    """
-    hello = new_hello(shard=shard, generation=generation, epoch=epoch)
-    writer.write(encode_frame(0, hello))
-    await writer.drain()
-    _, message = await read_frame(reader)
-    writer.write(encode_frame(0, welcome(message, secret, hello)))
-    await writer.drain()
-
-
 def new_hello(*, shard: int, generation: int, epoch: int) -> Hello:
     """The first frame of a new connection, with a nonce of its own."""
     return Hello(
@@ -196,25 +158,6 @@ def welcome(message: Message, secret: bytes, hello: Hello) -> Welcome:
     if not hmac.compare_digest(message.mac, _mac(secret, b"client", hello.nonce, message.nonce)):
         raise ProtocolError("peer does not know the cluster secret")
     return Welcome(mac=_mac(secret, b"server", message.nonce, hello.nonce))
-
-
-async def greet_server(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes
-) -> Hello:
-    """Client's side of the handshake: who answered, once both have proved the secret.
-
-    Raises:
-        ProtocolError: another protocol version, or the server does not know the secret.
-        asyncio.IncompleteReadError: the server closed the connection, for one because our proof
-            was wrong.
-    """
-    _, message = await read_frame(reader)
-    hello, proof, welcome_mac = prove(message, secret)
-    writer.write(encode_frame(0, proof))
-    await writer.drain()
-    _, message = await read_frame(reader)
-    check_welcome(message, welcome_mac)
-    return hello
 
 
 def prove(message: Message, secret: bytes) -> tuple[Hello, Proof, bytes]:
@@ -289,6 +232,7 @@ _SCALARS: dict[str, type | tuple[type, ...]] = {
     "mac": bytes,
     "code": str,
     "message": str,
+    "field": (str, NoneType),
 }
 
 

@@ -17,7 +17,7 @@ from shards.types import (
     SearchRequest,
     ShardRoute,
 )
-from shards.wire import encode_frame, greet_client, read_frame
+from shards.wire import HEADER, decode_payload, encode_frame, new_hello, welcome
 
 SECRET = b"a secret of tests"
 
@@ -27,7 +27,8 @@ class FakeShard:
     """ids (rows,) int64, vectors (rows, dim) float32, compared by inner product.
 
     Faults, to be set at any time: ``gate`` cleared holds every answer back; ``garbage`` is sent
-    instead of the next answers; ``error`` is answered; ``short`` answers with too few columns.
+    instead of the next answers; ``error`` is answered, to fetches only ``fetch_error``; ``short``
+    answers with too few columns.
     """
 
     ids: np.ndarray
@@ -38,6 +39,7 @@ class FakeShard:
     secret: bytes = SECRET
     garbage: bytes | None = None
     error: ErrorReply | None = None
+    fetch_error: ErrorReply | None = None
     short: bool = False
     requests: list = field(default_factory=list)
 
@@ -45,6 +47,7 @@ class FakeShard:
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked = asyncio.Event()
+        self.greeted = 0  # connections that were told who answers, refused ones included
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task] = set()
         self._server: asyncio.Server | None = None
@@ -85,14 +88,7 @@ class FakeShard:
         self._tasks.add(asyncio.current_task())
         self._writers.add(writer)
         try:
-            await greet_client(
-                reader,
-                writer,
-                self.secret,
-                shard=self.shard,
-                generation=self.generation,
-                epoch=self.epoch,
-            )
+            await self._greet(reader, writer)
             while True:
                 request_id, message = await read_frame(reader)
                 self.requests.append(message)
@@ -104,6 +100,13 @@ class FakeShard:
             self._writers.discard(writer)
             self._tasks.discard(asyncio.current_task())
             writer.close()
+
+    async def _greet(self, reader, writer) -> None:
+        hello = new_hello(shard=self.shard, generation=self.generation, epoch=self.epoch)
+        writer.write(encode_frame(0, hello))
+        self.greeted += 1
+        _, proof = await read_frame(reader)
+        writer.write(encode_frame(0, welcome(proof, self.secret, hello)))
 
     def _spawn(self, work) -> None:
         task = asyncio.create_task(work)
@@ -121,6 +124,8 @@ class FakeShard:
 
     def reply(self, message):
         if isinstance(message, FetchRequest):
+            if self.fetch_error is not None:
+                return self.fetch_error
             mine = np.flatnonzero(np.isin(self.ids, message.item_ids))
             return FetchReply(item_ids=self.ids[mine], vectors=self.vectors[mine])
         assert isinstance(message, SearchRequest)
@@ -128,6 +133,12 @@ class FakeShard:
         if self.short:
             ids, scores = ids[:, :-1], scores[:, :-1]
         return SearchReply(ids=ids, scores=scores, rows=len(self.ids), search_ms=0.25)
+
+
+async def read_frame(reader: asyncio.StreamReader):
+    """The next (request_id, message) of a stream."""
+    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
+    return decode_payload(await reader.readexactly(length))
 
 
 def brute_force(queries, ids, vectors, k):

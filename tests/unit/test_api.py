@@ -127,6 +127,21 @@ def test_features_are_encoded():
     assert len(response.json()["ids"][0]) == 2
 
 
+def test_the_time_taken_includes_the_arrival_of_the_body():
+    async def body():
+        yield b'{"vectors": [[1, 2, 3, 4, '
+        await asyncio.sleep(0.03)
+        yield b"5, 6, 7, 8]]}"
+
+    async def run():
+        async with api() as (http, _, _, _):
+            response = await http.post("/v1/search", content=body(), headers=JSON)
+            assert response.status_code == 200
+            assert 25 < response.json()["took_ms"] < 2000
+
+    asyncio.run(run())
+
+
 ONE = [1.0] * DIM
 # (body, field, part of the detail); a body that is bytes is sent as it is
 BAD = [
@@ -143,6 +158,9 @@ BAD = [
     ({"vectors": [ONE], "topk": 3}, "topk", "unknown field"),
     ({"vectors": [ONE], "params": {"nprob": 3}}, "params.nprob", "unknown field"),
     ({"vectors": [ONE], "params": {"nprobe": -3}}, "params.nprobe", "wrong value"),
+    ({"vectors": [ONE], "params": {"nprobe": 2049}}, "params.nprobe", "wrong value"),
+    ({"vectors": [ONE], "params": {"ef_search": 16_385}}, "params.ef_search", "wrong value"),
+    ({"vectors": [ONE], "params": {"rerank_factor": 65}}, "params.rerank_factor", "wrong value"),
     ({"vectors": []}, "vectors", "empty batch"),
     ({"features": []}, "features", "empty batch"),
     ({"item_ids": []}, "item_ids", "empty batch"),

@@ -1,13 +1,14 @@
 """Prepared data against the tables it came from, and batches against loops."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shards.errors import DataError
+from shards.errors import ConfigError, DataError
 from tests.tiny import ITEM_IDS, NUM_USERS, PER_USER, USER_IDS, tiny_config, tiny_dataset
-from training.batches import Sampler, TrainingData, item_lists, newest_of, others, prepare
+from training.batches import Sampler, TrainingData, check_batch, item_lists, others, prepare
 from training.features import fit
 from training.metrics import Csr
 from training.tables import Dataset
@@ -129,17 +130,38 @@ def test_hidden_values_come_at_the_asked_rate(data: TrainingData) -> None:
         assert len(batch.history) == batch.history_lengths.sum()
 
 
-def test_newest_of_cuts_from_the_front() -> None:
+def test_take_cuts_from_the_front() -> None:
     lists = Csr(np.array([0, 3, 3, 5]), np.array([1, 2, 3, 4, 5]))
-    cut = newest_of(lists, np.array([2, 0, 1]), 2)
+    cut = lists.take(np.array([2, 0, 1]), 2)
     assert (cut.indptr.tolist(), cut.items.tolist()) == ([0, 2, 4, 4], [4, 5, 2, 3])
-    assert newest_of(lists, np.array([0])).items.tolist() == [1, 2, 3]
-    assert newest_of(lists, np.array([0]), 0).items.tolist() == []
+    assert lists.take(np.array([0])).items.tolist() == [1, 2, 3]
+    assert lists.take(np.array([0]), 0).items.tolist() == []
 
 
 def test_item_lists_of_several_splits(dataset: Dataset) -> None:
     both = item_lists(dataset, ("train", "val"))
     assert both.lengths.tolist() == [PER_USER - 1] * NUM_USERS
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_step_hides_by_the_draws_that_ordered_the_epoch(
+    data: TrainingData, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordering = np.random.default_rng([seed, 1]).random(4)
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(Sampler, "batch", lambda self, rows, rng: drawn.append(rng.random(4)))
+    steps = list(dataclasses.replace(sampler(data), seed=seed).epoch(1))
+    assert len({tuple(first) for first in [ordering, *drawn]}) == len(steps) + 1
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "words"),
+    [(9, 2, "a multiple of 2 ranks; got 9"), (12, 2, "expected <= 10; got 12")],
+)
+def test_batches_that_do_not_fit(size: int, ranks: int, words: str) -> None:
+    check_batch(10, 2, 10)
+    with pytest.raises(ConfigError, match=words):
+        check_batch(size, ranks, 10)
 
 
 def test_nothing_to_train_on_is_refused(dataset: Dataset, tmp_path: Path) -> None:

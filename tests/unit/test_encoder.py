@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
     config = tiny_config(epochs=3, unknown_rate=0.2)
     space = fit(config, dataset)
     prepare(dataset, space, folder / "run" / "cache")
-    start_run(folder / "run", Run(config=config, space=space), {})
+    start_run(folder / "run", Run(config=config, space=space), dataset.identity)
     train_rank(folder / "run", torch.device("cpu"))
     return folder / "run", dataset
 
@@ -71,16 +70,6 @@ def test_equals_the_torch_tower(trained: tuple[Path, Dataset], encoder: QueryEnc
     one = query_features_of_user(dataset, kinds, 5)
     np.testing.assert_allclose(encoder.encode([one])[0], expected[2], atol=1e-5)
     assert {f["name"]: f["kind"] for f in encoder.features} == kinds
-
-
-def test_one_query_encodes_well_under_a_millisecond(encoder: QueryEncoder) -> None:
-    query = GOOD | {"history": ITEM_IDS.tolist()}
-    times = []
-    for _ in range(200):
-        start = time.perf_counter()
-        encoder.encode([query])
-        times.append(time.perf_counter() - start)
-    assert np.median(times) < 1e-3  # 0.1 ms on an idle core
 
 
 def test_unknown_values_are_the_unknown_category(encoder: QueryEncoder) -> None:

@@ -3,13 +3,17 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from router.encoder import QueryEncoder
 from shards.embeddings import open_embedding_set
-from shards.errors import InvalidInput, NotFound
+from shards.errors import DataError, InvalidInput, NotFound
 from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
+from training import evaluate
+from training.baselines import Baseline, evaluate_baseline
 from training.batches import item_lists, prepare
 from training.checkpoint import Run, load_best, start_run
 from training.encoding import encode_items
@@ -18,8 +22,8 @@ from training.export import export
 from training.features import fit
 from training.loop import train_rank
 from training.metrics import Csr
-from training.queries import feature_kinds
-from training.tables import ITEMS, Dataset
+from training.queries import evaluation_task, feature_kinds
+from training.tables import ITEMS, Dataset, write_dataset
 
 WHEN = "2026-01-01T00:00:00Z"
 
@@ -31,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
     config = tiny_config(epochs=3)
     space = fit(config, dataset)
     prepare(dataset, space, folder / "run" / "cache")
-    start_run(folder / "run", Run(config=config, space=space), {})
+    start_run(folder / "run", Run(config=config, space=space), dataset.identity)
     train_rank(folder / "run", torch.device("cpu"))
     return folder / "run", dataset
 
@@ -82,6 +86,42 @@ def test_missing_run_and_other_catalogue(trained: tuple[Path, Dataset], tmp_path
         export(run_folder, tmp_path / "nowhere", tmp_path, created_at=WHEN)
 
 
+def test_a_changed_catalogue_is_exported_anew(
+    trained: tuple[Path, Dataset], tmp_path: Path
+) -> None:
+    run_folder, dataset = trained
+    first = export(run_folder, dataset.path, tmp_path, created_at=WHEN)
+    items = dataset.items()
+    more = items.set_column(0, "item_id", pa.array(ITEM_IDS + 1000)).slice(0, 5)
+    grown = write_dataset(
+        tmp_path / "grown",
+        dataset.users(),
+        pa.concat_tables([items, more]),
+        dataset.interactions(),
+        name="grown",
+    )
+    second = export(run_folder, grown.path, tmp_path, created_at=WHEN)
+    assert second.model_version != first.model_version
+    assert (first.rows, second.rows) == (60, 65)
+    assert export(run_folder, dataset.path, tmp_path, created_at=WHEN) == first
+    with pytest.raises(DataError, match=r"expected 'tiny' \(.*; got 'grown' \(.*; name the run's"):
+        evaluate_exact(run_folder, grown)
+
+
+def test_blocks_change_nothing(
+    trained: tuple[Path, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder, dataset = trained
+    whole = export(run_folder, dataset.path, tmp_path / "whole", created_at=WHEN).encoder_folder
+    monkeypatch.setattr("training.export.BLOCK_ROWS", 25)
+    blocks = export(run_folder, dataset.path, tmp_path / "blocks", created_at=WHEN).encoder_folder
+    assert whole is not None and blocks is not None
+    expected, found = (load_file(f / "weights.safetensors") for f in (whole, blocks))
+    assert found.keys() == expected.keys()
+    assert found["history.rows"].shape[0] == 60
+    assert all((found[name] == value).all() for name, value in expected.items())
+
+
 def slow_recall(queries: np.ndarray, items: np.ndarray, known: Csr, wanted: Csr, k: int) -> float:
     recalls = []
     for user in range(len(queries)):
@@ -109,7 +149,7 @@ def test_exact_and_through_a_search_agree(trained: tuple[Path, Dataset], tmp_pat
         order = np.argsort(-(sent[-1] @ batch.vectors.T), axis=1, kind="stable")[:, :k]
         return batch.item_ids[order]
 
-    exact = evaluate_exact(run_folder, dataset, ks=(5, 10, 1000))
+    exact = evaluate_exact(run_folder, dataset, ks=(5, 10))
     through = evaluate_through(search, dataset, kinds=feature_kinds(run.space), ks=(5, 10))
     assert asked == [10 + 7]  # train and val items of a user are known
     assert exact.users == through.users == 40
@@ -118,7 +158,68 @@ def test_exact_and_through_a_search_agree(trained: tuple[Path, Dataset], tmp_pat
     known, wanted = item_lists(dataset, ("train", "val")), item_lists(dataset, ("test",))
     expected = slow_recall(np.concatenate(sent), batch.vectors, known, wanted, 10)
     assert exact.means["recall@10"] == pytest.approx(expected)
-    assert "recall@1000" not in exact.means  # beyond the corpus
+    defaults = evaluate_exact(run_folder, dataset)
+    assert "recall@10" in defaults.means
+    assert "recall@100" not in defaults.means  # beyond the corpus
+
+
+def test_the_same_users_are_asked_everywhere(trained: tuple[Path, Dataset]) -> None:
+    run_folder, dataset = trained
+    _, _, users = evaluation_task(dataset, "test", 7)
+    assert len(set(users.tolist())) == 7
+    assert (np.diff(users) > 0).all()
+    assert users[-1] > 7  # drawn, not the first ones
+    wanted = dataset.users()["user_id"].to_numpy()[users].tolist()
+    asked: list[int] = []
+
+    def search(features: list[dict], k: int) -> np.ndarray:
+        asked.extend(feature["user_id"] for feature in features)
+        return np.tile(ITEM_IDS[:k], (len(features), 1))
+
+    kinds = {"user_id": "id"}
+    through = evaluate_through(search, dataset, kinds=kinds, ks=(5,), max_users=7)
+    assert asked == wanted
+    exact = evaluate_exact(run_folder, dataset, ks=(5,), max_users=7)
+    popular = evaluate_baseline(Baseline.POPULARITY, dataset, ks=(5,), max_users=7)
+    assert through.users == exact.users == popular.users == 7
+    assert exact.means != evaluate_exact(run_folder, dataset, ks=(5,)).means
+    with pytest.raises(InvalidInput, match="max_users: out of range; expected >= 1; got 0"):
+        evaluate_exact(run_folder, dataset, max_users=0)
+
+
+@pytest.mark.parametrize(("ks", "got"), [((5, 61), "61"), ((5, 0), "0"), ((), "none")])
+def test_cut_offs_the_corpus_does_not_have(
+    trained: tuple[Path, Dataset], ks: tuple[int, ...], got: str
+) -> None:
+    run_folder, dataset = trained
+    for measure in (
+        lambda: evaluate_exact(run_folder, dataset, ks=ks),
+        lambda: evaluate_through(lambda f, k: np.empty(0), dataset, kinds={}, ks=ks),
+        lambda: evaluate_baseline(Baseline.POPULARITY, dataset, ks=ks),
+    ):
+        with pytest.raises(InvalidInput, match=f"^k: .*; expected 1 to 60; got {got}$"):
+            measure()
+
+
+def test_known_items_must_fit_the_answer_too(
+    trained: tuple[Path, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every user knows 7 items: of a limit of 20, 13 are left."""
+    _, dataset = trained
+    monkeypatch.setattr(evaluate, "MAX_K", 20)
+    asked: list[int] = []
+
+    def search(features: list[dict], k: int) -> np.ndarray:
+        asked.append(k)
+        return np.tile(ITEM_IDS[:k], (len(features), 1))
+
+    evaluate_through(search, dataset, kinds={"age": "numeric"}, ks=(13,))
+    assert asked == [20]
+    with pytest.raises(InvalidInput, match=r"k: a user knows 7 items.*; expected <= 13.*; got 14"):
+        evaluate_through(search, dataset, kinds={"age": "numeric"}, ks=(14,))
+    monkeypatch.setattr(evaluate, "MAX_K", 60)  # the whole corpus: nothing can be missing
+    evaluate_through(search, dataset, kinds={"age": "numeric"}, ks=(60,))
+    assert asked == [20, 60]
 
 
 def test_drop_known_keeps_order_and_pads() -> None:

@@ -190,9 +190,12 @@ def test_a_shard_that_answers_nonsense_or_fails_is_left_out(fault, reason):
 def test_a_shard_that_blames_the_caller_is_the_callers_error():
     async def run():
         async with cluster() as (fanout, shards, _, vectors):
-            shards[0].error = ErrorReply(code="invalid_input", message="nprobe is for ivf")
-            with pytest.raises(InvalidInput, match="nprobe is for ivf"):
+            shards[0].error = ErrorReply(
+                code="invalid_input", message="only for ivf", field="params.nprobe"
+            )
+            with pytest.raises(InvalidInput, match="only for ivf") as caught:
                 await search(fanout, vectors[:1])
+            assert caught.value.field == "params.nprobe"
 
     asyncio.run(run())
 
@@ -306,6 +309,30 @@ def test_only_a_higher_version_is_applied_and_unchanged_connections_are_kept():
             assert fanout.serving.connections == before
             assert not await fanout.apply(make_table(shards, DIM, version=4), None)
             assert [shard.connections for shard in shards] == [1, 1, 1, 1]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_switch_waits_for_shards_that_have_yet_to_learn_their_epoch(learns):
+    """As after a restart of the controller; one that never learns delays it by switch_wait_ms."""
+
+    async def run():
+        config = FAST.model_copy(update={"switch_wait_ms": 5000.0 if learns else 60.0})
+        async with cluster(num_shards=2, config=config) as (fanout, shards, _, vectors):
+            routes = [replace(shard.route, epoch=2) for shard in shards]
+            switch = asyncio.create_task(fanout.apply(make_table(routes, DIM, version=2), None))
+            # beside the two connections of the old table, two new ones keep trying
+            await until(lambda: min(shard.greeted for shard in shards) >= 3)
+            if learns:
+                assert not switch.done()
+                for shard in shards:
+                    shard.epoch = 2
+            assert await switch
+            answer = await search(fanout, vectors[:1]) if learns else None
+            connected = fanout.serving.connectivity()["shards_connected"]
+            assert connected == (2 if learns else 0)
+            assert answer is None or answer.coverage.share == 1.0
 
     asyncio.run(run())
 

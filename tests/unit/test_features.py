@@ -54,6 +54,35 @@ def test_ids_without_train_interactions_are_unknown(dataset: Dataset) -> None:
         assert (row > 0) == (item in seen)
 
 
+def test_categories_without_train_interactions_are_unknown(tmp_path: Path) -> None:
+    """Item 7, the only one of category "c", has a test interaction only; price is fitted on all."""
+    users = pa.table({"user_id": [0, 1], "country": ["CA", "UK"]})
+    items = pa.table({"item_id": [5, 6, 7], "category": ["a", "b", "c"], "price": [1.0, 2.0, 6.0]})
+    rows = pa.table(
+        {
+            "user_id": [0, 0, 0],
+            "item_id": [5, 6, 7],
+            "timestamp": [1, 2, 3],
+            "split": pa.array(["train", "train", "test"]).dictionary_encode(),
+        }
+    )
+    dataset = write_dataset(tmp_path / "d", users, items, rows, name="d")
+    towers = {
+        "query": {"features": [{"kind": "categorical", "column": "country"}]},
+        "item": {
+            "features": [
+                {"kind": "categorical", "column": "category"},
+                {"kind": "numeric", "column": "price"},
+            ]
+        },
+    }
+    space = fit(tiny_config(towers=towers), dataset)
+    assert space.query.vocabularies[0].values == ["CA"]
+    assert space.item.vocabularies[0].values == ["a", "b"]
+    assert space.item.encode(items, "items").categorical[:, 0].tolist() == [1, 2, 0]
+    assert space.item.standardisers[0].mean == [3.0]
+
+
 def test_unseen_values_get_row_zero() -> None:
     words = Vocabulary(
         column="c", kind="categorical", value_type="string", values=["a", "b"], dim=2
@@ -161,6 +190,25 @@ def test_inferred_features_of_bare_interactions(tmp_path: Path) -> None:
     bare = write_dataset(tmp_path / "bare", users, items, rows, name="bare")
     towers = infer_config(TrainingConfig(), bare).towers
     assert [f.kind for f in towers.query.features or ()] == ["id", "history"]
+    assert [f.column for f in towers.item.features or ()] == ["item_id"]
+
+
+def test_keys_of_an_importer_are_no_features(tmp_path: Path) -> None:
+    """Few-valued numbers and texts alike: only the name tells that they stand for the id."""
+    users = pa.table({"user_id": range(8), "original_id": ["a", "b"] * 4, "age": [1.5, 2.5] * 4})
+    items = pa.table({"item_id": [5, 6], "original_id": [70, 80]})
+    rows = pa.table(
+        {
+            "user_id": [0, 1],
+            "item_id": [5, 6],
+            "timestamp": [1, 2],
+            "split": pa.array(["train"] * 2).dictionary_encode(),
+        }
+    )
+    towers = infer_config(
+        TrainingConfig(), write_dataset(tmp_path / "keyed", users, items, rows, name="keyed")
+    ).towers
+    assert [f.column for f in towers.query.features or ()] == ["age", "history"]
     assert [f.column for f in towers.item.features or ()] == ["item_id"]
 
 

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny import tiny_config, tiny_dataset
+from training import gather
 from training.batches import Sampler, TrainingData, prepare
 from training.checkpoint import Run, open_run, start_run
+from training.encoding import encode_items
 from training.features import fit
 from training.gather import gather_rows, gather_values
-from training.loop import batch_loss, log_frequencies
+from training.loop import all_item_vectors, batch_loss, log_frequencies
 from training.towers import build_model
 
 
@@ -33,7 +35,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loss_and_gradients(folder: Path, rank: int, world: int) -> dict[str, Tensor]:
-    """One step's loss and the gradient of every parameter, as this rank ends up with them."""
+    """One step's loss, the gradient of every parameter, and 59 item vectors, as this rank ends up
+    with them.
+    """
     run = open_run(folder)
     data = TrainingData.open(folder / "cache")
     sampler = Sampler(
@@ -56,7 +60,8 @@ def loss_and_gradients(folder: Path, rank: int, world: int) -> dict[str, Tensor]
         dist.all_reduce(loss)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(model.parameters()))
-    return {"loss": loss / world} | gradients
+    vectors = all_item_vectors(model.eval(), data.items.take(np.arange(59)))  # shares are uneven
+    return {"loss": loss / world, "items": torch.from_numpy(vectors)} | gradients
 
 
 def one_rank(rank: int, world: int, folder: Path, out: Path) -> None:
@@ -83,6 +88,24 @@ def test_ranks_together_give_the_full_batch_gradient(
             scale = value.abs().max().item()
             difference = (found[name] - value).abs().max().item()
             assert difference <= 1e-5 * scale, f"{name} on rank {rank}: {difference} of {scale}"
+
+
+def test_backward_leaves_the_incoming_gradient_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 of 2, whose peer has the same gradient."""
+    monkeypatch.setattr(gather, "world_size", lambda: 2)
+    monkeypatch.setattr(gather, "rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    incoming = torch.arange(8.0).reshape(4, 2)
+    assert gather._Gather.backward(None, incoming).tolist() == [[8, 10], [12, 14]]
+    assert incoming.flatten().tolist() == list(range(8))
+
+
+def test_item_vectors_of_one_process(run_folder: Path) -> None:
+    run, data = open_run(run_folder), TrainingData.open(run_folder / "cache")
+    model = build_model(run.config, run.space).eval()
+    expected = encode_items(model, data.items)
+    np.testing.assert_array_equal(all_item_vectors(model, data.items), expected)
 
 
 def test_one_process_gathers_itself() -> None:

@@ -1,5 +1,6 @@
 """Launching without Ray: what is checked before it, and what becomes of the errors of ranks."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -25,6 +26,33 @@ def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> No
     assert again == result
     with pytest.raises(ConfigError, match="dim: 8, was 16"):
         train(tiny_config(dim=8), dataset.path, tmp_path / "run", resume=True)
+
+
+def test_a_refused_batch_size_leaves_the_folder_free(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"batch_size: .*; expected <= 240; got 241"):
+        train(tiny_config(batch_size=241), dataset.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(tiny_config(batch_size=240), dataset.path, tmp_path / "run").steps == 2
+
+
+def test_a_resumed_run_logs_every_line_once(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    config = tiny_config(epochs=3, batch_size=12, validation={"k": 10, "patience": 9})
+
+    def interrupt(event: dict) -> None:
+        if event.get("step") == 30:  # in the middle of the second epoch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, dataset.path, tmp_path / "run", on_event=interrupt)
+    log = tmp_path / "run" / "log.jsonl"
+    with log.open("a") as file:
+        file.write('{"event": "st')
+    train(config, dataset.path, tmp_path / "run", resume=True)
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == [*range(10, 61, 10)]
+    assert [event["epoch"] for event in events if event["event"] == "validation"] == [1, 2, 3]
 
 
 def test_features_are_inferred_where_none_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from training.checkpoint import (
 from training.config import OptimiserConfig, TrainingConfig
 from training.encoding import encode_items, encode_queries
 from training.features import fit
-from training.loop import learning_rate, train_rank, validation_recall
+from training.loop import _Log, learning_rate, train_rank, validation_recall
+from training.tables import open_dataset
 
 CPU = torch.device("cpu")
 
@@ -32,7 +34,7 @@ def start(folder: Path, config: TrainingConfig) -> Path:
     dataset = tiny_dataset(folder.parent / f"{folder.name}-data")
     space = fit(config, dataset)
     prepare(dataset, space, folder / "cache")
-    start_run(folder, Run(config=config, space=space), {"name": "tiny"})
+    start_run(folder, Run(config=config, space=space), dataset.identity)
     return folder
 
 
@@ -55,6 +57,19 @@ def test_training_lowers_the_loss_and_logs_every_line(tmp_path: Path) -> None:
     recalls = [event["recall@10"] for event in events if event["event"] == "validation"]
     assert state.best_value == max(recalls)
     assert state.best_epoch == int(np.argmax(recalls)) + 1
+
+
+def test_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    events: list[dict] = []
+    log = _Log(tmp_path / "log.jsonl", events.append, 24)
+    for step, seconds, pause in ((10, 2.0, 1000.0), (20, 4.0, 0.0)):
+        log.start(step - 10)
+        now[0] += seconds
+        log.step(step, epoch=1)
+        now[0] += pause  # validation
+    assert [event["examples_per_s"] for event in events] == [120.0, 60.0]
 
 
 def test_resumed_run_equals_uninterrupted_one(tmp_path: Path) -> None:
@@ -167,11 +182,12 @@ def test_batch_larger_than_train_is_refused(tmp_path: Path) -> None:
 
 def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
     run = start(tmp_path / "run", tiny_config())
-    check_resumable(run, tiny_config(num_workers=2), {"name": "tiny"})  # ranks may change
+    identity = open_dataset(tmp_path / "run-data").identity
+    check_resumable(run, tiny_config(num_workers=2), identity)  # ranks may change
     with pytest.raises(ConfigError, match=r"batch_size: 12, was 24; loss.logq: False, was True"):
-        check_resumable(run, tiny_config(batch_size=12, loss={"logq": False}), {"name": "tiny"})
-    with pytest.raises(DataError, match="another dataset"):
-        check_resumable(run, tiny_config(), {"name": "other"})
+        check_resumable(run, tiny_config(batch_size=12, loss={"logq": False}), identity)
+    with pytest.raises(DataError, match=r"another dataset; expected 'tiny' \(.*; got 'other' \("):
+        check_resumable(run, tiny_config(), identity | {"name": "other"})
 
 
 def test_altered_or_missing_checkpoints_are_refused(tmp_path: Path) -> None:

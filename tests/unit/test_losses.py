@@ -95,6 +95,16 @@ def test_loss_is_float32_for_half_precision_towers() -> None:
     assert terms.loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-2)), rel=1e-5)
 
 
+def test_every_term_is_on_the_device_of_the_towers() -> None:
+    """They are stacked for one all-reduce; meta stands for a GPU."""
+    rows = torch.empty(4, 6, device="meta")
+    nothing = torch.empty(0, dtype=torch.int64, device="meta")
+    labels, temperature = torch.arange(4, device="meta"), torch.tensor(0.5, device="meta")
+    terms = info_nce(rows, rows, labels, temperature, log_q=None, masked=(nothing, nothing))
+    devices = {value.device.type for value in (terms.loss, terms.accuracy, terms.masked)}
+    assert devices == {"meta"}
+
+
 def test_log_q_makes_in_batch_gradients_those_of_the_full_softmax() -> None:
     """Items drawn by popularity, corrected, point where a softmax over all items points."""
     rng = np.random.default_rng(2)

@@ -87,8 +87,9 @@ def test_answers_equal_brute_force_for_any_number_of_shards(metric, num_shards):
 def test_a_parameter_that_is_wrong_for_a_shard_is_the_callers_error():
     async def run():
         async with cluster(Metric.DOT, 2) as (service, _, _, _, vectors):
-            with pytest.raises(InvalidInput):
+            with pytest.raises(InvalidInput, match="out of range; expected 1 to 2048") as caught:
                 await search(service, vectors=vectors[:1], params=SearchParams(nprobe=10**9))
+            assert caught.value.field == "params.nprobe"
 
     asyncio.run(run())
 

@@ -105,6 +105,26 @@ class Gate:
         return self.inner.search_batch(requests)
 
 
+class Watched:
+    """Wraps a shard: records which thread searched; each search takes ``slow_s`` longer."""
+
+    def __init__(self, shard, slow_s: float = 0.0) -> None:
+        self.inner = shard
+        self.slow_s = slow_s
+        self.broken = False
+        self.threads: list[str] = []
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+    def search_batch(self, requests):
+        self.threads.append(threading.current_thread().name)
+        threading.Event().wait(self.slow_s)
+        if self.broken:
+            raise RuntimeError("a bug")
+        return self.inner.search_batch(requests)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     before = set(threading.enumerate())
@@ -255,26 +275,123 @@ def test_time_that_ran_out_in_the_queue_is_not_searched(serve) -> None:
     assert serve.server.stats.expired == 3
 
 
+LOOP, SEARCH = "shard-loop", "shard-search"
+
+
+@pytest.fixture
+def any_speed_is_short(monkeypatch) -> None:
+    """So that a busy machine cannot make a search of a few rows too long for the loop thread."""
+    monkeypatch.setattr(server_module, "INLINE_MS", 60_000.0)
+
+
+@pytest.mark.usefixtures("any_speed_is_short")
+def test_a_few_rows_are_searched_in_the_loop_thread_once_they_are_known_to_be_fast(serve) -> None:
+    shard = Watched(flat_shard(VECTORS, IDS))
+    with closing(Client(serve(shard))) as client:
+        for rows in (1, 1, 8, 9, 1):
+            reply = client.ask(search(VECTORS[:rows]))
+            expected = brute_force(VECTORS[:rows], VECTORS, IDS, 10, Metric.DOT)
+            assert_same_answers((reply.scores, reply.ids), expected)
+    assert shard.threads == [SEARCH, LOOP, LOOP, SEARCH, LOOP]
+    assert (serve.server.stats.requests, serve.server.stats.batches) == (5, 5)
+    assert serve.server.queue_depth == 0
+
+
+@pytest.mark.usefixtures("any_speed_is_short")
+def test_a_search_under_way_keeps_the_others_out_of_the_loop_thread(serve) -> None:
+    gate = Gate(flat_shard(VECTORS, IDS))
+    gate.open.set()
+    with closing(Client(serve(gate))) as client:
+        client.ask(search())
+        gate.entered.clear()
+        gate.open.clear()
+        client.send(1, search(VECTORS[:9]))
+        assert gate.entered.wait(TIMEOUT_S)
+        client.send(2, search(VECTORS[:1]))
+        wait_for_depth(serve.server, 2)  # accepted, so the loop is not the one that waits
+        gate.open.set()
+        assert sorted(client.receive()[0] for _ in range(2)) == [1, 2]
+    assert gate.batches == [1, 1, 1]
+
+
+def test_a_slow_shard_is_searched_in_the_search_thread(serve) -> None:
+    shard = Watched(flat_shard(VECTORS, IDS), slow_s=2 * server_module.INLINE_MS / 1e3)
+    with closing(Client(serve(shard))) as client:
+        for _ in range(3):
+            assert isinstance(client.ask(search(VECTORS[:1])), SearchReply)
+    assert shard.threads == [SEARCH] * 3
+
+
+def test_a_refused_or_failed_request_says_nothing_about_the_speed(serve) -> None:
+    shard = Watched(flat_shard(VECTORS, IDS), slow_s=2 * server_module.INLINE_MS / 1e3)
+    with closing(Client(serve(shard))) as client:
+        assert isinstance(client.ask(search(k=0)), ErrorReply)
+        assert serve.server._ms_per_row == float("inf")
+        assert isinstance(client.ask(search(VECTORS[:1])), SearchReply)
+        known = serve.server._ms_per_row
+        assert known >= 2 * server_module.INLINE_MS
+        shard.slow_s = 0.0
+        assert isinstance(client.ask(search(nprobe=10**9)), ErrorReply)
+        shard.broken = True
+        assert isinstance(client.ask(search()), ErrorReply)
+        assert serve.server._ms_per_row == known
+        shard.broken = False
+        assert isinstance(client.ask(search(VECTORS[:1])), SearchReply)
+    assert shard.threads == [SEARCH] * 5
+
+
+def test_the_estimate_rises_at_once_and_falls_slowly() -> None:
+    server = ShardServer(flat_shard(VECTORS, IDS), secret=SECRET)
+    for measured, estimate in [(5.0, 5.0), (1.0, 4.5), (4.2, 4.2), (8.0, 8.0), (0.0, 7.2)]:
+        server._learn(measured)
+        assert server._ms_per_row == pytest.approx(estimate)
+    server.stop()
+
+
+@pytest.mark.usefixtures("any_speed_is_short")
+def test_refusals_in_the_loop_thread_are_those_of_the_search_thread(serve) -> None:
+    shard = Watched(flat_shard(VECTORS, IDS))
+    with closing(Client(serve(shard))) as client:
+        assert isinstance(client.ask(search()), SearchReply)
+        assert client.ask(search(timeout_ms=0.0)).code == "deadline_exceeded"
+        late_fetch = FetchRequest(item_ids=IDS[:2], timeout_ms=-1.0)
+        assert client.ask(late_fetch).code == "deadline_exceeded"
+        assert client.ask(search(k=0)).code == "invalid_input"
+        bad_fetch = FetchRequest(item_ids=np.array([-1]), timeout_ms=1000.0)
+        assert client.ask(bad_fetch).code == "invalid_input"
+        shard.broken = True
+        assert client.ask(search()).message == "internal error of the shard"
+        shard.broken = False
+        assert isinstance(client.ask(search()), SearchReply)
+    assert shard.threads == [SEARCH, LOOP, LOOP, LOOP]
+    assert (serve.server.stats.expired, serve.server.stats.failed) == (2, 1)
+    assert serve.server.queue_depth == 0
+
+
 @pytest.mark.parametrize(
-    ("message", "part"),
+    ("message", "field", "part"),
     [
-        (search(np.zeros((1, DIM + 1), np.float32)), "wrong dimension"),
-        (search(np.zeros((0, DIM), np.float32)), "empty batch"),
-        (search(k=0), "k: out of range"),
-        (search(k=-7), "k: out of range"),
-        (search(k=2049), "k: out of range"),
-        (search(k=2**62), "would not fit a frame"),
-        (search(nprobe=10**9), "params.nprobe: out of range"),
-        (search(np.zeros((5000, DIM), np.float32), k=2048), "would not fit a frame"),
-        (FetchRequest(item_ids=np.array([-1]), timeout_ms=1000.0), "negative id"),
-        (FetchRequest(item_ids=np.zeros(2_000_000, np.int64), timeout_ms=1e4), "not fit a frame"),
+        (search(np.zeros((1, DIM + 1), np.float32)), "queries", "wrong dimension"),
+        (search(np.zeros((0, DIM), np.float32)), "queries", "empty batch"),
+        (search(k=0), "k", "out of range; expected 1 to 2048; got 0"),
+        (search(k=-7), "k", "out of range"),
+        (search(k=2049), "k", "out of range"),
+        (search(k=2**62), None, "would not fit a frame"),
+        (search(nprobe=10**9), "params.nprobe", "out of range; expected 1 to 2048"),
+        (search(np.zeros((5000, DIM), np.float32), k=2048), None, "would not fit a frame"),
+        (FetchRequest(item_ids=np.array([-1]), timeout_ms=1000.0), "item_ids[0]", "negative id"),
+        (FetchRequest(item_ids=np.zeros(2_000_000, np.int64), timeout_ms=1e4), None, "not fit a"),
     ],
 )
-def test_a_wrong_request_gets_an_error_and_the_connection_stays(serve, message, part) -> None:
+def test_a_wrong_request_gets_an_error_and_the_connection_stays(
+    serve, message, field, part
+) -> None:
     with closing(Client(serve())) as client:
         reply = client.ask(message)
         assert isinstance(reply, ErrorReply)
         assert reply.code == "invalid_input"
+        assert reply.field == field
+        assert reply.message.startswith(part) or field is None
         assert part in reply.message
         assert isinstance(client.ask(search()), SearchReply)
 

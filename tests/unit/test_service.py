@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import time
 
 import numpy as np
 import pytest
 
 from router.config import RouterConfig
-from router.messages import SearchQuery
+from router.messages import Coverage, SearchQuery
 from router.service import ENCODE_IN_LOOP, SearchService, drop_own
 from shards.errors import (
     DeadlineExceeded,
@@ -18,6 +19,7 @@ from shards.errors import (
     VersionMismatch,
 )
 from shards.schema import Metric
+from shards.types import ErrorReply
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
 
@@ -162,6 +164,52 @@ def test_an_item_of_a_dead_shard_is_said_to_be_missing_among_the_rest():
     asyncio.run(run())
 
 
+def test_a_look_up_that_missed_the_items_shard_makes_the_answer_partial():
+    """Shard 0 fails only the fetch: the search that follows is complete, the answer is not."""
+
+    async def run():
+        async with serving() as (service, shards, _, _):
+            shards[0].fetch_error = ErrorReply(code="overloaded", message="")
+            for items in ([0, 59], [0]):  # with and without a search after the look-up
+                answer = await search(service, item_ids=items, k=2)
+                assert "item 0 not found in the shards that answered" in answer.reasons[0]
+                assert answer.coverage.degraded == ["shard 0: overloaded"]
+                assert (answer.coverage.shards_answered, answer.coverage.share) == (3, 0.75)
+                await search(service, item_ids=items, k=2, min_coverage=0.75)
+                with pytest.raises(Overloaded, match="too few rows") as caught:
+                    await search(service, item_ids=items, k=2, min_coverage=1.0)
+                assert caught.value.hint == "shard 0: overloaded"
+
+    asyncio.run(run())
+
+
+def test_a_look_up_that_found_every_item_is_whole_whoever_missed_it():
+    async def run():
+        async with serving() as (service, shards, _, _):
+            shards[0].fetch_error = ErrorReply(code="overloaded", message="")
+            answer = await search(service, item_ids=[30, 59, 30], k=2, min_coverage=1.0)
+            assert answer.reasons == {}
+            assert (answer.coverage.share, answer.coverage.degraded) == (1.0, [])
+
+    asyncio.run(run())
+
+
+def test_joined_coverage_is_the_smaller_with_the_reasons_of_both():
+    def coverage(answered, *degraded):
+        return Coverage(
+            shards_asked=4,
+            shards_answered=answered,
+            rows_asked=40,
+            rows_answered=10 * answered,
+            degraded=list(degraded),
+        )
+
+    search_part, fetch_part = coverage(3, "shard 1: a"), coverage(2, "shard 1: a", "shard 2: b")
+    expected = coverage(2, "shard 1: a", "shard 2: b")
+    assert search_part.joined(fetch_part) == expected
+    assert fetch_part.joined(search_part) == expected
+
+
 BAD = [
     ({}, "vectors", "exactly one kind"),
     ({"vectors": [[1.0] * DIM], "item_ids": [1]}, "item_ids", "exactly one kind"),
@@ -280,6 +328,29 @@ def test_the_deadline_counts_from_the_arrival_not_from_the_start_of_the_work():
             assert shards[0].requests == []
 
     asyncio.run(run())
+
+
+def test_the_time_taken_counts_from_when_the_request_began():
+    async def run():
+        async with serving() as (service, _, _, vectors):
+            query, began_at = SearchQuery(vectors=vectors[:1]), time.perf_counter() - 3.0
+            now = asyncio.get_running_loop().time()
+            answer = await service.search(query, arrived_at=now, began_at=began_at)
+            assert 3000 < answer.took_ms < 5000
+
+    asyncio.run(run())
+
+
+def test_on_a_loop_with_a_coarse_clock_the_time_taken_is_fine_grained():
+    uvloop = pytest.importorskip("uvloop")
+
+    async def run():
+        async with serving() as (service, _, _, vectors):
+            taken = [(await search(service, vectors=vectors[:1])).took_ms for _ in range(5)]
+            assert any(abs(took_ms - round(took_ms)) > 1e-6 for took_ms in taken)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
 
 
 def test_more_requests_than_allowed_are_refused_and_the_place_is_given_back():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_config, tiny_dataset
-from training.batches import Sampler, TrainingData, item_lists, newest_of, prepare
+from training.batches import Sampler, TrainingData, item_lists, prepare
 from training.encoding import encode_items, encode_queries
 from training.features import Block, FeatureSpace, fit
 from training.metrics import Csr
@@ -69,13 +69,11 @@ def test_a_row_does_not_depend_on_the_others(
     prepare(dataset, space, tmp_path)
     data = TrainingData.open(tmp_path)
     users = np.array([3, 1, 7])
-    past = newest_of(data.train, users)
+    past = data.train.take(users)
     together = encode_queries(model, data.users.take(users), past, data.items)
     for place, user in enumerate(users):
         alone = np.array([user])
-        single = encode_queries(
-            model, data.users.take(alone), newest_of(data.train, alone), data.items
-        )
+        single = encode_queries(model, data.users.take(alone), data.train.take(alone), data.items)
         np.testing.assert_allclose(single[0], together[place], atol=1e-6)
 
 
