@@ -19,8 +19,9 @@ from scipy.sparse.linalg import svds
 
 from shards.errors import DataError
 from shards.schema import FloatArray
-from training.metrics import DEFAULT_KS, Csr, MetricResult, Progress, evaluate_vectors
-from training.tables import Dataset, positives_by_user
+from training.metrics import DEFAULT_KS, Csr, MetricResult, Progress, checked_ks, evaluate_vectors
+from training.queries import evaluation_task
+from training.tables import Dataset
 
 SVD_RANK = 64
 
@@ -66,21 +67,25 @@ def evaluate_baseline(
     *,
     split: str = "test",
     ks: Sequence[int] = DEFAULT_KS,
+    max_users: int | None = None,
     progress: Progress | None = None,
 ) -> MetricResult:
-    """Metrics on ``test``, with train + val learnt and masked, or on ``val``, with train."""
-    known = ("train",) if split == "val" else ("train", "val")
-    users = dataset.users()["user_id"].to_numpy()
-    items = dataset.items()["item_id"].to_numpy()
-    train = positives_by_user(dataset.interactions(known), users, items)
-    relevant = positives_by_user(dataset.interactions(split), users, items)
-    queries, vectors = _BASELINES[kind](train, len(items))
-    asked = np.flatnonzero(relevant.lengths)
+    """Metrics on ``test``, with train + val learnt and masked, or on ``val``, with train.
+
+    max_users: only so many are asked, the same ones as a model's evaluation draws.
+
+    Raises:
+        InvalidInput: nothing to measure, or a k beyond the corpus.
+    """
+    num_items = dataset.rows["items"]
+    ks = checked_ks(ks, num_items)
+    known, relevant, users = evaluation_task(dataset, split, max_users)
+    queries, vectors = _BASELINES[kind](known, num_items)
     return evaluate_vectors(
-        queries[asked],
+        queries[users],
         vectors,
-        relevant=relevant.take(asked),
-        exclude=train.take(asked),
+        relevant=relevant.take(users),
+        exclude=known.take(users),
         ks=ks,
         progress=progress,
         stage=kind.value,

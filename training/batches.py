@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.errors import ConfigError, DataError
 from shards.files import atomic_path
 from shards.schema import IdArray
 from training.features import Block, FeatureSpace
@@ -93,7 +93,8 @@ class Sampler:
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.train.items))
         for step in range(self.steps_per_epoch):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield self.batch(rows, np.random.default_rng([self.seed, epoch, step]))
+            # [seed, epoch, 0] is the stream of [seed, epoch], which ordered the examples
+            yield self.batch(rows, np.random.default_rng([self.seed, epoch, step + 1]))
 
     def batch(self, rows: IdArray, rng: np.random.Generator) -> Batch:
         """This rank's slice of the global batch of train interactions ``rows``."""
@@ -107,7 +108,7 @@ class Sampler:
         history = others(data.train, users, rows[mine], self.history_length)
         lengths = np.where(hidden[:, -1], 0, history.lengths)
         kept = np.repeat(~hidden[:, -1], history.lengths)
-        known = newest_of(data.train, users)
+        known = data.train.take(users)
         return Batch(
             users=_hide(data.users.take(users), hidden[:, :num_user]),
             items=_hide(data.items.take(items), hidden[:, num_user:-1]),
@@ -125,9 +126,7 @@ def prepare(dataset: Dataset, space: FeatureSpace, folder: Path) -> None:
     Raises:
         DataError: a feature column does not fit, or there is nothing to train on.
     """
-    train, val = (item_lists(dataset, (split,)) for split in ("train", "val"))
-    if not len(train.items):
-        raise DataError("no interactions to train on", field="split", expected="train rows")
+    train, val = train_lists(dataset), item_lists(dataset, ("val",))
     items = space.item.encode(dataset.items(), ITEMS)
     users = space.query.encode(dataset.users(), USERS)
     _write_block(folder / "items.arrow", items)
@@ -137,20 +136,37 @@ def prepare(dataset: Dataset, space: FeatureSpace, folder: Path) -> None:
     _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
 
 
+def train_lists(dataset: Dataset) -> Csr:
+    """The training examples: ``item_lists`` of train; DataError where there is none."""
+    train = item_lists(dataset, ("train",))
+    if not len(train.items):
+        raise DataError("no interactions to train on", field="split", expected="train rows")
+    return train
+
+
+def check_batch(batch_size: int, ranks: int, examples: int) -> None:
+    """Raises ConfigError where a global batch does not split evenly, or exceeds the examples."""
+    if batch_size % ranks:
+        raise ConfigError(
+            "the global batch does not split evenly",
+            field="batch_size",
+            expected=f"a multiple of {ranks} ranks",
+            got=str(batch_size),
+        )
+    if batch_size > examples:
+        raise ConfigError(
+            "the global batch is larger than the train split",
+            field="batch_size",
+            expected=f"<= {examples}",
+            got=str(batch_size),
+        )
+
+
 def item_lists(dataset: Dataset, splits: tuple[str, ...]) -> Csr:
     """Item rows of every user row over some splits, oldest first, no item twice."""
     user_ids = dataset.users()["user_id"].to_numpy()
     item_ids = dataset.items()["item_id"].to_numpy()
     return positives_by_user(dataset.interactions(splits), user_ids, item_ids)
-
-
-def newest_of(lists: Csr, users: IdArray, newest: int | None = None) -> Csr:
-    """The lists of some users, in that order, each cut to its newest items."""
-    starts, ends = lists.indptr[:-1][users], lists.indptr[1:][users]
-    if newest is not None:
-        starts = np.maximum(starts, ends - newest)
-    places = _places(starts, ends - starts)
-    return Csr(places.indptr, lists.items[places.items])
 
 
 def others(train: Csr, users: IdArray, rows: IdArray, newest: int) -> Csr:

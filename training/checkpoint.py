@@ -7,6 +7,8 @@ The newest checkpoint is where a run resumes; its manifest names the best epoch 
 checkpoint is kept too and is what evaluation and export load. No pickles.
 """
 
+import hashlib
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class Run:
 
 
 def start_run(folder: Path, run: Run, dataset: dict[str, Any]) -> None:
-    """Declares a run. ``dataset`` identifies the data it was started with."""
+    """Declares a run. ``dataset`` is the ``Dataset.identity`` it was started with."""
     folder.mkdir(parents=True, exist_ok=True)
     body = {
         "config": run.config.model_dump(mode="json"),
@@ -91,11 +93,18 @@ def check_resumable(folder: Path, config: TrainingConfig, dataset: dict[str, Any
             got="; ".join(changed),
             hint="resume with the same settings, or train into another folder",
         )
-    if manifest["dataset"] != dataset:
+    check_dataset(folder, dataset)
+
+
+def check_dataset(folder: Path, dataset: dict[str, Any]) -> None:
+    """Raises DataError where ``dataset`` is not the identity of what the run was started with."""
+    before = read_manifest(folder, kind=RUN_KIND, version=VERSION)["dataset"]
+    if before != dataset:
         raise DataError(
             f"{folder}: the run was started with another dataset",
-            expected=str(manifest["dataset"]),
-            got=str(dataset),
+            expected=_described(before),
+            got=_described(dataset),
+            hint="name the run's own dataset, or train a run on this one",
         )
 
 
@@ -155,6 +164,12 @@ def load_best(folder: Path) -> tuple[Run, TwoTower]:
     model = build_model(run.config, run.space)
     model.load_state_dict(load_file(folder / "checkpoints" / f"{epoch:06d}" / MODEL))
     return run, model.eval()
+
+
+def _described(dataset: dict[str, Any]) -> str:
+    """The name, and digits that tell apart datasets of one name."""
+    files = json.dumps(dataset["files"], sort_keys=True).encode()
+    return f"{dataset['name']!r} ({hashlib.sha256(files).hexdigest()[:8]})"
 
 
 def _epochs(folder: Path) -> list[int]:

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from shards.schema import FloatArray
-from training.batches import newest_of
 from training.features import Block
 from training.metrics import Csr
 from training.towers import Inputs, QueryInputs, TwoTower
@@ -29,7 +28,7 @@ def encode_queries(model: TwoTower, users: Block, history: Csr, items: Block) ->
     parts = []
     for start in range(0, len(users), BLOCK_ROWS):
         rows = np.arange(start, min(start + BLOCK_ROWS, len(users)))
-        past = newest_of(history, rows, model.history_length)
+        past = history.take(rows, model.history_length)
         inputs = QueryInputs.of(
             users.take(rows), items.take(past.items), past.lengths, model.log_temperature.device
         )

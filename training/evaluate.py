@@ -13,8 +13,7 @@ import numpy as np
 
 from shards.errors import InvalidInput
 from shards.schema import EMPTY_ID, MAX_K, IdArray
-from training.batches import item_lists, newest_of
-from training.checkpoint import load_best
+from training.checkpoint import check_dataset, load_best
 from training.encoding import encode_items, encode_queries
 from training.metrics import (
     DEFAULT_KS,
@@ -22,13 +21,13 @@ from training.metrics import (
     MetricResult,
     MetricSums,
     Progress,
+    checked_ks,
     evaluate_vectors,
     score_lists,
 )
-from training.queries import query_features
+from training.queries import KNOWN_BEFORE, evaluation_task, query_features
 from training.tables import ITEMS, USERS, Dataset
 
-KNOWN_BEFORE = {"val": ("train",), "test": ("train", "val")}  # split -> splits that may be used
 QUERIES_PER_REQUEST = 64
 
 Search = Callable[[list[dict[str, Any]], int], IdArray]
@@ -40,25 +39,30 @@ def evaluate_exact(
     *,
     split: str = "test",
     ks: Sequence[int] = DEFAULT_KS,
+    max_users: int | None = None,
     progress: Progress | None = None,
 ) -> MetricResult:
     """Brute force over the whole corpus with the run's best model; users without items in the
-    split are left out. Progress stage: ``evaluate``.
+    split are left out, of the others ``max_users`` are drawn. Progress stage: ``evaluate``.
 
     Raises:
-        NotFound: no trained run. InvalidInput: nothing to measure, or a k beyond the corpus.
+        NotFound: no trained run. DataError: the run was trained on another dataset.
+        InvalidInput: nothing to measure, or a k beyond the corpus.
     """
     run, model = load_best(run_folder)
-    known, relevant, users = _task(dataset, split)
+    check_dataset(run_folder, dataset.identity)
+    ks = checked_ks(ks, dataset.rows["items"])
+    known, relevant, users = evaluation_task(dataset, split, max_users)
+    known = known.take(users)
     items = run.space.item.encode(dataset.items(), ITEMS)
     inputs = run.space.query.encode(dataset.users(), USERS)
     queries = encode_queries(model, inputs.take(users), known, items)
     return evaluate_vectors(
         queries,
         encode_items(model, items),
-        relevant=relevant,
+        relevant=relevant.take(users),
         exclude=known,
-        ks=[k for k in ks if k <= len(items)],
+        ks=ks,
         progress=progress,
     )
 
@@ -75,22 +79,24 @@ def evaluate_through(
 ) -> MetricResult:
     """The same metrics of whatever ``search(features, k)`` answers: (n, k) int64 item ids.
 
-    Each batch asks for max(ks) and as many more as its users know items, up to MAX_K. kinds: name
-    and kind of the encoder's features.
+    Each batch asks for max(ks) and as many more as its users know items. max_users: only so many,
+    the same ones as the other evaluations draw. kinds: name and kind of the encoder's features.
 
     Raises:
-        InvalidInput: max(ks) is beyond MAX_K, or no user has an item in the split.
+        InvalidInput: a k beyond the corpus, or beyond what MAX_K leaves after dropping the known
+            items; or no user has an item in the split.
     """
-    known, relevant, users = _task(dataset, split)
-    users = users[:max_users]
     item_ids = dataset.items()["item_id"].to_numpy()
-    ks = [k for k in ks if k <= len(item_ids)]
+    ks = checked_ks(ks, len(item_ids))
+    known, relevant, users = evaluation_task(dataset, split, max_users)
+    known, relevant = known.take(users), relevant.take(users)
+    _check_reach(max(ks), int(known.lengths.max()), len(item_ids))
     sums = MetricSums()
     features = query_features(dataset, kinds, users, KNOWN_BEFORE[split])
     for start in range(0, len(users), QUERIES_PER_REQUEST):
         rows = np.arange(start, min(start + QUERIES_PER_REQUEST, len(users)))
-        past, wanted = newest_of(known, rows), newest_of(relevant, rows)
-        k = min(max(ks) + int(past.lengths.max()), MAX_K, len(item_ids))
+        past, wanted = known.take(rows), relevant.take(rows)
+        k = min(max(ks) + int(past.lengths.max()), len(item_ids))
         found = search([features[row] for row in rows], k)
         kept = drop_known(found, Csr(past.indptr, item_ids[past.items]), max(ks))
         sums.add(score_lists(kept, Csr(wanted.indptr, item_ids[wanted.items]), ks))
@@ -109,15 +115,13 @@ def drop_known(found: IdArray, known: Csr, k: int) -> IdArray:
     return out
 
 
-def _task(dataset: Dataset, split: str) -> tuple[Csr, Csr, IdArray]:
-    """(known, relevant, users): item rows per evaluated user, and the rows of these users."""
-    if split not in KNOWN_BEFORE:
+def _check_reach(k: int, longest: int, rows: int) -> None:
+    """Raises InvalidInput where k items and the ``longest`` known list are more than MAX_K."""
+    if min(k + longest, rows) > MAX_K:
         raise InvalidInput(
-            "unknown split", field="split", expected=" | ".join(KNOWN_BEFORE), got=repr(split)
+            f"a user knows {longest} items, which are asked for too and then dropped",
+            field="k",
+            expected=f"<= {max(0, MAX_K - longest)}, because a query returns {MAX_K} at most",
+            got=str(k),
+            hint="ask for a smaller k, or measure the run exactly",
         )
-    relevant = item_lists(dataset, (split,))
-    users = np.flatnonzero(relevant.lengths)
-    if not len(users):
-        raise InvalidInput("nothing to measure", field="split", got=f"no interactions in {split}")
-    known = item_lists(dataset, KNOWN_BEFORE[split])
-    return newest_of(known, users), newest_of(relevant, users), users

@@ -2,7 +2,9 @@
 
 ``<store>/embeddings/<model_version>/``: every catalogue item's vector and attributes, and the query
 tower as plain arrays that ``router.encoder`` runs without torch. The version is a hash of weights,
-features and configuration: the same model exported twice has the same name.
+features, configuration and catalogue: the same export twice has the same name, and a catalogue that
+changed gets a set, and a query encoder with its histories, of its own. It need not be the one
+trained on, as long as it has the feature columns.
 """
 
 import hashlib
@@ -24,7 +26,7 @@ from shards.embeddings import (
     open_embedding_set,
 )
 from shards.files import sha256_of, write_json
-from shards.schema import IdArray, Metric
+from shards.schema import FloatArray, IdArray, Metric
 from training.checkpoint import Run, load_best
 from training.encoding import BLOCK_ROWS, encode_items
 from training.metrics import Progress
@@ -52,7 +54,7 @@ def export(
     """
     run, model = load_best(run_folder)
     dataset = open_dataset(data_folder)
-    version = model_version(run, model)
+    version = model_version(run, model, dataset)
     target = store / "embeddings" / version
     if target.exists():
         return open_embedding_set(target)
@@ -78,10 +80,14 @@ def export(
     return open_embedding_set(target, verify=False)
 
 
-def model_version(run: Run, model: TwoTower) -> str:
-    """Twelve hex digits over weights, features and configuration."""
+def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
+    """Twelve hex digits over weights, features, configuration and the items table."""
     digest = hashlib.sha256()
-    declared = {"config": run.config.identity(), "space": run.space.to_json()}
+    declared = {
+        "config": run.config.identity(),
+        "space": run.space.to_json(),
+        "items": dataset.checksum(ITEMS),
+    }
     digest.update(json.dumps(declared, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -128,6 +134,9 @@ def _history_table(run: Run, model: TwoTower, dataset: Dataset) -> dict[str, NDA
     """Item ids, ascending, and the input row of each, which the history feature averages."""
     items = dataset.items()
     ids: IdArray = items["item_id"].to_numpy()
-    block = run.space.item.encode(items, ITEMS)
-    rows: Tensor = model.item_rows(Inputs.of(block, model.log_temperature.device))
-    return {"history.item_ids": ids.copy(), "history.rows": rows.cpu().numpy()}
+    parts: list[FloatArray] = [np.empty((0, run.space.item.width), np.float32)]
+    for start in range(0, items.num_rows, BLOCK_ROWS):
+        block = run.space.item.encode(items.slice(start, BLOCK_ROWS).combine_chunks(), ITEMS)
+        rows: Tensor = model.item_rows(Inputs.of(block, model.log_temperature.device))
+        parts.append(rows.cpu().numpy())
+    return {"history.item_ids": ids.copy(), "history.rows": np.concatenate(parts)}

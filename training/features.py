@@ -144,7 +144,7 @@ class FeatureSpace:
 
 
 def fit(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
-    """Vocabularies and statistics of the configured features; ids from the train split only.
+    """Vocabularies of what occurs in the train split; statistics of numbers over the whole table.
 
     Raises:
         DataError: a configured column is missing, or of a type that its kind cannot take.
@@ -195,10 +195,9 @@ def _fit_columns(
     vocabularies: list[Vocabulary] = []
     standardisers: list[Standardiser] = []
     for feature in features:
-        if isinstance(feature, IdFeature):
+        if isinstance(feature, IdFeature | CategoricalFeature):
+            # a row for a value that never occurs in train would be served as it was initialised
             vocabularies.append(_fit_vocabulary(feature, seen, where))
-        elif isinstance(feature, CategoricalFeature):
-            vocabularies.append(_fit_vocabulary(feature, table, where))
         elif isinstance(feature, NumericFeature):
             standardisers.append(_fit_standardiser(feature, table, where))
     return Columns(vocabularies=tuple(vocabularies), standardisers=tuple(standardisers))

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shards.errors import DataError, NotFound
 from shards.schema import IdArray
 from training.table_checks import SPLITS
-from training.tables import SplitCodes, vector_column
+from training.tables import ORIGINAL_ID, SplitCodes, vector_column
 
 NUM_GENRES = 19  # of MovieLens 100k
 SHOWN = 5  # offending lines quoted in a report
@@ -261,7 +261,7 @@ def _with_ids(
     """The feature table under our key; a derived table has only its ids."""
     columns = {key: pa.array(mapping(base))}
     if not mapping.keeps:
-        columns["original_id"] = base
+        columns[ORIGINAL_ID] = base
     for name, values in _other_columns(listed, column).items():
         if name in columns:
             raise DataError("column name is taken", field=name, hint="rename it in the source")

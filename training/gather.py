@@ -27,15 +27,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
+        gradient = gradients[0]
         size = len(gradient) // world_size()
         if dist.get_backend() == "nccl":
             local = gradient.new_empty(size, *gradient.shape[1:])
-            dist.reduce_scatter_tensor(local, gradient)
+            dist.reduce_scatter_tensor(local, gradient.contiguous())
             return local
-        # gloo has no reduce_scatter
-        dist.all_reduce(gradient)
-        return gradient[rank() * size : (rank() + 1) * size]
+        # gloo has no reduce_scatter; the incoming gradient is autograd's and stays as it is
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[rank() * size : (rank() + 1) * size]
 
 
 def gather_rows(local: Tensor) -> Tensor:

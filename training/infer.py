@@ -22,7 +22,7 @@ from training.config import (
     TrainingConfig,
 )
 from training.features import MIN_DEVIATION, is_number, numbers, plain, value_type
-from training.tables import Dataset
+from training.tables import ORIGINAL_ID, Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _with_features(tower: TowerConfig, features: list[FeatureConfig]) -> TowerCo
 def _suggest(table: pa.Table, key: str) -> list[FeatureConfig]:
     features: list[FeatureConfig] = []
     for name in table.column_names:
-        feature = None if name == key else _suggest_one(name, table[name])
+        feature = None if name in (key, ORIGINAL_ID) else _suggest_one(name, table[name])
         if feature is not None:
             features.append(feature)
         elif name != key:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -24,12 +23,12 @@ from ray.train.torch import TorchTrainer, get_device
 
 from shards.errors import ConfigError, ShardlineError, Unavailable
 from shards.files import MANIFEST_NAME
-from training.batches import prepare
+from training.batches import check_batch, prepare, train_lists
 from training.checkpoint import Run, check_resumable, latest_state, start_run
 from training.config import TrainingConfig
 from training.features import fit
 from training.infer import infer_config
-from training.loop import CACHE, LOG, Event, train_rank
+from training.loop import CACHE, LOG, Event, train_rank, trim_log
 from training.tables import Dataset, open_dataset
 
 logger = logging.getLogger(__name__)
@@ -74,7 +73,9 @@ def train(
     config = infer_config(config, dataset)
     use_gpu = _use_gpu(config)
     if resume:
-        check_resumable(run_folder, config, _identity(dataset))
+        check_resumable(run_folder, config, dataset.identity)
+        state = latest_state(run_folder)
+        trim_log(run_folder / LOG, state.epoch if state else 0)
     else:
         _start(config, dataset, run_folder)
     if config.num_workers == 1:
@@ -99,13 +100,11 @@ def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path) -> None:
             f"{run_folder}: holds a run already",
             hint="resume it, or train into another folder",
         )
+    # before anything is written: a declared run keeps its batch size
+    check_batch(config.batch_size, config.num_workers, len(train_lists(dataset).items))
     space = fit(config, dataset)
     prepare(dataset, space, run_folder / CACHE)
-    start_run(run_folder, Run(config=config, space=space), _identity(dataset))
-
-
-def _identity(dataset: Dataset) -> dict[str, Any]:
-    return {"name": dataset.name, "files": dataset.manifest["files"]}
+    start_run(run_folder, Run(config=config, space=space), dataset.identity)
 
 
 def _use_gpu(config: TrainingConfig) -> bool:

@@ -7,6 +7,7 @@ learning rate and every random draw are functions of the step, so resuming needs
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,14 +20,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shards.errors import ConfigError
+from shards.schema import FloatArray
 from training import gather
-from training.batches import Batch, Sampler, TrainingData, newest_of
+from training.batches import Batch, Sampler, TrainingData, check_batch
 from training.checkpoint import TrainState, latest_state, open_run, restore, save_checkpoint
 from training.config import OptimiserConfig, TrainingConfig
 from training.encoding import encode_items, encode_queries
+from training.features import Block
 from training.losses import LossTerms, false_negatives, info_nce
 from training.metrics import rank_exact, score_lists
+from training.queries import sample_users
 from training.towers import Inputs, QueryInputs, TwoTower, build_model
 
 logger = logging.getLogger(__name__)
@@ -60,7 +63,7 @@ def train_rank(
         unknown_rate=config.unknown_rate,
         history_length=run.space.history.max_length if run.space.history else 0,
     )
-    _check_batch(sampler)
+    check_batch(sampler.batch_size, sampler.world, len(data.train.items))
     model = build_model(config, run.space).to(device)
     optimiser = build_optimiser(model, config.optimiser)
     state = latest_state(run_folder) or TrainState()
@@ -96,6 +99,8 @@ class Trainer:
         log_q = log_frequencies(self.sampler.data, device) if config.loss.logq else None
         self.model.train()
         step = state.step
+        if self.log is not None:
+            self.log.start(step)
         for batch in self.sampler.epoch(state.epoch):
             rate = learning_rate(config.optimiser, step, steps * config.epochs)
             for group in self.optimiser.param_groups:
@@ -184,27 +189,40 @@ def batch_loss(
 def validation_recall(model: TwoTower, sampler: Sampler, config: TrainingConfig) -> float:
     """Recall@k on the val split over the whole corpus, train items left out of the ranking.
 
-    The users are the same each time; every rank ranks its share of them.
+    The users are the same each time; every rank embeds its share of the items and ranks its share
+    of the users.
     """
     data, settings = sampler.data, config.validation
     users = np.flatnonzero(data.val.lengths)
-    if len(users) > settings.max_users:
-        rng = np.random.default_rng([config.seed, settings.max_users])
-        users = np.sort(rng.choice(users, settings.max_users, replace=False))
-    users = users[sampler.rank :: sampler.world]
+    rng = np.random.default_rng([config.seed, settings.max_users])
+    users = sample_users(users, settings.max_users, rng)[sampler.rank :: sampler.world]
     model.eval()
-    train = newest_of(data.train, users)
+    train = data.train.take(users)
     queries = encode_queries(model, data.users.take(users), train, data.items)
+    vectors = all_item_vectors(model, data.items)  # a rank without users takes part in it too
     total = torch.zeros(2, dtype=torch.float64)
     if len(users):
         k = min(settings.k, len(data.items))
-        _, ranked = rank_exact(queries, encode_items(model, data.items), k=k, exclude=train)
-        recall = score_lists(ranked, newest_of(data.val, users), (k,)).values[f"recall@{k}"]
+        _, ranked = rank_exact(queries, vectors, k=k, exclude=train)
+        recall = score_lists(ranked, data.val.take(users), (k,)).values[f"recall@{k}"]
         total = torch.tensor([recall.sum(), len(recall)], dtype=torch.float64)
     total = total.to(model.log_temperature.device)
     if gather.world_size() > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1])
+
+
+def all_item_vectors(model: TwoTower, items: Block) -> FloatArray:
+    """(items, dim) float32 on every rank, of which each has embedded every W-th; a collective."""
+    world = gather.world_size()
+    share = -(-len(items) // world)
+    # the shares are of one length: the last ones go on with the first items, cut off below
+    rows = np.arange(gather.rank(), share * world, world) % len(items)
+    local = torch.from_numpy(encode_items(model, items.take(rows)))
+    gathered = gather.gather_values(local.to(model.log_temperature.device)).cpu()
+    in_order = gathered.reshape(world, share, model.dim).transpose(0, 1)
+    vectors: FloatArray = in_order.reshape(-1, model.dim)[: len(items)].numpy()
+    return vectors
 
 
 def build_optimiser(model: nn.Module, config: OptimiserConfig) -> torch.optim.AdamW:
@@ -239,21 +257,16 @@ def _step_seed(seed: int, step: int) -> int:
     return int(entropy.generate_state(1, np.uint64)[0] >> 1)
 
 
-def _check_batch(sampler: Sampler) -> None:
-    if sampler.batch_size % sampler.world:
-        raise ConfigError(
-            "the global batch does not split evenly",
-            field="batch_size",
-            expected=f"a multiple of {sampler.world} ranks",
-            got=str(sampler.batch_size),
-        )
-    if sampler.steps_per_epoch == 0:
-        raise ConfigError(
-            "the global batch is larger than the train split",
-            field="batch_size",
-            expected=f"<= {len(sampler.data.train.items)}",
-            got=str(sampler.batch_size),
-        )
+def trim_log(path: Path, epoch: int) -> None:
+    """Cuts off what was logged after ``epoch``, and a half line: a resumed run writes it again."""
+    if not path.exists():
+        return
+    kept = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["epoch"] > epoch:
+            break
+        kept += len(line)
+    os.truncate(path, kept)
 
 
 class _Log:
@@ -265,7 +278,14 @@ class _Log:
         self._path = path
         self._on_event = on_event
         self._batch_size = batch_size
-        self._last: tuple[int, float] | None = None
+        self._last = (0, time.perf_counter())
+
+    def start(self, step: int) -> None:
+        """Starts the clock of examples/s at ``step``: what came since the last one is not training.
+
+        That is validation, and writing a checkpoint.
+        """
+        self._last = (step, time.perf_counter())
 
     def write(self, kind: str, **values: Any) -> None:
         event = {"event": kind, "time": time.time(), **values}
@@ -275,9 +295,7 @@ class _Log:
             self._on_event(event)
 
     def step(self, step: int, **values: Any) -> None:
-        now, speed = time.perf_counter(), None
-        if self._last is not None:
-            before, at = self._last
-            speed = (step - before) * self._batch_size / (now - at)
+        (before, at), now = self._last, time.perf_counter()
         self._last = (step, now)
+        speed = (step - before) * self._batch_size / (now - at)
         self.write("step", step=step, examples_per_s=speed, **values)

@@ -44,7 +44,7 @@ def info_nce(
     loss = functional.cross_entropy(logits, labels)
     with torch.no_grad():
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        share = torch.tensor(len(masked[0]) / logits.numel())
+        share = logits.new_tensor(len(masked[0]) / logits.numel())
     return LossTerms(loss, accuracy, share)
 
 

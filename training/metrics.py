@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import InvalidInput
-from shards.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Metric, check_vectors
+from shards.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Metric, check_k, check_vectors
 
 DEFAULT_KS = (10, 100, 1000)
 BLOCK_SCORES = 1 << 23  # float32 scores in memory at a time, 32 MiB
@@ -50,11 +50,14 @@ class Csr(NamedTuple):
         indptr = self.indptr[start : stop + 1]
         return Csr(indptr - indptr[0], self.items[indptr[0] : indptr[-1]])
 
-    def take(self, users: IdArray) -> "Csr":
-        """The given users in the given order, copied."""
-        lengths = self.lengths[users]
+    def take(self, users: IdArray, newest: int | None = None) -> "Csr":
+        """The given users in the given order, each cut to the last ``newest`` items; copied."""
+        starts, ends = self.indptr[:-1][users], self.indptr[1:][users]
+        if newest is not None:
+            starts = np.maximum(starts, ends - newest)
+        lengths = ends - starts
         indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        shift = np.repeat(self.indptr[users] - indptr[:-1], lengths)
+        shift = np.repeat(starts - indptr[:-1], lengths)
         return Csr(indptr, self.items[shift + np.arange(indptr[-1])])
 
 
@@ -114,6 +117,19 @@ class MetricSums:
         for name, total in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + total
         self.users += users
+
+
+def checked_ks(ks: Sequence[int], rows: int) -> tuple[int, ...]:
+    """The cut-offs to use on a corpus of ``rows`` items; the defaults shrink to what it has.
+
+    Raises:
+        InvalidInput: no cut-off, or one that is not 1 to ``rows``.
+    """
+    if tuple(ks) == DEFAULT_KS:
+        return tuple(k for k in DEFAULT_KS if k <= rows) or (rows,)
+    if not ks:
+        raise InvalidInput("no cut-off", field="k", expected=f"1 to {rows}", got="none")
+    return tuple(check_k(k, limit=rows) for k in ks)
 
 
 def hit_matrix(ranked: IdArray, relevant: Csr) -> NDArray[np.bool_]:

@@ -1,15 +1,50 @@
-"""Users of a dataset as queries: the JSON that a router's ``features`` takes. No torch here."""
+"""Users of a dataset as queries: who is asked in an evaluation, and with what. No torch here."""
 
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from shards.errors import NotFound
+from shards.errors import InvalidInput, NotFound
 from shards.schema import IdArray
-from training.batches import item_lists, newest_of
+from training.batches import item_lists
 from training.features import FeatureSpace
+from training.metrics import Csr
 from training.tables import Dataset
+
+KNOWN_BEFORE = {"val": ("train",), "test": ("train", "val")}  # split -> splits that may be used
+SAMPLE_SEED = 0  # fixed, so that every model, baseline and cluster is asked the same users
+
+
+def evaluation_task(
+    dataset: Dataset, split: str, max_users: int | None = None
+) -> tuple[Csr, Csr, IdArray]:
+    """(known, relevant, users): item rows of all users, oldest first, and the user rows to ask.
+
+    These have items in the split, and are at most ``max_users``, the same ones at every call.
+
+    Raises:
+        InvalidInput: an unknown split, one without interactions, or max_users < 1.
+    """
+    if split not in KNOWN_BEFORE:
+        raise InvalidInput(
+            "unknown split", field="split", expected=" | ".join(KNOWN_BEFORE), got=repr(split)
+        )
+    if max_users is not None and max_users < 1:
+        raise InvalidInput("out of range", field="max_users", expected=">= 1", got=str(max_users))
+    relevant = item_lists(dataset, (split,))
+    users = np.flatnonzero(relevant.lengths)
+    if not len(users):
+        raise InvalidInput("nothing to measure", field="split", got=f"no interactions in {split}")
+    users = sample_users(users, max_users, np.random.default_rng(SAMPLE_SEED))
+    return item_lists(dataset, KNOWN_BEFORE[split]), relevant, users
+
+
+def sample_users(users: IdArray, most: int | None, rng: np.random.Generator) -> IdArray:
+    """At most ``most`` of the users, ascending as they came; all of them for None."""
+    if most is None or len(users) <= most:
+        return users
+    return np.sort(rng.choice(users, most, replace=False))
 
 
 def feature_kinds(space: FeatureSpace) -> dict[str, str]:
@@ -61,6 +96,6 @@ def query_features_of_user(
 
 
 def _histories(dataset: Dataset, users: IdArray, splits: tuple[str, ...]) -> list[list[int]]:
-    past = newest_of(item_lists(dataset, splits), users)
+    past = item_lists(dataset, splits).take(users)
     ids = dataset.items()["item_id"].to_numpy()[past.items]
     return [part.tolist() for part in np.split(ids, past.indptr[1:-1])]

@@ -54,6 +54,7 @@ KIND = "dataset"
 VERSION = 1
 USERS, ITEMS, INTERACTIONS = "users.parquet", "items.parquet", "interactions.parquet"
 ORACLE = "oracle.safetensors"
+ORIGINAL_ID = "original_id"  # column of an id that an importer replaced; a key, never a feature
 ROW_GROUP = 1 << 20  # interactions a row group; bounds what a streaming reader holds
 
 SplitCodes = NDArray[np.int8]  # positions in SPLITS
@@ -69,6 +70,15 @@ class Dataset:
     @property
     def name(self) -> str:
         return str(self.manifest["name"])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name and files with their checksums: equal for the same data wherever it lies."""
+        return {"name": self.name, "files": self.manifest["files"]}
+
+    def checksum(self, file: str) -> str:
+        """SHA-256 of one of the files, from the manifest."""
+        return str(next(e["sha256"] for e in self.manifest["files"] if e["name"] == file))
 
     @property
     def ceilings(self) -> dict[str, Any] | None:

@@ -108,11 +108,21 @@ def evaluate(
         else:
             folder = run or default_run(settings, data)
             columns["model"] = evaluate_exact(
-                folder, dataset, split=split, ks=cutoffs, progress=progress
+                folder,
+                dataset,
+                split=split,
+                ks=cutoffs,
+                max_users=max_users,
+                progress=progress,
             )
         for baseline in Baseline:
             columns[baseline.value] = evaluate_baseline(
-                baseline, dataset, split=split, ks=cutoffs, progress=progress
+                baseline,
+                dataset,
+                split=split,
+                ks=cutoffs,
+                max_users=max_users,
+                progress=progress,
             )
     # the ceilings are those of the whole test split, ranked as deep as the default cut-offs
     is_comparable = split == "test" and not ks and max_users is None
@@ -173,7 +183,7 @@ def train_with_progress(
             progress.detail(
                 f"epoch {event['epoch']}  loss {event['loss']:.3f}  "
                 f"in-batch accuracy {event['in_batch_accuracy']:.3f}  "
-                f"{event['examples_per_s'] or 0:,.0f} examples/s"
+                f"{event['examples_per_s']:,.0f} examples/s"
             )
         elif event["event"] == "validation":
             recall = next(name for name in event if name.startswith("recall@"))

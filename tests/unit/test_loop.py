@@ -72,6 +72,13 @@ def test_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [event["examples_per_s"] for event in events] == [120.0, 60.0]
 
 
+def test_every_epoch_starts_the_clock_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(_Log, "start", lambda self, step: started.append(step))
+    train_rank(start(tmp_path / "run", tiny_config(epochs=3)), CPU)
+    assert started == [0, 10, 20]
+
+
 def test_resumed_run_equals_uninterrupted_one(tmp_path: Path) -> None:
     towers = tiny_config().towers
     query = towers.query.model_copy(update={"dropout": 0.3})
