@@ -226,16 +226,16 @@ def _stop_ray() -> None:
     """Serve first, where it was used: HAProxy outlives a plain shutdown of Ray."""
     if not ray.is_initialized():
         return
-    if "ray.serve" in sys.modules:
-        from ray import serve
+    # Ray reports the end of Serve's controller as a failed task, on our standard output
+    with contextlib.redirect_stdout(io.StringIO()):
+        if "ray.serve" in sys.modules:
+            from ray import serve
 
-        # Ray reports the end of Serve's controller as a failed task, on our standard output
-        with contextlib.redirect_stdout(io.StringIO()):
             try:
                 serve.shutdown()
             except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
                 logger.warning("Ray Serve did not shut down in order: %s", error)
-    ray.shutdown()
+        ray.shutdown()
 
 
 def _stop_leftovers(session: Path) -> list[int]:
