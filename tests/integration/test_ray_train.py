@@ -1,14 +1,13 @@
 """Two ranks under Ray Train give what one process gives."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
 
-from cluster.launch import local_ray
 from shards.errors import ConfigError, DataError
+from tests.integration.conftest import Cluster
 from tests.tiny import tiny_config, tiny_dataset
 from training.checkpoint import load_best
 from training.evaluate import evaluate_exact
@@ -18,14 +17,8 @@ from training.launch import train
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 
 
-@pytest.fixture(scope="module")
-def two_cpus() -> Iterator[None]:
-    with local_ray(num_cpus=2):
-        yield
-    assert not ray.is_initialized()
-
-
-def test_two_ranks_train_what_one_does(tmp_path: Path, two_cpus: None) -> None:
+def test_two_ranks_train_what_one_does(tmp_path: Path, cluster: Cluster) -> None:
+    assert ray.is_initialized(), "the session's cluster has CPUs to spare"
     dataset = tiny_dataset(tmp_path / "data")
     events: list[dict] = []
     two = train(tiny_config(num_workers=2), dataset.path, tmp_path / "two", on_event=events.append)
