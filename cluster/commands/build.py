@@ -1,6 +1,7 @@
 """``build``: from an embedding set, or somebody else's vectors, to the next generation."""
 
 import hashlib
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from cluster.build import BuildPlan, build_generation, run_here, run_on_ray
 from cluster.cli import Settings
 from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
+from cluster.endpoint import find_endpoint
 from cluster.launch import cores, ray_for
 from cluster.partition import Partitioning
 from cluster.store import Store
 from shards.embeddings import embedding_writer
-from shards.errors import DataError, InvalidInput
+from shards.errors import DataError, InvalidInput, NotFound
 from shards.files import sha256_of
 from shards.foreign import read_foreign
 from shards.generation import GenerationManifest
@@ -93,6 +95,12 @@ def build(
         if not no_publish:
             store.set_current(manifest.generation)
     click.echo(describe(manifest))
+    with suppress(NotFound):
+        running = find_endpoint(store)
+        click.echo(
+            f"the cluster at {running.url} goes on with generation {running.generation}; "
+            "`shardline down`, then `shardline serve` to change over"
+        )
 
 
 def plan_of(config: ShardlineConfig, partitioning: Partitioning = Partitioning.RANGE) -> BuildPlan:

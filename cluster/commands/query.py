@@ -76,6 +76,8 @@ def query(
     given = {"--vector": vector, "--features": features, "--item": item_id, "--user": user_id}
     if sum(value is not None for value in given.values()) != 1:
         raise InvalidInput("say what to search for", expected=f"exactly one of {', '.join(given)}")
+    if user_id is not None and data is None:
+        raise InvalidInput("--user needs --data", hint="name the data set the user is in")
     body: dict[str, Any] = {}
     if vector is not None:
         body["vectors"] = [_json(vector, "--vector")]
@@ -84,7 +86,7 @@ def query(
     elif features is not None:
         body["features"] = [_json(features, "--features")]
     with _client(settings, url) as client:
-        if user_id is not None:
+        if user_id is not None and data is not None:
             body["features"] = [_features_of(client, user_id, data)]
         answer = client.search(**body, k=k, params=SearchParams(nprobe=nprobe))
     rows = [
@@ -111,21 +113,21 @@ def query(
         f"{coverage.rows_answered:,} of {coverage.rows_asked:,} rows, "
         f"{answer.took_ms:.1f} ms"
     )
-    for reason in [*coverage.degraded, *answer.reasons.values()]:
+    for reason in coverage.degraded:
         click.echo(f"partial: {reason}", err=True)
+    for reason in answer.reasons.values():
+        click.echo(f"no answer: {reason}", err=True)
 
 
 def _client(settings: Settings, url: str | None) -> Client:
     return Client(url or find_endpoint(settings.store).url)
 
 
-def _features_of(client: Client, user_id: int, data: Path | None) -> dict[str, Any]:
+def _features_of(client: Client, user_id: int, data: Path) -> dict[str, Any]:
     from cluster.commands.model import encoder_kinds  # torch: only when a user is asked for
     from training.queries import query_features_of_user
     from training.tables import open_dataset
 
-    if data is None:
-        raise InvalidInput("--user needs --data", hint="name the data set the user is in")
     return query_features_of_user(open_dataset(data), encoder_kinds(client), user_id)
 
 

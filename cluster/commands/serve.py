@@ -12,7 +12,7 @@ from cluster.cli import Settings
 from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
 from cluster.deployment import check_http_port, serving, start_serving, stop_serving
-from cluster.endpoint import Endpoint, find_endpoint
+from cluster.endpoint import Endpoint, find_endpoint, refuse_if_served
 from cluster.launch import attached_ray, cores, ray_for, reap_orphans
 from shards.errors import NotFound, Unavailable
 
@@ -36,6 +36,9 @@ def serve(settings: Settings, generation: int | None, port: int | None) -> None:
     config = settings.config
     address = config.cluster.address
     check_http_port(config)
+    refuse_if_served(settings.store)
+    if generation is None:
+        settings.store.current()  # refuses now, not after Ray has started
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
         with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose):
