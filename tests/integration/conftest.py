@@ -1,7 +1,10 @@
 """A real cluster, once a session: data, a trained model, three shards, HTTP. Checks for leaks."""
 
+import os
+import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from cluster.build import build_generation, run_on_ray
 from cluster.commands.build import plan_of
 from cluster.config import ShardlineConfig, load_config
 from cluster.deployment import serving
-from cluster.endpoint import Endpoint
+from cluster.endpoint import Endpoint, is_alive
 from cluster.launch import SESSION_PREFIX, local_ray
 from cluster.store import Store
 from router.client import Client
@@ -22,6 +25,7 @@ from training.synth import PRESETS, generate
 from training.tables import Dataset
 
 NUM_ITEMS = 3000
+SESSION = re.compile(rf"/{SESSION_PREFIX}([0-9]+)-")
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,16 @@ def client(cluster: Cluster) -> Iterator[Client]:
 
 
 def our_traces() -> set[str]:
-    """Session folders, and processes that a session of ours would leave."""
-    folders = {str(path) for path in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*")}
-    return folders | {
-        f"{process.info['name']} {process.pid}"
-        for process in psutil.process_iter(["name"])
-        if process.info["name"] in ("haproxy", "raylet", "gcs_server")
-        or (process.info["name"] or "").startswith("ray::")
-    }
+    """Session folders, and processes of sessions, whose owner is this process or is gone.
+
+    A session's folder carries its owner's pid; another one on this machine has an owner that lives.
+    """
+    traces = {str(path): str(path) for path in Path(tempfile.gettempdir()).iterdir()}
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            files = [file.path for file in process.open_files()]
+            named = " ".join([*process.cmdline(), *files])
+            traces[f"{process.name()} {process.pid}"] = named
+    found = {name: SESSION.search(text) for name, text in traces.items()}
+    owners = {name: int(match[1]) for name, match in found.items() if match is not None}
+    return {name for name, pid in owners.items() if pid == os.getpid() or not is_alive(pid)}
