@@ -22,15 +22,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shards.schema import FloatArray
 from training import gather
-from training.batches import Batch, Sampler, TrainingData, check_batch
+from training.batches import Sampler, TrainingData, check_batch
 from training.checkpoint import TrainState, latest_state, open_run, restore, save_checkpoint
 from training.config import OptimiserConfig, TrainingConfig
 from training.encoding import encode_items, encode_queries
 from training.features import Block
-from training.losses import LossTerms, false_negatives, info_nce
+from training.losses import LossTerms
 from training.metrics import rank_exact, score_lists
 from training.queries import sample_users
-from training.towers import Inputs, QueryInputs, TwoTower, build_model
+from training.step import batch_loss, log_frequencies
+from training.towers import TwoTower, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -149,43 +150,6 @@ class Trainer:
             )
 
 
-def batch_loss(
-    model: nn.Module,
-    config: TrainingConfig,
-    batch: Batch,
-    log_q: Tensor | None,
-    generator: torch.Generator | None,
-) -> LossTerms:
-    """The loss of this rank's rows against the items of all ranks; a step of every rank at once.
-
-    model: a TwoTower, or DistributedDataParallel around one. log_q (items,) float32 or None.
-    """
-    device = next(model.parameters()).device
-    queries = QueryInputs.of(batch.users, batch.history, batch.history_lengths, device)
-    local_queries, local_items, temperature = model(
-        queries, Inputs.of(batch.items, device), generator
-    )
-    row_items = torch.from_numpy(batch.item_rows).to(device)
-    columns = gather.gather_values(row_items)
-    labels = torch.arange(len(row_items), device=device) + gather.rank() * len(row_items)
-    masked = false_negatives(
-        config.loss,
-        row_items,
-        columns,
-        labels,
-        torch.from_numpy(batch.known_rows).to(device),
-        torch.from_numpy(batch.known_items).to(device),
-    )
-    return info_nce(
-        local_queries,
-        gather.gather_rows(local_items),
-        labels,
-        temperature,
-        log_q=None if log_q is None else log_q[columns],
-        masked=masked,
-    )
-
-
 def validation_recall(model: TwoTower, sampler: Sampler, config: TrainingConfig) -> float:
     """Recall@k on the val split over the whole corpus, train items left out of the ranking.
 
@@ -241,14 +205,6 @@ def learning_rate(config: OptimiserConfig, step: int, total_steps: int) -> float
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def log_frequencies(data: TrainingData, device: torch.device) -> Tensor:
-    """(items,) float32: log of each item's share of train; items that never occur get -inf."""
-    counts = data.item_counts()
-    with np.errstate(divide="ignore"):
-        frequencies = np.log(counts / counts.sum())
-    return torch.from_numpy(frequencies.astype(np.float32)).to(device)
 
 
 def _step_seed(seed: int, step: int) -> int:

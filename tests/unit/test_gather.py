@@ -19,7 +19,8 @@ from training.checkpoint import Run, open_run, start_run
 from training.encoding import encode_items
 from training.features import fit
 from training.gather import gather_rows, gather_values
-from training.loop import all_item_vectors, batch_loss, log_frequencies
+from training.loop import all_item_vectors
+from training.step import batch_loss, log_frequencies
 from training.towers import build_model
 
 
