@@ -171,9 +171,8 @@ def _start_router(config: ShardlineConfig, port: int, secret: bytes) -> None:
             # the service refuses overload itself, early and with Retry-After
             max_ongoing_requests=config.router.max_in_flight * 2,
             ray_actor_options={"num_cpus": 0},
-            logging_config={
-                "enable_access_log": False
-            },  # a line a request costs 0.1 ms of the loop
+            # no access log: even a line that is not written costs 0.05 ms of the replica's loop
+            logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
         .bind(config=config.router, controller=CONTROLLER_NAME, namespace=NAMESPACE, secret=secret)
     )

@@ -7,6 +7,7 @@ controller; while the controller is away the replica serves on with the table it
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -82,6 +83,8 @@ class RouterReplica:
         """
         self._following = asyncio.ensure_future(self._follow_controller())
         await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
+        gc.collect()
+        gc.freeze()  # Ray and the web framework stay: collecting over them takes 50 ms
 
     async def stop(self) -> None:
         """Stops following, closes the shard connections."""

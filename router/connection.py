@@ -1,9 +1,10 @@
 """One persistent connection to one shard, with many requests in flight.
 
-``Link`` is one TCP connection: handshake, then frames, parsed where they arrive so that a reply
-costs no task and no future. ``ShardConnection`` keeps one link up: it connects, reconnects with
-growing random pauses, and refuses a shard process that an older epoch or another generation
-marks as the wrong one. Deadlines belong to the caller, who abandons what it no longer waits for.
+``Link`` is one TCP connection: handshake, then frames. A reply costs no task and no future, and
+is handed over undecoded: decoding it while other shards still search would take a core from them.
+``ShardConnection`` keeps one link up: it connects, reconnects with growing random pauses, and
+refuses a shard process that an older epoch or another generation marks as the wrong one. Deadlines
+belong to the caller, who abandons what it no longer waits for.
 """
 
 import asyncio
@@ -19,7 +20,6 @@ from shards.types import Hello, ShardRoute
 from shards.wire import (
     MAX_FRAME_BYTES,
     FrameSplitter,
-    Message,
     check_welcome,
     decode_payload,
     encode_frame,
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 HANDSHAKE_FRAME_BYTES = 1024  # Hello has about 120; nobody unproven makes us buffer more
 OLDER_PROCESS_FAILURES = 3  # as many as its pauses grow with: it is about to learn its epoch
 
-OnReply: TypeAlias = Callable[[Message | Unavailable], None]
+OnReply: TypeAlias = Callable[[bytes | Unavailable], None]  # a frame's payload, or the loss
 
 
 class OlderProcess(ProtocolError):
@@ -101,8 +101,8 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._waiting_since = None
         try:
-            for payload in self._splitter.feed(data):
-                self._take(*decode_payload(payload))
+            for request_id, payload in self._splitter.feed(data):
+                self._take(request_id, payload)
         except ProtocolError as error:
             logger.warning("shard at %s broke the protocol: %s", self._peer(), error)
             self.close(f"broke the protocol ({error.message})")
@@ -120,20 +120,20 @@ class Link(asyncio.Protocol):
 
     # Inside
 
-    def _take(self, request_id: int, message: Message) -> None:
+    def _take(self, request_id: int, payload: bytes) -> None:
         if self.hello.done():
             self.answered = True
             on_reply = self._pending.pop(request_id, None)
             if on_reply is not None:
-                on_reply(message)
+                on_reply(payload)
         elif self._greeting is None:
-            hello, proof, welcome_mac = prove(message, self._secret)
+            hello, proof, welcome_mac = prove(decode_payload(payload), self._secret)
             self._greeting = hello, welcome_mac
             assert self._transport is not None
             self._transport.write(encode_frame(0, proof))
         else:
             hello, welcome_mac = self._greeting
-            check_welcome(message, welcome_mac)
+            check_welcome(decode_payload(payload), welcome_mac)
             self._splitter.limit = MAX_FRAME_BYTES
             self.hello.set_result(hello)
 

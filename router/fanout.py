@@ -22,7 +22,13 @@ from router.connection import ShardConnection
 from router.merge import merge_top_k
 from router.messages import Coverage
 from router.serving import Encoder, Serving
-from shards.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable
+from shards.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    ProtocolError,
+    Unavailable,
+)
 from shards.schema import FloatArray, IdArray
 from shards.types import (
     ErrorReply,
@@ -34,7 +40,7 @@ from shards.types import (
     SearchRequest,
     ShardRoute,
 )
-from shards.wire import Message, encode_frame
+from shards.wire import Message, decode_payload, encode_frame
 
 logger = logging.getLogger(__name__)
 
@@ -69,17 +75,17 @@ class FetchAnswer:
 
 
 class Gather:
-    """One reply per shard, or why there is none; ``done`` resolves when nothing is missing."""
+    """One undecoded reply per shard, or why there is none; ``done`` resolves with the last."""
 
     __slots__ = ("done", "expired", "missing", "replies")
 
     def __init__(self, num_shards: int) -> None:
-        self.replies: list[Message | Unavailable | None] = [None] * num_shards
+        self.replies: list[bytes | Unavailable | None] = [None] * num_shards
         self.missing = num_shards
         self.expired = False
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def put(self, position: int, reply: Message | Unavailable) -> None:
+    def put(self, position: int, reply: bytes | Unavailable) -> None:
         if self.replies[position] is not None:
             return
         self.replies[position] = reply
@@ -312,7 +318,7 @@ class Fanout:
         degraded = []
         rows_asked = rows_answered = 0
         for position, route in enumerate(serving.table.shards):
-            reply = gather.replies[position]
+            reply = _decoded(gather.replies[position])
             rows = reply.rows if isinstance(reply, SearchReply) else route.rows
             if isinstance(reply, kind) and well_formed(reply):
                 answered.append((route, reply))
@@ -332,16 +338,29 @@ class Fanout:
         )
 
 
-def _as_error(
-    reply: Message | Unavailable | None, connection: ShardConnection | None
-) -> Unavailable:
+def _decoded(reply: bytes | Unavailable | None) -> Message | Unavailable:
+    if not isinstance(reply, bytes):
+        assert reply is not None, "every shard has answered or expired"
+        return reply
+    try:
+        return decode_payload(reply)
+    except ProtocolError as error:
+        return _BadReply(f"broke the protocol ({error.message})")
+
+
+class _BadReply(Unavailable):
+    """A payload that is no message: the link it came by is to be dropped."""
+
+
+def _as_error(reply: Message | Unavailable, connection: ShardConnection | None) -> Unavailable:
     """Why this reply is not part of the answer; drops a link that sent nonsense."""
+    if not isinstance(reply, Unavailable | ErrorReply):
+        reply = _BadReply("broke the protocol (wrong reply)")
+    if isinstance(reply, _BadReply):
+        assert connection is not None
+        connection.fail(reply.message)
     if isinstance(reply, Unavailable):
         return reply
-    if not isinstance(reply, ErrorReply):
-        assert connection is not None
-        connection.fail("broke the protocol (wrong reply)")
-        return Unavailable("wrong reply")
     if reply.code == InvalidInput.code:
         raise InvalidInput(reply.message, field=reply.field)
     if reply.code == DeadlineExceeded.code:

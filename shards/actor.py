@@ -4,6 +4,7 @@ A thin shell around ``Shard`` and ``ShardServer``. Ray supervises and restarts i
 through Ray. A restart runs the constructor again, which registers the new address by itself.
 """
 
+import gc
 import logging
 import os
 import time
@@ -45,6 +46,8 @@ class ShardActor:
         self._address = self._server.bind()
         self._controller = controller
         self._server.start(epoch=self._register())
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a full collection over it would hold up searches
         logger.info(
             "shard %d of generation %d: %d rows at %s:%d, loaded in %.0f ms",
             shard,

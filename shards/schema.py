@@ -50,18 +50,22 @@ def check_vectors(
         raise InvalidInput(
             "wrong dimension", field=field, expected=str(dim), got=str(array.shape[1])
         )
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, refused just below
-        vectors: FloatArray = np.array(array, dtype=np.float32, order="C", copy=copy or None)
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        row = int(np.flatnonzero(~finite)[0])
+    vectors: FloatArray = array
+    if copy or array.dtype != np.float32 or not array.flags.c_contiguous:
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, refused below
+            vectors = np.array(array, dtype=np.float32, order="C")
+    # in float64 the squares of float32 neither overflow nor vanish, so that one pass over the
+    # vectors tells both whether they are finite and how long they are
+    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+    if not np.isfinite(squares).all():
+        row = int(np.flatnonzero(~np.isfinite(squares))[0])
         raise InvalidInput(
             "not finite",
             field=f"{field}[{row}]",
             expected="finite float32 values",
             got="NaN or infinity",
         )
-    return normalise(vectors, field=field) if metric is Metric.COSINE else vectors
+    return _scaled(vectors, squares, field) if metric is Metric.COSINE else vectors
 
 
 def normalise(vectors: FloatArray, *, field: str = "vectors") -> FloatArray:
@@ -70,8 +74,11 @@ def normalise(vectors: FloatArray, *, field: str = "vectors") -> FloatArray:
     Raises:
         InvalidInput: a row is zero, so it has no direction.
     """
-    # float64 because the square of a large float32 overflows
-    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64))
+    return _scaled(vectors, np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64), field)
+
+
+def _scaled(vectors: FloatArray, squares: NDArray[np.float64], field: str) -> FloatArray:
+    norms = np.sqrt(squares)
     if (norms < MIN_NORM).any():
         row = int(np.flatnonzero(norms < MIN_NORM)[0])
         raise InvalidInput(

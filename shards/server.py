@@ -55,7 +55,7 @@ BACKLOG = 128
 # The longest search in the loop thread: nobody notices a handshake that waits this long.
 INLINE_MS = 2.0
 INLINE_ROWS = 8  # and the largest batch, because what a row costs is only estimated
-ESTIMATE_DECAY = 0.9  # so that one dear request (a large k, many lists) is not forgotten at once
+ESTIMATE_DECAY = 0.5  # so that one dear request (a large k, many lists) is not forgotten at once
 STOP_TIMEOUT_S = 10.0
 
 Request: TypeAlias = SearchRequest | FetchRequest
@@ -367,8 +367,8 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            for payload in self._splitter.feed(data):
-                self._take(*decode_payload(payload))
+            for request_id, payload in self._splitter.feed(data):
+                self._take(request_id, decode_payload(payload))
         except ProtocolError as error:
             logger.warning("client %s broke the protocol: %s", self._peer(), error)
             self.abort()

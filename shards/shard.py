@@ -88,6 +88,8 @@ class Shard:
 
         A request that is wrong gets its error in place of a reply and harms no other.
         """
+        if len(requests) == 1:
+            return [self._search_alone(requests[0])]
         replies: list[SearchReply | ShardlineError | None] = [None] * len(requests)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for at, request in enumerate(requests):
@@ -121,6 +123,14 @@ class Shard:
         return FetchReply(
             item_ids=wanted[found], vectors=self._main.reconstruct(rows[found].astype(np.int64))
         )
+
+    def _search_alone(self, request: SearchRequest) -> SearchReply | ShardlineError:
+        try:
+            self._check(request)
+            (reply,) = self._search_together([request])
+        except ShardlineError as error:
+            return error
+        return reply
 
     def _check(self, request: SearchRequest) -> None:
         check_k(request.k)

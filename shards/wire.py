@@ -1,9 +1,10 @@
 """The wire: length-prefixed msgpack frames, and the handshake that proves the cluster secret.
 
-Frame: 4 bytes little-endian payload length, then a msgpack array ``[tag, request_id, fields]``.
-``fields`` is a map of the message's fields; an array travels as ``{"dtype", "shape", "data"}`` with
-raw little-endian bytes, so neither side ever makes Python lists of numbers. Many requests may be
-in flight on one connection; ``request_id`` pairs answers with them.
+Frame: 4 bytes payload length and 8 bytes request id, little-endian, then the payload, a msgpack
+array ``[tag, field, field, ...]`` in the order of the message's fields. An array field travels as
+``[dtype, shape, data]`` with raw little-endian bytes, so neither side ever makes Python lists of
+numbers. Many requests may be in flight on one connection; the request id pairs answers with them,
+and stands outside the payload so that a router need not decode before all answers are in.
 
 Handshake, on every new connection, before any request:
 
@@ -16,8 +17,8 @@ import hmac
 import math
 import secrets
 import struct
+from collections.abc import Callable
 from dataclasses import fields
-from types import NoneType
 from typing import Any, TypeAlias
 
 import msgpack
@@ -36,11 +37,12 @@ from shards.types import (
     Welcome,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 << 20  # 2048 queries x k=2048 x 12 bytes is 50 MB: the largest legal answer
 NONCE_BYTES = 16
-HEADER = struct.Struct("<I")
-WIRE_DTYPES = frozenset({"<f4", "<i8"})
+HEADER = struct.Struct("<IQ")
+ITEM_BYTES = {"<f4": 4, "<i8": 8}  # the array types that travel
+MAX_NDIM = 2
 
 Message: TypeAlias = (
     SearchRequest | SearchReply | FetchRequest | FetchReply | ErrorReply | Hello | Proof | Welcome
@@ -62,46 +64,41 @@ _PARAM_FIELDS = tuple(f.name for f in fields(SearchParams))
 
 
 def encode_frame(request_id: int, message: Message) -> bytes:
-    """One whole frame, length prefix included.
+    """One whole frame, header included; 0 <= request_id < 2**64.
 
     Raises:
         ProtocolError: larger than MAX_FRAME_BYTES.
     """
     kind = type(message)
-    content = {name: getattr(message, name) for name in _FIELDS[kind]}
-    payload: bytes = msgpack.packb((_TAGS[kind], request_id, content), default=_pack_value)
+    values = [_TAGS[kind], *(getattr(message, name) for name in _FIELDS[kind])]
+    payload: bytes = msgpack.packb(values, default=_pack_value)
     if len(payload) > MAX_FRAME_BYTES:
         raise ProtocolError(
             "frame too large", expected=f"<= {MAX_FRAME_BYTES} bytes", got=f"{len(payload)} bytes"
         )
-    return HEADER.pack(len(payload)) + payload
+    return HEADER.pack(len(payload), request_id) + payload
 
 
-def decode_payload(payload: bytes) -> tuple[int, Message]:
-    """(request_id, message) of a frame's payload. Arrays are read-only views of the payload.
+def decode_payload(payload: bytes) -> Message:
+    """The message of a frame. Its arrays are read-only views of bytes of their own.
 
     Raises:
         ProtocolError: not msgpack, not a known message, or fields of the wrong kind.
     """
     try:
-        tag, request_id, content = msgpack.unpackb(
-            payload, object_hook=_unpack_value, strict_map_key=True, ext_hook=_refuse_ext
-        )
+        values = msgpack.unpackb(payload, use_list=False, ext_hook=_refuse_ext)
     except ProtocolError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
-        raise ProtocolError("bad frame", expected="[tag, id, fields]", got=str(error)) from error
-    if type(tag) is not int or not 0 <= tag < len(MESSAGE_TYPES) or type(request_id) is not int:
-        raise ProtocolError(
-            "bad frame", expected="a known tag and an integer id", got=repr(tag)[:40]
-        )
+        raise ProtocolError("bad frame", expected="[tag, fields]", got=str(error)) from error
+    tag = values[0] if type(values) is tuple and values else None
+    if type(tag) is not int or not 0 <= tag < len(MESSAGE_TYPES):
+        raise ProtocolError("bad frame", expected="a known tag", got=repr(tag)[:40])
     kind = MESSAGE_TYPES[tag]
-    if not isinstance(content, dict) or set(content) != set(_FIELDS[kind]):
+    readers = _READERS[kind]
+    if len(values) != 1 + len(readers):
         raise ProtocolError("bad frame", expected=f"the fields of {kind.__name__}")
-    if kind is SearchRequest:
-        content["params"] = _search_params(content["params"])
-    _check_scalars(kind, content)
-    return request_id, kind(**content)
+    return kind(**{name: read(name, values[at]) for at, (name, read) in readers})
 
 
 class FrameSplitter:
@@ -111,29 +108,37 @@ class FrameSplitter:
         self.limit = limit
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The payloads completed by ``data``, in order.
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """(request id, payload) of the frames completed by ``data``, in order.
 
         Raises:
             ProtocolError: a frame announces more than the limit.
         """
-        buffer = self._buffer
-        buffer += data
-        payloads = []
-        start = 0
-        while len(buffer) - start >= HEADER.size:
-            (length,) = HEADER.unpack_from(buffer, start)
+        if self._buffer:
+            self._buffer += data
+            frames, used = self._split(self._buffer)
+            del self._buffer[:used]
+        else:  # as a rule ``data`` is whole frames, which need no buffer
+            frames, used = self._split(data)
+            self._buffer += data[used:]
+        return frames
+
+    def _split(self, data: bytes | bytearray) -> tuple[list[tuple[int, bytes]], int]:
+        """The whole frames at the start of ``data``, and how many bytes they take."""
+        frames = []
+        start, size = 0, len(data)
+        while size - start >= HEADER.size:
+            length, request_id = HEADER.unpack_from(data, start)
             if length > self.limit:
                 raise ProtocolError(
                     "frame too large", expected=f"<= {self.limit} bytes", got=f"{length} bytes"
                 )
             end = start + HEADER.size + length
-            if len(buffer) < end:
+            if size < end:
                 break
-            payloads.append(bytes(buffer[start + HEADER.size : end]))
+            frames.append((request_id, bytes(data[start + HEADER.size : end])))
             start = end
-        del buffer[:start]
-        return payloads
+        return frames, start
 
 
 def new_hello(*, shard: int, generation: int, epoch: int) -> Hello:
@@ -192,59 +197,93 @@ def _pack_value(value: Any) -> Any:
         array = np.ascontiguousarray(value)
         # a memoryview with a zero in its shape cannot be cast, and has no bytes anyway
         data = array.data.cast("B") if array.size else b""
-        return {"dtype": array.dtype.str, "shape": array.shape, "data": data}
+        return array.dtype.str, array.shape, data
     if isinstance(value, SearchParams):
-        return {name: getattr(value, name) for name in _PARAM_FIELDS}
+        return tuple(getattr(value, name) for name in _PARAM_FIELDS)
     raise TypeError(f"{type(value).__name__} does not travel on the wire")
 
 
-def _unpack_value(value: dict[str, Any]) -> Any:
-    if value.keys() != {"dtype", "shape", "data"}:
-        return value
-    dtype, shape, data = value["dtype"], value["shape"], value["data"]
-    if dtype not in WIRE_DTYPES or not isinstance(data, bytes) or not isinstance(shape, list):
-        raise ProtocolError("bad array", expected=f"dtype in {sorted(WIRE_DTYPES)}")
-    if not all(type(size) is int and size >= 0 for size in shape):
-        raise ProtocolError("bad array", expected="a shape of sizes >= 0", got=repr(shape))
-    if math.prod(shape) * np.dtype(dtype).itemsize != len(data):
-        raise ProtocolError("bad array", expected=f"shape {shape}", got=f"{len(data)} bytes")
+def _array(name: str, value: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    if type(value) is not tuple or len(value) != 3:
+        raise _wrong(name, "an array as [dtype, shape, data]", value)
+    dtype, shape, data = value
+    if type(dtype) is not str or dtype not in ITEM_BYTES:
+        raise _wrong(name, f"dtype in {sorted(ITEM_BYTES)}", dtype)
+    if type(shape) is not tuple or len(shape) > MAX_NDIM:
+        raise _wrong(name, f"a shape of at most {MAX_NDIM} sizes", shape)
+    if not all(type(size) is int and 0 <= size <= MAX_FRAME_BYTES for size in shape):
+        raise _wrong(name, "a shape of sizes >= 0", shape)
+    if type(data) is not bytes or math.prod(shape) * ITEM_BYTES[dtype] != len(data):
+        raise _wrong(name, f"the bytes of shape {shape}", data)
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 
-def _search_params(value: Any) -> SearchParams:
-    if not isinstance(value, dict) or set(value) != set(_PARAM_FIELDS):
-        raise ProtocolError("bad frame", expected="search params")
-    if not all(item is None or (type(item) is int and item > 0) for item in value.values()):
-        raise ProtocolError("bad frame", expected="search params that are integers > 0")
-    return SearchParams(**value)
+def _params(name: str, value: Any) -> SearchParams:
+    if type(value) is not tuple or len(value) != len(_PARAM_FIELDS):
+        raise _wrong(name, "search params", value)
+    if not all(item is None or (type(item) is int and item > 0) for item in value):
+        raise _wrong(name, "integers > 0", value)
+    return SearchParams(**dict(zip(_PARAM_FIELDS, value, strict=True)))
 
 
-_SCALARS: dict[str, type | tuple[type, ...]] = {
-    "k": int,
-    "rows": int,
-    "protocol": int,
-    "shard": int,
-    "generation": int,
-    "epoch": int,
-    "timeout_ms": (int, float),
-    "search_ms": (int, float),
-    "nonce": bytes,
-    "mac": bytes,
-    "code": str,
-    "message": str,
-    "field": (str, NoneType),
+def _integer(name: str, value: Any) -> int:
+    if type(value) is not int:
+        raise _wrong(name, "an integer", value)
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise _wrong(name, "a finite number", value)
+    return float(value)
+
+
+def _bytes(name: str, value: Any) -> bytes:
+    if type(value) is not bytes:
+        raise _wrong(name, "bytes", value)
+    return value
+
+
+def _text(name: str, value: Any) -> str:
+    if type(value) is not str:
+        raise _wrong(name, "text", value)
+    return value
+
+
+def _optional_text(name: str, value: Any) -> str | None:
+    return None if value is None else _text(name, value)
+
+
+def _wrong(name: str, expected: str, value: Any) -> ProtocolError:
+    return ProtocolError("bad frame", field=name, expected=expected, got=repr(value)[:40])
+
+
+_READER_OF: dict[str, Callable[[str, Any], Any]] = {
+    "queries": _array,
+    "ids": _array,
+    "scores": _array,
+    "item_ids": _array,
+    "vectors": _array,
+    "params": _params,
+    "k": _integer,
+    "rows": _integer,
+    "protocol": _integer,
+    "shard": _integer,
+    "generation": _integer,
+    "epoch": _integer,
+    "timeout_ms": _number,
+    "search_ms": _number,
+    "nonce": _bytes,
+    "mac": _bytes,
+    "code": _text,
+    "message": _text,
+    "field": _optional_text,
 }
-
-
-def _check_scalars(kind: type[Message], content: dict[str, Any]) -> None:
-    for name, value in content.items():
-        expected = _SCALARS.get(name)
-        if expected is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-            raise ProtocolError(
-                "bad frame", field=f"{kind.__name__}.{name}", got=type(value).__name__
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ProtocolError("bad frame", field=f"{kind.__name__}.{name}", got=str(value))
+# Of each message: place in the payload's array, field, and what reads it.
+_READERS = {
+    kind: tuple(enumerate(((name, _READER_OF[name]) for name in names), start=1))
+    for kind, names in _FIELDS.items()
+}
 
 
 def _refuse_ext(code: int, data: bytes) -> Any:

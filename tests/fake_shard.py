@@ -137,8 +137,8 @@ class FakeShard:
 
 async def read_frame(reader: asyncio.StreamReader):
     """The next (request_id, message) of a stream."""
-    (length,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-    return decode_payload(await reader.readexactly(length))
+    length, request_id = HEADER.unpack(await reader.readexactly(HEADER.size))
+    return request_id, decode_payload(await reader.readexactly(length))
 
 
 def brute_force(queries, ids, vectors, k):

@@ -161,8 +161,8 @@ def test_a_killed_shard_is_missed_at_once_and_full_answers_come_back():
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        ({"garbage": HEADER.pack(2) + b"\xc1\xc1"}, "shard 3: broke the protocol (bad frame)"),
-        ({"short": True}, "shard 3: wrong reply"),
+        ({"garbage": HEADER.pack(2, 1) + b"\xc1\xc1"}, "shard 3: broke the protocol (bad frame)"),
+        ({"short": True}, "shard 3: broke the protocol (wrong reply)"),
         ({"error": ErrorReply(code="overloaded", message="")}, "shard 3: overloaded"),
         ({"error": ErrorReply(code="deadline_exceeded", message="")}, "shard 3: deadline exceeded"),
         (
