@@ -81,12 +81,19 @@ class RouterConfig(BaseModel):
         le=600_000,
         description="longest wait between two reconnections, milliseconds",
     )
+    late_after_ms: float = Field(
+        default=1000.0,
+        gt=0,
+        le=600_000,
+        description="milliseconds without a byte from a shard that owes answers, after which "
+        "queries go without it, until it speaks again",
+    )
     stall_timeout_ms: float = Field(
         default=5000.0,
         gt=0,
         le=600_000,
-        description="milliseconds without a byte from a shard that owes answers, after which a "
-        "missed deadline drops the connection, so later queries need not wait for that shard",
+        description="milliseconds without a byte from a shard that owes answers, after which its "
+        "connection is dropped and made anew",
     )
     switch_wait_ms: float = Field(
         default=1000.0,

@@ -211,14 +211,17 @@ class ShardConnection:
         request_id is the frame's own, and unique among the requests in flight.
 
         Raises:
-            Unavailable: no connection now.
+            Unavailable: no connection now, or a shard so late that nothing more is asked of it.
             Overloaded: too many requests wait for this shard, or it does not read them.
         """
         link = self._link
         if link is None:
             raise Unavailable(self._reason)
+        self._drop_if_silent(link)
         if link.lost.done():
             raise Unavailable(link.lost.result())
+        if link.stalled_for() * 1000 > self._config.late_after_ms:
+            raise Unavailable("silent, though it owes answers")
         if link.in_flight >= self._config.shard_max_in_flight or not link.writable:
             raise Overloaded("overloaded")
         link.send(request_id, frame, on_reply)
@@ -229,14 +232,17 @@ class ShardConnection:
         if link is None:
             return
         link.abandon(request_id)
-        if link.stalled_for() * 1000 > self._config.stall_timeout_ms:
-            logger.warning("shard %d has gone silent: reconnecting", self.route.shard)
-            link.close("gone silent")
+        self._drop_if_silent(link)
 
     def fail(self, reason: str) -> None:
         """Drops the link because of what the peer sent; it is connected anew."""
         if self._link is not None:
             self._link.close(reason)
+
+    def _drop_if_silent(self, link: Link) -> None:
+        if link.stalled_for() * 1000 > self._config.stall_timeout_ms:
+            logger.warning("shard %d has gone silent: reconnecting", self.route.shard)
+            link.close("gone silent")
 
     async def _keep_connected(self) -> None:
         failures = 0

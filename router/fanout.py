@@ -1,7 +1,7 @@
-"""Asking every shard at once: one frame, one deadline, whatever came by then, and its coverage.
+"""The routing table in use, the connections it runs on, and searches and look-ups over them.
 
-Also the home of the routing table: ``apply`` replaces it in one step, and a query that has begun
-ends on the table, encoder and connections it began with.
+``apply`` replaces the table in one step; a query that has begun ends on the table, encoder and
+connections it began with. How one question is asked is in ``ask``, who shares it in ``coalesce``.
 """
 
 import asyncio
@@ -9,59 +9,24 @@ import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeVar
 
 import numpy as np
 
+from router.ask import Ask
+from router.coalesce import Coalescer, Found, LaneKey
 from router.config import RouterConfig
 from router.connection import ShardConnection
-from router.merge import merge_top_k
 from router.messages import Coverage
 from router.serving import Encoder, Serving
-from shards.errors import (
-    DeadlineExceeded,
-    InvalidInput,
-    Overloaded,
-    ProtocolError,
-    Unavailable,
-)
+from shards.errors import DeadlineExceeded, Unavailable
 from shards.schema import FloatArray, IdArray
-from shards.types import (
-    ErrorReply,
-    FetchReply,
-    FetchRequest,
-    RoutingTable,
-    SearchParams,
-    SearchReply,
-    SearchRequest,
-    ShardRoute,
-)
-from shards.wire import Message, decode_payload, encode_frame
+from shards.types import FetchReply, FetchRequest, RoutingTable, SearchParams, ShardRoute
+from shards.wire import encode_frame
 
 logger = logging.getLogger(__name__)
-
-# Elements sorted in the event loop, about 10 ms; a larger merge goes to a thread so that other
-# requests, health checks among them, are not held up.
-MERGE_IN_LOOP = 200_000
-DEGRADED_IN_HINT = 8  # shards named in an error; coverage names them all
-
-R = TypeVar("R", SearchReply, FetchReply)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FanoutAnswer:
-    """ids (n, k) int64 and scores (n, k) float32 in answer order, and what they are based on."""
-
-    ids: IdArray
-    scores: FloatArray
-    coverage: Coverage
-    generation: int
-    model_version: str
-    search_ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,33 +39,6 @@ class FetchAnswer:
     coverage: Coverage
 
 
-class Gather:
-    """One undecoded reply per shard, or why there is none; ``done`` resolves with the last."""
-
-    __slots__ = ("done", "expired", "missing", "replies")
-
-    def __init__(self, num_shards: int) -> None:
-        self.replies: list[bytes | Unavailable | None] = [None] * num_shards
-        self.missing = num_shards
-        self.expired = False
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def put(self, position: int, reply: bytes | Unavailable) -> None:
-        if self.replies[position] is not None:
-            return
-        self.replies[position] = reply
-        self.missing -= 1
-        if self.missing == 0 and not self.done.done():
-            self.done.set_result(None)
-
-    def expire(self) -> None:
-        """Whoever has not answered by now is left out."""
-        self.expired = True
-        for position, reply in enumerate(self.replies):
-            if reply is None:
-                self.put(position, DeadlineExceeded("deadline exceeded"))
-
-
 class Fanout:
     """All methods run in one event loop. ``rng`` spreads reconnections of many routers."""
 
@@ -111,6 +49,7 @@ class Fanout:
         self._serving: Serving | None = None
         self._holders: Counter[ShardConnection] = Counter()
         self._request_ids = itertools.count(1)
+        self._coalescer = Coalescer(self._request_ids)
         self._applying = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -170,36 +109,16 @@ class Fanout:
         deadline: float,
         params: SearchParams,
         min_coverage: float = 0.0,
-    ) -> FanoutAnswer:
+    ) -> Found:
         """queries (n, dim) float32, checked; deadline on the event loop's clock.
 
         Raises:
             InvalidInput: a shard says that the caller's request is wrong.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
-        request = SearchRequest(
-            queries=queries, k=k, timeout_ms=_remaining_ms(deadline), params=params
-        )
-        shape = (len(queries), k)
-        gather = await self._ask(serving, request, deadline)
-        answered, coverage = self._collect(
-            serving, gather, SearchReply, lambda r: r.ids.shape == r.scores.shape == shape
-        )
-        _require(coverage, min_coverage, gather)
-        scores = [reply.scores for _, reply in answered]
-        ids = [reply.ids for _, reply in answered]
-        if len(answered) * len(queries) * k > MERGE_IN_LOOP:
-            top_scores, top_ids = await asyncio.to_thread(merge_top_k, scores, ids, k)
-        else:
-            top_scores, top_ids = merge_top_k(scores, ids, k)
-        return FanoutAnswer(
-            ids=top_ids,
-            scores=top_scores,
-            coverage=coverage,
-            generation=serving.table.generation,
-            model_version=serving.table.model_version,
-            search_ms=max(reply.search_ms for _, reply in answered),
-        )
+        _remaining_ms(deadline)
+        key = LaneKey(serving=serving, k=k, params=params, min_coverage=min_coverage)
+        return await self._coalescer.search(queries, key, deadline)
 
     async def fetch(
         self,
@@ -218,13 +137,20 @@ class Fanout:
         """
         dim = serving.table.dim
         request = FetchRequest(item_ids=item_ids, timeout_ms=_remaining_ms(deadline))
-        gather = await self._ask(serving, request, deadline)
-        answered, coverage = self._collect(
-            serving, gather, FetchReply, lambda r: r.vectors.shape == (len(r.item_ids), dim)
+        request_id = next(self._request_ids)
+        done: asyncio.Event = asyncio.Event()
+        ask = Ask(serving, request_id, deadline=deadline, on_done=done.set)
+        ask.send(encode_frame(request_id, request))
+        try:
+            await done.wait()
+        finally:
+            ask.close()  # for a caller that was cancelled
+        answered, coverage = ask.collect(
+            FetchReply, lambda r: r.vectors.shape == (len(r.item_ids), dim)
         )
         found = [reply.item_ids for _, reply in answered]
         is_whole = bool(found) and bool(np.isin(item_ids, np.concatenate(found)).all())
-        _require(coverage, 0.0 if is_whole else min_coverage, gather)
+        ask.require(coverage, 0.0 if is_whole else min_coverage)
         return FetchAnswer(
             item_ids=np.concatenate(found),
             vectors=np.concatenate([reply.vectors for _, reply in answered]),
@@ -280,96 +206,6 @@ class Fanout:
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
 
-    # One question to all shards
-
-    async def _ask(
-        self, serving: Serving, request: SearchRequest | FetchRequest, deadline: float
-    ) -> Gather:
-        request_id = next(self._request_ids)
-        frame = encode_frame(request_id, request)  # once: the same bytes for every shard
-        gather = Gather(len(serving.connections))
-        asked = []
-        for position, connection in enumerate(serving.connections):
-            if connection is None:
-                gather.put(position, Unavailable("no process serves it"))
-                continue
-            try:
-                connection.request(request_id, frame, partial(gather.put, position))
-            except Unavailable as error:
-                gather.put(position, error)
-            else:
-                asked.append(connection)
-        if gather.missing:
-            timer = asyncio.get_running_loop().call_at(deadline, gather.expire)
-            try:
-                await gather.done
-            finally:
-                timer.cancel()
-                if gather.expired or gather.missing:  # missing: the caller itself was cancelled
-                    for connection in asked:
-                        connection.abandon(request_id)
-        return gather
-
-    def _collect(
-        self, serving: Serving, gather: Gather, kind: type[R], well_formed: Callable[[R], bool]
-    ) -> tuple[list[tuple[ShardRoute, R]], Coverage]:
-        """The replies worth using with their routes, and the coverage they amount to."""
-        answered: list[tuple[ShardRoute, R]] = []
-        degraded = []
-        rows_asked = rows_answered = 0
-        for position, route in enumerate(serving.table.shards):
-            reply = _decoded(gather.replies[position])
-            rows = reply.rows if isinstance(reply, SearchReply) else route.rows
-            if isinstance(reply, kind) and well_formed(reply):
-                answered.append((route, reply))
-                rows_answered += rows
-                rows_asked += rows
-                continue
-            error = _as_error(reply, serving.connections[position])
-            gather.replies[position] = error
-            degraded.append(f"shard {route.shard}: {error.message}")
-            rows_asked += route.rows
-        return answered, Coverage(
-            shards_asked=len(serving.table.shards),
-            shards_answered=len(answered),
-            rows_asked=rows_asked,
-            rows_answered=rows_answered,
-            degraded=degraded,
-        )
-
-
-def _decoded(reply: bytes | Unavailable | None) -> Message | Unavailable:
-    if not isinstance(reply, bytes):
-        assert reply is not None, "every shard has answered or expired"
-        return reply
-    try:
-        return decode_payload(reply)
-    except ProtocolError as error:
-        return _BadReply(f"broke the protocol ({error.message})")
-
-
-class _BadReply(Unavailable):
-    """A payload that is no message: the link it came by is to be dropped."""
-
-
-def _as_error(reply: Message | Unavailable, connection: ShardConnection | None) -> Unavailable:
-    """Why this reply is not part of the answer; drops a link that sent nonsense."""
-    if not isinstance(reply, Unavailable | ErrorReply):
-        reply = _BadReply("broke the protocol (wrong reply)")
-    if isinstance(reply, _BadReply):
-        assert connection is not None
-        connection.fail(reply.message)
-    if isinstance(reply, Unavailable):
-        return reply
-    if reply.code == InvalidInput.code:
-        raise InvalidInput(reply.message, field=reply.field)
-    if reply.code == DeadlineExceeded.code:
-        return DeadlineExceeded("deadline exceeded")
-    if reply.code == Overloaded.code:
-        return Overloaded("overloaded")
-    logger.warning("a shard failed a request: %s: %s", reply.code, reply.message)
-    return Unavailable(f"failed ({reply.code})")
-
 
 def _identity(route: ShardRoute, generation: int) -> tuple[int, int, int, tuple[str, int] | None]:
     return generation, route.shard, route.epoch, route.address
@@ -381,17 +217,3 @@ def _remaining_ms(deadline: float) -> float:
     if remaining <= 0:
         raise DeadlineExceeded("deadline exceeded before the shards were asked")
     return remaining * 1000
-
-
-def _require(coverage: Coverage, min_coverage: float, gather: Gather) -> None:
-    """Raises what best describes too small a coverage."""
-    if coverage.shards_answered and coverage.share >= min_coverage:
-        return
-    kinds = {type(reply) for reply in gather.replies if isinstance(reply, Unavailable)}
-    kind = kinds.pop() if len(kinds) == 1 else Unavailable
-    raise kind(
-        "too few rows answered" if coverage.shards_answered else "no shard answered",
-        expected=f"coverage >= {min_coverage:g}" if min_coverage else "an answer from any shard",
-        got=f"{coverage.rows_answered} of {coverage.rows_asked} rows",
-        hint="; ".join(coverage.degraded[:DEGRADED_IN_HINT]),
-    )

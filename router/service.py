@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from router.coalesce import Found
 from router.config import RouterConfig
-from router.fanout import Fanout, FanoutAnswer
+from router.fanout import Fanout
 from router.limits import Terms, check_size, terms_of
 from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
 from router.serving import Encoder, Serving, load_query_encoder
@@ -251,7 +252,7 @@ class SearchService:
             return ids, scores, prepared.coverage, 0.0
         # one more, because an item-to-item query finds itself; at the limit it gets k - 1
         ask_k = k if prepared.own is None else min(k + 1, self.config.max_k)
-        answer: FanoutAnswer = await self._fanout.search(
+        answer: Found = await self._fanout.search(
             serving,
             prepared.vectors,
             ask_k,

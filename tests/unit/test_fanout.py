@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from router.config import RouterConfig
-from router.fanout import MERGE_IN_LOOP, Fanout
+from router.coalesce import MERGE_IN_LOOP
+from router.fanout import Fanout
 from shards.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable
 from shards.types import ErrorReply, SearchParams, SearchRequest
 from shards.wire import HEADER

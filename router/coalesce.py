@@ -1,0 +1,224 @@
+"""Searches that arrive while another is under way leave together, as one frame to every shard.
+
+An idle lane asks at once. While a frame is under way, compatible searches (same table, k, params
+and coverage) wait in its lane; they leave when it is answered, or after HOLD_MS, so that a slow
+shard holds up nobody. Under load a frame, four sends and four replies then serve many queries.
+Each search keeps its own deadline, and is answered with what has come by then.
+"""
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from router.ask import Ask
+from router.merge import merge_top_k
+from router.messages import Coverage
+from router.serving import Serving
+from shards.errors import DeadlineExceeded
+from shards.schema import FloatArray, IdArray
+from shards.types import SearchParams, SearchReply, SearchRequest
+from shards.wire import encode_frame
+
+HOLD_MS = 5.0  # the longest a frame under way holds back the searches behind it
+MAX_FRAME_ROWS = 256  # queries in one frame; a larger request travels alone
+# Elements sorted in the event loop, about 10 ms; a larger merge goes to a thread so that other
+# requests, health checks among them, are not held up.
+MERGE_IN_LOOP = 200_000
+
+Top: TypeAlias = tuple[FloatArray, IdArray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneKey:
+    """What searches must have in common to share a frame."""
+
+    serving: Serving
+    k: int
+    params: SearchParams
+    min_coverage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """scores (n, k) float32 and ids (n, k) int64 in answer order, and what they are based on."""
+
+    scores: FloatArray
+    ids: IdArray
+    coverage: Coverage
+    generation: int
+    model_version: str
+    search_ms: float
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One search. ``place`` is set when its frame leaves: the frame, and its rows in it."""
+
+    queries: FloatArray
+    deadline: float
+    ready: asyncio.Future[None]
+    timer: asyncio.TimerHandle | None = None
+    place: "tuple[_Frame, slice] | None" = None
+
+    def wake(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """What left together; merged once for all its members when every reply is in."""
+
+    ask: Ask
+    rows: int
+    members: list[_Member]
+    lets_past: asyncio.TimerHandle | None = None
+    top: Top | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """held: by the frame under way that lets nobody past; None when the lane is free."""
+
+    waiting: list[_Member] = field(default_factory=list)
+    held: _Frame | None = None
+
+
+class Coalescer:
+    """All methods run in one event loop."""
+
+    def __init__(self, request_ids: Iterator[int]) -> None:
+        self._request_ids = request_ids
+        self._lanes: dict[LaneKey, _Lane] = {}
+
+    async def search(self, queries: FloatArray, key: LaneKey, deadline: float) -> Found:
+        """queries (n, dim) float32; deadline on the event loop's clock.
+
+        Raises:
+            InvalidInput: a shard says that the caller's request is wrong.
+            DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
+        """
+        loop = asyncio.get_running_loop()
+        member = _Member(queries, deadline, loop.create_future())
+        lane = self._lanes.setdefault(key, _Lane())
+        lane.waiting.append(member)
+        if lane.held is None:
+            self._depart(key, lane)
+        if member.place is None or deadline < member.place[0].ask.deadline:
+            member.timer = loop.call_at(deadline, member.wake)
+        try:
+            await member.ready
+        except asyncio.CancelledError:
+            self._leave(lane, member)
+            raise
+        if member.place is None:
+            lane.waiting.remove(member)
+            raise DeadlineExceeded("deadline exceeded before the shards were asked")
+        return await _answer(*member.place, key)
+
+    # Lanes
+
+    def _depart(self, key: LaneKey, lane: _Lane) -> None:
+        """Sends those who wait, as many as fit a frame; the frame then holds the lane."""
+        members = _that_fit(lane.waiting)
+        if not members:
+            self._lanes.pop(key, None)
+            return
+        del lane.waiting[: len(members)]
+        queries, rows = members[0].queries, len(members[0].queries)
+        if len(members) > 1:
+            queries = np.concatenate([member.queries for member in members])
+            rows = len(queries)
+        deadline = max(member.deadline for member in members)
+        request_id = next(self._request_ids)
+        ask = Ask(
+            key.serving,
+            request_id,
+            deadline=deadline,
+            enough=key.min_coverage,
+            on_done=lambda: self._arrived(key, lane, frame),
+        )
+        frame = lane.held = _Frame(ask, rows, members)
+        start = 0
+        for member in members:
+            end = start + len(member.queries)
+            member.place = frame, slice(start, end)
+            start = end
+        loop = asyncio.get_running_loop()
+        request = SearchRequest(
+            queries=queries,
+            k=key.k,
+            timeout_ms=max(0.0, deadline - loop.time()) * 1000,
+            params=key.params,
+        )
+        frame.lets_past = loop.call_later(HOLD_MS / 1000, self._release, key, lane, frame)
+        ask.send(encode_frame(request_id, request))
+
+    def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
+        assert frame.lets_past is not None
+        frame.lets_past.cancel()
+        for member in frame.members:
+            member.wake()
+        self._release(key, lane, frame)
+
+    def _release(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
+        if lane.held is frame:
+            lane.held = None
+            self._depart(key, lane)
+
+    def _leave(self, lane: _Lane, member: _Member) -> None:
+        """The caller has gone; a frame that nobody waits for any longer is given up."""
+        if member.timer is not None:
+            member.timer.cancel()
+        if member.place is None:
+            if member in lane.waiting:
+                lane.waiting.remove(member)
+            return
+        frame = member.place[0]
+        frame.members.remove(member)
+        if not frame.members:
+            frame.ask.close()
+
+
+def _that_fit(waiting: list[_Member]) -> list[_Member]:
+    """The first of ``waiting`` and whoever fits a frame with it."""
+    sizes = itertools.accumulate(len(member.queries) for member in waiting)
+    count = sum(size <= MAX_FRAME_ROWS for size in sizes)
+    return waiting[: max(1, count)]
+
+
+async def _answer(frame: _Frame, rows: slice, key: LaneKey) -> Found:
+    shape = (frame.rows, key.k)
+    answered, coverage = frame.ask.collect(
+        SearchReply, lambda reply: reply.ids.shape == reply.scores.shape == shape
+    )
+    frame.ask.require(coverage, key.min_coverage)
+    replies = [reply for _, reply in answered]
+    scores, ids = await _merged(frame, rows, replies, key.k)
+    return Found(
+        scores=scores,
+        ids=ids,
+        coverage=coverage,
+        generation=key.serving.table.generation,
+        model_version=key.serving.table.model_version,
+        search_ms=max(reply.search_ms for reply in replies),
+    )
+
+
+async def _merged(frame: _Frame, rows: slice, replies: list[SearchReply], k: int) -> Top:
+    """The top k of these rows: once for the whole frame where it is complete and small."""
+    if frame.ask.done and frame.rows * k * len(replies) <= MERGE_IN_LOOP:
+        if frame.top is None:
+            frame.top = merge_top_k([r.scores for r in replies], [r.ids for r in replies], k)
+        scores, ids = frame.top
+        return scores[rows], ids[rows]
+    parts = [r.scores[rows] for r in replies], [r.ids[rows] for r in replies]
+    if (rows.stop - rows.start) * k * len(replies) > MERGE_IN_LOOP:
+        return await asyncio.to_thread(merge_top_k, *parts, k)
+    return merge_top_k(*parts, k)
