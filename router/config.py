@@ -55,6 +55,13 @@ class RouterConfig(BaseModel):
     retry_after_s: int = Field(
         default=1, ge=1, le=3600, description="seconds, the Retry-After of 429 and 503 answers"
     )
+    cache_bytes: int = Field(
+        default=64 << 20,
+        ge=0,
+        le=1 << 40,
+        description="bytes of complete answers each router keeps for queries that come again; "
+        "0 turns the cache off",
+    )
     shard_max_in_flight: int = Field(
         default=256,
         ge=1,

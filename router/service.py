@@ -9,11 +9,12 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from router.cache import ResultCache, cache_key
 from router.coalesce import Found
 from router.config import RouterConfig
 from router.fanout import Fanout
@@ -68,6 +69,7 @@ class SearchService:
         self._fanout = Fanout(secret, config, rng or random.Random())
         self._load_encoder = load_encoder
         self._in_flight = 0
+        self._cache = ResultCache(config.cache_bytes)
 
     async def apply(self, table: RoutingTable) -> bool:
         """Switches to a newer table and its encoder in one step; False when not newer.
@@ -82,7 +84,10 @@ class SearchService:
             encoder = current.encoder
         else:
             encoder = await asyncio.to_thread(self._load_encoder, table)
-        return await self._fanout.apply(table, encoder)
+        applied = await self._fanout.apply(table, encoder)
+        if applied and current is not None and current.table.generation != table.generation:
+            self._cache.clear()
+        return applied
 
     async def close(self) -> None:
         await self._fanout.close()
@@ -191,7 +196,11 @@ class SearchService:
             Unavailable: no routing table has come yet.
         """
         with self._fanout.pin() as serving:
-            return {**serving.describe(), "in_flight": self._in_flight}
+            return {
+                **serving.describe(),
+                "in_flight": self._in_flight,
+                "cache": asdict(self._cache.stats) if self._cache.enabled else None,
+            }
 
     # Steps
 
@@ -252,14 +261,7 @@ class SearchService:
             return ids, scores, prepared.coverage, 0.0
         # one more, because an item-to-item query finds itself; at the limit it gets k - 1
         ask_k = k if prepared.own is None else min(k + 1, self.config.max_k)
-        answer: Found = await self._fanout.search(
-            serving,
-            prepared.vectors,
-            ask_k,
-            deadline=deadline,
-            params=params,
-            min_coverage=terms.min_coverage,
-        )
+        answer = await self._find(serving, prepared.vectors, ask_k, terms, params, deadline)
         if prepared.own is None:
             return answer.ids, answer.scores, answer.coverage, answer.search_ms
         ids, scores = _empty(prepared.num_queries, k)
@@ -271,6 +273,33 @@ class SearchService:
         if prepared.reasons and prepared.coverage is not None and prepared.coverage.degraded:
             coverage = coverage.joined(prepared.coverage)
         return ids, scores, coverage, answer.search_ms
+
+    async def _find(
+        self,
+        serving: Serving,
+        vectors: FloatArray,
+        k: int,
+        terms: Terms,
+        params: SearchParams,
+        deadline: float,
+    ) -> Found:
+        """From the cache, or from the shards."""
+        found: Found | None = None
+        if self._cache.enabled:
+            key = cache_key(serving.table.generation, vectors, k, params)
+            found = self._cache.get(key)
+        if found is None:
+            found = await self._fanout.search(
+                serving,
+                vectors,
+                k,
+                deadline=deadline,
+                params=params,
+                min_coverage=terms.min_coverage,
+            )
+            if self._cache.enabled:
+                self._cache.put(key, found)
+        return found
 
 
 def drop_own(ids: IdArray, scores: FloatArray, own: IdArray) -> tuple[IdArray, FloatArray]:

@@ -417,3 +417,60 @@ def test_drop_own_moves_the_rest_up_and_leaves_other_rows_alone():
     got_ids, got_scores = drop_own(ids, scores, np.array([7, 100]))
     assert got_ids.tolist() == [[4, 9, -1], [4, 7, -1]]
     assert got_scores.tolist() == [[3, 1, -np.inf], [3, 2, -np.inf]]
+
+
+def test_a_query_that_comes_again_is_answered_from_the_cache():
+    async def run():
+        async with serving() as (service, shards, _, vectors):
+            first = await search(service, vectors=vectors[:2].tolist(), k=4)
+            again = await search(service, vectors=vectors[:2].tolist(), k=4)
+            np.testing.assert_array_equal(again.ids, first.ids)
+            np.testing.assert_array_equal(again.scores, first.scores)
+            assert again.coverage == first.coverage
+            assert again.search_ms == 0.0
+            await search(service, vectors=vectors[:2].tolist(), k=5)
+            assert [len(shard.requests) for shard in shards] == [2, 2, 2, 2]
+            stats = service.status()["cache"]
+            assert (stats["hits"], stats["misses"], stats["entries"]) == (1, 2, 2)
+
+    asyncio.run(run())
+
+
+def test_a_partial_answer_is_never_repeated():
+    async def run():
+        async with serving() as (service, shards, _, vectors):
+            shards[1].error = ErrorReply(code="overloaded", message="")
+            assert (await search(service, vectors=vectors[:1])).coverage.share == 0.75
+            shards[1].error = None
+            assert (await search(service, vectors=vectors[:1])).coverage.share == 1.0
+
+    asyncio.run(run())
+
+
+def test_another_generation_answers_for_itself():
+    async def run():
+        ids, vectors = make_rows(60, DIM)
+        async with (
+            serving() as (service, _, _, _),
+            running_shards(ids + 1000, vectors, 2, generation=2) as new,
+        ):
+            assert (await search(service, vectors=vectors[:1])).ids.max() < 1000
+            await service.apply(make_table(new, DIM, version=2, generation=2))
+            assert service.status()["cache"]["entries"] == 0
+            answer = await search(service, vectors=vectors[:1])
+            assert answer.ids.min() >= 1000
+            assert answer.generation == 2
+
+    asyncio.run(run())
+
+
+def test_without_a_cache_every_query_is_asked():
+    async def run():
+        config = FAST.model_copy(update={"cache_bytes": 0})
+        async with serving(config=config) as (service, shards, _, vectors):
+            for _ in range(2):
+                await search(service, vectors=vectors[:1])
+            assert len(shards[0].requests) == 2
+            assert service.status()["cache"] is None
+
+    asyncio.run(run())

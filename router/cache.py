@@ -1,0 +1,83 @@
+"""The result cache: whole answers to queries asked before, least recently used out first.
+
+Only complete answers are kept: an answer that missed a shard must not outlive the fault. The
+generation is part of the key, so an answer never outlives its index either.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from router.coalesce import Found
+from shards.schema import FloatArray
+from shards.types import SearchParams
+
+CacheKey: TypeAlias = tuple[int, int, SearchParams, int, bytes]
+
+ENTRY_BYTES = 1000  # an entry beside its arrays and its key: dictionary slot, objects, coverage
+LARGEST_SHARE = 16  # an answer above this fraction of the cache would empty it for one query
+
+
+def cache_key(generation: int, queries: FloatArray, k: int, params: SearchParams) -> CacheKey:
+    """queries (n, dim) float32 as they go to the shards: normalised, encoded."""
+    return generation, k, params, len(queries), queries.tobytes()
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Since the start, but for ``entries`` and ``bytes``, which are now."""
+
+    hits: int = 0
+    misses: int = 0
+    evicted: int = 0
+    entries: int = 0
+    bytes: int = 0
+
+
+class ResultCache:
+    """At most ``max_bytes`` of answers; with 0 it keeps nothing. Used by one thread."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.stats = CacheStats()
+        self._max_bytes = max_bytes
+        self._found: OrderedDict[CacheKey, tuple[Found, int]] = OrderedDict()
+
+    @property
+    def enabled(self) -> bool:
+        return self._max_bytes > 0
+
+    def get(self, key: CacheKey) -> Found | None:
+        """The answer kept for the key. Its arrays are shared: nobody may write to them."""
+        kept = self._found.get(key)
+        if kept is None:
+            self.stats.misses += 1
+            return None
+        self.stats.hits += 1
+        self._found.move_to_end(key)
+        return kept[0]
+
+    def put(self, key: CacheKey, found: Found) -> None:
+        """Keeps a complete answer, in arrays of its own; a partial or huge one it does not keep."""
+        size = found.ids.nbytes + found.scores.nbytes + len(key[-1]) + ENTRY_BYTES
+        if found.coverage.degraded or size * LARGEST_SHARE > self._max_bytes:
+            return
+        # copied, because the rows of a shared frame are views that would keep all of it alive
+        own = replace(found, ids=found.ids.copy(), scores=found.scores.copy(), search_ms=0.0)
+        own.ids.flags.writeable = own.scores.flags.writeable = False
+        self._drop(key)
+        self._found[key] = own, size
+        self.stats.bytes += size
+        while self.stats.bytes > self._max_bytes:
+            self._drop(next(iter(self._found)))
+            self.stats.evicted += 1
+        self.stats.entries = len(self._found)
+
+    def clear(self) -> None:
+        """Forgets every answer, as when another generation goes live."""
+        self._found.clear()
+        self.stats.bytes = self.stats.entries = 0
+
+    def _drop(self, key: CacheKey) -> None:
+        kept = self._found.pop(key, None)
+        if kept is not None:
+            self.stats.bytes -= kept[1]
