@@ -50,6 +50,7 @@ class Ask:
         "_timer",
         "deadline",
         "done",
+        "missing",
         "serving",
     )
 
@@ -65,6 +66,7 @@ class Ask:
         self.serving = serving
         self.deadline = deadline
         self.done = False
+        self.missing: list[int] = []  # shards that the last ``collect`` went without
         self._on_done = on_done
         self._request_id = request_id
         self._replies: list[bytes | Message | Unavailable | None]
@@ -111,6 +113,7 @@ class Ask:
         """
         answered: list[tuple[ShardRoute, R]] = []
         degraded = []
+        self.missing.clear()
         rows_asked = rows_answered = 0
         for position, route in enumerate(self.serving.table.shards):
             reply = self._read(position)
@@ -123,6 +126,7 @@ class Ask:
             error = _as_error(reply, self.serving.connections[position])
             if self._replies[position] is not None:
                 self._replies[position] = error
+            self.missing.append(route.shard)
             degraded.append(f"shard {route.shard}: {error.message}")
             rows_asked += route.rows
         return answered, Coverage(

@@ -8,6 +8,7 @@ Each search keeps its own deadline, and is answered with what has come by then.
 
 import asyncio
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -19,6 +20,7 @@ from router.merge import merge_top_k
 from router.messages import Coverage
 from router.serving import Serving
 from shards.errors import DeadlineExceeded
+from shards.metrics import FRAME_QUERIES, SHARD_MISSING, SHARD_MS, Recorder
 from shards.schema import FloatArray, IdArray
 from shards.types import SearchParams, SearchReply, SearchRequest
 from shards.wire import encode_frame
@@ -78,6 +80,7 @@ class _Frame:
     ask: Ask
     rows: int
     members: list[_Member]
+    left_at: float
     lets_past: asyncio.TimerHandle | None = None
     top: Top | None = None
 
@@ -93,8 +96,9 @@ class _Lane:
 class Coalescer:
     """All methods run in one event loop."""
 
-    def __init__(self, request_ids: Iterator[int]) -> None:
+    def __init__(self, request_ids: Iterator[int], recorder: Recorder) -> None:
         self._request_ids = request_ids
+        self._recorder = recorder
         self._lanes: dict[LaneKey, _Lane] = {}
 
     async def search(self, queries: FloatArray, key: LaneKey, deadline: float) -> Found:
@@ -120,7 +124,26 @@ class Coalescer:
         if member.place is None:
             lane.waiting.remove(member)
             raise DeadlineExceeded("deadline exceeded before the shards were asked")
-        return await _answer(*member.place, key)
+        return await self._answer(*member.place, key)
+
+    async def _answer(self, frame: _Frame, rows: slice, key: LaneKey) -> Found:
+        shape = (frame.rows, key.k)
+        answered, coverage = frame.ask.collect(
+            SearchReply, lambda reply: reply.ids.shape == reply.scores.shape == shape
+        )
+        for shard in frame.ask.missing:
+            self._recorder.count(SHARD_MISSING, str(shard))
+        frame.ask.require(coverage, key.min_coverage)
+        replies = [reply for _, reply in answered]
+        scores, ids = await _merged(frame, rows, replies, key.k)
+        return Found(
+            scores=scores,
+            ids=ids,
+            coverage=coverage,
+            generation=key.serving.table.generation,
+            model_version=key.serving.table.model_version,
+            search_ms=max(reply.search_ms for reply in replies),
+        )
 
     # Lanes
 
@@ -144,7 +167,8 @@ class Coalescer:
             enough=key.min_coverage,
             on_done=lambda: self._arrived(key, lane, frame),
         )
-        frame = lane.held = _Frame(ask, rows, members)
+        frame = lane.held = _Frame(ask, rows, members, time.perf_counter())
+        self._recorder.observe(FRAME_QUERIES, rows)
         start = 0
         for member in members:
             end = start + len(member.queries)
@@ -163,6 +187,7 @@ class Coalescer:
     def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         assert frame.lets_past is not None
         frame.lets_past.cancel()
+        self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
         for member in frame.members:
             member.wake()
         self._release(key, lane, frame)
@@ -191,24 +216,6 @@ def _that_fit(waiting: list[_Member]) -> list[_Member]:
     sizes = itertools.accumulate(len(member.queries) for member in waiting)
     count = sum(size <= MAX_FRAME_ROWS for size in sizes)
     return waiting[: max(1, count)]
-
-
-async def _answer(frame: _Frame, rows: slice, key: LaneKey) -> Found:
-    shape = (frame.rows, key.k)
-    answered, coverage = frame.ask.collect(
-        SearchReply, lambda reply: reply.ids.shape == reply.scores.shape == shape
-    )
-    frame.ask.require(coverage, key.min_coverage)
-    replies = [reply for _, reply in answered]
-    scores, ids = await _merged(frame, rows, replies, key.k)
-    return Found(
-        scores=scores,
-        ids=ids,
-        coverage=coverage,
-        generation=key.serving.table.generation,
-        model_version=key.serving.table.model_version,
-        search_ms=max(reply.search_ms for reply in replies),
-    )
 
 
 async def _merged(frame: _Frame, rows: slice, replies: list[SearchReply], k: int) -> Top:

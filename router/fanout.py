@@ -22,6 +22,7 @@ from router.connection import ShardConnection
 from router.messages import Coverage
 from router.serving import Encoder, Serving
 from shards.errors import DeadlineExceeded, Unavailable
+from shards.metrics import Recorder
 from shards.schema import FloatArray, IdArray
 from shards.types import FetchReply, FetchRequest, RoutingTable, SearchParams, ShardRoute
 from shards.wire import encode_frame
@@ -42,14 +43,20 @@ class FetchAnswer:
 class Fanout:
     """All methods run in one event loop. ``rng`` spreads reconnections of many routers."""
 
-    def __init__(self, secret: bytes, config: RouterConfig, rng: random.Random) -> None:
+    def __init__(
+        self,
+        secret: bytes,
+        config: RouterConfig,
+        rng: random.Random,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._secret = secret
         self._config = config
         self._rng = rng
         self._serving: Serving | None = None
         self._holders: Counter[ShardConnection] = Counter()
         self._request_ids = itertools.count(1)
-        self._coalescer = Coalescer(self._request_ids)
+        self._coalescer = Coalescer(self._request_ids, recorder or Recorder())
         self._applying = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
 

@@ -21,7 +21,28 @@ from router.fanout import Fanout
 from router.limits import Terms, check_size, terms_of
 from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
 from router.serving import Encoder, Serving, load_query_encoder
-from shards.errors import InvalidInput, NotFound, Overloaded, Unavailable, VersionMismatch
+from shards.errors import (
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    ShardlineError,
+    Unavailable,
+    VersionMismatch,
+)
+from shards.metrics import (
+    CACHE_BYTES,
+    CACHE_HITS,
+    CACHE_MISSES,
+    COVERAGE,
+    GENERATION,
+    IN_FLIGHT,
+    REJECTED,
+    REQUEST_MS,
+    REQUEST_QUERIES,
+    SHARDS_CONNECTED,
+    STAGE_MS,
+    Recorder,
+)
 from shards.schema import (
     EMPTY_ID,
     EMPTY_SCORE,
@@ -37,6 +58,7 @@ from shards.types import RoutingTable, SearchParams
 # Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
 # health checks among them, are not held up.
 ENCODE_IN_LOOP = 64
+STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,9 +88,11 @@ class SearchService:
         rng: random.Random | None = None,
     ) -> None:
         self.config = config
-        self._fanout = Fanout(secret, config, rng or random.Random())
+        self.recorder = Recorder()
+        self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
         self._load_encoder = load_encoder
         self._in_flight = 0
+        self._searches = 0
         self._cache = ResultCache(config.cache_bytes)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -100,6 +124,7 @@ class SearchService:
             Overloaded: as many requests as allowed are being worked on.
         """
         if self._in_flight >= self.config.max_in_flight:
+            self.recorder.count(REJECTED, Overloaded.code)
             raise Overloaded(
                 "too many requests at once",
                 expected=f"<= {self.config.max_in_flight} in flight",
@@ -130,15 +155,36 @@ class SearchService:
             DeadlineExceeded, Overloaded, Unavailable: no answer, or too small a coverage.
         """
         began_at = time.perf_counter() if began_at is None else began_at
+        try:
+            answer, kind = await self._search(query, arrived_at, began_at, request_id)
+        except ShardlineError as error:
+            self.recorder.count(REJECTED, error.code)
+            raise
+        self.recorder.observe(REQUEST_MS, answer.took_ms, kind)
+        self.recorder.observe(REQUEST_QUERIES, len(answer.ids))
+        self.recorder.observe(COVERAGE, answer.coverage.share)
+        return answer
+
+    async def _search(
+        self, query: SearchQuery, arrived_at: float, began_at: float, request_id: str
+    ) -> tuple[SearchAnswer, str]:
         terms = terms_of(query, self.config)
         deadline = arrived_at + terms.timeout_ms / 1000
+        self._searches += 1
+        is_timed = self._searches % STAGES_OF_ONE_IN == 0
         with self._fanout.pin() as serving:
+            parsed_at = time.perf_counter()
             prepared = await self._prepare(serving, query, terms, deadline)
             check_size(prepared.vectors, terms.kind)
+            prepared_at = time.perf_counter()
             found = await self._ask(serving, prepared, terms, query.params, deadline)
             table = serving.table
+        if is_timed:
+            self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
+            self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
+            self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
         ids, scores, coverage, search_ms = found
-        return SearchAnswer(
+        answer = SearchAnswer(
             ids=ids,
             scores=scores,
             generation=table.generation,
@@ -149,6 +195,7 @@ class SearchService:
             reasons=prepared.reasons,
             request_id=request_id,
         )
+        return answer, terms.kind
 
     async def item(self, item_id: int, *, arrived_at: float) -> ItemAnswer:
         """The stored vector of one item.
@@ -201,6 +248,17 @@ class SearchService:
                 "in_flight": self._in_flight,
                 "cache": asdict(self._cache.stats) if self._cache.enabled else None,
             }
+
+    def refresh_metrics(self) -> None:
+        """Sets the gauges, and the counters of what is counted elsewhere, for an export."""
+        recorder, stats, serving = self.recorder, self._cache.stats, self._fanout.serving
+        recorder.set(IN_FLIGHT, self._in_flight)
+        recorder.set(CACHE_BYTES, stats.bytes)
+        recorder.total(CACHE_HITS, stats.hits)
+        recorder.total(CACHE_MISSES, stats.misses)
+        if serving is not None:
+            recorder.set(GENERATION, serving.table.generation)
+            recorder.set(SHARDS_CONNECTED, serving.connected_shards)
 
     # Steps
 

@@ -16,6 +16,7 @@ import ray
 
 from shards.generation import read_generation
 from shards.index_spec import Device
+from shards.ray_metrics import RayExporter
 from shards.server import ShardServer
 from shards.shard import Shard
 
@@ -46,6 +47,7 @@ class ShardActor:
         self._address = self._server.bind()
         self._controller = controller
         self._server.start(epoch=self._register())
+        self._exporter = RayExporter(self._server.recorder, self._server.refresh_metrics)
         gc.collect()
         gc.freeze()  # what is loaded stays: a full collection over it would hold up searches
         logger.info(
@@ -93,4 +95,5 @@ class ShardActor:
 
     def stop(self) -> None:
         """Closes port and connections; the process stays until Ray ends it."""
+        self._exporter.stop()
         self._server.stop()

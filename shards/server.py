@@ -29,6 +29,7 @@ from shards.errors import (
     ShardlineError,
 )
 from shards.main_index import set_search_threads
+from shards.metrics import BATCH_QUERIES, QUEUE_DEPTH, SEARCH_MS, SHARD_REFUSED, Recorder
 from shards.shard import Shard
 from shards.types import ErrorReply, FetchRequest, SearchReply, SearchRequest
 from shards.wire import (
@@ -103,6 +104,8 @@ class ShardServer:
         self.secret = secret
         self.epoch = 0
         self.stats = ServerStats()
+        self.recorder = Recorder()
+        self._label = str(shard.shard)
         self.handshake_timeout_s = handshake_timeout_s
         self.connections: set[_Connection] = set()
         self._host = host
@@ -157,6 +160,12 @@ class ShardServer:
             self._loop.close()
         if self._socket is not None:
             self._socket.close()
+
+    def refresh_metrics(self) -> None:
+        """Sets gauges and counters for an export; any thread."""
+        self.recorder.set(QUEUE_DEPTH, self.queue_depth, self._label)
+        for why in ("overloaded", "expired", "failed"):
+            self.recorder.total(SHARD_REFUSED, getattr(self.stats, why), self._label, why)
 
     # Loop thread
 
@@ -295,7 +304,10 @@ class ShardServer:
             return [_INTERNAL_ERROR] * len(requests)
         if all(isinstance(reply, SearchReply) for reply in replies):  # a refusal costs nothing
             rows = sum(len(request.queries) for request in requests)
-            self._learn((time.perf_counter() - started) * 1e3 / rows)
+            took_ms = (time.perf_counter() - started) * 1e3
+            self._learn(took_ms / rows)
+            self.recorder.observe(SEARCH_MS, took_ms, self._label)
+            self.recorder.observe(BATCH_QUERIES, rows, self._label)
         return [
             _error_reply(reply) if isinstance(reply, ShardlineError) else reply for reply in replies
         ]
