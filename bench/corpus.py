@@ -12,7 +12,7 @@ from cluster.store import Store
 from shards.embeddings import EmbeddingSet, embedding_writer, open_embedding_set
 from shards.generation import INDEX_NAME, GenerationManifest, read_generation, shard_folder
 from shards.main_index import MainIndex
-from shards.schema import FloatArray, IdArray, Metric
+from shards.schema import FloatArray, IdArray, Metric, normalise
 
 SEED = 7
 ROWS_PER_CLUSTER = 250
@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 def clustered_set(store: Store, rows: int, dim: int, progress: Progress) -> EmbeddingSet:
     """An embedding set of clustered unit vectors, item ids 0..rows-1; reused when it is there."""
-    name = f"clustered-{rows}x{dim}-s{SEED}"
+    name = clustered_name(rows, dim)
     target = store.embeddings / name
     if target.exists():
         return open_embedding_set(target)
@@ -40,6 +40,11 @@ def clustered_set(store: Store, rows: int, dim: int, progress: Progress) -> Embe
             at += len(block)
             progress("vectors", at, rows)
     return open_embedding_set(target, verify=False)
+
+
+def clustered_name(rows: int, dim: int) -> str:
+    """The model version of such a corpus, and its folder's name."""
+    return f"clustered-{rows}x{dim}-s{SEED}"
 
 
 def clustered_queries(rows: int, dim: int, count: int) -> FloatArray:
@@ -68,13 +73,16 @@ def generation_of(
     return build_generation(store, corpus.folder, plan, run_jobs=run_jobs, progress=progress)
 
 
-def exact_ids(corpus: EmbeddingSet, queries: FloatArray, k: int) -> IdArray:
-    """(n, k) int64: the exact answer under inner product, block by block."""
-    best = faiss.ResultHeap(len(queries), k, keep_max=True)
+def exact_ids(
+    corpus: EmbeddingSet, queries: FloatArray, k: int, *, metric: Metric = Metric.COSINE
+) -> IdArray:
+    """(n, k) int64: the exact answer, block by block. Cosine expects queries of unit length."""
+    is_l2 = metric is Metric.L2
+    best = faiss.ResultHeap(len(queries), k, keep_max=not is_l2)
     for batch in corpus.batches():
-        flat = faiss.IndexFlatIP(corpus.dim)
-        flat.add(batch.vectors)
-        scores, rows = flat.search(queries, k)
+        flat = faiss.IndexFlatL2(corpus.dim) if is_l2 else faiss.IndexFlatIP(corpus.dim)
+        flat.add(normalise(batch.vectors) if metric is Metric.COSINE else batch.vectors)
+        scores, rows = flat.search(queries, min(k, len(batch.item_ids)))
         best.add_result(scores, batch.item_ids[rows])
     best.finalize()
     ids: IdArray = best.I

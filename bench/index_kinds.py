@@ -1,7 +1,9 @@
 """Index kinds side by side on one corpus: recall, time of a query, size, build time.
 
-One index over all rows, in this process, one thread, queries one at a time: what a single shard
-pays. Recall@k is against the flat index, which is exact; flat is also the baseline of the times.
+One index over all rows, in this process. Singly: one query at a time on one thread, what a single
+shard pays. In batch: all queries at once on the threads given. Recall@k is against the flat index,
+which is exact; flat is also the baseline of the times. A sweep asks every kind with several
+search-time settings, because one setting a kind says little about which is better.
 """
 
 import time
@@ -14,8 +16,8 @@ import numpy as np
 
 from bench.vectors import recall_at_k
 from shards.index_build import build_shard_index, train_template, write_index
-from shards.index_resolve import resolve
-from shards.index_spec import IndexKind, IndexSpec
+from shards.index_resolve import IVF_KINDS, resolve
+from shards.index_spec import IndexKind, IndexSpec, ResolvedIndex
 from shards.main_index import MainIndex, set_search_threads
 from shards.schema import FloatArray, IdArray, Metric
 from shards.types import SearchParams
@@ -28,20 +30,47 @@ KINDS = (
     IndexKind.IVFPQ,
     IndexKind.IVFPQ_FS,
 )
-HEADER = ("index", "recall@100", "ms a query", "of flat", "bytes a vector", "build s", "factory")
+ALL_KINDS = (*KINDS, IndexKind.SQ8)
+HEADER = (
+    "index",
+    "recall@100",
+    "ms a query",
+    "of flat",
+    "batch, queries/s",
+    "bytes a vector",
+    "build s",
+    "factory",
+)
 K = 100
+NPROBES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+EF_SEARCHES = (100, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """One search-time setting of a kind; params are those set, none for the kind's defaults."""
+
+    params: dict[str, int]
+    recall: float
+    ms_per_query: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindReport:
-    """One row of the table; ms_per_query is the median of single queries on one thread."""
+    """One row of the table; ms_per_query is the median of single queries on one thread.
+
+    points: what a sweep measured; without one, the defaults alone.
+    """
 
     kind: str
     factory: str
+    k: int
     recall: float
     ms_per_query: float
+    batch_queries_per_second: float
     bytes_per_vector: float
     build_seconds: float
+    points: list[Setting]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -55,31 +84,57 @@ def compare(
     metric: Metric,
     threads: int,
     kinds: Sequence[IndexKind] = KINDS,
+    k: int = K,
+    sweep: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[KindReport]:
     """Builds each kind over vectors (m, dim) in ``folder`` and asks it queries (n, dim).
 
-    ``threads`` are those of the builds; searches use one.
+    ``threads`` are those of builds and batches; single searches use one. Flat comes first, asked
+    for or not.
     """
     exact: IdArray | None = None
     reports = []
     for number, kind in enumerate((IndexKind.FLAT, *(k for k in kinds if k != IndexKind.FLAT))):
         progress("index kinds", number, len(kinds))
-        index, factory, seconds = _build(vectors, folder, kind, metric, threads)
-        found, ms_per_query = _ask(index, queries)
+        index, resolved, seconds = _build(vectors, folder, kind, metric, threads)
+        found, ms_per_query = _ask(index, queries, k, SearchParams())
         exact = found if exact is None else exact
+        recall = recall_at_k(found, exact)
+        points = [Setting(params={}, recall=recall, ms_per_query=ms_per_query)]
+        for params in settings_of(resolved) if sweep else ():
+            found, ms = _ask(index, queries, k, SearchParams(**params))
+            point = Setting(params=params, recall=recall_at_k(found, exact), ms_per_query=ms)
+            points.append(point)
         reports.append(
             KindReport(
                 kind=kind.value,
-                factory=factory,
-                recall=recall_at_k(found, exact),
+                factory=resolved.factory,
+                k=k,
+                recall=recall,
                 ms_per_query=ms_per_query,
+                batch_queries_per_second=_ask_at_once(index, queries, k, threads),
                 bytes_per_vector=index.bytes_per_vector,
                 build_seconds=seconds,
+                points=points,
             )
         )
     progress("index kinds", len(kinds), len(kinds))
     return reports
+
+
+def settings_of(resolved: ResolvedIndex) -> list[dict[str, int]]:
+    """The search-time settings worth trying besides the defaults; none where there is no knob."""
+    if resolved.kind in IVF_KINDS:
+        assert resolved.nlist is not None
+        return [
+            {"nprobe": nprobe}
+            for nprobe in NPROBES
+            if nprobe <= resolved.nlist and nprobe != resolved.nprobe
+        ]
+    if resolved.kind is IndexKind.HNSW:
+        return [{"ef_search": ef} for ef in EF_SEARCHES if ef != resolved.ef_search]
+    return []
 
 
 def table_rows(reports: Sequence[KindReport]) -> list[tuple[str, ...]]:
@@ -91,6 +146,7 @@ def table_rows(reports: Sequence[KindReport]) -> list[tuple[str, ...]]:
             f"{report.recall:.3f}",
             f"{report.ms_per_query:.3f}",
             f"{report.ms_per_query / flat_ms:.3f}",
+            f"{report.batch_queries_per_second:,.0f}",
             f"{report.bytes_per_vector:.0f}",
             f"{report.build_seconds:.1f}",
             report.factory,
@@ -101,8 +157,8 @@ def table_rows(reports: Sequence[KindReport]) -> list[tuple[str, ...]]:
 
 def _build(
     vectors: FloatArray, folder: Path, kind: IndexKind, metric: Metric, threads: int
-) -> tuple[MainIndex, str, float]:
-    """The index, its factory string, and the seconds of training and adding."""
+) -> tuple[MainIndex, ResolvedIndex, float]:
+    """The index, what it resolved to, and the seconds of training and adding."""
     started = time.perf_counter()
     rows, dim = vectors.shape
     resolved = resolve(IndexSpec(kind=kind), rows=rows, dim=dim, metric=metric)
@@ -115,16 +171,26 @@ def _build(
     index = MainIndex.load(path, metric=metric, defaults=resolved.search_params)
     template.unlink()
     path.unlink()
-    return index, resolved.factory, seconds
+    return index, resolved, seconds
 
 
-def _ask(index: MainIndex, queries: FloatArray) -> tuple[IdArray, float]:
-    """(n, K) rows found, and the median milliseconds of one query."""
+def _ask(
+    index: MainIndex, queries: FloatArray, k: int, params: SearchParams
+) -> tuple[IdArray, float]:
+    """(n, k) rows found, and the median milliseconds of one query."""
     set_search_threads(1)
     found, samples = [], []
     for query in queries:
         started = time.perf_counter()
-        _, rows = index.search(query[None], K, SearchParams())
+        _, rows = index.search(query[None], k, params)
         samples.append((time.perf_counter() - started) * 1e3)
         found.append(rows)
     return np.concatenate(found), float(np.median(samples))
+
+
+def _ask_at_once(index: MainIndex, queries: FloatArray, k: int, threads: int) -> float:
+    """Queries a second of one batch of them all."""
+    set_search_threads(threads)
+    started = time.perf_counter()
+    index.search(queries, k, SearchParams())
+    return len(queries) / (time.perf_counter() - started)

@@ -73,6 +73,7 @@ def run(
             count=count,
             warm_up=WARM_UP,
             keep_bodies=True,
+            headers=endpoint.address.headers,
         )
     found = answered_ids(search)
     return {

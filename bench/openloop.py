@@ -64,8 +64,11 @@ def run_open_loop(
     warm_up: int = 0,
     keep_bodies: bool = False,
     timeout_s: float = 30.0,
+    headers: tuple[tuple[str, str], ...] = (),
 ) -> LoadResult:
     """Sends ``warm_up + count`` requests at ``rate`` a second; the warm-up is not counted.
+
+    ``headers`` go with every request, beside its own.
 
     ``late_ms`` of the result is how late the client itself was at p99: when it is not small beside
     the latencies, the client was the bottleneck and the figures are not the server's.
@@ -74,7 +77,8 @@ def run_open_loop(
     start = time.perf_counter() + 0.1
     workers = [
         threading.Thread(
-            target=_work, args=(state, url, request_of, start, rate, timeout_s, keep_bodies)
+            target=_work,
+            args=(state, url, request_of, start, rate, timeout_s, keep_bodies, headers),
         )
         for _ in range(connections)
     ]
@@ -125,8 +129,9 @@ def _work(
     rate: float,
     timeout_s: float,
     keep_bodies: bool,
+    headers: tuple[tuple[str, str], ...],
 ) -> None:
-    connection = _Connection(url, timeout_s)
+    connection = _Connection(url, timeout_s, headers)
     while (number := state.take()) is not None:
         message = connection.encode(request_of(number))
         intended = start + number / rate
@@ -152,15 +157,19 @@ class _Connection:
     """Just enough HTTP/1.1, kept alive: the standard library's client takes longer to read a
     header than the server takes to answer, on cores that both share."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, timeout_s: float, headers: tuple[tuple[str, str], ...] = ()
+    ) -> None:
         parts = urlsplit(url)
         self._address = (parts.hostname or "", parts.port or 80)
+        self._headers = headers
         self._timeout_s = timeout_s
         self._socket: socket.socket | None = None
 
     def encode(self, request: Request) -> bytes:
         host = f"{self._address[0]}:{self._address[1]}"
-        fields = [("Host", host), ("Content-Length", str(len(request.body))), *request.headers]
+        length = ("Content-Length", str(len(request.body)))
+        fields = [("Host", host), length, *self._headers, *request.headers]
         lines = [f"{request.method} {request.path} HTTP/1.1", *(f"{k}: {v}" for k, v in fields)]
         return "\r\n".join([*lines, "", ""]).encode() + request.body
 

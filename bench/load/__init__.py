@@ -1,0 +1,1 @@
+"""Load on an endpoint: scenarios, schedules, faults, and figures that hide no failure."""

@@ -1,0 +1,132 @@
+"""``shardline bench load``: a running endpoint, or a corpus of its own; then table, JSON, plot."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.corpus import clustered_set, generation_of
+from bench.latency import BENCH_STORE
+from bench.load.report import (
+    PROCESS_HEADER,
+    STEP_HEADER,
+    client_line,
+    process_rows,
+    remarks,
+    step_rows,
+    title_of,
+)
+from bench.load.runner import MOST_QUERIES, Runner, requests_needed
+from bench.load.scenarios import Ask, Scenario
+from bench.load.step import Options
+from bench.load.target import Target, open_target, user_queries, vector_queries
+from bench.load.workload import Queries
+from bench.plots import plot_load
+from cluster.build import run_on_ray
+from cluster.commands.build import plan_of
+from cluster.config import ShardlineConfig
+from cluster.console import StageProgress, print_table
+from cluster.deployment import serving
+from cluster.endpoint import Address, find_endpoint
+from cluster.store import Store
+from shards.errors import InvalidInput, NotFound
+
+LEAST_QUERIES = 2_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """What to load: the endpoint at ``url``; or a corpus of ``rows`` x ``dim`` brought up for it;
+    or, when both are None, the cluster that serves the store. key: instead of the store's."""
+
+    url: str | None
+    key: str | None = field(default=None, repr=False)
+    rows: int | None
+    dim: int
+
+
+def run(
+    config: ShardlineConfig,
+    scenario: Scenario,
+    where: Where,
+    options: Options,
+    *,
+    data: Path | None,
+    progress: StageProgress,
+) -> dict[str, Any]:
+    """One scenario's report. Ray must be running when ``where`` names rows."""
+    if scenario.ask is Ask.FEATURES and data is None:
+        raise InvalidInput(
+            "this scenario asks by user features", field="data", expected="--data, a data set"
+        )
+    with _target(config, where, progress) as target:
+        queries = _queries(target, scenario, options, data)
+        runner = Runner(
+            target=target,
+            scenario=scenario,
+            queries=queries,
+            options=options,
+            note=progress.note,
+        )
+        return runner.run()
+
+
+def show(report: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> list[str]:
+    """Prints the tables; writes JSON and plot where asked; the lines to print after them."""
+    print_table(title_of(report), STEP_HEADER, step_rows(report))
+    last = report["steps"][-1]
+    processes = process_rows(last)
+    if processes:
+        print_table(f"processes, {last['step']['label']}", PROCESS_HEADER, processes)
+    lines = [client_line(last), *remarks(report)]
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+        lines.append(f"figures: {json_path}")
+    if plot_path is not None:
+        plot_load(report, plot_path)
+        lines.append(f"plot: {plot_path}")
+    return lines
+
+
+@contextmanager
+def _target(config: ShardlineConfig, where: Where, progress: StageProgress) -> Iterator[Target]:
+    """The endpoint, for the length of the block when it is our own."""
+    root = config.store.resolve()
+    own = Store(root / BENCH_STORE)
+    if where.rows is None:
+        yield _running(Store(root), where, own)
+        return
+    corpus = clustered_set(own, where.rows, where.dim, progress)
+    manifest = generation_of(own, corpus, plan_of(config), run_jobs=run_on_ray, progress=progress)
+    served = config.model_copy(update={"store": own.root})
+    with serving(served, generation=manifest.generation, on_stage=progress.note) as endpoint:
+        yield open_target(endpoint.address, endpoint.pid, [own])
+
+
+def _running(store: Store, where: Where, own: Store) -> Target:
+    """The cluster at the URL, or the one that serves the store; its pid where that is known."""
+    if where.url is None:
+        served = find_endpoint(store)
+        return open_target(_with_key(served.address, where.key), served.pid, [store, own])
+    for each in (store, own):
+        with suppress(NotFound):
+            served = find_endpoint(each)
+            if served.url == where.url:
+                return open_target(_with_key(served.address, where.key), served.pid, [store, own])
+    return open_target(Address(where.url, where.key), None, [store, own])
+
+
+def _with_key(address: Address, key: str | None) -> Address:
+    return address if key is None else Address(address.url, key)
+
+
+def _queries(target: Target, scenario: Scenario, options: Options, data: Path | None) -> Queries:
+    rng = np.random.default_rng(options.seed)
+    count = min(max(requests_needed(scenario, options), LEAST_QUERIES), MOST_QUERIES)
+    if data is not None:
+        return user_queries(target, data, count, rng)
+    return vector_queries(target, count, rng)

@@ -1,0 +1,97 @@
+"""Faults done to a running cluster while it is under load, and undone whatever happens."""
+
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import psutil
+
+from bench.load.processes import router_process, shard_process
+from bench.load.scenarios import Fault, FaultKind, Step
+from shards.errors import InvalidInput
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Something that was done, at_s seconds into the measured time."""
+
+    at_s: float
+    label: str
+
+
+def surge_marks(step: Step) -> list[Mark]:
+    """Where the rate of a step jumps."""
+    marks = []
+    for start, stop, factor in step.surges:
+        marks.append(Mark(at_s=start * step.seconds, label=f"{factor:g} times the rate"))
+        marks.append(Mark(at_s=stop * step.seconds, label="the rate as before"))
+    return marks
+
+
+@dataclass(slots=True, kw_only=True)
+class FaultRunner:
+    """Carries out the faults of a step when their time comes. ``addresses`` asks the endpoint
+    where its shards listen now; ``close`` lets stalled processes go on."""
+
+    pid: int
+    shard: int
+    addresses: Callable[[], dict[int, str | None]]
+    marks: list[Mark] = field(default_factory=list)
+    _due: list[tuple[float, Fault]] = field(default_factory=list)
+    _stalled: list[tuple[float, psutil.Process]] = field(default_factory=list)
+    _victims: list[psutil.Process] = field(default_factory=list)
+
+    def arm(self, faults: tuple[Fault, ...], seconds: float) -> None:
+        """Finds the victims before the load begins, so that nothing waits for them under it.
+
+        Raises:
+            NotFound: there is no such shard or router on this machine.
+            InvalidInput: a stall that would outlast the measured time.
+        """
+        for fault in faults:
+            if fault.at_share * seconds + fault.lasts_s >= seconds:
+                raise InvalidInput(
+                    "too short for this scenario",
+                    field="seconds",
+                    expected=f"more than {fault.lasts_s / (1 - fault.at_share):g}",
+                    got=f"{seconds:g}",
+                )
+            self._due.append((fault.at_share * seconds, fault))
+            if fault.kind is FaultKind.RESTART_ROUTER:
+                self._victims.append(router_process(self.pid))
+            else:
+                self._victims.append(shard_process(self.pid, self.addresses(), self.shard))
+
+    def tick(self, at_s: float) -> None:
+        """Does what is due at_s seconds into the measured time."""
+        while self._due and self._due[0][0] <= at_s:
+            _, fault = self._due.pop(0)
+            self._do(fault, self._victims.pop(0), at_s)
+        for until, process in list(self._stalled):
+            if until <= at_s:
+                process.send_signal(signal.SIGCONT)
+                self._stalled.remove((until, process))
+                self.marks.append(Mark(at_s=at_s, label=f"shard {self.shard} goes on"))
+
+    def close(self) -> None:
+        """No process is left stopped."""
+        for _, process in self._stalled:
+            try:
+                process.send_signal(signal.SIGCONT)
+            except psutil.NoSuchProcess:
+                logger.warning("process %d ended while it was stopped", process.pid)
+        self._stalled.clear()
+
+    def _do(self, fault: Fault, victim: psutil.Process, at_s: float) -> None:
+        if fault.kind is FaultKind.STALL_SHARD:
+            victim.send_signal(signal.SIGSTOP)
+            self._stalled.append((at_s + fault.lasts_s, victim))
+            label = f"shard {self.shard} stalls"
+        else:
+            victim.send_signal(signal.SIGKILL)
+            is_router = fault.kind is FaultKind.RESTART_ROUTER
+            label = "router killed" if is_router else f"shard {self.shard} killed"
+        self.marks.append(Mark(at_s=at_s, label=label))

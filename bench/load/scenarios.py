@@ -1,0 +1,228 @@
+"""What can be asked of an endpoint, by name: plain data, and the steps that follow from it. Pure.
+
+``steps`` is a generator: it yields what to measure next and is sent the figures, so that a sweep
+can choose its rates; whoever drives it does the measuring.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from bench.load.knee import Point, knee, next_rate
+from bench.load.schedule import Surge
+from bench.load.stats import Figures
+from shards.errors import InvalidInput
+
+KNEE_SHARES = (0.5, 0.7, 0.9)
+SEARCH_SHARE = 3  # a rate of the search for the knee gets this part of the measured time
+LEAST_SEARCH_S = 2.0
+CLOSED_CONNECTIONS = (1, 4, 16)
+BATCH_CONNECTIONS = 4  # of the closed loop that finds a batch size's peak
+BATCH_LOAD = 0.5  # of that peak, for the latencies
+
+StepPlan = Generator["Step", Figures, float | None]
+
+
+class Pace(StrEnum):
+    """How the rates of a scenario come about."""
+
+    FIXED = "fixed"  # one step at the rate asked for
+    SWEEP = "sweep"  # rates up to the knee, then shares of it
+    BATCHES = "batches"  # for each batch size its peak, then half of that
+    CLOSED = "closed"  # the peak, for several numbers of connections
+
+
+class Ask(StrEnum):
+    """What a query holds."""
+
+    VECTORS = "vectors"
+    FEATURES = "features"
+
+
+class FaultKind(StrEnum):
+    KILL_SHARD = "kill-shard"  # SIGKILL
+    STALL_SHARD = "stall-shard"  # SIGSTOP, SIGCONT after lasts_s
+    RESTART_ROUTER = "restart-router"  # SIGKILL; Ray Serve starts it again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """at_share: when, as a share of the measured time."""
+
+    kind: FaultKind
+    at_share: float
+    lasts_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """ks: (k, share of the requests); empty: the k asked for. zipf: exponent of the popularity of
+    distinct queries; None: every query is new."""
+
+    name: str
+    summary: str
+    pace: Pace = Pace.FIXED
+    ask: Ask = Ask.VECTORS
+    batches: tuple[int, ...] = (1,)
+    ks: tuple[tuple[int, float], ...] = ()
+    zipf: float | None = None
+    distinct: int | None = None
+    faults: tuple[Fault, ...] = ()
+    surges: tuple[Surge, ...] = ()
+
+
+_ALL = (
+    Scenario(name="rate", summary="Single queries at a fixed rate."),
+    Scenario(
+        name="sweep",
+        summary="Rising rates up to the knee, then 50, 70 and 90 % of it.",
+        pace=Pace.SWEEP,
+    ),
+    Scenario(
+        name="batch",
+        summary="1, 8, 64 and 512 queries a request: the peak, then half of it.",
+        pace=Pace.BATCHES,
+        batches=(1, 8, 64, 512),
+    ),
+    Scenario(
+        name="zipf",
+        summary="Repeated queries, their popularity after Zipf: what a result cache is for.",
+        zipf=1.0,
+        distinct=10_000,
+    ),
+    Scenario(
+        name="mixed-k",
+        summary="Mostly small k, now and then a large one.",
+        ks=((10, 0.6), (100, 0.3), (1000, 0.1)),
+    ),
+    Scenario(
+        name="features",
+        summary="Users by their features, through the query tower (--data).",
+        ask=Ask.FEATURES,
+    ),
+    Scenario(
+        name="kill-shard",
+        summary="A shard process is killed a quarter into the run.",
+        faults=(Fault(kind=FaultKind.KILL_SHARD, at_share=0.25),),
+    ),
+    Scenario(
+        name="stall-shard",
+        summary="A shard process stands still for 5 s.",
+        faults=(Fault(kind=FaultKind.STALL_SHARD, at_share=0.25, lasts_s=5.0),),
+    ),
+    Scenario(
+        name="restart-router",
+        summary="The router process is killed; Ray Serve starts it again.",
+        faults=(Fault(kind=FaultKind.RESTART_ROUTER, at_share=0.25),),
+    ),
+    Scenario(
+        name="overload",
+        summary="Three times the rate for the middle half of the run: give the peak as --rate.",
+        surges=((0.25, 0.75, 3.0),),
+    ),
+    Scenario(
+        name="capacity",
+        summary="The peak of single queries: closed loop, with wrk where it is installed.",
+        pace=Pace.CLOSED,
+    ),
+)
+SCENARIOS = {scenario.name: scenario for scenario in _ALL}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One measurement. rate: requests a second; None: a closed loop over ``connections``."""
+
+    label: str
+    rate: float | None
+    seconds: float
+    batch: int
+    ks: tuple[tuple[int, float], ...]
+    ask: Ask = Ask.VECTORS
+    zipf: float | None = None
+    distinct: int | None = None
+    faults: tuple[Fault, ...] = ()
+    surges: tuple[Surge, ...] = ()
+    connections: int | None = None
+
+
+def find_scenario(name: str) -> Scenario:
+    """Raises InvalidInput for an unknown name, listing those there are."""
+    if name not in SCENARIOS:
+        raise InvalidInput(
+            "no such scenario", field="scenario", expected=" | ".join(SCENARIOS), got=name
+        )
+    return SCENARIOS[name]
+
+
+def steps(scenario: Scenario, *, rate: float, seconds: float, k: int) -> StepPlan:
+    """Yields steps and is sent their figures; returns the knee in requests a second, of a sweep.
+
+    ``rate`` is where a sweep begins.
+    """
+    base = _step(scenario, rate=rate, seconds=seconds, k=k)
+    if scenario.pace is Pace.SWEEP:
+        return (yield from _sweep(base))
+    if scenario.pace is Pace.BATCHES:
+        for batch in scenario.batches:
+            closed = replace(
+                base,
+                label=f"{batch} a request, peak",
+                rate=None,
+                batch=batch,
+                connections=BATCH_CONNECTIONS,
+            )
+            peak = yield closed
+            if peak.goodput > 0:
+                half = max(BATCH_LOAD * peak.goodput, 1 / seconds * 2)
+                yield replace(base, label=f"{batch} a request, half", rate=half, batch=batch)
+    elif scenario.pace is Pace.CLOSED:
+        for connections in CLOSED_CONNECTIONS:
+            label = f"closed, {connections} connections"
+            yield replace(base, label=label, rate=None, connections=connections)
+    else:
+        yield base
+    return None
+
+
+def point_of(step: Step, measured: Figures) -> Point:
+    """The step of an open loop as a point of the curve."""
+    assert step.rate is not None
+    lost = measured.rejected + measured.failed
+    return Point(
+        rate=step.rate,
+        sent=measured.sent,
+        offered=measured.offered_rate,
+        goodput=measured.goodput,
+        lost_share=lost / max(measured.sent, 1),
+        p50_ms=measured.p50_ms,
+    )
+
+
+def _sweep(base: Step) -> StepPlan:
+    points: list[Point] = []
+    seconds = max(base.seconds / SEARCH_SHARE, LEAST_SEARCH_S)
+    assert base.rate is not None
+    while (rate := next_rate(points, base.rate)) is not None:
+        step = replace(base, label=f"{rate:.0f}/s", rate=rate, seconds=seconds)
+        points.append(point_of(step, (yield step)))
+    found = knee(points)
+    if found is not None:
+        for share in KNEE_SHARES:
+            yield replace(base, label=f"{share:.0%} of the knee", rate=share * found)
+    return found
+
+
+def _step(scenario: Scenario, *, rate: float, seconds: float, k: int) -> Step:
+    return Step(
+        label=f"{rate:g}/s",
+        rate=rate,
+        seconds=seconds,
+        batch=scenario.batches[0],
+        ks=scenario.ks or ((k, 1.0),),
+        ask=scenario.ask,
+        zipf=scenario.zipf,
+        distinct=scenario.distinct,
+        faults=scenario.faults,
+        surges=scenario.surges,
+    )

@@ -1,0 +1,87 @@
+"""`bench load` on the session's cluster: figures, and faults that it does and undoes."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.load.command import Where, run
+from bench.load.scenarios import find_scenario
+from bench.load.step import Options
+from cluster.console import StageProgress
+from shards.errors import InvalidInput, NotFound, ShardlineError
+from tests.integration.conftest import NUM_ITEMS, Cluster
+
+RECOVERY_S = 60.0
+SHORT = Options(rate=60.0, seconds=2.0, warm_up_s=0.3, k=10)
+
+
+def bench(
+    cluster: Cluster, name: str, options: Options = SHORT, data: Path | None = None
+) -> dict[str, Any]:
+    where = Where(url=None, rows=None, dim=0)
+    with StageProgress() as progress:
+        return run(
+            cluster.config, find_scenario(name), where, options, data=data, progress=progress
+        )
+
+
+def wait_until_whole(cluster: Cluster) -> None:
+    """Three whole answers in a row: the cluster is as it was."""
+    deadline = time.monotonic() + RECOVERY_S
+    whole = 0
+    with cluster.endpoint.address.client() as client:
+        while whole < 3:
+            assert time.monotonic() < deadline, "the cluster did not become whole again"
+            try:
+                whole = whole + 1 if client.search(item_ids=[1], k=3).coverage.share == 1 else 0
+            except ShardlineError:
+                whole = 0
+
+
+@pytest.mark.parametrize("name", ["mixed-k", "features"])
+def test_a_load_reports_every_figure(cluster: Cluster, name: str) -> None:
+    data = cluster.dataset.path if name == "features" else None
+    report = bench(cluster, name, data=data)
+    (step,) = report["steps"]
+    found = step["figures"]
+    assert found["failed"] == found["rejected"] == 0
+    assert found["answered"] == found["sent"] > 60
+    assert step["recall"] == pytest.approx(1, abs=0.001), "the index is exact"
+    assert found["coverage_min"] == 1
+    assert report["floor"]["answered"] > 60
+    assert report["bare"][0]["calls"] > 1
+    roles = {process["role"] for process in step["processes"]}
+    assert {"router", "shard", "haproxy", "controller", "raylet", "gcs"} <= roles
+    assert sum(process["role"] == "shard" for process in step["processes"]) == 3
+    assert report["setup"]["rows"] == NUM_ITEMS
+
+
+def test_a_killed_shard_shows_in_coverage_and_comes_back(cluster: Cluster) -> None:
+    options = Options(rate=60.0, seconds=4.0, warm_up_s=0.3, k=10, shard=1)
+    try:
+        (step,) = bench(cluster, "kill-shard", options)["steps"]
+    finally:
+        wait_until_whole(cluster)
+    assert [mark["label"] for mark in step["marks"]] == ["shard 1 killed"]
+    (recovery,) = step["recoveries"]
+    assert recovery["harmed"] > 0 and recovery["failed"] == 0
+    assert 0.5 < step["figures"]["coverage_min"] < 1
+
+
+def test_what_cannot_be_measured_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="--data"):
+        bench(cluster, "features")
+    with pytest.raises(InvalidInput, match="too short"):
+        bench(cluster, "stall-shard", Options(rate=60.0, seconds=2.0, warm_up_s=0.0, k=10))
+    empty = cluster.config.model_copy(update={"store": tmp_path})
+    with StageProgress() as progress, pytest.raises(NotFound, match="no cluster is serving"):
+        run(
+            empty,
+            find_scenario("rate"),
+            Where(url=None, rows=None, dim=0),
+            SHORT,
+            data=None,
+            progress=progress,
+        )

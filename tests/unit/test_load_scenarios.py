@@ -1,0 +1,138 @@
+"""Scenarios unfold into steps; the knee is found on curves whose knee is known."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bench.load.knee import PRECISION, Point, is_held, knee, next_rate
+from bench.load.scenarios import SCENARIOS, FaultKind, Step, StepPlan, find_scenario, steps
+from bench.load.stats import Figures
+from shards.errors import InvalidInput
+
+NOTHING = Figures(
+    sent=0,
+    answered=0,
+    rejected=0,
+    failed=0,
+    failures={},
+    offered_rate=0.0,
+    goodput=0.0,
+    qps=0.0,
+    p50_ms=None,
+    p90_ms=None,
+    p99_ms=None,
+    p99_9_ms=None,
+    max_ms=None,
+    coverage_min=None,
+    coverage_mean=None,
+    partial=0,
+)
+
+
+def queue(step: Step, capacity: float, service_ms: float = 2.0) -> Figures:
+    """An endpoint like an M/M/1 queue; beyond its capacity it answers that much, very late."""
+    if step.rate is None:
+        return replace(NOTHING, sent=100, answered=100, goodput=capacity, p50_ms=service_ms)
+    load = step.rate / capacity
+    wait = service_ms / (1 - load) if load < 0.99 else 5000.0
+    return replace(
+        NOTHING,
+        sent=int(step.rate * step.seconds),
+        offered_rate=step.rate,
+        goodput=min(step.rate, capacity),
+        p50_ms=wait,
+    )
+
+
+def drive(plan: StepPlan, capacity: float) -> tuple[list[Step], float | None]:
+    done = []
+    try:
+        step = next(plan)
+        while True:
+            done.append(step)
+            step = plan.send(queue(step, capacity))
+    except StopIteration as stop:
+        return done, stop.value
+
+
+@pytest.mark.parametrize("name", sorted(SCENARIOS))
+def test_every_scenario_unfolds_and_ends(name: str) -> None:
+    done, _ = drive(steps(SCENARIOS[name], rate=50, seconds=10, k=100), capacity=900)
+    assert done
+    assert SCENARIOS[name].summary.endswith(".")
+    for step in done:
+        assert step.batch >= 1 and step.seconds > 0
+        assert (step.rate is None) == (step.connections is not None)
+        assert sum(share for _, share in step.ks) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("capacity", [60.0, 437.0, 900.0, 12_345.0])
+def test_a_sweep_finds_the_knee_and_measures_shares_of_it(capacity: float) -> None:
+    done, found = drive(steps(SCENARIOS["sweep"], rate=10, seconds=30, k=100), capacity)
+    # the queue's median is five times the unloaded one at a load of about .8
+    unloaded = 1 - 10 / capacity
+    expected = capacity * (1 - unloaded / 5)
+    assert found is not None
+    assert expected / PRECISION <= found <= expected * PRECISION
+    assert [step.rate for step in done[-3:]] == pytest.approx(
+        [0.5 * found, 0.7 * found, 0.9 * found]
+    )
+    assert [step.seconds for step in done[-3:]] == [30, 30, 30]
+    assert all(step.seconds == 10 for step in done[:-3])
+
+
+def test_a_sweep_that_begins_beyond_the_capacity_has_no_knee() -> None:
+    done, found = drive(steps(SCENARIOS["sweep"], rate=500, seconds=9, k=100), capacity=400)
+    assert found is None
+    assert len(done) == 1
+
+
+def point(rate: float, sent: int = 100_000, **changes: float | None) -> Point:
+    values = {"goodput": rate, "lost_share": 0.0, "p50_ms": 2.0} | changes
+    return Point(rate=rate, sent=sent, offered=rate, **values)
+
+
+def test_what_it_means_that_a_rate_is_held() -> None:
+    unloaded = point(10)
+    assert is_held(point(100, p50_ms=9.9), unloaded)
+    assert not is_held(point(100, p50_ms=10.1), unloaded)
+    assert not is_held(point(100, goodput=96), unloaded)
+    assert is_held(point(100, sent=50, goodput=80), unloaded), "of 50 requests 10 may be chance"
+    assert not is_held(point(100, sent=5000, goodput=90), unloaded)
+    assert not is_held(point(100, lost_share=0.02), unloaded)
+    assert not is_held(point(100, p50_ms=None), unloaded)
+
+
+def test_the_knee_lies_below_the_first_rate_that_is_not_held() -> None:
+    lucky = [point(10), point(20), point(40, lost_share=0.5), point(80)]
+    assert knee(lucky) == 20, "that 80 was held once does not undo 40"
+    assert knee([]) is None
+    assert knee([point(10, goodput=5)]) is None
+
+
+def test_rates_double_and_then_close_in() -> None:
+    assert next_rate([], 25) == 25
+    assert next_rate([point(25)], 25) == 50
+    bracket = [point(25), point(50), point(100, goodput=60)]
+    assert next_rate(bracket, 25) == pytest.approx(np.sqrt(50 * 100))
+    assert next_rate([*bracket[:2], point(54, goodput=10)], 25) is None, "known well enough"
+
+
+def test_batches_are_measured_at_their_peak_and_at_half_of_it() -> None:
+    done, _ = drive(steps(SCENARIOS["batch"], rate=50, seconds=10, k=100), capacity=80)
+    assert [step.batch for step in done] == [1, 1, 8, 8, 64, 64, 512, 512]
+    assert [step.rate for step in done] == [None, 40.0] * 4
+
+
+def test_faults_and_mixes_come_as_their_scenario_says() -> None:
+    (kill,), _ = drive(steps(SCENARIOS["kill-shard"], rate=50, seconds=20, k=10), 900)
+    assert [(fault.kind, fault.at_share) for fault in kill.faults] == [(FaultKind.KILL_SHARD, 0.25)]
+    assert kill.ks == ((10, 1.0),)
+    (mixed,), _ = drive(steps(SCENARIOS["mixed-k"], rate=50, seconds=20, k=10), 900)
+    assert [k for k, _ in mixed.ks] == [10, 100, 1000]
+
+
+def test_an_unknown_scenario_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(InvalidInput, match=r"sweep.*got swep"):
+        find_scenario("swep")

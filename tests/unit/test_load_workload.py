@@ -1,0 +1,214 @@
+"""What is asked, and how answers are compared with the exact ones; which index is refused."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bench.corpus import clustered_set, exact_ids
+from bench.load.bare import search_bare
+from bench.load.messages import address_of, read_head
+from bench.load.scenarios import Ask, Step
+from bench.load.target import check_whole, moved
+from bench.load.workload import (
+    Queries,
+    Workload,
+    asked_rows,
+    draw_order,
+    make_workload,
+    recall_of,
+    sample,
+)
+from cluster.store import Store
+from router.codec import Media, decode_query, encode_answer
+from router.messages import Coverage, SearchAnswer, SearchQuery
+from shards.errors import DataError, InvalidInput, Unavailable
+from shards.index_build import train_template
+from shards.index_resolve import resolve
+from shards.index_spec import IndexKind, IndexSpec
+from shards.main_index import MainIndex
+from shards.schema import FloatArray, IdArray, Metric
+
+RNG = np.random.default_rng(5)
+VECTORS = RNG.standard_normal((50, 8)).astype(np.float32)
+FEATURES = tuple({"age": age} for age in range(50))
+STEP = Step(label="x", rate=10.0, seconds=1.0, batch=1, ks=((5, 1.0),))
+
+
+def workload(step: Step, requests: int = 20, vectors: FloatArray = VECTORS) -> Workload:
+    return make_workload(
+        step,
+        Queries(vectors=vectors, features=FEATURES, source="test"),
+        requests=requests,
+        first_counted=4,
+        address=("localhost", 80),
+        headers=(("Authorization", "Bearer x"),),
+        rng=np.random.default_rng(1),
+    )
+
+
+def query_in(message: bytes) -> SearchQuery:
+    head, _, body = message.partition(b"\r\n\r\n")
+    assert b"Authorization: Bearer x" in head
+    assert f"Content-Length: {len(body)}".encode() in head
+    return decode_query(body, Media.MSGPACK)
+
+
+def test_every_single_query_is_new_while_there_are_enough() -> None:
+    made = workload(STEP)
+    for number, message in enumerate(made.order):
+        query = query_in(made.messages[message])
+        np.testing.assert_array_equal(query.vectors, VECTORS[number : number + 1])
+        assert query.k == 5
+    assert made.repeats == 1
+    assert workload(STEP, requests=100).repeats == 2, "and it says so when there are not"
+
+
+def test_a_batch_holds_the_rows_it_says() -> None:
+    made = workload(replace(STEP, batch=8))
+    for message, rows in zip(made.messages, made.rows, strict=True):
+        np.testing.assert_array_equal(query_in(message).vectors, VECTORS[rows])
+    assert len({bytes(message) for message in made.messages}) == 20
+
+
+def test_features_are_asked_as_features() -> None:
+    made = workload(replace(STEP, ask=Ask.FEATURES))
+    assert query_in(made.messages[7]).features == [{"age": 7}]
+
+
+def test_ks_are_mixed_in_their_shares() -> None:
+    vectors = np.ones((4000, 2), dtype=np.float32)
+    made = workload(replace(STEP, ks=((1, 0.6), (10, 0.4))), requests=4000, vectors=vectors)
+    assert np.mean(np.array(made.ks) == 1) == pytest.approx(0.6, abs=0.03)
+
+
+def test_zipf_repeats_after_the_law() -> None:
+    order = draw_order(200_000, 100, 1.0, np.random.default_rng(0))
+    counts = np.bincount(order, minlength=100)
+    harmonic = (1 / np.arange(1, 101)).sum()
+    assert counts[0] / 200_000 == pytest.approx(1 / harmonic, rel=0.03)
+    assert counts[0] / counts[9] == pytest.approx(10, rel=0.1)
+    np.testing.assert_array_equal(draw_order(5, 3, None, RNG), [0, 1, 2, 0, 1])
+
+
+def test_the_sample_is_spread_and_leaves_the_warm_up_out() -> None:
+    kept = np.flatnonzero(sample(100, 20, 5))
+    np.testing.assert_array_equal(kept, [20, 39, 59, 79, 99])
+    assert sample(10, 8, 5).sum() == 2
+    assert not sample(10, 10, 5).any()
+
+
+def answer(ids: IdArray) -> bytes:
+    coverage = Coverage(
+        shards_asked=1, shards_answered=1, rows_asked=1, rows_answered=1, degraded=[]
+    )
+    return encode_answer(
+        SearchAnswer(
+            ids=ids,
+            scores=np.zeros(ids.shape, dtype=np.float32),
+            generation=1,
+            model_version="m",
+            coverage=coverage,
+            took_ms=0.0,
+            search_ms=0.0,
+            reasons={},
+            request_id="",
+        ),
+        Media.MSGPACK,
+    )
+
+
+def test_recall_is_of_the_answers_that_were_kept() -> None:
+    made = workload(replace(STEP, batch=2, ks=((2, 1.0),)))
+    rows = asked_rows(made)
+    exact = np.stack([rows * 10, rows * 10 + 1, rows * 10 + 2], axis=1)  # k is 2: the third is not
+    numbers = np.flatnonzero(made.kept)[:2].tolist()
+    bodies = {}
+    for number, wrong in zip(numbers, (0, 1), strict=True):
+        asked = made.rows[made.order[number]]
+        ids = np.stack([asked * 10, asked * 10 + 1], axis=1)
+        ids[:wrong] = 10**6  # the first query of the second answer finds nothing
+        bodies[number] = answer(ids)
+    assert recall_of(bodies, made, exact) == 0.75
+    assert recall_of({}, made, exact) is None
+
+
+def test_exact_answers_for_every_metric(tmp_path: Any) -> None:
+    corpus = clustered_set(Store(tmp_path), 300, 8, lambda *_: None)
+    vectors = np.concatenate([batch.vectors for batch in corpus.batches()])
+    queries = VECTORS[:6]
+    for metric in Metric:
+        distances = ((queries[:, None] - vectors) ** 2).sum(axis=2)
+        slow = distances if metric is Metric.L2 else -(queries @ vectors.T)
+        found = exact_ids(corpus, queries, 10, metric=metric)
+        np.testing.assert_array_equal(found, np.argsort(slow, axis=1, kind="stable")[:, :10])
+
+
+def test_the_bare_index_is_searched_in_the_batches_asked_for() -> None:
+    flat = resolve(IndexSpec(kind=IndexKind.FLAT), rows=50, dim=8, metric=Metric.DOT)
+    raw = train_template(flat, VECTORS[:1], metric=Metric.DOT, seed=0, threads=1)
+    raw.add(VECTORS)
+    index = MainIndex(raw, metric=Metric.DOT, defaults=flat.search_params)
+    found = search_bare([index, index], VECTORS[:3], batch=8, k=2, threads=1, seconds=0.01)
+    assert found.calls >= 5 and found.p99_ms >= found.p50_ms > 0
+    assert found.qps == pytest.approx(8e3 / found.p50_ms, rel=3)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Only what is looked at."""
+
+    rows: int
+
+
+def status(rows: int, *connected: bool) -> dict[str, Any]:
+    shards = [{"shard": n, "connected": each} for n, each in enumerate(connected)]
+    return {"rows": rows, "shards": shards}
+
+
+def test_a_whole_index_passes() -> None:
+    check_whole(Manifest(10), 10, status(10, True, True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("built", "corpus", "served"), [(0, 0, 0), (10, 11, 10), (10, 10, 9), (9, 10, 9)]
+)
+def test_an_empty_or_short_index_is_refused(built: int, corpus: int, served: int) -> None:
+    with pytest.raises(DataError, match="not the whole index"):
+        check_whole(Manifest(built), corpus, status(served, True))  # type: ignore[arg-type]
+
+
+def test_an_index_with_a_shard_missing_is_refused() -> None:
+    with pytest.raises(Unavailable, match=r"shards \[1\] are not"):
+        check_whole(Manifest(10), 10, status(10, True, False))  # type: ignore[arg-type]
+    with pytest.raises(Unavailable, match="there are none"):
+        check_whole(Manifest(10), 10, status(10))  # type: ignore[arg-type]
+
+
+def test_moved_queries_are_near_their_item_and_not_on_it() -> None:
+    found = moved(VECTORS, np.random.default_rng(0), unit=True)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    unit = VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)
+    cosines = (found * unit).sum(axis=1)
+    assert (cosines > 0.8).all() and (cosines < 0.9999).all()
+
+
+def test_heads_of_answers() -> None:
+    head = read_head(
+        b"HTTP/1.1 429 Too Many\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello"
+    )
+    assert head is not None
+    assert (head.status, head.total - head.start, head.closes) == (429, 5, True)
+    assert read_head(b"HTTP/1.1 200 OK\r\nContent-Le") is None
+    with pytest.raises(ValueError, match="Content-Length"):
+        read_head(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+    with pytest.raises(ValueError, match="not an HTTP answer"):
+        read_head(b"+OK redis\r\n\r\n")
+
+
+@pytest.mark.parametrize("url", ["https://localhost", "localhost:8000", "http://"])
+def test_only_plain_http_addresses(url: str) -> None:
+    with pytest.raises(InvalidInput, match="not an address"):
+        address_of(url)
+    assert address_of("http://localhost:81") == ("localhost", 81)
