@@ -42,6 +42,14 @@ class ClusterConfig(BaseModel):
         description='Interface shards listen on; "node" means the address Ray knows the host by.',
     )
     http_host: str = Field(default="127.0.0.1", description="Interface of the HTTP front end.")
+    key_file: Path | None = Field(
+        default=None,
+        description="File of API keys, never the keys themselves; <store>/keys when null, made if "
+        "it is not there.",
+    )
+    insecure: bool = Field(
+        default=False, description="Ask for no API key: whoever reaches the port may search."
+    )
     http_port: int = Field(
         default=8000, ge=0, le=65535, description="HTTP port; 0 picks a free one (local only)."
     )

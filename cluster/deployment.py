@@ -25,11 +25,12 @@ from cluster.controller import (
     start_controller,
     wait_ready,
 )
-from cluster.endpoint import Endpoint, leave_note, refuse_if_served, remove_note
+from cluster.endpoint import Address, Endpoint, leave_note, refuse_if_served, remove_note
+from cluster.keys import ServingKeys, serving_keys
 from cluster.launch import NAMESPACE, free_port, port_is_free
 from cluster.store import Store
 from router.app import RouterReplica
-from router.client import Client
+from router.auth import AuthSettings
 from shards.errors import ShardlineError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -42,20 +43,24 @@ READY_POLL_S = 0.05
 def serving(
     config: ShardlineConfig,
     *,
+    keys: ServingKeys | None = None,
     generation: int | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Iterator[Endpoint]:
     """Serves a generation (the live one when None) for the length of the block.
 
+    keys None: those that the configuration or the environment names, or the store's.
+
     Raises:
-        NotFound: there is no such generation.
+        NotFound: there is no such generation, or no such key file.
+        ConfigError: the keys are not to be used.
         CorruptFile: its query encoder does not match its checksums.
         Unavailable: the store is being served already, the port is taken, a shard refuses its
             files, or something did not become ready in time.
     """
     store = Store(config.store.resolve())
     refuse_if_served(store)
-    endpoint = start_serving(config, generation=generation, on_stage=on_stage)
+    endpoint = start_serving(config, keys=keys, generation=generation, on_stage=on_stage)
     try:
         leave_note(store, endpoint)
         yield endpoint
@@ -69,6 +74,7 @@ def serving(
 def start_serving(
     config: ShardlineConfig,
     *,
+    keys: ServingKeys | None = None,
     generation: int | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Endpoint:
@@ -79,6 +85,8 @@ def start_serving(
     store = Store(config.store.resolve())
     number = store.current() if generation is None else generation
     check_http_port(config)
+    keys = keys or serving_keys(config)
+    on_stage(keys.note)
     port = config.cluster.http_port or free_port()
     secret = secrets.token_bytes(32)
     on_stage(f"loading generation {number} into its shards")
@@ -96,9 +104,9 @@ def start_serving(
     try:
         wait_ready(controller, config.cluster.start_timeout_s)
         on_stage("starting the HTTP front end")
-        _start_router(config, port, secret)
+        _start_router(config, port, secret, keys.auth)
         url = f"http://{_reachable(config.cluster.http_host)}:{port}"
-        _wait_connected(url, config.cluster.start_timeout_s)
+        _wait_connected(Address(url, keys.own), config.cluster.start_timeout_s)
     except BaseException:
         stop_serving()
         raise
@@ -107,6 +115,7 @@ def start_serving(
         generation=number,
         pid=os.getpid(),
         started=psutil.Process().create_time(),
+        key_file=keys.auth.key_file,
     )
 
 
@@ -157,7 +166,7 @@ def shard_reports() -> list[dict[str, Any]]:
     return reports
 
 
-def _start_router(config: ShardlineConfig, port: int, secret: bytes) -> None:
+def _start_router(config: ShardlineConfig, port: int, secret: bytes, auth: AuthSettings) -> None:
     cluster = config.cluster
     location = "HeadOnly" if cluster.address == "local" else "EveryNode"
     serve.start(proxy_location=location, http_options={"host": cluster.http_host, "port": port})
@@ -174,7 +183,13 @@ def _start_router(config: ShardlineConfig, port: int, secret: bytes) -> None:
             # no access log: even a line that is not written costs 0.05 ms of the replica's loop
             logging_config={"enable_access_log": False, "log_level": "WARNING"},
         )
-        .bind(config=config.router, controller=CONTROLLER_NAME, namespace=NAMESPACE, secret=secret)
+        .bind(
+            config=config.router,
+            controller=CONTROLLER_NAME,
+            namespace=NAMESPACE,
+            secret=secret,
+            auth=auth,
+        )
     )
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
@@ -182,10 +197,10 @@ def _start_router(config: ShardlineConfig, port: int, secret: bytes) -> None:
         raise Unavailable("the HTTP front end did not start", got=str(error)) from error
 
 
-def _wait_connected(url: str, timeout_s: float) -> None:
+def _wait_connected(address: Address, timeout_s: float) -> None:
     """Returns once the router answers and every shard is connected to it."""
     deadline = time.monotonic() + timeout_s
-    with Client(url) as client:
+    with address.client() as client:
         while True:
             try:
                 missing = [s["shard"] for s in client.status()["shards"] if not s["connected"]]
@@ -196,7 +211,9 @@ def _wait_connected(url: str, timeout_s: float) -> None:
                 return
             if time.monotonic() > deadline:
                 raise Unavailable(
-                    f"{url} did not become ready", expected=f"within {timeout_s:g} s", got=reason
+                    f"{address.url} did not become ready",
+                    expected=f"within {timeout_s:g} s",
+                    got=reason,
                 )
             time.sleep(READY_POLL_S)
 

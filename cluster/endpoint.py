@@ -4,15 +4,34 @@ The process that serves in the foreground leaves it; ``status``, ``query`` and `
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import psutil
 
+from cluster.keys import client_key
 from cluster.store import Store
+from router.client import Client
 from shards import files
 from shards.errors import CorruptFile, NotFound, Unavailable
 
 NOTE_NAME = "serving.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """A cluster, and the API key to ask it with; None where it asks for none."""
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """What a request needs besides its own headers."""
+        return () if self.key is None else (("Authorization", f"Bearer {self.key}"),)
+
+    def client(self) -> Client:
+        return Client(self.url, key=self.key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +39,20 @@ class Endpoint:
     """Where a cluster answers, and the process in whose foreground it runs.
 
     started is that process's creation time in seconds: a pid alone may belong to another one later.
+    key_file None: it asks for no key, or took its keys from the environment.
     """
 
     url: str
     generation: int
     pid: int
     started: float
+    key_file: str | None = None
+
+    @property
+    def address(self) -> Address:
+        """With a key of its file. Raises NotFound, ConfigError: the file is not to be used."""
+        key = None if self.key_file is None else client_key(Path(self.key_file))
+        return Address(self.url, key)
 
     @property
     def is_alive(self) -> bool:

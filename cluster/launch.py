@@ -22,6 +22,7 @@ import psutil
 import ray
 
 from cluster.endpoint import is_alive
+from cluster.haproxy import BINARY, launcher
 from shards.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ SERVING_ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     # else HAProxy sends a line a request to a Python process that competes with the shards
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # an hour by default: a client that reads no answer would hold a place in the router as long
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
     # one loop for Serve and our ASGI app halves the latency of a request
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -166,7 +169,11 @@ def _session_folder() -> Path:
 
 def _ray_environment(session: Path) -> dict[str, str]:
     """What Ray's processes must find in their environment here; they inherit ours."""
+    haproxy = session / "haproxy"
+    haproxy.write_text(launcher(sys.executable))
+    haproxy.chmod(0o700)
     return SERVING_ENVIRONMENT | {
+        BINARY: str(haproxy),
         "RAY_AUTH_TOKEN": _auth_token(),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(session / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(session / "a"),

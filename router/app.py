@@ -17,8 +17,10 @@ from ray import serve
 from ray.exceptions import RayError
 
 from router.api import REQUEST_ID_HEADER, create_app
+from router.auth import AuthSettings, Guard
 from router.config import RouterConfig
 from router.service import SearchService
+from shards.ray_metrics import RayExporter
 
 logger = logging.getLogger(__name__)
 
@@ -60,38 +62,50 @@ class ServeApp:
 
 @serve.ingress()
 class RouterReplica:
-    """Serves the HTTP API. ``secret`` proves this router to the shards."""
+    """Serves the HTTP API to who has a key of ``auth``. ``secret`` proves this router to shards."""
 
     def __init__(
-        self, *, config: RouterConfig, controller: str, namespace: str, secret: bytes
+        self,
+        *,
+        config: RouterConfig,
+        controller: str,
+        namespace: str,
+        secret: bytes,
+        auth: AuthSettings,
     ) -> None:
         self._service = SearchService(config, secret)
         self._controller = (controller, namespace)
-        self._app = ServeApp(create_app(self._service, config), self.start, self.stop)
-        self._following: asyncio.Task[None] | None = None
+        self._guard = Guard(auth)
+        self._app = ServeApp(create_app(self._service, config, self._guard), self.start, self.stop)
+        self._following: list[asyncio.Task[None]] = []
         self._has_table = asyncio.Event()
+        self._exporter: RayExporter | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
 
     async def start(self) -> None:
-        """Begins to follow the controller; returns with the first table, so that Serve sends
-        no query to a replica that could not answer it.
+        """Begins to follow controller and key file; returns with the first table, so that Serve
+        sends no query to a replica that could not answer it.
 
         Raises:
             TimeoutError: there is none; Serve starts the replica again.
         """
-        self._following = asyncio.ensure_future(self._follow_controller())
+        follow = (self._follow_controller(), self._guard.follow())
+        self._following = [asyncio.ensure_future(each) for each in follow]
         await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
+        self._exporter = RayExporter(self._service.recorder, self._service.refresh_metrics)
         gc.collect()
         gc.freeze()  # Ray and the web framework stay: collecting over them takes 50 ms
 
     async def stop(self) -> None:
         """Stops following, closes the shard connections."""
-        if self._following is not None:
-            self._following.cancel()
+        if self._exporter is not None:
+            self._exporter.stop()
+        for task in self._following:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._following
+                await task
         await self._service.close()
 
     async def _follow_controller(self) -> None:

@@ -1,6 +1,6 @@
 """A thin synchronous client of the HTTP API: msgpack both ways, numpy in and out, typed errors.
 
-    with Client("http://localhost:8000") as client:
+    with Client("http://localhost:8000", key="...") as client:
         answer = client.search(features=[{"user_id": 7}], k=10)
         answer.ids[0], answer.scores[0], answer.coverage.share
 
@@ -15,6 +15,7 @@ import numpy as np
 import orjson
 
 from router.codec import Media, decode_answer, encode_query
+from router.keys import KEY
 from router.messages import ItemAnswer, SearchAnswer, SearchQuery
 from router.problems import CONTENT_TYPE, REFUSALS
 from shards.errors import (
@@ -45,10 +46,19 @@ _ERRORS = {kind.code: kind for kind in _KINDS}
 class Client:
     """One server, over kept-alive connections; for use by one thread at a time, or by many."""
 
-    def __init__(self, base_url: str, timeout: float = DEFAULT_TIMEOUT_S) -> None:
-        """timeout: seconds to wait for the server, a request's own deadline aside."""
+    def __init__(
+        self, base_url: str, timeout: float = DEFAULT_TIMEOUT_S, *, key: str | None = None
+    ) -> None:
+        """timeout: seconds to wait for the server, a request's own deadline aside.
+
+        Raises:
+            InvalidInput: ``key`` has a form that no API key has.
+        """
+        if key is not None and not KEY.fullmatch(key):
+            raise InvalidInput("not an API key", got=f"{len(key)} characters")
         self._base_url = base_url
-        self._http = httpx.Client(base_url=base_url, timeout=timeout)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self._http = httpx.Client(base_url=base_url, timeout=timeout, headers=headers)
 
     def __enter__(self) -> Self:
         return self

@@ -12,14 +12,17 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from router.auth import needed_scope
 from router.models import ItemResponse, Problem, SearchBody, SearchResponse
 
 TITLE = "Shardline"
 VERSION = "1"
 DESCRIPTION = (
     "Top-K retrieval over sharded embeddings. Bodies are JSON or msgpack by Content-Type and "
-    "Accept. Errors are RFC 9457 problems with a stable code. X-Request-ID is echoed."
+    "Accept. Errors are RFC 9457 problems with a stable code. X-Request-ID is echoed. Requests "
+    "need an API key, sent as Authorization: Bearer <key>, except where it says open."
 )
+KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "an API key of this cluster"}
 REF = "#/components/schemas/{model}"
 
 
@@ -31,6 +34,8 @@ def _content(model: str, *media: str) -> dict[str, Any]:
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     texts = {
         400: "invalid_input: field, expected and got say what",
+        401: "unauthenticated: no API key, or none of this cluster's",
+        403: "forbidden: the key is of another scope",
         404: "not_found",
         406: "not_acceptable",
         408: "body_timeout",
@@ -49,17 +54,17 @@ SEARCH_DOC: dict[str, Any] = {
     "openapi_extra": {"requestBody": {"required": True, "content": _content("SearchBody")}},
     "responses": {
         200: {"description": "the answer", "content": _content("SearchResponse")},
-        **_problems(400, 406, 408, 413, 415, 429, 503, 504),
+        **_problems(400, 401, 406, 408, 413, 415, 429, 503, 504),
     },
 }
 ITEM_DOC: dict[str, Any] = {
     "tags": ["items"],
     "responses": {
         200: {"description": "the item", "content": _content("ItemResponse")},
-        **_problems(400, 404, 406, 429, 503, 504),
+        **_problems(400, 401, 404, 406, 429, 503, 504),
     },
 }
-STATUS_DOC: dict[str, Any] = {"tags": ["status"], "responses": _problems(503)}
+STATUS_DOC: dict[str, Any] = {"tags": ["status"], "responses": _problems(401, 503)}
 READY_DOC: dict[str, Any] = {
     "tags": ["health"],
     "responses": {503: {"description": "not ready; the body says why"}},
@@ -75,9 +80,12 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
     )
     components = schema.setdefault("components", {})
     components["schemas"] = definitions["$defs"]
-    for path in schema["paths"].values():
-        for operation in path.values():
+    components["securitySchemes"] = {"key": KEY_SCHEME}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
             operation["responses"].pop("422", None)  # FastAPI's own; ours are 400
+            scope = needed_scope(method.upper(), path)
+            operation["security"] = [] if scope is None else [{"key": []}]
     return schema
 
 
@@ -116,9 +124,13 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     )
     return (
         f"<h3><code>{method.upper()} {escape(path)}</code></h3>"
-        f"<p>{escape(operation.get('description', ''))}</p>{request}"
+        f"<p>{escape(operation.get('description', ''))} {_key(operation)}</p>{request}"
         f"<table><tr><th>status<th>meaning<th>body{answers}</table>"
     )
+
+
+def _key(operation: dict[str, Any]) -> str:
+    return "Needs an API key." if operation["security"] else "Open: needs no key."
 
 
 def _refs(content: dict[str, Any]) -> str:

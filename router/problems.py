@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "application/problem+json"
 MAX_TEXT = 300  # characters of a caller's own input that an error repeats
+# fields that other search services have, and what is asked for instead; their nearest spelling
+# among ours would mislead
+INSTEAD = dict.fromkeys(
+    ("user", "users", "user_id", "user_ids"),
+    "users are asked for by their features, which /v1/status lists: use features",
+)
 
 
 class PayloadTooLarge(InvalidInput):
@@ -50,7 +56,28 @@ class BodyTimeout(InvalidInput):
     code = "body_timeout"
 
 
-REFUSALS = (PayloadTooLarge, UnsupportedMediaType, NotAcceptable, MethodNotAllowed, BodyTimeout)
+class Unauthenticated(InvalidInput):
+    code = "unauthenticated"
+
+
+class Forbidden(InvalidInput):
+    code = "forbidden"
+
+
+REFUSALS = (
+    PayloadTooLarge,
+    UnsupportedMediaType,
+    NotAcceptable,
+    MethodNotAllowed,
+    BodyTimeout,
+    Unauthenticated,
+    Forbidden,
+)
+# RFC 6750, section 3: how to ask again
+CHALLENGES = {
+    Unauthenticated.code: b'Bearer realm="shardline"',
+    Forbidden.code: b'Bearer realm="shardline", error="insufficient_scope", scope="admin"',
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +89,8 @@ class _Kind:
 
 PROBLEMS: dict[str, _Kind] = {
     InvalidInput.code: _Kind(400, "Invalid input"),
+    Unauthenticated.code: _Kind(401, "No valid API key"),
+    Forbidden.code: _Kind(403, "The API key is not good for this"),
     NotFound.code: _Kind(404, "Not found"),
     MethodNotAllowed.code: _Kind(405, "Method not allowed"),
     NotAcceptable.code: _Kind(406, "Not acceptable"),
@@ -106,6 +135,8 @@ def to_problem(error: Exception, *, request_id: str, retry_after_s: int) -> Prob
     headers = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
     if kind.retry:
         headers.append((b"retry-after", str(retry_after_s).encode()))
+    if error.code in CHALLENGES:
+        headers.append((b"www-authenticate", CHALLENGES[error.code]))
     return ProblemAnswer(status=kind.status, headers=headers, body=orjson.dumps(body))
 
 
@@ -129,8 +160,11 @@ def from_validation(error: ValidationError, known: Sequence[str]) -> InvalidInpu
 
 def unknown_field(path: str, known: Sequence[str]) -> InvalidInput:
     """Names the field, the one that may have been meant, and all that there are."""
-    close = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
+    name = path.rpartition(".")[2]
+    close = difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
+    if "features" in known and name in INSTEAD:
+        guess = f"{INSTEAD[name]}; "
     return InvalidInput(
         "unknown field", field=path, hint=f"{guess}known fields: {', '.join(known)}"
     )

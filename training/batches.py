@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from shards.errors import ConfigError, DataError
 from shards.files import atomic_path
 from shards.schema import IdArray
+from training.config import LossConfig
 from training.features import Block, FeatureSpace
 from training.metrics import Csr
+from training.negatives import Negatives, check_hard, draw
 from training.tables import ITEMS, USERS, Dataset, positives_by_user
 
 
@@ -29,18 +31,21 @@ from training.tables import ITEMS, USERS, Dataset, positives_by_user
 class Batch:
     """One rank's share of a step: b examples, one positive item each.
 
-    users, items: input rows of both towers. history: input rows of the past items of all b users,
-    one user after the other, history_lengths (b,) int64 of them each. item_rows (b,) int64: the
-    positives. known: (P,) pairs of an example, 0 to b - 1, and an item its user has in train.
+    users, items: input rows of both towers; items are the positives, then ``negatives.encoded``.
+    history: input rows of the past items of all b users, one user after the other, history_lengths
+    (b,) int64 of them each. user_rows and item_rows (b,) int64: the interactions. known: (P,) pairs
+    of an example, 0 to b - 1, and an item its user has in train.
     """
 
     users: Block
     items: Block
     history: Block
     history_lengths: IdArray
+    user_rows: IdArray
     item_rows: IdArray
     known_rows: IdArray
     known_items: IdArray
+    negatives: Negatives
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,16 +87,21 @@ class Sampler:
     seed: int
     unknown_rate: float
     history_length: int  # 0 without a history feature
+    loss: LossConfig  # which negatives to draw
+    hard: Csr | None = None  # mined item rows per user row
+
+    def __post_init__(self) -> None:
+        check_hard(self.loss, self.hard, len(self.data.users))
 
     @property
     def steps_per_epoch(self) -> int:
         """The same on every rank: gloo aborts on uneven batches, so the rest is left out."""
         return len(self.data.train.items) // self.batch_size
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of one epoch, in order."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from its step ``start`` on, in order."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.train.items))
-        for step in range(self.steps_per_epoch):
+        for step in range(start, self.steps_per_epoch):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
             # [seed, epoch, 0] is the stream of [seed, epoch], which ordered the examples
             yield self.batch(rows, np.random.default_rng([self.seed, epoch, step + 1]))
@@ -100,7 +110,7 @@ class Sampler:
         """This rank's slice of the global batch of train interactions ``rows``."""
         data, size = self.data, len(rows) // self.world
         mine = slice(self.rank * size, (self.rank + 1) * size)
-        num_user, num_item = data.users.categorical.shape[1], data.items.categorical.shape[1]
+        num_user, num_item = data.users.hideable, data.items.hideable
         # drawn for the global batch and cut, so that the ranks together see what one would
         draws = rng.random((len(rows), num_user + num_item + 1), dtype=np.float32)
         hidden = draws[mine] < self.unknown_rate
@@ -109,24 +119,50 @@ class Sampler:
         lengths = np.where(hidden[:, -1], 0, history.lengths)
         kept = np.repeat(~hidden[:, -1], history.lengths)
         known = data.train.take(users)
+        drawn = draw(self.loss, data.train_users[rows], len(data.items), self.hard, rng)
+        negatives = drawn.of_rank(self.rank, self.world)
+        hidden_items = np.concatenate([hidden[:, num_user:-1], self._hidden_negatives(drawn, rng)])
         return Batch(
-            users=_hide(data.users.take(users), hidden[:, :num_user]),
-            items=_hide(data.items.take(items), hidden[:, num_user:-1]),
+            users=data.users.take(users).hide(hidden[:, :num_user]),
+            items=data.items.take(np.concatenate([items, negatives.encoded])).hide(hidden_items),
             history=data.items.take(history.items[kept]),
             history_lengths=lengths,
+            user_rows=users,
             item_rows=items,
             known_rows=np.repeat(np.arange(size), known.lengths),
             known_items=known.items,
+            negatives=negatives,
         )
 
+    def _hidden_negatives(self, drawn: Negatives, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Which values of this rank's encoded negatives are hidden, at the rate of the positives.
 
-def prepare(dataset: Dataset, space: FeatureSpace, folder: Path) -> None:
+        Were they not, a hidden value would give a positive away.
+        """
+        width = self.data.items.hideable
+        parts = []
+        for part in (drawn.uniform, drawn.hard, drawn.random):
+            draws = rng.random((len(part), part[:1].size, width), dtype=np.float32)
+            parts.append(np.split(draws, self.world)[self.rank].reshape(-1, width))
+        return np.concatenate(parts) < self.unknown_rate
+
+
+def prepare(
+    dataset: Dataset,
+    space: FeatureSpace,
+    folder: Path,
+    fitted: tuple[str, ...] = ("train",),
+) -> None:
     """Writes the dataset as dense, mappable Arrow files: inputs of both towers, train and val.
+
+    train holds the splits that are fitted; where val is one of them, there is no val left.
 
     Raises:
         DataError: a feature column does not fit, or there is nothing to train on.
     """
-    train, val = train_lists(dataset), item_lists(dataset, ("val",))
+    train, val = train_lists(dataset, fitted), item_lists(dataset, ("val",))
+    if "val" in fitted:
+        val = Csr(np.zeros_like(val.indptr), val.items[:0])
     items = space.item.encode(dataset.items(), ITEMS)
     users = space.query.encode(dataset.users(), USERS)
     _write_block(folder / "items.arrow", items)
@@ -136,9 +172,9 @@ def prepare(dataset: Dataset, space: FeatureSpace, folder: Path) -> None:
     _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
 
 
-def train_lists(dataset: Dataset) -> Csr:
-    """The training examples: ``item_lists`` of train; DataError where there is none."""
-    train = item_lists(dataset, ("train",))
+def train_lists(dataset: Dataset, fitted: tuple[str, ...] = ("train",)) -> Csr:
+    """The training examples: ``item_lists`` of the fitted splits; DataError if there are none."""
+    train = item_lists(dataset, fitted)
     if not len(train.items):
         raise DataError("no interactions to train on", field="split", expected="train rows")
     return train
@@ -194,10 +230,6 @@ def _indptr(lengths: IdArray) -> IdArray:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _hide(block: Block, hidden: NDArray[np.bool_]) -> Block:
-    return Block(np.where(hidden, 0, block.categorical), block.numeric)
-
-
 def _write_block(path: Path, block: Block) -> None:
     # Arrow has no lists of width 0: such a matrix is left out, its row count is in ``rows``
     matrices: dict[str, NDArray[Any]] = {
@@ -205,7 +237,8 @@ def _write_block(path: Path, block: Block) -> None:
         "numeric": block.numeric,
     }
     wide = {name: matrix for name, matrix in matrices.items() if matrix.shape[1]}
-    _write(path, rows=np.arange(len(block)), **wide)
+    bags = {f"bag.{place}": bag for place, bag in enumerate(block.bags)}
+    _write(path, rows=np.arange(len(block)), **wide, **bags)
 
 
 def _map_block(path: Path) -> Block:
@@ -214,13 +247,17 @@ def _map_block(path: Path) -> Block:
     return Block(
         arrays.get("categorical", np.empty((rows, 0), np.int64)),
         arrays.get("numeric", np.empty((rows, 0), np.float32)),
+        _map_lists(path),
     )
 
 
-def _write(path: Path, **arrays: NDArray[Any]) -> None:
+def _write(path: Path, **arrays: NDArray[Any] | Csr) -> None:
     """Arrays of equal length as one record batch of an Arrow IPC file, so they map as they are."""
     columns = {}
     for name, array in arrays.items():
+        if isinstance(array, Csr):
+            columns[name] = pa.LargeListArray.from_arrays(pa.array(array.indptr), array.items)
+            continue
         flat = pa.array(np.ascontiguousarray(array).ravel())
         is_matrix = array.ndim == 2
         columns[name] = (
@@ -233,12 +270,24 @@ def _write(path: Path, **arrays: NDArray[Any]) -> None:
 
 def _map(path: Path) -> dict[str, NDArray[Any]]:
     """Read-only views of a file written by ``_write``; it stays mapped while they live."""
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    batch = _map_batch(path)
     arrays = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_large_list(column.type):
+            continue
         if pa.types.is_fixed_size_list(column.type):
             matrix = column.flatten().to_numpy()
             arrays[name] = matrix.reshape(len(column), column.type.list_size)
         else:
             arrays[name] = column.to_numpy()
     return arrays
+
+
+def _map_lists(path: Path) -> tuple[Csr, ...]:
+    """The lists among the arrays of such a file, in order, mapped too."""
+    lists = (column for column in _map_batch(path).columns if pa.types.is_large_list(column.type))
+    return tuple(Csr(column.offsets.to_numpy(), column.values.to_numpy()) for column in lists)
+
+
+def _map_batch(path: Path) -> pa.RecordBatch:
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

@@ -1,24 +1,27 @@
 """Checkpoints of a run: complete or absent, checksummed, tied to their configuration.
 
-    _manifest.json         configuration, fitted features, dataset; written when the run starts
-    checkpoints/000003/    after epoch 3: model.safetensors, optimiser.safetensors, _manifest.json
+    _manifest.json           configuration, fitted features, dataset; written when the run starts
+    checkpoints/00000300/    after step 300: <part>.safetensors, _manifest.json
 
-The newest checkpoint is where a run resumes; its manifest names the best epoch so far, whose
-checkpoint is kept too and is what evaluation and export load. No pickles.
+Parts are the model, the optimiser's moments, the loss's state and what was mined. There is no
+random state: every draw is a function of the seed and the step. The newest checkpoint is where a
+run resumes, within an epoch too; its manifest names the best step so far, whose checkpoint is kept
+as well and is what evaluation and export load. No pickles.
 """
 
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shards.errors import ConfigError, DataError, NotFound
+from shards.errors import ConfigError, CorruptFile, DataError, NotFound, Unavailable
 from shards.files import (
     FileEntry,
     describe_tree,
@@ -33,21 +36,25 @@ from training.towers import TwoTower, build_model
 
 RUN_KIND, CHECKPOINT_KIND = "training run", "checkpoint"
 VERSION = 1
-MODEL, OPTIMISER = "model.safetensors", "optimiser.safetensors"
+CHECKPOINT_VERSION = 2  # 1 was numbered by epochs
+MODEL = "model"  # the part that evaluation and export load
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """Where a run stands after ``epoch`` epochs and ``step`` optimiser steps.
+    """Where a run stands after ``step`` optimiser steps, of which ``epoch`` epochs are complete.
 
-    best_epoch is None until something was validated; stale counts validations since then.
+    An epoch is complete once it was validated and mined after. best_* are None until something
+    was validated; stale counts validations since then. world: the ranks of the last step.
     """
 
     epoch: int = 0
     step: int = 0
     best_epoch: int | None = None
+    best_step: int | None = None
     best_value: float | None = None
     stale: int = 0
+    world: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,44 +116,58 @@ def check_dataset(folder: Path, dataset: dict[str, Any]) -> None:
 
 
 def save_checkpoint(
-    folder: Path, model: TwoTower, optimiser: torch.optim.Optimizer, state: TrainState
+    folder: Path, state: TrainState, parts: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Writes checkpoints/<epoch>, then removes all but it and the best."""
+    """Writes checkpoints/<step>, the tensors of each part, then removes all but it and the best.
+
+    Raises:
+        Unavailable: it could not be written, a full disk say; those before it are as they were.
+    """
     root = folder / "checkpoints"
-    target = root / f"{state.epoch:06d}"
-    with staged_folder(target) as staging:
-        save_file(_portable(model.state_dict()), staging / MODEL)
-        save_file(_optimiser_tensors(model, optimiser), staging / OPTIMISER)
-        body = {
-            "state": asdict(state),
-            "files": [asdict(entry) for entry in describe_tree(staging)],
-        }
-        write_manifest(staging, kind=CHECKPOINT_KIND, version=VERSION, body=body)
-    for epoch in _epochs(folder):
-        if epoch not in (state.epoch, state.best_epoch):
-            shutil.rmtree(root / f"{epoch:06d}")
+    try:
+        with staged_folder(root / _name(state.step)) as staging:
+            for name, part in parts.items():
+                save_file(_portable(part), _file(staging, name))
+            body = {
+                "state": asdict(state),
+                "files": [asdict(entry) for entry in describe_tree(staging)],
+            }
+            write_manifest(staging, kind=CHECKPOINT_KIND, version=CHECKPOINT_VERSION, body=body)
+    except (OSError, SafetensorError) as error:
+        before = _steps(folder)
+        raise Unavailable(
+            f"{root}: the checkpoint of step {state.step} could not be written",
+            got=str(error),
+            hint=f"that of step {before[-1]} is complete: make room, then resume"
+            if before
+            else "there is none before it",
+        ) from error
+    for step in _steps(folder):
+        if step not in (state.step, state.best_step):
+            shutil.rmtree(root / _name(step))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote a checkpoint has left."""
+    for path in (folder / "checkpoints").glob(".*.tmp"):
+        shutil.rmtree(path)
 
 
 def latest_state(folder: Path) -> TrainState | None:
     """How far the run got, None before its first checkpoint."""
-    epochs = _epochs(folder)
-    return _verified(folder, epochs[-1]) if epochs else None
+    steps = _steps(folder)
+    return _verified(folder, steps[-1]) if steps else None
 
 
-def restore(folder: Path, epoch: int, model: TwoTower, optimiser: torch.optim.Optimizer) -> None:
-    """Puts a checkpoint's weights and optimiser moments into freshly built ones."""
-    _verified(folder, epoch)
-    path = folder / "checkpoints" / f"{epoch:06d}"
-    model.load_state_dict(load_file(path / MODEL))
-    tensors = load_file(path / OPTIMISER)
-    for name, parameter in model.named_parameters():
-        state = {
-            key.removeprefix(f"{name}/"): value.to(parameter.device) if value.ndim else value
-            for key, value in tensors.items()
-            if key.startswith(f"{name}/")
-        }
-        if state:
-            optimiser.state[parameter] = state
+def load_parts(folder: Path, step: int) -> dict[str, dict[str, Tensor]]:
+    """All parts of a checkpoint, on the CPU.
+
+    Raises:
+        NotFound, CorruptFile: it is not there, or not as it was written.
+    """
+    _verified(folder, step)
+    checkpoint = folder / "checkpoints" / _name(step)
+    return {path.stem: load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
 
 
 def load_best(folder: Path) -> tuple[Run, TwoTower]:
@@ -159,10 +180,10 @@ def load_best(folder: Path) -> tuple[Run, TwoTower]:
     state = latest_state(folder)
     if state is None:
         raise NotFound(f"{folder}: no checkpoint yet", hint="train first")
-    epoch = state.epoch if state.best_epoch is None else state.best_epoch
-    _verified(folder, epoch)
+    step = state.step if state.best_step is None else state.best_step
     model = build_model(run.config, run.space)
-    model.load_state_dict(load_file(folder / "checkpoints" / f"{epoch:06d}" / MODEL))
+    _verified(folder, step)
+    model.load_state_dict(load_file(_file(folder / "checkpoints" / _name(step), MODEL)))
     return run, model.eval()
 
 
@@ -172,26 +193,32 @@ def _described(dataset: dict[str, Any]) -> str:
     return f"{dataset['name']!r} ({hashlib.sha256(files).hexdigest()[:8]})"
 
 
-def _epochs(folder: Path) -> list[int]:
+def _name(step: int) -> str:
+    return f"{step:08d}"
+
+
+def _file(checkpoint: Path, part: str) -> Path:
+    return checkpoint / f"{part}.safetensors"
+
+
+def _steps(folder: Path) -> list[int]:
     root = folder / "checkpoints"
     return sorted(int(path.name) for path in root.glob("[0-9]*")) if root.is_dir() else []
 
 
-def _verified(folder: Path, epoch: int) -> TrainState:
-    path = folder / "checkpoints" / f"{epoch:06d}"
-    manifest = read_manifest(path, kind=CHECKPOINT_KIND, version=VERSION)
+def _verified(folder: Path, step: int) -> TrainState:
+    path = folder / "checkpoints" / _name(step)
+    manifest = read_manifest(path, kind=CHECKPOINT_KIND, version=CHECKPOINT_VERSION)
+    if manifest["format_version"] < CHECKPOINT_VERSION:
+        raise CorruptFile(
+            f"{path}: written by an older version of this program",
+            expected=f"format_version {CHECKPOINT_VERSION}",
+            got=str(manifest["format_version"]),
+            hint="train into another folder",
+        )
     verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
     return TrainState(**manifest["state"])
 
 
-def _optimiser_tensors(model: TwoTower, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimiser.state.get(parameter, {}).items()
-    }
-    return _portable(tensors)
-
-
-def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -15,22 +15,22 @@ from shards.errors import InvalidInput
 from shards.schema import EMPTY_ID, MAX_K, IdArray
 from training.checkpoint import check_dataset, load_best
 from training.encoding import encode_items, encode_queries
-from training.metrics import (
-    DEFAULT_KS,
-    Csr,
-    MetricResult,
-    MetricSums,
-    Progress,
-    checked_ks,
-    evaluate_vectors,
-    score_lists,
+from training.measure import add_lists, empty_sums, measure, result_of, shared
+from training.metrics import DEFAULT_KS, Csr, MetricResult, Progress
+from training.queries import (
+    KNOWN_BEFORE,
+    Candidates,
+    EvaluationTask,
+    evaluation_task,
+    query_features,
 )
-from training.queries import KNOWN_BEFORE, evaluation_task, query_features
 from training.tables import ITEMS, USERS, Dataset
 
 QUERIES_PER_REQUEST = 64
+OUTSIDE_ROW = -2  # of an item that a cluster serves and the dataset does not list
 
 Search = Callable[[list[dict[str, Any]], int], IdArray]
+Ask = Callable[[IdArray, int], IdArray]
 
 
 def evaluate_exact(
@@ -40,6 +40,8 @@ def evaluate_exact(
     split: str = "test",
     ks: Sequence[int] = DEFAULT_KS,
     max_users: int | None = None,
+    with_segments: bool = False,
+    candidates: Candidates = "all",
     progress: Progress | None = None,
 ) -> MetricResult:
     """Brute force over the whole corpus with the run's best model; users without items in the
@@ -51,20 +53,21 @@ def evaluate_exact(
     """
     run, model = load_best(run_folder)
     check_dataset(run_folder, dataset.identity)
-    ks = checked_ks(ks, dataset.rows["items"])
-    known, relevant, users = evaluation_task(dataset, split, max_users)
-    known = known.take(users)
+    task = shared(
+        evaluation_task(
+            dataset,
+            split,
+            ks=ks,
+            max_users=max_users,
+            with_segments=with_segments,
+            candidates=candidates,
+        )
+    )
     items = run.space.item.encode(dataset.items(), ITEMS)
     inputs = run.space.query.encode(dataset.users(), USERS)
-    queries = encode_queries(model, inputs.take(users), known, items)
-    return evaluate_vectors(
-        queries,
-        encode_items(model, items),
-        relevant=relevant.take(users),
-        exclude=known,
-        ks=ks,
-        progress=progress,
-    )
+    known = task.known.take(task.users)
+    queries = encode_queries(model, inputs.take(task.users), known, items)
+    return measure(queries, encode_items(model, items), task, progress=progress)
 
 
 def evaluate_through(
@@ -75,6 +78,7 @@ def evaluate_through(
     split: str = "test",
     ks: Sequence[int] = DEFAULT_KS,
     max_users: int | None = None,
+    with_segments: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """The same metrics of whatever ``search(features, k)`` answers: (n, k) int64 item ids.
@@ -86,23 +90,46 @@ def evaluate_through(
         InvalidInput: a k beyond the corpus, or beyond what MAX_K leaves after dropping the known
             items; or no user has an item in the split.
     """
-    item_ids = dataset.items()["item_id"].to_numpy()
-    ks = checked_ks(ks, len(item_ids))
-    known, relevant, users = evaluation_task(dataset, split, max_users)
-    known, relevant = known.take(users), relevant.take(users)
-    _check_reach(max(ks), int(known.lengths.max()), len(item_ids))
-    sums = MetricSums()
-    features = query_features(dataset, kinds, users, KNOWN_BEFORE[split])
-    for start in range(0, len(users), QUERIES_PER_REQUEST):
-        rows = np.arange(start, min(start + QUERIES_PER_REQUEST, len(users)))
-        past, wanted = known.take(rows), relevant.take(rows)
-        k = min(max(ks) + int(past.lengths.max()), len(item_ids))
-        found = search([features[row] for row in rows], k)
-        kept = drop_known(found, Csr(past.indptr, item_ids[past.items]), max(ks))
-        sums.add(score_lists(kept, Csr(wanted.indptr, item_ids[wanted.items]), ks))
+    task = evaluation_task(dataset, split, ks=ks, max_users=max_users, with_segments=with_segments)
+    features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
+    item_ids, sums = dataset.items()["item_id"].to_numpy(), empty_sums(task)
+    for batch in request_batches(task):
+        ranked = ask_batch(
+            lambda rows, k: search([features[row] for row in rows], k), batch, task, item_ids
+        )
+        users = task.users[batch]
+        add_lists(sums, task, ranked, task.relevant.take(users), users)
         if progress is not None:
-            progress("evaluate", int(rows[-1]) + 1, len(users))
-    return sums.result()
+            progress("evaluate", int(batch[-1]) + 1, len(task.users))
+    return result_of(sums)
+
+
+def request_batches(task: EvaluationTask) -> list[IdArray]:
+    """Places in ``task.users``, some at a time, that are asked in one request.
+
+    Raises:
+        InvalidInput: max(ks) and the longest list of known items are more than MAX_K.
+    """
+    longest = int(task.known.take(task.users).lengths.max())
+    _check_reach(max(task.ks), longest, task.num_items)
+    places = np.arange(len(task.users))
+    return [
+        places[start : start + QUERIES_PER_REQUEST]
+        for start in range(0, len(places), QUERIES_PER_REQUEST)
+    ]
+
+
+def ask_batch(ask: Ask, batch: IdArray, task: EvaluationTask, item_ids: IdArray) -> IdArray:
+    """(n, max(ks)) int64 item rows, best first, known ones dropped, -1 empty.
+
+    ask(places in task.users, k) answers item ids (n, k); item_ids (m,) are those of all rows. An
+    item that is answered but not listed there keeps its place, and is never a hit.
+    """
+    past = task.known.take(task.users[batch])
+    found = ask(batch, min(max(task.ks) + int(past.lengths.max()), task.num_items))
+    rows = np.minimum(np.searchsorted(item_ids, found), len(item_ids) - 1)
+    rows = np.where(item_ids[rows] == found, rows, OUTSIDE_ROW)
+    return drop_known(np.where(found == EMPTY_ID, EMPTY_ID, rows), past, max(task.ks))
 
 
 def drop_known(found: IdArray, known: Csr, k: int) -> IdArray:

@@ -26,14 +26,14 @@ from shards.embeddings import (
     open_embedding_set,
 )
 from shards.files import sha256_of, write_json
-from shards.schema import FloatArray, IdArray, Metric
+from shards.schema import FloatArray, Metric
 from training.checkpoint import Run, load_best
 from training.encoding import BLOCK_ROWS, encode_items
 from training.metrics import Progress
 from training.tables import ITEMS, Dataset, open_dataset
 from training.towers import Inputs, TwoTower
 
-ENCODER_FORMAT_VERSION = 1  # of encoder.json; router.encoder reads it
+ENCODER_FORMAT_VERSION = 2  # of encoder.json; router.encoder reads it
 VERSION_DIGITS = 12
 
 
@@ -99,8 +99,9 @@ def export_encoder(run: Run, model: TwoTower, dataset: Dataset, version: str, fo
     """Writes encoder.json and weights.safetensors, the files ``router.encoder`` documents."""
     folder.mkdir(parents=True)
     weights = _tower_weights(model)
-    features: list[dict[str, Any]] = [asdict(v) for v in run.space.query.vocabularies]
-    features += [{"kind": "numeric", **asdict(s)} for s in run.space.query.standardisers]
+    columns = run.space.query
+    features: list[dict[str, Any]] = [asdict(c) for c in (*columns.vocabularies, *columns.bags)]
+    features += [{"kind": "numeric", **asdict(s)} for s in columns.standardisers]
     if run.space.history is not None:
         features.append(run.space.history.model_dump())
         weights |= _history_table(run, model, dataset)
@@ -111,6 +112,7 @@ def export_encoder(run: Run, model: TwoTower, dataset: Dataset, version: str, fo
             "format_version": ENCODER_FORMAT_VERSION,
             "model_version": version,
             "dim": model.dim,
+            "projection": run.config.towers.query.projection,
             "features": features,
             "weights_sha256": sha256_of(folder / "weights.safetensors"),
         },
@@ -118,25 +120,32 @@ def export_encoder(run: Run, model: TwoTower, dataset: Dataset, version: str, fo
 
 
 def _tower_weights(model: TwoTower) -> dict[str, NDArray[Any]]:
-    tower = {
+    weights = {
         name.replace("norms.", "norm."): tensor
         for name, tensor in model.query_tower.state_dict().items()
     }
-    embeddings = {
-        f"embedding.{name.split('.')[1]}": tensor
-        for name, tensor in model.query_rows.state_dict().items()
-    }
-    return {name: tensor.cpu().numpy() for name, tensor in (tower | embeddings).items()}
+    tables = (*model.query_rows.embeddings, *model.query_rows.bags)
+    weights |= {f"embedding.{i}": table.weight.detach() for i, table in enumerate(tables)}
+    return {name: tensor.cpu().numpy() for name, tensor in weights.items()}
 
 
 @torch.no_grad()
 def _history_table(run: Run, model: TwoTower, dataset: Dataset) -> dict[str, NDArray[Any]]:
-    """Item ids, ascending, and the input row of each, which the history feature averages."""
-    items = dataset.items()
-    ids: IdArray = items["item_id"].to_numpy()
-    parts: list[FloatArray] = [np.empty((0, run.space.item.width), np.float32)]
+    """Item ids, ascending, the input row of each, and what attention needs to pool them."""
+    items, device = dataset.items(), model.log_temperature.device
+    parts: list[FloatArray] = [np.empty((0, model.item_rows.width), np.float32)]
+    scores: list[FloatArray] = [np.empty(0, np.float32)]
     for start in range(0, items.num_rows, BLOCK_ROWS):
         block = run.space.item.encode(items.slice(start, BLOCK_ROWS).combine_chunks(), ITEMS)
-        rows: Tensor = model.item_rows(Inputs.of(block, model.log_temperature.device))
+        rows: Tensor = model.item_rows(Inputs.of(block, device))
         parts.append(rows.cpu().numpy())
-    return {"history.item_ids": ids.copy(), "history.rows": np.concatenate(parts)}
+        if model.history.attends:
+            scores.append(model.history.item_scores(rows).cpu().numpy())
+    table = {
+        "history.item_ids": items["item_id"].to_numpy().copy(),
+        "history.rows": np.concatenate(parts),
+    }
+    if model.history.attends:
+        table["history.item_scores"] = np.concatenate(scores)
+        table["history.recency"] = model.history.recency.cpu().numpy()
+    return table

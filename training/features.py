@@ -1,110 +1,104 @@
-"""From table columns to model inputs: vocabularies and standardisation, fitted once.
+"""From tables to model inputs: the fitted columns of both towers, and what they encode to.
 
-``fit`` computes them from a dataset; ``Columns.encode`` turns a table into a ``Block``. Row 0 of an
-embedding table means unknown: a value that training has not seen. A new kind of feature starts
-here, gets its configuration in ``training.config`` and its serving side in ``router.encoder``.
+``fit`` computes them from a dataset; ``Columns.encode`` turns a table into a ``Block``. A new kind
+of feature starts in ``training.columns``, gets its configuration in ``training.config`` and its
+serving side in ``router.encoder``.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from shards.errors import DataError
+from shards.errors import ConfigError
 from shards.schema import FloatArray, IdArray
+from training.columns import (
+    Bag,
+    MultiVocabulary,
+    Standardiser,
+    TextHash,
+    Vocabulary,
+    column_of,
+    list_values,
+    numbers,
+    plain,
+    strings,
+    value_type,
+    wrong_type,
+)
 from training.config import (
     CategoricalFeature,
-    FeatureConfig,
     HistoryFeature,
     IdFeature,
+    MultiValuedFeature,
     NumericFeature,
+    TextFeature,
+    TowerConfig,
     TrainingConfig,
 )
-from training.tables import ITEMS, USERS, Dataset, vector_matrix
+from training.metrics import Csr
+from training.table_checks import rows_of
+from training.tables import ITEMS, USERS, Dataset
 
 MIN_DEVIATION = 1e-6  # a constant column becomes zeros instead of a division by zero
-
-ValueType = Literal["int", "string", "bool"]
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """n input rows: categorical (n, C) int64 embedding rows, numeric (n, F) float32."""
+    """n input rows: categorical (n, C) int64 embedding rows, numeric (n, F) float32, and of each
+    multi-valued or text column a bag of embedding rows per row, never empty. sources (n,) int64:
+    which row of a table each is, where they were taken from one.
+    """
 
     categorical: IdArray
     numeric: FloatArray
+    bags: tuple[Csr, ...] = ()
+    sources: IdArray | None = None
+
+    @property
+    def hideable(self) -> int:
+        """Columns that ``hide`` can make unknown: the categorical ones, then the bags."""
+        return int(self.categorical.shape[1]) + len(self.bags)
 
     def take(self, rows: IdArray) -> "Block":
-        return Block(self.categorical[rows], self.numeric[rows])
+        bags = tuple(bag.take(rows) for bag in self.bags)
+        sources = rows if self.sources is None else self.sources[rows]
+        return Block(self.categorical[rows], self.numeric[rows], bags, sources)
+
+    def hide(self, hidden: NDArray[np.bool_]) -> "Block":
+        """The block with the values where hidden (n, hideable) is set made unknown, row 0."""
+        width = self.categorical.shape[1]
+        bags = [_hide(bag, hidden[:, width + i]) for i, bag in enumerate(self.bags)]
+        categorical = np.where(hidden[:, :width], 0, self.categorical)
+        return Block(categorical, self.numeric, tuple(bags))
 
     def __len__(self) -> int:
         return len(self.numeric)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
-    """values[i] has row i + 1 of an embedding table of len(values) + 1 rows, each ``dim`` wide."""
-
-    column: str
-    kind: Literal["id", "categorical"]
-    value_type: ValueType
-    values: list[Any]  # ascending
-    dim: int
-
-    @property
-    def rows(self) -> int:
-        return len(self.values) + 1
-
-    def encode(self, table: pa.Table, where: str) -> IdArray:
-        """(n,) int64 embedding rows, 0 where the vocabulary lacks the value."""
-        column = plain(_column(table, self.column, where))
-        if value_type(column.type) != self.value_type:
-            raise _wrong_type(where, self.column, self.value_type, column.type)
-        found = pc.index_in(column, value_set=pa.array(self.values, type=column.type))
-        return pc.add(pc.fill_null(found, -1), 1).to_numpy().astype(np.int64)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standardiser:
-    """(x - mean) / deviation per component, after log(1 + x) where ``log`` is set."""
-
-    column: str
-    log: bool
-    vector: bool  # a list of numbers per row, even if it is a list of one
-    mean: list[float]
-    deviation: list[float]
-
-    @property
-    def width(self) -> int:
-        return len(self.mean)
-
-    def encode(self, table: pa.Table, where: str) -> FloatArray:
-        """(n, width) float32."""
-        column = _column(table, self.column, where)
-        values = numbers(column, where, self.column)
-        if values.shape[1] != self.width or pa.types.is_fixed_size_list(column.type) != self.vector:
-            expected = f"a vector of {self.width} numbers" if self.vector else "a number"
-            raise _wrong_type(where, self.column, expected, column.type)
-        values = _log1p(values, where, self.column) if self.log else values
-        scaled = (values - np.asarray(self.mean)) / np.asarray(self.deviation)
-        return np.asarray(scaled, dtype=np.float32)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Columns:
-    """The fitted columns of one tower. An input row is its embeddings, then its numbers."""
+    """The fitted columns of one tower: an input row is embeddings | means of bags | numbers."""
 
     vocabularies: tuple[Vocabulary, ...]
     standardisers: tuple[Standardiser, ...]
+    bags: tuple[Bag, ...] = ()
 
     @property
     def width(self) -> int:
         """Width of an input row."""
-        embedded = sum(vocabulary.dim for vocabulary in self.vocabularies)
+        embedded = sum(column.dim for column in (*self.vocabularies, *self.bags))
         return embedded + sum(standardiser.width for standardiser in self.standardisers)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Name and kind of each column."""
+        kinds: dict[str, str] = {c.column: c.kind for c in (*self.vocabularies, *self.bags)}
+        return kinds | {s.column: "numeric" for s in self.standardisers}
 
     def encode(self, table: pa.Table, where: str) -> Block:
         """The table's rows as model inputs, in order. ``where`` names the table in errors.
@@ -117,7 +111,9 @@ class Columns:
             categorical[:, place] = vocabulary.encode(table, where)
         numeric = [s.encode(table, where) for s in self.standardisers]
         return Block(
-            categorical, np.concatenate([np.empty((table.num_rows, 0), np.float32), *numeric], 1)
+            categorical,
+            np.concatenate([np.empty((table.num_rows, 0), np.float32), *numeric], 1),
+            tuple(bag.encode(table, where) for bag in self.bags),
         )
 
 
@@ -128,6 +124,12 @@ class FeatureSpace:
     query: Columns
     item: Columns
     history: HistoryFeature | None
+
+    @property
+    def query_kinds(self) -> dict[str, str]:
+        """Name and kind of every feature a query brings, as a loaded encoder also lists them."""
+        history = {self.history.column: "history"} if self.history else {}
+        return self.query.kinds | history
 
     def to_json(self) -> dict[str, Any]:
         history = self.history.model_dump() if self.history else None
@@ -148,81 +150,104 @@ def fit(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
 
     Raises:
         DataError: a configured column is missing, or of a type that its kind cannot take.
+        ConfigError: a tower without projection whose inputs are not all as wide as its output.
     """
-    train = dataset.interactions("train")
-    query, item = config.towers.query.features or (), config.towers.item.features or ()
-    history = next((f for f in query if isinstance(f, HistoryFeature)), None)
-    return FeatureSpace(
-        query=_fit_columns(query, dataset.users(), USERS, train["user_id"]),
-        item=_fit_columns(item, dataset.items(), ITEMS, train["item_id"]),
+    train = dataset.interactions(config.fitted_splits)
+    query, item = config.towers.query, config.towers.item
+    history = next((f for f in query.features or () if isinstance(f, HistoryFeature)), None)
+    users, items = dataset.users(), dataset.items()
+    space = FeatureSpace(
+        query=_fit_columns(query, users, USERS, _occurrences(users, train, "user_id")),
+        item=_fit_columns(item, items, ITEMS, _occurrences(items, train, "item_id")),
         history=history,
+    )
+    _check_widths(config, space)
+    return space
+
+
+def _hide(bag: Csr, hidden: NDArray[np.bool_]) -> Csr:
+    lengths = np.where(hidden, 1, bag.lengths)
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    rows = np.zeros(indptr[-1], dtype=np.int64)
+    rows[np.repeat(~hidden, lengths)] = bag.items[np.repeat(~hidden, bag.lengths)]
+    return Csr(indptr, rows)
+
+
+def _occurrences(table: pa.Table, interactions: pa.Table, key: str) -> IdArray:
+    """(n,) int64: how many of the interactions each row of the table has."""
+    rows = rows_of(table[key].to_numpy(), interactions[key].to_numpy(), field=key)
+    return np.bincount(rows, minlength=table.num_rows).astype(np.int64)
+
+
+def _fit_columns(tower: TowerConfig, table: pa.Table, where: str, occurrences: IdArray) -> Columns:
+    vocabularies: list[Vocabulary] = []
+    standardisers: list[Standardiser] = []
+    bags: list[Bag] = []
+    for feature in tower.features or ():
+        if isinstance(feature, IdFeature | CategoricalFeature):
+            vocabularies.append(_fit_vocabulary(feature, table, where, occurrences))
+        elif isinstance(feature, NumericFeature):
+            standardisers.append(_fit_standardiser(feature, table, where))
+        elif isinstance(feature, MultiValuedFeature):
+            bags.append(_fit_multi_valued(feature, table, where, occurrences))
+        elif isinstance(feature, TextFeature):
+            strings(column_of(table, feature.column, where), where, feature.column)
+            bags.append(TextHash(**feature.model_dump(exclude={"init_norm"})))
+    return Columns(
+        vocabularies=tuple(vocabularies), standardisers=tuple(standardisers), bags=tuple(bags)
     )
 
 
-def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Dictionary-encoded columns as their values, large strings as strings."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return column.cast(pa.string() if pa.types.is_large_string(kind) else kind)
-
-
-def value_type(kind: pa.DataType) -> ValueType | None:
-    """What a vocabulary over a column of this type holds; None if it cannot have one."""
-    if pa.types.is_boolean(kind):
-        return "bool"
-    if pa.types.is_integer(kind):
-        return "int"
-    return "string" if pa.types.is_string(kind) else None
-
-
-def is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
-
-
-def numbers(column: pa.ChunkedArray, where: str, name: str) -> NDArray[np.float64]:
-    """(n, width) float64 of a column of numbers or of fixed-size lists of them."""
-    if is_number(column.type):
-        return column.cast(pa.float64()).to_numpy()[:, None]  # type: ignore[no-any-return]
-    if pa.types.is_fixed_size_list(column.type):
-        return vector_matrix(column).astype(np.float64)
-    raise _wrong_type(where, name, "numbers, or fixed-size lists of them", column.type)
-
-
-def _fit_columns(
-    features: tuple[FeatureConfig, ...], table: pa.Table, where: str, train_ids: pa.ChunkedArray
-) -> Columns:
-    key = "user_id" if where == USERS else "item_id"
-    seen = table.filter(pc.is_in(table[key], value_set=pc.unique(train_ids)))
-    vocabularies: list[Vocabulary] = []
-    standardisers: list[Standardiser] = []
-    for feature in features:
-        if isinstance(feature, IdFeature | CategoricalFeature):
-            # a row for a value that never occurs in train would be served as it was initialised
-            vocabularies.append(_fit_vocabulary(feature, seen, where))
-        elif isinstance(feature, NumericFeature):
-            standardisers.append(_fit_standardiser(feature, table, where))
-    return Columns(vocabularies=tuple(vocabularies), standardisers=tuple(standardisers))
-
-
 def _fit_vocabulary(
-    feature: IdFeature | CategoricalFeature, table: pa.Table, where: str
+    feature: IdFeature | CategoricalFeature, table: pa.Table, where: str, occurrences: IdArray
 ) -> Vocabulary:
-    column = plain(_column(table, feature.column, where))
+    column = plain(column_of(table, feature.column, where))
     kind = value_type(column.type)
     if kind is None:
-        raise _wrong_type(where, feature.column, "integers, strings or booleans", column.type)
+        raise wrong_type(where, feature.column, "integers, strings or booleans", column.type)
     return Vocabulary(
         column=feature.column,
         kind=feature.kind,
         value_type=kind,
-        values=sorted(pc.unique(column).to_pylist()),
+        values=_frequent(column, occurrences, feature.min_count),
         dim=feature.dim,
     )
 
 
+def _fit_multi_valued(
+    feature: MultiValuedFeature, table: pa.Table, where: str, occurrences: IdArray
+) -> MultiVocabulary:
+    lists = column_of(table, feature.column, where)
+    lengths, values = list_values(lists, where, feature.column)
+    kind = value_type(values.type)
+    if kind not in ("int", "string"):
+        raise wrong_type(where, feature.column, "lists of integers or strings", lists.type)
+    return MultiVocabulary(
+        column=feature.column,
+        kind=feature.kind,
+        value_type=kind,
+        values=_frequent(values, np.repeat(occurrences, lengths), feature.min_count),
+        dim=feature.dim,
+        max_length=feature.max_length,
+    )
+
+
+def _frequent(
+    column: pa.ChunkedArray | pa.Array, occurrences: IdArray, min_count: int
+) -> list[Any]:
+    """The values, ascending, whose rows have ``min_count`` train interactions or more.
+
+    An embedding for a value that never occurs in train would be served as it was initialised.
+    """
+    table = pa.table({"value": column, "count": occurrences})
+    counts = table.group_by("value").aggregate([("count", "sum")])
+    kept = counts.filter(pc.greater_equal(counts["count_sum"], min_count))["value"]
+    return sorted(kept.drop_null().to_pylist())
+
+
 def _fit_standardiser(feature: NumericFeature, table: pa.Table, where: str) -> Standardiser:
-    column = _column(table, feature.column, where)
-    values = numbers(column, where, feature.column)
-    values = _log1p(values, where, feature.column) if feature.log else values
+    column = column_of(table, feature.column, where)
+    values = numbers(column, where, feature.column, log=feature.log)
     return Standardiser(
         column=feature.column,
         log=feature.log,
@@ -232,35 +257,39 @@ def _fit_standardiser(feature: NumericFeature, table: pa.Table, where: str) -> S
     )
 
 
-def _column(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
-    if name not in table.column_names:
-        raise DataError(
-            "no such column",
-            field=f"{where}: {name}",
-            expected=f"one of {', '.join(table.column_names)}",
-            hint="name an existing column in the tower's features",
-        )
-    return table[name]
-
-
-def _log1p(values: NDArray[np.float64], where: str, name: str) -> NDArray[np.float64]:
-    if (values < 0).any():
-        row = int(np.flatnonzero((values < 0).any(axis=1))[0])
-        raise DataError(
-            "cannot take the logarithm",
-            field=f"{where}: {name}[{row}]",
-            expected=">= 0, because log is set",
-            got=str(values[row].min()),
-        )
-    return np.log1p(values)
-
-
-def _wrong_type(where: str, name: str, expected: str, got: pa.DataType) -> DataError:
-    return DataError("wrong type", field=f"{where}: {name}", expected=expected, got=str(got))
+def _check_widths(config: TrainingConfig, space: FeatureSpace) -> None:
+    """Where nothing projects, every input is added to the others and is the output."""
+    towers = config.towers
+    for name, tower, columns in (
+        ("query", towers.query, space.query),
+        ("item", towers.item, space.item),
+    ):
+        if tower.projection == "identity":
+            embedded: Sequence[Vocabulary | Bag] = (*columns.vocabularies, *columns.bags)
+            widths = {column.column: column.dim for column in embedded}
+            if name == "query" and space.history and towers.item.projection == "linear":
+                widths[space.history.column] = space.item.width
+            for column, width in widths.items():
+                if width != config.dim:
+                    raise ConfigError(
+                        "the tower has no projection, and this input another width",
+                        field=f"towers.{name}: {column}",
+                        expected=f"dim {config.dim}",
+                        got=str(width),
+                        hint='give the input that width, or the tower projection "linear"',
+                    )
 
 
 def _columns_from_json(content: dict[str, Any]) -> Columns:
     return Columns(
         vocabularies=tuple(Vocabulary(**v) for v in content["vocabularies"]),
         standardisers=tuple(Standardiser(**s) for s in content["standardisers"]),
+        bags=tuple(_bag_from_json(b) for b in content.get("bags", ())),  # older runs had none
     )
+
+
+def _bag_from_json(content: dict[str, Any]) -> Bag:
+    if content["kind"] == "multi_valued":
+        return MultiVocabulary(**content)
+    ranges = {name: tuple(content[name]) if content[name] else None for name in ("words", "chars")}
+    return TextHash(**(content | ranges))

@@ -20,10 +20,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shards.errors import DataError, NotFound
 from shards.schema import IdArray
+from training.splits import SplitCodes
 from training.table_checks import SPLITS
-from training.tables import ORIGINAL_ID, SplitCodes, vector_column
+from training.tables import ORIGINAL_ID
 
-NUM_GENRES = 19  # of MovieLens 100k
+# of MovieLens 100k, in the order of its flags
+GENRES = (
+    *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime"),
+    *("Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery"),
+    *("Romance", "Sci-Fi", "Thriller", "War", "Western"),
+)
 SHOWN = 5  # offending lines quoted in a report
 
 OnError = Literal["raise", "skip"]
@@ -43,8 +49,18 @@ class ImportConfig(BaseModel):
     on_error: OnError = Field(
         default="raise", description="malformed line: stop, or skip and count it"
     )
-    seed: int = Field(default=0, ge=0, description="draws the users of the validation split")
-    val_users: int = Field(default=2000, ge=0, description="users whose last train item is val")
+    seed: int = Field(default=0, ge=0, description="draws users and items of the splits")
+    val_users: int = Field(default=2000, ge=0, description="users with items in val")
+    val_per_user: int = Field(default=1, ge=1, description="train items that such a user gives")
+    val_items: Literal["last", "random"] = Field(
+        default="last", description="which: the last by time, or random ones, as the test split is"
+    )
+    cold_items: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the items that train does not see: all they have goes to test",
+    )
     test_per_user: int = Field(
         default=4, ge=0, description="items of a user held out, where the source has no test split"
     )
@@ -179,19 +195,19 @@ def _movielens_users(path: Path, config: ImportConfig, report: ImportReport) -> 
 
 
 def _movielens_items(path: Path, config: ImportConfig, report: ImportReport) -> pa.Table:
-    """id | title | release | video release | url | 19 genre flags."""
+    """id | title | release | video release | url | 19 genre flags, which become a list of names."""
     rows, genres = [], []
     for number, line in _lines(path):
         try:
             item, title, release, _, _, *flags = line.split("|")
-            if len(flags) != NUM_GENRES or not set(flags) <= {"0", "1"}:
+            if len(flags) != len(GENRES) or not set(flags) <= {"0", "1"}:
                 raise ValueError(
-                    f"expected {NUM_GENRES} genre flags 0 or 1, got {len(flags)} fields"
+                    f"expected {len(GENRES)} genre flags 0 or 1, got {len(flags)} fields"
                 )
-            vector = [float(flag) for flag in flags]
+            named = [genre for genre, flag in zip(GENRES, flags, strict=True) if flag == "1"]
             year = datetime.strptime(release, "%d-%b-%Y").year if release else 0
             rows.append((_natural(item), title, year, not release))
-            genres.append(vector)
+            genres.append(named)
         except ValueError as error:
             _malformed(path, number, error, config, report)
     known = [row[2] for row in rows if row[2]]
@@ -199,9 +215,7 @@ def _movielens_items(path: Path, config: ImportConfig, report: ImportReport) -> 
     rows = [(*row[:2], row[2] or middle, row[3]) for row in rows]
     names = ("item_id", "title", "year", "year_missing")
     table = _columns(rows, names, (pa.int64(), pa.string(), pa.int32(), pa.bool_()))
-    return table.append_column(
-        "genres", vector_column(np.array(genres, np.float32).reshape(-1, NUM_GENRES))
-    )
+    return table.append_column("genres", pa.array(genres, pa.list_(pa.string())))
 
 
 def read_parquet(source: Path, config: ImportConfig, report: ImportReport) -> Source:

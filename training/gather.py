@@ -5,11 +5,22 @@ gradient of the full batch when the gather's backward sums what the ranks send b
 anywhere. A gather without gradient would leave the item tower half its signal, pointing elsewhere.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Bytes that came to this rank from others, by gathers and their gradients, since it began."""
+
+    received: int = 0
+
+
+TRAFFIC = Traffic()
 
 
 def world_size() -> int:
@@ -29,6 +40,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gradient = gradients[0]
         size = len(gradient) // world_size()
+        TRAFFIC.received += gradient.nbytes - gradient[:size].nbytes
         if dist.get_backend() == "nccl":
             local = gradient.new_empty(size, *gradient.shape[1:])
             dist.reduce_scatter_tensor(local, gradient.contiguous())
@@ -54,4 +66,16 @@ def gather_values(local: Tensor) -> Tensor:
     local = local.contiguous()
     parts = [torch.empty_like(local) for _ in range(world_size())]
     dist.all_gather(parts, local)
+    TRAFFIC.received += (world_size() - 1) * local.nbytes
     return torch.cat(parts)
+
+
+def gather_ragged(local: Tensor) -> Tensor:
+    """The ranks' (n, ...) one after the other, rank 0 first, n differing by rank; no gradient."""
+    if world_size() == 1:
+        return local
+    lengths = gather_values(torch.tensor([len(local)], device=local.device)).tolist()
+    padded = local.new_zeros(max(lengths), *local.shape[1:])
+    padded[: len(local)] = local
+    gathered = gather_values(padded[None])
+    return torch.cat([part[:length] for part, length in zip(gathered, lengths, strict=True)])

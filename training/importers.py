@@ -12,8 +12,11 @@ import numpy as np
 from shards.errors import DataError
 from shards.schema import IdArray
 from training.formats import READERS, SHOWN, Format, ImportConfig, ImportReport, Source
+from training.splits import SplitCodes, cold_rows, hold_out, split_codes
 from training.table_checks import SPLITS
-from training.tables import SplitCodes, assign_splits, interaction_batch, write_dataset
+from training.tables import interaction_batch, write_dataset
+
+TRAIN, VAL, TEST = range(3)  # places in SPLITS
 
 __all__ = ["Format", "ImportConfig", "ImportReport", "import_dataset"]
 
@@ -29,8 +32,9 @@ def import_dataset(
     """Reads ``source``, writes the dataset folder ``target``, says what it met.
 
     Repeated (user, item) pairs keep their first row, and a pair of train and test stays in train:
-    it would be masked in the evaluation. A source with a test split keeps it; validation is
-    the last train item of up to ``val_users`` users, as in ``tables.assign_splits``.
+    it would be masked in the evaluation. A source with a test or val split keeps it; otherwise
+    test is as in ``splits.split_codes`` and val as in ``splits.hold_out``, by the config. Cold
+    items are drawn last, whatever split their interactions were in.
 
     Raises:
         NotFound: a file is missing. DataError: a malformed line (unless skipped), a missing
@@ -104,16 +108,22 @@ def _split(parsed: Source, config: ImportConfig) -> SplitCodes:
     rng = np.random.default_rng(config.seed)
     rows = (parsed.user_ids, parsed.item_ids, parsed.times)
     if parsed.codes is None:
-        return assign_splits(
-            *rows, test_per_user=config.test_per_user, val_users=config.val_users, rng=rng
+        nobody = np.empty(0, dtype=np.int64)
+        codes = split_codes(*rows, test_per_user=config.test_per_user, val_ids=nobody)
+    else:
+        codes = parsed.codes.copy()
+    if not (codes == VAL).any():
+        train = np.flatnonzero(codes == TRAIN)
+        held = hold_out(
+            *(column[train] for column in rows),
+            per_user=config.val_per_user,
+            most_users=config.val_users,
+            order=config.val_items,
+            rng=rng,
         )
-    codes = parsed.codes.copy()
-    if (codes == SPLITS.index("val")).any():
-        return codes
-    train = np.flatnonzero(codes == 0)
-    codes[train] = assign_splits(
-        *(column[train] for column in rows), test_per_user=0, val_users=config.val_users, rng=rng
-    )
+        codes[train[held]] = VAL
+    if config.cold_items:
+        codes[cold_rows(parsed.item_ids, config.cold_items, rng)] = TEST
     return codes
 
 

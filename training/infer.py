@@ -1,8 +1,9 @@
 """Which features a dataset suggests, for towers whose configuration names none.
 
-Few-valued columns become categories, other numbers numeric, and the query tower gets the user's
-history. A vector per id is learned for items that are seen often enough to have one, and wherever
-there is nothing else to go by. Titles, codes and other many-valued texts are left out.
+Few-valued columns become categories, lists of values multi-valued, texts of several words hashed
+text, other numbers numeric, and the query tower gets the user's history. A vector per id is learned
+for items that are seen often enough to have one, and wherever there is nothing else to go by.
+Codes and other keys are left out.
 """
 
 import logging
@@ -11,23 +12,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from training.columns import is_list, is_number, list_values, numbers, plain, value_type
 from training.config import (
     CategoricalFeature,
     FeatureConfig,
     HistoryFeature,
     IdFeature,
+    MultiValuedFeature,
     NumericFeature,
+    TextFeature,
     TowerConfig,
     TowersConfig,
     TrainingConfig,
 )
-from training.features import MIN_DEVIATION, is_number, numbers, plain, value_type
+from training.features import MIN_DEVIATION
 from training.tables import ORIGINAL_ID, Dataset
 
 logger = logging.getLogger(__name__)
 
 FEW_INTEGERS = 32  # integer columns with more distinct values are quantities, not categories
 FEW_STRINGS = 1000  # text columns with more are titles, codes or keys
+FEW_ELEMENTS = 100_000  # distinct values of a list column; with more, they are keys of something
+WORDS = 2.0  # average from which a many-valued text is language, and not a code or a name
 DENSE_INTERACTIONS = 5  # train interactions per item from which a vector per id can be learned
 SKEWED = 1.0  # skewness from which log(1 + x) is taken; an exponential has 2, a normal 0
 
@@ -64,15 +70,30 @@ def _suggest(table: pa.Table, key: str) -> list[FeatureConfig]:
 
 
 def _suggest_one(name: str, column: pa.ChunkedArray) -> FeatureConfig | None:
+    if is_list(column.type):
+        return _suggest_list(name, column)
     values = plain(column)
     kind = value_type(values.type)
     distinct = pc.count_distinct(values).as_py() if kind else 0
     if kind == "string":
-        few = distinct <= min(FEW_STRINGS, len(values) // 2)
-        return CategoricalFeature(column=name) if few else None
+        if distinct <= min(FEW_STRINGS, len(values) // 2):
+            return CategoricalFeature(column=name)
+        return TextFeature(column=name) if _has_words(values) else None
     if kind == "bool" or (kind == "int" and distinct <= min(FEW_INTEGERS, len(values) // 4)):
         return CategoricalFeature(column=name)
     return NumericFeature(column=name, log=is_number(column.type) and _is_skewed(column))
+
+
+def _suggest_list(name: str, column: pa.ChunkedArray) -> FeatureConfig | None:
+    _, values = list_values(column, "", name)
+    known = value_type(values.type) in ("int", "string")
+    few = known and pc.count_distinct(values).as_py() <= min(FEW_ELEMENTS, len(values) // 2)
+    return MultiValuedFeature(column=name) if few else None
+
+
+def _has_words(texts: pa.ChunkedArray) -> bool:
+    words = pc.count_substring_regex(texts, r"\S+")
+    return len(texts) > 0 and float(pc.mean(words).as_py()) >= WORDS
 
 
 def _is_skewed(column: pa.ChunkedArray) -> bool:

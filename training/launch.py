@@ -20,15 +20,20 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train import get_context as get_rank_context
 from ray.train.torch import TorchTrainer, get_device
+from safetensors.torch import save_file
 
 from shards.errors import ConfigError, ShardlineError, Unavailable
-from shards.files import MANIFEST_NAME
+from shards.files import MANIFEST_NAME, atomic_path
 from training.batches import check_batch, prepare, train_lists
-from training.checkpoint import Run, check_resumable, latest_state, start_run
+from training.checkpoint import Run, check_resumable, latest_state, open_run, start_run
 from training.config import TrainingConfig
 from training.features import fit
+from training.hard_negatives import load_hard
 from training.infer import infer_config
-from training.loop import CACHE, LOG, Event, train_rank, trim_log
+from training.loop import CACHE, HARD, lists_to_tensors, train_rank
+from training.metrics import Csr
+from training.negatives import check_hard
+from training.runlog import LOG, Event
 from training.tables import Dataset, open_dataset
 
 logger = logging.getLogger(__name__)
@@ -57,32 +62,37 @@ def train(
     *,
     on_event: OnEvent | None = None,
     resume: bool = False,
+    hard: Path | None = None,
 ) -> TrainResult:
     """Trains ``config.num_workers`` ranks to the end; the run folder keeps the best checkpoint.
 
-    on_event gets every line of the log: ``event`` is "step" (step, total_steps, loss,
-    in_batch_accuracy, examples_per_s, ...) or "validation" (epoch, recall@k). resume: go on from
-    the newest checkpoint of the same configuration and data.
+    on_event gets every line of the log (``training.runlog``): "start", "step" (step, total_steps,
+    loss, in_batch_accuracy, examples_per_s, ...), "validation" (epoch, recall@k). resume: go on
+    from the newest checkpoint of the same configuration and data; how many ranks there are, and
+    how often they write, may be another one. hard: table of mined negatives to start with.
 
     Raises:
         ConfigError, DataError: settings or data that do not fit, or not the ones resumed.
-        Unavailable: several workers without a Ray connection or GPUs, or a rank died.
+        Unavailable: several workers without a Ray connection or GPUs, a disk that is full, or
+            ranks died more often than max_failures.
     """
     run_folder = run_folder.resolve()  # ranks under Ray have another working directory
     dataset = open_dataset(data_folder)
     config = infer_config(config, dataset)
     use_gpu = _use_gpu(config)
+    if resume and hard is not None:
+        raise ConfigError("a run goes on with the mined lists that it has", field="hard")
     if resume:
         check_resumable(run_folder, config, dataset.identity)
-        state = latest_state(run_folder)
-        trim_log(run_folder / LOG, state.epoch if state else 0)
+        space = open_run(run_folder).space
+        start_run(run_folder, Run(config=config, space=space), dataset.identity)
     else:
-        _start(config, dataset, run_folder)
+        _start(config, dataset, run_folder, load_hard(hard, dataset) if hard else None)
     if config.num_workers == 1:
         train_rank(run_folder, torch.device("cuda" if use_gpu else "cpu"), on_event)
     else:
         with _followed(run_folder / LOG, on_event):
-            _train_under_ray(config.num_workers, use_gpu, run_folder)
+            _train_under_ray(config, use_gpu, run_folder)
     state = latest_state(run_folder)
     assert state is not None, "a finished run has a checkpoint"
     return TrainResult(
@@ -94,17 +104,35 @@ def train(
     )
 
 
-def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path) -> None:
+def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, hard: Csr | None) -> None:
     if (run_folder / MANIFEST_NAME).exists():
         raise ConfigError(
             f"{run_folder}: holds a run already",
             hint="resume it, or train into another folder",
         )
     # before anything is written: a declared run keeps its batch size
-    check_batch(config.batch_size, config.num_workers, len(train_lists(dataset).items))
+    examples = len(train_lists(dataset, config.fitted_splits).items)
+    check_batch(config.batch_size, config.num_workers, examples)
+    _check_mining(config, dataset, hard)
     space = fit(config, dataset)
-    prepare(dataset, space, run_folder / CACHE)
+    prepare(dataset, space, run_folder / CACHE, config.fitted_splits)
+    if hard is not None:
+        with atomic_path(run_folder / CACHE / HARD) as temporary:
+            save_file(lists_to_tensors(hard), temporary)
     start_run(run_folder, Run(config=config, space=space), dataset.identity)
+
+
+def _check_mining(config: TrainingConfig, dataset: Dataset, hard: Csr | None) -> None:
+    every = config.mining.every_epochs
+    if (hard is not None or every) and not config.loss.hard_negatives:
+        raise ConfigError(
+            "mined negatives would not be used",
+            field="loss.hard_negatives",
+            expected=">= 1",
+            got="0",
+        )
+    if hard is not None or not every:  # else the ranks mine before their first step
+        check_hard(config.loss, hard, dataset.users().num_rows)
 
 
 def _use_gpu(config: TrainingConfig) -> bool:
@@ -131,15 +159,15 @@ def _use_gpu(config: TrainingConfig) -> bool:
     return found >= config.num_workers
 
 
-def _train_under_ray(num_workers: int, use_gpu: bool, run_folder: Path) -> None:
+def _train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) -> None:
     trainer = TorchTrainer(
         _rank_entry,
         train_loop_config={"run_folder": str(run_folder)},
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=str(run_folder),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=config.max_failures),
         ),
     )
     try:
@@ -164,7 +192,11 @@ def _cause(error: TrainingFailedError) -> ShardlineError:
         if isinstance(cause, ShardlineError):
             return cause
     first = str(causes[0] if causes else error).strip().splitlines()
-    return Unavailable("training failed", got=first[-1] if first else type(error).__name__)
+    return Unavailable(
+        "training failed",
+        got=first[-1] if first else type(error).__name__,
+        hint="resume it: it goes on from its newest checkpoint",
+    )
 
 
 @contextmanager
@@ -202,6 +234,7 @@ def _follow(log: Path, start: int, on_event: OnEvent, ended: threading.Event) ->
     while not last_round:
         last_round = ended.wait(POLL_S)
         if log.exists():
+            start = min(start, log.stat().st_size)  # ranks that start again cut the log first
             with log.open("rb") as file:
                 file.seek(start)
                 for line in file:

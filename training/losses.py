@@ -1,91 +1,316 @@
-"""InfoNCE over local queries and the items of all ranks.
+"""The loss of one step: each local query against its item and the negatives of the whole step.
 
-Column j of row i scores s = (q_i . v_j) / temperature - log q_j, where q_j is how often item j is
-drawn as a negative; the row's own item is its label. Columns that would be false negatives are set
-to -inf: copies of the row's item, and items its user has in train. The label never is.
-(Yi et al., Sampling-bias-corrected neural modeling, RecSys 2019, section 3.)
+Columns that all rows share, gathered from every rank where gradient flows: the items of all rows,
+uniform draws, the rows' mined negatives if ``hard_shared``, and vectors kept from past steps. Each
+row's own columns: its mined negatives, its random ones, and its item where ``in_batch`` is off.
+
+    logit = q . v / temperature - correction of the column's item (``training.logq``)
+
+Columns that would be false negatives are left out: copies of the row's item, items its user has in
+train, items of other rows of its user. The label never is. ``training.tiles`` does the sums.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from training import gather
 from training.config import LossConfig
+from training.joins import Join, is_pair
+from training.logq import expected_counts
+from training.memory import LossState
+from training.tiles import (
+    Frame,
+    Sums,
+    TileLoss,
+    log_sum_of_negatives,
+    sigmoid,
+    softmax,
+    softmax_of_hardest,
+    tiled_loss,
+)
+
+NOBODY = -1  # the user of a column that is no interaction
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """loss: () float32 with gradient, mean over local rows; the others are plain shares of 1."""
+    """loss: () float32 with gradient, mean over local rows; the others () float32, to be logged.
+
+    accuracy and masked are shares of rows and of all columns. Mean logits are before correction,
+    those of negatives without the masked ones.
+    """
 
     loss: Tensor
     accuracy: Tensor
     masked: Tensor
+    positive_logit: Tensor
+    negative_logit: Tensor
 
 
-def info_nce(
-    queries: Tensor,
-    items: Tensor,
-    labels: Tensor,
-    temperature: Tensor,
-    *,
-    log_q: Tensor | None,
-    masked: tuple[Tensor, Tensor],
-) -> LossTerms:
-    """queries (b, d), items (B, d), labels (b,) int64 columns, log_q (B,), masked (rows, columns).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vectors:
+    """What the towers made of a rank's b rows; temperature ().
 
-    Computed in float32 whatever the towers ran in. Memory is O(b x B).
+    queries and items (b, dim), uniform (u, dim), hard (b, H, dim), random (b, R, dim).
     """
-    logits = queries.float() @ items.float().T / temperature
-    if log_q is not None:
-        logits = logits - log_q
-    logits = logits.index_put(masked, logits.new_tensor(-torch.inf))
-    loss = functional.cross_entropy(logits, labels)
-    with torch.no_grad():
-        accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        share = logits.new_tensor(len(masked[0]) / logits.numel())
-    return LossTerms(loss, accuracy, share)
+
+    queries: Tensor
+    items: Tensor
+    uniform: Tensor
+    hard: Tensor
+    random: Tensor
+    temperature: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ids:
+    """Whose vectors they are, int64: users (b,), and items as in ``Vectors``; -1 fills hard.
+
+    known: (P,) pairs of a local row and an item its user has in train.
+    """
+
+    users: Tensor
+    items: Tensor
+    uniform: Tensor
+    hard: Tensor
+    random: Tensor
+    known_rows: Tensor
+    known_items: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Columns of one source: vectors (..., dim); items, users and correction (...)."""
+
+    vectors: Tensor
+    items: Tensor
+    users: Tensor
+    correction: Tensor
+
+
+def step_loss(
+    config: LossConfig, vectors: Vectors, ids: Ids, state: LossState, num_items: int
+) -> LossTerms:
+    """The loss of this rank's rows; a collective of all ranks, which also brings ``state`` forward.
+
+    With the gradients of all ranks averaged it is the loss of the whole step's rows.
+    """
+    positives = _gathered_positives(vectors, ids)
+    state.shares.see(positives.items)
+    pool = _Pool(config, state, num_items, len(positives.items))
+    shared, own = pool.shared(vectors, ids, positives), pool.own(vectors, ids)
+    rows, first = len(ids.items), len(shared.items)
+    labels = torch.arange(rows, device=ids.items.device) + gather.rank() * rows
+    frame = Frame(
+        labels=labels if config.in_batch else torch.full_like(labels, first),
+        correction=shared.correction,
+        own_correction=own.correction,
+        correct_label=config.logq != "expected_count" or config.kind == "sigmoid",
+        masks=false_negatives(config, ids, shared.items, shared.users),
+        own_masked=_own_masked(config, ids, own.items),
+        loss=_tile_loss(config),
+        tile_mib=config.tile_mib,
+    )
+    scaled = vectors.queries / vectors.temperature
+    loss, sums = tiled_loss(scaled, shared.vectors, own.vectors, frame)
+    if config.kind == "bsl":
+        ours = pool.correction(state.shares.of(ids.items)) if config.logq == "standard" else 0.0
+        logits = (scaled.float() * vectors.items.float()).sum(dim=1) - ours
+        loss = config.bsl_negative_weight * loss - _mean_of_users(logits, ids.users)
+    if config.symmetric:
+        loss = torch.lerp(loss, _item_to_user(config, vectors, ids, labels), config.symmetric)
+    if state.memory is not None:
+        shares = state.shares.of(positives.items)
+        state.memory.keep(positives.vectors, positives.items, positives.users, shares)
+    return _terms(loss, sums, rows, columns=first + own.items.shape[1])
 
 
 def false_negatives(
-    config: LossConfig,
-    row_items: Tensor,
-    columns: Tensor,
-    labels: Tensor,
-    known_rows: Tensor,
-    known_items: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(rows, columns) int64 of the columns to leave out of each local row's sum.
-
-    row_items (b,) and columns (B,): items of the local rows and of all columns. known: pairs of a
-    local row and an item its user has in train. Cost grows with the matches, not with b x B: each
-    wanted (row, item) is looked up in the sorted columns.
-    """
-    rows = torch.arange(len(row_items), device=columns.device)
-    wanted_rows, wanted_items = [], []
+    config: LossConfig, ids: Ids, column_items: Tensor, column_users: Tensor
+) -> tuple[Join, ...]:
+    """The columns (C,) to leave out of each local row's sum; the label may be among them."""
+    joins = []
     if config.mask_duplicates:
-        wanted_rows.append(rows)
-        wanted_items.append(row_items)
+        joins.append(Join.equal(ids.items, column_items))
+    if config.mask_same_user:
+        joins.append(Join.equal(ids.users, column_users))
     if config.mask_known_positives:
-        # without mask_duplicates the row's own item stays a negative wherever else it stands
-        other = known_items != row_items[known_rows]
-        wanted_rows.append(known_rows[other])
-        wanted_items.append(known_items[other])
-    if not wanted_rows:
-        return rows[:0], rows[:0]
-    found_rows, found_columns = _matches(torch.cat(wanted_rows), torch.cat(wanted_items), columns)
-    kept = found_columns != labels[found_rows]
-    return found_rows[kept], found_columns[kept]
+        rows, items = _other_known(ids)
+        columns = torch.arange(len(column_items), device=column_items.device)
+        joins.append(Join.of(len(ids.items), rows, items, columns, column_items))
+    return tuple(joins)
 
 
-def _matches(rows: Tensor, items: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """All (row, column) with columns[column] equal to the item wanted beside the row."""
-    ordered, order = torch.sort(columns, stable=True)
-    first = torch.searchsorted(ordered, items)
-    counts = torch.searchsorted(ordered, items, right=True) - first
-    starts = torch.cumsum(counts, 0) - counts
-    places = torch.arange(int(counts.sum()), device=columns.device)
-    within = places - torch.repeat_interleave(starts, counts)
-    sorted_places = torch.repeat_interleave(first, counts) + within
-    return torch.repeat_interleave(rows, counts), order[sorted_places]
+def _other_known(ids: Ids) -> tuple[Tensor, Tensor]:
+    # without mask_duplicates the row's own item stays a negative wherever else it stands
+    other = ids.known_items != ids.items[ids.known_rows]
+    return ids.known_rows[other], ids.known_items[other]
+
+
+def _own_masked(config: LossConfig, ids: Ids, items: Tensor) -> Tensor:
+    """(b, K) bool of the rows' own columns: empty slots and false negatives, never the label."""
+    masked = items < 0
+    if config.mask_duplicates:
+        masked |= items == ids.items[:, None]
+    if config.mask_known_positives:
+        rows = torch.arange(len(items), device=items.device)[:, None].expand_as(items)
+        found = is_pair(rows.flatten(), items.flatten().clamp(min=0), *_other_known(ids))
+        masked |= found.view_as(items)
+    if not config.in_batch:
+        masked[:, 0] = False
+    return masked
+
+
+def _gathered_positives(vectors: Vectors, ids: Ids) -> _Columns:
+    items, users = gather.gather_values(ids.items), gather.gather_values(ids.users)
+    return _Columns(gather.gather_rows(vectors.items), items, users, torch.empty(0))
+
+
+class _Pool:
+    """Which columns there are and what their items' corrections are."""
+
+    def __init__(self, config: LossConfig, state: LossState, num_items: int, batch: int) -> None:
+        self._config, self._state, self._num_items = config, state, num_items
+        ready = state.memory.ready if state.memory is not None else 0
+        self._by_share = batch * config.in_batch + ready
+        self._uniform = config.uniform_negatives + config.random_negatives
+
+    def correction(self, shares: Tensor) -> Tensor:
+        """c_j of items with these shares of train; of their shape."""
+        draws = self._by_share + self._uniform
+        if draws == 0:  # mined negatives alone are no sample of anything
+            return torch.zeros_like(shares)
+        if self._config.logq == "none":
+            # each logit of a sigmoid stands alone: this bias makes one column in draws a positive
+            is_sigmoid = self._config.kind == "sigmoid"
+            return torch.full_like(shares, draws).log() if is_sigmoid else torch.zeros_like(shares)
+        counts = expected_counts(shares, self._by_share, self._uniform, self._num_items)
+        if self._config.logq == "standard" and self._config.kind != "sigmoid":
+            counts = counts / draws
+        return counts.log()
+
+    def shared(self, vectors: Vectors, ids: Ids, positives: _Columns) -> _Columns:
+        """The columns of all rows, the positives first."""
+        config, parts = self._config, []
+        if config.in_batch:
+            parts.append(self._drawn(positives.vectors, positives.items, positives.users))
+        if config.uniform_negatives:
+            items = gather.gather_values(ids.uniform)
+            parts.append(self._drawn(gather.gather_rows(vectors.uniform), items))
+        if config.hard_shared:
+            items = gather.gather_values(ids.hard.flatten())
+            there = items >= 0
+            hard = gather.gather_rows(vectors.hard.flatten(0, 1))
+            parts.append(self._mined(hard[there], items[there]))
+        if self._state.memory is not None and self._state.memory.ready:
+            kept, items, users, shares = self._state.memory.columns()
+            parts.append(_Columns(kept, items, users, self.correction(shares)))
+        nothing = self._drawn(vectors.items[:0], ids.items[:0])
+        return _joined([nothing, *parts], dim=0)
+
+    def own(self, vectors: Vectors, ids: Ids) -> _Columns:
+        """The columns (b, K) of each row alone, its item first where it is not shared."""
+        parts = [self._drawn(vectors.random, ids.random)]
+        if not self._config.hard_shared:
+            parts.insert(0, self._mined(vectors.hard, ids.hard))
+        if not self._config.in_batch:
+            parts.insert(0, self._drawn(vectors.items[:, None], ids.items[:, None]))
+        return _joined(parts, dim=1)
+
+    def _drawn(self, vectors: Tensor, items: Tensor, users: Tensor | None = None) -> _Columns:
+        users = torch.full_like(items, NOBODY) if users is None else users
+        return _Columns(vectors, items, users, self.correction(self._state.shares.of(items)))
+
+    def _mined(self, vectors: Tensor, items: Tensor) -> _Columns:
+        """Under expected_count mined items are not corrected: they stand for themselves."""
+        weight = torch.full(items.shape, self._config.hard_weight, device=items.device).log()
+        columns = self._drawn(vectors, items)
+        if self._config.logq == "expected_count" and self._config.kind != "sigmoid":
+            return _Columns(vectors, items, columns.users, -weight)
+        return _Columns(vectors, items, columns.users, columns.correction - weight)
+
+
+def _joined(parts: list[_Columns], dim: int) -> _Columns:
+    kind = parts[0].vectors.dtype
+    return _Columns(
+        torch.cat([part.vectors.to(kind) for part in parts], dim),
+        torch.cat([part.items for part in parts], dim),
+        torch.cat([part.users for part in parts], dim),
+        torch.cat([part.correction for part in parts], dim),
+    )
+
+
+def _tile_loss(config: LossConfig) -> TileLoss:
+    if config.kind == "sigmoid":
+        return sigmoid
+    if config.kind == "bsl":
+        return log_sum_of_negatives
+    if config.batch_hard and config.batch_hard_weight:
+        return partial(
+            softmax_of_hardest, hardest=config.batch_hard, weight=config.batch_hard_weight
+        )
+    return softmax
+
+
+def _mean_of_users(logits: Tensor, users: Tensor) -> Tensor:
+    """() mean over local rows of log mean exp of all the step's positives of the row's user.
+
+    The positive side of the bilateral softmax loss (Wu et al., 2024): among a user's positives
+    those the model believes count most, so one that is noise pulls less.
+    """
+    everyone, rows = gather.gather_values(users), len(users)
+    logits = gather.gather_rows(logits)
+    _, groups, counts = torch.unique(everyone, return_inverse=True, return_counts=True)
+    best = torch.full_like(logits[: len(counts)], -torch.inf)
+    best = best.scatter_reduce(0, groups, logits.detach(), "amax")
+    total = torch.zeros_like(best).index_add(0, groups, (logits - best[groups]).exp())
+    means = (total / counts).log() + best
+    ours = groups[gather.rank() * rows :][:rows]
+    return torch.mean(means[ours])
+
+
+def _item_to_user(config: LossConfig, vectors: Vectors, ids: Ids, labels: Tensor) -> Tensor:
+    """() softmax of each local item over the queries of all ranks; no correction.
+
+    Left out are other rows of the label's user, and rows whose user has the item in train.
+    """
+    queries, users = gather.gather_rows(vectors.queries), gather.gather_values(ids.users)
+    masks = []
+    if config.mask_duplicates:
+        masks.append(Join.equal(ids.users, users))
+        masks.append(Join.equal(ids.items, gather.gather_values(ids.items)))
+    if config.mask_known_positives:
+        offset = gather.rank() * len(ids.items)
+        columns = gather.gather_ragged(ids.known_rows + offset)
+        items = gather.gather_ragged(ids.known_items)
+        rows = torch.arange(len(ids.items), device=ids.items.device)
+        masks.append(Join.of(len(rows), rows, ids.items, columns, items))
+    nothing = torch.zeros((len(labels), 0), device=labels.device)
+    frame = Frame(
+        labels=labels,
+        correction=torch.zeros(len(users), device=labels.device),
+        own_correction=nothing,
+        correct_label=True,
+        masks=tuple(masks),
+        own_masked=nothing.bool(),
+        loss=softmax,
+        tile_mib=config.tile_mib,
+    )
+    scaled = vectors.items / vectors.temperature
+    own = scaled.new_zeros(len(labels), 0, scaled.shape[1])
+    loss, _ = tiled_loss(scaled, queries, own, frame)
+    return loss
+
+
+def _terms(loss: Tensor, sums: Sums, rows: int, columns: int) -> LossTerms:
+    negatives = (rows * (columns - 1) - sums.masked).clamp(min=1)
+    return LossTerms(
+        loss,
+        accuracy=(sums.right / rows).float(),
+        masked=(sums.masked / (rows * columns)).float(),
+        positive_logit=(sums.positives / rows).float(),
+        negative_logit=(sums.negatives / negatives).float(),
+    )

@@ -63,20 +63,29 @@ class Csr(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserMetrics:
-    """values[name] (u,) float64 of the u ``users`` (places in the batch) with relevant items."""
+    """values[name] (u,) float64 of the u ``users`` (places in the batch) with relevant items,
+    ``relevant`` of them together."""
 
     users: IdArray
     values: dict[str, NDArray[np.float64]]
+    relevant: int
     skipped: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricResult:
-    """Means over ``users`` users; ``skipped`` users had no relevant item."""
+    """Means over ``users`` users with ``relevant`` items; ``skipped`` users had none.
+
+    segments: the same of parts of the users and items (``training.segments``); None where a part
+    has no relevant item. about: what was chosen on the way, in words.
+    """
 
     means: dict[str, float]
     users: int
+    relevant: int
     skipped: int
+    segments: dict[str, "MetricResult | None"] = field(default_factory=dict)
+    about: str = ""
 
 
 @dataclass(slots=True)
@@ -85,14 +94,17 @@ class MetricSums:
 
     sums: dict[str, float] = field(default_factory=dict)
     users: int = 0
+    relevant: int = 0
     skipped: int = 0
 
     def add(self, batch: UserMetrics) -> None:
         self._add({name: float(v.sum()) for name, v in batch.values.items()}, len(batch.users))
+        self.relevant += batch.relevant
         self.skipped += batch.skipped
 
     def merge(self, other: "MetricSums") -> None:
         self._add(other.sums, other.users)
+        self.relevant += other.relevant
         self.skipped += other.skipped
 
     def result(self) -> MetricResult:
@@ -105,7 +117,9 @@ class MetricSums:
                 got=f"{self.skipped} users without any",
             )
         means = {name: total / self.users for name, total in self.sums.items()}
-        return MetricResult(means=means, users=self.users, skipped=self.skipped)
+        return MetricResult(
+            means=means, users=self.users, relevant=self.relevant, skipped=self.skipped
+        )
 
     def _add(self, sums: dict[str, float], users: int) -> None:
         if self.users and users and self.sums.keys() != sums.keys():
@@ -130,6 +144,12 @@ def checked_ks(ks: Sequence[int], rows: int) -> tuple[int, ...]:
     if not ks:
         raise InvalidInput("no cut-off", field="k", expected=f"1 to {rows}", got="none")
     return tuple(check_k(k, limit=rows) for k in ks)
+
+
+def metric_names(ks: Sequence[int]) -> tuple[str, ...]:
+    """The names of ``score_lists``, in its order."""
+    kinds = ("recall", "hit_rate", "ndcg")
+    return (*(f"{kind}@{k}" for k in ks for kind in kinds), "mrr")
 
 
 def hit_matrix(ranked: IdArray, relevant: Csr) -> NDArray[np.bool_]:
@@ -184,7 +204,12 @@ def score_lists(ranked: IdArray, relevant: Csr, ks: Sequence[int] = DEFAULT_KS) 
         values[f"hit_rate@{k}"] = ((first >= 0) & (first < k)).astype(np.float64)
         values[f"ndcg@{k}"] = (head @ gains[:k]) / ideal[np.minimum(sizes, k)]
     values["mrr"] = np.where(first >= 0, 1.0 / np.maximum(first + 1, 1), 0.0)
-    return UserMetrics(users=users, values=values, skipped=len(relevant.indptr) - 1 - len(users))
+    return UserMetrics(
+        users=users,
+        values=values,
+        relevant=len(relevant.items),
+        skipped=len(relevant.indptr) - 1 - len(users),
+    )
 
 
 def rank_exact(
@@ -202,7 +227,7 @@ def rank_exact(
     ``block`` queries are scored at a time (default: what fits 32 MiB); it changes no answer beyond
     the rounding of the matrix product.
     """
-    parts = list(_ranked_blocks(queries, items, exclude, k, block))
+    parts = list(ranked_blocks(queries, items, exclude, k, block))
     return np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
 
 
@@ -221,7 +246,7 @@ def evaluate_vectors(
     One query per user of ``relevant`` and ``exclude``; lists are as long as the largest k.
     """
     sums, done = MetricSums(), 0
-    for start, _, rows in _ranked_blocks(queries, items, exclude, max(ks), None):
+    for start, _, rows in ranked_blocks(queries, items, exclude, max(ks)):
         done = start + len(rows)
         sums.add(score_lists(rows, relevant.slice(start, done), ks))
         if progress:
@@ -229,10 +254,14 @@ def evaluate_vectors(
     return sums.result()
 
 
-def _ranked_blocks(
-    queries: FloatArray, items: FloatArray, exclude: Csr | None, k: int, block: int | None
+def ranked_blocks(
+    queries: FloatArray,
+    items: FloatArray,
+    exclude: Csr | None,
+    k: int,
+    block: int | None = None,
 ) -> Iterator[tuple[int, FloatArray, IdArray]]:
-    """(first query, scores, rows) of consecutive blocks of queries."""
+    """(first query, scores, rows) of consecutive blocks of queries; see ``rank_exact``."""
     if k < 1:
         raise InvalidInput("out of range", field="k", expected=">= 1", got=str(k))
     items = check_vectors(items, dim=items.shape[-1], metric=Metric.DOT, field="items")

@@ -1,6 +1,8 @@
 """Users of a dataset as queries: who is asked in an evaluation, and with what. No torch here."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -9,22 +11,50 @@ from shards.errors import InvalidInput, NotFound
 from shards.schema import IdArray
 from training.batches import item_lists
 from training.features import FeatureSpace
-from training.metrics import Csr
+from training.metrics import DEFAULT_KS, Csr, checked_ks
+from training.segments import Segment, filtered, segments_of
 from training.tables import Dataset
 
 KNOWN_BEFORE = {"val": ("train",), "test": ("train", "val")}  # split -> splits that may be used
 SAMPLE_SEED = 0  # fixed, so that every model, baseline and cluster is asked the same users
 
+Candidates = Literal["all", "cold"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationTask:
+    """Who is asked, what they must not be shown, and what they should be.
+
+    users (u,) int64 rows to ask. known, relevant: item rows of *all* users, oldest first, in the
+    splits before the measured one and in that one; known is also what a baseline learns from.
+    candidates: the item rows that are ranked, ascending; None for all of them.
+    """
+
+    users: IdArray
+    known: Csr
+    relevant: Csr
+    num_items: int
+    ks: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    candidates: IdArray | None
+
 
 def evaluation_task(
-    dataset: Dataset, split: str, max_users: int | None = None
-) -> tuple[Csr, Csr, IdArray]:
-    """(known, relevant, users): item rows of all users, oldest first, and the user rows to ask.
+    dataset: Dataset,
+    split: str,
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    max_users: int | None = None,
+    with_segments: bool = False,
+    candidates: Candidates = "all",
+) -> EvaluationTask:
+    """Asks the users with items in the split, at most ``max_users``, the same at every call.
 
-    These have items in the split, and are at most ``max_users``, the same ones at every call.
+    With cold candidates only items without a train interaction are ranked, and relevant.
 
     Raises:
-        InvalidInput: an unknown split, one without interactions, or max_users < 1.
+        InvalidInput: an unknown split, nothing to measure in it, a k beyond the candidates, or
+            max_users < 1.
     """
     if split not in KNOWN_BEFORE:
         raise InvalidInput(
@@ -32,12 +62,26 @@ def evaluation_task(
         )
     if max_users is not None and max_users < 1:
         raise InvalidInput("out of range", field="max_users", expected=">= 1", got=str(max_users))
-    relevant = item_lists(dataset, (split,))
+    num_items, train = dataset.rows["items"], item_lists(dataset, ("train",))
+    relevant, rows = item_lists(dataset, (split,)), None
+    if candidates == "cold":
+        cold = np.bincount(train.items, minlength=num_items) == 0
+        relevant, rows = filtered(relevant, cold[relevant.items]), np.flatnonzero(cold)
     users = np.flatnonzero(relevant.lengths)
     if not len(users):
-        raise InvalidInput("nothing to measure", field="split", got=f"no interactions in {split}")
-    users = sample_users(users, max_users, np.random.default_rng(SAMPLE_SEED))
-    return item_lists(dataset, KNOWN_BEFORE[split]), relevant, users
+        among = " with items that train lacks" if candidates == "cold" else ""
+        raise InvalidInput(
+            "nothing to measure", field="split", got=f"no interactions in {split}{among}"
+        )
+    return EvaluationTask(
+        users=sample_users(users, max_users, np.random.default_rng(SAMPLE_SEED)),
+        known=item_lists(dataset, KNOWN_BEFORE[split]),
+        relevant=relevant,
+        num_items=num_items,
+        ks=checked_ks(ks, num_items if rows is None else len(rows)),
+        segments=segments_of(train, num_items) if with_segments else (),
+        candidates=rows,
+    )
 
 
 def sample_users(users: IdArray, most: int | None, rng: np.random.Generator) -> IdArray:
@@ -49,9 +93,7 @@ def sample_users(users: IdArray, most: int | None, rng: np.random.Generator) -> 
 
 def feature_kinds(space: FeatureSpace) -> dict[str, str]:
     """Name and kind of each feature of the query tower, as a loaded encoder also lists them."""
-    kinds: dict[str, str] = {v.column: v.kind for v in space.query.vocabularies}
-    kinds |= {s.column: "numeric" for s in space.query.standardisers}
-    return kinds | ({space.history.column: "history"} if space.history else {})
+    return space.query_kinds
 
 
 def query_features(

@@ -33,12 +33,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shards.schema import FloatArray, IdArray
 from training.ceilings import HiddenModel, measure_ceilings
 from training.metrics import Progress
+from training.splits import split_codes
 from training.tables import (
     Dataset,
     dataset_writer,
     interaction_batch,
     open_dataset,
-    split_codes,
     vector_column,
 )
 

@@ -111,8 +111,8 @@ def _check_feature(column: pa.ChunkedArray, where: str, name: str) -> None:
     kind = column.type
     is_vector = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()
     is_scalar = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if not (is_vector or is_scalar or _is_text(kind)):
-        expected = "bool, integer, float, string or fixed_size_list<float32>"
+    if not (is_vector or is_scalar or _is_text(kind) or _is_list_of_values(kind)):
+        expected = "bool, integer, float, string, list of strings or integers, or vector of float32"
         raise _wrong_type(where, name, expected, str(kind))
     _refuse_nulls(column, where, name)
     if not (is_vector or pa.types.is_floating(kind)):
@@ -134,9 +134,14 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
+def _is_list_of_values(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and bool(pa.types.is_integer(kind.value_type) or _is_text(kind.value_type))
+
+
 def _refuse_nulls(column: pa.ChunkedArray, where: str, name: str) -> None:
     nulls = column.null_count
-    if pa.types.is_fixed_size_list(column.type):
+    if pa.types.is_nested(column.type):
         nulls += column.combine_chunks().flatten().null_count
     if nulls:
         raise DataError(

@@ -9,7 +9,8 @@
 Ids are arbitrary int64 >= 0, unique and ascending in their table. The training part speaks of a
 user or item by its *row* in that table: dense, and in the same order as the ids, so that "ties by
 lower row" is "ties by lower id". ``rows_of`` translates. Feature columns are bool, integer,
-float, string, or fixed_size_list<float32>[n]; no value is null, NaN or infinite.
+float, string, list of strings or integers, or fixed_size_list<float32>[n]; no value is null, NaN
+or infinite.
 
 Parquet pages carry checksums, files are verified against the manifest when a folder is opened,
 and a folder is complete or absent.
@@ -41,6 +42,7 @@ from shards.files import (
 )
 from shards.schema import IdArray
 from training.metrics import Csr
+from training.splits import SplitCodes
 from training.table_checks import (
     INTERACTION_SCHEMA,
     SPLITS,
@@ -56,8 +58,6 @@ USERS, ITEMS, INTERACTIONS = "users.parquet", "items.parquet", "interactions.par
 ORACLE = "oracle.safetensors"
 ORIGINAL_ID = "original_id"  # column of an id that an importer replaced; a key, never a feature
 ROW_GROUP = 1 << 20  # interactions a row group; bounds what a streaming reader holds
-
-SplitCodes = NDArray[np.int8]  # positions in SPLITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,56 +272,6 @@ def positives_by_user(interactions: pa.Table, user_ids: IdArray, item_ids: IdArr
     counts = np.bincount(users[first], minlength=len(user_ids))
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return Csr(indptr, rows[first])
-
-
-def assign_splits(
-    users: IdArray,
-    items: IdArray,
-    timestamps: IdArray,
-    *,
-    test_per_user: int,
-    val_users: int,
-    rng: np.random.Generator,
-) -> SplitCodes:
-    """(n,) int8 positions in SPLITS, leave-last-out; rows may come in any order.
-
-    The last ``test_per_user`` interactions of a user by (timestamp, item id) are test. Of up to
-    ``val_users`` users, drawn from those who keep two or more, the last one kept is val. A user
-    with no more than ``test_per_user`` interactions keeps all of them in train.
-    """
-    ids, counts = np.unique(users, return_counts=True)
-    kept = np.where(counts > test_per_user, counts - test_per_user, counts)
-    eligible = ids[kept >= 2]
-    chosen = rng.choice(eligible, min(val_users, len(eligible)), replace=False)
-    return split_codes(users, items, timestamps, test_per_user=test_per_user, val_ids=chosen)
-
-
-def split_codes(
-    users: IdArray,
-    items: IdArray,
-    timestamps: IdArray,
-    *,
-    test_per_user: int,
-    val_ids: IdArray,
-) -> SplitCodes:
-    """As ``assign_splits``, with the users of the validation split given.
-
-    It needs all interactions of a user at once, but not all users at once. A user of ``val_ids``
-    who keeps fewer than two interactions gets no val.
-    """
-    codes = np.zeros(len(users), dtype=np.int8)
-    if not len(users):
-        return codes
-    order = np.lexsort((items, timestamps, users))
-    ids, starts, counts = np.unique(users[order], return_index=True, return_counts=True)
-    has_test = counts > test_per_user
-    kept = np.where(has_test, counts - test_per_user, counts)
-    position = np.arange(len(users)) - np.repeat(starts, counts)
-    ordered = np.where(position >= np.repeat(kept, counts), 2, 0).astype(np.int8)
-    has_val = np.isin(ids, val_ids) & (kept >= 2)
-    ordered[(starts + kept - 1)[has_val]] = 1
-    codes[order] = ordered
-    return codes
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

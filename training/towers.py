@@ -1,40 +1,60 @@
 """The two towers: input rows, an MLP with a linear path around it, a vector of length one.
 
-    query: embeddings | numbers | mean of the past items' input rows | share of history
-    item:  embeddings | numbers
+    item:  embeddings | means of bags | numbers
+    query: the same of its own columns | pooled input rows of the past items | share of history
 
 The past items go through the item tower's own embeddings, so both towers share them. LayerNorm,
 never BatchNorm: batch statistics would tell a row which column is its positive. The linear path
-carries bilinear structure (attribute . interest) straight to the output.
+carries bilinear structure (attribute . interest) straight to the output. Under projection
+``identity`` the parts are added up instead, and there is nothing after them.
 """
 
 import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from shards.schema import IdArray
-from training.config import LossConfig, TowerConfig, TrainingConfig
+from training.config import EmbeddedFeature, LossConfig, TowerConfig, TrainingConfig
 from training.features import Block, Columns, FeatureSpace
+from training.metrics import Csr
+from training.pooling import HistoryPooling
 
 HISTORY_EXTRAS = 2  # share of max_length that is filled, and whether there is none
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Input rows on the device: categorical (n, C) int64, numeric (n, F) float32."""
+    """Input rows on the device: categorical (n, C) int64, numeric (n, F) float32.
+
+    bags: of each bag column the embedding rows of m bags, end to end, and where each begins and the
+    last one ends (m + 1,). places (n,): the bag of each input row; None where bag i is row i's.
+    """
 
     categorical: Tensor
     numeric: Tensor
+    bags: tuple[tuple[Tensor, Tensor], ...] = ()
+    places: Tensor | None = None
 
     @classmethod
     def of(cls, block: Block, device: torch.device) -> "Inputs":
+        def on_device(bag: Csr) -> tuple[Tensor, Tensor]:
+            return torch.from_numpy(bag.items).to(device), torch.from_numpy(bag.indptr).to(device)
+
+        bags, places = block.bags, None
+        if bags and block.sources is not None:
+            # a history names an item many times, and averaging its text once is far cheaper
+            _, first, inverse = np.unique(block.sources, return_index=True, return_inverse=True)
+            bags, places = block.take(first).bags, torch.from_numpy(inverse).to(device)
         return cls(
             torch.from_numpy(block.categorical).to(device),
             torch.from_numpy(block.numeric).to(device),
+            tuple(on_device(bag) for bag in bags),
+            places,
         )
 
 
@@ -58,24 +78,44 @@ class QueryInputs:
 
 
 class InputRows(nn.Module):
-    """Embeds the categorical columns of one tower and appends the numeric ones: (n, width)."""
+    """Embeds the columns of one tower: (n, width), side by side with the numbers, or added up."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: Columns, config: TowerConfig, dim: int) -> None:
         super().__init__()
+        embedded = (f for f in config.features or () if isinstance(f, EmbeddedFeature))
+        norms = {feature.column: feature.init_norm for feature in embedded}
         self.embeddings = nn.ModuleList(
-            _embedding(vocabulary.rows, vocabulary.dim) for vocabulary in columns.vocabularies
+            _initialised(nn.Embedding(vocabulary.rows, vocabulary.dim), norms[vocabulary.column])
+            for vocabulary in columns.vocabularies
         )
+        self.bags = nn.ModuleList(
+            _initialised(
+                nn.EmbeddingBag(bag.rows, bag.dim, mode="mean", include_last_offset=True),
+                norms[bag.column],
+            )
+            for bag in columns.bags
+        )
+        self.summed = config.projection == "identity"
+        self.width = dim if self.summed else columns.width
 
     def forward(self, inputs: Inputs) -> Tensor:
-        embedded = [
+        parts = [
             embedding(inputs.categorical[:, place])
             for place, embedding in enumerate(self.embeddings)
         ]
-        return torch.cat([*embedded, inputs.numeric], dim=1)
+        for bag, rows in zip(self.bags, inputs.bags, strict=True):
+            means = bag(*rows)
+            parts.append(means if inputs.places is None else means[inputs.places])
+        if not self.summed:
+            return torch.cat([*parts, inputs.numeric], dim=1)
+        total = inputs.numeric.new_zeros(len(inputs.numeric), self.width)
+        for part in parts:
+            total = total + part
+        return total
 
 
 class Tower(nn.Module):
-    """(n, width) -> (n, dim) of length one."""
+    """(n, width) -> (n, dim) float32 of length one."""
 
     def __init__(self, width: int, config: TowerConfig, dim: int) -> None:
         super().__init__()
@@ -94,7 +134,14 @@ class Tower(nn.Module):
             deep = functional.relu(norm(linear(deep)))
             if generator is not None and self.dropout:
                 deep = deep * _dropout_scale(deep, self.dropout, generator)
-        return functional.normalize(self.output(deep) + self.skip(rows), dim=1)
+        return _unit(self.output(deep) + self.skip(rows))
+
+
+class IdentityTower(nn.Module):
+    """(n, dim) -> (n, dim) float32 of length one: the input rows are the output."""
+
+    def forward(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        return _unit(rows)
 
 
 class TwoTower(nn.Module):
@@ -106,11 +153,12 @@ class TwoTower(nn.Module):
         self.dim = config.dim
         self.loss_config: LossConfig = config.loss
         self.history_length = space.history.max_length if space.history else 0
-        self.item_rows = InputRows(space.item)
-        self.query_rows = InputRows(space.query)
-        pooled = space.item.width + HISTORY_EXTRAS if space.history else 0
-        self.item_tower = Tower(space.item.width, towers.item, config.dim)
-        self.query_tower = Tower(space.query.width + pooled, towers.query, config.dim)
+        self.item_rows = InputRows(space.item, towers.item, config.dim)
+        self.query_rows = InputRows(space.query, towers.query, config.dim)
+        self.history = HistoryPooling(space.history, self.item_rows.width)
+        pooled = self.item_rows.width + HISTORY_EXTRAS if space.history else 0
+        self.item_tower = _tower(self.item_rows.width, towers.item, config.dim)
+        self.query_tower = _tower(self.query_rows.width + pooled, towers.query, config.dim)
         self.log_temperature = nn.Parameter(
             torch.tensor(config.loss.temperature).log(),
             requires_grad=config.loss.learn_temperature,
@@ -135,7 +183,13 @@ class TwoTower(nn.Module):
     ) -> Tensor:
         rows = self.query_rows(queries.columns)
         if self.history_length:
-            rows = torch.cat([rows, self._pooled(queries)], dim=1)
+            lengths = queries.history_lengths
+            pooled = self.history(self.item_rows(queries.history), lengths)
+            if self.query_rows.summed:
+                rows = rows + pooled
+            else:
+                filled = (lengths / self.history_length)[:, None]
+                rows = torch.cat([rows, pooled, filled, (lengths == 0).float()[:, None]], dim=1)
         embedded: Tensor = self.query_tower(rows, generator)
         return embedded
 
@@ -148,15 +202,6 @@ class TwoTower(nn.Module):
         low, high = self.loss_config.min_temperature, self.loss_config.max_temperature
         self.log_temperature.clamp_(math.log(low), math.log(high))
 
-    def _pooled(self, queries: QueryInputs) -> Tensor:
-        """(b, item width + 2): mean input row of the past items, zeros where there are none."""
-        lengths = queries.history_lengths
-        mean = torch.segment_reduce(
-            self.item_rows(queries.history), "mean", lengths=lengths, initial=0.0
-        )
-        filled = (lengths / self.history_length)[:, None]
-        return torch.cat([mean, filled, (lengths == 0).float()[:, None]], dim=1)
-
 
 def build_model(config: TrainingConfig, space: FeatureSpace) -> TwoTower:
     """Fresh weights that depend on the seed alone; torch's own random state stays as it was."""
@@ -165,10 +210,18 @@ def build_model(config: TrainingConfig, space: FeatureSpace) -> TwoTower:
         return TwoTower(config, space)
 
 
-def _embedding(rows: int, dim: int) -> nn.Embedding:
-    embedding = nn.Embedding(rows, dim)
-    nn.init.normal_(embedding.weight, std=dim**-0.5)  # rows of about length one
-    return embedding
+def _tower(width: int, config: TowerConfig, dim: int) -> Tower | IdentityTower:
+    return IdentityTower() if config.projection == "identity" else Tower(width, config, dim)
+
+
+def _initialised(table: nn.Embedding | nn.EmbeddingBag, norm: float) -> nn.Module:
+    """Rows of about length ``norm``."""
+    nn.init.normal_(table.weight, std=norm * table.embedding_dim**-0.5)
+    return table
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return functional.normalize(rows.float(), dim=1)  # bfloat16 would leave lengths 0.4 % off
 
 
 def _dropout_scale(values: Tensor, rate: float, generator: torch.Generator) -> Tensor:

@@ -86,7 +86,16 @@ def synth(
     show_default=True,
     help="A malformed line: stop there, or skip and count it.",
 )
-@click.option("--val-users", type=int, help="Users whose last train item becomes validation.")
+@click.option("--val-users", type=int, help="Users with validation items.  [default: 2000]")
+@click.option("--val-per-user", type=int, help="Train items such a user gives.  [default: 1]")
+@click.option(
+    "--val-items",
+    type=click.Choice(["last", "random"]),
+    help="The last ones by time, or random ones, as a random test split is.  [default: last]",
+)
+@click.option(
+    "--cold-items", type=float, help="Share of the items that go to test with all they have."
+)
 @click.option("--test-per-user", type=int, help="Items held out, where there is no test split.")
 @click.option("--min-rating", type=int, help="MovieLens: leave out ratings below.")
 @click.option("--users-file", help="Parquet: file below the source, or 'none' to derive users.")
@@ -125,6 +134,52 @@ def import_command(
             click.echo(f"  {name.replace('_', ' ')}: {count:,}")
     for example in report.examples:
         click.echo(f"  {example}")
+
+
+@data.command("embed-text")
+@click.option(
+    "--data", "source", type=click.Path(path_type=Path), required=True, help="Data set folder."
+)
+@out_option
+@click.option("--column", required=True, help="Text column of the items.")
+@click.option("--name", help="Name of the vector column.  [default: <column>_vector]")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of a transformer as save_pretrained writes it; nothing is downloaded.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:<i>.")
+@overwrite_option
+def embed_text(
+    source: Path,
+    out: Path,
+    column: str,
+    name: str | None,
+    model: Path,
+    device: str,
+    overwrite: bool,
+) -> None:
+    """Add the vectors that a transformer gives the items' texts, as a column of numbers.
+
+    Needs the extra "text". Without it, a text feature hashes n-grams.
+    """
+    from training.tables import open_dataset
+    from training.text import embed_items
+
+    vectors = name or f"{column}_vector"
+    with StageProgress() as progress:
+        embed_items(
+            open_dataset(source),
+            out,
+            column=column,
+            name=vectors,
+            model=model,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    click.echo(f"{out}: items have a column {vectors}")
 
 
 def validated(model: type[Model], values: dict[str, Any]) -> Model:

@@ -20,7 +20,8 @@ from cluster.build import build_generation, run_on_ray
 from cluster.cli import Settings
 from cluster.commands.build import plan_of
 from cluster.commands.data import validated
-from cluster.commands.model import encoder_kinds, evaluate_cluster, train_with_progress
+from cluster.commands.model import train_with_progress
+from cluster.commands.remote import encoder_kinds, evaluate_cluster
 from cluster.commands.report import metric_rows
 from cluster.commands.serve import serving_cpus, stop_on_signals
 from cluster.config import ShardlineConfig
@@ -29,7 +30,6 @@ from cluster.deployment import serving
 from cluster.endpoint import Endpoint
 from cluster.launch import cores, local_ray
 from cluster.store import Store
-from router.client import Client
 from shards import files
 from shards.embeddings import EmbeddingSet
 from shards.types import SearchParams
@@ -102,8 +102,9 @@ def demo(
                 run.measure(endpoint, dataset)
                 run.finish(report)
                 if stay:
+                    key = "" if endpoint.key_file is None else f"--key-file {endpoint.key_file}"
                     progress.note(f"serving at {endpoint.url} until Ctrl-C")
-                    progress.note(f"try: shardline query --url {endpoint.url} --item 17")
+                    progress.note(f"try: shardline query --url {endpoint.url} {key} --item 17")
                     wait()
                     progress.note("stopping")
 
@@ -199,7 +200,7 @@ class Demo:
         """Metrics of all test users and latencies of some, both through HTTP."""
         with self._station("evaluate exactly"):
             exact = evaluate_exact(self.run_folder, dataset, progress=self.progress)
-        with self._station("evaluate over HTTP"), Client(endpoint.url) as client:
+        with self._station("evaluate over HTTP"), endpoint.address.client() as client:
             kinds = encoder_kinds(client)
             model = evaluate_cluster(
                 client, dataset, "test", DEFAULT_KS, self.progress, params=DEEP_SEARCH
@@ -323,4 +324,5 @@ def _load(endpoint: Endpoint, requests: list[Request]) -> LoadResult:
         rate=LOAD_RATE,
         count=LOAD_REQUESTS,
         warm_up=LOAD_WARM_UP,
+        headers=endpoint.address.headers,
     )

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from cluster.cli import Settings
+from cluster.commands.address import address_of, key_file_option
 from cluster.console import print_table
-from cluster.endpoint import find_endpoint
 from router.client import Client
 from shards.errors import InvalidInput
 from shards.types import SearchParams
@@ -22,11 +22,12 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 @click.command()
 @url_option
+@key_file_option
 @json_option
 @click.pass_obj
-def status(settings: Settings, url: str | None, as_json: bool) -> None:
+def status(settings: Settings, url: str | None, key_file: Path | None, as_json: bool) -> None:
     """What a running cluster serves: generation, shards, rows, coverage."""
-    with _client(settings, url) as client:
+    with address_of(settings, url, key_file).client() as client:
         report = client.status()
     if as_json:
         click.echo(json.dumps(report, indent=2))
@@ -58,6 +59,7 @@ def status(settings: Settings, url: str | None, as_json: bool) -> None:
 @click.option("-k", default=10, show_default=True, help="Results wanted.")
 @click.option("--nprobe", type=int, help="Inverted lists visited, instead of the index's default.")
 @url_option
+@key_file_option
 @json_option
 @click.pass_obj
 def query(
@@ -70,6 +72,7 @@ def query(
     k: int,
     nprobe: int | None,
     url: str | None,
+    key_file: Path | None,
     as_json: bool,
 ) -> None:
     """Ask a running cluster for the top K, by vector, features, item or user."""
@@ -85,7 +88,7 @@ def query(
         body["item_ids"] = [item_id]
     elif features is not None:
         body["features"] = [_json(features, "--features")]
-    with _client(settings, url) as client:
+    with address_of(settings, url, key_file).client() as client:
         if user_id is not None and data is not None:
             body["features"] = [_features_of(client, user_id, data)]
         answer = client.search(**body, k=k, params=SearchParams(nprobe=nprobe))
@@ -119,12 +122,8 @@ def query(
         click.echo(f"no answer: {reason}", err=True)
 
 
-def _client(settings: Settings, url: str | None) -> Client:
-    return Client(url or find_endpoint(settings.store).url)
-
-
 def _features_of(client: Client, user_id: int, data: Path) -> dict[str, Any]:
-    from cluster.commands.model import encoder_kinds  # torch: only when a user is asked for
+    from cluster.commands.remote import encoder_kinds  # torch: only when a user is asked for
     from training.queries import query_features_of_user
     from training.tables import open_dataset
 

@@ -1,7 +1,11 @@
-"""Tables of metrics: columns side by side, with ceilings and targets where there are any."""
+"""Tables of metrics: side by side with ceilings and targets, by segment, and as a waterfall."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch: not needed to print a table
+    from training.budget import Step
+    from training.metrics import MetricResult
 
 Metrics = Mapping[str, float]
 
@@ -33,6 +37,29 @@ def metric_rows(
         row += [_figure(target.get(name)) for target in targets.values()]
         rows.append(row)
     return header, rows
+
+
+def segment_rows(
+    columns: "Mapping[str, MetricResult]", metric: str
+) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): one row a segment; empty figures where it has no user to measure."""
+    first = next(iter(columns.values()))
+    rows = []
+    for name, segment in first.segments.items():
+        counts = (0, 0) if segment is None else (segment.users, segment.relevant)
+        parts = [column.segments[name] for column in columns.values()]
+        figures = [_figure(None if part is None else part.means[metric]) for part in parts]
+        rows.append([name, *(f"{count:,}" for count in counts), *figures])
+    return ["segment", "users", "relevant items", *columns], rows
+
+
+def budget_rows(steps: "Sequence[Step]", k: int) -> tuple[list[str], list[list[str]]]:
+    """(header, rows): a line a station, from all relevant items down to what is answered."""
+    rows = [["all relevant items", "", f"{1:.4f}", "", ""]]
+    for step in steps:
+        figures = (f"{step.recall:.4f}", f"{step.change:+.4f}", f"{step.agreement:.4f}")
+        rows.append([step.name, step.about, *figures])
+    return ["station", "how", f"recall@{k}", "change", "agreement with exact"], rows
 
 
 def _figure(value: float | None) -> str:

@@ -1,9 +1,11 @@
 """``serve`` and ``down``: a cluster's life."""
 
+import json
 import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 import psutil
@@ -13,6 +15,7 @@ from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
 from cluster.deployment import check_http_port, serving, start_serving, stop_serving
 from cluster.endpoint import Endpoint, find_endpoint, refuse_if_served
+from cluster.keys import serving_keys
 from cluster.launch import attached_ray, cores, ray_for, reap_orphans
 from shards.errors import NotFound, Unavailable
 
@@ -23,32 +26,56 @@ STOP_POLL_S = 0.1
 @click.command()
 @click.option("--generation", type=int, help="Serve this one instead of the live one.")
 @click.option("--port", type=int, help="Short for --set cluster.http_port=PORT.")
+@click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    help="Short for --set cluster.key_file=FILE.  [default: $SHARDLINE_KEYS, else <store>/keys]",
+)
+@click.option("--insecure", is_flag=True, help="Ask for no API key.")
 @click.pass_obj
-def serve(settings: Settings, generation: int | None, port: int | None) -> None:
+def serve(
+    settings: Settings,
+    generation: int | None,
+    port: int | None,
+    key_file: Path | None,
+    insecure: bool,
+) -> None:
     """Serve the live generation over HTTP until Ctrl-C.
 
     With `cluster.address: local`, the default, a private Ray is started and stopped again with
     this command. With any other address the cluster's Ray is used, and the command returns once
     all shards answer; `shardline down` stops them.
+
+    Requests need an API key. Without a key file one is made in the store; `shardline keys` lists
+    and changes what is in it.
     """
     if port is not None:
         settings.extra_overrides.append(f"cluster.http_port={port}")
+    if key_file is not None:
+        settings.extra_overrides.append(f"cluster.key_file={json.dumps(str(key_file))}")
+    if insecure:
+        settings.extra_overrides.append("cluster.insecure=true")
     config = settings.config
     address = config.cluster.address
     check_http_port(config)
     refuse_if_served(settings.store)
     if generation is None:
         settings.store.current()  # refuses now, not after Ray has started
+    keys = serving_keys(config)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
         with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose):
             if address != "local":
-                endpoint = start_serving(config, generation=generation, on_stage=progress.note)
+                endpoint = start_serving(
+                    config, keys=keys, generation=generation, on_stage=progress.note
+                )
                 progress.note(_ready_line(endpoint))
                 return
             # Ray has put its own handlers on the signals by now; ours go over them
             with stop_on_signals() as wait:
-                with serving(config, generation=generation, on_stage=progress.note) as endpoint:
+                with serving(
+                    config, keys=keys, generation=generation, on_stage=progress.note
+                ) as endpoint:
                     progress.note(_ready_line(endpoint))
                     wait()
                 progress.note("stopping")

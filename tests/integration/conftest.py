@@ -91,7 +91,7 @@ def cluster(job: tuple[ShardlineConfig, Dataset, Path]) -> Iterator[Cluster]:
 
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[Client]:
-    with Client(cluster.endpoint.url) as client:
+    with cluster.endpoint.address.client() as client:
         yield client
 
 

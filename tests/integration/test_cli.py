@@ -16,10 +16,17 @@ from shards.generation import INDEX_NAME, shard_folder
 START_S = 120.0
 
 
-def shardline(folder: Path, *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def shardline(
+    folder: Path, *arguments: str, expect: int = 0, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Runs one command to its end, in ``folder`` with the store ``folder/store``."""
     done = subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=START_S
+        command(*arguments),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        env=os.environ | variables,
     )
     assert done.returncode == expect, f"{arguments}\n{done.stdout}\n{done.stderr}"
     return done
@@ -76,6 +83,7 @@ def test_serve_status_query_down(folder: Path) -> None:
         assert len(found["results"]) == 5
         assert found["coverage"]["rows_answered"] == 2000
         assert "results from generation 1" in shardline(folder, "query", "--item", "3").stdout
+        check_keys(folder, f"http://127.0.0.1:{port}", lines)
         taken = shardline(folder, "serve", "--port", str(port), expect=4)
         assert f"port {port} is taken" in taken.stderr
         assert "stopped" in shardline(folder, "down").stdout
@@ -88,6 +96,23 @@ def test_serve_status_query_down(folder: Path) -> None:
     gone = shardline(folder, "status", expect=3)
     assert gone.stderr.startswith("error: ")
     assert "no cluster is serving this store" in gone.stderr
+
+
+def check_keys(folder: Path, url: str, lines: list[str]) -> None:
+    """A key file was made and named; without a key of it there is no answer."""
+    path = folder / "store" / "keys"
+    assert f"made {path}, mode 600" in "".join(lines)
+    assert path.stat().st_mode & 0o777 == 0o600
+    key = shardline(folder, "keys", "show").stdout.strip()
+    assert f"search:{key}" in path.read_text()
+    assert key not in "".join(lines)
+    refused = shardline(folder, "status", "--url", url, expect=2)
+    assert "a key is needed" in refused.stderr
+    refused = shardline(folder, "query", "--item", "3", expect=2, SHARDLINE_API_KEY="w" * 40)
+    assert "not one of this cluster's keys" in refused.stderr
+    shardline(folder, "status", "--url", url, SHARDLINE_API_KEY=key)
+    shardline(folder, "status", "--url", url, "--key-file", str(path))
+    assert "search" in shardline(folder, "keys", "list").stdout
 
 
 def test_doctor_and_serve_name_a_damaged_file(folder: Path) -> None:
@@ -109,15 +134,20 @@ def test_doctor_and_serve_name_a_damaged_file(folder: Path) -> None:
 
 def test_a_killed_server_is_cleaned_up_by_down(folder: Path) -> None:
     server = subprocess.Popen(
-        command("--set", "cluster.http_port=0", "serve"),
+        command("--set", "cluster.http_port=0", "serve", "--insecure"),
         cwd=folder,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert server.stderr is not None
+    lines = []
     for line in server.stderr:
+        lines.append(line)
         if line.startswith("serving generation 1"):
             break
+    assert any(line.startswith("INSECURE: no API key is asked for") for line in lines)
+    url = json.loads((folder / "store" / "serving.json").read_text())["url"]
+    assert '"connected": true' in shardline(folder, "status", "--url", url, "--json").stdout
     os.kill(server.pid, signal.SIGKILL)
     server.wait()
     server.stderr.close()

@@ -7,7 +7,8 @@ import numpy as np
 import orjson
 import pytest
 
-from cluster.commands.model import evaluate_cluster
+from cluster.commands.budget import measure_budget
+from cluster.commands.remote import evaluate_cluster
 from cluster.console import StageProgress
 from router.client import Client
 from router.encoder import QueryEncoder
@@ -19,6 +20,8 @@ from tests.integration.conftest import NUM_ITEMS, Cluster
 from tests.reference import assert_same_answers, brute_force
 from training.evaluate import evaluate_exact
 from training.queries import query_features
+
+JSON = (("content-type", "application/json"),)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_vectors_over_json_equal_brute_force(
     response = httpx.post(
         f"{cluster.endpoint.url}/v1/search",
         content=body,
-        headers={"content-type": "application/json", "x-request-id": "mine-17"},
+        headers=[*JSON, ("x-request-id", "mine-17"), *cluster.endpoint.address.headers],
     )
     assert response.status_code == 200
     assert response.headers["x-request-id"] == "mine-17"
@@ -120,9 +123,34 @@ def test_metrics_through_the_cluster_equal_the_exact_ones(client: Client, cluste
     assert direct.means["recall@100"] > 0.2, "the model learnt something"
 
 
+def test_the_recall_budget_ends_at_the_cluster(cluster: Cluster) -> None:
+    """The shards loaded here answer what the cluster does, so that HTTP loses nothing."""
+    with StageProgress() as progress:
+        results = measure_budget(
+            cluster.store,
+            cluster.dataset,
+            "test",
+            (10, 100),
+            progress,
+            generation=None,
+            cluster=cluster.endpoint.address,
+            max_users=100,
+        )
+    assert results[0].name == "model"
+    here, there = results[-2:]
+    assert (here.name, there.name) == ("configured", "cluster")
+    assert there.metrics.means == pytest.approx(here.metrics.means, abs=1e-9)
+    assert there.agreement == pytest.approx(here.agreement, abs=1e-9)
+    with pytest.raises(NotFound):
+        measure_budget(
+            cluster.store, cluster.dataset, "test", (10,), progress,
+            generation=99, cluster=cluster.endpoint.address, max_users=10,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/status", "/docs", "/openapi.json"])
 def test_pages_that_people_and_probes_read(cluster: Cluster, path: str) -> None:
-    response = httpx.get(cluster.endpoint.url + path)
+    response = httpx.get(cluster.endpoint.url + path, headers=cluster.endpoint.address.headers)
     assert response.status_code == 200
     assert response.content
 
@@ -145,7 +173,7 @@ def test_bad_input_is_a_problem_that_names_the_field(
     response = httpx.post(
         f"{cluster.endpoint.url}/v1/search",
         content=body,
-        headers={"content-type": "application/json"},
+        headers=[*JSON, *cluster.endpoint.address.headers],
     )
     assert response.status_code == 400
     assert response.headers["content-type"] == "application/problem+json"

@@ -13,7 +13,7 @@ import ray
 
 from cluster.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
 from cluster.deployment import serving, shard_reports
-from router.client import Client
+from cluster.endpoint import Address
 from router.messages import SearchAnswer
 from shards.errors import ShardlineError, Unavailable
 from tests.integration.conftest import Cluster
@@ -25,7 +25,7 @@ RECOVERY_S = 60.0
 class Questions:
     """Asks without pause in a thread; keeps every answer and every error with its time."""
 
-    url: str
+    address: Address
     answers: list[tuple[float, SearchAnswer]] = field(default_factory=list)
     errors: list[tuple[float, ShardlineError]] = field(default_factory=list)
     _done: threading.Event = field(default_factory=threading.Event)
@@ -40,9 +40,10 @@ class Questions:
         self._thread.join()
 
     def _ask(self) -> None:
-        query = np.random.default_rng(3).standard_normal((1, 128)).astype(np.float32)
-        with Client(self.url) as client:
+        rng = np.random.default_rng(3)
+        with self.address.client() as client:
             while not self._done.is_set():
+                query = rng.standard_normal((1, 128), dtype=np.float32)  # never one from the cache
                 try:
                     answer = client.search(vectors=query, k=20)
                 except ShardlineError as error:
@@ -74,7 +75,7 @@ def is_full(answer: SearchAnswer) -> bool:
 
 def test_a_killed_shard_costs_its_rows_and_comes_back(cluster: Cluster) -> None:
     victim = shard_reports()[1]
-    with Questions(cluster.endpoint.url) as questions:
+    with Questions(cluster.endpoint.address) as questions:
         started = questions.wait_for(is_full, since=0)
         os.kill(victim["pid"], signal.SIGKILL)
         killed = time.perf_counter()
@@ -100,7 +101,7 @@ def test_a_killed_shard_costs_its_rows_and_comes_back(cluster: Cluster) -> None:
 
 def test_queries_go_on_while_the_controller_is_away(cluster: Cluster) -> None:
     before = {report["shard"]: report for report in shard_reports()}
-    with Questions(cluster.endpoint.url) as questions:
+    with Questions(cluster.endpoint.address) as questions:
         questions.wait_for(is_full, since=0)
         ray.kill(ray.get_actor(CONTROLLER_NAME), no_restart=False)
         killed = time.perf_counter()
@@ -129,5 +130,5 @@ def wait_for_new_epochs(old: dict[int, int]) -> dict[int, dict[str, int]]:
 def test_a_second_cluster_in_the_same_ray_is_refused_and_harms_nothing(cluster: Cluster) -> None:
     with pytest.raises(Unavailable, match="served at"), serving(cluster.config):
         raise AssertionError("two clusters in one Ray")
-    with Client(cluster.endpoint.url) as client:
+    with cluster.endpoint.address.client() as client:
         assert client.search(item_ids=[1], k=3).coverage.share == 1

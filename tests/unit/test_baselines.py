@@ -7,8 +7,16 @@ import pyarrow as pa
 import pytest
 
 from shards.errors import DataError, InvalidInput
-from training.baselines import Baseline, evaluate_baseline, popularity_vectors, svd_vectors
-from training.metrics import Csr, rank_exact
+from training.baselines import (
+    SVD_RANK,
+    Baseline,
+    evaluate_baseline,
+    popularity_vectors,
+    svd_rank,
+    svd_vectors,
+)
+from training.metrics import Csr, MetricSums, rank_exact, score_lists
+from training.queries import evaluation_task
 from training.tables import Dataset, interaction_batch, write_dataset
 
 
@@ -114,3 +122,60 @@ def test_popularity_counts() -> None:
     scores, rows = rank_exact(users, items, k=6, exclude=train)
     assert rows.tolist() == [[0, 2, 3, 5, -1, -1], [1, 0, 2, 3, 5, -1]]
     assert scores[1].tolist() == [1, 0, 0, 0, 0, -np.inf]
+
+
+def test_a_cut_of_many_factors_is_the_svd_of_few() -> None:
+    train = random_lists(0)
+    many, few = svd_vectors(train, 15, rank=9), svd_vectors(train, 15, rank=3)
+    cut = many.users[:, :3] @ many.items[:, :3].T
+    assert cut == pytest.approx(few.users @ few.items.T, abs=1e-5)
+
+
+def groups(path: Path, with_val: bool) -> Dataset:
+    """Two groups of items and users; two factors tell them apart, one factor cannot."""
+    rows = [
+        (user, 10 * item, 1, 1 if with_val and item % 5 == user % 5 else 0)
+        for user in range(10)
+        for item in range(user // 5 * 5, user // 5 * 5 + 5)
+        if item % 5 != (user + 1) % 5
+    ]
+    rows += [(user, 10 * (user // 5 * 5 + (user + 1) % 5), 2, 2) for user in range(10)]
+    return write(path, rows, 10, 10)
+
+
+def test_the_number_of_factors_is_chosen_on_validation(tmp_path: Path) -> None:
+    dataset = groups(tmp_path / "d", with_val=True)
+    task = evaluation_task(dataset, "val", ks=(5,))
+    recalls = {}
+    for rank in (1, 2, 6):
+        users, items = svd_vectors(task.known, 10, rank=rank)
+        _, ranked = rank_exact(users[task.users], items, k=5, exclude=task.known.take(task.users))
+        sums = MetricSums()
+        sums.add(score_lists(ranked, task.relevant.take(task.users), (5,)))
+        recalls[rank] = sums.result().means["recall@5"]
+    best = min(rank for rank, recall in recalls.items() if recall == max(recalls.values()))
+    assert svd_rank(dataset, (1, 2, 6), k=5) == best
+    result = evaluate_baseline(Baseline.SVD, dataset, ks=(1,))
+    assert result.about == f"{min(9, svd_rank(dataset))} factors"
+
+
+def test_without_validation_the_number_of_factors_is_fixed(tmp_path: Path) -> None:
+    dataset = groups(tmp_path / "d", with_val=False)
+    assert svd_rank(dataset) == SVD_RANK
+    assert evaluate_baseline(Baseline.SVD, dataset, ks=(1,)).about == "9 factors"  # all there are
+
+
+def test_users_and_items_that_train_lacks(tmp_path: Path) -> None:
+    """User 2 and item 20 occur in test alone: measured, not an error; the item is never found."""
+    rows = [(0, 0, 1, 0), (0, 10, 2, 0), (1, 0, 1, 0), (1, 30, 2, 0), (2, 20, 3, 2), (2, 0, 4, 2)]
+    dataset = write(tmp_path / "d", rows, users=4, items=5)
+    for baseline in Baseline:
+        result = evaluate_baseline(baseline, dataset, ks=(1, 5), with_segments=True)
+        assert (result.users, result.relevant) == (1, 2)
+        assert result.means["recall@5"] == 1.0  # all five items
+        assert all(np.isfinite(value) for value in result.means.values())
+        cold, new = result.segments["cold items"], result.segments["new users"]
+        assert cold is not None and (cold.users, cold.relevant) == (1, 1)
+        assert cold.means["recall@1"] == 0.0
+        assert new is not None and new.relevant == 2
+        assert result.segments["regular users"] is None

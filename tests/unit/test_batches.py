@@ -8,7 +8,8 @@ import pytest
 
 from shards.errors import ConfigError, DataError
 from tests.tiny import ITEM_IDS, NUM_USERS, PER_USER, USER_IDS, tiny_config, tiny_dataset
-from training.batches import Sampler, TrainingData, check_batch, item_lists, others, prepare
+from training.batches import Batch, Sampler, TrainingData, check_batch, item_lists, others, prepare
+from training.config import LossConfig
 from training.features import fit
 from training.metrics import Csr
 from training.tables import Dataset
@@ -35,6 +36,7 @@ def sampler(data: TrainingData, rank: int = 0, world: int = 1, rate: float = 0.0
         seed=9,
         unknown_rate=rate,
         history_length=4,
+        loss=LossConfig(),
     )
 
 
@@ -82,6 +84,38 @@ def test_ranks_share_the_batch_of_one(data: TrainingData, world: int) -> None:
         for name in ("history_lengths", "item_rows", "known_items"):
             joined = np.concatenate([getattr(b, name) for b in ours])
             assert (joined == getattr(batch, name)).all()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_negatives_are_encoded_after_the_positives_and_hidden_like_them(
+    data: TrainingData, world: int
+) -> None:
+    loss = LossConfig(uniform_negatives=600, random_negatives=2, hard_negatives=1)
+    hard = data.train  # any list per user will do
+    for rank in range(world):
+        ours = dataclasses.replace(sampler(data, rank, world, rate=0.3), loss=loss, hard=hard)
+        batch = next(ours.epoch(0))
+        rows = np.concatenate([batch.item_rows, batch.negatives.encoded])
+        assert len(rows) == len(batch.items) == (24 + 600 + 24 * 3) // world
+        hidden = batch.items.categorical != data.items.categorical[rows]
+        assert (batch.items.categorical[hidden] == 0).all()
+        assert hidden[len(batch.item_rows) :].mean() == pytest.approx(0.3, abs=0.06)
+        assert (batch.user_rows == data.train_users[batch_rows(data, batch)]).all()
+    whole = next(dataclasses.replace(sampler(data), loss=loss, hard=hard).epoch(0))
+    assert (batch.negatives.random == whole.negatives.random[-24 // world :]).all()
+
+
+def test_hard_negatives_without_lists_are_refused(data: TrainingData) -> None:
+    with pytest.raises(ConfigError, match=r"loss.hard_negatives.*mined list per user|mined list"):
+        dataclasses.replace(sampler(data), loss=LossConfig(hard_negatives=1))
+
+
+def batch_rows(data: TrainingData, batch: Batch) -> np.ndarray:
+    """The train interactions of a batch, found by user and item."""
+    pairs = zip(data.train_users.tolist(), data.train.items.tolist(), strict=True)
+    place = {pair: row for row, pair in enumerate(pairs)}
+    wanted = zip(batch.user_rows.tolist(), batch.item_rows.tolist(), strict=True)
+    return np.array([place[pair] for pair in wanted])
 
 
 def test_history_leaves_the_positive_out_and_keeps_the_newest(data: TrainingData) -> None:

@@ -1,19 +1,16 @@
 """The client against a real HTTP server in a thread: answers as numpy, problems as errors."""
 
-import asyncio
-import contextlib
 import socket
-import threading
 
 import httpx
 import numpy as np
 import pytest
-import uvicorn
 
-from router.api import create_app
+from router.auth import AuthSettings, Guard
 from router.client import Client, as_error
 from router.config import RouterConfig
-from router.service import SearchService
+from router.keys import Key, Keyring, Scope
+from router.problems import Forbidden, Unauthenticated
 from shards.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -25,52 +22,39 @@ from shards.errors import (
 )
 from shards.types import SearchParams
 from tests.fake_encoder import FakeEncoder
-from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards
+from tests.fake_shard import brute_force, make_rows
+from tests.live_router import DIM, running_router
 
-DIM = 8
 CONFIG = RouterConfig(default_k=10, max_k=50)
 
 
-@contextlib.contextmanager
-def running_router():
-    """The URL of a router over 60 rows in 4 fake shards, in a thread with its own loop."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    ready, stop = threading.Event(), threading.Event()
-    state = {}
-
-    async def run():
-        ids, vectors = make_rows(60, DIM)
-        async with running_shards(ids, vectors, 4) as shards:
-            service = SearchService(
-                CONFIG, SECRET, load_encoder=lambda _table: FakeEncoder(DIM, "m1")
-            )
-            await service.apply(make_table(shards, DIM))
-            app = create_app(service, CONFIG)
-            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-            serving = asyncio.create_task(server.serve(sockets=[listening]))
-            state["shards"] = shards
-            ready.set()
-            await asyncio.to_thread(stop.wait)
-            server.should_exit = True
-            await serving
-            await service.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(run(),))
-    thread.start()
-    try:
-        assert ready.wait(10)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    finally:
-        stop.set()
-        thread.join(10)
-        listening.close()
-    assert not thread.is_alive()
+KEY = "k" * 43
+GUARD = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.SEARCH, KEY)])))
 
 
 @pytest.fixture(scope="module")
 def client():
-    with running_router() as url, Client(url) as client:
+    with running_router(CONFIG, GUARD) as router, Client(router.url, key=KEY) as client:
         yield client
+
+
+def test_keys(client):
+    url = str(client._http.base_url)
+    with Client(url) as stranger, pytest.raises(Unauthenticated, match="a key is needed"):
+        stranger.status()
+    with Client(url, key="w" * 43) as stranger, pytest.raises(Unauthenticated, match="not one of"):
+        stranger.search(item_ids=[1])
+    with Client(url) as stranger:
+        assert stranger.ready(), "probes need no key"
+    with pytest.raises(Forbidden, match="may only search"):
+        client._send("PUT", "/v1/items")
+
+
+@pytest.mark.parametrize("key", ["", "k" * 31, "k" * 40 + "\r\nx: y", "k" * 40 + " ", "é" * 40])
+def test_what_no_key_looks_like_is_not_sent(key):
+    with pytest.raises(InvalidInput, match="not an API key") as caught:
+        Client("http://127.0.0.1:9", key=key)
+    assert "kk" not in str(caught.value)
 
 
 def test_vectors(client):

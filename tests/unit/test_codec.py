@@ -198,6 +198,18 @@ def test_an_unknown_field_comes_with_the_known_ones_and_a_guess():
     assert caught.value.hint == "known fields: nprobe, ef_search, rerank_factor"
 
 
+@pytest.mark.parametrize("name", ["user_ids", "user_id", "users"])
+def test_users_are_asked_for_by_features(name):
+    """The nearest spelling is item_ids, which would answer another question."""
+    with pytest.raises(InvalidInput) as caught:
+        decode_query(f'{{"{name}": [17]}}'.encode(), Media.JSON)
+    assert caught.value.field == name
+    assert caught.value.hint == (
+        "users are asked for by their features, which /v1/status lists: use features; "
+        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params"
+    )
+
+
 BAD_MSGPACK = [
     (b"", "body", "not msgpack"),
     (b"\xc1", "body", "not msgpack"),

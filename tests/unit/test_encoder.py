@@ -11,9 +11,11 @@ import torch
 
 from router.encoder import QueryEncoder
 from shards.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from tests.rich import rich_config, rich_dataset, sum_config
 from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
 from training.batches import item_lists, prepare
 from training.checkpoint import Run, load_best, start_run
+from training.config import TrainingConfig
 from training.encoding import encode_queries
 from training.export import export
 from training.features import fit
@@ -22,27 +24,33 @@ from training.queries import feature_kinds, query_features, query_features_of_us
 from training.tables import ITEMS, USERS, Dataset
 
 GOOD = {"user_id": 1, "country": "US", "member": True, "age": 30, "history": [100, 103]}
+RICH = {"user_id": 1, "interests": [5, 1], "age": 30, "bio": "Brazil night", "history": [100, 103]}
+
+
+def train(config: TrainingConfig, dataset: Dataset, run: Path) -> Path:
+    space = fit(config, dataset)
+    prepare(dataset, space, run / "cache")
+    start_run(run, Run(config=config, space=space), dataset.identity)
+    train_rank(run, torch.device("cpu"))
+    return run
+
+
+def exported(run: Path, dataset: Dataset, store: Path) -> Path:
+    folder = export(run, dataset.path, store, created_at="2026-01-01T00:00:00Z").encoder_folder
+    assert folder is not None
+    return folder
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
     folder = tmp_path_factory.mktemp("trained")
     dataset = tiny_dataset(folder / "data")
-    config = tiny_config(epochs=3, unknown_rate=0.2)
-    space = fit(config, dataset)
-    prepare(dataset, space, folder / "run" / "cache")
-    start_run(folder / "run", Run(config=config, space=space), dataset.identity)
-    train_rank(folder / "run", torch.device("cpu"))
-    return folder / "run", dataset
+    return train(tiny_config(epochs=3, unknown_rate=0.2), dataset, folder / "run"), dataset
 
 
 @pytest.fixture(scope="module")
 def encoder_folder(trained: tuple[Path, Dataset], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run, dataset = trained
-    store = tmp_path_factory.mktemp("store")
-    exported = export(run, dataset.path, store, created_at="2026-01-01T00:00:00Z")
-    assert exported.encoder_folder is not None
-    return exported.encoder_folder
+    return exported(*trained, tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +58,53 @@ def encoder(encoder_folder: Path) -> QueryEncoder:
     return QueryEncoder.load(encoder_folder)
 
 
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return rich_dataset(tmp_path_factory.mktemp("rich"))
+
+
+@pytest.fixture(scope="module")
+def rich_encoder(rich: Dataset, tmp_path_factory: pytest.TempPathFactory) -> QueryEncoder:
+    folder = tmp_path_factory.mktemp("run")
+    fast = {"warmup_steps": 5, "learning_rate": 0.05}
+    config = rich_config(epochs=4, unknown_rate=0.2, optimiser=fast)
+    run = train(config, rich, folder / "run")
+    return QueryEncoder.load(exported(run, rich, folder))
+
+
 def test_equals_the_torch_tower(trained: tuple[Path, Dataset], encoder: QueryEncoder) -> None:
-    run_folder, dataset = trained
+    check_twins(*trained, encoder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        rich_config("attention", epochs=3),
+        rich_config("mean"),
+        sum_config("mean"),
+        sum_config("sqrtn"),
+        rich_config("sqrtn"),
+        sum_config("attention", epochs=3),
+        sum_config("attention", own=False),
+    ],
+    ids=[
+        "attention",
+        "mean",
+        "summed",
+        "summed sqrtn",
+        "sqrtn",
+        "summed attention",
+        "summed history alone",
+    ],
+)
+def test_every_kind_equals_its_torch_twin(
+    rich: Dataset, tmp_path: Path, config: TrainingConfig
+) -> None:
+    run = train(config, rich, tmp_path / "run")
+    check_twins(run, rich, QueryEncoder.load(exported(run, rich, tmp_path)))
+
+
+def check_twins(run_folder: Path, dataset: Dataset, encoder: QueryEncoder) -> None:
     run, model = load_best(run_folder)
     users = np.arange(dataset.rows["users"])
     expected = encode_queries(
@@ -70,6 +123,73 @@ def test_equals_the_torch_tower(trained: tuple[Path, Dataset], encoder: QueryEnc
     one = query_features_of_user(dataset, kinds, 5)
     np.testing.assert_allclose(encoder.encode([one])[0], expected[2], atol=1e-5)
     assert {f["name"]: f["kind"] for f in encoder.features} == kinds
+
+
+def test_attention_has_learned_to_weigh(rich_encoder: QueryEncoder) -> None:
+    """Order matters to it, as it does not to a mean; else the twins would agree on too little."""
+    past = ITEM_IDS[:4].tolist()
+    found = rich_encoder.encode([RICH | {"history": past}, RICH | {"history": past[::-1]}])
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_nothing_known_in_lists_and_texts(rich_encoder: QueryEncoder) -> None:
+    def same(*changes: dict[str, Any]) -> None:
+        found = rich_encoder.encode([RICH | change for change in changes])
+        np.testing.assert_allclose(found, np.broadcast_to(found[0], found.shape), atol=1e-6)
+        known = rich_encoder.encode([RICH])[0]
+        assert np.abs(known - found[0]).max() > 1e-4
+
+    same({"interests": []}, {"interests": None}, {"interests": [99, -1]}, {"interests": ()})
+    same({"bio": ""}, {"bio": None}, {"bio": "?!"}, {"bio": "  \n"})
+
+
+def test_what_counts_of_lists_and_texts(rich_encoder: QueryEncoder) -> None:
+    """The first two known interests, the first 20 n-grams."""
+    pairs = [
+        ({"interests": [5, 1]}, {"interests": [99, 5, 1, 3, 3]}),
+        ({"interests": [5, 1]}, {"interests": (1, 5)}),
+        ({"bio": "ALIEN night"}, {"bio": "alien\tNight!"}),
+        ({"bio": "returning " * 2}, {"bio": "returning " * 1000}),
+    ]
+    for one, other in pairs:
+        found = rich_encoder.encode([RICH | one, RICH | other])
+        np.testing.assert_allclose(found[0], found[1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"interests": 3}, "interests", "expected list of ints, or null; got int"),
+        ({"interests": "3"}, "interests", "got str"),
+        ({"interests": {"3": 1}}, "interests", "got dict"),
+        ({"interests": [1, "3"]}, "interests[1]", "got str"),
+        ({"interests": [True]}, "interests[0]", "got bool"),
+        ({"interests": [1.0]}, "interests[0]", "got float"),
+        ({"interests": [None]}, "interests[0]", "got null"),
+        ({"interests": [[1]]}, "interests[0]", "got list"),
+        ({"bio": 3}, "bio", "expected string or null; got int"),
+        ({"bio": ["Alien"]}, "bio", "got list"),
+        ({"bio": b"Alien"}, "bio", "got bytes"),
+        ({"title": "Alien"}, "title", "unknown feature; expected one of age, bio, history"),
+    ],
+)
+def test_lists_and_texts_that_do_not_fit(
+    rich_encoder: QueryEncoder, change: dict[str, Any], field: str, words: str
+) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        rich_encoder.encode([RICH, RICH | change])
+    assert caught.value.field == f"features[1].{field}"
+    assert words in str(caught.value)
+
+
+def test_sets_of_the_first_format_are_read(encoder_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    shutil.copytree(encoder_folder, folder)
+    config = json.loads((folder / "encoder.json").read_text())
+    old = {k: v for k, v in config.items() if k != "projection"} | {"format_version": 1}
+    (folder / "encoder.json").write_text(json.dumps(old))
+    expected = QueryEncoder.load(encoder_folder).encode([GOOD])
+    assert (QueryEncoder.load(folder).encode([GOOD]) == expected).all()
 
 
 def test_unknown_values_are_the_unknown_category(encoder: QueryEncoder) -> None:
@@ -161,7 +281,7 @@ def test_broken_folders(encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match=r"weights\.safetensors: missing or altered"):
         QueryEncoder.load(folder)
     (folder / "encoder.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(NewerFormat, match="format_version <= 1; got 99"):
+    with pytest.raises(NewerFormat, match="format_version <= 2; got 99"):
         QueryEncoder.load(folder)
     for content in ("{", "[]", "{}"):
         (folder / "encoder.json").write_text(content)

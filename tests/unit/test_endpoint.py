@@ -8,8 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.cli import Settings
+from cluster.commands.address import address_of
 from cluster.endpoint import (
     NOTE_NAME,
+    Address,
     Endpoint,
     find_endpoint,
     is_alive,
@@ -17,8 +20,10 @@ from cluster.endpoint import (
     refuse_if_served,
     remove_note,
 )
+from cluster.keys import CLIENT_VARIABLE, add_key
 from cluster.store import Store
-from shards.errors import CorruptFile, NotFound, Unavailable
+from router.keys import Scope
+from shards.errors import ConfigError, CorruptFile, NotFound, Unavailable
 
 
 @pytest.fixture
@@ -69,3 +74,39 @@ def test_a_damaged_note_is_named(tmp_path: Path) -> None:
     (tmp_path / NOTE_NAME).write_text("{")
     with pytest.raises(CorruptFile, match=NOTE_NAME):
         find_endpoint(Store(tmp_path))
+
+
+def test_the_note_tells_where_the_key_is_and_never_the_key(tmp_path: Path, mine: Endpoint) -> None:
+    store = Store(tmp_path)
+    key_file = tmp_path / "keys"
+    key = add_key(key_file, Scope.SEARCH).secret
+    leave_note(store, replace(mine, key_file=str(key_file)))
+    assert key not in (tmp_path / NOTE_NAME).read_text()
+    address = find_endpoint(store).address
+    assert address == Address(mine.url, key)
+    assert address.headers == (("Authorization", f"Bearer {key}"),)
+    assert key not in repr(address)
+    assert mine.address == Address(mine.url, None)
+    assert mine.address.headers == ()
+    key_file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        _ = find_endpoint(store).address
+
+
+def test_the_stores_key_goes_to_the_stores_cluster_only(
+    tmp_path: Path, mine: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(CLIENT_VARIABLE, raising=False)
+    settings = Settings(store_path=tmp_path)
+    own, other = tmp_path / "keys", tmp_path / "other"
+    key, told = add_key(own, Scope.SEARCH).secret, add_key(other, Scope.SEARCH).secret
+    leave_note(settings.store, replace(mine, key_file=str(own)))
+    assert address_of(settings, None, None) == Address(mine.url, key)
+    assert address_of(settings, "http://elsewhere", None) == Address("http://elsewhere", None)
+    assert address_of(settings, mine.url, None) == Address(mine.url, None)
+    for url in (None, "http://elsewhere"):
+        assert address_of(settings, url, other) == Address(url or mine.url, told)
+    monkeypatch.setenv(CLIENT_VARIABLE, "e" * 40)
+    assert address_of(settings, None, None) == Address(mine.url, "e" * 40)
+    assert address_of(settings, "http://elsewhere", None).key == "e" * 40
+    assert address_of(settings, None, other).key == told

@@ -165,7 +165,7 @@ def test_exact_and_through_a_search_agree(trained: tuple[Path, Dataset], tmp_pat
 
 def test_the_same_users_are_asked_everywhere(trained: tuple[Path, Dataset]) -> None:
     run_folder, dataset = trained
-    _, _, users = evaluation_task(dataset, "test", 7)
+    users = evaluation_task(dataset, "test", max_users=7).users
     assert len(set(users.tolist())) == 7
     assert (np.diff(users) > 0).all()
     assert users[-1] > 7  # drawn, not the first ones
@@ -226,6 +226,46 @@ def test_drop_known_keeps_order_and_pads() -> None:
     found = np.array([[5, 3, 9, 1], [2, 4, -1, -1]])
     known = Csr(np.array([0, 2, 3]), np.array([3, 7, 2]))
     assert drop_known(found, known, 3).tolist() == [[5, 9, 1], [4, -1, -1]]
+
+
+def test_users_and_items_that_training_has_not_seen(tmp_path: Path) -> None:
+    """One user has nothing but a test item, one nothing at all; that item nobody has in train."""
+    tiny = tiny_dataset(tmp_path / "tiny")
+    users, items = tiny.users().to_pydict(), tiny.items()
+    for name, values in {"user_id": [901, 903], "age": [30, 31], "country": ["UK", "XX"]}.items():
+        users[name] += values
+    users["member"] += [True, False]
+    new = items.slice(0, 1).set_column(0, "item_id", [[7]])  # sorted to the front of the table
+    rows = tiny.interactions().to_pydict()
+    for name, value in {"user_id": 901, "item_id": 7, "timestamp": 99, "split": "test"}.items():
+        rows[name].append(value)
+    interactions = pa.table(rows | {"split": pa.array(rows["split"]).dictionary_encode()})
+    dataset = write_dataset(
+        tmp_path / "data",
+        pa.table(users),
+        pa.concat_tables([new, items]),
+        interactions,
+        name="grown",
+    )
+    config = tiny_config(epochs=1)
+    space = fit(config, dataset)
+    prepare(dataset, space, tmp_path / "run" / "cache")
+    start_run(tmp_path / "run", Run(config=config, space=space), dataset.identity)
+    train_rank(tmp_path / "run", torch.device("cpu"))
+    result = evaluate_exact(tmp_path / "run", dataset, ks=(61,), with_segments=True)
+    assert (result.users, result.means["recall@61"]) == (41, 1.0)  # 903 has nothing to find
+    assert all(np.isfinite(value) for value in result.means.values())
+    new_users, cold = result.segments["new users"], result.segments["cold items"]
+    assert new_users is not None
+    assert (new_users.users, new_users.relevant, new_users.means["recall@61"]) == (1, 1, 1.0)
+    trained_on = set(dataset.interactions("train")["item_id"].to_pylist())
+    wanted = [i for i in dataset.interactions("test")["item_id"].to_pylist() if i not in trained_on]
+    assert cold is not None
+    assert 7 in wanted
+    assert cold.relevant == len(wanted)
+    unseen = len(set(dataset.items()["item_id"].to_pylist()) - trained_on)
+    alone = evaluate_exact(tmp_path / "run", dataset, ks=(unseen,), candidates="cold")
+    assert (alone.relevant, alone.means[f"recall@{unseen}"]) == (len(wanted), 1.0)
 
 
 def test_unknown_split(trained: tuple[Path, Dataset]) -> None:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router.config import RouterConfig
 from router.coalesce import MERGE_IN_LOOP
+from router.config import RouterConfig
 from router.fanout import Fanout
 from shards.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable
 from shards.types import ErrorReply, SearchParams, SearchRequest

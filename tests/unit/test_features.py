@@ -9,9 +9,11 @@ import pyarrow as pa
 import pytest
 
 from shards.errors import DataError
+from tests.rich import rich_dataset
 from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
+from training.columns import Standardiser, Vocabulary
 from training.config import NumericFeature, TrainingConfig
-from training.features import FeatureSpace, Standardiser, Vocabulary, fit
+from training.features import FeatureSpace, fit
 from training.infer import infer_config
 from training.tables import Dataset, vector_column, write_dataset
 
@@ -210,6 +212,33 @@ def test_keys_of_an_importer_are_no_features(tmp_path: Path) -> None:
     ).towers
     assert [f.column for f in towers.query.features or ()] == ["age", "history"]
     assert [f.column for f in towers.item.features or ()] == ["item_id"]
+
+
+def test_inferred_features_of_lists_and_texts(tmp_path: Path) -> None:
+    """Codes, and lists whose values hardly repeat, say nothing about another row."""
+    dataset = rich_dataset(tmp_path)
+    items = dataset.items()
+    codes = pa.array([f"X-{i}" for i in range(items.num_rows)])
+    keys = pa.array([[f"k{i}", f"k{i + 1000}"] for i in range(items.num_rows)])
+    items = items.append_column("code", codes).append_column("keys", keys)
+    titles = [f"The {i}th film of all" for i in range(items.num_rows)]
+    at = items.column_names.index("title")
+    items = items.set_column(at, "title", pa.array(titles, pa.large_string()))
+    more = write_dataset(
+        tmp_path / "more", dataset.users(), items, dataset.interactions(), name="more"
+    )
+    towers = infer_config(TrainingConfig(), more).towers
+    assert [(f.kind, f.column) for f in towers.item.features or ()] == [
+        ("categorical", "category"),
+        ("numeric", "price"),
+        ("numeric", "attribute_vector"),
+        ("multi_valued", "tags"),
+        ("text", "title"),
+    ]
+    assert ("multi_valued", "interests") in [
+        (f.kind, f.column) for f in towers.query.features or ()
+    ]
+    fit(infer_config(TrainingConfig(), more), more)
 
 
 def test_named_features_are_left_alone(dataset: Dataset) -> None:

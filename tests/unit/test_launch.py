@@ -18,7 +18,7 @@ def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> No
     events: list[dict] = []
     result = train(tiny_config(), dataset.path, tmp_path / "run", on_event=events.append)
     assert (result.epochs, result.steps) == (2, 20)
-    assert [event["event"] for event in events] == ["step", "validation"] * 2
+    assert [event["event"] for event in events] == ["start", *["step", "validation"] * 2]
     assert 0 < (result.best_value or 0) <= 1
     with pytest.raises(ConfigError, match="holds a run already"):
         train(tiny_config(), dataset.path, tmp_path / "run")
@@ -90,7 +90,7 @@ def test_an_error_of_a_rank_comes_back_as_itself() -> None:
 def test_other_errors_become_one_line() -> None:
     error = _cause(failed_ranks(RuntimeError("first\nlast line")))
     assert isinstance(error, Unavailable)
-    assert str(error) == "training failed; got last line"
+    assert str(error).startswith("training failed; got last line; resume it")
 
 
 def test_the_log_is_followed_line_by_line(tmp_path: Path) -> None:

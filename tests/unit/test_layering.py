@@ -12,12 +12,22 @@ PACKAGES = ("cluster", "router", "shards", "training", "bench")
 # package -> modules of ours it may import besides its own
 ALLOWED = {
     "shards": (),
-    "router": ("shards.errors", "shards.files", "shards.schema", "shards.types", "shards.wire"),
+    "router": (
+        "shards.errors",
+        "shards.files",
+        "shards.metrics",
+        "shards.ngrams",
+        "shards.ray_metrics",
+        "shards.schema",
+        "shards.types",
+        "shards.wire",
+    ),
     "training": (
         "router.client",
         "shards.embeddings",
         "shards.errors",
         "shards.files",
+        "shards.ngrams",
         "shards.schema",
     ),
     "cluster": ("router", "shards", "training.config"),
@@ -29,10 +39,17 @@ CLI = ("cluster/commands/",)
 # library -> the only places that may import it
 CONFINED = {
     "faiss": ("shards/index_", "shards/main_index", "shards/gpu", "shards/actor", "bench/"),
-    "ray": ("cluster/", "router/app.py", "shards/actor.py", "training/launch.py"),
+    "ray": (
+        "cluster/",
+        "router/app.py",
+        "shards/actor.py",
+        "shards/ray_metrics.py",
+        "training/launch.py",
+    ),
     "torch": ("training/", "bench/"),
     "fastapi": ("router/",),
     "starlette": ("router/",),
+    "matplotlib": ("bench/plots.py", "training/plot.py"),
     "rich": ("cluster/", "bench/"),
     "click": ("cluster/cli.py", "cluster/commands/", "bench/"),
 }

@@ -1,17 +1,22 @@
 """The loop on a tiny dataset: it learns, resumes exactly, stops early and keeps the best."""
 
+import errno
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards.errors import ConfigError, CorruptFile, DataError, NotFound
-from tests.tiny import tiny_config, tiny_dataset
+from shards.errors import ConfigError, CorruptFile, DataError, NotFound, Unavailable
+from tests.tiny import ITEM_IDS, USER_IDS, tiny_config, tiny_dataset
+from training import checkpoint
 from training.batches import Sampler, TrainingData, prepare
 from training.checkpoint import (
     Run,
@@ -24,8 +29,14 @@ from training.checkpoint import (
 from training.config import OptimiserConfig, TrainingConfig
 from training.encoding import encode_items, encode_queries
 from training.features import fit
-from training.loop import _Log, learning_rate, train_rank, validation_recall
-from training.tables import open_dataset
+from training.launch import train
+from training.loop import train_rank
+from training.losses import LossTerms
+from training.optimiser import learning_rate
+from training.runlog import RunLog, read_log
+from training.step import Step
+from training.tables import open_dataset, write_dataset
+from training.validation import validation_recall
 
 CPU = torch.device("cpu")
 
@@ -38,8 +49,13 @@ def start(folder: Path, config: TrainingConfig) -> Path:
     return folder
 
 
-def weights(folder: Path, epoch: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "checkpoints" / f"{epoch:06d}" / "model.safetensors")
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"{step:08d}" / "model.safetensors")
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
 
 
 def test_training_lowers_the_loss_and_logs_every_line(tmp_path: Path) -> None:
@@ -52,6 +68,10 @@ def test_training_lowers_the_loss_and_logs_every_line(tmp_path: Path) -> None:
     assert 0 < steps[-1]["in_batch_accuracy"] <= 1
     assert 0 < steps[-1]["masked_share"] < 0.5
     assert steps[1]["examples_per_s"] > 0
+    assert all(0 < event["gradient_norm"] < 100 for event in steps)
+    assert steps[1]["learning_rate"] < 0.01
+    assert (events[0]["event"], events[0]["world"], events[0]["step"]) == ("start", 1, 0)
+    assert (events[0]["precision"], events[0]["fit_splits"]) == ("float32", "train")
     lines = (run / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == events
     recalls = [event["recall@10"] for event in events if event["event"] == "validation"]
@@ -63,48 +83,56 @@ def test_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     now = [50.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     events: list[dict] = []
-    log = _Log(tmp_path / "log.jsonl", events.append, 24)
+    log = RunLog(tmp_path / "log.jsonl", events.append, 24)
     for step, seconds, pause in ((10, 2.0, 1000.0), (20, 4.0, 0.0)):
         log.start(step - 10)
         now[0] += seconds
-        log.step(step, epoch=1)
+        log.step(step, epoch=1, received=0)
         now[0] += pause  # validation
     assert [event["examples_per_s"] for event in events] == [120.0, 60.0]
 
 
 def test_every_epoch_starts_the_clock_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[int] = []
-    monkeypatch.setattr(_Log, "start", lambda self, step: started.append(step))
+    monkeypatch.setattr(RunLog, "start", lambda self, step: started.append(step))
     train_rank(start(tmp_path / "run", tiny_config(epochs=3)), CPU)
     assert started == [0, 10, 20]
 
 
-def test_resumed_run_equals_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gradients", ["dense", "sparse"])
+@pytest.mark.parametrize(("every", "kept"), [(None, 20), (4, 28), (10, 20)])
+def test_resumed_run_equals_uninterrupted_one(
+    tmp_path: Path, every: int | None, kept: int, gradients: str
+) -> None:
     towers = tiny_config().towers
     query = towers.query.model_copy(update={"dropout": 0.3})
     config = tiny_config(
         epochs=4,
         towers=towers.model_copy(update={"query": query}),
         validation={"k": 10, "patience": 9},
+        optimiser={"warmup_steps": 5, "learning_rate": 0.01, "embedding_gradients": gradients},
+        log_every_steps=1,
     )
     whole = start(tmp_path / "whole", config)
     train_rank(whole, CPU)
 
-    cut = start(tmp_path / "cut", config)
-    stop_after = 2
+    # how often it writes does not change what it computes
+    cut = start(tmp_path / "cut", config.model_copy(update={"checkpoint_every_steps": every}))
 
     def interrupt(event: dict) -> None:
-        if event["event"] == "step" and event["epoch"] > stop_after:
+        if event["event"] == "step" and event["step"] == 30:  # the end of the third epoch
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         train_rank(cut, CPU, interrupt)
     state = latest_state(cut)
-    assert state is not None and state.epoch == stop_after
+    assert state is not None
+    assert (state.step, state.epoch) == (kept, 2)
     train_rank(cut, CPU)
     assert latest_state(cut) == latest_state(whole)
-    expected = weights(whole, 4)
-    for name, value in weights(cut, 4).items():
+    assert losses(cut) == losses(whole)
+    expected = weights(whole, 40)
+    for name, value in weights(cut, 40).items():
         assert torch.equal(value, expected[name]), name
 
 
@@ -113,7 +141,7 @@ def test_same_seed_same_weights_and_other_seed_others(tmp_path: Path) -> None:
         start(tmp_path / name, tiny_config(epochs=1, seed=seed))
         for name, seed in (("a", 3), ("b", 3), ("c", 4))
     ]
-    first, again, other = (train_rank(run, CPU) and weights(run, 1) for run in runs)
+    first, again, other = (train_rank(run, CPU) and weights(run, 10) for run in runs)
     assert all(torch.equal(value, again[name]) for name, value in first.items())
     assert not torch.equal(first["item_tower.output.weight"], other["item_tower.output.weight"])
 
@@ -137,9 +165,10 @@ def test_early_stop_keeps_best_and_last(tmp_path: Path) -> None:
     assert state.epoch < 60
     assert state.best_epoch == state.epoch - 2
     kept = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
-    assert kept == [state.best_epoch, state.epoch]
+    assert kept == [state.best_step, state.step]
+    assert state.best_step == state.best_epoch * 10
     _, model = load_best(run)
-    expected = weights(run, state.best_epoch)
+    expected = weights(run, state.best_step)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert train_rank(run, CPU) == state  # a finished run has nothing left to do
 
@@ -159,8 +188,9 @@ def test_validation_recall_against_plain_loops(tmp_path: Path) -> None:
         ranked = [i for i in np.argsort(-scores[user], kind="stable") if i not in seen][:10]
         hits.append(np.mean([item in ranked for item in wanted]))
     sampler = Sampler(
-        data=data, batch_size=24, rank=0, world=1, seed=0, unknown_rate=0, history_length=4
-    )
+        data=data, batch_size=24, rank=0, world=1, seed=0, unknown_rate=0, history_length=4,
+        loss=run.config.loss,
+    )  # fmt: skip
     assert validation_recall(model, sampler, run.config) == pytest.approx(np.mean(hits))
 
 
@@ -171,6 +201,83 @@ def test_temperature_stays_in_its_range(tmp_path: Path) -> None:
     _, model = load_best(run)
     assert 0.19 - 1e-6 <= model.temperature().item() <= 0.21 + 1e-6
     assert model.temperature().item() != pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    run = start(tmp_path / "run", tiny_config(log_every_steps=every, checkpoint_every_steps=4))
+    honest = Step.run
+
+    def run_to_nan(self: Step, wrapped: Any, batch: Any, generator: Any) -> LossTerms:
+        terms = honest(self, wrapped, batch, generator)
+        seen.append(batch)
+        return replace(terms, loss=terms.loss * float("nan")) if len(seen) >= 6 else terms
+
+    seen: list[Any] = []
+    monkeypatch.setattr(Step, "run", run_to_nan)
+    words = r"learning_rate: .* no finite number.*got step 6, in epoch 1; .*checkpoint of step 4 is"
+    with pytest.raises(ConfigError, match=words):
+        train_rank(run, CPU)
+    state = latest_state(run)
+    assert state is not None and state.step == 4
+    assert all(step < 6 for step, _ in losses(run))
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tmp_path / "run", tiny_config(checkpoint_every_steps=4))
+    whole = start(tmp_path / "whole", tiny_config())
+    train_rank(whole, CPU)
+    honest, calls = checkpoint.save_file, []
+
+    def save_file(tensors: dict, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 5:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(Unavailable, match=r"step 8 could not.*No space left.*step 4 is complete"):
+        train_rank(run, CPU)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000004"]
+    train_rank(run, CPU)
+    expected = weights(whole, 20)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run, 20).items())
+
+
+def test_bf16_towers_learn_and_the_loss_is_fp32(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", tiny_config(precision="bf16", epochs=4, log_every_steps=1))
+    full = start(tmp_path / "full", tiny_config(epochs=4, log_every_steps=1))
+    train_rank(run, CPU)
+    train_rank(full, CPU)
+    expected = dict(losses(full))
+    found = dict(losses(run))
+    assert found[1] != expected[1]  # it did compute in bf16
+    assert found[1] == pytest.approx(expected[1], rel=0.02)
+    assert found[40] == pytest.approx(expected[40], rel=0.1)
+    assert all(value.dtype == torch.float32 for value in weights(run, 40).values())
+    first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
+    assert first["precision"] == "bfloat16"
+
+
+def test_fitting_train_and_val_takes_both_and_validates_nothing(tmp_path: Path) -> None:
+    config = tiny_config(fit_splits="train+val", validation={"k": 10, "patience": 1})
+    dataset = tiny_dataset(tmp_path / "data")
+    result = train(config, dataset.path, tmp_path / "run")
+    assert result.steps == 2 * ((6 + 1) * 40 // 24)  # val gives one more item a user
+    assert (result.epochs, result.best_epoch, result.best_value) == (2, None, None)
+    data = TrainingData.open(tmp_path / "run" / "cache")
+    assert (len(data.train.items), len(data.val.items)) == (280, 0)
+    events = read_log(tmp_path / "run" / "log.jsonl")
+    assert events[0]["fit_splits"] == "train+val"
+    assert all(event["event"] != "validation" for event in events)
+    with pytest.raises(ConfigError, match=r"fit_splits: train, was train\+val"):
+        train(tiny_config(validation={"k": 10, "patience": 1}), dataset.path, tmp_path / "run",
+              resume=True)  # fmt: skip
 
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
@@ -191,8 +298,8 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
     run = start(tmp_path / "run", tiny_config())
     identity = open_dataset(tmp_path / "run-data").identity
     check_resumable(run, tiny_config(num_workers=2), identity)  # ranks may change
-    with pytest.raises(ConfigError, match=r"batch_size: 12, was 24; loss.logq: False, was True"):
-        check_resumable(run, tiny_config(batch_size=12, loss={"logq": False}), identity)
+    with pytest.raises(ConfigError, match=r"batch_size: 12, was 24; loss.logq: none, was standard"):
+        check_resumable(run, tiny_config(batch_size=12, loss={"logq": "none"}), identity)
     with pytest.raises(DataError, match=r"another dataset; expected 'tiny' \(.*; got 'other' \("):
         check_resumable(run, tiny_config(), identity | {"name": "other"})
 
@@ -202,7 +309,7 @@ def test_altered_or_missing_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="no checkpoint"):
         load_best(run)
     train_rank(run, CPU)
-    path = run / "checkpoints" / "000001" / "model.safetensors"
+    path = run / "checkpoints" / "00000010" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
@@ -220,7 +327,7 @@ def test_training_without_validation_runs_all_epochs(tmp_path: Path) -> None:
     # the same data with an empty val split
     data = TrainingData.open(run / "cache")
     assert len(data.val.items) == 40
-    state = TrainState(epoch=2, step=20)
+    state = TrainState(epoch=2, step=20, world=1)
     from training import loop
 
     def no_val(folder: Path) -> TrainingData:
@@ -234,3 +341,25 @@ def test_training_without_validation_runs_all_epochs(tmp_path: Path) -> None:
         patch.setattr(loop.TrainingData, "open", no_val)
         assert train_rank(run, CPU) == state
     load_best(run)
+
+
+def test_users_without_interactions_and_items_never_taken_take_part(tmp_path: Path) -> None:
+    whole = tiny_dataset(tmp_path / "whole")
+    table = whole.interactions()
+    taken = pc.and_(
+        pc.not_equal(table["user_id"], int(USER_IDS[0])),
+        pc.not_equal(table["item_id"], int(ITEM_IDS[0])),
+    )
+    dataset = write_dataset(
+        tmp_path / "data", whole.users(), whole.items(), table.filter(taken), name="gaps"
+    )
+    result = train(tiny_config(), dataset.path, tmp_path / "run")
+    assert result.steps > 10
+    assert result.best_value is not None
+    data = TrainingData.open(tmp_path / "run" / "cache")
+    assert data.train.lengths[0] == 0
+    assert data.item_counts()[0] == 0
+    _, model = load_best(tmp_path / "run")
+    queries = encode_queries(model, data.users, data.train, data.items)
+    for vectors in (queries, encode_items(model, data.items)):
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)

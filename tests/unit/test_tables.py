@@ -9,13 +9,12 @@ import pytest
 
 from shards.errors import CorruptFile, DataError, NewerFormat, NotFound, ShardlineError
 from shards.files import describe_file, write_manifest
+from training.splits import cold_rows, hold_out, split_codes
 from training.table_checks import INTERACTION_SCHEMA, rows_of
 from training.tables import (
-    assign_splits,
     interaction_batch,
     open_dataset,
     positives_by_user,
-    split_codes,
     vector_column,
     vector_matrix,
     write_dataset,
@@ -138,7 +137,10 @@ USERS, ITEMS, ROWS = users_table(), items_table(), interactions_table()
             "users.parquet: age: missing values",
         ),
         ({"users": replace(USERS, "age", pa.array([1, 2, np.inf]))}, r"age\[2\]: not finite"),
-        ({"users": replace(USERS, "age", pa.array([[1], [2], []]))}, "age: wrong type.*got list<"),
+        (
+            {"users": replace(USERS, "age", pa.array([[1.5], [2.5], []]))},
+            "age: wrong type.*got list<",
+        ),
         ({"users": USERS.append_column("age", USERS["age"])}, "age: column occurs twice"),
         (
             {"items": replace(ITEMS, "vector", vector_column(np.full((4, 2), np.nan)))},
@@ -263,35 +265,58 @@ def test_splits_as_a_loop_says(test_per_user: int, seed: int) -> None:
     assert codes.tolist() == slow_splits(rows, test_per_user, set(val_ids.tolist()))
 
 
-def test_assign_splits_draws_validation_users_by_seed() -> None:
+def slow_hold_out(rows: list[tuple[int, int, int]], per_user: int) -> list[bool]:
+    """All users who keep something give their last ones by (time, item)."""
+    held = []
+    for user, item, time in rows:
+        mine = sorted((t, i) for u, i, t in rows if u == user)
+        held.append(len(mine) > per_user and (time, item) in mine[-per_user:])
+    return held
+
+
+@pytest.mark.parametrize("per_user", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_held_out_rows_as_a_loop_says(per_user: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    users, items = rng.integers(0, 40, 150) * 10, rng.permutation(150)
+    times = rng.integers(0, 4, 150)
+    held = hold_out(users, items, times, per_user=per_user, most_users=40, order="last", rng=rng)
+    rows = list(zip(users.tolist(), items.tolist(), times.tolist(), strict=True))
+    assert held.tolist() == slow_hold_out(rows, per_user)
+
+
+def test_held_out_at_random_from_some_users() -> None:
     users = np.repeat(np.arange(50), 6)
     items, times = np.arange(300), np.arange(300)
 
-    def run(seed: int, val_users: int) -> np.ndarray:
-        return assign_splits(
-            users,
-            items,
-            times,
-            test_per_user=4,
-            val_users=val_users,
-            rng=np.random.default_rng(seed),
+    def run(seed: int, most_users: int, order: str = "random") -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        return hold_out(
+            users, items, times, per_user=2, most_users=most_users, order=order, rng=rng
         )
 
     assert np.array_equal(run(1, 10), run(1, 10))
     assert not np.array_equal(run(1, 10), run(2, 10))
-    assert np.bincount(run(1, 10)).tolist() == [90, 10, 200]
-    assert np.bincount(run(1, 99)).tolist() == [50, 50, 200]
-    assert (
-        assign_splits(
-            users[:0],
-            items[:0],
-            times[:0],
-            test_per_user=4,
-            val_users=3,
-            rng=np.random.default_rng(0),
-        ).tolist()
-        == []
-    )
+    counts = np.bincount(users[run(1, 10)], minlength=50)
+    assert sorted(counts.tolist()) == [0] * 40 + [2] * 10
+    assert run(1, 99).sum() == 100
+    # each place among a user's six is as likely as another; the last ones are always the last
+    places = np.flatnonzero(np.concatenate([run(seed, 50) for seed in range(20)])) % 6
+    assert (np.bincount(places) > 250).all()  # of 2000 / 6 on average
+    assert set((np.flatnonzero(run(1, 50, "last")) % 6).tolist()) == {4, 5}
+    none = hold_out(
+        users[:0], items[:0], times[:0],
+        per_user=1, most_users=3, order="last", rng=np.random.default_rng(0),
+    )  # fmt: skip
+    assert none.tolist() == []
+
+
+def test_cold_rows_take_whole_items() -> None:
+    items = np.random.default_rng(0).integers(0, 20, 300) * 7
+    cold = cold_rows(items, 0.25, np.random.default_rng(1))
+    chosen = np.unique(items[cold])
+    assert len(chosen) == 5
+    assert np.array_equal(cold, np.flatnonzero(np.isin(items, chosen)))
 
 
 def test_positives_by_user_against_a_loop() -> None:

@@ -3,15 +3,20 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from shards.errors import ConfigError
+from tests.rich import rich_config, rich_dataset, sum_config
 from tests.tiny import tiny_config, tiny_dataset
 from training.batches import Sampler, TrainingData, item_lists, prepare
+from training.config import HistoryFeature
 from training.encoding import encode_items, encode_queries
 from training.features import Block, FeatureSpace, fit
 from training.metrics import Csr
-from training.tables import USERS, Dataset
+from training.pooling import HistoryPooling
+from training.tables import ITEMS, USERS, Dataset, write_dataset
 from training.towers import Inputs, QueryInputs, TwoTower, build_model
 
 CPU = torch.device("cpu")
@@ -83,7 +88,7 @@ def test_history_trains_the_item_embeddings(
     prepare(dataset, space, tmp_path)
     sampler = Sampler(
         data=TrainingData.open(tmp_path), batch_size=24, rank=0, world=1, seed=0,
-        unknown_rate=0, history_length=4,
+        unknown_rate=0, history_length=4, loss=tiny_config().loss,
     )  # fmt: skip
     batch = next(sampler.epoch(0))
     model = build_model(tiny_config(), space)
@@ -137,3 +142,189 @@ def test_queries_only_with_history_have_no_columns(dataset: Dataset, tmp_path: P
     model = build_model(config, space)
     assert encode_queries(model, data.users, data.train, data.items).shape == (40, 16)
     assert len(space.query.encode(dataset.users(), USERS)) == 40
+
+
+def test_bags_are_means_of_their_embeddings(tmp_path: Path) -> None:
+    dataset = rich_dataset(tmp_path)
+    space = fit(rich_config(), dataset)
+    model = build_model(rich_config(), space)
+    block = space.item.encode(dataset.items(), ITEMS)
+    found = model.item_rows(Inputs.of(block, CPU)).detach().numpy()
+    tables = [table.weight.detach().numpy() for table in model.item_rows.bags]
+    ids = model.item_rows.embeddings[0].weight.detach().numpy()
+    for row in range(len(block)):
+        means = [
+            table[bag.items[bag.indptr[row] : bag.indptr[row + 1]]].mean(axis=0)
+            for table, bag in zip(tables, block.bags, strict=True)
+        ]
+        expected = [ids[block.categorical[row, 0]], *means, block.numeric[row]]
+        np.testing.assert_allclose(found[row], np.concatenate(expected), atol=1e-6)
+    rows = np.array([5, 9, 5, 5, 0])  # taken rows repeat, so each bag is averaged once
+    repeated = Inputs.of(block.take(rows), CPU)
+    assert repeated.places is not None and len(repeated.bags[0][1]) == 3 + 1
+    np.testing.assert_allclose(model.item_rows(repeated).detach(), found[rows], atol=1e-6)
+    again = Inputs.of(block.take(rows).take(np.array([3, 1, 0])), CPU)
+    np.testing.assert_allclose(model.item_rows(again).detach(), found[[5, 9, 5]], atol=1e-6)
+    hidden = block.take(rows).hide(np.eye(5, 3, dtype=np.bool_))
+    assert Inputs.of(hidden, CPU).places is None
+    # n-grams that no text of train has must not be noise to those that have some
+    assert np.linalg.norm(tables[1], axis=1).mean() < 0.2 < np.linalg.norm(tables[0], axis=1).mean()
+
+
+def pooling(length: int, width: int = 3) -> HistoryPooling:
+    pool = HistoryPooling(HistoryFeature(max_length=length, pooling="attention"), width)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in pool.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return pool
+
+
+def test_attention_against_loops() -> None:
+    pool, lengths = pooling(5), torch.tensor([3, 0, 5, 1, 0])
+    rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
+    found = pool(rows, lengths).detach().numpy()
+    start = 0
+    for query, length in enumerate(lengths.tolist()):
+        mine, expected = rows[start : start + length].numpy(), np.zeros(3)
+        weight, bias = pool.key.weight.detach().numpy(), pool.key.bias.detach().numpy()
+        scores = [
+            float(np.tanh(weight @ row + bias) @ pool.query.detach().numpy())
+            + pool.recency[length - 1 - place].item()
+            for place, row in enumerate(mine)
+        ]
+        weights = np.exp(scores)
+        for row, share in zip(mine, weights / weights.sum(), strict=True):
+            expected += share * row
+        np.testing.assert_allclose(found[query], expected, atol=1e-5)
+        start += length
+
+
+def test_attention_starts_as_the_mean_and_can_leave_it() -> None:
+    fresh = HistoryPooling(HistoryFeature(max_length=5, pooling="attention"), 3)
+    mean = HistoryPooling(HistoryFeature(max_length=5), 3)
+    assert sum(p.numel() for p in mean.parameters()) == 0
+    rows, lengths = torch.randn(4, 3), torch.tensor([1, 3])
+    np.testing.assert_allclose(fresh(rows, lengths).detach(), mean(rows, lengths), atol=1e-6)
+    fresh(rows, lengths).square().sum().backward()
+    assert fresh.query.grad is not None and fresh.query.grad.abs().sum() > 0
+    assert fresh.recency.grad is not None and fresh.recency.grad.abs().sum() > 0
+
+
+def test_sqrtn_divides_by_the_root_of_the_length() -> None:
+    pool = HistoryPooling(HistoryFeature(max_length=5, pooling="sqrtn"), 3)
+    rows, lengths = torch.randn(5, 3), torch.tensor([4, 0, 1])
+    expected = torch.stack([rows[:4].sum(0) / 2, torch.zeros(3), rows[4]])
+    np.testing.assert_allclose(pool(rows, lengths), expected, atol=1e-6)
+
+
+def test_attention_of_large_scores_is_finite() -> None:
+    pool = pooling(4)
+    pool.recency.data = torch.tensor([300.0, 0, 0, -300])
+    rows = torch.randn(4, 3)
+    found = pool(rows, torch.tensor([4]))
+    np.testing.assert_allclose(found[0].detach(), rows[3], atol=1e-5)  # the newest alone
+    assert pool(torch.zeros(0, 3), torch.tensor([0, 0])).tolist() == [[0.0] * 3] * 2
+
+
+def test_gradients_of_attention() -> None:
+    """Against finite differences, histories of different lengths and an empty one."""
+    pool, lengths = pooling(5).double(), torch.tensor([2, 0, 3])
+    rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    pool.item_scores = lambda r: torch.tanh(pool.key(r)) @ pool.query  # type: ignore[method-assign]
+    assert torch.autograd.gradcheck(lambda r: pool(r, lengths), (rows,))
+
+
+def test_towers_without_weights_are_sums(tmp_path: Path) -> None:
+    """The item vector is id + title, the query vector id + interests + mean of past items."""
+    dataset = rich_dataset(tmp_path)
+    space = fit(sum_config(), dataset)
+    model = build_model(sum_config(), space)
+    items = space.item.encode(dataset.items(), ITEMS)
+    users = space.query.encode(dataset.users(), USERS)
+    past = Csr(np.array([0, 3, 3, 9]), np.array([4, 9, 2, 7, 8, 10, 30, 31, 32]))
+    names = {name.split(".")[0] for name, _ in model.named_parameters()}
+    assert names == {"item_rows", "query_rows", "log_temperature"}
+
+    def unit(row: np.ndarray) -> np.ndarray:
+        return row / np.linalg.norm(row)
+
+    def table(rows: torch.nn.ModuleList) -> np.ndarray:
+        return rows[0].weight.detach().numpy()
+
+    def bag(block: Block, weights: np.ndarray, row: int) -> np.ndarray:
+        lists = block.bags[0]
+        return weights[lists.items[lists.indptr[row] : lists.indptr[row + 1]]].mean(axis=0)
+
+    own = [
+        table(model.item_rows.embeddings)[items.categorical[row, 0]]
+        + bag(items, table(model.item_rows.bags), row)
+        for row in range(len(items))
+    ]
+    found = encode_items(model, items)
+    np.testing.assert_allclose(found, [unit(row) for row in own], atol=1e-6)
+    queries = encode_queries(model, users.take(np.arange(3)), past, items)
+    for user, history in enumerate([[4, 9, 2], [], [10, 30, 31, 32]]):
+        row = table(model.query_rows.embeddings)[users.categorical[user, 0]].copy()
+        row += bag(users, table(model.query_rows.bags), user)
+        if history:
+            row += np.mean([own[item] for item in history], axis=0)
+        np.testing.assert_allclose(queries[user], unit(row), atol=1e-5)
+
+
+def test_fresh_vectors_have_the_asked_length(tmp_path: Path) -> None:
+    dataset = rich_dataset(tmp_path)
+    towers = sum_config().model_dump()["towers"]
+    towers["item"]["features"][0]["init_norm"] = 0.25
+    config = tiny_config(towers=towers)
+    model = build_model(config, fit(config, dataset))
+    tables = (*model.item_rows.embeddings, *model.item_rows.bags, *model.query_rows.bags)
+    norms = [table.weight.detach().norm(dim=1).mean().item() for table in tables]
+    assert norms == pytest.approx([0.25, 0.1, 1.0], rel=0.3)
+
+
+def test_sums_need_equal_widths(tmp_path: Path) -> None:
+    dataset = rich_dataset(tmp_path)
+    towers = sum_config().model_dump()["towers"]
+    towers["query"]["features"][1]["dim"] = 8
+    with pytest.raises(ConfigError, match=r"towers\.query: user_id: .*expected dim 16; got 8"):
+        fit(tiny_config(towers=towers), dataset)
+    towers = sum_config().model_dump()["towers"]
+    towers["item"] = rich_config().model_dump()["towers"]["item"]
+    with pytest.raises(ConfigError, match=r"towers\.query: history: .*expected dim 16; got 13"):
+        fit(tiny_config(towers=towers), dataset)
+
+
+def test_a_cold_item_goes_by_its_features(dataset: Dataset, tmp_path: Path) -> None:
+    """Its id is the trained unknown: a twin of a known item lands nearer to it than to others."""
+    items, rows = dataset.items(), dataset.interactions()
+    new = items.set_column(0, "item_id", pa.array(items["item_id"].to_numpy() + 1000))
+    both = write_dataset(
+        tmp_path / "both", dataset.users(), pa.concat_tables([items, new]), rows, name="both"
+    )
+    config = tiny_config(unknown_rate=0.3)
+    space = fit(config, both)
+    prepare(both, space, tmp_path)
+    data = TrainingData.open(tmp_path)
+    model = build_model(config, space)
+    before = model.item_rows.embeddings[0].weight[0].detach().clone()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
+    sampler = Sampler(
+        data=data, batch_size=48, rank=0, world=1, seed=0, unknown_rate=0.3, history_length=4,
+        loss=config.loss,
+    )  # fmt: skip
+    for epoch in range(10):
+        for batch in sampler.epoch(epoch):
+            queries = QueryInputs.of(batch.users, batch.history, batch.history_lengths, CPU)
+            left, right, temperature = model(queries, Inputs.of(batch.items, CPU))
+            loss = torch.nn.functional.cross_entropy(left @ right.T / temperature, torch.arange(48))
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    assert (model.item_rows.embeddings[0].weight[0] - before).norm() > 0.05
+    vectors = encode_items(model, data.items)
+    assert (data.items.categorical[60:, 0] == 0).all()
+    assert np.isfinite(vectors).all()
+    alike = vectors[:60] @ vectors[60:].T
+    seen = data.items.categorical[:60, 0] > 0
+    rank = (alike[seen] > np.diag(alike)[seen, None]).sum(axis=1)
+    assert np.median(rank) <= 2  # of 60 cold items, the one with the item's own features

@@ -10,6 +10,13 @@ from pydantic import ValidationError
 from training.config import TrainingConfig, differences
 
 
+def item_tower(*features: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return {"towers": {"item": {"features": list(features)} | settings}}
+
+
+TEXT = {"kind": "text", "column": "title"}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -19,9 +26,36 @@ from training.config import TrainingConfig, differences
         ({"dim": 1}, "dim"),
         ({"loss": {"temperature": 0}}, "loss.temperature"),
         ({"loss": {"temperature": 2, "max_temperature": 1}}, "temperature 2.0 is outside"),
+        ({"loss": {"logq": True}}, "loss.logq"),
+        ({"loss": {"strategy": "hard"}}, "loss.strategy"),
+        ({"loss": {"strategy": "mixed", "hard_negatives": 0}}, "mixed contradicts hard_negatives"),
+        ({"loss": {"strategy": "mixed", "in_batch": False}}, "mixed contradicts in_batch: False"),
+        (
+            {"loss": {"strategy": "offline-mined", "in_batch": True}},
+            "offline-mined contradicts in_batch: True",
+        ),
+        ({"loss": {"in_batch": False}}, "nothing else gives negatives"),
+        ({"loss": {"hard_shared": True}}, "hard_shared needs hard_negatives"),
+        ({"loss": {"kind": "bsl", "symmetric": 0.5}}, "symmetric is a part of kind infonce"),
+        ({"loss": {"kind": "sigmoid", "strategy": "batch-hard"}}, "batch_hard is a part of kind"),
+        (
+            {"loss": {"uniform_negatives": 5}, "num_workers": 2},
+            "uniform_negatives 5 is not a multiple of num_workers 2",
+        ),
         ({"towers": {"item": {"features": [{"kind": "history"}]}}}, "query tower only"),
         ({"towers": {"item": {"features": []}}}, "at least one feature"),
-        ({"towers": {"item": {"features": [{"kind": "text", "column": "t"}]}}}, "'text'"),
+        (item_tower(TEXT | {"words": None}), "words and chars are both null"),
+        (item_tower(TEXT | {"words": [2, 1]}), "the n-gram range [2, 1] is empty"),
+        (item_tower(TEXT | {"chars": [0, 1]}), "chars.0"),
+        (item_tower(TEXT | {"init_norm": 0}), "init_norm"),
+        (item_tower({"kind": "id", "column": "i", "min_count": 0}), "min_count"),
+        (item_tower(TEXT, projection="identity"), "needs hidden [], not [256, 128]"),
+        (
+            item_tower({"kind": "numeric", "column": "p"}, projection="identity", hidden=[]),
+            "cannot add up numbers: ['p']",
+        ),
+        (item_tower(TEXT, dropout=0.1, hidden=[]), "dropout needs a hidden layer"),
+        ({"towers": {"item": {"features": [{"kind": "image", "column": "t"}]}}}, "'image'"),
         (
             {"towers": {"item": {"features": [{"kind": "numeric", "column": "x", "dim": 4}]}}},
             "towers.item.features.0.numeric.dim",
@@ -48,8 +82,8 @@ def test_refused(settings: dict[str, Any], words: str) -> None:
 
 def test_differences_name_settings_and_values() -> None:
     ours = TrainingConfig(dim=64).identity()
-    theirs = TrainingConfig(loss={"logq": False}, num_workers=2, device="cpu").identity()
-    assert differences(ours, theirs) == ["dim: 64, was 128", "loss.logq: True, was False"]
+    theirs = TrainingConfig(loss={"logq": "none"}, num_workers=2, device="cpu").identity()
+    assert differences(ours, theirs) == ["dim: 64, was 128", "loss.logq: standard, was none"]
     assert differences(ours, ours) == []
 
 
@@ -65,3 +99,23 @@ def test_importing_it_loads_neither_torch_nor_arrow() -> None:
         "import sys, training.config; sys.exit(sum(m in sys.modules for m in ('torch', 'pyarrow')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "filled"),
+    [
+        ({}, (True, 0, 0, 0)),
+        ({"strategy": "batch-hard"}, (True, 1, 0, 0)),
+        ({"strategy": "batch-hard", "batch_hard": 4}, (True, 4, 0, 0)),
+        ({"strategy": "offline-mined"}, (False, 0, 10, 0)),
+        ({"strategy": "mixed"}, (True, 0, 10, 5)),
+        ({"strategy": "mixed", "hard_negatives": 3, "batch_hard": 2}, (True, 2, 3, 5)),
+    ],
+)
+def test_strategies_fill_in_fields_and_given_ones_win(
+    given: dict[str, Any], filled: tuple[bool, int, int, int]
+) -> None:
+    loss = TrainingConfig.model_validate({"loss": given}).loss
+    fields = (loss.in_batch, loss.batch_hard, loss.hard_negatives, loss.random_negatives)
+    assert fields == filled
+    assert type(loss).model_validate_json(loss.model_dump_json()) == loss

@@ -1,0 +1,32 @@
+"""Where a command asks, and with which key: the options that say so, the store's note if none."""
+
+from pathlib import Path
+
+import click
+
+from cluster.cli import Settings
+from cluster.endpoint import Address, find_endpoint
+from cluster.keys import client_key
+
+key_file_option = click.option(
+    "--key-file",
+    type=click.Path(path_type=Path),
+    help="File with the API key to ask with.  [default: $SHARDLINE_API_KEY; else, without --url, "
+    "the store's]",
+)
+
+
+def address_of(settings: Settings, url: str | None, key_file: Path | None) -> Address:
+    """The cluster at ``url``, or the one that serves the store when None.
+
+    The store's own key goes to the store's own cluster only, never to an address that was typed.
+
+    Raises:
+        NotFound: no cluster serves the store, or there is no such key file.
+        ConfigError: the key file is not safe, or holds no key.
+    """
+    key = client_key(key_file)
+    if url is not None:
+        return Address(url, key)
+    endpoint = find_endpoint(settings.store)
+    return endpoint.address if key is None else Address(endpoint.url, key)

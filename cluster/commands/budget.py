@@ -1,0 +1,123 @@
+"""The recall budget of a generation: ``evaluate --budget`` measures and prints it here."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from cluster.commands.remote import ask_features
+from cluster.commands.report import budget_rows
+from cluster.console import StageProgress, print_table
+from cluster.endpoint import Address
+from cluster.launch import cores
+from cluster.stations import LocalGeneration
+from cluster.store import Store
+from router.client import Client
+from router.encoder import QueryEncoder
+from shards.embeddings import open_embedding_set
+from shards.errors import InvalidInput, NotFound
+from shards.generation import verify_query_encoder
+from shards.index_stations import Station
+from shards.schema import FloatArray, IdArray
+from training.budget import Stop, StopResult, exact_ask, recall_budget, waterfall
+from training.queries import KNOWN_BEFORE, evaluation_task, query_features
+from training.tables import Dataset
+
+
+def measure_budget(
+    store: Store,
+    dataset: Dataset,
+    split: str,
+    ks: tuple[int, ...],
+    progress: StageProgress,
+    *,
+    generation: int | None,
+    cluster: Address | None,
+    max_users: int | None,
+) -> list[StopResult]:
+    """Recall from the model's own vectors to what is served, of one generation of the store.
+
+    Users are encoded by the generation's own encoder, and compared with the vectors of the
+    embedding set it was built from.
+
+    Raises:
+        NotFound: no such generation, one without an encoder, or its embedding set is gone.
+        InvalidInput: the cluster serves another generation.
+    """
+    number = generation if generation is not None else store.current()
+    local = LocalGeneration(store.generation(number), threads=cores())
+    encoder = QueryEncoder.load(verify_query_encoder(store.generation(number), local.manifest))
+    corpus = open_embedding_set(_embeddings_of(store, local.manifest.model_version))
+    task = evaluation_task(dataset, split, ks=ks, max_users=max_users)
+    kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
+    features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
+    queries = encoder.encode(features)
+    stops = [
+        Stop(name="model", about="exact, unquantised vectors", ask=exact_ask(queries, corpus)),
+        *(_index_stop(local, station, queries) for station in local.stations),
+    ]
+    item_ids = dataset.items()["item_id"].to_numpy()
+    if cluster is None:
+        return recall_budget(stops, task, item_ids, progress=progress)
+    with cluster.client() as client:
+        _check_generation(client, number)
+        stops.append(
+            Stop(
+                name="cluster",
+                about="over HTTP",
+                ask=lambda places, k: ask_features(
+                    client, [features[place] for place in places], k
+                ),
+            )
+        )
+        return recall_budget(stops, task, item_ids, progress=progress)
+
+
+def print_budget(dataset: Dataset, split: str, results: list[StopResult], *, as_json: bool) -> None:
+    """A waterfall for each cut-off, or all of it as JSON."""
+    ks = tuple(results[0].agreement)
+    if as_json:
+        report = {
+            "users": results[0].metrics.users,
+            "stations": [
+                {"name": r.name, "about": r.about, **r.metrics.means}
+                | {f"agreement@{k}": share for k, share in r.agreement.items()}
+                for r in results
+            ],
+            "waterfall": {f"recall@{k}": [asdict(s) for s in waterfall(results, k)] for k in ks},
+        }
+        click.echo(json.dumps(report, indent=2))
+        return
+    for k in ks:
+        title = f"recall budget at {k}: {dataset.name}, {split} split"
+        header, rows = budget_rows(waterfall(results, k), k)
+        print_table(f"{title}, {results[0].metrics.users:,} users", header, rows)
+
+
+def _embeddings_of(store: Store, model_version: str) -> Path:
+    folder = store.embeddings / model_version
+    if not folder.is_dir():
+        raise NotFound(
+            f"{folder}: the embedding set that the generation was built from is gone",
+            hint="export the model again, or measure with --url or --through-cluster",
+        )
+    return folder
+
+
+def _index_stop(local: LocalGeneration, station: Station, queries: FloatArray) -> Stop:
+    def ask(places: IdArray, k: int) -> IdArray:
+        return local.search(station, queries[places], k)
+
+    return Stop(name=station.value, about=local.describe(station), ask=ask)
+
+
+def _check_generation(client: Client, number: int) -> None:
+    served = client.status()["generation"]
+    if served != number:
+        raise InvalidInput(
+            "the cluster serves another generation",
+            field="generation",
+            expected=str(number),
+            got=str(served),
+        )

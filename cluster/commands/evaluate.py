@@ -1,0 +1,187 @@
+"""``evaluate``: a run or a cluster beside baselines and ceilings, whole and by segment."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.cli import Settings
+from cluster.commands.address import address_of, key_file_option
+from cluster.commands.budget import measure_budget, print_budget
+from cluster.commands.model import data_option, default_run, run_option
+from cluster.commands.remote import evaluate_cluster
+from cluster.commands.report import metric_rows, segment_rows
+from cluster.console import StageProgress, print_table
+from shards.errors import InvalidInput
+from training.baselines import Baseline, evaluate_baseline
+from training.cold import cold_baselines
+from training.evaluate import evaluate_exact
+from training.metrics import DEFAULT_KS, MetricResult
+from training.queries import Candidates
+from training.tables import Dataset, open_dataset
+
+Columns = dict[str, MetricResult]
+
+
+@click.command()
+@data_option
+@run_option
+@click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
+@click.option(
+    "--k", "ks", type=int, multiple=True, help="Cut-off, repeatable.  [default: 10 100 1000]"
+)
+@click.option("--url", help="Measure a running cluster instead, by the users' features.")
+@click.option("--through-cluster", is_flag=True, help="The same, for this store's cluster.")
+@key_file_option
+@click.option("--segments", is_flag=True, help="Also by rare and new items, by new users.")
+@click.option(
+    "--candidates",
+    type=click.Choice(["all", "cold"]),
+    default="all",
+    show_default=True,
+    help="Rank all items, or only those without a train interaction.",
+)
+@click.option(
+    "--budget", is_flag=True, help="What the model loses, and what the index, station by station."
+)
+@click.option("--generation", type=int, help="The generation of --budget.  [default: the live one]")
+@click.option("--max-users", type=int, help="Only so many users, for a quick look.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def evaluate(
+    settings: Settings,
+    data: Path,
+    run: Path | None,
+    split: str,
+    ks: tuple[int, ...],
+    url: str | None,
+    through_cluster: bool,
+    key_file: Path | None,
+    segments: bool,
+    candidates: Candidates,
+    budget: bool,
+    generation: int | None,
+    max_users: int | None,
+    as_json: bool,
+) -> None:
+    """Recall, MRR, NDCG and HitRate over the whole corpus, beside baselines and ceilings.
+
+    Exact by default: every test user against every item, the items known before left out. With
+    --url or --through-cluster the same users ask a running cluster. --budget asks a generation's
+    indexes in this process, with their short cuts taken away one by one.
+    """
+    _refuse_contradictions(budget, generation, candidates, segments, url or through_cluster)
+    dataset = open_dataset(data)
+    cutoffs = ks or DEFAULT_KS
+    cluster = address_of(settings, url, key_file) if url or through_cluster else None
+    if budget:
+        with StageProgress() as progress:
+            results = measure_budget(
+                settings.store, dataset, split, cutoffs, progress,
+                generation=generation, cluster=cluster, max_users=max_users,
+            )  # fmt: skip
+        print_budget(dataset, split, results, as_json=as_json)
+        return
+    with StageProgress() as progress:
+        if cluster is not None:
+            with cluster.client() as client:
+                measured = evaluate_cluster(
+                    client, dataset, split, cutoffs, progress,
+                    max_users=max_users, with_segments=segments,
+                )  # fmt: skip
+            columns = {"cluster": measured}
+        else:
+            measured = evaluate_exact(
+                run or default_run(settings, data),
+                dataset,
+                split=split,
+                ks=cutoffs,
+                max_users=max_users,
+                with_segments=segments,
+                candidates=candidates,
+                progress=progress,
+            )
+            columns = {"model": measured}
+        if candidates == "cold":
+            columns |= cold_baselines(dataset, split=split, ks=cutoffs, max_users=max_users)
+        else:
+            columns |= baselines(dataset, split, cutoffs, progress, max_users, segments)
+    # the ceilings are those of the whole test split, ranked as deep as the default cut-offs
+    is_comparable = split == "test" and not ks and max_users is None and candidates == "all"
+    ceilings = (dataset.ceilings or {}) if is_comparable else {}
+    if as_json:
+        click.echo(json.dumps(json_report(columns, ceilings), indent=2))
+        return
+    print_columns(dataset, split, columns, ceilings)
+
+
+def baselines(
+    dataset: Dataset,
+    split: str,
+    ks: tuple[int, ...],
+    progress: StageProgress,
+    max_users: int | None,
+    with_segments: bool,
+) -> Columns:
+    """Popularity and SVD, measured like a model."""
+    return {
+        baseline.value: evaluate_baseline(
+            baseline,
+            dataset,
+            split=split,
+            ks=ks,
+            max_users=max_users,
+            with_segments=with_segments,
+            progress=progress,
+        )
+        for baseline in Baseline
+    }
+
+
+def print_columns(
+    dataset: Dataset, split: str, columns: Columns, ceilings: Mapping[str, Any]
+) -> None:
+    """Metrics side by side, then a table of each cut-off by segment where there are segments."""
+    titles = {
+        f"{name} ({column.about})" if column.about else name: column.means
+        for name, column in columns.items()
+    }
+    first = next(iter(columns.values()))
+    header, rows = metric_rows(titles, ceilings)
+    print_table(f"{dataset.name}, {split} split, {first.users:,} users", header, rows)
+    if first.segments:
+        for metric in [n for n in first.means if n.startswith(("recall@", "ndcg@"))]:
+            print_table(f"{metric} by segment", *segment_rows(columns, metric))
+
+
+def json_report(columns: Columns, ceilings: Mapping[str, Any]) -> dict[str, Any]:
+    """Means by column; with segments also users, relevant items and means of each."""
+    report: dict[str, Any] = {name: column.means for name, column in columns.items()}
+    report |= {"about": {n: c.about for n, c in columns.items() if c.about}, "ceilings": ceilings}
+    if next(iter(columns.values())).segments:
+        report["segments"] = {
+            name: {
+                segment: None
+                if part is None
+                else {"users": part.users, "relevant": part.relevant, **part.means}
+                for segment, part in column.segments.items()
+            }
+            for name, column in columns.items()
+        }
+    return report
+
+
+def _refuse_contradictions(
+    budget: bool, generation: int | None, candidates: str, segments: bool, through: object
+) -> None:
+    if generation is not None and not budget:
+        raise InvalidInput("--generation is for --budget", field="generation")
+    if budget and (segments or candidates != "all"):
+        raise InvalidInput("--budget ranks all items, whole", field="budget")
+    if candidates == "cold" and (segments or through):
+        raise InvalidInput(
+            "cold candidates are ranked exactly, from a run", field="candidates",
+            hint="leave out --segments, --url and --through-cluster",
+        )  # fmt: skip

@@ -1,0 +1,67 @@
+"""``keys``: the key file of a store's cluster, listed and changed; a router follows it."""
+
+from pathlib import Path
+
+import click
+
+from cluster.cli import Settings
+from cluster.console import print_table
+from cluster.keys import add_key, key_file_of, remove_key
+from router.keys import Scope, read_keys
+from shards.errors import NotFound
+
+scope_argument = click.argument(
+    "scope", type=click.Choice([each.value for each in Scope]), default=Scope.SEARCH.value
+)
+
+
+@click.group()
+def keys() -> None:
+    """The API keys of this store's cluster. A running router follows a change within seconds.
+
+    To replace a key: `add` one, give it to its users, then `remove` the old one.
+    """
+
+
+@keys.command("list")
+@click.pass_obj
+def list_keys(settings: Settings) -> None:
+    """Scope and fingerprint of each key; the keys themselves are not shown."""
+    path = _path(settings)
+    rows = [(key.scope.value, key.fingerprint) for key in read_keys(path)]
+    print_table(str(path), ("scope", "fingerprint"), rows)
+
+
+@keys.command()
+@scope_argument
+@click.pass_obj
+def show(settings: Settings, scope: str) -> None:
+    """Print the first key of a scope."""
+    path = _path(settings)
+    for key in read_keys(path):
+        if key.scope.value == scope:
+            click.echo(key.secret)
+            return
+    raise NotFound(f"{path}: no key of scope {scope}", hint=f"shardline keys add {scope}")
+
+
+@keys.command()
+@scope_argument
+@click.pass_obj
+def add(settings: Settings, scope: str) -> None:
+    """Make one more key, and print it."""
+    click.echo(add_key(_path(settings), Scope(scope)).secret)
+
+
+@keys.command()
+@click.argument("fingerprint")
+@click.pass_obj
+def remove(settings: Settings, fingerprint: str) -> None:
+    """Take out the key with this fingerprint, or the beginning of it."""
+    path = _path(settings)
+    remove_key(path, fingerprint)
+    click.echo(f"{path}: removed; {len(read_keys(path))} left")
+
+
+def _path(settings: Settings) -> Path:
+    return key_file_of(settings.config)

@@ -1,0 +1,159 @@
+"""``mine``: hard negatives for the next training, found by a running cluster or in this process."""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cluster.cli import Settings
+from cluster.commands.address import address_of, key_file_option
+from cluster.commands.model import data_option, default_run, run_option
+from cluster.console import StageProgress
+from cluster.endpoint import Address
+from shards.schema import EMPTY_ID
+from training.batches import TrainingData
+from training.checkpoint import check_dataset, load_best
+from training.config import MiningConfig
+from training.export import model_version
+from training.hard_negatives import Origin, check_target, write_negatives
+from training.loop import CACHE
+from training.metrics import Progress
+from training.miner import build_miner, mine_table
+from training.mining import Mined
+from training.searchers import ExactSearch, open_cluster
+from training.tables import Dataset, open_dataset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MiningReport:
+    """What was found. An example is one user mined: embedded, searched, filtered, sampled.
+
+    seconds and examples_per_s leave out loading, and embedding the items, which the index has;
+    generation None for exact search in one process.
+    """
+
+    examples: int
+    negatives: int
+    starved: int
+    starved_share: float
+    seconds: float
+    examples_per_s: float
+    model_version: str
+    generation: int | None
+
+
+@click.command()
+@data_option
+@run_option
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, for train."
+)
+@click.option("--url", help="Search a running cluster, which must serve this run's model.")
+@click.option("--through-cluster", is_flag=True, help="The same, for this store's cluster.")
+@key_file_option
+@click.option("--per-user", type=int, help="Negatives a user; fewer is starved.  [default: 10]")
+@click.option("--range-min", type=int, help="First rank used, known items aside.  [default: 1]")
+@click.option("--range-max", type=int, help="Last rank used.  [default: 100]")
+@click.option("--margin", type=float, help="Share below the known items' score.  [default: 0.05]")
+@click.option(
+    "--reference",
+    type=click.Choice(["lowest", "mean", "highest"]),
+    help="Which score of a user's known items.  [default: mean]",
+)
+@click.option("--drop-val", is_flag=True, default=None, help="Never mine validation items.")
+@click.option("--seed", default=0, show_default=True, help="Of the sample.")
+@click.option("--overwrite", is_flag=True, help="Replace a table that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def mine(
+    settings: Settings,
+    /,
+    data: Path,
+    run: Path | None,
+    out: Path,
+    url: str | None,
+    through_cluster: bool,
+    key_file: Path | None,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
+    **rules: Any,
+) -> None:
+    """Find hard negatives for every training user, for `train --hard`.
+
+    The users are embedded by the run's best model and the nearest items searched: exactly in this
+    process, or with --url or --through-cluster by a running cluster. Known items, ranks outside
+    the window and items too close to the known ones are dropped; of the rest a few are drawn.
+    """
+    for name, value in rules.items():
+        if value is not None:
+            settings.extra_overrides.append(f"training.mining.{name}={value}")
+    config = settings.config.training.mining
+    check_target(out, overwrite=overwrite)
+    dataset, folder = open_dataset(data), run or default_run(settings, data)
+    cluster = address_of(settings, url, key_file) if url or through_cluster else None
+    with StageProgress() as progress:
+        mined, report = mine_run(folder, dataset, config, seed, cluster=cluster, progress=progress)
+    origin = Origin(
+        model_version=report.model_version,
+        generation=report.generation,
+        config=config,
+        seed=seed,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_negatives(out, mined, dataset, origin, overwrite=overwrite)
+    click.echo(json.dumps(asdict(report), indent=2) if as_json else f"{out}: {describe(report)}")
+
+
+def mine_run(
+    run_folder: Path,
+    dataset: Dataset,
+    config: MiningConfig,
+    seed: int,
+    *,
+    cluster: Address | None,
+    progress: Progress | None = None,
+) -> tuple[Mined, MiningReport]:
+    """All training users of a run's best model, by a cluster or, where it is None, exactly here.
+
+    Raises:
+        NotFound: no trained run. DataError: the run was trained on another dataset.
+        VersionMismatch: the cluster serves another model. Unavailable: it does not answer.
+    """
+    run, model = load_best(run_folder)
+    check_dataset(run_folder, dataset.identity)
+    version = model_version(run, model, dataset)
+    miner = build_miner(model, TrainingData.open(run_folder / CACHE), config, seed)
+    generation: int | None = None
+    started = time.perf_counter()
+    if cluster is None:
+        mined = mine_table(ExactSearch(miner.item_vectors), miner, progress)
+    else:
+        with cluster.client() as client:
+            search = open_cluster(client, dataset.items()["item_id"].to_numpy(), version)
+            mined, generation = mine_table(search, miner, progress), search.generation
+    seconds = time.perf_counter() - started
+    return mined, MiningReport(
+        examples=len(mined.users),
+        negatives=int((mined.items != EMPTY_ID).sum()),
+        starved=mined.starved,
+        starved_share=mined.starved_share,
+        seconds=seconds,
+        examples_per_s=len(mined.users) / seconds,
+        model_version=version,
+        generation=generation,
+    )
+
+
+def describe(report: MiningReport) -> str:
+    """The report in one line."""
+    by = "exact search" if report.generation is None else f"generation {report.generation}"
+    return (
+        f"{report.negatives:,} hard negatives of {report.examples:,} users, "
+        f"{report.starved_share:.1%} starved, {report.examples_per_s:,.0f} examples/s "
+        f"by {by}, model {report.model_version}"
+    )

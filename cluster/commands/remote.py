@@ -1,0 +1,64 @@
+"""A running cluster asked over HTTP by the users of a data set, for ``evaluate`` and ``demo``."""
+
+from typing import Any
+
+from cluster.console import StageProgress
+from router.client import Client
+from shards.errors import InvalidInput
+from shards.schema import IdArray
+from shards.types import SearchParams
+from training.evaluate import evaluate_through
+from training.metrics import MetricResult
+from training.tables import Dataset
+
+EVALUATION_TIMEOUT_MS = 10_000.0  # a batch of deep queries over a flat corpus takes its time
+
+
+def evaluate_cluster(
+    client: Client,
+    dataset: Dataset,
+    split: str,
+    ks: tuple[int, ...],
+    progress: StageProgress,
+    *,
+    max_users: int | None = None,
+    params: SearchParams | None = None,
+    with_segments: bool = False,
+) -> MetricResult:
+    """The metrics of a running cluster's answers to the users' features, over HTTP."""
+    return evaluate_through(
+        lambda features, k: ask_features(client, features, k, params),
+        dataset,
+        kinds=encoder_kinds(client),
+        split=split,
+        ks=ks,
+        max_users=max_users,
+        with_segments=with_segments,
+        progress=progress,
+    )
+
+
+def encoder_kinds(client: Client) -> dict[str, str]:
+    """Name and kind of the features that a cluster's query encoder takes.
+
+    Raises:
+        InvalidInput: it serves imported vectors and has no encoder.
+    """
+    encoder = client.status()["encoder"]
+    if encoder is None:
+        raise InvalidInput("this cluster serves imported vectors: it has no query encoder")
+    return {feature["name"]: feature["kind"] for feature in encoder["features"]}
+
+
+def ask_features(
+    client: Client, features: list[dict[str, Any]], k: int, params: SearchParams | None = None
+) -> IdArray:
+    """(n, k) int64 item ids of a complete answer; Unavailable where a shard is missing."""
+    answer = client.search(
+        features=features,
+        k=k,
+        params=params,
+        min_coverage=1.0,
+        timeout_ms=EVALUATION_TIMEOUT_MS,
+    )
+    return answer.ids

@@ -1,0 +1,74 @@
+"""A rank under Ray Train killed with -9: a clear error, or a restart, and the same model after."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shards.errors import Unavailable
+from tests.integration.conftest import Cluster
+from tests.tiny import tiny_config, tiny_dataset
+from training.config import TrainingConfig
+from training.launch import train
+from training.runlog import read_log
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+
+
+def config(max_failures: int = 0) -> TrainingConfig:
+    """300 steps of two ranks, a checkpoint every 7: long enough to be killed in the middle."""
+    return tiny_config(
+        num_workers=2,
+        epochs=30,
+        validation={"k": 10, "every_epochs": 10, "patience": 9},
+        checkpoint_every_steps=7,
+        log_every_steps=1,
+        max_failures=max_failures,
+    )
+
+
+def ranks() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [p for p in me.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def killer() -> Callable[[dict], None]:
+    """Kills one rank, once, when the log says that it has done a few steps."""
+    killed: list[int] = []
+
+    def on_event(event: dict) -> None:
+        if not killed and event["event"] == "step" and event["step"] >= 8:
+            found = ranks()
+            assert len(found) == 2
+            killed.append(found[-1].pid)
+            found[-1].kill()
+
+    return on_event
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
+
+
+def test_a_killed_rank_ends_the_run_or_starts_it_again(tmp_path: Path, cluster: Cluster) -> None:
+    data = tiny_dataset(tmp_path / "data").path
+    whole = train(config(), data, tmp_path / "whole")
+
+    with pytest.raises(Unavailable, match=r"training failed.*resume it"):
+        train(config(), data, tmp_path / "killed", on_event=killer())
+    resumed = train(config(), data, tmp_path / "killed", resume=True)
+    again = train(config(max_failures=1), data, tmp_path / "again", on_event=killer())
+
+    for result in (resumed, again):
+        assert (result.steps, result.best_value) == (whole.steps, whole.best_value)
+        for name, value in weights(whole.run_folder).items():
+            assert torch.equal(value, weights(result.run_folder)[name]), name
+        log = read_log(result.run_folder / "log.jsonl")
+        starts = [event["step"] for event in log if event["event"] == "start"]
+        assert starts[0] == 0 < starts[1] < 300
+        assert starts[1] % 7 == 0 or starts[1] % 10 == 0
+        steps = [event["step"] for event in log if event["event"] == "step"]
+        assert steps == list(range(1, 301))

@@ -1,0 +1,67 @@
+"""A router over fake shards behind a real HTTP server, in a thread with a loop of its own."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import uvicorn
+
+from router.api import create_app
+from router.auth import Guard
+from router.config import RouterConfig
+from router.service import SearchService
+from tests.fake_encoder import FakeEncoder
+from tests.fake_shard import SECRET, FakeShard, make_rows, make_table, running_shards
+
+NUM_ROWS = 60
+NUM_SHARDS = 4
+DIM = 8
+
+
+@dataclass
+class LiveRouter:
+    """Where it answers, and what it is made of; the latter belongs to its loop's thread."""
+
+    url: str
+    service: SearchService
+    shards: list[FakeShard]
+
+
+@contextlib.contextmanager
+def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator[LiveRouter]:
+    """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, stopped at the end."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    ready, stop = threading.Event(), threading.Event()
+    state: dict[str, LiveRouter] = {}
+
+    async def run() -> None:
+        ids, vectors = make_rows(NUM_ROWS, DIM)
+        async with running_shards(ids, vectors, NUM_SHARDS) as shards:
+            service = SearchService(
+                config, SECRET, load_encoder=lambda _table: FakeEncoder(DIM, "m1")
+            )
+            await service.apply(make_table(shards, DIM))
+            app = create_app(service, config, guard)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            state["router"] = LiveRouter(url, service, shards)
+            ready.set()
+            await asyncio.to_thread(stop.wait)
+            server.should_exit = True
+            await serving
+            await service.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield state["router"]
+    finally:
+        stop.set()
+        thread.join(10)
+        listening.close()
+    assert not thread.is_alive()

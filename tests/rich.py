@@ -1,0 +1,84 @@
+"""The tiny dataset with lists and texts beside its columns, and configurations that use them."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
+from training.config import TrainingConfig
+from training.tables import Dataset, write_dataset
+
+TAGS = ("sea", "war", "love", "crime", "space")
+WORDS = ("Alien", "Brazil", "the", "Return", "of", "Été", "42", "night")
+
+
+def rich_dataset(folder: Path) -> Dataset:
+    """Items have tags and a title, users interests and a bio; some of each are empty."""
+    tiny = tiny_dataset(folder / "tiny")
+    rng = np.random.default_rng(7)
+
+    def lists(values: Any, count: int) -> list[list[Any]]:
+        return [rng.choice(values, rng.integers(0, 4)).tolist() for _ in range(count)]
+
+    def texts(count: int) -> list[str]:
+        return [" ".join(rng.choice(WORDS, rng.integers(0, 5))) for _ in range(count)]
+
+    users = tiny.users().append_column("interests", pa.array(lists(range(6), NUM_USERS)))
+    users = users.append_column("bio", pa.array(texts(NUM_USERS)))
+    tags = pa.array(lists(TAGS, NUM_ITEMS), pa.list_(pa.string()))
+    items = tiny.items().append_column("tags", tags)
+    items = items.append_column("title", pa.array(texts(NUM_ITEMS)))
+    return write_dataset(folder / "rich", users, items, tiny.interactions(), name="rich")
+
+
+def rich_config(pooling: str = "attention", **changes: Any) -> TrainingConfig:
+    """Every feature kind in both towers that can take it."""
+    towers = {
+        "query": {
+            "features": [
+                {"kind": "id", "column": "user_id", "dim": 4},
+                {"kind": "multi_valued", "column": "interests", "dim": 3, "max_length": 2},
+                {"kind": "numeric", "column": "age"},
+                {
+                    "kind": "text",
+                    "column": "bio",
+                    "dim": 5,
+                    "buckets": 50,
+                    "words": [1, 1],
+                    "chars": [3, 4],
+                    "max_ngrams": 20,
+                },
+                {"kind": "history", "max_length": 4, "pooling": pooling},
+            ],
+            "hidden": [24, 12],
+        },
+        "item": {
+            "features": [
+                {"kind": "id", "column": "item_id", "dim": 4},
+                {"kind": "multi_valued", "column": "tags", "dim": 3},
+                {"kind": "text", "column": "title", "dim": 5, "buckets": 40},
+                {"kind": "numeric", "column": "price", "log": True},
+            ],
+            "hidden": [24],
+        },
+    }
+    return tiny_config(towers=towers, **changes)
+
+
+def sum_config(pooling: str = "mean", own: bool = True, **changes: Any) -> TrainingConfig:
+    """Towers without weights of their own: every input 16 wide, added up."""
+    query: list[dict[str, Any]] = [{"kind": "history", "max_length": 4, "pooling": pooling}]
+    if own:
+        query += [
+            {"kind": "id", "column": "user_id", "dim": 16},
+            {"kind": "multi_valued", "column": "interests", "dim": 16},
+        ]
+    item = [
+        {"kind": "id", "column": "item_id", "dim": 16},
+        {"kind": "text", "column": "title", "dim": 16, "buckets": 40},
+    ]
+    bare = {"hidden": [], "projection": "identity"}
+    towers = {"query": {"features": query} | bare, "item": {"features": item} | bare}
+    return tiny_config(towers=towers, **changes)

@@ -1,0 +1,255 @@
+"""Who gets in: scopes, headers, and keys that change while the router serves."""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+
+import httpx
+import pytest
+
+from router.api import create_app
+from router.auth import RELOAD_S, AuthSettings, Guard, needed_scope
+from router.config import RouterConfig
+from router.keys import Key, Keyring, Scope
+from router.problems import Forbidden, Unauthenticated
+from router.service import SearchService
+
+SEARCH = Key(Scope.SEARCH, "s" * 40)
+ADMIN = Key(Scope.ADMIN, "a" * 40)
+SECOND = Key(Scope.SEARCH, "t" * 40)
+RING = Keyring.of([SEARCH, ADMIN])
+ROUTES = [
+    ("GET", "/healthz", None),
+    ("GET", "/readyz", None),
+    ("GET", "/docs", None),
+    ("GET", "/openapi.json", None),
+    ("POST", "/v1/search", Scope.SEARCH),
+    ("GET", "/v1/items/7", Scope.SEARCH),
+    ("GET", "/v1/status", Scope.SEARCH),
+    ("HEAD", "/v1/status", Scope.SEARCH),
+    ("GET", "/nowhere", Scope.SEARCH),
+    ("GET", "/docs/../v1/status", Scope.SEARCH),
+    ("GET", "/healthz/", Scope.SEARCH),
+    ("PUT", "/v1/items", Scope.ADMIN),
+    ("DELETE", "/v1/items", Scope.ADMIN),
+    ("POST", "/v1/items", Scope.ADMIN),
+    ("PATCH", "/v1/search", Scope.ADMIN),
+    ("POST", "/v1/search/", Scope.ADMIN),
+    ("POST", "/v1/admin/publish", Scope.ADMIN),
+    ("GET", "/v1/admin/generations", Scope.ADMIN),
+    ("BREW", "/v1/coffee", Scope.ADMIN),
+]
+
+
+def bearer(key: Key) -> list[tuple[bytes, bytes]]:
+    return [(b"host", b"x"), (b"authorization", b"Bearer " + key.secret.encode())]
+
+
+@pytest.mark.parametrize(("method", "path", "scope"), ROUTES)
+def test_what_is_not_listed_as_reading_needs_the_admin_scope(method, path, scope) -> None:
+    assert needed_scope(method, path) is scope
+    guard = Guard(AuthSettings(keyring=RING))
+    guard.check(method, path, bearer(ADMIN))
+    if scope is None:
+        guard.check(method, path, [])
+        return
+    with pytest.raises(Unauthenticated):
+        guard.check(method, path, [])
+    with pytest.raises(Unauthenticated):
+        guard.check(method, path, bearer(SECOND))
+    if scope is Scope.ADMIN:
+        with pytest.raises(Forbidden, match="may only search; expected a key of scope admin"):
+            guard.check(method, path, bearer(SEARCH))
+    else:
+        guard.check(method, path, bearer(SEARCH))
+
+
+@pytest.mark.parametrize(
+    ("values", "got"),
+    [
+        ([], "no such headers"),
+        ([b""], "another scheme"),
+        ([b"Bearer"], "another scheme"),
+        ([b"Bearer "], "another scheme"),
+        ([b"Basic " + b"s" * 40], "another scheme"),
+        ([b"s" * 40], "another scheme"),
+        ([b"Bearer " + b"s" * 40] * 2, "2 such headers"),
+    ],
+)
+def test_headers_that_carry_no_key(values: list[bytes], got: str) -> None:
+    headers = [(b"authorization", value) for value in values]
+    with pytest.raises(Unauthenticated, match=got):
+        Guard(AuthSettings(keyring=RING)).check("GET", "/v1/status", headers)
+
+
+@pytest.mark.parametrize(
+    "value", [b"bearer " + b"s" * 40, b"BEARER   " + b"s" * 40, b"Bearer " + b"s" * 40 + b" "]
+)
+def test_the_scheme_is_read_as_http_says(value: bytes) -> None:
+    Guard(AuthSettings(keyring=RING)).check("GET", "/v1/status", [(b"authorization", value)])
+
+
+@pytest.mark.parametrize("key", [b"\xff" * 40, b"s" * 41, b"s" * 39, b"\x00", b"s" * 100_000])
+def test_a_wrong_key_is_not_repeated(key: bytes) -> None:
+    headers = [(b"authorization", b"Bearer " + key)]
+    with pytest.raises(Unauthenticated) as caught:
+        Guard(AuthSettings(keyring=RING)).check("GET", "/v1/status", headers)
+    assert "ss" not in str(caught.value).replace("missing", "")
+
+
+def test_without_keys_everybody_gets_in() -> None:
+    Guard().check("DELETE", "/v1/items", [])
+
+
+def test_an_empty_ring_lets_nobody_in() -> None:
+    guard = Guard(AuthSettings(keyring=Keyring(())))
+    with pytest.raises(Unauthenticated):
+        guard.check("GET", "/v1/status", bearer(SEARCH))
+    guard.check("GET", "/healthz", [])
+
+
+def answers(guard: Guard, *requests: tuple[str, str, dict]) -> list[httpx.Response]:
+    """The app's answers to (method, path, options); it has no routing table."""
+
+    async def run() -> list[httpx.Response]:
+        config = RouterConfig()
+        transport = httpx.ASGITransport(app=create_app(SearchService(config, b""), config, guard))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+            return [await http.request(m, path, **options) for m, path, options in requests]
+
+    return asyncio.run(run())
+
+
+def test_401_says_how_to_ask_and_403_what_is_missing() -> None:
+    search = {"authorization": f"Bearer {SEARCH.secret}"}
+    admin = {"authorization": f"Bearer {ADMIN.secret}"}
+    none, wrong, forbidden, in_vain, health, searched = answers(
+        Guard(AuthSettings(keyring=RING)),
+        ("GET", "/v1/status", {}),
+        ("POST", "/v1/search", {"headers": {"authorization": "Bearer x"}, "content": b"{}"}),
+        ("PUT", "/v1/items", {"headers": search}),
+        ("PUT", "/v1/items", {"headers": admin}),
+        ("GET", "/healthz", {}),
+        ("POST", "/v1/search", {"headers": search, "json": {"item_ids": [1]}}),
+    )
+    for response in (none, wrong):
+        assert response.status_code == 401
+        assert response.headers["www-authenticate"] == 'Bearer realm="shardline"'
+        assert response.headers["content-type"] == "application/problem+json"
+        problem = response.json()
+        assert (problem["code"], problem["field"]) == ("unauthenticated", "Authorization")
+        assert problem["request_id"] == response.headers["x-request-id"]
+    assert forbidden.status_code == 403
+    assert 'error="insufficient_scope", scope="admin"' in forbidden.headers["www-authenticate"]
+    assert forbidden.json()["code"] == "forbidden"
+    assert in_vain.status_code == 404, "let in, and there is no such route"
+    assert health.status_code == 200
+    assert searched.status_code == 503, "let in, and there is no routing table"
+
+
+def test_a_stranger_is_turned_away_before_the_body_is_read_and_takes_no_place() -> None:
+    async def run() -> None:
+        config = RouterConfig(max_in_flight=1)
+        service = SearchService(config, b"")
+        app = create_app(service, config, Guard(AuthSettings(keyring=RING)))
+        scope = {"type": "http", "method": "POST", "path": "/v1/search", "headers": []}
+        sent = []
+
+        async def receive():
+            raise AssertionError("the body was asked for")
+
+        async def send(message):
+            sent.append(message)
+
+        with service.admit():  # no room for another one
+            await app(scope, receive, send)
+        assert sent[0]["status"] == 401
+
+    asyncio.run(run())
+
+
+def write(path: Path, *keys: Key) -> None:
+    """Replaces the file, as `shardline keys` does."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text("".join(f"{key.scope}:{key.secret}\n" for key in keys))
+    temporary.chmod(0o600)
+    temporary.replace(path)
+
+
+def known(guard: Guard) -> list[bool]:
+    assert guard.keyring is not None
+    return [guard.keyring.scope_of(k.secret.encode()) is k.scope for k in (SEARCH, ADMIN, SECOND)]
+
+
+def test_keys_follow_their_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "keys"
+    write(path, SEARCH)
+    guard = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+    assert guard.refresh(), "it may have changed since it was read for this router"
+    assert known(guard) == [True, False, False]
+    assert not guard.refresh()
+    write(path, SEARCH, SECOND)
+    assert guard.refresh()
+    assert known(guard) == [True, False, True]
+    write(path, SECOND)
+    assert guard.refresh()
+    assert known(guard) == [False, False, True]
+    write(path)
+    assert guard.refresh()
+    assert known(guard) == [False, False, False], "a file without keys lets nobody in"
+    assert "API keys changed: 2 are good now" in caplog.text
+    assert SECOND.secret not in caplog.text
+
+
+def test_a_file_that_cannot_be_used_changes_nothing_and_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    write(path, SEARCH)
+    guard = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+    guard.refresh()
+    path.unlink()
+    for _ in range(3):
+        assert not guard.refresh()
+    path.write_text(f"admin:{ADMIN.secret}\n")
+    path.chmod(0o644)
+    for _ in range(3):
+        assert not guard.refresh()
+    path.chmod(0o600)
+    path.write_text(f"admin:{ADMIN.secret}\nnonsense {SECOND.secret}\n")
+    for _ in range(3):
+        assert not guard.refresh()
+    assert known(guard) == [True, False, False]
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 3
+    assert not any(key.secret in caplog.text for key in (SEARCH, ADMIN, SECOND))
+    path.write_text(f"admin:{ADMIN.secret}\n")
+    assert guard.refresh()
+    assert known(guard) == [False, True, False]
+
+
+def test_following_looks_again_and_again_and_ends_when_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        path = tmp_path / "keys"
+        write(path, SEARCH)
+        guard = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+        following = asyncio.create_task(guard.follow())
+        async with asyncio.timeout(10):
+            while known(guard) != [True, False, False]:
+                await asyncio.sleep(0.001)
+            write(path, SECOND)
+            os.utime(path, ns=(1, 1))  # even with an older time than before
+            while known(guard) != [False, False, True]:
+                await asyncio.sleep(0.001)
+        following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await following
+        for settings in (AuthSettings(keyring=None), AuthSettings(keyring=RING)):
+            await asyncio.wait_for(Guard(settings).follow(), 1)
+
+    assert 0 < RELOAD_S <= 2
+    monkeypatch.setattr("router.auth.RELOAD_S", 0.002)
+    asyncio.run(run())

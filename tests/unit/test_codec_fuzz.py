@@ -1,0 +1,108 @@
+"""Bodies of any bytes and of any values: an InvalidInput, or a query that passes every check."""
+
+import json
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.codec import SEARCH_FIELDS, Media, decode_query
+from router.config import RouterConfig
+from router.limits import terms_of
+from router.messages import SearchQuery
+from shards.errors import InvalidInput
+from shards.schema import Metric, check_ids, check_vectors
+
+DIM = 2
+CONFIG = RouterConfig(max_k=50, default_k=5)
+NUMBERS = (
+    st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.sampled_from([2**31, -(2**31) - 1, 1e39, -0.0, True])
+)
+ARRAYS = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["<f4", "<f8", "<i4", "<i8", ">f4", "<f2", "O", 1]),
+        "shape": st.lists(st.integers(-1, 3) | st.just(2**62), max_size=3),
+        "data": st.binary(max_size=4) | st.sampled_from([bytes(8), bytes(16), b"\xff" * 8]),
+    }
+)
+VALUES = st.recursive(
+    st.none() | NUMBERS | st.text(max_size=4) | st.binary(max_size=4) | ARRAYS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+FIELDS = st.sampled_from([*SEARCH_FIELDS, "vector", ""])
+VECTORS = st.lists(st.lists(NUMBERS, max_size=3), max_size=3) | ARRAYS | VALUES
+BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "vectors": VECTORS,
+        "item_ids": st.lists(NUMBERS, max_size=3) | ARRAYS,
+        "features": st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=2),
+        "k": NUMBERS | VALUES,
+        "timeout_ms": NUMBERS,
+        "min_coverage": NUMBERS,
+        "params": st.dictionaries(st.sampled_from(["nprobe", "ef_search", "x"]), NUMBERS),
+    },
+) | st.dictionaries(FIELDS, VALUES, max_size=4)
+
+
+def accept(body: bytes, media: Media) -> SearchQuery | None:
+    """The query of a body that passes all checks of a router; None for a refused one."""
+    try:
+        query = decode_query(body, media)
+        terms = terms_of(query, CONFIG)
+        if terms.kind == "vectors":
+            vectors = check_vectors(query.vectors, dim=DIM, metric=Metric.COSINE)
+            assert vectors.dtype == np.float32
+            assert vectors.shape[1:] == (DIM,)
+            assert np.isfinite(vectors).all()
+        elif terms.kind == "item_ids":
+            assert (check_ids(query.item_ids) >= 0).all()
+    except InvalidInput as error:
+        assert error.field is not None
+        return None
+    assert 1 <= terms.k <= CONFIG.max_k
+    assert 0 < terms.timeout_ms <= CONFIG.max_timeout_ms
+    assert 0 <= terms.min_coverage <= 1
+    return query
+
+
+@pytest.mark.parametrize("media", list(Media))
+@given(body=st.binary(max_size=200))
+@settings(max_examples=300)
+def test_random_bytes_are_refused(media: Media, body: bytes) -> None:
+    accept(body, media)
+
+
+@given(content=BODIES)
+@settings(max_examples=500)
+def test_any_msgpack_value_is_refused_or_right(content: dict) -> None:
+    accept(msgpack.packb(content), Media.MSGPACK)
+
+
+@given(content=BODIES)
+@settings(max_examples=500)
+def test_any_json_value_is_refused_or_right(content: dict) -> None:
+    accept(json.dumps(content, default=lambda value: value.hex()).encode(), Media.JSON)
+
+
+@given(st.data())
+@settings(max_examples=500)
+def test_a_good_body_with_flipped_bytes_is_refused_or_right(data: st.DataObject) -> None:
+    media = data.draw(st.sampled_from(list(Media)))
+    vectors = np.ones((2, DIM), "<f4")
+    array = {"dtype": "<f4", "shape": [2, DIM], "data": vectors.tobytes()}
+    good = (
+        msgpack.packb({"vectors": array, "k": 3, "params": {"nprobe": 4}})
+        if media is Media.MSGPACK
+        else json.dumps({"vectors": vectors.tolist(), "k": 3, "timeout_ms": 20}).encode()
+    )
+    assert accept(good, media) is not None
+    body = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 3))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    accept(bytes(body), media)

