@@ -24,6 +24,8 @@ demo: install ## the whole main job: data, training, shards, HTTP queries; print
 serve: install ## the same, and stays up until Ctrl-C
 	$(BIN)/shardline demo --stay
 
+# one thread an OpenMP team: the tests start many processes, whose teams would spin on each other
+test: export OMP_NUM_THREADS = 1
 test: install lint ## lint, unit tests, then tests on a real local cluster
 	$(BIN)/pytest tests/unit
 	$(BIN)/pytest tests/integration

@@ -187,7 +187,7 @@ def test_auto_takes_sparse_for_large_tables_only() -> None:
     model["frozen"] = frozen
     assert list(tables(model)) == ["large.weight", "small.weight"]
     lookups = {"large.weight": 25, "small.weight": 2.6}
-    assert choose_sparse(model, settings(), lookups) == ["large.weight"]
+    assert choose_sparse(model, settings(embedding_gradients="auto"), lookups) == ["large.weight"]
     assert model["large"].sparse
     assert not model["small"].sparse
 
