@@ -48,6 +48,7 @@ from router.problems import (
 )
 from router.service import SearchService
 from shards.errors import InvalidInput, NotFound, ShardlineError
+from shards.metrics import REQUESTS, Recorder
 
 REQUEST_ID_HEADER = b"x-request-id"
 # Printable and short, because it is repeated in answers and logs; anything else is replaced.
@@ -123,7 +124,7 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
 
     _translate_errors(app, config)
     direct = {("POST", "/v1/search"): search}
-    return RequestContext(app, config, guard or Guard(), direct=direct)
+    return RequestContext(app, config, guard or Guard(), direct=direct, recorder=service.recorder)
 
 
 class RequestContext:
@@ -140,11 +141,13 @@ class RequestContext:
         config: RouterConfig,
         guard: Guard,
         direct: Mapping[tuple[str, str], Callable[[Request], Awaitable[Response]]],
+        recorder: Recorder,
     ) -> None:
         self._app = app
         self._config = config
         self._guard = guard
         self._direct = direct
+        self._recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -161,6 +164,7 @@ class RequestContext:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
+                self._recorder.count(REQUESTS, str(message["status"]))
                 message["headers"].append(header)
             await send(message)
 

@@ -50,7 +50,7 @@ STAGE_MS = Metric(
     _H,
     "ms",
     "Part of a search in the router: parse, prepare (encode or look up, check), find (cache, "
-    "shards, merge), serialise. One search in eight.",
+    "shards, merge). One search in eight.",
     ("stage",),
     MS_BUCKETS,
 )

@@ -1,5 +1,7 @@
 """The files in deploy/ are what Ray and our own configuration accept."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.config import load_config
 from cluster.launch import SERVING_ENVIRONMENT
+from shards.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -26,3 +29,13 @@ def test_our_configuration_accepts_the_cluster_file() -> None:
     config = load_config(DEPLOY / "ray" / "cluster-config.yaml")
     assert config.cluster.address == "auto"
     assert config.cluster.shard_host == "node"
+
+
+def test_the_dashboard_shows_every_metric_and_no_other() -> None:
+    text = (DEPLOY / "grafana" / "shardline.json").read_text()
+    dashboard = json.loads(text)
+    used = set(re.findall(r"ray_(shardline_\w+?)(?:_bucket|_count|_total)?\b", text))
+    assert used == {metric.name for metric in METRICS}
+    labels = {name for metric in METRICS for name in metric.labels}
+    assert set(re.findall(r"\{\{(\w+)\}\}", text)) <= labels
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
