@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import ray
 import torch
@@ -236,8 +237,18 @@ def _follow(log: Path, start: int, on_event: OnEvent, ended: threading.Event) ->
         if log.exists():
             start = min(start, log.stat().st_size)  # ranks that start again cut the log first
             with log.open("rb") as file:
-                file.seek(start)
+                start = _line_start(file, start)
                 for line in file:
                     if line.endswith(b"\n"):  # else half a line: next time
                         start += len(line)
                         on_event(json.loads(line))
+
+
+def _line_start(file: BinaryIO, place: int) -> int:
+    """The file goes on from ``place``, or from the next line if that is within one: ranks that
+    started again may have cut the log and written past ``place`` since it was read last.
+    """
+    file.seek(max(0, place - 1))
+    if place and file.read(1) != b"\n":
+        file.readline()
+    return file.tell()

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.con
 
 
 def config(max_failures: int = 0) -> TrainingConfig:
-    """300 steps of two ranks, a checkpoint every 7: long enough to be killed in the middle."""
+    """150 steps of two ranks, a checkpoint every 7: long enough to be killed in the middle."""
     return tiny_config(
         num_workers=2,
-        epochs=30,
-        validation={"k": 10, "every_epochs": 10, "patience": 9},
+        epochs=15,
+        validation={"k": 10, "every_epochs": 5, "patience": 9},
         checkpoint_every_steps=7,
         log_every_steps=1,
         max_failures=max_failures,
@@ -68,7 +68,7 @@ def test_a_killed_rank_ends_the_run_or_starts_it_again(tmp_path: Path, cluster: 
             assert torch.equal(value, weights(result.run_folder)[name]), name
         log = read_log(result.run_folder / "log.jsonl")
         starts = [event["step"] for event in log if event["event"] == "start"]
-        assert starts[0] == 0 < starts[1] < 300
+        assert starts[0] == 0 < starts[1] < 150
         assert starts[1] % 7 == 0 or starts[1] % 10 == 0
         steps = [event["step"] for event in log if event["event"] == "step"]
-        assert steps == list(range(1, 301))
+        assert steps == list(range(1, 151))

@@ -10,7 +10,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from shards.errors import ConfigError, NotFound, Unavailable
 from tests.tiny import tiny_config, tiny_dataset
-from training.launch import _cause, _followed, train
+from training.launch import _cause, _followed, _line_start, train
 
 
 def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> None:
@@ -109,3 +109,15 @@ def test_the_log_is_followed_line_by_line(tmp_path: Path) -> None:
         assert seen.wait(30)
         file.write('nt": 2}\n')
     assert events == [{"event": 1}, {"event": 2}]
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"), [(0, 0), (3, 3), (6, 6), (1, 3), (4, 6), (5, 6), (7, 8), (8, 8), (9, 8)]
+)
+def test_a_log_that_was_cut_meanwhile_is_read_on_at_a_whole_line(
+    tmp_path: Path, place: int, expected: int
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"ab\ncd\ne\n")
+    with path.open("rb") as file:
+        assert _line_start(file, place) == expected
