@@ -49,8 +49,15 @@ TARGETS = {
     | {"ndcg@100": 0.60},
 }
 REPORT_NAME = "demo-report.json"
-# Four epochs: more of them sharpen the first ranks and lose items further down (recall@1000).
-DEMO_SETTINGS = {"training.num_workers": 2, "training.epochs": 4, "cluster.shards": 4}
+# Three epochs: of 3, 4 and 6 the best validation recall@1000 (.9085, .9080, .9075). The cache is off
+# because the latencies are those of the search.
+DEMO_SETTINGS = {
+    "training.num_workers": 2,
+    "training.epochs": 3,
+    "training.validation.k": 1000,
+    "cluster.shards": 4,
+    "router.cache_bytes": 0,
+}
 # The metrics ask for a thousand items, ten times what the default nprobe is meant for.
 DEEP_SEARCH = SearchParams(nprobe=256)
 KIND_QUERIES = 500
