@@ -49,8 +49,8 @@ TARGETS = {
     | {"ndcg@100": 0.60},
 }
 REPORT_NAME = "demo-report.json"
-# Three epochs: of 3, 4 and 6 the best validation recall@1000 (.9085, .9080, .9075). The cache is off
-# because the latencies are those of the search.
+# Three epochs: of 3, 4 and 6 the best validation recall@1000 (.9085, .9080, .9075). Without the
+# cache, because the latencies are those of the search.
 DEMO_SETTINGS = {
     "training.num_workers": 2,
     "training.epochs": 3,
