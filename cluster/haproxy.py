@@ -56,15 +56,21 @@ def corrected(text: str) -> str:
 
 
 def bounded(text: str) -> str:
-    """The configuration with 429 above REPLICA_PLACES a replica, and 503 where there is none."""
+    """The configuration with 429 above REPLICA_PLACES a replica, and 503 where there is none.
+
+    Raises:
+        ValueError: there is no place for the rule.
+    """
     text = FALLBACK.sub("", text)
     text = ERROR_FILE.sub(lambda match: f"    http-error {_problem(int(match[1]))}", text)
     rules = "".join(
         f"    http-request return {_problem(429)} "
-        f"if {{ path_beg /v1/ }} {{ be_conn({name}) gt {REPLICA_PLACES * servers} }}\n"
+        f"if !{{ path /healthz /readyz }} {{ be_conn({name}) gt {REPLICA_PLACES * servers} }}\n"
         for name in BACKEND.findall(text)
         if (servers := _servers(text, name)) and f"be_conn({name})" not in text
     )
+    if rules and ROUTES not in text:
+        raise ValueError(f"Ray's HAProxy configuration has changed: no line {ROUTES!r}")
     return text.replace(ROUTES, rules + ROUTES, 1)
 
 

@@ -21,7 +21,7 @@ from shards.errors import (
     Unavailable,
 )
 from shards.types import ErrorReply, FetchReply, SearchReply, ShardRoute
-from shards.wire import Message, decode_payload
+from shards.wire import Message, decode_payload, is_error
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Ask:
         "_on_done",
         "_replies",
         "_request_id",
+        "_rows_in",
         "_timer",
         "deadline",
         "done",
@@ -75,6 +76,7 @@ class Ask:
         self._asked: list[ShardConnection] = []
         self._timer: asyncio.TimerHandle | None = None
         self._enough_rows = enough * serving.table.rows if 0 < enough < 1 else 0.0
+        self._rows_in = 0
 
     def send(self, frame: bytes) -> None:
         """The same bytes to every shard; those that cannot be asked are noted as missing."""
@@ -158,15 +160,11 @@ class Ask:
         self._missing -= 1
         if self._missing == 0:
             self.close()
-        elif self._enough_rows and self._has_enough():
-            self._enough_rows = 0.0
-            self._wait_less()
-
-    def _has_enough(self) -> bool:
-        shards = self.serving.table.shards
-        came = (isinstance(reply, bytes) for reply in self._replies)
-        rows = sum(route.rows for route, is_in in zip(shards, came, strict=True) if is_in)
-        return rows >= self._enough_rows
+        elif self._enough_rows and isinstance(reply, bytes) and not is_error(reply):
+            self._rows_in += self.serving.table.shards[position].rows
+            if self._rows_in >= self._enough_rows:
+                self._enough_rows = 0.0
+                self._wait_less()
 
     def _wait_less(self) -> None:
         loop = asyncio.get_running_loop()

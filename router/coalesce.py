@@ -124,6 +124,8 @@ class Coalescer:
         if member.place is None:
             lane.waiting.remove(member)
             raise DeadlineExceeded("deadline exceeded before the shards were asked")
+        if not member.place[0].ask.done:  # its own deadline came first
+            self._leave(lane, member)
         return await self._answer(*member.place, key)
 
     async def _answer(self, frame: _Frame, rows: slice, key: LaneKey) -> Found:
@@ -151,7 +153,8 @@ class Coalescer:
         """Sends those who wait, as many as fit a frame; the frame then holds the lane."""
         members = _that_fit(lane.waiting)
         if not members:
-            self._lanes.pop(key, None)
+            if self._lanes.get(key) is lane:
+                del self._lanes[key]
             return
         del lane.waiting[: len(members)]
         queries, rows = members[0].queries, len(members[0].queries)
@@ -195,10 +198,15 @@ class Coalescer:
     def _release(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         if lane.held is frame:
             lane.held = None
+            # not from here: frames that no shard takes end at once, each within the one before
+            asyncio.get_running_loop().call_soon(self._next, key, lane)
+
+    def _next(self, key: LaneKey, lane: _Lane) -> None:
+        if lane.held is None:
             self._depart(key, lane)
 
     def _leave(self, lane: _Lane, member: _Member) -> None:
-        """The caller has gone; a frame that nobody waits for any longer is given up."""
+        """The caller waits no longer; a frame that nobody waits for is given up."""
         if member.timer is not None:
             member.timer.cancel()
         if member.place is None:
@@ -206,7 +214,8 @@ class Coalescer:
                 lane.waiting.remove(member)
             return
         frame = member.place[0]
-        frame.members.remove(member)
+        if member in frame.members:
+            frame.members.remove(member)
         if not frame.members:
             frame.ask.close()
 

@@ -50,7 +50,9 @@ class RouterConfig(BaseModel):
         default=512,
         ge=1,
         le=65536,
-        description="requests being worked on at once; one more is refused with 429",
+        description="requests being worked on at once; one more is refused with 429. HAProxy in "
+        "front refuses above 128 a replica already (cluster/haproxy.py), so more than that counts "
+        "only for requests that do not come through it",
     )
     retry_after_s: int = Field(
         default=1, ge=1, le=3600, description="seconds, the Retry-After of 429 and 503 answers"

@@ -58,6 +58,7 @@ from shards.types import RoutingTable, SearchParams
 # Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
 # health checks among them, are not held up.
 ENCODE_IN_LOOP = 64
+LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
 
@@ -281,8 +282,12 @@ class SearchService:
         self, serving: Serving, item_ids: IdArray, deadline: float, min_coverage: float
     ) -> _Prepared:
         """Items' vectors as queries; the unknown ones get a reason instead."""
+        now = asyncio.get_running_loop().time()
         found = await self._fanout.fetch(
-            serving, np.unique(item_ids), deadline=deadline, min_coverage=min_coverage
+            serving,
+            np.unique(item_ids),
+            deadline=now + LOOK_UP_SHARE * (deadline - now),
+            min_coverage=min_coverage,
         )
         order = np.argsort(found.item_ids)
         held = found.item_ids[order]

@@ -40,7 +40,11 @@ REQUESTS = Metric(
     "shardline_requests", _C, "requests", "Requests answered, by HTTP status.", ("status",)
 )
 REJECTED = Metric(
-    "shardline_rejected", _C, "requests", "Searches that ended in an error, by its code.", ("code",)
+    "shardline_rejected",
+    _C,
+    "requests",
+    "Searches that failed after their body was read, and refused requests, by code.",
+    ("code",),
 )
 REQUEST_MS = Metric(
     "shardline_request_ms", _H, "ms", "Search, arrival to answer.", ("kind",), MS_BUCKETS
@@ -74,13 +78,17 @@ REQUEST_QUERIES = Metric(
 FRAME_QUERIES = Metric(
     "shardline_frame_queries", _H, "queries", "Queries that left in one frame.", (), SIZE_BUCKETS
 )
-IN_FLIGHT = Metric("shardline_in_flight", _G, "requests", "Searches being worked on.")
+IN_FLIGHT = Metric(
+    "shardline_in_flight", _G, "requests", "Searches and item look-ups being worked on."
+)
 GENERATION = Metric("shardline_generation", _G, "number", "Generation a router serves.")
 SHARDS_CONNECTED = Metric(
     "shardline_shards_connected", _G, "shards", "Shards a router is connected to."
 )
-CACHE_HITS = Metric("shardline_cache_hits", _C, "queries", "Answers from the result cache.")
-CACHE_MISSES = Metric("shardline_cache_misses", _C, "queries", "Asked for, and not in the cache.")
+CACHE_HITS = Metric(
+    "shardline_cache_hits", _C, "requests", "Requests answered from the result cache."
+)
+CACHE_MISSES = Metric("shardline_cache_misses", _C, "requests", "Asked for, and not in the cache.")
 CACHE_BYTES = Metric("shardline_cache_bytes", _G, "bytes", "Answers kept in the result cache.")
 SEARCH_MS = Metric(
     "shardline_search_ms", _H, "ms", "One batch in a shard's index.", ("shard",), MS_BUCKETS

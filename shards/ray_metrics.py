@@ -3,6 +3,7 @@
 Known to the edge modules only (the shard actor, the Serve replica).
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from collections.abc import Callable
 from ray.util import metrics as ray_metrics
 
 from shards.metrics import METRICS, Kind, Metric, Recorder, Sample
+
+logger = logging.getLogger(__name__)
 
 EXPORT_S = 1.0
 PORTION = 32  # samples between two pauses, 0.3 ms: nobody else gets the interpreter meanwhile
@@ -34,11 +37,17 @@ class RayExporter:
 
     def _run(self) -> None:
         while not self._stopped.wait(EXPORT_S):
-            self._refresh()
-            for number, sample in enumerate(self._recorder.drain(), start=1):
-                self._hand_over(sample)
-                if number % PORTION == 0:
-                    time.sleep(PAUSE_S)
+            try:
+                self._export()
+            except Exception:  # whatever Ray complains of, the next second is another try
+                logger.exception("metrics were not exported")
+
+    def _export(self) -> None:
+        self._refresh()
+        for number, sample in enumerate(self._recorder.drain(), start=1):
+            self._hand_over(sample)
+            if number % PORTION == 0:
+                time.sleep(PAUSE_S)
 
     def _hand_over(self, sample: Sample) -> None:
         target = self._targets[sample.metric]

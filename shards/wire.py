@@ -61,6 +61,8 @@ MESSAGE_TYPES: tuple[type[Message], ...] = (
 _TAGS = {kind: tag for tag, kind in enumerate(MESSAGE_TYPES)}
 _FIELDS = {kind: tuple(f.name for f in fields(kind)) for kind in MESSAGE_TYPES}
 _PARAM_FIELDS = tuple(f.name for f in fields(SearchParams))
+# msgpack's header of an array of so many items, then the tag
+_ERROR_START = bytes([0x90 | (1 + len(_FIELDS[ErrorReply])), _TAGS[ErrorReply]])
 
 
 def encode_frame(request_id: int, message: Message) -> bytes:
@@ -99,6 +101,11 @@ def decode_payload(payload: bytes) -> Message:
     if len(values) != 1 + len(readers):
         raise ProtocolError("bad frame", expected=f"the fields of {kind.__name__}")
     return kind(**{name: read(name, values[at]) for at, (name, read) in readers})
+
+
+def is_error(payload: bytes) -> bool:
+    """Whether a payload is an ErrorReply, without decoding it."""
+    return payload[:2] == _ERROR_START
 
 
 class FrameSplitter:

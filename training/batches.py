@@ -143,7 +143,8 @@ class Sampler:
         parts = []
         for part in (drawn.uniform, drawn.hard, drawn.random):
             draws = rng.random((len(part), part[:1].size, width), dtype=np.float32)
-            parts.append(np.split(draws, self.world)[self.rank].reshape(-1, width))
+            mine = np.split(draws, self.world)[self.rank]
+            parts.append(mine.reshape(mine.shape[0] * mine.shape[1], width))
         return np.concatenate(parts) < self.unknown_rate
 
 

@@ -1,7 +1,7 @@
 """What a training run is made of: features, towers, loss, optimiser, validation.
 
 Every field says its unit and range where it is declared; unknown keys are refused by name. A tower
-whose ``features`` are left out gets them from the dataset's columns (``training.features.infer``).
+whose ``features`` are left out gets them from the dataset's columns (``training.infer``).
 Cheap to import: no torch here.
 """
 
@@ -336,7 +336,8 @@ class OptimiserConfig(_Strict):
     embedding_decay: Literal["decoupled", "l2"] = Field(
         default="decoupled",
         description="decoupled shrinks rows beside Adam's step; l2 adds decay x row to the "
-        "gradient of the rows that the step used, as matrix factorisation does.",
+        "gradient: of the rows that the step used with sparse gradients, as matrix factorisation "
+        "does, of all rows with dense ones.",
     )
     embedding_gradients: Literal["auto", "dense", "sparse"] = Field(
         default="dense",

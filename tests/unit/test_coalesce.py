@@ -11,7 +11,7 @@ from router.coalesce import HOLD_MS, MAX_FRAME_ROWS
 from router.config import RouterConfig
 from router.fanout import Fanout
 from shards.errors import DeadlineExceeded, Unavailable
-from shards.types import SearchParams
+from shards.types import ErrorReply, SearchParams
 from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
 
 DIM = 8
@@ -242,5 +242,39 @@ def test_queries_go_without_a_shard_that_has_been_silent_until_it_speaks_again()
             async with asyncio.timeout(5):
                 while not await whole():
                     await asyncio.sleep(0.002)
+
+    asyncio.run(run())
+
+
+def test_refusals_do_not_count_as_coverage():
+    async def run():
+        async with cluster(num_shards=4) as (fanout, shards, _, vectors):
+            shards[0].error = ErrorReply(code="overloaded", message="")
+            shards[3].gate.clear()
+            running = asyncio.create_task(
+                search(fanout, vectors[:1], timeout=5.0, min_coverage=0.75)
+            )
+            await until(lambda: shards[3].requests)
+            await asyncio.sleep(0.05)
+            shards[3].gate.set()
+            assert (await running).coverage.degraded == ["shard 0: overloaded"]
+
+    asyncio.run(run())
+
+
+def test_many_frames_that_no_shard_takes_end_one_after_the_other(monkeypatch):
+    monkeypatch.setattr("router.coalesce.HOLD_MS", 60_000.0)
+
+    async def run():
+        async with cluster() as (fanout, shards, _, vectors):
+            first = await hold_the_lane(fanout, shards, vectors)
+            big = np.tile(vectors, (3, 1))  # two of them do not fit one frame
+            others = [asyncio.create_task(search(fanout, big)) for _ in range(400)]
+            await asyncio.sleep(0)
+            for shard in shards:
+                await shard.kill()
+            for outcome in await asyncio.gather(first, *others, return_exceptions=True):
+                assert isinstance(outcome, Unavailable)
+            assert fanout._coalescer._lanes == {}
 
     asyncio.run(run())

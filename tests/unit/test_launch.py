@@ -8,8 +8,9 @@ import pytest
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from shards.errors import ConfigError, NotFound, Unavailable
+from shards.errors import ConfigError, InvalidInput, NotFound, Unavailable
 from tests.tiny import tiny_config, tiny_dataset
+from training.evaluate import evaluate_exact
 from training.launch import _cause, _followed, _line_start, train
 
 
@@ -121,3 +122,24 @@ def test_a_log_that_was_cut_meanwhile_is_read_on_at_a_whole_line(
     path.write_bytes(b"ab\ncd\ne\n")
     with path.open("rb") as file:
         assert _line_start(file, place) == expected
+
+
+def test_an_item_tower_of_numbers_alone_trains(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    towers = {
+        "query": {"features": [{"kind": "id", "column": "user_id", "dim": 4}]},
+        "item": {"features": [{"kind": "numeric", "column": "attribute_vector"}]},
+    }
+    loss = {"uniform_negatives": 8}
+    for number, changes in enumerate([{}, {"loss": loss}]):
+        config = tiny_config(towers=towers, epochs=1, **changes)
+        assert train(config, dataset.path, tmp_path / f"run-{number}").steps == 10
+
+
+def test_a_run_is_not_measured_on_what_it_was_fitted_on(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    run = tmp_path / "run"
+    train(tiny_config(epochs=1, fit_splits="train+val"), dataset.path, run)
+    with pytest.raises(InvalidInput, match="fitted on this split"):
+        evaluate_exact(run, dataset, split="val", ks=(5,))
+    assert evaluate_exact(run, dataset, split="test", ks=(5,)).users == 40
