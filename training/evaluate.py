@@ -53,13 +53,6 @@ def evaluate_exact(
     """
     run, model = load_best(run_folder)
     check_dataset(run_folder, dataset.identity)
-    if split in run.config.fitted_splits:
-        raise InvalidInput(
-            "the run was fitted on this split",
-            field="split",
-            expected="a split it has not seen",
-            got=f"{split} (fit_splits: {run.config.fit_splits})",
-        )
     task = shared(
         evaluation_task(
             dataset,
@@ -70,6 +63,13 @@ def evaluate_exact(
             candidates=candidates,
         )
     )
+    if split in run.config.fitted_splits:
+        raise InvalidInput(
+            "the run was fitted on this split",
+            field="split",
+            expected="a split it has not seen",
+            got=f"{split} (fit_splits: {run.config.fit_splits})",
+        )
     items = run.space.item.encode(dataset.items(), ITEMS)
     inputs = run.space.query.encode(dataset.users(), USERS)
     known = task.known.take(task.users)
