@@ -54,6 +54,8 @@ REQUEST_ID_HEADER = b"x-request-id"
 # Printable and short, because it is repeated in answers and logs; anything else is replaced.
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REQUEST_ID_BYTES = 8
+# Bytes of a body decoded in the event loop, some milliseconds of JSON; more would hold up others.
+DECODE_IN_LOOP = 256 << 10
 
 
 def create_app(service: SearchService, config: RouterConfig, guard: Guard | None = None) -> ASGIApp:
@@ -77,7 +79,11 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
             headers = request.headers
             media = body_media(headers.get("content-type", ""))
             accepted = answer_media(headers.get("accept", ""), media)
-            query = decode_query(await read_body(request, config), media)
+            body = await read_body(request, config)
+            if len(body) <= DECODE_IN_LOOP:
+                query = decode_query(body, media)
+            else:
+                query = await asyncio.to_thread(decode_query, body, media)
             answer = await service.search(
                 query,
                 arrived_at=request.scope["shardline.arrived_at"],

@@ -91,6 +91,7 @@ class RouterReplica:
         Raises:
             TimeoutError: there is none; Serve starts the replica again.
         """
+        await self._guard.begin()
         follow = (self._follow_controller(), self._guard.follow())
         self._following = [asyncio.ensure_future(each) for each in follow]
         await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from router.connection import ShardConnection
+from router.connection import Link, ShardConnection
 from router.messages import Coverage
 from router.serving import Serving
 from shards.errors import (
@@ -43,6 +43,7 @@ class Ask:
     __slots__ = (
         "_asked",
         "_enough_rows",
+        "_links",
         "_missing",
         "_on_done",
         "_replies",
@@ -74,6 +75,7 @@ class Ask:
         self._replies = [None] * len(serving.connections)
         self._missing = len(serving.connections)
         self._asked: list[ShardConnection] = []
+        self._links: list[Link | None] = [None] * len(serving.connections)
         self._timer: asyncio.TimerHandle | None = None
         self._enough_rows = enough * serving.table.rows if 0 < enough < 1 else 0.0
         self._rows_in = 0
@@ -85,7 +87,8 @@ class Ask:
                 self._put(position, Unavailable("no process serves it"))
                 continue
             try:
-                connection.request(self._request_id, frame, partial(self._put, position))
+                reply_to = partial(self._put, position)
+                self._links[position] = connection.request(self._request_id, frame, reply_to)
             except Unavailable as error:
                 self._put(position, error)
             else:
@@ -125,7 +128,7 @@ class Ask:
                 rows_answered += rows
                 rows_asked += rows
                 continue
-            error = _as_error(reply, self.serving.connections[position])
+            error = _as_error(reply, self._links[position])
             if self._replies[position] is not None:
                 self._replies[position] = error
             self.missing.append(route.shard)
@@ -191,13 +194,13 @@ class _BadReply(Unavailable):
     """A payload that makes no sense: the link it came by is to be dropped."""
 
 
-def _as_error(reply: Message | Unavailable, connection: ShardConnection | None) -> Unavailable:
-    """Why this reply is not part of the answer; drops a link that sent nonsense."""
+def _as_error(reply: Message | Unavailable, link: Link | None) -> Unavailable:
+    """Why this reply is not part of the answer; drops the link if it sent nonsense."""
     if not isinstance(reply, Unavailable | ErrorReply):
         reply = _BadReply("broke the protocol (wrong reply)")
     if isinstance(reply, _BadReply):
-        assert connection is not None
-        connection.fail(reply.message)
+        assert link is not None
+        link.close(reply.message)
         return Unavailable(reply.message)
     if isinstance(reply, Unavailable):
         return reply

@@ -86,11 +86,25 @@ class Guard:
                 got=f"scope {scope.value}",
             )
 
+    async def begin(self) -> None:
+        """Reads the key file before the first request, because a router that starts again later
+        was given the digests of long ago. Where that fails nobody gets in until it succeeds.
+        """
+        if self._path is None or self.keyring is None:
+            return
+        await asyncio.to_thread(self.refresh)
+        if self._seen is None:
+            logger.error("no key is good until the key file can be read")
+            self.keyring = Keyring(())
+
     async def follow(self) -> None:
         """Looks at the key file for as long as the router lives; returns at once without one."""
         while self._path is not None and self.keyring is not None:
-            await asyncio.to_thread(self.refresh)  # the file may lie on a share that hangs
             await asyncio.sleep(RELOAD_S)
+            try:
+                await asyncio.to_thread(self.refresh)  # the file may lie on a share that hangs
+            except Exception:  # or keys taken out of it would go on working for ever
+                logger.exception("the key file was not looked at")
 
     def refresh(self) -> bool:
         """Takes over the file's keys if it has changed; whether it has.

@@ -205,8 +205,9 @@ class ShardConnection:
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
 
-    def request(self, request_id: int, frame: bytes, on_reply: OnReply) -> None:
-        """Sends one frame; ``on_reply`` is called once, with the reply or the connection's loss.
+    def request(self, request_id: int, frame: bytes, on_reply: OnReply) -> Link:
+        """Sends one frame over the link that is returned. ``on_reply`` is called once, with the
+        reply or the connection's loss.
 
         request_id is the frame's own, and unique among the requests in flight.
 
@@ -225,6 +226,7 @@ class ShardConnection:
         if link.in_flight >= self._config.shard_max_in_flight or not link.writable:
             raise Overloaded("overloaded")
         link.send(request_id, frame, on_reply)
+        return link
 
     def abandon(self, request_id: int) -> None:
         """The caller's deadline has passed: its reply is dropped, and a silent shard with it."""
@@ -233,11 +235,6 @@ class ShardConnection:
             return
         link.abandon(request_id)
         self._drop_if_silent(link)
-
-    def fail(self, reason: str) -> None:
-        """Drops the link because of what the peer sent; it is connected anew."""
-        if self._link is not None:
-            self._link.close(reason)
 
     def _drop_if_silent(self, link: Link) -> None:
         if link.stalled_for() * 1000 > self._config.stall_timeout_ms:

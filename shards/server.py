@@ -33,6 +33,7 @@ from shards.metrics import BATCH_QUERIES, QUEUE_DEPTH, SEARCH_MS, SHARD_REFUSED,
 from shards.shard import Shard
 from shards.types import ErrorReply, FetchRequest, SearchReply, SearchRequest
 from shards.wire import (
+    KEEP_ALIVE,
     MAX_FRAME_BYTES,
     FrameSplitter,
     Message,
@@ -58,6 +59,8 @@ INLINE_MS = 2.0
 INLINE_ROWS = 8  # and the largest batch, because what a row costs is only estimated
 ESTIMATE_DECAY = 0.5  # so that one dear request (a large k, many lists) is not forgotten at once
 STOP_TIMEOUT_S = 10.0
+# While a search runs, routers hear so often that we live. Far below their ``late_after_ms``.
+KEEP_ALIVE_S = 0.25
 
 Request: TypeAlias = SearchRequest | FetchRequest
 
@@ -120,6 +123,7 @@ class ShardServer:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._arrived: list[_Work] = []  # loop thread only: what came in since the last dispatch
         self._handed_over = 0  # loop thread only: requests the search thread has not answered
+        self._alive_timer: asyncio.TimerHandle | None = None  # loop thread only
         self._ms_per_row = math.inf  # estimated from past searches; unknown means long
         self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
         self._queued_requests = 0
@@ -209,9 +213,19 @@ class ShardServer:
         if is_short and self._handed_over == 0:
             self._deliver(self._answer(batch))
             return
+        if self._alive_timer is None:
+            self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
         self._handed_over += len(batch)
         for work in batch:
             self._queue.put(work)
+
+    def _keep_alive(self) -> None:
+        """Silence tells a router that the process hangs: a long search must not look like that."""
+        self._alive_timer = None
+        if self._handed_over:
+            for connection in self.connections:
+                connection.keep_alive()
+            self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
 
     def _admit(self, request: Request, rows: int) -> None:
         """Raises Overloaded or InvalidInput for a request that must not be queued."""
@@ -352,6 +366,11 @@ class _Connection(asyncio.Protocol):
         if transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             logger.warning("client %s does not read its replies", self._peer())
             transport.abort()
+
+    def keep_alive(self) -> None:
+        """Says nothing, to a router that has proved itself."""
+        if self._is_proven and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(KEEP_ALIVE)
 
     def abort(self) -> None:
         """Drops the connection at once, unsent replies included."""

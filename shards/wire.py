@@ -43,6 +43,8 @@ NONCE_BYTES = 16
 HEADER = struct.Struct("<IQ")
 ITEM_BYTES = {"<f4": 4, "<i8": 8}  # the array types that travel
 MAX_NDIM = 2
+# An empty frame for request 0, which nobody asked: the shard is at work, and lives.
+KEEP_ALIVE = HEADER.pack(0, 0)
 
 Message: TypeAlias = (
     SearchRequest | SearchReply | FetchRequest | FetchReply | ErrorReply | Hello | Proof | Welcome

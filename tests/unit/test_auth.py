@@ -253,3 +253,23 @@ def test_following_looks_again_and_again_and_ends_when_cancelled(
     assert 0 < RELOAD_S <= 2
     monkeypatch.setattr("router.auth.RELOAD_S", 0.002)
     asyncio.run(run())
+
+
+def test_a_router_that_starts_again_takes_no_key_of_long_ago(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    write(path, SECOND)
+    guard = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+    asyncio.run(guard.begin())
+    assert known(guard) == [False, False, True], "what the file says now, not what it said then"
+
+    path.unlink()
+    guard = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+    asyncio.run(guard.begin())
+    assert known(guard) == [False, False, False], "it cannot know which keys are still good"
+    write(path, SEARCH)
+    assert guard.refresh()
+    assert known(guard) == [True, False, False]
+
+    guard = Guard(AuthSettings(keyring=RING))
+    asyncio.run(guard.begin())
+    assert known(guard)[:2] == [True, True], "without a file there is nothing to read"

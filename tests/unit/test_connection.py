@@ -10,7 +10,7 @@ from router.config import RouterConfig
 from router.connection import ShardConnection, backoff_ms
 from shards.errors import Overloaded, Unavailable
 from shards.types import FetchReply, FetchRequest, ShardRoute
-from shards.wire import HEADER, MAX_FRAME_BYTES, decode_payload, encode_frame
+from shards.wire import HEADER, KEEP_ALIVE, MAX_FRAME_BYTES, decode_payload, encode_frame
 from tests.fake_shard import SECRET, FakeShard, make_rows, until
 
 FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, connect_timeout_ms=500)
@@ -292,5 +292,29 @@ def test_close_tells_the_pending_and_leaves_no_task():
         assert isinstance(await pending, Unavailable)
         await shard.kill()
         assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def test_a_shard_at_work_is_not_taken_for_one_that_hangs():
+    async def run():
+        config = FAST.model_copy(update={"late_after_ms": 100.0, "stall_timeout_ms": 200.0})
+        shard = make_shard()
+        connection = connect(await shard.start(), config=config)
+        await connection.settled()
+        shard.gate.clear()
+        first = ask(connection, 1)
+        await until(lambda: len(shard.requests) == 1)
+        (writer,) = shard._writers
+        for _ in range(10):  # far beyond both limits in all
+            writer.write(KEEP_ALIVE)
+            await asyncio.sleep(0.03)
+            connection.abandon(99)
+        second = ask(connection, 2)
+        shard.gate.set()
+        assert isinstance(await asyncio.wait_for(first, 1), FetchReply)
+        assert isinstance(await asyncio.wait_for(second, 1), FetchReply)
+        await connection.close()
+        await shard.kill()
 
     asyncio.run(run())

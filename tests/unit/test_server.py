@@ -25,6 +25,7 @@ from shards.types import (
 )
 from shards.wire import (
     HEADER,
+    KEEP_ALIVE,
     MAX_FRAME_BYTES,
     FrameSplitter,
     Message,
@@ -575,3 +576,19 @@ def test_ipv6(serve) -> None:
         pytest.skip("no IPv6 here")
     with closing(Client(address)) as client:
         assert isinstance(client.ask(search()), SearchReply)
+
+
+def test_a_long_search_says_that_it_lives(serve, monkeypatch) -> None:
+    monkeypatch.setattr("shards.server.KEEP_ALIVE_S", 0.01)
+    gate = Gate(flat_shard(VECTORS, IDS))
+    address = serve(gate)
+    with closing(Client(address)) as asking, closing(Client(address)) as idle:
+        asking.send(1, search())
+        assert gate.entered.wait(TIMEOUT_S)
+        for client in (asking, idle):
+            assert client.socket.recv(len(KEEP_ALIVE)) == KEEP_ALIVE
+        gate.open.set()
+        frames: dict[int, bytes] = {}
+        while 1 not in frames:  # the reply comes after however many of them
+            frames |= dict(asking.splitter.feed(asking.socket.recv(1 << 16)))
+    assert isinstance(decode_payload(frames[1]), SearchReply)
