@@ -32,6 +32,7 @@ from cluster.launch import cores
 from cluster.store import Store
 from router.codec import Media, decode_answer, encode_query
 from router.messages import SearchQuery
+from shards.errors import InvalidInput, Unavailable
 from shards.main_index import MainIndex
 from shards.schema import FloatArray, IdArray
 from shards.types import SearchParams
@@ -51,12 +52,24 @@ def run(
     seconds: float,
     progress: StageProgress,
 ) -> dict[str, Any]:
-    """Builds (or reuses) the corpus, serves it, measures; Ray must be running."""
+    """Builds (or reuses) the corpus, serves it, measures; Ray must be running.
+
+    Raises:
+        InvalidInput: not one request in that time.
+        Unavailable: no empty request, or no search, was answered. As ``serving``.
+    """
+    count = int(rate * seconds)
+    if count < 1:
+        raise InvalidInput(
+            "too short for one request",
+            field="seconds",
+            expected=f">= {1 / rate:g}",
+            got=f"{seconds:g}",
+        )
     store = Store(config.store.resolve() / BENCH_STORE)
     config = config.model_copy(update={"store": store.root})
     corpus = clustered_set(store, rows, dim, progress)
     manifest = generation_of(store, corpus, plan_of(config), run_jobs=run_on_ray, progress=progress)
-    count = int(rate * seconds)
     queries = clustered_queries(rows, dim, count)
     progress.note("exact answers, for recall")
     exact = exact_ids(corpus, queries, k)
@@ -66,6 +79,7 @@ def run(
         empty = run_open_loop(
             endpoint.url, lambda number: EMPTY, rate=rate, count=count, warm_up=WARM_UP
         )
+        refuse_unanswered(empty, "empty request")
         search = run_open_loop(
             endpoint.url,
             search_requests(queries, k),
@@ -75,6 +89,7 @@ def run(
             keep_bodies=True,
             headers=endpoint.address.headers,
         )
+        refuse_unanswered(search, "search")
     found = answered_ids(search)
     return {
         "setup": {
@@ -94,6 +109,13 @@ def run(
         f"recall@{k}": round(recall_at_k(found, exact[list(search.bodies)]), 4),
         "build": manifest.quality,
     }
+
+
+def refuse_unanswered(result: LoadResult, what: str) -> None:
+    """Raises Unavailable, with the failures counted, when there is nothing to take figures from."""
+    if not result.latencies_ms.size:
+        kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(result.failures.items()))
+        raise Unavailable(f"no {what} was answered", got=kinds)
 
 
 def search_requests(queries: FloatArray, k: int) -> "RequestOf":

@@ -122,19 +122,7 @@ def build_generation(
         )
         write_index(template, staging / TEMPLATE_NAME)
         train_seconds = time.perf_counter() - started
-        jobs = [
-            ShardJob(
-                shard=shard,
-                embeddings=corpus.folder,
-                generation=staging,
-                cut=cut,
-                index=index,
-                metric=corpus.metric,
-                threads=plan.threads,
-                queries=queries,
-            )
-            for shard in range(plan.num_shards)
-        ]
+        jobs = _jobs(corpus, plan, staging, cut, index, queries)
         built = _collect((run_jobs or run_here)(jobs), len(jobs), progress)
         manifest = GenerationManifest(
             generation=number,
@@ -153,6 +141,29 @@ def build_generation(
         )
         write_generation(staging, manifest)
     return manifest
+
+
+def _jobs(
+    corpus: EmbeddingSet,
+    plan: BuildPlan,
+    generation: Path,
+    cut: Partition,
+    index: ResolvedIndex,
+    queries: FloatArray,
+) -> list[ShardJob]:
+    return [
+        ShardJob(
+            shard=shard,
+            embeddings=corpus.folder,
+            generation=generation,
+            cut=cut,
+            index=index,
+            metric=corpus.metric,
+            threads=plan.threads,
+            queries=queries,
+        )
+        for shard in range(plan.num_shards)
+    ]
 
 
 def run_here(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:

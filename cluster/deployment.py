@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 APPLICATION = "shardline"
 READY_POLL_S = 0.05
+# How often Serve asks a replica whether it lives: a killed router is noticed so much later.
+HEALTH_CHECK_PERIOD_S = 1.0
 
 
 @contextmanager
@@ -169,12 +171,11 @@ def shard_reports() -> list[dict[str, Any]]:
 def _start_router(config: ShardlineConfig, port: int, secret: bytes, auth: AuthSettings) -> None:
     cluster = config.cluster
     location = "HeadOnly" if cluster.address == "local" else "EveryNode"
-    serve.start(proxy_location=location, http_options={"host": cluster.http_host, "port": port})
     application = (
         serve.deployment(RouterReplica)
         .options(
             name="router",
-            health_check_period_s=5,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=10,
             num_replicas=cluster.router_replicas,
             # the service refuses overload itself, early and with Retry-After
@@ -192,8 +193,9 @@ def _start_router(config: ShardlineConfig, port: int, secret: bytes, auth: AuthS
         )
     )
     try:
+        serve.start(proxy_location=location, http_options={"host": cluster.http_host, "port": port})
         serve.run(application, name=APPLICATION, route_prefix="/")
-    except RuntimeError as error:
+    except (RuntimeError, ray.exceptions.RayError) as error:
         raise Unavailable("the HTTP front end did not start", got=str(error)) from error
 
 

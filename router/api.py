@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +29,7 @@ from router.codec import (
     encode_item,
 )
 from router.config import RouterConfig
+from router.disconnect import ended_by_disconnect
 from router.openapi import (
     DESCRIPTION,
     ITEM_DOC,
@@ -56,6 +57,9 @@ REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REQUEST_ID_BYTES = 8
 # Bytes of a body decoded in the event loop, some milliseconds of JSON; more would hold up others.
 DECODE_IN_LOOP = 256 << 10
+POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 
 def create_app(service: SearchService, config: RouterConfig, guard: Guard | None = None) -> ASGIApp:
@@ -71,7 +75,15 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
         openapi_url=None,
         redirect_slashes=False,
     )
+    direct = {("POST", "/v1/search"): _add_search(app, service, config)}
+    _add_reads(app, service)
+    _add_health(app, service)
+    _add_docs(app)
+    _translate_errors(app, config)
+    return RequestContext(app, config, guard or Guard(), direct=direct, recorder=service.recorder)
 
+
+def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> Endpoint:
     @app.post("/v1/search", **SEARCH_DOC)
     async def search(request: Request) -> Response:
         """The k items that score best against each query, and how much of the corpus was asked."""
@@ -84,14 +96,19 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
                 query = decode_query(body, media)
             else:
                 query = await asyncio.to_thread(decode_query, body, media)
-            answer = await service.search(
-                query,
-                arrived_at=request.scope["shardline.arrived_at"],
-                began_at=request.scope["shardline.began_at"],
-                request_id=request.scope["shardline.request_id"],
-            )
+            with ended_by_disconnect(request.receive):
+                answer = await service.search(
+                    query,
+                    arrived_at=request.scope["shardline.arrived_at"],
+                    began_at=request.scope["shardline.began_at"],
+                    request_id=request.scope["shardline.request_id"],
+                )
             return Response(encode_answer(answer, accepted), media_type=accepted)
 
+    return search
+
+
+def _add_reads(app: FastAPI, service: SearchService) -> None:
     @app.get("/v1/items/{item_id}", **ITEM_DOC)
     async def item(
         request: Request, item_id: Annotated[int, Path(description="the item's id")]
@@ -107,6 +124,8 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
         """What this router serves: generation, model, index, shards, and the encoder's features."""
         return _json(service.status())
 
+
+def _add_health(app: FastAPI, service: SearchService) -> None:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> Response:
         """200 while the process answers at all."""
@@ -118,6 +137,9 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
         ready, state = service.ready()
         return _json(state, status=200 if ready else 503)
 
+
+def _add_docs(app: FastAPI) -> None:
+    """The description of whatever else has been added by now."""
     schema = openapi_schema(app)
 
     @app.get("/openapi.json", include_in_schema=False)
@@ -127,10 +149,6 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:
         return Response(docs_page(schema), media_type="text/html")
-
-    _translate_errors(app, config)
-    direct = {("POST", "/v1/search"): search}
-    return RequestContext(app, config, guard or Guard(), direct=direct, recorder=service.recorder)
 
 
 class RequestContext:
@@ -146,7 +164,7 @@ class RequestContext:
         app: ASGIApp,
         config: RouterConfig,
         guard: Guard,
-        direct: Mapping[tuple[str, str], Callable[[Request], Awaitable[Response]]],
+        direct: Mapping[tuple[str, str], Endpoint],
         recorder: Recorder,
     ) -> None:
         self._app = app
@@ -156,6 +174,9 @@ class RequestContext:
         self._recorder = recorder
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there are none: nothing looks at what it asks for
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

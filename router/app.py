@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from router.api import REQUEST_ID_HEADER, create_app
 from router.auth import AuthSettings, Guard
 from router.config import RouterConfig
+from router.front import Front
 from router.service import SearchService
 from shards.ray_metrics import RayExporter
 
@@ -76,7 +77,8 @@ class RouterReplica:
         self._service = SearchService(config, secret)
         self._controller = (controller, namespace)
         self._guard = Guard(auth)
-        self._app = ServeApp(create_app(self._service, config, self._guard), self.start, self.stop)
+        Front.ours = app = create_app(self._service, config, self._guard)
+        self._app = ServeApp(app, self.start, self.stop)
         self._following: list[asyncio.Task[None]] = []
         self._has_table = asyncio.Event()
         self._exporter: RayExporter | None = None

@@ -114,6 +114,8 @@ class Coalescer:
         lane.waiting.append(member)
         if lane.held is None:
             self._depart(key, lane)
+        else:
+            self._limit_hold(key, lane, lane.held)
         if member.place is None or deadline < member.place[0].ask.deadline:
             member.timer = loop.call_at(deadline, member.wake)
         try:
@@ -184,12 +186,18 @@ class Coalescer:
             timeout_ms=max(0.0, deadline - loop.time()) * 1000,
             params=key.params,
         )
-        frame.lets_past = loop.call_later(HOLD_MS / 1000, self._release, key, lane, frame)
         ask.send(encode_frame(request_id, request))
 
+    def _limit_hold(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
+        """The frame under way lets those past who wait, once it has been under way for HOLD_MS."""
+        if frame.lets_past is None:
+            left_s = HOLD_MS / 1000 - (time.perf_counter() - frame.left_at)
+            loop = asyncio.get_running_loop()
+            frame.lets_past = loop.call_later(max(0.0, left_s), self._release, key, lane, frame)
+
     def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
-        assert frame.lets_past is not None
-        frame.lets_past.cancel()
+        if frame.lets_past is not None:
+            frame.lets_past.cancel()
         self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
         for member in frame.members:
             member.wake()
@@ -198,6 +206,9 @@ class Coalescer:
     def _release(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         if lane.held is frame:
             lane.held = None
+            if not lane.waiting:
+                del self._lanes[key]
+                return
             # not from here: frames that no shard takes end at once, each within the one before
             asyncio.get_running_loop().call_soon(self._next, key, lane)
 

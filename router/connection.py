@@ -18,8 +18,10 @@ from router.config import RouterConfig
 from shards.errors import Overloaded, ProtocolError, Unavailable
 from shards.types import Hello, ShardRoute
 from shards.wire import (
+    HEADER,
     MAX_FRAME_BYTES,
     FrameSplitter,
+    ServerAddress,
     check_welcome,
     decode_payload,
     encode_frame,
@@ -28,6 +30,9 @@ from shards.wire import (
 
 logger = logging.getLogger(__name__)
 
+# Of frames the kernel has not taken. One frame never fills it, whatever its size; a shard that
+# does not read costs at most this and the frame that goes beyond it.
+MAX_UNSENT_BYTES = HEADER.size + MAX_FRAME_BYTES
 HANDSHAKE_FRAME_BYTES = 1024  # Hello has about 120; nobody unproven makes us buffer more
 OLDER_PROCESS_FAILURES = 3  # as many as its pauses grow with: it is about to learn its epoch
 
@@ -49,12 +54,13 @@ class Link(asyncio.Protocol):
     """One TCP connection to a shard. ``hello`` resolves when both sides have proved the secret.
 
     ``lost`` resolves with the reason once the connection is gone; every pending request has been
-    told by then.
+    told by then. ``address`` is what it connects to.
     """
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, address: ServerAddress) -> None:
         self._loop = asyncio.get_running_loop()
         self._secret = secret
+        self._address = address
         self._splitter = FrameSplitter(HANDSHAKE_FRAME_BYTES)
         self._pending: dict[int, OnReply] = {}
         self._transport: asyncio.Transport | None = None
@@ -68,6 +74,10 @@ class Link(asyncio.Protocol):
     @property
     def in_flight(self) -> int:
         return len(self._pending)
+
+    @property
+    def owes_answers(self) -> bool:
+        return self._waiting_since is not None
 
     def stalled_for(self) -> float:
         """Seconds since the shard last sent a byte while it owed an answer; 0 when it owes none."""
@@ -95,6 +105,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # no isinstance here: uvloop's transports, as in a Serve replica, are of no asyncio class
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         connection: socket.socket = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -127,7 +138,8 @@ class Link(asyncio.Protocol):
             if on_reply is not None:
                 on_reply(payload)
         elif self._greeting is None:
-            hello, proof, welcome_mac = prove(decode_payload(payload), self._secret)
+            message = decode_payload(payload)
+            hello, proof, welcome_mac = prove(message, self._secret, self._address)
             self._greeting = hello, welcome_mac
             assert self._transport is not None
             self._transport.write(encode_frame(0, proof))
@@ -218,10 +230,11 @@ class ShardConnection:
         link = self._link
         if link is None:
             raise Unavailable(self._reason)
-        self._drop_if_silent(link)
+        if link.owes_answers:
+            self._drop_if_silent(link)
         if link.lost.done():
             raise Unavailable(link.lost.result())
-        if link.stalled_for() * 1000 > self._config.late_after_ms:
+        if link.owes_answers and link.stalled_for() * 1000 > self._config.late_after_ms:
             raise Unavailable("silent, though it owes answers")
         if link.in_flight >= self._config.shard_max_in_flight or not link.writable:
             raise Overloaded("overloaded")
@@ -276,9 +289,9 @@ class ShardConnection:
 
     async def _connect(self) -> Link:
         loop = asyncio.get_running_loop()
-        host, port = self._address
+        address = self._address
         async with asyncio.timeout(self._config.connect_timeout_ms / 1000):
-            _, link = await loop.create_connection(lambda: Link(self._secret), host, port)
+            _, link = await loop.create_connection(lambda: Link(self._secret, address), *address)
             try:
                 self._check(await link.hello)
             except BaseException:

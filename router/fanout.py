@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,11 +195,10 @@ class Fanout:
             yield connection
 
     async def _wait_settled(self, serving: Serving) -> None:
-        waits = [asyncio.create_task(c.settled()) for c in serving.connections if c is not None]
-        if waits:
-            _, late = await asyncio.wait(waits, timeout=self._config.switch_wait_ms / 1000)
-            for task in late:
-                task.cancel()
+        waits = (c.settled() for c in serving.connections if c is not None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.switch_wait_ms / 1000):
+                await asyncio.gather(*waits)  # ends its tasks with itself, cancelled or late
 
     def _release(self, serving: Serving) -> None:
         """Closes the connections that no other table holds."""

@@ -94,7 +94,8 @@ def _foreign_ids(column: pa.Array, path: Path, name: str) -> IdArray:
     if not pa.types.is_integer(column.type) or column.null_count:
         got = f"{column.null_count} nulls" if column.null_count else str(column.type)
         raise DataError("not ids", field=f"{path}: {name}", expected="integers", got=got)
-    return column.to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+    ids: IdArray = column.to_numpy(zero_copy_only=False)
+    return ids
 
 
 def _foreign_vectors(column: pa.Array, path: Path, name: str) -> FloatArray:

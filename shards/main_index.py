@@ -42,7 +42,10 @@ def set_search_threads(threads: int) -> None:
 
 
 class MainIndex:
-    """One faiss index, on a CPU or a GPU; ``defaults`` fill what a request leaves open."""
+    """One faiss index, on a CPU or a GPU; ``defaults`` fill what a request leaves open.
+
+    rows and dim are its size, which never changes.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,8 @@ class MainIndex:
         device: Device = Device.CPU,
     ) -> None:
         self._layers = layers_of(index)
+        self.rows = int(self._layers.whole.ntotal)
+        self.dim = int(self._layers.whole.d)
         self._metric = metric
         self._defaults = defaults
         self._device = device
@@ -84,14 +89,6 @@ class MainIndex:
             ConfigError: device is cuda and there is none.
         """
         return cls(read_index(path), metric=metric, defaults=defaults, device=device)
-
-    @property
-    def rows(self) -> int:
-        return int(self._layers.whole.ntotal)
-
-    @property
-    def dim(self) -> int:
-        return int(self._layers.whole.d)
 
     @property
     def bytes_per_vector(self) -> float:
@@ -261,7 +258,7 @@ def _check_params(params: SearchParams) -> None:
 
 def _in_answer_order(scores: FloatArray, rows: IdArray) -> tuple[FloatArray, IdArray]:
     """faiss sorts by score and pads at the end; only padding and ties need more than a look."""
-    if (rows[:, -1] < 0).any():
+    if rows[:, -1].min() < 0:
         empty = rows < 0
         scores = np.where(empty, EMPTY_SCORE, scores)
         rows = np.where(empty, EMPTY_ID, rows)

@@ -106,6 +106,7 @@ class ShardServer:
         self.shard = shard
         self.secret = secret
         self.epoch = 0
+        self.address = (host, 0)  # the port is known once bound
         self.stats = ServerStats()
         self.recorder = Recorder()
         self._label = str(shard.shard)
@@ -122,6 +123,7 @@ class ShardServer:
         )
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._arrived: list[_Work] = []  # loop thread only: what came in since the last dispatch
+        self._is_due = False  # loop thread only: a dispatch is scheduled
         self._handed_over = 0  # loop thread only: requests the search thread has not answered
         self._alive_timer: asyncio.TimerHandle | None = None  # loop thread only
         self._ms_per_row = math.inf  # estimated from past searches; unknown means long
@@ -139,8 +141,9 @@ class ShardServer:
         """Takes a free port and starts listening; clients that connect now wait for ``start``."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         self._socket = socket.create_server((self._host, 0), family=family, backlog=BACKLOG)
-        address = self._socket.getsockname()
-        return address[0], address[1]
+        name = self._socket.getsockname()
+        self.address = name[0], name[1]
+        return self.address
 
     def start(self, epoch: int) -> None:
         """Answers from now on; ``epoch`` is announced to every client."""
@@ -202,12 +205,20 @@ class ShardServer:
         self._queued_requests += 1
         deadline = time.monotonic() + request.timeout_ms / 1e3
         self._arrived.append(_Work(connection, request_id, request, rows, deadline))
-        if len(self._arrived) == 1:  # after all sockets that are readable now have been read
+
+    def after_read(self) -> None:
+        """A connection has been read. With others there may be more to read before the search."""
+        if len(self.connections) == 1:
+            self._dispatch()
+        elif self._arrived and not self._is_due:
+            self._is_due = True
             self._loop.call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         """Searches what has arrived here and now, or hands it over to the search thread."""
-        batch, self._arrived = self._arrived, []
+        batch, self._arrived, self._is_due = self._arrived, [], False
+        if not batch:
+            return
         rows = sum(work.rows for work in batch)
         is_short = rows <= INLINE_ROWS and rows * self._ms_per_row <= INLINE_MS
         if is_short and self._handed_over == 0:
@@ -403,6 +414,7 @@ class _Connection(asyncio.Protocol):
         except ProtocolError as error:
             logger.warning("client %s broke the protocol: %s", self._peer(), error)
             self.abort()
+        self._server.after_read()
 
     def pause_writing(self) -> None:
         """The client reads slower than it asks: take no more of its requests."""
@@ -417,7 +429,8 @@ class _Connection(asyncio.Protocol):
 
     def _take(self, request_id: int, message: Message) -> None:
         if not self._is_proven:
-            self.reply(0, welcome(message, self._server.secret, self._hello))
+            server = self._server
+            self.reply(0, welcome(message, server.secret, self._hello, server.address))
             self._is_proven = True
             self._splitter.limit = MAX_FRAME_BYTES
             if self._timer is not None:

@@ -154,6 +154,8 @@ class Shard:
         scores, rows = self._main.search(queries, first.k, first.params)
         ids = self._ids_by_row[rows]
         search_ms = (time.perf_counter() - started) * 1e3
+        if len(group) == 1:
+            return [SearchReply(ids=ids, scores=scores, rows=self.rows, search_ms=search_ms)]
         replies = []
         start = 0
         for request in group:

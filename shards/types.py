@@ -106,7 +106,10 @@ class Hello:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof:
-    """Client's answer: HMAC over both nonces, and a nonce of its own for the server to prove."""
+    """Client's answer: HMAC over Hello, address and nonces, and its nonce for the server to prove.
+
+    shards.wire has the details.
+    """
 
     nonce: bytes
     mac: bytes
@@ -114,7 +117,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Welcome:
-    """Server's HMAC over both nonces; requests may follow."""
+    """Server's HMAC over the same, in its own role; requests may follow."""
 
     mac: bytes
 

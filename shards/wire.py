@@ -9,8 +9,12 @@ and stands outside the payload so that a router need not decode before all answe
 Handshake, on every new connection, before any request:
 
     server -> Hello(protocol, shard, generation, epoch, nonce)
-    client -> Proof(nonce, mac = HMAC(secret, "client" + server nonce + client nonce))
-    server -> Welcome(mac = HMAC(secret, "server" + client nonce + server nonce))
+    client -> Proof(nonce, mac = HMAC(secret, ["client", all of Hello, address, client nonce]))
+    server -> Welcome(mac = HMAC(secret, ["server", all of Hello, address, client nonce]))
+
+``address`` is where the server listens, as the routing table names it. It does not travel: either
+side takes what it knows itself. So whoever stands in between can pass a proof on neither to
+another shard nor from another port, nor say that the answers are those of another generation.
 """
 
 import hmac
@@ -37,15 +41,18 @@ from shards.types import (
     Welcome,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 << 20  # 2048 queries x k=2048 x 12 bytes is 50 MB: the largest legal answer
 NONCE_BYTES = 16
 HEADER = struct.Struct("<IQ")
-ITEM_BYTES = {"<f4": 4, "<i8": 8}  # the array types that travel
+# The array types that travel.
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("<f4", "<i8")}
 MAX_NDIM = 2
+MAX_ARRAY_ITEMS = 16  # msgpack's own arrays: a message's fields, the sizes of a shape
 # An empty frame for request 0, which nobody asked: the shard is at work, and lives.
 KEEP_ALIVE = HEADER.pack(0, 0)
 
+ServerAddress: TypeAlias = tuple[str, int]  # host and port that the server listens on
 Message: TypeAlias = (
     SearchRequest | SearchReply | FetchRequest | FetchReply | ErrorReply | Hello | Proof | Welcome
 )
@@ -90,7 +97,13 @@ def decode_payload(payload: bytes) -> Message:
         ProtocolError: not msgpack, not a known message, or fields of the wrong kind.
     """
     try:
-        values = msgpack.unpackb(payload, use_list=False, ext_hook=_refuse_ext)
+        values = msgpack.unpackb(
+            payload,
+            use_list=False,
+            ext_hook=_refuse_ext,
+            max_array_len=MAX_ARRAY_ITEMS,
+            max_map_len=0,
+        )
     except ProtocolError:
         raise
     except (ValueError, TypeError, msgpack.UnpackException, RecursionError) as error:
@@ -102,7 +115,9 @@ def decode_payload(payload: bytes) -> Message:
     readers = _READERS[kind]
     if len(values) != 1 + len(readers):
         raise ProtocolError("bad frame", expected=f"the fields of {kind.__name__}")
-    return kind(**{name: read(name, values[at]) for at, (name, read) in readers})
+    return kind(
+        **{name: read(name, value) for (name, read), value in zip(readers, values[1:], strict=True)}
+    )
 
 
 def is_error(payload: bytes) -> bool:
@@ -161,21 +176,25 @@ def new_hello(*, shard: int, generation: int, epoch: int) -> Hello:
     )
 
 
-def welcome(message: Message, secret: bytes, hello: Hello) -> Welcome:
+def welcome(message: Message, secret: bytes, hello: Hello, address: ServerAddress) -> Welcome:
     """The server's answer to the client's first frame, when that proves the secret.
 
     Raises:
-        ProtocolError: not a Proof, or the peer does not know the secret.
+        ProtocolError: not a Proof, the peer does not know the secret, or its proof is for another
+            server than the one at ``address`` that said ``hello``.
     """
     if not isinstance(message, Proof):
         raise ProtocolError("handshake", expected="Proof", got=type(message).__name__)
-    if not hmac.compare_digest(message.mac, _mac(secret, b"client", hello.nonce, message.nonce)):
-        raise ProtocolError("peer does not know the cluster secret")
-    return Welcome(mac=_mac(secret, b"server", message.nonce, hello.nonce))
+    expected = _mac(secret, "client", hello, address, message.nonce)
+    if not hmac.compare_digest(message.mac, expected):
+        raise ProtocolError("no proof of the cluster secret for this server")
+    return Welcome(mac=_mac(secret, "server", hello, address, message.nonce))
 
 
-def prove(message: Message, secret: bytes) -> tuple[Hello, Proof, bytes]:
+def prove(message: Message, secret: bytes, address: ServerAddress) -> tuple[Hello, Proof, bytes]:
     """The server's first frame as Hello, the Proof to send back, and the mac Welcome must carry.
+
+    ``address`` is the one that was connected to.
 
     Raises:
         ProtocolError: not a Hello, or another protocol version.
@@ -187,8 +206,8 @@ def prove(message: Message, secret: bytes) -> tuple[Hello, Proof, bytes]:
             "protocol version", expected=str(PROTOCOL_VERSION), got=str(message.protocol)
         )
     nonce = secrets.token_bytes(NONCE_BYTES)
-    proof = Proof(nonce=nonce, mac=_mac(secret, b"client", message.nonce, nonce))
-    return message, proof, _mac(secret, b"server", nonce, message.nonce)
+    proof = Proof(nonce=nonce, mac=_mac(secret, "client", message, address, nonce))
+    return message, proof, _mac(secret, "server", message, address, nonce)
 
 
 def check_welcome(message: Message, mac: bytes) -> None:
@@ -197,8 +216,10 @@ def check_welcome(message: Message, mac: bytes) -> None:
         raise ProtocolError("server does not know the cluster secret")
 
 
-def _mac(secret: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
-    return hmac.digest(secret, role + first + second, "sha256")
+def _mac(secret: bytes, role: str, hello: Hello, address: ServerAddress, nonce: bytes) -> bytes:
+    said = (getattr(hello, name) for name in _FIELDS[Hello])
+    # packed, so that no two lists of values are the same bytes
+    return hmac.digest(secret, msgpack.packb([role, *said, *address, nonce]), "sha256")
 
 
 def _pack_value(value: Any) -> Any:
@@ -216,15 +237,18 @@ def _array(name: str, value: Any) -> np.ndarray[Any, np.dtype[Any]]:
     if type(value) is not tuple or len(value) != 3:
         raise _wrong(name, "an array as [dtype, shape, data]", value)
     dtype, shape, data = value
-    if type(dtype) is not str or dtype not in ITEM_BYTES:
-        raise _wrong(name, f"dtype in {sorted(ITEM_BYTES)}", dtype)
+    if type(dtype) is not str or dtype not in DTYPES:
+        raise _wrong(name, f"dtype in {sorted(DTYPES)}", dtype)
     if type(shape) is not tuple or len(shape) > MAX_NDIM:
         raise _wrong(name, f"a shape of at most {MAX_NDIM} sizes", shape)
-    if not all(type(size) is int and 0 <= size <= MAX_FRAME_BYTES for size in shape):
-        raise _wrong(name, "a shape of sizes >= 0", shape)
-    if type(data) is not bytes or math.prod(shape) * ITEM_BYTES[dtype] != len(data):
+    wanted = DTYPES[dtype].itemsize
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= MAX_FRAME_BYTES:
+            raise _wrong(name, "a shape of sizes >= 0", shape)
+        wanted *= size
+    if type(data) is not bytes or wanted != len(data):
         raise _wrong(name, f"the bytes of shape {shape}", data)
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+    return np.ndarray(shape, DTYPES[dtype], data)
 
 
 def _params(name: str, value: Any) -> SearchParams:
@@ -288,10 +312,9 @@ _READER_OF: dict[str, Callable[[str, Any], Any]] = {
     "message": _text,
     "field": _optional_text,
 }
-# Of each message: place in the payload's array, field, and what reads it.
+# Of each message: its fields and what reads them, in the order they travel.
 _READERS = {
-    kind: tuple(enumerate(((name, _READER_OF[name]) for name in names), start=1))
-    for kind, names in _FIELDS.items()
+    kind: tuple((name, _READER_OF[name]) for name in names) for kind, names in _FIELDS.items()
 }
 
 

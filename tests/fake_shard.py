@@ -106,7 +106,8 @@ class FakeShard:
         writer.write(encode_frame(0, hello))
         self.greeted += 1
         _, proof = await read_frame(reader)
-        writer.write(encode_frame(0, welcome(proof, self.secret, hello)))
+        answer = welcome(proof, self.secret, hello, ("127.0.0.1", self.port))
+        writer.write(encode_frame(0, answer))
 
     def _spawn(self, work) -> None:
         task = asyncio.create_task(work)

@@ -65,7 +65,7 @@ def open_target(address: Address, pid: int | None, stores: Sequence[Store]) -> T
     for store in stores:
         target = _match(address, pid, store, status)
         if target is not None:
-            check_whole(target.manifest, target.corpus.rows, status)
+            check_whole(target.manifest.rows, target.corpus.rows, status)
             return target
     raise NotFound(
         f"{address.url} serves generation {status['generation']} of {status['model_version']}",
@@ -87,19 +87,19 @@ def _match(
     return Target(address=address, pid=pid, store=store, manifest=manifest, corpus=corpus)
 
 
-def check_whole(manifest: GenerationManifest, corpus_rows: int, status: dict[str, Any]) -> None:
+def check_whole(built_rows: int, corpus_rows: int, status: dict[str, Any]) -> None:
     """Refuses to measure an index that is empty, short, or not all there: it would be fast.
 
     Raises:
         DataError: the generation, its vectors and the endpoint do not have the same rows.
         Unavailable: a shard is not connected.
     """
-    if not 0 < manifest.rows == corpus_rows == status["rows"]:
+    if not 0 < built_rows == corpus_rows == status["rows"]:
         raise DataError(
             "not the whole index",
             field="rows",
             expected=f"{corpus_rows} rows, as in the embedding set, and more than none",
-            got=f"{manifest.rows} in the generation, {status['rows']} served",
+            got=f"{built_rows} in the generation, {status['rows']} served",
         )
     missing = [shard["shard"] for shard in status["shards"] if not shard["connected"]]
     if missing or not status["shards"]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cluster.commands.model import data_option, default_run, run_option
 from cluster.commands.remote import evaluate_cluster
 from cluster.commands.report import metric_rows, segment_rows
 from cluster.console import StageProgress, print_table
+from cluster.endpoint import Address
 from shards.errors import InvalidInput
 from training.baselines import Baseline, evaluate_baseline
 from training.cold import cold_baselines
@@ -23,6 +25,18 @@ from training.queries import Candidates
 from training.tables import Dataset, open_dataset
 
 Columns = dict[str, MetricResult]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What every column of one report is measured on: the same users, items and cut-offs."""
+
+    dataset: Dataset
+    split: str
+    ks: tuple[int, ...]
+    max_users: int | None
+    with_segments: bool
+    candidates: Candidates
 
 
 @click.command()
@@ -84,30 +98,13 @@ def evaluate(
             )  # fmt: skip
         print_budget(dataset, split, results, as_json=as_json)
         return
+    task = Task(
+        dataset=dataset, split=split, ks=cutoffs, max_users=max_users,
+        with_segments=segments, candidates=candidates,
+    )  # fmt: skip
+    subject = cluster or run or default_run(settings, data)
     with StageProgress() as progress:
-        if cluster is not None:
-            with cluster.client() as client:
-                measured = evaluate_cluster(
-                    client, dataset, split, cutoffs, progress,
-                    max_users=max_users, with_segments=segments,
-                )  # fmt: skip
-            columns = {"cluster": measured}
-        else:
-            measured = evaluate_exact(
-                run or default_run(settings, data),
-                dataset,
-                split=split,
-                ks=cutoffs,
-                max_users=max_users,
-                with_segments=segments,
-                candidates=candidates,
-                progress=progress,
-            )
-            columns = {"model": measured}
-        if candidates == "cold":
-            columns |= cold_baselines(dataset, split=split, ks=cutoffs, max_users=max_users)
-        else:
-            columns |= baselines(dataset, split, cutoffs, progress, max_users, segments)
+        columns = measure(subject, task, progress) | measure_baselines(task, progress)
     # the ceilings are those of the whole test split, ranked as deep as the default cut-offs
     is_comparable = split == "test" and not ks and max_users is None and candidates == "all"
     ceilings = (dataset.ceilings or {}) if is_comparable else {}
@@ -117,23 +114,45 @@ def evaluate(
     print_columns(dataset, split, columns, ceilings)
 
 
-def baselines(
-    dataset: Dataset,
-    split: str,
-    ks: tuple[int, ...],
-    progress: StageProgress,
-    max_users: int | None,
-    with_segments: bool,
-) -> Columns:
-    """Popularity and SVD, measured like a model."""
+def measure(subject: Address | Path, task: Task, progress: StageProgress) -> Columns:
+    """The one column of a running cluster, by its address, or of a run, by its folder."""
+    if isinstance(subject, Address):
+        with subject.client() as client:
+            found = evaluate_cluster(
+                client,
+                task.dataset,
+                task.split,
+                task.ks,
+                progress,
+                max_users=task.max_users,
+                with_segments=task.with_segments,
+            )
+        return {"cluster": found}
+    found = evaluate_exact(
+        subject,
+        task.dataset,
+        split=task.split,
+        ks=task.ks,
+        max_users=task.max_users,
+        with_segments=task.with_segments,
+        candidates=task.candidates,
+        progress=progress,
+    )
+    return {"model": found}
+
+
+def measure_baselines(task: Task, progress: StageProgress) -> Columns:
+    """Popularity and SVD, or what there is for items without interactions; like a model."""
+    if task.candidates == "cold":
+        return cold_baselines(task.dataset, split=task.split, ks=task.ks, max_users=task.max_users)
     return {
         baseline.value: evaluate_baseline(
             baseline,
-            dataset,
-            split=split,
-            ks=ks,
-            max_users=max_users,
-            with_segments=with_segments,
+            task.dataset,
+            split=task.split,
+            ks=task.ks,
+            max_users=task.max_users,
+            with_segments=task.with_segments,
             progress=progress,
         )
         for baseline in Baseline

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from cluster.launch import free_port
 from shards.generation import INDEX_NAME, shard_folder
 
 START_S = 120.0
+OTHER_KEY = "o" * 40  # of another cluster
 
 
 def shardline(
@@ -64,7 +66,11 @@ def test_evaluate_prints_the_model_beside_popularity_and_the_ceilings(folder: Pa
 def test_serve_status_query_down(folder: Path) -> None:
     port = free_port()
     server = subprocess.Popen(
-        command("serve", "--port", str(port)), cwd=folder, stderr=subprocess.PIPE, text=True
+        command("serve", "--port", str(port)),
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"SHARDLINE_API_KEY": OTHER_KEY},
     )
     try:
         assert server.stderr is not None
@@ -83,6 +89,7 @@ def test_serve_status_query_down(folder: Path) -> None:
         assert len(found["results"]) == 5
         assert found["coverage"]["rows_answered"] == 2000
         assert "results from generation 1" in shardline(folder, "query", "--item", "3").stdout
+        check_environments(server.pid)
         check_keys(folder, f"http://127.0.0.1:{port}", lines)
         taken = shardline(folder, "serve", "--port", str(port), expect=4)
         assert f"port {port} is taken" in taken.stderr
@@ -96,6 +103,16 @@ def test_serve_status_query_down(folder: Path) -> None:
     gone = shardline(folder, "status", expect=3)
     assert gone.stderr.startswith("error: ")
     assert "no cluster is serving this store" in gone.stderr
+
+
+def check_environments(pid: int) -> None:
+    """No process of the cluster has inherited a key, nor HAProxy the token of Ray."""
+    children = psutil.Process(pid).children(recursive=True)
+    assert {"raylet", "haproxy"} <= {child.name() for child in children}
+    for child in children:
+        environ = child.environ()
+        assert OTHER_KEY not in environ.values(), child.cmdline()
+        assert ("RAY_AUTH_TOKEN" in environ) <= (child.name() != "haproxy")
 
 
 def check_keys(folder: Path, url: str, lines: list[str]) -> None:

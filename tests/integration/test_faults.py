@@ -5,20 +5,31 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
+from bench.load.processes import router_process
 from cluster.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
 from cluster.deployment import serving, shard_reports
 from cluster.endpoint import Address
+from router.config import RouterConfig
 from router.messages import SearchAnswer
 from shards.errors import ShardlineError, Unavailable
 from tests.integration.conftest import Cluster
 
 RECOVERY_S = 60.0
+STALL_S = 5.0
+STALL_ASKERS = 3
+STALL_BATCH = 512  # queries a request, 256 KiB: what would pile up if it were kept for the shard
+FLAT_MIB = 16  # beside what the allocator keeps for itself
+ROUTER = RouterConfig()  # as the cluster's: its defaults
+LATE_AFTER_S = ROUTER.late_after_ms / 1e3
+DEADLINE_S = ROUTER.default_timeout_ms / 1e3
 
 
 @dataclass
@@ -26,6 +37,8 @@ class Questions:
     """Asks without pause in a thread; keeps every answer and every error with its time."""
 
     address: Address
+    batch: int = 1
+    seed: int = 3
     answers: list[tuple[float, SearchAnswer]] = field(default_factory=list)
     errors: list[tuple[float, ShardlineError]] = field(default_factory=list)
     _done: threading.Event = field(default_factory=threading.Event)
@@ -40,10 +53,11 @@ class Questions:
         self._thread.join()
 
     def _ask(self) -> None:
-        rng = np.random.default_rng(3)
+        rng = np.random.default_rng(self.seed)
+        shape = (self.batch, 128)
         with self.address.client() as client:
             while not self._done.is_set():
-                query = rng.standard_normal((1, 128), dtype=np.float32)  # never one from the cache
+                query = rng.standard_normal(shape, dtype=np.float32)  # never one from the cache
                 try:
                     answer = client.search(vectors=query, k=20)
                 except ShardlineError as error:
@@ -97,6 +111,54 @@ def test_a_killed_shard_costs_its_rows_and_comes_back(cluster: Cluster) -> None:
     revived = shard_reports()[1]
     assert revived["pid"] != victim["pid"]
     assert revived["epoch"] > victim["epoch"]
+
+
+def test_a_stalled_shard_costs_its_rows_alone_and_memory_stays_flat(cluster: Cluster) -> None:
+    victim = shard_reports()[1]
+    stalled = psutil.Process(victim["pid"])
+    watched = [router_process(os.getpid()), *(psutil.Process(r["pid"]) for r in shard_reports())]
+    with ExitStack() as stack:
+        askers = [
+            stack.enter_context(Questions(cluster.endpoint.address, batch=STALL_BATCH, seed=seed))
+            for seed in range(STALL_ASKERS)
+        ]
+        for asker in askers:
+            asker.wait_for(is_full, since=time.perf_counter() + 1)  # buffers have their size by now
+        memory: list[tuple[float, list[int]]] = []
+        stalled.send_signal(signal.SIGSTOP)
+        began = time.perf_counter()
+        try:
+            while time.perf_counter() < began + STALL_S:
+                used = [process.memory_info().rss >> 20 for process in watched]
+                memory.append((time.perf_counter(), used))
+                time.sleep(0.05)
+        finally:
+            stalled.send_signal(signal.SIGCONT)
+        ended = time.perf_counter()
+        for asker in askers:
+            settled = asker.wait_for(is_full, since=ended)
+            asker.wait_for(is_full, since=settled + WATCH_INTERVAL_S)
+    assert [asker.errors for asker in askers] == [[]] * len(askers), "no query may fail"
+    answers = sorted(
+        ((at, answer) for asker in askers for at, answer in asker.answers), key=lambda each: each[0]
+    )
+    for _, answer in answers:
+        if is_partial(answer):
+            assert answer.coverage.rows_answered == answer.coverage.rows_asked - victim["rows"]
+            assert [reason[:8] for reason in answer.coverage.degraded] == ["shard 1:"]
+    # one deadline is waited out, at most three until the shard counts as silent; then nobody waits
+    silent_from = began + (LATE_AFTER_S + 2 * DEADLINE_S)
+    without = [answer for at, answer in answers if silent_from < at < ended]
+    assert len(without) > 20
+    assert all(is_partial(answer) for answer in without)
+    assert np.median([answer.took_ms for answer in without]) < DEADLINE_S * 1e3 / 2
+    held = np.array([used for at, used in memory if at > silent_from])
+    grown = held.max(axis=0) - held[0]
+    print(
+        f"{len(without)} answers without the shard to {len(without) * STALL_BATCH >> 11} MiB of "
+        f"queries; MiB of router and shards {memory[0][1]}, then {held[0]}, grown by {grown}"
+    )
+    assert grown.max() <= FLAT_MIB
 
 
 def test_queries_go_on_while_the_controller_is_away(cluster: Cluster) -> None:

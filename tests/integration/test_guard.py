@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import time
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from cluster.deployment import shard_reports
-from cluster.haproxy import HEADER_TIMEOUT_S
+from cluster.haproxy import HEADER_TIMEOUT_S, REPLICA_PLACES
 from cluster.keys import add_key, remove_key
 from router.auth import RELOAD_S
 from router.client import Client
@@ -71,11 +72,10 @@ def answer_on(opened: socket.socket) -> bytes:
 
 
 def until(condition, timeout_s: float = SOON_S) -> float:
-    """Seconds until the condition holds."""
+    """Seconds until the condition holds; each look at it is a request, whose answer is awaited."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < timeout_s, f"not within {timeout_s} s"
-        time.sleep(0.02)
     return time.monotonic() - started
 
 
@@ -203,6 +203,16 @@ def test_a_thousand_idle_connections_hold_nobody_up(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def search_request(key: str) -> bytes:
+    """A search of ten seconds at most, as it goes over a socket."""
+    body = b'{"item_ids": [1], "k": 3, "timeout_ms": 10000}'
+    head = (
+        f"POST /v1/search HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
 def in_flight(http: httpx.Client, key: str) -> int:
     found: int = http.get("/v1/status", headers=bearer(key)).json()["in_flight"]
     return found
@@ -212,18 +222,13 @@ def test_a_client_that_leaves_takes_its_work_along(
     cluster: Cluster, http: httpx.Client, keys: dict[Scope, str]
 ) -> None:
     key, victim = keys[Scope.SEARCH], shard_reports()[2]["pid"]
-    body = b'{"item_ids": [1], "k": 3, "timeout_ms": 10000}'
-    head = (
-        f"POST /v1/search HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
     before = in_flight(http, key)
     os.kill(victim, signal.SIGSTOP)
     try:
         with ExitStack() as stack:
             opened = [stack.enter_context(connection(cluster)) for _ in range(5)]
             for each in opened:
-                each.sendall(head.encode() + body)
+                each.sendall(search_request(key))
             until(lambda: in_flight(http, key) == before + 5)
         left = until(lambda: in_flight(http, key) == before)
         print(f"{len(opened)} clients left; their work was dropped after {left * 1e3:.0f} ms")
@@ -236,6 +241,60 @@ def test_a_client_that_leaves_takes_its_work_along(
             not http.post("/v1/search", json=QUERY, headers=headers).json()["coverage"]["degraded"]
         )
     )
+
+
+def test_more_than_there_is_room_for_is_refused_at_once_and_all_is_well_after(
+    cluster: Cluster, http: httpx.Client, keys: dict[Scope, str]
+) -> None:
+    """Three times as many as a replica takes, while a shard that does not answer keeps them."""
+    key, victim = keys[Scope.SEARCH], shard_reports()[2]["pid"]
+    before = in_flight(http, key)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(connection(cluster)) for _ in range(3 * REPLICA_PLACES)]
+        os.kill(victim, signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            for each in opened:
+                each.sendall(search_request(key))
+            refused: dict[socket.socket, bytes] = {}
+            while len(refused) < len(opened) - REPLICA_PLACES - 1:  # those the others leave no room
+                waiting = [each for each in opened if each not in refused]
+                ready, _, _ = select.select(waiting, [], [], SOON_S)
+                assert ready, f"only {len(refused)} were answered"
+                refused |= {each: answer_on(each) for each in ready}
+            took_s = time.monotonic() - started
+        finally:
+            os.kill(victim, signal.SIGCONT)
+        for answer in refused.values():
+            assert answer.startswith(b"HTTP/1.1 429 "), answer
+            assert b"\r\nretry-after: 1\r\n" in answer.lower()
+            assert b'"code": "overloaded"' in answer
+        assert took_s < 5, "long before the deadline of ten seconds"
+        answers = [answer_on(each) for each in opened if each not in refused]
+        assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
+    recovered = until(
+        lambda: (
+            in_flight(http, key) == before
+            and not http.post("/v1/search", json=QUERY, headers=bearer(key)).json()["coverage"][
+                "degraded"
+            ]
+        )
+    )
+    print(
+        f"{len(refused)} of {len(opened)} refused within {took_s * 1e3:.0f} ms, {len(answers)} "
+        f"answered, whole again after {recovered * 1e3:.0f} ms"
+    )
+
+
+def test_websockets_are_refused(cluster: Cluster, keys: dict[Scope, str]) -> None:
+    for line in ("", f"Authorization: Bearer {keys[Scope.ADMIN]}\r\n"):
+        with connection(cluster) as opened:
+            opened.sendall(
+                f"GET /v1/search HTTP/1.1\r\nHost: x\r\n{line}Upgrade: websocket\r\n"
+                "Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+                "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n".encode()
+            )
+            assert opened.recv(4096).startswith(b"HTTP/1.1 403 ")
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["content-length", "chunked"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import logging
 
 import httpx
@@ -16,7 +17,14 @@ from router.config import RouterConfig
 from router.service import SearchService
 from shards.schema import Metric
 from tests.fake_encoder import FakeEncoder
-from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards
+from tests.fake_shard import (
+    SECRET,
+    brute_force,
+    make_rows,
+    make_table,
+    running_shards,
+    until,
+)
 
 DIM = 8
 CONFIG = RouterConfig(
@@ -153,6 +161,8 @@ BAD = [
     ({"vectors": [ONE], "k": 0}, "k", "out of range"),
     ({"vectors": [ONE], "k": -1}, "k", "out of range"),
     ({"vectors": [ONE], "k": 51}, "k", "out of range"),
+    ({"vectors": [ONE], "k": 2**31}, "k", "out of range"),
+    ({"vectors": [ONE], "k": 2**63}, "k", "out of range"),
     ({"vectors": [ONE], "k": 2.5}, "k", "wrong value"),
     ({"vectors": [ONE], "k": "3"}, "k", "wrong value"),
     ({"vectors": [ONE], "topk": 3}, "topk", "unknown field"),
@@ -214,6 +224,57 @@ def test_nan_in_msgpack_is_400_too():
     content = msgpack.packb({"vectors": array})
     response = one_request("POST", "/v1/search", content=content, headers=MSGPACK)
     assert (response.status_code, response.json()["field"]) == (400, "vectors[0]")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "detail"),
+    [
+        ({"k": 2**31}, "k", "out of range"),
+        ({"vectors": [ONE, ONE[1:]]}, "vectors[1]", "different lengths"),
+        ({"k": msgpack.ExtType(4, b"x")}, "body", "extension types"),
+        ({"vectors": msgpack.ExtType(1, bytes(4 * DIM))}, "body", "extension types"),
+        # float64 that float32 cannot hold
+        ({"vectors": [[1e39, *ONE[1:]]]}, "vectors[0]", "not finite"),
+        (
+            {
+                "vectors": {
+                    "dtype": "<f8",
+                    "shape": [1, DIM],
+                    "data": np.array([1e39, *ONE[1:]], "<f8").tobytes(),
+                }
+            },
+            "vectors[0]",
+            "not finite",
+        ),
+    ],
+)
+def test_bad_values_in_msgpack_are_400_and_reach_no_shard(changes, field, detail):
+    async def run():
+        async with api() as (http, shards, _, _):
+            content = msgpack.packb({"vectors": [ONE]} | changes)
+            response = await http.post("/v1/search", content=content, headers=MSGPACK)
+            assert response.status_code == 400
+            problem = response.json()
+            assert (problem["code"], problem["field"]) == ("invalid_input", field)
+            assert detail in problem["detail"]
+            assert [shard.requests for shard in shards] == [[], [], [], []]
+
+    asyncio.run(run())
+
+
+def test_float64_in_msgpack_is_searched_as_float32():
+    async def run():
+        async with api() as (http, shards, _, vectors):
+            exact = vectors[:1].astype("<f8") + 1e-12  # which float32 rounds away
+            array = {"dtype": "<f8", "shape": [1, DIM], "data": exact.tobytes()}
+            content = msgpack.packb({"vectors": array, "k": 4})
+            response = await http.post("/v1/search", content=content, headers=MSGPACK)
+            expected, _ = brute_force(vectors[:1], np.arange(60), vectors, 4)
+            np.testing.assert_array_equal(decode_answer(response.content).ids, expected)
+            (request,) = shards[0].requests
+            assert request.queries.dtype == np.float32
+
+    asyncio.run(run())
 
 
 def test_a_body_that_is_not_msgpack_is_400():
@@ -280,6 +341,35 @@ def test_a_body_too_large_is_refused_without_content_length_and_before_all_of_it
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "gzip, gzip", "x-gzip"])
+def test_a_bomb_is_refused_before_a_byte_of_it_is_read(encoding):
+    bomb = gzip.compress(bytes(32 << 20))
+    assert len(bomb) < 64 << 10, "a thousand times as large unfolded"
+
+    async def run():
+        read = 0
+
+        async def body():
+            nonlocal read
+            read += 1
+            yield bomb
+
+        config = CONFIG.model_copy(update={"max_body_bytes": 1 << 20})
+        async with api(config=config) as (http, _, service, _):
+            headers = JSON | {"content-encoding": encoding}
+            response = await http.post("/v1/search", content=body(), headers=headers)
+            problem = response.json()
+            assert (response.status_code, problem["code"]) == (415, "unsupported_media_type")
+            assert (problem["field"], problem["got"]) == ("Content-Encoding", encoding)
+            assert read == 0
+            # and one that does not say what it is is not unfolded
+            response = await http.post("/v1/search", content=bomb, headers=JSON)
+            assert (response.status_code, response.json()["field"]) == (400, "body")
+            assert service.status()["in_flight"] == 0
+
+    asyncio.run(run())
+
+
 def test_a_body_that_does_not_arrive_is_given_up():
     async def run():
         async def stuck():
@@ -293,10 +383,16 @@ def test_a_body_that_does_not_arrive_is_given_up():
     asyncio.run(run())
 
 
-def test_a_client_that_leaves_gets_nothing_and_harms_nothing():
+@pytest.mark.parametrize(
+    "sent_before", [[], [b'{"item_ids"'], [b'{"item_ids": [', b"1, "]], ids=["none", "some", "more"]
+)
+def test_a_client_that_leaves_gets_nothing_and_harms_nothing(sent_before):
     async def run():
-        async with api() as (http, _, service, _):
+        async with api() as (http, shards, service, _):
             app = http._transport.app
+            received = [
+                {"type": "http.request", "body": part, "more_body": True} for part in sent_before
+            ]
             scope = {
                 "type": "http",
                 "method": "POST",
@@ -306,12 +402,45 @@ def test_a_client_that_leaves_gets_nothing_and_harms_nothing():
             sent = []
 
             async def gone():
-                return {"type": "http.disconnect"}
+                return received.pop(0) if received else {"type": "http.disconnect"}
 
             async def send(message):
                 sent.append(message)
 
             await app(scope, gone, send)
+            assert sent == []
+            assert service.status()["in_flight"] == 0
+            assert [shard.requests for shard in shards] == [[], [], [], []]
+
+    asyncio.run(run())
+
+
+def test_a_client_that_leaves_while_it_waits_ends_its_search():
+    async def run():
+        async with api() as (http, shards, service, vectors):
+            for shard in shards:
+                shard.gate.clear()  # none answers
+            body = orjson.dumps({"vectors": vectors[:1].tolist(), "timeout_ms": 10_000})
+            messages = [{"type": "http.request", "body": body, "more_body": False}]
+            sent = []
+
+            async def receive():
+                if messages:
+                    return messages.pop()
+                await until(lambda: all(shard.requests for shard in shards))
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/search",
+                "headers": [(b"content-type", b"application/json")],
+            }
+            async with asyncio.timeout(5):
+                await http._transport.app(scope, receive, send)
             assert sent == []
             assert service.status()["in_flight"] == 0
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from router.api import create_app
+from router.api import RequestContext, create_app
 from router.auth import RELOAD_S, AuthSettings, Guard, needed_scope
 from router.config import RouterConfig
 from router.keys import Key, Keyring, Scope
 from router.problems import Forbidden, Unauthenticated
 from router.service import SearchService
+from shards.metrics import Recorder
 
 SEARCH = Key(Scope.SEARCH, "s" * 40)
 ADMIN = Key(Scope.ADMIN, "a" * 40)
@@ -165,6 +166,33 @@ def test_a_stranger_is_turned_away_before_the_body_is_read_and_takes_no_place() 
         with service.admit():  # no room for another one
             await app(scope, receive, send)
         assert sent[0]["status"] == 401
+
+    asyncio.run(run())
+
+
+def test_websockets_are_refused_before_anything_looks_at_them() -> None:
+    async def run() -> None:
+        async def app(scope, receive, send):
+            raise AssertionError("it came through")
+
+        async def receive():
+            raise AssertionError("it was read from")
+
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        config = RouterConfig()
+        outermost = RequestContext(
+            app, config, Guard(AuthSettings(keyring=RING)), direct={}, recorder=Recorder()
+        )
+        bearer = f"Bearer {ADMIN.secret}".encode()
+        for headers in ([], [(b"authorization", bearer)]):
+            for path in ("/v1/search", "/healthz", "/"):
+                scope = {"type": "websocket", "path": path, "headers": headers}
+                await outermost(scope, receive, send)
+        assert sent == [{"type": "websocket.close", "code": 1008}] * 6
 
     asyncio.run(run())
 

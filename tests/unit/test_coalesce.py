@@ -47,21 +47,27 @@ def rows_asked(shard):
     return [len(request.queries) for request in shard.requests]
 
 
-async def hold_the_lane(fanout, shards, vectors, **options):
-    """A search whose frame is under way and unanswered."""
-    for shard in shards:
-        shard.gate.clear()
-    first = asyncio.create_task(search(fanout, vectors[:1], **options))
-    await until(lambda: all(shard.requests for shard in shards))
-    return first
-
-
-def test_what_arrives_while_a_frame_is_under_way_leaves_together_and_each_gets_its_own(monkeypatch):
-    monkeypatch.setattr("router.coalesce.HOLD_MS", 60_000.0)
-
-    async def run():
+@contextlib.asynccontextmanager
+async def held_lane():
+    """``cluster``, and a search whose frame is under way and stays there until it is answered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("router.coalesce.HOLD_MS", 60_000.0)
         async with cluster() as (fanout, shards, ids, vectors):
-            first = await hold_the_lane(fanout, shards, vectors)
+            for shard in shards:
+                shard.gate.clear()
+            first = asyncio.create_task(search(fanout, vectors[:1]))
+            await until(lambda: all(shard.requests for shard in shards))
+            yield fanout, shards, ids, vectors, first
+
+
+def answer_all(shards):
+    for shard in shards:
+        shard.gate.set()
+
+
+def test_what_arrives_while_a_frame_is_under_way_leaves_together_and_each_gets_its_own():
+    async def run():
+        async with held_lane() as (fanout, shards, ids, vectors, first):
             sizes = [1, 3, 1, 2]
             starts = np.cumsum([1, *sizes])
             others = [
@@ -69,8 +75,7 @@ def test_what_arrives_while_a_frame_is_under_way_leaves_together_and_each_gets_i
                 for start, size in zip(starts, sizes, strict=False)
             ]
             await asyncio.sleep(0)
-            for shard in shards:
-                shard.gate.set()
+            answer_all(shards)
             for answer, start, size in zip(
                 await asyncio.gather(first, *others), [0, *starts], [1, *sizes], strict=False
             ):
@@ -84,20 +89,16 @@ def test_what_arrives_while_a_frame_is_under_way_leaves_together_and_each_gets_i
     asyncio.run(run())
 
 
-def test_an_idle_lane_asks_at_once_and_other_terms_do_not_wait(monkeypatch):
-    monkeypatch.setattr("router.coalesce.HOLD_MS", 60_000.0)
-
+def test_an_idle_lane_asks_at_once_and_other_terms_do_not_wait():
     async def run():
-        async with cluster() as (fanout, shards, _, vectors):
-            first = await hold_the_lane(fanout, shards, vectors)
+        async with held_lane() as (fanout, shards, _, vectors, first):
             others = [
                 asyncio.create_task(search(fanout, vectors[:1], k=6)),
                 asyncio.create_task(search(fanout, vectors[:1], params=SearchParams(nprobe=2))),
                 asyncio.create_task(search(fanout, vectors[:1], min_coverage=0.5)),
             ]
             await until(lambda: len(shards[0].requests) == 4)
-            for shard in shards:
-                shard.gate.set()
+            answer_all(shards)
             await asyncio.gather(first, *others)
             assert rows_asked(shards[0]) == [1, 1, 1, 1]
 
@@ -123,19 +124,15 @@ def test_a_shard_that_hangs_holds_up_nobody_for_longer_than_the_hold():
     asyncio.run(run())
 
 
-def test_a_frame_is_bounded_and_what_does_not_fit_travels_alone(monkeypatch):
-    monkeypatch.setattr("router.coalesce.HOLD_MS", 60_000.0)
-
+def test_a_frame_is_bounded_and_what_does_not_fit_travels_alone():
     async def run():
-        async with cluster() as (fanout, shards, ids, vectors):
-            first = await hold_the_lane(fanout, shards, vectors)
+        async with held_lane() as (fanout, shards, ids, vectors, first):
             big = np.tile(vectors, (MAX_FRAME_ROWS // len(vectors) + 1, 1))
             assert len(big) > MAX_FRAME_ROWS
             work = [vectors[:1], big, vectors[:2], vectors[:3]]
             others = [asyncio.create_task(search(fanout, queries)) for queries in work]
             await asyncio.sleep(0)
-            for shard in shards:
-                shard.gate.set()
+            answer_all(shards)
             answers = await asyncio.gather(first, *others)
             assert rows_asked(shards[0]) == [1, 1, len(big), 5]
             expected = brute_force(big, ids, vectors, 5)
@@ -144,22 +141,16 @@ def test_a_frame_is_bounded_and_what_does_not_fit_travels_alone(monkeypatch):
     asyncio.run(run())
 
 
-def test_a_deadline_that_ends_behind_a_frame_is_said_and_a_caller_that_left_is_forgotten(
-    monkeypatch,
-):
-    monkeypatch.setattr("router.coalesce.HOLD_MS", 60_000.0)
-
+def test_a_deadline_that_ends_behind_a_frame_is_said_and_a_caller_that_left_is_forgotten():
     async def run():
-        async with cluster() as (fanout, shards, _, vectors):
-            first = await hold_the_lane(fanout, shards, vectors)
+        async with held_lane() as (fanout, shards, _, vectors, first):
             gone = asyncio.create_task(search(fanout, vectors[:1]))
             with pytest.raises(DeadlineExceeded, match="before the shards were asked"):
                 await search(fanout, vectors[:1], timeout=0.02)
             gone.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await gone
-            for shard in shards:
-                shard.gate.set()
+            answer_all(shards)
             await first
             assert rows_asked(shards[0]) == [1]
             assert fanout._coalescer._lanes == {}
@@ -167,12 +158,9 @@ def test_a_deadline_that_ends_behind_a_frame_is_said_and_a_caller_that_left_is_f
     asyncio.run(run())
 
 
-def test_a_member_keeps_its_own_deadline_in_a_shared_frame(monkeypatch):
-    monkeypatch.setattr("router.coalesce.HOLD_MS", 60_000.0)
-
+def test_a_member_keeps_its_own_deadline_in_a_shared_frame():
     async def run():
-        async with cluster() as (fanout, shards, _, vectors):
-            first = await hold_the_lane(fanout, shards, vectors)
+        async with held_lane() as (fanout, shards, _, vectors, first):
             patient = asyncio.create_task(search(fanout, vectors[:1], timeout=5.0))
             hasty = asyncio.create_task(search(fanout, vectors[1:2], timeout=0.2))
             await asyncio.sleep(0)
@@ -183,8 +171,7 @@ def test_a_member_keeps_its_own_deadline_in_a_shared_frame(monkeypatch):
                     await answer(writer, request_id, message)
 
             shards[1]._answer = answer_all_but_pairs
-            for shard in shards:
-                shard.gate.set()
+            answer_all(shards)
             assert (await first).coverage.share == 1.0
             assert (await asyncio.wait_for(hasty, 2)).coverage.degraded == [
                 "shard 1: deadline exceeded"
@@ -262,12 +249,9 @@ def test_refusals_do_not_count_as_coverage():
     asyncio.run(run())
 
 
-def test_many_frames_that_no_shard_takes_end_one_after_the_other(monkeypatch):
-    monkeypatch.setattr("router.coalesce.HOLD_MS", 60_000.0)
-
+def test_many_frames_that_no_shard_takes_end_one_after_the_other():
     async def run():
-        async with cluster() as (fanout, shards, _, vectors):
-            first = await hold_the_lane(fanout, shards, vectors)
+        async with held_lane() as (fanout, shards, _, vectors, first):
             big = np.tile(vectors, (3, 1))  # two of them do not fit one frame
             others = [asyncio.create_task(search(fanout, big)) for _ in range(400)]
             await asyncio.sleep(0)

@@ -2,16 +2,17 @@
 
 import asyncio
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from router.config import RouterConfig
-from router.connection import ShardConnection, backoff_ms
+from router.connection import MAX_UNSENT_BYTES, ShardConnection, backoff_ms
 from shards.errors import Overloaded, Unavailable
 from shards.types import FetchReply, FetchRequest, ShardRoute
 from shards.wire import HEADER, KEEP_ALIVE, MAX_FRAME_BYTES, decode_payload, encode_frame
-from tests.fake_shard import SECRET, FakeShard, make_rows, until
+from tests.fake_shard import SECRET, FakeShard, make_rows, read_frame, until
 
 FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, connect_timeout_ms=500)
 
@@ -46,6 +47,45 @@ def test_backoff_doubles_up_to_its_limit_and_half_of_it_is_random():
     for failures, longest in [(1, 10), (2, 20), (3, 40), (4, 80), (5, 100), (5000, 100)]:
         pauses = [backoff_ms(failures, config, random.Random(seed)) for seed in range(50)]
         assert longest / 2 <= min(pauses) < max(pauses) <= longest
+
+
+def test_reconnections_are_spaced_by_the_back_off_and_begin_anew_after_an_answer(monkeypatch):
+    async def run():
+        shard = make_shard()
+        route = await shard.start()
+        await shard.kill()
+        pauses = []
+        sleep = asyncio.sleep
+
+        async def noted(seconds):
+            pauses.append(seconds * 1000)
+            await sleep(0)
+
+        monkeypatch.setattr("router.connection.asyncio.sleep", noted)
+        config = RouterConfig(backoff_base_ms=10, backoff_max_ms=80)
+        connection = connect(route, config=config)
+        async with asyncio.timeout(5):
+            while len(pauses) < 30:
+                await sleep(0.002)
+        for number, pause in enumerate(pauses[:30]):
+            longest = min(80, 10 * 2**number)
+            assert longest / 2 <= pause <= longest
+        assert len(set(pauses[3:30])) > 20, "routers do not come back in step"
+
+        await shard.start(route.address[1])
+        async with asyncio.timeout(5):
+            while not connection.connected:
+                await sleep(0.002)
+        await ask(connection, 1)
+        pauses.clear()
+        await shard.kill()
+        async with asyncio.timeout(5):
+            while len(pauses) < 2:
+                await sleep(0.002)
+        assert 5 <= pauses[0] <= 10 <= pauses[1] <= 20
+        await connection.close()
+
+    asyncio.run(run())
 
 
 def test_many_requests_are_in_flight_and_replies_find_their_own():
@@ -119,6 +159,40 @@ def test_the_wrong_process_is_refused(shard_options, route_epoch, reason):
             ask(connection, 1)
         await connection.close()
         await shard.kill()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("told", [{}, {"shard": 0}, {"shard": 0, "epoch": 9}])
+def test_a_stranger_that_passes_the_handshake_on_to_another_shard_is_refused(told):
+    """It listens where shard 0 is thought to be, and lets shard 0 or 1 prove the secret for it."""
+
+    async def run():
+        shard = make_shard(shard=0 if not told else 1)
+        await shard.start()
+
+        async def relay(reader, writer):
+            there, back = await asyncio.open_connection("127.0.0.1", shard.port)
+            _, hello = await read_frame(there)
+            writer.write(encode_frame(0, replace(hello, **told)))
+            back.write(encode_frame(0, (await read_frame(reader))[1]))
+            seen.append(await there.read())
+            back.close()
+            writer.close()
+
+        seen = []
+        stranger = await asyncio.start_server(relay, "127.0.0.1", 0)
+        address = stranger.sockets[0].getsockname()[:2]
+        once = FAST.model_copy(update={"backoff_base_ms": 1e4, "backoff_max_ms": 1e4})
+        route = ShardRoute(shard=0, rows=20, epoch=1, address=address)
+        connection = connect(route, config=once)
+        await until(lambda: "connection lost during the handshake" in connection.reason)
+        assert not connection.connected
+        assert seen == [b""], "the shard closed instead of welcoming it"
+        await connection.close()
+        stranger.close()
+        await shard.kill()
+        await until(lambda: len(asyncio.all_tasks()) == 1)
 
     asyncio.run(run())
 
@@ -246,7 +320,7 @@ def test_a_shard_that_does_not_read_is_overloaded_instead_of_buffered_without_bo
         connection = connect(await shard.start())
         await connection.settled()
         shard.stop_reading()
-        big = encode_frame(1, FetchRequest(item_ids=np.arange(500_000), timeout_ms=1.0))
+        big = encode_frame(1, FetchRequest(item_ids=np.arange(2_000_000), timeout_ms=1.0))
         refused = 0
         for request_id in range(1, 20):
             try:
@@ -255,6 +329,26 @@ def test_a_shard_that_does_not_read_is_overloaded_instead_of_buffered_without_bo
                 refused += 1
             await asyncio.sleep(0)
         assert refused >= 10
+        unsent = connection._link._transport.get_write_buffer_size()
+        assert MAX_FRAME_BYTES < unsent <= MAX_UNSENT_BYTES + len(big)
+        await connection.close()
+        await shard.kill()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [100_000, MAX_FRAME_BYTES])
+def test_one_frame_of_any_size_is_no_overload(size):
+    async def run():
+        shard = make_shard()
+        connection = connect(await shard.start())
+        await connection.settled()
+        shard.stop_reading()
+        connection.request(1, HEADER.pack(size, 1) + bytes(size), lambda _reply: None)
+        await asyncio.sleep(0)
+        if size == MAX_FRAME_BYTES:  # more than the kernel takes
+            assert connection._link._transport.get_write_buffer_size() > MAX_FRAME_BYTES / 2
+        ask(connection, 2)
         await connection.close()
         await shard.kill()
 

