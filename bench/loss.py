@@ -130,7 +130,7 @@ def measure_times(rows: int, dim: int, masks: bool) -> list[tuple[float, float]]
     for repeat in range(REPEATS + 1):
         for name, loss in LOSSES.items():
             started, spent = time.perf_counter(), time.process_time()
-            loss(case).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss(case))
             if repeat:  # the first one warms up
                 walls[name].append(1000 * (time.perf_counter() - started))
                 cpu[name] += 1000 * (time.process_time() - spent) / REPEATS
@@ -140,11 +140,11 @@ def measure_times(rows: int, dim: int, masks: bool) -> list[tuple[float, float]]
 def measure_memory(rows: int, dim: int, masks: bool, name: str) -> tuple[float, float, float]:
     """MiB above the vectors at the peak, the seconds, and the loss, of one step."""
     case = make_case(rows, dim, masks=masks)
-    LOSSES[name](make_case(256, dim, masks=masks)).backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(LOSSES[name](make_case(256, dim, masks=masks)))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, started = _resident_kib("VmRSS"), time.perf_counter()
     loss = LOSSES[name](case)
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
     seconds = time.perf_counter() - started
     return (_resident_kib("VmHWM") - before) / 1024, seconds, loss.item()
 
@@ -155,7 +155,7 @@ def largest_difference(rows: int, dim: int, masks: bool) -> float:
     for loss in LOSSES.values():
         case = make_case(rows, dim, masks=masks)
         value = loss(case)
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         leaves = (case.queries, case.items, case.temperature)
         found.append([value.detach(), *(leaf.grad for leaf in leaves)])
     return max(

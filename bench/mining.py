@@ -28,15 +28,13 @@ from cluster.deployment import serving
 from cluster.launch import cores
 from cluster.store import Store
 from shards.schema import IdArray
-from training.batches import TrainingData
-from training.checkpoint import load_best
+from training.checkpoint import load_best, open_data
 from training.config import LossConfig, MiningConfig, TrainingConfig
 from training.encoding import encode_queries
 from training.evaluate import evaluate_exact
 from training.export import export
 from training.hard_negatives import Origin, write_negatives
 from training.launch import train
-from training.loop import CACHE
 from training.miner import build_miner
 from training.mining import Mined, depth_of
 from training.searchers import ExactSearch, Search, open_cluster
@@ -75,6 +73,7 @@ def run(
     table = store.root / "hard-negatives"
     origin = Origin(
         model_version=speed["model_version"],
+        fit_splits=training.fit_splits,
         generation=speed["generation"],
         config=training.mining,
         seed=0,
@@ -170,7 +169,7 @@ def _pairs(mined: Mined, dataset: Dataset) -> IdArray:
 def _floors(base: Path, rules: MiningConfig, cluster: Search) -> dict[str, dict[str, float]]:
     """examples/s of embedding alone, and of either search alone, over the blocks of mining."""
     _, model = load_best(base)
-    data = TrainingData.open(base / CACHE)
+    data = open_data(base)
     miner = build_miner(model, data, rules, 0)
     blocks = miner.blocks()
     total = sum(len(users) for users in blocks)

@@ -31,7 +31,8 @@ def on_ranks(work: Callable[..., Any], world: int, *given: Any, threads: int = 1
     multiprocessing.set_forkserver_preload([work.__module__])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        start_processes(  # type: ignore[no-untyped-call]
+        start: Callable[..., object] = start_processes  # torch gives it no types
+        start(
             _one_rank, (world, out, threads, work, given), nprocs=world, start_method="forkserver"
         )
         return pickle.loads((out / "result").read_bytes())

@@ -24,15 +24,15 @@ from torch import nn
 
 from bench.ranks import StepTimes, on_ranks, time_steps
 from training import gather
-from training.batches import Sampler, TrainingData, prepare
-from training.checkpoint import Run, open_run, start_run
+from training.batches import Sampler, prepare
+from training.checkpoint import CACHE, Run, open_data, open_run, start_run
 from training.config import TrainingConfig
 from training.features import fit
 from training.infer import infer_config
-from training.loop import CACHE, build_trainer
 from training.row_adam import tables
 from training.tables import open_dataset
 from training.towers import TwoTower, build_model
+from training.trainer import build_trainer
 
 BATCH = 2048
 WARM_UP, STEPS = 3, 20
@@ -70,7 +70,7 @@ class Measured:
 def measure(run_folder: str) -> Measured:
     folder = Path(run_folder)
     run = open_run(folder)
-    data = TrainingData.open(folder / CACHE)
+    data = open_data(folder)
     sampler = Sampler(
         data=data,
         batch_size=run.config.batch_size,

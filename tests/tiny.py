@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from training.batches import prepare
+from training.checkpoint import CACHE, Run, start_run
 from training.config import TrainingConfig
+from training.features import fit
 from training.tables import Dataset, vector_column, write_dataset
 
 NUM_USERS, NUM_ITEMS, PER_USER = 40, 60, 8
@@ -81,3 +84,11 @@ def tiny_config(**changes: Any) -> TrainingConfig:
         "seed": 3,
     }
     return TrainingConfig.model_validate(base | changes)
+
+
+def declared_run(folder: Path, config: TrainingConfig, dataset: Dataset) -> Path:
+    """A run folder as its ranks find it; the folder."""
+    space = fit(config, dataset)
+    prepare(dataset, space, folder / CACHE, config.fitted_splits)
+    start_run(folder, Run(config=config, space=space), dataset.identity)
+    return folder

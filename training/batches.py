@@ -50,13 +50,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """The prepared dataset, mapped. train and val: item rows per user row, oldest first."""
+    """The prepared dataset, mapped. train and val: item rows per user row, oldest first.
+
+    keep_target: an example's own item stays in its history (``HistoryFeature.keep_target``).
+    """
 
     items: Block
     users: Block
     train: Csr
     train_users: IdArray  # train.items[i] is an interaction of train_users[i]
     val: Csr
+    keep_target: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> "TrainingData":
@@ -69,6 +73,7 @@ class TrainingData:
             train=Csr(indptr["train"], train["items"]),
             train_users=train["users"],
             val=Csr(indptr["val"], val["items"]),
+            keep_target=bool(_map(folder / "history.arrow")["keep_target"][0]),
         )
 
     def item_counts(self) -> IdArray:
@@ -115,7 +120,7 @@ class Sampler:
         draws = rng.random((len(rows), num_user + num_item + 1), dtype=np.float32)
         hidden = draws[mine] < self.unknown_rate
         users, items = data.train_users[rows[mine]], data.train.items[rows[mine]]
-        history = others(data.train, users, rows[mine], self.history_length)
+        history = self._history(users, rows[mine])
         lengths = np.where(hidden[:, -1], 0, history.lengths)
         kept = np.repeat(~hidden[:, -1], history.lengths)
         known = data.train.take(users)
@@ -133,6 +138,12 @@ class Sampler:
             known_items=known.items,
             negatives=negatives,
         )
+
+    def _history(self, users: IdArray, rows: IdArray) -> Csr:
+        """The past items of each example, the interactions ``rows`` of ``users``."""
+        if self.data.keep_target:
+            return self.data.train.take(users, self.history_length)
+        return others(self.data.train, users, rows, self.history_length)
 
     def _hidden_negatives(self, drawn: Negatives, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Which values of this rank's encoded negatives are hidden, at the rate of the positives.
@@ -171,6 +182,8 @@ def prepare(
     _write(folder / "train.arrow", users=train.owners, items=train.items)
     _write(folder / "val.arrow", items=val.items)
     _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
+    keep_target = space.history is not None and space.history.keep_target
+    _write(folder / "history.arrow", keep_target=np.array([keep_target], np.int64))
 
 
 def train_lists(dataset: Dataset, fitted: tuple[str, ...] = ("train",)) -> Csr:

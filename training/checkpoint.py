@@ -1,6 +1,8 @@
 """Checkpoints of a run: complete or absent, checksummed, tied to their configuration.
 
-    _manifest.json           configuration, fitted features, dataset; written when the run starts
+    _manifest.json           configuration, fitted features, dataset, checksums of what is in cache;
+                             written when the run starts
+    cache/                   the prepared data, and mined lists that the run was started with
     checkpoints/00000300/    after step 300: <part>.safetensors, _manifest.json
 
 Parts are the model, the optimiser's moments, the loss's state and what was mined. There is no
@@ -30,14 +32,17 @@ from shards.files import (
     verify_files,
     write_manifest,
 )
+from training.batches import TrainingData
 from training.config import TrainingConfig, differences
 from training.features import FeatureSpace
+from training.precision import Precision
 from training.towers import TwoTower, build_model
 
 RUN_KIND, CHECKPOINT_KIND = "training run", "checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had no checksums of the prepared data
 CHECKPOINT_VERSION = 2  # 1 was numbered by epochs
 MODEL = "model"  # the part that evaluation and export load
+CACHE = "cache"  # inside the run folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,7 @@ class TrainState:
 
     An epoch is complete once it was validated and mined after. best_* are None until something
     was validated; stale counts validations since then. world: the ranks of the last step.
+    precision: what the run computes in, whatever "auto" would mean now; None before its first step.
     """
 
     epoch: int = 0
@@ -55,6 +61,7 @@ class TrainState:
     best_value: float | None = None
     stale: int = 0
     world: int = 1
+    precision: Precision | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +73,24 @@ class Run:
 
 
 def start_run(folder: Path, run: Run, dataset: dict[str, Any]) -> None:
-    """Declares a run. ``dataset`` is the ``Dataset.identity`` it was started with."""
+    """Declares a run, with what its cache holds by then; ``dataset``: the ``Dataset.identity``."""
     folder.mkdir(parents=True, exist_ok=True)
     body = {
         "config": run.config.model_dump(mode="json"),
         "space": run.space.to_json(),
         "dataset": dataset,
+        "files": [asdict(entry) for entry in describe_tree(folder / CACHE)],
     }
     write_manifest(folder, kind=RUN_KIND, version=VERSION, body=body)
+
+
+def place_run(folder: Path, config: TrainingConfig) -> None:
+    """Gives a run that ``check_resumable`` has passed the placement of ``config``."""
+    manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
+    version = manifest.pop("format_version")
+    del manifest["kind"]
+    body = manifest | {"config": config.model_dump(mode="json")}
+    write_manifest(folder, kind=RUN_KIND, version=version, body=body)
 
 
 def open_run(folder: Path) -> Run:
@@ -83,6 +100,19 @@ def open_run(folder: Path) -> Run:
         config=TrainingConfig.model_validate(manifest["config"]),
         space=FeatureSpace.from_json(manifest["space"]),
     )
+
+
+def open_data(folder: Path) -> TrainingData:
+    """The run's prepared data, mapped.
+
+    Raises:
+        NotFound: no run there. CorruptFile: a file is not as it was when the run was declared, or
+            that was before there were checksums.
+    """
+    manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
+    _refuse_older(folder, manifest, VERSION)
+    verify_files(folder / CACHE, [FileEntry(**entry) for entry in manifest["files"]])
+    return TrainingData.open(folder / CACHE)
 
 
 def check_resumable(folder: Path, config: TrainingConfig, dataset: dict[str, Any]) -> None:
@@ -209,15 +239,19 @@ def _steps(folder: Path) -> list[int]:
 def _verified(folder: Path, step: int) -> TrainState:
     path = folder / "checkpoints" / _name(step)
     manifest = read_manifest(path, kind=CHECKPOINT_KIND, version=CHECKPOINT_VERSION)
-    if manifest["format_version"] < CHECKPOINT_VERSION:
+    _refuse_older(path, manifest, CHECKPOINT_VERSION)
+    verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
+    return TrainState(**manifest["state"])
+
+
+def _refuse_older(folder: Path, manifest: Mapping[str, Any], version: int) -> None:
+    if manifest["format_version"] < version:
         raise CorruptFile(
-            f"{path}: written by an older version of this program",
-            expected=f"format_version {CHECKPOINT_VERSION}",
+            f"{folder}: written by an older version of this program",
+            expected=f"format_version {version}",
             got=str(manifest["format_version"]),
             hint="train into another folder",
         )
-    verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
-    return TrainState(**manifest["state"])
 
 
 def _portable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

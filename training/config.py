@@ -121,6 +121,12 @@ class HistoryFeature(_Strict):
         description="sqrtn: sum over the root of their number. attention: weights by what an item "
         "is and by how many came after it.",
     )
+    keep_target: bool = Field(
+        default=False,
+        description="Leave the item that a training row asks for in its own history. The row then "
+        "reads what serving will read, but towers that can single an item out copy the answer: for "
+        "plain sums of ids with strong weight decay only, where it helps.",
+    )
 
 
 EmbeddedFeature = IdFeature | CategoricalFeature | MultiValuedFeature | TextFeature
@@ -254,6 +260,14 @@ class LossConfig(_Strict):
         "share of all draws off every logit; expected_count: the log of its expected count off "
         "the negatives' logits.",
     )
+    logq_strength: float = Field(
+        default=1.0,
+        ge=0,
+        le=4,
+        description="Multiplies the correction. 1 ranks by what a user takes; less asks how much "
+        "more than others he takes it and more leans further to popular items, which vectors of "
+        "length one understate.",
+    )
     logq_source: Literal["counts", "streaming"] = Field(
         default="counts", description="Frequencies from all of train, or estimated on the way."
     )
@@ -309,7 +323,8 @@ class LossConfig(_Strict):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        sources = (self.uniform_negatives, self.random_negatives, self.hard_negatives)
+        hard = self.hard_negatives * self.hard_share
+        sources = (self.uniform_negatives, self.random_negatives, hard)
         if not (self.in_batch or any(sources) or self.memory_size):
             raise ValueError("in_batch is off and nothing else gives negatives")
         if self.hard_shared and not self.hard_negatives:
@@ -317,6 +332,8 @@ class LossConfig(_Strict):
         for name in ("batch_hard", "symmetric"):
             if self.kind != "infonce" and getattr(self, name):
                 raise ValueError(f"{name} is a part of kind infonce, not {self.kind}")
+        if self.kind == "sigmoid" and self.hard_weight != 1:
+            raise ValueError("hard_weight counts in a sum of negatives, which kind sigmoid has not")
         return self
 
 
@@ -328,16 +345,20 @@ class OptimiserConfig(_Strict):
         default=None, gt=0, le=1, description="Peak for embedding tables; null for the same."
     )
     weight_decay: float = Field(
-        default=1e-4, ge=0, le=1, description="Of matrices, a step, times the learning rate."
+        default=1e-4,
+        ge=0,
+        le=1,
+        description="Of matrices, a step, times the learning rate: of all rows of a table with "
+        "dense gradients, also those that no example of the step used; see embedding_gradients.",
     )
     embedding_weight_decay: float | None = Field(
         default=None, ge=0, le=1, description="Of embedding tables; null for weight_decay."
     )
     embedding_decay: Literal["decoupled", "l2"] = Field(
         default="decoupled",
-        description="decoupled shrinks rows beside Adam's step; l2 adds decay x row to the "
-        "gradient: of the rows that the step used with sparse gradients, as matrix factorisation "
-        "does, of all rows with dense ones.",
+        description="decoupled shrinks rows beside Adam's step, l2 adds decay x row to the "
+        "gradient; either of the rows that the step used with sparse gradients, as matrix "
+        "factorisation does, of all rows with dense ones.",
     )
     embedding_gradients: Literal["auto", "dense", "sparse"] = Field(
         default="dense",
@@ -346,6 +367,13 @@ class OptimiserConfig(_Strict):
         "rate and the learning rate wants tuning anew (an experiment on Gowalla: validation "
         "Recall@20 .14 after 4 epochs, where dense has .185 after 3). auto takes it for tables of "
         "many more rows than a step reads.",
+    )
+    beta2: float = Field(
+        default=0.98,
+        ge=0,
+        lt=1,
+        description="Decay a step of Adam's second moment: 0.98 suits runs of about 1000 steps; "
+        "rows of large tables that few steps touch want 0.999.",
     )
     warmup_steps: int = Field(default=50, ge=0, description="Steps from 0 to the peak.")
     schedule: Literal["cosine", "constant"] = Field(
@@ -426,8 +454,9 @@ class TrainingConfig(_Strict):
     micro_batch: int | None = Field(
         default=None,
         ge=1,
-        description="Rows of a rank encoded at a time, for towers too big for the batch: the "
-        "batch is encoded twice and gives the same gradient; null encodes it at once.",
+        description="Users, and items, of a rank encoded at a time, for towers too big for the "
+        "batch: it is encoded twice and gives the same gradient; null encodes it at once. The "
+        "items of one row, its own negatives among them, are not divided further.",
     )
     unknown_rate: float = Field(
         default=0.02,
@@ -435,6 +464,14 @@ class TrainingConfig(_Strict):
         lt=1,
         description="Share of training values hidden (category unknown, history empty), so that "
         "the model learns what to do without them.",
+    )
+    popularity_exponent: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="An item's vector gets the length interactions ** this after training, so that "
+        "popular items come first among equally similar ones; above 0 the index scores by inner "
+        "product. Choose it on validation: about 0.1.",
     )
     num_workers: int = Field(
         default=1, ge=1, le=4096, description="Ranks; 1 trains in this process without Ray."

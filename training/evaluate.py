@@ -17,6 +17,7 @@ from training.checkpoint import check_dataset, load_best
 from training.encoding import encode_items, encode_queries
 from training.measure import add_lists, empty_sums, measure, result_of, shared
 from training.metrics import DEFAULT_KS, Csr, MetricResult, Progress
+from training.popularity import lengths_of
 from training.queries import (
     KNOWN_BEFORE,
     Candidates,
@@ -74,7 +75,9 @@ def evaluate_exact(
     inputs = run.space.query.encode(dataset.users(), USERS)
     known = task.known.take(task.users)
     queries = encode_queries(model, inputs.take(task.users), known, items)
-    return measure(queries, encode_items(model, items), task, progress=progress)
+    lengths = lengths_of(dataset, run.config.fitted_splits, run.config.popularity_exponent)
+    vectors = encode_items(model, items) * lengths[:, None]
+    return measure(queries, vectors, task, progress=progress)
 
 
 def evaluate_through(

@@ -26,11 +26,12 @@ from shards.embeddings import (
     open_embedding_set,
 )
 from shards.files import sha256_of, write_json
-from shards.schema import FloatArray, Metric
+from shards.schema import FloatArray
 from training.checkpoint import Run, load_best
 from training.encoding import BLOCK_ROWS, encode_items
 from training.metrics import Progress
-from training.tables import ITEMS, Dataset, open_dataset
+from training.popularity import lengths_of, metric_of
+from training.tables import INTERACTIONS, ITEMS, Dataset, open_dataset
 from training.towers import Inputs, TwoTower
 
 ENCODER_FORMAT_VERSION = 2  # of encoder.json; router.encoder reads it
@@ -58,18 +59,20 @@ def export(
     target = store / "embeddings" / version
     if target.exists():
         return open_embedding_set(target)
-    items = dataset.items()
+    items, exponent = dataset.items(), run.config.popularity_exponent
+    lengths = lengths_of(dataset, run.config.fitted_splits, exponent)
     with embedding_writer(
         target,
         model_version=version,
         dim=model.dim,
-        metric=Metric.COSINE,
-        normalised=True,
+        metric=metric_of(exponent),
+        normalised=exponent == 0,
         created_at=created_at,
     ) as writer:
         for start in range(0, items.num_rows, BLOCK_ROWS):
             table = items.slice(start, BLOCK_ROWS).combine_chunks()
             vectors = encode_items(model, run.space.item.encode(table, ITEMS))
+            vectors *= lengths[start : start + table.num_rows, None]
             attributes = table.drop_columns(["item_id"]).to_batches()
             writer.append(
                 table["item_id"].to_numpy(), vectors, attributes[0] if attributes else None
@@ -88,6 +91,8 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
         "space": run.space.to_json(),
         "items": dataset.checksum(ITEMS),
     }
+    if run.config.popularity_exponent:
+        declared["interactions"] = dataset.checksum(INTERACTIONS)
     digest.update(json.dumps(declared, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

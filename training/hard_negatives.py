@@ -2,7 +2,8 @@
 
 negatives.arrow   user_id int64, item_ids list<int64>, scores list<float>, users ascending,
                   items best first; a user of whom nothing was found has an empty list
-_manifest.json    which model and generation found them, with which settings, in which dataset
+_manifest.json    which model, fitted on which splits, and generation found them, with which
+                  settings, in which dataset
 """
 
 import shutil
@@ -32,7 +33,7 @@ from training.table_checks import rows_of
 from training.tables import Dataset
 
 KIND = "hard negatives"
-VERSION = 1
+VERSION = 2  # 1 did not say what the model was fitted on
 TABLE = "negatives.arrow"
 ROWS_PER_BATCH = 1 << 16
 
@@ -47,9 +48,13 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """What found the negatives; generation None for exact search in one process."""
+    """What found the negatives; generation None for exact search in one process.
+
+    fit_splits: of the run that mined: what its users have there is what the table leaves out.
+    """
 
     model_version: str
+    fit_splits: str
     generation: int | None
     config: MiningConfig
     seed: int
@@ -96,16 +101,28 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{folder}: no table of hard negatives, so it will not be replaced")
 
 
-def load_hard(path: Path, dataset: Dataset) -> Csr:
+def load_hard(path: Path, dataset: Dataset, *, fit_splits: str, per_row: int) -> Csr:
     """Item rows of each user row of the dataset, best first; none for users not in the table.
+
+    fit_splits: what the run that shall learn from them is fitted on. per_row: how many negatives
+    of its user a row is to get.
 
     Raises:
         NotFound: no complete table there. NewerFormat: written by a newer version.
-        CorruptFile: a file does not match the manifest. DataError: mined from another dataset, or
-        columns, order or ids that do not fit this one.
+        CorruptFile: a file does not match the manifest, or is of an older version.
+        DataError: mined from another dataset, or columns, order or ids that do not fit this one.
+        ConfigError: mined by a run fitted on other splits, or fewer a user than a row is to get.
     """
     manifest = read_manifest(path, kind=KIND, version=VERSION)
+    if manifest["format_version"] < VERSION:
+        raise CorruptFile(
+            f"{path}: written by an older version of this program",
+            expected=f"format_version {VERSION}",
+            got=str(manifest["format_version"]),
+            hint="mine again",
+        )
     _check_dataset(path, manifest["dataset"], dataset.identity)
+    _check_fit(path, manifest, fit_splits, per_row)
     verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
     table = _read(path / TABLE)
     if table.num_rows != manifest["rows"]:
@@ -150,6 +167,30 @@ def _check_dataset(path: Path, mined: Mapping[str, Any], ours: Mapping[str, Any]
             expected=_checksums(ours),
             got=_checksums(mined),
             hint="mine again with a model of this dataset",
+        )
+
+
+def _check_fit(path: Path, manifest: Mapping[str, Any], fit_splits: str, per_row: int) -> None:
+    if manifest["fit_splits"] != fit_splits:
+        raise ConfigError(
+            f"{path}: mined by a run that was fitted on other splits",
+            field="fit_splits",
+            expected=fit_splits,
+            got=str(manifest["fit_splits"]),
+            hint="items of val are negatives in one of the two and positives in the other: mine "
+            "again with a run that was fitted alike",
+        )
+    check_per_user(per_row, manifest["config"]["per_user"], str(path))
+
+
+def check_per_user(per_row: int, per_user: int, source: str) -> None:
+    """Raises ConfigError where rows are to get more negatives than are mined for a user."""
+    if per_row > per_user:
+        raise ConfigError(
+            "a row is to get more hard negatives than its user has",
+            field="loss.hard_negatives",
+            expected=f"<= {per_user}, the per_user of {source}",
+            got=str(per_row),
         )
 
 

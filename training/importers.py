@@ -1,22 +1,30 @@
 """Real data into a dataset folder: LightGCN text, MovieLens 100k, and Parquet tables.
 
-A reader of ``training.formats`` parses; ``import_dataset`` drops repeats, assigns splits and
+A reader of the format parses; ``import_dataset`` drops repeats, assigns splits and
 writes. What was wrong with the source is counted in an ``ImportReport``, with file and line of the
 first few cases. A malformed line stops the import unless ``on_error="skip"``.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from shards.errors import DataError
 from shards.schema import IdArray
-from training.formats import READERS, SHOWN, Format, ImportConfig, ImportReport, Source
+from training.formats import SHOWN, Format, ImportConfig, ImportReport, Source
+from training.parquet_format import read_parquet
 from training.splits import SplitCodes, cold_rows, hold_out, split_codes
 from training.table_checks import SPLITS
 from training.tables import interaction_batch, write_dataset
+from training.text_formats import read_lightgcn, read_movielens
 
 TRAIN, VAL, TEST = range(3)  # places in SPLITS
+READERS: dict[Format, Callable[[Path, ImportConfig, ImportReport], Source]] = {
+    Format.LIGHTGCN: read_lightgcn,
+    Format.MOVIELENS_100K: read_movielens,
+    Format.PARQUET: read_parquet,
+}
 
 __all__ = ["Format", "ImportConfig", "ImportReport", "import_dataset"]
 

@@ -11,7 +11,9 @@ import logging
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import ValidationError
 
+from shards.errors import ConfigError
 from training.columns import is_list, is_number, list_values, numbers, plain, value_type
 from training.config import (
     CategoricalFeature,
@@ -39,7 +41,11 @@ SKEWED = 1.0  # skewness from which log(1 + x) is taken; an exponential has 2, a
 
 
 def infer_config(config: TrainingConfig, dataset: Dataset) -> TrainingConfig:
-    """The configuration with every tower's features named; those already named stay."""
+    """The configuration with every tower's features named; those already named stay.
+
+    Raises:
+        ConfigError: a tower cannot take what its columns suggest.
+    """
     query, item = config.towers.query, config.towers.item
     if item.features is None:
         items = dataset.items()
@@ -47,15 +53,23 @@ def infer_config(config: TrainingConfig, dataset: Dataset) -> TrainingConfig:
         num_train = dataset.interactions("train").num_rows
         if not features or num_train >= DENSE_INTERACTIONS * items.num_rows:
             features = [IdFeature(column="item_id"), *features]
-        item = _with_features(item, features)
+        item = _with_features("item", item, features)
     if query.features is None:
         features = _suggest(dataset.users(), "user_id") or [IdFeature(column="user_id")]
-        query = _with_features(query, [*features, HistoryFeature()])
+        query = _with_features("query", query, [*features, HistoryFeature()])
     return config.model_copy(update={"towers": TowersConfig(query=query, item=item)})
 
 
-def _with_features(tower: TowerConfig, features: list[FeatureConfig]) -> TowerConfig:
-    return tower.model_copy(update={"features": tuple(features)})
+def _with_features(name: str, tower: TowerConfig, features: list[FeatureConfig]) -> TowerConfig:
+    try:
+        return TowerConfig.model_validate(tower.model_dump() | {"features": tuple(features)})
+    except ValidationError as error:
+        raise ConfigError(
+            "the features read off the columns do not fit the tower",
+            field=f"towers.{name}.features",
+            got=error.errors()[0]["msg"],
+            hint="name the features that it shall have",
+        ) from error
 
 
 def _suggest(table: pa.Table, key: str) -> list[FeatureConfig]:

@@ -26,16 +26,24 @@ from safetensors.torch import save_file
 from shards.errors import ConfigError, ShardlineError, Unavailable
 from shards.files import MANIFEST_NAME, atomic_path
 from training.batches import check_batch, prepare, train_lists
-from training.checkpoint import Run, check_resumable, latest_state, open_run, start_run
+from training.checkpoint import (
+    CACHE,
+    Run,
+    check_resumable,
+    latest_state,
+    place_run,
+    start_run,
+)
 from training.config import TrainingConfig
 from training.features import fit
-from training.hard_negatives import load_hard
+from training.hard_negatives import check_per_user, load_hard
 from training.infer import infer_config
-from training.loop import CACHE, HARD, lists_to_tensors, train_rank
+from training.loop import HARD, train_rank
 from training.metrics import Csr
 from training.negatives import check_hard
 from training.runlog import LOG, Event
 from training.tables import Dataset, open_dataset
+from training.trainer import lists_to_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +81,8 @@ def train(
     how often they write, may be another one. hard: table of mined negatives to start with.
 
     Raises:
-        ConfigError, DataError: settings or data that do not fit, or not the ones resumed.
+        ConfigError, DataError: settings or data that do not fit, are not the ones resumed, or ask
+            for something that would have no effect in this run.
         Unavailable: several workers without a Ray connection or GPUs, a disk that is full, or
             ranks died more often than max_failures.
     """
@@ -85,10 +94,9 @@ def train(
         raise ConfigError("a run goes on with the mined lists that it has", field="hard")
     if resume:
         check_resumable(run_folder, config, dataset.identity)
-        space = open_run(run_folder).space
-        start_run(run_folder, Run(config=config, space=space), dataset.identity)
+        place_run(run_folder, config)
     else:
-        _start(config, dataset, run_folder, load_hard(hard, dataset) if hard else None)
+        _start(config, dataset, run_folder, hard)
     if config.num_workers == 1:
         train_rank(run_folder, torch.device("cuda" if use_gpu else "cpu"), on_event)
     else:
@@ -105,7 +113,7 @@ def train(
     )
 
 
-def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, hard: Csr | None) -> None:
+def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path | None) -> None:
     if (run_folder / MANIFEST_NAME).exists():
         raise ConfigError(
             f"{run_folder}: holds a run already",
@@ -114,7 +122,8 @@ def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, hard: Csr
     # before anything is written: a declared run keeps its batch size
     examples = len(train_lists(dataset, config.fitted_splits).items)
     check_batch(config.batch_size, config.num_workers, examples)
-    _check_mining(config, dataset, hard)
+    _check_memory(config, examples // config.batch_size * config.epochs)
+    hard = _hard_lists(config, dataset, table)
     space = fit(config, dataset)
     prepare(dataset, space, run_folder / CACHE, config.fitted_splits)
     if hard is not None:
@@ -123,17 +132,38 @@ def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, hard: Csr
     start_run(run_folder, Run(config=config, space=space), dataset.identity)
 
 
-def _check_mining(config: TrainingConfig, dataset: Dataset, hard: Csr | None) -> None:
-    every = config.mining.every_epochs
-    if (hard is not None or every) and not config.loss.hard_negatives:
+def _check_memory(config: TrainingConfig, total_steps: int) -> None:
+    loss = config.loss
+    if loss.memory_size and loss.memory_warmup_steps >= total_steps:
+        raise ConfigError(
+            "the run ends before the memory of past vectors is used",
+            field="loss.memory_warmup_steps",
+            expected=f"< {total_steps}, the steps of the run",
+            got=str(loss.memory_warmup_steps),
+            hint="or set loss.memory_size to 0",
+        )
+
+
+def _hard_lists(config: TrainingConfig, dataset: Dataset, table: Path | None) -> Csr | None:
+    """The table's lists, once it is clear that mined negatives will be used, and there are any."""
+    every, per_row = config.mining.every_epochs, config.loss.hard_negatives
+    if (table is not None or every) and not per_row:
         raise ConfigError(
             "mined negatives would not be used",
             field="loss.hard_negatives",
             expected=">= 1",
             got="0",
         )
-    if hard is not None or not every:  # else the ranks mine before their first step
-        check_hard(config.loss, hard, dataset.users().num_rows)
+    if every:
+        check_per_user(per_row, config.mining.per_user, "mining")
+    if table is None:
+        if not every:  # else the ranks mine before their first step
+            check_hard(config.loss, None, dataset.users().num_rows)
+        return None
+    lists = load_hard(table, dataset, fit_splits=config.fit_splits, per_row=per_row)
+    if not len(lists.items):
+        raise ConfigError(f"{table}: there is no negative in it", field="hard", hint="mine again")
+    return lists
 
 
 def _use_gpu(config: TrainingConfig) -> bool:

@@ -109,7 +109,7 @@ def step_loss(
         correction=shared.correction,
         own_correction=own.correction,
         correct_label=config.logq != "expected_count" or config.kind == "sigmoid",
-        masks=false_negatives(config, ids, shared.items, shared.users),
+        masks=false_negatives(config, ids, shared.items, shared.users, num_items),
         own_masked=_own_masked(config, ids, own.items),
         loss=_tile_loss(config),
         tile_mib=config.tile_mib,
@@ -129,7 +129,7 @@ def step_loss(
 
 
 def false_negatives(
-    config: LossConfig, ids: Ids, column_items: Tensor, column_users: Tensor
+    config: LossConfig, ids: Ids, column_items: Tensor, column_users: Tensor, num_items: int
 ) -> tuple[Join, ...]:
     """The columns (C,) to leave out of each local row's sum; the label may be among them."""
     joins = []
@@ -139,6 +139,11 @@ def false_negatives(
         joins.append(Join.equal(ids.users, column_users))
     if config.mask_known_positives:
         rows, items = _other_known(ids)
+        # a long history meets few columns: the rest of it would be looked up in vain by every tile
+        there = torch.zeros(num_items, dtype=torch.bool, device=column_items.device)
+        there[column_items] = True
+        met = there[items]
+        rows, items = rows[met], items[met]
         columns = torch.arange(len(column_items), device=column_items.device)
         joins.append(Join.of(len(ids.items), rows, items, columns, column_items))
     return tuple(joins)
@@ -190,7 +195,7 @@ class _Pool:
         counts = expected_counts(shares, self._by_share, self._uniform, self._num_items)
         if self._config.logq == "standard" and self._config.kind != "sigmoid":
             counts = counts / draws
-        return counts.log()
+        return self._config.logq_strength * counts.log()
 
     def shared(self, vectors: Vectors, ids: Ids, positives: _Columns) -> _Columns:
         """The columns of all rows, the positives first."""

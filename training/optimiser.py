@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training.config import OptimiserConfig
 from training.row_adam import RowAdam, average_rows, tables
 
-BETAS = (0.9, 0.98)  # a shorter second moment than AdamW's default suits runs of 1000 steps
+BETA1 = 0.9  # of Adam's first moment
 # from so many rows a lookup of a step, lazy updates are the faster ones: two cores of an EPYC,
 # bench/sparse_gradients.py; at less than two, sorting the rows costs more than it saves
 SPARSE_ROWS = 4
@@ -41,7 +41,8 @@ class Optimiser:
         self._total_steps = total_steps
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._names = {parameter: name for name, parameter in trained.items()}
-        self._rows = {name: RowAdam.of(trained[name], BETAS) for name in sparse}
+        betas = (BETA1, config.beta2)
+        self._rows = {name: RowAdam.of(trained[name], betas) for name in sparse}
         table_names = tables(model).keys()
         dense = {name: p for name, p in trained.items() if name not in self._rows}
         self._tables = [p for name, p in dense.items() if name in table_names]
@@ -53,7 +54,7 @@ class Optimiser:
             {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         ]
         # one pass over the memory instead of one an operation: four times faster on a CPU
-        self._adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=BETAS, fused=True)
+        self._adam = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=True)
 
     @property
     def sparse(self) -> list[str]:

@@ -7,35 +7,37 @@ from torch import nn
 
 from shards.errors import ConfigError
 
+Precision = Literal["fp32", "bf16"]
+
 
 class Autocast(nn.Module):
-    """A model whose forward pass runs under autocast; weights, gradients and the loss stay fp32."""
+    """A model whose forward pass runs in bf16; weights, gradients and the loss stay fp32."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.dtype = dtype
 
     def forward(self, *inputs: Any) -> Any:
         device = next(self.model.parameters()).device.type
-        with torch.autocast(device, dtype=self.dtype):
+        with torch.autocast(device, dtype=torch.bfloat16):
             return self.model(*inputs)
 
 
-def autocast_type(
-    precision: Literal["auto", "fp32", "bf16"], device: torch.device
-) -> torch.dtype | None:
-    """bfloat16, or None for plain fp32. auto takes bf16 on a GPU that computes in it.
+def resolve(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> Precision:
+    """What to compute in. auto takes bf16 on a GPU that computes in it.
 
     Raises:
         ConfigError: bf16 on a GPU without it.
     """
     if precision == "fp32" or (precision == "auto" and device.type == "cpu"):
-        return None
+        return "fp32"
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         if precision == "bf16":
             raise ConfigError(
-                "this GPU does not compute in bf16", field="precision", expected="auto or fp32"
+                "this GPU does not compute in bf16",
+                field="precision",
+                expected="fp32, or another device",
+                hint="a run that is resumed keeps the precision it began with, also under auto",
             )
-        return None
-    return torch.bfloat16
+        return "fp32"
+    return "bf16"

@@ -2,14 +2,16 @@
 
 Every line has ``event``, ``time`` (s since 1970), ``epoch`` (of the step, from 1) and ``step``
 (optimiser steps done). Events: start, step, validation, mining. Loss, shares and logits of a step
-line are means over the ranks at that step; gathered_bytes came to rank 0 a step from the others,
-without the dense gradients, which are reduced.
+line are means over the ranks at that step. examples_per_s and gathered_bytes are of the steps since
+the line before or the epoch's start, without validation, mining and checkpoints; gathered_bytes
+came to rank 0 a step from the others, without the dense gradients, which are reduced.
 """
 
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,22 @@ class RunLog:
         self._path = path
         self._on_event = on_event
         self._batch_size = batch_size
-        self._last = (0, time.perf_counter())
-        self._received = 0
+        self._last = (0, 0, time.perf_counter())  # step, bytes received, when
 
-    def start(self, step: int) -> None:
-        """Starts the clock of examples/s at ``step``: what came since the last one is not training.
+    def start(self, step: int, *, received: int) -> None:
+        """Steps begin, or go on, after ``step``: what came since the last one was something else.
 
-        That is validation, mining, and writing a checkpoint.
+        received: bytes that rank 0 has got from the others by gathers since it began.
         """
-        self._last = (step, time.perf_counter())
+        self._last = (step, received, time.perf_counter())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Steps are not what the time within the block is spent on."""
+        began = time.perf_counter()
+        yield
+        step, received, at = self._last
+        self._last = (step, received, at + time.perf_counter() - began)
 
     def write(self, kind: str, *, epoch: int, step: int, **values: Any) -> None:
         """Appends one line.
@@ -57,18 +66,18 @@ class RunLog:
             self._on_event(event)
 
     def step(self, step: int, *, epoch: int, received: int, **values: Any) -> None:
-        """received: bytes that rank 0 has got from the others by gathers since it began."""
-        (before, at), now = self._last, time.perf_counter()
-        came, self._received = received - self._received, received
-        self._last = (step, now)
+        """received: as in ``start``."""
+        before, had, at = self._last
+        seconds = time.perf_counter() - at
         self.write(
             "step",
             epoch=epoch,
             step=step,
-            examples_per_s=(step - before) * self._batch_size / (now - at),
-            gathered_bytes=came // (step - before),
+            examples_per_s=(step - before) * self._batch_size / seconds,
+            gathered_bytes=(received - had) // (step - before),
             **values,
         )
+        self.start(step, received=received)  # whoever reads the line may have taken their time
 
 
 def trim_log(path: Path, step: int) -> None:

@@ -65,10 +65,10 @@ class Step:
         generator draws dropout. The loss comes back without its graph.
         """
         micro = self._config.micro_batch
-        if micro is not None and micro < len(batch.item_rows):
+        if micro is not None and micro < len(batch.items):
             return self._run_cached(wrapped, batch, generator, micro)
         terms = self._loss(self._encode(wrapped, _Inputs.of(batch), generator), batch)
-        terms.loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(terms.loss)
         return _without_graph(terms)
 
     def _run_cached(
@@ -77,9 +77,11 @@ class Step:
         """Gradient caching (Gao et al., RepL4NLP 2021): exact, and no graph larger than a chunk's.
 
         Encodes in chunks without a graph, takes the loss's gradient of the vectors, then encodes
-        each chunk again, with the same dropout, and sends its vectors' gradient back.
+        each chunk again, with the same dropout, and sends its vectors' gradient back. There are
+        enough chunks for ``micro`` items in each, negatives among them, but none without a query.
         """
-        chunks = list(_Inputs.of(batch).split(-(-len(batch.item_rows) // micro)))
+        number = min(-(-len(batch.items) // micro), len(batch.users))
+        chunks = list(_Inputs.of(batch).split(number))
         draws, encoded = [], []
         for chunk in chunks:
             draws.append(None if generator is None else generator.get_state())
@@ -94,7 +96,7 @@ class Step:
             )
         )
         terms = self._loss((queries, items, temperature), batch)
-        terms.loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(terms.loss)
         sizes = [len(part[0]) for part in encoded], [len(part[1]) for part in encoded]
         gradients = zip(
             torch.split(_gradient(queries), sizes[0]),

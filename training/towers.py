@@ -24,6 +24,7 @@ from training.features import Block, Columns, FeatureSpace
 from training.metrics import Csr
 from training.pooling import HistoryPooling
 
+SWEEP = 16  # values a row up to which marking them all is cheaper than sorting the rows
 HISTORY_EXTRAS = 2  # share of max_length that is filled, and whether there is none
 
 
@@ -48,7 +49,7 @@ class Inputs:
         bags, places = block.bags, None
         if bags and block.sources is not None:
             # a history names an item many times, and averaging its text once is far cheaper
-            _, first, inverse = np.unique(block.sources, return_index=True, return_inverse=True)
+            first, inverse = distinct(block.sources)
             bags, places = block.take(first).bags, torch.from_numpy(inverse).to(device)
         return cls(
             torch.from_numpy(block.categorical).to(device),
@@ -60,19 +61,30 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class QueryInputs:
-    """b queries: their own columns, and their past items' rows (sum of lengths, ...) end to end."""
+    """b queries: their own columns, and their past items.
+
+    history: input rows of the different items among them all. history_places (sum of lengths,)
+    int64: which of these each past item is, oldest first, query after query. history_lengths (b,).
+    """
 
     columns: Inputs
     history: Inputs
-    history_lengths: Tensor  # (b,) int64
+    history_places: Tensor
+    history_lengths: Tensor
 
     @classmethod
     def of(
         cls, users: Block, history: Block, lengths: IdArray, device: torch.device
     ) -> "QueryInputs":
+        """history: the past items' rows end to end, of one table if they know their sources."""
+        places = np.arange(len(history))
+        if history.sources is not None and len(history):
+            first, places = distinct(history.sources)
+            history = history.take(first)
         return cls(
             Inputs.of(users, device),
             Inputs.of(history, device),
+            torch.from_numpy(places).to(device),
             torch.from_numpy(lengths).to(device),
         )
 
@@ -99,7 +111,7 @@ class InputRows(nn.Module):
         self.width = dim if self.summed else columns.width
 
     def forward(self, inputs: Inputs) -> Tensor:
-        parts = [
+        parts: list[Tensor] = [
             embedding(inputs.categorical[:, place])
             for place, embedding in enumerate(self.embeddings)
         ]
@@ -108,8 +120,10 @@ class InputRows(nn.Module):
             parts.append(means if inputs.places is None else means[inputs.places])
         if not self.summed:
             return torch.cat([*parts, inputs.numeric], dim=1)
-        total = inputs.numeric.new_zeros(len(inputs.numeric), self.width)
-        for part in parts:
+        if not parts:
+            return inputs.numeric.new_zeros(len(inputs.numeric), self.width)
+        total = parts[0]
+        for part in parts[1:]:
             total = total + part
         return total
 
@@ -184,7 +198,8 @@ class TwoTower(nn.Module):
         rows = self.query_rows(queries.columns)
         if self.history_length:
             lengths = queries.history_lengths
-            pooled = self.history(self.item_rows(queries.history), lengths)
+            items = self.item_rows(queries.history)
+            pooled = self.history(items, queries.history_places, lengths)
             if self.query_rows.summed:
                 rows = rows + pooled
             else:
@@ -208,6 +223,21 @@ def build_model(config: TrainingConfig, space: FeatureSpace) -> TwoTower:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return TwoTower(config, space)
+
+
+def distinct(rows: IdArray) -> tuple[IdArray, IdArray]:
+    """Where each value >= 0 of ``rows`` stands, by ascending value, and which of them each row is.
+
+    As numpy.unique's return_index and return_inverse, but any of equal ones may stand for them.
+    """
+    size = rows.max(initial=-1) + 1
+    if size > SWEEP * len(rows):
+        _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
+        return first, inverse
+    where = np.full(size, -1)
+    where[rows] = np.arange(len(rows))
+    found = where >= 0
+    return where[found], (np.cumsum(found) - 1)[rows]
 
 
 def _tower(width: int, config: TowerConfig, dim: int) -> Tower | IdentityTower:

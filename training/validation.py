@@ -11,6 +11,7 @@ from training.config import TrainingConfig
 from training.encoding import encode_items, encode_queries
 from training.features import Block
 from training.metrics import rank_exact, score_lists
+from training.popularity import item_lengths
 from training.queries import sample_users
 from training.towers import TwoTower
 
@@ -29,6 +30,7 @@ def validation_recall(model: TwoTower, sampler: Sampler, config: TrainingConfig)
     train = data.train.take(users)
     queries = encode_queries(model, data.users.take(users), train, data.items)
     vectors = all_item_vectors(model, data.items)  # a rank without users takes part in it too
+    vectors = vectors * item_lengths(data.item_counts(), config.popularity_exponent)[:, None]
     total = torch.zeros(2, dtype=torch.float64)
     if len(users):
         k = min(settings.k, len(data.items))

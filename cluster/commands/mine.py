@@ -15,12 +15,10 @@ from cluster.commands.model import data_option, default_run, run_option
 from cluster.console import StageProgress
 from cluster.endpoint import Address
 from shards.schema import EMPTY_ID
-from training.batches import TrainingData
-from training.checkpoint import check_dataset, load_best
+from training.checkpoint import check_dataset, load_best, open_data
 from training.config import MiningConfig
 from training.export import model_version
 from training.hard_negatives import Origin, check_target, write_negatives
-from training.loop import CACHE
 from training.metrics import Progress
 from training.miner import build_miner, mine_table
 from training.mining import Mined
@@ -43,6 +41,7 @@ class MiningReport:
     seconds: float
     examples_per_s: float
     model_version: str
+    fit_splits: str
     generation: int | None
 
 
@@ -100,6 +99,7 @@ def mine(
         mined, report = mine_run(folder, dataset, config, seed, cluster=cluster, progress=progress)
     origin = Origin(
         model_version=report.model_version,
+        fit_splits=report.fit_splits,
         generation=report.generation,
         config=config,
         seed=seed,
@@ -121,13 +121,14 @@ def mine_run(
     """All training users of a run's best model, by a cluster or, where it is None, exactly here.
 
     Raises:
-        NotFound: no trained run. DataError: the run was trained on another dataset.
+        NotFound: no trained run. CorruptFile: its prepared data is not as it was written.
+        DataError: the run was trained on another dataset.
         VersionMismatch: the cluster serves another model. Unavailable: it does not answer.
     """
     run, model = load_best(run_folder)
     check_dataset(run_folder, dataset.identity)
     version = model_version(run, model, dataset)
-    miner = build_miner(model, TrainingData.open(run_folder / CACHE), config, seed)
+    miner = build_miner(model, open_data(run_folder), config, seed)
     generation: int | None = None
     started = time.perf_counter()
     if cluster is None:
@@ -145,6 +146,7 @@ def mine_run(
         seconds=seconds,
         examples_per_s=len(mined.users) / seconds,
         model_version=version,
+        fit_splits=run.config.fit_splits,
         generation=generation,
     )
 

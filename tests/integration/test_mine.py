@@ -56,7 +56,8 @@ def test_the_command_writes_a_table_that_training_can_load(
     assert manifest["rows"] == report["examples"] == 400
     assert manifest["generation"] == report["generation"] == cluster.endpoint.generation
     assert manifest["starved_share"] == pytest.approx(report["starved_share"])
-    mined = load_hard(out, cluster.dataset)
+    assert manifest["fit_splits"] == report["fit_splits"] == "train"
+    mined = load_hard(out, cluster.dataset, fit_splits="train", per_row=4)
     assert len(mined.items) == report["negatives"] > 0
     assert mined.lengths.max() <= 4
     known = item_lists(cluster.dataset, ("train",))

@@ -130,6 +130,24 @@ def test_history_leaves_the_positive_out_and_keeps_the_newest(data: TrainingData
             assert mine.tolist() == rest
 
 
+def test_history_that_keeps_the_positive_is_the_one_of_serving(
+    data: TrainingData, dataset: Dataset, tmp_path: Path
+) -> None:
+    features = [{"kind": "id", "column": "user_id"}, {"kind": "history", "keep_target": True}]
+    towers = tiny_config().model_dump()["towers"] | {"query": {"features": features}}
+    prepare(dataset, fit(tiny_config(towers=towers), dataset), tmp_path)
+    keeping = TrainingData.open(tmp_path)
+    assert keeping.keep_target and not data.keep_target
+    batch = next(sampler(keeping).epoch(0))
+    start = 0
+    for user, length in zip(batch.user_rows, batch.history_lengths, strict=True):
+        newest = keeping.train.items[: keeping.train.indptr[user + 1]][-4:]
+        expected = keeping.items.categorical[newest, 0]
+        assert batch.history.categorical[start : start + length, 0].tolist() == expected.tolist()
+        start += length
+    assert (batch.history_lengths == 4).all()
+
+
 def test_others_of_users_with_one_item_and_without_history() -> None:
     train = Csr(np.array([0, 1, 3]), np.array([7, 8, 9]))
     rows = np.array([0, 2])

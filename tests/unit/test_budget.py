@@ -17,13 +17,10 @@ from cluster.partition import Partitioning
 from cluster.store import Store
 from shards.errors import CorruptFile, DataError, InvalidInput, NotFound
 from shards.index_spec import IndexSpec
-from tests.tiny import tiny_config, tiny_dataset
-from training.batches import prepare
+from tests.tiny import declared_run, tiny_config, tiny_dataset
 from training.budget import Stop, overlap, recall_budget, waterfall
-from training.checkpoint import Run, start_run
 from training.evaluate import evaluate_exact
 from training.export import export
-from training.features import fit
 from training.loop import train_rank
 from training.metrics import Csr
 from training.queries import EvaluationTask, evaluation_task
@@ -45,10 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path, Data
     folder = tmp_path_factory.mktemp("budget")
     dataset = tiny_dataset(folder / "data")
     config = tiny_config(epochs=3)
-    space = fit(config, dataset)
-    prepare(dataset, space, folder / "run" / "cache")
-    start_run(folder / "run", Run(config=config, space=space), dataset.identity)
-    train_rank(folder / "run", torch.device("cpu"))
+    train_rank(declared_run(folder / "run", config, dataset), torch.device("cpu"))
     store = Store(folder / "store")
     export(folder / "run", dataset.path, store.root, created_at="2026-01-01T00:00:00Z")
     for spec in KINDS.values():

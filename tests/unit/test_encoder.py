@@ -12,13 +12,12 @@ import torch
 from router.encoder import QueryEncoder
 from shards.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
 from tests.rich import rich_config, rich_dataset, sum_config
-from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
-from training.batches import item_lists, prepare
-from training.checkpoint import Run, load_best, start_run
+from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
+from training.batches import item_lists
+from training.checkpoint import load_best
 from training.config import TrainingConfig
 from training.encoding import encode_queries
 from training.export import export
-from training.features import fit
 from training.loop import train_rank
 from training.queries import feature_kinds, query_features, query_features_of_user
 from training.tables import ITEMS, USERS, Dataset
@@ -28,10 +27,7 @@ RICH = {"user_id": 1, "interests": [5, 1], "age": 30, "bio": "Brazil night", "hi
 
 
 def train(config: TrainingConfig, dataset: Dataset, run: Path) -> Path:
-    space = fit(config, dataset)
-    prepare(dataset, space, run / "cache")
-    start_run(run, Run(config=config, space=space), dataset.identity)
-    train_rank(run, torch.device("cpu"))
+    train_rank(declared_run(run, config, dataset), torch.device("cpu"))
     return run
 
 
@@ -266,7 +262,7 @@ def test_empty_batches_and_other_shapes(encoder: QueryEncoder) -> None:
     with pytest.raises(InvalidInput, match="features: empty batch"):
         encoder.encode([])
     with pytest.raises(InvalidInput, match=r"features\[0\]: not an object.*got list"):
-        encoder.encode([[1]])  # type: ignore[list-item]
+        encoder.encode([[1]])  # type: ignore[list-item]  # a body may hold anything
 
 
 def test_broken_folders(encoder_folder: Path, tmp_path: Path) -> None:

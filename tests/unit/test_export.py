@@ -11,15 +11,14 @@ from safetensors.numpy import load_file
 from router.encoder import QueryEncoder
 from shards.embeddings import open_embedding_set
 from shards.errors import DataError, InvalidInput, NotFound
-from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
+from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
 from training import evaluate
 from training.baselines import Baseline, evaluate_baseline
-from training.batches import item_lists, prepare
-from training.checkpoint import Run, load_best, start_run
+from training.batches import item_lists
+from training.checkpoint import load_best
 from training.encoding import encode_items
 from training.evaluate import drop_known, evaluate_exact, evaluate_through
 from training.export import export
-from training.features import fit
 from training.loop import train_rank
 from training.metrics import Csr
 from training.queries import evaluation_task, feature_kinds
@@ -33,10 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
     folder = tmp_path_factory.mktemp("trained")
     dataset = tiny_dataset(folder / "data")
     config = tiny_config(epochs=3)
-    space = fit(config, dataset)
-    prepare(dataset, space, folder / "run" / "cache")
-    start_run(folder / "run", Run(config=config, space=space), dataset.identity)
-    train_rank(folder / "run", torch.device("cpu"))
+    train_rank(declared_run(folder / "run", config, dataset), torch.device("cpu"))
     return folder / "run", dataset
 
 
@@ -248,10 +244,7 @@ def test_users_and_items_that_training_has_not_seen(tmp_path: Path) -> None:
         name="grown",
     )
     config = tiny_config(epochs=1)
-    space = fit(config, dataset)
-    prepare(dataset, space, tmp_path / "run" / "cache")
-    start_run(tmp_path / "run", Run(config=config, space=space), dataset.identity)
-    train_rank(tmp_path / "run", torch.device("cpu"))
+    train_rank(declared_run(tmp_path / "run", config, dataset), torch.device("cpu"))
     result = evaluate_exact(tmp_path / "run", dataset, ks=(61,), with_segments=True)
     assert (result.users, result.means["recall@61"]) == (41, 1.0)  # 903 has nothing to find
     assert all(np.isfinite(value) for value in result.means.values())

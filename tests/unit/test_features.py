@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.errors import DataError
+from shards.errors import ConfigError, DataError
 from tests.rich import rich_dataset
 from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
 from training.columns import Standardiser, Vocabulary
@@ -239,6 +239,16 @@ def test_inferred_features_of_lists_and_texts(tmp_path: Path) -> None:
         (f.kind, f.column) for f in towers.query.features or ()
     ]
     fit(infer_config(TrainingConfig(), more), more)
+
+
+def test_what_a_tower_cannot_take_is_named(dataset: Dataset) -> None:
+    sums = {"projection": "identity", "hidden": []}
+    named = tiny_config().towers.model_dump()
+    for name, column in (("item", "price"), ("query", "age")):
+        config = tiny_config(towers=named | {name: sums})
+        words = rf"towers\.{name}\.features: .*do not fit.*cannot add up numbers: \['{column}'"
+        with pytest.raises(ConfigError, match=words):
+            infer_config(config, dataset)
 
 
 def test_named_features_are_left_alone(dataset: Dataset) -> None:

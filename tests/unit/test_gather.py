@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "micro_batch": 3,
     },
     "bsl-cached": {"loss": NEGATIVES | {"kind": "bsl"}, "micro_batch": 5},
-    "sigmoid": {"loss": NEGATIVES | {"kind": "sigmoid"}},
+    "sigmoid": {"loss": NEGATIVES | {"kind": "sigmoid", "hard_weight": 1.0}},
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from shards.files import describe_file, read_manifest, write_manifest
 from tests.tiny import ITEM_IDS, NUM_USERS, USER_IDS, tiny_dataset
 from training.config import MiningConfig
 from training.hard_negatives import KIND, SCHEMA, TABLE, VERSION, Origin, load_hard, write_negatives
+from training.metrics import Csr
 from training.mining import Mined
 from training.tables import Dataset
 
 ORIGIN = Origin(
     model_version="abc123",
+    fit_splits="train",
     generation=7,
     config=MiningConfig(per_user=3),
     seed=5,
@@ -42,6 +45,10 @@ def folder(tmp_path: Path, dataset: Dataset) -> Path:
     return tmp_path / "hard"
 
 
+def load(folder: Path, dataset: Dataset, fit_splits: str = "train", per_row: int = 3) -> Csr:
+    return load_hard(folder, dataset, fit_splits=fit_splits, per_row=per_row)
+
+
 def rewrite(folder: Path, columns: dict[str, Any] | pa.Table, **changes: Any) -> None:
     """Another table under a manifest that vouches for it."""
     table = columns if isinstance(columns, pa.Table) else pa.table(columns, SCHEMA)
@@ -57,7 +64,7 @@ def rewrite(folder: Path, columns: dict[str, Any] | pa.Table, **changes: Any) ->
 
 
 def test_rows_come_back_by_user_row(folder: Path, dataset: Dataset) -> None:
-    lists = load_hard(folder, dataset)
+    lists = load(folder, dataset)
     assert len(lists.indptr) == NUM_USERS + 1
     found = {
         user: lists.items[lists.indptr[user] : lists.indptr[user + 1]].tolist()
@@ -79,6 +86,7 @@ def test_the_table_is_plain_arrow_of_ids_and_scores(folder: Path) -> None:
 def test_the_manifest_says_where_it_came_from(folder: Path, dataset: Dataset) -> None:
     manifest = read_manifest(folder, kind=KIND, version=VERSION)
     assert manifest["model_version"] == "abc123"
+    assert manifest["fit_splits"] == "train"
     assert manifest["generation"] == 7
     assert MiningConfig.model_validate(manifest["config"]) == ORIGIN.config
     assert manifest["seed"] == 5
@@ -94,7 +102,7 @@ def test_an_older_table_is_replaced_only_if_asked(folder: Path, dataset: Dataset
         write_negatives(folder, MINED, dataset, ORIGIN)
     fewer = Mined(users=MINED.users[:1], items=MINED.items[:1], scores=MINED.scores[:1])
     write_negatives(folder, fewer, dataset, ORIGIN, overwrite=True)
-    assert load_hard(folder, dataset).items.tolist() == [4, 1]
+    assert load(folder, dataset).items.tolist() == [4, 1]
 
 
 def test_what_is_no_table_is_never_replaced(tmp_path: Path, dataset: Dataset) -> None:
@@ -120,28 +128,52 @@ def test_nothing_is_left_where_writing_fails(
 def test_another_dataset_is_refused(folder: Path, tmp_path: Path, dataset: Dataset) -> None:
     other = tiny_dataset(tmp_path / "other", seed=1)
     with pytest.raises(DataError, match="another dataset") as refused:
-        load_hard(folder, other)
+        load(folder, other)
     assert refused.value.expected != refused.value.got, "they share their name"
 
 
-def test_a_newer_format_is_refused(folder: Path, dataset: Dataset) -> None:
+def test_a_table_of_a_run_fitted_on_other_splits_is_refused(
+    folder: Path, tmp_path: Path, dataset: Dataset
+) -> None:
+    both = replace(ORIGIN, fit_splits="train+val")
+    write_negatives(tmp_path / "both", MINED, dataset, both)
+    assert len(load(tmp_path / "both", dataset, "train+val").items) == 5
+    words = r"fit_splits: .*fitted on other splits; expected train\+val; got train; "
+    with pytest.raises(ConfigError, match=words):
+        load(folder, dataset, "train+val")
+    with pytest.raises(ConfigError, match=r"fit_splits: .*expected train; got train\+val; "):
+        load(tmp_path / "both", dataset, "train")
+
+
+def test_a_table_of_fewer_items_a_user_than_a_row_wants_is_refused(
+    folder: Path, dataset: Dataset
+) -> None:
+    words = r"loss.hard_negatives: .*expected <= 3, the per_user of .*hard; got 4"
+    with pytest.raises(ConfigError, match=words):
+        load(folder, dataset, per_row=4)
+
+
+def test_another_format_is_refused(folder: Path, dataset: Dataset) -> None:
     table = pa.ipc.open_file(str(folder / TABLE)).read_all()
+    rewrite(folder, table, version=1)
+    with pytest.raises(CorruptFile, match=r"older version.*mine again"):
+        load(folder, dataset)
     rewrite(folder, table, version=VERSION + 1)
     with pytest.raises(NewerFormat):
-        load_hard(folder, dataset)
+        load(folder, dataset)
 
 
 def test_a_missing_or_altered_file_is_refused(folder: Path, dataset: Dataset) -> None:
     whole = (folder / TABLE).read_bytes()
     (folder / TABLE).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(CorruptFile, match="checksum"):
-        load_hard(folder, dataset)
+        load(folder, dataset)
     (folder / TABLE).unlink()
     with pytest.raises(CorruptFile, match="missing"):
-        load_hard(folder, dataset)
+        load(folder, dataset)
     shutil.rmtree(folder)
     with pytest.raises(NotFound, match="hard negatives"):
-        load_hard(folder, dataset)
+        load(folder, dataset)
 
 
 def test_what_is_not_arrow_is_refused(folder: Path, dataset: Dataset) -> None:
@@ -153,7 +185,7 @@ def test_what_is_not_arrow_is_refused(folder: Path, dataset: Dataset) -> None:
         del body[name]
     write_manifest(folder, kind=KIND, version=VERSION, body=body)
     with pytest.raises(CorruptFile, match="not an Arrow file"):
-        load_hard(folder, dataset)
+        load(folder, dataset)
 
 
 ONE_USER, ONE_ITEM = int(USER_IDS[0]), int(ITEM_IDS[0])
@@ -173,7 +205,7 @@ def test_unknown_or_unordered_ids_are_named(
 ) -> None:
     rewrite(folder, columns)
     with pytest.raises(DataError) as refused:
-        load_hard(folder, dataset)
+        load(folder, dataset)
     assert refused.value.field == named
 
 
@@ -182,13 +214,13 @@ def test_other_columns_missing_values_and_lost_rows_are_refused(
 ) -> None:
     rewrite(folder, pa.table({"user_id": [ONE_USER], "item_ids": [[0.5]], "scores": [[0.1]]}))
     with pytest.raises(DataError, match="other columns"):
-        load_hard(folder, dataset)
+        load(folder, dataset)
     nullable = pa.schema([pa.field(field.name, field.type) for field in SCHEMA])
     holes = {"user_id": [ONE_USER], "item_ids": [[ONE_ITEM, None]], "scores": [[0.1, 0.2]]}
     rewrite(folder, pa.table(holes, nullable))
     with pytest.raises(DataError, match="missing") as refused:
-        load_hard(folder, dataset)
+        load(folder, dataset)
     assert refused.value.field == "item_ids"
     rewrite(folder, {"user_id": [ONE_USER], "item_ids": [[]], "scores": [[]]}, rows=4)
     with pytest.raises(DataError, match="number of rows"):
-        load_hard(folder, dataset)
+        load(folder, dataset)

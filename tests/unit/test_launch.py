@@ -37,6 +37,16 @@ def test_a_refused_batch_size_leaves_the_folder_free(tmp_path: Path) -> None:
     assert train(tiny_config(batch_size=240), dataset.path, tmp_path / "run").steps == 2
 
 
+def test_a_memory_that_the_run_is_too_short_for_is_refused(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    loss = {"memory_size": 48, "memory_warmup_steps": 20}
+    with pytest.raises(ConfigError, match=r"memory_warmup_steps: .*; expected < 20, .*; got 20"):
+        train(tiny_config(loss=loss), dataset.path, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    result = train(tiny_config(loss=loss, epochs=3), dataset.path, tmp_path / "run")
+    assert result.steps == 30
+
+
 def test_a_resumed_run_logs_every_line_once(tmp_path: Path) -> None:
     dataset = tiny_dataset(tmp_path / "data")
     config = tiny_config(epochs=3, batch_size=12, validation={"k": 10, "patience": 9})

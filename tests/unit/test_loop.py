@@ -15,25 +15,26 @@ import torch
 from safetensors.torch import load_file
 
 from shards.errors import ConfigError, CorruptFile, DataError, NotFound, Unavailable
-from tests.tiny import ITEM_IDS, USER_IDS, tiny_config, tiny_dataset
-from training import checkpoint
-from training.batches import Sampler, TrainingData, prepare
+from shards.files import read_manifest, write_manifest
+from tests.tiny import ITEM_IDS, USER_IDS, declared_run, tiny_config, tiny_dataset
+from training import checkpoint, gather, trainer
+from training.batches import Sampler, TrainingData
 from training.checkpoint import (
-    Run,
+    RUN_KIND,
     TrainState,
     check_resumable,
     latest_state,
     load_best,
-    start_run,
+    open_data,
 )
 from training.config import OptimiserConfig, TrainingConfig
 from training.encoding import encode_items, encode_queries
-from training.features import fit
 from training.launch import train
 from training.loop import train_rank
 from training.losses import LossTerms
 from training.optimiser import learning_rate
-from training.runlog import RunLog, read_log
+from training.precision import resolve
+from training.runlog import read_log
 from training.step import Step
 from training.tables import open_dataset, write_dataset
 from training.validation import validation_recall
@@ -43,10 +44,7 @@ CPU = torch.device("cpu")
 
 def start(folder: Path, config: TrainingConfig) -> Path:
     dataset = tiny_dataset(folder.parent / f"{folder.name}-data")
-    space = fit(config, dataset)
-    prepare(dataset, space, folder / "cache")
-    start_run(folder, Run(config=config, space=space), dataset.identity)
-    return folder
+    return declared_run(folder, config, dataset)
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -71,7 +69,7 @@ def test_training_lowers_the_loss_and_logs_every_line(tmp_path: Path) -> None:
     assert all(0 < event["gradient_norm"] < 100 for event in steps)
     assert steps[1]["learning_rate"] < 0.01
     assert (events[0]["event"], events[0]["world"], events[0]["step"]) == ("start", 1, 0)
-    assert (events[0]["precision"], events[0]["fit_splits"]) == ("float32", "train")
+    assert (events[0]["precision"], events[0]["fit_splits"]) == ("fp32", "train")
     lines = (run / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == events
     recalls = [event["recall@10"] for event in events if event["event"] == "validation"]
@@ -79,24 +77,40 @@ def test_training_lowers_the_loss_and_logs_every_line(tmp_path: Path) -> None:
     assert state.best_epoch == int(np.argmax(recalls)) + 1
 
 
-def test_speed_counts_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_and_bytes_are_of_the_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step takes a second and gathers 100 bytes, what is around them takes much longer."""
     now = [50.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    traffic = gather.Traffic()
+    monkeypatch.setattr(gather, "TRAFFIC", traffic)
+
+    def costing(honest: Any, seconds: float, received: int) -> Any:
+        def costly(*given: Any, **named: Any) -> Any:
+            now[0] += seconds
+            traffic.received += received
+            return honest(*given, **named)
+
+        return costly
+
+    monkeypatch.setattr(Step, "run", costing(Step.run, 1.0, 100))
+    for name, received in (("save_checkpoint", 0), ("validation_recall", 9000), ("mined_lists", 9)):
+        monkeypatch.setattr(trainer, name, costing(getattr(trainer, name), 1000.0, received))
+    config = tiny_config(
+        epochs=3,
+        log_every_steps=5,
+        checkpoint_every_steps=2,
+        loss={"hard_negatives": 2},
+        mining={"every_epochs": 1, "per_user": 4, "range_max": 20},
+    )
     events: list[dict] = []
-    log = RunLog(tmp_path / "log.jsonl", events.append, 24)
-    for step, seconds, pause in ((10, 2.0, 1000.0), (20, 4.0, 0.0)):
-        log.start(step - 10)
-        now[0] += seconds
-        log.step(step, epoch=1, received=0)
-        now[0] += pause  # validation
-    assert [event["examples_per_s"] for event in events] == [120.0, 60.0]
-
-
-def test_every_epoch_starts_the_clock_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[int] = []
-    monkeypatch.setattr(RunLog, "start", lambda self, step: started.append(step))
-    train_rank(start(tmp_path / "run", tiny_config(epochs=3)), CPU)
-    assert started == [0, 10, 20]
+    reading = costing(events.append, 1000.0, 0)
+    train_rank(start(tmp_path / "run", config), CPU, reading)
+    steps = [event for event in events if event["event"] == "step"]
+    assert len(steps) == 6
+    for event in steps:
+        assert (event["examples_per_s"], event["gathered_bytes"]) == (24.0, 100)
 
 
 @pytest.mark.parametrize("gradients", ["dense", "sparse"])
@@ -261,7 +275,65 @@ def test_bf16_towers_learn_and_the_loss_is_fp32(tmp_path: Path) -> None:
     assert found[40] == pytest.approx(expected[40], rel=0.1)
     assert all(value.dtype == torch.float32 for value in weights(run, 40).values())
     first = json.loads((run / "log.jsonl").read_text().splitlines()[0])
-    assert first["precision"] == "bfloat16"
+    assert first["precision"] == "bf16"
+
+
+def test_a_resumed_run_keeps_the_precision_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = start(tmp_path / "whole", tiny_config(precision="bf16"))
+    train_rank(whole, CPU)
+    cut = start(tmp_path / "cut", tiny_config())
+
+    def interrupt(event: dict) -> None:
+        if event["step"] == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(trainer, "resolve", lambda precision, device: "bf16")  # as a GPU has it
+        train_rank(cut, CPU, interrupt)
+    state = train_rank(cut, CPU)
+    assert state.precision == "bf16"
+    starts = [line for line in read_log(cut / "log.jsonl") if line["event"] == "start"]
+    assert [(line["step"], line["precision"]) for line in starts] == [(0, "bf16"), (10, "bf16")]
+    expected = weights(whole, 20)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(cut, 20).items())
+
+
+def test_precision_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for has_it in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_it, **named: has)
+        assert resolve("auto", gpu) == ("bf16" if has_it else "fp32")
+    assert (resolve("auto", CPU), resolve("bf16", CPU)) == ("fp32", "bf16")
+    with pytest.raises(ConfigError, match=r"precision: this GPU .*resumed keeps the precision"):
+        resolve("bf16", gpu)
+
+
+def test_prepared_data_that_was_altered_is_refused(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    run = tmp_path / "run"
+    train(tiny_config(epochs=1), dataset.path, run)
+    path = run / "cache" / "train.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):  # and a refused resume does not make it good
+        with pytest.raises(CorruptFile, match=r"train\.arrow: wrong checksum"):
+            train(tiny_config(epochs=1, log_every_steps=3), dataset.path, run, resume=True)
+    path.unlink()
+    with pytest.raises(CorruptFile, match=r"train\.arrow: missing"):
+        open_data(run)
+
+
+def test_prepared_data_without_checksums_is_refused(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", tiny_config())
+    body = read_manifest(run, kind=RUN_KIND, version=2)
+    for name in ("kind", "format_version", "files"):
+        del body[name]
+    write_manifest(run, kind=RUN_KIND, version=1, body=body)
+    with pytest.raises(CorruptFile, match="older version"):
+        train_rank(run, CPU)
 
 
 def test_fitting_train_and_val_takes_both_and_validates_nothing(tmp_path: Path) -> None:
@@ -327,7 +399,7 @@ def test_training_without_validation_runs_all_epochs(tmp_path: Path) -> None:
     # the same data with an empty val split
     data = TrainingData.open(run / "cache")
     assert len(data.val.items) == 40
-    state = TrainState(epoch=2, step=20, world=1)
+    state = TrainState(epoch=2, step=20, world=1, precision="fp32")
     from training import loop
 
     def no_val(folder: Path) -> TrainingData:

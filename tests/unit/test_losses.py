@@ -111,11 +111,12 @@ def slow_correction(config: LossConfig, column: Column, kept: int) -> float:
         return (math.log(draws) if config.kind == "sigmoid" else 0.0) - weight
     share = max(int(TRAIN_COUNTS[column.item]), 0.5) / int(TRAIN_COUNTS.sum())
     count = by_share * share + uniform / ITEMS
+    strength = config.logq_strength
     if config.logq == "standard" and config.kind != "sigmoid":
-        return math.log(count / draws) - weight
+        return strength * math.log(count / draws) - weight
     if config.kind == "infonce" and (column.is_label or column.mined):
         return -weight
-    return math.log(count) - weight
+    return strength * math.log(count) - weight
 
 
 def slow_loss(
@@ -193,6 +194,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mask_known_positives": False,
     },
     "logq": {},
+    "logq, stronger": {"logq_strength": 1.5, "uniform_negatives": 3},
+    "expected count, weaker": {"logq_strength": 0.5, "logq": "expected_count"},
     "uniform": {"uniform_negatives": 7},
     "expected count": {"uniform_negatives": 7, "logq": "expected_count"},
     "hard": {"hard_negatives": 3, "hard_weight": 0.5},

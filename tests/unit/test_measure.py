@@ -52,10 +52,11 @@ def random_task(seed: int = 0) -> tuple[EvaluationTask, np.ndarray, np.ndarray]:
 
 
 def lists_of(task: EvaluationTask, user: int) -> tuple[list[int], list[int]]:
-    return tuple(  # type: ignore[return-value]
+    known, relevant = (
         part.items[part.indptr[user] : part.indptr[user + 1]].tolist()
         for part in (task.known, task.relevant)
     )
+    return known, relevant
 
 
 def test_segments_as_a_loop_says() -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.numpy import load_file, save_file
 
-from shards.errors import DataError, Unavailable
+from shards.errors import ConfigError, DataError, Unavailable
 from shards.schema import FloatArray, IdArray
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
 from training import miner as miner_module
@@ -32,6 +33,14 @@ from training.towers import TwoTower, build_model
 
 CONFIG = MiningConfig(per_user=3, range_min=2, range_max=12, margin=0.1)
 SEED = 11
+ORIGIN = Origin(
+    model_version="m",
+    fit_splits="train",
+    generation=None,
+    config=CONFIG,
+    seed=SEED,
+    created_at="2026-01-01",
+)
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +232,7 @@ def test_training_starts_with_the_lists_of_a_table(folder: Path, tmp_path: Path)
     with evaluating(model):
         miner = build_miner(model, data, CONFIG, SEED)
         mined = mine_table(ExactSearch(miner.item_vectors), miner)
-    origin = Origin(
-        model_version="m", generation=None, config=CONFIG, seed=SEED, created_at="2026-01-01"
-    )
-    write_negatives(tmp_path / "hard", mined, dataset, origin)
+    write_negatives(tmp_path / "hard", mined, dataset, ORIGIN)
     config = tiny_config(epochs=1, loss={"hard_negatives": 2})
     train(config, dataset.path, tmp_path / "with", hard=tmp_path / "hard")
     train(tiny_config(epochs=1), dataset.path, tmp_path / "without")
@@ -241,9 +247,32 @@ def test_training_starts_with_the_lists_of_a_table(folder: Path, tmp_path: Path)
 def test_a_table_of_another_dataset_does_not_start_a_run(folder: Path, tmp_path: Path) -> None:
     dataset = open_dataset(folder / "data")
     other = tiny_dataset(tmp_path / "other", seed=1)
-    origin = Origin(model_version="m", generation=1, config=CONFIG, seed=0, created_at="2026-01-01")
-    write_negatives(tmp_path / "hard", joined([], CONFIG), other, origin)
+    write_negatives(tmp_path / "hard", joined([], CONFIG), other, ORIGIN)
     config = tiny_config(loss={"hard_negatives": 2})
     with pytest.raises(DataError, match="another dataset"):
+        train(config, dataset.path, tmp_path / "run", hard=tmp_path / "hard")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fit_splits": "train+val"}, "fit_splits: .*fitted on other splits"),
+        ({"loss": {"hard_negatives": 4}}, "loss.hard_negatives: .*<= 3, the per_user of .*hard;"),
+        (
+            {"loss": {"hard_negatives": 4}, "mining": {"every_epochs": 1, "per_user": 2}},
+            "loss.hard_negatives: .*<= 2, the per_user of mining;",
+        ),
+        ({}, "hard: .*there is no negative in it"),
+        ({"loss": {}}, "loss.hard_negatives: mined negatives would not be used"),
+    ],
+)
+def test_a_table_that_would_do_nothing_does_not_start_a_run(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    dataset = open_dataset(folder / "data")
+    write_negatives(tmp_path / "hard", joined([], CONFIG), dataset, ORIGIN)
+    config = tiny_config(**({"loss": {"hard_negatives": 2}} | changes))
+    with pytest.raises(ConfigError, match=words):
         train(config, dataset.path, tmp_path / "run", hard=tmp_path / "hard")
     assert not (tmp_path / "run").exists()

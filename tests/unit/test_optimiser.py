@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.config import OptimiserConfig
-from training.optimiser import BETAS, Optimiser, choose_sparse, learning_rate
+from training.optimiser import BETA1, Optimiser, choose_sparse, learning_rate
 from training.row_adam import average_rows, tables
 
 ROWS, DIM, STEPS = 40, 6, 8
+BETAS = (BETA1, OptimiserConfig().beta2)
 
 
 class Small(nn.Module):
@@ -157,7 +158,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(gradients: str) -> N
     moments = [
         value.flatten() for key, value in optimiser.state_dict().items() if key.endswith("exp_avg")
     ]
-    torch.testing.assert_close(torch.cat(moments).norm() / (1 - BETAS[0]), torch.tensor(0.01))
+    torch.testing.assert_close(torch.cat(moments).norm() / (1 - BETA1), torch.tensor(0.01))
 
 
 def test_nothing_is_measured_unless_asked() -> None:
@@ -222,3 +223,17 @@ def test_ranks_average_their_rows(tmp_path: Path) -> None:
     torch.testing.assert_close(found[0], total / 3)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("gradients", ["dense", "sparse"])
+def test_beta2_is_the_configured_one(gradients: str) -> None:
+    """After one step the second moment is (1 - beta2) times the square of the gradient."""
+    model = Small()
+    config = OptimiserConfig.model_validate({"beta2": 0.75, "embedding_gradients": gradients})
+    sparse = choose_sparse(model, config, {"table.weight": 4})
+    optimiser = Optimiser(model, config, sparse=sparse, total_steps=10)
+    model.table(torch.tensor([3, 3, 7])).sum().backward()
+    optimiser.step(0, measure=False)
+    expected = torch.zeros(ROWS, DIM)
+    expected[3], expected[7] = 4 * 0.25, 0.25
+    torch.testing.assert_close(optimiser.state_dict()["table.weight/exp_avg_sq"], expected)

@@ -1,6 +1,7 @@
 """Gradient caching with dropout, and what a step leaves behind."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,8 +59,8 @@ def test_dropout_is_the_same_in_both_passes(cached: tuple[TrainingConfig, Path])
     batch = next(sampler.epoch(0))
     generator = torch.Generator().manual_seed(3)
     parts = [
-        step._encode(model, part, generator) for part in _Inputs.of(batch).split(4)
-    ]  # 24 rows, 7 at a time
+        step._encode(model, part, generator) for part in _Inputs.of(batch).split(5)
+    ]  # 34 items, 7 at a time
     queries, items = (torch.cat([part[place] for part in parts]) for place in (0, 1))
     expected = step._loss((queries, items, parts[0][2]), batch)
     expected.loss.backward()
@@ -79,3 +80,22 @@ def test_a_fixed_temperature_needs_no_gradient(cached: tuple[TrainingConfig, Pat
     terms = step.run(model, next(sampler.epoch(0)), torch.Generator())
     assert "log_temperature" not in gradients(model)
     assert not terms.loss.requires_grad
+
+
+@pytest.mark.parametrize(("micro", "most"), [(16, (4, 16)), (3, (1, 5)), (1000, (24, 106))])
+def test_no_more_than_micro_batch_is_encoded_at_a_time(
+    cached: tuple[TrainingConfig, Path], micro: int, most: tuple[int, int]
+) -> None:
+    """24 queries and 106 items; five of those are a query's own, where micro is less."""
+    config, folder = cached
+    loss = config.loss.model_copy(update={"random_negatives": 3})
+    changes = {"loss": loss, "micro_batch": micro}
+    model, step, sampler = start((config.model_copy(update=changes), folder))
+    sizes: list[tuple[int, int]] = []
+
+    def see(module: nn.Module, given: tuple[Any, ...], encoded: tuple[Tensor, ...]) -> None:
+        sizes.append((len(encoded[0]), len(encoded[1])))
+
+    model.register_forward_hook(see)
+    step.run(model, next(sampler.epoch(0)), torch.Generator())
+    assert (max(queries for queries, _ in sizes), max(items for _, items in sizes)) == most

@@ -11,13 +11,11 @@ from shards.errors import ConfigError
 from tests.rich import rich_config, rich_dataset, sum_config
 from tests.tiny import tiny_config, tiny_dataset
 from training.batches import Sampler, TrainingData, item_lists, prepare
-from training.config import HistoryFeature
 from training.encoding import encode_items, encode_queries
 from training.features import Block, FeatureSpace, fit
 from training.metrics import Csr
-from training.pooling import HistoryPooling
 from training.tables import ITEMS, USERS, Dataset, write_dataset
-from training.towers import Inputs, QueryInputs, TwoTower, build_model
+from training.towers import Inputs, QueryInputs, TwoTower, build_model, distinct
 
 CPU = torch.device("cpu")
 
@@ -144,6 +142,16 @@ def test_queries_only_with_history_have_no_columns(dataset: Dataset, tmp_path: P
     assert len(space.query.encode(dataset.users(), USERS)) == 40
 
 
+@pytest.mark.parametrize("largest", [5, 40, 10_000])
+def test_distinct_rows_stand_for_all(largest: int) -> None:
+    """Both ways to find them: marking values, and sorting where there are many more values."""
+    rows = np.random.default_rng(0).integers(0, largest, 50)
+    first, places = distinct(rows)
+    assert rows[first].tolist() == sorted(set(rows.tolist()))
+    assert (rows[first][places] == rows).all()
+    assert [len(part) for part in distinct(rows[:0])] == [0, 0]
+
+
 def test_bags_are_means_of_their_embeddings(tmp_path: Path) -> None:
     dataset = rich_dataset(tmp_path)
     space = fit(rich_config(), dataset)
@@ -169,69 +177,6 @@ def test_bags_are_means_of_their_embeddings(tmp_path: Path) -> None:
     assert Inputs.of(hidden, CPU).places is None
     # n-grams that no text of train has must not be noise to those that have some
     assert np.linalg.norm(tables[1], axis=1).mean() < 0.2 < np.linalg.norm(tables[0], axis=1).mean()
-
-
-def pooling(length: int, width: int = 3) -> HistoryPooling:
-    pool = HistoryPooling(HistoryFeature(max_length=length, pooling="attention"), width)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in pool.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator)
-    return pool
-
-
-def test_attention_against_loops() -> None:
-    pool, lengths = pooling(5), torch.tensor([3, 0, 5, 1, 0])
-    rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
-    found = pool(rows, lengths).detach().numpy()
-    start = 0
-    for query, length in enumerate(lengths.tolist()):
-        mine, expected = rows[start : start + length].numpy(), np.zeros(3)
-        weight, bias = pool.key.weight.detach().numpy(), pool.key.bias.detach().numpy()
-        scores = [
-            float(np.tanh(weight @ row + bias) @ pool.query.detach().numpy())
-            + pool.recency[length - 1 - place].item()
-            for place, row in enumerate(mine)
-        ]
-        weights = np.exp(scores)
-        for row, share in zip(mine, weights / weights.sum(), strict=True):
-            expected += share * row
-        np.testing.assert_allclose(found[query], expected, atol=1e-5)
-        start += length
-
-
-def test_attention_starts_as_the_mean_and_can_leave_it() -> None:
-    fresh = HistoryPooling(HistoryFeature(max_length=5, pooling="attention"), 3)
-    mean = HistoryPooling(HistoryFeature(max_length=5), 3)
-    assert sum(p.numel() for p in mean.parameters()) == 0
-    rows, lengths = torch.randn(4, 3), torch.tensor([1, 3])
-    np.testing.assert_allclose(fresh(rows, lengths).detach(), mean(rows, lengths), atol=1e-6)
-    fresh(rows, lengths).square().sum().backward()
-    assert fresh.query.grad is not None and fresh.query.grad.abs().sum() > 0
-    assert fresh.recency.grad is not None and fresh.recency.grad.abs().sum() > 0
-
-
-def test_sqrtn_divides_by_the_root_of_the_length() -> None:
-    pool = HistoryPooling(HistoryFeature(max_length=5, pooling="sqrtn"), 3)
-    rows, lengths = torch.randn(5, 3), torch.tensor([4, 0, 1])
-    expected = torch.stack([rows[:4].sum(0) / 2, torch.zeros(3), rows[4]])
-    np.testing.assert_allclose(pool(rows, lengths), expected, atol=1e-6)
-
-
-def test_attention_of_large_scores_is_finite() -> None:
-    pool = pooling(4)
-    pool.recency.data = torch.tensor([300.0, 0, 0, -300])
-    rows = torch.randn(4, 3)
-    found = pool(rows, torch.tensor([4]))
-    np.testing.assert_allclose(found[0].detach(), rows[3], atol=1e-5)  # the newest alone
-    assert pool(torch.zeros(0, 3), torch.tensor([0, 0])).tolist() == [[0.0] * 3] * 2
-
-
-def test_gradients_of_attention() -> None:
-    """Against finite differences, histories of different lengths and an empty one."""
-    pool, lengths = pooling(5).double(), torch.tensor([2, 0, 3])
-    rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    pool.item_scores = lambda r: torch.tanh(pool.key(r)) @ pool.query  # type: ignore[method-assign]
-    assert torch.autograd.gradcheck(lambda r: pool(r, lengths), (rows,))
 
 
 def test_towers_without_weights_are_sums(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ TEXT = {"kind": "text", "column": "title"}
             "offline-mined contradicts in_batch: True",
         ),
         ({"loss": {"in_batch": False}}, "nothing else gives negatives"),
+        (
+            {"loss": {"strategy": "offline-mined", "hard_share": 0}},
+            "nothing else gives negatives",
+        ),
+        ({"loss": {"kind": "sigmoid", "hard_weight": 2}}, "which kind sigmoid has not"),
         ({"loss": {"hard_shared": True}}, "hard_shared needs hard_negatives"),
         ({"loss": {"kind": "bsl", "symmetric": 0.5}}, "symmetric is a part of kind infonce"),
         ({"loss": {"kind": "sigmoid", "strategy": "batch-hard"}}, "batch_hard is a part of kind"),
