@@ -115,7 +115,7 @@ def _add_reads(app: FastAPI, service: SearchService) -> None:
     ) -> Response:
         """One item's stored vector, and the shard that holds it."""
         accepted = answer_media(request.headers.get("accept", ""), Media.JSON)
-        with service.admit():
+        with service.admit(), ended_by_disconnect(request.receive):
             answer = await service.item(item_id, arrived_at=request.scope["shardline.arrived_at"])
         return Response(encode_item(answer, accepted), media_type=accepted)
 

@@ -186,6 +186,8 @@ class Coalescer:
             timeout_ms=max(0.0, deadline - loop.time()) * 1000,
             params=key.params,
         )
+        if lane.waiting:  # they did not fit
+            self._limit_hold(key, lane, frame)
         ask.send(encode_frame(request_id, request))
 
     def _limit_hold(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:

@@ -1,7 +1,7 @@
 """A client that goes away takes its request with it.
 
-Watching for that from the start costs a task a request, as much as reading and checking the
-request; a search that is over within WATCH_AFTER_S needs no watching.
+Watching for that from the start costs a task a request; a search that is over within WATCH_AFTER_S
+needs no watching.
 """
 
 import asyncio
@@ -42,9 +42,8 @@ def ended_by_disconnect(receive: Receive) -> Iterator[None]:
     try:
         yield
     except asyncio.CancelledError:
-        if not gone:
+        if not gone or task.uncancel():  # cancelled by somebody else, or by him as well
             raise
-        task.uncancel()
         raise ClientDisconnect from None
     finally:
         timer.cancel()

@@ -1,8 +1,8 @@
 """Our API in front of what Ray Serve puts around the app of a replica.
 
-Serve (2.60) wraps every request in ids, contexts, two tasks, metrics and a log record, for about
-half of all the time that a single query takes in the router process. Our API counts, refuses and
-cancels by itself, so requests go to it directly, through the hook that Serve has for middleware:
+Serve (2.60) wraps every request in ids, contexts, two tasks, metrics and a log record; without that
+a replica answers twice as many empty requests a second (docs/PERFORMANCE.md). Our API counts,
+refuses and cancels by itself, so requests go to it directly, through Serve's hook for middleware:
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names ``middleware``, which every process of Serve with an
 HTTP server calls. Serve's own paths (/-/healthz) and whatever runs in a process without an app of
 ours go on as before.

@@ -414,7 +414,8 @@ class _Connection(asyncio.Protocol):
         except ProtocolError as error:
             logger.warning("client %s broke the protocol: %s", self._peer(), error)
             self.abort()
-        self._server.after_read()
+        finally:
+            self._server.after_read()
 
     def pause_writing(self) -> None:
         """The client reads slower than it asks: take no more of its requests."""

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -94,12 +95,24 @@ def place_run(folder: Path, config: TrainingConfig) -> None:
 
 
 def open_run(folder: Path) -> Run:
-    """Raises NotFound, CorruptFile or NewerFormat as ``shards.files.read_manifest``."""
+    """What a run was declared with.
+
+    Raises:
+        NotFound, CorruptFile, NewerFormat: as ``shards.files.read_manifest``.
+        ConfigError: it has a setting that is refused by now.
+    """
     manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
-    return Run(
-        config=TrainingConfig.model_validate(manifest["config"]),
-        space=FeatureSpace.from_json(manifest["space"]),
-    )
+    try:
+        config = TrainingConfig.model_validate(manifest["config"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"{folder}: a setting of this run is refused by now",
+            field=".".join(map(str, first["loc"])),
+            got=first["msg"],
+            hint="train again",
+        ) from error
+    return Run(config=config, space=FeatureSpace.from_json(manifest["space"]))
 
 
 def open_data(folder: Path) -> TrainingData:

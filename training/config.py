@@ -128,6 +128,12 @@ class HistoryFeature(_Strict):
         "plain sums of ids with strong weight decay only, where it helps.",
     )
 
+    @model_validator(mode="after")
+    def _attention_would_copy(self) -> Self:
+        if self.keep_target and self.pooling == "attention":
+            raise ValueError("keep_target needs pooling mean or sqrtn: attention finds the answer")
+        return self
+
 
 EmbeddedFeature = IdFeature | CategoricalFeature | MultiValuedFeature | TextFeature
 FeatureConfig = Annotated[
@@ -329,6 +335,10 @@ class LossConfig(_Strict):
             raise ValueError("in_batch is off and nothing else gives negatives")
         if self.hard_shared and not self.hard_negatives:
             raise ValueError("hard_shared needs hard_negatives")
+        if self.hard_negatives and not self.hard_share:
+            raise ValueError("hard_share 0 leaves no row its hard_negatives")
+        if self.logq == "none" and self.logq_strength != 1:
+            raise ValueError("logq_strength multiplies a correction, and logq is none")
         for name in ("batch_hard", "symmetric"):
             if self.kind != "infonce" and getattr(self, name):
                 raise ValueError(f"{name} is a part of kind infonce, not {self.kind}")

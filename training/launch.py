@@ -8,6 +8,7 @@ what a rank does is ``training.loop.train_rank``.
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -125,6 +126,7 @@ def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Pa
     _check_memory(config, examples // config.batch_size * config.epochs)
     hard = _hard_lists(config, dataset, table)
     space = fit(config, dataset)
+    shutil.rmtree(run_folder / CACHE, ignore_errors=True)  # of a start that did not get to its end
     prepare(dataset, space, run_folder / CACHE, config.fitted_splits)
     if hard is not None:
         with atomic_path(run_folder / CACHE / HARD) as temporary:

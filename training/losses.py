@@ -10,6 +10,7 @@ Columns that would be false negatives are left out: copies of the row's item, it
 train, items of other rows of its user. The label never is. ``training.tiles`` does the sums.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -193,8 +194,11 @@ class _Pool:
             is_sigmoid = self._config.kind == "sigmoid"
             return torch.full_like(shares, draws).log() if is_sigmoid else torch.zeros_like(shares)
         counts = expected_counts(shares, self._by_share, self._uniform, self._num_items)
-        if self._config.logq == "standard" and self._config.kind != "sigmoid":
-            counts = counts / draws
+        relative = self._config.logq_strength * (counts / draws).log()
+        if self._config.kind == "sigmoid":
+            return relative + math.log(draws)
+        if self._config.logq == "standard":
+            return relative
         return self._config.logq_strength * counts.log()
 
     def shared(self, vectors: Vectors, ids: Ids, positives: _Columns) -> _Columns:

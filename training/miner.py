@@ -2,8 +2,8 @@
 
 Users are embedded with all their items of train as history, in blocks that are the same for any
 number of ranks; a rank takes every W-th block. In training the example's own item is left out of
-the history, so here a user's known items score a little higher than there, and the margin below
-them is a little more generous.
+the history, unless keep_target is set, so here a user's known items score a little higher than
+there, and the margin below them is a little more generous.
 """
 
 from collections import deque

@@ -20,6 +20,8 @@ def item_lengths(counts: IdArray, exponent: float) -> FloatArray:
 
 def lengths_of(dataset: Dataset, splits: tuple[str, ...], exponent: float) -> FloatArray:
     """(items,) float32, in the order of the items table, counted in those splits."""
+    if not exponent:
+        return np.ones(dataset.rows["items"], dtype=np.float32)
     fitted = item_lists(dataset, splits).items
     return item_lengths(np.bincount(fitted, minlength=dataset.rows["items"]), exponent)
 

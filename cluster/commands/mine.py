@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from training.hard_negatives import Origin, check_target, write_negatives
 from training.metrics import Progress
 from training.miner import build_miner, mine_table
 from training.mining import Mined
+from training.popularity import lengths_of
 from training.searchers import ExactSearch, open_cluster
 from training.tables import Dataset, open_dataset
 
@@ -129,6 +130,9 @@ def mine_run(
     check_dataset(run_folder, dataset.identity)
     version = model_version(run, model, dataset)
     miner = build_miner(model, open_data(run_folder), config, seed)
+    # ranked as the exported vectors are, which a cluster serves
+    lengths = lengths_of(dataset, run.config.fitted_splits, run.config.popularity_exponent)
+    miner = replace(miner, item_vectors=miner.item_vectors * lengths[:, None])
     generation: int | None = None
     started = time.perf_counter()
     if cluster is None:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
+from shards.errors import ConfigError
 from tests.tiny import declared_run, tiny_config, tiny_dataset
 from training.checkpoint import TrainState as State
-from training.checkpoint import latest_state, save_checkpoint
+from training.checkpoint import latest_state, open_run, place_run, save_checkpoint
 from training.loop import train_rank
 from training.runlog import read_log
 from training.step import Step
@@ -176,3 +177,13 @@ def test_what_a_killed_writer_left_is_removed_when_the_run_resumes(tmp_path: Pat
     (left / "model.safetensors").write_bytes(b"half")
     train_rank(run, CPU)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000010"]
+
+
+def test_a_run_with_a_setting_that_is_refused_by_now_says_so(tmp_path: Path) -> None:
+    config = tiny_config(epochs=1)
+    folder = declared_run(tmp_path / "run", config, tiny_dataset(tmp_path / "data"))
+    loss = config.loss.model_copy(update={"kind": "sigmoid", "hard_weight": 2.0})  # not validated
+    place_run(folder, config.model_copy(update={"loss": loss}))
+    with pytest.raises(ConfigError, match="refused by now") as caught:
+        open_run(folder)
+    assert caught.value.field == "loss"

@@ -262,3 +262,18 @@ def test_many_frames_that_no_shard_takes_end_one_after_the_other():
             assert fanout._coalescer._lanes == {}
 
     asyncio.run(run())
+
+
+def test_what_does_not_fit_the_first_frame_leaves_without_its_answer_too():
+    async def run():
+        async with cluster() as (fanout, shards, _, vectors):
+            shards[0].gate.clear()  # every frame waits for this one
+            many = np.tile(vectors[:20], (10, 1))
+            searches = [asyncio.create_task(search(fanout, many, timeout=0.5)) for _ in range(4)]
+            await until(lambda: len(shards[1].requests) == 4)
+            assert not any(each.done() for each in searches)
+            shards[0].gate.set()
+            for each in searches:
+                assert (await each).coverage.share == 1.0
+
+    asyncio.run(run())

@@ -92,6 +92,22 @@ def test_a_cancellation_from_elsewhere_stays_one():
     asyncio.run(run())
 
 
+def test_a_cancellation_beside_the_disconnect_stays_one():
+    async def run():
+        async def work():
+            with ended_by_disconnect(gone):
+                await never()
+
+        task = asyncio.create_task(work())
+        while not task.cancelling():  # until the watcher has seen that the client is gone
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+
+
 def test_an_error_of_the_block_passes():
     async def run():
         with pytest.raises(KeyError), ended_by_disconnect(never):

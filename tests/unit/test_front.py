@@ -1,8 +1,10 @@
 """Requests go to our app before Serve's wrapping of it, and only those that are ours."""
 
 import asyncio
+import inspect
 
 import pytest
+from ray.serve._private import constants, http_util, replica
 from ray.serve._private.http_util import validate_http_proxy_callback_return
 from ray.serve._private.utils import call_function_from_import_path
 
@@ -47,6 +49,12 @@ def test_serve_answers_in_a_process_without_our_app(ask):
 
 def test_the_servers_own_life_is_serves(ask):
     assert ask({"type": "lifespan"}, ours=True) == ["serve"]
+
+
+def test_this_ray_reads_the_hook():
+    assert HOOK in inspect.getsource(constants)
+    assert "http_options.middlewares" in inspect.getsource(http_util.start_asgi_http_server)
+    assert "configure_http_middlewares" in inspect.getsource(replica)
 
 
 def test_serve_finds_the_hook_by_the_name_in_its_environment_and_takes_what_it_returns():

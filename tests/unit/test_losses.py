@@ -112,7 +112,9 @@ def slow_correction(config: LossConfig, column: Column, kept: int) -> float:
     share = max(int(TRAIN_COUNTS[column.item]), 0.5) / int(TRAIN_COUNTS.sum())
     count = by_share * share + uniform / ITEMS
     strength = config.logq_strength
-    if config.logq == "standard" and config.kind != "sigmoid":
+    if config.kind == "sigmoid":
+        return math.log(draws) + strength * math.log(count / draws) - weight
+    if config.logq == "standard":
         return strength * math.log(count / draws) - weight
     if config.kind == "infonce" and (column.is_label or column.mined):
         return -weight

@@ -114,3 +114,14 @@ def test_sums_against_loops() -> None:
         start += length
     np.testing.assert_allclose(found.detach(), sums, atol=1e-12)
     np.testing.assert_allclose(leaf.grad, gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooled", ["mean", "sqrtn"])
+def test_a_batch_without_any_history_pools_to_zeros_and_gives_no_gradient(pooled: str) -> None:
+    pool = HistoryPooling(HistoryFeature(max_length=5, pooling=pooled), 3)
+    rows = torch.zeros(0, 3, requires_grad=True)
+    found = pool(rows, torch.zeros(0, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    np.testing.assert_array_equal(found.detach().numpy(), np.zeros((2, 3)))
+    found.sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.shape == (0, 3)
