@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.commands.mine import mine_run
 from shards.embeddings import open_embedding_set
-from shards.schema import Metric
+from shards.schema import IdArray, Metric
 from tests.tiny import declared_run, tiny_config, tiny_dataset
 from training.batches import item_lists
 from training.checkpoint import load_best
+from training.config import MiningConfig
 from training.encoding import encode_items, encode_queries
 from training.evaluate import evaluate_exact
 from training.export import export
@@ -75,3 +77,31 @@ def test_the_exponent_names_another_model(tmp_path: Path) -> None:
             export(folder, dataset.path, tmp_path, created_at="2026-01-01T00:00:00Z").model_version
         )
     assert len(versions) == 3
+
+
+def test_mining_ranks_the_vectors_that_are_served(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    config = tiny_config(epochs=1, popularity_exponent=1.0)
+    train_rank(declared_run(tmp_path / "run", config, dataset), torch.device("cpu"))
+    mining = MiningConfig(per_user=3, range_max=3, margin=0.0, reference="highest")
+    mined, _ = mine_run(tmp_path / "run", dataset, mining, seed=0, cluster=None)
+
+    run, model = load_best(tmp_path / "run")
+    items = run.space.item.encode(dataset.items(), ITEMS)
+    users = run.space.query.encode(dataset.users(), USERS).take(mined.users)
+    train = item_lists(dataset, ("train",))
+    known = train.take(mined.users)
+    queries = encode_queries(model, users, known, items)
+    plain = encode_items(model, items)
+    lengths = item_lengths(np.bincount(train.items, minlength=len(items)), 1.0)
+    _, served = rank_exact(queries, plain * lengths[:, None], k=3, exclude=known)
+    _, unserved = rank_exact(queries, plain, k=3, exclude=known)
+    found = mined.items >= 0
+    assert found.sum() > 0.5 * found.size
+    assert np.isin(keyed(mined.items), keyed(served))[found].all()
+    assert not np.isin(keyed(mined.items), keyed(unserved))[found].all()
+
+
+def keyed(items: IdArray) -> IdArray:
+    """(n, k) item rows as numbers that tell the rows of the list apart."""
+    return items + 1000 * np.arange(len(items))[:, None]
