@@ -286,6 +286,15 @@ def test_more_than_there_is_room_for_is_refused_at_once_and_all_is_well_after(
     )
 
 
+def test_requests_reach_our_app_before_serves_own_layer(http: httpx.Client) -> None:
+    """Serve's layer repeats any id that a client sends; ours replaces one not fit to log."""
+    unfit = "a" * 200
+    (answered,) = http.get("/healthz", headers={"X-Request-ID": unfit}).headers.get_list(
+        "x-request-id"
+    )
+    assert len(answered) == 16
+
+
 def test_websockets_are_refused(cluster: Cluster, keys: dict[Scope, str]) -> None:
     for line in ("", f"Authorization: Bearer {keys[Scope.ADMIN]}\r\n"):
         with connection(cluster) as opened:
