@@ -8,6 +8,7 @@ them: sockets and scheduling, nothing of ours.
 """
 
 import asyncio
+import gc
 import json
 import multiprocessing
 import random
@@ -50,6 +51,7 @@ class PreparedShard(Shard):
         rng = np.random.default_rng(shard)
         self._ids = np.sort(rng.choice(ROWS, (1, k), replace=False)) * shards + shard
         self._scores = -np.sort(-rng.random((1, k), dtype=np.float32))
+        self._replies: dict[int, SearchReply] = {}
 
     @property
     def rows(self) -> int:
@@ -65,12 +67,14 @@ class PreparedShard(Shard):
 
     def reply(self, queries: int) -> SearchReply:
         """ids and scores (queries, k)."""
-        return SearchReply(
-            ids=np.repeat(self._ids, queries, axis=0),
-            scores=np.repeat(self._scores, queries, axis=0),
-            rows=ROWS,
-            search_ms=0.0,
-        )
+        if queries not in self._replies:
+            self._replies[queries] = SearchReply(
+                ids=np.repeat(self._ids, queries, axis=0),
+                scores=np.repeat(self._scores, queries, axis=0),
+                rows=ROWS,
+                search_ms=0.0,
+            )
+        return self._replies[queries]
 
 
 def measure(*, shards: int, dim: int, k: int, rate: float, count: int) -> dict[str, Any]:
@@ -115,9 +119,12 @@ async def _fan_out(
             )
         assert found.coverage.share == 1.0
 
+    gc.collect()
+    gc.freeze()  # as a router replica does
     try:
         return await _timed(once, rate, count)
     finally:
+        gc.unfreeze()
         await fanout.close()
 
 
@@ -254,6 +261,8 @@ def _serve_shard(
     server = ShardServer(PreparedShard(shard, dim=dim, k=k, shards=shards), secret=secret)
     _, port = server.bind()
     server.start(epoch=1)
+    gc.collect()
+    gc.freeze()  # as a shard actor does
     pipe.send(port)
     _wait_closed(pipe)
     server.stop()

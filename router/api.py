@@ -6,8 +6,8 @@ BaseHTTPMiddleware would cost more than a whole search's share of this process.
 """
 
 import asyncio
+import random
 import re
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, TypeAlias
@@ -29,7 +29,7 @@ from router.codec import (
     encode_item,
 )
 from router.config import RouterConfig
-from router.disconnect import ended_by_disconnect
+from router.disconnect import ended_by_client
 from router.openapi import (
     DESCRIPTION,
     ITEM_DOC,
@@ -41,7 +41,6 @@ from router.openapi import (
     openapi_schema,
 )
 from router.problems import (
-    BodyTimeout,
     MethodNotAllowed,
     PayloadTooLarge,
     UnsupportedMediaType,
@@ -54,12 +53,13 @@ from shards.metrics import REQUESTS, Recorder
 REQUEST_ID_HEADER = b"x-request-id"
 # Printable and short, because it is repeated in answers and logs; anything else is replaced.
 REQUEST_ID = re.compile(rb"[!-~]{1,128}")
-REQUEST_ID_BYTES = 8
+REQUEST_ID_BITS = 64
 # Bytes of a body decoded in the event loop, some milliseconds of JSON; more would hold up others.
 DECODE_IN_LOOP = 256 << 10
 POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
 
-Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+Endpoint: TypeAlias = Callable[[Scope, Receive], Awaitable[tuple[bytes, Media]]]
+Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 
 def create_app(service: SearchService, config: RouterConfig, guard: Guard | None = None) -> ASGIApp:
@@ -84,28 +84,33 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
 
 
 def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> Endpoint:
+    async def answer(scope: Scope, receive: Receive) -> tuple[bytes, Media]:
+        headers = scope["shardline.headers"]
+        with service.admit():
+            media = body_media(headers.get(b"content-type", b"").decode("latin-1"))
+            accepted = answer_media(headers.get(b"accept", b"").decode("latin-1"), media)
+            with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms) as client:
+                body = await read_body(headers, receive, config.max_body_bytes)
+                client.body_is_read()
+                if len(body) <= DECODE_IN_LOOP:
+                    query = decode_query(body, media)
+                else:
+                    query = await asyncio.to_thread(decode_query, body, media)
+                found = await service.search(
+                    query,
+                    arrived_at=scope["shardline.arrived_at"],
+                    began_at=scope["shardline.began_at"],
+                    request_id=scope["shardline.request_id"],
+                )
+            return encode_answer(found, accepted), accepted
+
     @app.post("/v1/search", **SEARCH_DOC)
     async def search(request: Request) -> Response:
         """The k items that score best against each query, and how much of the corpus was asked."""
-        with service.admit():
-            headers = request.headers
-            media = body_media(headers.get("content-type", ""))
-            accepted = answer_media(headers.get("accept", ""), media)
-            body = await read_body(request, config)
-            if len(body) <= DECODE_IN_LOOP:
-                query = decode_query(body, media)
-            else:
-                query = await asyncio.to_thread(decode_query, body, media)
-            with ended_by_disconnect(request.receive):
-                answer = await service.search(
-                    query,
-                    arrived_at=request.scope["shardline.arrived_at"],
-                    began_at=request.scope["shardline.began_at"],
-                    request_id=request.scope["shardline.request_id"],
-                )
-            return Response(encode_answer(answer, accepted), media_type=accepted)
+        body, media = await answer(request.scope, request.receive)
+        return Response(body, media_type=media)
 
-    return search
+    return answer
 
 
 def _add_reads(app: FastAPI, service: SearchService) -> None:
@@ -115,7 +120,7 @@ def _add_reads(app: FastAPI, service: SearchService) -> None:
     ) -> Response:
         """One item's stored vector, and the shard that holds it."""
         accepted = answer_media(request.headers.get("accept", ""), Media.JSON)
-        with service.admit(), ended_by_disconnect(request.receive):
+        with service.admit(), ended_by_client(request.receive):
             answer = await service.item(item_id, arrived_at=request.scope["shardline.arrived_at"])
         return Response(encode_item(answer, accepted), media_type=accepted)
 
@@ -155,8 +160,9 @@ class RequestContext:
     """Gives every request an id and an arrival time, and every error the form of a problem. Shuts
     out whoever has no key for what is asked, before a byte of the body is read.
 
-    Endpoints in ``direct`` (method, path) are called from here: FastAPI's way to one of them costs
-    0.2 ms, more than all the rest of a single query. It still declares, and so documents, them.
+    Endpoints in ``direct`` (method, path) are called and answered from here: FastAPI's way to one
+    of them costs 0.2 ms, more than all the rest of a single query. It still declares, and so
+    documents, them.
     """
 
     def __init__(
@@ -172,6 +178,7 @@ class RequestContext:
         self._guard = guard
         self._direct = direct
         self._recorder = recorder
+        self._ids = random.Random()  # seeded by the system: ids of two routers must differ
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # there are none: nothing looks at what it asks for
@@ -180,11 +187,31 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
-        header = (REQUEST_ID_HEADER, request_id.encode())
-        scope["shardline.request_id"] = request_id
+        # reversed, because the first header of a name is the one that counts
+        scope["shardline.headers"] = headers = dict(reversed(scope["headers"]))
+        scope["shardline.request_id"] = request_id = self._request_id(headers)
         scope["shardline.arrived_at"] = asyncio.get_running_loop().time()  # deadlines count here
         scope["shardline.began_at"] = time.perf_counter()  # took_ms here: uvloop's clock is coarse
+        method, path = scope["method"], scope["path"]
+        try:
+            self._guard.check(method, path, scope["headers"])
+            endpoint = self._direct.get((method, path))
+            if endpoint is None:
+                await self._through_app(scope, receive, send)
+                return
+            body, media = await endpoint(scope, receive)
+        except ClientDisconnect:
+            return  # there is nobody to answer
+        except Exception as error:  # noqa: BLE001  the last border: whatever it is becomes a 500
+            retry_after_s = self._config.retry_after_s
+            problem = to_problem(error, request_id=request_id, retry_after_s=retry_after_s)
+            await self._answer(send, request_id, problem.status, problem.body, problem.headers)
+            return
+        await self._answer(send, request_id, 200, body, [(b"content-type", media.encode())])
+
+    async def _through_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """By FastAPI's way; raises what has not been answered."""
+        header = (REQUEST_ID_HEADER, scope["shardline.request_id"].encode())
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -196,53 +223,60 @@ class RequestContext:
             await send(message)
 
         try:
-            self._guard.check(scope["method"], scope["path"], scope["headers"])
-            endpoint = self._direct.get((scope["method"], scope["path"]))
-            if endpoint is None:
-                await self._app(scope, receive, send_with_id)
-            else:
-                response = await endpoint(Request(scope, receive))
-                await response(scope, receive, send_with_id)
-        except ClientDisconnect:
-            pass  # there is nobody to answer
-        except Exception as error:  # noqa: BLE001  the last border: whatever it is becomes a 500
+            await self._app(scope, receive, send_with_id)
+        except Exception:
             # Starlette answers an unexpected error by the handler below, which logs it, and then
             # raises it again for a server to see: there is nothing left to do.
             if not started:
-                await _problem(error, request_id, self._config)(scope, receive, send_with_id)
+                raise
+
+    async def _answer(
+        self, send: Send, request_id: str, status: int, body: bytes, headers: Headers
+    ) -> None:
+        self._recorder.count(REQUESTS, str(status))
+        length = (b"content-length", str(len(body)).encode())
+        headers = [length, *headers, (REQUEST_ID_HEADER, request_id.encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _request_id(self, headers: Mapping[bytes, bytes]) -> str:
+        """The caller's, where it is fit to print, or one of our own."""
+        given = headers.get(REQUEST_ID_HEADER)
+        if given is not None and REQUEST_ID.fullmatch(given):
+            return given.decode("ascii")
+        return f"{self._ids.getrandbits(REQUEST_ID_BITS):0{REQUEST_ID_BITS // 4}x}"
 
 
-async def read_body(request: Request, config: RouterConfig) -> bytes:
-    """The whole body, refused as soon as it is known to be too large or too slow.
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
+    """The whole body, refused as soon as it is known to be of more than ``limit`` bytes.
 
     Raises:
-        PayloadTooLarge, BodyTimeout, UnsupportedMediaType (compressed), ClientDisconnect.
+        PayloadTooLarge, UnsupportedMediaType (compressed), ClientDisconnect.
     """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding != b"identity":
         raise UnsupportedMediaType(
-            "compressed bodies are not supported", field="Content-Encoding", got=encoding
+            "compressed bodies are not supported",
+            field="Content-Encoding",
+            got=encoding.decode("latin-1"),
         )
-    limit = config.max_body_bytes
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise _too_large(limit, f"{announced} bytes")
+    announced = headers.get(b"content-length", b"")
+    if announced.isdigit() and int(announced) > limit:
+        raise _too_large(limit, f"{announced.decode()} bytes")
     chunks: list[bytes] = []
     size = 0
-    try:
-        async with asyncio.timeout(config.body_timeout_ms / 1000):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limit:
-                    raise _too_large(limit, "more")
-                chunks.append(chunk)
-    except TimeoutError as error:
-        raise BodyTimeout(
-            "the body did not arrive in time",
-            field="body",
-            expected=f"within {config.body_timeout_ms:g} ms",
-        ) from error
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+    is_whole = False
+    while not is_whole:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
+        is_whole = not message.get("more_body", False)
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit, "more")
+        chunks.append(chunk)
+    return b"".join(chunks)
 
 
 def _too_large(limit: int, got: str) -> PayloadTooLarge:
@@ -253,13 +287,6 @@ def _too_large(limit: int, got: str) -> PayloadTooLarge:
         got=got,
         hint="send the queries in several requests, or as msgpack",
     )
-
-
-def _request_id(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == REQUEST_ID_HEADER and REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return secrets.token_hex(REQUEST_ID_BYTES)
 
 
 def _json(content: Any, status: int = 200) -> Response:

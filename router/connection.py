@@ -1,6 +1,6 @@
 """One persistent connection to one shard, with many requests in flight.
 
-``Link`` is one TCP connection: handshake, then frames. A reply costs no task and no future, and
+``Link`` is one connection: handshake, then frames. A reply costs no task and no future, and
 is handed over undecoded: decoding it while other shards still search would take a core from them.
 ``ShardConnection`` keeps one link up: it connects, reconnects with growing random pauses, and
 refuses a shard process that an older epoch or another generation marks as the wrong one. Deadlines
@@ -12,21 +12,14 @@ import logging
 import random
 import socket
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from typing import TypeAlias, cast
 
 from router.config import RouterConfig
+from shards import local_socket
 from shards.errors import Overloaded, ProtocolError, Unavailable
+from shards.handshake import ServerAddress, check_welcome, prove
 from shards.types import Hello, ShardRoute
-from shards.wire import (
-    HEADER,
-    MAX_FRAME_BYTES,
-    FrameSplitter,
-    ServerAddress,
-    check_welcome,
-    decode_payload,
-    encode_frame,
-    prove,
-)
+from shards.wire import HEADER, MAX_FRAME_BYTES, FrameSplitter, decode_payload, encode_frame
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +44,7 @@ def backoff_ms(failures: int, config: RouterConfig, rng: random.Random) -> float
 
 
 class Link(asyncio.Protocol):
-    """One TCP connection to a shard. ``hello`` resolves when both sides have proved the secret.
+    """One connection to a shard. ``hello`` resolves when both sides have proved the secret.
 
     ``lost`` resolves with the reason once the connection is gone; every pending request has been
     told by then. ``address`` is what it connects to.
@@ -107,7 +100,8 @@ class Link(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         connection: socket.socket = transport.get_extra_info("socket")
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
         self._waiting_since = None
@@ -115,7 +109,7 @@ class Link(asyncio.Protocol):
             for request_id, payload in self._splitter.feed(data):
                 self._take(request_id, payload)
         except ProtocolError as error:
-            logger.warning("shard at %s broke the protocol: %s", self._peer(), error)
+            logger.warning("shard at %s broke the protocol: %s", self._address, error)
             self.close(f"broke the protocol ({error.message})")
         if self._pending and self._waiting_since is None:
             self._waiting_since = self._loop.time()
@@ -159,9 +153,6 @@ class Link(asyncio.Protocol):
         pending, self._pending = self._pending, {}
         for on_reply in pending.values():
             on_reply(Unavailable(reason))
-
-    def _peer(self) -> Any:
-        return self._transport.get_extra_info("peername") if self._transport else None
 
 
 class ShardConnection:
@@ -231,12 +222,10 @@ class ShardConnection:
         if link is None:
             raise Unavailable(self._reason)
         if link.owes_answers:
-            self._drop_if_silent(link)
+            self._refuse_if_busy(link)
         if link.lost.done():
             raise Unavailable(link.lost.result())
-        if link.owes_answers and link.stalled_for() * 1000 > self._config.late_after_ms:
-            raise Unavailable("silent, though it owes answers")
-        if link.in_flight >= self._config.shard_max_in_flight or not link.writable:
+        if not link.writable:
             raise Overloaded("overloaded")
         link.send(request_id, frame, on_reply)
         return link
@@ -248,6 +237,16 @@ class ShardConnection:
             return
         link.abandon(request_id)
         self._drop_if_silent(link)
+
+    def _refuse_if_busy(self, link: Link) -> None:
+        """For one that owes answers: too many of them, or for too long."""
+        self._drop_if_silent(link)
+        if link.lost.done():
+            return
+        if link.stalled_for() * 1000 > self._config.late_after_ms:
+            raise Unavailable("silent, though it owes answers")
+        if link.in_flight >= self._config.shard_max_in_flight:
+            raise Overloaded("overloaded")
 
     def _drop_if_silent(self, link: Link) -> None:
         if link.stalled_for() * 1000 > self._config.stall_timeout_ms:
@@ -288,15 +287,26 @@ class ShardConnection:
             link.close("closing")
 
     async def _connect(self) -> Link:
-        loop = asyncio.get_running_loop()
         address = self._address
         async with asyncio.timeout(self._config.connect_timeout_ms / 1000):
-            _, link = await loop.create_connection(lambda: Link(self._secret, address), *address)
+            link = await self._open(address)
             try:
                 self._check(await link.hello)
             except BaseException:
                 link.close("refused")
                 raise
+        return link
+
+    async def _open(self, address: ServerAddress) -> Link:
+        """Over a Unix socket to a shard of this machine, else over TCP."""
+        loop = asyncio.get_running_loop()
+        here = local_socket.connect(address)
+        if here is None:
+            _, link = await loop.create_connection(lambda: Link(self._secret, address), *address)
+        else:
+            _, link = await loop.create_unix_connection(
+                lambda: Link(self._secret, address), sock=here
+            )
         return link
 
     def _check(self, hello: Hello) -> None:

@@ -10,7 +10,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,9 +89,8 @@ class Fanout:
         )
         return True
 
-    @contextmanager
-    def pin(self) -> Iterator[Serving]:
-        """What a query must use for all it does, kept alive until the block ends.
+    def pin(self) -> "Pin":
+        """A context: what a query must use for all it does, kept alive until the block ends.
 
         Raises:
             Unavailable: no routing table has come yet.
@@ -99,13 +98,13 @@ class Fanout:
         serving = self._serving
         if serving is None:
             raise Unavailable("no routing table yet", hint="no generation has been published")
-        serving.running += 1
-        try:
-            yield serving
-        finally:
-            serving.running -= 1
-            if serving.running == 0 and serving is not self._serving:
-                self._release(serving)
+        return Pin(self, serving)
+
+    def unpin(self, serving: Serving) -> None:
+        """One query fewer runs on it."""
+        serving.running -= 1
+        if serving.running == 0 and serving is not self._serving:
+            self._release(serving)
 
     async def search(
         self,
@@ -211,6 +210,23 @@ class Fanout:
                 task = asyncio.create_task(connection.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+
+
+class Pin:
+    """What ``Fanout.pin`` returns. A class: every query passes here, and a generator costs more."""
+
+    __slots__ = ("_fanout", "_serving")
+
+    def __init__(self, fanout: Fanout, serving: Serving) -> None:
+        self._fanout = fanout
+        self._serving = serving
+
+    def __enter__(self) -> Serving:
+        self._serving.running += 1
+        return self._serving
+
+    def __exit__(self, *_: object) -> None:
+        self._fanout.unpin(self._serving)
 
 
 def _identity(route: ShardRoute, generation: int) -> tuple[int, int, int, tuple[str, int] | None]:

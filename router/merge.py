@@ -22,7 +22,7 @@ def merge_top_k(
     all_ids = np.concatenate(ids, axis=1)
     # A stable sort of sorted runs is a plain merge, several times faster than a sort by two keys;
     # it leaves equal scores in the order of the parts, so those are looked for afterwards.
-    order = np.argsort(-all_scores, axis=1, kind="stable")
+    order = (-all_scores).argsort(axis=1, kind="stable")
     top_scores, top_ids = _take(all_scores, all_ids, order[:, : k + 1])
     if _needs_ids(top_scores, top_ids, k):
         # As unsigned, the id of an empty slot is the largest there is, so it sorts last.
@@ -44,7 +44,9 @@ def _needs_ids(scores: FloatArray, ids: IdArray, k: int) -> bool:
 def _take(
     scores: FloatArray, ids: IdArray, order: np.ndarray[tuple[int, ...], np.dtype[np.intp]]
 ) -> tuple[FloatArray, IdArray]:
-    flat = order + np.arange(len(scores))[:, None] * scores.shape[1]
+    flat = order
+    if len(scores) > 1:
+        flat = order + np.arange(len(scores))[:, None] * scores.shape[1]
     return scores.ravel().take(flat), ids.ravel().take(flat)
 
 

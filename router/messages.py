@@ -1,13 +1,15 @@
 """What goes into and out of a search: plain data, shared by service, codec, HTTP API and client."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from shards.schema import FloatArray, IdArray
 from shards.types import SearchParams
 
+NO_PARAMS = SearchParams()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(slots=True, kw_only=True)  # not frozen: as router.limits.Terms
 class SearchQuery:
     """One request: exactly one of vectors, features, item_ids. None elsewhere means the default.
 
@@ -20,7 +22,7 @@ class SearchQuery:
     k: int | None = None
     timeout_ms: float | None = None
     min_coverage: float | None = None
-    params: SearchParams = field(default_factory=SearchParams)
+    params: SearchParams = NO_PARAMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +53,7 @@ class Coverage:
         return replace(smaller, degraded=list(dict.fromkeys(self.degraded + other.degraded)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: as router.limits.Terms
 class SearchAnswer:
     """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf, last.
 

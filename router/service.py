@@ -7,10 +7,9 @@ its arrival. Requests beyond ``max_in_flight`` are refused before any work is do
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -61,20 +60,49 @@ ENCODE_IN_LOOP = 64
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
+Top: TypeAlias = tuple[IdArray, FloatArray, Coverage, float]  # (n, k) ids, scores; search_ms last
+
+
+class Places:
+    """Counts the requests being worked on, each in a ``with`` of its own; refuses too many.
+
+    Raises, where the block begins:
+        Overloaded: as many requests as allowed are being worked on.
+    """
+
+    def __init__(self, limit: int, recorder: Recorder) -> None:
+        self.taken = 0
+        self._limit = limit
+        self._recorder = recorder
+
+    def __enter__(self) -> None:
+        if self.taken >= self._limit:
+            self._recorder.count(REJECTED, Overloaded.code)
+            raise Overloaded(
+                "too many requests at once",
+                expected=f"<= {self._limit} in flight",
+                hint="try again after the time in Retry-After",
+            )
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.taken -= 1
+
 
 @dataclass(slots=True, kw_only=True)
-class _Prepared:
-    """Vectors ready to be asked, one per live query; ``own`` are items to drop from answers.
+class _LookedUp:
+    """Items as queries: ``vectors`` and ``own``, the ids to drop from answers, one a known item.
 
-    ``coverage`` is that of looking the items up.
+    ``live`` are the known items' positions among the queries, ``reasons`` speak of the others;
+    ``coverage`` is that of looking them up.
     """
 
     vectors: FloatArray
+    own: IdArray
     live: IdArray
     num_queries: int
-    own: IdArray | None = None
-    coverage: Coverage | None = None
-    reasons: dict[int, str] = field(default_factory=dict)
+    coverage: Coverage
+    reasons: dict[int, str]
 
 
 class SearchService:
@@ -92,7 +120,7 @@ class SearchService:
         self.recorder = Recorder()
         self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
         self._load_encoder = load_encoder
-        self._in_flight = 0
+        self._places = Places(config.max_in_flight, self.recorder)
         self._searches = 0
         self._cache = ResultCache(config.cache_bytes)
 
@@ -117,25 +145,9 @@ class SearchService:
     async def close(self) -> None:
         await self._fanout.close()
 
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Around all work on a request.
-
-        Raises:
-            Overloaded: as many requests as allowed are being worked on.
-        """
-        if self._in_flight >= self.config.max_in_flight:
-            self.recorder.count(REJECTED, Overloaded.code)
-            raise Overloaded(
-                "too many requests at once",
-                expected=f"<= {self.config.max_in_flight} in flight",
-                hint="try again after the time in Retry-After",
-            )
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
+    def admit(self) -> Places:
+        """Around all work on a request; ``Places`` says when it raises."""
+        return self._places
 
     async def search(
         self,
@@ -157,46 +169,30 @@ class SearchService:
         """
         began_at = time.perf_counter() if began_at is None else began_at
         try:
-            answer, kind = await self._search(query, arrived_at, began_at, request_id)
+            terms = terms_of(query, self.config)
+            deadline = arrived_at + terms.timeout_ms / 1000
+            with self._fanout.pin() as serving:
+                top, reasons = await self._top(serving, query, terms, deadline, began_at)
+                table = serving.table
         except ShardlineError as error:
             self.recorder.count(REJECTED, error.code)
             raise
-        self.recorder.observe(REQUEST_MS, answer.took_ms, kind)
-        self.recorder.observe(REQUEST_QUERIES, len(answer.ids))
-        self.recorder.observe(COVERAGE, answer.coverage.share)
-        return answer
-
-    async def _search(
-        self, query: SearchQuery, arrived_at: float, began_at: float, request_id: str
-    ) -> tuple[SearchAnswer, str]:
-        terms = terms_of(query, self.config)
-        deadline = arrived_at + terms.timeout_ms / 1000
-        self._searches += 1
-        is_timed = self._searches % STAGES_OF_ONE_IN == 0
-        with self._fanout.pin() as serving:
-            parsed_at = time.perf_counter()
-            prepared = await self._prepare(serving, query, terms, deadline)
-            check_size(prepared.vectors, terms.kind)
-            prepared_at = time.perf_counter()
-            found = await self._ask(serving, prepared, terms, query.params, deadline)
-            table = serving.table
-        if is_timed:
-            self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
-            self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
-            self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
-        ids, scores, coverage, search_ms = found
-        answer = SearchAnswer(
+        ids, scores, coverage, search_ms = top
+        took_ms = (time.perf_counter() - began_at) * 1000
+        self.recorder.observe(REQUEST_MS, took_ms, terms.kind)
+        self.recorder.observe(REQUEST_QUERIES, len(ids))
+        self.recorder.observe(COVERAGE, coverage.share)
+        return SearchAnswer(
             ids=ids,
             scores=scores,
             generation=table.generation,
             model_version=table.model_version,
             coverage=coverage,
-            took_ms=(time.perf_counter() - began_at) * 1000,
+            took_ms=took_ms,
             search_ms=search_ms,
-            reasons=prepared.reasons,
+            reasons=reasons,
             request_id=request_id,
         )
-        return answer, terms.kind
 
     async def item(self, item_id: int, *, arrived_at: float) -> ItemAnswer:
         """The stored vector of one item.
@@ -246,14 +242,14 @@ class SearchService:
         with self._fanout.pin() as serving:
             return {
                 **serving.describe(),
-                "in_flight": self._in_flight,
+                "in_flight": self._places.taken,
                 "cache": asdict(self._cache.stats) if self._cache.enabled else None,
             }
 
     def refresh_metrics(self) -> None:
         """Sets the gauges, and the counters of what is counted elsewhere, for an export."""
         recorder, stats, serving = self.recorder, self._cache.stats, self._fanout.serving
-        recorder.set(IN_FLIGHT, self._in_flight)
+        recorder.set(IN_FLIGHT, self._places.taken)
         recorder.set(CACHE_BYTES, stats.bytes)
         recorder.total(CACHE_HITS, stats.hits)
         recorder.total(CACHE_MISSES, stats.misses)
@@ -263,25 +259,42 @@ class SearchService:
 
     # Steps
 
-    async def _prepare(
-        self, serving: Serving, query: SearchQuery, terms: Terms, deadline: float
-    ) -> _Prepared:
-        table, kind = serving.table, terms.kind
-        if kind == "item_ids":
-            item_ids = check_ids(query.item_ids)
-            return await self._look_up(serving, item_ids, deadline, terms.min_coverage)
-        if kind == "features":
-            assert query.features is not None
-            values: Any = await _encode(_encoder_of(serving), query.features)
+    async def _top(
+        self, serving: Serving, query: SearchQuery, terms: Terms, deadline: float, began_at: float
+    ) -> tuple[Top, dict[int, str]]:
+        """The answer, and why queries that could not be asked were not."""
+        self._searches += 1
+        is_timed = self._searches % STAGES_OF_ONE_IN == 0
+        parsed_at = time.perf_counter()
+        looked_up: _LookedUp | None = None
+        if terms.kind == "item_ids":
+            looked_up = await self._look_up(serving, query, deadline, terms.min_coverage)
+            vectors = looked_up.vectors
         else:
             values = query.vectors
-        vectors = check_vectors(values, dim=table.dim, metric=table.metric, field=kind)
-        return _Prepared(vectors=vectors, live=np.arange(len(vectors)), num_queries=len(vectors))
+            if terms.kind == "features":
+                assert query.features is not None
+                values = await _encode(_encoder_of(serving), query.features)
+            table = serving.table
+            vectors = check_vectors(values, dim=table.dim, metric=table.metric, field=terms.kind)
+        check_size(vectors, terms.kind)
+        prepared_at = time.perf_counter()
+        if looked_up is None:
+            found = await self._find(serving, vectors, terms.k, terms, query.params, deadline)
+            top = found.ids, found.scores, found.coverage, found.search_ms
+        else:
+            top = await self._neighbours(serving, looked_up, terms, query.params, deadline)
+        if is_timed:
+            self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
+            self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
+            self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
+        return top, {} if looked_up is None else looked_up.reasons
 
     async def _look_up(
-        self, serving: Serving, item_ids: IdArray, deadline: float, min_coverage: float
-    ) -> _Prepared:
+        self, serving: Serving, query: SearchQuery, deadline: float, min_coverage: float
+    ) -> _LookedUp:
         """Items' vectors as queries; the unknown ones get a reason instead."""
+        item_ids = check_ids(query.item_ids)
         now = asyncio.get_running_loop().time()
         found = await self._fanout.fetch(
             serving,
@@ -299,43 +312,38 @@ class SearchService:
         if live.size and serving.table.metric is Metric.COSINE:
             # an index without exact copies gives approximations, whose length is not quite one
             vectors = normalise(vectors, field="item_ids")
-        return _Prepared(
+        return _LookedUp(
             vectors=vectors,
+            own=item_ids[live],
             live=live,
             num_queries=len(item_ids),
-            own=item_ids[live],
             coverage=found.coverage,
             reasons={int(row): f"item {item_ids[row]} not found{where}" for row in missing},
         )
 
-    async def _ask(
+    async def _neighbours(
         self,
         serving: Serving,
-        prepared: _Prepared,
+        items: _LookedUp,
         terms: Terms,
         params: SearchParams,
         deadline: float,
-    ) -> tuple[IdArray, FloatArray, Coverage, float]:
-        """(n, k) ids and scores of all queries, those that could not be asked being empty."""
-        k = terms.k
-        if not prepared.live.size:
-            assert prepared.coverage is not None
-            ids, scores = _empty(prepared.num_queries, k)
-            return ids, scores, prepared.coverage, 0.0
+    ) -> Top:
+        """Of all items, those that could not be asked being empty."""
+        ids, scores = _empty(items.num_queries, terms.k)
+        if not items.live.size:
+            return ids, scores, items.coverage, 0.0
         # one more, because an item-to-item query finds itself; at the limit it gets k - 1
-        ask_k = k if prepared.own is None else min(k + 1, self.config.max_k)
-        answer = await self._find(serving, prepared.vectors, ask_k, terms, params, deadline)
-        if prepared.own is None:
-            return answer.ids, answer.scores, answer.coverage, answer.search_ms
-        ids, scores = _empty(prepared.num_queries, k)
-        own_ids, own_scores = drop_own(answer.ids, answer.scores, prepared.own)
-        width = min(k, own_ids.shape[1])
-        ids[prepared.live, :width] = own_ids[:, :width]
-        scores[prepared.live, :width] = own_scores[:, :width]
-        coverage = answer.coverage
-        if prepared.reasons and prepared.coverage is not None and prepared.coverage.degraded:
-            coverage = coverage.joined(prepared.coverage)
-        return ids, scores, coverage, answer.search_ms
+        ask_k = min(terms.k + 1, self.config.max_k)
+        found = await self._find(serving, items.vectors, ask_k, terms, params, deadline)
+        own_ids, own_scores = drop_own(found.ids, found.scores, items.own)
+        width = min(terms.k, own_ids.shape[1])
+        ids[items.live, :width] = own_ids[:, :width]
+        scores[items.live, :width] = own_scores[:, :width]
+        coverage = found.coverage
+        if items.reasons and items.coverage.degraded:
+            coverage = coverage.joined(items.coverage)
+        return ids, scores, coverage, found.search_ms
 
     async def _find(
         self,

@@ -78,7 +78,7 @@ class ShardActor:
             "load_ms": round(self._load_ms, 1),
             "memory_bytes": psutil.Process().memory_info().rss,
             "queue_depth": self._server.queue_depth,
-            "connections": len(self._server.connections),
+            "connections": len(self._server.sessions),
             "requests": stats.requests,
             "batches": stats.batches,
             "overloaded": stats.overloaded,

@@ -7,6 +7,7 @@ id ascending, so they never depend on which shard spoke first.
 faiss accepts NaN, duplicate ids and zero vectors without complaint; nothing gets past this module.
 """
 
+import math
 from enum import StrEnum
 from typing import Any
 
@@ -54,18 +55,17 @@ def check_vectors(
     if copy or array.dtype != np.float32 or not array.flags.c_contiguous:
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, refused below
             vectors = np.array(array, dtype=np.float32, order="C")
-    # in float64 the squares of float32 neither overflow nor vanish, so that one pass over the
-    # vectors tells both whether they are finite and how long they are
-    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
-    if not np.isfinite(squares).all():
-        row = int(np.flatnonzero(~np.isfinite(squares))[0])
+    # NaN or infinity anywhere makes the sum of squares one, and that is the cheapest look at all
+    # values; so may an overflow, and only then is each value looked at
+    if not math.isfinite(np.vdot(vectors, vectors)) and not np.isfinite(vectors).all():
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise InvalidInput(
             "not finite",
             field=f"{field}[{row}]",
             expected="finite float32 values",
             got="NaN or infinity",
         )
-    return _scaled(vectors, squares, field) if metric is Metric.COSINE else vectors
+    return normalise(vectors, field=field) if metric is Metric.COSINE else vectors
 
 
 def normalise(vectors: FloatArray, *, field: str = "vectors") -> FloatArray:
@@ -74,11 +74,9 @@ def normalise(vectors: FloatArray, *, field: str = "vectors") -> FloatArray:
     Raises:
         InvalidInput: a row is zero, so it has no direction.
     """
-    return _scaled(vectors, np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64), field)
-
-
-def _scaled(vectors: FloatArray, squares: NDArray[np.float64], field: str) -> FloatArray:
-    norms = np.sqrt(squares)
+    # in float64 the squares of float32 neither overflow nor vanish
+    scaled = vectors.astype(np.float64)
+    norms = np.sqrt(np.vecdot(scaled, scaled))
     if (norms < MIN_NORM).any():
         row = int(np.flatnonzero(norms < MIN_NORM)[0])
         raise InvalidInput(
@@ -87,7 +85,8 @@ def _scaled(vectors: FloatArray, squares: NDArray[np.float64], field: str) -> Fl
             expected="a non-zero vector, because the metric is cosine",
             got=f"norm {norms[row]:.3g}",
         )
-    return np.asarray(vectors / norms[:, None], dtype=np.float32)
+    scaled /= norms[:, None]
+    return scaled.astype(np.float32)
 
 
 def check_ids(values: Any, *, field: str = "item_ids", unique: bool = False) -> IdArray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from shards.errors import ProtocolError
+from shards.handshake import new_hello, welcome
 from shards.schema import EMPTY_ID, EMPTY_SCORE, Metric, sort_results
 from shards.types import (
     ErrorReply,
@@ -17,7 +18,7 @@ from shards.types import (
     SearchRequest,
     ShardRoute,
 )
-from shards.wire import HEADER, decode_payload, encode_frame, new_hello, welcome
+from shards.wire import HEADER, decode_payload, encode_frame
 
 SECRET = b"a secret of tests"
 

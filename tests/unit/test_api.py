@@ -135,6 +135,24 @@ def test_features_are_encoded():
     assert len(response.json()["ids"][0]) == 2
 
 
+def test_fastapis_own_way_to_a_search_gives_the_same_answer():
+    """It only documents the search, which is called past it; but it is not there for show."""
+
+    async def run():
+        async with api() as (http, _, _, vectors):
+            query = {"vectors": vectors[:2].tolist(), "k": 3}
+            direct = await http.post("/v1/search", json=query)
+            http._transport.app._direct = {}
+            through = await http.post("/v1/search", json=query)
+            assert through.status_code == 200
+            assert through.json()["ids"] == direct.json()["ids"]
+            assert through.headers.keys() == direct.headers.keys()
+            bad = await http.post("/v1/search", json={"topk": 3})
+            assert (bad.status_code, bad.json()["field"]) == (400, "topk")
+
+    asyncio.run(run())
+
+
 def test_the_time_taken_includes_the_arrival_of_the_body():
     async def body():
         yield b'{"vectors": [[1, 2, 3, 4, '

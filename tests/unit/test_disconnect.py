@@ -6,7 +6,8 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from router import disconnect
-from router.disconnect import ended_by_disconnect
+from router.disconnect import ended_by_client
+from router.problems import BodyTimeout
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def no_task_is_left():
 
 def test_a_block_ends_when_the_client_goes():
     async def run():
-        with pytest.raises(ClientDisconnect), ended_by_disconnect(gone):
+        with pytest.raises(ClientDisconnect), ended_by_client(gone):
             await never()
         assert asyncio.current_task().cancelling() == 0
         await asyncio.sleep(0)
@@ -44,7 +45,7 @@ def test_what_is_left_of_the_body_is_no_disconnect():
         return messages.pop() if messages else await gone()
 
     async def run():
-        with pytest.raises(ClientDisconnect), ended_by_disconnect(receive):
+        with pytest.raises(ClientDisconnect), ended_by_client(receive):
             await never()
         assert messages == []
 
@@ -59,7 +60,7 @@ def test_a_block_that_ends_first_is_left_alone():
             waiting.set()
             await never()
 
-        with ended_by_disconnect(receive):
+        with ended_by_client(receive):
             await waiting.wait()
         await asyncio.sleep(0)
         assert no_task_is_left()
@@ -71,7 +72,7 @@ def test_a_short_block_is_not_watched(monkeypatch):
     monkeypatch.setattr(disconnect, "WATCH_AFTER_S", 60.0)
 
     async def run():
-        with ended_by_disconnect(gone):
+        with ended_by_client(gone):
             await asyncio.sleep(0)
 
     asyncio.run(run())
@@ -80,7 +81,7 @@ def test_a_short_block_is_not_watched(monkeypatch):
 def test_a_cancellation_from_elsewhere_stays_one():
     async def run():
         async def work():
-            with ended_by_disconnect(never):
+            with ended_by_client(never):
                 await never()
 
         task = asyncio.create_task(work())
@@ -95,7 +96,7 @@ def test_a_cancellation_from_elsewhere_stays_one():
 def test_a_cancellation_beside_the_disconnect_stays_one():
     async def run():
         async def work():
-            with ended_by_disconnect(gone):
+            with ended_by_client(gone):
                 await never()
 
         task = asyncio.create_task(work())
@@ -110,7 +111,38 @@ def test_a_cancellation_beside_the_disconnect_stays_one():
 
 def test_an_error_of_the_block_passes():
     async def run():
-        with pytest.raises(KeyError), ended_by_disconnect(never):
+        with pytest.raises(KeyError), ended_by_client(never):
             raise KeyError
+
+    asyncio.run(run())
+
+
+def test_a_body_that_is_late_ends_the_block():
+    async def run():
+        with (
+            pytest.raises(BodyTimeout, match="within 5 ms"),
+            ended_by_client(gone, body_timeout_ms=5),
+        ):
+            await never()
+        assert asyncio.current_task().cancelling() == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("looks", [0, 1])
+def test_once_the_body_is_read_only_the_client_is_watched(looks):
+    """Whether it was there at the first look, or came after it."""
+
+    async def run():
+        with (
+            pytest.raises(ClientDisconnect),
+            ended_by_client(gone, body_timeout_ms=60_000) as client,
+        ):
+            while client._looked < looks:
+                await asyncio.sleep(0)
+            client.body_is_read()
+            await never()
+        await asyncio.sleep(0)
+        assert no_task_is_left()
 
     asyncio.run(run())

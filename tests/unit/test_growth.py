@@ -22,10 +22,12 @@ from router.config import RouterConfig
 from router.fanout import Fanout
 from router.service import SearchService
 from shards.errors import ProtocolError
+from shards.handshake import prove
 from shards.metrics import Recorder
+from shards.search_layout import REPLY, REQUEST
 from shards.server import ShardServer
 from shards.types import FetchRequest, SearchParams
-from shards.wire import HEADER, FrameSplitter, decode_payload, encode_frame, prove
+from shards.wire import HEADER, FrameSplitter, decode_payload, encode_frame
 from tests.engine import flat_shard
 from tests.fake_shard import make_rows, make_table, running_shards
 
@@ -89,8 +91,10 @@ LARGE = 1 << 20
         pytest.param(b"\x91" * LARGE, id="nested"),
         pytest.param(b"\xdd" + struct.pack(">I", LARGE) + b"\x80" * LARGE, id="empty maps"),
         pytest.param(b"\xdd" + struct.pack(">I", LARGE) + b"\x90" * LARGE, id="empty arrays"),
-        pytest.param(msgpack.packb([4, bytes(LARGE), 1, 1.0, None]), id="bytes for an array"),
-        pytest.param(msgpack.packb([4, ["<f4", [1, 9], bytes(LARGE)], 1, 1.0, None]), id="sizes"),
+        pytest.param(msgpack.packb([6, bytes(LARGE), 1.0]), id="bytes for an array"),
+        pytest.param(msgpack.packb([6, ["<i8", [9], bytes(LARGE)], 1.0]), id="sizes"),
+        pytest.param(REQUEST.pack(4, *[2**32 - 1] * 3, 1.0, 0, 0, 0, 0), id="a request's sizes"),
+        pytest.param(REPLY.pack(5, 2**32 - 1, 2**32 - 1, 0, 1, 1.0), id="a reply's sizes"),
     ],
 )
 def test_what_a_frame_claims_is_not_allocated(payload: bytes) -> None:
@@ -121,7 +125,7 @@ def altered(frame: bytes) -> bytes:
 
 @pytest.mark.usefixtures("traced")
 def test_strangers_on_a_shards_port_leave_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, logger="shards.server")  # lines that pytest would keep
+    caplog.set_level(logging.CRITICAL, logger="shards.session")  # lines that pytest would keep
     vectors = np.eye(8, dtype=np.float32)
     server = ShardServer(flat_shard(vectors, np.arange(8)), secret=SECRET)
     address = server.bind()
@@ -152,7 +156,7 @@ def test_strangers_on_a_shards_port_leave_nothing(caplog: pytest.LogCaptureFixtu
         assert server.stats.requests == 0
     finally:
         server.stop()
-    assert server.connections == set()
+    assert server.sessions == set()
 
 
 @pytest.mark.usefixtures("traced")

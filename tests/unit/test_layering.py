@@ -15,6 +15,8 @@ ALLOWED = {
     "router": (
         "shards.errors",
         "shards.files",
+        "shards.handshake",
+        "shards.local_socket",
         "shards.metrics",
         "shards.ngrams",
         "shards.ray_metrics",

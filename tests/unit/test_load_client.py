@@ -59,7 +59,8 @@ def test_requests_leave_on_schedule_and_answers_are_kept(
 ) -> None:
     fake, address = endpoint
     records = run(job(address, [b"0", b"partial", b"2"], count=30, rate=300))
-    assert fake.bodies == [b"0", b"partial", b"2"] * 10
+    # in any order: two that are under way at once, each on its connection, may overtake
+    assert sorted(fake.bodies) == sorted([b"0", b"partial", b"2"] * 10)
     assert (records.status == 200).all()
     assert (records.sent_s >= records.intended_s).all(), "never early"
     assert np.median(records.sent_s - records.intended_s) < 0.1

@@ -8,14 +8,8 @@ import pytest
 from ir_measures import RR, R, Success, nDCG
 
 from shards.errors import InvalidInput
-from training.metrics import (
-    Csr,
-    MetricSums,
-    evaluate_vectors,
-    hit_matrix,
-    rank_exact,
-    score_lists,
-)
+from training.metrics import Csr, MetricSums, hit_matrix, score_lists
+from training.ranking import evaluate_vectors, rank_exact
 
 KS = (1, 3, 10)
 
@@ -193,7 +187,7 @@ def test_evaluate_vectors_in_blocks_equals_one_list(monkeypatch: pytest.MonkeyPa
     _, rows = rank_exact(queries, items, k=10, exclude=exclude)
     sums = MetricSums()
     sums.add(score_lists(rows, relevant, KS))
-    monkeypatch.setattr("training.metrics.BLOCK_SCORES", 30 * 7)
+    monkeypatch.setattr("training.ranking.BLOCK_SCORES", 30 * 7)
     steps: list[tuple[str, int, int]] = []
     got = evaluate_vectors(
         queries,

@@ -60,6 +60,16 @@ def test_huge_and_tiny_float32_values_normalise() -> None:
     np.testing.assert_allclose(np.linalg.norm(checked.astype(np.float64), axis=1), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("metric", list(Metric))
+def test_values_whose_squares_overflow_float32_are_finite(metric: Metric) -> None:
+    rows = np.full((3, 2), 3e38, np.float32)
+    assert np.isfinite(check_vectors(rows, dim=2, metric=metric)).all()
+    rows[1, 1] = -np.inf
+    with pytest.raises(InvalidInput, match="not finite") as caught:
+        check_vectors(rows, dim=2, metric=metric)
+    assert caught.value.field == "vectors[1]"
+
+
 @pytest.mark.parametrize(
     ("values", "message", "field"),
     [

@@ -1,6 +1,7 @@
-"""Frames, the handshake, and the promise that garbage raises ProtocolError and nothing else."""
+"""Frames, and the promise that garbage raises ProtocolError and nothing else."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
+from typing import get_args
 
 import msgpack
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import ProtocolError
+from shards.search_layout import REPLY, REQUEST
 from shards.types import (
     ErrorReply,
     FetchReply,
@@ -24,15 +26,10 @@ from shards.wire import (
     HEADER,
     MAX_FRAME_BYTES,
     MESSAGE_TYPES,
-    PROTOCOL_VERSION,
     FrameSplitter,
-    _mac,
-    check_welcome,
+    Message,
     decode_payload,
     encode_frame,
-    new_hello,
-    prove,
-    welcome,
 )
 
 FLOATS = np.array([[1.5, -2.0], [0.0, np.inf]], dtype=np.float32)
@@ -72,7 +69,7 @@ def test_messages_round_trip(message) -> None:
 
 
 def test_every_message_type_is_covered_here() -> None:
-    assert {type(message) for message in MESSAGES} == set(MESSAGE_TYPES)
+    assert {type(message) for message in MESSAGES} == set(get_args(Message))
 
 
 def test_arrays_need_not_be_contiguous() -> None:
@@ -83,7 +80,9 @@ def test_arrays_need_not_be_contiguous() -> None:
 
 def test_the_payloads_that_the_bad_ones_start_from_are_good() -> None:
     assert decode_payload(refusal(field="k")) == ErrorReply(code="", message="", field="k")
-    assert isinstance(decode_payload(request()), SearchRequest)
+    assert isinstance(decode_payload(request()), FetchRequest)
+    assert isinstance(decode_payload(search()), SearchRequest)
+    assert isinstance(decode_payload(found()), SearchReply)
 
 
 def test_an_oversized_frame_is_not_sent() -> None:
@@ -93,14 +92,22 @@ def test_an_oversized_frame_is_not_sent() -> None:
 
 
 def request(**changes: object) -> bytes:
-    content = {
-        "queries": ["<f4", [1, 2], bytes(8)],
-        "k": 1,
-        "timeout_ms": 1.0,
-        "params": [None, None, None],
-    }
-    assert list(content) == [field.name for field in fields(SearchRequest)]
-    return msgpack.packb([4, *(content | changes).values()])
+    content = {"item_ids": ["<i8", [1], bytes(8)], "timeout_ms": 1.0}
+    assert list(content) == [field.name for field in fields(FetchRequest)]
+    return msgpack.packb([6, *(content | changes).values()])
+
+
+def search(data: bytes = bytes(8), **changes: object) -> bytes:
+    """A SearchRequest's payload: one query of two numbers."""
+    head = {"kind": 4, "n": 1, "dim": 2, "k": 1, "timeout_ms": 1.0}
+    head |= {"nprobe": 0, "ef_search": 0, "rerank_factor": 0, "zero": 0}
+    return REQUEST.pack(*(head | changes).values()) + data
+
+
+def found(data: bytes = bytes(24), **changes: object) -> bytes:
+    """A SearchReply's payload: two results of one query."""
+    head = {"kind": 5, "n": 1, "k": 2, "zero": 0, "rows": 10, "search_ms": 0.5}
+    return REPLY.pack(*(head | changes).values()) + data
 
 
 def refusal(**changes: object) -> bytes:
@@ -108,7 +115,7 @@ def refusal(**changes: object) -> bytes:
 
 
 def array(dtype: object, shape: object, data: object) -> dict:
-    return {"queries": [dtype, shape, data]}
+    return {"item_ids": [dtype, shape, data]}
 
 
 @pytest.mark.parametrize(
@@ -146,38 +153,50 @@ def array(dtype: object, shape: object, data: object) -> dict:
         b"\x91" * 2000,  # deep nesting
         b"\xdd\xff\xff\xff\xff",  # an array that claims four billion items
         b"\xc6\xff\xff\xff\xff",  # bytes that claim four gigabytes
-        request(k="1"),
-        request(k=True),
-        request(k=1.0),
         request(timeout_ms=None),
+        request(timeout_ms="1"),
+        request(timeout_ms=True),
         request(timeout_ms=float("nan")),
         request(timeout_ms=float("inf")),
-        request(params=None),
-        request(params=[]),
-        request(params={"nprobe": 4}),
-        request(params=[0, None, None]),
-        request(params=[1.5, None, None]),
-        request(params=[True, None, None]),
-        request(params=[None, None, None, 1]),
-        request(queries=None),
-        request(queries=[[1.0, 2.0]]),
-        request(queries=["<f4"]),
-        request(queries={"dtype": "<f4", "shape": [1, 2], "data": bytes(8)}),
-        request(**array("<f8", [1, 1], bytes(8))),
-        request(**array(">f4", [1, 2], bytes(8))),
-        request(**array("O", [1, 1], bytes(8))),
-        request(**array("|O8", [1, 1], bytes(8))),
-        request(**array(["<f4"], [1, 2], bytes(8))),
-        request(**array("<f4", [1, 2], bytes(7))),
-        request(**array("<f4", [1, 2], "text....")),
-        request(**array("<f4", [2], bytes(8))),
-        request(**array("<f4", 2, bytes(8))),
-        request(**array("<f4", [-1, -2], bytes(8))),
-        request(**array("<f4", [True, 2], bytes(8))),
-        request(**array("<f4", [1.0, 2.0], bytes(8))),
-        request(**array("<f4", [2**63, 0], b"")),
-        request(**array("<f4", [0] * 80, b"")),
+        request(item_ids=None),
+        request(item_ids=[1, 2]),
+        request(item_ids=["<i8"]),
+        request(item_ids={"dtype": "<i8", "shape": [1], "data": bytes(8)}),
+        request(**array("<f8", [1], bytes(8))),
+        request(**array(">i8", [1], bytes(8))),
+        request(**array("O", [1], bytes(8))),
+        request(**array("|O8", [1], bytes(8))),
+        request(**array(["<i8"], [1], bytes(8))),
+        request(**array("<i8", [1], bytes(7))),
+        request(**array("<i8", [1], "text....")),
         request(**array("<i8", [1, 1], bytes(8))),
+        request(**array("<i8", 1, bytes(8))),
+        request(**array("<i8", [-1], bytes(8))),
+        request(**array("<i8", [True], bytes(8))),
+        request(**array("<i8", [1.0], bytes(8))),
+        request(**array("<i8", [2**63, 0], b"")),
+        request(**array("<i8", [0] * 80, b"")),
+        request(**array("<f4", [2], bytes(8))),
+        search()[:-1],
+        search()[: REQUEST.size],
+        search()[: REQUEST.size - 1],
+        search()[:1],
+        search() + b"x",
+        search(kind=260),  # of which the first byte alone is right
+        search(zero=1),
+        search(n=2),
+        search(dim=0),
+        search(n=2**32 - 1, dim=2**32 - 1),
+        search(timeout_ms=float("nan")),
+        search(timeout_ms=float("-inf")),
+        found()[:-1],
+        found()[: REPLY.size - 1],
+        found() + b"x",
+        found(kind=261),
+        found(zero=1),
+        found(k=1),
+        found(n=2**32 - 1, k=2**32 - 1),
+        found(search_ms=float("inf")),
     ],
 )
 def test_bad_payloads_are_protocol_errors(payload: bytes) -> None:
@@ -213,14 +232,52 @@ VALUES = st.recursive(
 @settings(max_examples=300)
 def test_structured_garbage_raises_nothing_else(data: st.DataObject) -> None:
     """The right number of fields with wrong values, which reach deeper than random bytes do."""
-    tag = data.draw(st.integers(0, len(MESSAGE_TYPES) - 1))
-    names = [field.name for field in fields(MESSAGE_TYPES[tag])]
-    payload = msgpack.packb([tag, *(data.draw(VALUES) for _ in names)])
+    tag, kind = data.draw(st.sampled_from(sorted(MESSAGE_TYPES.items())))
+    payload = msgpack.packb([tag, *(data.draw(VALUES) for _ in fields(kind))])
     try:
         message = decode_payload(payload)
     except ProtocolError:
         return
-    assert type(message) is MESSAGE_TYPES[tag]
+    assert type(message) is kind
+
+
+SMALL = st.integers(0, 3) | st.integers(0, 2**32 - 1)
+
+
+@given(st.tuples(SMALL, SMALL, SMALL), st.floats(), st.binary(max_size=48), st.booleans())
+@settings(max_examples=300)
+def test_a_layout_with_wrong_sizes_raises_nothing_else(sizes, number, data, asks) -> None:
+    n, dim, k = sizes
+    if asks:
+        payload = search(data, n=n, dim=dim, k=k, timeout_ms=number)
+    else:
+        payload = found(data, n=n, k=k, search_ms=number)
+    try:
+        message = decode_payload(payload)
+    except ProtocolError:
+        return
+    held = message.queries.nbytes if asks else message.ids.nbytes + message.scores.nbytes
+    assert held == len(data)
+
+
+def test_what_the_layout_cannot_hold_is_refused_by_the_sender() -> None:
+    for request in (
+        SearchRequest(queries=FLOATS, k=-1, timeout_ms=1.0),
+        SearchRequest(queries=FLOATS, k=2**32, timeout_ms=1.0),
+        SearchRequest(queries=FLOATS, k=1, timeout_ms=1.0, params=SearchParams(nprobe=2**32)),
+    ):
+        with pytest.raises(ProtocolError, match="does not fit"):
+            encode_frame(1, request)
+
+
+def test_arrays_of_another_type_arrive_as_the_type_that_travels() -> None:
+    ids, scores = np.array([[7, 8]], dtype=np.int32), np.array([[0.5, 0.25]])
+    reply = SearchReply(ids=ids, scores=scores, rows=2, search_ms=0.0)
+    decoded = decode_payload(encode_frame(1, reply)[HEADER.size :])
+    assert decoded.ids.dtype == np.int64
+    assert decoded.scores.dtype == np.float32
+    np.testing.assert_array_equal(decoded.ids, ids)
+    np.testing.assert_array_equal(decoded.scores, scores)
 
 
 @given(st.data())
@@ -255,84 +312,3 @@ def test_the_splitter_refuses_a_frame_above_its_limit() -> None:
     assert splitter.feed(HEADER.pack(10, 7) + bytes(10)) == [(7, bytes(10))]
     with pytest.raises(ProtocolError, match="frame too large"):
         splitter.feed(HEADER.pack(11, 7))
-
-
-SECRET = b"s" * 32
-HERE = ("127.0.0.1", 4000)
-
-
-def test_both_sides_prove_the_secret() -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
-    said, proof, mac = prove(hello, SECRET, HERE)
-    assert said == hello
-    check_welcome(welcome(proof, SECRET, hello, HERE), mac)
-
-
-def test_nonces_are_never_reused() -> None:
-    hellos = [new_hello(shard=1, generation=2, epoch=3) for _ in range(50)]
-    assert len({hello.nonce for hello in hellos}) == 50
-    assert len({prove(hellos[0], SECRET, HERE)[1].nonce for _ in range(50)}) == 50
-
-
-def test_a_wrong_secret_is_refused_by_either_side() -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
-    _, proof, mac = prove(hello, b"another", HERE)
-    with pytest.raises(ProtocolError, match="no proof of the cluster secret"):
-        welcome(proof, SECRET, hello, HERE)
-    forged = welcome(proof, b"another", hello, HERE)
-    check_welcome(forged, mac)
-    with pytest.raises(ProtocolError, match="server does not know"):
-        check_welcome(forged, prove(hello, SECRET, HERE)[2])
-
-
-def test_a_replayed_or_reflected_proof_is_refused() -> None:
-    first, second = (new_hello(shard=1, generation=2, epoch=3) for _ in range(2))
-    _, proof, _ = prove(first, SECRET, HERE)
-    with pytest.raises(ProtocolError):
-        welcome(proof, SECRET, second, HERE)
-    accepted = welcome(proof, SECRET, first, HERE)
-    with pytest.raises(ProtocolError):  # the server's own mac does not pass for a client's
-        welcome(replace(proof, mac=accepted.mac), SECRET, first, HERE)
-
-
-ELSEWHERE = ("127.0.0.1", 4001)
-# what somebody in between may want to pass a proof on to
-OTHERS = [
-    ({"shard": 2}, HERE),
-    ({"generation": 3}, HERE),
-    ({"epoch": 4}, HERE),
-    ({"protocol": PROTOCOL_VERSION + 1}, HERE),
-    ({}, ELSEWHERE),
-    ({}, ("127.0.0.2", HERE[1])),
-]
-
-
-@pytest.mark.parametrize(("changes", "address"), OTHERS)
-def test_a_proof_is_good_for_the_server_it_was_made_for_and_no_other(changes, address) -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
-    other = replace(hello, **changes)  # the nonce stays, as when a greeting is passed on
-    _, proof, mac = prove(hello, SECRET, HERE)
-    with pytest.raises(ProtocolError, match="for this server"):
-        welcome(proof, SECRET, other, address)
-    same_nonce = replace(proof, mac=_mac(SECRET, "client", other, address, proof.nonce))
-    of_other = welcome(same_nonce, SECRET, other, address)
-    with pytest.raises(ProtocolError, match="server does not know"):
-        check_welcome(of_other, mac)
-
-
-@pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
-def test_only_the_right_message_greets(message) -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
-    with pytest.raises(ProtocolError):
-        welcome(message, SECRET, hello, HERE)
-    with pytest.raises(ProtocolError):
-        check_welcome(message, b"x" * 32)
-    if not isinstance(message, Hello):
-        with pytest.raises(ProtocolError):
-            prove(message, SECRET, HERE)
-
-
-def test_another_protocol_version_is_refused() -> None:
-    hello = replace(new_hello(shard=1, generation=2, epoch=3), protocol=PROTOCOL_VERSION + 1)
-    with pytest.raises(ProtocolError, match="protocol version"):
-        prove(hello, SECRET, HERE)
