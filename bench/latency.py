@@ -28,11 +28,13 @@ from cluster.commands.build import plan_of
 from cluster.config import ShardlineConfig
 from cluster.console import StageProgress, print_table
 from cluster.deployment import serving
+from cluster.endpoint import Endpoint
 from cluster.launch import cores
 from cluster.store import Store
 from router.codec import Media, decode_answer, encode_query
 from router.messages import SearchQuery
 from shards.errors import InvalidInput, Unavailable
+from shards.generation import GenerationManifest
 from shards.main_index import MainIndex
 from shards.schema import FloatArray, IdArray
 from shards.types import SearchParams
@@ -58,14 +60,7 @@ def run(
         InvalidInput: not one request in that time.
         Unavailable: no empty request, or no search, was answered. As ``serving``.
     """
-    count = int(rate * seconds)
-    if count < 1:
-        raise InvalidInput(
-            "too short for one request",
-            field="seconds",
-            expected=f">= {1 / rate:g}",
-            got=f"{seconds:g}",
-        )
+    count = num_requests(rate, seconds)
     store = Store(config.store.resolve() / BENCH_STORE)
     config = config.model_copy(update={"store": store.root})
     corpus = clustered_set(store, rows, dim, progress)
@@ -76,39 +71,71 @@ def run(
     bare = bare_latency(load_bare(store, manifest), queries, k)
     with serving(config, generation=manifest.generation, on_stage=progress.note) as endpoint:
         progress.note(f"{count} empty requests and {count} searches at {rate:g} a second each")
-        empty = run_open_loop(
-            endpoint.url, lambda number: EMPTY, rate=rate, count=count, warm_up=WARM_UP
-        )
-        refuse_unanswered(empty, "empty request")
-        search = run_open_loop(
-            endpoint.url,
-            search_requests(queries, k),
-            rate=rate,
-            count=count,
-            warm_up=WARM_UP,
-            keep_bodies=True,
-            headers=endpoint.address.headers,
-        )
-        refuse_unanswered(search, "search")
+        empty, search = latency_over_http(endpoint, queries, k, rate)
     found = answered_ids(search)
     return {
-        "setup": {
-            "rows": rows,
-            "dim": dim,
-            "k": k,
-            "shards": len(manifest.shards),
-            "index": manifest.index.factory,
-            "nprobe": manifest.index.nprobe,
-            "rate": rate,
-            "cores": cores(),
-            "faiss": faiss.__version__,
-        },
+        "setup": setup_of(manifest, rows, dim, k, rate),
         "empty_request": empty.summary(),
         "search": search.summary(),
         "bare_index_ms": bare,
         f"recall@{k}": round(recall_at_k(found, exact[list(search.bodies)]), 4),
         "build": manifest.quality,
     }
+
+
+def num_requests(rate: float, seconds: float) -> int:
+    """How many requests at ``rate`` a second are sent in that time; InvalidInput for none."""
+    count = int(rate * seconds)
+    if count < 1:
+        raise InvalidInput(
+            "too short for one request",
+            field="seconds",
+            expected=f">= {1 / rate:g}",
+            got=f"{seconds:g}",
+        )
+    return count
+
+
+def setup_of(
+    manifest: GenerationManifest, rows: int, dim: int, k: int, rate: float
+) -> dict[str, Any]:
+    """What was measured, and with what."""
+    return {
+        "rows": rows,
+        "dim": dim,
+        "k": k,
+        "shards": len(manifest.shards),
+        "index": manifest.index.factory,
+        "nprobe": manifest.index.nprobe,
+        "rate": rate,
+        "cores": cores(),
+        "faiss": faiss.__version__,
+    }
+
+
+def latency_over_http(
+    endpoint: Endpoint, queries: FloatArray, k: int, rate: float
+) -> tuple[LoadResult, LoadResult]:
+    """As many empty requests as there are queries, then one search a query, with its answer.
+
+    Raises:
+        Unavailable: no empty request, or no search, was answered.
+    """
+    empty = run_open_loop(
+        endpoint.url, lambda number: EMPTY, rate=rate, count=len(queries), warm_up=WARM_UP
+    )
+    refuse_unanswered(empty, "empty request")
+    search = run_open_loop(
+        endpoint.url,
+        search_requests(queries, k),
+        rate=rate,
+        count=len(queries),
+        warm_up=WARM_UP,
+        keep_bodies=True,
+        headers=endpoint.address.headers,
+    )
+    refuse_unanswered(search, "search")
+    return empty, search
 
 
 def refuse_unanswered(result: LoadResult, what: str) -> None:

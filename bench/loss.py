@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bench.ranks import on_ranks
-from training.config import LossConfig
-from training.losses import Ids, Vectors, step_loss
+from training.loss_columns import Ids, Vectors
+from training.loss_config import LossConfig
+from training.losses import step_loss
 from training.memory import LossState
 
 TIMED = ((2048, 64), (2048, 128), (8192, 64), (8192, 128))  # rows, dim; both losses, to compare

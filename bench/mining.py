@@ -29,12 +29,13 @@ from cluster.launch import cores
 from cluster.store import Store
 from shards.schema import IdArray
 from training.checkpoint import load_best, open_data
-from training.config import LossConfig, MiningConfig, TrainingConfig
+from training.config import MiningConfig, TrainingConfig
 from training.encoding import encode_queries
 from training.evaluate import evaluate_exact
 from training.export import export
 from training.hard_negatives import Origin, write_negatives
 from training.launch import train
+from training.loss_config import LossConfig
 from training.miner import build_miner
 from training.mining import Mined, depth_of
 from training.searchers import ExactSearch, Search, open_cluster

@@ -24,11 +24,12 @@ from torch import nn
 
 from bench.ranks import StepTimes, on_ranks, time_steps
 from training import gather
-from training.batches import Sampler, prepare
+from training.batches import Sampler
 from training.checkpoint import CACHE, Run, open_data, open_run, start_run
 from training.config import TrainingConfig
 from training.features import fit
 from training.infer import infer_config
+from training.prepared import prepare
 from training.row_adam import tables
 from training.tables import open_dataset
 from training.towers import TwoTower, build_model

@@ -1,81 +1,66 @@
 """The controller: one named Ray actor that places shard actors, watches them, publishes the table.
 
-A thin shell: every rule is in ``cluster.placement``. It does not carry queries; while it is away,
-routers keep serving on the table they have. Both it and the shard actors are detached, so that a
-restarted controller finds the shards alive and learns their addresses from them.
+A thin shell: every rule is in ``cluster.placement``, and ``cluster.shard_actors`` reaches the
+shards. It does not carry queries; while it is away, routers keep serving on the table they have.
+Both it and the shard actors are detached, so that a restarted controller finds the shards alive and
+learns their addresses from them.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import logging
-from collections import Counter
-from collections.abc import Awaitable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster.placement import (
     Event,
     Instruction,
     Place,
     Publish,
-    ShardFailed,
     ShardRegistered,
-    ShardUnreachable,
     open_generation,
     step,
 )
+from cluster.shard_actors import ShardActors, ShardSettings, reason_of
 from cluster.store import Store
 from shards import files
-from shards.actor import ShardActor
 from shards.errors import ShardlineError, Unavailable
 from shards.generation import GenerationManifest, read_generation, verify_query_encoder
-from shards.index_spec import Device
 from shards.types import RoutingTable, ShardRoute
 
 logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "shardline-controller"
-SHARD_ACTOR_PREFIX = "shardline-shard-"
 WATCH_INTERVAL_S = 1.0
-DESCRIBE_TIMEOUT_S = 5.0
-MISSES = 2  # failed checks in a row before a shard is taken out of the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ControllerSettings:
-    """What a controller is started with; secret proves a router to a shard and back."""
+class ControllerSettings(ShardSettings):
+    """What a controller is started with: the generation to serve, and how its shards are."""
 
     store: str
     generation: int
-    secret: bytes
-    shard_host: str
-    threads_per_shard: int
-    cpus_per_shard: float
-    gpus_per_shard: float
 
 
 class Controller:
     """The state machine's shell. Create it with ``start_controller``."""
 
     def __init__(self, settings: ControllerSettings) -> None:
-        self._settings = settings
         store = Store(Path(settings.store))
         self._counter_path = store.counter(settings.generation)
-        self._folder = store.generation(settings.generation)
-        self._manifest = read_generation(self._folder)
-        table = _empty_table(self._folder, self._manifest)
+        folder = store.generation(settings.generation)
+        self._manifest = read_generation(folder)
+        table = _empty_table(folder, self._manifest)
         self._placement, places = open_generation(table, counter=self._next_counter())
         self._published: RoutingTable | None = None
         self._changed = asyncio.Condition()
-        self._actors: dict[int, ActorHandle[Any]] = {}
-        self._misses: Counter[int] = Counter()
+        self._shards = ShardActors(settings, folder, self._manifest, CONTROLLER_NAME)
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._open(places))
 
@@ -125,8 +110,7 @@ class Controller:
         """Stops watching and ends every shard actor, for good."""
         for task in list(self._tasks):
             task.cancel()
-        for handle in self._actors.values():
-            ray.kill(handle)
+        self._shards.end()
 
     async def _open(self, places: tuple[Place, ...]) -> None:
         for place in places:
@@ -136,48 +120,27 @@ class Controller:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            checks = [self._check(shard) for shard in list(self._actors)]
+            checks = [self._check(shard) for shard in self._shards.placed]
             for error in await asyncio.gather(*checks, return_exceptions=True):
                 if isinstance(error, Exception):  # a full disk, say: look again in a second
                     logger.error("shard check failed", exc_info=error)
 
     async def _check(self, shard: int) -> None:
         """One health check; what it finds becomes an event."""
-        route = self._placement.places[shard].route
-        handle = self._actors[shard]
-        try:
-            await asyncio.wait_for(_call(handle.ping.remote()), DESCRIBE_TIMEOUT_S)
-            self._misses[shard] = 0
-            if self._placement.places[shard].route.address is None:
-                # alive, but we lost where: after our own restart, or after a passing failure
-                await asyncio.wait_for(_call(handle.announce.remote()), DESCRIBE_TIMEOUT_S)
-        except ActorDiedError as error:
-            if self._actors.get(shard) is handle:
-                del self._actors[shard]
-                await self._apply(ShardFailed(shard=shard, reason=_reason(error)))
-        except RayActorError as error:
-            # A restarting actor registers a moment before Ray takes calls for it again.
-            self._misses[shard] += 1
-            if self._misses[shard] >= MISSES:
-                reason = _reason(error)
-                await self._apply(ShardUnreachable(shard=shard, epoch=route.epoch, reason=reason))
-        except (TimeoutError, GetTimeoutError):
-            # Slow is not dead: the routers' own deadlines deal with slow shards.
-            logger.warning("shard %d has not answered for %.0f s", shard, DESCRIBE_TIMEOUT_S)
+        epoch = self._placement.places[shard].route.epoch
+        event = await self._shards.check(shard, epoch, lambda: self._is_lost(shard))
+        if event is not None:
+            await self._apply(event)
+
+    def _is_lost(self, shard: int) -> bool:
+        return self._placement.places[shard].route.address is None
 
     async def _report(self, shard: int) -> dict[str, Any]:
         place = self._placement.places[shard]
         report: dict[str, Any] = {"shard": shard, "failures": place.failures}
-        handle = self._actors.get(shard)
-        if handle is None:
+        if shard not in self._shards.placed:
             return report | {"error": place.reason or "not placed"}
-        try:
-            described: dict[str, Any] = await asyncio.wait_for(
-                _call(handle.describe.remote()), DESCRIBE_TIMEOUT_S
-            )
-        except (RayActorError, TimeoutError, GetTimeoutError) as error:
-            return report | {"error": _reason(error)}
-        return report | described
+        return report | await self._shards.describe(shard)
 
     async def _apply(self, event: Event) -> None:
         changed, instructions = step(self._placement, event)
@@ -202,35 +165,9 @@ class Controller:
     async def _place(self, place: Place) -> None:
         """Creates the shard's actor, or finds it alive when this controller is a restarted one."""
         await asyncio.sleep(place.after_s)
-        name = self._actor_name(place.shard)
-        try:
-            self._actors[place.shard] = _existing(name) or self._create(name, place.shard)
-        except (RayError, ValueError) as error:
-            await self._apply(ShardFailed(shard=place.shard, reason=_reason(error)))
-
-    def _actor_name(self, shard: int) -> str:
-        """Unique to this cluster: the secret's digest tells it from leftovers of an earlier one."""
-        digest = hashlib.sha256(self._settings.secret).hexdigest()[:8]
-        return f"{SHARD_ACTOR_PREFIX}{self._manifest.generation}-{shard}-{digest}"
-
-    def _create(self, name: str, shard: int) -> "ActorHandle[Any]":
-        settings = self._settings
-        on_gpu = self._manifest.index.device is Device.CUDA
-        actor = ray.remote(ShardActor).options(
-            name=name,
-            lifetime="detached",
-            max_restarts=-1,
-            num_cpus=settings.cpus_per_shard,
-            num_gpus=settings.gpus_per_shard if on_gpu else 0,
-        )
-        return actor.remote(
-            folder=str(self._folder),
-            shard=shard,
-            controller=CONTROLLER_NAME,
-            secret=settings.secret,
-            host=settings.shard_host,
-            threads=settings.threads_per_shard,
-        )
+        failed = self._shards.place(place.shard)
+        if failed is not None:
+            await self._apply(failed)
 
     def _failures(self) -> list[str]:
         return [
@@ -302,7 +239,7 @@ def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> None:
         cause = error.cause
         raise cause if isinstance(cause, ShardlineError) else Unavailable(str(cause)) from error
     except (RayActorError, GetTimeoutError) as error:
-        raise Unavailable("the controller does not answer", got=_reason(error)) from error
+        raise Unavailable("the controller does not answer", got=reason_of(error)) from error
     if not ready:
         raise Unavailable(
             "shards did not become ready",
@@ -325,23 +262,3 @@ def _empty_table(folder: Path, manifest: GenerationManifest) -> RoutingTable:
             for entry in manifest.shards
         ),
     )
-
-
-def _existing(name: str) -> "ActorHandle[Any] | None":
-    try:
-        return ray.get_actor(name)
-    except ValueError:
-        return None
-
-
-async def _call(reference: Awaitable[Any]) -> Any:
-    return await reference
-
-
-def _reason(error: BaseException) -> str:
-    """The last line of a Ray error: the one that says what happened."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, ShardlineError):
-        return str(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -20,7 +20,6 @@ from ray.serve.exceptions import RayServeException
 from cluster.config import ShardlineConfig
 from cluster.controller import (
     CONTROLLER_NAME,
-    SHARD_ACTOR_PREFIX,
     ControllerSettings,
     start_controller,
     wait_ready,
@@ -28,6 +27,7 @@ from cluster.controller import (
 from cluster.endpoint import Address, Endpoint, leave_note, refuse_if_served, remove_note
 from cluster.keys import ServingKeys, serving_keys
 from cluster.launch import NAMESPACE, free_port, port_is_free
+from cluster.shard_actors import SHARD_ACTOR_PREFIX
 from cluster.store import Store
 from router.app import RouterReplica
 from router.auth import AuthSettings

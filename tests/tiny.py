@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from training.batches import prepare
 from training.checkpoint import CACHE, Run, start_run
 from training.config import TrainingConfig
 from training.features import fit
+from training.prepared import prepare
 from training.tables import Dataset, vector_column, write_dataset
 
 NUM_USERS, NUM_ITEMS, PER_USER = 40, 60, 8

@@ -18,8 +18,9 @@ from shards.embeddings import EmbeddingSet
 from shards.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
 from training.evaluate import Ask, ask_batch, request_batches
 from training.measure import add_lists, empty_sums, result_of
-from training.metrics import Csr, MetricResult, Progress, hit_matrix, rank_exact
+from training.metrics import Csr, MetricResult, Progress, hit_matrix
 from training.queries import EvaluationTask
+from training.ranking import rank_exact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

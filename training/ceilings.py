@@ -4,7 +4,7 @@
     best_estimate  knows sharpness, noise and every attribute vector, but has to infer the
                    user's interest from the interactions before the test split
 
-How the interest u is inferred. In the race of ``training.synth``, stopped when the user has all
+How the interest u is inferred. In the race of ``training.race``, stopped when the user has all
 their items, item i has arrived with probability q(z_i), z_i = l + sharpness a_i . u, where l is
 the log of the stopping time, and it is in train with probability p q(z_i), p being the share of a
 user's items that are not test. Given l, items arrive independently, so that log L(u, l) is
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from shards.schema import FloatArray, IdArray
-from training.metrics import DEFAULT_KS, Csr, MetricResult, Progress, evaluate_vectors
+from training.metrics import DEFAULT_KS, Csr, MetricResult, Progress
+from training.ranking import evaluate_vectors
 
 BLOCK_USERS = 256
 CHUNK_ITEMS = 4096  # x 256 users x 4 bytes = 4 MiB, so that temporaries stay in the cache

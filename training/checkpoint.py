@@ -33,10 +33,10 @@ from shards.files import (
     verify_files,
     write_manifest,
 )
-from training.batches import TrainingData
 from training.config import TrainingConfig, differences
 from training.features import FeatureSpace
 from training.precision import Precision
+from training.prepared import TrainingData
 from training.towers import TwoTower, build_model
 
 RUN_KIND, CHECKPOINT_KIND = "training run", "checkpoint"

@@ -1,8 +1,8 @@
 """From tables to model inputs: the fitted columns of both towers, and what they encode to.
 
 ``fit`` computes them from a dataset; ``Columns.encode`` turns a table into a ``Block``. A new kind
-of feature starts in ``training.columns``, gets its configuration in ``training.config`` and its
-serving side in ``router.encoder``.
+of feature starts in ``training.columns``, gets its configuration in ``training.tower_config`` and
+its serving side in ``router.encoder``.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,11 @@ from training.columns import (
     value_type,
     wrong_type,
 )
-from training.config import (
+from training.config import TrainingConfig
+from training.metrics import Csr
+from training.table_checks import rows_of
+from training.tables import ITEMS, USERS, Dataset
+from training.tower_config import (
     CategoricalFeature,
     HistoryFeature,
     IdFeature,
@@ -38,11 +42,7 @@ from training.config import (
     NumericFeature,
     TextFeature,
     TowerConfig,
-    TrainingConfig,
 )
-from training.metrics import Csr
-from training.table_checks import rows_of
-from training.tables import ITEMS, USERS, Dataset
 
 MIN_DEVIATION = 1e-6  # a constant column becomes zeros instead of a division by zero
 

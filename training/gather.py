@@ -5,6 +5,7 @@ gradient of the full batch when the gather's backward sums what the ranks send b
 anywhere. A gather without gradient would leave the item tower half its signal, pointing elsewhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +52,14 @@ class _Gather(torch.autograd.Function):
         return total[rank() * size : (rank() + 1) * size]
 
 
+_gather: Callable[[Tensor], Tensor] = _Gather.apply  # untyped
+
+
 def gather_rows(local: Tensor) -> Tensor:
     """(W * b, ...) of (b, ...), rank 0 first; its gradient is summed over ranks. Same b on all."""
     if world_size() == 1:
         return local
-    gathered: Tensor = _Gather.apply(local)  # type: ignore[no-untyped-call]
-    return gathered
+    return _gather(local)
 
 
 def gather_values(local: Tensor) -> Tensor:

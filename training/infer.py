@@ -15,7 +15,10 @@ from pydantic import ValidationError
 
 from shards.errors import ConfigError
 from training.columns import is_list, is_number, list_values, numbers, plain, value_type
-from training.config import (
+from training.config import TrainingConfig
+from training.features import MIN_DEVIATION
+from training.tables import ORIGINAL_ID, Dataset
+from training.tower_config import (
     CategoricalFeature,
     FeatureConfig,
     HistoryFeature,
@@ -25,10 +28,7 @@ from training.config import (
     TextFeature,
     TowerConfig,
     TowersConfig,
-    TrainingConfig,
 )
-from training.features import MIN_DEVIATION
-from training.tables import ORIGINAL_ID, Dataset
 
 logger = logging.getLogger(__name__)
 

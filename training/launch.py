@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from shards.errors import ConfigError, ShardlineError, Unavailable
 from shards.files import MANIFEST_NAME, atomic_path
-from training.batches import check_batch, prepare, train_lists
+from training.batches import check_batch
 from training.checkpoint import (
     CACHE,
     Run,
@@ -42,6 +42,7 @@ from training.infer import infer_config
 from training.loop import HARD, train_rank
 from training.metrics import Csr
 from training.negatives import check_hard
+from training.prepared import prepare, train_lists
 from training.runlog import LOG, Event
 from training.tables import Dataset, open_dataset
 from training.trainer import lists_to_tensors

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from training import gather
-from training.batches import Sampler, TrainingData, check_batch
+from training.batches import Sampler, check_batch
 from training.checkpoint import (
     CACHE,
     TrainState,
@@ -27,6 +27,7 @@ from training.checkpoint import (
 )
 from training.config import TrainingConfig
 from training.metrics import Csr
+from training.prepared import TrainingData
 from training.runlog import LOG, Event, RunLog, trim_log
 from training.towers import TwoTower, build_model
 from training.trainer import MINED, build_trainer, lists_from_tensors, mined_lists

@@ -19,10 +19,10 @@ from training.metrics import (
     MetricSums,
     Progress,
     metric_names,
-    ranked_blocks,
     score_lists,
 )
 from training.queries import EvaluationTask
+from training.ranking import ranked_blocks
 from training.segments import filtered
 
 WHOLE = ""  # key of the sums over all users and items; the others are names of segments

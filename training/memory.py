@@ -6,8 +6,8 @@ Both are the same on every rank and part of a checkpoint.
 import torch
 from torch import Tensor, nn
 
-from training.config import LossConfig
 from training.logq import CountedShares, Shares, StreamedShares
+from training.loss_config import LossConfig
 
 
 class VectorMemory(nn.Module):

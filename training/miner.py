@@ -17,7 +17,6 @@ import torch
 
 from shards.schema import EMPTY_ID, FloatArray, IdArray
 from training import gather
-from training.batches import TrainingData
 from training.config import MiningConfig
 from training.encoding import encode_items, encode_queries
 from training.features import Block
@@ -31,6 +30,7 @@ from training.mining import (
     merged,
     reference_scores,
 )
+from training.prepared import TrainingData
 from training.searchers import ExactSearch, Search
 from training.towers import TwoTower
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.schema import EMPTY_ID, IdArray
-from training.config import LossConfig
+from training.loss_config import LossConfig
 from training.metrics import Csr
 
 

@@ -9,13 +9,14 @@ al. 2017, "A structured self-attentive sentence embedding", with one hop), plus 
 age. An item's part of the score depends on the item alone, so serving looks it up.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from training.config import HistoryFeature
+from training.tower_config import HistoryFeature
 
 KEY_WIDTH = 32  # of the keys that the query is compared with
 
@@ -61,8 +62,7 @@ def sums_of_rows(rows: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
 
     lengths (b,) of the lists; an empty one sums to 0.
     """
-    summed: Tensor = _SumsOfRows.apply(rows, places, lengths)  # type: ignore[no-untyped-call]
-    return summed
+    return _sums_of_rows(rows, places, lengths)
 
 
 class _SumsOfRows(torch.autograd.Function):
@@ -82,3 +82,6 @@ class _SumsOfRows(torch.autograd.Function):
         starts = counts.cumsum(0) - counts
         gradient = gradients[0].contiguous()
         return functional.embedding_bag(owners[by_row], gradient, starts, mode="sum"), None, None
+
+
+_sums_of_rows: Callable[[Tensor, Tensor, Tensor], Tensor] = _SumsOfRows.apply  # untyped

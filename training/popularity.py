@@ -9,7 +9,7 @@ validation. The scores then are inner products, not cosines.
 import numpy as np
 
 from shards.schema import FloatArray, IdArray, Metric
-from training.batches import item_lists
+from training.prepared import item_lists
 from training.tables import Dataset
 
 

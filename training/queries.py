@@ -9,9 +9,9 @@ import pyarrow as pa
 
 from shards.errors import InvalidInput, NotFound
 from shards.schema import IdArray
-from training.batches import item_lists
 from training.features import FeatureSpace
 from training.metrics import DEFAULT_KS, Csr, checked_ks
+from training.prepared import item_lists
 from training.segments import Segment, filtered, segments_of
 from training.tables import Dataset
 

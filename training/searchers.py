@@ -14,7 +14,7 @@ import numpy as np
 from router.client import Client
 from shards.errors import Unavailable, VersionMismatch
 from shards.schema import EMPTY_ID, MAX_K, FloatArray, IdArray
-from training.metrics import rank_exact
+from training.ranking import rank_exact
 from training.table_checks import rows_of
 
 logger = logging.getLogger(__name__)

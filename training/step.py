@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shards.schema import IdArray
-from training.batches import Batch, TrainingData
+from training.batches import Batch
 from training.config import TrainingConfig
 from training.features import Block
-from training.losses import Ids, LossTerms, Vectors, step_loss
+from training.loss_columns import Ids, Vectors
+from training.losses import LossTerms, step_loss
 from training.memory import LossState
+from training.prepared import TrainingData
 from training.towers import Inputs, QueryInputs
 
 Encoded = tuple[Tensor, Tensor, Tensor]  # queries (b, dim), items (m, dim), temperature ()

@@ -63,7 +63,7 @@ def tiled_loss(queries: Tensor, columns: Tensor, own: Tensor, frame: Frame) -> t
 
     queries (b, d) divided by the temperature, columns (C, d), own (b, K, d); C or K may be 0.
     """
-    loss, *sums = _Tiled.apply(queries, columns, own, frame)  # type: ignore[no-untyped-call]
+    loss, *sums = _tiled(queries, columns, own, frame)
     return loss, Sums(*sums)
 
 
@@ -89,6 +89,9 @@ class _Tiled(torch.autograd.Function):
             for saved, kind in zip(ctx.saved_tensors, ctx.types, strict=True)
         ]
         return (*scaled, None)
+
+
+_tiled: Callable[[Tensor, Tensor, Tensor, Frame], tuple[Tensor, ...]] = _Tiled.apply  # untyped
 
 
 class _Tiles:

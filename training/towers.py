@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shards.schema import IdArray
-from training.config import EmbeddedFeature, LossConfig, TowerConfig, TrainingConfig
+from training.config import TrainingConfig
 from training.features import Block, Columns, FeatureSpace
+from training.loss_config import LossConfig
 from training.metrics import Csr
 from training.pooling import HistoryPooling
+from training.tower_config import EmbeddedFeature, TowerConfig
 
 SWEEP = 16  # values a row up to which marking them all is cheaper than sorting the rows
 HISTORY_EXTRAS = 2  # share of max_length that is filled, and whether there is none

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shards.errors import ConfigError
 from training import gather
-from training.batches import Batch, Sampler, TrainingData
+from training.batches import Batch, Sampler
 from training.checkpoint import MODEL, TrainState, save_checkpoint
 from training.config import TrainingConfig
 from training.losses import LossTerms
@@ -27,6 +27,7 @@ from training.miner import mine_in_process
 from training.mining import starved_share
 from training.optimiser import Optimiser, Update, choose_sparse
 from training.precision import Autocast, Precision, resolve
+from training.prepared import TrainingData
 from training.row_adam import tables
 from training.runlog import RunLog
 from training.step import Step

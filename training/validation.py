@@ -10,9 +10,10 @@ from training.batches import Sampler
 from training.config import TrainingConfig
 from training.encoding import encode_items, encode_queries
 from training.features import Block
-from training.metrics import rank_exact, score_lists
+from training.metrics import score_lists
 from training.popularity import item_lengths
 from training.queries import sample_users
+from training.ranking import rank_exact
 from training.towers import TwoTower
 
 

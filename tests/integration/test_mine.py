@@ -13,10 +13,10 @@ from cluster.endpoint import Address
 from shards.errors import Unavailable, VersionMismatch
 from shards.files import read_manifest
 from tests.integration.conftest import Cluster
-from training.batches import item_lists
 from training.config import MiningConfig
 from training.hard_negatives import KIND, VERSION, load_hard
 from training.launch import train
+from training.prepared import item_lists
 
 CONFIG = MiningConfig(per_user=5, range_min=3, range_max=60, margin=0.1)
 

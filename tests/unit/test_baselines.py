@@ -15,8 +15,9 @@ from training.baselines import (
     svd_rank,
     svd_vectors,
 )
-from training.metrics import Csr, MetricSums, rank_exact, score_lists
+from training.metrics import Csr, MetricSums, score_lists
 from training.queries import evaluation_task
+from training.ranking import rank_exact
 from training.tables import Dataset, interaction_batch, write_dataset
 
 

@@ -8,10 +8,11 @@ import pytest
 
 from shards.errors import ConfigError, DataError
 from tests.tiny import ITEM_IDS, NUM_USERS, PER_USER, USER_IDS, tiny_config, tiny_dataset
-from training.batches import Batch, Sampler, TrainingData, check_batch, item_lists, others, prepare
-from training.config import LossConfig
+from training.batches import Batch, Sampler, check_batch, others
 from training.features import fit
+from training.loss_config import LossConfig
 from training.metrics import Csr
+from training.prepared import TrainingData, item_lists, prepare
 from training.tables import Dataset
 
 

@@ -8,8 +8,10 @@ from scipy.optimize import minimize
 
 from training import ceilings
 from training.ceilings import HiddenModel, infer_interests, measure_ceilings
-from training.metrics import Csr, evaluate_vectors
-from training.synth import SynthConfig, draw_items, generate, noise_hazard
+from training.metrics import Csr
+from training.race import draw_items, noise_hazard
+from training.ranking import evaluate_vectors
+from training.synth import SynthConfig, generate
 from training.tables import positives_by_user
 
 

@@ -12,11 +12,11 @@ from shards.errors import DataError
 from shards.ngrams import ngram_buckets
 from tests.rich import rich_config, rich_dataset
 from tests.tiny import tiny_config
-from training.batches import TrainingData, prepare
 from training.columns import MultiVocabulary, Standardiser, TextHash, Vocabulary
 from training.config import TrainingConfig
 from training.features import Block, FeatureSpace, fit
 from training.metrics import Csr
+from training.prepared import TrainingData, prepare
 from training.tables import Dataset, vector_column, write_dataset
 
 

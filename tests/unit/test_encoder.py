@@ -13,12 +13,12 @@ from router.encoder import QueryEncoder
 from shards.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
 from tests.rich import rich_config, rich_dataset, sum_config
 from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
-from training.batches import item_lists
 from training.checkpoint import load_best
 from training.config import TrainingConfig
 from training.encoding import encode_queries
 from training.export import export
 from training.loop import train_rank
+from training.prepared import item_lists
 from training.queries import feature_kinds, query_features, query_features_of_user
 from training.tables import ITEMS, USERS, Dataset
 

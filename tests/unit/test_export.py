@@ -14,13 +14,13 @@ from shards.errors import DataError, InvalidInput, NotFound
 from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
 from training import evaluate
 from training.baselines import Baseline, evaluate_baseline
-from training.batches import item_lists
 from training.checkpoint import load_best
 from training.encoding import encode_items
 from training.evaluate import drop_known, evaluate_exact, evaluate_through
 from training.export import export
 from training.loop import train_rank
 from training.metrics import Csr
+from training.prepared import item_lists
 from training.queries import evaluation_task, feature_kinds
 from training.tables import ITEMS, Dataset, write_dataset
 

@@ -12,10 +12,11 @@ from shards.errors import ConfigError, DataError
 from tests.rich import rich_dataset
 from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
 from training.columns import Standardiser, Vocabulary
-from training.config import NumericFeature, TrainingConfig
+from training.config import TrainingConfig
 from training.features import FeatureSpace, fit
 from training.infer import infer_config
 from training.tables import Dataset, vector_column, write_dataset
+from training.tower_config import NumericFeature
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
 from training import gather, tiles
-from training.batches import Sampler, TrainingData, prepare
+from training.batches import Sampler
 from training.checkpoint import Run, open_run, start_run
 from training.encoding import encode_items
 from training.features import fit
 from training.gather import gather_ragged, gather_rows, gather_values
 from training.metrics import Csr
+from training.prepared import TrainingData, prepare
 from training.step import Step
 from training.towers import build_model
 from training.validation import all_item_vectors

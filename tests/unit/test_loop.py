@@ -18,7 +18,7 @@ from shards.errors import ConfigError, CorruptFile, DataError, NotFound, Unavail
 from shards.files import read_manifest, write_manifest
 from tests.tiny import ITEM_IDS, USER_IDS, declared_run, tiny_config, tiny_dataset
 from training import checkpoint, gather, trainer
-from training.batches import Sampler, TrainingData
+from training.batches import Sampler
 from training.checkpoint import (
     RUN_KIND,
     TrainState,
@@ -34,6 +34,7 @@ from training.loop import train_rank
 from training.losses import LossTerms
 from training.optimiser import learning_rate
 from training.precision import resolve
+from training.prepared import TrainingData
 from training.runlog import read_log
 from training.step import Step
 from training.tables import open_dataset, write_dataset

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config import LossConfig
-from training.losses import Ids, Vectors, step_loss
+from training.loss_columns import Ids, Vectors
+from training.loss_config import LossConfig
+from training.losses import step_loss
 from training.memory import LossState
 
 ITEMS, DIM, ROWS, KEPT = 14, 5, 8, 6

@@ -16,8 +16,9 @@ from shards.files import write_json
 from tests.tiny import tiny_dataset
 from training.baselines import Baseline, evaluate_baseline
 from training.measure import measure, shared
-from training.metrics import Csr, MetricResult, rank_exact
+from training.metrics import Csr, MetricResult
 from training.queries import EvaluationTask
+from training.ranking import rank_exact
 from training.segments import segments_of
 from training.tables import open_dataset
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training.config import LossConfig
+from training.loss_config import LossConfig
 from training.memory import LossState, VectorMemory
 
 

@@ -17,7 +17,6 @@ from shards.errors import ConfigError, DataError, Unavailable
 from shards.schema import FloatArray, IdArray
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
 from training import miner as miner_module
-from training.batches import TrainingData, prepare
 from training.checkpoint import load_best, load_parts
 from training.config import MiningConfig
 from training.encoding import encode_items, encode_queries
@@ -27,6 +26,7 @@ from training.launch import train
 from training.metrics import Csr
 from training.miner import build_miner, evaluating, mine_in_process, mine_table
 from training.mining import draws, joined
+from training.prepared import TrainingData, prepare
 from training.searchers import ExactSearch
 from training.tables import open_dataset
 from training.towers import TwoTower, build_model

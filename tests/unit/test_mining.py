@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from shards.errors import InvalidInput
 from shards.schema import FloatArray, IdArray
 from training.config import MiningConfig
-from training.metrics import Csr, rank_exact
+from training.metrics import Csr
 from training.mining import (
     Mined,
     blocks_of,
@@ -21,6 +21,7 @@ from training.mining import (
     reference_scores,
     starved_share,
 )
+from training.ranking import rank_exact
 
 MASK = 2**64 - 1
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shards.errors import ConfigError
-from training.config import LossConfig
+from training.loss_config import LossConfig
 from training.metrics import Csr
 from training.negatives import check_hard, draw
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config import HistoryFeature
 from training.pooling import HistoryPooling, sums_of_rows
+from training.tower_config import HistoryFeature
 
 
 def in_order(rows: Tensor) -> Tensor:

@@ -10,16 +10,17 @@ from cluster.commands.mine import mine_run
 from shards.embeddings import open_embedding_set
 from shards.schema import IdArray, Metric
 from tests.tiny import declared_run, tiny_config, tiny_dataset
-from training.batches import item_lists
 from training.checkpoint import load_best
 from training.config import MiningConfig
 from training.encoding import encode_items, encode_queries
 from training.evaluate import evaluate_exact
 from training.export import export
 from training.loop import train_rank
-from training.metrics import rank_exact, score_lists
+from training.metrics import score_lists
 from training.popularity import item_lengths, metric_of
+from training.prepared import item_lists
 from training.queries import evaluation_task
+from training.ranking import rank_exact
 from training.tables import ITEMS, USERS
 
 EXPONENT = 0.5

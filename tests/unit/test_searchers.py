@@ -9,7 +9,7 @@ import pytest
 from router.messages import Coverage, SearchAnswer
 from shards.errors import DataError, InvalidInput, Overloaded, Unavailable, VersionMismatch
 from shards.schema import MAX_K, FloatArray
-from training.metrics import rank_exact
+from training.ranking import rank_exact
 from training.searchers import ATTEMPTS, ClusterSearch, ExactSearch, open_cluster
 
 ITEM_IDS = np.arange(20) * 3 + 100

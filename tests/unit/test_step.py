@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import tiny_config, tiny_dataset
-from training.batches import Sampler, TrainingData, prepare
+from training.batches import Sampler
 from training.config import TrainingConfig
 from training.features import fit
+from training.prepared import TrainingData, prepare
 from training.step import Step, _Inputs
 from training.tables import open_dataset
 from training.towers import TwoTower, build_model

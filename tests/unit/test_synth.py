@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from scipy import stats
 
 from shards.errors import DataError
-from training.synth import BLOCK_USERS, PRESETS, SynthConfig, draw_items, generate, noise_hazard
+from training.race import draw_items, noise_hazard
+from training.synth import BLOCK_USERS, PRESETS, SynthConfig, generate
 from training.tables import open_dataset, vector_matrix
 
 SMALL = SynthConfig(num_users=300, num_items=500, val_users=40, ceiling_users=100, seed=7)

@@ -10,10 +10,11 @@ import torch
 from shards.errors import ConfigError
 from tests.rich import rich_config, rich_dataset, sum_config
 from tests.tiny import tiny_config, tiny_dataset
-from training.batches import Sampler, TrainingData, item_lists, prepare
+from training.batches import Sampler
 from training.encoding import encode_items, encode_queries
 from training.features import Block, FeatureSpace, fit
 from training.metrics import Csr
+from training.prepared import TrainingData, item_lists, prepare
 from training.tables import ITEMS, USERS, Dataset, write_dataset
 from training.towers import Inputs, QueryInputs, TwoTower, build_model, distinct
 
