@@ -30,6 +30,7 @@ from router.config import RouterConfig
 from router.fanout import Fanout
 from router.merge import merge_top_k
 from shards.errors import ShardlineError
+from shards.huge_pages import use_huge_pages
 from shards.schema import FloatArray, Metric
 from shards.server import ShardServer
 from shards.shard import Shard
@@ -121,6 +122,7 @@ async def _fan_out(
 
     gc.collect()
     gc.freeze()  # as a router replica does
+    use_huge_pages()
     try:
         return await _timed(once, rate, count)
     finally:
@@ -263,6 +265,7 @@ def _serve_shard(
     server.start(epoch=1)
     gc.collect()
     gc.freeze()  # as a shard actor does
+    use_huge_pages()
     pipe.send(port)
     _wait_closed(pipe)
     server.stop()

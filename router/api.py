@@ -56,6 +56,7 @@ REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REQUEST_ID_BITS = 64
 # Bytes of a body decoded in the event loop, some milliseconds of JSON; more would hold up others.
 DECODE_IN_LOOP = 256 << 10
+MAX_LENGTH_DIGITS = 18
 POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
 
 Endpoint: TypeAlias = Callable[[Scope, Receive], Awaitable[tuple[bytes, Media]]]
@@ -91,11 +92,12 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
             accepted = answer_media(headers.get(b"accept", b"").decode("latin-1"), media)
             with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms) as client:
                 body = await read_body(headers, receive, config.max_body_bytes)
-                client.body_is_read()
                 if len(body) <= DECODE_IN_LOOP:
                     query = decode_query(body, media)
                 else:
+                    client.pause()  # whoever leaves now holds his place as long as the thread
                     query = await asyncio.to_thread(decode_query, body, media)
+                client.body_is_read()
                 found = await service.search(
                     query,
                     arrived_at=scope["shardline.arrived_at"],
@@ -261,8 +263,9 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int
             got=encoding.decode("latin-1"),
         )
     announced = headers.get(b"content-length", b"")
-    if announced.isdigit() and int(announced) > limit:
-        raise _too_large(limit, f"{announced.decode()} bytes")
+    # more digits than that are too large as well, and Python refuses to read very many
+    if announced.isdigit() and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit):
+        raise _too_large(limit, f"{announced[:MAX_LENGTH_DIGITS].decode()} bytes")
     chunks: list[bytes] = []
     size = 0
     is_whole = False

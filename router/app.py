@@ -21,6 +21,7 @@ from router.auth import AuthSettings, Guard
 from router.config import RouterConfig
 from router.front import Front
 from router.service import SearchService
+from shards.huge_pages import use_huge_pages
 from shards.ray_metrics import RayExporter
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class RouterReplica:
         self._exporter = RayExporter(self._service.recorder, self._service.refresh_metrics)
         gc.collect()
         gc.freeze()  # Ray and the web framework stay: collecting over them takes 50 ms
+        use_huge_pages()
 
     async def stop(self) -> None:
         """Stops following, closes the shard connections."""

@@ -17,12 +17,12 @@ import numpy as np
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from router.messages import NO_PARAMS, Coverage, ItemAnswer, SearchAnswer, SearchQuery
+from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
 from router.models import ParamsBody, SearchBody
 from router.problems import NotAcceptable, UnsupportedMediaType, from_validation
 from shards.errors import InvalidInput, ProtocolError
 from shards.schema import EMPTY_ID
-from shards.types import SearchParams
+from shards.types import NO_PARAMS, SearchParams
 
 ARRAY_KEYS = {"dtype", "shape", "data"}
 ARRAY_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "<i4", "<i8")}

@@ -54,6 +54,7 @@ class Link(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._secret = secret
         self._address = address
+        self._proven_address = address
         self._splitter = FrameSplitter(HANDSHAKE_FRAME_BYTES)
         self._pending: dict[int, OnReply] = {}
         self._transport: asyncio.Transport | None = None
@@ -61,6 +62,7 @@ class Link(asyncio.Protocol):
         self._waiting_since: float | None = None
         self.hello: asyncio.Future[Hello] = self._loop.create_future()
         self.lost: asyncio.Future[str] = self._loop.create_future()
+        self.is_local = False
         self.writable = True
         self.answered = False
 
@@ -100,7 +102,9 @@ class Link(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=MAX_UNSENT_BYTES)
         connection: socket.socket = transport.get_extra_info("socket")
-        if connection.family != socket.AF_UNIX:
+        self.is_local = connection.family == socket.AF_UNIX
+        self._proven_address = local_socket.proven_address(connection, self._address)
+        if not self.is_local:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
@@ -133,7 +137,7 @@ class Link(asyncio.Protocol):
                 on_reply(payload)
         elif self._greeting is None:
             message = decode_payload(payload)
-            hello, proof, welcome_mac = prove(message, self._secret, self._address)
+            hello, proof, welcome_mac = prove(message, self._secret, self._proven_address)
             self._greeting = hello, welcome_mac
             assert self._transport is not None
             self._transport.write(encode_frame(0, proof))
@@ -175,6 +179,7 @@ class ShardConnection:
         self._config = config
         self._rng = rng
         self._epoch = route.epoch
+        self._keeps_to_tcp = False
         self._link: Link | None = None
         self._reason = "not connected yet"
         self._task: asyncio.Task[None] | None = None
@@ -291,7 +296,8 @@ class ShardConnection:
         async with asyncio.timeout(self._config.connect_timeout_ms / 1000):
             link = await self._open(address)
             try:
-                self._check(await link.hello)
+                hello = await self._greeted(link)
+                self._check(hello)
             except BaseException:
                 link.close("refused")
                 raise
@@ -300,7 +306,7 @@ class ShardConnection:
     async def _open(self, address: ServerAddress) -> Link:
         """Over a Unix socket to a shard of this machine, else over TCP."""
         loop = asyncio.get_running_loop()
-        here = local_socket.connect(address)
+        here = None if self._keeps_to_tcp else local_socket.connect(address)
         if here is None:
             _, link = await loop.create_connection(lambda: Link(self._secret, address), *address)
         else:
@@ -308,6 +314,14 @@ class ShardConnection:
                 lambda: Link(self._secret, address), sock=here
             )
         return link
+
+    async def _greeted(self, link: Link) -> Hello:
+        try:
+            return await link.hello
+        except BaseException:
+            # somebody else may hold the name: never let that keep us from the shard
+            self._keeps_to_tcp = self._keeps_to_tcp or link.is_local
+            raise
 
     def _check(self, hello: Hello) -> None:
         """Refuses another shard or generation, and a process that a later one has replaced."""

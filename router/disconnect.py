@@ -49,9 +49,14 @@ class ended_by_client:  # noqa: N801  reads as what it does, like contextlib's o
         if self._error is not None and kind is asyncio.CancelledError and not self._task.uncancel():
             raise self._error from None
 
+    def pause(self) -> None:
+        """Nothing ends the block from here to ``body_is_read``."""
+        self._timer.cancel()
+        self._looked = True
+
     def body_is_read(self) -> None:
         self._body_timeout_ms = None
-        if self._looked:  # so that the timer is the one of the body
+        if self._looked:  # so that the timer is the one of the body, or there is none
             self._timer.cancel()
             self._look_after(WATCH_AFTER_S)
 

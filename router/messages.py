@@ -4,9 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shards.schema import FloatArray, IdArray
-from shards.types import SearchParams
-
-NO_PARAMS = SearchParams()
+from shards.types import NO_PARAMS, SearchParams
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as router.limits.Terms

@@ -15,6 +15,7 @@ import psutil
 import ray
 
 from shards.generation import read_generation
+from shards.huge_pages import use_huge_pages
 from shards.index_spec import Device
 from shards.ray_metrics import RayExporter
 from shards.server import ShardServer
@@ -45,11 +46,12 @@ class ShardActor:
             host = ray.util.get_node_ip_address()
         self._server = ShardServer(self._shard, secret=secret, host=host, threads=threads)
         self._address = self._server.bind()
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a full collection over it would hold up searches
+        use_huge_pages()
         self._controller = controller
         self._server.start(epoch=self._register())
         self._exporter = RayExporter(self._server.recorder, self._server.refresh_metrics)
-        gc.collect()
-        gc.freeze()  # what is loaded stays: a full collection over it would hold up searches
         logger.info(
             "shard %d of generation %d: %d rows at %s:%d, loaded in %.0f ms",
             shard,

@@ -5,17 +5,21 @@ so nobody has to be told of it, and lies in Linux's abstract name space: it is k
 network name space as the port, leaves no file, and is gone with its process. Elsewhere, and
 between machines, there is TCP alone.
 
-Anybody on the machine may take such a name first and so stand between the two; a router therefore
-speaks only to processes of its own user. That says nothing of who knows the cluster secret: the
-handshake is the same.
+Anybody on the machine may take such a name first and so stand between the two. A router therefore
+speaks only to processes of its own user, and either side takes into the proof of the secret by
+which way the other is reached (``proven_address``): what is passed on from here to the port proves
+nothing there.
 """
 
+import logging
 import os
 import socket
 import struct
 import sys
 
 from shards.handshake import ServerAddress
+
+logger = logging.getLogger(__name__)
 
 CREDENTIALS = struct.Struct("iII")  # pid, uid and gid of the peer, as SO_PEERCRED gives them
 
@@ -24,14 +28,17 @@ def listen(address: ServerAddress, backlog: int) -> socket.socket | None:
     """A listening socket beside the one at ``address``; None where there can be none."""
     if sys.platform != "linux":
         return None
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener: socket.socket | None = None
     try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(_name(address))
-    except OSError:  # somebody holds the name
-        listener.close()
+        listener.listen(backlog)
+        listener.setblocking(False)
+    except OSError as error:  # as a rule, somebody holds the name
+        logger.warning("no Unix socket beside %s:%d, TCP alone: %s", *address, error)
+        if listener is not None:
+            listener.close()
         return None
-    listener.listen(backlog)
-    listener.setblocking(False)
     return listener
 
 
@@ -42,18 +49,26 @@ def connect(address: ServerAddress) -> socket.socket | None:
     """
     if sys.platform != "linux":
         return None
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.setblocking(False)
+    connection: socket.socket | None = None
     try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.setblocking(False)
         connection.connect(_name(address))
         sent = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
     except OSError:  # nobody listens, or too many wait to be accepted
-        connection.close()
+        if connection is not None:
+            connection.close()
         return None
     if CREDENTIALS.unpack(sent)[1] != os.geteuid():
         connection.close()
         return None
     return connection
+
+
+def proven_address(connection: socket.socket, address: ServerAddress) -> ServerAddress:
+    """What stands for ``address`` in the handshake over this connection."""
+    host, port = address
+    return (f"unix:{host}", port) if connection.family == socket.AF_UNIX else address
 
 
 def _name(address: ServerAddress) -> str:

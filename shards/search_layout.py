@@ -13,7 +13,6 @@ Little-endian; arrays lie row after row and begin at a multiple of 8 bytes.
 A search parameter of 0 is one that was not given.
 """
 
-import math
 import struct
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -21,7 +20,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from shards.errors import ProtocolError
-from shards.types import SearchParams, SearchReply, SearchRequest
+from shards.types import NO_PARAMS, SearchParams, SearchReply, SearchRequest
 
 REQUEST = struct.Struct("<IIIIdIIII")
 REPLY = struct.Struct("<IIIIQd")
@@ -29,7 +28,7 @@ REQUEST_KIND = 4
 REPLY_KIND = 5
 FLOAT = np.dtype("<f4")
 INT = np.dtype("<i8")
-NO_PARAMS = SearchParams()
+MAX_MS = 1e12  # a generation of people; NaN is not below it either
 
 Part: TypeAlias = bytes | memoryview
 
@@ -38,6 +37,8 @@ def pack_request(request: SearchRequest) -> tuple[Part, ...]:
     """Raises ProtocolError for values that the layout cannot hold."""
     queries, params = request.queries, request.params
     n, dim = queries.shape
+    if 0 in (params.nprobe, params.ef_search, params.rerank_factor):
+        raise ProtocolError("a search parameter does not fit the layout", got="0")
     try:
         head = REQUEST.pack(
             *(REQUEST_KIND, n, dim, request.k, request.timeout_ms),
@@ -50,6 +51,7 @@ def pack_request(request: SearchRequest) -> tuple[Part, ...]:
 
 def pack_reply(reply: SearchReply) -> tuple[Part, ...]:
     """The bytes of a payload, in parts."""
+    assert reply.ids.shape == reply.scores.shape
     n, k = reply.ids.shape
     head = REPLY.pack(REPLY_KIND, n, k, 0, reply.rows, reply.search_ms)
     ids = np.ascontiguousarray(reply.ids, INT)
@@ -67,8 +69,8 @@ def read_request(payload: bytes) -> SearchRequest:
     kind, n, dim, k, timeout_ms, nprobe, ef_search, rerank, zero = REQUEST.unpack_from(payload)
     if len(payload) != REQUEST.size + 4 * n * dim or kind != REQUEST_KIND or zero:
         raise _wrong(f"a SearchRequest of {n} x {dim} numbers", len(payload))
-    if not math.isfinite(timeout_ms):
-        raise ProtocolError("bad frame", field="timeout_ms", expected="a finite number")
+    if not abs(timeout_ms) <= MAX_MS:
+        raise ProtocolError("bad frame", field="timeout_ms", expected="milliseconds")
     params = NO_PARAMS
     if nprobe or ef_search or rerank:
         params = SearchParams(
@@ -89,8 +91,8 @@ def read_reply(payload: bytes) -> SearchReply:
     kind, n, k, zero, rows, search_ms = REPLY.unpack_from(payload)
     if len(payload) != REPLY.size + 12 * n * k or kind != REPLY_KIND or zero:
         raise _wrong(f"a SearchReply of {n} x {k} results", len(payload))
-    if not math.isfinite(search_ms):
-        raise ProtocolError("bad frame", field="search_ms", expected="a finite number")
+    if not abs(search_ms) <= MAX_MS:
+        raise ProtocolError("bad frame", field="search_ms", expected="milliseconds")
     ids = np.ndarray((n, k), INT, payload, REPLY.size)
     scores = np.ndarray((n, k), FLOAT, payload, REPLY.size + 8 * n * k)
     return SearchReply(ids=ids, scores=scores, rows=rows, search_ms=search_ms)

@@ -86,6 +86,7 @@ class ShardServer:
         self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
         self._queued_requests = 0
         self._ready = threading.Event()
+        self._failure: BaseException | None = None  # why the loop thread never listened
         self._stopped = False
 
     @property
@@ -112,6 +113,9 @@ class ShardServer:
         self._search_thread.start()
         self._loop_thread.start()
         self._ready.wait()
+        if self._failure is not None:
+            self._queue.put(None)
+            raise self._failure
 
     def stop(self) -> None:
         """Closes port and connections and ends both threads; may be called twice."""
@@ -139,8 +143,13 @@ class ShardServer:
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
         set_search_threads(self._threads)
-        servers = self._loop.run_until_complete(self._listen())
-        self._ready.set()
+        try:
+            servers = self._loop.run_until_complete(self._listen())
+        except Exception as error:  # noqa: BLE001  whatever it is, ``start`` raises it
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
         try:
             self._loop.run_forever()
         finally:

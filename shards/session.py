@@ -8,6 +8,7 @@ import logging
 import socket
 from typing import Protocol, cast
 
+from shards import local_socket
 from shards.answering import Request
 from shards.errors import ProtocolError
 from shards.handshake import ServerAddress, new_hello, welcome
@@ -55,6 +56,7 @@ class Session(asyncio.Protocol):
         )
         self._is_proven = False
         self._transport: asyncio.Transport | None = None
+        self._address = server.address
         self._timer: asyncio.TimerHandle | None = None
 
     def reply(self, request_id: int, message: Message) -> None:
@@ -85,6 +87,7 @@ class Session(asyncio.Protocol):
         # no isinstance here: Ray installs uvloop, whose transports are of no asyncio class
         self._transport = cast(asyncio.Transport, transport)
         connection: socket.socket = transport.get_extra_info("socket")
+        self._address = local_socket.proven_address(connection, self._server.address)
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._server.sessions.add(self)
@@ -127,7 +130,7 @@ class Session(asyncio.Protocol):
 
     def _greet(self, message: Message) -> None:
         server = self._server
-        self.reply(0, welcome(message, server.secret, self._hello, server.address))
+        self.reply(0, welcome(message, server.secret, self._hello, self._address))
         self._is_proven = True
         self._splitter.limit = MAX_FRAME_BYTES
         if self._timer is not None:
@@ -138,4 +141,6 @@ class Session(asyncio.Protocol):
         self.abort()
 
     def _peer(self) -> str:
-        return str(self._transport.get_extra_info("peername")) if self._transport else "(gone)"
+        if self._transport is None:
+            return "(gone)"
+        return str(self._transport.get_extra_info("peername") or "of this machine")

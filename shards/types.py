@@ -4,7 +4,7 @@ Plain data only. A peer cannot hand over a shape that the receiver did not expec
 msgpack checks its arrays on construction, and the fixed layouts of searches have no other.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ class SearchParams:
     rerank_factor: int | None = None
 
 
+NO_PARAMS = SearchParams()  # nearly every request shares this one
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
     """queries (n, dim) float32, already checked and normalised; timeout_ms is what remains."""
@@ -38,7 +41,7 @@ class SearchRequest:
     queries: FloatArray
     k: int
     timeout_ms: float
-    params: SearchParams = field(default_factory=SearchParams)
+    params: SearchParams = NO_PARAMS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +104,7 @@ class Hello:
 class Proof:
     """Client's answer: HMAC over Hello, address and nonces, and its nonce for the server to prove.
 
-    shards.wire has the details.
+    shards.handshake has the details.
     """
 
     nonce: bytes

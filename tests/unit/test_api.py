@@ -329,6 +329,13 @@ def test_a_body_that_is_not_msgpack_is_400():
         ("GET", "/v1/items/abc", {}, 400, "invalid_input"),
         ("GET", f"/v1/items/{2**70}", {}, 400, "invalid_input"),
         ("POST", "/v1/search", {"content": b"x" * 4097, "headers": JSON}, 413, "payload_too_large"),
+        (
+            "POST",
+            "/v1/search",
+            {"content": b"x", "headers": JSON | {"Content-Length": "9" * 5000}},
+            413,
+            "payload_too_large",
+        ),
     ],
 )
 def test_other_refusals(method, path, options, status, code):

@@ -146,3 +146,15 @@ def test_once_the_body_is_read_only_the_client_is_watched(looks):
         assert no_task_is_left()
 
     asyncio.run(run())
+
+
+def test_a_pause_lasts_until_the_body_is_read():
+    async def run():
+        with pytest.raises(ClientDisconnect), ended_by_client(gone, body_timeout_ms=1) as client:
+            client.pause()
+            await asyncio.sleep(0.01)  # longer than the body may take, and the client has gone
+            assert asyncio.current_task().cancelling() == 0
+            client.body_is_read()
+            await never()
+
+    asyncio.run(run())

@@ -16,6 +16,7 @@ ALLOWED = {
         "shards.errors",
         "shards.files",
         "shards.handshake",
+        "shards.huge_pages",
         "shards.local_socket",
         "shards.metrics",
         "shards.ngrams",

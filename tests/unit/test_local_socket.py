@@ -5,7 +5,9 @@ import os
 import random
 import socket
 import sys
-from contextlib import closing, contextmanager
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -48,8 +50,9 @@ async def fetched_over(address):
     )
     connection.start()
     try:
-        await asyncio.wait_for(connection.settled(), 5)
-        assert connection.connected, connection.reason
+        async with asyncio.timeout(5):
+            while not connection.connected:
+                await asyncio.sleep(0.005)
         reply = asyncio.get_running_loop().create_future()
         frame = encode_frame(1, FetchRequest(item_ids=np.array([2, 7]), timeout_ms=1000.0))
         connection.request(1, frame, reply.set_result)
@@ -71,10 +74,59 @@ def test_a_router_on_the_same_machine_takes_the_short_way(new_loop) -> None:
         assert over(server.address, new_loop) == (socket.AF_UNIX, [2])
 
 
-def test_where_the_name_is_taken_there_is_tcp(monkeypatch) -> None:
-    monkeypatch.setattr(local_socket, "_name", lambda address: f"\0shardline-test-{os.getpid()}")
-    with closing(local_socket.listen(("127.0.0.1", 1), 1)), serving() as server:
-        monkeypatch.undo()
+@contextmanager
+def serving_beside(holder):
+    """A server whose name ``holder(listener, port)`` held before it, in a thread of its own."""
+    server = ShardServer(flat_shard(VECTORS, IDS), secret=SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = probe.getsockname()
+    listener = local_socket.listen(address, 5)
+    listener.settimeout(5)
+    thread = threading.Thread(target=holder, args=(listener, address))
+    with pytest.MonkeyPatch.context() as patch:
+        created = socket.create_server
+        patch.setattr(
+            socket, "create_server", lambda where, **how: created((where[0], address[1]), **how)
+        )
+        server.bind()
+    assert server.address == address
+    assert server._local_socket is None, "the name is held"
+    server.start(epoch=1)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+        thread.join(5)
+        listener.close()
+
+
+def says_nothing(listener, _address):
+    with listener.accept()[0] as held:
+        held.settimeout(5)
+        with suppress(OSError):
+            while held.recv(1000):
+                pass
+
+
+def passes_on(listener, address):
+    """Between the router, which comes by the name, and the server's port."""
+    with listener.accept()[0] as router, socket.create_connection(address, timeout=5) as server:
+        router.settimeout(0.05)
+        server.settimeout(0.05)
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline:
+            for source, target in ((server, router), (router, server)):
+                with suppress(TimeoutError):
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    target.sendall(data)
+
+
+@pytest.mark.parametrize("holder", [says_nothing, passes_on])
+def test_who_holds_the_name_neither_stands_between_nor_in_the_way(holder) -> None:
+    with serving_beside(holder) as server:
         assert over(server.address) == (socket.AF_INET, [2])
 
 
@@ -105,15 +157,24 @@ def test_the_name_goes_with_the_server() -> None:
         pass  # it is free again
 
 
-def test_the_short_way_asks_for_the_secret_too() -> None:
+def test_the_short_way_asks_for_the_secret_too(monkeypatch) -> None:
     with serving(secret=b"another secret") as server:
 
         async def refused():
+            families = []
+            proven = local_socket.proven_address
+
+            def noted(connection, address):
+                families.append(connection.family)
+                return proven(connection, address)
+
+            monkeypatch.setattr(local_socket, "proven_address", noted)
             route = ShardRoute(shard=0, rows=5, epoch=1, address=server.address)
             connection = ShardConnection(
                 route, GENERATION, secret=SECRET, config=FAST, rng=random.Random(0)
             )
             with pytest.raises(Unavailable, match="lost during the handshake"):
                 await connection._connect()
+            assert set(families) == {socket.AF_UNIX}
 
         asyncio.run(refused())

@@ -197,6 +197,8 @@ def array(dtype: object, shape: object, data: object) -> dict:
         found(k=1),
         found(n=2**32 - 1, k=2**32 - 1),
         found(search_ms=float("inf")),
+        found(search_ms=float("nan")),
+        found(search_ms=1e306),
     ],
 )
 def test_bad_payloads_are_protocol_errors(payload: bytes) -> None:
@@ -265,8 +267,9 @@ def test_what_the_layout_cannot_hold_is_refused_by_the_sender() -> None:
         SearchRequest(queries=FLOATS, k=-1, timeout_ms=1.0),
         SearchRequest(queries=FLOATS, k=2**32, timeout_ms=1.0),
         SearchRequest(queries=FLOATS, k=1, timeout_ms=1.0, params=SearchParams(nprobe=2**32)),
+        SearchRequest(queries=FLOATS, k=1, timeout_ms=1.0, params=SearchParams(ef_search=0)),
     ):
-        with pytest.raises(ProtocolError, match="does not fit"):
+        with pytest.raises(ProtocolError, match="not fit"):
             encode_frame(1, request)
 
 
