@@ -10,6 +10,7 @@ import functools
 import io
 import logging
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -35,6 +36,9 @@ SESSION_PREFIX = "shardline-"
 # reports, never vectors.
 OBJECT_STORE_BYTES = 128 << 20
 STOP_TIMEOUT_S = 10.0
+# Between Ray's workers (from 10002) and Serve's replicas (from 30000), below what Linux gives to
+# connections (from 32768): HAProxy binds its ports seconds after they were found free.
+QUIET_PORTS = range(20_000, 30_000)
 # HAProxy takes socket paths of 97 bytes, of which Ray's node id and a one-letter name use 59.
 MAX_SESSION_PATH = 38
 # "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
@@ -118,11 +122,17 @@ def cores() -> int:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port that nobody listens on, nor will by chance before it is used.
+
+    Raises:
+        Unavailable: none was found.
+    """
+    for port in random.SystemRandom().sample(QUIET_PORTS, len(QUIET_PORTS)):
+        if port_is_free(port):
+            return port
+    raise Unavailable(
+        "no free port", expected=f"one of {QUIET_PORTS.start} to {QUIET_PORTS.stop - 1}"
+    )
 
 
 def port_is_free(port: int) -> bool:

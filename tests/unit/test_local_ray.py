@@ -1,6 +1,7 @@
 """What the processes of a private Ray inherit, without starting one."""
 
 import os
+import socket
 
 import pytest
 
@@ -43,3 +44,20 @@ def test_without_keys_none_appear(monkeypatch: pytest.MonkeyPatch) -> None:
     with launch.local_ray(num_cpus=1):
         pass
     assert not SECRETS.keys() & os.environ.keys()
+
+
+def test_ports_are_free_and_none_that_the_system_gives_away() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        first_given = min(taken.getsockname()[1], 30_000)
+    for _ in range(20):
+        port = launch.free_port()
+        assert 20_000 <= port < first_given
+        with socket.create_server(("127.0.0.1", port)):
+            assert not launch.port_is_free(port)
+
+
+def test_without_a_free_port_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "port_is_free", lambda port: False)
+    with pytest.raises(Unavailable, match="no free port"):
+        launch.free_port()
