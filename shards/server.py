@@ -153,6 +153,9 @@ class ShardServer:
         try:
             self._loop.run_forever()
         finally:
+            # whoever is being accepted becomes a session first: a closed server would drop it open
+            if accepting := asyncio.all_tasks(self._loop):
+                self._loop.run_until_complete(asyncio.wait(accepting, timeout=STOP_TIMEOUT_S))
             for server in servers:
                 server.close()
             for session in list(self.sessions):
