@@ -319,8 +319,9 @@ class ShardConnection:
         try:
             return await link.hello
         except BaseException:
-            # somebody else may hold the name: never let that keep us from the shard
-            self._keeps_to_tcp = self._keeps_to_tcp or link.is_local
+            if link.is_local:  # somebody else may hold the name: that must not keep us from it
+                logger.warning("shard %d: no handshake over its Unix socket", self.route.shard)
+                self._keeps_to_tcp = True
             raise
 
     def _check(self, hello: Hello) -> None:
