@@ -31,7 +31,8 @@ from cluster.deployment import serving
 from cluster.endpoint import Endpoint
 from cluster.launch import cores
 from cluster.store import Store
-from router.codec import Media, decode_answer, encode_query
+from router.codec import decode_answer, encode_query
+from router.media import Media
 from router.messages import SearchQuery
 from shards.errors import InvalidInput, Unavailable
 from shards.generation import GenerationManifest

@@ -19,17 +19,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router.auth import Guard
-from router.codec import (
-    Media,
-    answer_media,
-    body_media,
-    decode_query,
-    encode,
-    encode_answer,
-    encode_item,
-)
+from router.body import read_body
+from router.codec import decode_query, encode, encode_answer, encode_item
 from router.config import RouterConfig
 from router.disconnect import ended_by_client
+from router.media import Media, answer_media, body_media
 from router.openapi import (
     DESCRIPTION,
     ITEM_DOC,
@@ -40,12 +34,7 @@ from router.openapi import (
     docs_page,
     openapi_schema,
 )
-from router.problems import (
-    MethodNotAllowed,
-    PayloadTooLarge,
-    UnsupportedMediaType,
-    to_problem,
-)
+from router.problems import MethodNotAllowed, to_problem
 from router.service import SearchService
 from shards.errors import InvalidInput, NotFound, ShardlineError
 from shards.metrics import REQUESTS, Recorder
@@ -56,7 +45,6 @@ REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REQUEST_ID_BITS = 64
 # Bytes of a body decoded in the event loop, some milliseconds of JSON; more would hold up others.
 DECODE_IN_LOOP = 256 << 10
-MAX_LENGTH_DIGITS = 18
 POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
 
 Endpoint: TypeAlias = Callable[[Scope, Receive], Awaitable[tuple[bytes, Media]]]
@@ -247,49 +235,6 @@ class RequestContext:
         if given is not None and REQUEST_ID.fullmatch(given):
             return given.decode("ascii")
         return f"{self._ids.getrandbits(REQUEST_ID_BITS):0{REQUEST_ID_BITS // 4}x}"
-
-
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    """The whole body, refused as soon as it is known to be of more than ``limit`` bytes.
-
-    Raises:
-        PayloadTooLarge, UnsupportedMediaType (compressed), ClientDisconnect.
-    """
-    encoding = headers.get(b"content-encoding", b"identity")
-    if encoding != b"identity":
-        raise UnsupportedMediaType(
-            "compressed bodies are not supported",
-            field="Content-Encoding",
-            got=encoding.decode("latin-1"),
-        )
-    announced = headers.get(b"content-length", b"")
-    # more digits than that are too large as well, and Python refuses to read very many
-    if announced.isdigit() and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit):
-        raise _too_large(limit, f"{announced[:MAX_LENGTH_DIGITS].decode()} bytes")
-    chunks: list[bytes] = []
-    size = 0
-    is_whole = False
-    while not is_whole:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        chunk = message.get("body", b"")
-        is_whole = not message.get("more_body", False)
-        size += len(chunk)
-        if size > limit:
-            raise _too_large(limit, "more")
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _too_large(limit: int, got: str) -> PayloadTooLarge:
-    return PayloadTooLarge(
-        "body too large",
-        field="body",
-        expected=f"<= {limit} bytes",
-        got=got,
-        hint="send the queries in several requests, or as msgpack",
-    )
 
 
 def _json(content: Any, status: int = 200) -> Response:

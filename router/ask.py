@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-from router.connection import Link, ShardConnection
+from router.connection import ShardConnection
+from router.link import Link
 from router.messages import Coverage
 from router.serving import Serving
 from shards.errors import (

@@ -14,8 +14,9 @@ import httpx
 import numpy as np
 import orjson
 
-from router.codec import Media, decode_answer, encode_query
+from router.codec import decode_answer, encode_query
 from router.keys import KEY
+from router.media import Media
 from router.messages import ItemAnswer, SearchAnswer, SearchQuery
 from router.problems import CONTENT_TYPE, REFUSALS
 from shards.errors import (

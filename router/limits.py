@@ -1,13 +1,15 @@
-"""What one query may ask for: the values it leaves out filled in, the others checked.
+"""What one query may ask for, and how many may be worked on at once.
 
-Pure functions of the query and the configuration; vectors and ids are checked by the service.
+The values that a query leaves out are filled in, the others checked; vectors and ids are checked by
+the service.
 """
 
 from dataclasses import dataclass
 
 from router.config import RouterConfig
 from router.messages import SearchQuery
-from shards.errors import InvalidInput
+from shards.errors import InvalidInput, Overloaded
+from shards.metrics import REJECTED, Recorder
 from shards.schema import FloatArray, check_k
 from shards.wire import MAX_FRAME_BYTES
 
@@ -24,6 +26,32 @@ class Terms:
     k: int
     timeout_ms: float
     min_coverage: float
+
+
+class Places:
+    """Counts the requests being worked on, each in a ``with`` of its own; refuses too many.
+
+    Raises, where the block begins:
+        Overloaded: as many requests as allowed are being worked on.
+    """
+
+    def __init__(self, limit: int, recorder: Recorder) -> None:
+        self.taken = 0
+        self._limit = limit
+        self._recorder = recorder
+
+    def __enter__(self) -> None:
+        if self.taken >= self._limit:
+            self._recorder.count(REJECTED, Overloaded.code)
+            raise Overloaded(
+                "too many requests at once",
+                expected=f"<= {self._limit} in flight",
+                hint="try again after the time in Retry-After",
+            )
+        self.taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.taken -= 1
 
 
 def terms_of(query: SearchQuery, config: RouterConfig) -> Terms:

@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,16 +17,14 @@ from router.cache import ResultCache, cache_key
 from router.coalesce import Found
 from router.config import RouterConfig
 from router.fanout import Fanout
-from router.limits import Terms, check_size, terms_of
+from router.item_queries import ItemQueries, item_queries
+from router.limits import Places, Terms, check_size, terms_of
 from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
 from router.serving import Encoder, Serving, load_query_encoder
 from shards.errors import (
-    InvalidInput,
     NotFound,
-    Overloaded,
     ShardlineError,
     Unavailable,
-    VersionMismatch,
 )
 from shards.metrics import (
     CACHE_BYTES,
@@ -43,66 +41,17 @@ from shards.metrics import (
     Recorder,
 )
 from shards.schema import (
-    EMPTY_ID,
-    EMPTY_SCORE,
     FloatArray,
     IdArray,
-    Metric,
     check_ids,
     check_vectors,
-    normalise,
 )
 from shards.types import RoutingTable, SearchParams
 
-# Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
-# health checks among them, are not held up.
-ENCODE_IN_LOOP = 64
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
 Top: TypeAlias = tuple[IdArray, FloatArray, Coverage, float]  # (n, k) ids, scores; search_ms last
-
-
-class Places:
-    """Counts the requests being worked on, each in a ``with`` of its own; refuses too many.
-
-    Raises, where the block begins:
-        Overloaded: as many requests as allowed are being worked on.
-    """
-
-    def __init__(self, limit: int, recorder: Recorder) -> None:
-        self.taken = 0
-        self._limit = limit
-        self._recorder = recorder
-
-    def __enter__(self) -> None:
-        if self.taken >= self._limit:
-            self._recorder.count(REJECTED, Overloaded.code)
-            raise Overloaded(
-                "too many requests at once",
-                expected=f"<= {self._limit} in flight",
-                hint="try again after the time in Retry-After",
-            )
-        self.taken += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.taken -= 1
-
-
-@dataclass(slots=True, kw_only=True)
-class _LookedUp:
-    """Items as queries: ``vectors`` and ``own``, the ids to drop from answers, one a known item.
-
-    ``live`` are the known items' positions among the queries, ``reasons`` speak of the others;
-    ``coverage`` is that of looking them up.
-    """
-
-    vectors: FloatArray
-    own: IdArray
-    live: IdArray
-    num_queries: int
-    coverage: Coverage
-    reasons: dict[int, str]
 
 
 class SearchService:
@@ -266,34 +215,33 @@ class SearchService:
         self._searches += 1
         is_timed = self._searches % STAGES_OF_ONE_IN == 0
         parsed_at = time.perf_counter()
-        looked_up: _LookedUp | None = None
+        items: ItemQueries | None = None
         if terms.kind == "item_ids":
-            looked_up = await self._look_up(serving, query, deadline, terms.min_coverage)
-            vectors = looked_up.vectors
+            items = await self._look_up(serving, query, deadline, terms.min_coverage)
+            vectors = items.vectors
         else:
             values = query.vectors
             if terms.kind == "features":
                 assert query.features is not None
-                values = await _encode(_encoder_of(serving), query.features)
+                values = await serving.encode(query.features)
             table = serving.table
             vectors = check_vectors(values, dim=table.dim, metric=table.metric, field=terms.kind)
         check_size(vectors, terms.kind)
         prepared_at = time.perf_counter()
-        if looked_up is None:
+        if items is None:
             found = await self._find(serving, vectors, terms.k, terms, query.params, deadline)
             top = found.ids, found.scores, found.coverage, found.search_ms
         else:
-            top = await self._neighbours(serving, looked_up, terms, query.params, deadline)
+            top = await self._neighbours(serving, items, terms, query.params, deadline)
         if is_timed:
             self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
             self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
-        return top, {} if looked_up is None else looked_up.reasons
+        return top, {} if items is None else items.reasons
 
     async def _look_up(
         self, serving: Serving, query: SearchQuery, deadline: float, min_coverage: float
-    ) -> _LookedUp:
-        """Items' vectors as queries; the unknown ones get a reason instead."""
+    ) -> ItemQueries:
         item_ids = check_ids(query.item_ids)
         now = asyncio.get_running_loop().time()
         found = await self._fanout.fetch(
@@ -302,44 +250,24 @@ class SearchService:
             deadline=now + LOOK_UP_SHARE * (deadline - now),
             min_coverage=min_coverage,
         )
-        order = np.argsort(found.item_ids)
-        held = found.item_ids[order]
-        live = np.flatnonzero(np.isin(item_ids, held))
-        missing = np.setdiff1d(np.arange(len(item_ids)), live)
-        degraded = found.coverage.degraded
-        where = f" in the shards that answered ({'; '.join(degraded)})" if degraded else ""
-        vectors = found.vectors[order[np.searchsorted(held, item_ids[live])]]
-        if live.size and serving.table.metric is Metric.COSINE:
-            # an index without exact copies gives approximations, whose length is not quite one
-            vectors = normalise(vectors, field="item_ids")
-        return _LookedUp(
-            vectors=vectors,
-            own=item_ids[live],
-            live=live,
-            num_queries=len(item_ids),
-            coverage=found.coverage,
-            reasons={int(row): f"item {item_ids[row]} not found{where}" for row in missing},
-        )
+        return item_queries(item_ids, found, serving.table.metric)
 
     async def _neighbours(
         self,
         serving: Serving,
-        items: _LookedUp,
+        items: ItemQueries,
         terms: Terms,
         params: SearchParams,
         deadline: float,
     ) -> Top:
         """Of all items, those that could not be asked being empty."""
-        ids, scores = _empty(items.num_queries, terms.k)
         if not items.live.size:
+            ids, scores = items.spread(None, terms.k)
             return ids, scores, items.coverage, 0.0
         # one more, because an item-to-item query finds itself; at the limit it gets k - 1
         ask_k = min(terms.k + 1, self.config.max_k)
         found = await self._find(serving, items.vectors, ask_k, terms, params, deadline)
-        own_ids, own_scores = drop_own(found.ids, found.scores, items.own)
-        width = min(terms.k, own_ids.shape[1])
-        ids[items.live, :width] = own_ids[:, :width]
-        scores[items.live, :width] = own_scores[:, :width]
+        ids, scores = items.spread(found, terms.k)
         coverage = found.coverage
         if items.reasons and items.coverage.degraded:
             coverage = coverage.joined(items.coverage)
@@ -371,40 +299,3 @@ class SearchService:
             if self._cache.enabled:
                 self._cache.put(key, found)
         return found
-
-
-def drop_own(ids: IdArray, scores: FloatArray, own: IdArray) -> tuple[IdArray, FloatArray]:
-    """Both (n, k), with item own[i] taken out of row i and the rest moved up; new arrays."""
-    is_own = ids == own[:, None]
-    ids = np.where(is_own, EMPTY_ID, ids)
-    scores = np.where(is_own, EMPTY_SCORE, scores)
-    order = np.argsort(is_own, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
-
-
-def _encoder_of(serving: Serving) -> Encoder:
-    encoder, table = serving.encoder, serving.table
-    if encoder is None:
-        raise InvalidInput(
-            "this generation has no query encoder",
-            field="features",
-            hint="its vectors were imported; send vectors or item_ids",
-        )
-    if encoder.model_version != table.model_version:
-        raise VersionMismatch(
-            "the query encoder is of another model than the index",
-            expected=table.model_version,
-            got=encoder.model_version,
-            hint="build and publish a generation from one model",
-        )
-    return encoder
-
-
-async def _encode(encoder: Encoder, features: list[dict[str, Any]]) -> FloatArray:
-    if len(features) <= ENCODE_IN_LOOP:
-        return encoder.encode(features)
-    return await asyncio.to_thread(encoder.encode, features)
-
-
-def _empty(n: int, k: int) -> tuple[IdArray, FloatArray]:
-    return np.full((n, k), EMPTY_ID), np.full((n, k), EMPTY_SCORE)

@@ -4,16 +4,21 @@ The three are of one generation and change together, so no answer mixes two gene
 model versions. The encoder is known here by what the router needs of it.
 """
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from router.connection import ShardConnection
 from router.encoder import QueryEncoder
+from shards.errors import InvalidInput, VersionMismatch
 from shards.schema import FloatArray
 from shards.types import RoutingTable, ShardRoute
 
 ENCODER_FOLDER = "query_encoder"
+# Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
+# health checks among them, are not held up.
+ENCODE_IN_LOOP = 64
 
 
 class Encoder(Protocol):
@@ -49,6 +54,31 @@ class Serving:
     @property
     def connected_shards(self) -> int:
         return sum(c is not None and c.connected for c in self.connections)
+
+    async def encode(self, features: list[dict[str, Any]]) -> FloatArray:
+        """(n, dim) float32, by the encoder that belongs to the table.
+
+        Raises:
+            InvalidInput: there is no encoder, or it does not take these features.
+            VersionMismatch: the encoder is of another model.
+        """
+        encoder, table = self.encoder, self.table
+        if encoder is None:
+            raise InvalidInput(
+                "this generation has no query encoder",
+                field="features",
+                hint="its vectors were imported; send vectors or item_ids",
+            )
+        if encoder.model_version != table.model_version:
+            raise VersionMismatch(
+                "the query encoder is of another model than the index",
+                expected=table.model_version,
+                got=encoder.model_version,
+                hint="build and publish a generation from one model",
+            )
+        if len(features) <= ENCODE_IN_LOOP:
+            return encoder.encode(features)
+        return await asyncio.to_thread(encoder.encode, features)
 
     def connectivity(self) -> dict[str, int]:
         """Shards and rows, and how many of them are connected now."""

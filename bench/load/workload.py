@@ -14,7 +14,8 @@ from bench.load.messages import message_of
 from bench.load.scenarios import Ask, Step
 from bench.openloop import Request
 from bench.vectors import recall_at_k
-from router.codec import Media, decode_answer, encode_query
+from router.codec import decode_answer, encode_query
+from router.media import Media
 from router.messages import SearchQuery
 from shards.schema import FloatArray, IdArray
 

@@ -6,15 +6,13 @@ import orjson
 import pytest
 
 from router.codec import (
-    Media,
-    answer_media,
-    body_media,
     decode_answer,
     decode_query,
     encode_answer,
     encode_item,
     encode_query,
 )
+from router.media import Media, answer_media, body_media
 from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
 from router.problems import NotAcceptable, UnsupportedMediaType
 from shards.errors import InvalidInput, ProtocolError

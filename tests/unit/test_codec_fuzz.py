@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.codec import SEARCH_FIELDS, Media, decode_query
+from router.codec import SEARCH_FIELDS, decode_query
 from router.config import RouterConfig
 from router.limits import terms_of
+from router.media import Media
 from router.messages import SearchQuery
 from shards.errors import InvalidInput
 from shards.schema import Metric, check_ids, check_vectors

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from router.config import RouterConfig
-from router.connection import MAX_UNSENT_BYTES, ShardConnection, backoff_ms
+from router.connection import ShardConnection, backoff_ms
+from router.link import MAX_UNSENT_BYTES
 from shards.errors import Overloaded, Unavailable
 from shards.types import FetchReply, FetchRequest, ShardRoute
 from shards.wire import HEADER, KEEP_ALIVE, MAX_FRAME_BYTES, decode_payload, encode_frame

@@ -9,7 +9,8 @@ from bench.latency import answered_ids, refuse_unanswered, run
 from bench.openloop import LoadResult
 from cluster.config import load_config
 from cluster.console import StageProgress
-from router.codec import Media, encode_answer
+from router.codec import encode_answer
+from router.media import Media
 from router.messages import Coverage, SearchAnswer
 from shards.errors import InvalidInput, Unavailable
 

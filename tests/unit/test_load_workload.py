@@ -21,7 +21,8 @@ from bench.load.workload import (
     sample,
 )
 from cluster.store import Store
-from router.codec import Media, decode_query, encode_answer
+from router.codec import decode_query, encode_answer
+from router.media import Media
 from router.messages import Coverage, SearchAnswer, SearchQuery
 from shards.errors import DataError, InvalidInput, Unavailable
 from shards.index_build import train_template

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from router.config import RouterConfig
+from router.item_queries import drop_own
 from router.messages import Coverage, SearchQuery
-from router.service import ENCODE_IN_LOOP, SearchService, drop_own
+from router.service import SearchService
+from router.serving import ENCODE_IN_LOOP
 from shards.errors import (
     DeadlineExceeded,
     InvalidInput,
