@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster.build_shard import QUALITY_K, ShardBuilt, ShardJob, build_shard
 from cluster.partition import Partition, Partitioning, partition
 from cluster.store import Store
 from router.merge import merge_top_k
@@ -23,31 +24,22 @@ from shards import files
 from shards.embeddings import EmbeddingSet, open_embedding_set
 from shards.errors import ShardlineError
 from shards.generation import (
-    INDEX_NAME,
-    ITEM_IDS_NAME,
     QUERY_ENCODER_FOLDER,
     TEMPLATE_NAME,
     GenerationManifest,
-    ShardEntry,
-    describe_shard,
-    shard_folder,
     write_generation,
-    write_item_ids,
 )
-from shards.index_build import build_shard_index, train_template, write_index
+from shards.index_build import train_template, write_index
 from shards.index_resolve import resolve
-from shards.index_spec import IndexKind, IndexSpec, ResolvedIndex
-from shards.main_index import MainIndex
-from shards.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
-from shards.types import SearchParams
+from shards.index_spec import IndexSpec, ResolvedIndex
+from shards.schema import FloatArray, Metric, normalise
 
 QUALITY_QUERIES = 200
-QUALITY_K = 100
 CANCEL_S = 10.0
 MIN_TRAIN_ROWS = 1  # an index that needs no training still takes its dimension from a sample
 
 Progress = Callable[[str, int, int], None]
-Answer = tuple[FloatArray, IdArray]  # scores and item ids, both (n, k), in answer order
+RunJobs = Callable[[Sequence[ShardJob]], Iterator[ShardBuilt]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,31 +55,27 @@ class BuildPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardJob:
-    """Everything one shard is built from; crosses to another process by pickling."""
+class CheckedPlan:
+    """A plan that can be carried out: the whole corpus, the index it gets, the cut into shards."""
 
-    shard: int
-    embeddings: Path
-    generation: Path
-    cut: Partition
+    plan: BuildPlan
+    corpus: EmbeddingSet
     index: ResolvedIndex
-    metric: Metric
-    threads: int
-    queries: FloatArray
+    cut: Partition
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardBuilt:
-    """A shard's files, and how it answers the quality queries: exactly, and through its index."""
+def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
+    """Opens an embedding set, every checksum verified, and refuses what cannot be built from it.
 
-    entry: ShardEntry
-    exact: Answer
-    found: Answer
-    bytes_per_vector: float
-    seconds: float
-
-
-RunJobs = Callable[[Sequence[ShardJob]], Iterator[ShardBuilt]]
+    Raises:
+        NotFound, CorruptFile, NewerFormat, DataError: the embedding set is absent or damaged.
+        ConfigError: the index cannot be built over this corpus.
+        InvalidInput: more shards than items.
+    """
+    corpus = open_embedding_set(embeddings)
+    index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
+    cut = partition(corpus.item_ids(), plan.num_shards, plan.partitioning)
+    return CheckedPlan(plan=plan, corpus=corpus, index=index, cut=cut)
 
 
 def build_generation(
@@ -100,15 +88,19 @@ def build_generation(
 ) -> GenerationManifest:
     """Writes the next generation from an embedding set; it is not made the live one.
 
-    Raises:
-        NotFound, CorruptFile, NewerFormat, DataError: the embedding set is absent or damaged.
-        ConfigError: the index cannot be built over this corpus.
-        InvalidInput: more shards than items.
+    Raises as ``check_plan``.
     """
+    return build_checked(
+        store, check_plan(embeddings, plan), run_jobs=run_jobs or run_here, progress=progress
+    )
+
+
+def build_checked(
+    store: Store, checked: CheckedPlan, *, run_jobs: RunJobs, progress: Progress
+) -> GenerationManifest:
+    """``build_generation`` with the cheap part behind it. Its seconds are those of this part."""
     started = time.perf_counter()
-    corpus = open_embedding_set(embeddings)
-    index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
-    cut = partition(corpus.item_ids(), plan.num_shards, plan.partitioning)
+    plan, corpus, index = checked.plan, checked.corpus, checked.index
     number = store.next_generation()
     with files.staged_folder(store.generation(number)) as staging:
         sample, queries = _samples(corpus, max(index.train_rows, MIN_TRAIN_ROWS), plan.seed)
@@ -122,8 +114,8 @@ def build_generation(
         )
         write_index(template, staging / TEMPLATE_NAME)
         train_seconds = time.perf_counter() - started
-        jobs = _jobs(corpus, plan, staging, cut, index, queries)
-        built = _collect((run_jobs or run_here)(jobs), len(jobs), progress)
+        jobs = _jobs(checked, staging, queries)
+        built = _collect(run_jobs(jobs), len(jobs), progress)
         manifest = GenerationManifest(
             generation=number,
             model_version=corpus.model_version,
@@ -132,7 +124,7 @@ def build_generation(
             spec=plan.spec,
             index=index,
             partitioning=plan.partitioning.value,
-            boundaries=tuple(int(key) for key in cut.upper_keys),
+            boundaries=tuple(int(key) for key in checked.cut.upper_keys),
             shards=tuple(shard.entry for shard in built),
             template=files.describe_file(staging, TEMPLATE_NAME),
             query_encoder=_copy_encoder(corpus, staging),
@@ -143,26 +135,19 @@ def build_generation(
     return manifest
 
 
-def _jobs(
-    corpus: EmbeddingSet,
-    plan: BuildPlan,
-    generation: Path,
-    cut: Partition,
-    index: ResolvedIndex,
-    queries: FloatArray,
-) -> list[ShardJob]:
+def _jobs(checked: CheckedPlan, generation: Path, queries: FloatArray) -> list[ShardJob]:
     return [
         ShardJob(
             shard=shard,
-            embeddings=corpus.folder,
+            embeddings=checked.corpus.folder,
             generation=generation,
-            cut=cut,
-            index=index,
-            metric=corpus.metric,
-            threads=plan.threads,
+            cut=checked.cut,
+            index=checked.index,
+            metric=checked.corpus.metric,
+            threads=checked.plan.threads,
             queries=queries,
         )
-        for shard in range(plan.num_shards)
+        for shard in range(checked.plan.num_shards)
     ]
 
 
@@ -183,7 +168,7 @@ def run_on_ray(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
             try:
                 yield ray.get(done)
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ShardlineError):
+                if isinstance(error.cause, ShardlineError | OSError):  # a full disk, say
                     raise error.cause from error
                 raise
     finally:
@@ -191,33 +176,6 @@ def run_on_ray(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
             ray.cancel(reference, force=True)
         if waiting:
             ray.wait(waiting, num_returns=len(waiting), timeout=CANCEL_S)
-
-
-def build_shard(job: ShardJob) -> ShardBuilt:
-    """Writes one shard's folder and answers the quality queries."""
-    started = time.perf_counter()
-    corpus = open_embedding_set(job.embeddings, verify=False)  # verified once, by the build
-    item_ids, vectors = _rows_of(corpus, job.cut, job.shard)
-    folder = job.generation / shard_folder(job.shard)
-    folder.mkdir(exist_ok=True)  # a task that Ray tries again finds it
-    build_shard_index(
-        job.generation / TEMPLATE_NAME,
-        vectors,
-        folder / INDEX_NAME,
-        metric=job.metric,
-        threads=job.threads,
-    )
-    write_item_ids(folder / ITEM_IDS_NAME, item_ids)
-    seconds = time.perf_counter() - started
-    main = MainIndex.load(folder / INDEX_NAME, metric=job.metric, defaults=job.index.search_params)
-    exact = _exact(vectors, job.queries, job.metric)
-    return ShardBuilt(
-        entry=describe_shard(job.generation, job.shard, item_ids),
-        exact=_with_ids(exact, item_ids),
-        found=_with_ids(main.search(job.queries, QUALITY_K, SearchParams()), item_ids),
-        bytes_per_vector=main.bytes_per_vector,
-        seconds=seconds,
-    )
 
 
 def _samples(corpus: EmbeddingSet, train_rows: int, seed: int) -> tuple[FloatArray, FloatArray]:
@@ -235,37 +193,6 @@ def _samples(corpus: EmbeddingSet, train_rows: int, seed: int) -> tuple[FloatArr
         start = stop
     sample, queries = (np.concatenate(parts) for parts in picked)
     return sample, normalise(queries) if corpus.metric is Metric.COSINE else queries
-
-
-def _rows_of(corpus: EmbeddingSet, cut: Partition, shard: int) -> tuple[IdArray, FloatArray]:
-    """The shard's item ids, ascending, and their vectors; only these rows are kept in memory."""
-    ids: list[IdArray] = []
-    vectors: list[FloatArray] = []
-    for batch in corpus.batches():
-        mine = cut.shard_of(batch.item_ids) == shard
-        ids.append(batch.item_ids[mine])
-        vectors.append(batch.vectors[mine])
-    item_ids = np.concatenate(ids)
-    order = np.argsort(item_ids)
-    rows = np.concatenate(vectors)[order]
-    return item_ids[order], normalise(rows) if corpus.metric is Metric.COSINE else rows
-
-
-def _exact(vectors: FloatArray, queries: FloatArray, metric: Metric) -> Answer:
-    """The exact answer over local rows, by the flat index: the standard recall is measured by."""
-    flat = resolve(
-        IndexSpec(kind=IndexKind.FLAT), rows=len(vectors), dim=vectors.shape[1], metric=metric
-    )
-    index = train_template(flat, vectors[:1], metric=metric, seed=0, threads=1)
-    index.add(vectors)
-    return MainIndex(index, metric=metric, defaults=flat.search_params).search(
-        queries, QUALITY_K, SearchParams()
-    )
-
-
-def _with_ids(answer: Answer, item_ids: IdArray) -> Answer:
-    scores, rows = answer
-    return scores, np.where(rows < 0, EMPTY_ID, item_ids[rows])
 
 
 def _collect(results: Iterator[ShardBuilt], total: int, progress: Progress) -> list[ShardBuilt]:

@@ -1,11 +1,11 @@
 """The ``shardline`` command: global options, lazily loaded subcommands, errors as one line.
 
-Exit codes: 0 done; 1 a defect of ours; 2 usage, configuration or input; 3 data or files;
-4 something is not running or did not answer in time; 130 interrupted.
+The exit codes are in ``cluster.exits``.
 """
 
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from shards.errors import (
-    ConfigError,
-    CorruptFile,
-    DataError,
-    InvalidInput,
-    NewerFormat,
-    NotFound,
-    ShardlineError,
-    Unavailable,
-)
+from cluster.exits import DEFECT, EXITS, INTERRUPTED, as_known, exit_code
 
 if TYPE_CHECKING:
     from cluster.config import ShardlineConfig
@@ -48,11 +39,7 @@ COMMANDS = {
     "bench": ("cluster.commands.bench", "bench", "Measure, with the floor beside the figure."),
 }
 
-EXIT_CODES: tuple[tuple[tuple[type[ShardlineError], ...], int], ...] = (
-    ((InvalidInput, ConfigError), 2),
-    ((DataError, CorruptFile, NewerFormat, NotFound), 3),
-    ((Unavailable,), 4),
-)
+RAYS_WORKER_DIED = "^A worker died or was killed while executing a task"
 
 
 @dataclass
@@ -98,10 +85,22 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:  # click looks among the imported ones
+            raise click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         rows = [(name, summary) for name, (_, _, summary) in COMMANDS.items()]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(row.code), row.meaning) for row in EXITS])
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -149,30 +148,37 @@ def cli(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command, turns errors into one line and an exit code."""
     args: list[str] = list(sys.argv[1:] if arguments is None else arguments)
+    is_verbose = bool({"-v", "--verbose"} & set(args))
+    if not is_verbose:
+        # Ray prints it for every shard that is killed, whatever it is told about logs; the pattern
+        # is read when Ray is imported. The controller says in one line what became of the shard.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_WORKER_DIED)
     try:
         code: Any = cli.main(args=args, prog_name="shardline", standalone_mode=False)
     except click.Abort:
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        error.show()
+        _with_place(error).show()
         sys.exit(error.exit_code)
-    except ShardlineError as error:
-        if {"-v", "--verbose"} & set(args):
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(exit_code(error))
     except Exception as error:
-        if {"-v", "--verbose"} & set(args):
+        if is_verbose:
             raise
-        click.echo(f"internal error: {type(error).__name__}: {error}; -v shows where", err=True)
-        sys.exit(1)
+        known = as_known(error)
+        if known is None:
+            click.echo(f"internal error: {type(error).__name__}: {error}; -v shows where", err=True)
+            sys.exit(DEFECT)
+        click.echo(f"error: {known}", err=True)
+        sys.exit(exit_code(known))
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def exit_code(error: ShardlineError) -> int:
-    """The process exit code of an error, as the module's docstring lists them."""
-    for kinds, code in EXIT_CODES:
-        if isinstance(error, kinds):
-            return code
-    return 1
+def _with_place(error: click.ClickException) -> click.ClickException:
+    """For an option of `shardline` itself that came too late: where it belongs."""
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        name, _, command = error.ctx.command_path.partition(" ")
+        if error.option_name in (each for option in cli.params for each in option.opts):
+            place = f"`{name} {error.option_name} ... {command}`"
+            text = f"{error.option_name} goes before the command: {place}."
+            return click.UsageError(text, error.ctx)
+    return error

@@ -244,7 +244,7 @@ def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> None:
         raise Unavailable(
             "shards did not become ready",
             expected=f"within {timeout_s:g} s",
-            hint="raise cluster.start_timeout_s, or give Ray more CPUs",
+            hint="give it longer with --set cluster.start_timeout_s=..., or Ray more CPUs",
         )
 
 

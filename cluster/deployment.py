@@ -15,18 +15,21 @@ from typing import Any
 import psutil
 import ray
 from ray import serve
+from ray.actor import ActorHandle
 from ray.serve.exceptions import RayServeException
 
 from cluster.config import ShardlineConfig
 from cluster.controller import (
     CONTROLLER_NAME,
+    Controller,
     ControllerSettings,
     start_controller,
     wait_ready,
 )
 from cluster.endpoint import Address, Endpoint, leave_note, refuse_if_served, remove_note
 from cluster.keys import ServingKeys, serving_keys
-from cluster.launch import NAMESPACE, free_port, port_is_free
+from cluster.launch import NAMESPACE, free_port
+from cluster.preflight import check_http_port, find_damage, servable_generation
 from cluster.shard_actors import SHARD_ACTOR_PREFIX
 from cluster.store import Store
 from router.app import RouterReplica
@@ -56,9 +59,9 @@ def serving(
     Raises:
         NotFound: there is no such generation, or no such key file.
         ConfigError: the keys are not to be used.
-        CorruptFile: its query encoder does not match its checksums.
-        Unavailable: the store is being served already, the port is taken, a shard refuses its
-            files, or something did not become ready in time.
+        CorruptFile: a file of the generation does not match its checksum.
+        Unavailable: the store is being served already, the port is taken, a shard cannot be
+            placed, or something did not become ready in time.
     """
     store = Store(config.store.resolve())
     refuse_if_served(store)
@@ -85,8 +88,8 @@ def start_serving(
     What was started is stopped again when something fails. Raises as ``serving``.
     """
     store = Store(config.store.resolve())
-    number = store.current() if generation is None else generation
     check_http_port(config)
+    number = servable_generation(store, generation)
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     port = config.cluster.http_port or free_port()
@@ -104,7 +107,7 @@ def start_serving(
         )
     )
     try:
-        wait_ready(controller, config.cluster.start_timeout_s)
+        _wait_loaded(controller, store, number, config.cluster.start_timeout_s)
         on_stage("starting the HTTP front end")
         _start_router(config, port, secret, keys.auth)
         url = f"http://{_reachable(config.cluster.http_host)}:{port}"
@@ -143,17 +146,6 @@ def stop_serving() -> None:
                 ray.kill(ray.get_actor(actor, namespace=NAMESPACE))
 
 
-def check_http_port(config: ShardlineConfig) -> None:
-    """Raises Unavailable when something listens on this machine's HTTP port already."""
-    port = config.cluster.http_port
-    if config.cluster.address == "local" and port and not port_is_free(port):
-        raise Unavailable(
-            f"port {port} is taken",
-            field="cluster.http_port",
-            hint="stop what listens there, or choose another with --set cluster.http_port=8001",
-        )
-
-
 def shard_reports() -> list[dict[str, Any]]:
     """What every shard process says of itself; needs Ray attached.
 
@@ -166,6 +158,19 @@ def shard_reports() -> list[dict[str, Any]]:
         raise Unavailable("no controller runs in this Ray cluster") from error
     reports: list[dict[str, Any]] = ray.get(controller.shard_reports.remote(), timeout=30)
     return reports
+
+
+def _wait_loaded(
+    controller: "ActorHandle[Controller]", store: Store, number: int, timeout_s: float
+) -> None:
+    """Returns once every shard answers; raises as ``serving``."""
+    try:
+        wait_ready(controller, timeout_s)
+    except Unavailable as error:  # what a shard raised comes as text: find the file it was about
+        damage = find_damage(store, number)
+        if damage is None:
+            raise
+        raise damage from error
 
 
 def _start_router(config: ShardlineConfig, port: int, secret: bytes, auth: AuthSettings) -> None:
@@ -216,6 +221,7 @@ def _wait_connected(address: Address, timeout_s: float) -> None:
                     f"{address.url} did not become ready",
                     expected=f"within {timeout_s:g} s",
                     got=reason,
+                    hint=f"allow more with --set cluster.start_timeout_s={2 * timeout_s:g}",
                 )
             time.sleep(READY_POLL_S)
 

@@ -83,11 +83,18 @@ def remove_note(store: Store, endpoint: Endpoint) -> None:
 
 def refuse_if_served(store: Store) -> None:
     """Raises Unavailable when a cluster of this machine serves the store now."""
-    note = _read_note(store)
-    if note is not None and note.is_alive:
+    note = serving_now(store)
+    if note is not None:
         raise Unavailable(
-            f"{store.root}: served at {note.url} already", hint="`shardline down` stops it"
+            f"{store.root}: served already, generation {note.generation} at {note.url}",
+            hint="stop it with `shardline down`, or ask it with `shardline query`",
         )
+
+
+def serving_now(store: Store) -> Endpoint | None:
+    """The cluster that serves the store from this machine, if one does."""
+    note = _read_note(store)
+    return note if note is not None and note.is_alive else None
 
 
 def find_endpoint(store: Store) -> Endpoint:

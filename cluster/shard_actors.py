@@ -7,6 +7,7 @@ Knows Ray, and decides nothing: what a creation or a check finds out becomes an 
 import asyncio
 import hashlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_ACTOR_PREFIX = "shardline-shard-"
 DESCRIBE_TIMEOUT_S = 5.0
+OUR_ERROR = re.compile(r"^shards\.errors\.\w+: ")
 MISSES = 2  # failed checks in a row before a shard is taken out of the table
 
 
@@ -133,12 +135,12 @@ class ShardActors:
 
 
 def reason_of(error: BaseException) -> str:
-    """The last line of a Ray error: the one that says what happened."""
+    """The last line of a Ray error: the one that says what happened, without our class's name."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, ShardlineError):
         return str(cause)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return OUR_ERROR.sub("", lines[-1]) if lines else type(error).__name__
 
 
 def _existing(name: str) -> "ActorHandle[Any] | None":

@@ -85,7 +85,7 @@ def _find_column(names: list[str], named: str | None, known: tuple[str, ...], pa
             "no such column",
             field=f"{path}: {named or ' | '.join(known)}",
             expected=f"one of {', '.join(names)}",
-            hint="name the column if it is called differently",
+            hint="name the column with --id-column or --vector-column",
         )
     return found[0]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from cluster.build import BuildPlan, build_generation, run_here, run_on_ray
+from cluster.build import BuildPlan, build_checked, check_plan, run_here, run_on_ray
 from cluster.cli import Settings
 from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
@@ -17,7 +17,7 @@ from cluster.partition import Partitioning
 from cluster.store import Store
 from shards.embeddings import embedding_writer
 from shards.errors import DataError, InvalidInput, NotFound
-from shards.files import sha256_of
+from shards.files import MANIFEST_NAME, sha256_of
 from shards.foreign import read_foreign
 from shards.generation import GenerationManifest
 from shards.gpu import gpu_count
@@ -82,16 +82,18 @@ def build(
             )
         embeddings = embeddings or store.newest_embeddings()
         progress.note(f"building from {embeddings}")
-        plan = plan_of(config, Partitioning(partitioning))
-        if in_process:
-            manifest = build_generation(
-                store, embeddings, plan, run_jobs=run_here, progress=progress
+        if not (embeddings / MANIFEST_NAME).is_file():
+            raise NotFound(
+                f"--embeddings {embeddings}: "
+                + ("not a finished embedding set" if embeddings.is_dir() else "no such folder"),
+                hint="`shardline export` writes one; without --embeddings the newest is taken",
             )
+        checked = check_plan(embeddings, plan_of(config, Partitioning(partitioning)))
+        if in_process:
+            manifest = build_checked(store, checked, run_jobs=run_here, progress=progress)
         else:
             with ray_for(config.cluster.address, num_cpus=cores(), verbose=settings.verbose):
-                manifest = build_generation(
-                    store, embeddings, plan, run_jobs=run_on_ray, progress=progress
-                )
+                manifest = build_checked(store, checked, run_jobs=run_on_ray, progress=progress)
         if not no_publish:
             store.set_current(manifest.generation)
     click.echo(describe(manifest))

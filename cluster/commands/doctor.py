@@ -1,22 +1,27 @@
 """``doctor``: what this machine has, and whether the store's files are as they were written."""
 
+import errno
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import click
 
 from cluster.cli import Settings
 from cluster.config import ShardlineConfig
+from cluster.endpoint import serving_now
+from cluster.exits import as_known
 from cluster.launch import MAX_TEMPORARY_PATH, cores, port_is_free
 from cluster.store import Store
 from shards.embeddings import open_embedding_set
-from shards.errors import ShardlineError
+from shards.errors import ShardlineError, Unavailable
 from shards.generation import read_generation, verify_generation
 
 VERSIONS = ("ray", "torch", "numpy", "pyarrow", "msgpack", "fastapi")
@@ -36,7 +41,7 @@ def doctor(settings: Settings) -> int:
             click.echo(f"ok    {name}: {check()}")
         except (ShardlineError, OSError, ImportError) as error:
             failed += 1
-            click.echo(f"FAIL  {name}: {error}")
+            click.echo(f"FAIL  {name}: {as_known(error) or error}")
     return 3 if failed else 0
 
 
@@ -48,7 +53,7 @@ def _checks(config: ShardlineConfig, store: Store) -> Iterator[tuple[str, Callab
     yield "disk", lambda: _disk(store)
     yield "shared memory", _shared_memory
     yield "temporary folder", _temporary_folder
-    yield f"port {config.cluster.http_port}", lambda: _port(config.cluster.http_port)
+    yield f"port {config.cluster.http_port}", lambda: _port(config.cluster.http_port, store)
     yield from _store_checks(store)
 
 
@@ -91,6 +96,8 @@ def _disk(store: Store) -> str:
     folder = store.root
     while not folder.exists():
         folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
     free = shutil.disk_usage(folder).free
     if free < LOW_DISK_BYTES:
         raise OSError(f"{folder}: only {free >> 20} MiB free")
@@ -111,9 +118,17 @@ def _temporary_folder() -> str:
     return root
 
 
-def _port(port: int) -> str:
-    if port and not port_is_free(port):
-        raise OSError("taken; choose another with --set cluster.http_port=8001")
+def _port(port: int, store: Store) -> str:
+    if not port:
+        return "any that is free"
+    running = serving_now(store)
+    if running is not None and urlsplit(running.url).port == port:
+        return f"this store's cluster answers there, generation {running.generation}"
+    if not port_is_free(port):
+        raise Unavailable(
+            "taken by another program",
+            hint="stop what listens there, or serve on another: `shardline serve --port N`",
+        )
     return "free"
 
 

@@ -1,6 +1,7 @@
 """``status`` and ``query``: asking a running cluster over HTTP. Starts fast: no Ray, no torch."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,34 @@ from cluster.cli import Settings
 from cluster.commands.address import address_of, key_file_option
 from cluster.console import print_table
 from router.client import Client
-from shards.errors import InvalidInput
+from router.messages import SearchAnswer
+from shards.errors import InvalidInput, NotFound, ShardlineError, Unavailable
 from shards.types import SearchParams
 
+# fields of the API -> how they are typed here
+OPTIONS = {
+    "vectors": "--vector",
+    "features": "--features",
+    "item_ids": "--item",
+    "params.nprobe": "--nprobe",
+    "k": "-k",
+}
+API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
+API_ADVICE = ("send vectors or item_ids", "ask with --vector or --item")
+ID = click.IntRange(0, 2**63 - 1)  # ids are int64 and not negative
+
+
+def _checked_url(ctx: click.Context, option: click.Parameter, url: str | None) -> str | None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise click.BadParameter(f"{url!r} is not of the form http://HOST:PORT")
+    return url
+
+
 url_option = click.option(
-    "--url", envvar="SHARDLINE_URL", help="The cluster's address.  [default: this store's cluster]"
+    "--url",
+    envvar="SHARDLINE_URL",
+    callback=_checked_url,
+    help="The cluster's address.  [default: this store's cluster]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -53,11 +77,23 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
 @click.command()
 @click.option("--vector", help="A JSON list of numbers.")
 @click.option("--features", help="A JSON object of query features, e.g. '{\"age\": 31}'.")
-@click.option("--item", "item_id", type=int, help="An item id: what is similar to it?")
-@click.option("--user", "user_id", type=int, help="A user id of the data set given by --data.")
+@click.option(
+    "--item",
+    "items",
+    type=ID,
+    multiple=True,
+    help="An item id: what is similar to it? Repeatable.",
+)
+@click.option("--user", "user_id", type=ID, help="A user id of the data set given by --data.")
 @click.option("--data", type=click.Path(path_type=Path), help="The data set --user looks in.")
-@click.option("-k", default=10, show_default=True, help="Results wanted.")
-@click.option("--nprobe", type=int, help="Inverted lists visited, instead of the index's default.")
+@click.option(
+    "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
+)
+@click.option(
+    "--nprobe",
+    type=click.IntRange(min=1),
+    help="Inverted lists visited, instead of the index's default.",
+)
 @url_option
 @key_file_option
 @json_option
@@ -66,7 +102,7 @@ def query(
     settings: Settings,
     vector: str | None,
     features: str | None,
-    item_id: int | None,
+    items: tuple[int, ...],
     user_id: int | None,
     data: Path | None,
     k: int,
@@ -75,51 +111,105 @@ def query(
     key_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Ask a running cluster for the top K, by vector, features, item or user."""
-    given = {"--vector": vector, "--features": features, "--item": item_id, "--user": user_id}
-    if sum(value is not None for value in given.values()) != 1:
+    """Ask a running cluster for the top K, by vector, features, items or user.
+
+    Items that the cluster does not know are named, the others answered; the exit code is 3 then.
+    """
+    given = {"--vector": vector, "--features": features, "--item": items, "--user": user_id}
+    if sum(value not in (None, ()) for value in given.values()) != 1:
         raise InvalidInput("say what to search for", expected=f"exactly one of {', '.join(given)}")
     if user_id is not None and data is None:
         raise InvalidInput("--user needs --data", hint="name the data set the user is in")
     body: dict[str, Any] = {}
     if vector is not None:
-        body["vectors"] = [_json(vector, "--vector")]
-    elif item_id is not None:
-        body["item_ids"] = [item_id]
+        body["vectors"] = [_numbers(vector)]
+    elif items:
+        body["item_ids"] = list(items)
     elif features is not None:
-        body["features"] = [_json(features, "--features")]
+        body["features"] = [_object(features)]
     with address_of(settings, url, key_file).client() as client:
         if user_id is not None and data is not None:
             body["features"] = [_features_of(client, user_id, data)]
-        answer = client.search(**body, k=k, params=SearchParams(nprobe=nprobe))
-    rows = [
-        (int(item), float(score))
-        for item, score in zip(answer.ids[0], answer.scores[0], strict=True)
-        if item >= 0
+        if nprobe is not None:
+            _warn_without_lists(client)
+        try:
+            answer = client.search(**body, k=k, params=SearchParams(nprobe=nprobe))
+        except InvalidInput as error:
+            raise _in_terms_of_options(error) from error
+    show = _print_json if as_json else _print_tables
+    show(answer, items)
+    if answer.reasons:
+        raise _unanswered(answer, items)
+
+
+def _print_json(answer: SearchAnswer, items: tuple[int, ...]) -> None:
+    results = [
+        {"item_id": item, "score": score} | ({"similar_to": items[place]} if items else {})
+        for place in range(len(answer.ids))
+        for item, score in _rows(answer, place)
     ]
-    if as_json:
-        results = [{"item_id": item, "score": score} for item, score in rows]
-        report = {
-            "results": results,
-            "generation": answer.generation,
-            "model_version": answer.model_version,
-            "coverage": asdict(answer.coverage),
-            "reasons": list(answer.reasons.values()),
-            "took_ms": answer.took_ms,
-        }
-        click.echo(json.dumps(report, indent=2))
-        return
-    print_table("", ("item", "score"), [(str(item), f"{score:.4f}") for item, score in rows])
+    report = {
+        "results": results,
+        "generation": answer.generation,
+        "model_version": answer.model_version,
+        "coverage": asdict(answer.coverage),
+        "reasons": list(answer.reasons.values()),
+        "took_ms": answer.took_ms,
+    }
+    click.echo(json.dumps(report, indent=2))
+
+
+def _print_tables(answer: SearchAnswer, items: tuple[int, ...]) -> None:
+    for place in range(len(answer.ids)):
+        if place not in answer.reasons:
+            if items:
+                click.echo(f"similar to item {items[place]}")
+            rows = [(str(item), f"{score:.4f}") for item, score in _rows(answer, place)]
+            print_table("", ("item", "score"), rows)
     coverage = answer.coverage
-    click.echo(
-        f"{len(rows)} results from generation {answer.generation}, "
-        f"{coverage.rows_answered:,} of {coverage.rows_asked:,} rows, "
-        f"{answer.took_ms:.1f} ms"
-    )
+    if len(answer.reasons) < len(answer.ids):
+        click.echo(
+            f"{int((answer.ids >= 0).sum())} results from generation {answer.generation}, "
+            f"{coverage.rows_answered:,} of {coverage.rows_asked:,} rows, "
+            f"{answer.took_ms:.1f} ms"
+        )
     for reason in coverage.degraded:
         click.echo(f"partial: {reason}", err=True)
-    for reason in answer.reasons.values():
-        click.echo(f"no answer: {reason}", err=True)
+
+
+def _rows(answer: SearchAnswer, place: int) -> list[tuple[int, float]]:
+    """(item id, score) of one query's results, best first."""
+    pairs = zip(answer.ids[place].tolist(), answer.scores[place].tolist(), strict=True)
+    return [(item, score) for item, score in pairs if item >= 0]
+
+
+def _unanswered(answer: SearchAnswer, items: tuple[int, ...]) -> ShardlineError:
+    """Why some items have no answer: nobody knows them, or who might did not answer."""
+    if answer.coverage.degraded:
+        return Unavailable(
+            ", ".join(answer.reasons.values()),
+            hint="`shardline status` shows which shards are missing",
+        )
+    unknown = ", ".join(str(items[place]) for place in answer.reasons)
+    return NotFound(f"no item {unknown} in generation {answer.generation}")
+
+
+def _in_terms_of_options(error: InvalidInput) -> InvalidInput:
+    """The API's refusal with the names of its fields as they are typed here."""
+    field = error.field and API_FIELD.sub(lambda found: OPTIONS[found[1]], error.field)
+    hint = error.hint and error.hint.replace(*API_ADVICE)
+    return type(error)(
+        error.message, field=field, expected=error.expected, got=error.got, hint=hint
+    )
+
+
+def _warn_without_lists(client: Client) -> None:
+    """The API ignores a parameter that the index does not have; a person should be told."""
+    from shards.index_resolve import FIELD_KINDS  # faiss: only when --nprobe is given
+
+    kind = client.status()["index"]
+    if kind not in FIELD_KINDS["nprobe"]:
+        click.echo(f"warning: --nprobe changes nothing: the index is of kind {kind}", err=True)
 
 
 def _features_of(client: Client, user_id: int, data: Path) -> dict[str, Any]:
@@ -130,8 +220,25 @@ def _features_of(client: Client, user_id: int, data: Path) -> dict[str, Any]:
     return query_features_of_user(open_dataset(data), encoder_kinds(client), user_id)
 
 
-def _json(text: str, option: str) -> Any:
+def _numbers(text: str) -> list[float]:
+    found = _json(text, "--vector", "a list of numbers, as in '[0.1, 0.2]'")
+    if not isinstance(found, list) or not all(type(each) in (int, float) for each in found):
+        raise InvalidInput(
+            "not a vector", field="--vector", expected="a list of numbers", got=text[:60]
+        )
+    return found
+
+
+def _object(text: str) -> dict[str, Any]:
+    expected = "names and values, as in '{\"age\": 31}'"
+    found = _json(text, "--features", expected)
+    if not isinstance(found, dict):
+        raise InvalidInput("not features", field="--features", expected=expected, got=text[:60])
+    return found
+
+
+def _json(text: str, option: str, expected: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise InvalidInput("not JSON", field=option, got=text[:60]) from error
+        raise InvalidInput("not JSON", field=option, expected=expected, got=text[:60]) from error

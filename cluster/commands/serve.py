@@ -13,10 +13,11 @@ import psutil
 from cluster.cli import Settings
 from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
-from cluster.deployment import check_http_port, serving, start_serving, stop_serving
-from cluster.endpoint import Endpoint, find_endpoint, refuse_if_served
+from cluster.deployment import serving, start_serving, stop_serving
+from cluster.endpoint import Endpoint, find_endpoint
 from cluster.keys import serving_keys
 from cluster.launch import attached_ray, cores, ray_for, reap_orphans
+from cluster.preflight import check_serving
 from shards.errors import NotFound, Unavailable
 
 STOP_TIMEOUT_S = 60.0
@@ -25,7 +26,11 @@ STOP_POLL_S = 0.1
 
 @click.command()
 @click.option("--generation", type=int, help="Serve this one instead of the live one.")
-@click.option("--port", type=int, help="Short for --set cluster.http_port=PORT.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65_535),
+    help="Short for --set cluster.http_port=PORT; 0 picks a free one.",
+)
 @click.option(
     "--key-file",
     type=click.Path(path_type=Path),
@@ -57,10 +62,7 @@ def serve(
         settings.extra_overrides.append("cluster.insecure=true")
     config = settings.config
     address = config.cluster.address
-    check_http_port(config)
-    refuse_if_served(settings.store)
-    if generation is None:
-        settings.store.current()  # refuses now, not after Ray has started
+    generation = check_serving(config, generation)
     keys = serving_keys(config)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")

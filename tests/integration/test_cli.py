@@ -92,8 +92,8 @@ def test_serve_status_query_down(folder: Path) -> None:
         assert "results from generation 1" in shardline(folder, "query", "--item", "3").stdout
         check_environments(server.pid)
         check_keys(folder, f"http://127.0.0.1:{port}", lines)
-        taken = shardline(folder, "serve", "--port", str(port), expect=4)
-        assert f"port {port} is taken" in taken.stderr
+        check_second_serve(folder, port)
+        check_unknown_items(folder)
         assert "stopped" in shardline(folder, "down").stdout
         assert server.wait(timeout=START_S) == 0
     finally:
@@ -104,6 +104,27 @@ def test_serve_status_query_down(folder: Path) -> None:
     gone = shardline(folder, "status", expect=3)
     assert gone.stderr.startswith("error: ")
     assert "no cluster is serving this store" in gone.stderr
+
+
+def check_second_serve(folder: Path, port: int) -> None:
+    """It names the running cluster, and `doctor` takes that one's port for what it is."""
+    for arguments in (("--port", str(port)), ()):
+        refused = shardline(folder, "serve", *arguments, expect=4)
+        assert f"served already, generation 1 at http://127.0.0.1:{port}" in refused.stderr
+        assert "`shardline down`" in refused.stderr
+    report = shardline(folder, "--set", f"cluster.http_port={port}", "doctor").stdout
+    assert f"ok    port {port}: this store's cluster answers there, generation 1" in report
+
+
+def check_unknown_items(folder: Path) -> None:
+    """The known ones are answered, the others named; --nprobe is of use to this index."""
+    some = shardline(folder, "query", "--item", "3", "--item", "999999", "--nprobe", "9", expect=3)
+    assert "similar to item 3" in some.stdout
+    assert some.stderr == "error: no item 999999 in generation 1\n"
+    none = shardline(folder, "query", "--item", "999999", "--json", expect=3)
+    assert json.loads(none.stdout)["results"] == []
+    refused = shardline(folder, "query", "--vector", "[1]", expect=2)
+    assert refused.stderr.startswith("error: --vector: wrong dimension")
 
 
 def check_environments(pid: int) -> None:
@@ -150,9 +171,10 @@ def test_doctor_and_serve_name_a_damaged_file(folder: Path) -> None:
         report = shardline(folder, "--set", "cluster.http_port=0", "doctor", expect=3)
         assert "FAIL  generation 1" in report.stdout
         assert str(index.relative_to(folder)) in report.stdout
-        refused = shardline(folder, "--set", "cluster.http_port=0", "serve", expect=4)
+        refused = shardline(folder, "--set", "cluster.http_port=0", "serve", expect=3)
         assert "wrong checksum" in refused.stderr
         assert f"{shard_folder(1)}/{INDEX_NAME}" in refused.stderr
+        assert refused.stderr.endswith("; make a new one with `shardline build`\n")
     finally:
         index.write_bytes(whole)
 
@@ -185,6 +207,7 @@ def test_a_killed_server_is_cleaned_up_by_down(folder: Path) -> None:
     ("arguments", "code", "message"),
     [
         (("serve",), 3, "no live generation"),
+        (("serve", "--generation", "7"), 3, "no generation 7"),
         (("build",), 3, "no embedding set"),
         (("evaluate", "--data", "nowhere"), 3, "nowhere"),
         (("--set", "index.nlits=4", "build"), 2, "index.nlits"),
@@ -193,6 +216,8 @@ def test_a_killed_server_is_cleaned_up_by_down(folder: Path) -> None:
         (("query", "--vector", "[1,"), 2, "--vector"),
         (("query",), 2, "exactly one of"),
         (("nonsense",), 2, "nonsense"),
+        (("buidl",), 2, "Did you mean 'build'?"),
+        (("--store", "/dev/null", "serve"), 3, "/dev/null/serving.json: not a folder"),
     ],
 )
 def test_mistakes_end_in_one_line_and_an_exit_code(

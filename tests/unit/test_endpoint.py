@@ -19,6 +19,7 @@ from cluster.endpoint import (
     leave_note,
     refuse_if_served,
     remove_note,
+    serving_now,
 )
 from cluster.keys import CLIENT_VARIABLE, add_key
 from cluster.store import Store
@@ -36,9 +37,11 @@ def mine() -> Endpoint:
 def test_a_note_is_found_and_refuses_a_second_cluster(tmp_path: Path, mine: Endpoint) -> None:
     store = Store(tmp_path)
     refuse_if_served(store)
+    assert serving_now(store) is None
     leave_note(store, mine)
+    assert serving_now(store) == mine
     assert find_endpoint(store) == mine
-    with pytest.raises(Unavailable, match="served at http://127"):
+    with pytest.raises(Unavailable, match="served already, generation 1 at http://127"):
         refuse_if_served(store)
     remove_note(store, mine)
     with pytest.raises(NotFound, match="no cluster is serving"):
@@ -49,6 +52,7 @@ def test_a_reused_pid_is_not_the_cluster(tmp_path: Path, mine: Endpoint) -> None
     store = Store(tmp_path)
     leave_note(store, replace(mine, started=mine.started - 1000))
     refuse_if_served(store)
+    assert serving_now(store) is None
     with pytest.raises(NotFound, match="is gone"):
         find_endpoint(store)
 

@@ -191,4 +191,5 @@ def test_the_reason_of_an_error_is_ours_or_its_last_line() -> None:
 
     assert reason_of(Wrapped("a long\ntraceback")) == "index.faiss: wrong checksum"
     assert reason_of(Exception("first\n  last \n\n")) == "last"
+    assert reason_of(Exception("first\nshards.errors.CorruptFile: x: cut")) == "x: cut"
     assert reason_of(TimeoutError()) == "TimeoutError"

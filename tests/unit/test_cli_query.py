@@ -1,0 +1,196 @@
+"""`shardline query` with a cluster that is made up: what it prints, and how it ends."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+from cluster.cli import main
+from cluster.commands import query as module
+from router.messages import Coverage, SearchAnswer
+from shards.errors import InvalidInput
+
+KNOWN = {3: [7, 9], 42: [1, 2]}  # item -> its neighbours
+
+
+class FakeClient:
+    """Knows two items; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.index = "flat"
+        self.missing: list[str] = []  # why shards did not answer
+        self.refusal: InvalidInput | None = None
+        self.asked: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def client(self) -> Self:
+        return self
+
+    def status(self) -> dict[str, Any]:
+        return {"index": self.index}
+
+    def search(self, **asked: Any) -> SearchAnswer:
+        self.asked.append(asked)
+        if self.refusal is not None:
+            raise self.refusal
+        items = asked.get("item_ids", [42])
+        ids = np.array([KNOWN.get(item, [-1, -1]) for item in items], dtype=np.int64)
+        return SearchAnswer(
+            ids=ids,
+            scores=np.where(ids < 0, -np.inf, 0.5).astype(np.float32),
+            generation=6,
+            model_version="m",
+            coverage=Coverage(
+                shards_asked=2,
+                shards_answered=2 - len(self.missing),
+                rows_asked=20,
+                rows_answered=20 - 10 * len(self.missing),
+                degraded=self.missing,
+            ),
+            took_ms=1.0,
+            search_ms=0.5,
+            reasons={
+                place: f"item {item} not found"
+                for place, item in enumerate(items)
+                if item not in KNOWN
+            },
+            request_id="r",
+        )
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    fake = FakeClient()
+    monkeypatch.setattr(module, "address_of", lambda *_: fake)
+    return fake
+
+
+def query(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["query", *arguments])
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_known_items_are_answered(cluster: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = query(capsys, "--item", "42", "--item", "3", "-k", "2")
+    assert (code, err) == (0, "")
+    assert out.index("similar to item 42") < out.index("similar to item 3")
+    assert "4 results from generation 6, 20 of 20 rows" in out
+    assert [asked["item_ids"] for asked in cluster.asked] == [[42, 3]]
+
+
+def test_an_unknown_item_is_named_and_ends_in_3(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = query(capsys, "--item", "5")
+    assert (code, out, err) == (3, "", "error: no item 5 in generation 6\n")
+
+
+def test_unknown_items_among_known_ones_are_named(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = query(capsys, "--item", "5", "--item", "42", "--item", "6")
+    assert (code, err) == (3, "error: no item 5, 6 in generation 6\n")
+    assert "similar to item 42" in out
+    assert "item 5" not in out
+    assert "2 results" in out
+
+
+def test_an_item_that_a_silent_shard_may_hold_is_not_called_unknown(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.missing = ["shard 1 did not answer"]
+    code, _, err = query(capsys, "--item", "5")
+    assert code == 4
+    assert "partial: shard 1 did not answer" in err
+    assert "error: item 5 not found; `shardline status` shows" in err
+
+
+def test_json_says_which_item_a_result_is_similar_to(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = query(capsys, "--json", "--item", "5", "--item", "42")
+    report = json.loads(out)
+    assert code == 3
+    assert report["results"] == [
+        {"item_id": 1, "score": 0.5, "similar_to": 42},
+        {"item_id": 2, "score": 0.5, "similar_to": 42},
+    ]
+    assert report["reasons"] == ["item 5 not found"]
+    code, out, _ = query(capsys, "--json", "--vector", "[1, 2.5]")
+    assert code == 0
+    assert json.loads(out)["results"][0] == {"item_id": 1, "score": 0.5}
+
+
+@pytest.mark.parametrize(("index", "warns"), [("flat", True), ("hnsw", True), ("ivfpq-fs", False)])
+def test_nprobe_for_an_index_without_lists_is_a_warning(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str], index: str, warns: bool
+) -> None:
+    cluster.index = index
+    code, _, err = query(capsys, "--item", "42", "--nprobe", "4")
+    assert code == 0
+    assert err == (f"warning: --nprobe changes nothing: the index is of kind {index}\n" * warns)
+    assert cluster.asked[0]["params"].nprobe == 4
+    assert query(capsys, "--item", "42")[2] == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "typed"),
+    [
+        ("vectors", "--vector"),
+        ("item_ids[1]", "--item"),
+        ("features[0].age", "--features.age"),
+        ("k", "-k"),
+        ("params.nprobe", "--nprobe"),
+        ("timeout_ms", "timeout_ms"),
+    ],
+)
+def test_a_refusal_names_options(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str], field: str, typed: str
+) -> None:
+    cluster.refusal = InvalidInput("wrong", field=field, hint="send vectors or item_ids")
+    code, _, err = query(capsys, "--item", "42")
+    assert (code, err) == (2, f"error: {typed}: wrong; ask with --vector or --item\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "exactly one of --vector, --features, --item, --user"),
+        (("--item", "1", "--vector", "[1]"), "exactly one of"),
+        (("--user", "1"), "--user needs --data"),
+        (("--vector", "[1,"), "--vector: not JSON; expected a list of numbers"),
+        (("--vector", '"a"'), "--vector: not a vector"),
+        (("--vector", '[1, "a"]'), "--vector: not a vector"),
+        (("--vector", "[true]"), "--vector: not a vector"),
+        (("--features", "[1]"), "--features: not features; expected names and values"),
+        (("--item", "-1"), "'--item': -1 is not in the range"),
+        (("--item", "9" * 20), "is not in the range"),
+        (("--item", "1", "-k", "0"), "'-k': 0 is not in the range"),
+        (("--item", "1", "--nprobe", "0"), "'--nprobe': 0 is not in the range"),
+        (("--item", "1", "--url", "here"), "'--url': 'here' is not of the form http://HOST:PORT"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_asked(
+    cluster: FakeClient,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    code, _, err = query(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    assert cluster.asked == []
+
+
+def test_the_advice_that_is_put_into_options_is_the_routers() -> None:
+    advice = module.API_ADVICE[0]
+    assert advice in (Path(__file__).parents[2] / "router" / "serving.py").read_text()

@@ -1,0 +1,201 @@
+"""What `serve` and `build` refuse before Ray is started, and what they offer instead."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.cli import main
+from cluster.config import load_config
+from cluster.endpoint import Endpoint, leave_note
+from cluster.launch import free_port
+from cluster.preflight import check_serving, find_damage, servable_generation
+from cluster.store import Store
+from shards import files
+from shards.errors import CorruptFile, NewerFormat, NotFound, Unavailable
+from shards.files import MANIFEST_NAME
+from shards.generation import INDEX_NAME, shard_folder
+from tests.engine import build_generation
+
+ENCODER = {"tower.bin": b"weights"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Three whole generations, the last one live."""
+    store = Store(tmp_path / "store")
+    vectors = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
+    for number in (1, 2, 3):
+        folder = store.generation(number)
+        folder.mkdir(parents=True)
+        build_generation(folder, vectors, np.arange(20), 2, kind="flat", query_encoder=ENCODER)
+    store.set_current(3)
+    return store
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """One that somebody listens on."""
+    with socket.create_server(("", 0)) as taken:
+        yield taken.getsockname()[1]
+
+
+def damage(store: Store, number: int, name: str = f"{shard_folder(1)}/{INDEX_NAME}") -> Path:
+    path = store.generation(number) / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def note_of(store: Store, port: int) -> None:
+    """As if this process served the store."""
+    started = psutil.Process().create_time()
+    url = f"http://127.0.0.1:{port}"
+    leave_note(store, Endpoint(url=url, generation=2, pid=os.getpid(), started=started))
+
+
+def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_a_whole_generation_passes(store: Store) -> None:
+    config = load_config(None, [f"store={store.root}", "cluster.http_port=0"])
+    assert check_serving(config, None) == 3
+    assert check_serving(config, 1) == 1
+    assert find_damage(store, 3) is None
+
+
+def test_an_unknown_generation_is_refused_with_those_there_are(store: Store) -> None:
+    with pytest.raises(NotFound, match=r"no generation 7; expected one of 1, 2, 3; make a new"):
+        servable_generation(store, 7)
+    (store.root / "CURRENT").write_text("7\n")
+    with pytest.raises(NotFound, match=r"no generation 7.*`shardline serve --generation 3`"):
+        servable_generation(store, None)
+    with pytest.raises(NotFound, match="no generation 7; make a new one with `shardline build`"):
+        servable_generation(Store(store.root / "empty"), 7)
+
+
+def test_an_unfinished_generation_is_none(store: Store) -> None:
+    (store.generation(3) / MANIFEST_NAME).unlink()
+    with pytest.raises(NotFound, match="no generation 3; expected one of 1, 2;"):
+        servable_generation(store, None)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "query_encoder/tower.bin"])
+def test_damage_is_named_with_the_newest_whole_generation(store: Store, name: str) -> None:
+    path = damage(store, 3, name)
+    damage(store, 2)
+    with pytest.raises(CorruptFile) as refused:
+        servable_generation(store, None)
+    assert str(path) in str(refused.value)
+    assert str(refused.value).endswith(
+        "make a new one with `shardline build`, or serve another: `shardline serve --generation 1`"
+    )
+
+
+def test_damage_of_a_shard_is_found_by_reading_every_byte(store: Store) -> None:
+    path = damage(store, 3)
+    assert servable_generation(store, None) == 3, "shards' files are checked as they are loaded"
+    found = find_damage(store, 3)
+    assert isinstance(found, CorruptFile)
+    assert f"{path}: wrong checksum" in str(found)
+    assert "`shardline serve --generation 2`" in str(found)
+
+
+def test_without_a_whole_generation_there_is_only_a_new_one(store: Store) -> None:
+    for number in (1, 2, 3):
+        damage(store, number)
+    text = str(find_damage(store, 3))
+    assert text.endswith("; make a new one with `shardline build`")
+    (store.generation(3) / f"{shard_folder(0)}/{INDEX_NAME}").unlink()
+    assert "missing" in str(find_damage(store, 3))
+
+
+def test_a_newer_format_is_refused_too(store: Store) -> None:
+    files.write_manifest(store.generation(3), kind="generation", version=99, body={})
+    with pytest.raises(NewerFormat, match=r"newer than this program.*--generation 2"):
+        servable_generation(store, None)
+
+
+def test_a_running_cluster_is_named_before_its_port(store: Store, port: int) -> None:
+    config = load_config(None, [f"store={store.root}", f"cluster.http_port={port}"])
+    with pytest.raises(Unavailable, match=f"port {port} is taken by another program.*--port"):
+        check_serving(config, None)
+    note_of(store, port)
+    expected = f"served already, generation 2 at http://127.0.0.1:{port}; .*`shardline down`"
+    with pytest.raises(Unavailable, match=expected):
+        check_serving(config, None)
+
+
+def test_doctor_passes_the_port_of_this_stores_cluster(
+    store: Store, port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--store", str(store.root), "--set", f"cluster.http_port={port}", "doctor")
+    code, out, _ = ends(capsys, *arguments)
+    assert code == 3
+    assert f"FAIL  port {port}: taken by another program; " in out
+    note_of(store, port)
+    _, out, _ = ends(capsys, *arguments)
+    assert f"ok    port {port}: this store's cluster answers there, generation 2" in out
+    other = free_port()
+    arguments = ("--store", str(store.root), "--set", f"cluster.http_port={other}", "doctor")
+    assert f"ok    port {other}: free" in ends(capsys, *arguments)[1]
+
+
+def test_doctor_fails_a_store_that_is_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    code, out, _ = ends(capsys, "--store", str(tmp_path / "file"), "doctor")
+    assert code == 3
+    assert f"FAIL  disk: {tmp_path / 'file'}: not a folder" in out
+
+
+def test_serve_refuses_before_ray(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ("--store", str(store.root), "--set", "cluster.http_port=0", "serve")
+    code, _, err = ends(capsys, *base, "--generation", "7")
+    assert (code, err.count("\n")) == (3, 1), "not a word of Ray, nor of keys"
+    assert "no generation 7" in err
+    damage(store, 3, MANIFEST_NAME)
+    code, _, err = ends(capsys, *base)
+    assert (code, err.count("\n")) == (3, 1)
+    assert not (store.root / "keys").exists()
+
+
+def test_build_refuses_before_ray(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vectors = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
+    table = pa.table({"id": np.arange(300), "vector": list(vectors)})
+    pq.write_table(table, tmp_path / "vectors.parquet")
+    root = tmp_path / "store"
+    base = ("--store", str(root))
+    (tmp_path / "half").mkdir()
+    given = ("build", "--vectors", str(tmp_path / "vectors.parquet"))
+    cases = [
+        (("build", "--embeddings", str(tmp_path / "nowhere")), 3, "nowhere: no such folder"),
+        (("build", "--embeddings", str(tmp_path / "half")), 3, "half: not a finished embedding"),
+        (("build", "--vectors", str(tmp_path / "nowhere")), 3, "nowhere: no such file"),
+        (("--set", "index.kind=pq", "--set", "index.m=3", *given), 2, "index.m: does not divide"),
+        (("--set", "index.nlist=400", "--set", "index.kind=ivf", *given), 2, "index.nlist: more"),
+        (("--set", "cluster.shards=301", *given), 2, "cluster.shards: more shards than items"),
+    ]
+    for arguments, code, message in cases:
+        ended, out, err = ends(capsys, *base, *arguments)
+        assert (ended, out) == (code, "")
+        assert message in err
+        assert "Ray" not in err
+    damaged = next(root.glob("embeddings/*/items-00000.arrow"))
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    ended, _, err = ends(capsys, *base, *given)
+    assert ended == 3
+    assert f"{damaged}: wrong checksum" in err
+    assert not list(root.glob("generations/*"))
