@@ -34,7 +34,9 @@ def run(
     """
     rows, dim = data.vectors.shape
     if rows < k:
-        raise InvalidInput("a short index", field="k", expected=f"<= {rows} rows", got=str(k))
+        raise InvalidInput(
+            "no answer is that long", field="-k", expected=f"<= {rows} rows", got=str(k)
+        )
     with tempfile.TemporaryDirectory() as folder:
         reports = index_kinds.compare(
             data.vectors,

@@ -87,16 +87,18 @@ def compare(
     k: int = K,
     sweep: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> list[KindReport]:
     """Builds each kind over vectors (m, dim) in ``folder`` and asks it queries (n, dim).
 
     ``threads`` are those of builds and batches; single searches use one. Flat comes first, asked
-    for or not.
+    for or not. ``note`` takes a line for each kind that is done.
     """
     exact: IdArray | None = None
     reports = []
-    for number, kind in enumerate((IndexKind.FLAT, *(k for k in kinds if k != IndexKind.FLAT))):
-        progress("index kinds", number, len(kinds))
+    chosen = (IndexKind.FLAT, *(kind for kind in kinds if kind != IndexKind.FLAT))
+    for number, kind in enumerate(chosen):
+        progress("index kinds", number, len(chosen))
         index, resolved, seconds = _build(vectors, folder, kind, metric, threads)
         found, ms_per_query = _ask(index, queries, k, SearchParams())
         exact = found if exact is None else exact
@@ -119,7 +121,12 @@ def compare(
                 points=points,
             )
         )
-    progress("index kinds", len(kinds), len(kinds))
+        note(
+            f"  {kind}: built in {seconds:.1f} s, recall@{k} {recall:.3f}, "
+            f"{ms_per_query:.2f} ms a query"
+            + (f"; {chosen[number + 1]} next" if number + 1 < len(chosen) else "")
+        )
+    progress("index kinds", len(chosen), len(chosen))
     return reports
 
 

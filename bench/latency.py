@@ -1,9 +1,13 @@
-"""HTTP latency of single queries at a low, fixed rate, beside its floor and a bare index.
+"""HTTP latency of single queries, in a row and at a fixed rate, beside its floor and a bare index.
 
 Theory: a query costs the empty request (client, HAProxy, Serve, ASGI), plus one round trip to the
 shards, plus the search itself. So three figures are printed from one run: an empty request over
 the same connection path (the floor), the search over HTTP, and the same indexes searched in this
-process without any socket (the bare index). Open loop: latency counts from the intended send time.
+process without any socket (the bare index).
+
+Both are asked for in two ways. In a row, one client sends a request as soon as the one before is
+answered: all caches are warm, nothing queues, what is left is the way itself. Then open loop at a
+rate: each request meets processes that slept in between, and counts from its intended send time.
 """
 
 import json
@@ -21,7 +25,7 @@ from bench.corpus import (
     generation_of,
     load_bare,
 )
-from bench.openloop import LoadResult, Request, run_open_loop
+from bench.openloop import LoadResult, Request, run_in_a_row, run_open_loop
 from bench.vectors import recall_at_k
 from cluster.build import run_on_ray
 from cluster.commands.build import plan_of
@@ -40,8 +44,10 @@ from shards.main_index import MainIndex
 from shards.schema import FloatArray, IdArray
 from shards.types import SearchParams
 
+HEADER = ("HTTP, ms", "p50", "p90", "p99", "p99.9", "answered/s", "requests", "failed")
 EMPTY = Request("GET", "/healthz")
 WARM_UP = 100
+LEAST_QUERIES = 2_000  # different ones in a row, so that the index is not asked the same few
 BENCH_STORE = "bench"  # below the user's store, whose own generations stay as they are
 
 
@@ -58,24 +64,33 @@ def run(
     """Builds (or reuses) the corpus, serves it, measures; Ray must be running.
 
     Raises:
-        InvalidInput: not one request in that time.
+        InvalidInput: not one request in that time, or fewer rows than k.
         Unavailable: no empty request, or no search, was answered. As ``serving``.
     """
     count = num_requests(rate, seconds)
+    if k > rows:
+        raise InvalidInput("no answer is that long", field="-k", expected=f"<= {rows}", got=str(k))
     store = Store(config.store.resolve() / BENCH_STORE)
     config = config.model_copy(update={"store": store.root})
     corpus = clustered_set(store, rows, dim, progress)
     manifest = generation_of(store, corpus, plan_of(config), run_jobs=run_on_ray, progress=progress)
-    queries = clustered_queries(rows, dim, count)
+    different = clustered_queries(rows, dim, max(count, LEAST_QUERIES))
+    queries = different[:count]
     progress.note("exact answers, for recall")
     exact = exact_ids(corpus, queries, k)
     bare = bare_latency(load_bare(store, manifest), queries, k)
     with serving(config, generation=manifest.generation, on_stage=progress.note) as endpoint:
-        progress.note(f"{count} empty requests and {count} searches at {rate:g} a second each")
+        progress.note(f"empty requests, then searches, in a row, {seconds:g} s each")
+        empty_in_a_row, search_in_a_row = in_a_row_over_http(endpoint, different, k, seconds)
+        progress.note(f"{count} empty requests, then {count} searches, {rate:g} a second")
         empty, search = latency_over_http(endpoint, queries, k, rate)
     found = answered_ids(search)
     return {
-        "setup": setup_of(manifest, rows, dim, k, rate),
+        "setup": setup_of(manifest, rows, dim, k, rate) | {"seconds": seconds},
+        "in_a_row": {
+            "empty_request": empty_in_a_row.summary(),
+            "search": search_in_a_row.summary(),
+        },
         "empty_request": empty.summary(),
         "search": search.summary(),
         "bare_index_ms": bare,
@@ -90,7 +105,7 @@ def num_requests(rate: float, seconds: float) -> int:
     if count < 1:
         raise InvalidInput(
             "too short for one request",
-            field="seconds",
+            field="--seconds",
             expected=f">= {1 / rate:g}",
             got=f"{seconds:g}",
         )
@@ -112,6 +127,28 @@ def setup_of(
         "cores": cores(),
         "faiss": faiss.__version__,
     }
+
+
+def in_a_row_over_http(
+    endpoint: Endpoint, queries: FloatArray, k: int, seconds: float
+) -> tuple[LoadResult, LoadResult]:
+    """Empty requests, then searches, one after the other, for so many seconds each; the queries
+    start over when all were asked.
+
+    Raises:
+        Unavailable: no empty request, or no search, was answered.
+    """
+    empty = run_in_a_row(endpoint.url, lambda number: EMPTY, seconds=seconds, warm_up=WARM_UP)
+    refuse_unanswered(empty, "empty request")
+    search = run_in_a_row(
+        endpoint.url,
+        search_requests(queries, k),
+        seconds=seconds,
+        warm_up=WARM_UP,
+        headers=endpoint.address.headers,
+    )
+    refuse_unanswered(search, "search")
+    return empty, search
 
 
 def latency_over_http(
@@ -152,7 +189,7 @@ def search_requests(queries: FloatArray, k: int) -> "RequestOf":
 
 
 class RequestOf:
-    """number -> request; numbers beyond the queries start over, for the warm-up."""
+    """number -> request; numbers beyond the queries start over."""
 
     def __init__(self, queries: FloatArray, k: int) -> None:
         self._bodies = [
@@ -188,30 +225,37 @@ def bare_latency(indexes: list[MainIndex], queries: FloatArray, k: int) -> dict[
 def print_report(report: dict[str, Any], out: Path | None, k: int) -> None:
     """The table, and the JSON after it (and in a file when asked)."""
     setup = report["setup"]
-    rows = []
-    for label, name in (("empty request (floor)", "empty_request"), ("search", "search")):
-        part = report[name]
-        rows.append(
-            (
-                label,
-                f"{part['p50_ms']:.2f}",
-                f"{part['p90_ms']:.2f}",
-                f"{part['p99_ms']:.2f}",
-                str(part["answered"]),
-                str(sum(part["failures"].values())),
-            )
-        )
-    bare = report["bare_index_ms"]
-    rows.append(
-        ("the same indexes, bare, in turn", f"{bare['p50']:.2f}", "", f"{bare['p99']:.2f}", "", "")
-    )
     title = (
         f"{setup['rows']:,} x {setup['dim']}, {setup['shards']} shards, {setup['index']}, "
-        f"nprobe {setup['nprobe']}, k = {k}, {setup['rate']:g} requests/s, {setup['cores']} cores: "
+        f"nprobe {setup['nprobe']}, k = {k}, {setup['cores']} cores: "
         f"recall@{k} {report[f'recall@{k}']:.3f}"
     )
-    print_table(title, ("HTTP, ms", "p50", "p90", "p99", "answered", "failed"), rows)
+    print_table(title, HEADER, table_rows(report))
     text = json.dumps(report, indent=2)
     if out is not None:
         out.write_text(text + "\n")
     print(text)  # noqa: T201 - a benchmark ends in JSON
+
+
+def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows for HEADER: in a row, then open loop, each after its floor; then the bare index."""
+    rows = []
+    for how, parts in (
+        ("in a row", report["in_a_row"]),
+        (f"at {report['setup']['rate']:g} a second", report),
+    ):
+        for label, name in (("empty request (floor)", "empty_request"), ("search", "search")):
+            part = parts[name]
+            times = (part[f"{each}_ms"] for each in ("p50", "p90", "p99", "p99_9"))
+            rows.append(
+                (
+                    f"{label}, {how}",
+                    *(f"{time_ms:.2f}" for time_ms in times),
+                    f"{part['rate_held']:,.1f}",
+                    f"{part['requests']:,}",
+                    f"{sum(part['failures'].values()):,}",
+                )
+            )
+    bare = report["bare_index_ms"]
+    p50, p99 = (f"{bare[name]:.2f}" for name in ("p50", "p99"))
+    return [*rows, ("the same indexes, bare, in turn", p50, "", p99, "", "", "", "")]

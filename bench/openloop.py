@@ -1,8 +1,10 @@
-"""Open-loop load: requests leave on a fixed schedule, whatever the answers do.
+"""Two ways to ask over HTTP: on a fixed schedule (open loop), and in a row (closed loop).
 
 A closed loop waits for an answer before it asks again, so a slow server slows the questions and
-hides its own queue. Here a latency counts from the moment a request was *meant* to leave; failures
-are counted apart and never appear among the latencies.
+hides its own queue: it says what one client sees that has the server to itself, with every cache
+warm, and nothing of a queue. In the open loop requests leave on their schedule whatever the answers
+do, and a latency counts from the moment a request was *meant* to leave. Either way failures are
+counted apart and never appear among the latencies.
 """
 
 import socket
@@ -31,26 +33,40 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """latencies_ms (answered,) float64 in schedule order; failures by kind; bodies if kept."""
+    """latencies_ms (answered,) float64 in the order asked; failures by kind; bodies if kept.
+
+    seconds: what the requests counted took, from when the first was due to the last answer, and no
+    less than their schedule. late_ms None: in a row there is no schedule to be late for.
+    """
 
     latencies_ms: NDArray[np.float64]
     failures: dict[str, int]
-    late_ms: float
+    seconds: float
+    late_ms: float | None
     bodies: dict[int, bytes]
+
+    @property
+    def requests(self) -> int:
+        """Those sent and counted, answered or not."""
+        return int(self.latencies_ms.size) + sum(self.failures.values())
 
     def percentile(self, q: float) -> float:
         """Milliseconds; NaN when nothing was answered."""
         return float(np.percentile(self.latencies_ms, q)) if self.latencies_ms.size else np.nan
 
     def summary(self) -> dict[str, object]:
+        """Ready for JSON; rate_held is in answers a second."""
         return {
+            "requests": self.requests,
             "answered": int(self.latencies_ms.size),
             "failures": self.failures,
+            "rate_held": round(self.latencies_ms.size / self.seconds, 2),
             "p50_ms": round(self.percentile(50), 3),
             "p90_ms": round(self.percentile(90), 3),
             "p99_ms": round(self.percentile(99), 3),
+            "p99_9_ms": round(self.percentile(99.9), 3),
             "max_ms": round(self.percentile(100), 3),
-            "client_late_p99_ms": round(self.late_ms, 3),
+            "client_late_p99_ms": None if self.late_ms is None else round(self.late_ms, 3),
         }
 
 
@@ -89,15 +105,58 @@ def run_open_loop(
     counted = slice(warm_up, None)
     latencies = state.latencies_ms[counted]
     late = state.late_ms[counted]
+    last = max(float(state.done[counted].max()), start + state.total / rate)
     return LoadResult(
         latencies_ms=latencies[~np.isnan(latencies)],
         failures=dict(Counter(kind for number, kind in state.failures if number >= warm_up)),
+        seconds=last - (start + warm_up / rate),
         late_ms=float(np.percentile(late, 99)),
         bodies={
             number - warm_up: body
             for number, body in sorted(state.bodies.items())
             if number >= warm_up
         },
+    )
+
+
+def run_in_a_row(
+    url: str,
+    request_of: Callable[[int], Request],
+    *,
+    seconds: float,
+    warm_up: int = 0,
+    timeout_s: float = 30.0,
+    headers: tuple[tuple[str, str], ...] = (),
+) -> LoadResult:
+    """One client, one connection: sends ``warm_up`` requests that are not counted, then the next
+    as soon as the one before is answered, for ``seconds``; at least one.
+
+    A latency counts from the moment its own request leaves. ``headers`` as in ``run_open_loop``.
+    """
+    connection = _Connection(url, timeout_s, headers)
+    for number in range(warm_up):
+        connection.ask(connection.encode(request_of(number)))
+    latencies: list[float] = []
+    failures: Counter[str] = Counter()
+    number, start = warm_up, time.perf_counter()
+    done = start
+    while number == warm_up or done < start + seconds:
+        message = connection.encode(request_of(number))
+        sent = time.perf_counter()
+        failure, _ = connection.ask(message)
+        done = time.perf_counter()
+        if failure:
+            failures[failure] += 1
+        else:
+            latencies.append((done - sent) * 1e3)
+        number += 1
+    connection.close()
+    return LoadResult(
+        latencies_ms=np.array(latencies),
+        failures=dict(failures),
+        seconds=done - start,
+        late_ms=None,
+        bodies={},
     )
 
 
@@ -108,6 +167,7 @@ class _State:
         self.total = total
         self.latencies_ms = np.full(total, np.nan)
         self.late_ms = np.zeros(total)
+        self.done = np.zeros(total)
         self.failures: list[tuple[int, str]] = []
         self.bodies: dict[int, bytes] = {}
         self._next = 0
@@ -137,17 +197,12 @@ def _work(
         intended = start + number / rate
         _wait_until(intended)
         state.late_ms[number] = (time.perf_counter() - intended) * 1e3
-        try:
-            status, body = connection.send(message)
-        except (OSError, ValueError, IndexError) as error:
-            state.failures.append((number, type(error).__name__))
-            connection.close()
+        failure, body = connection.ask(message)
+        state.done[number] = time.perf_counter()
+        if failure:
+            state.failures.append((number, failure))
             continue
-        elapsed_ms = (time.perf_counter() - intended) * 1e3
-        if status != 200:
-            state.failures.append((number, f"HTTP {status}"))
-            continue
-        state.latencies_ms[number] = elapsed_ms
+        state.latencies_ms[number] = (state.done[number] - intended) * 1e3
         if keep_bodies:
             state.bodies[number] = body
     connection.close()
@@ -172,6 +227,15 @@ class _Connection:
         fields = [("Host", host), length, *self._headers, *request.headers]
         lines = [f"{request.method} {request.path} HTTP/1.1", *(f"{k}: {v}" for k, v in fields)]
         return "\r\n".join([*lines, "", ""]).encode() + request.body
+
+    def ask(self, message: bytes) -> tuple[str, bytes]:
+        """("", body of the 200), or the kind of failure and no body; what broke is closed."""
+        try:
+            status, body = self.send(message)
+        except (OSError, ValueError, IndexError) as error:
+            self.close()
+            return type(error).__name__, b""
+        return ("", body) if status == 200 else (f"HTTP {status}", b"")
 
     def send(self, message: bytes) -> tuple[int, bytes]:
         """(status, body). OSError: the connection broke; ValueError, IndexError: no HTTP answer."""

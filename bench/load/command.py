@@ -61,7 +61,9 @@ def run(
     """One scenario's report. Ray must be running when ``where`` names rows."""
     if scenario.ask is Ask.FEATURES and data is None:
         raise InvalidInput(
-            "this scenario asks by user features", field="data", expected="--data, a data set"
+            "this scenario asks by user features",
+            field=scenario.name,
+            expected="--data with the folder of a data set",
         )
     with _target(config, where, progress) as target:
         queries = _queries(target, scenario, options, data)

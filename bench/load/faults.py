@@ -55,7 +55,7 @@ class FaultRunner:
             if fault.at_share * seconds + fault.lasts_s >= seconds:
                 raise InvalidInput(
                     "too short for this scenario",
-                    field="seconds",
+                    field="--seconds",
                     expected=f"more than {fault.lasts_s / (1 - fault.at_share):g}",
                     got=f"{seconds:g}",
                 )

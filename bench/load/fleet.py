@@ -15,7 +15,8 @@ from multiprocessing.process import BaseProcess
 
 import numpy as np
 
-from bench.load.client import LoadClient, LoadJob, Records
+from bench.load.client import LoadClient
+from bench.load.job import LoadJob, Records
 from shards.errors import Unavailable
 
 READY_S = 60.0

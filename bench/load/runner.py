@@ -12,8 +12,8 @@ import numpy as np
 
 from bench.corpus import load_bare
 from bench.load.bare import search_bare
-from bench.load.client import LoadJob
 from bench.load.fleet import ClientFigures, judge, run_fleet
+from bench.load.job import LoadJob
 from bench.load.messages import address_of, message_of
 from bench.load.scenarios import Pace, Scenario, steps
 from bench.load.schedule import offsets
@@ -62,7 +62,7 @@ class Runner:
         if self.scenario.faults and self.target.pid is None:
             raise InvalidInput(
                 "this scenario needs the cluster's processes",
-                field="scenario",
+                field=self.scenario.name,
                 expected="an endpoint of this machine, found through its store",
                 got=self.target.url,
             )

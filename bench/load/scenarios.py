@@ -56,8 +56,9 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """ks: (k, share of the requests); empty: the k asked for. zipf: exponent of the popularity of
-    distinct queries; None: every query is new."""
+    """summary: for people; what is sent, what is marked, what the figures show. ks: (k, share of
+    the requests); empty: the k asked for. zipf: exponent of the popularity of distinct queries;
+    None: every query is new."""
 
     name: str
     summary: str
@@ -72,57 +73,98 @@ class Scenario:
 
 
 _ALL = (
-    Scenario(name="rate", summary="Single queries at a fixed rate."),
+    Scenario(
+        name="rate",
+        summary="Single queries at --rate: latency, recall and coverage at that load.",
+    ),
     Scenario(
         name="sweep",
-        summary="Rising rates up to the knee, then 50, 70 and 90 % of it.",
+        summary=(
+            "Single queries, at twice the rate again and again from --rate on, until it is not "
+            "held; then between the last two, a third of --seconds each. Shows the highest rate "
+            "held (the knee), then the latencies at 50, 70 and 90 % of it."
+        ),
         pace=Pace.SWEEP,
     ),
     Scenario(
         name="batch",
-        summary="1, 8, 64 and 512 queries a request: the peak, then half of it.",
+        summary=(
+            "1, 8, 64 and 512 queries a request: each over 4 connections as fast as answers come "
+            "(closed loop, the peak), then at half that rate. Shows queries a second beside the "
+            "bare index's in such batches; --rate is for the floor alone."
+        ),
         pace=Pace.BATCHES,
         batches=(1, 8, 64, 512),
     ),
     Scenario(
         name="zipf",
-        summary="Repeated queries, their popularity after Zipf: what a result cache is for.",
+        summary=(
+            "10,000 different single queries at --rate, the n-th most popular one 1/n as often as "
+            "the first. Shows what the result cache saves: run it with --set router.cache_bytes=0 "
+            "too."
+        ),
         zipf=1.0,
         distinct=10_000,
     ),
     Scenario(
         name="mixed-k",
-        summary="Mostly small k, now and then a large one.",
+        summary=(
+            "Single queries at --rate: 60 % for 10 results, 30 % for 100, 10 % for 1000; -k counts "
+            "for nothing. Shows what the long answers cost all of them together."
+        ),
         ks=((10, 0.6), (100, 0.3), (1000, 0.1)),
     ),
     Scenario(
         name="features",
-        summary="Users by their features, through the query tower (--data).",
+        summary=(
+            "Users of --data by their features at --rate, encoded by the router. Beside `rate` "
+            "with the same --data, which sends their vectors: what the query tower costs."
+        ),
         ask=Ask.FEATURES,
     ),
     Scenario(
         name="kill-shard",
-        summary="A shard process is killed a quarter into the run.",
+        summary=(
+            "As rate; a quarter into the time the process of --shard is killed with -9, which is "
+            "marked. Shows how many answers missed its rows, from when to when, and how many "
+            "failed."
+        ),
         faults=(Fault(kind=FaultKind.KILL_SHARD, at_share=0.25),),
     ),
     Scenario(
         name="stall-shard",
-        summary="A shard process stands still for 5 s.",
+        summary=(
+            "As rate; a quarter into the time the process of --shard stands still for 5 s "
+            "(SIGSTOP, SIGCONT; both marked), so --seconds must be more than 6.7. Shows the same, "
+            "and the wait until the router goes on without it."
+        ),
         faults=(Fault(kind=FaultKind.STALL_SHARD, at_share=0.25, lasts_s=5.0),),
     ),
     Scenario(
         name="restart-router",
-        summary="The router process is killed; Ray Serve starts it again.",
+        summary=(
+            "As rate; a quarter into the time the router's process is killed with -9, which is "
+            "marked, and Ray Serve starts another. Shows how many requests failed, and for how "
+            "long."
+        ),
         faults=(Fault(kind=FaultKind.RESTART_ROUTER, at_share=0.25),),
     ),
     Scenario(
         name="overload",
-        summary="Three times the rate for the middle half of the run: give the peak as --rate.",
+        summary=(
+            "Single queries at --rate, three times as many in the middle half of the time "
+            "(marked): give the peak that `capacity` finds as --rate. Shows answers a second "
+            "before, during and after, and how many requests were refused (429)."
+        ),
         surges=((0.25, 0.75, 3.0),),
     ),
     Scenario(
         name="capacity",
-        summary="The peak of single queries: closed loop, with wrk where it is installed.",
+        summary=(
+            "Single queries as fast as answers come over 1, 4 and 16 connections (closed loop), by "
+            "wrk where it is installed, by our own slower client where it is not. Shows the peak; "
+            "--rate is for the floor alone."
+        ),
         pace=Pace.CLOSED,
     ),
 )
@@ -149,9 +191,7 @@ class Step:
 def find_scenario(name: str) -> Scenario:
     """Raises InvalidInput for an unknown name, listing those there are."""
     if name not in SCENARIOS:
-        raise InvalidInput(
-            "no such scenario", field="scenario", expected=" | ".join(SCENARIOS), got=name
-        )
+        raise InvalidInput("no such scenario", expected=" | ".join(SCENARIOS), got=name)
     return SCENARIOS[name]
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.load.client import LoadJob, Records
 from bench.load.faults import Mark, surge_marks
 from bench.load.fleet import BUSY, ClientFigures, judge, run_fleet
+from bench.load.job import LoadJob, Records
 from bench.load.messages import address_of
 from bench.load.processes import Usage
 from bench.load.scenarios import Step

@@ -121,7 +121,7 @@ def check_answers(target: Target, queries: FloatArray, k: int) -> None:
     rows = target.manifest.rows
     if k > rows:
         raise InvalidInput(
-            "a short index", field="k", expected=f"<= {rows}, the rows served", got=str(k)
+            "no answer is that long", field="-k", expected=f"<= {rows}, the rows served", got=str(k)
         )
     with target.address.client() as client:
         answer = client.search(vectors=queries, k=k, timeout_ms=5000)

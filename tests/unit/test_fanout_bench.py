@@ -1,6 +1,7 @@
 """The benchmark of the fan-out runs for real, small: shards in processes, answers complete."""
 
-from bench.fanout import PreparedShard, measure
+from bench.fanout import measure
+from bench.fanout_peers import PreparedShard
 from router.merge import merge_top_k
 
 

@@ -108,7 +108,7 @@ def test_kinds_are_compared_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_an_index_shorter_than_k_is_refused() -> None:
     data = clustered_data(50, 4, 5)
-    with pytest.raises(InvalidInput, match="short index"):
+    with pytest.raises(InvalidInput, match=r"^-k: no answer is that long; expected <= 50"):
         run(data, kinds=(), k=100, threads=1, progress=lambda stage, done, total: None)
 
 

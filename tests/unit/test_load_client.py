@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from bench.load.client import LoadClient, LoadJob, Records
+from bench.load.client import LoadClient
 from bench.load.fleet import judge, run_fleet
+from bench.load.job import LoadJob, Records
 from bench.load.messages import message_of
 from bench.load.stats import Figures, figures, latencies_ms, timeline
 from bench.openloop import Request

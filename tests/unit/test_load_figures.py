@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.load.client import Records
+from bench.load.job import Records
 from bench.load.schedule import Arrivals, offsets
 from bench.load.stats import figures, percentile, recovery, timeline
 from bench.load.wrk import figures_of

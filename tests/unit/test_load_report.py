@@ -7,7 +7,6 @@ import pytest
 
 from bench.load.command import show
 from bench.load.report import process_rows, remarks, step_rows
-from bench.load.scenarios import SCENARIOS
 
 
 def figures(rate: float, **changes: Any) -> dict[str, Any]:
@@ -183,11 +182,3 @@ def test_every_kind_of_report_is_printed_and_drawn(
     assert "bare index" in capsys.readouterr().out
     assert (tmp_path / "r.json").read_text().startswith("{")
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_command_names_every_scenario() -> None:
-    from cluster.commands.bench import load
-
-    assert load.help is not None
-    missing = [name for name in SCENARIOS if name not in load.help.replace("\n", " ")]
-    assert missing == []

@@ -1,13 +1,18 @@
 """Scenarios unfold into steps; the knee is found on curves whose knee is known."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import click
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from bench.load.knee import PRECISION, Point, is_held, knee, next_rate
 from bench.load.scenarios import SCENARIOS, FaultKind, Step, StepPlan, find_scenario, steps
 from bench.load.stats import Figures
+from cluster.commands.bench import bench
+from cluster.commands.bench_load import LOAD_EXAMPLE, load
 from shards.errors import InvalidInput
 
 NOTHING = Figures(
@@ -136,3 +141,36 @@ def test_faults_and_mixes_come_as_their_scenario_says() -> None:
 def test_an_unknown_scenario_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(InvalidInput, match=r"sweep.*got swep"):
         find_scenario("swep")
+
+
+def test_the_help_explains_every_scenario_and_its_example_is_a_command() -> None:
+    shown = CliRunner().invoke(bench, ["load", "--help"], terminal_width=100)
+    text = " ".join(shown.output.split())
+    for scenario in SCENARIOS.values():
+        assert f"{scenario.name} {scenario.summary}" in text
+    words = " ".join(LOAD_EXAMPLE).replace("\\", "").split()
+    assert words[:3] == ["shardline", "bench", "load"]
+    with click.Context(load) as context:
+        load.parse_args(context, words[3:])
+    assert context.params["scenario"] in SCENARIOS
+    assert context.params["rows"] == 100_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["load", "--rate", "0"], "'--rate': 0.0 is not in the range x>0"),
+        (["load", "--shard", "-1"], "'--shard': -1 is not in the range x>=0"),
+        (["latency", "--seconds", "0"], "'--seconds': 0.0 is not in the range x>0"),
+        (["index", "--rows", "0"], "'--rows': 0 is not in the range x>=1"),
+        (["load", "--json", "away/x.json"], "'--json': there is no folder away; make it first"),
+        (["load", "--plot", "away/x.png"], "'--plot': there is no folder away; make it first"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused_at_once(
+    arguments: list[str], complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(bench, arguments)
+    assert shown.exit_code == 2
+    assert complaint in shown.output

@@ -1,0 +1,168 @@
+"""``bench load``: an endpoint under load, and under faults."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from bench.load.scenarios import SCENARIOS, find_scenario
+from cluster.cli import Settings
+from cluster.commands.address import key_file_option
+from cluster.commands.bench_options import (
+    AT_LEAST_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    index_for,
+    json_option,
+    plot_option,
+)
+from cluster.commands.serve import serving_cpus
+from cluster.console import StageProgress
+from cluster.keys import client_key
+from cluster.launch import local_ray
+from shards.errors import InvalidInput
+
+LOAD_EXAMPLE = (
+    "shardline bench load kill-shard --rows 100000 --rate 100 --seconds 20 \\",
+    "  --json kill-shard.json --plot kill-shard.png",
+)
+
+
+class LoadCommand(click.Command):
+    """Its help lists the scenarios as their module describes them."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Scenarios"):
+            formatter.write_dl([(each.name, each.summary) for each in SCENARIOS.values()])
+        with formatter.section("Example, from an empty folder to a plot"):
+            for line in LOAD_EXAMPLE:
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
+@click.command(cls=LoadCommand, short_help="An endpoint under load, and under faults.")
+@click.argument("scenario", default="rate")
+@click.option("--url", help="A running endpoint.  [default: the one that serves this store]")
+@key_file_option
+@click.option(
+    "--rows", type=AT_LEAST_ONE, help="Bring up a clustered corpus of this many rows instead."
+)
+@click.option("--dim", default=128, show_default=True, type=AT_LEAST_ONE, help="Its dimension.")
+@click.option("--data", type=click.Path(path_type=Path), help="Ask as the users of this data set.")
+@click.option("-k", default=100, show_default=True, type=AT_LEAST_ONE, help="Results a query.")
+@click.option(
+    "--rate",
+    default=50.0,
+    show_default=True,
+    type=POSITIVE,
+    help="Requests a second, of the floor too.",
+)
+@click.option(
+    "--seconds",
+    default=30.0,
+    show_default=True,
+    type=POSITIVE,
+    help="Measured time of a step; most scenarios have one.",
+)
+@click.option(
+    "--warm-up",
+    default=3.0,
+    show_default=True,
+    type=NOT_NEGATIVE,
+    help="Seconds before, not counted.",
+)
+@click.option(
+    "--arrivals",
+    type=click.Choice(["poisson", "constant"]),
+    default="poisson",
+    show_default=True,
+    help="At random, as independent users would, or evenly spaced.",
+)
+@click.option(
+    "--clients",
+    default=1,
+    show_default=True,
+    type=AT_LEAST_ONE,
+    help="Client processes to begin with; doubled up to 4 while they are what is slow.",
+)
+@click.option(
+    "--shard",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="The shard that faults hit.",
+)
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Same seed, same requests.",
+)
+@json_option
+@plot_option
+@click.pass_obj
+def load(
+    settings: Settings,
+    scenario: str,
+    url: str | None,
+    key_file: Path | None,
+    rows: int | None,
+    dim: int,
+    data: Path | None,
+    k: int,
+    rate: float,
+    seconds: float,
+    warm_up: float,
+    arrivals: str,
+    clients: int,
+    shard: int,
+    seed: int,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Load on an endpoint, beside its floor and the bare index.
+
+    SCENARIO is one of those below; `rate` when it is left out. The endpoint is the one that serves
+    this store (`shardline serve` in another terminal), or that of --url, or one that is brought
+    up for the run with a corpus of --rows.
+
+    Requests leave on a schedule fixed beforehand, and latencies count from the time a request was
+    meant to leave; errors and refusals are counted apart. Where a scenario says closed loop, a
+    request leaves when the one before on its connection is answered instead. Queries are new
+    vectors near the items, or the users of --data.
+
+    Each run first checks that the index is whole, searches it bare in this process, and sends empty
+    requests at --rate, for ten seconds at most: the floor. The store must hold the generation
+    served: recall and the bare index need it.
+    """
+    from bench.load.command import Where, run, show
+    from bench.load.schedule import Arrivals
+    from bench.load.step import Options
+
+    if url is not None and rows is not None:
+        raise InvalidInput("--url and --rows exclude each other")
+    chosen = find_scenario(scenario)
+    where = Where(url=url, key=client_key(key_file), rows=rows, dim=dim)
+    options = Options(
+        rate=rate,
+        seconds=seconds,
+        warm_up_s=warm_up,
+        k=k,
+        arrivals=Arrivals(arrivals),
+        clients=clients,
+        shard=shard,
+        seed=seed,
+    )
+    if rows is not None:
+        settings.preferences["index"] = index_for(rows)
+        if chosen.name != "zipf":  # else repeated queries would measure the cache
+            settings.preferences["router.cache_bytes"] = 0
+    config = settings.config
+    with ExitStack() as stack:
+        progress = stack.enter_context(StageProgress())
+        if rows is not None:
+            cpus = serving_cpus(config)
+            stack.enter_context(local_ray(num_cpus=cpus, verbose=settings.verbose))
+        report = run(config, chosen, where, options, data=data, progress=progress)
+    for line in show(report, json_path, plot_path):
+        click.echo(line)

@@ -1,0 +1,60 @@
+"""The figures of ``demo`` as tables."""
+
+from typing import Any
+
+import click
+
+from bench import index_kinds
+from cluster.commands.report import metric_rows
+from cluster.console import print_table
+from cluster.launch import cores
+
+# The table of the text this project started from: what a good and an excellent system reach.
+TARGETS = {
+    "target": {"recall@10": 0.30, "recall@100": 0.60, "recall@1000": 0.85, "mrr": 0.20}
+    | {"ndcg@100": 0.40},
+    "excellent": {"recall@10": 0.50, "recall@100": 0.80, "recall@1000": 0.95, "mrr": 0.35}
+    | {"ndcg@100": 0.60},
+}
+
+
+def print_report(figures: dict[str, Any]) -> None:
+    """The tables of a demo's figures, as the JSON report holds them."""
+    metrics = figures["metrics"]
+    header, rows = metric_rows(
+        {
+            "model over HTTP": metrics["model"],
+            "exact": metrics["exact"],
+            "popularity": metrics["popularity"],
+        },
+        metrics["ceilings"] or {},
+        {name: metrics[name] for name in TARGETS},
+    )
+    print_table(f"retrieval quality, {metrics['users']:,} test users", header, rows)
+    reports = [index_kinds.KindReport(**row) for row in figures["index_kinds"]]
+    print_table(
+        "index kinds, one thread, whole corpus in one index",
+        index_kinds.HEADER,
+        index_kinds.table_rows(reports),
+    )
+    http = figures["http_ms"]
+    print_table(
+        f"HTTP latency, {http['rate']:g} requests/s, k = {http['k']}, "
+        f"{figures['generation']['shards']} shards, {cores()} cores",
+        ("ms", "p50", "p99", "answered", "failed"),
+        [
+            (
+                label,
+                f"{http[name]['p50_ms']:.2f}",
+                f"{http[name]['p99_ms']:.2f}",
+                str(http[name]["answered"]),
+                str(sum(http[name]["failures"].values())),
+            )
+            for label, name in (
+                ("empty request (floor)", "empty_request"),
+                ("search by user features", "search_by_features"),
+            )
+        ],
+    )
+    seconds = ", ".join(f"{name} {value:g}" for name, value in figures["seconds"].items())
+    click.echo(f"seconds: {seconds}")

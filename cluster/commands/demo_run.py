@@ -1,0 +1,263 @@
+"""The stations of ``demo`` in order, every one real; what they measure becomes its figures."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from bench import index_kinds
+from bench.openloop import LoadResult, Request, run_open_loop
+from cluster.build import build_generation, run_on_ray
+from cluster.cli import Settings
+from cluster.commands.build import plan_of
+from cluster.commands.data import validated
+from cluster.commands.demo_report import TARGETS, print_report
+from cluster.commands.demo_text import station_line, stay_lines
+from cluster.commands.model import train_with_progress
+from cluster.commands.remote import encoder_kinds, evaluate_cluster
+from cluster.commands.serve import serving_cpus, stop_on_signals
+from cluster.config import ShardlineConfig
+from cluster.console import StageProgress
+from cluster.deployment import serving
+from cluster.endpoint import Endpoint
+from cluster.launch import cores, local_ray
+from cluster.store import Store
+from shards import files
+from shards.embeddings import EmbeddingSet
+from shards.types import SearchParams
+from training.baselines import Baseline, evaluate_baseline
+from training.evaluate import evaluate_exact
+from training.export import export
+from training.metrics import DEFAULT_KS
+from training.queries import query_features
+from training.synth import PRESETS, SynthConfig, generate
+from training.tables import Dataset
+
+# Three epochs: of 3, 4 and 6 the best validation recall@1000 (.9085, .9080, .9075). Without the
+# cache, because the latencies are those of the search.
+DEMO_SETTINGS = {
+    "training.num_workers": 2,
+    "training.epochs": 3,
+    "training.validation.k": 1000,
+    "cluster.shards": 4,
+    "router.cache_bytes": 0,
+}
+# The metrics ask for a thousand items, ten times what the default nprobe is meant for.
+DEEP_SEARCH = SearchParams(nprobe=256)
+KIND_QUERIES = 500
+LOAD_RATE = 20.0  # requests a second
+LOAD_REQUESTS = 400
+LOAD_WARM_UP = 60
+TOP_K = 100
+EMPTY = Request("GET", "/healthz")
+
+
+def run_demo(
+    settings: Settings,
+    *,
+    preset: str,
+    sizes: dict[str, int],
+    report: Path,
+    folder: Path,
+    stay: bool,
+    progress: StageProgress,
+) -> dict[str, Any]:
+    """All steps in ``folder``; the figures, which are printed and written to ``report`` too.
+
+    ``sizes`` replace fields of the preset. Ray is started here and has stopped at the return.
+    """
+    synth = validated(SynthConfig, PRESETS[preset].model_dump() | sizes)
+    settings.preferences.update(DEMO_SETTINGS)
+    config = settings.config.model_copy(update={"store": folder / "store"})
+    demo = Demo(config=config, folder=folder, progress=progress)
+    dataset = demo.data(synth, preset)
+    progress.note("starting Ray")
+    with local_ray(num_cpus=serving_cpus(config), verbose=settings.verbose):
+        embeddings = demo.model(dataset)
+        demo.kinds(dataset, embeddings)
+        demo.build(embeddings)
+        with stop_on_signals() as wait, demo.served() as endpoint:
+            demo.measure(endpoint, dataset)
+            demo.finish(report)
+            if stay:
+                for line in stay_lines(endpoint.url, endpoint.key_file):
+                    progress.note(line)
+                wait()
+            progress.note("stopping HTTP, shards and Ray")
+    return demo.figures
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """The stations in order; what they measure collects in ``figures``."""
+
+    config: ShardlineConfig
+    folder: Path
+    progress: StageProgress
+    figures: dict[str, Any] = field(default_factory=lambda: {"seconds": {}})
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def store(self) -> Store:
+        return Store(self.config.store)
+
+    @property
+    def run_folder(self) -> Path:
+        return self.store.runs / "demo"
+
+    def data(self, synth: SynthConfig, preset: str) -> Dataset:
+        """Users, items and interactions, and the ceilings of their split."""
+        with self._station("data"):
+            self.progress.note(
+                f"{synth.num_users:,} users, {synth.num_items:,} items, preset {preset}"
+            )
+            dataset = generate(synth, self.folder / "data", threads=cores(), progress=self.progress)
+        self.figures["data"] = {"preset": preset, **dataset.rows}
+        return dataset
+
+    def model(self, dataset: Dataset) -> EmbeddingSet:
+        """Trains under Ray Train, then embeds every item."""
+        with self._station("train"):
+            result = train_with_progress(
+                self.config, dataset.path, self.run_folder, self.progress, resume=False
+            )
+        self.figures["training"] = asdict(result) | {"run_folder": None}
+        with self._station("export"):
+            created_at = datetime.now(UTC).isoformat(timespec="seconds")
+            return export(
+                self.run_folder,
+                dataset.path,
+                self.store.root,
+                created_at=created_at,
+                progress=self.progress,
+            )
+
+    def kinds(self, dataset: Dataset, embeddings: EmbeddingSet) -> None:
+        """Every kind of index over the item embeddings, asked by the users' embeddings."""
+        with self._station("index kinds"):
+            vectors = np.concatenate([batch.vectors for batch in embeddings.batches()])
+            scratch = self.folder / "kinds"
+            scratch.mkdir()
+            self.figures["index_kinds"] = [
+                report.as_json()
+                for report in index_kinds.compare(
+                    vectors,
+                    _user_vectors(embeddings, dataset, KIND_QUERIES),
+                    scratch,
+                    metric=embeddings.metric,
+                    threads=cores(),
+                    progress=self.progress,
+                    note=self.progress.note,
+                )
+            ]
+
+    def build(self, embeddings: EmbeddingSet) -> None:
+        """The live generation: one template, one index a shard."""
+        with self._station("build"):
+            manifest = build_generation(
+                self.store,
+                embeddings.folder,
+                plan_of(self.config),
+                run_jobs=run_on_ray,
+                progress=self.progress,
+            )
+            self.store.set_current(manifest.generation)
+        self.figures["generation"] = {
+            "index": manifest.index.model_dump(mode="json"),
+            "shards": len(manifest.shards),
+            "quality": manifest.quality,
+        }
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[Endpoint]:
+        """The cluster on a free port, for the length of the block."""
+        cluster = self.config.cluster.model_copy(update={"http_port": 0})
+        config = self.config.model_copy(update={"cluster": cluster})
+        with contextlib.ExitStack() as stack:
+            with self._station("serve"):
+                endpoint = stack.enter_context(serving(config, on_stage=self.progress.note))
+            yield endpoint
+
+    def measure(self, endpoint: Endpoint, dataset: Dataset) -> None:
+        """Metrics of all test users and latencies of some, both through HTTP."""
+        with self._station("evaluate exactly"):
+            exact = evaluate_exact(self.run_folder, dataset, progress=self.progress)
+        with self._station("evaluate over HTTP"), endpoint.address.client() as client:
+            kinds = encoder_kinds(client)
+            model = evaluate_cluster(
+                client, dataset, "test", DEFAULT_KS, self.progress, params=DEEP_SEARCH
+            )
+            popularity = evaluate_baseline(
+                Baseline.POPULARITY, dataset, split="test", ks=DEFAULT_KS, progress=self.progress
+            )
+        self.figures["metrics"] = {
+            "users": model.users,
+            "model": model.means,
+            "exact": exact.means,
+            "popularity": popularity.means,
+            "ceilings": dataset.ceilings,
+            "nprobe": DEEP_SEARCH.nprobe,
+            **TARGETS,
+        }
+        with self._station("latency"):
+            rows = np.arange(min(LOAD_REQUESTS, dataset.rows["users"]))
+            requests = [
+                _feature_request(features)
+                for features in query_features(dataset, kinds, rows, ("train", "val"))
+            ]
+            self.figures["http_ms"] = {
+                "empty_request": self._load(endpoint, "empty requests", [EMPTY]).summary(),
+                "search_by_features": self._load(endpoint, "searches", requests).summary(),
+                "rate": LOAD_RATE,
+                "k": TOP_K,
+            }
+
+    def finish(self, report: Path) -> None:
+        """Prints the tables and writes the report."""
+        self.figures["seconds"]["all"] = round(time.perf_counter() - self.started, 1)
+        files.write_json(report.resolve(), self.figures)
+        print_report(self.figures)
+
+    @contextlib.contextmanager
+    def _station(self, name: str) -> Iterator[None]:
+        self.progress.note(station_line(name))
+        started = time.perf_counter()
+        yield
+        seconds = round(time.perf_counter() - started, 1)
+        self.figures["seconds"][name] = seconds
+        self.progress.note(f"{name}: done in {seconds:g} s")
+
+    def _load(self, endpoint: Endpoint, what: str, requests: list[Request]) -> LoadResult:
+        """Open loop; the requests start over when all were sent."""
+        total = LOAD_WARM_UP + LOAD_REQUESTS
+        self.progress.note(f"{total} {what} at {LOAD_RATE:g} a second, {total / LOAD_RATE:.0f} s")
+        return run_open_loop(
+            endpoint.url,
+            lambda number: requests[number % len(requests)],
+            rate=LOAD_RATE,
+            count=LOAD_REQUESTS,
+            warm_up=LOAD_WARM_UP,
+            headers=endpoint.address.headers,
+        )
+
+
+def _user_vectors(embeddings: EmbeddingSet, dataset: Dataset, count: int) -> Any:
+    """(count, dim) query vectors of the first users, by the exported query encoder."""
+    from router.encoder import QueryEncoder
+
+    assert embeddings.encoder_folder is not None
+    encoder = QueryEncoder.load(embeddings.encoder_folder)
+    kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
+    rows = np.arange(min(count, dataset.rows["users"]))
+    return encoder.encode(query_features(dataset, kinds, rows, ("train", "val")))
+
+
+def _feature_request(features: dict[str, Any]) -> Request:
+    body = orjson.dumps({"features": [features], "k": TOP_K, "min_coverage": 1.0})
+    return Request("POST", "/v1/search", body, (("Content-Type", "application/json"),))

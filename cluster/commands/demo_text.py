@@ -1,0 +1,82 @@
+"""What ``demo`` says: before it begins, at each step, at the end. Light: it is imported at once."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+# name -> what it does; the order of the steps
+STATIONS = {
+    "data": "users with hidden interests, items with attributes, who took what; the best possible",
+    "train": "two towers, data-parallel on Ray Train, whose processes take a while to start",
+    "export": "every item through the item tower, and the query encoder",
+    "index kinds": "every kind of index over those vectors, side by side",
+    "build": "the served generation: one template, one index a shard",
+    "serve": "shards and router as Ray actors, HTTP in front",
+    "evaluate exactly": "every test user against every item, without an index",
+    "evaluate over HTTP": "the same users by their features, through the shards; popularity beside",
+    "latency": "empty requests, then single searches, at a fixed rate",
+}
+USUAL_MINUTES = 5  # 4.7 measured on two cores, with the sizes of a preset
+
+
+def opening(*, folder: Path, kept: bool, report: Path) -> list[str]:
+    """What will happen, about how long it takes, and where files go."""
+    fate = "kept" if kept else "removed at the end; --store FOLDER names one to keep"
+    return [
+        f"The whole main job on synthetic data, in {len(STATIONS)} steps: {', '.join(STATIONS)}.",
+        f"The usual 10,000 users and 100,000 items take about {USUAL_MINUTES} minutes on two "
+        "cores. Ctrl-C ends it at any time and cleans up.",
+        f"Work folder: {folder} ({fate}). Figures: {report}.",
+    ]
+
+
+def station_line(name: str) -> str:
+    """The heading of a step: which it is, and what it does."""
+    return f"[{list(STATIONS).index(name) + 1}/{len(STATIONS)}] {name}: {STATIONS[name]}"
+
+
+def stay_lines(url: str, key_file: str | None) -> list[str]:
+    """Where the cluster answers, and a query to try."""
+    key = "" if key_file is None else f" --key-file {key_file}"
+    return [
+        f"serving at {url} until Ctrl-C",
+        f"try: shardline query --url {url}{key} --item 17",
+    ]
+
+
+def closing(figures: Mapping[str, Any], *, folder: Path, kept: bool, report: Path) -> list[str]:
+    """What was shown, and what to try next."""
+    metrics, http = figures["metrics"], figures["http_ms"]["search_by_features"]
+    shown = f"Shown: over HTTP the model finds {metrics['model']['recall@100']:.1%}"
+    ceiling = metrics["ceilings"].get("best_estimate")
+    best = f" ({ceiling['means']['recall@100']:.1%} is possible)" if ceiling else ""
+    again = (
+        [
+            f"  shardline --store {folder / 'store'} serve    and, in another terminal:",
+            f"  shardline --store {folder / 'store'} query --user 17 --data {folder / 'data'}",
+        ]
+        if kept
+        else [
+            "  shardline demo --stay             the same, and serves until Ctrl-C",
+            "  shardline --store FOLDER demo     the same, and keeps what it makes",
+        ]
+    )
+    return [
+        f"{shown} of the held-out items among a hundred{best}; a search takes "
+        f"{http['p50_ms']:.1f} ms at p50 over {figures['generation']['shards']} shards.",
+        f"Figures: {report}, in {figures['seconds']['all'] / 60:.1f} minutes.",
+        "Next:",
+        *again,
+        "  README, Step by step              each step as a command, with your own data",
+    ]
+
+
+def ended(folder: Path, *, kept: bool) -> str:
+    """The last line, once everything has stopped."""
+    if kept:
+        left = f"{folder} is kept"
+    elif folder.exists():
+        left = f"{folder} could not be removed whole"
+    else:
+        left = f"{folder} is removed"
+    return f"Router, shards and Ray have stopped, nothing was left running; {left}."
