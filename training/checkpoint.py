@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ VERSION = 2  # 1 had no checksums of the prepared data
 CHECKPOINT_VERSION = 2  # 1 was numbered by epochs
 MODEL = "model"  # the part that evaluation and export load
 CACHE = "cache"  # inside the run folder
+GO_ON = "repeat its `shardline train` command with --resume to go on"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +65,21 @@ class TrainState:
     world: int = 1
     precision: Precision | None = None
 
+    def has_ended(self, config: TrainingConfig) -> bool:
+        """Whether training is over: all epochs, or as many validations without a new best."""
+        return self.epoch >= config.epochs or self.stale >= config.validation.patience
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run folder declares: how it was configured, and what its features look like."""
+    """What a run folder declares: how it was configured, and what its features look like.
+
+    cut_off: its model is of a training that has not ended, as ``load_best`` was asked to allow.
+    """
 
     config: TrainingConfig
     space: FeatureSpace
+    cut_off: bool = False
 
 
 def start_run(folder: Path, run: Run, dataset: dict[str, Any]) -> None:
@@ -110,7 +119,7 @@ def open_run(folder: Path) -> Run:
             f"{folder}: a setting of this run is refused by now",
             field=".".join(map(str, first["loc"])),
             got=first["msg"],
-            hint="train again",
+            hint="train into another folder: --run names it",
         ) from error
     return Run(config=config, space=FeatureSpace.from_json(manifest["space"]))
 
@@ -141,7 +150,7 @@ def check_resumable(folder: Path, config: TrainingConfig, dataset: dict[str, Any
         raise ConfigError(
             f"{folder}: the run was started with another configuration",
             got="; ".join(changed),
-            hint="resume with the same settings, or train into another folder",
+            hint="--resume wants the same options and configuration; --run names another folder",
         )
     check_dataset(folder, dataset)
 
@@ -154,7 +163,7 @@ def check_dataset(folder: Path, dataset: dict[str, Any]) -> None:
             f"{folder}: the run was started with another dataset",
             expected=_described(before),
             got=_described(dataset),
-            hint="name the run's own dataset, or train a run on this one",
+            hint="--data names the run's own data set, --run another run",
         )
 
 
@@ -181,7 +190,7 @@ def save_checkpoint(
         raise Unavailable(
             f"{root}: the checkpoint of step {state.step} could not be written",
             got=str(error),
-            hint=f"that of step {before[-1]} is complete: make room, then resume"
+            hint=f"that of step {before[-1]} is complete: make room, then train with --resume"
             if before
             else "there is none before it",
         ) from error
@@ -213,21 +222,33 @@ def load_parts(folder: Path, step: int) -> dict[str, dict[str, Tensor]]:
     return {path.stem: load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))}
 
 
-def load_best(folder: Path) -> tuple[Run, TwoTower]:
+def load_best(folder: Path, *, unfinished: bool = False) -> tuple[Run, TwoTower]:
     """The run and its best model, in evaluation mode, on the CPU.
+
+    unfinished: also of a training that has not ended: the best model so far, or where nothing was
+    validated yet the newest.
 
     Raises:
         NotFound: no run there, or no checkpoint yet.
+        DataError: the training has not ended, and ``unfinished`` is not set.
     """
     run = open_run(folder)
     state = latest_state(folder)
     if state is None:
-        raise NotFound(f"{folder}: no checkpoint yet", hint="train first")
+        raise NotFound(f"{folder}: no checkpoint yet", hint=GO_ON)
+    cut_off = not state.has_ended(run.config)
+    if cut_off and not unfinished:
+        raise DataError(
+            f"{folder}: training has not ended",
+            expected=f"{run.config.epochs} epochs, or an early stop",
+            got=f"{state.epoch} epochs, {state.step} steps",
+            hint=f"{GO_ON}; --unfinished takes the best checkpoint so far",
+        )
     step = state.step if state.best_step is None else state.best_step
     model = build_model(run.config, run.space)
     _verified(folder, step)
     model.load_state_dict(load_file(_file(folder / "checkpoints" / _name(step), MODEL)))
-    return run, model.eval()
+    return replace(run, cut_off=cut_off), model.eval()
 
 
 def _described(dataset: dict[str, Any]) -> str:
@@ -263,7 +284,7 @@ def _refuse_older(folder: Path, manifest: Mapping[str, Any], version: int) -> No
             f"{folder}: written by an older version of this program",
             expected=f"format_version {version}",
             got=str(manifest["format_version"]),
-            hint="train into another folder",
+            hint="train into another folder: --run names it",
         )
 
 

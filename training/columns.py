@@ -133,7 +133,7 @@ def column_of(table: pa.Table, name: str, where: str) -> pa.ChunkedArray:
             "no such column",
             field=f"{where}: {name}",
             expected=f"one of {', '.join(table.column_names)}",
-            hint="name an existing column in the tower's features",
+            hint="training.towers.*.features in the configuration name the columns",
         )
     return table[name]
 

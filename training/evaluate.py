@@ -6,6 +6,7 @@ the known items are dropped from it afterwards.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,20 @@ def evaluate_exact(
     max_users: int | None = None,
     with_segments: bool = False,
     candidates: Candidates = "all",
+    unfinished: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """Brute force over the whole corpus with the run's best model; users without items in the
     split are left out, of the others ``max_users`` are drawn. Progress stage: ``evaluate``.
 
+    unfinished: also a run whose training has not ended; the result is then ``about`` that.
+
     Raises:
-        NotFound: no trained run. DataError: the run was trained on another dataset.
+        NotFound: no trained run. DataError: the run was trained on another dataset, or has not
+            ended.
         InvalidInput: nothing to measure, or a k beyond the corpus.
     """
-    run, model = load_best(run_folder)
+    run, model = load_best(run_folder, unfinished=unfinished)
     check_dataset(run_folder, dataset.identity)
     task = shared(
         evaluation_task(
@@ -70,6 +75,7 @@ def evaluate_exact(
             field="split",
             expected="a split it has not seen",
             got=f"{split} (fit_splits: {run.config.fit_splits})",
+            hint="--split test, or --run with one that was trained without --all",
         )
     items = run.space.item.encode(dataset.items(), ITEMS)
     inputs = run.space.query.encode(dataset.users(), USERS)
@@ -77,7 +83,8 @@ def evaluate_exact(
     queries = encode_queries(model, inputs.take(task.users), known, items)
     lengths = lengths_of(dataset, run.config.fitted_splits, run.config.popularity_exponent)
     vectors = encode_items(model, items) * lengths[:, None]
-    return measure(queries, vectors, task, progress=progress)
+    result = measure(queries, vectors, task, progress=progress)
+    return replace(result, about="unfinished") if run.cut_off else result
 
 
 def evaluate_through(
@@ -160,5 +167,5 @@ def _check_reach(k: int, longest: int, rows: int) -> None:
             field="k",
             expected=f"<= {max(0, MAX_K - longest)}, because a query returns {MAX_K} at most",
             got=str(k),
-            hint="ask for a smaller k, or measure the run exactly",
+            hint="ask for a smaller --k, or leave out --url and --through-cluster",
         )

@@ -36,6 +36,7 @@ from training.towers import Inputs, TwoTower
 
 ENCODER_FORMAT_VERSION = 2  # of encoder.json; router.encoder reads it
 VERSION_DIGITS = 12
+CUT_OFF = "-unfinished"  # ends the version of a model whose training has not ended
 
 
 def export(
@@ -44,16 +45,19 @@ def export(
     store: Path,
     *,
     created_at: str,
+    unfinished: bool = False,
     progress: Progress | None = None,
 ) -> EmbeddingSet:
     """Writes the embedding set of the run's best model, or returns it if it is there already.
 
-    created_at: ISO 8601 time, for the manifest. Progress stage: ``export``.
+    created_at: ISO 8601 time, for the manifest. unfinished: also of a training that has not ended,
+    which its version then says. Progress stage: ``export``.
 
     Raises:
-        NotFound: no trained run, or no dataset. DataError: the items lack a feature column.
+        NotFound: no trained run, or no dataset. DataError: the training has not ended, or the
+            items lack a feature column.
     """
-    run, model = load_best(run_folder)
+    run, model = load_best(run_folder, unfinished=unfinished)
     dataset = open_dataset(data_folder)
     version = model_version(run, model, dataset)
     target = store / "embeddings" / version
@@ -84,7 +88,11 @@ def export(
 
 
 def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
-    """Twelve hex digits over weights, features, configuration and the items table."""
+    """Twelve hex digits over weights, features, configuration and the items table.
+
+    After them "-unfinished" where training has not ended: the name goes into the embedding set,
+    the generation and every answer.
+    """
     digest = hashlib.sha256()
     declared = {
         "config": run.config.identity(),
@@ -97,7 +105,7 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
-    return digest.hexdigest()[:VERSION_DIGITS]
+    return digest.hexdigest()[:VERSION_DIGITS] + (CUT_OFF if run.cut_off else "")
 
 
 def export_encoder(run: Run, model: TwoTower, dataset: Dataset, version: str, folder: Path) -> None:

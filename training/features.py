@@ -276,7 +276,7 @@ def _check_widths(config: TrainingConfig, space: FeatureSpace) -> None:
                         field=f"towers.{name}: {column}",
                         expected=f"dim {config.dim}",
                         got=str(width),
-                        hint='give the input that width, or the tower projection "linear"',
+                        hint="give the input that width, or set the tower's projection to linear",
                     )
 
 

@@ -77,9 +77,9 @@ def _drop_unknown(parsed: Source, config: ImportConfig, report: ImportReport) ->
     ):
         known = np.isin(ids, table[f"{kind}_id"].to_numpy())
         for row in np.flatnonzero(~known)[:SHOWN]:
-            message = f"{parsed.where(int(row))}: {kind} in no table"
+            message = f"{parsed.where(int(row))}: {kind} not in the table of {kind}s"
             if config.on_error == "raise":
-                raise DataError(message, hint='on_error="skip" leaves such rows out')
+                raise DataError(message, hint="--on-error skip leaves such rows out")
             report.note(message)
         setattr(report, f"unknown_{kind}s", int((~known).sum()))
         keep &= known

@@ -68,7 +68,7 @@ def _with_features(name: str, tower: TowerConfig, features: list[FeatureConfig])
             "the features read off the columns do not fit the tower",
             field=f"towers.{name}.features",
             got=error.errors()[0]["msg"],
-            hint="name the features that it shall have",
+            hint=f"name them in the configuration, under training.towers.{name}.features",
         ) from error
 
 

@@ -32,6 +32,7 @@ from training.checkpoint import (
     Run,
     check_resumable,
     latest_state,
+    open_run,
     place_run,
     start_run,
 )
@@ -57,10 +58,14 @@ OnEvent = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """best_value is the validation recall of best_epoch; both None without a val split."""
+    """best_value is the validation recall of best_epoch; both None without a val split.
+
+    epochs were trained of max_epochs: fewer where validation stopped it early.
+    """
 
     run_folder: Path
     epochs: int
+    max_epochs: int
     steps: int
     best_epoch: int | None
     best_value: float | None
@@ -89,11 +94,14 @@ def train(
             ranks died more often than max_failures.
     """
     run_folder = run_folder.resolve()  # ranks under Ray have another working directory
+    check_folders(data_folder, run_folder, resume=resume)
     dataset = open_dataset(data_folder)
     config = infer_config(config, dataset)
     use_gpu = _use_gpu(config)
     if resume and hard is not None:
-        raise ConfigError("a run goes on with the mined lists that it has", field="hard")
+        raise ConfigError(
+            "a run goes on with the mined lists that it has", field="hard", hint="leave out --hard"
+        )
     if resume:
         check_resumable(run_folder, config, dataset.identity)
         place_run(run_folder, config)
@@ -109,18 +117,30 @@ def train(
     return TrainResult(
         run_folder=run_folder,
         epochs=state.epoch,
+        max_epochs=config.epochs,
         steps=state.step,
         best_epoch=state.best_epoch,
         best_value=state.best_value,
     )
 
 
-def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path | None) -> None:
-    if (run_folder / MANIFEST_NAME).exists():
+def check_folders(data_folder: Path, run_folder: Path, *, resume: bool) -> None:
+    """What ``train`` refuses at a glance; for callers that start a cluster first.
+
+    Raises:
+        NotFound: no dataset there, or no run to resume. ConfigError: a run is in the way.
+    """
+    open_dataset(data_folder, verify=False)
+    if resume:
+        open_run(run_folder)
+    elif (run_folder / MANIFEST_NAME).exists():
         raise ConfigError(
             f"{run_folder}: holds a run already",
-            hint="resume it, or train into another folder",
+            hint="--resume goes on with it, --run names another folder",
         )
+
+
+def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path | None) -> None:
     # before anything is written: a declared run keeps its batch size
     examples = len(train_lists(dataset, config.fitted_splits).items)
     check_batch(config.batch_size, config.num_workers, examples)
@@ -143,7 +163,7 @@ def _check_memory(config: TrainingConfig, total_steps: int) -> None:
             field="loss.memory_warmup_steps",
             expected=f"< {total_steps}, the steps of the run",
             got=str(loss.memory_warmup_steps),
-            hint="or set loss.memory_size to 0",
+            hint="or --set training.loss.memory_size=0",
         )
 
 
@@ -156,6 +176,7 @@ def _hard_lists(config: TrainingConfig, dataset: Dataset, table: Path | None) ->
             field="loss.hard_negatives",
             expected=">= 1",
             got="0",
+            hint="--set training.loss.hard_negatives=1, or leave out --hard and --mine-every",
         )
     if every:
         check_per_user(per_row, config.mining.per_user, "mining")
@@ -165,7 +186,7 @@ def _hard_lists(config: TrainingConfig, dataset: Dataset, table: Path | None) ->
         return None
     lists = load_hard(table, dataset, fit_splits=config.fit_splits, per_row=per_row)
     if not len(lists.items):
-        raise ConfigError(f"{table}: there is no negative in it", field="hard", hint="mine again")
+        raise ConfigError(f"{table}: there is no negative in it", field="hard", hint="mine another")
     return lists
 
 
@@ -188,7 +209,7 @@ def _use_gpu(config: TrainingConfig) -> bool:
             field="device",
             expected=f"{config.num_workers}, one a worker",
             got=str(found),
-            hint="train with device: cpu, or with fewer workers",
+            hint="--set training.device=cpu, or fewer --workers",
         )
     return found >= config.num_workers
 
@@ -207,6 +228,8 @@ def _train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) ->
     try:
         with _interrupt_handler_kept():
             trainer.fit()
+    except SystemExit as error:  # how Ray Train leaves after Ctrl-C, once it has ended the ranks
+        raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         raise _cause(error) from error
 
@@ -229,7 +252,7 @@ def _cause(error: TrainingFailedError) -> ShardlineError:
     return Unavailable(
         "training failed",
         got=first[-1] if first else type(error).__name__,
-        hint="resume it: it goes on from its newest checkpoint",
+        hint="--resume goes on from its newest checkpoint",
     )
 
 

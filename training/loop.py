@@ -78,9 +78,11 @@ def train_rank(
         trainer.log = RunLog(run_folder / LOG, on_event, config.batch_size)
         trainer.log_start(state)
     state = replace(state, world=sampler.world, precision=trainer.precision)
-    while state.epoch < config.epochs and state.stale < config.validation.patience:
+    while not state.has_ended(config):
         state = trainer.epoch(state)
         trainer.save(state)
+    if trainer.log is not None:
+        trainer.log_end(state)
     if gather.world_size() > 1:
         dist.barrier()  # nobody leaves before the last checkpoint is complete
     return state

@@ -62,7 +62,8 @@ def check_hard(config: LossConfig, hard: Csr | None, num_users: int) -> None:
             field="loss.hard_negatives",
             expected=f"lists of {num_users} users",
             got="none" if hard is None else f"lists of {len(hard.indptr) - 1}",
-            hint="mine them first, or set loss.hard_negatives to 0",
+            hint="--hard names a table of `shardline mine`, --mine-every N mines while it trains; "
+            "or --set training.loss.hard_negatives=0",
         )
 
 

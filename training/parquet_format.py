@@ -28,12 +28,17 @@ def read_parquet(source: Path, config: ImportConfig, report: ImportReport) -> So
     ):
         seen = _column(table, column, name)
         path = None if is_file or file is None else source / file
-        listed = _parquet(path) if path is not None and path.exists() else None
+        # a file that was asked for by name has to be there, the default one need not
+        is_named = f"{kind}s_file" in config.model_fields_set
+        listed = _parquet(path) if path is not None and (is_named or path.exists()) else None
         base = pa.chunked_array([seen.unique()])
         if listed is not None:
             base = _column(listed, column, str(file))
+            _refuse_other_ids(seen, base, f"{name}: {column}", str(file))
         if len(base.unique()) != len(base):
-            raise DataError("ids occur twice", field=f"{file}: {column}", expected="unique ids")
+            raise DataError(
+                "ids occur twice", field=f"{file}: {column}", expected="one row for each id"
+            )
         mapping = _Mapping(base)
         ids[kind] = mapping(seen)
         features[kind] = _with_ids(listed, column, f"{kind}_id", mapping, base)
@@ -64,6 +69,19 @@ class _Mapping:
         codes = distinct.indices.to_numpy()
         mapped: IdArray = np.array(values, dtype=np.int64)[codes]
         return mapped
+
+
+def _refuse_other_ids(
+    seen: pa.ChunkedArray, listed: pa.ChunkedArray, field: str, file: str
+) -> None:
+    """DataError where one side has numbers and the other texts: none of them would be found."""
+    if pa.types.is_integer(seen.type) != pa.types.is_integer(listed.type):
+        raise DataError(
+            "ids of another type",
+            field=field,
+            expected=f"{listed.type}, as in {file}",
+            got=str(seen.type),
+        )
 
 
 def _with_ids(
@@ -125,13 +143,21 @@ def _parquet(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not readable as Parquet", got=str(error)) from error
+        raise DataError(
+            f"{path}: not readable as Parquet",
+            got=str(error).splitlines()[0],
+            hint="docs/DATA.md shows how CSV becomes Parquet",
+        ) from error
 
 
 def _column(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
     if column not in table.column_names:
         raise DataError(
-            "missing column", field=f"{name}: {column}", got=", ".join(table.column_names)
+            "missing column",
+            field=f"{name}: {column}",
+            got=", ".join(table.column_names),
+            hint="--user-column, --item-column and --time-column name yours; "
+            "--time-column none takes the order of the rows",
         )
     if table[column].null_count:
         raise DataError(

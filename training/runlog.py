@@ -1,10 +1,11 @@
 """The log of a run: one JSON object a line, appended, so that a resumed run goes on in it.
 
 Every line has ``event``, ``time`` (s since 1970), ``epoch`` (of the step, from 1) and ``step``
-(optimiser steps done). Events: start, step, validation, mining. Loss, shares and logits of a step
-line are means over the ranks at that step. examples_per_s and gathered_bytes are of the steps since
-the line before or the epoch's start, without validation, mining and checkpoints; gathered_bytes
-came to rank 0 a step from the others, without the dense gradients, which are reduced.
+(optimiser steps done). Events: start, step, validation, mining, end; the last one says whether it
+was early and which epoch is kept. Loss, shares and logits of a step line are means over the ranks
+at that step. examples_per_s and gathered_bytes are of the steps since the line before or the
+epoch's start, without validation, mining and checkpoints; gathered_bytes came to rank 0 a step from
+the others, without the dense gradients, which are reduced.
 """
 
 import json
@@ -60,7 +61,9 @@ class RunLog:
                 file.write(json.dumps(event, allow_nan=False) + "\n")
         except OSError as error:
             raise Unavailable(
-                f"{self._path}: cannot be written", got=str(error), hint="free space, then resume"
+                f"{self._path}: cannot be written",
+                got=str(error),
+                hint="make room, then train with --resume",
             ) from error
         if self._on_event is not None:
             self._on_event(event)

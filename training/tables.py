@@ -278,7 +278,9 @@ def _refuse_existing(path: Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise DataError(f"{path}: already exists", hint="choose another folder, or overwrite it")
+        raise DataError(
+            f"{path}: already exists", hint="name another folder, or --overwrite to replace it"
+        )
     try:  # only ever delete what is a dataset
         read_manifest(path, kind=KIND, version=VERSION)
     except NotFound as error:

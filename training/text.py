@@ -87,7 +87,7 @@ def embed_items(
     texts = strings(column_of(items, column, ITEMS), ITEMS, column)
     if name in items.column_names:
         raise DataError(
-            "column occurs twice", field=f"{ITEMS}: {name}", hint="choose another name for it"
+            "column occurs twice", field=f"{ITEMS}: {name}", hint="--name gives it another name"
         )
     vectors = TextEncoder(model, device).encode(texts.to_pylist(), progress)
     return write_dataset(

@@ -141,7 +141,7 @@ def _malformed(
 ) -> None:
     message = f"{path.name}:{number}: {error}"
     if config.on_error == "raise":
-        raise DataError(message, hint='on_error="skip" leaves such lines out') from error
+        raise DataError(message, hint="--on-error skip leaves such lines out") from error
     report.malformed += 1
     report.note(message)
 

@@ -139,6 +139,21 @@ class Trainer:
             sparse_tables=self.optimiser.sparse,
         )
 
+    def log_end(self, state: TrainState) -> None:
+        """The line a run ends with: whether before its last epoch, and which epoch is kept."""
+        assert self.log is not None
+        self.log.write(
+            "end",
+            epoch=state.epoch,
+            step=state.step,
+            early=state.epoch < self.config.epochs,
+            epochs=self.config.epochs,
+            metric=f"recall@{self.config.validation.k}",
+            best=state.best_value,
+            validations_since_best=state.stale,
+            kept_epoch=state.epoch if state.best_epoch is None else state.best_epoch,
+        )
+
     def _stateful(self) -> dict[str, Any]:
         return {MODEL: self.model, "optimiser": self.optimiser, "loss": self.loss_step.state}
 
@@ -262,7 +277,8 @@ class _Watch:
                 "the loss or its gradient is no finite number any more",
                 field="optimiser.learning_rate",
                 got=f"step {int(self._first)}, in epoch {state.epoch + 1}",
-                hint=f"lower it, or set optimiser.clip_norm; {kept} is as it was",
+                hint="lower it with --set training.optimiser.learning_rate, or set "
+                f"training.optimiser.clip_norm; {kept} is as it was",
             )
 
 

@@ -11,7 +11,7 @@ import click
 from cluster.cli import Settings
 from cluster.commands.address import address_of, key_file_option
 from cluster.commands.budget import measure_budget, print_budget
-from cluster.commands.model import data_option, default_run, run_option
+from cluster.commands.model import data_option, default_run, run_option, unfinished_option
 from cluster.commands.remote import evaluate_cluster
 from cluster.commands.report import metric_rows, segment_rows
 from cluster.console import StageProgress, print_table
@@ -37,11 +37,13 @@ class Task:
     max_users: int | None
     with_segments: bool
     candidates: Candidates
+    unfinished: bool
 
 
 @click.command()
 @data_option
 @run_option
+@unfinished_option
 @click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
 @click.option(
     "--k", "ks", type=int, multiple=True, help="Cut-off, repeatable.  [default: 10 100 1000]"
@@ -68,6 +70,7 @@ def evaluate(
     settings: Settings,
     data: Path,
     run: Path | None,
+    unfinished: bool,
     split: str,
     ks: tuple[int, ...],
     url: str | None,
@@ -86,10 +89,11 @@ def evaluate(
     --url or --through-cluster the same users ask a running cluster. --budget asks a generation's
     indexes in this process, with their short cuts taken away one by one.
     """
-    _refuse_contradictions(budget, generation, candidates, segments, url or through_cluster)
+    through = bool(url or through_cluster)
+    _refuse_contradictions(budget, generation, candidates, segments, through, unfinished)
     dataset = open_dataset(data)
     cutoffs = ks or DEFAULT_KS
-    cluster = address_of(settings, url, key_file) if url or through_cluster else None
+    cluster = address_of(settings, url, key_file) if through else None
     if budget:
         with StageProgress() as progress:
             results = measure_budget(
@@ -100,7 +104,7 @@ def evaluate(
         return
     task = Task(
         dataset=dataset, split=split, ks=cutoffs, max_users=max_users,
-        with_segments=segments, candidates=candidates,
+        with_segments=segments, candidates=candidates, unfinished=unfinished,
     )  # fmt: skip
     subject = cluster or run or default_run(settings, data)
     with StageProgress() as progress:
@@ -136,6 +140,7 @@ def measure(subject: Address | Path, task: Task, progress: StageProgress) -> Col
         max_users=task.max_users,
         with_segments=task.with_segments,
         candidates=task.candidates,
+        unfinished=task.unfinished,
         progress=progress,
     )
     return {"model": found}
@@ -193,10 +198,20 @@ def json_report(columns: Columns, ceilings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _refuse_contradictions(
-    budget: bool, generation: int | None, candidates: str, segments: bool, through: object
+    budget: bool,
+    generation: int | None,
+    candidates: str,
+    segments: bool,
+    through: bool,
+    unfinished: bool,
 ) -> None:
     if generation is not None and not budget:
         raise InvalidInput("--generation is for --budget", field="generation")
+    if unfinished and (budget or through):
+        raise InvalidInput(
+            "--unfinished is for a run; a generation says in its model's version what it is",
+            field="unfinished", hint="leave out --budget, --url and --through-cluster",
+        )  # fmt: skip
     if budget and (segments or candidates != "all"):
         raise InvalidInput("--budget ranks all items, whole", field="budget")
     if candidates == "cold" and (segments or through):

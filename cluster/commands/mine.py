@@ -11,7 +11,7 @@ import click
 
 from cluster.cli import Settings
 from cluster.commands.address import address_of, key_file_option
-from cluster.commands.model import data_option, default_run, run_option
+from cluster.commands.model import data_option, default_run, run_option, unfinished_option
 from cluster.console import StageProgress
 from cluster.endpoint import Address
 from shards.schema import EMPTY_ID
@@ -49,6 +49,7 @@ class MiningReport:
 @click.command()
 @data_option
 @run_option
+@unfinished_option
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, for train."
 )
@@ -74,6 +75,7 @@ def mine(
     /,
     data: Path,
     run: Path | None,
+    unfinished: bool,
     out: Path,
     url: str | None,
     through_cluster: bool,
@@ -97,7 +99,10 @@ def mine(
     dataset, folder = open_dataset(data), run or default_run(settings, data)
     cluster = address_of(settings, url, key_file) if url or through_cluster else None
     with StageProgress() as progress:
-        mined, report = mine_run(folder, dataset, config, seed, cluster=cluster, progress=progress)
+        mined, report = mine_run(
+            folder, dataset, config, seed,
+            cluster=cluster, unfinished=unfinished, progress=progress,
+        )  # fmt: skip
     origin = Origin(
         model_version=report.model_version,
         fit_splits=report.fit_splits,
@@ -117,16 +122,18 @@ def mine_run(
     seed: int,
     *,
     cluster: Address | None,
+    unfinished: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Mined, MiningReport]:
     """All training users of a run's best model, by a cluster or, where it is None, exactly here.
 
     Raises:
         NotFound: no trained run. CorruptFile: its prepared data is not as it was written.
-        DataError: the run was trained on another dataset.
+        DataError: the run was trained on another dataset, or has not ended and ``unfinished`` is
+            not set.
         VersionMismatch: the cluster serves another model. Unavailable: it does not answer.
     """
-    run, model = load_best(run_folder)
+    run, model = load_best(run_folder, unfinished=unfinished)
     check_dataset(run_folder, dataset.identity)
     version = model_version(run, model, dataset)
     miner = build_miner(model, open_data(run_folder), config, seed)

@@ -11,8 +11,10 @@ from cluster.cli import Settings
 from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
 from cluster.launch import cores, ray_for
+from shards.files import MANIFEST_NAME
+from training.checkpoint import GO_ON
 from training.export import export as export_embeddings
-from training.launch import TrainResult
+from training.launch import TrainResult, check_folders
 from training.launch import train as train_model
 from training.plot import plot_run
 
@@ -23,6 +25,13 @@ run_option = click.option(
     "--run",
     type=click.Path(path_type=Path),
     help="Folder of the run.  [default: <store>/runs/<name of the data set's folder>]",
+)
+
+
+unfinished_option = click.option(
+    "--unfinished",
+    is_flag=True,
+    help="Take the best checkpoint so far of a training that has not ended.",
 )
 
 
@@ -73,8 +82,14 @@ def train(
             settings.extra_overrides.append(f"training.{key}={value}")
     run = run or default_run(settings, data)
     config = settings.config
-    with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
-        result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)
+    check_folders(data, run, resume=resume)  # before Ray, which takes seconds to start
+    try:
+        with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
+            result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)
+    except KeyboardInterrupt:
+        if (run / MANIFEST_NAME).exists():
+            click.echo(f"{run}: not finished; {GO_ON} from its newest checkpoint", err=True)
+        raise
     click.echo(describe_run(result))
     if plot:
         click.echo(plot_run(result.run_folder))
@@ -83,15 +98,21 @@ def train(
 @click.command()
 @data_option
 @run_option
+@unfinished_option
 @click.pass_obj
-def export(settings: Settings, data: Path, run: Path | None) -> None:
-    """Write the embeddings of all items, and the query encoder, as an embedding set."""
+def export(settings: Settings, data: Path, run: Path | None, unfinished: bool) -> None:
+    """Write the embeddings of all items, and the query encoder, as an embedding set.
+
+    With --unfinished the model's version ends in "-unfinished": in the embedding set, in what is
+    built from it, and in every answer.
+    """
     with StageProgress() as progress:
         embeddings = export_embeddings(
             run or default_run(settings, data),
             data,
             settings.store.root,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            unfinished=unfinished,
             progress=progress,
         )
     click.echo(
@@ -143,6 +164,9 @@ def train_with_progress(
                 f"epoch {event['epoch']}: mined in {event['seconds']:.1f} s, "
                 f"{event['starved_share']:.1%} of users starved"
             )
+        elif event["event"] == "end":
+            if event["early"]:
+                progress.note(describe_early_stop(event))
         elif event["world"] != event["world_before"]:
             progress.note(f"resumed with {event['world']} ranks, was {event['world_before']}")
 
@@ -151,9 +175,19 @@ def train_with_progress(
 
 def describe_run(result: TrainResult) -> str:
     """Where the run lies and what was kept, in one line."""
-    best = (
-        f"best validation recall {result.best_value:.4f} after epoch {result.best_epoch}"
+    kept = (
+        f"epoch {result.best_epoch} is kept, of the best validation recall {result.best_value:.4f}"
         if result.best_value is not None
-        else "nothing validated, the last epoch is kept"
+        else "nothing was validated, the last epoch is kept"
     )
-    return f"{result.run_folder}: {result.epochs} epochs, {result.steps} steps, {best}"
+    epochs = f"{result.epochs} of {result.max_epochs} epochs, {result.steps} steps"
+    return f"{result.run_folder}: {epochs}; {kept}"
+
+
+def describe_early_stop(event: dict[str, Any]) -> str:
+    """Why a run has stopped before its last epoch, by the last line of its log."""
+    return (
+        f"stopped early after epoch {event['epoch']} of {event['epochs']}: {event['metric']} has "
+        f"not risen in {event['validations_since_best']} validations since epoch "
+        f"{event['kept_epoch']} ({event['best']:.4f}); training.validation.patience says when"
+    )

@@ -1,5 +1,7 @@
 """A rank under Ray Train killed with -9: a clear error, or a restart, and the same model after."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards.errors import Unavailable
+from shards.errors import DataError, Unavailable
 from tests.integration.conftest import Cluster
 from tests.tiny import tiny_config, tiny_dataset
+from training.checkpoint import load_best
 from training.config import TrainingConfig
 from training.launch import train
 from training.runlog import read_log
@@ -53,11 +56,29 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
 
 
+def test_ctrl_c_is_an_interrupt_and_the_run_goes_on(tmp_path: Path, cluster: Cluster) -> None:
+    data = tiny_dataset(tmp_path / "data").path
+    sent: list[int] = []
+
+    def on_event(event: dict) -> None:
+        if not sent and event["event"] == "step" and event["step"] >= 8:
+            sent.append(event["step"])
+            os.kill(os.getpid(), signal.SIGINT)  # in this process, as a terminal would
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), data, tmp_path / "run", on_event=on_event)
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(DataError, match=r"training has not ended.*--resume"):
+        load_best(tmp_path / "run")
+    assert train(config(), data, tmp_path / "run", resume=True).steps == 150
+
+
 def test_a_killed_rank_ends_the_run_or_starts_it_again(tmp_path: Path, cluster: Cluster) -> None:
     data = tiny_dataset(tmp_path / "data").path
     whole = train(config(), data, tmp_path / "whole")
 
-    with pytest.raises(Unavailable, match=r"training failed.*resume it"):
+    with pytest.raises(Unavailable, match=r"training failed.*--resume goes on"):
         train(config(), data, tmp_path / "killed", on_event=killer())
     resumed = train(config(), data, tmp_path / "killed", resume=True)
     again = train(config(max_failures=1), data, tmp_path / "again", on_event=killer())

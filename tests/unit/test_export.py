@@ -100,7 +100,7 @@ def test_a_changed_catalogue_is_exported_anew(
     assert second.model_version != first.model_version
     assert (first.rows, second.rows) == (60, 65)
     assert export(run_folder, dataset.path, tmp_path, created_at=WHEN) == first
-    with pytest.raises(DataError, match=r"expected 'tiny' \(.*; got 'grown' \(.*; name the run's"):
+    with pytest.raises(DataError, match=r"expected 'tiny' \(.*; got 'grown' \(.*; --data names"):
         evaluate_exact(run_folder, grown)
 
 

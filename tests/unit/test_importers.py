@@ -164,8 +164,8 @@ def test_movielens_uses_its_own_split_when_present(tmp_path: Path) -> None:
             f"1|A|01-Jan-1995||u|{genres(1)[:-1]}2\n",
             r"u\.item:1: expected 19 genre flags 0 or 1",
         ),
-        ("u_data", "1\t1\t5\t100\n9\t1\t5\t7\n", r"u\.data:2: user in no table"),
-        ("u_data", "1\t3\t5\t100\n", r"u\.data:1: item in no table"),
+        ("u_data", "1\t1\t5\t100\n9\t1\t5\t7\n", r"u\.data:2: user not in the table of users"),
+        ("u_data", "1\t3\t5\t100\n", r"u\.data:1: item not in the table of items"),
     ],
 )
 def test_malformed_movielens_lines(tmp_path: Path, file: str, text: str, message: str) -> None:
@@ -180,7 +180,7 @@ def test_unknown_users_are_skipped_on_request(tmp_path: Path) -> None:
     report = import_dataset(Format.MOVIELENS_100K, source, tmp_path / "out", SKIP)
     assert (report.unknown_users, report.unknown_items) == (2, 1)
     assert rows_of(tmp_path / "out", "train") == [(1, 1, 1)]
-    assert report.examples[0] == "u.data:2: user in no table"
+    assert report.examples[0] == "u.data:2: user not in the table of users"
 
 
 def write_tables(folder: Path, **tables: dict[str, Any]) -> Path:
@@ -243,7 +243,10 @@ def test_parquet_from_a_single_file_keeps_ids_and_split(tmp_path: Path) -> None:
             "timestamp: wrong type.*got double",
         ),
         ({"interactions": CLICKS | {"split": ["train", "dev", "test"]}}, "split: unknown.*'dev'"),
-        ({"interactions": CLICKS, "users": {"user_id": [4]}}, "row 2: user in no table"),
+        (
+            {"interactions": CLICKS, "users": {"user_id": [4]}},
+            "row 2: user not in the table of users",
+        ),
         (
             {"interactions": CLICKS, "users": {"user_id": [4, 9, 9]}},
             "users.parquet: user_id: ids occur",
@@ -256,6 +259,14 @@ def test_parquet_from_a_single_file_keeps_ids_and_split(tmp_path: Path) -> None:
             {"interactions": CLICKS, "users": {"user_id": [4, 9], "age": [1, None]}},
             "users.parquet: age: missing values",
         ),
+        (
+            {"interactions": CLICKS, "items": {"item_id": ["1", "2"], "price": [1, 2]}},
+            r"interactions.parquet: item_id: ids of another type; expected string, as in items",
+        ),
+        (
+            {"interactions": {"customer": [4], "item_id": [1], "timestamp": [5]}},
+            r"user_id: missing column; got customer, item_id, timestamp; --user-column",
+        ),
     ],
 )
 def test_bad_parquet_tables(tmp_path: Path, tables: dict[str, Any], message: str) -> None:
@@ -263,6 +274,16 @@ def test_bad_parquet_tables(tmp_path: Path, tables: dict[str, Any], message: str
     with pytest.raises(DataError, match=message):
         import_dataset(Format.PARQUET, source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_asked_for_by_name_must_be_there(tmp_path: Path) -> None:
+    source = write_tables(tmp_path / "s", interactions=CLICKS)
+    with pytest.raises(NotFound, match=r"people\.parquet: no such file"):
+        import_dataset(
+            Format.PARQUET, source, tmp_path / "out", ImportConfig(users_file="people.parquet")
+        )
+    derived = import_dataset(Format.PARQUET, source, tmp_path / "out")
+    assert (derived.users, derived.items) == (2, 2)
 
 
 def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:

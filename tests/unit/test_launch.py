@@ -1,6 +1,8 @@
 """Launching without Ray: what is checked before it, and what becomes of the errors of ranks."""
 
 import json
+import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -9,9 +11,10 @@ from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
 from shards.errors import ConfigError, InvalidInput, NotFound, Unavailable
-from tests.tiny import tiny_config, tiny_dataset
+from tests.tiny import declared_run, tiny_config, tiny_dataset
+from training import launch
 from training.evaluate import evaluate_exact
-from training.launch import _cause, _followed, _line_start, train
+from training.launch import _cause, _followed, _line_start, check_folders, train
 
 
 def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> None:
@@ -19,9 +22,11 @@ def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> No
     events: list[dict] = []
     result = train(tiny_config(), dataset.path, tmp_path / "run", on_event=events.append)
     assert (result.epochs, result.steps) == (2, 20)
-    assert [event["event"] for event in events] == ["start", *["step", "validation"] * 2]
+    assert [event["event"] for event in events] == ["start", *["step", "validation"] * 2, "end"]
+    assert (events[-1]["early"], events[-1]["epoch"]) == (False, 2)
+    assert events[-1]["kept_epoch"] == result.best_epoch
     assert 0 < (result.best_value or 0) <= 1
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match=r"holds a run already; --resume .* --run names another"):
         train(tiny_config(), dataset.path, tmp_path / "run")
     again = train(tiny_config(), dataset.path, tmp_path / "run", resume=True)
     assert again == result
@@ -101,7 +106,39 @@ def test_an_error_of_a_rank_comes_back_as_itself() -> None:
 def test_other_errors_become_one_line() -> None:
     error = _cause(failed_ranks(RuntimeError("first\nlast line")))
     assert isinstance(error, Unavailable)
-    assert str(error).startswith("training failed; got last line; resume it")
+    assert str(error).startswith("training failed; got last line; --resume goes on")
+
+
+def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted:
+        def __init__(self, *arguments: object, **settings: object) -> None:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+        def fit(self) -> None:
+            sys.exit(1)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(launch, "TorchTrainer", Interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch._train_under_ray(tiny_config(num_workers=2), False, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_folders_are_checked_without_a_cluster(tmp_path: Path) -> None:
+    dataset, run = tiny_dataset(tmp_path / "data"), tmp_path / "run"
+    with pytest.raises(NotFound, match="no complete dataset"):
+        check_folders(tmp_path / "nowhere", run, resume=False)
+    with pytest.raises(NotFound, match="no complete training run"):
+        check_folders(dataset.path, run, resume=True)
+    check_folders(dataset.path, run, resume=False)
+    declared_run(run, tiny_config(), dataset)
+    check_folders(dataset.path, run, resume=True)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        check_folders(dataset.path, run, resume=False)
 
 
 def test_the_log_is_followed_line_by_line(tmp_path: Path) -> None:
