@@ -26,8 +26,8 @@ from cluster.launch import cores
 from router.config import RouterConfig
 from router.fanout import Fanout
 from router.merge import merge_top_k
-from shards.huge_pages import use_huge_pages
 from shards.schema import FloatArray, Metric
+from shards.settle import settle
 from shards.types import RoutingTable, SearchParams, SearchRequest
 from shards.wire import encode_frame
 
@@ -77,9 +77,7 @@ async def _fan_out(
             )
         assert found.coverage.share == 1.0
 
-    gc.collect()
-    gc.freeze()  # as a router replica does
-    use_huge_pages()
+    settle()  # as a router replica does
     try:
         return await _timed(once, rate, count)
     finally:

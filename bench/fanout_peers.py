@@ -1,7 +1,6 @@
 """The other ends of ``bench.fanout``: shard servers without an index, and echoes, as processes."""
 
 import asyncio
-import gc
 import multiprocessing
 import secrets
 import socket
@@ -14,8 +13,8 @@ import numpy as np
 import uvloop
 
 from shards.errors import ShardlineError
-from shards.huge_pages import use_huge_pages
 from shards.server import ShardServer
+from shards.settle import settle
 from shards.shard import Shard
 from shards.types import SearchReply, SearchRequest, ShardRoute
 
@@ -111,9 +110,7 @@ def _serve_shard(
     server = ShardServer(PreparedShard(shard, dim=dim, k=k, shards=shards), secret=secret)
     _, port = server.bind()
     server.start(epoch=1)
-    gc.collect()
-    gc.freeze()  # as a shard actor does
-    use_huge_pages()
+    settle()  # as a shard actor does
     pipe.send(port)
     _wait_closed(pipe)
     server.stop()

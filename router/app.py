@@ -7,7 +7,6 @@ controller; while the controller is away the replica serves on with the table it
 
 import asyncio
 import contextlib
-import gc
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -21,8 +20,8 @@ from router.auth import AuthSettings, Guard
 from router.config import RouterConfig
 from router.front import Front
 from router.service import SearchService
-from shards.huge_pages import use_huge_pages
 from shards.ray_metrics import RayExporter
+from shards.settle import settle
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +98,7 @@ class RouterReplica:
         self._following = [asyncio.ensure_future(each) for each in follow]
         await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
         self._exporter = RayExporter(self._service.recorder, self._service.refresh_metrics)
-        gc.collect()
-        gc.freeze()  # Ray and the web framework stay: collecting over them takes 50 ms
-        use_huge_pages()
+        settle()
 
     async def stop(self) -> None:
         """Stops following, closes the shard connections."""

@@ -4,7 +4,6 @@ A thin shell around ``Shard`` and ``ShardServer``. Ray supervises and restarts i
 through Ray. A restart runs the constructor again, which registers the new address by itself.
 """
 
-import gc
 import logging
 import os
 import time
@@ -15,10 +14,10 @@ import psutil
 import ray
 
 from shards.generation import read_generation
-from shards.huge_pages import use_huge_pages
 from shards.index_spec import Device
 from shards.ray_metrics import RayExporter
 from shards.server import ShardServer
+from shards.settle import settle
 from shards.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -46,9 +45,7 @@ class ShardActor:
             host = ray.util.get_node_ip_address()
         self._server = ShardServer(self._shard, secret=secret, host=host, threads=threads)
         self._address = self._server.bind()
-        gc.collect()
-        gc.freeze()  # what is loaded stays: a full collection over it would hold up searches
-        use_huge_pages()
+        settle()
         self._controller = controller
         self._server.start(epoch=self._register())
         self._exporter = RayExporter(self._server.recorder, self._server.refresh_metrics)
