@@ -56,12 +56,16 @@ class BuildPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedPlan:
-    """A plan that can be carried out: the whole corpus, the index it gets, the cut into shards."""
+    """A plan that can be carried out: the whole corpus, the index it gets, the cut into shards.
+
+    seconds: what it took to open, check and cut the corpus.
+    """
 
     plan: BuildPlan
     corpus: EmbeddingSet
     index: ResolvedIndex
     cut: Partition
+    seconds: float
 
 
 def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
@@ -72,10 +76,12 @@ def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
         ConfigError: the index cannot be built over this corpus.
         InvalidInput: more shards than items.
     """
+    started = time.perf_counter()
     corpus = open_embedding_set(embeddings)
     index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
     cut = partition(corpus.item_ids(), plan.num_shards, plan.partitioning)
-    return CheckedPlan(plan=plan, corpus=corpus, index=index, cut=cut)
+    seconds = time.perf_counter() - started
+    return CheckedPlan(plan=plan, corpus=corpus, index=index, cut=cut, seconds=seconds)
 
 
 def build_generation(
@@ -98,7 +104,10 @@ def build_generation(
 def build_checked(
     store: Store, checked: CheckedPlan, *, run_jobs: RunJobs, progress: Progress
 ) -> GenerationManifest:
-    """``build_generation`` with the cheap part behind it. Its seconds are those of this part."""
+    """``build_generation`` with the checks behind it.
+
+    The build's seconds are those of both parts, not of what the caller did between them.
+    """
     started = time.perf_counter()
     plan, corpus, index = checked.plan, checked.corpus, checked.index
     number = store.next_generation()
@@ -129,7 +138,7 @@ def build_checked(
             template=files.describe_file(staging, TEMPLATE_NAME),
             query_encoder=_copy_encoder(corpus, staging),
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            quality=_quality(built, train_seconds, time.perf_counter() - started),
+            quality=_quality(built, train_seconds, checked.seconds + time.perf_counter() - started),
         )
         write_generation(staging, manifest)
     return manifest

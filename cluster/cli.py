@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,14 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _with_place(error).show()
         sys.exit(error.exit_code)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the one border where all become a line and a code
         if is_verbose:
-            raise
+            traceback.print_exc()
         known = as_known(error)
+        where = "" if is_verbose or known is error else "; -v shows where"
         if known is None:
-            click.echo(f"internal error: {type(error).__name__}: {error}; -v shows where", err=True)
+            click.echo(f"internal error: {type(error).__name__}: {error}{where}", err=True)
             sys.exit(DEFECT)
-        click.echo(f"error: {known}", err=True)
+        click.echo(f"error: {known}{where}", err=True)
         sys.exit(exit_code(known))
     sys.exit(code if isinstance(code, int) else 0)
 

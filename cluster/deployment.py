@@ -107,7 +107,7 @@ def start_serving(
         )
     )
     try:
-        _wait_loaded(controller, store, number, config.cluster.start_timeout_s)
+        _wait_loaded(controller, store, number, config.cluster.start_timeout_s, on_stage)
         on_stage("starting the HTTP front end")
         _start_router(config, port, secret, keys.auth)
         url = f"http://{_reachable(config.cluster.http_host)}:{port}"
@@ -161,12 +161,23 @@ def shard_reports() -> list[dict[str, Any]]:
 
 
 def _wait_loaded(
-    controller: "ActorHandle[Controller]", store: Store, number: int, timeout_s: float
+    controller: "ActorHandle[Controller]",
+    store: Store,
+    number: int,
+    timeout_s: float,
+    on_stage: Callable[[str], None],
 ) -> None:
     """Returns once every shard answers; raises as ``serving``."""
     try:
         wait_ready(controller, timeout_s)
-    except Unavailable as error:  # what a shard raised comes as text: find the file it was about
+    except Unavailable as error:
+        # What a shard raised comes as text. One that refused its files names a path of them; a
+        # timeout or too few CPUs names none, and is no reason to read every byte.
+        if str(store.generation(number)) not in str(error):
+            raise
+        on_stage(
+            f"a shard refused its files: checking generation {number}, then what can be served"
+        )
         damage = find_damage(store, number)
         if damage is None:
             raise

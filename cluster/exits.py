@@ -8,6 +8,7 @@ import errno
 import itertools
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ REASONS: dict[int, tuple[str, str | None]] = {
     errno.EPERM: ("not permitted", "choose another path, or change who may use this one"),
     errno.ENOTDIR: ("not a folder, or below something that is none", "choose another path"),
     errno.EISDIR: ("a folder, where a file is needed", None),
-    errno.EEXIST: ("exists already", "remove it, or choose another path"),
+    errno.EEXIST: ("exists already", "another command has just written it; run again"),
     errno.ENAMETOOLONG: ("a name too long for this file system", None),
     errno.EROFS: ("a read-only file system", "choose a path on another"),
     errno.ENOSPC: (NO_ROOM, MAKE_ROOM),
@@ -65,8 +66,12 @@ REASONS: dict[int, tuple[str, str | None]] = {
     errno.EFBIG: ("larger than a file may be here", "see `ulimit -f`"),
     errno.EIO: ("the disk does not read or write it", "look for its errors in `dmesg`"),
 }
+NO_FOLDER = ("a file, where a folder is needed", "remove it, or choose another path")
+# what the disk says of itself; anything else without a path did not come from a path of the user's
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # libraries written in C++ and Rust say so in words, and lose the number
 NO_ROOM_TEXT = re.compile(r"No space left on device|\d+ requested and \d+ written")
+SAYERS = (("pyarrow", "ArrowException"), ("safetensors", "SafetensorError"))
 TEMPORARY = re.compile(r"\..+\.tmp")  # as `shards.files` names what is not complete yet
 
 
@@ -82,19 +87,24 @@ def as_known(error: BaseException) -> ShardlineError | None:
     """The error in our terms: itself, or what it says about a path; None for a defect."""
     if isinstance(error, ShardlineError):
         return error
-    number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, FileExistsError):  # ours carries the path alone
-        number = errno.EEXIST
-    if isinstance(error, OSError) and number in REASONS:
-        reason, hint = REASONS[number]
+    if isinstance(error, OSError):
+        # our FileExistsError carries the path alone
+        number = errno.EEXIST if isinstance(error, FileExistsError) else error.errno
         path = _path_of(error)
-        if number == errno.EEXIST and path is not None and path.is_file():
-            reason = "a file, where a folder is needed"
-        kind = NotFound if number == errno.ENOENT else DataError
-        return kind(reason if path is None else f"{path}: {reason}", hint=hint)
-    if NO_ROOM_TEXT.search(str(error)):
+        if number in REASONS and (path is not None or number in OF_THE_DISK):
+            is_file = number == errno.EEXIST and path is not None and path.is_file()
+            reason, hint = NO_FOLDER if is_file else REASONS[number]
+            kind = NotFound if number == errno.ENOENT else DataError
+            return kind(reason if path is None else f"{path}: {reason}", hint=hint)
+    if isinstance(error, _sayers()) and NO_ROOM_TEXT.search(str(error)):
         return DataError(NO_ROOM, hint=MAKE_ROOM)
     return None
+
+
+def _sayers() -> tuple[type[BaseException], ...]:
+    """The errors that may tell of a full disk in words; a library not imported raised none."""
+    foreign = (getattr(sys.modules.get(module), name, OSError) for module, name in SAYERS)
+    return (OSError, RuntimeError, *foreign)
 
 
 def _path_of(error: OSError) -> Path | None:

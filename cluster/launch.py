@@ -6,6 +6,7 @@ removes it whole: Serve first (HAProxy outlives a plain ``ray stop``), then Ray,
 """
 
 import contextlib
+import errno
 import functools
 import io
 import logging
@@ -136,12 +137,17 @@ def free_port() -> int:
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could bind this port on every interface now."""
+    """Whether a server could bind this port now; raises Unavailable if this user never may."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
-        except OSError:
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise Unavailable(
+                    f"this user may not listen on port {port}",
+                    hint="those below 1024 are root's: `shardline serve --port 8000` takes another",
+                ) from error
             return False
         return True
 

@@ -25,7 +25,7 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
     """The number of the generation to serve; generation None: the live one.
 
     Raises:
-        Unavailable: the store is served already, or the port is taken.
+        Unavailable: the store is served already, or its port cannot be listened on.
         NotFound: there is no such generation.
         CorruptFile, NewerFormat: its manifest or its query encoder cannot be used; the hint says
             what can be done.
@@ -37,7 +37,7 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
 
 
 def check_http_port(config: ShardlineConfig) -> None:
-    """Raises Unavailable when something listens on this machine's HTTP port already."""
+    """Raises Unavailable when this machine's HTTP port is taken, or not this user's to take."""
     port = config.cluster.http_port
     if config.cluster.address == "local" and port and not port_is_free(port):
         raise Unavailable(
@@ -80,17 +80,18 @@ def find_damage(store: Store, number: int) -> ShardlineError | None:
 
 
 def with_way_back(error: ShardlineError, store: Store, number: int) -> ShardlineError:
-    """The error of a damaged generation with what can be served instead as its hint.
+    """The error of a damaged generation with what can be served instead added to its hint.
 
     Reads the other generations, newest first, until one is whole.
     """
     whole = next(_whole(store, number), None)
+    way = _another([] if whole is None else [whole])
     return type(error)(
         error.message,
         field=error.field,
         expected=error.expected,
         got=error.got,
-        hint=_another([] if whole is None else [whole]),
+        hint=f"{error.hint}; {way}" if error.hint else way,
     )
 
 

@@ -53,10 +53,10 @@ class ImportConfig(BaseModel):
         default=1, ge=1, le=5, description="MovieLens ratings below are left out"
     )
     users_file: str | None = Field(
-        default="users.parquet", description="below the source; None derives users"
+        default="users.parquet", description="in the source's folder; None derives users"
     )
     items_file: str | None = Field(
-        default="items.parquet", description="below the source; None derives items"
+        default="items.parquet", description="in the source's folder; None derives items"
     )
     interactions_file: str = Field(
         default="interactions.parquet", description="below the source, or the source itself"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import ray
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -32,6 +33,7 @@ from training.checkpoint import (
     Run,
     check_resumable,
     latest_state,
+    open_data,
     open_run,
     place_run,
     start_run,
@@ -40,7 +42,7 @@ from training.config import TrainingConfig
 from training.features import fit
 from training.hard_negatives import check_per_user, load_hard
 from training.infer import infer_config
-from training.loop import HARD, train_rank
+from training.loop import HARD, given_lists, train_rank
 from training.metrics import Csr
 from training.negatives import check_hard
 from training.prepared import prepare, train_lists
@@ -85,7 +87,8 @@ def train(
     on_event gets every line of the log (``training.runlog``): "start", "step" (step, total_steps,
     loss, in_batch_accuracy, examples_per_s, ...), "validation" (epoch, recall@k). resume: go on
     from the newest checkpoint of the same configuration and data; how many ranks there are, and
-    how often they write, may be another one. hard: table of mined negatives to start with.
+    how often they write, may be another one. hard: table of mined negatives to start with; a
+    resumed run goes on with the lists that it has, and takes no table but that of its start.
 
     Raises:
         ConfigError, DataError: settings or data that do not fit, are not the ones resumed, or ask
@@ -98,12 +101,10 @@ def train(
     dataset = open_dataset(data_folder)
     config = infer_config(config, dataset)
     use_gpu = _use_gpu(config)
-    if resume and hard is not None:
-        raise ConfigError(
-            "a run goes on with the mined lists that it has", field="hard", hint="leave out --hard"
-        )
     if resume:
         check_resumable(run_folder, config, dataset.identity)
+        if hard is not None:
+            _check_same_hard(config, dataset, run_folder, hard)
         place_run(run_folder, config)
     else:
         _start(config, dataset, run_folder, hard)
@@ -190,6 +191,25 @@ def _hard_lists(config: TrainingConfig, dataset: Dataset, table: Path | None) ->
     return lists
 
 
+def _check_same_hard(
+    config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path
+) -> None:
+    per_row = config.loss.hard_negatives
+    lists = load_hard(table, dataset, fit_splits=config.fit_splits, per_row=per_row)
+    open_data(run_folder)  # for its checksums, which are of the lists too
+    before = given_lists(run_folder)
+    if (
+        before is None
+        or not np.array_equal(before.indptr, lists.indptr)
+        or not np.array_equal(before.items, lists.items)
+    ):
+        raise ConfigError(
+            f"{table}: the run was not started with these mined lists",
+            field="hard",
+            hint="leave out --hard to go on as it was started; --run names another folder",
+        )
+
+
 def _use_gpu(config: TrainingConfig) -> bool:
     if config.num_workers > 1 and not ray.is_initialized():
         raise Unavailable(
@@ -228,7 +248,10 @@ def _train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) ->
     try:
         with _interrupt_handler_kept():
             trainer.fit()
-    except SystemExit as error:  # how Ray Train leaves after Ctrl-C, once it has ended the ranks
+    except SystemExit as error:
+        if error.code not in (0, None):  # SIGTERM, which Ray makes an exit with its number
+            raise
+        # how Ray Train leaves after Ctrl-C, once it has ended the ranks
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         raise _cause(error) from error

@@ -88,6 +88,12 @@ def train_rank(
     return state
 
 
+def given_lists(run_folder: Path) -> Csr | None:
+    """The mined lists that the run was started with; checksums are the caller's matter."""
+    given = run_folder / CACHE / HARD
+    return lists_from_tensors(load_file(given)) if given.exists() else None
+
+
 def _first_lists(
     run_folder: Path,
     config: TrainingConfig,
@@ -100,7 +106,7 @@ def _first_lists(
         return lists_from_tensors(parts[MINED])
     if not config.loss.hard_negatives:
         return None
-    given = run_folder / CACHE / HARD
-    if given.exists():
-        return lists_from_tensors(load_file(given))
+    given = given_lists(run_folder)
+    if given is not None:
+        return given
     return mined_lists(model, data, config, 0) if config.mining.every_epochs else None

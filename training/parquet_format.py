@@ -16,10 +16,18 @@ from training.tables import ORIGINAL_ID
 
 
 def read_parquet(source: Path, config: ImportConfig, report: ImportReport) -> Source:
-    """Three tables, or the interactions alone; a table that is not there is derived."""
+    """Three tables, or the interactions alone; a table that is not there is derived.
+
+    Where the source is the interactions' file, tables beside it are read only if they are named.
+
+    Raises:
+        NotFound: no interactions there, or no table of a name that was asked for.
+        DataError: a table that is no Parquet, or is not as docs/DATA.md says.
+    """
     is_file = source.is_file()
     name = source.name if is_file else config.interactions_file
-    table = _parquet(source if is_file else source / name)
+    folder = source.parent if is_file else source
+    table = _parquet(folder / name)
     ids = {}
     features = {}
     for kind, column, file in (
@@ -27,9 +35,9 @@ def read_parquet(source: Path, config: ImportConfig, report: ImportReport) -> So
         ("item", config.item_column, config.items_file),
     ):
         seen = _column(table, column, name)
-        path = None if is_file or file is None else source / file
         # a file that was asked for by name has to be there, the default one need not
         is_named = f"{kind}s_file" in config.model_fields_set
+        path = None if file is None or (is_file and not is_named) else folder / file
         listed = _parquet(path) if path is not None and (is_named or path.exists()) else None
         base = pa.chunked_array([seen.unique()])
         if listed is not None:

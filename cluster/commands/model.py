@@ -12,7 +12,7 @@ from cluster.config import ShardlineConfig
 from cluster.console import StageProgress
 from cluster.launch import cores, ray_for
 from shards.files import MANIFEST_NAME
-from training.checkpoint import GO_ON
+from training.checkpoint import GO_ON, latest_state, open_run
 from training.export import export as export_embeddings
 from training.launch import TrainResult, check_folders
 from training.launch import train as train_model
@@ -88,7 +88,7 @@ def train(
             result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)
     except KeyboardInterrupt:
         if (run / MANIFEST_NAME).exists():
-            click.echo(f"{run}: not finished; {GO_ON} from its newest checkpoint", err=True)
+            say_how_to_go_on(run)
         raise
     click.echo(describe_run(result))
     if plot:
@@ -171,6 +171,15 @@ def train_with_progress(
             progress.note(f"resumed with {event['world']} ranks, was {event['world_before']}")
 
     return train_model(config.training, data, run, on_event=on_event, resume=resume, hard=hard)
+
+
+def say_how_to_go_on(run: Path) -> None:
+    """Says how to go on with a run; nothing where Ctrl-C came after its training had ended."""
+    state = latest_state(run)
+    if state is None:
+        click.echo(f"{run}: no checkpoint yet; {GO_ON}, from its first step", err=True)
+    elif not state.has_ended(open_run(run).config):
+        click.echo(f"{run}: not finished; {GO_ON} from its newest checkpoint", err=True)
 
 
 def describe_run(result: TrainResult) -> str:

@@ -5,8 +5,11 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
+import numpy as np
+from httpx import URL, InvalidURL
 
 from cluster.cli import Settings
 from cluster.commands.address import address_of, key_file_option
@@ -25,14 +28,25 @@ OPTIONS = {
     "k": "-k",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
+# how the API speaks of an item that a shard which did not answer may hold
+UNSURE = "not found in the shards that answered"
+MOST = float(np.finfo(np.float32).max)
 API_ADVICE = ("send vectors or item_ids", "ask with --vector or --item")
 ID = click.IntRange(0, 2**63 - 1)  # ids are int64 and not negative
 
 
 def _checked_url(ctx: click.Context, option: click.Parameter, url: str | None) -> str | None:
-    if url is not None and not url.startswith(("http://", "https://")):
+    if url is not None and not (url.startswith(("http://", "https://")) and _has_host(url)):
         raise click.BadParameter(f"{url!r} is not of the form http://HOST:PORT")
     return url
+
+
+def _has_host(url: str) -> bool:
+    """And no port, or one that there can be, which httpx does not check."""
+    try:
+        return bool(URL(url).host) and urlsplit(url).port != 0
+    except (InvalidURL, ValueError):
+        return False
 
 
 url_option = click.option(
@@ -185,7 +199,7 @@ def _rows(answer: SearchAnswer, place: int) -> list[tuple[int, float]]:
 
 def _unanswered(answer: SearchAnswer, items: tuple[int, ...]) -> ShardlineError:
     """Why some items have no answer: nobody knows them, or who might did not answer."""
-    if answer.coverage.degraded:
+    if any(UNSURE in reason for reason in answer.reasons.values()):
         return Unavailable(
             ", ".join(answer.reasons.values()),
             hint="`shardline status` shows which shards are missing",
@@ -225,6 +239,10 @@ def _numbers(text: str) -> list[float]:
     if not isinstance(found, list) or not all(type(each) in (int, float) for each in found):
         raise InvalidInput(
             "not a vector", field="--vector", expected="a list of numbers", got=text[:60]
+        )
+    if any(abs(each) > MOST for each in found):
+        raise InvalidInput(
+            "a number too large", field="--vector", expected=f"at most {MOST:.1e}", got=text[:60]
         )
     return found
 

@@ -62,7 +62,7 @@ def serve(
         settings.extra_overrides.append("cluster.insecure=true")
     config = settings.config
     address = config.cluster.address
-    generation = check_serving(config, generation)
+    check_serving(config, generation)  # not its number: another may go live while Ray starts
     keys = serving_keys(config)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")

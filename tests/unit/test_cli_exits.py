@@ -10,6 +10,7 @@ import click
 import numpy as np
 import pyarrow as pa
 import pytest
+from safetensors import SafetensorError
 
 from cluster import cli as command_line
 from cluster.cli import COMMANDS, main
@@ -17,6 +18,7 @@ from cluster.exits import EXITS, as_known, exit_code
 from shards import errors, files
 from shards.errors import DataError, NotFound, ShardlineError, Unavailable
 
+BARE = (ShardlineError, KeyboardInterrupt)  # their line needs no traceback
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -95,7 +97,7 @@ def write_arrow_nowhere(folder: Path) -> None:
         (write_over_a_folder, ".", "a folder, where a file is needed"),
         (make_below_a_file, "file/below", "not a folder, or below something that is none"),
         (make_over_a_file, "file", "a file, where a folder is needed; remove it"),
-        (write_twice, "whole", "exists already; remove it"),
+        (write_twice, "whole", "exists already; another command has just written it; run again"),
         (lose_the_folder, ".", "no such file or folder"),
         (write_arrow_nowhere, "nowhere/file", "no such file or folder"),
     ],
@@ -131,8 +133,14 @@ def test_a_full_disk_is_told_from_a_defect() -> None:
         with pytest.raises(OSError) as raised:
             act()
         assert "no space left on the disk; make room" in str(as_known(raised.value))
-    told = as_known(RuntimeError("write error in x: 0 != 1 (No space left on device)"))
-    assert "no space left on the disk" in str(told)
+    for kind in (RuntimeError, pa.ArrowInvalid, SafetensorError):
+        told = as_known(kind("write error in x: 0 != 1 (No space left on device)"))
+        assert "no space left on the disk" in str(told)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_what_the_disk_says_needs_no_path(number: int) -> None:
+    assert isinstance(as_known(OSError(number, os.strerror(number))), DataError)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +151,10 @@ def test_a_full_disk_is_told_from_a_defect() -> None:
         OSError("no number"),
         TimeoutError("slow"),
         KeyError("x"),
+        KeyError("No space left on device"),
+        AssertionError("3 requested and 2 written"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),
+        PermissionError(errno.EACCES, "Permission denied"),
     ],
 )
 def test_what_is_not_about_a_path_stays_a_defect(defect: Exception) -> None:
@@ -175,9 +187,13 @@ def test_a_command_that_fails_ends_in_one_line(
     assert (ended, out) == (code, "")
     assert err.startswith(line)
     assert err.strip().count("\n") == 0
+    assert err.endswith("; -v shows where\n") == (not isinstance(error, BARE))
     if code in (1, 3, 4):
-        with pytest.raises(type(error)):
-            main(["-v", "status"])
+        ended, out, told = ends(capsys, "-v", "status")
+        assert (ended, out) == (code, "")
+        assert told.startswith("Traceback")
+        assert "in fails" in told
+        assert told.endswith("\n" + err.replace("; -v shows where", ""))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ class FakeClient:
 
     def __init__(self) -> None:
         self.index = "flat"
-        self.missing: list[str] = []  # why shards did not answer
+        self.missing: list[str] = []  # why shards did not answer the search
+        self.unasked: list[str] = []  # why they did not look items up
         self.refusal: InvalidInput | None = None
         self.asked: list[dict[str, Any]] = []
 
@@ -41,6 +42,8 @@ class FakeClient:
         if self.refusal is not None:
             raise self.refusal
         items = asked.get("item_ids", [42])
+        where = f" in the shards that answered ({'; '.join(self.unasked)})" if self.unasked else ""
+        missing = list(dict.fromkeys(self.unasked + self.missing))
         ids = np.array([KNOWN.get(item, [-1, -1]) for item in items], dtype=np.int64)
         return SearchAnswer(
             ids=ids,
@@ -49,15 +52,15 @@ class FakeClient:
             model_version="m",
             coverage=Coverage(
                 shards_asked=2,
-                shards_answered=2 - len(self.missing),
+                shards_answered=2 - len(missing),
                 rows_asked=20,
-                rows_answered=20 - 10 * len(self.missing),
-                degraded=self.missing,
+                rows_answered=20 - 10 * len(missing),
+                degraded=missing,
             ),
             took_ms=1.0,
             search_ms=0.5,
             reasons={
-                place: f"item {item} not found"
+                place: f"item {item} not found{where}"
                 for place, item in enumerate(items)
                 if item not in KNOWN
             },
@@ -107,11 +110,22 @@ def test_unknown_items_among_known_ones_are_named(
 def test_an_item_that_a_silent_shard_may_hold_is_not_called_unknown(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster.missing = ["shard 1 did not answer"]
+    cluster.unasked = ["shard 1 did not answer"]
     code, _, err = query(capsys, "--item", "5")
     assert code == 4
     assert "partial: shard 1 did not answer" in err
-    assert "error: item 5 not found; `shardline status` shows" in err
+    expected = "error: item 5 not found in the shards that answered (shard 1 did not answer); `sha"
+    assert expected in err
+
+
+def test_an_item_that_every_shard_looked_for_is_unknown_though_one_missed_the_search(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.missing = ["shard 1 did not answer"]
+    code, out, err = query(capsys, "--item", "5", "--item", "42")
+    assert code == 3
+    assert "similar to item 42" in out
+    assert err == "partial: shard 1 did not answer\nerror: no item 5 in generation 6\n"
 
 
 def test_json_says_which_item_a_result_is_similar_to(
@@ -171,12 +185,21 @@ def test_a_refusal_names_options(
         (("--vector", '"a"'), "--vector: not a vector"),
         (("--vector", '[1, "a"]'), "--vector: not a vector"),
         (("--vector", "[true]"), "--vector: not a vector"),
+        (
+            ("--vector", f"[1, {'9' * 400}]"),
+            "--vector: a number too large; expected at most 3.4e+38",
+        ),
+        (("--vector", "[-1e39]"), "--vector: a number too large"),
         (("--features", "[1]"), "--features: not features; expected names and values"),
         (("--item", "-1"), "'--item': -1 is not in the range"),
         (("--item", "9" * 20), "is not in the range"),
         (("--item", "1", "-k", "0"), "'-k': 0 is not in the range"),
         (("--item", "1", "--nprobe", "0"), "'--nprobe': 0 is not in the range"),
         (("--item", "1", "--url", "here"), "'--url': 'here' is not of the form http://HOST:PORT"),
+        *(
+            (("--item", "1", "--url", url), f"'--url': '{url}' is not of the form http://HOST:PORT")
+            for url in ("http://h:port", "http://h:99999", "http://h:0", "http://", "http://[::1")
+        ),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_asked(
@@ -191,6 +214,7 @@ def test_bad_options_are_refused_before_anything_is_asked(
     assert cluster.asked == []
 
 
-def test_the_advice_that_is_put_into_options_is_the_routers() -> None:
-    advice = module.API_ADVICE[0]
-    assert advice in (Path(__file__).parents[2] / "router" / "serving.py").read_text()
+def test_the_texts_that_are_looked_for_are_the_routers() -> None:
+    router = Path(__file__).parents[2] / "router"
+    assert module.API_ADVICE[0] in (router / "serving.py").read_text()
+    assert module.UNSURE.removeprefix("not found") in (router / "item_queries.py").read_text()

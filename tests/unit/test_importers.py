@@ -286,6 +286,32 @@ def test_a_table_asked_for_by_name_must_be_there(tmp_path: Path) -> None:
     assert (derived.users, derived.items) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "table"),
+    [
+        ("users", {"user_id": [9, 4], "age": [1, 2]}),
+        ("items", {"item_id": [2, 1], "price": [1.5, 2.5]}),
+    ],
+)
+def test_a_table_named_with_a_single_file_lies_beside_it(
+    tmp_path: Path, kind: str, table: dict[str, Any]
+) -> None:
+    source = write_tables(tmp_path / "s", interactions=CLICKS, **{kind: table})
+    file = source / "interactions.parquet"
+    named = ImportConfig.model_validate({f"{kind}_file": f"{kind}.parquet"})
+    import_dataset(Format.PARQUET, file, tmp_path / "out", named)
+    dataset = open_dataset(tmp_path / "out")
+    found = dataset.users() if kind == "users" else dataset.items()
+    assert found.column_names == list(table)
+    import_dataset(Format.PARQUET, file, tmp_path / "alone")
+    alone = open_dataset(tmp_path / "alone")
+    assert (alone.users().num_columns, alone.items().num_columns) == (1, 1)
+    absent = ImportConfig.model_validate({f"{kind}_file": "absent.parquet"})
+    with pytest.raises(NotFound, match=r"s/absent\.parquet: no such file"):
+        import_dataset(Format.PARQUET, file, tmp_path / "refused", absent)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("user,item\n1,2\n")
     with pytest.raises(DataError, match=r"x\.parquet: not readable as Parquet"):

@@ -6,15 +6,19 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from shards.errors import ConfigError, InvalidInput, NotFound, Unavailable
+from shards.errors import ConfigError, CorruptFile, InvalidInput, NotFound, Unavailable
 from tests.tiny import declared_run, tiny_config, tiny_dataset
 from training import launch
+from training.config import MiningConfig
 from training.evaluate import evaluate_exact
+from training.hard_negatives import Origin, write_negatives
 from training.launch import _cause, _followed, _line_start, check_folders, train
+from training.mining import Mined
 
 
 def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> None:
@@ -71,6 +75,44 @@ def test_a_resumed_run_logs_every_line_once(tmp_path: Path) -> None:
     assert [event["epoch"] for event in events if event["event"] == "validation"] == [1, 2, 3]
 
 
+def test_resume_takes_the_mined_table_that_the_run_was_started_with(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    tables = {
+        name: Mined(
+            users=np.array([2, 9]),
+            items=np.array([[59, 0], [4, last]]),
+            scores=np.array([[0.9, 0.8], [0.5, 0.25]], np.float32),
+        )
+        for name, last in (("first", 1), ("other", 7))
+    }
+    origin = Origin(
+        model_version="abc123",
+        fit_splits="train",
+        generation=7,
+        config=MiningConfig(per_user=2),
+        seed=5,
+        created_at="2026-01-01T00:00:00+00:00",
+    )
+    for name, table in tables.items():
+        write_negatives(tmp_path / name, table, dataset, origin)
+    config = tiny_config(loss={"hard_negatives": 2}, epochs=1)
+    run = tmp_path / "run"
+    result = train(config, dataset.path, run, hard=tmp_path / "first")
+    assert train(config, dataset.path, run, resume=True, hard=tmp_path / "first") == result
+    assert train(config, dataset.path, run, resume=True) == result
+    other = r"other: the run was not started with these .*leave out --hard"
+    with pytest.raises(ConfigError, match=other):
+        train(config, dataset.path, run, resume=True, hard=tmp_path / "other")
+    plain = tmp_path / "plain"
+    train(tiny_config(epochs=1), dataset.path, plain)
+    with pytest.raises(ConfigError, match="was not started with these mined lists"):
+        train(tiny_config(epochs=1), dataset.path, plain, resume=True, hard=tmp_path / "first")
+    cached = run / "cache" / "hard.safetensors"
+    cached.write_bytes(cached.read_bytes()[:-1])
+    with pytest.raises(CorruptFile, match=r"hard\.safetensors"):
+        train(config, dataset.path, run, resume=True, hard=tmp_path / "first")
+
+
 def test_features_are_inferred_where_none_are_named(tmp_path: Path) -> None:
     dataset = tiny_dataset(tmp_path / "data")
     config = tiny_config(towers={"query": {"hidden": [8]}, "item": {"hidden": [8]}}, epochs=1)
@@ -109,20 +151,27 @@ def test_other_errors_become_one_line() -> None:
     assert str(error).startswith("training failed; got last line; --resume goes on")
 
 
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(0, KeyboardInterrupt), (None, KeyboardInterrupt), (int(signal.SIGTERM), SystemExit)],
+)
 def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int | None,
+    expected: type[BaseException],
 ) -> None:
     class Interrupted:
         def __init__(self, *arguments: object, **settings: object) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
         def fit(self) -> None:
-            sys.exit(1)
+            sys.exit(code)
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(launch, "TorchTrainer", Interrupted)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(expected):
             launch._train_under_ray(tiny_config(num_workers=2), False, tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)

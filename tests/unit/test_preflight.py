@@ -1,8 +1,10 @@
 """What `serve` and `build` refuse before Ray is started, and what they offer instead."""
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cluster import deployment, launch
 from cluster.cli import main
+from cluster.commands import serve as serve_module
 from cluster.config import load_config
 from cluster.endpoint import Endpoint, leave_note
 from cluster.launch import free_port
@@ -123,8 +127,62 @@ def test_without_a_whole_generation_there_is_only_a_new_one(store: Store) -> Non
 
 def test_a_newer_format_is_refused_too(store: Store) -> None:
     files.write_manifest(store.generation(3), kind="generation", version=99, body={})
-    with pytest.raises(NewerFormat, match=r"newer than this program.*--generation 2"):
+    with pytest.raises(NewerFormat, match=r"upgrade shardline.*; make a new.*--generation 2"):
         servable_generation(store, None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "is_checked"),
+    [
+        ("shard 1: {folder}/shard-00001/index.faiss: wrong checksum", True),
+        ("shards did not become ready; expected within 60 s", False),
+        ("the controller does not answer", False),
+    ],
+)
+def test_files_are_read_again_only_where_a_shard_refused_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch, reason: str, is_checked: bool
+) -> None:
+    damage(store, 3)
+    stages: list[str] = []
+
+    def wait_ready(controller: object, timeout_s: float) -> None:
+        raise Unavailable(reason.format(folder=store.generation(3)))
+
+    monkeypatch.setattr(deployment, "wait_ready", wait_ready)
+    with pytest.raises(CorruptFile if is_checked else Unavailable):
+        deployment._wait_loaded(None, store, 3, 60, stages.append)
+    told = "a shard refused its files: checking generation 3, then what can be served"
+    assert stages == [told] * is_checked
+
+
+def test_a_port_that_only_root_may_use_is_not_called_taken(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bind(self: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(launch.socket.socket, "bind", bind)
+    config = load_config(None, [f"store={store.root}", "cluster.http_port=80"])
+    with pytest.raises(Unavailable, match=r"may not listen on port 80; .*root.*--port"):
+        check_serving(config, None)
+
+
+@pytest.mark.parametrize("typed", [(), ("--generation", "1")])
+def test_serve_leaves_the_live_generation_open_until_ray_runs(
+    store: Store, monkeypatch: pytest.MonkeyPatch, typed: tuple[str, ...]
+) -> None:
+    asked: list[object] = []
+
+    def start_serving(config: object, *, generation: int | None, **_: object) -> Endpoint:
+        asked.append(generation)
+        return Endpoint(url="http://127.0.0.1:1", generation=0, pid=1, started=0)
+
+    monkeypatch.setattr(serve_module, "ray_for", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(serve_module, "start_serving", start_serving)
+    arguments = ("--store", str(store.root), "--set", "cluster.address=elsewhere", "serve")
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--insecure", *typed])
+    assert (ended.value.code, asked) == (0, [1 if typed else None])
 
 
 def test_a_running_cluster_is_named_before_its_port(store: Store, port: int) -> None:

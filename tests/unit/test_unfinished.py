@@ -10,7 +10,7 @@ from cluster.cli import cli
 from cluster.commands import model
 from shards.embeddings import open_embedding_set
 from shards.errors import ConfigError, DataError, InvalidInput
-from tests.tiny import tiny_config, tiny_dataset
+from tests.tiny import declared_run, tiny_config, tiny_dataset
 from training.checkpoint import latest_state
 from training.launch import train
 from training.runlog import read_log
@@ -116,6 +116,27 @@ def test_an_interrupted_training_says_how_to_go_on(
     )
     assert found.exit_code != 0
     assert "not finished; repeat its `shardline train` command with --resume" in found.output
+
+
+def test_an_interrupt_before_the_first_checkpoint_and_one_after_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    dataset = tiny_dataset(tmp_path / "tiny")
+    declared_run(tmp_path / "begun", CONFIG, dataset)
+    train(CONFIG, dataset.path, tmp_path / "ended")
+    monkeypatch.setattr(model, "train_with_progress", interrupted)
+    options = ["train", "--data", str(dataset.path), "--resume", "--run"]
+    begun = run_command(tmp_path, *options, str(tmp_path / "begun"))
+    assert begun.exit_code != 0
+    assert "no checkpoint yet; repeat its `shardline train` command with --resume" in begun.output
+    assert "from its first step" in begun.output
+    assert "newest" not in begun.output
+    ended = run_command(tmp_path, *options, str(tmp_path / "ended"))
+    assert ended.exit_code != 0
+    assert "--resume" not in ended.output
 
 
 def test_an_early_stop_is_announced_and_logged(tmp_path: Path) -> None:
