@@ -3,14 +3,10 @@
 import gc
 
 from shards.huge_pages import use_huge_pages
-from shards.scheduling import wait_for_cores
 
 
 def settle() -> None:
-    """Takes what is loaded out of garbage collection and into huge pages, and lets others finish
-    what they run. Takes some hundred milliseconds; call it once.
-    """
+    """Takes what is loaded out of garbage collection, and into huge pages; some hundred ms."""
     gc.collect()
     gc.freeze()  # a full collection over Ray and all the rest takes 50 ms
     use_huge_pages()
-    wait_for_cores()
