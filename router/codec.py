@@ -67,14 +67,20 @@ def decode_query(body: bytes, media: Media) -> SearchQuery:
 
 
 def encode_query(query: SearchQuery) -> bytes:
-    """A query as a msgpack body; fields left at None are left out."""
+    """A query as a msgpack body; fields left at None are left out.
+
+    Raises:
+        InvalidInput: a feature has no form in msgpack.
+    """
     content = {name: getattr(query, name) for name in SEARCH_FIELDS if name != "params"}
     content["params"] = {
         name: value for name in PARAM_FIELDS if (value := getattr(query.params, name)) is not None
     } or None
-    body: bytes = msgpack.packb(
-        {name: value for name, value in content.items() if value is not None}, default=_pack_array
-    )
+    given = {name: value for name, value in content.items() if value is not None}
+    try:
+        body: bytes = msgpack.packb(given, default=_pack_array)
+    except TypeError as error:  # an integer of more than 64 bits, or no plain value
+        raise InvalidInput("not to be sent", field="features", got=str(error)) from error
     return body
 
 

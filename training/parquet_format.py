@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from shards.errors import DataError, NotFound
+from shards.errors import DataError, InvalidInput, NotFound
 from shards.schema import IdArray
 from training.formats import ImportConfig, ImportReport, Source
 from training.splits import SplitCodes
@@ -22,9 +22,16 @@ def read_parquet(source: Path, config: ImportConfig, report: ImportReport) -> So
 
     Raises:
         NotFound: no interactions there, or no table of a name that was asked for.
+        InvalidInput: the source is the interactions' file, and another one is named.
         DataError: a table that is no Parquet, or is not as docs/DATA.md says.
     """
     is_file = source.is_file()
+    if is_file and "interactions_file" in config.model_fields_set:
+        raise InvalidInput(
+            "the source is a file itself",
+            field="--interactions-file",
+            hint="name its folder with --source, or leave out --interactions-file",
+        )
     name = source.name if is_file else config.interactions_file
     folder = source.parent if is_file else source
     table = _parquet(folder / name)

@@ -141,6 +141,11 @@ def test_encode_query_is_what_decode_query_reads(query):
     assert (again.timeout_ms, again.min_coverage) == (query.timeout_ms, query.min_coverage)
 
 
+def test_a_feature_that_msgpack_cannot_hold_is_refused():
+    with pytest.raises(InvalidInput, match="features"):
+        encode_query(SearchQuery(features=[{"user_id": 10**30}]))
+
+
 BAD_JSON = [
     (b"", "body", "not JSON"),
     (b"{", "body", "not JSON"),

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from shards.errors import DataError, NotFound
+from shards.errors import DataError, InvalidInput, NotFound
 from training.formats import Format, ImportConfig
 from training.importers import import_dataset
 from training.tables import open_dataset
@@ -310,6 +310,13 @@ def test_a_table_named_with_a_single_file_lies_beside_it(
     with pytest.raises(NotFound, match=r"s/absent\.parquet: no such file"):
         import_dataset(Format.PARQUET, file, tmp_path / "refused", absent)
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_single_file_leaves_no_choice_of_interactions(tmp_path: Path) -> None:
+    file = write_tables(tmp_path / "s", interactions=CLICKS) / "interactions.parquet"
+    other = ImportConfig(interactions_file="other.parquet")
+    with pytest.raises(InvalidInput, match="--interactions-file"):
+        import_dataset(Format.PARQUET, file, tmp_path / "out", other)
 
 
 def test_a_file_that_is_not_parquet(tmp_path: Path) -> None:
