@@ -249,9 +249,9 @@ def _train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) ->
         with _interrupt_handler_kept():
             trainer.fit()
     except SystemExit as error:
-        if error.code not in (0, None):  # SIGTERM, which Ray makes an exit with its number
+        if error.code == signal.SIGTERM:  # which Ray makes an exit with its number
             raise
-        # how Ray Train leaves after Ctrl-C, once it has ended the ranks
+        # how Ray Train leaves after Ctrl-C, once it has ended the ranks: with 0, or 1 from a wait
         raise KeyboardInterrupt from error
     except TrainingFailedError as error:
         raise _cause(error) from error

@@ -192,7 +192,10 @@ def wait_for_new_epochs(old: dict[int, int]) -> dict[int, dict[str, int]]:
 
 
 def test_a_second_cluster_in_the_same_ray_is_refused_and_harms_nothing(cluster: Cluster) -> None:
-    with pytest.raises(Unavailable, match="served at"), serving(cluster.config):
+    with (
+        pytest.raises(Unavailable, match="served already, generation 1 at"),
+        serving(cluster.config),
+    ):
         raise AssertionError("two clusters in one Ray")
     with cluster.endpoint.address.client() as client:
         assert client.search(item_ids=[1], k=3).coverage.share == 1

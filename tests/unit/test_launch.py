@@ -153,7 +153,12 @@ def test_other_errors_become_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("code", "expected"),
-    [(0, KeyboardInterrupt), (None, KeyboardInterrupt), (int(signal.SIGTERM), SystemExit)],
+    [
+        (0, KeyboardInterrupt),
+        (None, KeyboardInterrupt),
+        (1, KeyboardInterrupt),
+        (int(signal.SIGTERM), SystemExit),
+    ],
 )
 def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt(
     tmp_path: Path,
