@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test lint format bench clean
+.PHONY: help install demo serve test lint format docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: install ## ruff (format and rules) and mypy --strict
 format: install ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install ## write docs/TREE.md anew, from the code
+	$(BIN)/python docs/generate.py
 
 bench: install ## one million vectors, four shards: HTTP latency beside its floor
 	$(BIN)/shardline bench latency

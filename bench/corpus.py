@@ -6,13 +6,22 @@ from datetime import UTC, datetime
 import faiss
 import numpy as np
 
-from bench.vectors import BLOCK_ROWS, clustered_blocks
-from cluster.build import BuildPlan, RunJobs, build_generation
-from cluster.store import Store
-from shards.embeddings import EmbeddingSet, embedding_writer, open_embedding_set
-from shards.generation import INDEX_NAME, GenerationManifest, read_generation, shard_folder
-from shards.main_index import MainIndex
-from shards.schema import FloatArray, IdArray, Metric, normalise
+from shardline.bench.vectors import BLOCK_ROWS, clustered_blocks
+from shardline.cluster.build import BuildPlan, RunJobs, build_generation
+from shardline.cluster.store import Store
+from shardline.shards.core.schema import FloatArray, IdArray, Metric, normalise
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.storage.embedding_set import (
+    EmbeddingSet,
+    embedding_writer,
+    open_embedding_set,
+)
+from shardline.shards.storage.generation import (
+    INDEX_NAME,
+    GenerationManifest,
+    read_generation,
+    shard_folder,
+)
 
 SEED = 7
 ROWS_PER_CLUSTER = 250

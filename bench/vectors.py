@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from shards.schema import EMPTY_ID, FloatArray, IdArray, normalise
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, normalise
 
 BLOCK_ROWS = 65_536
 SPREAD = 0.6  # noise norm as a share of the centre's: clusters overlap, yet lists stay useful

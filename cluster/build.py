@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 import ray
 
-from cluster.build_shard import QUALITY_K, ShardBuilt, ShardJob, build_shard
-from cluster.partition import Partition, Partitioning, partition
-from cluster.store import Store
-from router.merge import merge_top_k
-from shards import files
-from shards.embeddings import EmbeddingSet, open_embedding_set
-from shards.errors import ShardlineError
-from shards.generation import (
+from shardline.cluster.build_shard import QUALITY_K, ShardBuilt, ShardJob, build_shard
+from shardline.cluster.store import Store
+from shardline.router.merge import merge_top_k
+from shardline.shards.core import files
+from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.partition import Partition, Partitioning, partition
+from shardline.shards.core.schema import FloatArray, Metric, normalise
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.index.template import train_template, write_index
+from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
+from shardline.shards.storage.generation import (
     QUERY_ENCODER_FOLDER,
     TEMPLATE_NAME,
     GenerationManifest,
     write_generation,
 )
-from shards.index_build import train_template, write_index
-from shards.index_resolve import resolve
-from shards.index_spec import IndexSpec, ResolvedIndex
-from shards.schema import FloatArray, Metric, normalise
 
 QUALITY_QUERIES = 200
 CANCEL_S = 10.0

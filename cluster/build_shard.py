@@ -10,9 +10,15 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cluster.partition import Partition
-from shards.embeddings import EmbeddingSet, open_embedding_set
-from shards.generation import (
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.partition import Partition
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexKind, IndexSpec, ResolvedIndex
+from shardline.shards.index.template import build_shard_index, train_template
+from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
+from shardline.shards.storage.generation import (
     INDEX_NAME,
     ITEM_IDS_NAME,
     TEMPLATE_NAME,
@@ -21,12 +27,6 @@ from shards.generation import (
     shard_folder,
     write_item_ids,
 )
-from shards.index_build import build_shard_index, train_template
-from shards.index_resolve import resolve
-from shards.index_spec import IndexKind, IndexSpec, ResolvedIndex
-from shards.main_index import MainIndex
-from shards.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
-from shards.types import SearchParams
 
 QUALITY_K = 100
 

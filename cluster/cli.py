@@ -16,28 +16,68 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cluster.exits import DEFECT, EXITS, INTERRUPTED, as_known, exit_code
+from shardline.cluster.exits import DEFECT, EXITS, INTERRUPTED, as_known, exit_code
 
 if TYPE_CHECKING:
-    from cluster.config import ShardlineConfig
-    from cluster.store import Store
+    from shardline.cluster.config import ShardlineConfig
+    from shardline.cluster.store import Store
 
 # name -> (module, attribute, one line of help): nothing heavy is imported to print `--help`
 COMMANDS = {
-    "data": ("cluster.commands.data", "data", "Make a synthetic data set, or import a real one."),
-    "train": ("cluster.commands.model", "train", "Train the two towers, data-parallel."),
-    "evaluate": ("cluster.commands.evaluate", "evaluate", "Recall, MRR, NDCG beside baselines."),
-    "export": ("cluster.commands.model", "export", "Write the items' embeddings as Arrow files."),
-    "mine": ("cluster.commands.mine", "mine", "Find hard negatives for the next training."),
-    "build": ("cluster.commands.build", "build", "Turn an embedding set into index shards."),
-    "serve": ("cluster.commands.serve", "serve", "Serve the live generation over HTTP."),
-    "status": ("cluster.commands.query", "status", "What a running cluster serves, and how well."),
-    "query": ("cluster.commands.query", "query", "Ask a running cluster for the top K."),
-    "keys": ("cluster.commands.keys", "keys", "List, add and remove API keys."),
-    "down": ("cluster.commands.serve", "down", "Stop the cluster that serves this store."),
-    "doctor": ("cluster.commands.doctor", "doctor", "Check this machine and the store's files."),
-    "demo": ("cluster.commands.demo", "demo", "The whole main job, from data to HTTP answers."),
-    "bench": ("cluster.commands.bench", "bench", "Measure, with the floor beside the figure."),
+    "data": (
+        "shardline.cluster.commands.data",
+        "data",
+        "Make a synthetic data set, or import a real one.",
+    ),
+    "train": ("shardline.cluster.commands.model", "train", "Train the two towers, data-parallel."),
+    "evaluate": (
+        "shardline.cluster.commands.evaluate",
+        "evaluate",
+        "Recall, MRR, NDCG beside baselines.",
+    ),
+    "export": (
+        "shardline.cluster.commands.model",
+        "export",
+        "Write the items' embeddings as Arrow files.",
+    ),
+    "mine": (
+        "shardline.cluster.commands.mine",
+        "mine",
+        "Find hard negatives for the next training.",
+    ),
+    "build": (
+        "shardline.cluster.commands.build",
+        "build",
+        "Turn an embedding set into index shards.",
+    ),
+    "serve": ("shardline.cluster.commands.serve", "serve", "Serve the live generation over HTTP."),
+    "status": (
+        "shardline.cluster.commands.query",
+        "status",
+        "What a running cluster serves, and how well.",
+    ),
+    "query": ("shardline.cluster.commands.query", "query", "Ask a running cluster for the top K."),
+    "keys": ("shardline.cluster.commands.keys", "keys", "List, add and remove API keys."),
+    "down": (
+        "shardline.cluster.commands.serve",
+        "down",
+        "Stop the cluster that serves this store.",
+    ),
+    "doctor": (
+        "shardline.cluster.commands.doctor",
+        "doctor",
+        "Check this machine and the store's files.",
+    ),
+    "demo": (
+        "shardline.cluster.commands.demo",
+        "demo",
+        "The whole main job, from data to HTTP answers.",
+    ),
+    "bench": (
+        "shardline.cluster.commands.bench",
+        "bench",
+        "Measure, with the floor beside the figure.",
+    ),
 }
 
 RAYS_WORKER_DIED = "^A worker died or was killed while executing a task"
@@ -58,7 +98,7 @@ class Settings:
     def config(self) -> "ShardlineConfig":
         """``extra_overrides`` are options that stand for --set, ``preferences`` a command's own
         defaults, below what the user's file says."""
-        from cluster.config import load_config  # pydantic: not needed for --help
+        from shardline.cluster.config import load_config
 
         overrides = (*self.overrides, *self.extra_overrides)
         config = load_config(self.config_path, overrides, self.preferences)
@@ -68,7 +108,7 @@ class Settings:
 
     @property
     def store(self) -> "Store":
-        from cluster.store import Store
+        from shardline.cluster.store import Store
 
         return Store(self.config.store.resolve())
 

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from router.config import RouterConfig
-from shards.errors import ConfigError, NotFound
-from shards.index_spec import IndexSpec
-from training.config import TrainingConfig
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import ConfigError, NotFound
+from shardline.shards.index.spec import IndexSpec
+from shardline.training.config.training_config import TrainingConfig
 
 
 class ClusterConfig(BaseModel):

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.errors import (
+from shardline.shards.core.errors import (
     ConfigError,
     CorruptFile,
     DataError,
@@ -72,7 +72,7 @@ OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # libraries written in C++ and Rust say so in words, and lose the number
 NO_ROOM_TEXT = re.compile(r"No space left on device|\d+ requested and \d+ written")
 SAYERS = (("pyarrow", "ArrowException"), ("safetensors", "SafetensorError"))
-TEMPORARY = re.compile(r"\..+\.tmp")  # as `shards.files` names what is not complete yet
+TEMPORARY = re.compile(r"\..+\.tmp")  # as `shards.core.files` names what is not complete yet
 
 
 def exit_code(error: ShardlineError) -> int:

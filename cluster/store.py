@@ -9,8 +9,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards import files
-from shards.errors import CorruptFile, NotFound
+from shardline.shards.core import files
+from shardline.shards.core.errors import CorruptFile, NotFound
 
 GENERATION_DIGITS = 6
 

@@ -8,9 +8,9 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from router.coalesce import Found
-from shards.schema import FloatArray
-from shards.types import SearchParams
+from shardline.router.fanout.coalesce import Found
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import FloatArray
 
 CacheKey: TypeAlias = tuple[int, int, SearchParams, int, bytes]
 

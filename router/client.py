@@ -4,7 +4,7 @@
         answer = client.search(features=[{"user_id": 7}], k=10)
         answer.ids[0], answer.scores[0], answer.coverage.share
 
-Problems come back as the error of ``shards.errors`` that the server raised.
+Problems come back as the error of ``shards.core.errors`` that the server raised.
 """
 
 from types import TracebackType
@@ -14,12 +14,12 @@ import httpx
 import numpy as np
 import orjson
 
-from router.codec import decode_answer, encode_query
-from router.keys import KEY
-from router.media import Media
-from router.messages import ItemAnswer, SearchAnswer, SearchQuery
-from router.problems import CONTENT_TYPE, REFUSALS
-from shards.errors import (
+from shardline.router.http.api_keys import KEY
+from shardline.router.http.codec import decode_answer, encode_query
+from shardline.router.http.media import Media
+from shardline.router.http.problems import CONTENT_TYPE, REFUSALS
+from shardline.router.query import ItemAnswer, SearchAnswer, SearchQuery
+from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
     NotFound,
@@ -28,7 +28,7 @@ from shards.errors import (
     Unavailable,
     VersionMismatch,
 )
-from shards.types import SearchParams
+from shardline.shards.core.messages import SearchParams
 
 DEFAULT_TIMEOUT_S = 30.0
 MSGPACK_HEADERS = {"content-type": Media.MSGPACK.value, "accept": Media.MSGPACK.value}

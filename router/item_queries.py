@@ -8,10 +8,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from router.coalesce import Found
-from router.fanout import FetchAnswer
-from router.messages import Coverage
-from shards.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Metric, normalise
+from shardline.router.fanout.coalesce import Found
+from shardline.router.fanout.fanout import FetchAnswer
+from shardline.router.query import Coverage
+from shardline.shards.core.schema import (
+    EMPTY_ID,
+    EMPTY_SCORE,
+    FloatArray,
+    IdArray,
+    Metric,
+    normalise,
+)
 
 
 @dataclass(slots=True, kw_only=True)

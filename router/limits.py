@@ -6,12 +6,12 @@ the service.
 
 from dataclasses import dataclass
 
-from router.config import RouterConfig
-from router.messages import SearchQuery
-from shards.errors import InvalidInput, Overloaded
-from shards.metrics import REJECTED, Recorder
-from shards.schema import FloatArray, check_k
-from shards.wire import MAX_FRAME_BYTES
+from shardline.router.query import SearchQuery
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import InvalidInput, Overloaded
+from shardline.shards.core.metrics import REJECTED, Recorder
+from shardline.shards.core.schema import FloatArray, check_k
+from shardline.shards.wire.frames import MAX_FRAME_BYTES
 
 KINDS = ("vectors", "features", "item_ids")
 # Vectors of one request travel in one frame; the rest of it takes far less than this.
@@ -28,7 +28,7 @@ class Terms:
     min_coverage: float
 
 
-class Places:
+class InFlightLimit:
     """Counts the requests being worked on, each in a ``with`` of its own; refuses too many.
 
     Raises, where the block begins:

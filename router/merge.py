@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shards.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray
+from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray
 
 
 def merge_top_k(

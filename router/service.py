@@ -13,20 +13,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from router.cache import ResultCache, cache_key
-from router.coalesce import Found
-from router.config import RouterConfig
-from router.fanout import Fanout
-from router.item_queries import ItemQueries, item_queries
-from router.limits import Places, Terms, check_size, terms_of
-from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
-from router.serving import Encoder, Serving, load_query_encoder
-from shards.errors import (
-    NotFound,
-    ShardlineError,
-    Unavailable,
-)
-from shards.metrics import (
+from shardline.router.cache import ResultCache, cache_key
+from shardline.router.fanout.coalesce import Found
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.fanout.snapshot import Encoder, TableSnapshot, load_query_encoder
+from shardline.router.item_queries import ItemQueries, item_queries
+from shardline.router.limits import InFlightLimit, Terms, check_size, terms_of
+from shardline.router.query import Coverage, ItemAnswer, SearchAnswer, SearchQuery
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
+from shardline.shards.core.messages import RoutingTable, SearchParams
+from shardline.shards.core.metrics import (
     CACHE_BYTES,
     CACHE_HITS,
     CACHE_MISSES,
@@ -40,13 +37,7 @@ from shards.metrics import (
     STAGE_MS,
     Recorder,
 )
-from shards.schema import (
-    FloatArray,
-    IdArray,
-    check_ids,
-    check_vectors,
-)
-from shards.types import RoutingTable, SearchParams
+from shardline.shards.core.schema import FloatArray, IdArray, check_ids, check_vectors
 
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
@@ -69,7 +60,7 @@ class SearchService:
         self.recorder = Recorder()
         self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
         self._load_encoder = load_encoder
-        self._places = Places(config.max_in_flight, self.recorder)
+        self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
         self._cache = ResultCache(config.cache_bytes)
 
@@ -79,7 +70,7 @@ class SearchService:
         Raises:
             ShardlineError: the generation's query encoder does not load; the old table stays.
         """
-        current = self._fanout.serving
+        current = self._fanout.snapshot
         if current is not None and table.version <= current.table.version:
             return False
         if current is not None and current.table.generation == table.generation:
@@ -94,9 +85,9 @@ class SearchService:
     async def close(self) -> None:
         await self._fanout.close()
 
-    def admit(self) -> Places:
-        """Around all work on a request; ``Places`` says when it raises."""
-        return self._places
+    def admit(self) -> InFlightLimit:
+        """Around all work on a request; ``InFlightLimit`` says when it raises."""
+        return self._in_flight
 
     async def search(
         self,
@@ -120,9 +111,9 @@ class SearchService:
         try:
             terms = terms_of(query, self.config)
             deadline = arrived_at + terms.timeout_ms / 1000
-            with self._fanout.pin() as serving:
-                top, reasons = await self._top(serving, query, terms, deadline, began_at)
-                table = serving.table
+            with self._fanout.pin() as snapshot:
+                top, reasons = await self._top(snapshot, query, terms, deadline, began_at)
+                table = snapshot.table
         except ShardlineError as error:
             self.recorder.count(REJECTED, error.code)
             raise
@@ -152,8 +143,8 @@ class SearchService:
         """
         (checked,) = check_ids([item_id], field="item_id")
         deadline = arrived_at + self.config.default_timeout_ms / 1000
-        with self._fanout.pin() as serving:
-            found = await self._fanout.fetch(serving, np.array([checked]), deadline=deadline)
+        with self._fanout.pin() as snapshot:
+            found = await self._fanout.fetch(snapshot, np.array([checked]), deadline=deadline)
             if not found.item_ids.size:
                 if found.coverage.degraded:
                     raise Unavailable(
@@ -166,8 +157,8 @@ class SearchService:
                 item_id=int(found.item_ids[0]),
                 vector=found.vectors[0],
                 shard=int(found.shards[0]),
-                generation=serving.table.generation,
-                model_version=serving.table.model_version,
+                generation=snapshot.table.generation,
+                model_version=snapshot.table.model_version,
             )
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
@@ -176,11 +167,11 @@ class SearchService:
         One connected shard is enough: partial answers say so themselves, and taking every router
         out of the load balancer because one shard restarts would turn them into no answers.
         """
-        serving = self._fanout.serving
-        if serving is None:
+        snapshot = self._fanout.snapshot
+        if snapshot is None:
             return False, {"ready": False, "reason": "no routing table yet"}
-        connected = serving.connected_shards > 0
-        return connected, {"ready": connected, **serving.connectivity()}
+        connected = snapshot.connected_shards > 0
+        return connected, {"ready": connected, **snapshot.connectivity()}
 
     def status(self) -> dict[str, Any]:
         """What is being served, for JSON.
@@ -188,28 +179,33 @@ class SearchService:
         Raises:
             Unavailable: no routing table has come yet.
         """
-        with self._fanout.pin() as serving:
+        with self._fanout.pin() as snapshot:
             return {
-                **serving.describe(),
-                "in_flight": self._places.taken,
+                **snapshot.describe(),
+                "in_flight": self._in_flight.taken,
                 "cache": asdict(self._cache.stats) if self._cache.enabled else None,
             }
 
     def refresh_metrics(self) -> None:
         """Sets the gauges, and the counters of what is counted elsewhere, for an export."""
-        recorder, stats, serving = self.recorder, self._cache.stats, self._fanout.serving
-        recorder.set(IN_FLIGHT, self._places.taken)
+        recorder, stats, snapshot = self.recorder, self._cache.stats, self._fanout.snapshot
+        recorder.set(IN_FLIGHT, self._in_flight.taken)
         recorder.set(CACHE_BYTES, stats.bytes)
         recorder.total(CACHE_HITS, stats.hits)
         recorder.total(CACHE_MISSES, stats.misses)
-        if serving is not None:
-            recorder.set(GENERATION, serving.table.generation)
-            recorder.set(SHARDS_CONNECTED, serving.connected_shards)
+        if snapshot is not None:
+            recorder.set(GENERATION, snapshot.table.generation)
+            recorder.set(SHARDS_CONNECTED, snapshot.connected_shards)
 
     # Steps
 
     async def _top(
-        self, serving: Serving, query: SearchQuery, terms: Terms, deadline: float, began_at: float
+        self,
+        snapshot: TableSnapshot,
+        query: SearchQuery,
+        terms: Terms,
+        deadline: float,
+        began_at: float,
     ) -> tuple[Top, dict[int, str]]:
         """The answer, and why queries that could not be asked were not."""
         self._searches += 1
@@ -217,22 +213,22 @@ class SearchService:
         parsed_at = time.perf_counter()
         items: ItemQueries | None = None
         if terms.kind == "item_ids":
-            items = await self._look_up(serving, query, deadline, terms.min_coverage)
+            items = await self._look_up(snapshot, query, deadline, terms.min_coverage)
             vectors = items.vectors
         else:
             values = query.vectors
             if terms.kind == "features":
                 assert query.features is not None
-                values = await serving.encode(query.features)
-            table = serving.table
+                values = await snapshot.encode(query.features)
+            table = snapshot.table
             vectors = check_vectors(values, dim=table.dim, metric=table.metric, field=terms.kind)
         check_size(vectors, terms.kind)
         prepared_at = time.perf_counter()
         if items is None:
-            found = await self._find(serving, vectors, terms.k, terms, query.params, deadline)
+            found = await self._find(snapshot, vectors, terms.k, terms, query.params, deadline)
             top = found.ids, found.scores, found.coverage, found.search_ms
         else:
-            top = await self._neighbours(serving, items, terms, query.params, deadline)
+            top = await self._neighbours(snapshot, items, terms, query.params, deadline)
         if is_timed:
             self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
@@ -240,21 +236,21 @@ class SearchService:
         return top, {} if items is None else items.reasons
 
     async def _look_up(
-        self, serving: Serving, query: SearchQuery, deadline: float, min_coverage: float
+        self, snapshot: TableSnapshot, query: SearchQuery, deadline: float, min_coverage: float
     ) -> ItemQueries:
         item_ids = check_ids(query.item_ids)
         now = asyncio.get_running_loop().time()
         found = await self._fanout.fetch(
-            serving,
+            snapshot,
             np.unique(item_ids),
             deadline=now + LOOK_UP_SHARE * (deadline - now),
             min_coverage=min_coverage,
         )
-        return item_queries(item_ids, found, serving.table.metric)
+        return item_queries(item_ids, found, snapshot.table.metric)
 
     async def _neighbours(
         self,
-        serving: Serving,
+        snapshot: TableSnapshot,
         items: ItemQueries,
         terms: Terms,
         params: SearchParams,
@@ -266,7 +262,7 @@ class SearchService:
             return ids, scores, items.coverage, 0.0
         # one more, because an item-to-item query finds itself; at the limit it gets k - 1
         ask_k = min(terms.k + 1, self.config.max_k)
-        found = await self._find(serving, items.vectors, ask_k, terms, params, deadline)
+        found = await self._find(snapshot, items.vectors, ask_k, terms, params, deadline)
         ids, scores = items.spread(found, terms.k)
         coverage = found.coverage
         if items.reasons and items.coverage.degraded:
@@ -275,7 +271,7 @@ class SearchService:
 
     async def _find(
         self,
-        serving: Serving,
+        snapshot: TableSnapshot,
         vectors: FloatArray,
         k: int,
         terms: Terms,
@@ -285,11 +281,11 @@ class SearchService:
         """From the cache, or from the shards."""
         found: Found | None = None
         if self._cache.enabled:
-            key = cache_key(serving.table.generation, vectors, k, params)
+            key = cache_key(snapshot.table.generation, vectors, k, params)
             found = self._cache.get(key)
         if found is None:
             found = await self._fanout.search(
-                serving,
+                snapshot,
                 vectors,
                 k,
                 deadline=deadline,

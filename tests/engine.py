@@ -4,8 +4,14 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.files import FileEntry, describe_file, write_bytes
-from shards.generation import (
+from shardline.shards.core.files import FileEntry, describe_file, write_bytes
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexSpec
+from shardline.shards.index.template import build_shard_index, train_template, write_index
+from shardline.shards.server.shard import Shard
+from shardline.shards.storage.generation import (
     INDEX_NAME,
     ITEM_IDS_NAME,
     TEMPLATE_NAME,
@@ -15,12 +21,6 @@ from shards.generation import (
     write_generation,
     write_item_ids,
 )
-from shards.index_build import build_shard_index, train_template, write_index
-from shards.index_resolve import resolve
-from shards.index_spec import IndexSpec
-from shards.main_index import MainIndex
-from shards.schema import Metric
-from shards.shard import Shard
 
 
 def build_main(vectors: np.ndarray, *, metric: Metric = Metric.COSINE, **fields) -> MainIndex:

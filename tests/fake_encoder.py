@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shards.errors import InvalidInput
+from shardline.shards.core.errors import InvalidInput
 
 
 class FakeEncoder:

@@ -6,10 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shards.errors import ProtocolError
-from shards.handshake import new_hello, welcome
-from shards.schema import EMPTY_ID, EMPTY_SCORE, Metric, sort_results
-from shards.types import (
+from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.messages import (
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -18,7 +16,9 @@ from shards.types import (
     SearchRequest,
     ShardRoute,
 )
-from shards.wire import HEADER, decode_payload, encode_frame
+from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, Metric, sort_results
+from shardline.shards.wire.frames import HEADER, decode_payload, encode_frame
+from shardline.shards.wire.handshake import new_hello, welcome
 
 SECRET = b"a secret of tests"
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import uvicorn
 
-from router.api import create_app
-from router.auth import Guard
-from router.config import RouterConfig
-from router.service import SearchService
+from shardline.router.http.api import create_app
+from shardline.router.http.auth import Guard
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import SECRET, FakeShard, make_rows, make_table, running_shards
 

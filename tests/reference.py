@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shards.schema import Metric
+from shardline.shards.core.schema import Metric
 
 
 def score(query: np.ndarray, vector: np.ndarray, metric: Metric) -> float:

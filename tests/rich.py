@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.tables import Dataset, write_dataset
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
-from training.config import TrainingConfig
-from training.tables import Dataset, write_dataset
 
 TAGS = ("sea", "war", "love", "crime", "space")
 WORDS = ("Alien", "Brazil", "the", "Return", "of", "Été", "42", "night")

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from training.checkpoint import CACHE, Run, start_run
-from training.config import TrainingConfig
-from training.features import fit
-from training.prepared import prepare
-from training.tables import Dataset, vector_column, write_dataset
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.tables import Dataset, vector_column, write_dataset
+from shardline.training.features.fitted import fit
+from shardline.training.features.prepared import prepare
+from shardline.training.model.checkpoint import CACHE, Run, start_run
 
 NUM_USERS, NUM_ITEMS, PER_USER = 40, 60, 8
 ITEM_IDS = np.arange(NUM_ITEMS) * 3 + 100  # ids are not rows

@@ -1,10 +1,10 @@
 """From the best checkpoint of a run to an embedding set with its query encoder.
 
 ``<store>/embeddings/<model_version>/``: every catalogue item's vector and attributes, and the query
-tower as plain arrays that ``router.encoder`` runs without torch. The version is a hash of weights,
-features, configuration and catalogue: the same export twice has the same name, and a catalogue that
-changed gets a set, and a query encoder with its histories, of its own. It need not be the one
-trained on, as long as it has the feature columns.
+tower as plain arrays that ``router.encoder.query_encoder`` runs without torch. The version is a
+hash of weights, features, configuration and catalogue: the same export twice has the same name, and
+a catalogue that changed gets a set, and a query encoder with its histories, of its own. It need not
+be the one trained on, as long as it has the feature columns.
 """
 
 import hashlib
@@ -19,22 +19,22 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from shards.embeddings import (
+from shardline.shards.core.files import sha256_of, write_json
+from shardline.shards.core.progress import Progress
+from shardline.shards.core.schema import FloatArray
+from shardline.shards.storage.embedding_set import (
     ENCODER_FOLDER,
     EmbeddingSet,
     embedding_writer,
     open_embedding_set,
 )
-from shards.files import sha256_of, write_json
-from shards.schema import FloatArray
-from training.checkpoint import Run, load_best
-from training.encoding import BLOCK_ROWS, encode_items
-from training.metrics import Progress
-from training.popularity import lengths_of, metric_of
-from training.tables import INTERACTIONS, ITEMS, Dataset, open_dataset
-from training.towers import Inputs, TwoTower
+from shardline.training.data.tables import INTERACTIONS, ITEMS, Dataset, open_dataset
+from shardline.training.model.checkpoint import Run, load_best
+from shardline.training.model.encoding import BLOCK_ROWS, encode_items
+from shardline.training.model.popularity import lengths_of, metric_of
+from shardline.training.model.towers import Inputs, TwoTower
 
-ENCODER_FORMAT_VERSION = 2  # of encoder.json; router.encoder reads it
+ENCODER_FORMAT_VERSION = 2  # of encoder.json; router.encoder.query_encoder reads it
 VERSION_DIGITS = 12
 CUT_OFF = "-unfinished"  # ends the version of a model whose training has not ended
 
@@ -109,7 +109,7 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
 
 
 def export_encoder(run: Run, model: TwoTower, dataset: Dataset, version: str, folder: Path) -> None:
-    """Writes encoder.json and weights.safetensors, the files ``router.encoder`` documents."""
+    """Writes encoder.json and weights.safetensors, as ``router.encoder`` reads them."""
     folder.mkdir(parents=True)
     weights = _tower_weights(model)
     columns = run.space.query

@@ -1,1 +1,1 @@
-"""Load on an endpoint: scenarios, schedules, faults, and figures that hide no failure."""
+"""An endpoint under load and under faults; the fan-out alone."""

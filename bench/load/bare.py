@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.main_index import MainIndex, set_search_threads
-from shards.schema import FloatArray
-from shards.types import SearchParams
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import FloatArray
+from shardline.shards.index.main_index import MainIndex, set_search_threads
 
 LEAST_CALLS = 5
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.corpus import clustered_set, generation_of
-from bench.latency import BENCH_STORE
-from bench.load.report import (
+from shardline.bench.corpus import clustered_set, generation_of
+from shardline.bench.load.latency import BENCH_STORE
+from shardline.bench.load.report import (
     PROCESS_HEADER,
     STEP_HEADER,
     client_line,
@@ -20,20 +20,20 @@ from bench.load.report import (
     step_rows,
     title_of,
 )
-from bench.load.runner import MOST_QUERIES, Runner, requests_needed
-from bench.load.scenarios import Ask, Scenario
-from bench.load.step import Options
-from bench.load.target import Target, open_target, user_queries, vector_queries
-from bench.load.workload import Queries
-from bench.plots import plot_load
-from cluster.build import run_on_ray
-from cluster.commands.build import plan_of
-from cluster.config import ShardlineConfig
-from cluster.console import StageProgress, print_table
-from cluster.deployment import serving
-from cluster.endpoint import Address, find_endpoint
-from cluster.store import Store
-from shards.errors import InvalidInput, NotFound
+from shardline.bench.load.runner import MOST_QUERIES, Runner, requests_needed
+from shardline.bench.load.scenarios import Ask, Scenario
+from shardline.bench.load.step import Options
+from shardline.bench.load.target import Target, open_target, user_queries, vector_queries
+from shardline.bench.load.workload import Queries
+from shardline.bench.plots import plot_load
+from shardline.cluster.build import run_on_ray
+from shardline.cluster.commands.build import plan_of
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.console import StageProgress, print_table
+from shardline.cluster.serving.deployment import serving
+from shardline.cluster.serving.endpoint import Address, find_endpoint
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import InvalidInput, NotFound
 
 LEAST_QUERIES = 2_000
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from bench.load.processes import router_process, shard_process
-from bench.load.scenarios import Fault, FaultKind, Step
-from shards.errors import InvalidInput
+from shardline.bench.load.processes import router_process, shard_process
+from shardline.bench.load.scenarios import Fault, FaultKind, Step
+from shardline.shards.core.errors import InvalidInput
 
 logger = logging.getLogger(__name__)
 

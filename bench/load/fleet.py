@@ -15,9 +15,9 @@ from multiprocessing.process import BaseProcess
 
 import numpy as np
 
-from bench.load.client import LoadClient
-from bench.load.job import LoadJob, Records
-from shards.errors import Unavailable
+from shardline.bench.load.job import LoadJob, Records
+from shardline.bench.load.load_client import LoadClient
+from shardline.shards.core.errors import Unavailable
 
 READY_S = 60.0
 START_DELAY_S = 0.2  # between the last client's readiness and the first request

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.load.schedule import FloatTimes
-from shards.schema import IdArray
+from shardline.bench.load.schedule import FloatTimes
+from shardline.shards.core.schema import IdArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from shards.errors import NotFound
+from shardline.shards.core.errors import NotFound
 
 # how a process's title or command line begins or what it holds -> its role
 TITLES = (

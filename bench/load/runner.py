@@ -10,21 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from bench.corpus import load_bare
-from bench.load.bare import search_bare
-from bench.load.fleet import ClientFigures, judge, run_fleet
-from bench.load.job import LoadJob
-from bench.load.messages import address_of, message_of
-from bench.load.scenarios import Pace, Scenario, steps
-from bench.load.schedule import offsets
-from bench.load.stats import Figures, figures
-from bench.load.step import Options, StepReport, StepRunner
-from bench.load.target import Target, check_answers
-from bench.load.workload import Queries
-from bench.load.wrk import find_wrk
-from bench.openloop import Request
-from cluster.launch import cores
-from shards.errors import InvalidInput
+from shardline.bench.corpus import load_bare
+from shardline.bench.load.bare import search_bare
+from shardline.bench.load.fleet import ClientFigures, judge, run_fleet
+from shardline.bench.load.http_bytes import address_of, message_of
+from shardline.bench.load.job import LoadJob
+from shardline.bench.load.openloop import Request
+from shardline.bench.load.scenarios import Pace, Scenario, steps
+from shardline.bench.load.schedule import offsets
+from shardline.bench.load.stats import Figures, figures
+from shardline.bench.load.step import Options, StepReport, StepRunner
+from shardline.bench.load.target import Target, check_answers
+from shardline.bench.load.workload import Queries
+from shardline.bench.load.wrk import find_wrk
+from shardline.cluster.serving.ray_session import cores
+from shardline.shards.core.errors import InvalidInput
 
 EMPTY = Request("GET", "/healthz")
 FLOOR_S = 10.0

@@ -8,10 +8,10 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from bench.load.knee import Point, knee, next_rate
-from bench.load.schedule import Surge
-from bench.load.stats import Figures
-from shards.errors import InvalidInput
+from shardline.bench.load.knee import Point, knee, next_rate
+from shardline.bench.load.schedule import Surge
+from shardline.bench.load.stats import Figures
+from shardline.shards.core.errors import InvalidInput
 
 KNEE_SHARES = (0.5, 0.7, 0.9)
 SEARCH_SHARE = 3  # a rate of the search for the knee gets this part of the measured time

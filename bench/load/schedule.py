@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.errors import InvalidInput
+from shardline.shards.core.errors import InvalidInput
 
 FloatTimes = NDArray[np.float64]
 Surge = tuple[float, float, float]  # from, to (shares of the measured time), factor on the rate

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.load.client import OK
-from bench.load.job import Records
+from shardline.bench.load.job import Records
+from shardline.bench.load.load_client import OK
 
 REJECTED = 429
 PERCENTILES = {"p50_ms": 50.0, "p90_ms": 90.0, "p99_ms": 99.0, "p99_9_ms": 99.9}

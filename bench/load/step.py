@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.load.faults import Mark, surge_marks
-from bench.load.fleet import BUSY, ClientFigures, judge, run_fleet
-from bench.load.job import LoadJob, Records
-from bench.load.messages import address_of
-from bench.load.processes import Usage
-from bench.load.scenarios import Step
-from bench.load.schedule import Arrivals, FloatTimes, offsets
-from bench.load.stats import Figures, Recovery, Second, figures, recovery, timeline
-from bench.load.target import Target
-from bench.load.watch import Watch
-from bench.load.workload import Queries, Workload, asked_rows, make_workload, recall_of
-from bench.load.wrk import run_wrk
+from shardline.bench.load.faults import Mark, surge_marks
+from shardline.bench.load.fleet import BUSY, ClientFigures, judge, run_fleet
+from shardline.bench.load.http_bytes import address_of
+from shardline.bench.load.job import LoadJob, Records
+from shardline.bench.load.processes import Usage
+from shardline.bench.load.scenarios import Step
+from shardline.bench.load.schedule import Arrivals, FloatTimes, offsets
+from shardline.bench.load.stats import Figures, Recovery, Second, figures, recovery, timeline
+from shardline.bench.load.target import Target
+from shardline.bench.load.watch import Watch
+from shardline.bench.load.workload import Queries, Workload, asked_rows, make_workload, recall_of
+from shardline.bench.load.wrk import run_wrk
 
 CLOSED_RATE = 20_000  # requests a second that a closed loop never reaches
 WRK_WARM_UP_S = 1.0

@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from bench.corpus import clustered_name, clustered_queries, exact_ids
-from bench.load.workload import Queries
-from cluster.endpoint import Address
-from cluster.store import Store
-from router.encoder import QueryEncoder
-from shards.embeddings import EmbeddingSet, open_embedding_set
-from shards.errors import DataError, InvalidInput, NotFound, Unavailable
-from shards.generation import (
+from shardline.bench.corpus import clustered_name, clustered_queries, exact_ids
+from shardline.bench.load.workload import Queries
+from shardline.cluster.serving.endpoint import Address
+from shardline.cluster.store import Store
+from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
+from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
+from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
     verify_query_encoder,
 )
-from shards.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
 
 NEARNESS = 0.3  # length of the noise added to an item's vector, as a share of the item's
 ENCODE_ROWS = 1024
@@ -172,8 +172,8 @@ def user_queries(target: Target, data: Path, count: int, rng: np.random.Generato
     Raises:
         NotFound: the generation has no query encoder, or the data set no such columns.
     """
-    from training.queries import query_features, sample_users
-    from training.tables import open_dataset
+    from shardline.training.data.tables import open_dataset
+    from shardline.training.evaluation.user_queries import query_features, sample_users
 
     folder = verify_query_encoder(target.folder, target.manifest)
     encoder = QueryEncoder.load(folder)

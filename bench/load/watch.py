@@ -1,9 +1,9 @@
 """What happens beside the load: faults in their time, a look at the processes every second."""
 
-from bench.load.faults import FaultRunner, Mark
-from bench.load.processes import Sampler, Usage
-from bench.load.scenarios import Step
-from bench.load.target import Target
+from shardline.bench.load.faults import FaultRunner, Mark
+from shardline.bench.load.processes import Sampler, Usage
+from shardline.bench.load.scenarios import Step
+from shardline.bench.load.target import Target
 
 SAMPLE_S = 1.0  # between two looks at the processes
 

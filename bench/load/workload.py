@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.load.messages import message_of
-from bench.load.scenarios import Ask, Step
-from bench.openloop import Request
-from bench.vectors import recall_at_k
-from router.codec import decode_answer, encode_query
-from router.media import Media
-from router.messages import SearchQuery
-from shards.schema import FloatArray, IdArray
+from shardline.bench.load.http_bytes import message_of
+from shardline.bench.load.openloop import Request
+from shardline.bench.load.scenarios import Ask, Step
+from shardline.bench.vectors import recall_at_k
+from shardline.router.http.codec import decode_answer, encode_query
+from shardline.router.http.media import Media
+from shardline.router.query import SearchQuery
+from shardline.shards.core.schema import FloatArray, IdArray
 
 SAMPLED_QUERIES = 500  # whose answers are compared with the exact ones
 MESSAGE_BYTES = 64 << 20  # of all distinct requests: they are held by the clients

@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.load.stats import Figures
-from shards.errors import Unavailable
+from shardline.bench.load.stats import Figures
+from shardline.shards.core.errors import Unavailable
 
 PROGRAM = "wrk"
 GRACE_S = 30.0

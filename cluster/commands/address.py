@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from cluster.cli import Settings
-from cluster.endpoint import Address, find_endpoint
-from cluster.keys import client_key
+from shardline.cluster.cli import Settings
+from shardline.cluster.serving.endpoint import Address, find_endpoint
+from shardline.cluster.serving.serving_keys import client_key
 
 key_file_option = click.option(
     "--key-file",

@@ -4,19 +4,19 @@ from pathlib import Path
 
 import click
 
-from cluster.cli import Settings
-from cluster.commands.bench_load import load
-from cluster.commands.bench_options import (
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.bench_load import load
+from shardline.cluster.commands.bench_options import (
     AT_LEAST_ONE,
     POSITIVE,
     index_for,
     json_option,
     plot_option,
 )
-from cluster.commands.serve import serving_cpus
-from cluster.console import StageProgress
-from cluster.launch import cores, local_ray
-from shards.errors import InvalidInput
+from shardline.cluster.commands.serve import serving_cpus
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.ray_session import cores, local_ray
+from shardline.shards.core.errors import InvalidInput
 
 
 @click.group()
@@ -77,7 +77,7 @@ def latency(
     Vectors and index are kept in the store and reused; the first run with a million rows takes
     minutes to make them. Use `taskset -c 0,1 shardline bench latency` for two cores.
     """
-    from bench.latency import print_report, run
+    from shardline.bench.load.latency import print_report, run
 
     settings.preferences |= {"index": index_for(rows), "router.cache_bytes": 0}
     config = settings.config
@@ -147,11 +147,11 @@ def index(
     plot_path: Path | None,
 ) -> None:
     """Index kinds side by side: build time, size, recall, time of a query; Pareto plot."""
-    from bench.index_bench import run, show
-    from bench.index_data import Source, clustered_data, mnist_data, vectors_data
-    from bench.index_kinds import ALL_KINDS
-    from shards.index_spec import IndexKind
-    from shards.schema import Metric
+    from shardline.bench.index.datasets import Source, clustered_data, mnist_data, vectors_data
+    from shardline.bench.index.index_bench import run, show
+    from shardline.bench.index.kinds import ALL_KINDS
+    from shardline.shards.core.schema import Metric
+    from shardline.shards.index.spec import IndexKind
 
     if vectors is not None:
         data = vectors_data(vectors, metric=Metric(metric), queries=queries)
@@ -183,7 +183,7 @@ def mining(settings: Settings, data: Path, seeds: int, json_path: Path | None) -
     All runs are trained with `training` of the configuration for equal steps; they are kept in the
     store, whose folder bench-mining must not exist yet.
     """
-    from bench.mining import print_report, run
+    from shardline.bench.training.mining_bench import print_report, run
 
     config = settings.config
     cpus = serving_cpus(config)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from bench.load.scenarios import SCENARIOS, find_scenario
-from cluster.cli import Settings
-from cluster.commands.address import key_file_option
-from cluster.commands.bench_options import (
+from shardline.bench.load.scenarios import SCENARIOS, find_scenario
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.address import key_file_option
+from shardline.cluster.commands.bench_options import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
     POSITIVE,
@@ -16,11 +16,11 @@ from cluster.commands.bench_options import (
     json_option,
     plot_option,
 )
-from cluster.commands.serve import serving_cpus
-from cluster.console import StageProgress
-from cluster.keys import client_key
-from cluster.launch import local_ray
-from shards.errors import InvalidInput
+from shardline.cluster.commands.serve import serving_cpus
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.ray_session import local_ray
+from shardline.cluster.serving.serving_keys import client_key
+from shardline.shards.core.errors import InvalidInput
 
 LOAD_EXAMPLE = (
     "shardline bench load kill-shard --rows 100000 --rate 100 --seconds 20 \\",
@@ -135,9 +135,9 @@ def load(
     requests at --rate, for ten seconds at most: the floor. The store must hold the generation
     served: recall and the bare index need it.
     """
-    from bench.load.command import Where, run, show
-    from bench.load.schedule import Arrivals
-    from bench.load.step import Options
+    from shardline.bench.load.command import Where, run, show
+    from shardline.bench.load.schedule import Arrivals
+    from shardline.bench.load.step import Options
 
     if url is not None and rows is not None:
         raise InvalidInput("--url and --rows exclude each other")

@@ -6,23 +6,29 @@ from pathlib import Path
 
 import click
 
-from cluster.commands.remote import ask_features
-from cluster.commands.report import budget_rows
-from cluster.console import StageProgress, print_table
-from cluster.endpoint import Address
-from cluster.launch import cores
-from cluster.stations import LocalGeneration
-from cluster.store import Store
-from router.client import Client
-from router.encoder import QueryEncoder
-from shards.embeddings import open_embedding_set
-from shards.errors import InvalidInput, NotFound
-from shards.generation import verify_query_encoder
-from shards.index_stations import Station
-from shards.schema import FloatArray, IdArray
-from training.budget import Stop, StopResult, exact_ask, recall_budget, waterfall
-from training.queries import KNOWN_BEFORE, evaluation_task, query_features
-from training.tables import Dataset
+from shardline.cluster.commands.remote import ask_features
+from shardline.cluster.commands.report import budget_rows
+from shardline.cluster.console import StageProgress, print_table
+from shardline.cluster.generation_stages import LocalGeneration
+from shardline.cluster.serving.endpoint import Address
+from shardline.cluster.serving.ray_session import cores
+from shardline.cluster.store import Store
+from shardline.router.client import Client
+from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.shards.core.errors import InvalidInput, NotFound
+from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.index.stages import Stage
+from shardline.shards.storage.embedding_set import open_embedding_set
+from shardline.shards.storage.generation import verify_query_encoder
+from shardline.training.data.tables import Dataset
+from shardline.training.evaluation.budget import (
+    Stop,
+    StopResult,
+    exact_ask,
+    recall_budget,
+    waterfall,
+)
+from shardline.training.evaluation.user_queries import KNOWN_BEFORE, evaluation_task, query_features
 
 
 def measure_budget(
@@ -55,7 +61,7 @@ def measure_budget(
     queries = encoder.encode(features)
     stops = [
         Stop(name="model", about="exact, unquantised vectors", ask=exact_ask(queries, corpus)),
-        *(_index_stop(local, station, queries) for station in local.stations),
+        *(_index_stop(local, stage, queries) for stage in local.stages),
     ]
     item_ids = dataset.items()["item_id"].to_numpy()
     if cluster is None:
@@ -80,7 +86,7 @@ def print_budget(dataset: Dataset, split: str, results: list[StopResult], *, as_
     if as_json:
         report = {
             "users": results[0].metrics.users,
-            "stations": [
+            "stages": [
                 {"name": r.name, "about": r.about, **r.metrics.means}
                 | {f"agreement@{k}": share for k, share in r.agreement.items()}
                 for r in results
@@ -105,11 +111,11 @@ def _embeddings_of(store: Store, model_version: str) -> Path:
     return folder
 
 
-def _index_stop(local: LocalGeneration, station: Station, queries: FloatArray) -> Stop:
+def _index_stop(local: LocalGeneration, stage: Stage, queries: FloatArray) -> Stop:
     def ask(places: IdArray, k: int) -> IdArray:
-        return local.search(station, queries[places], k)
+        return local.search(stage, queries[places], k)
 
-    return Stop(name=station.value, about=local.describe(station), ask=ask)
+    return Stop(name=stage.value, about=local.describe(stage), ask=ask)
 
 
 def _check_generation(client: Client, number: int) -> None:

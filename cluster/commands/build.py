@@ -7,21 +7,21 @@ from pathlib import Path
 
 import click
 
-from cluster.build import BuildPlan, build_checked, check_plan, run_here, run_on_ray
-from cluster.cli import Settings
-from cluster.config import ShardlineConfig
-from cluster.console import StageProgress
-from cluster.endpoint import find_endpoint
-from cluster.launch import cores, ray_for
-from cluster.partition import Partitioning
-from cluster.store import Store
-from shards.embeddings import embedding_writer
-from shards.errors import DataError, InvalidInput, NotFound
-from shards.files import MANIFEST_NAME, sha256_of
-from shards.foreign import read_foreign
-from shards.generation import GenerationManifest
-from shards.gpu import gpu_count
-from shards.schema import Metric
+from shardline.cluster.build import BuildPlan, build_checked, check_plan, run_here, run_on_ray
+from shardline.cluster.cli import Settings
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.endpoint import find_endpoint
+from shardline.cluster.serving.ray_session import cores, ray_for
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound
+from shardline.shards.core.files import MANIFEST_NAME, sha256_of
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.gpu import gpu_count
+from shardline.shards.storage.embedding_set import embedding_writer
+from shardline.shards.storage.foreign_vectors import read_foreign
+from shardline.shards.storage.generation import GenerationManifest
 
 
 @click.command()

@@ -8,13 +8,13 @@ from typing import Any, TypeVar, get_args
 import click
 from pydantic import BaseModel, ValidationError
 
-from cluster.cli import Settings
-from cluster.commands.report import metric_rows
-from cluster.config import config_error
-from cluster.console import StageProgress, print_table
-from cluster.launch import cores
-from training.importers import Format, ImportConfig, import_dataset
-from training.synth import PRESETS, Observed, SynthConfig, generate
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.report import metric_rows
+from shardline.cluster.config import config_error
+from shardline.cluster.console import StageProgress, print_table
+from shardline.cluster.serving.ray_session import cores
+from shardline.training.data.importers import Format, ImportConfig, import_dataset
+from shardline.training.synthetic.generator import PRESETS, Observed, SynthConfig, generate
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -164,8 +164,8 @@ def embed_text(
 
     Needs the extra "text". Without it, a text feature hashes n-grams.
     """
-    from training.tables import open_dataset
-    from training.text import embed_items
+    from shardline.training.data.tables import open_dataset
+    from shardline.training.features.embed_text import embed_items
 
     vectors = name or f"{column}_vector"
     with StageProgress() as progress:

@@ -1,4 +1,4 @@
-"""``demo``: the whole main job on synthetic data, every station real, figures at the end."""
+"""``demo``: the whole main job on synthetic data, every stage real, figures at the end."""
 
 import shutil
 import tempfile
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import click
 
-from cluster.cli import Settings
-from cluster.commands.bench_options import AT_LEAST_ONE, in_a_folder
-from cluster.commands.demo_text import closing, ended, opening
-from cluster.console import StageProgress
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.bench_options import AT_LEAST_ONE, in_a_folder
+from shardline.cluster.commands.demo_text import closing, ended, opening
+from shardline.cluster.console import StageProgress
 
 REPORT_NAME = "demo-report.json"
-PRESET_NAMES = ("seed", "sharp")  # of training.synth, which takes seconds to import
+PRESET_NAMES = ("seed", "sharp")  # of training.synthetic.generator, which takes seconds to import
 
 
 @click.command()
@@ -48,7 +48,7 @@ def demo(
     with StageProgress() as progress, _work_folder(settings) as folder:
         for line in opening(folder=folder, kept=kept, report=report):
             progress.note(line)
-        from cluster.commands.demo_run import run_demo  # seconds: the opening comes first
+        from shardline.cluster.commands.demo_run import run_demo
 
         figures = run_demo(
             settings,

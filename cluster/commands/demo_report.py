@@ -4,10 +4,10 @@ from typing import Any
 
 import click
 
-from bench import index_kinds
-from cluster.commands.report import metric_rows
-from cluster.console import print_table
-from cluster.launch import cores
+from shardline.bench.index import kinds as index_kinds
+from shardline.cluster.commands.report import metric_rows
+from shardline.cluster.console import print_table
+from shardline.cluster.serving.ray_session import cores
 
 # The table of the text this project started from: what a good and an excellent system reach.
 TARGETS = {

@@ -1,4 +1,4 @@
-"""The stations of ``demo`` in order, every one real; what they measure becomes its figures."""
+"""The stages of ``demo`` in order, every one real; what they measure becomes its figures."""
 
 import contextlib
 import time
@@ -11,33 +11,33 @@ from typing import Any
 import numpy as np
 import orjson
 
-from bench import index_kinds
-from bench.openloop import LoadResult, Request, run_open_loop
-from cluster.build import build_generation, run_on_ray
-from cluster.cli import Settings
-from cluster.commands.build import plan_of
-from cluster.commands.data import validated
-from cluster.commands.demo_report import TARGETS, print_report
-from cluster.commands.demo_text import station_line, stay_lines
-from cluster.commands.model import train_with_progress
-from cluster.commands.remote import encoder_kinds, evaluate_cluster
-from cluster.commands.serve import serving_cpus, stop_on_signals
-from cluster.config import ShardlineConfig
-from cluster.console import StageProgress
-from cluster.deployment import serving
-from cluster.endpoint import Endpoint
-from cluster.launch import cores, local_ray
-from cluster.store import Store
-from shards import files
-from shards.embeddings import EmbeddingSet
-from shards.types import SearchParams
-from training.baselines import Baseline, evaluate_baseline
-from training.evaluate import evaluate_exact
-from training.export import export
-from training.metrics import DEFAULT_KS
-from training.queries import query_features
-from training.synth import PRESETS, SynthConfig, generate
-from training.tables import Dataset
+from shardline.bench.index import kinds as index_kinds
+from shardline.bench.load.openloop import LoadResult, Request, run_open_loop
+from shardline.cluster.build import build_generation, run_on_ray
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.build import plan_of
+from shardline.cluster.commands.data import validated
+from shardline.cluster.commands.demo_report import TARGETS, print_report
+from shardline.cluster.commands.demo_text import stage_line, stay_lines
+from shardline.cluster.commands.model import train_with_progress
+from shardline.cluster.commands.remote import encoder_kinds, evaluate_cluster
+from shardline.cluster.commands.serve import serving_cpus, stop_on_signals
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.deployment import serving
+from shardline.cluster.serving.endpoint import Endpoint
+from shardline.cluster.serving.ray_session import cores, local_ray
+from shardline.cluster.store import Store
+from shardline.shards.core import files
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.storage.embedding_set import EmbeddingSet
+from shardline.training.data.tables import Dataset
+from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.evaluation.ranking_metrics import DEFAULT_KS
+from shardline.training.evaluation.user_queries import query_features
+from shardline.training.export import export
+from shardline.training.synthetic.generator import PRESETS, SynthConfig, generate
 
 # Three epochs: of 3, 4 and 6 the best validation recall@1000 (.9085, .9080, .9075). Without the
 # cache, because the latencies are those of the search.
@@ -95,7 +95,7 @@ def run_demo(
 
 @dataclass(kw_only=True)
 class Demo:
-    """The stations in order; what they measure collects in ``figures``."""
+    """The stages in order; what they measure collects in ``figures``."""
 
     config: ShardlineConfig
     folder: Path
@@ -113,7 +113,7 @@ class Demo:
 
     def data(self, synth: SynthConfig, preset: str) -> Dataset:
         """Users, items and interactions, and the ceilings of their split."""
-        with self._station("data"):
+        with self._stage("data"):
             self.progress.note(
                 f"{synth.num_users:,} users, {synth.num_items:,} items, preset {preset}"
             )
@@ -123,12 +123,12 @@ class Demo:
 
     def model(self, dataset: Dataset) -> EmbeddingSet:
         """Trains under Ray Train, then embeds every item."""
-        with self._station("train"):
+        with self._stage("train"):
             result = train_with_progress(
                 self.config, dataset.path, self.run_folder, self.progress, resume=False
             )
         self.figures["training"] = asdict(result) | {"run_folder": None}
-        with self._station("export"):
+        with self._stage("export"):
             created_at = datetime.now(UTC).isoformat(timespec="seconds")
             return export(
                 self.run_folder,
@@ -140,7 +140,7 @@ class Demo:
 
     def kinds(self, dataset: Dataset, embeddings: EmbeddingSet) -> None:
         """Every kind of index over the item embeddings, asked by the users' embeddings."""
-        with self._station("index kinds"):
+        with self._stage("index kinds"):
             vectors = np.concatenate([batch.vectors for batch in embeddings.batches()])
             scratch = self.folder / "kinds"
             scratch.mkdir()
@@ -159,7 +159,7 @@ class Demo:
 
     def build(self, embeddings: EmbeddingSet) -> None:
         """The live generation: one template, one index a shard."""
-        with self._station("build"):
+        with self._stage("build"):
             manifest = build_generation(
                 self.store,
                 embeddings.folder,
@@ -180,15 +180,15 @@ class Demo:
         cluster = self.config.cluster.model_copy(update={"http_port": 0})
         config = self.config.model_copy(update={"cluster": cluster})
         with contextlib.ExitStack() as stack:
-            with self._station("serve"):
+            with self._stage("serve"):
                 endpoint = stack.enter_context(serving(config, on_stage=self.progress.note))
             yield endpoint
 
     def measure(self, endpoint: Endpoint, dataset: Dataset) -> None:
         """Metrics of all test users and latencies of some, both through HTTP."""
-        with self._station("evaluate exactly"):
+        with self._stage("evaluate exactly"):
             exact = evaluate_exact(self.run_folder, dataset, progress=self.progress)
-        with self._station("evaluate over HTTP"), endpoint.address.client() as client:
+        with self._stage("evaluate over HTTP"), endpoint.address.client() as client:
             kinds = encoder_kinds(client)
             model = evaluate_cluster(
                 client, dataset, "test", DEFAULT_KS, self.progress, params=DEEP_SEARCH
@@ -205,7 +205,7 @@ class Demo:
             "nprobe": DEEP_SEARCH.nprobe,
             **TARGETS,
         }
-        with self._station("latency"):
+        with self._stage("latency"):
             rows = np.arange(min(LOAD_REQUESTS, dataset.rows["users"]))
             requests = [
                 _feature_request(features)
@@ -225,8 +225,8 @@ class Demo:
         print_report(self.figures)
 
     @contextlib.contextmanager
-    def _station(self, name: str) -> Iterator[None]:
-        self.progress.note(station_line(name))
+    def _stage(self, name: str) -> Iterator[None]:
+        self.progress.note(stage_line(name))
         started = time.perf_counter()
         yield
         seconds = round(time.perf_counter() - started, 1)
@@ -249,7 +249,7 @@ class Demo:
 
 def _user_vectors(embeddings: EmbeddingSet, dataset: Dataset, count: int) -> Any:
     """(count, dim) query vectors of the first users, by the exported query encoder."""
-    from router.encoder import QueryEncoder
+    from shardline.router.encoder.query_encoder import QueryEncoder
 
     assert embeddings.encoder_folder is not None
     encoder = QueryEncoder.load(embeddings.encoder_folder)

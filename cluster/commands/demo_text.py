@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 # name -> what it does; the order of the steps
-STATIONS = {
+STAGES = {
     "data": "users with hidden interests, items with attributes, who took what; the best possible",
     "train": "two towers, data-parallel on Ray Train, whose processes take a while to start",
     "export": "every item through the item tower, and the query encoder",
@@ -23,16 +23,16 @@ def opening(*, folder: Path, kept: bool, report: Path) -> list[str]:
     """What will happen, about how long it takes, and where files go."""
     fate = "kept" if kept else "removed at the end; --store FOLDER names one to keep"
     return [
-        f"The whole main job on synthetic data, in {len(STATIONS)} steps: {', '.join(STATIONS)}.",
+        f"The whole main job on synthetic data, in {len(STAGES)} steps: {', '.join(STAGES)}.",
         f"The usual 10,000 users and 100,000 items take about {USUAL_MINUTES} minutes on two "
         "cores. Ctrl-C ends it at any time and cleans up.",
         f"Work folder: {folder} ({fate}). Figures: {report}.",
     ]
 
 
-def station_line(name: str) -> str:
+def stage_line(name: str) -> str:
     """The heading of a step: which it is, and what it does."""
-    return f"[{list(STATIONS).index(name) + 1}/{len(STATIONS)}] {name}: {STATIONS[name]}"
+    return f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] {name}: {STAGES[name]}"
 
 
 def stay_lines(url: str, key_file: str | None) -> list[str]:

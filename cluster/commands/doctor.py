@@ -14,15 +14,15 @@ from urllib.parse import urlsplit
 
 import click
 
-from cluster.cli import Settings
-from cluster.config import ShardlineConfig
-from cluster.endpoint import serving_now
-from cluster.exits import as_known
-from cluster.launch import MAX_TEMPORARY_PATH, cores, port_is_free
-from cluster.store import Store
-from shards.embeddings import open_embedding_set
-from shards.errors import ShardlineError, Unavailable
-from shards.generation import read_generation, verify_generation
+from shardline.cluster.cli import Settings
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.exits import as_known
+from shardline.cluster.serving.endpoint import serving_now
+from shardline.cluster.serving.ray_session import MAX_TEMPORARY_PATH, cores, port_is_free
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.storage.embedding_set import open_embedding_set
+from shardline.shards.storage.generation import read_generation, verify_generation
 
 VERSIONS = ("ray", "torch", "numpy", "pyarrow", "msgpack", "fastapi")
 FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
@@ -73,7 +73,7 @@ def _faiss() -> str:
             f"expected exactly one of {', '.join(FAISS_WHEELS)}; got {', '.join(found) or 'none'}; "
             "install the cpu or the gpu extra into a fresh environment"
         )
-    from shards.gpu import gpu_count
+    from shardline.shards.index.gpu import gpu_count
 
     return f"{found[0]}, {gpu_count()} GPUs"
 

@@ -8,21 +8,21 @@ from typing import Any
 
 import click
 
-from cluster.cli import Settings
-from cluster.commands.address import address_of, key_file_option
-from cluster.commands.budget import measure_budget, print_budget
-from cluster.commands.model import data_option, default_run, run_option, unfinished_option
-from cluster.commands.remote import evaluate_cluster
-from cluster.commands.report import metric_rows, segment_rows
-from cluster.console import StageProgress, print_table
-from cluster.endpoint import Address
-from shards.errors import InvalidInput
-from training.baselines import Baseline, evaluate_baseline
-from training.cold import cold_baselines
-from training.evaluate import evaluate_exact
-from training.metrics import DEFAULT_KS, MetricResult
-from training.queries import Candidates
-from training.tables import Dataset, open_dataset
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.address import address_of, key_file_option
+from shardline.cluster.commands.budget import measure_budget, print_budget
+from shardline.cluster.commands.model import data_option, default_run, run_option, unfinished_option
+from shardline.cluster.commands.remote import evaluate_cluster
+from shardline.cluster.commands.report import metric_rows, segment_rows
+from shardline.cluster.console import StageProgress, print_table
+from shardline.cluster.serving.endpoint import Address
+from shardline.shards.core.errors import InvalidInput
+from shardline.training.data.tables import Dataset, open_dataset
+from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
+from shardline.training.evaluation.cold import cold_baselines
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, MetricResult
+from shardline.training.evaluation.user_queries import Candidates
 
 Columns = dict[str, MetricResult]
 
@@ -60,7 +60,7 @@ class Task:
     help="Rank all items, or only those without a train interaction.",
 )
 @click.option(
-    "--budget", is_flag=True, help="What the model loses, and what the index, station by station."
+    "--budget", is_flag=True, help="What the model loses, and what the index, stage by stage."
 )
 @click.option("--generation", type=int, help="The generation of --budget.  [default: the live one]")
 @click.option("--max-users", type=int, help="Only so many users, for a quick look.")

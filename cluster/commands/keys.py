@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from cluster.cli import Settings
-from cluster.console import print_table
-from cluster.keys import add_key, key_file_of, remove_key
-from router.keys import Scope, read_keys
-from shards.errors import NotFound
+from shardline.cluster.cli import Settings
+from shardline.cluster.console import print_table
+from shardline.cluster.serving.serving_keys import add_key, key_file_of, remove_key
+from shardline.router.http.api_keys import Scope, read_keys
+from shardline.shards.core.errors import NotFound
 
 scope_argument = click.argument(
     "scope", type=click.Choice([each.value for each in Scope]), default=Scope.SEARCH.value

@@ -9,22 +9,22 @@ from typing import Any
 
 import click
 
-from cluster.cli import Settings
-from cluster.commands.address import address_of, key_file_option
-from cluster.commands.model import data_option, default_run, run_option, unfinished_option
-from cluster.console import StageProgress
-from cluster.endpoint import Address
-from shards.schema import EMPTY_ID
-from training.checkpoint import check_dataset, load_best, open_data
-from training.config import MiningConfig
-from training.export import model_version
-from training.hard_negatives import Origin, check_target, write_negatives
-from training.metrics import Progress
-from training.miner import build_miner, mine_table
-from training.mining import Mined
-from training.popularity import lengths_of
-from training.searchers import ExactSearch, open_cluster
-from training.tables import Dataset, open_dataset
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.address import address_of, key_file_option
+from shardline.cluster.commands.model import data_option, default_run, run_option, unfinished_option
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.endpoint import Address
+from shardline.shards.core.progress import Progress
+from shardline.shards.core.schema import EMPTY_ID
+from shardline.training.config.training_config import MiningConfig
+from shardline.training.data.tables import Dataset, open_dataset
+from shardline.training.evaluation.searchers import ExactSearch, open_cluster
+from shardline.training.export import model_version
+from shardline.training.mining.hard_negatives import Origin, check_target, write_negatives
+from shardline.training.mining.miner import build_miner, mine_table
+from shardline.training.mining.selection import Mined
+from shardline.training.model.checkpoint import check_dataset, load_best, open_data
+from shardline.training.model.popularity import lengths_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,16 +7,16 @@ from typing import Any
 
 import click
 
-from cluster.cli import Settings
-from cluster.config import ShardlineConfig
-from cluster.console import StageProgress
-from cluster.launch import cores, ray_for
-from shards.files import MANIFEST_NAME
-from training.checkpoint import GO_ON, latest_state, open_run
-from training.export import export as export_embeddings
-from training.launch import TrainResult, check_folders
-from training.launch import train as train_model
-from training.plot import plot_run
+from shardline.cluster.cli import Settings
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.ray_session import cores, ray_for
+from shardline.shards.core.files import MANIFEST_NAME
+from shardline.training.export import export as export_embeddings
+from shardline.training.loop.launch import TrainResult, check_folders
+from shardline.training.loop.launch import train as train_model
+from shardline.training.loop.run_plot import plot_run
+from shardline.training.model.checkpoint import GO_ON, latest_state, open_run
 
 data_option = click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set."

@@ -11,13 +11,13 @@ import click
 import numpy as np
 from httpx import URL, InvalidURL
 
-from cluster.cli import Settings
-from cluster.commands.address import address_of, key_file_option
-from cluster.console import print_table
-from router.client import Client
-from router.messages import SearchAnswer
-from shards.errors import InvalidInput, NotFound, ShardlineError, Unavailable
-from shards.types import SearchParams
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.address import address_of, key_file_option
+from shardline.cluster.console import print_table
+from shardline.router.client import Client
+from shardline.router.query import SearchAnswer
+from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError, Unavailable
+from shardline.shards.core.messages import SearchParams
 
 # fields of the API -> how they are typed here
 OPTIONS = {
@@ -219,7 +219,7 @@ def _in_terms_of_options(error: InvalidInput) -> InvalidInput:
 
 def _warn_without_lists(client: Client) -> None:
     """The API ignores a parameter that the index does not have; a person should be told."""
-    from shards.index_resolve import FIELD_KINDS  # faiss: only when --nprobe is given
+    from shardline.shards.index.resolve import FIELD_KINDS
 
     kind = client.status()["index"]
     if kind not in FIELD_KINDS["nprobe"]:
@@ -227,9 +227,9 @@ def _warn_without_lists(client: Client) -> None:
 
 
 def _features_of(client: Client, user_id: int, data: Path) -> dict[str, Any]:
-    from cluster.commands.remote import encoder_kinds  # torch: only when a user is asked for
-    from training.queries import query_features_of_user
-    from training.tables import open_dataset
+    from shardline.cluster.commands.remote import encoder_kinds
+    from shardline.training.data.tables import open_dataset
+    from shardline.training.evaluation.user_queries import query_features_of_user
 
     return query_features_of_user(open_dataset(data), encoder_kinds(client), user_id)
 

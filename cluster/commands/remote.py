@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from cluster.console import StageProgress
-from router.client import Client
-from shards.errors import InvalidInput
-from shards.schema import IdArray
-from shards.types import SearchParams
-from training.evaluate import evaluate_through
-from training.metrics import MetricResult
-from training.tables import Dataset
+from shardline.cluster.console import StageProgress
+from shardline.router.client import Client
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import IdArray
+from shardline.training.data.tables import Dataset
+from shardline.training.evaluation.evaluate import evaluate_through
+from shardline.training.evaluation.ranking_metrics import MetricResult
 
 EVALUATION_TIMEOUT_MS = 10_000.0  # a batch of deep queries over a flat corpus takes its time
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch: not needed to print a table
-    from training.budget import Step
-    from training.metrics import MetricResult
+    from shardline.training.evaluation.budget import Step
+    from shardline.training.evaluation.ranking_metrics import MetricResult
 
 Metrics = Mapping[str, float]
 
@@ -54,12 +54,12 @@ def segment_rows(
 
 
 def budget_rows(steps: "Sequence[Step]", k: int) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): a line a station, from all relevant items down to what is answered."""
+    """(header, rows): a line a stage, from all relevant items down to what is answered."""
     rows = [["all relevant items", "", f"{1:.4f}", "", ""]]
     for step in steps:
         figures = (f"{step.recall:.4f}", f"{step.change:+.4f}", f"{step.agreement:.4f}")
         rows.append([step.name, step.about, *figures])
-    return ["station", "how", f"recall@{k}", "change", "agreement with exact"], rows
+    return ["stage", "how", f"recall@{k}", "change", "agreement with exact"], rows
 
 
 def _figure(value: float | None) -> str:

@@ -10,15 +10,15 @@ from pathlib import Path
 import click
 import psutil
 
-from cluster.cli import Settings
-from cluster.config import ShardlineConfig
-from cluster.console import StageProgress
-from cluster.deployment import serving, start_serving, stop_serving
-from cluster.endpoint import Endpoint, find_endpoint
-from cluster.keys import serving_keys
-from cluster.launch import attached_ray, cores, ray_for, reap_orphans
-from cluster.preflight import check_serving
-from shards.errors import NotFound, Unavailable
+from shardline.cluster.cli import Settings
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.deployment import serving, start_serving, stop_serving
+from shardline.cluster.serving.endpoint import Endpoint, find_endpoint
+from shardline.cluster.serving.preflight import check_serving
+from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for, reap_orphans
+from shardline.cluster.serving.serving_keys import serving_keys
+from shardline.shards.core.errors import NotFound, Unavailable
 
 STOP_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.1

@@ -11,18 +11,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.build import build_generation, run_on_ray
-from cluster.commands.build import plan_of
-from cluster.config import ShardlineConfig, load_config
-from cluster.deployment import serving
-from cluster.endpoint import Endpoint, is_alive
-from cluster.launch import SESSION_PREFIX, local_ray
-from cluster.store import Store
-from router.client import Client
-from training.export import export
-from training.launch import train
-from training.synth import PRESETS, generate
-from training.tables import Dataset
+from shardline.cluster.build import build_generation, run_on_ray
+from shardline.cluster.commands.build import plan_of
+from shardline.cluster.config import ShardlineConfig, load_config
+from shardline.cluster.serving.deployment import serving
+from shardline.cluster.serving.endpoint import Endpoint, is_alive
+from shardline.cluster.serving.ray_session import SESSION_PREFIX, local_ray
+from shardline.cluster.store import Store
+from shardline.router.client import Client
+from shardline.training.data.tables import Dataset
+from shardline.training.export import export
+from shardline.training.loop.launch import train
+from shardline.training.synthetic.generator import PRESETS, generate
 
 NUM_ITEMS = 3000
 SESSION = re.compile(rf"/{SESSION_PREFIX}([0-9]+)-")

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from bench.load.command import Where, run
-from bench.load.scenarios import find_scenario
-from bench.load.step import Options
-from cluster.console import StageProgress
-from shards.errors import InvalidInput, NotFound, ShardlineError
+from shardline.bench.load.command import Where, run
+from shardline.bench.load.scenarios import find_scenario
+from shardline.bench.load.step import Options
+from shardline.cluster.console import StageProgress
+from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
 from tests.integration.conftest import NUM_ITEMS, Cluster
 
 RECOVERY_S = 60.0

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.launch import free_port
-from shards.generation import INDEX_NAME, shard_folder
+from shardline.cluster.serving.ray_session import free_port
+from shardline.shards.storage.generation import INDEX_NAME, shard_folder
 
 START_S = 120.0
 OTHER_KEY = "o" * 40  # of another cluster

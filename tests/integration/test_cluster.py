@@ -7,19 +7,19 @@ import numpy as np
 import orjson
 import pytest
 
-from cluster.commands.budget import measure_budget
-from cluster.commands.remote import evaluate_cluster
-from cluster.console import StageProgress
-from router.client import Client
-from router.encoder import QueryEncoder
-from shards.embeddings import open_embedding_set
-from shards.errors import InvalidInput, NotFound
-from shards.generation import QUERY_ENCODER_FOLDER
-from shards.schema import FloatArray, IdArray, Metric, normalise
+from shardline.cluster.commands.budget import measure_budget
+from shardline.cluster.commands.remote import evaluate_cluster
+from shardline.cluster.console import StageProgress
+from shardline.router.client import Client
+from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.shards.core.errors import InvalidInput, NotFound
+from shardline.shards.core.schema import FloatArray, IdArray, Metric, normalise
+from shardline.shards.storage.embedding_set import open_embedding_set
+from shardline.shards.storage.generation import QUERY_ENCODER_FOLDER
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.evaluation.user_queries import query_features
 from tests.integration.conftest import NUM_ITEMS, Cluster
 from tests.reference import assert_same_answers, brute_force
-from training.evaluate import evaluate_exact
-from training.queries import query_features
 
 JSON = (("content-type", "application/json"),)
 

@@ -13,13 +13,13 @@ import psutil
 import pytest
 import ray
 
-from bench.load.processes import router_process
-from cluster.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
-from cluster.deployment import serving, shard_reports
-from cluster.endpoint import Address
-from router.config import RouterConfig
-from router.messages import SearchAnswer
-from shards.errors import ShardlineError, Unavailable
+from shardline.bench.load.processes import router_process
+from shardline.cluster.control.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
+from shardline.cluster.serving.deployment import serving, shard_reports
+from shardline.cluster.serving.endpoint import Address
+from shardline.router.query import SearchAnswer
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import ShardlineError, Unavailable
 from tests.integration.conftest import Cluster
 
 RECOVERY_S = 60.0

@@ -15,14 +15,14 @@ import httpx
 import psutil
 import pytest
 
-from cluster.deployment import shard_reports
-from cluster.haproxy import HEADER_TIMEOUT_S, REPLICA_PLACES
-from cluster.keys import add_key, remove_key
-from router.auth import RELOAD_S
-from router.client import Client
-from router.keys import Key, Scope, read_keys
-from router.problems import Forbidden, Unauthenticated
-from shards.errors import InvalidInput
+from shardline.cluster.serving.deployment import shard_reports
+from shardline.cluster.serving.serving_keys import add_key, remove_key
+from shardline.router.client import Client
+from shardline.router.http.api_keys import Key, Scope, read_keys
+from shardline.router.http.auth import RELOAD_S
+from shardline.router.http.problems import Forbidden, Unauthenticated
+from shardline.router.serve.haproxy import HEADER_TIMEOUT_S, REPLICA_PLACES
+from shardline.shards.core.errors import InvalidInput
 from tests.integration.conftest import Cluster
 
 SOON_S = 20.0

@@ -6,17 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.cli import main
-from cluster.commands.mine import mine_run
-from cluster.config import load_config
-from cluster.endpoint import Address
-from shards.errors import Unavailable, VersionMismatch
-from shards.files import read_manifest
+from shardline.cluster.cli import main
+from shardline.cluster.commands.mine import mine_run
+from shardline.cluster.config import load_config
+from shardline.cluster.serving.endpoint import Address
+from shardline.shards.core.errors import Unavailable, VersionMismatch
+from shardline.shards.core.files import read_manifest
+from shardline.training.config.training_config import MiningConfig
+from shardline.training.features.prepared import item_lists
+from shardline.training.loop.launch import train
+from shardline.training.mining.hard_negatives import KIND, VERSION, load_hard
 from tests.integration.conftest import Cluster
-from training.config import MiningConfig
-from training.hard_negatives import KIND, VERSION, load_hard
-from training.launch import train
-from training.prepared import item_lists
 
 CONFIG = MiningConfig(per_user=5, range_min=3, range_max=60, margin=0.1)
 

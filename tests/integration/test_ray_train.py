@@ -6,12 +6,12 @@ import pytest
 import ray
 import torch
 
-from shards.errors import ConfigError, DataError
+from shardline.shards.core.errors import ConfigError, DataError
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.loop.launch import train
+from shardline.training.model.checkpoint import load_best
 from tests.integration.conftest import Cluster
 from tests.tiny import tiny_config, tiny_dataset
-from training.checkpoint import load_best
-from training.evaluate import evaluate_exact
-from training.launch import train
 
 # Ray Train brings up Ray Data's context, which warns about the defaults of its own settings
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")

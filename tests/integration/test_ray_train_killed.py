@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards.errors import DataError, Unavailable
+from shardline.shards.core.errors import DataError, Unavailable
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.loop.launch import train
+from shardline.training.loop.runlog import read_log
+from shardline.training.model.checkpoint import load_best
 from tests.integration.conftest import Cluster
 from tests.tiny import tiny_config, tiny_dataset
-from training.checkpoint import load_best
-from training.config import TrainingConfig
-from training.launch import train
-from training.runlog import read_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 

@@ -11,11 +11,11 @@ import numpy as np
 import orjson
 import pytest
 
-from router.api import create_app
-from router.codec import decode_answer
-from router.config import RouterConfig
-from router.service import SearchService
-from shards.schema import Metric
+from shardline.router.http.api import create_app
+from shardline.router.http.codec import decode_answer
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core.schema import Metric
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import (
     SECRET,

@@ -21,11 +21,11 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from router.api import create_app
-from router.auth import AuthSettings, Guard
-from router.config import RouterConfig
-from router.keys import Key, Keyring, Scope
-from router.service import SearchService
+from shardline.router.http.api import create_app
+from shardline.router.http.api_keys import Key, Keyring, Scope
+from shardline.router.http.auth import AuthSettings, Guard
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
 from tests.live_router import NUM_ROWS, NUM_SHARDS, LiveRouter, running_router
 
 load_all_checks()

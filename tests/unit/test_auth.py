@@ -8,13 +8,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from router.api import RequestContext, create_app
-from router.auth import RELOAD_S, AuthSettings, Guard, needed_scope
-from router.config import RouterConfig
-from router.keys import Key, Keyring, Scope
-from router.problems import Forbidden, Unauthenticated
-from router.service import SearchService
-from shards.metrics import Recorder
+from shardline.router.http.api import RequestContext, create_app
+from shardline.router.http.api_keys import Key, Keyring, Scope
+from shardline.router.http.auth import RELOAD_S, AuthSettings, Guard, needed_scope
+from shardline.router.http.problems import Forbidden, Unauthenticated
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core.metrics import Recorder
 
 SEARCH = Key(Scope.SEARCH, "s" * 40)
 ADMIN = Key(Scope.ADMIN, "a" * 40)
@@ -279,7 +279,7 @@ def test_following_looks_again_and_again_and_ends_when_cancelled(
             await asyncio.wait_for(Guard(settings).follow(), 1)
 
     assert 0 < RELOAD_S <= 2
-    monkeypatch.setattr("router.auth.RELOAD_S", 0.002)
+    monkeypatch.setattr("shardline.router.http.auth.RELOAD_S", 0.002)
     asyncio.run(run())
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.errors import ConfigError, DataError
+from shardline.shards.core.errors import ConfigError, DataError
+from shardline.training.config.loss_config import LossConfig
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import Dataset
+from shardline.training.features.fitted import fit
+from shardline.training.features.prepared import TrainingData, item_lists, prepare
+from shardline.training.loop.batches import Batch, Sampler, check_batch, others
 from tests.tiny import ITEM_IDS, NUM_USERS, PER_USER, USER_IDS, tiny_config, tiny_dataset
-from training.batches import Batch, Sampler, check_batch, others
-from training.features import fit
-from training.loss_config import LossConfig
-from training.metrics import Csr
-from training.prepared import TrainingData, item_lists, prepare
-from training.tables import Dataset
 
 
 @pytest.fixture(scope="module")

@@ -9,22 +9,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cluster.build import BuildPlan, build_generation, run_here
-from cluster.cli import cli
-from cluster.commands.budget import measure_budget
-from cluster.console import StageProgress
-from cluster.partition import Partitioning
-from cluster.store import Store
-from shards.errors import CorruptFile, DataError, InvalidInput, NotFound
-from shards.index_spec import IndexSpec
+from shardline.cluster.build import BuildPlan, build_generation, run_here
+from shardline.cluster.cli import cli
+from shardline.cluster.commands.budget import measure_budget
+from shardline.cluster.console import StageProgress
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.index.spec import IndexSpec
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import Dataset, write_dataset
+from shardline.training.evaluation.budget import Stop, overlap, recall_budget, waterfall
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.evaluation.user_queries import EvaluationTask, evaluation_task
+from shardline.training.export import export
+from shardline.training.loop.run_rank import train_rank
 from tests.tiny import declared_run, tiny_config, tiny_dataset
-from training.budget import Stop, overlap, recall_budget, waterfall
-from training.evaluate import evaluate_exact
-from training.export import export
-from training.loop import train_rank
-from training.metrics import Csr
-from training.queries import EvaluationTask, evaluation_task
-from training.tables import Dataset, write_dataset
 
 KINDS = {
     "flat": {"kind": "flat"},
@@ -195,7 +195,7 @@ def test_the_command_prints_a_waterfall(trained: tuple[Store, Path, Dataset]) ->
     assert [step["name"] for step in report["waterfall"]["recall@10"]] == [
         "model", "codes", "re-ranked", "configured",
     ]  # fmt: skip
-    assert report["stations"][0]["agreement@10"] == 1.0
+    assert report["stages"][0]["agreement@10"] == 1.0
     table = command(*trained, *options)
     assert "all relevant items" in table
     assert "nprobe 1 of 4" in table

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cluster.build import BuildPlan, build_checked, check_plan, run_here
-from cluster.partition import Partitioning
-from cluster.store import Store
-from shards.embeddings import embedding_writer
-from shards.index_spec import IndexSpec
-from shards.schema import Metric
+from shardline.cluster.build import BuildPlan, build_checked, check_plan, run_here
+from shardline.cluster.store import Store
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.spec import IndexSpec
+from shardline.shards.storage.embedding_set import embedding_writer
 
 
 def test_the_seconds_of_a_build_count_the_checks(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.cache import ENTRY_BYTES, ResultCache, cache_key
-from router.coalesce import Found
-from router.messages import Coverage
-from shards.types import SearchParams
+from shardline.router.cache import ENTRY_BYTES, ResultCache, cache_key
+from shardline.router.fanout.coalesce import Found
+from shardline.router.query import Coverage
+from shardline.shards.core.messages import SearchParams
 
 DIM = 4
 SIZE = ENTRY_BYTES + 12 * 3 + DIM * 4  # of an answer of three results to one query

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from training import ceilings
-from training.ceilings import HiddenModel, infer_interests, measure_ceilings
-from training.metrics import Csr
-from training.race import draw_items, noise_hazard
-from training.ranking import evaluate_vectors
-from training.synth import SynthConfig, generate
-from training.tables import positives_by_user
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import positives_by_user
+from shardline.training.evaluation.ranking import evaluate_vectors
+from shardline.training.synthetic import ceilings
+from shardline.training.synthetic.ceilings import HiddenModel, infer_interests, measure_ceilings
+from shardline.training.synthetic.generator import SynthConfig, generate
+from shardline.training.synthetic.race import draw_items, noise_hazard
 
 
 def tiny_world(users: int = 12, sharpness: float = 1.2) -> tuple[HiddenModel, np.ndarray]:

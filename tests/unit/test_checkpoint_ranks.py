@@ -15,13 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from shards.errors import ConfigError
+from shardline.shards.core.errors import ConfigError
+from shardline.training.loop.run_rank import train_rank
+from shardline.training.loop.runlog import read_log
+from shardline.training.loop.train_step import Step
+from shardline.training.model.checkpoint import TrainState as State
+from shardline.training.model.checkpoint import latest_state, open_run, place_run, save_checkpoint
 from tests.tiny import declared_run, tiny_config, tiny_dataset
-from training.checkpoint import TrainState as State
-from training.checkpoint import latest_state, open_run, place_run, save_checkpoint
-from training.loop import train_rank
-from training.runlog import read_log
-from training.step import Step
 
 CPU = torch.device("cpu")
 
@@ -142,8 +142,8 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import torch
-from shards.errors import Unavailable
-from training.checkpoint import TrainState, save_checkpoint
+from shardline.shards.core.errors import Unavailable
+from shardline.training.model.checkpoint import TrainState, save_checkpoint
 
 def save(step, numbers):
     state = TrainState(epoch=1, step=step)

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pytest
 from safetensors import SafetensorError
 
-from cluster import cli as command_line
-from cluster.cli import COMMANDS, main
-from cluster.exits import EXITS, as_known, exit_code
-from shards import errors, files
-from shards.errors import DataError, NotFound, ShardlineError, Unavailable
+from shardline.cluster import cli as command_line
+from shardline.cluster.cli import COMMANDS, main
+from shardline.cluster.exits import EXITS, as_known, exit_code
+from shardline.shards.core import errors, files
+from shardline.shards.core.errors import DataError, NotFound, ShardlineError, Unavailable
 
 BARE = (ShardlineError, KeyboardInterrupt)  # their line needs no traceback
 README = Path(__file__).parents[2] / "README.md"

@@ -7,10 +7,10 @@ from typing import Any, Self
 import numpy as np
 import pytest
 
-from cluster.cli import main
-from cluster.commands import query as module
-from router.messages import Coverage, SearchAnswer
-from shards.errors import InvalidInput
+from shardline.cluster.cli import main
+from shardline.cluster.commands import query as module
+from shardline.router.query import Coverage, SearchAnswer
+from shardline.shards.core.errors import InvalidInput
 
 KNOWN = {3: [7, 9], 42: [1, 2]}  # item -> its neighbours
 
@@ -216,5 +216,5 @@ def test_bad_options_are_refused_before_anything_is_asked(
 
 def test_the_texts_that_are_looked_for_are_the_routers() -> None:
     router = Path(__file__).parents[2] / "router"
-    assert module.API_ADVICE[0] in (router / "serving.py").read_text()
+    assert module.API_ADVICE[0] in (router / "fanout" / "snapshot.py").read_text()
     assert module.UNSURE.removeprefix("not found") in (router / "item_queries.py").read_text()

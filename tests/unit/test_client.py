@@ -6,12 +6,12 @@ import httpx
 import numpy as np
 import pytest
 
-from router.auth import AuthSettings, Guard
-from router.client import Client, as_error
-from router.config import RouterConfig
-from router.keys import Key, Keyring, Scope
-from router.problems import Forbidden, Unauthenticated
-from shards.errors import (
+from shardline.router.client import Client, as_error
+from shardline.router.http.api_keys import Key, Keyring, Scope
+from shardline.router.http.auth import AuthSettings, Guard
+from shardline.router.http.problems import Forbidden, Unauthenticated
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
     NotFound,
@@ -20,7 +20,7 @@ from shards.errors import (
     Unavailable,
     VersionMismatch,
 )
-from shards.types import SearchParams
+from shardline.shards.core.messages import SearchParams
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import brute_force, make_rows
 from tests.live_router import DIM, running_router

@@ -7,11 +7,11 @@ import random
 import numpy as np
 import pytest
 
-from router.coalesce import HOLD_MS, MAX_FRAME_ROWS
-from router.config import RouterConfig
-from router.fanout import Fanout
-from shards.errors import DeadlineExceeded, Unavailable
-from shards.types import ErrorReply, SearchParams
+from shardline.router.fanout.coalesce import HOLD_MS, MAX_FRAME_ROWS
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import DeadlineExceeded, Unavailable
+from shardline.shards.core.messages import ErrorReply, SearchParams
 from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
 
 DIM = 8
@@ -32,9 +32,9 @@ async def cluster(num_shards=2, **config):
 
 async def search(fanout, queries, k=5, *, timeout=5.0, min_coverage=0.0, params=None):
     deadline = asyncio.get_running_loop().time() + timeout
-    with fanout.pin() as serving:
+    with fanout.pin() as snapshot:
         return await fanout.search(
-            serving,
+            snapshot,
             queries,
             k,
             deadline=deadline,
@@ -51,7 +51,7 @@ def rows_asked(shard):
 async def held_lane():
     """``cluster``, and a search whose frame is under way and stays there until it is answered."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("router.coalesce.HOLD_MS", 60_000.0)
+        patch.setattr("shardline.router.fanout.coalesce.HOLD_MS", 60_000.0)
         async with cluster() as (fanout, shards, ids, vectors):
             for shard in shards:
                 shard.gate.clear()

@@ -5,18 +5,18 @@ import numpy as np
 import orjson
 import pytest
 
-from router.codec import (
+from shardline.router.http.codec import (
     decode_answer,
     decode_query,
     encode_answer,
     encode_item,
     encode_query,
 )
-from router.media import Media, answer_media, body_media
-from router.messages import Coverage, ItemAnswer, SearchAnswer, SearchQuery
-from router.problems import NotAcceptable, UnsupportedMediaType
-from shards.errors import InvalidInput, ProtocolError
-from shards.types import SearchParams
+from shardline.router.http.media import Media, answer_media, body_media
+from shardline.router.http.problems import NotAcceptable, UnsupportedMediaType
+from shardline.router.query import Coverage, ItemAnswer, SearchAnswer, SearchQuery
+from shardline.shards.core.errors import InvalidInput, ProtocolError
+from shardline.shards.core.messages import SearchParams
 
 INF = np.float32(np.inf)
 

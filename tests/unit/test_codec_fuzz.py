@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.codec import SEARCH_FIELDS, decode_query
-from router.config import RouterConfig
-from router.limits import terms_of
-from router.media import Media
-from router.messages import SearchQuery
-from shards.errors import InvalidInput
-from shards.schema import Metric, check_ids, check_vectors
+from shardline.router.http.codec import SEARCH_FIELDS, decode_query
+from shardline.router.http.media import Media
+from shardline.router.limits import terms_of
+from shardline.router.query import SearchQuery
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import Metric, check_ids, check_vectors
 
 DIM = 2
 CONFIG = RouterConfig(max_k=50, default_k=5)

@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.errors import InvalidInput
-from training.cold import RIDGE, attribute_vectors, chance, cold_baselines
-from training.metrics import Csr, MetricSums, score_lists
-from training.queries import EvaluationTask, evaluation_task
-from training.tables import Dataset, interaction_batch, vector_column, write_dataset
+from shardline.shards.core.errors import InvalidInput
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import Dataset, interaction_batch, vector_column, write_dataset
+from shardline.training.evaluation.cold import RIDGE, attribute_vectors, chance, cold_baselines
+from shardline.training.evaluation.ranking_metrics import MetricSums, score_lists
+from shardline.training.evaluation.user_queries import EvaluationTask, evaluation_task
 
 
 def csr(lists: list[list[int]]) -> Csr:

@@ -8,16 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.errors import DataError
-from shards.ngrams import ngram_buckets
+from shardline.shards.core.errors import DataError
+from shardline.shards.core.ngrams import ngram_buckets
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import Dataset, vector_column, write_dataset
+from shardline.training.features.columns import MultiVocabulary, Standardiser, TextHash, Vocabulary
+from shardline.training.features.fitted import Block, FeatureSpace, fit
+from shardline.training.features.prepared import TrainingData, prepare
 from tests.rich import rich_config, rich_dataset
 from tests.tiny import tiny_config
-from training.columns import MultiVocabulary, Standardiser, TextHash, Vocabulary
-from training.config import TrainingConfig
-from training.features import Block, FeatureSpace, fit
-from training.metrics import Csr
-from training.prepared import TrainingData, prepare
-from training.tables import Dataset, vector_column, write_dataset
 
 
 @pytest.fixture(scope="module")

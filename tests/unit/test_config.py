@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
-from shards.errors import ConfigError, NotFound
+from shardline.cluster.config import load_config
+from shardline.shards.core.errors import ConfigError, NotFound
 
 
 def written(tmp_path: Path, text: str) -> Path:

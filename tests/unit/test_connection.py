@@ -7,12 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router.config import RouterConfig
-from router.connection import ShardConnection, backoff_ms
-from router.link import MAX_UNSENT_BYTES
-from shards.errors import Overloaded, Unavailable
-from shards.types import FetchReply, FetchRequest, ShardRoute
-from shards.wire import HEADER, KEEP_ALIVE, MAX_FRAME_BYTES, decode_payload, encode_frame
+from shardline.router.fanout.connection import ShardConnection, backoff_ms
+from shardline.router.fanout.link import MAX_UNSENT_BYTES
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import Overloaded, Unavailable
+from shardline.shards.core.messages import FetchReply, FetchRequest, ShardRoute
+from shardline.shards.wire.frames import (
+    HEADER,
+    KEEP_ALIVE,
+    MAX_FRAME_BYTES,
+    decode_payload,
+    encode_frame,
+)
 from tests.fake_shard import SECRET, FakeShard, make_rows, read_frame, until
 
 FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, connect_timeout_ms=500)
@@ -62,7 +68,7 @@ def test_reconnections_are_spaced_by_the_back_off_and_begin_anew_after_an_answer
             pauses.append(seconds * 1000)
             await sleep(0)
 
-        monkeypatch.setattr("router.connection.asyncio.sleep", noted)
+        monkeypatch.setattr("shardline.router.fanout.connection.asyncio.sleep", noted)
         config = RouterConfig(backoff_base_ms=10, backoff_max_ms=80)
         connection = connect(route, config=config)
         async with asyncio.timeout(5):

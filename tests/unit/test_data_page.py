@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from cluster.cli import cli
+from shardline.cluster.cli import cli
+from shardline.training.data.tables import open_dataset
+from shardline.training.features.infer import infer_config
 from tests.tiny import tiny_config
-from training.infer import infer_config
-from training.tables import open_dataset
 
 PAGE = (Path(__file__).parents[2] / "docs" / "DATA.md").read_text()
 

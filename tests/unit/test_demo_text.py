@@ -5,17 +5,17 @@ from pathlib import Path
 import click
 import pytest
 
-from cluster.cli import COMMANDS, cli
-from cluster.commands.demo import PRESET_NAMES
-from cluster.commands.demo_text import (
-    STATIONS,
+from shardline.cluster.cli import COMMANDS, cli
+from shardline.cluster.commands.demo import PRESET_NAMES
+from shardline.cluster.commands.demo_text import (
+    STAGES,
     closing,
     ended,
     opening,
-    station_line,
+    stage_line,
     stay_lines,
 )
-from training.synth import PRESETS
+from shardline.training.synthetic.generator import PRESETS
 
 FIGURES = {
     "metrics": {
@@ -35,7 +35,7 @@ def test_the_presets_of_the_command_are_those_there_are() -> None:
 
 def test_the_opening_names_every_step_and_where_files_go() -> None:
     text = "\n".join(opening(folder=Path("/tmp/d"), kept=False, report=REPORT))
-    assert f"in 9 steps: {', '.join(STATIONS)}." in text
+    assert f"in 9 steps: {', '.join(STAGES)}." in text
     assert "Work folder: /tmp/d (removed at the end; --store FOLDER" in text
     assert "Figures: demo-report.json." in text
     assert "minutes" in text
@@ -44,7 +44,7 @@ def test_the_opening_names_every_step_and_where_files_go() -> None:
 
 
 def test_steps_are_numbered_in_their_order() -> None:
-    lines = [station_line(name) for name in STATIONS]
+    lines = [stage_line(name) for name in STAGES]
     assert [line.split("]")[0] for line in lines] == [f"[{n}/9" for n in range(1, 10)]
     assert lines[0].startswith("[1/9] data: users")
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster.config import load_config
-from cluster.launch import SERVING_ENVIRONMENT
-from shards.metrics import METRICS
+from shardline.cluster.config import load_config
+from shardline.cluster.serving.ray_session import SERVING_ENVIRONMENT
+from shardline.shards.core.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

@@ -9,11 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.embeddings import EmbeddingSet, embedding_writer, open_embedding_set
-from shards.errors import CorruptFile, DataError, InvalidInput, NewerFormat, NotFound
-from shards.files import write_manifest
-from shards.foreign import read_foreign
-from shards.schema import Metric, normalise
+from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NewerFormat, NotFound
+from shardline.shards.core.files import write_manifest
+from shardline.shards.core.schema import Metric, normalise
+from shardline.shards.storage.embedding_set import (
+    EmbeddingSet,
+    embedding_writer,
+    open_embedding_set,
+)
+from shardline.shards.storage.foreign_vectors import read_foreign
 
 WHEN = "2026-01-01T00:00:00Z"
 

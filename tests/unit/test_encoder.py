@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from router.encoder import QueryEncoder
-from shards.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.tables import ITEMS, USERS, Dataset
+from shardline.training.evaluation.user_queries import (
+    feature_kinds,
+    query_features,
+    query_features_of_user,
+)
+from shardline.training.export import export
+from shardline.training.features.prepared import item_lists
+from shardline.training.loop.run_rank import train_rank
+from shardline.training.model.checkpoint import load_best
+from shardline.training.model.encoding import encode_queries
 from tests.rich import rich_config, rich_dataset, sum_config
 from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
-from training.checkpoint import load_best
-from training.config import TrainingConfig
-from training.encoding import encode_queries
-from training.export import export
-from training.loop import train_rank
-from training.prepared import item_lists
-from training.queries import feature_kinds, query_features, query_features_of_user
-from training.tables import ITEMS, USERS, Dataset
 
 GOOD = {"user_id": 1, "country": "US", "member": True, "age": 30, "history": [100, 103]}
 RICH = {"user_id": 1, "interests": [5, 1], "age": 30, "bio": "Brazil night", "history": [100, 103]}

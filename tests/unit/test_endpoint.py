@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.cli import Settings
-from cluster.commands.address import address_of
-from cluster.endpoint import (
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.address import address_of
+from shardline.cluster.serving.endpoint import (
     NOTE_NAME,
     Address,
     Endpoint,
@@ -21,10 +21,10 @@ from cluster.endpoint import (
     remove_note,
     serving_now,
 )
-from cluster.keys import CLIENT_VARIABLE, add_key
-from cluster.store import Store
-from router.keys import Scope
-from shards.errors import ConfigError, CorruptFile, NotFound, Unavailable
+from shardline.cluster.serving.serving_keys import CLIENT_VARIABLE, add_key
+from shardline.cluster.store import Store
+from shardline.router.http.api_keys import Scope
+from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound, Unavailable
 
 
 @pytest.fixture

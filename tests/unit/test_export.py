@@ -8,21 +8,21 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from router.encoder import QueryEncoder
-from shards.embeddings import open_embedding_set
-from shards.errors import DataError, InvalidInput, NotFound
+from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound
+from shardline.shards.storage.embedding_set import open_embedding_set
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import ITEMS, Dataset, write_dataset
+from shardline.training.evaluation import evaluate
+from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
+from shardline.training.evaluation.evaluate import drop_known, evaluate_exact, evaluate_through
+from shardline.training.evaluation.user_queries import evaluation_task, feature_kinds
+from shardline.training.export import export
+from shardline.training.features.prepared import item_lists
+from shardline.training.loop.run_rank import train_rank
+from shardline.training.model.checkpoint import load_best
+from shardline.training.model.encoding import encode_items
 from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
-from training import evaluate
-from training.baselines import Baseline, evaluate_baseline
-from training.checkpoint import load_best
-from training.encoding import encode_items
-from training.evaluate import drop_known, evaluate_exact, evaluate_through
-from training.export import export
-from training.loop import train_rank
-from training.metrics import Csr
-from training.prepared import item_lists
-from training.queries import evaluation_task, feature_kinds
-from training.tables import ITEMS, Dataset, write_dataset
 
 WHEN = "2026-01-01T00:00:00Z"
 
@@ -109,7 +109,7 @@ def test_blocks_change_nothing(
 ) -> None:
     run_folder, dataset = trained
     whole = export(run_folder, dataset.path, tmp_path / "whole", created_at=WHEN).encoder_folder
-    monkeypatch.setattr("training.export.BLOCK_ROWS", 25)
+    monkeypatch.setattr("shardline.training.export.BLOCK_ROWS", 25)
     blocks = export(run_folder, dataset.path, tmp_path / "blocks", created_at=WHEN).encoder_folder
     assert whole is not None and blocks is not None
     expected, found = (load_file(f / "weights.safetensors") for f in (whole, blocks))

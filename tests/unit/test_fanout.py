@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from router.coalesce import MERGE_IN_LOOP
-from router.config import RouterConfig
-from router.fanout import Fanout
-from shards.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable
-from shards.types import ErrorReply, SearchParams, SearchRequest
-from shards.wire import HEADER
+from shardline.router.fanout.coalesce import MERGE_IN_LOOP
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Overloaded, Unavailable
+from shardline.shards.core.messages import ErrorReply, SearchParams, SearchRequest
+from shardline.shards.wire.frames import HEADER
 from tests.fake_shard import (
     SECRET,
     FakeShard,
@@ -42,9 +42,9 @@ async def cluster(num_rows=60, num_shards=4, config=FAST, **options):
 
 async def search(fanout, queries, k=5, *, timeout=2.0, **options):
     deadline = asyncio.get_running_loop().time() + timeout
-    with fanout.pin() as serving:
+    with fanout.pin() as snapshot:
         return await fanout.search(
-            serving, queries, k, deadline=deadline, **{"params": SearchParams(), **options}
+            snapshot, queries, k, deadline=deadline, **{"params": SearchParams(), **options}
         )
 
 
@@ -75,7 +75,7 @@ def test_on_the_event_loop_of_a_serve_replica():
             answer = await search(fanout, vectors[:2], 60)
             np.testing.assert_array_equal(answer.ids, brute_force(vectors[:2], ids, vectors, 60)[0])
             await shards[0].kill()
-            await until(lambda: fanout.serving.connectivity()["shards_connected"] == 3)
+            await until(lambda: fanout.snapshot.connectivity()["shards_connected"] == 3)
             assert (await search(fanout, vectors[:1])).coverage.shards_answered == 3
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -182,7 +182,7 @@ def test_a_shard_that_answers_nonsense_or_fails_is_left_out(fault, reason):
             for name in fault:
                 setattr(shards[3], name, None)
             await until(lambda: shards[3].connections == 1)
-            await until(lambda: fanout.serving.connectivity()["rows_connected"] == 60)
+            await until(lambda: fanout.snapshot.connectivity()["rows_connected"] == 60)
             assert (await search(fanout, vectors[:1])).coverage.share == 1.0
 
     asyncio.run(run())
@@ -293,8 +293,8 @@ def test_a_cancelled_query_leaves_nothing_in_flight():
             running.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await running
-            assert fanout.serving.running == 0
-            assert [c._link.in_flight for c in fanout.serving.connections] == [0, 0]
+            assert fanout.snapshot.running == 0
+            assert [c._link.in_flight for c in fanout.snapshot.connections] == [0, 0]
 
     asyncio.run(run())
 
@@ -302,12 +302,12 @@ def test_a_cancelled_query_leaves_nothing_in_flight():
 def test_only_a_higher_version_is_applied_and_unchanged_connections_are_kept():
     async def run():
         async with cluster() as (fanout, shards, _, _):
-            before = fanout.serving.connections
+            before = fanout.snapshot.connections
             assert not await fanout.apply(make_table(shards, DIM, version=1, index="other"), None)
-            assert fanout.serving.table.index == "flat"
+            assert fanout.snapshot.table.index == "flat"
             assert await fanout.apply(make_table(shards, DIM, version=5, index="other"), None)
-            assert fanout.serving.table.index == "other"
-            assert fanout.serving.connections == before
+            assert fanout.snapshot.table.index == "other"
+            assert fanout.snapshot.connections == before
             assert not await fanout.apply(make_table(shards, DIM, version=4), None)
             assert [shard.connections for shard in shards] == [1, 1, 1, 1]
 
@@ -331,7 +331,7 @@ def test_a_switch_waits_for_shards_that_have_yet_to_learn_their_epoch(learns):
                     shard.epoch = 2
             assert await switch
             answer = await search(fanout, vectors[:1]) if learns else None
-            connected = fanout.serving.connectivity()["shards_connected"]
+            connected = fanout.snapshot.connectivity()["shards_connected"]
             assert connected == (2 if learns else 0)
             assert answer is None or answer.coverage.share == 1.0
 
@@ -353,7 +353,7 @@ def test_a_switch_that_is_cancelled_leaves_no_task_and_no_connection():
             await until(
                 lambda: not {t.get_coro().__name__ for t in asyncio.all_tasks() - before} & ours
             )
-            assert fanout.serving.table.version == 1
+            assert fanout.snapshot.table.version == 1
             assert (await search(fanout, vectors[:1])).coverage.share == 1.0
 
     asyncio.run(run())
@@ -422,8 +422,8 @@ def test_fetch_finds_items_wherever_they_are():
     async def run():
         async with cluster() as (fanout, _, _, vectors):
             deadline = asyncio.get_running_loop().time() + 1
-            with fanout.pin() as serving:
-                found = await fanout.fetch(serving, np.array([59, 0, 999, 16]), deadline=deadline)
+            with fanout.pin() as snapshot:
+                found = await fanout.fetch(snapshot, np.array([59, 0, 999, 16]), deadline=deadline)
             order = np.argsort(found.item_ids)
             assert found.item_ids[order].tolist() == [0, 16, 59]
             assert found.shards[order].tolist() == [0, 1, 3]

@@ -1,8 +1,8 @@
 """The benchmark of the fan-out runs for real, small: shards in processes, answers complete."""
 
-from bench.fanout import measure
-from bench.fanout_peers import PreparedShard
-from router.merge import merge_top_k
+from shardline.bench.load.fanout_bench import measure
+from shardline.bench.load.fanout_peers import PreparedShard
+from shardline.router.merge import merge_top_k
 
 
 def test_a_run_reports_every_figure() -> None:

@@ -8,15 +8,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.errors import ConfigError, DataError
+from shardline.shards.core.errors import ConfigError, DataError
+from shardline.training.config.tower_config import NumericFeature
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.tables import Dataset, vector_column, write_dataset
+from shardline.training.features.columns import Standardiser, Vocabulary
+from shardline.training.features.fitted import FeatureSpace, fit
+from shardline.training.features.infer import infer_config
 from tests.rich import rich_dataset
 from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
-from training.columns import Standardiser, Vocabulary
-from training.config import TrainingConfig
-from training.features import FeatureSpace, fit
-from training.infer import infer_config
-from training.tables import Dataset, vector_column, write_dataset
-from training.tower_config import NumericFeature
 
 
 @pytest.fixture(scope="module")

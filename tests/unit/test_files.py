@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import CorruptFile, NewerFormat, NotFound
-from shards.files import (
+from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
+from shardline.shards.core.files import (
     MANIFEST_NAME,
     atomic_path,
     describe_file,

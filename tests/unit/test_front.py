@@ -8,8 +8,8 @@ from ray.serve._private import constants, http_util, replica
 from ray.serve._private.http_util import validate_http_proxy_callback_return
 from ray.serve._private.utils import call_function_from_import_path
 
-from cluster.launch import SERVING_ENVIRONMENT
-from router.front import HOOK, Front
+from shardline.cluster.serving.ray_session import SERVING_ENVIRONMENT
+from shardline.router.serve.front import HOOK, Front
 
 
 @pytest.fixture

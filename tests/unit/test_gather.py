@@ -13,18 +13,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from shardline.training import gather
+from shardline.training.data.csr import Csr
+from shardline.training.features.fitted import fit
+from shardline.training.features.prepared import TrainingData, prepare
+from shardline.training.gather import gather_ragged, gather_rows, gather_values
+from shardline.training.loop.batches import Sampler
+from shardline.training.loop.train_step import Step
+from shardline.training.loop.validation import all_item_vectors
+from shardline.training.loss import tiles
+from shardline.training.model.checkpoint import Run, open_run, start_run
+from shardline.training.model.encoding import encode_items
+from shardline.training.model.towers import build_model
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
-from training import gather, tiles
-from training.batches import Sampler
-from training.checkpoint import Run, open_run, start_run
-from training.encoding import encode_items
-from training.features import fit
-from training.gather import gather_ragged, gather_rows, gather_values
-from training.metrics import Csr
-from training.prepared import TrainingData, prepare
-from training.step import Step
-from training.towers import build_model
-from training.validation import all_item_vectors
 
 STEPS = 3  # the later ones see what memory and streaming estimate have kept
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.vectors import manifold
-from shards.errors import CorruptFile, NewerFormat, NotFound
-from shards.files import MANIFEST_NAME, write_manifest
-from shards.generation import (
+from shardline.bench.vectors import manifold
+from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
+from shardline.shards.core.files import MANIFEST_NAME, write_manifest
+from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
     read_item_ids,

@@ -17,17 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.api import create_app
-from router.config import RouterConfig
-from router.fanout import Fanout
-from router.service import SearchService
-from shards.errors import ProtocolError
-from shards.handshake import prove
-from shards.metrics import Recorder
-from shards.search_layout import REPLY, REQUEST
-from shards.server import ShardServer
-from shards.types import FetchRequest, SearchParams
-from shards.wire import HEADER, FrameSplitter, decode_payload, encode_frame
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.http.api import create_app
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.messages import FetchRequest, SearchParams
+from shardline.shards.core.metrics import Recorder
+from shardline.shards.server.shard_server import ShardServer
+from shardline.shards.wire.frames import HEADER, FrameSplitter, decode_payload, encode_frame
+from shardline.shards.wire.handshake import prove
+from shardline.shards.wire.search_layout import REPLY, REQUEST
 from tests.engine import flat_shard
 from tests.fake_shard import make_rows, make_table, running_shards
 
@@ -125,7 +125,9 @@ def altered(frame: bytes) -> bytes:
 
 @pytest.mark.usefixtures("traced")
 def test_strangers_on_a_shards_port_leave_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL, logger="shards.session")  # lines that pytest would keep
+    caplog.set_level(
+        logging.CRITICAL, logger="shardline.shards.server.session"
+    )  # lines that pytest would keep
     vectors = np.eye(8, dtype=np.float32)
     server = ShardServer(flat_shard(vectors, np.arange(8)), secret=SECRET)
     address = server.bind()
@@ -208,9 +210,9 @@ def test_queries_beside_a_stalled_shard_leave_nothing() -> None:
 
     async def ask(fanout: Fanout) -> None:
         deadline = asyncio.get_running_loop().time() + 0.2
-        with fanout.pin() as serving:
+        with fanout.pin() as snapshot:
             answer = await fanout.search(
-                serving, batch, 5, deadline=deadline, params=SearchParams()
+                snapshot, batch, 5, deadline=deadline, params=SearchParams()
             )
         degraded.add(tuple(answer.coverage.degraded))
         list(recorder.drain())  # as its exporter does

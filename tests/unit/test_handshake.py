@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shards.errors import ProtocolError
-from shards.handshake import _mac, check_welcome, new_hello, prove, welcome
-from shards.types import ErrorReply, FetchRequest, Hello, Proof, Welcome
-from shards.wire import PROTOCOL_VERSION
+from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.messages import ErrorReply, FetchRequest, Hello, Proof, Welcome
+from shardline.shards.wire.frames import PROTOCOL_VERSION
+from shardline.shards.wire.handshake import _mac, check_welcome, new_hello, prove, welcome
 
 MESSAGES = [
     Hello(protocol=1, shard=2, generation=3, epoch=4, nonce=b"n" * 16),

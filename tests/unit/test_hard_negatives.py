@@ -10,14 +10,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shards.errors import ConfigError, CorruptFile, DataError, NewerFormat, NotFound
-from shards.files import describe_file, read_manifest, write_manifest
+from shardline.shards.core.errors import ConfigError, CorruptFile, DataError, NewerFormat, NotFound
+from shardline.shards.core.files import describe_file, read_manifest, write_manifest
+from shardline.training.config.training_config import MiningConfig
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import Dataset
+from shardline.training.mining.hard_negatives import (
+    KIND,
+    SCHEMA,
+    TABLE,
+    VERSION,
+    Origin,
+    load_hard,
+    write_negatives,
+)
+from shardline.training.mining.selection import Mined
 from tests.tiny import ITEM_IDS, NUM_USERS, USER_IDS, tiny_dataset
-from training.config import MiningConfig
-from training.hard_negatives import KIND, SCHEMA, TABLE, VERSION, Origin, load_hard, write_negatives
-from training.metrics import Csr
-from training.mining import Mined
-from training.tables import Dataset
 
 ORIGIN = Origin(
     model_version="abc123",
@@ -119,7 +127,7 @@ def test_nothing_is_left_where_writing_fails(
     def full(*arguments: Any, **named: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.hard_negatives.write_manifest", full)
+    monkeypatch.setattr("shardline.training.mining.hard_negatives.write_manifest", full)
     with pytest.raises(OSError, match="No space"):
         write_negatives(tmp_path / "hard", MINED, dataset, ORIGIN)
     assert list(tmp_path.iterdir()) == []

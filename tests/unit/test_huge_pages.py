@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards import huge_pages
-from shards.huge_pages import HUGE, private_regions, use_huge_pages
+from shardline.shards.process import huge_pages
+from shardline.shards.process.huge_pages import HUGE, private_regions, use_huge_pages
 
 MAPS = """\
 00400000-00952000 r-xp 00000000 fe:00 1234 /usr/bin/python3.11

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from shards.errors import DataError, InvalidInput, NotFound
-from training.formats import Format, ImportConfig
-from training.importers import import_dataset
-from training.tables import open_dataset
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound
+from shardline.training.data.formats import Format, ImportConfig
+from shardline.training.data.importers import import_dataset
+from shardline.training.data.tables import open_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_DATA = Path(os.environ.get("SHARDLINE_TEST_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -8,8 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bench.index_bench import run, show
-from bench.index_data import (
+from shardline.bench.index.datasets import (
     MNIST_BASE,
     MNIST_QUERIES,
     MNIST_TRUTH,
@@ -19,10 +18,11 @@ from bench.index_data import (
     read_ivecs,
     vectors_data,
 )
-from bench.plots import frontier
-from shards.errors import DataError, InvalidInput, NotFound
-from shards.index_spec import IndexKind
-from shards.schema import Metric
+from shardline.bench.index.index_bench import run, show
+from shardline.bench.plots import frontier
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.spec import IndexKind
 
 RNG = np.random.default_rng(2)
 

@@ -7,15 +7,20 @@ import faiss
 import numpy as np
 import pytest
 
-from bench.vectors import clustered, manifold, recall_at_k
-from shards.errors import ConfigError, CorruptFile, InvalidInput
-from shards.index_build import build_shard_index, read_index, train_template, write_index
-from shards.index_layers import layers_of
-from shards.index_resolve import resolve
-from shards.index_spec import IndexSpec, ResolvedIndex
-from shards.main_index import MainIndex
-from shards.schema import Metric, normalise
-from shards.types import SearchParams
+from shardline.bench.vectors import clustered, manifold, recall_at_k
+from shardline.shards.core.errors import ConfigError, CorruptFile, InvalidInput
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import Metric, normalise
+from shardline.shards.index.layers import layers_of
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.index.template import (
+    build_shard_index,
+    read_index,
+    train_template,
+    write_index,
+)
 
 SMALL_KINDS = [
     {"kind": "flat"},
@@ -165,7 +170,7 @@ def test_a_sample_too_small_to_train_is_a_config_error() -> None:
 
 def test_few_training_rows_are_logged_not_printed(caplog, capfd) -> None:
     resolved = resolve(IndexSpec(kind="ivf", nlist=50), rows=500, dim=16, metric=Metric.DOT)
-    with caplog.at_level(logging.WARNING, logger="shards.index_build"):
+    with caplog.at_level(logging.WARNING, logger="shardline.shards.index.template"):
         train_template(resolved, manifold(500, 16, 4, seed=1), metric=Metric.DOT, seed=0, threads=1)
     assert "training 50 centroids on 500 rows; 1950 would be better" in caplog.text
     assert capfd.readouterr() == ("", "")

@@ -4,11 +4,11 @@ import faiss
 import pytest
 from pydantic import ValidationError
 
-from shards.errors import ConfigError
-from shards.index_resolve import FIELD_KINDS, resolve
-from shards.index_spec import Device, IndexKind, IndexSpec, ResolvedIndex
-from shards.schema import Metric
-from shards.types import SearchParams
+from shardline.shards.core.errors import ConfigError
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.resolve import FIELD_KINDS, resolve
+from shardline.shards.index.spec import Device, IndexKind, IndexSpec, ResolvedIndex
 
 
 def resolved(rows: int = 1_000_000, dim: int = 128, gpu: bool = False, **fields) -> ResolvedIndex:

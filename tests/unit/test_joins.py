@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.joins import Join, is_pair
+from shardline.training.loss.joins import Join, is_pair
 
 
 @pytest.mark.parametrize("seed", range(5))

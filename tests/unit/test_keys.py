@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load_config
-from cluster.keys import (
+from shardline.cluster.config import load_config
+from shardline.cluster.serving.serving_keys import (
     CLIENT_VARIABLE,
     SERVER_VARIABLE,
     add_key,
@@ -16,8 +16,8 @@ from cluster.keys import (
     remove_key,
     serving_keys,
 )
-from router.keys import Key, Keyring, Scope, digest_of, parse_keys, read_keys
-from shards.errors import ConfigError, NotFound, ShardlineError
+from shardline.router.http.api_keys import Key, Keyring, Scope, digest_of, parse_keys, read_keys
+from shardline.shards.core.errors import ConfigError, NotFound, ShardlineError
 
 SEARCH = "s" * 32
 ADMIN = "a" * 40 + "=="
@@ -108,7 +108,7 @@ def test_every_digest_is_compared_whichever_matches(monkeypatch: pytest.MonkeyPa
         compared.append(ours)
         return ours == theirs
 
-    monkeypatch.setattr("router.keys.hmac.compare_digest", count)
+    monkeypatch.setattr("shardline.router.http.api_keys.hmac.compare_digest", count)
     keys = [Key(Scope.SEARCH, letter * 32) for letter in "abcde"]
     ring = Keyring.of(keys)
     for key in keys:

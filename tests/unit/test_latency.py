@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.latency import (
+from shardline.bench.load.latency import (
     WARM_UP,
     answered_ids,
     in_a_row_over_http,
@@ -14,14 +14,14 @@ from bench.latency import (
     run,
     table_rows,
 )
-from bench.openloop import LoadResult
-from cluster.config import load_config
-from cluster.console import StageProgress
-from cluster.endpoint import Endpoint
-from router.codec import decode_query, encode_answer
-from router.media import Media
-from router.messages import Coverage, SearchAnswer
-from shards.errors import InvalidInput, Unavailable
+from shardline.bench.load.openloop import LoadResult
+from shardline.cluster.config import load_config
+from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.endpoint import Endpoint
+from shardline.router.http.codec import decode_query, encode_answer
+from shardline.router.http.media import Media
+from shardline.router.query import Coverage, SearchAnswer
+from shardline.shards.core.errors import InvalidInput, Unavailable
 from tests.unit.fake_endpoint import FakeEndpoint, running
 
 

@@ -11,14 +11,20 @@ import pytest
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
-from shards.errors import ConfigError, CorruptFile, InvalidInput, NotFound, Unavailable
+from shardline.shards.core.errors import (
+    ConfigError,
+    CorruptFile,
+    InvalidInput,
+    NotFound,
+    Unavailable,
+)
+from shardline.training.config.training_config import MiningConfig
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.loop import launch
+from shardline.training.loop.launch import _cause, _followed, _line_start, check_folders, train
+from shardline.training.mining.hard_negatives import Origin, write_negatives
+from shardline.training.mining.selection import Mined
 from tests.tiny import declared_run, tiny_config, tiny_dataset
-from training import launch
-from training.config import MiningConfig
-from training.evaluate import evaluate_exact
-from training.hard_negatives import Origin, write_negatives
-from training.launch import _cause, _followed, _line_start, check_folders, train
-from training.mining import Mined
 
 
 def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from bench.load.client import LoadClient
-from bench.load.fleet import judge, run_fleet
-from bench.load.job import LoadJob, Records
-from bench.load.messages import message_of
-from bench.load.stats import Figures, figures, latencies_ms, timeline
-from bench.openloop import Request
-from cluster.launch import free_port
-from shards.errors import Unavailable
+from shardline.bench.load.fleet import judge, run_fleet
+from shardline.bench.load.http_bytes import message_of
+from shardline.bench.load.job import LoadJob, Records
+from shardline.bench.load.load_client import LoadClient
+from shardline.bench.load.openloop import Request
+from shardline.bench.load.stats import Figures, figures, latencies_ms, timeline
+from shardline.cluster.serving.ray_session import free_port
+from shardline.shards.core.errors import Unavailable
 from tests.unit.fake_endpoint import FakeEndpoint, running
 
 

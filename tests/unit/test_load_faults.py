@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from bench.load import faults
-from bench.load.faults import FaultRunner
-from bench.load.processes import Sampler, listener, role_of, shard_process, tree
-from bench.load.scenarios import Fault, FaultKind
-from shards.errors import InvalidInput, NotFound
+from shardline.bench.load import faults
+from shardline.bench.load.faults import FaultRunner
+from shardline.bench.load.processes import Sampler, listener, role_of, shard_process, tree
+from shardline.bench.load.scenarios import Fault, FaultKind
+from shardline.shards.core.errors import InvalidInput, NotFound
 
 # waits for a line or the end of its standard input; sets itself a title as Ray's workers do
 SLEEPER = "import sys; print('up', flush=True); sys.stdin.readline()"

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from bench.load.job import Records
-from bench.load.schedule import Arrivals, offsets
-from bench.load.stats import figures, percentile, recovery, timeline
-from bench.load.wrk import figures_of
-from shards.errors import InvalidInput
+from shardline.bench.load.job import Records
+from shardline.bench.load.schedule import Arrivals, offsets
+from shardline.bench.load.stats import figures, percentile, recovery, timeline
+from shardline.bench.load.wrk import figures_of
+from shardline.shards.core.errors import InvalidInput
 
 
 def times(arrivals: Arrivals, **options: object) -> np.ndarray:

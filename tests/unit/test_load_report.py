@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from bench.load.command import show
-from bench.load.report import process_rows, remarks, step_rows
+from shardline.bench.load.command import show
+from shardline.bench.load.report import process_rows, remarks, step_rows
 
 
 def figures(rate: float, **changes: Any) -> dict[str, Any]:

@@ -8,12 +8,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from bench.load.knee import PRECISION, Point, is_held, knee, next_rate
-from bench.load.scenarios import SCENARIOS, FaultKind, Step, StepPlan, find_scenario, steps
-from bench.load.stats import Figures
-from cluster.commands.bench import bench
-from cluster.commands.bench_load import LOAD_EXAMPLE, load
-from shards.errors import InvalidInput
+from shardline.bench.load.knee import PRECISION, Point, is_held, knee, next_rate
+from shardline.bench.load.scenarios import (
+    SCENARIOS,
+    FaultKind,
+    Step,
+    StepPlan,
+    find_scenario,
+    steps,
+)
+from shardline.bench.load.stats import Figures
+from shardline.cluster.commands.bench import bench
+from shardline.cluster.commands.bench_load import LOAD_EXAMPLE, load
+from shardline.shards.core.errors import InvalidInput
 
 NOTHING = Figures(
     sent=0,

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.corpus import clustered_set, exact_ids
-from bench.load.bare import search_bare
-from bench.load.messages import address_of, read_head
-from bench.load.scenarios import Ask, Step
-from bench.load.target import check_whole, moved
-from bench.load.workload import (
+from shardline.bench.corpus import clustered_set, exact_ids
+from shardline.bench.load.bare import search_bare
+from shardline.bench.load.http_bytes import address_of, read_head
+from shardline.bench.load.scenarios import Ask, Step
+from shardline.bench.load.target import check_whole, moved
+from shardline.bench.load.workload import (
     Queries,
     Workload,
     asked_rows,
@@ -20,16 +20,16 @@ from bench.load.workload import (
     recall_of,
     sample,
 )
-from cluster.store import Store
-from router.codec import decode_query, encode_answer
-from router.media import Media
-from router.messages import Coverage, SearchAnswer, SearchQuery
-from shards.errors import DataError, InvalidInput, Unavailable
-from shards.index_build import train_template
-from shards.index_resolve import resolve
-from shards.index_spec import IndexKind, IndexSpec
-from shards.main_index import MainIndex
-from shards.schema import FloatArray, IdArray, Metric
+from shardline.cluster.store import Store
+from shardline.router.http.codec import decode_query, encode_answer
+from shardline.router.http.media import Media
+from shardline.router.query import Coverage, SearchAnswer, SearchQuery
+from shardline.shards.core.errors import DataError, InvalidInput, Unavailable
+from shardline.shards.core.schema import FloatArray, IdArray, Metric
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexKind, IndexSpec
+from shardline.shards.index.template import train_template
 
 RNG = np.random.default_rng(5)
 VECTORS = RNG.standard_normal((50, 8)).astype(np.float32)

@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from cluster import launch
-from cluster.keys import CLIENT_VARIABLE, SERVER_VARIABLE
-from shards.errors import Unavailable
+from shardline.cluster.serving import ray_session as launch
+from shardline.cluster.serving.serving_keys import CLIENT_VARIABLE, SERVER_VARIABLE
+from shardline.shards.core.errors import Unavailable
 
 SECRETS = {SERVER_VARIABLE: "search:" + "s" * 40, CLIENT_VARIABLE: "c" * 40}
 

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import uvloop
 
-from router.config import RouterConfig
-from router.connection import ShardConnection
-from shards import local_socket
-from shards.errors import Unavailable
-from shards.server import ShardServer
-from shards.types import FetchRequest, ShardRoute
-from shards.wire import decode_payload, encode_frame
+from shardline.router.fanout.connection import ShardConnection
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.messages import FetchRequest, ShardRoute
+from shardline.shards.server.shard_server import ShardServer
+from shardline.shards.wire import local_socket
+from shardline.shards.wire.frames import decode_payload, encode_frame
 from tests.engine import flat_shard
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has abstract names")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.logq import CountedShares, StreamedShares, expected_counts
+from shardline.training.loss.logq import CountedShares, StreamedShares, expected_counts
 
 
 def test_counted_shares_are_those_of_train() -> None:

@@ -14,12 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from shards.errors import ConfigError, CorruptFile, DataError, NotFound, Unavailable
-from shards.files import read_manifest, write_manifest
-from tests.tiny import ITEM_IDS, USER_IDS, declared_run, tiny_config, tiny_dataset
-from training import checkpoint, gather, trainer
-from training.batches import Sampler
-from training.checkpoint import (
+from shardline.shards.core.errors import ConfigError, CorruptFile, DataError, NotFound, Unavailable
+from shardline.shards.core.files import read_manifest, write_manifest
+from shardline.training import gather
+from shardline.training.config.training_config import OptimiserConfig, TrainingConfig
+from shardline.training.data.tables import open_dataset, write_dataset
+from shardline.training.features.prepared import TrainingData
+from shardline.training.loop import trainer
+from shardline.training.loop.batches import Sampler
+from shardline.training.loop.launch import train
+from shardline.training.loop.optimiser import learning_rate
+from shardline.training.loop.run_rank import train_rank
+from shardline.training.loop.runlog import read_log
+from shardline.training.loop.train_step import Step
+from shardline.training.loop.validation import validation_recall
+from shardline.training.loss.losses import LossTerms
+from shardline.training.model import checkpoint
+from shardline.training.model.checkpoint import (
     RUN_KIND,
     TrainState,
     check_resumable,
@@ -27,18 +38,9 @@ from training.checkpoint import (
     load_best,
     open_data,
 )
-from training.config import OptimiserConfig, TrainingConfig
-from training.encoding import encode_items, encode_queries
-from training.launch import train
-from training.loop import train_rank
-from training.losses import LossTerms
-from training.optimiser import learning_rate
-from training.precision import resolve
-from training.prepared import TrainingData
-from training.runlog import read_log
-from training.step import Step
-from training.tables import open_dataset, write_dataset
-from training.validation import validation_recall
+from shardline.training.model.encoding import encode_items, encode_queries
+from shardline.training.model.precision import resolve
+from tests.tiny import ITEM_IDS, USER_IDS, declared_run, tiny_config, tiny_dataset
 
 CPU = torch.device("cpu")
 
@@ -401,7 +403,7 @@ def test_training_without_validation_runs_all_epochs(tmp_path: Path) -> None:
     data = TrainingData.open(run / "cache")
     assert len(data.val.items) == 40
     state = TrainState(epoch=2, step=20, world=1, precision="fp32")
-    from training import loop
+    from shardline.training.loop import run_rank as loop
 
     def no_val(folder: Path) -> TrainingData:
         empty = type(data.val)(np.zeros_like(data.val.indptr), data.val.items[:0])

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.loss_columns import Ids, Vectors
-from training.loss_config import LossConfig
-from training.losses import step_loss
-from training.memory import LossState
+from shardline.training.config.loss_config import LossConfig
+from shardline.training.loss.loss_columns import Ids, Vectors
+from shardline.training.loss.losses import step_loss
+from shardline.training.loss.memory_bank import LossState
 
 ITEMS, DIM, ROWS, KEPT = 14, 5, 8, 6
 TRAIN_COUNTS = torch.tensor([5, 9, 1, 4, 7, 2, 3, 8, 6, 1, 2, 5, 3, 0])

@@ -6,14 +6,14 @@ import faiss
 import numpy as np
 import pytest
 
-from bench.vectors import manifold, recall_at_k
-from shards import gpu
-from shards.errors import ConfigError, CorruptFile, InvalidInput
-from shards.index_build import write_index
-from shards.index_spec import Device
-from shards.main_index import MainIndex
-from shards.schema import Metric
-from shards.types import SearchParams
+from shardline.bench.vectors import manifold, recall_at_k
+from shardline.shards.core.errors import ConfigError, CorruptFile, InvalidInput
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import Metric
+from shardline.shards.index import gpu
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.spec import Device
+from shardline.shards.index.template import write_index
 from tests.engine import build_main
 from tests.reference import assert_answer_order, assert_same_answers, brute_force
 

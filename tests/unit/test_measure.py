@@ -11,16 +11,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from shards.errors import InvalidInput
-from shards.files import write_json
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.files import write_json
+from shardline.training.data.csr import Csr
+from shardline.training.data.segments import segments_of
+from shardline.training.data.tables import open_dataset
+from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
+from shardline.training.evaluation.measure import measure, shared
+from shardline.training.evaluation.ranking import rank_exact
+from shardline.training.evaluation.ranking_metrics import MetricResult
+from shardline.training.evaluation.user_queries import EvaluationTask
 from tests.tiny import tiny_dataset
-from training.baselines import Baseline, evaluate_baseline
-from training.measure import measure, shared
-from training.metrics import Csr, MetricResult
-from training.queries import EvaluationTask
-from training.ranking import rank_exact
-from training.segments import segments_of
-from training.tables import open_dataset
 
 USERS, ITEMS, KS = 30, 50, (3, 10)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from training.loss_config import LossConfig
-from training.memory import LossState, VectorMemory
+from shardline.training.config.loss_config import LossConfig
+from shardline.training.loss.memory_bank import LossState, VectorMemory
 
 
 def keep(memory: VectorMemory, first: int, count: int) -> None:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.merge import merge_top_k
-from shards.schema import EMPTY_ID, EMPTY_SCORE
+from shardline.router.merge import merge_top_k
+from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE
 from tests import reference
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from ir_measures import RR, R, Success, nDCG
 
-from shards.errors import InvalidInput
-from training.metrics import Csr, MetricSums, hit_matrix, score_lists
-from training.ranking import evaluate_vectors, rank_exact
+from shardline.shards.core.errors import InvalidInput
+from shardline.training.data.csr import Csr
+from shardline.training.evaluation.ranking import evaluate_vectors, rank_exact
+from shardline.training.evaluation.ranking_metrics import MetricSums, hit_matrix, score_lists
 
 KS = (1, 3, 10)
 
@@ -187,7 +188,7 @@ def test_evaluate_vectors_in_blocks_equals_one_list(monkeypatch: pytest.MonkeyPa
     _, rows = rank_exact(queries, items, k=10, exclude=exclude)
     sums = MetricSums()
     sums.add(score_lists(rows, relevant, KS))
-    monkeypatch.setattr("training.ranking.BLOCK_SCORES", 30 * 7)
+    monkeypatch.setattr("shardline.training.evaluation.ranking.BLOCK_SCORES", 30 * 7)
     steps: list[tuple[str, int, int]] = []
     got = evaluate_vectors(
         queries,

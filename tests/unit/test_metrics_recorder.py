@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from shards.metrics import (
+from shardline.shards.core.metrics import (
     CACHE_HITS,
     IN_FLIGHT,
     MAX_WAITING,

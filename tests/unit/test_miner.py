@@ -13,23 +13,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.numpy import load_file, save_file
 
-from shards.errors import ConfigError, DataError, Unavailable
-from shards.schema import FloatArray, IdArray
+from shardline.shards.core.errors import ConfigError, DataError, Unavailable
+from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.training.config.training_config import MiningConfig
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import open_dataset
+from shardline.training.evaluation.searchers import ExactSearch
+from shardline.training.features.fitted import fit
+from shardline.training.features.prepared import TrainingData, prepare
+from shardline.training.loop.launch import train
+from shardline.training.mining import miner as miner_module
+from shardline.training.mining.hard_negatives import Origin, write_negatives
+from shardline.training.mining.miner import build_miner, evaluating, mine_in_process, mine_table
+from shardline.training.mining.selection import draws, joined
+from shardline.training.model.checkpoint import load_best, load_parts
+from shardline.training.model.encoding import encode_items, encode_queries
+from shardline.training.model.towers import TwoTower, build_model
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
-from training import miner as miner_module
-from training.checkpoint import load_best, load_parts
-from training.config import MiningConfig
-from training.encoding import encode_items, encode_queries
-from training.features import fit
-from training.hard_negatives import Origin, write_negatives
-from training.launch import train
-from training.metrics import Csr
-from training.miner import build_miner, evaluating, mine_in_process, mine_table
-from training.mining import draws, joined
-from training.prepared import TrainingData, prepare
-from training.searchers import ExactSearch
-from training.tables import open_dataset
-from training.towers import TwoTower, build_model
 
 CONFIG = MiningConfig(per_user=3, range_min=2, range_max=12, margin=0.1)
 SEED = 11

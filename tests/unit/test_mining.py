@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shards.errors import InvalidInput
-from shards.schema import FloatArray, IdArray
-from training.config import MiningConfig
-from training.metrics import Csr
-from training.mining import (
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.training.config.training_config import MiningConfig
+from shardline.training.data.csr import Csr
+from shardline.training.evaluation.ranking import rank_exact
+from shardline.training.mining.selection import (
     Mined,
     blocks_of,
     choose,
@@ -21,7 +22,6 @@ from training.mining import (
     reference_scores,
     starved_share,
 )
-from training.ranking import rank_exact
 
 MASK = 2**64 - 1
 

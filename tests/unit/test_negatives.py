@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from shards.errors import ConfigError
-from training.loss_config import LossConfig
-from training.metrics import Csr
-from training.negatives import check_hard, draw
+from shardline.shards.core.errors import ConfigError
+from shardline.training.config.loss_config import LossConfig
+from shardline.training.data.csr import Csr
+from shardline.training.loss.negatives import check_hard, draw
 
 HARD = Csr(np.array([0, 0, 2, 5, 11]), np.array([7, 8, 1, 2, 3, 20, 21, 22, 23, 24, 25]))
 CONFIG = LossConfig(uniform_negatives=12, random_negatives=2, hard_negatives=3)

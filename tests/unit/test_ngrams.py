@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 
-from shards.ngrams import ngram_buckets
+from shardline.shards.core.ngrams import ngram_buckets
 
 
 def plain(text: str, words: range, chars: range) -> list[tuple[str, int]]:

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from bench.openloop import LoadResult, Request, run_in_a_row, run_open_loop
+from shardline.bench.load.openloop import LoadResult, Request, run_in_a_row, run_open_loop
 from tests.unit.fake_endpoint import FakeEndpoint, running
 
 

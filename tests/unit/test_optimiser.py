@@ -11,9 +11,9 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.config import OptimiserConfig
-from training.optimiser import BETA1, Optimiser, choose_sparse, learning_rate
-from training.row_adam import average_rows, tables
+from shardline.training.config.training_config import OptimiserConfig
+from shardline.training.loop.optimiser import BETA1, Optimiser, choose_sparse, learning_rate
+from shardline.training.loop.row_adam import average_rows, tables
 
 ROWS, DIM, STEPS = 40, 6, 8
 BETAS = (BETA1, OptimiserConfig().beta2)

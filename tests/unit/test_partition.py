@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cluster.partition import Partitioning, partition, partition_keys
-from shards.errors import InvalidInput
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.partition import Partitioning, partition, partition_keys
 
 
 @pytest.mark.parametrize("partitioning", list(Partitioning))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.placement import (
+from shardline.cluster.control.placement import (
     Event,
     Instruction,
     Place,
@@ -18,8 +18,8 @@ from cluster.placement import (
     retry_after_s,
     step,
 )
-from shards.schema import Metric
-from shards.types import RoutingTable, ShardRoute
+from shardline.shards.core.messages import RoutingTable, ShardRoute
+from shardline.shards.core.schema import Metric
 
 
 def a_table(num_shards: int = 3) -> RoutingTable:

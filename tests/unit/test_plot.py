@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import CorruptFile, NotFound
-from training.plot import PANELS, PLOT, plot_run
-from training.runlog import LOG, RunLog, read_log, trim_log
+from shardline.shards.core.errors import CorruptFile, NotFound
+from shardline.training.loop.run_plot import PANELS, PLOT, plot_run
+from shardline.training.loop.runlog import LOG, RunLog, read_log, trim_log
 
 
 def write_log(folder: Path) -> list[dict]:

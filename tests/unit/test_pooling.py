@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.pooling import HistoryPooling, sums_of_rows
-from training.tower_config import HistoryFeature
+from shardline.training.config.tower_config import HistoryFeature
+from shardline.training.model.pooling import HistoryPooling, sums_of_rows
 
 
 def in_order(rows: Tensor) -> Tensor:

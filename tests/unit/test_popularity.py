@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.commands.mine import mine_run
-from shards.embeddings import open_embedding_set
-from shards.schema import IdArray, Metric
+from shardline.cluster.commands.mine import mine_run
+from shardline.shards.core.schema import IdArray, Metric
+from shardline.shards.storage.embedding_set import open_embedding_set
+from shardline.training.config.training_config import MiningConfig
+from shardline.training.data.tables import ITEMS, USERS
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.evaluation.ranking import rank_exact
+from shardline.training.evaluation.ranking_metrics import score_lists
+from shardline.training.evaluation.user_queries import evaluation_task
+from shardline.training.export import export
+from shardline.training.features.prepared import item_lists
+from shardline.training.loop.run_rank import train_rank
+from shardline.training.model.checkpoint import load_best
+from shardline.training.model.encoding import encode_items, encode_queries
+from shardline.training.model.popularity import item_lengths, metric_of
 from tests.tiny import declared_run, tiny_config, tiny_dataset
-from training.checkpoint import load_best
-from training.config import MiningConfig
-from training.encoding import encode_items, encode_queries
-from training.evaluate import evaluate_exact
-from training.export import export
-from training.loop import train_rank
-from training.metrics import score_lists
-from training.popularity import item_lengths, metric_of
-from training.prepared import item_lists
-from training.queries import evaluation_task
-from training.ranking import rank_exact
-from training.tables import ITEMS, USERS
 
 EXPONENT = 0.5
 

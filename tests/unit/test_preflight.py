@@ -13,18 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cluster import deployment, launch
-from cluster.cli import main
-from cluster.commands import serve as serve_module
-from cluster.config import load_config
-from cluster.endpoint import Endpoint, leave_note
-from cluster.launch import free_port
-from cluster.preflight import check_serving, find_damage, servable_generation
-from cluster.store import Store
-from shards import files
-from shards.errors import CorruptFile, NewerFormat, NotFound, Unavailable
-from shards.files import MANIFEST_NAME
-from shards.generation import INDEX_NAME, shard_folder
+from shardline.cluster.cli import main
+from shardline.cluster.commands import serve as serve_module
+from shardline.cluster.config import load_config
+from shardline.cluster.serving import deployment
+from shardline.cluster.serving import ray_session as launch
+from shardline.cluster.serving.endpoint import Endpoint, leave_note
+from shardline.cluster.serving.preflight import check_serving, find_damage, servable_generation
+from shardline.cluster.serving.ray_session import free_port
+from shardline.cluster.store import Store
+from shardline.shards.core import files
+from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound, Unavailable
+from shardline.shards.core.files import MANIFEST_NAME
+from shardline.shards.storage.generation import INDEX_NAME, shard_folder
 from tests.engine import build_generation
 
 ENCODER = {"tower.bin": b"weights"}

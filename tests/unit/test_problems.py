@@ -5,14 +5,8 @@ import logging
 import orjson
 import pytest
 
-from router.problems import (
-    MAX_TEXT,
-    PROBLEMS,
-    REFUSALS,
-    PayloadTooLarge,
-    to_problem,
-)
-from shards.errors import (
+from shardline.router.http.problems import MAX_TEXT, PROBLEMS, REFUSALS, PayloadTooLarge, to_problem
+from shardline.shards.core.errors import (
     CorruptFile,
     DeadlineExceeded,
     InvalidInput,

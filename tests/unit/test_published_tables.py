@@ -7,13 +7,21 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from bench.tables import METRICS, changed, main, measured, read_changes, run_seed, summary
-from cluster.config import load_config
-from shards.errors import ConfigError
+from shardline.bench.training.published_tables import (
+    METRICS,
+    changed,
+    main,
+    measured,
+    read_changes,
+    run_seed,
+    summary,
+)
+from shardline.cluster.config import load_config
+from shardline.shards.core.errors import ConfigError
+from shardline.training.data.tables import Dataset
+from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.model.checkpoint import open_run
 from tests.tiny import tiny_config, tiny_dataset
-from training.checkpoint import open_run
-from training.evaluate import evaluate_exact
-from training.tables import Dataset
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from router.config import RouterConfig
+from shardline.router.router_config import RouterConfig
 
 
 def test_every_field_has_a_description_a_default_and_a_range():

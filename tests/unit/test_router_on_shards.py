@@ -7,15 +7,15 @@ import faiss
 import numpy as np
 import pytest
 
-from router.config import RouterConfig
-from router.messages import SearchQuery
-from router.service import SearchService
-from shards.errors import InvalidInput
-from shards.main_index import MainIndex
-from shards.schema import Metric, check_vectors
-from shards.server import ShardServer
-from shards.shard import Shard
-from shards.types import SearchParams, ShardRoute
+from shardline.router.query import SearchQuery
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.messages import SearchParams, ShardRoute
+from shardline.shards.core.schema import Metric, check_vectors
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.server.shard import Shard
+from shardline.shards.server.shard_server import ShardServer
 from tests import reference
 from tests.fake_shard import SECRET, make_table, until
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import InvalidInput
-from shards.schema import (
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import (
     EMPTY_ID,
     MAX_K,
     Metric,

@@ -6,11 +6,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from router.messages import Coverage, SearchAnswer
-from shards.errors import DataError, InvalidInput, Overloaded, Unavailable, VersionMismatch
-from shards.schema import MAX_K, FloatArray
-from training.ranking import rank_exact
-from training.searchers import ATTEMPTS, ClusterSearch, ExactSearch, open_cluster
+from shardline.router.query import Coverage, SearchAnswer
+from shardline.shards.core.errors import (
+    DataError,
+    InvalidInput,
+    Overloaded,
+    Unavailable,
+    VersionMismatch,
+)
+from shardline.shards.core.schema import MAX_K, FloatArray
+from shardline.training.evaluation.ranking import rank_exact
+from shardline.training.evaluation.searchers import (
+    ATTEMPTS,
+    ClusterSearch,
+    ExactSearch,
+    open_cluster,
+)
 
 ITEM_IDS = np.arange(20) * 3 + 100
 WHOLE = Coverage(shards_asked=2, shards_answered=2, rows_asked=20, rows_answered=20, degraded=[])

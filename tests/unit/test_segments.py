@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from training.metrics import Csr
-from training.segments import Segment, filtered, popularity_bands, segments_of
+from shardline.training.data.csr import Csr
+from shardline.training.data.segments import Segment, filtered, popularity_bands, segments_of
 
 
 def csr(lists: list[list[int]]) -> Csr:

@@ -8,13 +8,9 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from bench.vectors import manifold
-from shards import server as server_module
-from shards.errors import ProtocolError
-from shards.handshake import check_welcome, prove
-from shards.schema import Metric
-from shards.server import ShardServer
-from shards.types import (
+from shardline.bench.vectors import manifold
+from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.messages import (
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -24,7 +20,10 @@ from shards.types import (
     SearchRequest,
     Welcome,
 )
-from shards.wire import (
+from shardline.shards.core.schema import Metric
+from shardline.shards.server import shard_server as server_module
+from shardline.shards.server.shard_server import ShardServer
+from shardline.shards.wire.frames import (
     HEADER,
     KEEP_ALIVE,
     MAX_FRAME_BYTES,
@@ -33,6 +32,7 @@ from shards.wire import (
     decode_payload,
     encode_frame,
 )
+from shardline.shards.wire.handshake import check_welcome, prove
 from tests.engine import flat_shard
 from tests.reference import assert_same_answers, brute_force
 
@@ -479,7 +479,7 @@ def test_the_handshake_clock_stops_with_the_proof(serve) -> None:
 
 
 def test_a_client_that_never_reads_is_dropped_and_harms_no_other(serve, monkeypatch) -> None:
-    monkeypatch.setattr("shards.session.MAX_UNSENT_BYTES", 1 << 20)
+    monkeypatch.setattr("shardline.shards.server.session.MAX_UNSENT_BYTES", 1 << 20)
     address = serve()
     with closing(Client(address)) as deaf, closing(Client(address)) as good:
         deaf.socket.settimeout(2.0)
@@ -588,7 +588,7 @@ def test_ipv6(serve) -> None:
 
 
 def test_a_long_search_says_that_it_lives(serve, monkeypatch) -> None:
-    monkeypatch.setattr("shards.server.KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr("shardline.shards.server.shard_server.KEEP_ALIVE_S", 0.01)
     gate = Gate(flat_shard(VECTORS, IDS))
     address = serve(gate)
     with closing(Client(address)) as asking, closing(Client(address)) as idle:

@@ -7,12 +7,12 @@ import time
 import numpy as np
 import pytest
 
-from router.config import RouterConfig
-from router.item_queries import drop_own
-from router.messages import Coverage, SearchQuery
-from router.service import SearchService
-from router.serving import ENCODE_IN_LOOP
-from shards.errors import (
+from shardline.router.fanout.snapshot import ENCODE_IN_LOOP
+from shardline.router.item_queries import drop_own
+from shardline.router.query import Coverage, SearchQuery
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
     NotFound,
@@ -20,8 +20,8 @@ from shards.errors import (
     Unavailable,
     VersionMismatch,
 )
-from shards.schema import Metric
-from shards.types import ErrorReply
+from shardline.shards.core.messages import ErrorReply
+from shardline.shards.core.schema import Metric
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
 

@@ -6,13 +6,18 @@ import faiss
 import numpy as np
 import pytest
 
-from bench.vectors import manifold
-from shards.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
-from shards.files import write_manifest
-from shards.generation import describe_shard, read_generation, write_generation, write_item_ids
-from shards.schema import Metric
-from shards.shard import Shard
-from shards.types import FetchRequest, SearchParams, SearchReply, SearchRequest
+from shardline.bench.vectors import manifold
+from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from shardline.shards.core.files import write_manifest
+from shardline.shards.core.messages import FetchRequest, SearchParams, SearchReply, SearchRequest
+from shardline.shards.core.schema import Metric
+from shardline.shards.server.shard import Shard
+from shardline.shards.storage.generation import (
+    describe_shard,
+    read_generation,
+    write_generation,
+    write_item_ids,
+)
 from tests.engine import build_generation, flat_shard
 from tests.reference import assert_answer_order, assert_same_answers, brute_force
 

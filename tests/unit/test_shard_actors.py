@@ -11,10 +11,10 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
-from cluster import shard_actors
-from cluster.placement import Event, ShardFailed, ShardUnreachable
-from cluster.shard_actors import ShardActors, ShardSettings, reason_of
-from shards.errors import CorruptFile
+from shardline.cluster.control import shard_actors
+from shardline.cluster.control.placement import Event, ShardFailed, ShardUnreachable
+from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
+from shardline.shards.core.errors import CorruptFile
 from tests.engine import build_generation
 
 SECRET = b"0" * 32

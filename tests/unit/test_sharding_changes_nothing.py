@@ -8,14 +8,14 @@ import faiss
 import numpy as np
 import pytest
 
-from bench.vectors import clustered, manifold, recall_at_k
-from router.merge import merge_top_k
-from shards.index_build import build_shard_index, train_template, write_index
-from shards.index_resolve import resolve
-from shards.index_spec import IndexSpec
-from shards.main_index import MainIndex
-from shards.schema import Metric
-from shards.types import SearchParams
+from shardline.bench.vectors import clustered, manifold, recall_at_k
+from shardline.router.merge import merge_top_k
+from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexSpec
+from shardline.shards.index.template import build_shard_index, train_template, write_index
 from tests.reference import assert_answer_order, assert_same_answers
 
 ROWS, DIM, QUERIES = 3000, 32, 12

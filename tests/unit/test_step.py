@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.tables import open_dataset
+from shardline.training.features.fitted import fit
+from shardline.training.features.prepared import TrainingData, prepare
+from shardline.training.loop.batches import Sampler
+from shardline.training.loop.train_step import Step, _Inputs
+from shardline.training.model.towers import TwoTower, build_model
 from tests.tiny import tiny_config, tiny_dataset
-from training.batches import Sampler
-from training.config import TrainingConfig
-from training.features import fit
-from training.prepared import TrainingData, prepare
-from training.step import Step, _Inputs
-from training.tables import open_dataset
-from training.towers import TwoTower, build_model
 
 CPU = torch.device("cpu")
 

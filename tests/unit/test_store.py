@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.store import Store
-from shards import files
-from shards.errors import CorruptFile, NotFound
+from shardline.cluster.store import Store
+from shardline.shards.core import files
+from shardline.shards.core.errors import CorruptFile, NotFound
 
 
 def complete_generation(store: Store, number: int) -> None:

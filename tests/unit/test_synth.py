@@ -7,10 +7,10 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from shards.errors import DataError
-from training.race import draw_items, noise_hazard
-from training.synth import BLOCK_USERS, PRESETS, SynthConfig, generate
-from training.tables import open_dataset, vector_matrix
+from shardline.shards.core.errors import DataError
+from shardline.training.data.tables import open_dataset, vector_matrix
+from shardline.training.synthetic.generator import BLOCK_USERS, PRESETS, SynthConfig, generate
+from shardline.training.synthetic.race import draw_items, noise_hazard
 
 SMALL = SynthConfig(num_users=300, num_items=500, val_users=40, ceiling_users=100, seed=7)
 

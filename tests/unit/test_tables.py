@@ -7,11 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards.errors import CorruptFile, DataError, NewerFormat, NotFound, ShardlineError
-from shards.files import describe_file, write_manifest
-from training.splits import cold_rows, hold_out, split_codes
-from training.table_checks import INTERACTION_SCHEMA, rows_of
-from training.tables import (
+from shardline.shards.core.errors import (
+    CorruptFile,
+    DataError,
+    NewerFormat,
+    NotFound,
+    ShardlineError,
+)
+from shardline.shards.core.files import describe_file, write_manifest
+from shardline.training.data.splits import cold_rows, hold_out, split_codes
+from shardline.training.data.table_checks import INTERACTION_SCHEMA, rows_of
+from shardline.training.data.tables import (
     interaction_batch,
     open_dataset,
     positives_by_user,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from shards.errors import ConfigError, DataError, NotFound
+from shardline.shards.core.errors import ConfigError, DataError, NotFound
+from shardline.training.data.tables import Dataset, open_dataset, vector_matrix
+from shardline.training.features import embed_text as text
+from shardline.training.features.embed_text import TextEncoder, embed_items
 from tests.rich import rich_dataset
-from training import text
-from training.tables import Dataset, open_dataset, vector_matrix
-from training.text import TextEncoder, embed_items
 
 
 class Tokens(dict[str, torch.Tensor]):
@@ -117,7 +117,7 @@ def test_no_library_or_no_model(
     def absent(name: str) -> Any:
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr("training.text.importlib.import_module", absent)
+    monkeypatch.setattr("shardline.training.features.embed_text.importlib.import_module", absent)
     with pytest.raises(ConfigError, match=r"transformers.*not installed.*shardline\[text\]"):
         TextEncoder(folder)
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
-from training import tiles
-from training.joins import Join
-from training.tiles import Frame, TileLoss, tiled_loss
+from shardline.training.loss import tiles
+from shardline.training.loss.joins import Join
+from shardline.training.loss.tiles import Frame, TileLoss, tiled_loss
 
 KINDS: dict[str, TileLoss] = {
     "softmax": tiles.softmax,

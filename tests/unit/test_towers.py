@@ -7,16 +7,16 @@ import pyarrow as pa
 import pytest
 import torch
 
-from shards.errors import ConfigError
+from shardline.shards.core.errors import ConfigError
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import ITEMS, USERS, Dataset, write_dataset
+from shardline.training.features.fitted import Block, FeatureSpace, fit
+from shardline.training.features.prepared import TrainingData, item_lists, prepare
+from shardline.training.loop.batches import Sampler
+from shardline.training.model.encoding import encode_items, encode_queries
+from shardline.training.model.towers import Inputs, QueryInputs, TwoTower, build_model, distinct
 from tests.rich import rich_config, rich_dataset, sum_config
 from tests.tiny import tiny_config, tiny_dataset
-from training.batches import Sampler
-from training.encoding import encode_items, encode_queries
-from training.features import Block, FeatureSpace, fit
-from training.metrics import Csr
-from training.prepared import TrainingData, item_lists, prepare
-from training.tables import ITEMS, USERS, Dataset, write_dataset
-from training.towers import Inputs, QueryInputs, TwoTower, build_model, distinct
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from training.config import TrainingConfig, differences
+from shardline.training.config.training_config import TrainingConfig, differences
 
 
 def item_tower(*features: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -100,9 +100,8 @@ def test_survives_json() -> None:
 
 
 def test_importing_it_loads_neither_torch_nor_arrow() -> None:
-    code = (
-        "import sys, training.config; sys.exit(sum(m in sys.modules for m in ('torch', 'pyarrow')))"
-    )
+    module = "shardline.training.config.training_config"
+    code = f"import sys, {module}; sys.exit(sum(m in sys.modules for m in ('torch', 'pyarrow')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cluster.cli import cli
-from cluster.commands import model
-from shards.embeddings import open_embedding_set
-from shards.errors import ConfigError, DataError, InvalidInput
+from shardline.cluster.cli import cli
+from shardline.cluster.commands import model
+from shardline.shards.core.errors import ConfigError, DataError, InvalidInput
+from shardline.shards.storage.embedding_set import open_embedding_set
+from shardline.training.data.tables import Dataset
+from shardline.training.loop.launch import train
+from shardline.training.loop.runlog import read_log
+from shardline.training.model.checkpoint import latest_state
 from tests.tiny import declared_run, tiny_config, tiny_dataset
-from training.checkpoint import latest_state
-from training.launch import train
-from training.runlog import read_log
-from training.tables import Dataset
 
 CONFIG = tiny_config(epochs=3, validation={"k": 10, "patience": 9})
 

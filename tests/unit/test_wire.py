@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.errors import ProtocolError
-from shards.search_layout import REPLY, REQUEST
-from shards.types import (
+from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.messages import (
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -22,7 +21,7 @@ from shards.types import (
     SearchRequest,
     Welcome,
 )
-from shards.wire import (
+from shardline.shards.wire.frames import (
     HEADER,
     MAX_FRAME_BYTES,
     MESSAGE_TYPES,
@@ -31,6 +30,7 @@ from shards.wire import (
     decode_payload,
     encode_frame,
 )
+from shardline.shards.wire.search_layout import REPLY, REQUEST
 
 FLOATS = np.array([[1.5, -2.0], [0.0, np.inf]], dtype=np.float32)
 IDS = np.array([[3, -1], [2**62, 0]], dtype=np.int64)

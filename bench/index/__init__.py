@@ -1,0 +1,1 @@
+"""Index kinds side by side."""

@@ -1,0 +1,1 @@
+"""Training: throughput, losses, mining, published tables."""

@@ -1,0 +1,1 @@
+"""Placement of shards: pure rules, the controller actor, the shard actors."""

@@ -1,0 +1,1 @@
+"""A generation behind HTTP: checks before, start, end, where it is served."""

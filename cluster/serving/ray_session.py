@@ -1,0 +1,303 @@
+"""Starting and stopping Ray on this machine, and leaving nothing behind.
+
+``local_ray`` starts a private Ray in a folder of its own, so several may run side by side, and
+removes it whole: Serve first (HAProxy outlives a plain ``ray stop``), then Ray, then the folder.
+``attached_ray`` joins a cluster that somebody else started, ``ray up`` for one.
+"""
+
+import contextlib
+import errno
+import functools
+import io
+import logging
+import os
+import random
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import ray
+
+from shardline.cluster.serving.endpoint import is_alive
+from shardline.cluster.serving.serving_keys import KEY_VARIABLES
+from shardline.router.serve.front import HOOK
+from shardline.router.serve.haproxy import BINARY, launcher
+from shardline.shards.core.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "shardline"
+SESSION_PREFIX = "shardline-"
+# Ray takes 30 % of the memory by default; our object store only carries build jobs and their
+# reports, never vectors.
+OBJECT_STORE_BYTES = 128 << 20
+STOP_TIMEOUT_S = 10.0
+# Between Ray's workers (from 10002) and Serve's replicas (from 30000), below what Linux gives to
+# connections (from 32768): HAProxy binds its ports seconds after they were found free.
+QUIET_PORTS = range(20_000, 30_000)
+# HAProxy takes socket paths of 97 bytes, of which Ray's node id and a one-letter name use 59.
+MAX_SESSION_PATH = 38
+# "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
+MAX_TEMPORARY_PATH = MAX_SESSION_PATH - 27
+
+# What every Ray process of a serving cluster needs in its environment before it starts; a
+# runtime_env comes too late. The launcher files in deploy/ray set the same.
+SERVING_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: shards would wait behind everything else
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # else HAProxy sends a line a request to a Python process that competes with the shards
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+    # an hour by default: a client that reads no answer would hold a place in the router as long
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
+    # one loop for Serve and our ASGI app halves the latency of a request
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # requests reach our app before Serve's own layer around it
+    HOOK: "shardline.router.serve.front:middleware",
+}
+
+
+@contextlib.contextmanager
+def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
+    """A private Ray on this machine for the length of the block; yields its folder.
+
+    ``num_cpus`` is logical: it bounds how many tasks run at once, not which cores they use.
+
+    Raises:
+        Unavailable: Ray did not start, or this process is attached to another one already.
+    """
+    if ray.is_initialized():
+        raise Unavailable("Ray is already running in this process", hint="stop it first")
+    reap_orphans()
+    session = _session_folder()
+    with _environment(_ray_environment(session)):
+        try:
+            with _keys_hidden():
+                _init_local(session, num_cpus=num_cpus, verbose=verbose)
+            yield session
+        finally:
+            try:
+                _stop_ray()
+            finally:
+                _stop_leftovers(session)
+                shutil.rmtree(session, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def attached_ray(address: str, *, verbose: bool = False) -> Iterator[None]:
+    """Joins the Ray cluster at ``address`` ("auto" finds the one of this machine).
+
+    Raises:
+        Unavailable: no cluster answers there.
+    """
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Unavailable(
+            f"no Ray cluster at {address!r}", got=str(error), hint="start one with `ray up`"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def ray_for(
+    address: str, *, num_cpus: int, verbose: bool = False
+) -> contextlib.AbstractContextManager[object]:
+    """``local_ray`` for the address "local", ``attached_ray`` for any other."""
+    if address == "local":
+        return local_ray(num_cpus=num_cpus, verbose=verbose)
+    return attached_ray(address, verbose=verbose)
+
+
+def cores() -> int:
+    """Cores this process may use, fewer than the machine has under taskset or in a container."""
+    return len(os.sched_getaffinity(0))
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, nor will by chance before it is used.
+
+    Raises:
+        Unavailable: none was found.
+    """
+    for port in random.SystemRandom().sample(QUIET_PORTS, len(QUIET_PORTS)):
+        if port_is_free(port):
+            return port
+    raise Unavailable(
+        "no free port", expected=f"one of {QUIET_PORTS.start} to {QUIET_PORTS.stop - 1}"
+    )
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could bind this port now; raises Unavailable if this user never may."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise Unavailable(
+                    f"this user may not listen on port {port}",
+                    hint="those below 1024 are root's: `shardline serve --port 8000` takes another",
+                ) from error
+            return False
+        return True
+
+
+def reap_orphans() -> list[int]:
+    """Ends processes left by sessions whose owner was killed; removes their folders; their pids.
+
+    A session's folder carries its owner's pid, and every process of the session, HAProxy
+    included, has that folder on its command line or a file of it open: nothing else is touched.
+    """
+    reaped: list[int] = []
+    for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*-*"):
+        owner = folder.name.removeprefix(SESSION_PREFIX).split("-")[0]
+        if owner.isdigit() and not _owns(int(owner), folder):
+            reaped += _stop_leftovers(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+    return reaped
+
+
+def _owns(pid: int, folder: Path) -> bool:
+    """Whether the session's owner still runs; a younger process may carry its pid by now."""
+    try:
+        return is_alive(pid) and psutil.Process(pid).create_time() <= folder.stat().st_ctime + 1
+    except (psutil.NoSuchProcess, FileNotFoundError):
+        return False
+
+
+def _session_folder() -> Path:
+    root = Path(tempfile.gettempdir())
+    folder = Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=root))
+    if len(str(folder)) > MAX_SESSION_PATH:
+        folder.rmdir()
+        raise Unavailable(
+            f"{root}: path too long for Ray's sockets",
+            expected=f"a temporary folder of at most {MAX_TEMPORARY_PATH} characters",
+            hint="set TMPDIR=/tmp",
+        )
+    return folder
+
+
+def _ray_environment(session: Path) -> dict[str, str]:
+    """What Ray's processes must find in their environment here; they inherit ours."""
+    haproxy = session / "haproxy"
+    haproxy.write_text(launcher(sys.executable))
+    haproxy.chmod(0o700)
+    return SERVING_ENVIRONMENT | {
+        BINARY: str(haproxy),
+        "RAY_AUTH_TOKEN": _auth_token(),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(session / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(session / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(session / "m"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(session),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(session / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # forwards far more than one router can answer
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, at every stop
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+        # 5 s by default, and a busy laptop takes longer to start HAProxy's process
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    }
+
+
+@functools.cache
+def _auth_token() -> str:
+    """One token a process, because Ray caches the first it sees.
+
+    ray.init() turns token mode on by itself; finding a token in the environment it does not write
+    one to the home folder, where it would change how later clusters start.
+    """
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in (*values, "RAY_AUTH_MODE")}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _keys_hidden() -> Iterator[None]:
+    """No API key is in the environment: Ray's processes would inherit it, and need none."""
+    hidden = {name: os.environ.pop(name) for name in KEY_VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _init_local(session: Path, *, num_cpus: int, verbose: bool) -> None:
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        ray.init(
+            num_cpus=num_cpus,
+            namespace=NAMESPACE,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(session),
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+        )
+    except Exception as error:
+        raise Unavailable("Ray did not start", got=str(error)) from error
+
+
+def _stop_ray() -> None:
+    """Serve first, where it was used: HAProxy outlives a plain shutdown of Ray."""
+    if not ray.is_initialized():
+        return
+    # Ray reports the end of Serve's controller as a failed task, on our standard output
+    with contextlib.redirect_stdout(io.StringIO()):
+        if "ray.serve" in sys.modules:
+            from ray import serve
+
+            try:
+                serve.shutdown()
+            except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
+                logger.warning("Ray Serve did not shut down in order: %s", error)
+        ray.shutdown()
+
+
+def _stop_leftovers(session: Path) -> list[int]:
+    """Terminates, then kills, every process that names the session's folder; their pids."""
+    found = [process for process in psutil.process_iter() if _belongs_to(process, session)]
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(found, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
+    return [process.pid for process in found]
+
+
+def _belongs_to(process: psutil.Process, session: Path) -> bool:
+    """By command line, or by the log files it holds open: Ray's workers rename themselves."""
+    if process.pid == os.getpid():
+        return False
+    try:
+        traces = [*process.cmdline(), *(file.path for file in process.open_files())]
+        return any(str(session) in trace for trace in traces)
+    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False

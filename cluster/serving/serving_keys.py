@@ -1,0 +1,166 @@
+"""Where API keys come from: a file beside the store, made when there is none, or the environment.
+
+The serving process reads them and hands on digests; a router gets to know no more than those and
+the name of the file. Commands of this machine find the file through the note in the store.
+"""
+
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shardline.cluster.config import ShardlineConfig
+from shardline.router.http.api_keys import Key, Keyring, Scope, parse_keys, read_keys
+from shardline.router.http.auth import INSECURE, AuthSettings
+from shardline.shards.core.errors import ConfigError, NotFound
+from shardline.shards.core.files import fsync_folder
+
+KEY_FILE_NAME = "keys"
+SERVER_VARIABLE = "SHARDLINE_KEYS"
+CLIENT_VARIABLE = "SHARDLINE_API_KEY"
+KEY_VARIABLES = (SERVER_VARIABLE, CLIENT_VARIABLE)
+KEY_BYTES = 32
+HEAD = """\
+# The API keys of this store's cluster, one a line: scope:key. Nobody else may read this file.
+# search: may search and read. admin: may also write and control. Changes count within seconds.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingKeys:
+    """What a cluster is started with; ``own`` is the key its starter asks with, ``note`` a line
+    that says where keys are."""
+
+    auth: AuthSettings
+    own: str | None = field(repr=False)
+    note: str
+
+
+def key_file_of(config: ShardlineConfig) -> Path:
+    """The key file of a cluster that takes its keys from a file, existing or to come."""
+    return (config.cluster.key_file or config.store / KEY_FILE_NAME).resolve()
+
+
+def serving_keys(
+    config: ShardlineConfig, environ: MutableMapping[str, str] = os.environ
+) -> ServingKeys:
+    """The keys to serve with. Makes the store's key file if there are no others.
+
+    Keys are taken out of the environment, so that no process started from here inherits them.
+
+    Raises:
+        ConfigError: keys from two places, a file that others may read, a line that is no key, or
+            no key at all.
+        NotFound: the key file of the configuration does not exist.
+    """
+    listed = environ.pop(SERVER_VARIABLE, None)
+    configured = config.cluster.key_file
+    given = {
+        "cluster.insecure": config.cluster.insecure,
+        "cluster.key_file": configured is not None,
+        SERVER_VARIABLE: listed is not None,
+    }
+    sources = [name for name, is_given in given.items() if is_given]
+    if len(sources) > 1:
+        raise ConfigError("API keys from one place only", got=" and ".join(sources))
+    if config.cluster.insecure:
+        where = f"{config.cluster.http_host}:{config.cluster.http_port}"
+        note = f"INSECURE: no API key is asked for; whoever reaches {where} may search"
+        return ServingKeys(auth=INSECURE, own=None, note=note)
+    if listed is not None:
+        keys = parse_keys(re.split(r"[,\s]+", listed), SERVER_VARIABLE)
+        return _serve_with(keys, SERVER_VARIABLE, None, f"API keys: {len(keys)} of the environment")
+    path = key_file_of(config)
+    note = f"API keys: {path}"
+    if configured is None and not path.exists():
+        make_key_file(path)
+        note = f"API keys: made {path}, mode 600; `shardline keys show` prints one"
+    return _serve_with(read_keys(path), str(path), path, note)
+
+
+def _serve_with(keys: list[Key], source: str, path: Path | None, note: str) -> ServingKeys:
+    if not keys:
+        raise ConfigError(
+            f"{source}: no key in it",
+            hint="`shardline keys add search` makes one; --insecure serves without",
+        )
+    key_file = None if path is None else str(path)
+    auth = AuthSettings(keyring=Keyring.of(keys), key_file=key_file)
+    return ServingKeys(auth=auth, own=searching(keys), note=note)
+
+
+def searching(keys: list[Key]) -> str | None:
+    """The key to search with: the first that may do no more, else the first."""
+    chosen = sorted(keys, key=lambda key: key.scope is not Scope.SEARCH)
+    return chosen[0].secret if chosen else None
+
+
+def client_key(key_file: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The key that the user of a command names: a file's, else that of the environment.
+
+    Raises:
+        NotFound, ConfigError: the file is not there, is not safe, or has no key.
+    """
+    if key_file is None:
+        return environ.get(CLIENT_VARIABLE, "").strip() or None
+    key = searching(read_keys(key_file))
+    if key is None:
+        raise ConfigError(f"{key_file}: no key in it")
+    return key
+
+
+def new_key(scope: Scope) -> Key:
+    return Key(scope, secrets.token_urlsafe(KEY_BYTES))
+
+
+def make_key_file(path: Path) -> None:
+    """A file with a key of each scope, mode 600."""
+    _write(path, HEAD + "".join(f"{scope.value}:{new_key(scope).secret}\n" for scope in Scope))
+
+
+def add_key(path: Path, scope: Scope) -> Key:
+    """A new key in the file, which is made if it is not there. Raises as ``read_keys``."""
+    key = new_key(scope)
+    text = HEAD
+    if path.exists():
+        read_keys(path)
+        text = path.read_text()
+    _write(path, f"{text.rstrip()}\n{key.scope.value}:{key.secret}\n")
+    return key
+
+
+def remove_key(path: Path, fingerprint: str) -> None:
+    """Takes out the one key whose fingerprint begins so; the other lines stay as they are.
+
+    Raises:
+        NotFound: no key has that fingerprint, or several have. As ``read_keys``.
+    """
+    chosen = [key for key in read_keys(path) if key.fingerprint.startswith(fingerprint)]
+    if len(chosen) != 1 or not fingerprint:
+        raise NotFound(
+            "not the fingerprint of one key",
+            got=f"{len(chosen)} keys" if fingerprint else "nothing",
+            hint="`shardline keys list` prints them",
+        )
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if chosen[0] not in parse_keys([line], str(path))]
+    _write(path, "".join(f"{line}\n" for line in kept))
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces the file at once; nobody else may read it at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 600
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,246 @@
+"""The features of a query, one class a kind: values to their part of the query tower's input row.
+
+Each is the twin of a class of ``training.features.columns`` or ``training.model.pooling``, in
+numpy. A value of the wrong type is refused; a category that training has not seen, or null, is the
+unknown, row 0 of its table; of lists and texts the unknown values are left out, and where nothing
+is left they are the unknown; past items that the model does not know are skipped.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardline.shards.core.ngrams import ngram_buckets
+from shardline.shards.core.schema import FloatArray, IdArray
+
+Weights = dict[str, NDArray[Any]]
+
+VALUE_TYPES: dict[str, type] = {"int": int, "string": str, "bool": bool}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureInfo:
+    """What a query must bring: ``value`` says it in words, for errors and API documents."""
+
+    name: str
+    kind: str  # id | categorical | multi_valued | text | numeric | history
+    value: str
+
+
+class Input(Protocol):
+    """One feature: its part of the input row."""
+
+    @property
+    def info(self) -> FeatureInfo: ...
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        """(n, width) float32; raises Refused at the first value of the wrong kind."""
+
+
+class Refused(Exception):
+    """A value that does not fit, at ``row`` of the batch; ``where`` points into the value."""
+
+    def __init__(self, row: int, got: str, where: str = "") -> None:
+        self.row, self.got, self.where = row, got, where
+
+
+def inputs_of(configs: list[dict[str, Any]], weights: Weights, *, summed: bool) -> list[Input]:
+    """One input a feature, in order. summed: the history comes without its two extra numbers."""
+    inputs: list[Input] = []
+    for config in configs:
+        kind = config["kind"]
+        if kind == "history":
+            inputs.append(History(config, weights, extras=not summed))
+        elif kind == "numeric":
+            inputs.append(Number(config))
+        else:  # the embedded ones come first, so their place is that of their table
+            table = weights[f"embedding.{len(inputs)}"]
+            inputs.append(EMBEDDED[kind](config, table))
+    return inputs
+
+
+class Category:
+    """A value's row of an embedding table; row 0 where the value is null or new."""
+
+    def __init__(self, config: dict[str, Any], table: FloatArray) -> None:
+        self._type = VALUE_TYPES[config["value_type"]]
+        self._places = {value: place for place, value in enumerate(config["values"], start=1)}
+        self._table = table
+        self.info = FeatureInfo(
+            name=config["column"], kind=config["kind"], value=f"{config['value_type']} or null"
+        )
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        for row, value in enumerate(values):
+            if value is not None and type(value) is not self._type:  # a bool is no int
+                raise Refused(row, type(value).__name__)
+        return self._table[[self._places.get(value, 0) for value in values]]
+
+
+class MultiValued:
+    """The mean of the table rows of a list's first ``max_length`` known values."""
+
+    def __init__(self, config: dict[str, Any], table: FloatArray) -> None:
+        self._type = VALUE_TYPES[config["value_type"]]
+        self._places = {value: place for place, value in enumerate(config["values"], start=1)}
+        self._max_length: int = config["max_length"]
+        self._table = table
+        self.info = FeatureInfo(
+            name=config["column"],
+            kind=config["kind"],
+            value=f"list of {config['value_type']}s, or null",
+        )
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        return np.stack([self._row(row, value) for row, value in enumerate(values)])
+
+    def _row(self, row: int, value: Any) -> FloatArray:
+        if value is not None and not isinstance(value, list | tuple):
+            raise Refused(row, type(value).__name__)
+        for place, element in enumerate(value or ()):
+            if type(element) is not self._type:
+                raise Refused(row, _kind(element), f"[{place}]")
+        places = [self._places[element] for element in value or () if element in self._places]
+        return _mean_row(self._table, places[: self._max_length])
+
+
+class Text:
+    """The mean of the table rows that a text's n-grams hash to."""
+
+    def __init__(self, config: dict[str, Any], table: FloatArray) -> None:
+        self._table = table
+        self._buckets: int = config["buckets"]
+        self._words, self._chars = (
+            (config[name][0], config[name][1]) if config[name] else None
+            for name in ("words", "chars")
+        )
+        self._limit: int = config["max_ngrams"]
+        self.info = FeatureInfo(name=config["column"], kind="text", value="string or null")
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        return np.stack([self._row(row, value) for row, value in enumerate(values)])
+
+    def _row(self, row: int, value: Any) -> FloatArray:
+        if value is not None and type(value) is not str:
+            raise Refused(row, type(value).__name__)
+        places = ngram_buckets(
+            value or "",
+            buckets=self._buckets,
+            words=self._words,
+            chars=self._chars,
+            limit=self._limit,
+        )
+        return _mean_row(self._table, places)
+
+
+class Number:
+    """A number, or a vector of a fixed number of them, standardised as in training."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._vector: bool = config["vector"]
+        self._log: bool = config["log"]
+        self._mean = np.asarray(config["mean"], dtype=np.float64)
+        self._deviation = np.asarray(config["deviation"], dtype=np.float64)
+        what = f"list of {len(self._mean)} finite numbers" if self._vector else "finite number"
+        self.info = FeatureInfo(
+            name=config["column"], kind="numeric", value=f"{what} >= 0" if self._log else what
+        )
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        width = len(self._mean)
+        numbers = np.empty((len(values), width))
+        for row, value in enumerate(values):
+            if self._vector and (not isinstance(value, list | tuple) or len(value) != width):
+                got = f"{len(value)} values" if isinstance(value, list | tuple) else _kind(value)
+                raise Refused(row, got)
+            for place, item in enumerate(value if self._vector else (value,)):
+                numbers[row, place] = self._checked(item, row, place)
+        numbers = np.log1p(numbers) if self._log else numbers
+        with np.errstate(over="ignore"):
+            return ((numbers - self._mean) / self._deviation).astype(np.float32)
+
+    def _checked(self, value: Any, row: int, place: int) -> float:
+        where = f"[{place}]" if self._vector else ""
+        if type(value) is not float and type(value) is not int:
+            raise Refused(row, _kind(value), where)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise Refused(row, "an integer too large", where) from None
+        if not math.isfinite(number) or (self._log and number < 0):
+            raise Refused(row, str(number), where)
+        return number
+
+
+class History:
+    """Past items, oldest first: the newest ``max_length`` known ones, pooled."""
+
+    def __init__(self, config: dict[str, Any], weights: Weights, *, extras: bool) -> None:
+        self._ids: IdArray = weights["history.item_ids"]
+        self._rows: FloatArray = weights["history.rows"]
+        self._max_length: int = config["max_length"]
+        self._extras = 2 if extras else 0
+        self._by_root = config.get("pooling") == "sqrtn"  # the first format had the mean alone
+        self._scores: FloatArray | None = weights.get("history.item_scores")
+        recency = weights.get("history.recency")
+        self._oldest_first = None if recency is None else np.ascontiguousarray(recency[::-1])
+        self.info = FeatureInfo(
+            name=config["column"], kind="history", value="list of item ids, oldest first"
+        )
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        width = self._rows.shape[1]
+        out = np.zeros((len(values), width + self._extras), dtype=np.float32)
+        for row, value in enumerate(values):
+            known = self._known(row, value)[-self._max_length :]
+            if len(known):
+                out[row, :width] = self._weights(known) @ self._rows[known]
+            if self._extras:
+                out[row, width] = len(known) / self._max_length
+                out[row, width + 1] = len(known) == 0
+        return out
+
+    def _weights(self, known: IdArray) -> FloatArray:
+        """(len(known),) float32; their sum is 1 unless the pooling is sqrtn."""
+        count = len(known)
+        if self._scores is None or self._oldest_first is None:
+            divisor = math.sqrt(count) if self._by_root else count
+            return np.full(count, 1 / divisor, dtype=np.float32)
+        scores = self._scores[known] + self._oldest_first[-count:]
+        weights = np.exp(scores - scores.max())
+        share: FloatArray = weights / weights.sum()
+        return share
+
+    def _known(self, row: int, value: Any) -> IdArray:
+        if not isinstance(value, list | tuple):
+            raise Refused(row, _kind(value))
+        if not set(map(type, value)) <= {int}:  # a bool is no int
+            place = next(i for i, item in enumerate(value) if type(item) is not int)
+            raise Refused(row, _kind(value[place]), f"[{place}]")
+        try:
+            ids = np.asarray(value, dtype=np.int64)
+        except OverflowError:
+            raise Refused(row, "an integer too large") from None
+        places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
+        known: IdArray = places[self._ids[places] == ids]
+        return known
+
+
+EMBEDDED: dict[str, type[Category] | type[MultiValued] | type[Text]] = {
+    "id": Category,
+    "categorical": Category,
+    "multi_valued": MultiValued,
+    "text": Text,
+}
+
+
+def _mean_row(table: FloatArray, places: list[int]) -> FloatArray:
+    mean: FloatArray = table[places or [0]].mean(axis=0)
+    return mean
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,0 +1,1 @@
+"""One query to every shard: connections, shared frames, deadlines, coverage."""

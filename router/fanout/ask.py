@@ -1,0 +1,215 @@
+"""One question to every shard: one frame, one deadline, whatever came by then, and its coverage.
+
+Replies stay undecoded until somebody reads them, which is when the last one is in: decoding the
+first ones earlier would take a core from the shards that still search.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+from shardline.router.fanout.connection import ShardConnection
+from shardline.router.fanout.link import Link
+from shardline.router.fanout.snapshot import TableSnapshot
+from shardline.router.query import Coverage
+from shardline.shards.core.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    Overloaded,
+    ProtocolError,
+    Unavailable,
+)
+from shardline.shards.core.messages import ErrorReply, FetchReply, SearchReply, ShardRoute
+from shardline.shards.wire.frames import Message, decode_payload, is_error
+
+logger = logging.getLogger(__name__)
+
+DEGRADED_IN_HINT = 8  # shards named in an error; coverage names them all
+# Once enough rows have answered, the others get this share of the time that is left.
+LATE_SHARE = 0.2
+
+R = TypeVar("R", SearchReply, FetchReply)
+
+
+class Ask:
+    """A frame on its way to all shards of ``snapshot``.
+
+    ``on_done`` is called once, when nothing is awaited any longer; at the latest at ``deadline``,
+    which is on the event loop's clock. With ``enough`` (a share of the rows, above 0) the wait is
+    cut short once so many have answered: the late ones get LATE_SHARE of what remains.
+    """
+
+    __slots__ = (
+        "_asked",
+        "_enough_rows",
+        "_links",
+        "_missing",
+        "_on_done",
+        "_replies",
+        "_request_id",
+        "_rows_in",
+        "_timer",
+        "deadline",
+        "done",
+        "missing",
+        "snapshot",
+    )
+
+    def __init__(
+        self,
+        snapshot: TableSnapshot,
+        request_id: int,
+        *,
+        deadline: float,
+        on_done: Callable[[], None],
+        enough: float = 0.0,
+    ) -> None:
+        self.snapshot = snapshot
+        self.deadline = deadline
+        self.done = False
+        self.missing: list[int] = []  # shards that the last ``collect`` went without
+        self._on_done = on_done
+        self._request_id = request_id
+        self._replies: list[bytes | Message | Unavailable | None]
+        self._replies = [None] * len(snapshot.connections)
+        self._missing = len(snapshot.connections)
+        self._asked: list[ShardConnection] = []
+        self._links: list[Link | None] = [None] * len(snapshot.connections)
+        self._timer: asyncio.TimerHandle | None = None
+        self._enough_rows = enough * snapshot.table.rows if 0 < enough < 1 else 0.0
+        self._rows_in = 0
+
+    def send(self, frame: bytes) -> None:
+        """The same bytes to every shard; those that cannot be asked are noted as missing."""
+        for position, connection in enumerate(self.snapshot.connections):
+            if connection is None:
+                self._put(position, Unavailable("no process serves it"))
+                continue
+            try:
+                reply_to = partial(self._put, position)
+                self._links[position] = connection.request(self._request_id, frame, reply_to)
+            except Unavailable as error:
+                self._put(position, error)
+            else:
+                self._asked.append(connection)
+        if not self.done:
+            self._timer = asyncio.get_running_loop().call_at(self.deadline, self.close)
+
+    def close(self) -> None:
+        """Waits for nobody any longer: whoever has not answered by now is left out."""
+        if self.done:
+            return
+        self.done = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._missing:
+            for connection in self._asked:
+                connection.abandon(self._request_id)
+        self._on_done()
+
+    def collect(
+        self, kind: type[R], well_formed: Callable[[R], bool]
+    ) -> tuple[list[tuple[ShardRoute, R]], Coverage]:
+        """The replies worth using so far, with their routes, and the coverage they amount to.
+
+        Raises:
+            InvalidInput: a shard says that the caller's request is wrong.
+        """
+        answered: list[tuple[ShardRoute, R]] = []
+        degraded = []
+        self.missing.clear()
+        rows_asked = rows_answered = 0
+        for position, route in enumerate(self.snapshot.table.shards):
+            reply = self._read(position)
+            rows = reply.rows if isinstance(reply, SearchReply) else route.rows
+            if isinstance(reply, kind) and well_formed(reply):
+                answered.append((route, reply))
+                rows_answered += rows
+                rows_asked += rows
+                continue
+            error = _as_error(reply, self._links[position])
+            if self._replies[position] is not None:
+                self._replies[position] = error
+            self.missing.append(route.shard)
+            degraded.append(f"shard {route.shard}: {error.message}")
+            rows_asked += route.rows
+        return answered, Coverage(
+            shards_asked=len(self.snapshot.table.shards),
+            shards_answered=len(answered),
+            rows_asked=rows_asked,
+            rows_answered=rows_answered,
+            degraded=degraded,
+        )
+
+    def require(self, coverage: Coverage, min_coverage: float) -> None:
+        """Raises what best describes too small a coverage, once ``collect`` has returned it."""
+        if coverage.shards_answered and coverage.share >= min_coverage:
+            return
+        replies = [DeadlineExceeded("") if reply is None else reply for reply in self._replies]
+        kinds = {type(reply) for reply in replies if isinstance(reply, Unavailable)}
+        kind = kinds.pop() if len(kinds) == 1 else Unavailable
+        raise kind(
+            "too few rows answered" if coverage.shards_answered else "no shard answered",
+            expected=f"coverage >= {min_coverage:g}" if min_coverage else "an answer from a shard",
+            got=f"{coverage.rows_answered} of {coverage.rows_asked} rows",
+            hint="; ".join(coverage.degraded[:DEGRADED_IN_HINT]),
+        )
+
+    def _put(self, position: int, reply: bytes | Unavailable) -> None:
+        if self.done or self._replies[position] is not None:
+            return
+        self._replies[position] = reply
+        self._missing -= 1
+        if self._missing == 0:
+            self.close()
+        elif self._enough_rows and isinstance(reply, bytes) and not is_error(reply):
+            self._rows_in += self.snapshot.table.shards[position].rows
+            if self._rows_in >= self._enough_rows:
+                self._enough_rows = 0.0
+                self._wait_less()
+
+    def _wait_less(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._timer is not None:
+            self._timer.cancel()
+        now = loop.time()
+        self._timer = loop.call_at(now + LATE_SHARE * max(0.0, self.deadline - now), self.close)
+
+    def _read(self, position: int) -> Message | Unavailable:
+        """The reply, decoded once; a shard that has not answered counts as too late."""
+        reply = self._replies[position]
+        if reply is None:
+            return DeadlineExceeded("deadline exceeded")
+        if isinstance(reply, bytes):
+            try:
+                reply = decode_payload(reply)
+            except ProtocolError as error:
+                reply = _BadReply(f"broke the protocol ({error.message})")
+            self._replies[position] = reply
+        return reply
+
+
+class _BadReply(Unavailable):
+    """A payload that makes no sense: the link it came by is to be dropped."""
+
+
+def _as_error(reply: Message | Unavailable, link: Link | None) -> Unavailable:
+    """Why this reply is not part of the answer; drops the link if it sent nonsense."""
+    if not isinstance(reply, Unavailable | ErrorReply):
+        reply = _BadReply("broke the protocol (wrong reply)")
+    if isinstance(reply, _BadReply):
+        assert link is not None
+        link.close(reply.message)
+        return Unavailable(reply.message)
+    if isinstance(reply, Unavailable):
+        return reply
+    if reply.code == InvalidInput.code:
+        raise InvalidInput(reply.message, field=reply.field)
+    if reply.code == DeadlineExceeded.code:
+        return DeadlineExceeded("deadline exceeded")
+    if reply.code == Overloaded.code:
+        return Overloaded("overloaded")
+    logger.warning("a shard failed a request: %s: %s", reply.code, reply.message)
+    return Unavailable(f"failed ({reply.code})")

@@ -1,0 +1,253 @@
+"""Searches that arrive while another is under way leave together, as one frame to every shard.
+
+An idle lane asks at once. While a frame is under way, compatible searches (same table, k, params
+and coverage) wait in its lane; they leave when it is answered, or after HOLD_MS, so that a slow
+shard holds up nobody. Under load a frame, four sends and four replies then serve many queries.
+Each search keeps its own deadline, and is answered with what has come by then.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from shardline.router.fanout.ask import Ask
+from shardline.router.fanout.snapshot import TableSnapshot
+from shardline.router.merge import merge_top_k
+from shardline.router.query import Coverage
+from shardline.shards.core.errors import DeadlineExceeded
+from shardline.shards.core.messages import SearchParams, SearchReply, SearchRequest
+from shardline.shards.core.metrics import FRAME_QUERIES, SHARD_MISSING, SHARD_MS, Recorder
+from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.wire.frames import encode_frame
+
+HOLD_MS = 5.0  # the longest a frame under way holds back the searches behind it
+MAX_FRAME_ROWS = 256  # queries in one frame; a larger request travels alone
+# Elements sorted in the event loop, about 10 ms; a larger merge goes to a thread so that other
+# requests, health checks among them, are not held up.
+MERGE_IN_LOOP = 200_000
+
+Top: TypeAlias = tuple[FloatArray, IdArray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneKey:
+    """What searches must have in common to share a frame."""
+
+    snapshot: TableSnapshot
+    k: int
+    params: SearchParams
+    min_coverage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """scores (n, k) float32 and ids (n, k) int64 in answer order, and what they are based on."""
+
+    scores: FloatArray
+    ids: IdArray
+    coverage: Coverage
+    generation: int
+    model_version: str
+    search_ms: float
+
+
+@dataclass(slots=True, eq=False)
+class _Member:
+    """One search. ``place`` is set when its frame leaves: the frame, and its rows in it."""
+
+    queries: FloatArray
+    deadline: float
+    ready: asyncio.Future[None]
+    timer: asyncio.TimerHandle | None = None
+    place: "tuple[_Frame, slice] | None" = None
+
+    def wake(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class _Frame:
+    """What left together; merged once for all its members when every reply is in."""
+
+    ask: Ask
+    rows: int
+    members: list[_Member]
+    left_at: float
+    lets_past: asyncio.TimerHandle | None = None
+    top: Top | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Lane:
+    """held: by the frame under way that lets nobody past; None when the lane is free."""
+
+    waiting: list[_Member] = field(default_factory=list)
+    held: _Frame | None = None
+
+
+class Coalescer:
+    """All methods run in one event loop."""
+
+    def __init__(self, request_ids: Iterator[int], recorder: Recorder) -> None:
+        self._request_ids = request_ids
+        self._recorder = recorder
+        self._lanes: dict[LaneKey, _Lane] = {}
+
+    async def search(self, queries: FloatArray, key: LaneKey, deadline: float) -> Found:
+        """queries (n, dim) float32; deadline on the event loop's clock.
+
+        Raises:
+            InvalidInput: a shard says that the caller's request is wrong.
+            DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
+        """
+        loop = asyncio.get_running_loop()
+        member = _Member(queries, deadline, loop.create_future())
+        lane = self._lanes.setdefault(key, _Lane())
+        lane.waiting.append(member)
+        if lane.held is None:
+            self._depart(key, lane)
+        else:
+            self._limit_hold(key, lane, lane.held)
+        if member.place is None or deadline < member.place[0].ask.deadline:
+            member.timer = loop.call_at(deadline, member.wake)
+        try:
+            await member.ready
+        except asyncio.CancelledError:
+            self._leave(lane, member)
+            raise
+        if member.place is None:
+            lane.waiting.remove(member)
+            raise DeadlineExceeded("deadline exceeded before the shards were asked")
+        if not member.place[0].ask.done:  # its own deadline came first
+            self._leave(lane, member)
+        return await self._answer(*member.place, key)
+
+    async def _answer(self, frame: _Frame, rows: slice, key: LaneKey) -> Found:
+        shape = (frame.rows, key.k)
+        answered, coverage = frame.ask.collect(
+            SearchReply, lambda reply: reply.ids.shape == reply.scores.shape == shape
+        )
+        for shard in frame.ask.missing:
+            self._recorder.count(SHARD_MISSING, str(shard))
+        frame.ask.require(coverage, key.min_coverage)
+        replies = [reply for _, reply in answered]
+        scores, ids = await _merged(frame, rows, replies, key.k)
+        return Found(
+            scores=scores,
+            ids=ids,
+            coverage=coverage,
+            generation=key.snapshot.table.generation,
+            model_version=key.snapshot.table.model_version,
+            search_ms=max(reply.search_ms for reply in replies),
+        )
+
+    # Lanes
+
+    def _depart(self, key: LaneKey, lane: _Lane) -> None:
+        """Sends those who wait, as many as fit a frame; the frame then holds the lane."""
+        members = _that_fit(lane.waiting)
+        if not members:
+            if self._lanes.get(key) is lane:
+                del self._lanes[key]
+            return
+        del lane.waiting[: len(members)]
+        queries, rows = members[0].queries, len(members[0].queries)
+        if len(members) > 1:
+            queries = np.concatenate([member.queries for member in members])
+            rows = len(queries)
+        deadline = max(member.deadline for member in members)
+        request_id = next(self._request_ids)
+        ask = Ask(
+            key.snapshot,
+            request_id,
+            deadline=deadline,
+            enough=key.min_coverage,
+            on_done=lambda: self._arrived(key, lane, frame),
+        )
+        frame = lane.held = _Frame(ask, rows, members, time.perf_counter())
+        self._recorder.observe(FRAME_QUERIES, rows)
+        start = 0
+        for member in members:
+            end = start + len(member.queries)
+            member.place = frame, slice(start, end)
+            start = end
+        loop = asyncio.get_running_loop()
+        request = SearchRequest(
+            queries=queries,
+            k=key.k,
+            timeout_ms=max(0.0, deadline - loop.time()) * 1000,
+            params=key.params,
+        )
+        if lane.waiting:  # they did not fit
+            self._limit_hold(key, lane, frame)
+        ask.send(encode_frame(request_id, request))
+
+    def _limit_hold(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
+        """The frame under way lets those past who wait, once it has been under way for HOLD_MS."""
+        if frame.lets_past is None:
+            left_s = HOLD_MS / 1000 - (time.perf_counter() - frame.left_at)
+            loop = asyncio.get_running_loop()
+            frame.lets_past = loop.call_later(max(0.0, left_s), self._release, key, lane, frame)
+
+    def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
+        if frame.lets_past is not None:
+            frame.lets_past.cancel()
+        self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
+        for member in frame.members:
+            member.wake()
+        self._release(key, lane, frame)
+
+    def _release(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
+        if lane.held is frame:
+            lane.held = None
+            if not lane.waiting:
+                del self._lanes[key]
+                return
+            # not from here: frames that no shard takes end at once, each within the one before
+            asyncio.get_running_loop().call_soon(self._next, key, lane)
+
+    def _next(self, key: LaneKey, lane: _Lane) -> None:
+        if lane.held is None:
+            self._depart(key, lane)
+
+    def _leave(self, lane: _Lane, member: _Member) -> None:
+        """The caller waits no longer; a frame that nobody waits for is given up."""
+        if member.timer is not None:
+            member.timer.cancel()
+        if member.place is None:
+            if member in lane.waiting:
+                lane.waiting.remove(member)
+            return
+        frame = member.place[0]
+        if member in frame.members:
+            frame.members.remove(member)
+        if not frame.members:
+            frame.ask.close()
+
+
+def _that_fit(waiting: list[_Member]) -> list[_Member]:
+    """The first of ``waiting`` and whoever fits a frame with it."""
+    sizes = itertools.accumulate(len(member.queries) for member in waiting)
+    count = sum(size <= MAX_FRAME_ROWS for size in sizes)
+    return waiting[: max(1, count)]
+
+
+async def _merged(frame: _Frame, rows: slice, replies: list[SearchReply], k: int) -> Top:
+    """The top k of these rows: once for the whole frame where it is complete and small."""
+    if frame.ask.done and frame.rows * k * len(replies) <= MERGE_IN_LOOP:
+        if frame.top is None:
+            frame.top = merge_top_k([r.scores for r in replies], [r.ids for r in replies], k)
+        scores, ids = frame.top
+        return scores[rows], ids[rows]
+    parts = [r.scores[rows] for r in replies], [r.ids[rows] for r in replies]
+    if (rows.stop - rows.start) * k * len(replies) > MERGE_IN_LOOP:
+        return await asyncio.to_thread(merge_top_k, *parts, k)
+    return merge_top_k(*parts, k)

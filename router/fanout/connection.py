@@ -1,0 +1,224 @@
+"""A link to one shard, kept up: connecting, and reconnecting with growing random pauses.
+
+A shard process that an older epoch or another generation marks as the wrong one is refused.
+Deadlines belong to the caller, who abandons what it no longer waits for.
+"""
+
+import asyncio
+import logging
+import random
+
+from shardline.router.fanout.link import Link, OnReply
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import Overloaded, ProtocolError, Unavailable
+from shardline.shards.core.messages import Hello, ShardRoute
+from shardline.shards.wire import local_socket
+from shardline.shards.wire.handshake import ServerAddress
+
+logger = logging.getLogger(__name__)
+
+OLDER_PROCESS_FAILURES = 3  # as many as its pauses grow with: it is about to learn its epoch
+
+
+class OlderProcess(ProtocolError):
+    """The shard that answered has a lower epoch than the routing table: it may learn it yet."""
+
+
+def backoff_ms(failures: int, config: RouterConfig, rng: random.Random) -> float:
+    """The pause before the next attempt after ``failures`` >= 1 in a row: doubling, half random."""
+    # 2**30 milliseconds is beyond any allowed maximum; the bound keeps the float finite
+    longest = min(config.backoff_max_ms, config.backoff_base_ms * 2.0 ** min(failures - 1, 30))
+    return longest * rng.uniform(0.5, 1.0)
+
+
+class ShardConnection:
+    """Keeps a link to the shard process of one route, from ``start`` to ``close``."""
+
+    def __init__(
+        self,
+        route: ShardRoute,
+        generation: int,
+        *,
+        secret: bytes,
+        config: RouterConfig,
+        rng: random.Random,
+    ) -> None:
+        assert route.address is not None
+        self.route = route
+        self.generation = generation
+        self._address = route.address
+        self._secret = secret
+        self._config = config
+        self._rng = rng
+        self._epoch = route.epoch
+        self._keeps_to_tcp = False
+        self._link: Link | None = None
+        self._reason = "not connected yet"
+        self._task: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+
+    @property
+    def connected(self) -> bool:
+        return self._link is not None and not self._link.lost.done()
+
+    @property
+    def reason(self) -> str:
+        """Why there is no connection now; empty when there is one."""
+        return "" if self.connected else self._reason
+
+    def start(self) -> None:
+        name = f"shard {self.route.shard} connection"
+        self._task = asyncio.create_task(self._keep_connected(), name=name)
+
+    async def settled(self) -> None:
+        """Returns once an attempt to connect has succeeded, or failed for a reason that counts.
+
+        An older process is no such reason: a restarted controller publishes its table a moment
+        before the shards hear of their new epochs. Only the caller's patience bounds that wait.
+        """
+        await self._settled.wait()
+
+    async def close(self) -> None:
+        """Drops the link and ends the task; pending requests are told."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    def request(self, request_id: int, frame: bytes, on_reply: OnReply) -> Link:
+        """Sends one frame over the link that is returned. ``on_reply`` is called once, with the
+        reply or the connection's loss.
+
+        request_id is the frame's own, and unique among the requests in flight.
+
+        Raises:
+            Unavailable: no connection now, or a shard so late that nothing more is asked of it.
+            Overloaded: too many requests wait for this shard, or it does not read them.
+        """
+        link = self._link
+        if link is None:
+            raise Unavailable(self._reason)
+        if link.owes_answers:
+            self._refuse_if_busy(link)
+        if link.lost.done():
+            raise Unavailable(link.lost.result())
+        if not link.writable:
+            raise Overloaded("overloaded")
+        link.send(request_id, frame, on_reply)
+        return link
+
+    def abandon(self, request_id: int) -> None:
+        """The caller's deadline has passed: its reply is dropped, and a silent shard with it."""
+        link = self._link
+        if link is None:
+            return
+        link.abandon(request_id)
+        self._drop_if_silent(link)
+
+    def _refuse_if_busy(self, link: Link) -> None:
+        """For one that owes answers: too many of them, or for too long."""
+        self._drop_if_silent(link)
+        if link.lost.done():
+            return
+        if link.stalled_for() * 1000 > self._config.late_after_ms:
+            raise Unavailable("silent, though it owes answers")
+        if link.in_flight >= self._config.shard_max_in_flight:
+            raise Overloaded("overloaded")
+
+    def _drop_if_silent(self, link: Link) -> None:
+        if link.stalled_for() * 1000 > self._config.stall_timeout_ms:
+            logger.warning("shard %d has gone silent: reconnecting", self.route.shard)
+            link.close("gone silent")
+
+    async def _keep_connected(self) -> None:
+        failures = 0
+        while True:
+            try:
+                link = await self._connect()
+            except (OSError, TimeoutError, ProtocolError, Unavailable) as error:
+                self._reason = _describe(error)
+                log = logger.debug if failures else logger.warning
+                log("shard %d at %s: %s", self.route.shard, self._address, self._reason)
+                if isinstance(error, OlderProcess):
+                    failures = min(failures, OLDER_PROCESS_FAILURES - 1)
+                else:
+                    self._settled.set()
+            else:
+                await self._serve(link)
+                if link.answered:
+                    failures = 0
+            failures += 1
+            await asyncio.sleep(backoff_ms(failures, self._config, self._rng) / 1000)
+
+    async def _serve(self, link: Link) -> None:
+        """Until the link is lost."""
+        self._link = link
+        self._settled.set()
+        logger.info("shard %d at %s: connected", self.route.shard, self._address)
+        try:
+            # shielded, or cancelling this task would resolve the link's own future
+            self._reason = await asyncio.shield(link.lost)
+            logger.warning("shard %d at %s: %s", self.route.shard, self._address, self._reason)
+        finally:
+            self._link = None
+            link.close("closing")
+
+    async def _connect(self) -> Link:
+        address = self._address
+        async with asyncio.timeout(self._config.connect_timeout_ms / 1000):
+            link = await self._open(address)
+            try:
+                hello = await self._greeted(link)
+                self._check(hello)
+            except BaseException:
+                link.close("refused")
+                raise
+        return link
+
+    async def _open(self, address: ServerAddress) -> Link:
+        """Over a Unix socket to a shard of this machine, else over TCP."""
+        loop = asyncio.get_running_loop()
+        here = None if self._keeps_to_tcp else local_socket.connect(address)
+        if here is None:
+            _, link = await loop.create_connection(lambda: Link(self._secret, address), *address)
+        else:
+            _, link = await loop.create_unix_connection(
+                lambda: Link(self._secret, address), sock=here
+            )
+        return link
+
+    async def _greeted(self, link: Link) -> Hello:
+        try:
+            return await link.hello
+        except BaseException:
+            if link.is_local:  # somebody else may hold the name: that must not keep us from it
+                logger.warning("shard %d: no handshake over its Unix socket", self.route.shard)
+                self._keeps_to_tcp = True
+            raise
+
+    def _check(self, hello: Hello) -> None:
+        """Refuses another shard or generation, and a process that a later one has replaced."""
+        for name, expected, got in (
+            ("shard", self.route.shard, hello.shard),
+            ("generation", self.generation, hello.generation),
+        ):
+            if got != expected:
+                raise ProtocolError(f"wrong {name}", expected=str(expected), got=str(got))
+        if hello.epoch < self._epoch:
+            raise OlderProcess(
+                "an older process of this shard",
+                expected=f"epoch >= {self._epoch}",
+                got=str(hello.epoch),
+            )
+        self._epoch = hello.epoch
+
+
+def _describe(error: Exception) -> str:
+    """Without the peer's address, because the text ends in answers to callers."""
+    if isinstance(error, TimeoutError):
+        return "no connection in time"
+    if isinstance(error, ProtocolError):
+        return f"refused, {error}"
+    if isinstance(error, Unavailable):
+        return error.message
+    return "no connection"

@@ -1,0 +1,247 @@
+"""The routing table in use, the connections it runs on, and searches and look-ups over them.
+
+``apply`` replaces the table in one step; a query that has begun ends on the table, encoder and
+connections it began with. How one question is asked is in ``ask``, who shares it in ``coalesce``.
+"""
+
+import asyncio
+import itertools
+import logging
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from shardline.router.fanout.ask import Ask
+from shardline.router.fanout.coalesce import Coalescer, Found, LaneKey
+from shardline.router.fanout.connection import ShardConnection
+from shardline.router.fanout.snapshot import Encoder, TableSnapshot
+from shardline.router.query import Coverage
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import DeadlineExceeded, Unavailable
+from shardline.shards.core.messages import (
+    FetchReply,
+    FetchRequest,
+    RoutingTable,
+    SearchParams,
+    ShardRoute,
+)
+from shardline.shards.core.metrics import Recorder
+from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.wire.frames import encode_frame
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchAnswer:
+    """The items that were found, in no order: item_ids (m,), vectors (m, dim), shards (m,)."""
+
+    item_ids: IdArray
+    vectors: FloatArray
+    shards: IdArray
+    coverage: Coverage
+
+
+class Fanout:
+    """All methods run in one event loop. ``rng`` spreads reconnections of many routers."""
+
+    def __init__(
+        self,
+        secret: bytes,
+        config: RouterConfig,
+        rng: random.Random,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._secret = secret
+        self._config = config
+        self._rng = rng
+        self._snapshot: TableSnapshot | None = None
+        self._holders: Counter[ShardConnection] = Counter()
+        self._request_ids = itertools.count(1)
+        self._coalescer = Coalescer(self._request_ids, recorder or Recorder())
+        self._applying = asyncio.Lock()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    @property
+    def snapshot(self) -> TableSnapshot | None:
+        return self._snapshot
+
+    async def apply(self, table: RoutingTable, encoder: Encoder | None) -> bool:
+        """Switches to a table of a higher version; False when the one in use is as new.
+
+        New connections get ``switch_wait_ms`` to come up while the old table still serves.
+        Connections to an unchanged address and epoch are kept.
+        """
+        async with self._applying:
+            if self._snapshot is not None and table.version <= self._snapshot.table.version:
+                return False
+            snapshot = TableSnapshot(table, encoder, tuple(self._connect(table)))
+            self._holders.update(c for c in snapshot.connections if c is not None)
+            try:
+                await self._wait_settled(snapshot)
+            except BaseException:
+                self._release(snapshot)
+                raise
+            old, self._snapshot = self._snapshot, snapshot
+            if old is not None and old.running == 0:
+                self._release(old)
+        logger.info(
+            "routing table %d: generation %d, %d shards, %d rows",
+            *(table.version, table.generation, len(table.shards), table.rows),
+        )
+        return True
+
+    def pin(self) -> "Pin":
+        """A context: what a query must use for all it does, kept alive until the block ends.
+
+        Raises:
+            Unavailable: no routing table has come yet.
+        """
+        snapshot = self._snapshot
+        if snapshot is None:
+            raise Unavailable("no routing table yet", hint="no generation has been published")
+        return Pin(self, snapshot)
+
+    def unpin(self, snapshot: TableSnapshot) -> None:
+        """One query fewer runs on it."""
+        snapshot.running -= 1
+        if snapshot.running == 0 and snapshot is not self._snapshot:
+            self._release(snapshot)
+
+    async def search(
+        self,
+        snapshot: TableSnapshot,
+        queries: FloatArray,
+        k: int,
+        *,
+        deadline: float,
+        params: SearchParams,
+        min_coverage: float = 0.0,
+    ) -> Found:
+        """queries (n, dim) float32, checked; deadline on the event loop's clock.
+
+        Raises:
+            InvalidInput: a shard says that the caller's request is wrong.
+            DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
+        """
+        _remaining_ms(deadline)
+        key = LaneKey(snapshot=snapshot, k=k, params=params, min_coverage=min_coverage)
+        return await self._coalescer.search(queries, key, deadline)
+
+    async def fetch(
+        self,
+        snapshot: TableSnapshot,
+        item_ids: IdArray,
+        *,
+        deadline: float,
+        min_coverage: float = 0.0,
+    ) -> FetchAnswer:
+        """The stored vectors of those of item_ids (n,) int64 that some shard holds.
+
+        min_coverage holds when some item is not found: what is found is whole in any case.
+
+        Raises:
+            DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
+        """
+        dim = snapshot.table.dim
+        request = FetchRequest(item_ids=item_ids, timeout_ms=_remaining_ms(deadline))
+        request_id = next(self._request_ids)
+        done: asyncio.Event = asyncio.Event()
+        ask = Ask(snapshot, request_id, deadline=deadline, on_done=done.set)
+        ask.send(encode_frame(request_id, request))
+        try:
+            await done.wait()
+        finally:
+            ask.close()  # for a caller that was cancelled
+        answered, coverage = ask.collect(
+            FetchReply, lambda r: r.vectors.shape == (len(r.item_ids), dim)
+        )
+        found = [reply.item_ids for _, reply in answered]
+        is_whole = bool(found) and bool(np.isin(item_ids, np.concatenate(found)).all())
+        ask.require(coverage, 0.0 if is_whole else min_coverage)
+        return FetchAnswer(
+            item_ids=np.concatenate(found),
+            vectors=np.concatenate([reply.vectors for _, reply in answered]),
+            shards=np.concatenate(
+                [np.full(len(reply.item_ids), route.shard) for route, reply in answered]
+            ),
+            coverage=coverage,
+        )
+
+    async def close(self) -> None:
+        """Drops every connection; queries still running end as unavailable."""
+        self._snapshot = None
+        await asyncio.gather(*(connection.close() for connection in list(self._holders)))
+        self._holders.clear()
+        await asyncio.gather(*self._closing)
+
+    # Connections
+
+    def _connect(self, table: RoutingTable) -> Iterator[ShardConnection | None]:
+        current = {_identity(c.route, c.generation): c for c in self._holders}
+        for route in table.shards:
+            if route.address is None:
+                yield None
+                continue
+            connection = current.get(_identity(route, table.generation))
+            if connection is None:
+                connection = ShardConnection(
+                    route,
+                    table.generation,
+                    secret=self._secret,
+                    config=self._config,
+                    rng=self._rng,
+                )
+                connection.start()
+            yield connection
+
+    async def _wait_settled(self, snapshot: TableSnapshot) -> None:
+        waits = (c.settled() for c in snapshot.connections if c is not None)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.switch_wait_ms / 1000):
+                await asyncio.gather(*waits)  # ends its tasks with itself, cancelled or late
+
+    def _release(self, snapshot: TableSnapshot) -> None:
+        """Closes the connections that no other table holds."""
+        for connection in snapshot.connections:
+            if connection is None or connection not in self._holders:
+                continue
+            self._holders[connection] -= 1
+            if self._holders[connection] == 0:
+                del self._holders[connection]
+                task = asyncio.create_task(connection.close())
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+
+class Pin:
+    """What ``Fanout.pin`` returns. A class: every query passes here, and a generator costs more."""
+
+    __slots__ = ("_fanout", "_snapshot")
+
+    def __init__(self, fanout: Fanout, snapshot: TableSnapshot) -> None:
+        self._fanout = fanout
+        self._snapshot = snapshot
+
+    def __enter__(self) -> TableSnapshot:
+        self._snapshot.running += 1
+        return self._snapshot
+
+    def __exit__(self, *_: object) -> None:
+        self._fanout.unpin(self._snapshot)
+
+
+def _identity(route: ShardRoute, generation: int) -> tuple[int, int, int, tuple[str, int] | None]:
+    return generation, route.shard, route.epoch, route.address
+
+
+def _remaining_ms(deadline: float) -> float:
+    """Raises DeadlineExceeded when nothing remains."""
+    remaining = deadline - asyncio.get_running_loop().time()
+    if remaining <= 0:
+        raise DeadlineExceeded("deadline exceeded before the shards were asked")
+    return remaining * 1000

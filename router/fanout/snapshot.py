@@ -1,0 +1,137 @@
+"""What one query runs on from start to end: a routing table, its query encoder, its connections.
+
+The three are of one generation and change together, so no answer mixes two generations or two
+model versions. The encoder is known here by what the router needs of it.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.router.fanout.connection import ShardConnection
+from shardline.shards.core.errors import InvalidInput, VersionMismatch
+from shardline.shards.core.messages import RoutingTable, ShardRoute
+from shardline.shards.core.schema import FloatArray
+
+ENCODER_FOLDER = "query_encoder"
+# Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
+# health checks among them, are not held up.
+ENCODE_IN_LOOP = 64
+
+
+class Encoder(Protocol):
+    """The query tower of one model version."""
+
+    @property
+    def model_version(self) -> str: ...
+
+    @property
+    def features(self) -> Any:
+        """What a caller may send: one description per feature, ready for JSON."""
+
+    def encode(self, rows: list[dict[str, Any]], /) -> FloatArray:
+        """(n, dim) float32, one row per map of features.
+
+        Raises:
+            InvalidInput: a feature is missing, unknown or of the wrong type; field names it.
+        """
+
+
+@dataclass(eq=False, slots=True)
+class TableSnapshot:
+    """connections are in the order of ``table.shards``; None where no process serves the shard.
+
+    ``running`` counts the queries that use it, so its connections outlive its replacement.
+    """
+
+    table: RoutingTable
+    encoder: Encoder | None
+    connections: tuple[ShardConnection | None, ...]
+    running: int = 0
+
+    @property
+    def connected_shards(self) -> int:
+        return sum(c is not None and c.connected for c in self.connections)
+
+    async def encode(self, features: list[dict[str, Any]]) -> FloatArray:
+        """(n, dim) float32, by the encoder that belongs to the table.
+
+        Raises:
+            InvalidInput: there is no encoder, or it does not take these features.
+            VersionMismatch: the encoder is of another model.
+        """
+        encoder, table = self.encoder, self.table
+        if encoder is None:
+            raise InvalidInput(
+                "this generation has no query encoder",
+                field="features",
+                hint="its vectors were imported; send vectors or item_ids",
+            )
+        if encoder.model_version != table.model_version:
+            raise VersionMismatch(
+                "the query encoder is of another model than the index",
+                expected=table.model_version,
+                got=encoder.model_version,
+                hint="build and publish a generation from one model",
+            )
+        if len(features) <= ENCODE_IN_LOOP:
+            return encoder.encode(features)
+        return await asyncio.to_thread(encoder.encode, features)
+
+    def connectivity(self) -> dict[str, int]:
+        """Shards and rows, and how many of them are connected now."""
+        rows_connected = sum(
+            route.rows
+            for route, connection in zip(self.table.shards, self.connections, strict=True)
+            if connection is not None and connection.connected
+        )
+        return {
+            "shards_connected": self.connected_shards,
+            "shards": len(self.connections),
+            "rows_connected": rows_connected,
+            "rows": self.table.rows,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """Table, shards and encoder, for JSON."""
+        table, encoder = self.table, self.encoder
+        return {
+            "version": table.version,
+            "generation": table.generation,
+            "model_version": table.model_version,
+            "index": table.index,
+            "dim": table.dim,
+            "metric": str(table.metric),
+            "rows": table.rows,
+            "shards": [
+                _describe_shard(route, connection)
+                for route, connection in zip(table.shards, self.connections, strict=True)
+            ],
+            "encoder": None
+            if encoder is None
+            else {"model_version": encoder.model_version, "features": encoder.features},
+        }
+
+
+def _describe_shard(route: ShardRoute, connection: ShardConnection | None) -> dict[str, Any]:
+    address = None if route.address is None else f"{route.address[0]}:{route.address[1]}"
+    return {
+        "shard": route.shard,
+        "rows": route.rows,
+        "epoch": route.epoch,
+        "address": address,
+        "connected": connection is not None and connection.connected,
+        "reason": "no process serves it" if connection is None else connection.reason,
+    }
+
+
+def load_query_encoder(table: RoutingTable) -> Encoder | None:
+    """The encoder of a table's generation; None when it has none, as with imported vectors.
+
+    Raises:
+        CorruptFile, NewerFormat: the encoder is there but does not load.
+    """
+    folder = Path(table.generation_dir) / ENCODER_FOLDER
+    return QueryEncoder.load(folder) if folder.is_dir() else None

@@ -1,0 +1,1 @@
+"""The HTTP API: routes, bodies, keys, errors as problem+json."""

@@ -1,0 +1,285 @@
+"""The HTTP API as one ASGI app: routes here, bodies in ``codec``, errors in ``problems``.
+
+``RequestContext`` is the outermost layer: request id in and out, arrival time, and the promise
+that every error leaves as a problem. Pure ASGI throughout, because each layer of starlette's
+BaseHTTPMiddleware would cost more than a whole search's share of this process.
+"""
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, TypeAlias
+
+from fastapi import FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from shardline.router.http.auth import Guard
+from shardline.router.http.body import read_body
+from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
+from shardline.router.http.disconnect import ended_by_client
+from shardline.router.http.media import Media, answer_media, body_media
+from shardline.router.http.openapi import (
+    DESCRIPTION,
+    ITEM_DOC,
+    READY_DOC,
+    SEARCH_DOC,
+    STATUS_DOC,
+    TITLE,
+    docs_page,
+    openapi_schema,
+)
+from shardline.router.http.problems import MethodNotAllowed, to_problem
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
+from shardline.shards.core.metrics import REQUESTS, Recorder
+
+REQUEST_ID_HEADER = b"x-request-id"
+# Printable and short, because it is repeated in answers and logs; anything else is replaced.
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+REQUEST_ID_BITS = 64
+# Bytes of a body decoded in the event loop, some milliseconds of JSON; more would hold up others.
+DECODE_IN_LOOP = 256 << 10
+POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
+
+Endpoint: TypeAlias = Callable[[Scope, Receive], Awaitable[tuple[bytes, Media]]]
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+
+def create_app(service: SearchService, config: RouterConfig, guard: Guard | None = None) -> ASGIApp:
+    """The whole HTTP API of one router. The caller applies tables to ``service`` and closes it.
+
+    Without a ``guard`` no request needs a key.
+    """
+    app = FastAPI(
+        title=TITLE,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
+    direct = {("POST", "/v1/search"): _add_search(app, service, config)}
+    _add_reads(app, service)
+    _add_health(app, service)
+    _add_docs(app)
+    _translate_errors(app, config)
+    return RequestContext(app, config, guard or Guard(), direct=direct, recorder=service.recorder)
+
+
+def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> Endpoint:
+    async def answer(scope: Scope, receive: Receive) -> tuple[bytes, Media]:
+        headers = scope["shardline.headers"]
+        with service.admit():
+            media = body_media(headers.get(b"content-type", b"").decode("latin-1"))
+            accepted = answer_media(headers.get(b"accept", b"").decode("latin-1"), media)
+            with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms) as client:
+                body = await read_body(headers, receive, config.max_body_bytes)
+                if len(body) <= DECODE_IN_LOOP:
+                    query = decode_query(body, media)
+                else:
+                    client.pause()  # whoever leaves now holds his place as long as the thread
+                    query = await asyncio.to_thread(decode_query, body, media)
+                client.body_is_read()
+                found = await service.search(
+                    query,
+                    arrived_at=scope["shardline.arrived_at"],
+                    began_at=scope["shardline.began_at"],
+                    request_id=scope["shardline.request_id"],
+                )
+            return encode_answer(found, accepted), accepted
+
+    @app.post("/v1/search", **SEARCH_DOC)
+    async def search(request: Request) -> Response:
+        """The k items that score best against each query, and how much of the corpus was asked."""
+        body, media = await answer(request.scope, request.receive)
+        return Response(body, media_type=media)
+
+    return answer
+
+
+def _add_reads(app: FastAPI, service: SearchService) -> None:
+    @app.get("/v1/items/{item_id}", **ITEM_DOC)
+    async def item(
+        request: Request, item_id: Annotated[int, Path(description="the item's id")]
+    ) -> Response:
+        """One item's stored vector, and the shard that holds it."""
+        accepted = answer_media(request.headers.get("accept", ""), Media.JSON)
+        with service.admit(), ended_by_client(request.receive):
+            answer = await service.item(item_id, arrived_at=request.scope["shardline.arrived_at"])
+        return Response(encode_item(answer, accepted), media_type=accepted)
+
+    @app.get("/v1/status", **STATUS_DOC)
+    async def status() -> Response:
+        """What this router serves: generation, model, index, shards, and the encoder's features."""
+        return _json(service.status())
+
+
+def _add_health(app: FastAPI, service: SearchService) -> None:
+    @app.get("/healthz", tags=["health"])
+    async def healthz() -> Response:
+        """200 while the process answers at all."""
+        return _json({"status": "ok"})
+
+    @app.get("/readyz", **READY_DOC)
+    async def readyz() -> Response:
+        """200 once there is a routing table and some shard is connected."""
+        ready, state = service.ready()
+        return _json(state, status=200 if ready else 503)
+
+
+def _add_docs(app: FastAPI) -> None:
+    """The description of whatever else has been added by now."""
+    schema = openapi_schema(app)
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return _json(schema)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return Response(docs_page(schema), media_type="text/html")
+
+
+class RequestContext:
+    """Gives every request an id and an arrival time, and every error the form of a problem. Shuts
+    out whoever has no key for what is asked, before a byte of the body is read.
+
+    Endpoints in ``direct`` (method, path) are called and answered from here: FastAPI's way to one
+    of them costs 0.2 ms, more than all the rest of a single query. It still declares, and so
+    documents, them.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: RouterConfig,
+        guard: Guard,
+        direct: Mapping[tuple[str, str], Endpoint],
+        recorder: Recorder,
+    ) -> None:
+        self._app = app
+        self._config = config
+        self._guard = guard
+        self._direct = direct
+        self._recorder = recorder
+        self._ids = random.Random()  # seeded by the system: ids of two routers must differ
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # there are none: nothing looks at what it asks for
+            await send({"type": "websocket.close", "code": POLICY_VIOLATION})
+            return
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # reversed, because the first header of a name is the one that counts
+        scope["shardline.headers"] = headers = dict(reversed(scope["headers"]))
+        scope["shardline.request_id"] = request_id = self._request_id(headers)
+        scope["shardline.arrived_at"] = asyncio.get_running_loop().time()  # deadlines count here
+        scope["shardline.began_at"] = time.perf_counter()  # took_ms here: uvloop's clock is coarse
+        method, path = scope["method"], scope["path"]
+        try:
+            self._guard.check(method, path, scope["headers"])
+            endpoint = self._direct.get((method, path))
+            if endpoint is None:
+                await self._through_app(scope, receive, send)
+                return
+            body, media = await endpoint(scope, receive)
+        except ClientDisconnect:
+            return  # there is nobody to answer
+        except Exception as error:  # noqa: BLE001  the last border: whatever it is becomes a 500
+            retry_after_s = self._config.retry_after_s
+            problem = to_problem(error, request_id=request_id, retry_after_s=retry_after_s)
+            await self._answer(send, request_id, problem.status, problem.body, problem.headers)
+            return
+        await self._answer(send, request_id, 200, body, [(b"content-type", media.encode())])
+
+    async def _through_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """By FastAPI's way; raises what has not been answered."""
+        header = (REQUEST_ID_HEADER, scope["shardline.request_id"].encode())
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                self._recorder.count(REQUESTS, str(message["status"]))
+                message["headers"].append(header)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            # Starlette answers an unexpected error by the handler below, which logs it, and then
+            # raises it again for a server to see: there is nothing left to do.
+            if not started:
+                raise
+
+    async def _answer(
+        self, send: Send, request_id: str, status: int, body: bytes, headers: Headers
+    ) -> None:
+        self._recorder.count(REQUESTS, str(status))
+        length = (b"content-length", str(len(body)).encode())
+        headers = [length, *headers, (REQUEST_ID_HEADER, request_id.encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _request_id(self, headers: Mapping[bytes, bytes]) -> str:
+        """The caller's, where it is fit to print, or one of our own."""
+        given = headers.get(REQUEST_ID_HEADER)
+        if given is not None and REQUEST_ID.fullmatch(given):
+            return given.decode("ascii")
+        return f"{self._ids.getrandbits(REQUEST_ID_BITS):0{REQUEST_ID_BITS // 4}x}"
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(encode(content, Media.JSON), status_code=status, media_type=Media.JSON)
+
+
+def _problem(error: Exception, request_id: str, config: RouterConfig) -> Response:
+    problem = to_problem(error, request_id=request_id, retry_after_s=config.retry_after_s)
+    response = Response(problem.body, status_code=problem.status)
+    response.raw_headers.extend(problem.headers)
+    return response
+
+
+def _translate_errors(app: FastAPI, config: RouterConfig) -> None:
+    """Routes every error of the app through ``problems``, starlette's and FastAPI's own too."""
+
+    def handler(
+        translate: Callable[[Request, Any], Exception],
+    ) -> Callable[[Request, Exception], Awaitable[Response]]:
+        async def handle(request: Request, error: Exception) -> Response:
+            request_id = request.scope["shardline.request_id"]
+            response = _problem(translate(request, error), request_id, config)
+            if isinstance(error, HTTPException) and error.headers:
+                response.headers.update(error.headers)
+            return response
+
+        return handle
+
+    for kind in (ShardlineError, Exception):
+        app.add_exception_handler(kind, handler(lambda _, error: error))
+    app.add_exception_handler(HTTPException, handler(_from_starlette))
+    app.add_exception_handler(RequestValidationError, handler(_from_fastapi))
+
+
+def _from_starlette(request: Request, error: HTTPException) -> Exception:
+    if error.status_code == 404:
+        return NotFound("no such path", got=request.url.path, hint="see /docs")
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow")
+        return MethodNotAllowed("method not allowed", expected=allowed, got=request.method)
+    return error
+
+
+def _from_fastapi(request: Request, error: RequestValidationError) -> Exception:
+    first = error.errors()[0]
+    return InvalidInput(
+        "wrong value", field=str(first["loc"][-1]), expected="an integer", got=str(first["input"])
+    )

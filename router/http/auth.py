@@ -1,0 +1,150 @@
+"""Who may ask what: the check that every request passes before anything else is done with it.
+
+Reading and searching need the scope search; whatever else there is, or may be one day, needs
+admin, so a route that somebody forgets to list here is closed, not open.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardline.router.http.api_keys import Keyring, Scope, read_keys
+from shardline.router.http.problems import Forbidden, Unauthenticated
+from shardline.shards.core.errors import ShardlineError
+
+logger = logging.getLogger(__name__)
+
+# probes and people without a key: neither says anything about the data
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+SEARCHES = frozenset({"/v1/search"})
+ADMIN_PREFIX = "/v1/admin"
+HEADER = b"authorization"
+SCHEME = b"bearer"
+# how often a key file is looked at: the longest that a key taken out of it goes on working
+RELOAD_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthSettings:
+    """What a router is started with: digests, never keys. ``keyring`` None asks for no key;
+    ``key_file``, where there is one, is read again when it changes."""
+
+    keyring: Keyring | None
+    key_file: str | None = None
+
+
+INSECURE = AuthSettings(keyring=None)
+
+
+def needed_scope(method: str, path: str) -> Scope | None:
+    """The scope that a request needs; None for what is open to all."""
+    if path in OPEN_PATHS:
+        return None
+    if path.startswith(ADMIN_PREFIX):
+        return Scope.ADMIN
+    if method in READING or (method == "POST" and path in SEARCHES):
+        return Scope.SEARCH
+    return Scope.ADMIN
+
+
+class Guard:
+    """Lets requests in by their key. ``follow`` keeps its keys those of the file."""
+
+    def __init__(self, settings: AuthSettings = INSECURE) -> None:
+        self.keyring = settings.keyring
+        self._path = None if settings.key_file is None else Path(settings.key_file)
+        self._seen: tuple[int, int, int] | None = None
+        self._complaint: str | None = None
+
+    def check(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Returns for a request that may go on.
+
+        Raises:
+            Unauthenticated: it needs a key and has none, or none of ours.
+            Forbidden: its key is not good for this.
+        """
+        if self.keyring is None:
+            return
+        needed = needed_scope(method, path)
+        if needed is None:
+            return
+        scope = self.keyring.scope_of(_bearer_of(headers))
+        if scope is None:
+            raise Unauthenticated(
+                "not one of this cluster's keys",
+                field="Authorization",
+                hint="see `shardline keys`, or ask who runs the cluster",
+            )
+        if needed is Scope.ADMIN and scope is not Scope.ADMIN:
+            raise Forbidden(
+                "this key may only search",
+                field="Authorization",
+                expected=f"a key of scope {needed.value}",
+                got=f"scope {scope.value}",
+            )
+
+    async def begin(self) -> None:
+        """Reads the key file before the first request, because a router that starts again later
+        was given the digests of long ago. Where that fails nobody gets in until it succeeds.
+        """
+        if self._path is None or self.keyring is None:
+            return
+        await asyncio.to_thread(self.refresh)
+        if self._seen is None:
+            logger.error("no key is good until the key file can be read")
+            self.keyring = Keyring(())
+
+    async def follow(self) -> None:
+        """Looks at the key file for as long as the router lives; returns at once without one."""
+        while self._path is not None and self.keyring is not None:
+            await asyncio.sleep(RELOAD_S)
+            try:
+                await asyncio.to_thread(self.refresh)  # the file may lie on a share that hangs
+            except Exception:  # or keys taken out of it would go on working for ever
+                logger.exception("the key file was not looked at")
+
+    def refresh(self) -> bool:
+        """Takes over the file's keys if it has changed; whether it has.
+
+        A file that is gone, that others may read or that does not parse leaves the keys as they
+        were and is logged once; one without a key in it lets nobody in any more.
+        """
+        assert self._path is not None
+        try:
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+            if seen == self._seen:
+                return False
+            self.keyring = Keyring.of(read_keys(self._path))
+        except (ShardlineError, OSError) as error:
+            if str(error) != self._complaint:
+                logger.error("API keys stay as they were: %s", error)
+            self._complaint = str(error)
+            return False
+        if self._seen is not None:
+            logger.warning("API keys changed: %d are good now", len(self.keyring.digests))
+        self._seen, self._complaint = seen, None
+        return True
+
+
+def _bearer_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The key of an ``Authorization: Bearer <key>`` header.
+
+    Raises:
+        Unauthenticated: there is none, more than one, or of another scheme.
+    """
+    values = [value for name, value in headers if name == HEADER]
+    if len(values) == 1:
+        scheme, _, key = values[0].partition(b" ")
+        if scheme.lower() == SCHEME and key.strip():
+            return key.strip()
+    raise Unauthenticated(
+        "a key is needed",
+        field="Authorization",
+        expected="Bearer <key>",
+        got="another scheme" if len(values) == 1 else f"{len(values) or 'no'} such headers",
+        hint="see `shardline keys`, or ask who runs the cluster",
+    )

@@ -1,0 +1,123 @@
+"""The HTTP bodies: checked where they arrive, and described in OpenAPI from the same source.
+
+The long arrays are not walked here (``SkipValidation``): the codec has turned them into numpy
+arrays or plain lists, and the service checks them once more, as arrays.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
+
+from shardline.shards.core.messages import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR
+from shardline.shards.core.schema import MAX_K
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ParamsBody(_Body):
+    """Search-time knobs of the index kinds; left out, the generation's own defaults hold."""
+
+    nprobe: int | None = Field(
+        default=None, ge=1, le=MAX_NPROBE, description="inverted lists visited"
+    )
+    ef_search: int | None = Field(
+        default=None, ge=1, le=MAX_EF_SEARCH, description="candidate queue of hnsw"
+    )
+    rerank_factor: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_RERANK_FACTOR,
+        description="candidates re-ranked exactly, a multiple of k",
+    )
+
+
+class SearchBody(_Body):
+    """Exactly one of vectors, features, item_ids; everything else is optional."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        json_schema_extra={"example": {"item_ids": [42], "k": 10}},
+    )
+
+    vectors: Annotated[list[list[float]] | None, SkipValidation] = Field(
+        default=None,
+        description="query vectors, one row per query; in msgpack also an array "
+        '{"dtype": "<f4", "shape": [n, dim], "data": bin}',
+    )
+    features: Annotated[list[dict[str, Any]] | None, SkipValidation] = Field(
+        default=None, description="one map of features per query, encoded by the query tower"
+    )
+    item_ids: Annotated[list[int] | None, SkipValidation] = Field(
+        default=None,
+        description="items whose neighbours are asked for; an item is left out of its own answer",
+    )
+    k: int | None = Field(
+        default=None,
+        description=f"results per query, 1 to {MAX_K}",
+        json_schema_extra={"minimum": 1, "maximum": MAX_K, "default": 100},
+    )
+    timeout_ms: FiniteFloat | None = Field(
+        default=None, description="milliseconds from the request's arrival to its answer"
+    )
+    min_coverage: FiniteFloat | None = Field(
+        default=None,
+        description="share of rows that must have answered, 0 to 1; below it the answer is 503",
+    )
+    params: ParamsBody | None = Field(default=None, description="search-time knobs")
+
+
+class CoverageBody(_Body):
+    """How much of the corpus the answer saw."""
+
+    shards_asked: int
+    shards_answered: int
+    rows_asked: int
+    rows_answered: int
+    degraded: list[str] = Field(description="why each missing shard is missing")
+
+
+class SearchResponse(_Body):
+    """Columnar. In JSON each row is cut to its live results; in msgpack ids and scores are arrays
+    (n, k) whose empty slots, last in a row, are -1 and -inf."""
+
+    ids: list[list[int]] = Field(description="item ids, best first, one row per query")
+    scores: list[list[float]] = Field(description="higher is better, for every metric")
+    generation: int
+    model_version: str
+    coverage: CoverageBody
+    took_ms: float = Field(description="milliseconds from arrival to answer")
+    search_ms: float = Field(description="longest search of any shard, milliseconds")
+    request_id: str
+    reasons: dict[str, str] | None = Field(
+        default=None,
+        description="only when some query could not be asked: its position, and why",
+    )
+
+
+class ItemResponse(_Body):
+    """One item's stored vector, as the index keeps it (normalised under cosine)."""
+
+    item_id: int
+    vector: list[float]
+    shard: int
+    generation: int
+    model_version: str
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details. ``code`` is stable; the texts are for people."""
+
+    type: str = Field(description="urn:shardline:problem:<code>")
+    title: str
+    status: int
+    detail: str
+    code: str
+    request_id: str
+    field: str | None = Field(default=None, description="the offending field of the request")
+    expected: str | None = None
+    got: str | None = None
+    hint: str | None = None

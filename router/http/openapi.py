@@ -1,0 +1,168 @@
+"""The API's description: OpenAPI from the models of the bodies, and a page that needs no network.
+
+The page is rendered here instead of by Swagger UI, whose scripts would come from a CDN: clusters
+are often cut off from the internet, and the API has a handful of operations.
+"""
+
+from html import escape
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from shardline.router.http.auth import needed_scope
+from shardline.router.http.models import ItemResponse, Problem, SearchBody, SearchResponse
+
+TITLE = "Shardline"
+VERSION = "1"
+DESCRIPTION = (
+    "Top-K retrieval over sharded embeddings. Bodies are JSON or msgpack by Content-Type and "
+    "Accept. Errors are RFC 9457 problems with a stable code. X-Request-ID is echoed. Requests "
+    "need an API key, sent as Authorization: Bearer <key>, except where it says open."
+)
+KEY_SCHEME = {"type": "http", "scheme": "bearer", "description": "an API key of this cluster"}
+REF = "#/components/schemas/{model}"
+
+
+def _content(model: str, *media: str) -> dict[str, Any]:
+    schema = {"schema": {"$ref": REF.format(model=model)}}
+    return dict.fromkeys(media or ("application/json", "application/msgpack"), schema)
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    texts = {
+        400: "invalid_input: field, expected and got say what",
+        401: "unauthenticated: no API key, or none of this cluster's",
+        403: "forbidden: the key is of another scope",
+        404: "not_found",
+        406: "not_acceptable",
+        408: "body_timeout",
+        413: "payload_too_large",
+        415: "unsupported_media_type",
+        429: "overloaded: try again after Retry-After seconds",
+        503: "unavailable or version_mismatch: try again after Retry-After seconds",
+        504: "deadline_exceeded: no shard answered in time",
+    }
+    content = _content("Problem", "application/problem+json")
+    return {status: {"description": texts[status], "content": content} for status in statuses}
+
+
+SEARCH_DOC: dict[str, Any] = {
+    "tags": ["search"],
+    "openapi_extra": {"requestBody": {"required": True, "content": _content("SearchBody")}},
+    "responses": {
+        200: {"description": "the answer", "content": _content("SearchResponse")},
+        **_problems(400, 401, 406, 408, 413, 415, 429, 503, 504),
+    },
+}
+ITEM_DOC: dict[str, Any] = {
+    "tags": ["items"],
+    "responses": {
+        200: {"description": "the item", "content": _content("ItemResponse")},
+        **_problems(400, 401, 404, 406, 429, 503, 504),
+    },
+}
+STATUS_DOC: dict[str, Any] = {"tags": ["status"], "responses": _problems(401, 503)}
+READY_DOC: dict[str, Any] = {
+    "tags": ["health"],
+    "responses": {503: {"description": "not ready; the body says why"}},
+}
+
+
+def openapi_schema(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document of an app whose routes are all there."""
+    schema = get_openapi(title=TITLE, version=VERSION, description=DESCRIPTION, routes=app.routes)
+    bodies = (SearchBody, SearchResponse, ItemResponse, Problem)
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in bodies], ref_template=REF
+    )
+    components = schema.setdefault("components", {})
+    components["schemas"] = definitions["$defs"]
+    components["securitySchemes"] = {"key": KEY_SCHEME}
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            operation["responses"].pop("422", None)  # FastAPI's own; ours are 400
+            scope = needed_scope(method.upper(), path)
+            operation["security"] = [] if scope is None else [{"key": []}]
+    return schema
+
+
+def docs_page(schema: dict[str, Any]) -> str:
+    """One self-contained HTML page of an OpenAPI document."""
+    operations = "".join(
+        _operation(method, path, operation)
+        for path, methods in schema["paths"].items()
+        for method, operation in methods.items()
+    )
+    models = "".join(
+        _model(name, model) for name, model in sorted(schema["components"]["schemas"].items())
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{TITLE} API</title>'
+        f"<style>{STYLE}</style><h1>{TITLE} API</h1><p>{escape(DESCRIPTION)} "
+        'The same as <a href="/openapi.json">OpenAPI</a>.</p>'
+        f"{operations}<h2>Bodies</h2>{models}"
+    )
+
+
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #8884;"
+    "padding:.3rem .6rem;text-align:left;vertical-align:top}code,pre{font-family:monospace}"
+    "pre{background:#8882;padding:.6rem;overflow:auto}h3{margin-top:2rem}"
+)
+
+
+def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
+    body = operation.get("requestBody", {}).get("content", {})
+    request = f"<p>Request: {_refs(body)}</p>" if body else ""
+    answers = "".join(
+        f"<tr><td>{status}<td>{escape(answer['description'])}<td>{_refs(answer.get('content', {}))}"
+        for status, answer in sorted(operation["responses"].items())
+    )
+    return (
+        f"<h3><code>{method.upper()} {escape(path)}</code></h3>"
+        f"<p>{escape(operation.get('description', ''))} {_key(operation)}</p>{request}"
+        f"<table><tr><th>status<th>meaning<th>body{answers}</table>"
+    )
+
+
+def _key(operation: dict[str, Any]) -> str:
+    return "Needs an API key." if operation["security"] else "Open: needs no key."
+
+
+def _refs(content: dict[str, Any]) -> str:
+    names = {media: item.get("schema", {}).get("$ref", "") for media, item in content.items()}
+    return "<br>".join(
+        f"{escape(media)} {_link(ref.rpartition('/')[2])}" for media, ref in names.items()
+    )
+
+
+def _link(name: str) -> str:
+    return f'<a href="#{escape(name)}">{escape(name)}</a>'
+
+
+def _model(name: str, model: dict[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><td><code>{escape(field)}</code><td>{_type(details)}"
+        f"<td>{escape(details.get('description', ''))}"
+        for field, details in model.get("properties", {}).items()
+    )
+    example = model.get("example")
+    shown = f"<pre>{escape(orjson.dumps(example).decode())}</pre>" if example else ""
+    return (
+        f'<h3 id="{escape(name)}">{escape(name)}</h3><p>{escape(model.get("description", ""))}</p>'
+        f"{shown}<table><tr><th>field<th>type<th>meaning{rows}</table>"
+    )
+
+
+def _type(details: dict[str, Any]) -> str:
+    if "$ref" in details:
+        return _link(details["$ref"].rpartition("/")[2])
+    if "anyOf" in details:
+        return " or ".join(_type(choice) for choice in details["anyOf"])
+    if details.get("type") == "array":
+        return f"[{_type(details['items'])}]"
+    return escape(str(details.get("type", "any")))

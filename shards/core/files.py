@@ -1,0 +1,206 @@
+"""Files that are complete or absent: atomic writes, checksums, versioned manifests.
+
+A folder of ours (embedding set, generation) is complete when its ``_manifest.json`` exists: the
+manifest is written last, lists every other file with its size and SHA-256, and carries a checksum
+of itself. Nothing here knows what the files mean.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
+
+MANIFEST_NAME = "_manifest.json"
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One file of a manifest; ``name`` is relative to the manifest's folder, ``rows`` optional."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: int | None = None
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames inside the folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary path beside ``target`` that becomes it when the block ends without an error.
+
+    The file is fsynced, renamed over the target, and the folder fsynced. On an error the
+    temporary file is removed and the target left as it was.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(target)
+        fsync_folder(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Replaces ``target`` atomically and durably."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Replaces ``target`` with indented JSON, atomically and durably."""
+    write_bytes(target, (json.dumps(value, indent=2, sort_keys=False) + "\n").encode())
+
+
+def describe_file(folder: Path, name: str, rows: int | None = None) -> FileEntry:
+    """The manifest entry of an existing file, checksum computed from what is on disk."""
+    path = folder / name
+    return FileEntry(name=name, bytes=path.stat().st_size, sha256=sha256_of(path), rows=rows)
+
+
+def describe_tree(folder: Path) -> list[FileEntry]:
+    """Entries of every file below ``folder``, manifest excepted, sorted by name."""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST_NAME
+    )
+    return [describe_file(folder, name) for name in names]
+
+
+def verify_file(folder: Path, entry: FileEntry) -> Path:
+    """The path of a file whose size and checksum are as its manifest says.
+
+    Raises:
+        CorruptFile: the file is missing, cut short, grown, or altered.
+    """
+    path = folder / entry.name
+    if not path.is_file():
+        raise CorruptFile(
+            f"{path}: missing", hint="restore it from a copy, or write the folder again"
+        )
+    size = path.stat().st_size
+    if size != entry.bytes:
+        raise CorruptFile(
+            f"{path}: wrong size", expected=f"{entry.bytes} bytes", got=f"{size} bytes"
+        )
+    digest = sha256_of(path)
+    if digest != entry.sha256:
+        raise CorruptFile(
+            f"{path}: wrong checksum",
+            expected=f"sha256 {entry.sha256[:12]}…",
+            got=f"{digest[:12]}…",
+            hint="the file was altered after it was written; restore it or build again",
+        )
+    return path
+
+
+def verify_files(folder: Path, entries: Iterable[FileEntry]) -> None:
+    """Checks every entry; raises CorruptFile naming the first that does not match."""
+    for entry in entries:
+        verify_file(folder, entry)
+
+
+def write_manifest(folder: Path, *, kind: str, version: int, body: dict[str, Any]) -> None:
+    """Writes the manifest that declares the folder complete. Call it last."""
+    content = {"kind": kind, "format_version": version, **body}
+    write_json(folder / MANIFEST_NAME, {**content, "checksum": _self_checksum(content)})
+
+
+def read_manifest(folder: Path, *, kind: str, version: int) -> dict[str, Any]:
+    """The manifest's body, checked for kind, version and its own checksum.
+
+    Raises:
+        NotFound: no manifest, so the folder is absent or was never completed.
+        CorruptFile: not JSON, another kind, or altered.
+        NewerFormat: written by a version newer than this code.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise NotFound(f"{folder}: no complete {kind} here", hint=f"{MANIFEST_NAME} is missing")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path}: not JSON", got=str(error)) from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        got = content.get("kind") if isinstance(content, dict) else type(content).__name__
+        raise CorruptFile(f"{path}: not a manifest of this kind", expected=kind, got=str(got))
+    found = content.get("format_version")
+    if type(found) is not int:
+        raise CorruptFile(f"{path}: no format_version", expected="an integer", got=repr(found))
+    if found > version:
+        raise NewerFormat(
+            f"{path}: format is newer than this program",
+            expected=f"format_version <= {version}",
+            got=str(found),
+            hint="upgrade shardline, or build again with this version",
+        )
+    checksum = content.pop("checksum", None)
+    if checksum != _self_checksum(content):
+        raise CorruptFile(f"{path}: wrong checksum", hint="the manifest was altered")
+    return content
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside ``target`` that is renamed to it when the block ends without an error.
+
+    Raises:
+        FileExistsError: the target already exists when the block ends.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    try:
+        yield staging
+        if target.exists():
+            raise FileExistsError(target)
+        staging.chmod(0o755)
+        _fsync_tree(staging)
+        staging.rename(target)
+        fsync_folder(target.parent)
+    finally:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(staging)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            fsync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    fsync_folder(folder)
+
+
+def _self_checksum(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

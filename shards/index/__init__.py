@@ -1,0 +1,1 @@
+"""faiss indexes: kinds and limits, training, searching, layers."""

@@ -1,0 +1,83 @@
+"""What a faiss index of ours is made of, from the outside in: re-rank, transform, base.
+
+    IndexRefine                 exact (or fp16) copies of the vectors, re-ranks candidates
+      IndexPreTransform         PCA or rotation in front
+        base                    flat | ivf | hnsw | pq | sq8 ...: where candidates come from
+
+Any layer but the base may be absent. faiss hands out untyped pointers; this is the one module that
+unwraps them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+
+from shardline.shards.core.schema import Metric
+
+# What the search, exclusion and reconstruction code of MainIndex has been tested with.
+KNOWN_BASES = (
+    faiss.IndexFlat,
+    faiss.IndexScalarQuantizer,
+    faiss.IndexPQ,
+    faiss.IndexPQFastScan,
+    faiss.IndexHNSW,
+    faiss.IndexIVFFlat,
+    faiss.IndexIVFPQ,
+    faiss.IndexIVFPQFastScan,
+    faiss.IndexIVFScalarQuantizer,
+)
+# The other bases refuse an IDSelector (IndexPQ) or any search parameters (IndexPQFastScan).
+SELECTOR_BASES = (
+    faiss.IndexFlat,
+    faiss.IndexScalarQuantizer,
+    faiss.IndexHNSW,
+    faiss.IndexIVF,
+)
+FASTSCAN_BASES = (faiss.IndexPQFastScan, faiss.IndexIVFFastScan)
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The layers of ``whole``, downcast to their own classes; they live as long as it does."""
+
+    whole: Any
+    refine: Any | None
+    transform: Any | None
+    base: Any
+
+    @property
+    def is_known(self) -> bool:
+        return isinstance(self.base, KNOWN_BASES)
+
+    @property
+    def is_ivf(self) -> bool:
+        return isinstance(self.base, faiss.IndexIVF)
+
+    @property
+    def is_hnsw(self) -> bool:
+        return isinstance(self.base, faiss.IndexHNSW)
+
+    @property
+    def is_fastscan(self) -> bool:
+        return isinstance(self.base, FASTSCAN_BASES)
+
+    @property
+    def takes_selector(self) -> bool:
+        return isinstance(self.base, SELECTOR_BASES)
+
+
+def layers_of(index: Any) -> Layers:
+    """Unwraps an index; a base that Shardline does not know is left for the caller to refuse."""
+    whole = index  # downcast already, and the owner: another proxy of it would not keep it alive
+    refine = transform = None
+    if isinstance(index, faiss.IndexRefine):
+        refine, index = index, faiss.downcast_index(index.base_index)
+    if isinstance(index, faiss.IndexPreTransform):
+        transform, index = index, faiss.downcast_index(index.index)
+    return Layers(whole=whole, refine=refine, transform=transform, base=index)
+
+
+def faiss_metric(metric: Metric) -> int:
+    """The faiss metric; cosine is inner product, because vectors are normalised at the door."""
+    return int(faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT)

@@ -1,0 +1,176 @@
+"""Builds indexes: one template trained on a sample of the whole corpus, then one index per shard.
+
+Every shard's index is the template plus the shard's own rows, at dense local row numbers 0..n-1 in
+ascending item-id order. Because the template is shared, codes and scores of different shards are
+on one scale, and sharding changes no answer.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from shardline.shards.core.errors import ConfigError, CorruptFile, InvalidInput
+from shardline.shards.core.files import atomic_path
+from shardline.shards.core.schema import FloatArray, Metric, check_vectors
+from shardline.shards.index.layers import Layers, faiss_metric, layers_of
+from shardline.shards.index.resolve import ROWS_PER_LIST_MIN
+from shardline.shards.index.spec import ResolvedIndex
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+ADD_BLOCK_ROWS = 65_536  # progress every half second or so; large enough for faiss's own blocking
+FP16_MAX = 65_504.0
+
+
+def train_template(
+    resolved: ResolvedIndex,
+    sample: FloatArray,
+    *,
+    metric: Metric,
+    seed: int,
+    threads: int,
+    progress: Progress | None = None,
+) -> Any:
+    """The empty, trained faiss index that every shard starts from.
+
+    ``sample`` (n, dim) float32 comes from all shards alike; ``resolved.train_rows`` rows are
+    enough. The same sample, seed and thread count give the same template.
+
+    Raises:
+        ConfigError: faiss cannot train this index on this sample.
+        InvalidInput: the sample breaks the rules of ``check_vectors``.
+    """
+    dim = sample.shape[1] if sample.ndim == 2 else 0
+    vectors = check_vectors(sample, dim=dim, metric=metric, field="sample")
+    faiss.omp_set_num_threads(threads)
+    index = faiss.index_factory(dim, resolved.factory, faiss_metric(metric))
+    layers = layers_of(index)
+    _set_up(layers, resolved, seed, len(vectors))
+    _report(progress, "train", 0, len(vectors))
+    try:
+        if metric is not Metric.L2:
+            _train_transform_uncentred(layers, vectors)
+        layers.whole.train(vectors)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot train {resolved.factory}",
+            field="index",
+            expected="an index that this corpus can train",
+            got=f"{len(vectors)} rows: {str(error).rsplit('Error: ', 1)[-1]}",
+        ) from error
+    _report(progress, "train", len(vectors), len(vectors))
+    return layers.whole
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Writes any faiss index, complete or not at all."""
+    with atomic_path(path) as temporary:
+        faiss.write_index(index, str(temporary))
+
+
+def read_index(path: Path) -> Any:
+    """A faiss index from a file whose checksum has been verified: faiss itself checks next to none.
+
+    Raises:
+        CorruptFile: faiss cannot read it.
+    """
+    try:
+        return faiss.read_index(str(path))  # downcast already, and the owner of the memory
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).strip().splitlines() or ["unreadable"])[-1]
+        raise CorruptFile(f"{path}: not a faiss index", got=reason[-200:]) from error
+
+
+def build_shard_index(
+    template: Path,
+    vectors: FloatArray,
+    out: Path,
+    *,
+    metric: Metric,
+    threads: int,
+    progress: Progress | None = None,
+) -> None:
+    """Writes the index of one shard: the template plus ``vectors`` (n, dim) float32, in row order.
+
+    HNSW links depend on the order in which threads insert: only one thread gives the same graph
+    twice. Every other kind is deterministic.
+
+    Raises:
+        CorruptFile: the template cannot be read.
+        InvalidInput: a vector breaks the rules of ``check_vectors``, or overflows fp16 copies.
+    """
+    faiss.omp_set_num_threads(threads)
+    layers = layers_of(read_index(template))
+    is_fp16 = _keeps_fp16(layers)
+    for start in range(0, len(vectors), ADD_BLOCK_ROWS):
+        _report(progress, "add", start, len(vectors))
+        block = vectors[start : start + ADD_BLOCK_ROWS]
+        block = check_vectors(block, dim=layers.whole.d, metric=metric)
+        if is_fp16 and float(np.abs(block).max()) > FP16_MAX:
+            raise InvalidInput(
+                "too large for fp16 copies",
+                field="vectors",
+                expected=f"values within ±{FP16_MAX:g}",
+                got=f"{float(np.abs(block).max()):g}",
+                hint="set index.rerank to fp32",
+            )
+        layers.whole.add(block)
+    _report(progress, "add", len(vectors), len(vectors))
+    write_index(layers.whole, out)
+
+
+def _set_up(layers: Layers, resolved: ResolvedIndex, seed: int, rows: int) -> None:
+    """Seeds every random choice of training and sets what a factory string cannot say."""
+    centroids = 0
+    clusterings = []
+    if layers.is_ivf:
+        clusterings.append(layers.base.cp)
+        centroids = layers.base.nlist
+    if hasattr(layers.base, "pq"):
+        clusterings.append(layers.base.pq.cp)
+        centroids = max(centroids, layers.base.pq.ksub)
+    if hasattr(layers.base, "do_polysemous_training"):
+        # A factory string turns it on: ten seconds a time, for a Hamming filter never used here.
+        layers.base.do_polysemous_training = False
+    for clustering in clusterings:
+        clustering.seed = seed
+        clustering.min_points_per_centroid = 1  # faiss would print; the log line below says it
+    if rows < ROWS_PER_LIST_MIN * centroids:
+        logger.warning(
+            "training %d centroids on %d rows; %d would be better",
+            centroids,
+            rows,
+            ROWS_PER_LIST_MIN * centroids,
+        )
+    if layers.is_hnsw:
+        layers.base.hnsw.efConstruction = resolved.ef_construction
+
+
+def _train_transform_uncentred(layers: Layers, vectors: FloatArray) -> None:
+    """Trains a PCA on the vectors and their mirror images, so that the mean it subtracts is zero.
+
+    Inner products survive a rotation but not a shift: with the mean removed from both sides,
+    q.x would lose the term that depends on x alone, and the order of results with it.
+    """
+    if layers.transform is None:
+        return
+    first = faiss.downcast_VectorTransform(layers.transform.chain.at(0))
+    if isinstance(first, faiss.PCAMatrix):
+        first.train(np.concatenate([vectors, -vectors]))
+
+
+def _keeps_fp16(layers: Layers) -> bool:
+    outer = faiss.downcast_index(layers.refine.refine_index) if layers.refine else layers.base
+    quantizer = getattr(outer, "sq", None)
+    return quantizer is not None and quantizer.qtype == faiss.ScalarQuantizer.QT_fp16
+
+
+def _report(progress: Progress | None, stage: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(stage, done, total)

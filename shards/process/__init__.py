@@ -1,0 +1,1 @@
+"""What a shard or router process is made of: actor, memory, exported metrics."""

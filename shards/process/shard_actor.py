@@ -1,0 +1,98 @@
+"""The Ray actor that holds one shard: loads it, serves it on a socket, tells the controller where.
+
+A thin shell around ``Shard`` and ``ShardServer``. Ray supervises and restarts it; queries never go
+through Ray. A restart runs the constructor again, which registers the new address by itself.
+"""
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+
+from shardline.shards.index.spec import Device
+from shardline.shards.process.memory import prepare_memory
+from shardline.shards.process.ray_metrics import RayExporter
+from shardline.shards.server.shard import Shard
+from shardline.shards.server.shard_server import ShardServer
+from shardline.shards.storage.generation import read_generation
+
+logger = logging.getLogger(__name__)
+
+NODE_HOST = "node"  # stands for the address by which Ray knows the machine
+
+
+class ShardActor:
+    """One shard of one generation, ready to answer once the constructor has returned."""
+
+    def __init__(
+        self, *, folder: str, shard: int, controller: str, secret: bytes, host: str, threads: int
+    ) -> None:
+        """``controller`` is the name of the actor to register with; ``threads`` those of a search.
+
+        Raises:
+            ShardlineError: the generation cannot be loaded, or the controller refuses it.
+        """
+        started = time.perf_counter()
+        if read_generation(Path(folder)).index.device is Device.CPU:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor that has none
+        self._shard = Shard.load(Path(folder), shard)
+        self._load_ms = (time.perf_counter() - started) * 1e3
+        if host == NODE_HOST:
+            host = ray.util.get_node_ip_address()
+        self._server = ShardServer(self._shard, secret=secret, host=host, threads=threads)
+        self._address = self._server.bind()
+        prepare_memory()
+        self._controller = controller
+        self._server.start(epoch=self._register())
+        self._exporter = RayExporter(self._server.recorder, self._server.refresh_metrics)
+        logger.info(
+            "shard %d of generation %d: %d rows at %s:%d, loaded in %.0f ms",
+            shard,
+            self._shard.generation,
+            self._shard.rows,
+            *self._address,
+            self._load_ms,
+        )
+
+    def announce(self) -> None:
+        """Registers again, for a controller that was restarted and does not know where we are."""
+        self._server.epoch = self._register()
+
+    def ping(self) -> int:
+        """The process id, as a sign of life."""
+        return os.getpid()
+
+    def describe(self) -> dict[str, Any]:
+        """What it holds and what it has done, for status pages."""
+        stats = self._server.stats
+        return {
+            **self._shard.describe(),
+            "address": self._address,
+            "pid": os.getpid(),
+            "epoch": self._server.epoch,
+            "load_ms": round(self._load_ms, 1),
+            "memory_bytes": psutil.Process().memory_info().rss,
+            "queue_depth": self._server.queue_depth,
+            "connections": len(self._server.sessions),
+            "requests": stats.requests,
+            "batches": stats.batches,
+            "overloaded": stats.overloaded,
+            "expired": stats.expired,
+            "failed": stats.failed,
+        }
+
+    def _register(self) -> int:
+        registration = ray.get_actor(self._controller).register_shard.remote(
+            shard=self._shard.shard, generation=self._shard.generation, address=self._address
+        )
+        epoch: int = ray.get(registration)
+        return epoch
+
+    def stop(self) -> None:
+        """Closes port and connections; the process stays until Ray ends it."""
+        self._exporter.stop()
+        self._server.stop()

@@ -1,0 +1,1 @@
+"""One shard behind a socket: sessions, queue, batches, search."""

@@ -1,0 +1,277 @@
+"""A shard's server: one event loop in its own thread, in front of one search thread.
+
+    loop thread     accepts, parses frames, queues requests, writes replies
+    search thread   takes whatever is queued as one batch, searches, hands the replies back
+
+A batch of a few rows that will take less than INLINE_MS is searched by the loop thread itself
+while the search thread is idle: two hand-overs between threads cost more than such a search.
+Never do both search at once. It never waits for a batch to fill. The queue is bounded: beyond it
+requests are refused at once as ``Overloaded``. A request whose budget has run out while it waited
+is dropped unsearched. A frame that breaks the protocol closes its own connection only; a request
+that is merely wrong is answered with an ``ErrorReply``. Independent of Ray.
+"""
+
+import asyncio
+import queue
+import socket
+import threading
+import time
+
+from shardline.shards.core.errors import InvalidInput, Overloaded, ShardlineError
+from shardline.shards.core.messages import SearchRequest
+from shardline.shards.core.metrics import QUEUE_DEPTH, Recorder
+from shardline.shards.index.main_index import set_search_threads
+from shardline.shards.server.answering import Answerer, Request, ServerStats, Work, error_reply
+from shardline.shards.server.session import Session
+from shardline.shards.server.shard import Shard
+from shardline.shards.wire import local_socket
+from shardline.shards.wire.frames import MAX_FRAME_BYTES, Message
+from shardline.shards.wire.handshake import ServerAddress
+
+HANDSHAKE_TIMEOUT_S = 5.0
+MAX_QUEUED_REQUESTS = 1024
+MAX_QUEUED_ROWS = 65_536  # queries plus ids to fetch: 32 MB at 128-d
+MAX_BATCH_ROWS = 1024  # so that one drained batch keeps nobody waiting for seconds
+BYTES_PER_RESULT = 12  # an int64 id and a float32 score
+FRAME_MARGIN_BYTES = 1024  # what a reply's frame holds beside its arrays
+BACKLOG = 128
+# The longest search in the loop thread: nobody notices a handshake that waits this long.
+INLINE_MS = 2.0
+INLINE_ROWS = 8  # and the largest batch, because what a row costs is only estimated
+STOP_TIMEOUT_S = 10.0
+# While a search runs, routers hear so often that we live. Far below their ``late_after_ms``.
+KEEP_ALIVE_S = 0.25
+
+
+class ShardServer:
+    """Serves one shard. ``bind``, then ``start`` with the epoch to announce, then ``stop``.
+
+    ``threads`` is the number of cores one search may use.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        *,
+        secret: bytes,
+        host: str = "127.0.0.1",
+        threads: int = 1,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
+        handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    ) -> None:
+        self.shard = shard
+        self.secret = secret
+        self.epoch = 0
+        self.address: ServerAddress = (host, 0)  # the port is known once bound
+        self.stats = ServerStats()
+        self.recorder = Recorder()
+        self.handshake_timeout_s = handshake_timeout_s
+        self.sessions: set[Session] = set()
+        self._answerer = Answerer(shard, self.recorder, self.stats)
+        self._host = host
+        self._threads = threads
+        self._max_queued_requests = max_queued_requests
+        self._socket: socket.socket | None = None
+        self._local_socket: socket.socket | None = None
+        self._loop = asyncio.new_event_loop()
+        self._loop_thread = threading.Thread(target=self._run_loop, name="shard-loop", daemon=True)
+        self._search_thread = threading.Thread(
+            target=self._run_search, name="shard-search", daemon=True
+        )
+        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._arrived: list[Work] = []  # loop thread only: what came in since the last dispatch
+        self._is_due = False  # loop thread only: a dispatch is scheduled
+        self._handed_over = 0  # loop thread only: requests the search thread has not answered
+        self._alive_timer: asyncio.TimerHandle | None = None  # loop thread only
+        self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
+        self._queued_requests = 0
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None  # why the loop thread never listened
+        self._stopped = False
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests accepted and not yet answered."""
+        return self._queued_requests
+
+    def bind(self) -> tuple[str, int]:
+        """Takes a free port and starts listening, there and on the Unix socket beside it.
+
+        Clients that connect now wait for ``start``.
+        """
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        self._socket = socket.create_server((self._host, 0), family=family, backlog=BACKLOG)
+        name = self._socket.getsockname()
+        self.address = name[0], name[1]
+        self._local_socket = local_socket.listen(self.address, BACKLOG)
+        return self.address
+
+    def start(self, epoch: int) -> None:
+        """Answers from now on; ``epoch`` is announced to every client."""
+        assert self._socket is not None, "bind first"
+        self.epoch = epoch
+        self._search_thread.start()
+        self._loop_thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            self._queue.put(None)
+            raise self._failure
+
+    def stop(self) -> None:
+        """Closes port and connections and ends both threads; may be called twice."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._loop_thread.is_alive():
+            self._queue.put(None)
+            self._search_thread.join(STOP_TIMEOUT_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join(STOP_TIMEOUT_S)
+        else:
+            self._loop.close()
+        for listening in (self._socket, self._local_socket):
+            if listening is not None:
+                listening.close()
+
+    def refresh_metrics(self) -> None:
+        """Sets gauges and counters for an export; any thread."""
+        self.recorder.set(QUEUE_DEPTH, self.queue_depth, str(self.shard.shard))
+        self._answerer.refresh_metrics()
+
+    # Loop thread
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        set_search_threads(self._threads)
+        try:
+            servers = self._loop.run_until_complete(self._listen())
+        except Exception as error:  # noqa: BLE001  whatever it is, ``start`` raises it
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
+        try:
+            self._loop.run_forever()
+        finally:
+            # whoever is being accepted becomes a session first: a closed server would drop it open
+            if accepting := asyncio.all_tasks(self._loop):
+                self._loop.run_until_complete(asyncio.wait(accepting, timeout=STOP_TIMEOUT_S))
+            for server in servers:
+                server.close()
+            for session in list(self.sessions):
+                session.abort()
+            for server in servers:
+                self._loop.run_until_complete(server.wait_closed())
+            self._loop.close()
+
+    async def _listen(self) -> list[asyncio.Server]:
+        assert self._socket is not None
+        servers = [await self._loop.create_server(lambda: Session(self), sock=self._socket)]
+        if self._local_socket is not None:
+            servers.append(
+                await self._loop.create_unix_server(lambda: Session(self), sock=self._local_socket)
+            )
+        return servers
+
+    def submit(self, session: Session, request_id: int, request: Request) -> None:
+        """Queues a request of a session, or answers it at once with an error."""
+        rows = len(request.queries if isinstance(request, SearchRequest) else request.item_ids)
+        try:
+            self._admit(request, rows)
+        except ShardlineError as error:
+            session.reply(request_id, error_reply(error))
+            return
+        self._queued_rows += rows
+        self._queued_requests += 1
+        deadline = time.monotonic() + request.timeout_ms / 1e3
+        self._arrived.append(Work(session, request_id, request, rows, deadline))
+
+    def after_read(self) -> None:
+        """A session has been read. With others there may be more to read before the search."""
+        if len(self.sessions) == 1:
+            self._dispatch()
+        elif self._arrived and not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Searches what has arrived here and now, or hands it over to the search thread."""
+        batch, self._arrived, self._is_due = self._arrived, [], False
+        if not batch:
+            return
+        rows = sum([work.rows for work in batch])
+        is_short = rows <= INLINE_ROWS and rows * self._answerer.ms_per_row <= INLINE_MS
+        if is_short and self._handed_over == 0:
+            self._deliver(self._answerer.answer(batch))
+            return
+        if self._alive_timer is None:
+            self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
+        self._handed_over += len(batch)
+        for work in batch:
+            self._queue.put(work)
+
+    def _keep_alive(self) -> None:
+        """Silence tells a router that the process hangs: a long search must not look like that."""
+        self._alive_timer = None
+        if self._handed_over:
+            for session in self.sessions:
+                session.keep_alive()
+            self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
+
+    def _admit(self, request: Request, rows: int) -> None:
+        """Raises Overloaded or InvalidInput for a request that must not be queued."""
+        if isinstance(request, SearchRequest):
+            reply_bytes = rows * request.k * BYTES_PER_RESULT
+        else:
+            reply_bytes = rows * (self.shard.dim * 4 + 8)
+        if reply_bytes > MAX_FRAME_BYTES - FRAME_MARGIN_BYTES:
+            raise InvalidInput(
+                "the reply would not fit a frame",
+                expected=f"<= {MAX_FRAME_BYTES} bytes",
+                got=f"{reply_bytes} bytes",
+                hint="ask for less in one request",
+            )
+        full = self._queued_rows > 0 and self._queued_rows + rows > MAX_QUEUED_ROWS
+        if full or self._queued_requests >= self._max_queued_requests:
+            self.stats.overloaded += 1
+            raise Overloaded(
+                "shard queue is full",
+                got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
+            )
+
+    def _take_back(self, answered: list[tuple[Work, Message]]) -> None:
+        self._handed_over -= len(answered)
+        self._deliver(answered)
+
+    def _deliver(self, answered: list[tuple[Work, Message]]) -> None:
+        for work, message in answered:
+            self._queued_rows -= work.rows
+            self._queued_requests -= 1
+            work.asker.reply(work.request_id, message)
+
+    # Search thread
+
+    def _run_search(self) -> None:
+        set_search_threads(self._threads)
+        while True:
+            batch, more = self._next_batch()
+            if batch:
+                self._loop.call_soon_threadsafe(self._take_back, self._answerer.answer(batch))
+            if self._stopped or not more:
+                return
+
+    def _next_batch(self) -> tuple[list[Work], bool]:
+        """Everything that waits now, up to a bound; False with it when the server stops."""
+        batch: list[Work] = []
+        rows = 0
+        try:
+            work = self._queue.get()
+            while work is not None:
+                batch.append(work)
+                rows += work.rows
+                if rows >= MAX_BATCH_ROWS:
+                    return batch, True
+                work = self._queue.get_nowait()
+        except queue.Empty:
+            return batch, True
+        return batch, False

@@ -1,0 +1,1 @@
+"""Embedding sets and generations on disk."""

@@ -1,0 +1,226 @@
+"""A generation: the immutable, numbered folder that shards load, and its manifest.
+
+    _manifest.json               written last; the folder is complete when it exists
+    template.faiss               trained once; every shard's index is a copy of it plus rows
+    query_encoder/...            what turns a user's features into a query
+    shard-00000/index.faiss      dense local rows 0..n-1
+    shard-00000/item_ids.npy     (n,) int64, ascending: local row -> item id
+
+Nothing here needs faiss. Every checksum is verified before a file is used.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shardline.shards.core.errors import CorruptFile, NotFound
+from shardline.shards.core.files import (
+    MANIFEST_NAME,
+    FileEntry,
+    atomic_path,
+    describe_file,
+    read_manifest,
+    verify_file,
+    verify_files,
+    write_manifest,
+)
+from shardline.shards.core.schema import IdArray, Metric
+from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+
+KIND = "generation"
+FORMAT_VERSION = 1
+TEMPLATE_NAME = "template.faiss"
+INDEX_NAME = "index.faiss"
+ITEM_IDS_NAME = "item_ids.npy"
+QUERY_ENCODER_FOLDER = "query_encoder"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardEntry:
+    """One shard: its smallest and largest item id, its rows, and its files."""
+
+    shard: int
+    id_min: int
+    id_max: int
+    rows: int
+    files: tuple[FileEntry, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationManifest:
+    """All that is known of a generation.
+
+    spec is what was asked for, index what it resolved to. boundaries are the upper keys between
+    neighbouring shards, in the terms of ``partitioning``. quality is the report of the build.
+    """
+
+    generation: int
+    model_version: str
+    metric: Metric
+    dim: int
+    spec: IndexSpec
+    index: ResolvedIndex
+    partitioning: str
+    boundaries: tuple[int, ...]
+    shards: tuple[ShardEntry, ...]
+    template: FileEntry
+    query_encoder: tuple[FileEntry, ...]
+    created_at: str
+    quality: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        return sum(entry.rows for entry in self.shards)
+
+    def shard_entry(self, shard: int) -> ShardEntry:
+        """Raises NotFound when the generation has no such shard."""
+        if not 0 <= shard < len(self.shards):
+            raise NotFound(
+                f"generation {self.generation} has no shard {shard}",
+                expected=f"0 to {len(self.shards) - 1}",
+            )
+        return self.shards[shard]
+
+
+def shard_folder(shard: int) -> str:
+    """The name of a shard's folder inside its generation."""
+    return f"shard-{shard:05d}"
+
+
+def describe_shard(folder: Path, shard: int, item_ids: IdArray) -> ShardEntry:
+    """The manifest entry of a shard whose two files have been written; item_ids (n,), ascending."""
+    names = (f"{shard_folder(shard)}/{name}" for name in (INDEX_NAME, ITEM_IDS_NAME))
+    return ShardEntry(
+        shard=shard,
+        id_min=int(item_ids[0]),
+        id_max=int(item_ids[-1]),
+        rows=item_ids.size,
+        files=tuple(describe_file(folder, name, rows=item_ids.size) for name in names),
+    )
+
+
+def write_generation(folder: Path, manifest: GenerationManifest) -> None:
+    """Declares the folder complete. Call it last."""
+    body = asdict(manifest)
+    body["spec"] = manifest.spec.model_dump(mode="json")
+    body["index"] = manifest.index.model_dump(mode="json")
+    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=body)
+
+
+def read_generation(folder: Path) -> GenerationManifest:
+    """The manifest of a complete generation; its files are not looked at yet.
+
+    Raises:
+        NotFound: the folder is absent or was never completed.
+        CorruptFile: the manifest was altered, or contradicts itself.
+        NewerFormat: written by a version newer than this code.
+    """
+    body = read_manifest(folder, kind=KIND, version=FORMAT_VERSION)
+    try:
+        manifest = _from_json(body)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(
+            f"{folder / MANIFEST_NAME}: a field is missing or wrong", got=repr(error)
+        ) from error
+    numbers = [entry.shard for entry in manifest.shards]
+    if not numbers or numbers != list(range(len(numbers))):
+        raise CorruptFile(
+            f"{folder / MANIFEST_NAME}: shards are not numbered from 0", got=str(numbers)
+        )
+    return manifest
+
+
+def verify_shard(folder: Path, manifest: GenerationManifest, shard: int) -> ShardEntry:
+    """The shard's entry, once its files have the size and checksum that the manifest gives.
+
+    Raises:
+        NotFound: no such shard in the manifest.
+        CorruptFile: a file is missing or altered; named in the message.
+    """
+    entry = manifest.shard_entry(shard)
+    listed = {file.name for file in entry.files}
+    for name in (INDEX_NAME, ITEM_IDS_NAME):
+        if f"{shard_folder(shard)}/{name}" not in listed:
+            raise CorruptFile(
+                f"{folder / MANIFEST_NAME}: shard {shard} does not list {name}",
+                got=", ".join(sorted(listed)),
+            )
+    verify_files(folder, entry.files)
+    return entry
+
+
+def verify_query_encoder(folder: Path, manifest: GenerationManifest) -> Path:
+    """The query encoder's folder, its files verified.
+
+    Raises:
+        NotFound: the generation was built without one.
+        CorruptFile: a file is missing or altered.
+    """
+    if not manifest.query_encoder:
+        raise NotFound(
+            f"generation {manifest.generation} has no query encoder",
+            hint="it was built from foreign embeddings: query it with vectors or item ids",
+        )
+    verify_files(folder, manifest.query_encoder)
+    return folder / QUERY_ENCODER_FOLDER
+
+
+def verify_generation(folder: Path, manifest: GenerationManifest) -> None:
+    """Checks every file of the generation; raises CorruptFile for the first that is wrong."""
+    verify_file(folder, manifest.template)
+    verify_files(folder, manifest.query_encoder)
+    for entry in manifest.shards:
+        verify_shard(folder, manifest, entry.shard)
+
+
+def write_item_ids(path: Path, item_ids: IdArray) -> None:
+    """Writes (n,) int64 ids, which must be ascending, complete or not at all."""
+    assert item_ids.dtype == np.int64 and (item_ids[1:] > item_ids[:-1]).all()
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, item_ids, allow_pickle=False)
+
+
+def read_item_ids(path: Path, *, rows: int) -> IdArray:
+    """(rows,) int64 ids, ascending and without repeats.
+
+    Raises:
+        CorruptFile: not such a file, or another number of rows.
+    """
+    try:
+        item_ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise CorruptFile(f"{path}: not a numpy array", got=str(error)) from error
+    if not isinstance(item_ids, np.ndarray) or item_ids.dtype != np.int64 or item_ids.ndim != 1:
+        raise CorruptFile(f"{path}: wrong contents", expected="1-d int64 item ids")
+    if item_ids.size != rows:
+        raise CorruptFile(f"{path}: wrong row count", expected=str(rows), got=str(item_ids.size))
+    if item_ids.size and (item_ids[0] < 0 or (item_ids[1:] <= item_ids[:-1]).any()):
+        raise CorruptFile(f"{path}: item ids are not ascending", expected=">= 0, each id once")
+    return item_ids
+
+
+def _from_json(body: dict[str, Any]) -> GenerationManifest:
+    return GenerationManifest(
+        generation=int(body["generation"]),
+        model_version=str(body["model_version"]),
+        metric=Metric(body["metric"]),
+        dim=int(body["dim"]),
+        spec=IndexSpec.model_validate(body["spec"]),
+        index=ResolvedIndex.model_validate(body["index"]),
+        partitioning=str(body["partitioning"]),
+        boundaries=tuple(int(key) for key in body["boundaries"]),
+        shards=tuple(
+            ShardEntry(**{**entry, "files": _file_entries(entry["files"])})
+            for entry in body["shards"]
+        ),
+        template=FileEntry(**body["template"]),
+        query_encoder=_file_entries(body["query_encoder"]),
+        created_at=str(body["created_at"]),
+        quality=dict(body["quality"]),
+    )
+
+
+def _file_entries(values: list[dict[str, Any]]) -> tuple[FileEntry, ...]:
+    return tuple(FileEntry(**value) for value in values)

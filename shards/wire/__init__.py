@@ -1,0 +1,1 @@
+"""Frames between router and shard, and how a connection begins."""

@@ -1,0 +1,1 @@
+"""Tables of interactions, users and items; importers and splits."""

@@ -1,0 +1,1 @@
+"""Recall, MRR, NDCG and HitRate beside baselines, exact and through a cluster."""

@@ -1,0 +1,144 @@
+"""Users of a dataset as queries: who is asked in an evaluation, and with what. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from shardline.shards.core.errors import InvalidInput, NotFound
+from shardline.shards.core.schema import IdArray
+from shardline.training.data.csr import Csr
+from shardline.training.data.segments import Segment, filtered, segments_of
+from shardline.training.data.tables import Dataset
+from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, checked_ks
+from shardline.training.features.fitted import FeatureSpace
+from shardline.training.features.prepared import item_lists
+
+KNOWN_BEFORE = {"val": ("train",), "test": ("train", "val")}  # split -> splits that may be used
+SAMPLE_SEED = 0  # fixed, so that every model, baseline and cluster is asked the same users
+
+Candidates = Literal["all", "cold"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationTask:
+    """Who is asked, what they must not be shown, and what they should be.
+
+    users (u,) int64 rows to ask. known, relevant: item rows of *all* users, oldest first, in the
+    splits before the measured one and in that one; known is also what a baseline learns from.
+    candidates: the item rows that are ranked, ascending; None for all of them.
+    """
+
+    users: IdArray
+    known: Csr
+    relevant: Csr
+    num_items: int
+    ks: tuple[int, ...]
+    segments: tuple[Segment, ...]
+    candidates: IdArray | None
+
+
+def evaluation_task(
+    dataset: Dataset,
+    split: str,
+    *,
+    ks: Sequence[int] = DEFAULT_KS,
+    max_users: int | None = None,
+    with_segments: bool = False,
+    candidates: Candidates = "all",
+) -> EvaluationTask:
+    """Asks the users with items in the split, at most ``max_users``, the same at every call.
+
+    With cold candidates only items without a train interaction are ranked, and relevant.
+
+    Raises:
+        InvalidInput: an unknown split, nothing to measure in it, a k beyond the candidates, or
+            max_users < 1.
+    """
+    if split not in KNOWN_BEFORE:
+        raise InvalidInput(
+            "unknown split", field="split", expected=" | ".join(KNOWN_BEFORE), got=repr(split)
+        )
+    if max_users is not None and max_users < 1:
+        raise InvalidInput("out of range", field="max_users", expected=">= 1", got=str(max_users))
+    num_items, train = dataset.rows["items"], item_lists(dataset, ("train",))
+    relevant, rows = item_lists(dataset, (split,)), None
+    if candidates == "cold":
+        cold = np.bincount(train.items, minlength=num_items) == 0
+        relevant, rows = filtered(relevant, cold[relevant.items]), np.flatnonzero(cold)
+    users = np.flatnonzero(relevant.lengths)
+    if not len(users):
+        among = " with items that train lacks" if candidates == "cold" else ""
+        raise InvalidInput(
+            "nothing to measure", field="split", got=f"no interactions in {split}{among}"
+        )
+    return EvaluationTask(
+        users=sample_users(users, max_users, np.random.default_rng(SAMPLE_SEED)),
+        known=item_lists(dataset, KNOWN_BEFORE[split]),
+        relevant=relevant,
+        num_items=num_items,
+        ks=checked_ks(ks, num_items if rows is None else len(rows)),
+        segments=segments_of(train, num_items) if with_segments else (),
+        candidates=rows,
+    )
+
+
+def sample_users(users: IdArray, most: int | None, rng: np.random.Generator) -> IdArray:
+    """At most ``most`` of the users, ascending as they came; all of them for None."""
+    if most is None or len(users) <= most:
+        return users
+    return np.sort(rng.choice(users, most, replace=False))
+
+
+def feature_kinds(space: FeatureSpace) -> dict[str, str]:
+    """Name and kind of each feature of the query tower, as a loaded encoder also lists them."""
+    return space.query_kinds
+
+
+def query_features(
+    dataset: Dataset, kinds: dict[str, str], users: IdArray, splits: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """One query per user row. The history holds item ids of ``splits``, oldest first.
+
+    kinds: name and kind of the features that the encoder wants.
+
+    Raises:
+        NotFound: a feature that is no column of the users table.
+    """
+    table = dataset.users().take(pa.array(users))
+    columns: dict[str, list[Any]] = {}
+    for name, kind in kinds.items():
+        if kind == "history":
+            columns[name] = _histories(dataset, users, splits)
+        elif name in table.column_names:
+            columns[name] = table[name].to_pylist()
+        else:
+            raise NotFound(
+                f"{dataset.path}: users have no column {name!r}",
+                expected=", ".join(table.column_names),
+                hint="the model was trained on other data",
+            )
+    return [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+
+
+def query_features_of_user(
+    dataset: Dataset,
+    kinds: dict[str, str],
+    user_id: int,
+    splits: tuple[str, ...] = ("train", "val"),
+) -> dict[str, Any]:
+    """The query of one user; NotFound if the dataset does not know the id."""
+    rows = np.flatnonzero(dataset.users()["user_id"].to_numpy() == user_id)
+    if not len(rows):
+        raise NotFound(f"{dataset.path}: no user {user_id}")
+    return query_features(dataset, kinds, rows.astype(np.int64), splits)[0]
+
+
+def _histories(dataset: Dataset, users: IdArray, splits: tuple[str, ...]) -> list[list[int]]:
+    past = item_lists(dataset, splits).take(users)
+    ids = dataset.items()["item_id"].to_numpy()[past.items]
+    return [part.tolist() for part in np.split(ids, past.indptr[1:-1])]

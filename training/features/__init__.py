@@ -1,0 +1,1 @@
+"""Columns to model inputs, fitted once."""

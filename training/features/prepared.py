@@ -1,0 +1,159 @@
+"""A data set prepared for training: dense rows on disk, mapped by every rank.
+
+``prepare`` writes the dataset once as Arrow IPC files of dense rows; ``TrainingData.open`` maps
+them, so all ranks of a host share the same pages and a rank reads only the rows of its batches.
+Users and items go by their row in users.parquet and items.parquet, not by id.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from shardline.shards.core.errors import DataError
+from shardline.shards.core.files import atomic_path
+from shardline.shards.core.schema import IdArray
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import ITEMS, USERS, Dataset, positives_by_user
+from shardline.training.features.fitted import Block, FeatureSpace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingData:
+    """The prepared dataset, mapped. train and val: item rows per user row, oldest first.
+
+    keep_target: an example's own item stays in its history (``HistoryFeature.keep_target``).
+    """
+
+    items: Block
+    users: Block
+    train: Csr
+    train_users: IdArray  # train.items[i] is an interaction of train_users[i]
+    val: Csr
+    keep_target: bool = False
+
+    @classmethod
+    def open(cls, folder: Path) -> "TrainingData":
+        """Maps what ``prepare`` wrote; nothing is read until a batch asks for it."""
+        train, val = _map(folder / "train.arrow"), _map(folder / "val.arrow")
+        indptr = _map(folder / "indptr.arrow")
+        return cls(
+            items=_map_block(folder / "items.arrow"),
+            users=_map_block(folder / "users.arrow"),
+            train=Csr(indptr["train"], train["items"]),
+            train_users=train["users"],
+            val=Csr(indptr["val"], val["items"]),
+            keep_target=bool(_map(folder / "history.arrow")["keep_target"][0]),
+        )
+
+    def item_counts(self) -> IdArray:
+        """(items,) int64, occurrences in train."""
+        return np.bincount(self.train.items, minlength=len(self.items)).astype(np.int64)
+
+
+def prepare(
+    dataset: Dataset,
+    space: FeatureSpace,
+    folder: Path,
+    fitted: tuple[str, ...] = ("train",),
+) -> None:
+    """Writes the dataset as dense, mappable Arrow files: inputs of both towers, train and val.
+
+    train holds the splits that are fitted; where val is one of them, there is no val left.
+
+    Raises:
+        DataError: a feature column does not fit, or there is nothing to train on.
+    """
+    train, val = train_lists(dataset, fitted), item_lists(dataset, ("val",))
+    if "val" in fitted:
+        val = Csr(np.zeros_like(val.indptr), val.items[:0])
+    items = space.item.encode(dataset.items(), ITEMS)
+    users = space.query.encode(dataset.users(), USERS)
+    _write_block(folder / "items.arrow", items)
+    _write_block(folder / "users.arrow", users)
+    _write(folder / "train.arrow", users=train.owners, items=train.items)
+    _write(folder / "val.arrow", items=val.items)
+    _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
+    keep_target = space.history is not None and space.history.keep_target
+    _write(folder / "history.arrow", keep_target=np.array([keep_target], np.int64))
+
+
+def train_lists(dataset: Dataset, fitted: tuple[str, ...] = ("train",)) -> Csr:
+    """The training examples: ``item_lists`` of the fitted splits; DataError if there are none."""
+    train = item_lists(dataset, fitted)
+    if not len(train.items):
+        raise DataError("no interactions to train on", field="split", expected="train rows")
+    return train
+
+
+def item_lists(dataset: Dataset, splits: tuple[str, ...]) -> Csr:
+    """Item rows of every user row over some splits, oldest first, no item twice."""
+    user_ids = dataset.users()["user_id"].to_numpy()
+    item_ids = dataset.items()["item_id"].to_numpy()
+    return positives_by_user(dataset.interactions(splits), user_ids, item_ids)
+
+
+def _write_block(path: Path, block: Block) -> None:
+    # Arrow has no lists of width 0: such a matrix is left out, its row count is in ``rows``
+    matrices: dict[str, NDArray[Any]] = {
+        "categorical": block.categorical,
+        "numeric": block.numeric,
+    }
+    wide = {name: matrix for name, matrix in matrices.items() if matrix.shape[1]}
+    bags = {f"bag.{place}": bag for place, bag in enumerate(block.bags)}
+    _write(path, rows=np.arange(len(block)), **wide, **bags)
+
+
+def _map_block(path: Path) -> Block:
+    arrays = _map(path)
+    rows = len(arrays["rows"])
+    return Block(
+        arrays.get("categorical", np.empty((rows, 0), np.int64)),
+        arrays.get("numeric", np.empty((rows, 0), np.float32)),
+        _map_lists(path),
+    )
+
+
+def _write(path: Path, **arrays: NDArray[Any] | Csr) -> None:
+    """Arrays of equal length as one record batch of an Arrow IPC file, so they map as they are."""
+    columns = {}
+    for name, array in arrays.items():
+        if isinstance(array, Csr):
+            columns[name] = pa.LargeListArray.from_arrays(pa.array(array.indptr), array.items)
+            continue
+        flat = pa.array(np.ascontiguousarray(array).ravel())
+        is_matrix = array.ndim == 2
+        columns[name] = (
+            pa.FixedSizeListArray.from_arrays(flat, array.shape[1]) if is_matrix else flat
+        )
+    batch = pa.RecordBatch.from_pydict(columns)
+    with atomic_path(path) as temporary, pa.ipc.new_file(str(temporary), batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def _map(path: Path) -> dict[str, NDArray[Any]]:
+    """Read-only views of a file written by ``_write``; it stays mapped while they live."""
+    batch = _map_batch(path)
+    arrays = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_large_list(column.type):
+            continue
+        if pa.types.is_fixed_size_list(column.type):
+            matrix = column.flatten().to_numpy()
+            arrays[name] = matrix.reshape(len(column), column.type.list_size)
+        else:
+            arrays[name] = column.to_numpy()
+    return arrays
+
+
+def _map_lists(path: Path) -> tuple[Csr, ...]:
+    """The lists among the arrays of such a file, in order, mapped too."""
+    lists = (column for column in _map_batch(path).columns if pa.types.is_large_list(column.type))
+    return tuple(Csr(column.offsets.to_numpy(), column.values.to_numpy()) for column in lists)
+
+
+def _map_batch(path: Path) -> pa.RecordBatch:
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

@@ -1,0 +1,162 @@
+"""The batches that each rank draws from the prepared data (``training.features.prepared``).
+
+Users and items go by their row in users.parquet and items.parquet, not by id. The order of examples
+and the values hidden from the model depend on (seed, epoch, step) alone: the global batch is the
+same for any number of ranks, and a resumed run draws what it would have.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardline.shards.core.errors import ConfigError
+from shardline.shards.core.schema import IdArray
+from shardline.training.config.loss_config import LossConfig
+from shardline.training.data.csr import Csr
+from shardline.training.features.fitted import Block
+from shardline.training.features.prepared import TrainingData
+from shardline.training.loss.negatives import Negatives, check_hard, draw
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One rank's share of a step: b examples, one positive item each.
+
+    users, items: input rows of both towers; items are the positives, then ``negatives.encoded``.
+    history: input rows of the past items of all b users, one user after the other, history_lengths
+    (b,) int64 of them each. user_rows and item_rows (b,) int64: the interactions. known: (P,) pairs
+    of an example, 0 to b - 1, and an item its user has in train.
+    """
+
+    users: Block
+    items: Block
+    history: Block
+    history_lengths: IdArray
+    user_rows: IdArray
+    item_rows: IdArray
+    known_rows: IdArray
+    known_items: IdArray
+    negatives: Negatives
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """Which examples one rank sees at each step, and what is hidden from the model in them."""
+
+    data: TrainingData
+    batch_size: int  # global
+    rank: int
+    world: int
+    seed: int
+    unknown_rate: float
+    history_length: int  # 0 without a history feature
+    loss: LossConfig  # which negatives to draw
+    hard: Csr | None = None  # mined item rows per user row
+
+    def __post_init__(self) -> None:
+        check_hard(self.loss, self.hard, len(self.data.users))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The same on every rank: gloo aborts on uneven batches, so the rest is left out."""
+        return len(self.data.train.items) // self.batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from its step ``start`` on, in order."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.train.items))
+        for step in range(start, self.steps_per_epoch):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            # [seed, epoch, 0] is the stream of [seed, epoch], which ordered the examples
+            yield self.batch(rows, np.random.default_rng([self.seed, epoch, step + 1]))
+
+    def batch(self, rows: IdArray, rng: np.random.Generator) -> Batch:
+        """This rank's slice of the global batch of train interactions ``rows``."""
+        data, size = self.data, len(rows) // self.world
+        mine = slice(self.rank * size, (self.rank + 1) * size)
+        num_user, num_item = data.users.hideable, data.items.hideable
+        # drawn for the global batch and cut, so that the ranks together see what one would
+        draws = rng.random((len(rows), num_user + num_item + 1), dtype=np.float32)
+        hidden = draws[mine] < self.unknown_rate
+        users, items = data.train_users[rows[mine]], data.train.items[rows[mine]]
+        history = self._history(users, rows[mine])
+        lengths = np.where(hidden[:, -1], 0, history.lengths)
+        kept = np.repeat(~hidden[:, -1], history.lengths)
+        known = data.train.take(users)
+        drawn = draw(self.loss, data.train_users[rows], len(data.items), self.hard, rng)
+        negatives = drawn.of_rank(self.rank, self.world)
+        hidden_items = np.concatenate([hidden[:, num_user:-1], self._hidden_negatives(drawn, rng)])
+        return Batch(
+            users=data.users.take(users).hide(hidden[:, :num_user]),
+            items=data.items.take(np.concatenate([items, negatives.encoded])).hide(hidden_items),
+            history=data.items.take(history.items[kept]),
+            history_lengths=lengths,
+            user_rows=users,
+            item_rows=items,
+            known_rows=np.repeat(np.arange(size), known.lengths),
+            known_items=known.items,
+            negatives=negatives,
+        )
+
+    def _history(self, users: IdArray, rows: IdArray) -> Csr:
+        """The past items of each example, the interactions ``rows`` of ``users``."""
+        if self.data.keep_target:
+            return self.data.train.take(users, self.history_length)
+        return others(self.data.train, users, rows, self.history_length)
+
+    def _hidden_negatives(self, drawn: Negatives, rng: np.random.Generator) -> NDArray[np.bool_]:
+        """Which values of this rank's encoded negatives are hidden, at the rate of the positives.
+
+        Were they not, a hidden value would give a positive away.
+        """
+        width = self.data.items.hideable
+        parts = []
+        for part in (drawn.uniform, drawn.hard, drawn.random):
+            draws = rng.random((len(part), part[:1].size, width), dtype=np.float32)
+            mine = np.split(draws, self.world)[self.rank]
+            parts.append(mine.reshape(mine.shape[0] * mine.shape[1], width))
+        return np.concatenate(parts) < self.unknown_rate
+
+
+def check_batch(batch_size: int, ranks: int, examples: int) -> None:
+    """Raises ConfigError where a global batch does not split evenly, or exceeds the examples."""
+    if batch_size % ranks:
+        raise ConfigError(
+            "the global batch does not split evenly",
+            field="batch_size",
+            expected=f"a multiple of {ranks} ranks",
+            got=str(batch_size),
+        )
+    if batch_size > examples:
+        raise ConfigError(
+            "the global batch is larger than the train split",
+            field="batch_size",
+            expected=f"<= {examples}",
+            got=str(batch_size),
+        )
+
+
+def others(train: Csr, users: IdArray, rows: IdArray, newest: int) -> Csr:
+    """The newest other items of each user: interaction ``rows[i]``, of users[i], is left out.
+
+    That is what keeps the history from giving the answer away.
+    """
+    if newest == 0:
+        return Csr(np.zeros(len(rows) + 1, np.int64), train.items[:0])
+    ends = train.indptr[1:][users]
+    # one more where the positive will be taken out of the window again
+    starts = np.maximum(train.indptr[:-1][users], ends - newest - (rows >= ends - newest))
+    window = _places(starts, ends - starts)
+    kept = window.items != rows[window.owners]
+    return Csr(_indptr(window.lengths - (rows >= starts)), train.items[window.items[kept]])
+
+
+def _places(starts: IdArray, lengths: IdArray) -> Csr:
+    """start, start + 1, ... start + length - 1 of each pair."""
+    indptr = _indptr(lengths)
+    return Csr(indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths))
+
+
+def _indptr(lengths: IdArray) -> IdArray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)

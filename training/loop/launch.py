@@ -1,0 +1,334 @@
+"""Starts a training run: in this process for one worker, under Ray Train for several.
+
+The only module of the training part that knows Ray, and it expects the caller to be connected.
+Everything a rank needs lies in the run folder, which all nodes must be able to read and write;
+what a rank does is ``training.loop.run_rank.train_rank``.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import get_context as get_rank_context
+from ray.train.torch import TorchTrainer, get_device
+from safetensors.torch import save_file
+
+from shardline.shards.core.errors import ConfigError, ShardlineError, Unavailable
+from shardline.shards.core.files import MANIFEST_NAME, atomic_path
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.csr import Csr
+from shardline.training.data.tables import Dataset, open_dataset
+from shardline.training.features.fitted import fit
+from shardline.training.features.infer import infer_config
+from shardline.training.features.prepared import prepare, train_lists
+from shardline.training.loop.batches import check_batch
+from shardline.training.loop.run_rank import HARD, given_lists, train_rank
+from shardline.training.loop.runlog import LOG, Event
+from shardline.training.loop.trainer import lists_to_tensors
+from shardline.training.loss.negatives import check_hard
+from shardline.training.mining.hard_negatives import check_per_user, load_hard
+from shardline.training.model.checkpoint import (
+    CACHE,
+    Run,
+    check_resumable,
+    latest_state,
+    open_data,
+    open_run,
+    place_run,
+    start_run,
+)
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5  # how often the log of ranks elsewhere is read for progress
+RAY_FOLDER = "ray"  # inside the run folder: what Ray Train itself writes
+
+OnEvent = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """best_value is the validation recall of best_epoch; both None without a val split.
+
+    epochs were trained of max_epochs: fewer where validation stopped it early.
+    """
+
+    run_folder: Path
+    epochs: int
+    max_epochs: int
+    steps: int
+    best_epoch: int | None
+    best_value: float | None
+
+
+def train(
+    config: TrainingConfig,
+    data_folder: Path,
+    run_folder: Path,
+    *,
+    on_event: OnEvent | None = None,
+    resume: bool = False,
+    hard: Path | None = None,
+) -> TrainResult:
+    """Trains ``config.num_workers`` ranks to the end; the run folder keeps the best checkpoint.
+
+    on_event gets every line of the log (``training.loop.runlog``): "start", "step" (step,
+    total_steps, loss, in_batch_accuracy, examples_per_s, ...), "validation" (epoch, recall@k).
+    resume: go on from the newest checkpoint of the same configuration and data; how many ranks
+    there are, and how often they write, may be another one. hard: table of mined negatives to start
+    with; a resumed run goes on with the lists that it has, and takes no table but that of its
+    start.
+
+    Raises:
+        ConfigError, DataError: settings or data that do not fit, are not the ones resumed, or ask
+            for something that would have no effect in this run.
+        Unavailable: several workers without a Ray connection or GPUs, a disk that is full, or
+            ranks died more often than max_failures.
+    """
+    run_folder = run_folder.resolve()  # ranks under Ray have another working directory
+    check_folders(data_folder, run_folder, resume=resume)
+    dataset = open_dataset(data_folder)
+    config = infer_config(config, dataset)
+    use_gpu = _use_gpu(config)
+    if resume:
+        check_resumable(run_folder, config, dataset.identity)
+        if hard is not None:
+            _check_same_hard(config, dataset, run_folder, hard)
+        place_run(run_folder, config)
+    else:
+        _start(config, dataset, run_folder, hard)
+    if config.num_workers == 1:
+        train_rank(run_folder, torch.device("cuda" if use_gpu else "cpu"), on_event)
+    else:
+        with _followed(run_folder / LOG, on_event):
+            _train_under_ray(config, use_gpu, run_folder)
+    state = latest_state(run_folder)
+    assert state is not None, "a finished run has a checkpoint"
+    return TrainResult(
+        run_folder=run_folder,
+        epochs=state.epoch,
+        max_epochs=config.epochs,
+        steps=state.step,
+        best_epoch=state.best_epoch,
+        best_value=state.best_value,
+    )
+
+
+def check_folders(data_folder: Path, run_folder: Path, *, resume: bool) -> None:
+    """What ``train`` refuses at a glance; for callers that start a cluster first.
+
+    Raises:
+        NotFound: no dataset there, or no run to resume. ConfigError: a run is in the way.
+    """
+    open_dataset(data_folder, verify=False)
+    if resume:
+        open_run(run_folder)
+    elif (run_folder / MANIFEST_NAME).exists():
+        raise ConfigError(
+            f"{run_folder}: holds a run already",
+            hint="--resume goes on with it, --run names another folder",
+        )
+
+
+def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path | None) -> None:
+    # before anything is written: a declared run keeps its batch size
+    examples = len(train_lists(dataset, config.fitted_splits).items)
+    check_batch(config.batch_size, config.num_workers, examples)
+    _check_memory(config, examples // config.batch_size * config.epochs)
+    hard = _hard_lists(config, dataset, table)
+    space = fit(config, dataset)
+    shutil.rmtree(run_folder / CACHE, ignore_errors=True)  # of a start that did not get to its end
+    prepare(dataset, space, run_folder / CACHE, config.fitted_splits)
+    if hard is not None:
+        with atomic_path(run_folder / CACHE / HARD) as temporary:
+            save_file(lists_to_tensors(hard), temporary)
+    start_run(run_folder, Run(config=config, space=space), dataset.identity)
+
+
+def _check_memory(config: TrainingConfig, total_steps: int) -> None:
+    loss = config.loss
+    if loss.memory_size and loss.memory_warmup_steps >= total_steps:
+        raise ConfigError(
+            "the run ends before the memory of past vectors is used",
+            field="loss.memory_warmup_steps",
+            expected=f"< {total_steps}, the steps of the run",
+            got=str(loss.memory_warmup_steps),
+            hint="or --set training.loss.memory_size=0",
+        )
+
+
+def _hard_lists(config: TrainingConfig, dataset: Dataset, table: Path | None) -> Csr | None:
+    """The table's lists, once it is clear that mined negatives will be used, and there are any."""
+    every, per_row = config.mining.every_epochs, config.loss.hard_negatives
+    if (table is not None or every) and not per_row:
+        raise ConfigError(
+            "mined negatives would not be used",
+            field="loss.hard_negatives",
+            expected=">= 1",
+            got="0",
+            hint="--set training.loss.hard_negatives=1, or leave out --hard and --mine-every",
+        )
+    if every:
+        check_per_user(per_row, config.mining.per_user, "mining")
+    if table is None:
+        if not every:  # else the ranks mine before their first step
+            check_hard(config.loss, None, dataset.users().num_rows)
+        return None
+    lists = load_hard(table, dataset, fit_splits=config.fit_splits, per_row=per_row)
+    if not len(lists.items):
+        raise ConfigError(f"{table}: there is no negative in it", field="hard", hint="mine another")
+    return lists
+
+
+def _check_same_hard(
+    config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path
+) -> None:
+    per_row = config.loss.hard_negatives
+    lists = load_hard(table, dataset, fit_splits=config.fit_splits, per_row=per_row)
+    open_data(run_folder)  # for its checksums, which are of the lists too
+    before = given_lists(run_folder)
+    if (
+        before is None
+        or not np.array_equal(before.indptr, lists.indptr)
+        or not np.array_equal(before.items, lists.items)
+    ):
+        raise ConfigError(
+            f"{table}: the run was not started with these mined lists",
+            field="hard",
+            hint="leave out --hard to go on as it was started; --run names another folder",
+        )
+
+
+def _use_gpu(config: TrainingConfig) -> bool:
+    if config.num_workers > 1 and not ray.is_initialized():
+        raise Unavailable(
+            "several workers train under Ray",
+            field="num_workers",
+            expected="a connection to a Ray cluster, or num_workers 1",
+        )
+    if config.device == "cpu":
+        return False
+    if config.num_workers == 1:
+        found = torch.cuda.device_count()
+    else:
+        found = int(ray.cluster_resources().get("GPU", 0))
+    if config.device == "cuda" and found < config.num_workers:
+        raise Unavailable(
+            "not enough GPUs",
+            field="device",
+            expected=f"{config.num_workers}, one a worker",
+            got=str(found),
+            hint="--set training.device=cpu, or fewer --workers",
+        )
+    return found >= config.num_workers
+
+
+def _train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) -> None:
+    trainer = TorchTrainer(
+        _rank_entry,
+        train_loop_config={"run_folder": str(run_folder)},
+        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name=RAY_FOLDER,
+            storage_path=str(run_folder),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    try:
+        with _interrupt_handler_kept():
+            trainer.fit()
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # which Ray makes an exit with its number
+            raise
+        # how Ray Train leaves after Ctrl-C, once it has ended the ranks: with 0, or 1 from a wait
+        raise KeyboardInterrupt from error
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+
+
+def _rank_entry(settings: dict[str, str]) -> None:
+    """What every Ray worker runs. The cores of a host are shared evenly by its ranks."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // get_rank_context().get_local_world_size()))
+    train_rank(Path(settings["run_folder"]), get_device())
+
+
+def _cause(error: TrainingFailedError) -> ShardlineError:
+    """One error of ours for whatever the ranks reported, the first that explains itself."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    for cause in causes:
+        if isinstance(cause, ShardlineError):
+            return cause
+    first = str(causes[0] if causes else error).strip().splitlines()
+    return Unavailable(
+        "training failed",
+        got=first[-1] if first else type(error).__name__,
+        hint="--resume goes on from its newest checkpoint",
+    )
+
+
+@contextmanager
+def _interrupt_handler_kept() -> Iterator[None]:
+    """Ray Train puts its own handler on Ctrl-C and leaves it there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _followed(log: Path, on_event: OnEvent | None) -> Iterator[None]:
+    """Hands lines that ranks elsewhere append to the log to ``on_event``, until the block ends."""
+    if on_event is None:
+        yield
+        return
+    ended = threading.Event()
+    start = log.stat().st_size if log.exists() else 0
+    follower = threading.Thread(target=_follow, args=(log, start, on_event, ended))
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _follow(log: Path, start: int, on_event: OnEvent, ended: threading.Event) -> None:
+    last_round = False
+    while not last_round:
+        last_round = ended.wait(POLL_S)
+        if log.exists():
+            start = min(start, log.stat().st_size)  # ranks that start again cut the log first
+            with log.open("rb") as file:
+                start = _line_start(file, start)
+                for line in file:
+                    if line.endswith(b"\n"):  # else half a line: next time
+                        start += len(line)
+                        on_event(json.loads(line))
+
+
+def _line_start(file: BinaryIO, place: int) -> int:
+    """The file goes on from ``place``, or from the next line if that is within one: ranks that
+    started again may have cut the log and written past ``place`` since it was read last.
+    """
+    file.seek(max(0, place - 1))
+    if place and file.read(1) != b"\n":
+        file.readline()
+    return file.tell()

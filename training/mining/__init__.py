@@ -1,0 +1,1 @@
+"""Hard negatives: candidates, selection, the mined table."""

@@ -1,0 +1,1 @@
+"""The two towers, their checkpoints, and vectors of whole tables."""

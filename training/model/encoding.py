@@ -1,0 +1,41 @@
+"""Whole tables through the trained towers, in blocks, without gradient."""
+
+import numpy as np
+import torch
+
+from shardline.shards.core.schema import FloatArray
+from shardline.training.data.csr import Csr
+from shardline.training.features.fitted import Block
+from shardline.training.model.towers import Inputs, QueryInputs, TwoTower
+
+BLOCK_ROWS = 8192  # rows encoded at a time; bounds the activations to some tens of MB
+
+
+@torch.no_grad()
+def encode_items(model: TwoTower, items: Block) -> FloatArray:
+    """(n, dim) float32 of length one, in the order of the rows."""
+    device = model.log_temperature.device
+    parts = [model.encode_items(Inputs.of(block, device)).cpu().numpy() for block in _blocks(items)]
+    return np.concatenate([np.empty((0, model.dim), np.float32), *parts])
+
+
+@torch.no_grad()
+def encode_queries(model: TwoTower, users: Block, history: Csr, items: Block) -> FloatArray:
+    """(n, dim) float32 of length one. history: item rows of each user, oldest first.
+
+    Only the newest items that the model's history takes are used.
+    """
+    parts = []
+    for start in range(0, len(users), BLOCK_ROWS):
+        rows = np.arange(start, min(start + BLOCK_ROWS, len(users)))
+        past = history.take(rows, model.history_length)
+        inputs = QueryInputs.of(
+            users.take(rows), items.take(past.items), past.lengths, model.log_temperature.device
+        )
+        parts.append(model.encode_queries(inputs).cpu().numpy())
+    return np.concatenate([np.empty((0, model.dim), np.float32), *parts])
+
+
+def _blocks(block: Block) -> list[Block]:
+    starts = range(0, len(block), BLOCK_ROWS)
+    return [block.take(np.arange(s, min(s + BLOCK_ROWS, len(block)))) for s in starts]
