@@ -49,18 +49,8 @@ def tree() -> str:
         if path.name != "__init__.py":
             depth = len(path.relative_to(ROOT).parts) - 1
             lines.append(_entry(depth, path.name, first_line(path)))
-    return "\n".join(
-        [
-            "# Every file",
-            "",
-            "Written by `make docs` from first docstring lines.",
-            "",
-            "```",
-            *lines,
-            "```",
-            "",
-        ]
-    )
+    head = ["# Every file", "", "Written by `make docs` from first docstring lines.", "", "```"]
+    return "\n".join([*head, *lines, "```", ""])
 
 
 def pages() -> dict[Path, str]:

@@ -67,28 +67,25 @@ def one_request(method, path, **options):
     return asyncio.run(run())
 
 
-def test_search_in_json():
-    async def run():
-        async with api() as (http, _, _, vectors):
-            response = await http.post("/v1/search", json={"vectors": vectors[:2].tolist(), "k": 3})
-            ids, scores = brute_force(vectors[:2], np.arange(60), vectors, 3)
-            assert response.status_code == 200
-            assert response.headers["content-type"] == "application/json"
-            body = response.json()
-            assert body["ids"] == ids.tolist()
-            assert body["scores"] == scores.tolist()
-            assert body["coverage"] == {
-                "shards_asked": 4,
-                "shards_answered": 4,
-                "rows_asked": 60,
-                "rows_answered": 60,
-                "degraded": [],
-            }
-            assert (body["generation"], body["model_version"]) == (1, "m1")
-            assert body["request_id"] == response.headers["x-request-id"]
-            assert "reasons" not in body
-
-    asyncio.run(run())
+async def test_search_in_json():
+    async with api() as (http, _, _, vectors):
+        response = await http.post("/v1/search", json={"vectors": vectors[:2].tolist(), "k": 3})
+        ids, scores = brute_force(vectors[:2], np.arange(60), vectors, 3)
+        assert response.status_code == 200
+        assert response.headers["content-type"] == "application/json"
+        body = response.json()
+        assert body["ids"] == ids.tolist()
+        assert body["scores"] == scores.tolist()
+        assert body["coverage"] == {
+            "shards_asked": 4,
+            "shards_answered": 4,
+            "rows_asked": 60,
+            "rows_answered": 60,
+            "degraded": [],
+        }
+        assert (body["generation"], body["model_version"]) == (1, "m1")
+        assert body["request_id"] == response.headers["x-request-id"]
+        assert "reasons" not in body
 
 
 def test_k_is_the_default_of_the_configuration():
@@ -96,28 +93,25 @@ def test_k_is_the_default_of_the_configuration():
     assert [len(row) for row in response.json()["ids"]] == [10]
 
 
-def test_search_in_msgpack_both_ways():
-    async def run():
-        async with api() as (http, _, _, vectors):
-            data = vectors[:2].astype("<f4")
-            array = {"dtype": "<f4", "shape": [2, DIM], "data": data.tobytes()}
-            response = await http.post(
-                "/v1/search", content=msgpack.packb({"vectors": array, "k": 4}), headers=MSGPACK
-            )
-            assert response.headers["content-type"] == "application/msgpack"
-            answer = decode_answer(response.content)
-            ids, scores = brute_force(vectors[:2], np.arange(60), vectors, 4)
-            np.testing.assert_array_equal(answer.ids, ids)
-            np.testing.assert_array_equal(answer.scores, scores)
+async def test_search_in_msgpack_both_ways():
+    async with api() as (http, _, _, vectors):
+        data = vectors[:2].astype("<f4")
+        array = {"dtype": "<f4", "shape": [2, DIM], "data": data.tobytes()}
+        response = await http.post(
+            "/v1/search", content=msgpack.packb({"vectors": array, "k": 4}), headers=MSGPACK
+        )
+        assert response.headers["content-type"] == "application/msgpack"
+        answer = decode_answer(response.content)
+        ids, scores = brute_force(vectors[:2], np.arange(60), vectors, 4)
+        np.testing.assert_array_equal(answer.ids, ids)
+        np.testing.assert_array_equal(answer.scores, scores)
 
-            response = await http.post(
-                "/v1/search",
-                json={"vectors": vectors[:2].tolist(), "k": 4},
-                headers={"accept": "application/msgpack"},
-            )
-            np.testing.assert_array_equal(decode_answer(response.content).ids, ids)
-
-    asyncio.run(run())
+        response = await http.post(
+            "/v1/search",
+            json={"vectors": vectors[:2].tolist(), "k": 4},
+            headers={"accept": "application/msgpack"},
+        )
+        np.testing.assert_array_equal(decode_answer(response.content).ids, ids)
 
 
 def test_an_unknown_item_is_an_empty_row_with_a_reason():
@@ -135,37 +129,31 @@ def test_features_are_encoded():
     assert len(response.json()["ids"][0]) == 2
 
 
-def test_fastapis_own_way_to_a_search_gives_the_same_answer():
+async def test_fastapis_own_way_to_a_search_gives_the_same_answer():
     """It only documents the search, which is called past it; but it is not there for show."""
 
-    async def run():
-        async with api() as (http, _, _, vectors):
-            query = {"vectors": vectors[:2].tolist(), "k": 3}
-            direct = await http.post("/v1/search", json=query)
-            http._transport.app._direct = {}
-            through = await http.post("/v1/search", json=query)
-            assert through.status_code == 200
-            assert through.json()["ids"] == direct.json()["ids"]
-            assert through.headers.keys() == direct.headers.keys()
-            bad = await http.post("/v1/search", json={"topk": 3})
-            assert (bad.status_code, bad.json()["field"]) == (400, "topk")
-
-    asyncio.run(run())
+    async with api() as (http, _, _, vectors):
+        query = {"vectors": vectors[:2].tolist(), "k": 3}
+        direct = await http.post("/v1/search", json=query)
+        http._transport.app._direct = {}
+        through = await http.post("/v1/search", json=query)
+        assert through.status_code == 200
+        assert through.json()["ids"] == direct.json()["ids"]
+        assert through.headers.keys() == direct.headers.keys()
+        bad = await http.post("/v1/search", json={"topk": 3})
+        assert (bad.status_code, bad.json()["field"]) == (400, "topk")
 
 
-def test_the_time_taken_includes_the_arrival_of_the_body():
+async def test_the_time_taken_includes_the_arrival_of_the_body():
     async def body():
         yield b'{"vectors": [[1, 2, 3, 4, '
         await asyncio.sleep(0.03)
         yield b"5, 6, 7, 8]]}"
 
-    async def run():
-        async with api() as (http, _, _, _):
-            response = await http.post("/v1/search", content=body(), headers=JSON)
-            assert response.status_code == 200
-            assert 25 < response.json()["took_ms"] < 2000
-
-    asyncio.run(run())
+    async with api() as (http, _, _, _):
+        response = await http.post("/v1/search", content=body(), headers=JSON)
+        assert response.status_code == 200
+        assert 25 < response.json()["took_ms"] < 2000
 
 
 ONE = [1.0] * DIM
@@ -213,21 +201,18 @@ BAD = [
 
 
 @pytest.mark.parametrize(("body", "field", "detail"), BAD)
-def test_bad_input_is_400_names_the_field_and_reaches_no_shard(body, field, detail):
-    async def run():
-        async with api(metric=Metric.COSINE) as (http, shards, _, _):
-            content = body if isinstance(body, bytes) else orjson.dumps(body)
-            response = await http.post("/v1/search", content=content, headers=JSON)
-            assert response.status_code == 400
-            assert response.headers["content-type"] == "application/problem+json"
-            problem = response.json()
-            assert problem["code"] == "invalid_input"
-            assert problem["field"] == field
-            assert detail in problem["detail"]
-            assert problem["request_id"] == response.headers["x-request-id"]
-            assert [shard.requests for shard in shards] == [[], [], [], []]
-
-    asyncio.run(run())
+async def test_bad_input_is_400_names_the_field_and_reaches_no_shard(body, field, detail):
+    async with api(metric=Metric.COSINE) as (http, shards, _, _):
+        content = body if isinstance(body, bytes) else orjson.dumps(body)
+        response = await http.post("/v1/search", content=content, headers=JSON)
+        assert response.status_code == 400
+        assert response.headers["content-type"] == "application/problem+json"
+        problem = response.json()
+        assert problem["code"] == "invalid_input"
+        assert problem["field"] == field
+        assert detail in problem["detail"]
+        assert problem["request_id"] == response.headers["x-request-id"]
+        assert [shard.requests for shard in shards] == [[], [], [], []]
 
 
 def test_expected_and_got_are_told():
@@ -266,33 +251,27 @@ def test_nan_in_msgpack_is_400_too():
         ),
     ],
 )
-def test_bad_values_in_msgpack_are_400_and_reach_no_shard(changes, field, detail):
-    async def run():
-        async with api() as (http, shards, _, _):
-            content = msgpack.packb({"vectors": [ONE]} | changes)
-            response = await http.post("/v1/search", content=content, headers=MSGPACK)
-            assert response.status_code == 400
-            problem = response.json()
-            assert (problem["code"], problem["field"]) == ("invalid_input", field)
-            assert detail in problem["detail"]
-            assert [shard.requests for shard in shards] == [[], [], [], []]
-
-    asyncio.run(run())
+async def test_bad_values_in_msgpack_are_400_and_reach_no_shard(changes, field, detail):
+    async with api() as (http, shards, _, _):
+        content = msgpack.packb({"vectors": [ONE]} | changes)
+        response = await http.post("/v1/search", content=content, headers=MSGPACK)
+        assert response.status_code == 400
+        problem = response.json()
+        assert (problem["code"], problem["field"]) == ("invalid_input", field)
+        assert detail in problem["detail"]
+        assert [shard.requests for shard in shards] == [[], [], [], []]
 
 
-def test_float64_in_msgpack_is_searched_as_float32():
-    async def run():
-        async with api() as (http, shards, _, vectors):
-            exact = vectors[:1].astype("<f8") + 1e-12  # which float32 rounds away
-            array = {"dtype": "<f8", "shape": [1, DIM], "data": exact.tobytes()}
-            content = msgpack.packb({"vectors": array, "k": 4})
-            response = await http.post("/v1/search", content=content, headers=MSGPACK)
-            expected, _ = brute_force(vectors[:1], np.arange(60), vectors, 4)
-            np.testing.assert_array_equal(decode_answer(response.content).ids, expected)
-            (request,) = shards[0].requests
-            assert request.queries.dtype == np.float32
-
-    asyncio.run(run())
+async def test_float64_in_msgpack_is_searched_as_float32():
+    async with api() as (http, shards, _, vectors):
+        exact = vectors[:1].astype("<f8") + 1e-12  # which float32 rounds away
+        array = {"dtype": "<f8", "shape": [1, DIM], "data": exact.tobytes()}
+        content = msgpack.packb({"vectors": array, "k": 4})
+        response = await http.post("/v1/search", content=content, headers=MSGPACK)
+        expected, _ = brute_force(vectors[:1], np.arange(60), vectors, 4)
+        np.testing.assert_array_equal(decode_answer(response.content).ids, expected)
+        (request,) = shards[0].requests
+        assert request.queries.dtype == np.float32
 
 
 def test_a_body_that_is_not_msgpack_is_400():
@@ -348,128 +327,113 @@ def test_other_refusals(method, path, options, status, code):
         assert response.headers["allow"]
 
 
-def test_a_body_too_large_is_refused_without_content_length_and_before_all_of_it_came():
-    async def run():
-        sent = 0
+async def test_a_body_too_large_is_refused_without_content_length_and_before_all_of_it_came():
+    sent = 0
 
-        async def endless():
-            nonlocal sent
-            while True:
-                sent += 1024
-                yield b" " * 1024
+    async def endless():
+        nonlocal sent
+        while True:
+            sent += 1024
+            yield b" " * 1024
 
-        async with api() as (http, _, _, _):
-            response = await http.post("/v1/search", content=endless(), headers=JSON)
-            assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
-            assert sent <= 8 * 1024
-
-    asyncio.run(run())
+    async with api() as (http, _, _, _):
+        response = await http.post("/v1/search", content=endless(), headers=JSON)
+        assert (response.status_code, response.json()["code"]) == (413, "payload_too_large")
+        assert sent <= 8 * 1024
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "gzip, gzip", "x-gzip"])
-def test_a_bomb_is_refused_before_a_byte_of_it_is_read(encoding):
+async def test_a_bomb_is_refused_before_a_byte_of_it_is_read(encoding):
     bomb = gzip.compress(bytes(32 << 20))
     assert len(bomb) < 64 << 10, "a thousand times as large unfolded"
 
-    async def run():
-        read = 0
+    read = 0
 
-        async def body():
-            nonlocal read
-            read += 1
-            yield bomb
+    async def body():
+        nonlocal read
+        read += 1
+        yield bomb
 
-        config = CONFIG.model_copy(update={"max_body_bytes": 1 << 20})
-        async with api(config=config) as (http, _, service, _):
-            headers = JSON | {"content-encoding": encoding}
-            response = await http.post("/v1/search", content=body(), headers=headers)
-            problem = response.json()
-            assert (response.status_code, problem["code"]) == (415, "unsupported_media_type")
-            assert (problem["field"], problem["got"]) == ("Content-Encoding", encoding)
-            assert read == 0
-            # and one that does not say what it is is not unfolded
-            response = await http.post("/v1/search", content=bomb, headers=JSON)
-            assert (response.status_code, response.json()["field"]) == (400, "body")
-            assert service.status()["in_flight"] == 0
-
-    asyncio.run(run())
+    config = CONFIG.model_copy(update={"max_body_bytes": 1 << 20})
+    async with api(config=config) as (http, _, service, _):
+        headers = JSON | {"content-encoding": encoding}
+        response = await http.post("/v1/search", content=body(), headers=headers)
+        problem = response.json()
+        assert (response.status_code, problem["code"]) == (415, "unsupported_media_type")
+        assert (problem["field"], problem["got"]) == ("Content-Encoding", encoding)
+        assert read == 0
+        # and one that does not say what it is is not unfolded
+        response = await http.post("/v1/search", content=bomb, headers=JSON)
+        assert (response.status_code, response.json()["field"]) == (400, "body")
+        assert service.status()["in_flight"] == 0
 
 
-def test_a_body_that_does_not_arrive_is_given_up():
-    async def run():
-        async def stuck():
-            yield b"{"
-            await asyncio.Event().wait()
+async def test_a_body_that_does_not_arrive_is_given_up():
+    async def stuck():
+        yield b"{"
+        await asyncio.Event().wait()
 
-        async with api() as (http, _, _, _):
-            response = await http.post("/v1/search", content=stuck(), headers=JSON)
-            assert (response.status_code, response.json()["code"]) == (408, "body_timeout")
-
-    asyncio.run(run())
+    async with api() as (http, _, _, _):
+        response = await http.post("/v1/search", content=stuck(), headers=JSON)
+        assert (response.status_code, response.json()["code"]) == (408, "body_timeout")
 
 
 @pytest.mark.parametrize(
     "sent_before", [[], [b'{"item_ids"'], [b'{"item_ids": [', b"1, "]], ids=["none", "some", "more"]
 )
-def test_a_client_that_leaves_gets_nothing_and_harms_nothing(sent_before):
-    async def run():
-        async with api() as (http, shards, service, _):
-            app = http._transport.app
-            received = [
-                {"type": "http.request", "body": part, "more_body": True} for part in sent_before
-            ]
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": "/v1/search",
-                "headers": [(b"content-type", b"application/json")],
-            }
-            sent = []
+async def test_a_client_that_leaves_gets_nothing_and_harms_nothing(sent_before):
+    async with api() as (http, shards, service, _):
+        app = http._transport.app
+        received = [
+            {"type": "http.request", "body": part, "more_body": True} for part in sent_before
+        ]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/search",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        sent = []
 
-            async def gone():
-                return received.pop(0) if received else {"type": "http.disconnect"}
+        async def gone():
+            return received.pop(0) if received else {"type": "http.disconnect"}
 
-            async def send(message):
-                sent.append(message)
+        async def send(message):
+            sent.append(message)
 
-            await app(scope, gone, send)
-            assert sent == []
-            assert service.status()["in_flight"] == 0
-            assert [shard.requests for shard in shards] == [[], [], [], []]
-
-    asyncio.run(run())
+        await app(scope, gone, send)
+        assert sent == []
+        assert service.status()["in_flight"] == 0
+        assert [shard.requests for shard in shards] == [[], [], [], []]
 
 
-def test_a_client_that_leaves_while_it_waits_ends_its_search():
-    async def run():
-        async with api() as (http, shards, service, vectors):
-            for shard in shards:
-                shard.gate.clear()  # none answers
-            body = orjson.dumps({"vectors": vectors[:1].tolist(), "timeout_ms": 10_000})
-            messages = [{"type": "http.request", "body": body, "more_body": False}]
-            sent = []
+async def test_a_client_that_leaves_while_it_waits_ends_its_search():
+    async with api() as (http, shards, service, vectors):
+        for shard in shards:
+            shard.gate.clear()  # none answers
+        body = orjson.dumps({"vectors": vectors[:1].tolist(), "timeout_ms": 10_000})
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        sent = []
 
-            async def receive():
-                if messages:
-                    return messages.pop()
-                await until(lambda: all(shard.requests for shard in shards))
-                return {"type": "http.disconnect"}
+        async def receive():
+            if messages:
+                return messages.pop()
+            await until(lambda: all(shard.requests for shard in shards))
+            return {"type": "http.disconnect"}
 
-            async def send(message):
-                sent.append(message)
+        async def send(message):
+            sent.append(message)
 
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": "/v1/search",
-                "headers": [(b"content-type", b"application/json")],
-            }
-            async with asyncio.timeout(5):
-                await http._transport.app(scope, receive, send)
-            assert sent == []
-            assert service.status()["in_flight"] == 0
-
-    asyncio.run(run())
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/search",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        async with asyncio.timeout(5):
+            await http._transport.app(scope, receive, send)
+        assert sent == []
+        assert service.status()["in_flight"] == 0
 
 
 @pytest.mark.parametrize("given", ["abc-123", "!" * 128])
@@ -488,56 +452,47 @@ def test_a_request_id_that_is_not_fit_to_print_is_replaced(given):
     assert len(made) == 16
 
 
-def test_partial_answers_are_200_and_say_so_and_min_coverage_makes_them_503():
-    async def run():
-        async with api() as (http, shards, _, _):
-            await shards[3].kill()
-            query = {"item_ids": [1], "k": 3}
-            response = await http.post("/v1/search", json=query)
-            assert response.status_code == 200
-            coverage = response.json()["coverage"]
-            assert (coverage["rows_asked"], coverage["rows_answered"]) == (60, 45)
-            assert coverage["degraded"][0].startswith("shard 3: ")
+async def test_partial_answers_are_200_and_say_so_and_min_coverage_makes_them_503():
+    async with api() as (http, shards, _, _):
+        await shards[3].kill()
+        query = {"item_ids": [1], "k": 3}
+        response = await http.post("/v1/search", json=query)
+        assert response.status_code == 200
+        coverage = response.json()["coverage"]
+        assert (coverage["rows_asked"], coverage["rows_answered"]) == (60, 45)
+        assert coverage["degraded"][0].startswith("shard 3: ")
 
-            response = await http.post("/v1/search", json=query | {"min_coverage": 1})
-            assert response.status_code == 503
-            assert response.headers["retry-after"] == "2"
-            problem = response.json()
-            assert problem["code"] == "unavailable"
-            assert problem["got"] == "45 of 60 rows"
-
-    asyncio.run(run())
+        response = await http.post("/v1/search", json=query | {"min_coverage": 1})
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "2"
+        problem = response.json()
+        assert problem["code"] == "unavailable"
+        assert problem["got"] == "45 of 60 rows"
 
 
-def test_a_missed_deadline_is_504():
-    async def run():
-        async with api() as (http, shards, _, vectors):
-            for shard in shards:
-                shard.gate.clear()
-            query = {"vectors": vectors[:1].tolist(), "timeout_ms": 20}
-            response = await http.post("/v1/search", json=query)
-            assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
-
-    asyncio.run(run())
+async def test_a_missed_deadline_is_504():
+    async with api() as (http, shards, _, vectors):
+        for shard in shards:
+            shard.gate.clear()
+        query = {"vectors": vectors[:1].tolist(), "timeout_ms": 20}
+        response = await http.post("/v1/search", json=query)
+        assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
 
 
-def test_overload_is_429_at_once_and_passes():
-    async def run():
-        config = CONFIG.model_copy(update={"max_in_flight": 1})
-        async with api(config=config) as (http, shards, _, vectors):
-            query = {"vectors": vectors[:1].tolist(), "timeout_ms": 5000}
-            shards[0].gate.clear()
-            running = asyncio.create_task(http.post("/v1/search", json=query))
-            await shards[0].asked.wait()
-            response = await http.post("/v1/search", json=query)
-            assert (response.status_code, response.json()["code"]) == (429, "overloaded")
-            assert response.headers["retry-after"] == "2"
-            assert (await http.get("/healthz")).status_code == 200
-            shards[0].gate.set()
-            assert (await running).status_code == 200
-            assert (await http.post("/v1/search", json=query)).status_code == 200
-
-    asyncio.run(run())
+async def test_overload_is_429_at_once_and_passes():
+    config = CONFIG.model_copy(update={"max_in_flight": 1})
+    async with api(config=config) as (http, shards, _, vectors):
+        query = {"vectors": vectors[:1].tolist(), "timeout_ms": 5000}
+        shards[0].gate.clear()
+        running = asyncio.create_task(http.post("/v1/search", json=query))
+        await shards[0].asked.wait()
+        response = await http.post("/v1/search", json=query)
+        assert (response.status_code, response.json()["code"]) == (429, "overloaded")
+        assert response.headers["retry-after"] == "2"
+        assert (await http.get("/healthz")).status_code == 200
+        shards[0].gate.set()
+        assert (await running).status_code == 200
+        assert (await http.post("/v1/search", json=query)).status_code == 200
 
 
 def test_an_encoder_of_another_model_is_503():
@@ -570,21 +525,18 @@ def test_an_unexpected_error_is_500_without_details(path, caplog):
     assert "a secret detail" in caplog.text
 
 
-def test_item_gives_its_vector():
-    async def run():
-        async with api() as (http, _, _, vectors):
-            body = (await http.get("/v1/items/16")).json()
-            assert body == {
-                "item_id": 16,
-                "vector": vectors[16].tolist(),
-                "shard": 1,
-                "generation": 1,
-                "model_version": "m1",
-            }
-            response = await http.get("/v1/items/16", headers={"accept": "application/msgpack"})
-            assert msgpack.unpackb(response.content)["shard"] == 1
-
-    asyncio.run(run())
+async def test_item_gives_its_vector():
+    async with api() as (http, _, _, vectors):
+        body = (await http.get("/v1/items/16")).json()
+        assert body == {
+            "item_id": 16,
+            "vector": vectors[16].tolist(),
+            "shard": 1,
+            "generation": 1,
+            "model_version": "m1",
+        }
+        response = await http.get("/v1/items/16", headers={"accept": "application/msgpack"})
+        assert msgpack.unpackb(response.content)["shard"] == 1
 
 
 def test_status_tells_table_shards_and_features():
@@ -599,23 +551,20 @@ def test_status_tells_table_shards_and_features():
     }
 
 
-def test_ready_follows_the_shards_and_healthy_does_not():
-    async def run():
-        service = SearchService(CONFIG, SECRET)
-        transport = httpx.ASGITransport(app=create_app(service, CONFIG))
-        async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
-            assert (await http.get("/healthz")).json() == {"status": "ok"}
-            response = await http.get("/readyz")
-            assert response.status_code == 503
-            assert response.json()["reason"] == "no routing table yet"
-            response = await http.post("/v1/search", json={"item_ids": [1]})
-            assert (response.status_code, response.json()["code"]) == (503, "unavailable")
-        async with api() as (http, _, _, _):
-            response = await http.get("/readyz")
-            assert response.status_code == 200
-            assert response.json()["rows_connected"] == 60
-
-    asyncio.run(run())
+async def test_ready_follows_the_shards_and_healthy_does_not():
+    service = SearchService(CONFIG, SECRET)
+    transport = httpx.ASGITransport(app=create_app(service, CONFIG))
+    async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+        assert (await http.get("/healthz")).json() == {"status": "ok"}
+        response = await http.get("/readyz")
+        assert response.status_code == 503
+        assert response.json()["reason"] == "no routing table yet"
+        response = await http.post("/v1/search", json={"item_ids": [1]})
+        assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+    async with api() as (http, _, _, _):
+        response = await http.get("/readyz")
+        assert response.status_code == 200
+        assert response.json()["rows_connected"] == 60
 
 
 def test_openapi_describes_what_the_code_checks():

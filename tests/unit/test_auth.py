@@ -149,52 +149,46 @@ def test_401_says_how_to_ask_and_403_what_is_missing() -> None:
     assert searched.status_code == 503, "let in, and there is no routing table"
 
 
-def test_a_stranger_is_turned_away_before_the_body_is_read_and_takes_no_place() -> None:
-    async def run() -> None:
-        config = RouterConfig(max_in_flight=1)
-        service = SearchService(config, b"")
-        app = create_app(service, config, Guard(AuthSettings(keyring=RING)))
-        scope = {"type": "http", "method": "POST", "path": "/v1/search", "headers": []}
-        sent = []
+async def test_a_stranger_is_turned_away_before_the_body_is_read_and_takes_no_place() -> None:
+    config = RouterConfig(max_in_flight=1)
+    service = SearchService(config, b"")
+    app = create_app(service, config, Guard(AuthSettings(keyring=RING)))
+    scope = {"type": "http", "method": "POST", "path": "/v1/search", "headers": []}
+    sent = []
 
-        async def receive():
-            raise AssertionError("the body was asked for")
+    async def receive():
+        raise AssertionError("the body was asked for")
 
-        async def send(message):
-            sent.append(message)
+    async def send(message):
+        sent.append(message)
 
-        with service.admit():  # no room for another one
-            await app(scope, receive, send)
-        assert sent[0]["status"] == 401
-
-    asyncio.run(run())
+    with service.admit():  # no room for another one
+        await app(scope, receive, send)
+    assert sent[0]["status"] == 401
 
 
-def test_websockets_are_refused_before_anything_looks_at_them() -> None:
-    async def run() -> None:
-        async def app(scope, receive, send):
-            raise AssertionError("it came through")
+async def test_websockets_are_refused_before_anything_looks_at_them() -> None:
+    async def app(scope, receive, send):
+        raise AssertionError("it came through")
 
-        async def receive():
-            raise AssertionError("it was read from")
+    async def receive():
+        raise AssertionError("it was read from")
 
-        sent = []
+    sent = []
 
-        async def send(message):
-            sent.append(message)
+    async def send(message):
+        sent.append(message)
 
-        config = RouterConfig()
-        outermost = RequestContext(
-            app, config, Guard(AuthSettings(keyring=RING)), direct={}, recorder=Recorder()
-        )
-        bearer = f"Bearer {ADMIN.secret}".encode()
-        for headers in ([], [(b"authorization", bearer)]):
-            for path in ("/v1/search", "/healthz", "/"):
-                scope = {"type": "websocket", "path": path, "headers": headers}
-                await outermost(scope, receive, send)
-        assert sent == [{"type": "websocket.close", "code": 1008}] * 6
-
-    asyncio.run(run())
+    config = RouterConfig()
+    outermost = RequestContext(
+        app, config, Guard(AuthSettings(keyring=RING)), direct={}, recorder=Recorder()
+    )
+    bearer = f"Bearer {ADMIN.secret}".encode()
+    for headers in ([], [(b"authorization", bearer)]):
+        for path in ("/v1/search", "/healthz", "/"):
+            scope = {"type": "websocket", "path": path, "headers": headers}
+            await outermost(scope, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1008}] * 6
 
 
 def write(path: Path, *keys: Key) -> None:

@@ -201,7 +201,7 @@ def test_bad_requests_leave_nothing() -> None:
 
 
 @pytest.mark.usefixtures("traced")
-def test_queries_beside_a_stalled_shard_leave_nothing() -> None:
+async def test_queries_beside_a_stalled_shard_leave_nothing() -> None:
     config = RouterConfig(late_after_ms=20.0, stall_timeout_ms=60_000.0)
     ids, vectors = make_rows(60, 8)
     batch = np.tile(vectors[:16], (16, 1))  # 8 KiB a query, of which one each would be noticed
@@ -217,24 +217,21 @@ def test_queries_beside_a_stalled_shard_leave_nothing() -> None:
         degraded.add(tuple(answer.coverage.degraded))
         list(recorder.drain())  # as its exporter does
 
-    async def run() -> None:
-        async with running_shards(ids, vectors, 2) as shards:
-            fanout = Fanout(SECRET, config, random.Random(0), recorder)
-            await fanout.apply(make_table(shards, 8), None)
-            shards[1].gate.clear()
-            shards[1].stop_reading()
-            for _ in range(FEW):
-                await ask(fanout)
-            shards[0].requests.clear()  # the fake's own notes
-            before = held()
-            for _ in range(MANY):
-                await ask(fanout)
-            shards[0].requests.clear()
-            assert held() - before <= KEPT_BYTES
-            assert degraded <= {
-                ("shard 1: deadline exceeded",),
-                ("shard 1: silent, though it owes answers",),
-            }
-            await fanout.close()
-
-    asyncio.run(run())
+    async with running_shards(ids, vectors, 2) as shards:
+        fanout = Fanout(SECRET, config, random.Random(0), recorder)
+        await fanout.apply(make_table(shards, 8), None)
+        shards[1].gate.clear()
+        shards[1].stop_reading()
+        for _ in range(FEW):
+            await ask(fanout)
+        shards[0].requests.clear()  # the fake's own notes
+        before = held()
+        for _ in range(MANY):
+            await ask(fanout)
+        shards[0].requests.clear()
+        assert held() - before <= KEPT_BYTES
+        assert degraded <= {
+            ("shard 1: deadline exceeded",),
+            ("shard 1: silent, though it owes answers",),
+        }
+        await fanout.close()

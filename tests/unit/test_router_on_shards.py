@@ -65,46 +65,37 @@ async def search(service, **query):
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("metric", list(Metric))
-def test_answers_equal_brute_force_for_any_number_of_shards(metric, num_shards):
-    async def run():
-        async with cluster(metric, num_shards) as (service, _, _, ids, vectors):
-            answer = await search(service, vectors=vectors[:5], k=20)
-            scores, expected = reference.brute_force(vectors[:5], vectors, ids, 20, metric)
-            np.testing.assert_allclose(answer.scores, scores, rtol=1e-5, atol=1e-5)
-            np.testing.assert_array_equal(answer.ids, expected)
-            assert answer.coverage.share == 1.0
+async def test_answers_equal_brute_force_for_any_number_of_shards(metric, num_shards):
+    async with cluster(metric, num_shards) as (service, _, _, ids, vectors):
+        answer = await search(service, vectors=vectors[:5], k=20)
+        scores, expected = reference.brute_force(vectors[:5], vectors, ids, 20, metric)
+        np.testing.assert_allclose(answer.scores, scores, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(answer.ids, expected)
+        assert answer.coverage.share == 1.0
 
-            answer = await search(service, item_ids=[int(ids[7]), 10_001], k=20)
-            _, expected = reference.brute_force(
-                vectors[7:8], vectors, ids, 20, metric, excluded=[ids[7]]
-            )
-            assert answer.ids[0].tolist() == expected[0].tolist()
-            assert answer.reasons == {1: "item 10001 not found"}
-
-    asyncio.run(run())
+        answer = await search(service, item_ids=[int(ids[7]), 10_001], k=20)
+        _, expected = reference.brute_force(
+            vectors[7:8], vectors, ids, 20, metric, excluded=[ids[7]]
+        )
+        assert answer.ids[0].tolist() == expected[0].tolist()
+        assert answer.reasons == {1: "item 10001 not found"}
 
 
-def test_a_parameter_that_is_wrong_for_a_shard_is_the_callers_error():
-    async def run():
-        async with cluster(Metric.DOT, 2) as (service, _, _, _, vectors):
-            with pytest.raises(InvalidInput, match="out of range; expected 1 to 2048") as caught:
-                await search(service, vectors=vectors[:1], params=SearchParams(nprobe=10**9))
-            assert caught.value.field == "params.nprobe"
-
-    asyncio.run(run())
+async def test_a_parameter_that_is_wrong_for_a_shard_is_the_callers_error():
+    async with cluster(Metric.DOT, 2) as (service, _, _, _, vectors):
+        with pytest.raises(InvalidInput, match="out of range; expected 1 to 2048") as caught:
+            await search(service, vectors=vectors[:1], params=SearchParams(nprobe=10**9))
+        assert caught.value.field == "params.nprobe"
 
 
-def test_a_shard_that_stops_is_missed_and_comes_back_at_another_port():
-    async def run():
-        async with cluster(Metric.DOT, 3) as (service, servers, routes, ids, vectors):
-            servers[1].stop()
-            await until(lambda: service.ready()[1]["shards_connected"] == 2)
-            answer = await search(service, vectors=vectors[:1], k=90)
-            assert (answer.coverage.rows_asked, answer.coverage.rows_answered) == (90, 60)
-            servers[1], routes[1] = make_server(1, ids[30:60], vectors[30:60], Metric.DOT, epoch=2)
-            await service.apply(make_table(routes, DIM, version=2))
-            answer = await search(service, vectors=vectors[:1], k=90)
-            assert sorted(answer.ids[0]) == ids.tolist()
-            assert answer.coverage.share == 1.0
-
-    asyncio.run(run())
+async def test_a_shard_that_stops_is_missed_and_comes_back_at_another_port():
+    async with cluster(Metric.DOT, 3) as (service, servers, routes, ids, vectors):
+        servers[1].stop()
+        await until(lambda: service.ready()[1]["shards_connected"] == 2)
+        answer = await search(service, vectors=vectors[:1], k=90)
+        assert (answer.coverage.rows_asked, answer.coverage.rows_answered) == (90, 60)
+        servers[1], routes[1] = make_server(1, ids[30:60], vectors[30:60], Metric.DOT, epoch=2)
+        await service.apply(make_table(routes, DIM, version=2))
+        answer = await search(service, vectors=vectors[:1], k=90)
+        assert sorted(answer.ids[0]) == ids.tolist()
+        assert answer.coverage.share == 1.0
