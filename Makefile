@@ -15,7 +15,7 @@ install: $(VENV)/installed ## make .venv with the pinned versions (FAISS=gpu for
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(FAISS),dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cluster,train,$(FAISS),dev]'
 	touch $@
 
 demo: install ## the whole main job: data, training, shards, HTTP queries; prints tables, then stops
@@ -39,7 +39,7 @@ format: install ## let ruff rewrite the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install ## write docs/TREE.md anew, from the code
+docs: install ## write docs/TREE.md and docs/CONFIG.md anew, from the code
 	$(BIN)/python docs/generate.py
 
 bench: install ## one million vectors, four shards: HTTP latency beside its floor

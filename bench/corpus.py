@@ -9,7 +9,8 @@ import numpy as np
 from shardline.bench.vectors import BLOCK_ROWS, clustered_blocks
 from shardline.cluster.build import BuildPlan, RunJobs, build_generation
 from shardline.cluster.store import Store
-from shardline.shards.core.schema import FloatArray, IdArray, Metric, normalise
+from shardline.shards.core.recall import exact_scores
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.storage.embedding_set import (
     EmbeddingSet,
@@ -40,7 +41,6 @@ def clustered_set(store: Store, rows: int, dim: int, progress: Progress) -> Embe
         model_version=name,
         dim=dim,
         metric=Metric.COSINE,
-        normalised=True,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     ) as writer:
         at = 0
@@ -82,20 +82,39 @@ def generation_of(
     return build_generation(store, corpus.folder, plan, run_jobs=run_jobs, progress=progress)
 
 
-def exact_ids(
+def best_scores(
     corpus: EmbeddingSet, queries: FloatArray, k: int, *, metric: Metric = Metric.COSINE
-) -> IdArray:
-    """(n, k) int64: the exact answer, block by block. Cosine expects queries of unit length."""
+) -> FloatArray:
+    """(n, k) float32: the scores of the exact answer, higher first, found block by block. Cosine
+    expects queries of unit length."""
     is_l2 = metric is Metric.L2
     best = faiss.ResultHeap(len(queries), k, keep_max=not is_l2)
     for batch in corpus.batches():
         flat = faiss.IndexFlatL2(corpus.dim) if is_l2 else faiss.IndexFlatIP(corpus.dim)
-        flat.add(normalise(batch.vectors) if metric is Metric.COSINE else batch.vectors)
+        flat.add(batch.vectors)
         scores, rows = flat.search(queries, min(k, len(batch.item_ids)))
         best.add_result(scores, batch.item_ids[rows])
     best.finalize()
-    ids: IdArray = best.I
-    return ids
+    scores = -best.D if is_l2 else best.D
+    return np.where(best.I == EMPTY_ID, -np.inf, scores).astype(np.float32)
+
+
+def score_items(
+    corpus: EmbeddingSet, queries: FloatArray, ids: IdArray, *, metric: Metric = Metric.COSINE
+) -> FloatArray:
+    """(n, k) float32: exact scores of items ``ids`` (n, k) for queries (n, dim); -inf where there
+    is no such item."""
+    wanted = np.unique(ids[ids != EMPTY_ID])
+    vectors = np.zeros((len(wanted), corpus.dim), dtype=np.float32)
+    found = np.zeros(len(wanted), dtype=np.bool_)
+    for batch in corpus.batches():
+        inside = np.isin(batch.item_ids, wanted)
+        places = np.searchsorted(wanted, batch.item_ids[inside])
+        vectors[places] = batch.vectors[inside]
+        found[places] = True
+    known = np.isin(ids, wanted[found])
+    rows = np.where(known, np.searchsorted(wanted, ids), EMPTY_ID)
+    return exact_scores(queries, vectors, rows, metric)
 
 
 def load_bare(store: Store, manifest: GenerationManifest) -> list[MainIndex]:

@@ -22,10 +22,10 @@ def plot_load(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9, 7 if timed else 5), layout="constrained")
     if timed:
         _timeline(figure, timed[-1])
-    elif len(report["steps"]) > 1:
+    elif len(_searches(report)) > 1:
         _curve(figure, report)
     else:
-        _timeline(figure, report["steps"][0])
+        _timeline(figure, report["steps"][-1])
     setup = report["setup"]
     figure.suptitle(
         f"{report['scenario']}: {setup['rows']:,} x {setup['dim']}, {setup['shards']} shards, "
@@ -35,7 +35,7 @@ def plot_load(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_pareto(kinds: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Queries a second, singly, against recall: every setting of every kind, and the frontier."""
+    """Queries/s, singly, against recall: every setting of every kind, and the frontier."""
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     everything = []
@@ -65,10 +65,15 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=DPI, format="png")
 
 
+def _searches(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps without the floors; the first step is one."""
+    return [step for step in report["steps"] if step["step"]["ask"] != "empty"]
+
+
 def _curve(figure: Figure, report: dict[str, Any]) -> None:
     axes = figure.add_subplot()
-    opened = [step for step in report["steps"] if step["step"]["rate"] is not None]
-    chosen = opened or report["steps"]
+    searches = _searches(report)
+    chosen = [step for step in searches if step["step"]["rate"] is not None] or searches
     by_batch = len({step["step"]["batch"] for step in chosen}) > 1
     where = [
         float(s["step"]["batch"] if by_batch else s["figures"]["offered_rate"]) for s in chosen
@@ -77,14 +82,14 @@ def _curve(figure: Figure, report: dict[str, Any]) -> None:
     for name, label in LINES:
         values = [_number(chosen[place]["figures"][name]) for place in order]
         axes.plot([where[place] for place in order], values, marker="o", label=label)
-    floor, bare = report["floor"]["p50_ms"], report["bare"][0]["p50_ms"]
+    floor, bare = report["steps"][0]["figures"]["p50_ms"], report["bare"][0]["p50_ms"]
     if floor is not None:
         axes.axhline(floor, color="grey", linestyle="--", label="empty request, p50")
     axes.axhline(bare, color="grey", linestyle=":", label="bare index, p50")
     if report["knee"]:
         axes.axvline(report["knee"], color="red", linewidth=1, label="knee")
     axes.set(
-        xlabel="queries a request" if by_batch else "requests a second, offered",
+        xlabel="queries per request" if by_batch else "requests/s, offered",
         ylabel="ms from the intended send time",
         yscale="log",
     )

@@ -1,4 +1,4 @@
-"""Synthetic corpora with a known difficulty, and the recall of an answer against the exact one.
+"""Synthetic corpora with a known difficulty.
 
 Rows are made block by block, each block from its own generator, so that row i is the same whatever
 part of the corpus is asked for and memory never exceeds what is kept.
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, normalise
+from shardline.shards.core.schema import FloatArray, normalise
 
 BLOCK_ROWS = 65_536
 SPREAD = 0.6  # noise norm as a share of the centre's: clusters overlap, yet lists stay useful
@@ -55,15 +55,6 @@ def manifold(rows: int, dim: int, latent: int, seed: int, *, stream: int = 0) ->
     second = _gaussian((seed, 1), (MANIFOLD_HIDDEN, dim)) / np.float32(np.sqrt(MANIFOLD_HIDDEN))
     attributes = _gaussian((seed, 2, stream), (rows, latent))
     return normalise(np.tanh(attributes @ first) @ second)
-
-
-def recall_at_k(found: IdArray, exact: IdArray) -> float:
-    """Mean share of the exact top-k ids that were found; both (n, k) int64, -1 marks a hole."""
-    hits = sum(
-        np.intersect1d(row_found, row_exact[row_exact != EMPTY_ID]).size
-        for row_found, row_exact in zip(found, exact, strict=True)
-    )
-    return float(hits / max(int((exact != EMPTY_ID).sum()), 1))
 
 
 def _gaussian(seed: tuple[int, ...], shape: tuple[int, int]) -> FloatArray:

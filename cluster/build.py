@@ -1,28 +1,31 @@
 """Builds a generation: one template trained on a sample of the whole corpus, one index per shard.
 
-Shards are independent jobs. ``run_here`` does them one after the other in this process,
-``run_on_ray`` as Ray tasks; both give the same files. Queries sampled from the corpus are answered
-by every shard, exactly and through its index, so the manifest carries the recall of the build.
+The corpus is read once: one pass takes the training sample and hands each row to the file of its
+shard (``shards.storage.spill``). Shards are independent jobs. ``run_here`` does them one after the
+other in this process, ``run_on_ray`` as Ray tasks; both give the same files. Sample queries are
+answered by every shard, exactly and through its index, so that the search parameters are chosen by
+measurement (``cluster.tuning``) and the manifest carries their recall.
 """
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from shutil import copytree
+from shutil import copyfile, copytree
 from typing import Any
 
 import numpy as np
 import ray
 
-from shardline.cluster.build_shard import QUALITY_K, ShardBuilt, ShardJob, build_shard
+from shardline.cluster.build_shard import ShardBuilt, ShardJob, build_shard
+from shardline.cluster.spread import Progress, Spread, spread_rows
 from shardline.cluster.store import Store
-from shardline.router.merge import merge_top_k
+from shardline.cluster.tuning import Measured, advice, choose, cost_us, ladder_of, measured
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.partition import Partition, Partitioning, partition
-from shardline.shards.core.schema import FloatArray, Metric, normalise
+from shardline.shards.index.main_index import MEASURED_K
 from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexSpec, ResolvedIndex
 from shardline.shards.index.template import train_template, write_index
@@ -33,12 +36,12 @@ from shardline.shards.storage.generation import (
     GenerationManifest,
     write_generation,
 )
+from shardline.shards.storage.spill import SPILL_FOLDER, spill_file
+from shardline.shards.storage.vector_files import QUERIES_NAME
 
-QUALITY_QUERIES = 200
 CANCEL_S = 10.0
 MIN_TRAIN_ROWS = 1  # an index that needs no training still takes its dimension from a sample
 
-Progress = Callable[[str, int, int], None]
 RunJobs = Callable[[Sequence[ShardJob]], Iterator[ShardBuilt]]
 
 
@@ -108,55 +111,75 @@ def build_checked(
 
     The build's seconds are those of both parts, not of what the caller did between them.
     """
-    started = time.perf_counter()
-    plan, corpus, index = checked.plan, checked.corpus, checked.index
     number = store.next_generation()
     with files.staged_folder(store.generation(number)) as staging:
-        sample, queries = _samples(corpus, max(index.train_rows, MIN_TRAIN_ROWS), plan.seed)
-        template = train_template(
-            index,
-            sample,
-            metric=corpus.metric,
-            seed=plan.seed,
-            threads=plan.threads,
-            progress=progress,
-        )
-        write_index(template, staging / TEMPLATE_NAME)
-        train_seconds = time.perf_counter() - started
-        jobs = _jobs(checked, staging, queries)
-        built = _collect(run_jobs(jobs), len(jobs), progress)
-        manifest = GenerationManifest(
-            generation=number,
-            model_version=corpus.model_version,
-            metric=corpus.metric,
-            dim=corpus.dim,
-            spec=plan.spec,
-            index=index,
-            partitioning=plan.partitioning.value,
-            boundaries=tuple(int(key) for key in checked.cut.upper_keys),
-            shards=tuple(shard.entry for shard in built),
-            template=files.describe_file(staging, TEMPLATE_NAME),
-            query_encoder=_copy_encoder(corpus, staging),
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            quality=_quality(built, train_seconds, checked.seconds + time.perf_counter() - started),
-        )
-        write_generation(staging, manifest)
+        return fill_generation(staging, number, checked, run_jobs=run_jobs, progress=progress)
+
+
+def fill_generation(
+    staging: Path, number: int, checked: CheckedPlan, *, run_jobs: RunJobs, progress: Progress
+) -> GenerationManifest:
+    """Writes all files of a generation into a folder, the manifest last."""
+    started = time.perf_counter()
+    plan, corpus, index = checked.plan, checked.corpus, checked.index
+    spread = spread_rows(
+        corpus, checked.cut, staging, max(index.train_rows, MIN_TRAIN_ROWS), plan.seed, progress
+    )
+    template = train_template(
+        index,
+        spread.sample,
+        metric=corpus.metric,
+        seed=plan.seed,
+        threads=plan.threads,
+        progress=progress,
+    )
+    write_index(template, staging / TEMPLATE_NAME)
+    train_seconds = time.perf_counter() - started
+    built = _collect(run_jobs(_jobs(checked, staging, spread)), staging, plan, progress)
+    choice, quality = _tuned(built, checked)
+    seconds = checked.seconds + time.perf_counter() - started
+    manifest = GenerationManifest(
+        generation=number,
+        model_version=corpus.model_version,
+        metric=corpus.metric,
+        dim=corpus.dim,
+        spec=plan.spec,
+        index=index.model_copy(update=asdict(choice.params)),
+        partitioning=plan.partitioning.value,
+        boundaries=tuple(int(key) for key in checked.cut.upper_keys),
+        shards=tuple(shard.entry for shard in built),
+        template=files.describe_file(staging, TEMPLATE_NAME),
+        query_encoder=_copy_encoder(corpus, staging),
+        queries=_copy_queries(corpus, staging),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        quality=quality
+        | {
+            "query_source": spread.query_source,
+            "train_seconds": round(train_seconds, 2),
+            "build_seconds": round(seconds, 2),
+            "rows_per_second": round(corpus.rows / seconds),
+        },
+    )
+    write_generation(staging, manifest)
     return manifest
 
 
-def _jobs(checked: CheckedPlan, generation: Path, queries: FloatArray) -> list[ShardJob]:
+def _jobs(checked: CheckedPlan, staging: Path, spread: Spread) -> list[ShardJob]:
+    plan = checked.plan
     return [
         ShardJob(
             shard=shard,
-            embeddings=checked.corpus.folder,
-            generation=generation,
-            cut=checked.cut,
+            rows=rows,
+            share=rows / checked.corpus.rows,
+            generation=staging,
             index=checked.index,
             metric=checked.corpus.metric,
-            threads=checked.plan.threads,
-            queries=queries,
+            threads=plan.threads,
+            queries=spread.queries,
+            ladder=ladder_of(plan.spec, checked.index),
+            target_recall=plan.spec.target_recall,
         )
-        for shard in range(checked.plan.num_shards)
+        for shard, rows in enumerate(spread.rows)
     ]
 
 
@@ -187,49 +210,59 @@ def run_on_ray(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
             ray.wait(waiting, num_returns=len(waiting), timeout=CANCEL_S)
 
 
-def _samples(corpus: EmbeddingSet, train_rows: int, seed: int) -> tuple[FloatArray, FloatArray]:
-    """(train_rows, dim) for the template and (QUALITY_QUERIES, dim) as queries, of all rows."""
-    rng = np.random.default_rng(seed)
-    train = np.sort(rng.choice(corpus.rows, min(train_rows, corpus.rows), replace=False))
-    asked = np.sort(rng.choice(corpus.rows, min(QUALITY_QUERIES, corpus.rows), replace=False))
-    picked: tuple[list[FloatArray], list[FloatArray]] = ([], [])
-    start = 0
-    for batch in corpus.batches():
-        stop = start + len(batch.item_ids)
-        for rows, parts in zip((train, asked), picked, strict=True):
-            chosen = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
-            parts.append(batch.vectors[chosen - start])
-        start = stop
-    sample, queries = (np.concatenate(parts) for parts in picked)
-    return sample, normalise(queries) if corpus.metric is Metric.COSINE else queries
-
-
-def _collect(results: Iterator[ShardBuilt], total: int, progress: Progress) -> list[ShardBuilt]:
+def _collect(
+    results: Iterator[ShardBuilt], staging: Path, plan: BuildPlan, progress: Progress
+) -> list[ShardBuilt]:
     built: list[ShardBuilt] = []
-    progress("shards", 0, total)
+    progress("shards", 0, plan.num_shards)
     for shard in results:
+        spill_file(staging, shard.entry.shard).unlink()
         built.append(shard)
-        progress("shards", len(built), total)
+        progress("shards", len(built), plan.num_shards)
+    (staging / SPILL_FOLDER).rmdir()
     return sorted(built, key=lambda shard: shard.entry.shard)
 
 
-def _quality(built: list[ShardBuilt], train_seconds: float, seconds: float) -> dict[str, Any]:
-    k = min(QUALITY_K, sum(shard.entry.rows for shard in built))
-    _, exact = merge_top_k([b.exact[0] for b in built], [b.exact[1] for b in built], k)
-    _, found = merge_top_k([b.found[0] for b in built], [b.found[1] for b in built], k)
-    hits = sum(np.intersect1d(*pair).size for pair in zip(exact, found, strict=True))
-    rows = np.array([shard.entry.rows for shard in built])
-    return {
+def _tuned(built: list[ShardBuilt], checked: CheckedPlan) -> tuple[Measured, dict[str, Any]]:
+    """The chosen parameters, and the report of how they and the fixed defaults do."""
+    index, spec = checked.index, checked.plan.spec
+    k = min(MEASURED_K, checked.corpus.rows)
+    exact = np.sort(np.concatenate([shard.exact for shard in built], axis=1), axis=1)[:, -k:]
+    points = measured([shard.answers for shard in built], exact)
+    rows = checked.corpus.rows / len(built)
+    cost = {point.params: cost_us(point.params, index, rows) for point in points}
+    choice = choose(points, target=spec.target_recall, cost=cost)
+    default = next(point for point in points if point.params == index.search_params)
+    weights = [shard.entry.rows for shard in built]
+    return choice, {
         "queries": len(exact),
         "k": k,
-        f"recall@{k}": round(hits / exact.size, 4),
+        f"recall@{k}": round(choice.recall, 4),
+        "target_recall": spec.target_recall,
+        "advice": None if choice.recall >= spec.target_recall else advice(spec, index),
+        "chosen": _reported(choice),
+        "fixed_default": _reported(default),
         "bytes_per_vector": round(
-            float(np.average([shard.bytes_per_vector for shard in built], weights=rows)), 1
+            float(np.average([shard.bytes_per_vector for shard in built], weights=weights)), 1
         ),
-        "train_seconds": round(train_seconds, 2),
         "shard_seconds": [round(shard.seconds, 2) for shard in built],
-        "build_seconds": round(seconds, 2),
+        "sweep_seconds": [round(shard.sweep_seconds, 2) for shard in built],
     }
+
+
+def _reported(point: Measured) -> dict[str, Any]:
+    return {
+        "params": {name: value for name, value in asdict(point.params).items() if value},
+        "recall": round(point.recall, 4),
+        "ms_per_query": round(point.ms, 3),
+    }
+
+
+def _copy_queries(corpus: EmbeddingSet, staging: Path) -> files.FileEntry | None:
+    if corpus.queries_file is None:
+        return None
+    copyfile(corpus.queries_file, staging / QUERIES_NAME)
+    return files.describe_file(staging, QUERIES_NAME)
 
 
 def _copy_encoder(corpus: EmbeddingSet, staging: Path) -> tuple[files.FileEntry, ...]:

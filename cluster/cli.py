@@ -58,6 +58,7 @@ COMMANDS = {
     ),
     "query": ("shardline.cluster.commands.query", "query", "Ask a running cluster for the top K."),
     "keys": ("shardline.cluster.commands.keys", "keys", "List, add and remove API keys."),
+    "config": ("shardline.cluster.commands.config", "config", "Explain every configuration key."),
     "down": (
         "shardline.cluster.commands.serve",
         "down",
@@ -76,7 +77,7 @@ COMMANDS = {
     "bench": (
         "shardline.cluster.commands.bench",
         "bench",
-        "Measure, with the floor beside the figure.",
+        "Measure latency, throughput and quality, each beside its floor.",
     ),
 }
 
@@ -96,8 +97,8 @@ class Settings:
 
     @cached_property
     def config(self) -> "ShardlineConfig":
-        """``extra_overrides`` are options that stand for --set, ``preferences`` a command's own
-        defaults, below what the user's file says."""
+        """``extra_overrides`` are options that are short for --set. ``preferences`` are a command's
+        own defaults; the user's file overrides them."""
         from shardline.cluster.config import load_config
 
         overrides = (*self.overrides, *self.extra_overrides)
@@ -131,7 +132,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
-        except click.NoSuchCommand as error:  # click looks among the imported ones
+        except click.NoSuchCommand as error:  # click knows only commands imported so far
             raise click.NoSuchCommand(error.command_name, possibilities=COMMANDS, ctx=ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args: list[str] = list(sys.argv[1:] if arguments is None else arguments)
     is_verbose = bool({"-v", "--verbose"} & set(args))
     if not is_verbose:
-        # Ray prints it for every shard that is killed, whatever it is told about logs; the pattern
+        # Ray prints this for every shard that is killed, whatever log_to_driver says; the pattern
         # is read when Ray is imported. The controller says in one line what became of the shard.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_WORKER_DIED)
     try:
@@ -206,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_verbose:
             traceback.print_exc()
         known = as_known(error)
-        where = "" if is_verbose or known is error else "; -v shows where"
+        says_all = is_verbose or known is error or isinstance(error, ModuleNotFoundError)
+        where = "" if says_all else "; -v shows where"
         if known is None:
             click.echo(f"internal error: {type(error).__name__}: {error}{where}", err=True)
             sys.exit(DEFECT)
@@ -216,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _with_place(error: click.ClickException) -> click.ClickException:
-    """For an option of `shardline` itself that came too late: where it belongs."""
+    """A hint for a global option that was given after the command: where it belongs."""
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
         name, _, command = error.ctx.command_path.partition(" ")
         if error.option_name in (each for option in cli.params for each in option.opts):

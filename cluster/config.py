@@ -19,55 +19,66 @@ from shardline.training.config.training_config import TrainingConfig
 
 
 class ClusterConfig(BaseModel):
-    """Where shards run and how the HTTP front end listens."""
+    """Where shards run, what they reserve from Ray, and where the HTTP front end listens."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     address: str = Field(
         default="local",
-        description='Ray cluster: "local" starts a private one here, "auto" joins this machine\'s.',
+        description='Ray cluster: "local" starts one here, "auto" joins one here, or HOST:PORT.',
     )
-    shards: int = Field(default=4, ge=1, le=4096, description="Item ranges of a new generation.")
+    shards: int = Field(
+        default=4, ge=1, le=4096, description="[shards] Shards of a new generation."
+    )
     threads_per_shard: int = Field(
-        default=1, ge=1, le=256, description="faiss threads of one shard's search, in threads."
+        default=1, ge=1, le=256, description="[threads] faiss threads that one shard's search uses."
     )
     cpus_per_shard: float = Field(
-        default=0, ge=0, le=256, description="CPU share each shard actor reserves from Ray."
+        default=0, ge=0, le=256, description="[CPUs] CPUs that each shard actor reserves in Ray."
     )
     gpus_per_shard: float = Field(
-        default=1, ge=0, le=8, description="GPU share each shard actor reserves when on a GPU."
+        default=1, ge=0, le=8, description="[GPUs] GPUs that each shard on a GPU reserves in Ray."
+    )
+    huge_pages: bool = Field(
+        default=True,
+        description="Move what shards and routers have loaded to huge pages, where the system has "
+        "them: a fifth less time per search for 14 to 25 MiB more per process.",
     )
     shard_host: str = Field(
         default="127.0.0.1",
-        description='Interface shards listen on; "node" means the address Ray knows the host by.',
+        description='Address shards listen on; "node": the address by which Ray knows the host.',
     )
-    http_host: str = Field(default="127.0.0.1", description="Interface of the HTTP front end.")
+    http_host: str = Field(default="127.0.0.1", description="Address of the HTTP front end.")
     key_file: Path | None = Field(
         default=None,
-        description="File of API keys, never the keys themselves; <store>/keys when null, made if "
-        "it is not there.",
+        description="File with the API keys. null: <store>/keys, which is made if it does not "
+        "exist.",
     )
     insecure: bool = Field(
-        default=False, description="Ask for no API key: whoever reaches the port may search."
+        default=False, description="Require no API key: whoever reaches the port may search."
     )
     http_port: int = Field(
-        default=8000, ge=0, le=65535, description="HTTP port; 0 picks a free one (local only)."
+        default=8000,
+        ge=0,
+        le=65535,
+        description="[port] HTTP port; 0 picks a free one (local only).",
     )
     router_replicas: int = Field(
-        default=1, ge=1, le=64, description="Router processes behind the HTTP front end."
+        default=1, ge=1, le=64, description="[processes] Router replicas behind HAProxy."
     )
     start_timeout_s: float = Field(
-        default=300, gt=0, description="How long shards and router may take to be ready, seconds."
+        default=300, gt=0, description="Time limit for shards and routers to be ready at start."
     )
 
 
 class ShardlineConfig(BaseModel):
-    """All of it. ``store`` is the folder of embedding sets and generations, shared by all hosts."""
+    """The whole configuration: one section per part of the program."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     store: Path = Field(
-        default=Path("shardline-store"), description="Folder of runs, embeddings, generations."
+        default=Path("shardline-store"),
+        description="Folder of runs, embedding sets, generations; shared by all hosts.",
     )
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     index: IndexSpec = Field(default_factory=IndexSpec)

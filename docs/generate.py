@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that are read off the code: TREE.md. `make docs` runs it.
+"""Writes the pages of docs/ that are made from the code: TREE.md, CONFIG.md. `make docs` runs it.
 
 A test compares what is written with what it would write (tests/unit/test_docs.py).
 """
@@ -7,9 +7,32 @@ import ast
 import subprocess
 from pathlib import Path
 
+from shardline.cluster.config_keys import Section, config_sections
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("cluster", "shards", "router", "training", "bench", "deploy")
 COMMENT_COLUMN = 32
+CONFIG_HEAD = """# Configuration
+
+Written by `make docs` from the configuration models; `shardline config [SECTION]` prints the same
+in a terminal.
+
+One YAML file over these defaults: `shardline -c my.yaml COMMAND`. Any value can be set on the
+command line: `--set router.max_batch=64`, with the section and the key joined by a dot. Unknown
+keys are refused, with the nearest known key as a hint. A command reads the configuration when it
+starts: a change takes effect with the next start.
+
+```yaml
+store: shardline-store
+training: {dim: 128, epochs: 4, num_workers: 2, loss: {temperature: 0.05, logq: standard}}
+index: {kind: ivfpq-fs}
+cluster: {shards: 4, threads_per_shard: 1, http_port: 8000}
+router: {default_timeout_ms: 300, cache_bytes: 0}
+```
+
+`features[id]` is an entry of the list `features` with `kind: id`, for example
+`{kind: id, column: item_id}`. In a range, "above" and "below" exclude the number itself.
+"""
 
 
 def first_line(path: Path) -> str:
@@ -53,9 +76,31 @@ def tree() -> str:
     return "\n".join([*head, *lines, "```", ""])
 
 
+def configuration() -> str:
+    """A table of keys per section of the configuration."""
+    return "\n".join([CONFIG_HEAD, *(_section(section) for section in config_sections())])
+
+
+def _section(section: Section) -> str:
+    title = ", ".join(f"`{path}`" for path in section.paths if path) or "Top level"
+    lines = [f"## {title}", "", section.about, ""]
+    if section.keys:
+        header = ("key", "type", "default", "unit", "range", "meaning")
+        lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    for key in section.keys:
+        cells = (f"`{key.name}`", key.type, key.default, key.unit, key.range, key.meaning)
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "\\<")
+
+
 def pages() -> dict[Path, str]:
     """Path -> text of every generated page."""
-    return {ROOT / "docs" / "TREE.md": tree()}
+    docs = ROOT / "docs"
+    return {docs / "TREE.md": tree(), docs / "CONFIG.md": configuration()}
 
 
 def _sort_key(path: Path) -> tuple[int, tuple[tuple[bool, str], ...]]:

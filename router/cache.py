@@ -8,19 +8,19 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from shardline.router.fanout.coalesce import Found
-from shardline.shards.core.messages import SearchParams
-from shardline.shards.core.schema import FloatArray
+from shardline.router.query import Merged, ResolvedQuery
+from shardline.shards.core.messages import SearchOptions, SearchParams
+from shardline.shards.core.schema import FloatArray, Ranked
 
-CacheKey: TypeAlias = tuple[int, int, SearchParams, int, bytes]
+CacheKey: TypeAlias = tuple[int, int, SearchParams, SearchOptions, int, bytes]
 
 ENTRY_BYTES = 1000  # an entry beside its arrays and its key: dictionary slot, objects, coverage
 LARGEST_SHARE = 16  # an answer above this fraction of the cache would empty it for one query
 
 
-def cache_key(generation: int, queries: FloatArray, k: int, params: SearchParams) -> CacheKey:
-    """queries (n, dim) float32 as they go to the shards: normalised, encoded."""
-    return generation, k, params, len(queries), queries.tobytes()
+def cache_key(generation: int, queries: FloatArray, k: int, query: ResolvedQuery) -> CacheKey:
+    """queries (n, dim) float32 as they go to the shards: normalised, encoded; k as it is asked."""
+    return generation, k, query.params, query.options, len(queries), queries.tobytes()
 
 
 @dataclass(slots=True)
@@ -40,13 +40,13 @@ class ResultCache:
     def __init__(self, max_bytes: int) -> None:
         self.stats = CacheStats()
         self._max_bytes = max_bytes
-        self._found: OrderedDict[CacheKey, tuple[Found, int]] = OrderedDict()
+        self._found: OrderedDict[CacheKey, tuple[Merged, int]] = OrderedDict()
 
     @property
     def enabled(self) -> bool:
         return self._max_bytes > 0
 
-    def get(self, key: CacheKey) -> Found | None:
+    def get(self, key: CacheKey) -> Merged | None:
         """The answer kept for the key. Its arrays are shared: nobody may write to them."""
         kept = self._found.get(key)
         if kept is None:
@@ -56,14 +56,16 @@ class ResultCache:
         self._found.move_to_end(key)
         return kept[0]
 
-    def put(self, key: CacheKey, found: Found) -> None:
+    def put(self, key: CacheKey, merged: Merged) -> None:
         """Keeps a complete answer, in arrays of its own; a partial or huge one it does not keep."""
-        size = found.ids.nbytes + found.scores.nbytes + len(key[-1]) + ENTRY_BYTES
-        if found.coverage.degraded or size * LARGEST_SHARE > self._max_bytes:
+        ids, scores = merged.ranked
+        size = ids.nbytes + scores.nbytes + len(key[-1]) + ENTRY_BYTES
+        if merged.coverage.degraded or size * LARGEST_SHARE > self._max_bytes:
             return
         # copied, because the rows of a shared frame are views that would keep all of it alive
-        own = replace(found, ids=found.ids.copy(), scores=found.scores.copy(), search_ms=0.0)
-        own.ids.flags.writeable = own.scores.flags.writeable = False
+        ids, scores = ids.copy(), scores.copy()
+        ids.flags.writeable = scores.flags.writeable = False
+        own = replace(merged, ranked=Ranked(ids, scores), search_ms=0.0)
         self._drop(key)
         self._found[key] = own, size
         self.stats.bytes += size

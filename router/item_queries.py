@@ -8,22 +8,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardline.router.fanout.coalesce import Found
-from shardline.router.fanout.fanout import FetchAnswer
-from shardline.router.query import Coverage
+from shardline.router.query import Coverage, FoundItems, Merged, Reason, ReasonCode
 from shardline.shards.core.schema import (
     EMPTY_ID,
     EMPTY_SCORE,
     FloatArray,
     IdArray,
     Metric,
+    Ranked,
     normalise,
 )
 
 
 @dataclass(slots=True, kw_only=True)
 class ItemQueries:
-    """``vectors`` and ``own``, the ids to drop from answers, one a known item.
+    """``vectors`` and ``own``, the ids to drop from answers, one per known item.
 
     ``live`` are the known items' positions among the queries, ``reasons`` speak of the others;
     ``coverage`` is that of looking them up.
@@ -34,47 +33,58 @@ class ItemQueries:
     live: IdArray
     num_queries: int
     coverage: Coverage
-    reasons: dict[int, str]
+    reasons: tuple[Reason, ...]
 
-    def spread(self, found: Found | None, k: int) -> tuple[IdArray, FloatArray]:
-        """(ids, scores), (num_queries, k) each, of what was found for ``vectors``, maybe nothing;
-        the rows of unknown items are empty."""
+    def spread(self, merged: Merged | None, k: int) -> Merged:
+        """The answer to all queries, (num_queries, k), from what was found for ``vectors``, or
+        None where there are none; the rows of unknown items are empty."""
         ids = np.full((self.num_queries, k), EMPTY_ID)
         scores = np.full((self.num_queries, k), EMPTY_SCORE)
-        if found is not None:
-            own_ids, own_scores = drop_own(found.ids, found.scores, self.own)
-            width = min(k, own_ids.shape[1])
-            ids[self.live, :width] = own_ids[:, :width]
-            scores[self.live, :width] = own_scores[:, :width]
-        return ids, scores
+        coverage = self.coverage
+        if merged is not None:
+            others = drop_own(merged.ranked, self.own)
+            width = min(k, others.ids.shape[1])
+            ids[self.live, :width] = others.ids[:, :width]
+            scores[self.live, :width] = others.scores[:, :width]
+            coverage = merged.coverage
+            if self.reasons and self.coverage.degraded:
+                coverage = coverage.joined(self.coverage)
+        search_ms = 0.0 if merged is None else merged.search_ms
+        return Merged(ranked=Ranked(ids, scores), coverage=coverage, search_ms=search_ms)
 
 
-def item_queries(item_ids: IdArray, found: FetchAnswer, metric: Metric) -> ItemQueries:
+def item_queries(item_ids: IdArray, found: FoundItems, metric: Metric) -> ItemQueries:
     """item_ids (n,) int64, checked, in any order and maybe repeated; ``found`` their vectors."""
     order = np.argsort(found.item_ids)
     held = found.item_ids[order]
     live = np.flatnonzero(np.isin(item_ids, held))
     missing = np.setdiff1d(np.arange(len(item_ids)), live)
-    degraded = found.coverage.degraded
-    where = f" in the shards that answered ({'; '.join(degraded)})" if degraded else ""
     vectors = found.vectors[order[np.searchsorted(held, item_ids[live])]]
     if live.size and metric is Metric.COSINE:
         # an index without exact copies gives approximations, whose length is not quite one
         vectors = normalise(vectors, field="item_ids")
+    code, where = ReasonCode.NOT_FOUND, ""
+    if found.coverage.degraded:
+        code = ReasonCode.NOT_FOUND_PARTIAL
+        absent = "; ".join(map(str, found.coverage.degraded))
+        where = f" in the shards that answered ({absent})"
     return ItemQueries(
         vectors=vectors,
         own=item_ids[live],
         live=live,
         num_queries=len(item_ids),
         coverage=found.coverage,
-        reasons={int(row): f"item {item_ids[row]} not found{where}" for row in missing},
+        reasons=tuple(
+            Reason(query=int(row), code=code, text=f"item {item_ids[row]} not found{where}")
+            for row in missing
+        ),
     )
 
 
-def drop_own(ids: IdArray, scores: FloatArray, own: IdArray) -> tuple[IdArray, FloatArray]:
-    """Both (n, k), with item own[i] taken out of row i and the rest moved up; new arrays."""
-    is_own = ids == own[:, None]
-    ids = np.where(is_own, EMPTY_ID, ids)
-    scores = np.where(is_own, EMPTY_SCORE, scores)
+def drop_own(ranked: Ranked, own: IdArray) -> Ranked:
+    """(n, k), with item own[i] taken out of row i and the rest moved up; new arrays."""
+    is_own = ranked.ids == own[:, None]
+    ids = np.where(is_own, EMPTY_ID, ranked.ids)
+    scores = np.where(is_own, EMPTY_SCORE, ranked.scores)
     order = np.argsort(is_own, axis=1, kind="stable")
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    return Ranked(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))

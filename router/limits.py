@@ -4,28 +4,23 @@ The values that a query leaves out are filled in, the others checked; vectors an
 the service.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
-from shardline.router.query import SearchQuery
+from shardline.router.query import QueryKind, ResolvedQuery
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
+from shardline.shards.core.messages import (
+    NO_OPTIONS,
+    NO_PARAMS,
+    SearchOptions,
+    SearchParams,
+)
 from shardline.shards.core.metrics import REJECTED, Recorder
 from shardline.shards.core.schema import FloatArray, check_k
 from shardline.shards.wire.frames import MAX_FRAME_BYTES
 
-KINDS = ("vectors", "features", "item_ids")
 # Vectors of one request travel in one frame; the rest of it takes far less than this.
 MAX_QUERY_BYTES = MAX_FRAME_BYTES - 4096
-
-
-@dataclass(slots=True, kw_only=True)  # not frozen: every search makes one, in a third of the time
-class Terms:
-    """On what terms a query is answered; ``kind`` is the field that holds its queries."""
-
-    kind: str
-    k: int
-    timeout_ms: float
-    min_coverage: float
 
 
 class InFlightLimit:
@@ -54,12 +49,25 @@ class InFlightLimit:
         self.taken -= 1
 
 
-def terms_of(query: SearchQuery, config: RouterConfig) -> Terms:
-    """Raises InvalidInput: not one kind, an empty or too large batch, a value out of range."""
-    kind = _kind_of(query)
-    _check_batch(kind, len(getattr(query, kind)), config.max_batch)
-    k = config.default_k if query.k is None else query.k
-    timeout_ms, min_coverage = query.timeout_ms, query.min_coverage
+def resolve(
+    config: RouterConfig,
+    *,
+    vectors: Any = None,
+    features: list[dict[str, Any]] | None = None,
+    item_ids: Any = None,
+    k: int | None = None,
+    timeout_ms: float | None = None,
+    min_coverage: float | None = None,
+    params: SearchParams = NO_PARAMS,
+    options: SearchOptions = NO_OPTIONS,
+) -> ResolvedQuery:
+    """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
+
+    Raises:
+        InvalidInput: not one kind, an empty or too large batch, a value out of range.
+    """
+    kind, values = _queries_of(vectors, features, item_ids)
+    _check_batch(kind, len(values), config.max_batch)
     if timeout_ms is None:
         timeout_ms = config.default_timeout_ms
     elif not 0 < timeout_ms <= config.max_timeout_ms:
@@ -69,11 +77,14 @@ def terms_of(query: SearchQuery, config: RouterConfig) -> Terms:
         min_coverage = config.default_min_coverage
     elif not 0 <= min_coverage <= 1:
         raise _out_of_range("min_coverage", min_coverage, "0 to 1")
-    return Terms(
+    return ResolvedQuery(
         kind=kind,
-        k=check_k(k, limit=config.max_k),
+        values=values,
+        k=check_k(config.default_k if k is None else k, limit=config.max_k),
         timeout_ms=timeout_ms,
         min_coverage=min_coverage,
+        params=params,
+        options=options,
     )
 
 
@@ -89,19 +100,20 @@ def check_size(vectors: FloatArray, kind: str) -> None:
         )
 
 
-def _kind_of(query: SearchQuery) -> str:
-    given = [kind for kind in KINDS if getattr(query, kind) is not None]
+def _queries_of(*values: Any) -> tuple[QueryKind, Any]:
+    """The one of the kinds' values, in the order of ``QueryKind``, that is given."""
+    given = [(kind, each) for kind, each in zip(QueryKind, values, strict=True) if each is not None]
     if len(given) != 1:
         raise InvalidInput(
             "exactly one kind of query is needed",
-            field=given[1] if given else "vectors",
-            expected=f"one of {', '.join(KINDS)}",
-            got=" and ".join(given) or "none of them",
+            field=given[1][0] if given else QueryKind.VECTORS,
+            expected=f"one of {', '.join(QueryKind)}",
+            got=" and ".join(kind for kind, _ in given) or "none of them",
         )
     return given[0]
 
 
-def _check_batch(kind: str, size: int, limit: int) -> None:
+def _check_batch(kind: QueryKind, size: int, limit: int) -> None:
     if size == 0:
         raise InvalidInput(
             "empty batch", field=kind, expected="at least one query", got="0 queries"

@@ -1,4 +1,4 @@
-"""The router's configuration: what one request may ask for, and how shards are reached."""
+"""The router's configuration: limits of a request, admission, and connections to shards."""
 
 from typing import Self
 
@@ -8,108 +8,111 @@ from shardline.shards.core.schema import MAX_K
 
 
 class RouterConfig(BaseModel):
-    """Limits of a request, admission, and connections to shards. Every default is usable."""
+    """Limits of a request, admission of requests, cache, and connections to shards."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     default_k: int = Field(
-        default=100, ge=1, le=MAX_K, description="results per query when the request names no k"
+        default=100, ge=1, le=MAX_K, description="[results] Results per query when no k is given."
     )
-    max_k: int = Field(default=MAX_K, ge=1, le=MAX_K, description="largest k a request may ask for")
-    max_batch: int = Field(default=1024, ge=1, le=65536, description="most queries in one request")
+    max_k: int = Field(default=MAX_K, ge=1, le=MAX_K, description="[results] Largest k.")
+    max_batch: int = Field(
+        default=1024, ge=1, le=65536, description="[queries] Queries per request."
+    )
     default_timeout_ms: float = Field(
         default=500.0,
         gt=0,
         le=600_000,
-        description="milliseconds a request may take when it names no timeout_ms; "
-        "shards that have not answered by then are left out of the answer",
+        description="Time limit of a request that names no timeout_ms. Shards that have not "
+        "answered by then are missing from the answer.",
     )
     max_timeout_ms: float = Field(
         default=10_000.0,
         gt=0,
         le=600_000,
-        description="largest timeout_ms a request may ask for, milliseconds",
+        description="Largest timeout_ms that a request may ask for.",
     )
     default_min_coverage: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="share of rows that must have answered, 0 to 1, when the request names no "
-        "min_coverage; 0 takes any answer, 1 refuses partial ones",
+        description="[share] Share of rows that must have been searched, for a request that names "
+        "no min_coverage. 0 accepts any answer, 1 refuses partial ones.",
     )
     max_body_bytes: int = Field(
-        default=32 << 20, ge=1024, le=1 << 30, description="largest request body, bytes"
+        default=32 << 20, ge=1024, le=1 << 30, description="Largest request body; else 413."
     )
     body_timeout_ms: float = Field(
         default=10_000.0,
         gt=0,
         le=600_000,
-        description="milliseconds a client has to send its whole body",
+        description="Time in which a client must send its whole body; 408 after that.",
     )
     max_in_flight: int = Field(
-        default=512,
+        default=128,
         ge=1,
         le=65536,
-        description="requests being worked on at once; one more is refused with 429. HAProxy in "
-        "front refuses above 128 a replica already (router/serve/haproxy.py), so "
-        "more than that counts only for requests that do not come through it",
+        description="[requests] Requests that each router replica works on at once; more are "
+        "refused with 429: by HAProxy, which counts those of all replicas together, and as a "
+        "second line by the replica itself. At 1500 answers per second the last of 128 waits "
+        "85 ms. On a launched cluster HAProxy takes it from deploy/ray/haproxy.sh.",
     )
     retry_after_s: int = Field(
-        default=1, ge=1, le=3600, description="seconds, the Retry-After of 429 and 503 answers"
+        default=1,
+        ge=1,
+        le=3600,
+        description="Retry-After header of 429 and 503 answers, HAProxy's included.",
     )
     cache_bytes: int = Field(
         default=64 << 20,
         ge=0,
         le=1 << 40,
-        description="bytes of complete answers each router keeps for queries that come again; "
-        "0 turns the cache off",
+        description="Memory per router for complete answers to repeated queries; 0 turns the cache "
+        "off.",
     )
     shard_max_in_flight: int = Field(
         default=256,
         ge=1,
         le=65536,
-        description="requests waiting for one shard; one more goes without that shard, which "
-        "the answer's coverage reports as overloaded",
+        description="[requests] Requests in flight to one shard. Beyond it an answer is sent "
+        "without that shard, which its coverage reports as overloaded.",
     )
     connect_timeout_ms: float = Field(
         default=1000.0,
         gt=0,
         le=60_000,
-        description="milliseconds for connecting to a shard, handshake included",
+        description="Time limit for connecting to a shard, handshake included.",
     )
     backoff_base_ms: float = Field(
         default=20.0,
         gt=0,
         le=60_000,
-        description="milliseconds before the first reconnection to a shard; doubles with each "
-        "failure, and half of it is random",
+        description="Pause before the first reconnection to a shard; doubles with each failure, "
+        "and half of it is random.",
     )
     backoff_max_ms: float = Field(
-        default=2000.0,
-        gt=0,
-        le=600_000,
-        description="longest wait between two reconnections, milliseconds",
+        default=2000.0, gt=0, le=600_000, description="Longest pause between two reconnections."
     )
     late_after_ms: float = Field(
         default=1000.0,
         gt=0,
         le=600_000,
-        description="milliseconds without a byte from a shard that owes answers, after which "
-        "queries go without it, until it speaks again",
+        description="Silence of a shard that owes answers, after which queries go without it until "
+        "it sends again.",
     )
     stall_timeout_ms: float = Field(
         default=5000.0,
         gt=0,
         le=600_000,
-        description="milliseconds without a byte from a shard that owes answers, after which its "
-        "connection is dropped and made anew",
+        description="Silence of a shard that owes answers, after which its connection is closed "
+        "and opened anew.",
     )
     switch_wait_ms: float = Field(
         default=1000.0,
         ge=0,
         le=60_000,
-        description="milliseconds a new routing table waits for its new connections before it "
-        "replaces the old one, which serves until then",
+        description="Time that a new routing table waits for its new connections before it "
+        "replaces the old one, which serves until then.",
     )
 
     @model_validator(mode="after")

@@ -9,20 +9,27 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from shardline.router.cache import ResultCache, cache_key
-from shardline.router.fanout.coalesce import Found
+from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import Encoder, TableSnapshot, load_query_encoder
 from shardline.router.item_queries import ItemQueries, item_queries
-from shardline.router.limits import InFlightLimit, Terms, check_size, terms_of
-from shardline.router.query import Coverage, ItemAnswer, SearchAnswer, SearchQuery
+from shardline.router.limits import InFlightLimit, check_size
+from shardline.router.query import (
+    ItemAnswer,
+    Merged,
+    QueryKind,
+    Reason,
+    ResolvedQuery,
+    SearchAnswer,
+)
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
-from shardline.shards.core.messages import RoutingTable, SearchParams
+from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.metrics import (
     CACHE_BYTES,
     CACHE_HITS,
@@ -37,12 +44,10 @@ from shardline.shards.core.metrics import (
     STAGE_MS,
     Recorder,
 )
-from shardline.shards.core.schema import FloatArray, IdArray, check_ids, check_vectors
+from shardline.shards.core.schema import FloatArray, check_ids, query_vectors
 
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
-
-Top: TypeAlias = tuple[IdArray, FloatArray, Coverage, float]  # (n, k) ids, scores; search_ms last
 
 
 class SearchService:
@@ -91,7 +96,7 @@ class SearchService:
 
     async def search(
         self,
-        query: SearchQuery,
+        query: ResolvedQuery,
         *,
         arrived_at: float,
         began_at: float | None = None,
@@ -108,31 +113,32 @@ class SearchService:
             DeadlineExceeded, Overloaded, Unavailable: no answer, or too small a coverage.
         """
         began_at = time.perf_counter() if began_at is None else began_at
+        deadline = arrived_at + query.timeout_ms / 1000
         try:
-            terms = terms_of(query, self.config)
-            deadline = arrived_at + terms.timeout_ms / 1000
             with self._fanout.pin() as snapshot:
-                top, reasons = await self._top(snapshot, query, terms, deadline, began_at)
+                merged, reasons = await self._answer(snapshot, query, deadline, began_at)
                 table = snapshot.table
         except ShardlineError as error:
-            self.recorder.count(REJECTED, error.code)
+            self.count_rejected(error)
             raise
-        ids, scores, coverage, search_ms = top
         took_ms = (time.perf_counter() - began_at) * 1000
-        self.recorder.observe(REQUEST_MS, took_ms, terms.kind)
-        self.recorder.observe(REQUEST_QUERIES, len(ids))
-        self.recorder.observe(COVERAGE, coverage.share)
+        self.recorder.observe(REQUEST_MS, took_ms, query.kind)
+        self.recorder.observe(REQUEST_QUERIES, len(merged.ranked.ids))
+        self.recorder.observe(COVERAGE, merged.coverage.share)
         return SearchAnswer(
-            ids=ids,
-            scores=scores,
+            ranked=merged.ranked,
             generation=table.generation,
             model_version=table.model_version,
-            coverage=coverage,
+            coverage=merged.coverage,
             took_ms=took_ms,
-            search_ms=search_ms,
+            search_ms=merged.search_ms,
             reasons=reasons,
             request_id=request_id,
         )
+
+    def count_rejected(self, error: ShardlineError) -> None:
+        """One query more that was not answered; whoever refuses a body counts it here too."""
+        self.recorder.count(REJECTED, error.code)
 
     async def item(self, item_id: int, *, arrived_at: float) -> ItemAnswer:
         """The stored vector of one item.
@@ -150,7 +156,7 @@ class SearchService:
                     raise Unavailable(
                         "not found in the shards that answered",
                         field="item_id",
-                        hint="; ".join(found.coverage.degraded),
+                        hint="; ".join(map(str, found.coverage.degraded)),
                     )
                 raise NotFound("no such item", field="item_id", got=str(checked))
             return ItemAnswer(
@@ -199,99 +205,81 @@ class SearchService:
 
     # Steps
 
-    async def _top(
-        self,
-        snapshot: TableSnapshot,
-        query: SearchQuery,
-        terms: Terms,
-        deadline: float,
-        began_at: float,
-    ) -> tuple[Top, dict[int, str]]:
+    async def _answer(
+        self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float, began_at: float
+    ) -> tuple[Merged, tuple[Reason, ...]]:
         """The answer, and why queries that could not be asked were not."""
         self._searches += 1
         is_timed = self._searches % STAGES_OF_ONE_IN == 0
         parsed_at = time.perf_counter()
         items: ItemQueries | None = None
-        if terms.kind == "item_ids":
-            items = await self._look_up(snapshot, query, deadline, terms.min_coverage)
+        if query.kind is QueryKind.ITEM_IDS:
+            items = await self._look_up(snapshot, query, deadline)
             vectors = items.vectors
         else:
-            values = query.vectors
-            if terms.kind == "features":
-                assert query.features is not None
-                values = await snapshot.encode(query.features)
+            values = query.values
+            if query.kind is QueryKind.FEATURES:
+                values = await snapshot.encode(values)
             table = snapshot.table
-            vectors = check_vectors(values, dim=table.dim, metric=table.metric, field=terms.kind)
-        check_size(vectors, terms.kind)
+            vectors = query_vectors(values, dim=table.dim, metric=table.metric, field=query.kind)
+        check_size(vectors, query.kind)
         prepared_at = time.perf_counter()
         if items is None:
-            found = await self._find(snapshot, vectors, terms.k, terms, query.params, deadline)
-            top = found.ids, found.scores, found.coverage, found.search_ms
+            merged = await self._find(snapshot, vectors, query.k, query, deadline)
         else:
-            top = await self._neighbours(snapshot, items, terms, query.params, deadline)
+            merged = await self._neighbours(snapshot, items, query, deadline)
         if is_timed:
             self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
             self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
-        return top, {} if items is None else items.reasons
+        return merged, () if items is None else items.reasons
 
     async def _look_up(
-        self, snapshot: TableSnapshot, query: SearchQuery, deadline: float, min_coverage: float
+        self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float
     ) -> ItemQueries:
-        item_ids = check_ids(query.item_ids)
+        item_ids = check_ids(query.values)
         now = asyncio.get_running_loop().time()
         found = await self._fanout.fetch(
             snapshot,
             np.unique(item_ids),
             deadline=now + LOOK_UP_SHARE * (deadline - now),
-            min_coverage=min_coverage,
+            min_coverage=query.min_coverage,
         )
         return item_queries(item_ids, found, snapshot.table.metric)
 
     async def _neighbours(
-        self,
-        snapshot: TableSnapshot,
-        items: ItemQueries,
-        terms: Terms,
-        params: SearchParams,
-        deadline: float,
-    ) -> Top:
+        self, snapshot: TableSnapshot, items: ItemQueries, query: ResolvedQuery, deadline: float
+    ) -> Merged:
         """Of all items, those that could not be asked being empty."""
-        if not items.live.size:
-            ids, scores = items.spread(None, terms.k)
-            return ids, scores, items.coverage, 0.0
-        # one more, because an item-to-item query finds itself; at the limit it gets k - 1
-        ask_k = min(terms.k + 1, self.config.max_k)
-        found = await self._find(snapshot, items.vectors, ask_k, terms, params, deadline)
-        ids, scores = items.spread(found, terms.k)
-        coverage = found.coverage
-        if items.reasons and items.coverage.degraded:
-            coverage = coverage.joined(items.coverage)
-        return ids, scores, coverage, found.search_ms
+        merged: Merged | None = None
+        if items.live.size:
+            # one more, because an item-to-item query finds itself; at the limit it gets k - 1
+            ask_k = min(query.k + 1, self.config.max_k)
+            merged = await self._find(snapshot, items.vectors, ask_k, query, deadline)
+        return items.spread(merged, query.k)
 
     async def _find(
         self,
         snapshot: TableSnapshot,
         vectors: FloatArray,
         k: int,
-        terms: Terms,
-        params: SearchParams,
+        query: ResolvedQuery,
         deadline: float,
-    ) -> Found:
-        """From the cache, or from the shards."""
-        found: Found | None = None
+    ) -> Merged:
+        """From the cache, or from the shards; k as the shards are asked."""
+        merged: Merged | None = None
         if self._cache.enabled:
-            key = cache_key(snapshot.table.generation, vectors, k, params)
-            found = self._cache.get(key)
-        if found is None:
-            found = await self._fanout.search(
-                snapshot,
-                vectors,
-                k,
-                deadline=deadline,
-                params=params,
-                min_coverage=terms.min_coverage,
+            key = cache_key(snapshot.table.generation, vectors, k, query)
+            merged = self._cache.get(key)
+        if merged is None:
+            lane = LaneKey(
+                snapshot=snapshot,
+                k=k,
+                min_coverage=query.min_coverage,
+                params=query.params,
+                options=query.options,
             )
+            merged = await self._fanout.search(vectors, lane, deadline=deadline)
             if self._cache.enabled:
-                self._cache.put(key, found)
-        return found
+                self._cache.put(key, merged)
+        return merged

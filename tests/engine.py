@@ -1,26 +1,66 @@
 """Small indexes, generations and shards for tests of the engine."""
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from shardline.shards.core.files import FileEntry, describe_file, write_bytes
+from shardline.cluster.build import BuildPlan, check_plan, fill_generation, run_here
+from shardline.shards.core.files import write_bytes
+from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexSpec
-from shardline.shards.index.template import build_shard_index, train_template, write_index
-from shardline.shards.server.shard import Shard
-from shardline.shards.storage.generation import (
-    INDEX_NAME,
-    ITEM_IDS_NAME,
-    TEMPLATE_NAME,
-    GenerationManifest,
-    describe_shard,
-    shard_folder,
-    write_generation,
-    write_item_ids,
+from shardline.shards.index.template import train_template
+from shardline.shards.server.shard import Shard, ShardState
+from shardline.shards.storage.embedding_set import (
+    EmbeddingSet,
+    embedding_writer,
+    open_embedding_set,
 )
+from shardline.shards.storage.generation import GenerationManifest
+
+WHEN = "2026-11-22T00:00:00+00:00"
+
+
+def write_set(
+    target: Path,
+    vectors: np.ndarray,
+    ids: np.ndarray | None = None,
+    *,
+    metric: Metric = Metric.COSINE,
+    attributes: pa.RecordBatch | None = None,
+    queries: np.ndarray | None = None,
+    encoder: dict[str, bytes] | None = None,
+    rows_per_file: int = 1 << 20,
+) -> EmbeddingSet:
+    """An embedding set of model m1 over all vectors; ids are row numbers unless given."""
+    with embedding_writer(
+        target,
+        model_version="m1",
+        dim=vectors.shape[1],
+        metric=metric,
+        created_at=WHEN,
+        rows_per_file=rows_per_file,
+    ) as writer:
+        writer.append(np.arange(len(vectors)) if ids is None else ids, vectors, attributes)
+        if queries is not None:
+            writer.queries(queries)
+        for name, content in (encoder or {}).items():
+            write_bytes(writer.folder / "query_encoder" / name, content)
+    return open_embedding_set(target)
+
+
+def plan_of(num_shards: int = 1, *, partitioning: str = "range", **fields) -> BuildPlan:
+    """One thread, so that the same corpus gives the same files."""
+    return BuildPlan(
+        spec=IndexSpec(**fields),
+        num_shards=num_shards,
+        partitioning=Partitioning(partitioning),
+        threads=1,
+    )
 
 
 def build_main(vectors: np.ndarray, *, metric: Metric = Metric.COSINE, **fields) -> MainIndex:
@@ -42,44 +82,22 @@ def build_generation(
     query_encoder: dict[str, bytes] | None = None,
     **fields,
 ) -> GenerationManifest:
-    """A complete generation; ids ascending, cut into num_shards ranges of nearly equal size."""
-    rows, dim = vectors.shape
-    spec = IndexSpec(**fields)
-    resolved = resolve(spec, rows=rows, dim=dim, metric=metric)
-    template = train_template(resolved, vectors, metric=metric, seed=0, threads=1)
-    write_index(template, folder / TEMPLATE_NAME)
-    entries = []
-    for shard, mine in enumerate(np.array_split(np.arange(rows), num_shards)):
-        place = folder / shard_folder(shard)
-        build_shard_index(
-            folder / TEMPLATE_NAME, vectors[mine], place / INDEX_NAME, metric=metric, threads=1
+    """Generation 7 in a folder, by the real builder; ids ascending, cut into equal ranges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = write_set(
+            Path(scratch) / "set", vectors, ids, metric=metric, encoder=query_encoder
         )
-        write_item_ids(place / ITEM_IDS_NAME, ids[mine])
-        entries.append(describe_shard(folder, shard, ids[mine]))
-    encoder: list[FileEntry] = []
-    for name, content in (query_encoder or {}).items():
-        write_bytes(folder / "query_encoder" / name, content)
-        encoder.append(describe_file(folder, f"query_encoder/{name}"))
-    manifest = GenerationManifest(
-        generation=7,
-        model_version="m1",
-        metric=metric,
-        dim=dim,
-        spec=spec,
-        index=resolved,
-        partitioning="range",
-        boundaries=tuple(entry.id_min for entry in entries[1:]),
-        shards=tuple(entries),
-        template=describe_file(folder, TEMPLATE_NAME),
-        query_encoder=tuple(encoder),
-        created_at="2026-11-22T00:00:00+00:00",
-        quality={"recall@100": 1.0},
-    )
-    write_generation(folder, manifest)
-    return manifest
+        return fill_generation(
+            folder,
+            7,
+            check_plan(corpus.folder, plan_of(num_shards, **fields)),
+            run_jobs=run_here,
+            progress=lambda stage, done, total: None,
+        )
 
 
 def flat_shard(vectors: np.ndarray, ids: np.ndarray, *, metric: Metric = Metric.DOT) -> Shard:
     """A shard in memory over a flat index."""
     main = build_main(vectors, metric=metric, kind="flat")
-    return Shard(shard=0, generation=7, main=main, item_ids=ids)
+    return Shard(shard=0, generation=7, state=ShardState.of(main, ids))

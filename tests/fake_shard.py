@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,12 +11,15 @@ from shardline.shards.core.messages import (
     ErrorReply,
     FetchReply,
     FetchRequest,
+    ReplicaKey,
+    ReplicaRoute,
     RoutingTable,
     SearchReply,
     SearchRequest,
     ShardRoute,
 )
-from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, Metric, sort_results
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, Metric, Ranked, in_order
 from shardline.shards.wire.frames import HEADER, decode_payload, encode_frame
 from shardline.shards.wire.handshake import new_hello, welcome
 
@@ -29,7 +32,7 @@ class FakeShard:
 
     Faults, to be set at any time: ``gate`` cleared holds every answer back; ``garbage`` is sent
     instead of the next answers; ``error`` is answered, to fetches only ``fetch_error``; ``short``
-    answers with too few columns.
+    answers with too few columns; ``answers_as`` is the generation that replies claim.
     """
 
     ids: np.ndarray
@@ -42,6 +45,7 @@ class FakeShard:
     error: ErrorReply | None = None
     fetch_error: ErrorReply | None = None
     short: bool = False
+    answers_as: int | None = None
     requests: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -53,19 +57,22 @@ class FakeShard:
         self._tasks: set[asyncio.Task] = set()
         self._server: asyncio.Server | None = None
 
-    async def start(self, port: int = 0) -> ShardRoute:
+    async def start(self, port: int = 0) -> ReplicaRoute:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self.route
 
     @property
-    def route(self) -> ShardRoute:
-        return ShardRoute(
-            shard=self.shard,
-            rows=len(self.ids),
-            epoch=self.epoch,
-            address=("127.0.0.1", self.port),
-        )
+    def key(self) -> ReplicaKey:
+        return ReplicaKey(self.generation, self.shard)
+
+    @property
+    def route(self) -> ReplicaRoute:
+        return ReplicaRoute(key=self.key, epoch=self.epoch, address=("127.0.0.1", self.port))
+
+    @property
+    def shard_route(self) -> ShardRoute:
+        return ShardRoute(shard=self.shard, rows=len(self.ids), replicas=(self.route,))
 
     @property
     def connections(self) -> int:
@@ -103,7 +110,7 @@ class FakeShard:
             writer.close()
 
     async def _greet(self, reader, writer) -> None:
-        hello = new_hello(shard=self.shard, generation=self.generation, epoch=self.epoch)
+        hello = new_hello(self.key, epoch=self.epoch)
         writer.write(encode_frame(0, hello))
         self.greeted += 1
         _, proof = await read_frame(reader)
@@ -129,12 +136,29 @@ class FakeShard:
             if self.fetch_error is not None:
                 return self.fetch_error
             mine = np.flatnonzero(np.isin(self.ids, message.item_ids))
-            return FetchReply(item_ids=self.ids[mine], vectors=self.vectors[mine])
+            return FetchReply(
+                item_ids=self.ids[mine],
+                vectors=self.vectors[mine],
+                generation=self.answers_as or self.generation,
+                seq=0,
+            )
         assert isinstance(message, SearchRequest)
-        ids, scores = brute_force(message.queries, self.ids, self.vectors, message.k)
+        ranked = brute_force(message.queries, self.ids, self.vectors, message.k)
         if self.short:
-            ids, scores = ids[:, :-1], scores[:, :-1]
-        return SearchReply(ids=ids, scores=scores, rows=len(self.ids), search_ms=0.25)
+            ranked = Ranked(ranked.ids[:, :-1], ranked.scores[:, :-1])
+        return SearchReply(
+            ranked=ranked,
+            rows=len(self.ids),
+            generation=self.answers_as or self.generation,
+            seq=0,
+            search_ms=0.25,
+        )
+
+
+def moved(shard: FakeShard, **changes) -> ShardRoute:
+    """The shard's route, its one replica being elsewhere, or of another epoch."""
+    route = shard.shard_route
+    return replace(route, replicas=(replace(route.replicas[0], **changes),))
 
 
 async def read_frame(reader: asyncio.StreamReader):
@@ -143,14 +167,14 @@ async def read_frame(reader: asyncio.StreamReader):
     return request_id, decode_payload(await reader.readexactly(length))
 
 
-def brute_force(queries, ids, vectors, k):
-    """ids (n, k) and scores (n, k) by inner product, in answer order."""
+def brute_force(queries, ids, vectors, k) -> Ranked:
+    """The k best by inner product."""
     scores = (queries @ vectors.T).astype(np.float32)
     pad = max(0, k - len(ids))
     scores = np.pad(scores, ((0, 0), (0, pad)), constant_values=EMPTY_SCORE)
     rows = np.pad(np.tile(ids, (len(queries), 1)), ((0, 0), (0, pad)), constant_values=EMPTY_ID)
-    scores, rows = sort_results(scores, rows)
-    return rows[:, :k], scores[:, :k]
+    ranked = in_order(rows, scores)
+    return Ranked(ranked.ids[:, :k], ranked.scores[:, :k])
 
 
 def make_rows(num_rows: int, dim: int, seed: int = 0):
@@ -179,6 +203,11 @@ async def running_shards(ids, vectors, num_shards: int, **options):
             await shard.kill()
 
 
+def missing(answer) -> list[str]:
+    """What an answer says of the shards that it misses."""
+    return [str(degraded) for degraded in answer.coverage.degraded]
+
+
 def make_table(routes, dim: int, **changes) -> RoutingTable:
     """A routing table over FakeShards or ShardRoutes."""
     content = {
@@ -189,7 +218,9 @@ def make_table(routes, dim: int, **changes) -> RoutingTable:
         "dim": dim,
         "metric": Metric.DOT,
         "index": "flat",
-        "shards": tuple(r if isinstance(r, ShardRoute) else r.route for r in routes),
+        "partitioning": Partitioning.RANGE,
+        "boundaries": (),
+        "shards": tuple(r if isinstance(r, ShardRoute) else r.shard_route for r in routes),
     }
     return RoutingTable(**(content | changes))
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.schema import Metric, Ranked
 
 
 def score(query: np.ndarray, vector: np.ndarray, metric: Metric) -> float:
-    """Higher is better. Cosine expects unit vectors, as the engine does after the door."""
+    """Higher is better. Cosine expects unit vectors, as the engine does after the boundary."""
     if metric is Metric.L2:
         return -float(sum((float(a) - float(b)) ** 2 for a, b in zip(query, vector, strict=True)))
     return math.fsum(float(a) * float(b) for a, b in zip(query, vector, strict=True))
@@ -23,8 +23,8 @@ def brute_force(
     k: int,
     metric: Metric,
     excluded: Sequence[int] = (),
-) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, ids), both (n, k): all scores, sorted by score descending, then id ascending."""
+) -> Ranked:
+    """All scores, sorted by score descending, then id ascending; the first k of each query."""
     out_scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     out_ids = np.full((len(queries), k), -1, dtype=np.int64)
     gone = {int(item) for item in excluded}
@@ -37,44 +37,42 @@ def brute_force(
         for slot, (negated, item) in enumerate(sorted(found)[:k]):
             out_scores[at, slot] = -negated
             out_ids[at, slot] = item
-    return out_scores, out_ids
+    return Ranked(out_ids, out_scores)
 
 
-def merge(
-    scores: Sequence[np.ndarray], ids: Sequence[np.ndarray], k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def merge(parts: Sequence[Ranked], k: int) -> Ranked:
     """The k best of several answers, each (n, k_i), in answer order."""
-    queries = len(scores[0])
+    queries = len(parts[0].ids)
     out_scores = np.full((queries, k), -np.inf, dtype=np.float32)
     out_ids = np.full((queries, k), -1, dtype=np.int64)
     for at in range(queries):
         found = [
             (-value, int(item))
-            for part_scores, part_ids in zip(scores, ids, strict=True)
+            for part_ids, part_scores in parts
             for value, item in zip(part_scores[at], part_ids[at], strict=True)
             if item >= 0
         ]
         for slot, (negated, item) in enumerate(sorted(found)[:k]):
             out_scores[at, slot] = -negated
             out_ids[at, slot] = item
-    return out_scores, out_ids
+    return Ranked(out_ids, out_scores)
 
 
 def assert_same_answers(
-    got: tuple[np.ndarray, np.ndarray],
-    expected: tuple[np.ndarray, np.ndarray],
+    got: Ranked,
+    expected: Ranked,
     *,
     rtol: float = 1e-5,
     atol: float = 1e-6,
 ) -> None:
-    """(scores, ids) agree: scores within the tolerance, ids wherever scores differ by more.
+    """The two agree: scores within the tolerance, ids wherever scores differ by more.
 
     Where the last score of an answer is shared with the items that just missed it, either may have
     been kept, so ids are compared as sets within groups of scores that are equal to the tolerance,
     and the last group only for its size.
     """
-    got_scores, got_ids = got
-    expected_scores, expected_ids = expected
+    got_ids, got_scores = got
+    expected_ids, expected_scores = expected
     np.testing.assert_array_equal(got_ids >= 0, expected_ids >= 0)
     filled = expected_ids >= 0
     np.testing.assert_allclose(got_scores[filled], expected_scores[filled], rtol=rtol, atol=atol)
@@ -90,9 +88,9 @@ def assert_same_answers(
                 assert set(got_ids[row, start:stop]) == set(expected_ids[row, start:stop])
 
 
-def assert_answer_order(scores: np.ndarray, ids: np.ndarray) -> None:
+def assert_answer_order(ranked: Ranked) -> None:
     """Score descending, then id ascending; empty slots (-1, -inf) last; no id twice."""
-    for row_scores, row_ids in zip(scores, ids, strict=True):
+    for row_ids, row_scores in zip(*ranked, strict=True):
         filled = row_ids >= 0
         count = int(filled.sum())
         assert filled[:count].all()
@@ -100,3 +98,15 @@ def assert_answer_order(scores: np.ndarray, ids: np.ndarray) -> None:
         assert len(set(row_ids[:count].tolist())) == count
         keys = list(zip((-row_scores[:count]).tolist(), row_ids[:count].tolist(), strict=True))
         assert keys == sorted(keys)
+
+
+def recall_by_ids(found: np.ndarray, exact: np.ndarray) -> float:
+    """Mean share of the exact top-k ids that were found; both (n, k), -1 marks an empty slot.
+
+    For data without ties: where scores tie, two right answers differ.
+    """
+    hits = sum(
+        np.intersect1d(row_found, row_exact[row_exact != -1]).size
+        for row_found, row_exact in zip(found, exact, strict=True)
+    )
+    return float(hits / max(int((exact != -1).sum()), 1))

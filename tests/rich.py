@@ -7,7 +7,8 @@ import numpy as np
 import pyarrow as pa
 
 from shardline.training.config.training_config import TrainingConfig
-from shardline.training.data.tables import Dataset, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import Dataset
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
 
 TAGS = ("sea", "war", "love", "crime", "space")

@@ -1,13 +1,17 @@
 """A dataset small enough to check by hand, and a configuration that trains on it in seconds."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 
 from shardline.training.config.training_config import TrainingConfig
-from shardline.training.data.tables import Dataset, vector_column, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import Dataset, vector_column
 from shardline.training.features.fitted import fit
 from shardline.training.features.prepared import prepare
 from shardline.training.model.checkpoint import CACHE, Run, start_run
@@ -50,6 +54,19 @@ def tiny_dataset(folder: Path, seed: int = 0) -> Dataset:
         }
     )
     return write_dataset(folder, users, items, interactions, name="tiny")
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each table is read from now on, whole or a column of it, by file name."""
+    reads: Counter[str] = Counter()
+    read = pq.read_table
+
+    def counted(path: Path, **options: Any) -> pa.Table:
+        reads[Path(path).name] += 1
+        return read(path, **options)
+
+    monkeypatch.setattr(pq, "read_table", counted)
+    return reads
 
 
 def tiny_config(**changes: Any) -> TrainingConfig:

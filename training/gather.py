@@ -73,6 +73,12 @@ def gather_values(local: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_interleaved(local: Tensor) -> Tensor:
+    """(W * n, ...) in order, of the (n, ...) that are every W-th on each rank; no gradient."""
+    gathered = gather_values(local).reshape(world_size(), *local.shape)
+    return gathered.transpose(0, 1).reshape(-1, *local.shape[1:])
+
+
 def gather_ragged(local: Tensor) -> Tensor:
     """The ranks' (n, ...) one after the other, rank 0 first, n differing by rank; no gradient."""
     if world_size() == 1:

@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import faiss
 from shardline.bench.index import kinds as index_kinds
 from shardline.bench.index.datasets import IndexData
 from shardline.bench.plots import plot_pareto
-from shardline.bench.vectors import recall_at_k
 from shardline.cluster.console import print_table
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.recall import exact_scores, recall_at_k
 from shardline.shards.index.spec import IndexKind
 
 TRUTH_K = 100
@@ -61,7 +62,7 @@ def run(
             "faiss": faiss.__version__,
         },
         "flat_against_truth": _truth_check(data),
-        "kinds": [report.as_json() for report in reports],
+        "kinds": [asdict(report) for report in reports],
     }
 
 
@@ -89,9 +90,13 @@ def show(report: dict[str, Any], json_path: Path | None, plot_path: Path | None)
 
 
 def _truth_check(data: IndexData) -> float | None:
-    """Our exact answers against the data set's: ties aside they are the same."""
+    """Recall of our exact answers against the data set's own."""
     if data.truth is None:
         return None
     k = min(TRUTH_K, data.truth.shape[1])
     _, found = faiss.knn(data.queries, data.vectors, k, metric=faiss.METRIC_L2)
-    return round(recall_at_k(found, data.truth[:, :k]), 4)
+    ours, theirs = (
+        exact_scores(data.queries, data.vectors, rows, data.metric)
+        for rows in (found, data.truth[:, :k])
+    )
+    return round(recall_at_k(ours, theirs), 4)

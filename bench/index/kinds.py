@@ -1,21 +1,20 @@
-"""Index kinds side by side on one corpus: recall, time of a query, size, build time.
+"""Index kinds side by side on one corpus: recall, time per query, size, build time.
 
 One index over all rows, in this process. Singly: one query at a time on one thread, what a single
 shard pays. In batch: all queries at once on the threads given. Recall@k is against the flat index,
-which is exact; flat is also the baseline of the times. A sweep asks every kind with several
-search-time settings, because one setting a kind says little about which is better.
+which is exact, counted by score; flat is also the baseline of the times. A sweep asks every kind
+with several search-time settings, because one setting per kind says little about which is better.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from shardline.bench.vectors import recall_at_k
 from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.recall import exact_scores, recall_at_k
 from shardline.shards.core.schema import FloatArray, IdArray, Metric
 from shardline.shards.index.main_index import MainIndex, set_search_threads
 from shardline.shards.index.resolve import IVF_KINDS, resolve
@@ -34,10 +33,10 @@ ALL_KINDS = (*KINDS, IndexKind.SQ8)
 HEADER = (
     "index",
     "recall@100",
-    "ms a query",
+    "ms per query",
     "of flat",
     "batch, queries/s",
-    "bytes a vector",
+    "bytes per vector",
     "build s",
     "factory",
 )
@@ -72,9 +71,6 @@ class KindReport:
     build_seconds: float
     points: list[Setting]
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def compare(
     vectors: FloatArray,
@@ -94,20 +90,20 @@ def compare(
     ``threads`` are those of builds and batches; single searches use one. Flat comes first, asked
     for or not. ``note`` takes a line for each kind that is done.
     """
-    exact: IdArray | None = None
+    exact: FloatArray | None = None
     reports = []
     chosen = (IndexKind.FLAT, *(kind for kind in kinds if kind != IndexKind.FLAT))
     for number, kind in enumerate(chosen):
         progress("index kinds", number, len(chosen))
         index, resolved, seconds = _build(vectors, folder, kind, metric, threads)
-        found, ms_per_query = _ask(index, queries, k, SearchParams())
-        exact = found if exact is None else exact
-        recall = recall_at_k(found, exact)
-        points = [Setting(params={}, recall=recall, ms_per_query=ms_per_query)]
-        for params in settings_of(resolved) if sweep else ():
-            found, ms = _ask(index, queries, k, SearchParams(**params))
-            point = Setting(params=params, recall=recall_at_k(found, exact), ms_per_query=ms)
-            points.append(point)
+        points = []
+        for params in ({}, *(settings_of(resolved) if sweep else ())):
+            found, ms_per_query = _ask(index, queries, k, SearchParams(**params))
+            scores = exact_scores(queries, vectors, found, metric)
+            exact = scores if exact is None else exact
+            recall = recall_at_k(scores, exact)
+            points.append(Setting(params=params, recall=recall, ms_per_query=ms_per_query))
+        recall, ms_per_query = points[0].recall, points[0].ms_per_query
         reports.append(
             KindReport(
                 kind=kind.value,
@@ -123,7 +119,7 @@ def compare(
         )
         note(
             f"  {kind}: built in {seconds:.1f} s, recall@{k} {recall:.3f}, "
-            f"{ms_per_query:.2f} ms a query"
+            f"{ms_per_query:.2f} ms per query"
             + (f"; {chosen[number + 1]} next" if number + 1 < len(chosen) else "")
         )
     progress("index kinds", len(chosen), len(chosen))
@@ -173,7 +169,7 @@ def _build(
     template, path = folder / f"{kind}-template.faiss", folder / f"{kind}.faiss"
     trained = train_template(resolved, vectors[chosen], metric=metric, seed=0, threads=threads)
     write_index(trained, template)
-    build_shard_index(template, vectors, path, metric=metric, threads=threads)
+    build_shard_index(template, vectors, path, threads=threads)
     seconds = time.perf_counter() - started
     index = MainIndex.load(path, metric=metric, defaults=resolved.search_params)
     template.unlink()
@@ -189,14 +185,14 @@ def _ask(
     found, samples = [], []
     for query in queries:
         started = time.perf_counter()
-        _, rows = index.search(query[None], k, params)
+        rows, _ = index.search(query[None], k, params)
         samples.append((time.perf_counter() - started) * 1e3)
         found.append(rows)
     return np.concatenate(found), float(np.median(samples))
 
 
 def _ask_at_once(index: MainIndex, queries: FloatArray, k: int, threads: int) -> float:
-    """Queries a second of one batch of them all."""
+    """Queries/s of one batch of them all."""
     set_search_threads(threads)
     started = time.perf_counter()
     index.search(queries, k, SearchParams())

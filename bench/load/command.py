@@ -1,6 +1,7 @@
 """``shardline bench load``: a running endpoint, or a corpus of its own; then table, JSON, plot."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from shardline.bench.corpus import clustered_set, generation_of
-from shardline.bench.load.latency import BENCH_STORE
 from shardline.bench.load.report import (
     PROCESS_HEADER,
     STEP_HEADER,
@@ -20,8 +20,8 @@ from shardline.bench.load.report import (
     step_rows,
     title_of,
 )
-from shardline.bench.load.runner import MOST_QUERIES, Runner, requests_needed
-from shardline.bench.load.scenarios import Ask, Scenario
+from shardline.bench.load.runner import Runner, queries_needed
+from shardline.bench.load.scenarios import Ask, Pace, Scenario
 from shardline.bench.load.step import Options
 from shardline.bench.load.target import Target, open_target, user_queries, vector_queries
 from shardline.bench.load.workload import Queries
@@ -36,6 +36,7 @@ from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound
 
 LEAST_QUERIES = 2_000
+BENCH_STORE = "bench"  # below the user's store, whose own generations stay as they are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,13 @@ def run(
     data: Path | None,
     progress: StageProgress,
 ) -> dict[str, Any]:
-    """One scenario's report. Ray must be running when ``where`` names rows."""
+    """One scenario's report. Ray must be running when ``where`` names rows.
+
+    Raises:
+        InvalidInput: the scenario cannot be measured so; before anything is built.
+        As ``Runner.run``.
+    """
+    check(scenario, where, options)
     if scenario.ask is Ask.FEATURES and data is None:
         raise InvalidInput(
             "this scenario asks by user features",
@@ -75,6 +82,26 @@ def run(
             note=progress.note,
         )
         return runner.run()
+
+
+def check(scenario: Scenario, where: Where, options: Options) -> None:
+    """Raises InvalidInput where a whole run would end without a figure."""
+    closed = scenario.pace in (Pace.CLOSED, Pace.BATCHES)
+    slowest = min(scenario.rates, default=math.inf if closed else options.rate)
+    if slowest * options.seconds < 1:
+        raise InvalidInput(
+            "too short for one request",
+            field="--seconds",
+            expected=f">= {1 / slowest:g}",
+            got=f"{options.seconds:g}",
+        )
+    if where.rows is not None and options.k > where.rows:
+        raise InvalidInput(
+            "no answer is that long",
+            field="-k",
+            expected=f"<= {where.rows}",
+            got=str(options.k),
+        )
 
 
 def show(report: dict[str, Any], json_path: Path | None, plot_path: Path | None) -> list[str]:
@@ -128,7 +155,7 @@ def _with_key(address: Address, key: str | None) -> Address:
 
 def _queries(target: Target, scenario: Scenario, options: Options, data: Path | None) -> Queries:
     rng = np.random.default_rng(options.seed)
-    count = min(max(requests_needed(scenario, options), LEAST_QUERIES), MOST_QUERIES)
+    count = max(queries_needed(scenario, options), LEAST_QUERIES)
     if data is not None:
         return user_queries(target, data, count, rng)
     return vector_queries(target, count, rng)

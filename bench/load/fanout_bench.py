@@ -1,6 +1,6 @@
 """Router to shards and back without index time: what sharding itself costs a query.
 
-Theory: one frame encoded, one write and one read a shard, the shard's own decoding and encoding,
+Theory: one frame encoded, one write and one read per shard, the shard's own decoding and encoding,
 and the merge of the replies. Shards are processes with the real server in front of a shard that
 answers at once with prepared rows; the router's half is the real fan-out on the loop that a Serve
 replica runs (uvloop). The floor is the same bytes through the same number of processes that echo
@@ -11,7 +11,6 @@ import asyncio
 import gc
 import json
 import random
-import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -21,12 +20,15 @@ import numpy as np
 import uvloop
 
 from shardline.bench.load.fanout_peers import ROWS, PreparedShard, echo_processes, shard_processes
+from shardline.bench.load.stats import p50_p99
 from shardline.cluster.console import print_table
 from shardline.cluster.serving.ray_session import cores
+from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.merge import merge_top_k
 from shardline.router.router_config import RouterConfig
-from shardline.shards.core.messages import RoutingTable, SearchParams, SearchRequest
+from shardline.shards.core.messages import RoutingTable, SearchRequest
+from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import FloatArray, Metric
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.wire.frames import encode_frame
@@ -36,7 +38,7 @@ TIMEOUT_S = 5.0
 
 
 def measure(*, shards: int, dim: int, k: int, rate: float, count: int) -> dict[str, Any]:
-    """Milliseconds, p50 and p99, of one query after the other and of ``rate`` a second."""
+    """Milliseconds, p50 and p99, of sequential queries and of ``rate`` per second."""
     query = np.random.default_rng(0).random((1, dim), dtype=np.float32)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         with shard_processes(shards, dim, k) as (routes, secret):
@@ -48,6 +50,8 @@ def measure(*, shards: int, dim: int, k: int, rate: float, count: int) -> dict[s
                 dim=dim,
                 metric=Metric.DOT,
                 index="none",
+                partitioning=Partitioning.RANGE,
+                boundaries=tuple(range(1, shards)),
                 shards=routes,
             )
             ours = runner.run(_fan_out(table, secret, query, k, rate, count))
@@ -72,12 +76,11 @@ async def _fan_out(
 
     async def once() -> None:
         with fanout.pin() as snapshot:
-            found = await fanout.search(
-                snapshot, query, k, deadline=loop.time() + TIMEOUT_S, params=SearchParams()
-            )
+            key = LaneKey(snapshot=snapshot, k=k, min_coverage=0.0)
+            found = await fanout.search(query, key, deadline=loop.time() + TIMEOUT_S)
         assert found.coverage.share == 1.0
 
-    prepare_memory()  # as a router replica does
+    prepare_memory(huge_pages=True)  # as a router replica does
     try:
         return await _timed(once, rate, count)
     finally:
@@ -88,79 +91,51 @@ async def _fan_out(
 async def _echo(
     ports: Sequence[int], request: int, reply: int, rate: float, count: int
 ) -> dict[str, dict[str, float]]:
-    loop = asyncio.get_running_loop()
-    waiting: list[asyncio.Future[None]] = []
-    links = [
-        (await loop.create_connection(lambda: _EchoLink(reply, waiting), "127.0.0.1", port))[0]
-        for port in ports
-    ]
+    links = [await asyncio.open_connection("127.0.0.1", port) for port in ports]
     frame = bytes(request)
 
     async def once() -> None:
-        waiting[:] = [loop.create_future() for _ in links]
-        for link in links:
-            link.write(frame)
-        for future in list(waiting):
-            await future
+        for _, writer in links:
+            writer.write(frame)
+        for reader, _ in links:
+            await reader.readexactly(reply)
 
     try:
         return await _timed(once, rate, count)
     finally:
-        for link in links:
-            link.close()
-
-
-class _EchoLink(asyncio.Protocol):
-    """Resolves one of ``waiting`` for every ``size`` bytes."""
-
-    def __init__(self, size: int, waiting: list[asyncio.Future[None]]) -> None:
-        self._size = size
-        self._waiting = waiting
-        self._missing = size
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def data_received(self, data: bytes) -> None:
-        self._missing -= len(data)
-        if self._missing == 0:
-            self._missing = self._size
-            next(future for future in self._waiting if not future.done()).set_result(None)
+        for _, writer in links:
+            writer.close()
+            await writer.wait_closed()
 
 
 async def _timed(
     once: Callable[[], Coroutine[Any, Any, None]], rate: float, count: int
 ) -> dict[str, dict[str, float]]:
-    """In a row, and at ``rate`` a second, when every process wakes with cold caches."""
+    """Sequential, and ``rate`` per second, when every process wakes with cold caches."""
     for _ in range(WARM_UP):
         await once()
-    in_a_row = []
-    for _ in range(count):
-        began = time.perf_counter()
-        await once()
-        in_a_row.append(time.perf_counter() - began)
-    spaced = []
-    for _ in range(count):
-        await asyncio.sleep(1 / rate)
-        began = time.perf_counter()
-        await once()
-        spaced.append(time.perf_counter() - began)
-    return {"in_a_row": _percentiles(in_a_row), "spaced": _percentiles(spaced)}
+    figures = {}
+    for name, pause_s in (("sequential", 0.0), ("spaced", 1 / rate)):
+        took_ms = []
+        for _ in range(count):
+            if pause_s:
+                await asyncio.sleep(pause_s)
+            began = time.perf_counter()
+            await once()
+            took_ms.append((time.perf_counter() - began) * 1e3)
+        figures[name] = p50_p99(took_ms)
+    return figures
 
 
 def _merge_ms(shards: int, dim: int, k: int, count: int) -> dict[str, float]:
-    replies = [PreparedShard(s, dim=dim, k=k, shards=shards).reply(1) for s in range(shards)]
-    took = []
+    peers = [PreparedShard(s, dim=dim, k=k, shards=shards) for s in range(shards)]
+    parts = [peer.reply(1).ranked for peer in peers]
+    took_ms = []
     for _ in range(count):
         began = time.perf_counter()
-        merge_top_k([each.scores for each in replies], [each.ids for each in replies], k)
-        took.append(time.perf_counter() - began)
-    return _percentiles(took)
-
-
-def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    p50, p99 = np.percentile(np.array(seconds) * 1000, [50, 99])
-    return {"p50": round(float(p50), 3), "p99": round(float(p99), 3)}
+        merge_top_k(parts, k)
+        took_ms.append((time.perf_counter() - began) * 1e3)
+    return p50_p99(took_ms)
 
 
 @click.command()
@@ -174,11 +149,11 @@ def main(shards: int, dim: int, k: int, rate: float, count: int) -> None:
     report = measure(shards=shards, dim=dim, k=k, rate=rate, count=count)
     rows = []
     for label, name in (("router, shards, merge", "fan_out_ms"), ("echo (floor)", "echo_ms")):
-        for how, said in (("in_a_row", "in a row"), ("spaced", f"at {rate:g}/s")):
+        for how, said in (("sequential", "sequential"), ("spaced", f"at {rate:g}/s")):
             figures = report[name][how]
             rows.append((label, said, f"{figures['p50']:.3f}", f"{figures['p99']:.3f}"))
     merge = report["merge_ms"]
-    rows.append(("merge alone", "in a row", f"{merge['p50']:.3f}", f"{merge['p99']:.3f}"))
+    rows.append(("merge alone", "sequential", f"{merge['p50']:.3f}", f"{merge['p99']:.3f}"))
     title = f"{shards} shards, {dim}-d, k = {k}, {report['setup']['cores']} cores"
     print_table(title, ("one query, ms", "", "p50", "p99"), rows)
     click.echo(json.dumps(report, indent=2))

@@ -1,25 +1,30 @@
 """The other ends of ``bench.load.fanout_bench``: bare shard servers and echoes, as processes."""
 
 import asyncio
-import multiprocessing
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any
 
 import numpy as np
 import uvloop
 
+from shardline.bench.load.fleet import children
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.messages import SearchReply, SearchRequest, ShardRoute
+from shardline.shards.core.messages import (
+    ReplicaKey,
+    ReplicaRoute,
+    SearchReply,
+    SearchRequest,
+    ShardRoute,
+)
+from shardline.shards.core.schema import Ranked
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 
 ROWS = 1000  # of a shard, as it says; it holds none
-END_S = 5.0  # for a process whose pipe has closed
 
 
 class PreparedShard(Shard):
@@ -50,12 +55,20 @@ class PreparedShard(Shard):
         """ids and scores (queries, k)."""
         if queries not in self._replies:
             self._replies[queries] = SearchReply(
-                ids=np.repeat(self._ids, queries, axis=0),
-                scores=np.repeat(self._scores, queries, axis=0),
+                ranked=Ranked(
+                    np.repeat(self._ids, queries, axis=0), np.repeat(self._scores, queries, axis=0)
+                ),
                 rows=ROWS,
+                generation=self.generation,
+                seq=0,
                 search_ms=0.0,
             )
         return self._replies[queries]
+
+
+def _route(shard: int, port: int) -> ShardRoute:
+    route = ReplicaRoute(key=ReplicaKey(1, shard), epoch=1, address=("127.0.0.1", port))
+    return ShardRoute(shard=shard, rows=ROWS, replicas=(route,))
 
 
 @contextmanager
@@ -64,12 +77,11 @@ def shard_processes(
 ) -> Iterator[tuple[tuple[ShardRoute, ...], bytes]]:
     """Routes to that many shard servers, each in a process, and the secret they ask for."""
     secret = secrets.token_bytes(32)
-    with _processes(_serve_shard, [(s, shards, dim, k, secret) for s in range(shards)]) as ports:
+    given = [(s, shards, dim, k, secret) for s in range(shards)]
+    with children(_serve_shard, given) as pipes:
+        ports = [pipe.recv() for pipe in pipes]
         yield (
-            tuple(
-                ShardRoute(shard=s, rows=ROWS, epoch=1, address=("127.0.0.1", port))
-                for s, port in enumerate(ports)
-            ),
+            tuple(_route(shard, port) for shard, port in enumerate(ports)),
             secret,
         )
 
@@ -77,30 +89,8 @@ def shard_processes(
 @contextmanager
 def echo_processes(count: int, request: int, reply: int) -> Iterator[list[int]]:
     """Ports of processes that send ``reply`` bytes for every ``request`` bytes."""
-    with _processes(_serve_echo, [(request, reply)] * count) as ports:
-        yield ports
-
-
-@contextmanager
-def _processes(work: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> Iterator[list[int]]:
-    """Each says its port, and ends when its pipe closes."""
-    spawn = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
-    try:
-        for each in given:
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=work, args=(there, *each), daemon=True)
-            process.start()
-            there.close()
-            pipes.append(here)
-            processes.append(process)
+    with children(_serve_echo, [(request, reply)] * count) as pipes:
         yield [pipe.recv() for pipe in pipes]
-    finally:
-        for pipe in pipes:
-            pipe.close()
-        for process in processes:
-            process.join(END_S)
-            process.kill()
 
 
 def _serve_shard(
@@ -110,7 +100,7 @@ def _serve_shard(
     server = ShardServer(PreparedShard(shard, dim=dim, k=k, shards=shards), secret=secret)
     _, port = server.bind()
     server.start(epoch=1)
-    prepare_memory()  # as a shard actor does
+    prepare_memory(huge_pages=True)  # as a shard actor does
     pipe.send(port)
     _wait_closed(pipe)
     server.stop()

@@ -1,4 +1,4 @@
-"""Several client processes as one: the schedule dealt out in turn, the records put together.
+"""Several client processes as one: the schedule dealt out among them, the records put together.
 
 The clients are processes of their own even when one is enough, so that neither the sampler nor
 Ray's threads in this process make them late, and their CPU time is theirs alone.
@@ -8,21 +8,27 @@ import contextlib
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection as Pipe
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 
-from shardline.bench.load.job import LoadJob, Records
-from shardline.bench.load.load_client import LoadClient
+from shardline.bench.load.http_bytes import Request, address_of, message_of
+from shardline.bench.load.load_client import LoadClient, LoadJob, Records
+from shardline.bench.load.stats import Figures, figures, refuse_unanswered
 from shardline.shards.core.errors import Unavailable
 
 READY_S = 60.0
+END_S = 5.0  # for a process whose pipe has closed
 START_DELAY_S = 0.2  # between the last client's readiness and the first request
 GRACE_S = 30.0  # beyond schedule and timeout, before a client counts as lost
 TICK_S = 0.05
+OPEN_CONNECTIONS = 512
+CLOSED_RATE = 20_000  # requests/s that a closed loop never reaches
 BUSY = 0.9  # share of a core from which one client process cannot send on time
 LATE_SHARE = 0.1  # of the latencies' p99
 LATE_MS = 1.0
@@ -40,6 +46,43 @@ class ClientFigures:
     bottleneck: str | None
 
 
+def ask(
+    url: str,
+    requests: Sequence[Request],
+    *,
+    seconds: float,
+    warm_up_s: float,
+    rate: float | None = None,
+    connections: int = OPEN_CONNECTIONS,
+    batch: int = 1,
+    kept: int = 0,
+) -> tuple[Figures, dict[int, bytes]]:
+    """Sends ``requests`` from this process in order, starting over when all were sent: evenly
+    spaced at ``rate`` per second (latencies from the intended send time), or, rate None, as fast
+    as answers come over so many connections; one connection is sequential.
+
+    Returns the figures after the warm-up, and the bodies of the first ``kept`` answers by number.
+
+    Raises:
+        InvalidInput: no http URL. Unavailable: nothing was answered.
+    """
+    lasts = warm_up_s + seconds
+    count = int(lasts * rate) if rate else int(lasts * CLOSED_RATE / batch) + 1
+    job = LoadJob(
+        address=address_of(url),
+        messages=tuple(message_of(request, address_of(url)) for request in requests),
+        order=np.arange(count) % len(requests),
+        intended_s=np.arange(count) / rate if rate else np.zeros(count),
+        kept=np.arange(count) < kept,
+        max_connections=connections,
+        closed_s=None if rate else lasts,
+    )
+    records = LoadClient(job).run(time.monotonic() + START_DELAY_S)
+    measured = figures(records, warm_up_s=warm_up_s, seconds=seconds, batch=batch)
+    refuse_unanswered(measured, url)
+    return measured, records.bodies
+
+
 def run_fleet(
     job: LoadJob, processes: int, on_tick: Callable[[float], None] = lambda elapsed: None
 ) -> tuple[Records, list[float]]:
@@ -51,7 +94,7 @@ def run_fleet(
         Unavailable: a client process ended without a result.
     """
     parts = [_part(job, number, processes) for number in range(processes)]
-    with _children(parts) as pipes:
+    with children(_serve, [(part,) for part in parts]) as pipes:
         for pipe in pipes:
             _receive(pipe, READY_S)
         start = time.monotonic() + START_DELAY_S
@@ -62,7 +105,7 @@ def run_fleet(
         waiting, results = list(pipes), {}
         while waiting:
             for ready in wait(waiting, TICK_S):
-                assert isinstance(ready, Connection)
+                assert isinstance(ready, Pipe)
                 results[pipes.index(ready)] = _receive(ready, 0)
                 waiting.remove(ready)
             on_tick(time.monotonic() - start)
@@ -129,34 +172,32 @@ def _part(job: LoadJob, first: int, step: int) -> LoadJob:
 
 
 @contextlib.contextmanager
-def _children(jobs: list[LoadJob]) -> Iterator[list[Connection]]:
-    """One process a job and our end of its pipe; none is left when the block ends."""
+def children(work: Callable[..., None], given: Sequence[tuple[Any, ...]]) -> Iterator[list[Pipe]]:
+    """Runs ``work(pipe, *each)`` in a process per tuple of ``given``; yields our ends of the pipes.
+    They are closed with the block, whereupon the processes are to end; none is left."""
     context = multiprocessing.get_context("spawn")  # fork would copy Ray's threads' locks
     processes: list[BaseProcess] = []
-    pipes: list[Connection] = []
+    pipes: list[Pipe] = []
     try:
-        for job in jobs:
+        for each in given:
             ours, theirs = context.Pipe()
-            process: BaseProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process: BaseProcess = context.Process(target=work, args=(theirs, *each), daemon=True)
             process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
-            ours.send(job)
         yield pipes
     finally:
         for pipe in pipes:
             pipe.close()
         for process in processes:
-            process.join(1)
-            if process.is_alive():
-                process.kill()
-                process.join()
+            process.join(END_S)
+            process.kill()
+            process.join()
 
 
-def _serve(pipe: Connection) -> None:
-    """The life of a client process: job in, ready, start time in, records out."""
-    job: LoadJob = pipe.recv()
+def _serve(pipe: Pipe, job: LoadJob) -> None:
+    """The life of a client process: ready, start time in, records out."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file for every connection
     client = LoadClient(job)
@@ -168,7 +209,7 @@ def _serve(pipe: Connection) -> None:
     pipe.send(client.run(start))
 
 
-def _receive(pipe: Connection, timeout_s: float) -> Records:
+def _receive(pipe: Pipe, timeout_s: float) -> Records:
     """What a client sends next."""
     try:
         if not pipe.poll(timeout_s):

@@ -2,22 +2,39 @@
 little of it is looked at under load.
 
 A general client spends more time on a header than the server takes to answer, on cores that both
-share.
+share. Bodies are written after the public contract of ``/v1/search`` and not by the router's own
+codec, so that one client can ask any version of the server.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import msgpack
 import numpy as np
 
-from shardline.bench.load.openloop import Request
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import FloatArray, IdArray
 
+MSGPACK = "application/msgpack"
 HEAD_END = b"\r\n\r\n"
 LENGTH = b"content-length:"
 FOREIGN_BYTES = 40  # of an error page that is not ours, to tell whose it is
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One HTTP request, ready to send."""
+
+    method: str
+    path: str
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+EMPTY = Request("GET", "/healthz")  # client, HAProxy, Serve, ASGI, and no search: the floor
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +64,32 @@ def message_of(request: Request, address: tuple[str, int]) -> bytes:
     )
     head = "".join(f"{name}: {value}\r\n" for name, value in fields)
     return f"{request.method} {request.path} HTTP/1.1\r\n{head}\r\n".encode() + request.body
+
+
+def search_request(
+    content: Mapping[str, Any], headers: tuple[tuple[str, str], ...] = ()
+) -> Request:
+    """A msgpack search. content: the fields of the body; ``vectors`` is (n, dim) float32."""
+    own = (("Content-Type", MSGPACK), ("Accept", MSGPACK))
+    body = msgpack.packb(content, default=_packed)
+    return Request("POST", "/v1/search", body, (*own, *headers))
+
+
+def _packed(value: Any) -> Any:
+    """numpy values in the form that the HTTP interface documents."""
+    if isinstance(value, np.ndarray):
+        return {"dtype": value.dtype.str, "shape": list(value.shape), "data": value.tobytes()}
+    return value.item()
+
+
+def results_of(body: bytes) -> tuple[IdArray, FloatArray]:
+    """(ids, scores), both (n, k), of a msgpack answer; id -1 marks an empty slot."""
+    content = msgpack.unpackb(body)
+    ids, scores = (
+        np.frombuffer(part["data"], dtype=part["dtype"]).reshape(part["shape"])
+        for part in (content["ids"], content["scores"])
+    )
+    return ids, scores
 
 
 def read_head(data: bytes | bytearray) -> Head | None:

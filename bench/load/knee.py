@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-KEEPS_UP = 0.97  # answers a second of those offered
+KEEPS_UP = 0.97  # answers/s of those offered
 MOST_REFUSED = 0.01  # of the requests: 429 and failures
 NOISE = 2.0  # standard deviations of a Poisson count
 MEDIAN_GROWTH = 5.0
@@ -21,7 +21,7 @@ MOST_POINTS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """A rate and what came of it, in requests a second; sent: how many requests that were;
+    """A rate and what came of it, in requests/s; sent: how many requests that were;
     p50_ms None: nothing was answered."""
 
     rate: float

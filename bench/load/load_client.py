@@ -3,8 +3,11 @@
 One thread and one epoll, no waiting for answers: a request leaves at its intended time although
 earlier ones are unanswered. Latency counts from the intended time, so a server that stalls is
 charged for every request that should have left meanwhile. What the client itself was late by is
-recorded beside it (``sent_s`` - ``intended_s``). A closed loop (``closed_s``) sends whenever a
-connection is free; it finds the peak, and its latencies leave out the wait.
+recorded beside it (``sent_s`` - ``intended_s``).
+
+A closed loop (``closed_s``) sends whenever a connection is free. Over one connection it is
+sequential: what one client sees that has the server to itself, with every cache warm. Over many it
+finds the peak. A slow server slows its questions, so its latencies leave out the wait in a queue.
 """
 
 import errno
@@ -14,14 +17,74 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shardline.bench.load.http_bytes import Head, coverage_of, problem_of, read_head
-from shardline.bench.load.job import LoadJob, Records
+from shardline.bench.load.schedule import FloatTimes
+from shardline.shards.core.schema import IdArray
 
 SPIN_S = 0.0001  # a timer of Linux wakes up to this late; spun, so that the schedule is kept
 IDLE_S = 0.05  # longest sleep while nothing is due; an answer ends it
 RECEIVE_BYTES = 1 << 18
 OK = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadJob:
+    """What one process sends; plain data, crosses to it by pickling.
+
+    messages: whole HTTP requests; order (n,) says which of them each request sends; intended_s
+    (n,) are seconds from the start; kept (n,) bool: whose bodies come back. With closed_s the
+    times are not used: requests are sent in order for that many seconds.
+    """
+
+    address: tuple[str, int]
+    messages: tuple[bytes, ...]
+    order: IdArray
+    intended_s: FloatTimes
+    kept: NDArray[np.bool_]
+    max_connections: int = 512
+    timeout_s: float = 10.0
+    closed_s: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Records:
+    """What became of each request, in order: arrays (n,), seconds from the start.
+
+    sent_s is NaN where it was never sent, done_s where there was no whole answer; status is the
+    HTTP status, 0 without one; coverage is the share of rows an answer saw, NaN where it says
+    none. errors: number -> what came instead of an answer.
+    """
+
+    intended_s: FloatTimes
+    sent_s: FloatTimes
+    done_s: FloatTimes
+    status: NDArray[np.int16]
+    coverage: NDArray[np.float64]
+    errors: dict[int, str]
+    bodies: dict[int, bytes]
+    cpu_share: float
+    connections: int
+
+    @classmethod
+    def empty(cls, intended_s: FloatTimes) -> "Records":
+        """Nothing sent yet."""
+        count = len(intended_s)
+        return cls(
+            intended_s=intended_s.copy(),
+            sent_s=np.full(count, np.nan),
+            done_s=np.full(count, np.nan),
+            status=np.zeros(count, dtype=np.int16),
+            coverage=np.full(count, np.nan),
+            errors={},
+            bodies={},
+            cpu_share=0.0,
+            connections=0,
+        )
 
 
 class _Connection:
@@ -78,10 +141,12 @@ class LoadClient:
             wait = IDLE_S if due is None else due - time.monotonic()
             if self._expiry:
                 wait = min(wait, self._expiry[0][0] - time.monotonic())
-            # epoll itself counts in whole milliseconds; select on the epoll does not
-            if wait > SPIN_S:
+            # epoll itself counts in whole milliseconds; select on the epoll does not. A closed loop
+            # waits for answers alone, so it saves that call
+            closed = self._job.closed_s is not None
+            if wait > SPIN_S and not closed:
                 select.select([self._epoll], [], [], wait - SPIN_S)
-            for descriptor, _ in self._epoll.poll(0):
+            for descriptor, _ in self._epoll.poll(max(wait, 0) if closed else 0):
                 connection = self._connections.get(descriptor)
                 if connection is not None:
                     self._advance(connection)

@@ -5,8 +5,8 @@ shard's process by the port that the router's status gives for it, because it ch
 restart.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """One process over the measured time. cores: CPU seconds a second; memory: resident."""
+    """One process over the measured time. cores: CPU seconds per second; memory: resident."""
 
     role: str
     pid: int
@@ -111,33 +111,27 @@ def router_process(pid: int) -> psutil.Process:
 
 @dataclass(slots=True)
 class Sampler:
-    """CPU and memory of every process of the tree, from look to look; new ones join in.
-
-    ticks: (seconds, resident MiB by role) of every look.
-    """
+    """CPU and memory of every process of the tree, from look to look; new ones join in."""
 
     pid: int
-    ticks: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     _seen: dict[int, "_Seen"] = field(default_factory=dict)
     _since: float = 0.0
     _until: float = 0.0
 
     def look(self, at_s: float) -> None:
         """Notes what every process has used so far; at_s on any clock in seconds."""
-        if not self._seen:
+        is_first = not self._seen
+        if is_first:
             self._since = at_s
         self._until = at_s
-        memory: dict[str, float] = {}
         for role, process in tree(self.pid):
-            with _gone_is_fine():
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it may end meanwhile
                 times, resident = process.cpu_times(), process.memory_info().rss / MIB
                 seen = self._seen.setdefault(
-                    process.pid, _Seen(role, times.user + times.system, len(self.ticks) > 0)
+                    process.pid, _Seen(role, times.user + times.system, not is_first)
                 )
                 seen.role = role  # a process starts under another title than it goes by later
                 seen.note(times.user + times.system, resident)
-                memory[role] = round(memory.get(role, 0.0) + resident, 1)
-        self.ticks.append((round(at_s, 2), memory))
 
     def usage(self) -> list[Usage]:
         """Every process seen, busiest first; a process that ended shows what it had used."""
@@ -173,12 +167,3 @@ class _Seen:
 def _is_client(process: psutil.Process) -> bool:
     """A client process of ours, where the endpoint runs in this very process."""
     return any("multiprocessing" in part for part in process.cmdline())
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    """A process may end between listing it and asking it."""
-    try:
-        yield
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return

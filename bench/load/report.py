@@ -28,17 +28,22 @@ LEAST_MIB = 64.0
 def title_of(report: dict[str, Any]) -> str:
     """What was measured, on what."""
     setup = report["setup"]
+    params = "".join(f"{name} {set_to}, " for name, set_to in setup["params"].items() if set_to)
+    share = report["cache_hit_share"]
+    cache = "result cache off"
+    if report["status_after"]["cache"] is not None:
+        found = "an unknown share" if share is None else f"{share:.1%}"
+        cache = f"{found} of the searches answered from the result cache"
     return (
         f"{report['scenario']}: {setup['rows']:,} x {setup['dim']}, {setup['shards']} shards, "
-        f"{setup['index']}, nprobe {setup['nprobe']}, k = {setup['k']}, {setup['cores']} cores, "
-        f"{setup['arrivals']} arrivals; queries: {setup['queries']}"
+        f"{setup['index']}, {params}k = {setup['k']}, {setup['cores']} cores, "
+        f"{setup['arrivals']} arrivals; queries: {setup['queries']}; {cache}"
     )
 
 
 def step_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows for STEP_HEADER: every step, then the floor, then the bare index."""
+    """Rows for STEP_HEADER: every step, floors among them, then the bare index."""
     rows = [_figures_row(_label(step), step["figures"], step["recall"]) for step in report["steps"]]
-    rows.append(_figures_row("empty request (floor)", report["floor"], None))
     for bare in report["bare"]:
         label = f"bare index, {bare['batch']} at a time, threads: {bare['threads']}"
         times = (_ms(bare["p50_ms"]), NONE, _ms(bare["p99_ms"]))
@@ -69,16 +74,13 @@ def remarks(report: dict[str, Any]) -> list[str]:
         lines.append(f"knee: {knee:.0f} requests/s" if knee else "no rate was held, so no knee")
     if report["scenario"] == "capacity" and all(s["tool"] != "wrk" for s in report["steps"]):
         lines.append("wrk is not installed: our own client took CPU that the endpoint could use")
-    floor = report["floor"]["client"]
-    if floor["bottleneck"]:
-        lines.append(f"floor: {floor['bottleneck']}")
     for step in report["steps"]:
         label, found = step["step"]["label"], step["figures"]
         client = step["client"]
         if client is not None and client["bottleneck"]:
             lines.append(f"{label}: CLIENT-BOUND: {client['bottleneck']}")
         if step["repeats"] > 1:
-            lines.append(f"{label}: each query asked {step['repeats']:g} times on average")
+            lines.append(f"{label}: each query was asked {step['repeats']:g} times on average")
         if found["failures"]:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in found["failures"].items())
             lines.append(f"{label}: failed: {kinds}")
@@ -134,7 +136,7 @@ def _recovery_line(each: dict[str, Any]) -> str:
 
 
 def _surge_line(step: dict[str, Any], start: float, stop: float, factor: float) -> str:
-    """Answers a second before, during and after a surge, in whole bins."""
+    """Answers/s before, during and after a surge, in whole bins."""
     seconds = step["step"]["seconds"]
     edges = (0.0, start * seconds, stop * seconds, seconds)
     rates = []
@@ -144,9 +146,7 @@ def _surge_line(step: dict[str, Any], start: float, stop: float, factor: float) 
         ]
         rates.append(f"{mean(inside):.0f}" if inside else NONE)
     before, during, after = rates
-    return (
-        f"answers a second: {before} before, {during} at {factor:g} times the rate, {after} after"
-    )
+    return f"answers/s: {before} before, {during} at {factor:g} times the rate, {after} after"
 
 
 def _ms(value: float | None) -> str:

@@ -16,7 +16,8 @@ from shardline.shards.core.errors import InvalidInput
 KNEE_SHARES = (0.5, 0.7, 0.9)
 SEARCH_SHARE = 3  # a rate of the search for the knee gets this part of the measured time
 LEAST_SEARCH_S = 2.0
-CLOSED_CONNECTIONS = (1, 4, 16)
+CLOSED_CONNECTIONS = (1, 4, 16, 64)
+FLOOR_S = 10.0  # of empty requests at most, where searches are not compared with them one by one
 BATCH_CONNECTIONS = 4  # of the closed loop that finds a batch size's peak
 BATCH_LOAD = 0.5  # of that peak, for the latencies
 
@@ -29,6 +30,7 @@ class Pace(StrEnum):
     FIXED = "fixed"  # one step at the rate asked for
     SWEEP = "sweep"  # rates up to the knee, then shares of it
     BATCHES = "batches"  # for each batch size its peak, then half of that
+    LATENCY = "latency"  # sequential, then at each of ``rates``
     CLOSED = "closed"  # the peak, for several numbers of connections
 
 
@@ -37,6 +39,7 @@ class Ask(StrEnum):
 
     VECTORS = "vectors"
     FEATURES = "features"
+    EMPTY = "empty"  # no search at all: the floor
 
 
 class FaultKind(StrEnum):
@@ -58,7 +61,7 @@ class Fault:
 class Scenario:
     """summary: for people; what is sent, what is marked, what the figures show. ks: (k, share of
     the requests); empty: the k asked for. zipf: exponent of the popularity of distinct queries;
-    None: every query is new."""
+    None: every query is new. rates: requests per second, of a latency scenario."""
 
     name: str
     summary: str
@@ -70,9 +73,19 @@ class Scenario:
     distinct: int | None = None
     faults: tuple[Fault, ...] = ()
     surges: tuple[Surge, ...] = ()
+    rates: tuple[float, ...] = ()
 
 
 _ALL = (
+    Scenario(
+        name="latency",
+        summary=(
+            "Single queries, sequential over one connection, then in the open loop at 100 and at "
+            "20 requests/s, each after empty requests in the same way; --rate has no effect."
+        ),
+        pace=Pace.LATENCY,
+        rates=(100.0, 20.0),
+    ),
     Scenario(
         name="rate",
         summary="Single queries at --rate: latency, recall and coverage at that load.",
@@ -89,9 +102,9 @@ _ALL = (
     Scenario(
         name="batch",
         summary=(
-            "1, 8, 64 and 512 queries a request: each over 4 connections as fast as answers come "
-            "(closed loop, the peak), then at half that rate. Shows queries a second beside the "
-            "bare index's in such batches; --rate is for the floor alone."
+            "1, 8, 64 and 512 queries per request: each over 4 connections as fast as answers come "
+            "(closed loop, the peak), then at half that rate. Shows queries/s beside the bare "
+            "index's in such batches; --rate has no effect."
         ),
         pace=Pace.BATCHES,
         batches=(1, 8, 64, 512),
@@ -109,8 +122,8 @@ _ALL = (
     Scenario(
         name="mixed-k",
         summary=(
-            "Single queries at --rate: 60 % for 10 results, 30 % for 100, 10 % for 1000; -k counts "
-            "for nothing. Shows what the long answers cost all of them together."
+            "Single queries at --rate: 60 % for 10 results, 30 % for 100, 10 % for 1000; -k has "
+            "no effect. Shows what the long answers cost all of them together."
         ),
         ks=((10, 0.6), (100, 0.3), (1000, 0.1)),
     ),
@@ -153,17 +166,17 @@ _ALL = (
         name="overload",
         summary=(
             "Single queries at --rate, three times as many in the middle half of the time "
-            "(marked): give the peak that `capacity` finds as --rate. Shows answers a second "
-            "before, during and after, and how many requests were refused (429)."
+            "(marked): give the peak that `capacity` finds as --rate. Shows answers/s before, "
+            "during and after, and how many requests were refused (429)."
         ),
         surges=((0.25, 0.75, 3.0),),
     ),
     Scenario(
         name="capacity",
         summary=(
-            "Single queries as fast as answers come over 1, 4 and 16 connections (closed loop), by "
-            "wrk where it is installed, by our own slower client where it is not. Shows the peak; "
-            "--rate is for the floor alone."
+            "Single queries as fast as answers come over 1, 4, 16 and 64 connections (closed "
+            "loop), by wrk where it is installed, by our own slower client where it is not. Shows "
+            "the peak; --rate has no effect."
         ),
         pace=Pace.CLOSED,
     ),
@@ -173,7 +186,7 @@ SCENARIOS = {scenario.name: scenario for scenario in _ALL}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One measurement. rate: requests a second; None: a closed loop over ``connections``."""
+    """One measurement. rate: requests per second; None: a closed loop over ``connections``."""
 
     label: str
     rate: float | None
@@ -196,18 +209,28 @@ def find_scenario(name: str) -> Scenario:
 
 
 def steps(scenario: Scenario, *, rate: float, seconds: float, k: int) -> StepPlan:
-    """Yields steps and is sent their figures; returns the knee in requests a second, of a sweep.
+    """Yields steps and is sent their figures; returns the knee in requests/s, of a sweep. Empty
+    requests come first, in the way of the searches they are the floor of.
 
     ``rate`` is where a sweep begins.
     """
     base = _step(scenario, rate=rate, seconds=seconds, k=k)
+    sequential = replace(base, label="sequential", rate=None, connections=1)
+    if scenario.pace is Pace.LATENCY:
+        open_loops = [replace(base, label=f"{each:g}/s", rate=each) for each in scenario.rates]
+        for step in (sequential, *open_loops):
+            yield _floor(step, seconds)
+            yield step
+        return None
+    in_closed_loop = scenario.pace in (Pace.CLOSED, Pace.BATCHES)
+    yield _floor(sequential if in_closed_loop else base, min(seconds, FLOOR_S))
     if scenario.pace is Pace.SWEEP:
         return (yield from _sweep(base))
     if scenario.pace is Pace.BATCHES:
         for batch in scenario.batches:
             closed = replace(
                 base,
-                label=f"{batch} a request, peak",
+                label=f"{batch} per request, peak",
                 rate=None,
                 batch=batch,
                 connections=BATCH_CONNECTIONS,
@@ -215,7 +238,7 @@ def steps(scenario: Scenario, *, rate: float, seconds: float, k: int) -> StepPla
             peak = yield closed
             if peak.goodput > 0:
                 half = max(BATCH_LOAD * peak.goodput, 1 / seconds * 2)
-                yield replace(base, label=f"{batch} a request, half", rate=half, batch=batch)
+                yield replace(base, label=f"{batch} per request, half", rate=half, batch=batch)
     elif scenario.pace is Pace.CLOSED:
         for connections in CLOSED_CONNECTIONS:
             label = f"closed, {connections} connections"
@@ -251,6 +274,19 @@ def _sweep(base: Step) -> StepPlan:
         for share in KNEE_SHARES:
             yield replace(base, label=f"{share:.0%} of the knee", rate=share * found)
     return found
+
+
+def _floor(step: Step, seconds: float) -> Step:
+    """Empty requests instead of the step's searches."""
+    return Step(
+        label=f"empty request (floor), {step.label}",
+        rate=step.rate,
+        seconds=seconds,
+        batch=1,
+        ks=step.ks,
+        ask=Ask.EMPTY,
+        connections=step.connections,
+    )
 
 
 def _step(scenario: Scenario, *, rate: float, seconds: float, k: int) -> Step:

@@ -34,7 +34,7 @@ def offsets(
     surges: Sequence[Surge] = (),
 ) -> FloatTimes:
     """(n,) float64 below warm_up_s + seconds. ``surges`` multiply the rate for a part of the
-    measured time; elsewhere ``rate`` requests a second are due.
+    measured time; elsewhere ``rate`` requests per second are due.
 
     Raises:
         InvalidInput: a rate or duration that is not positive, or no request at all.

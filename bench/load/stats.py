@@ -1,21 +1,22 @@
 """Figures of a run from its records: latencies, what was refused, what failed, second by second.
 
 All samples are kept and percentiles taken from them, which is exact. An HDR histogram saves
-memory by rounding; a minute at a thousand requests a second is half a megabyte of float64.
+memory by rounding; a minute at a thousand requests/s is half a megabyte of float64.
 
 A percentile p is given only where at least one sample lies beyond it: of 500 samples there is no
 p99.9, and ``max_ms`` says what it might have been.
 """
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shardline.bench.load.job import Records
-from shardline.bench.load.load_client import OK
+from shardline.bench.load.load_client import OK, Records
+from shardline.shards.core.errors import Unavailable
 
 REJECTED = 429
 PERCENTILES = {"p50_ms": 50.0, "p90_ms": 90.0, "p99_ms": 99.0, "p99_9_ms": 99.9}
@@ -23,8 +24,8 @@ PERCENTILES = {"p50_ms": 50.0, "p90_ms": 90.0, "p99_ms": 99.0, "p99_9_ms": 99.9}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """Of the measured time, warm-up left out. Rates are a second; qps counts queries, so a request
-    of 64 is 64. Latencies are of answered requests alone, from their intended send time."""
+    """Of the measured time, warm-up left out. Rates are per second; qps counts queries, so a
+    request of 64 is 64. Latencies are of answered requests alone, from their intended send time."""
 
     sent: int
     answered: int
@@ -42,9 +43,6 @@ class Figures:
     coverage_min: float | None
     coverage_mean: float | None
     partial: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,29 +92,38 @@ def figures(records: Records, *, warm_up_s: float, seconds: float, batch: int) -
     knee the two differ, and only the first is what the server holds.
     """
     counted = (records.intended_s >= warm_up_s) & ~_unsent(records)
-    times = latencies_ms(records)[counted]
-    times = times[~np.isnan(times)]
+    times, seen = _seen(records, counted)
+    seen |= {name: percentile(times, q) for name, q in PERCENTILES.items()}
     done = records.done_s[records.status == OK]
     within = ((done >= warm_up_s) & (done < warm_up_s + seconds)).sum()
     failures = _failures(records, counted)
-    coverage = records.coverage[counted & ~np.isnan(records.coverage)]
-    answered = times.size
-    rejected = int((counted & (records.status == REJECTED)).sum())
     return Figures(
-        sent=int(counted.sum()),
-        answered=answered,
-        rejected=rejected,
-        failed=sum(failures.values()),
+        **seen,
         failures=failures,
         offered_rate=round(float(counted.sum() / seconds), 3),
         goodput=round(float(within / seconds), 3),
         qps=round(float(within / seconds * batch), 3),
-        max_ms=_rounded(times.max()) if answered else None,
-        coverage_min=_rounded(coverage.min(), 6) if coverage.size else None,
-        coverage_mean=_rounded(coverage.mean(), 6) if coverage.size else None,
-        partial=int((coverage < 1).sum()),
-        **{name: percentile(times, q) for name, q in PERCENTILES.items()},
+        partial=int((records.coverage[counted] < 1).sum()),
     )
+
+
+def _seen(
+    records: Records, counted: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], dict[str, Any]]:
+    """Latencies (answered,) in ms of the requests ``counted``, and the fields that figures and
+    bins of a timeline share."""
+    times = latencies_ms(records)[counted]
+    times = times[~np.isnan(times)]
+    coverage = records.coverage[counted & ~np.isnan(records.coverage)]
+    return times, {
+        "sent": int(counted.sum()),
+        "answered": times.size,
+        "rejected": int((counted & (records.status == REJECTED)).sum()),
+        "failed": int((counted & _failed_mask(records)).sum()),
+        "max_ms": _rounded(times.max()) if times.size else None,
+        "coverage_min": _rounded(coverage.min(), 6) if coverage.size else None,
+        "coverage_mean": _rounded(coverage.mean(), 6) if coverage.size else None,
+    }
 
 
 def percentile(times: NDArray[np.float64], q: float) -> float | None:
@@ -124,6 +131,20 @@ def percentile(times: NDArray[np.float64], q: float) -> float | None:
     if times.size * (100 - q) < 100 - 1e-9:
         return None
     return _rounded(np.percentile(times, q))
+
+
+def refuse_unanswered(found: Figures, what: str) -> None:
+    """Raises Unavailable, with the failures counted, when there is nothing to take figures from."""
+    if not found.answered:
+        refused = {f"HTTP {REJECTED}": found.rejected} if found.rejected else {}
+        kinds = sorted(f"{count} x {kind}" for kind, count in (found.failures | refused).items())
+        raise Unavailable(f"{what}: no request was answered", got=", ".join(kinds))
+
+
+def p50_p99(samples_ms: Sequence[float]) -> dict[str, float]:
+    """Milliseconds, ready for JSON."""
+    p50, p99 = np.percentile(samples_ms, [50, 99])
+    return {"p50": _rounded(p50), "p99": _rounded(p99)}
 
 
 def timeline(records: Records, *, warm_up_s: float, bin_s: float = 1.0) -> list[Second]:
@@ -134,40 +155,28 @@ def timeline(records: Records, *, warm_up_s: float, bin_s: float = 1.0) -> list[
         return []
     place = np.floor(since / bin_s).astype(np.int64)
     done = (records.done_s[records.status == OK] - warm_up_s) / bin_s
-    times = latencies_ms(records)
-    failed = _failed_mask(records)
     bins = []
     for number in range(int(place[counted].max()) + 1):
-        inside = counted & (place == number)
-        here = times[inside & ~np.isnan(times)]
-        coverage = records.coverage[inside & ~np.isnan(records.coverage)]
+        times, seen = _seen(records, counted & (place == number))
         bins.append(
             Second(
+                **seen,
                 at_s=round(number * bin_s, 3),
-                sent=int(inside.sum()),
-                answered=here.size,
                 completed=int(((done >= number) & (done < number + 1)).sum()),
-                rejected=int((inside & (records.status == REJECTED)).sum()),
-                failed=int((inside & failed).sum()),
-                p50_ms=_rounded(np.percentile(here, 50)) if here.size else None,
-                p99_ms=_rounded(np.percentile(here, 99)) if here.size else None,
-                max_ms=_rounded(here.max()) if here.size else None,
-                coverage_min=_rounded(coverage.min(), 6) if coverage.size else None,
-                coverage_mean=_rounded(coverage.mean(), 6) if coverage.size else None,
+                p50_ms=_rounded(np.percentile(times, 50)) if times.size else None,
+                p99_ms=_rounded(np.percentile(times, 99)) if times.size else None,
             )
         )
     return bins
 
 
-def recovery(
-    records: Records, *, warm_up_s: float, at_s: float, label: str, until_s: float = np.inf
-) -> Recovery:
-    """Between a fault at ``at_s`` (from the end of the warm-up) and ``until_s``."""
+def recovery(records: Records, *, warm_up_s: float, at_s: float, label: str) -> Recovery:
+    """After a fault at ``at_s`` from the end of the warm-up."""
     since = records.intended_s - warm_up_s - at_s
     counted = ~_unsent(records)
     ends = np.where(np.isnan(records.done_s), since, records.done_s - warm_up_s - at_s)
     # asked before the fault and answered after it counts: it may be the first one harmed
-    after = counted & (ends >= 0) & (since < until_s - at_s)
+    after = counted & (ends >= 0)
     failed = after & _failed_mask(records)
     refused = after & (records.status == REJECTED)
     harmed = failed | refused | (after & (records.coverage < 1))

@@ -2,31 +2,29 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from shardline.bench.load.faults import Mark, surge_marks
-from shardline.bench.load.fleet import BUSY, ClientFigures, judge, run_fleet
+from shardline.bench.load.faults import Mark, Watch, surge_marks
+from shardline.bench.load.fleet import BUSY, CLOSED_RATE, ClientFigures, judge, run_fleet
 from shardline.bench.load.http_bytes import address_of
-from shardline.bench.load.job import LoadJob, Records
+from shardline.bench.load.load_client import LoadJob, Records
 from shardline.bench.load.processes import Usage
-from shardline.bench.load.scenarios import Step
+from shardline.bench.load.scenarios import Ask, Step
 from shardline.bench.load.schedule import Arrivals, FloatTimes, offsets
 from shardline.bench.load.stats import Figures, Recovery, Second, figures, recovery, timeline
 from shardline.bench.load.target import Target
-from shardline.bench.load.watch import Watch
-from shardline.bench.load.workload import Queries, Workload, asked_rows, make_workload, recall_of
+from shardline.bench.load.workload import Queries, Workload, answers_of, make_workload
 from shardline.bench.load.wrk import run_wrk
 
-CLOSED_RATE = 20_000  # requests a second that a closed loop never reaches
 WRK_WARM_UP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """rate: requests a second; seconds: measured time of a step; clients: processes to begin with,
+    """rate: requests/s; seconds: measured time of a step; clients: processes to begin with,
     doubled up to most_clients while they are what is slow; shard: the one that faults hit."""
 
     rate: float
@@ -44,22 +42,19 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """All of one step. client is None where wrk was the client; memory: (second, MiB by role)."""
+    """All of one step. wrk tells its figures alone: client is None then, and nothing is known of
+    single requests."""
 
     step: Step
     tool: str
     figures: Figures
-    recall: float | None
     repeats: float
-    client: ClientFigures | None
     processes: list[Usage]
-    memory: list[tuple[float, dict[str, float]]]
-    timeline: list[Second]
-    marks: list[Mark]
-    recoveries: list[Recovery]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+    recall: float | None = None
+    client: ClientFigures | None = None
+    timeline: list[Second] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -72,18 +67,18 @@ class StepRunner:
     rng: np.random.Generator
     note: Callable[[str], None]
     program: str | None = None
+    _asked: int = 0  # single queries of earlier steps: the next step goes on behind them
 
     def measure(self, step: Step) -> StepReport:
         """Once more with twice the clients while the clients are what is slow."""
-        clients = self.options.clients
+        most = min(self.options.most_clients, step.connections or self.options.most_clients)
+        clients = min(self.options.clients, most)
         while True:
             report = self._attempt(step, clients)
             client = report.client
-            if client is None or client.cpu_share_max <= BUSY:
+            if client is None or client.cpu_share_max <= BUSY or clients >= most:
                 return report
-            if clients >= self.options.most_clients:
-                return report
-            clients = min(clients * 2, self.options.most_clients)
+            clients = min(clients * 2, most)
             self.note(f"{client.bottleneck}; again with {clients}")
 
     def _attempt(self, step: Step, clients: int) -> StepReport:
@@ -95,6 +90,7 @@ class StepRunner:
             self.queries,
             requests=len(times),
             first_counted=int(np.searchsorted(times, options.warm_up_s)) if step.rate else 0,
+            first_query=0 if step.zipf else self._asked,
             address=address_of(self.target.url),
             headers=self.target.address.headers,
             rng=self.rng,
@@ -116,6 +112,7 @@ class StepRunner:
             records, cpu_shares = run_fleet(job, clients, watch.tick)
         finally:
             watch.close()
+        self._count(step, int((~np.isnan(records.sent_s)).sum()))
         return self._report(step, workload, records, cpu_shares, watch)
 
     def _report(
@@ -128,17 +125,17 @@ class StepRunner:
     ) -> StepReport:
         warm_up_s = self.options.warm_up_s
         measured = figures(records, warm_up_s=warm_up_s, seconds=step.seconds, batch=step.batch)
+        sent = workload.order[~np.isnan(records.sent_s)]
         marks = sorted([*watch.marks, *surge_marks(step)], key=lambda mark: mark.at_s)
         p99 = measured.p99_ms if measured.p99_ms is not None else (measured.max_ms or 0.0)
         return StepReport(
             step=step,
             tool="own client",
             figures=measured,
-            recall=self._recall(records.bodies, workload),
-            repeats=workload.repeats if step.rate else _repeats(records, workload),
+            recall=self.target.recall(self.queries.vectors, answers_of(records.bodies, workload)),
+            repeats=self._repeats(step, len(sent), len(np.unique(sent))),
             client=judge(records, cpu_shares, p99, closed=step.rate is None),
             processes=watch.usage(),
-            memory=watch.memory(),
             timeline=timeline(records, warm_up_s=warm_up_s),
             marks=marks,
             recoveries=[
@@ -150,39 +147,38 @@ class StepRunner:
     def _with_wrk(self, program: str, step: Step, workload: Workload) -> StepReport:
         watch = Watch(self.target, step, warm_up_s=0, shard=self.options.shard)
         connections = step.connections or 1
+        send = partial(
+            run_wrk, program, self.target.url, workload.messages, connections=connections
+        )
         try:
-            run_wrk(
-                program,
-                self.target.url,
-                workload.messages,
-                connections=connections,
-                seconds=WRK_WARM_UP_S,
-            )
+            # as many more as there are connections are under way when the warm-up ends
+            warmed = send(seconds=WRK_WARM_UP_S).sent + connections
             watch.look(0.0)
             began = time.monotonic()
-            measured = run_wrk(
-                program,
-                self.target.url,
-                workload.messages,
-                connections=connections,
-                seconds=step.seconds,
-            )
+            measured = send(seconds=step.seconds, first=warmed)
             watch.look(time.monotonic() - began)
         finally:
             watch.close()
+        self._count(step, warmed + measured.sent + connections)
         return StepReport(
             step=step,
             tool="wrk",
             figures=measured,
-            recall=None,
-            repeats=round(measured.sent / len(workload.messages), 2),
-            client=None,
+            repeats=self._repeats(step, warmed + measured.sent, len(workload.messages)),
             processes=watch.usage(),
-            memory=[],
-            timeline=[],
-            marks=[],
-            recoveries=[],
         )
+
+    def _count(self, step: Step, sent: int) -> None:
+        if step.ask is not Ask.EMPTY and step.batch == 1:
+            self._asked += sent
+
+    def _repeats(self, step: Step, sent: int, distinct: int) -> float:
+        """How often each query was asked, in this step or in the run; more than once where the
+        queries were too few. The floor's requests are all alike on purpose."""
+        if step.ask is Ask.EMPTY:
+            return 1.0
+        in_run = self._asked / len(self.queries.vectors) if step.batch == 1 else 1.0
+        return round(max(sent / max(distinct, 1), in_run, 1.0), 2)
 
     def _times(self, step: Step) -> FloatTimes:
         options = self.options
@@ -197,16 +193,3 @@ class StepRunner:
             rng=self.rng,
             surges=step.surges,
         )
-
-    def _recall(self, bodies: dict[int, bytes], workload: Workload) -> float | None:
-        rows = asked_rows(workload)
-        if not bodies or not rows.size:
-            return None
-        exact = self.target.exact(self.queries.vectors[rows], max(workload.ks))
-        return recall_of(bodies, workload, exact)
-
-
-def _repeats(records: Records, workload: Workload) -> float:
-    """Of a closed loop: requests sent for each distinct one."""
-    sent = workload.order[~np.isnan(records.sent_s)]
-    return round(sent.size / max(np.unique(sent).size, 1), 2)

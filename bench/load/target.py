@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from shardline.bench.corpus import clustered_name, clustered_queries, exact_ids
+from shardline.bench.corpus import best_scores, clustered_name, clustered_queries, score_items
 from shardline.bench.load.workload import Queries
 from shardline.cluster.serving.endpoint import Address
 from shardline.cluster.store import Store
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
+from shardline.shards.core.recall import recall_at_k
 from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
 from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
 from shardline.shards.storage.generation import (
@@ -48,9 +49,25 @@ class Target:
     def folder(self) -> Path:
         return self.store.generation(self.manifest.generation)
 
-    def exact(self, queries: FloatArray, k: int) -> IdArray:
-        """(n, k) item ids of the exact answer, all rows scanned."""
-        return exact_ids(self.corpus, queries, k, metric=self.manifest.metric)
+    def recall(
+        self, queries: FloatArray, answers: Sequence[tuple[IdArray, IdArray]]
+    ) -> float | None:
+        """Of answers (rows of ``queries`` (n,), ids (n, k)) against the exact scores, all rows of
+        the corpus scanned; None without any."""
+        if not answers:
+            return None
+        ks = np.concatenate([np.full(len(rows), ids.shape[1]) for rows, ids in answers])
+        ids = np.full((len(ks), ks.max()), EMPTY_ID)
+        at = 0
+        for rows, found in answers:
+            ids[at : at + len(rows), : found.shape[1]] = found
+            at += len(rows)
+        asked = queries[np.concatenate([rows for rows, _ in answers])]
+        metric = self.manifest.metric
+        exact = best_scores(self.corpus, asked, int(ks.max()), metric=metric)
+        exact[np.arange(exact.shape[1]) >= ks[:, None]] = -np.inf
+        found_scores = score_items(self.corpus, asked, ids, metric=metric)
+        return round(recall_at_k(found_scores, exact), 4)
 
 
 def open_target(address: Address, pid: int | None, stores: Sequence[Store]) -> Target:
@@ -131,7 +148,7 @@ def check_answers(target: Target, queries: FloatArray, k: int) -> None:
             "the index does not answer as a whole",
             expected=f"{k} results from {rows} rows",
             got=f"{coverage.rows_answered} rows, {int((answer.ids == EMPTY_ID).sum())} empty slots",
-            hint="; ".join(coverage.degraded) or None,
+            hint="; ".join(map(str, coverage.degraded)) or None,
         )
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,9 @@ PROGRAM = "wrk"
 GRACE_S = 30.0
 WHAT = ("requests", "seconds", "connect", "read", "write", "timeout", "status")
 PERCENTILES = ("p50", "p90", "p99", "p99_9", "max")
-# Requests come ready made from a file: a length of four bytes, big end first, before each. Each
-# thread begins at another place, so that they do not ask the same in step.
+# Requests come ready made from a file: a length of four bytes, big end first, before each.
 SCRIPT = """
 local requests, at = {}, 0
-local threads = 0
-function setup(thread) threads = threads + 1; thread:set("number", threads) end
 function init(args)
   local file = assert(io.open(args[1], "rb"))
   while true do
@@ -32,7 +30,7 @@ function init(args)
     requests[#requests + 1] = file:read(((a * 256 + b) * 256 + c) * 256 + d)
   end
   file:close()
-  at = (number * 7919) % #requests
+  at = tonumber(args[2]) % #requests
 end
 function request() at = at % #requests + 1; return requests[at] end
 function done(summary, latency)
@@ -52,9 +50,16 @@ def find_wrk() -> str | None:
 
 
 def run_wrk(
-    program: str, url: str, messages: tuple[bytes, ...], *, connections: int, seconds: float
+    program: str,
+    url: str,
+    messages: Sequence[bytes],
+    *,
+    connections: int,
+    seconds: float,
+    first: int = 0,
 ) -> Figures:
-    """Whole HTTP requests sent in turn over ``connections`` by one thread, for whole seconds.
+    """Whole HTTP requests over ``connections`` by one thread, for whole seconds: in order from
+    number ``first`` on, starting over when all were sent.
 
     Raises:
         Unavailable: wrk failed; carries its last line.
@@ -66,7 +71,7 @@ def run_wrk(
         duration = max(round(seconds), 1)
         command = [program, "-t1", f"-c{connections}", f"-d{duration}s", "-s", str(script), url]
         done = subprocess.run(
-            [*command, "--", str(requests)],
+            [*command, "--", str(requests), str(first)],
             capture_output=True,
             text=True,
             timeout=duration + GRACE_S,

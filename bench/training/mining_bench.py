@@ -35,9 +35,9 @@ from shardline.training.evaluation.evaluate import evaluate_exact
 from shardline.training.evaluation.searchers import ExactSearch, Search, open_cluster
 from shardline.training.export import export
 from shardline.training.loop.launch import train
+from shardline.training.mining.candidates import Mined, depth_of
 from shardline.training.mining.hard_negatives import Origin, write_negatives
 from shardline.training.mining.miner import build_miner
-from shardline.training.mining.selection import Mined, depth_of
 from shardline.training.model.checkpoint import load_best, open_data
 from shardline.training.model.encoding import encode_queries
 
@@ -143,7 +143,7 @@ def _mining(
         serving(config, generation=manifest.generation, on_stage=progress.note) as endpoint,
         endpoint.address.client() as client,
     ):
-        ids = dataset.items()["item_id"].to_numpy()
+        ids = dataset.item_ids
         search = open_cluster(client, ids, alone.model_version)
         mined, through = mine_run(
             base, dataset, rules, 0, cluster=endpoint.address, progress=progress

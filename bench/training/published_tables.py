@@ -164,7 +164,7 @@ def main(
 ) -> None:
     """Train with a configuration of bench/configs and print its row beside the published ones."""
     dataset = open_dataset(data)
-    if not dataset.interactions(("val",)).num_rows:
+    if not len(dataset.positives("val").items):
         raise ConfigError("no validation split to measure on", hint="import the data with one")
     settings = load_config(config).training
     settings = changed(settings, {"epochs": epochs or settings.epochs})

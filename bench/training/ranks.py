@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTimes:
-    """Milliseconds a step. best and median are wall time, cpu is of this rank's process alone.
+    """Milliseconds per step. best and median are wall time, cpu is of this rank's process alone.
 
     On a machine with busy neighbours best and cpu say more than the median.
     """

@@ -4,7 +4,7 @@ The floor of a step is what its arithmetic and its memory traffic cost at the sp
 machine shows in the same run: a product of matrices as large as the towers' for flops, a copy for
 bytes. Counted are the towers' and the loss's products, forward and backward (three times forward),
 the input rows of items and histories (read, and their gradient written and added), the two
-exponentials' worth of logits, and the optimiser's 28 bytes a dense parameter. Not counted:
+exponentials' worth of logits, and the optimiser's 28 bytes per dense parameter. Not counted:
 everything that a perfect program could fuse away. Share of the floor is floor / measured.
 
     python -m shardline.bench.training.throughput --data FOLDER [--json FILE]
@@ -37,7 +37,7 @@ from shardline.training.model.towers import TwoTower, build_model
 
 BATCH = 2048
 WARM_UP, STEPS = 3, 20
-WORLDS = ((1, 1), (1, 2), (2, 1))  # ranks, threads a rank
+WORLDS = ((1, 1), (1, 2), (2, 1))  # ranks, threads per rank
 DENSE_BYTES = 28  # a parameter and step of AdamW: four float32 read, three written
 GATHERED_BYTES = 3  # times an input row: read, its gradient written, and added to the table's
 PRODUCT, COPY_BYTES, REPEATS = 512, 1 << 26, 40  # many, to catch one that nobody disturbs

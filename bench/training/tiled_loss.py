@@ -1,9 +1,9 @@
-"""The tiled loss against whole logits: time, memory above the vectors, and whether they agree.
+"""The tiled loss against whole logits: time, memory above the vectors, and the losses' values.
 
 Whole is what one would write first: a matrix product, masked in place, ``cross_entropy``, autograd.
 Its floor in memory is two matrices of logits, which 65,536 rows put at 32 GiB; tiled it is a tile
 and the vectors' gradients. Both do the same three matrix products, forward and backward. Every
-measurement is a process of its own, its two losses one after the other in turn; memory is the peak
+measurement is a process of its own, its two losses interleaved; memory is the peak
 of its resident pages after the vectors were there. Each row's item comes up by Zipf's law, so
 copies are masked, and 20 further items of its user are.
 
@@ -14,8 +14,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -31,28 +32,9 @@ from shardline.training.loss.memory_bank import LossState
 TIMED = ((2048, 64), (2048, 128), (8192, 64), (8192, 128))  # rows, dim; both losses, to compare
 LARGE = (65_536, 128)
 REPEATS = 7
-ITEMS, KNOWN = 40_000, 20  # items of the catalogue, known ones a row
+ITEMS, KNOWN = 40_000, 20  # items of the catalogue, known ones per row
 TEMPERATURE = 0.05
 WHOLE_LIMIT = 1 << 14  # rows above which whole logits would not fit into 4 GiB
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """best_ms of a step, cpu_ms a step on all threads, peak_mib above the vectors; its loss.
-
-    gradient_difference: largest difference over the gradient of queries, items and temperature to
-    the whole loss's, each by the largest value there; None where that was not run.
-    """
-
-    rows: int
-    dim: int
-    masks: bool
-    loss: str
-    best_ms: float
-    cpu_ms: float
-    peak_mib: float
-    value: float
-    gradient_difference: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +106,7 @@ LOSSES: dict[str, Callable[[Case], Tensor]] = {"whole": whole, "tiled": tiled}
 
 
 def measure_times(rows: int, dim: int, masks: bool) -> list[tuple[float, float]]:
-    """(best_ms, cpu_ms) of each loss, taken in turn so that neighbours disturb both alike."""
+    """(best_ms, cpu_ms) of each loss, interleaved so that neighbours disturb both alike."""
     case = make_case(rows, dim, masks=masks)
     walls: dict[str, list[float]] = {name: [] for name in LOSSES}
     cpu = dict.fromkeys(LOSSES, 0.0)
@@ -150,48 +132,19 @@ def measure_memory(rows: int, dim: int, masks: bool, name: str) -> tuple[float, 
     return (_resident_kib("VmHWM") - before) / 1024, seconds, loss.item()
 
 
-def largest_difference(rows: int, dim: int, masks: bool) -> float:
-    """Of the gradients and the value of both losses, each by the largest there."""
-    found = []
-    for loss in LOSSES.values():
-        case = make_case(rows, dim, masks=masks)
-        value = loss(case)
-        torch.autograd.backward(value)
-        leaves = (case.queries, case.items, case.temperature)
-        found.append([value.detach(), *(leaf.grad for leaf in leaves)])
-    return max(
-        float((ours - theirs).abs().max() / theirs.abs().max())
-        for theirs, ours in zip(*found, strict=True)
-        if theirs is not None and ours is not None
-    )
-
-
-def compare(rows: int, dim: int, threads: int, *, masks: bool) -> list[Measured]:
-    """Whole and tiled, or tiled alone where the whole does not fit."""
+def compare(rows: int, dim: int, threads: int, *, masks: bool) -> list[dict[str, Any]]:
+    """Whole and tiled, or tiled alone where the whole does not fit. best_ms of a step, cpu_ms per
+    step on all threads, peak_mib above the vectors; value: the loss itself."""
     fits = rows <= WHOLE_LIMIT
-    times, difference = [], None
-    if fits:
-        times = on_ranks(measure_times, 1, rows, dim, masks, threads=threads)
-        difference = on_ranks(largest_difference, 1, rows, dim, masks, threads=threads)
+    times = on_ranks(measure_times, 1, rows, dim, masks, threads=threads) if fits else []
     lines = []
     for place, name in enumerate(LOSSES):
         if not fits and name == "whole":
             continue
         peak, seconds, value = on_ranks(measure_memory, 1, rows, dim, masks, name, threads=threads)
         best, cpu = times[place] if fits else (1000 * seconds, float("nan"))
-        lines.append(
-            Measured(
-                rows=rows,
-                dim=dim,
-                masks=masks,
-                loss=name,
-                best_ms=best,
-                cpu_ms=cpu,
-                peak_mib=peak,
-                value=value,
-                gradient_difference=difference if name == "tiled" else None,
-            )
-        )
+        line = {"rows": rows, "dim": dim, "masks": masks, "loss": name}
+        lines.append(line | {"best_ms": best, "cpu_ms": cpu, "peak_mib": peak, "value": value})
     return lines
 
 
@@ -208,26 +161,23 @@ def _resident_kib(field: str) -> int:
 def main(threads: int, report: Path | None) -> None:
     """Prints the table as it grows."""
     click.echo(f"torch {torch.__version__}, {threads} threads, best of {REPEATS} steps")
-    click.echo(
-        "rows    dim  masks  loss   best ms    cpu ms    MiB above vectors  of whole  differs by"
-    )
-    lines: list[Measured] = []
+    click.echo("rows    dim  masks  loss   best ms    cpu ms    MiB above vectors  of whole  loss")
+    lines: list[dict[str, Any]] = []
     for rows, dim, masks in [
         *((rows, dim, masks) for rows, dim in TIMED for masks in (False, True)),
         (*LARGE, True),
     ]:
         pair = compare(rows, dim, threads, masks=masks)
         for line in pair:
-            ratio = f"{line.best_ms / pair[0].best_ms:.2f}" if len(pair) > 1 else "-"
-            off = line.gradient_difference
+            ratio = f"{line['best_ms'] / pair[0]['best_ms']:.2f}" if len(pair) > 1 else "-"
             click.echo(
-                f"{rows:<7} {dim:<4} {'yes' if masks else 'no':<6} {line.loss:<6} "
-                f"{line.best_ms:<10.1f} {line.cpu_ms:<9.1f} {line.peak_mib:<18.0f} {ratio:<9} "
-                f"{'-' if off is None else f'{off:.1e}'}"
+                f"{rows:<7} {dim:<4} {'yes' if masks else 'no':<6} {line['loss']:<6} "
+                f"{line['best_ms']:<10.1f} {line['cpu_ms']:<9.1f} {line['peak_mib']:<18.0f} "
+                f"{ratio:<9} {line['value']:.6f}"
             )
         lines += pair
     if report is not None:
-        report.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n")
+        report.write_text(json.dumps(lines, indent=2) + "\n")
 
 
 if __name__ == "__main__":

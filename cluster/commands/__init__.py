@@ -1,1 +1,1 @@
-"""The command line's subcommands, one module a stage of the main job."""
+"""The command line's subcommands, one module per stage of the main job."""

@@ -1,4 +1,4 @@
-"""Where a command asks, and with which key: the options that say so, the store's note if none."""
+"""Address and key for requests to a cluster: from options, else from the store's note."""
 
 from pathlib import Path
 
@@ -11,15 +11,14 @@ from shardline.cluster.serving.serving_keys import client_key
 key_file_option = click.option(
     "--key-file",
     type=click.Path(path_type=Path),
-    help="File with the API key to ask with.  [default: $SHARDLINE_API_KEY; else, without --url, "
-    "the store's]",
+    help="File with the API key.  [default: $SHARDLINE_API_KEY; else, without --url, the store's]",
 )
 
 
 def address_of(settings: Settings, url: str | None, key_file: Path | None) -> Address:
     """The cluster at ``url``, or the one that serves the store when None.
 
-    The store's own key goes to the store's own cluster only, never to an address that was typed.
+    The store's own key goes to the store's own cluster only, never to an address given by --url.
 
     Raises:
         NotFound: no cluster serves the store, or there is no such key file.

@@ -1,15 +1,17 @@
-"""``bench``: what this machine makes of it, each figure beside its floor."""
+"""``bench``: latency, index kinds, mining and load on this machine, each beside its floor."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from shardline.bench.load.scenarios import find_scenario
 from shardline.cluster.cli import Settings
-from shardline.cluster.commands.bench_load import load
+from shardline.cluster.commands.bench_load import WARM_UP_S, load, measure
 from shardline.cluster.commands.bench_options import (
     AT_LEAST_ONE,
     POSITIVE,
-    index_for,
     json_option,
     plot_option,
 )
@@ -21,73 +23,84 @@ from shardline.shards.core.errors import InvalidInput
 
 @click.group()
 def bench() -> None:
-    """Measure, with the floor beside the figure.
+    """Measure latency, throughput and quality, each beside its floor.
 
-    Each benchmark prints tables, and writes all its figures as JSON with --json FILE. `latency`
-    and `mining`, whose figures are few, print that JSON after their tables too.
+    Each benchmark prints tables, and writes all its figures as JSON with --json FILE. `mining`,
+    whose figures are few, prints that JSON after its tables too.
     """
 
 
-@bench.command(short_help="HTTP latency of single queries, in a row and at a rate.")
+@bench.command(short_help="HTTP latency of single queries; `load latency` with its own corpus.")
 @click.option(
     "--rows", default=1_000_000, show_default=True, type=AT_LEAST_ONE, help="Vectors to index."
 )
 @click.option("--dim", default=128, show_default=True, type=AT_LEAST_ONE, help="Their dimension.")
-@click.option("-k", default=100, show_default=True, type=AT_LEAST_ONE, help="Results a query.")
+@click.option("-k", default=100, show_default=True, type=AT_LEAST_ONE, help="Results per query.")
 @click.option(
     "--rate",
-    default=20.0,
+    "rates",
+    default=(100.0, 20.0),
     show_default=True,
+    multiple=True,
     type=POSITIVE,
-    help="Requests a second of the open loop.",
+    help="Requests per second of an open loop. Repeatable.",
 )
 @click.option(
     "--seconds",
-    default=60.0,
+    default=30.0,
     show_default=True,
     type=POSITIVE,
-    help="Length of each of the four measurements over HTTP.",
+    help="Length of each measurement: two sequential ones, and two for each rate.",
 )
 @json_option
+@plot_option
 @click.pass_obj
 def latency(
     settings: Settings,
     rows: int,
     dim: int,
     k: int,
-    rate: float,
+    rates: tuple[float, ...],
     seconds: float,
     json_path: Path | None,
+    plot_path: Path | None,
 ) -> None:
     """HTTP latency of single queries, beside an empty request and the bare index.
 
-    Empty requests and searches are each sent in two ways:
+    The scenario `latency` of `shardline bench load` on a clustered corpus that is brought up for
+    it. Empty requests and searches are each sent in two ways:
 
-    In a row: one client sends a request as soon as the one before is answered, over one
-    connection. Nothing queues and every cache is warm: the least a query can take, and what one
-    client after the other sees.
+    Sequential: one client sends a request as soon as the one before is answered, over one
+    connection. Nothing queues and every cache is warm: the lowest latency a query can have.
 
-    Open loop: requests leave at --rate, whether the ones before are answered or not, and a latency
-    counts from the time a request was meant to leave. Between two of them the processes sleep and
-    others use the caches; what queues is counted: what a user of a live system sees.
+    Open loop: requests leave at each --rate, whether the ones before are answered or not, and a
+    latency counts from the time a request was meant to leave. Between two of them the processes
+    sleep and lose the processor's caches, and time in queues counts: what a user of a live system
+    sees.
 
-    A hundred requests before each of the four are not counted; the result cache is off, API keys
-    are on. The bare index is the same shards searched one after the other in this process.
+    The first three seconds of each are not counted; the result cache is off, API keys are on. The
+    bare index is the same shards searched one after the other in this process.
 
     Vectors and index are kept in the store and reused; the first run with a million rows takes
     minutes to make them. Use `taskset -c 0,1 shardline bench latency` for two cores.
     """
-    from shardline.bench.load.latency import print_report, run
+    from shardline.bench.load.command import Where
+    from shardline.bench.load.schedule import Arrivals
+    from shardline.bench.load.step import Options
 
-    settings.preferences |= {"index": index_for(rows), "router.cache_bytes": 0}
-    config = settings.config
-    cpus = serving_cpus(config)
-    with StageProgress() as progress, local_ray(num_cpus=cpus, verbose=settings.verbose):
-        report = run(config, rows=rows, dim=dim, k=k, rate=rate, seconds=seconds, progress=progress)
-    print_report(report, json_path, k)
+    measure(
+        settings,
+        replace(find_scenario("latency"), rates=rates),
+        Where(url=None, rows=rows, dim=dim),
+        Options(
+            rate=min(rates), seconds=seconds, warm_up_s=WARM_UP_S, k=k, arrivals=Arrivals.CONSTANT
+        ),
+        json_path=json_path,
+        plot_path=plot_path,
+    )
 
 
-@bench.command(short_help="Index kinds side by side; Pareto plot.")
+@bench.command(short_help="Compare index kinds; Pareto plot.")
 @click.option(
     "--data",
     "source",
@@ -119,16 +132,16 @@ def latency(
     type=AT_LEAST_ONE,
     help="Queries, none of them indexed.",
 )
-@click.option("-k", default=100, show_default=True, type=AT_LEAST_ONE, help="Results a query.")
+@click.option("-k", default=100, show_default=True, type=AT_LEAST_ONE, help="Results per query.")
 @click.option(
-    "--threads", type=AT_LEAST_ONE, help="Of builds and batches.  [default: the cores there are]"
+    "--threads", type=AT_LEAST_ONE, help="Threads of builds and batches.  [default: all cores]"
 )
 @click.option(
     "--kind",
     "kinds",
     multiple=True,
     type=click.Choice(["flat", "ivf", "hnsw", "pq", "ivfpq", "ivfpq-fs", "sq8"]),
-    help="Only these, and flat. Repeatable.",
+    help="Only these kinds, and flat. Repeatable.",
 )
 @json_option
 @plot_option
@@ -146,7 +159,7 @@ def index(
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
-    """Index kinds side by side: build time, size, recall, time of a query; Pareto plot."""
+    """Compare index kinds: build time, size, recall, time per query; Pareto plot."""
     from shardline.bench.index.datasets import Source, clustered_data, mnist_data, vectors_data
     from shardline.bench.index.index_bench import run, show
     from shardline.bench.index.kinds import ALL_KINDS
@@ -168,7 +181,7 @@ def index(
         click.echo(line)
 
 
-@bench.command(short_help="Hard negatives: examples/s, and what they do to Recall.")
+@bench.command(short_help="Hard negatives: examples/s, and their effect on Recall.")
 @click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set."
 )
@@ -178,7 +191,7 @@ def index(
 @json_option
 @click.pass_obj
 def mining(settings: Settings, data: Path, seeds: int, json_path: Path | None) -> None:
-    """Hard negatives: examples/s through a cluster, and what each strategy does to Recall.
+    """Hard negatives: examples/s through a cluster, and the effect of each strategy on Recall.
 
     All runs are trained with `training` of the configuration for equal steps; they are kept in the
     store, whose folder bench-mining must not exist yet.
@@ -190,6 +203,19 @@ def mining(settings: Settings, data: Path, seeds: int, json_path: Path | None) -
     with StageProgress() as progress, local_ray(num_cpus=cpus, verbose=settings.verbose):
         report = run(config, data, range(seeds), progress)
     print_report(report, json_path)
+
+
+@bench.command(short_help="What the Python clients cost per call, beside a raw socket.")
+@click.option("--calls", default=3000, show_default=True, type=AT_LEAST_ONE, help="Of each client.")
+@json_option
+def client(calls: int, json_path: Path | None) -> None:
+    """What Client and AsyncClient cost per call, beside a raw socket, against canned answers."""
+    from shardline.bench.load.client_cost import lines_of, measure
+
+    report = measure(calls)
+    click.echo("\n".join(lines_of(report)))
+    if json_path is not None:
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
 
 
 bench.add_command(load)

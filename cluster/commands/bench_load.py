@@ -1,11 +1,12 @@
-"""``bench load``: an endpoint under load, and under faults."""
+"""``bench load``: measures an endpoint under load and under faults."""
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from shardline.bench.load.scenarios import SCENARIOS, find_scenario
+from shardline.bench.load.scenarios import SCENARIOS, Scenario, find_scenario
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import key_file_option
 from shardline.cluster.commands.bench_options import (
@@ -22,6 +23,11 @@ from shardline.cluster.serving.ray_session import local_ray
 from shardline.cluster.serving.serving_keys import client_key
 from shardline.shards.core.errors import InvalidInput
 
+if TYPE_CHECKING:
+    from shardline.bench.load.command import Where
+    from shardline.bench.load.step import Options
+
+WARM_UP_S = 3.0
 LOAD_EXAMPLE = (
     "shardline bench load kill-shard --rows 100000 --rate 100 --seconds 20 \\",
     "  --json kill-shard.json --plot kill-shard.png",
@@ -29,7 +35,7 @@ LOAD_EXAMPLE = (
 
 
 class LoadCommand(click.Command):
-    """Its help lists the scenarios as their module describes them."""
+    """A command whose help lists the scenarios as their module describes them."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Scenarios"):
@@ -39,7 +45,7 @@ class LoadCommand(click.Command):
                 formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
 
 
-@click.command(cls=LoadCommand, short_help="An endpoint under load, and under faults.")
+@click.command(cls=LoadCommand, short_help="Measure an endpoint under load and under faults.")
 @click.argument("scenario", default="rate")
 @click.option("--url", help="A running endpoint.  [default: the one that serves this store]")
 @key_file_option
@@ -48,41 +54,41 @@ class LoadCommand(click.Command):
 )
 @click.option("--dim", default=128, show_default=True, type=AT_LEAST_ONE, help="Its dimension.")
 @click.option("--data", type=click.Path(path_type=Path), help="Ask as the users of this data set.")
-@click.option("-k", default=100, show_default=True, type=AT_LEAST_ONE, help="Results a query.")
+@click.option("-k", default=100, show_default=True, type=AT_LEAST_ONE, help="Results per query.")
 @click.option(
     "--rate",
     default=50.0,
     show_default=True,
     type=POSITIVE,
-    help="Requests a second, of the floor too.",
+    help="Requests per second, also of the floor.",
 )
 @click.option(
     "--seconds",
     default=30.0,
     show_default=True,
     type=POSITIVE,
-    help="Measured time of a step; most scenarios have one.",
+    help="Measured time of one step; most scenarios have one step.",
 )
 @click.option(
     "--warm-up",
-    default=3.0,
+    default=WARM_UP_S,
     show_default=True,
     type=NOT_NEGATIVE,
-    help="Seconds before, not counted.",
+    help="Seconds of load before the measurement.",
 )
 @click.option(
     "--arrivals",
     type=click.Choice(["poisson", "constant"]),
     default="poisson",
     show_default=True,
-    help="At random, as independent users would, or evenly spaced.",
+    help="Random (Poisson) as from independent users, or evenly spaced.",
 )
 @click.option(
     "--clients",
     default=1,
     show_default=True,
     type=AT_LEAST_ONE,
-    help="Client processes to begin with; doubled up to 4 while they are what is slow.",
+    help="Client processes at first; doubled up to 4 while they are the bottleneck.",
 )
 @click.option(
     "--shard",
@@ -131,11 +137,12 @@ def load(
     request leaves when the one before on its connection is answered instead. Queries are new
     vectors near the items, or the users of --data.
 
-    Each run first checks that the index is whole, searches it bare in this process, and sends empty
-    requests at --rate, for ten seconds at most: the floor. The store must hold the generation
-    served: recall and the bare index need it.
+    Each run first checks that every shard answers, searches the bare index in this process, and
+    sends empty requests in the way of its searches: these are the floors. The store must hold the
+    generation served: recall and the bare index need it. The line above the table says which share
+    of the searches the result cache answered; queries do not repeat within a run, except in `zipf`.
     """
-    from shardline.bench.load.command import Where, run, show
+    from shardline.bench.load.command import Where
     from shardline.bench.load.schedule import Arrivals
     from shardline.bench.load.step import Options
 
@@ -153,16 +160,33 @@ def load(
         shard=shard,
         seed=seed,
     )
-    if rows is not None:
-        settings.preferences["index"] = index_for(rows)
-        if chosen.name != "zipf":  # else repeated queries would measure the cache
+    measure(settings, chosen, where, options, data=data, json_path=json_path, plot_path=plot_path)
+
+
+def measure(
+    settings: Settings,
+    scenario: Scenario,
+    where: "Where",
+    options: "Options",
+    *,
+    data: Path | None = None,
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
+    """Brings up what ``where`` names, runs the scenario and shows its report."""
+    from shardline.bench.load.command import check, run, show
+
+    check(scenario, where, options)
+    if where.rows is not None:
+        settings.preferences["index"] = index_for(where.rows)
+        if scenario.name != "zipf":  # else repeated queries would measure the cache
             settings.preferences["router.cache_bytes"] = 0
     config = settings.config
     with ExitStack() as stack:
         progress = stack.enter_context(StageProgress())
-        if rows is not None:
+        if where.rows is not None:
             cpus = serving_cpus(config)
             stack.enter_context(local_ray(num_cpus=cpus, verbose=settings.verbose))
-        report = run(config, chosen, where, options, data=data, progress=progress)
+        report = run(config, scenario, where, options, data=data, progress=progress)
     for line in show(report, json_path, plot_path):
         click.echo(line)

@@ -10,7 +10,7 @@ POSITIVE = click.FloatRange(min=0, min_open=True)
 
 # Tuned to this clustered corpus: recall@100 .99 with half the work of the defaults
 DEFAULT_INDEX = {"kind": "ivfpq-fs", "nlist": 1024, "nprobe": 4, "rerank_factor": 1}
-TUNED_ROWS = 500_000  # from which on that index suits the corpus
+TUNED_ROWS = 500_000  # rows from which on that index suits the corpus
 
 
 def in_a_folder(
@@ -36,7 +36,7 @@ plot_option = click.option(
     metavar="FILE",
     type=click.Path(path_type=Path, dir_okay=False),
     callback=in_a_folder,
-    help="Draw them into this PNG file.",
+    help="Plot the figures into this PNG file.",
 )
 
 

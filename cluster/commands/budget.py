@@ -13,7 +13,7 @@ from shardline.cluster.generation_stages import LocalGeneration
 from shardline.cluster.serving.endpoint import Address
 from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
-from shardline.router.client import Client
+from shardline.router.client.sync_client import Client
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.schema import FloatArray, IdArray
@@ -22,8 +22,8 @@ from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import verify_query_encoder
 from shardline.training.data.tables import Dataset
 from shardline.training.evaluation.budget import (
-    Stop,
-    StopResult,
+    BudgetStage,
+    StageResult,
     exact_ask,
     recall_budget,
     waterfall,
@@ -41,8 +41,8 @@ def measure_budget(
     generation: int | None,
     cluster: Address | None,
     max_users: int | None,
-) -> list[StopResult]:
-    """Recall from the model's own vectors to what is served, of one generation of the store.
+) -> list[StageResult]:
+    """Recall at each stage from the model's own vectors to the served answer, of one generation.
 
     Users are encoded by the generation's own encoder, and compared with the vectors of the
     embedding set it was built from.
@@ -59,17 +59,19 @@ def measure_budget(
     kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
     features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
     queries = encoder.encode(features)
-    stops = [
-        Stop(name="model", about="exact, unquantised vectors", ask=exact_ask(queries, corpus)),
-        *(_index_stop(local, stage, queries) for stage in local.stages),
+    stages = [
+        BudgetStage(
+            name="model", about="exact, unquantised vectors", ask=exact_ask(queries, corpus)
+        ),
+        *(_index_stage(local, stage, queries) for stage in local.stages),
     ]
-    item_ids = dataset.items()["item_id"].to_numpy()
+    item_ids = dataset.item_ids
     if cluster is None:
-        return recall_budget(stops, task, item_ids, progress=progress)
+        return recall_budget(stages, task, item_ids, progress=progress)
     with cluster.client() as client:
         _check_generation(client, number)
-        stops.append(
-            Stop(
+        stages.append(
+            BudgetStage(
                 name="cluster",
                 about="over HTTP",
                 ask=lambda places, k: ask_features(
@@ -77,11 +79,13 @@ def measure_budget(
                 ),
             )
         )
-        return recall_budget(stops, task, item_ids, progress=progress)
+        return recall_budget(stages, task, item_ids, progress=progress)
 
 
-def print_budget(dataset: Dataset, split: str, results: list[StopResult], *, as_json: bool) -> None:
-    """A waterfall for each cut-off, or all of it as JSON."""
+def print_budget(
+    dataset: Dataset, split: str, results: list[StageResult], *, as_json: bool
+) -> None:
+    """Prints a waterfall table per cut-off, or all of it as JSON."""
     ks = tuple(results[0].agreement)
     if as_json:
         report = {
@@ -111,11 +115,11 @@ def _embeddings_of(store: Store, model_version: str) -> Path:
     return folder
 
 
-def _index_stop(local: LocalGeneration, stage: Stage, queries: FloatArray) -> Stop:
+def _index_stage(local: LocalGeneration, stage: Stage, queries: FloatArray) -> BudgetStage:
     def ask(places: IdArray, k: int) -> IdArray:
         return local.search(stage, queries[places], k)
 
-    return Stop(name=stage.value, about=local.describe(stage), ask=ask)
+    return BudgetStage(name=stage.value, about=local.describe(stage), ask=ask)
 
 
 def _check_generation(client: Client, number: int) -> None:

@@ -1,9 +1,10 @@
-"""``build``: from an embedding set, or somebody else's vectors, to the next generation."""
+"""``build``: from an embedding set, or vectors made elsewhere, to the next generation."""
 
 import hashlib
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,6 +14,7 @@ from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
 from shardline.cluster.serving.endpoint import find_endpoint
 from shardline.cluster.serving.ray_session import cores, ray_for
+from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME, sha256_of
@@ -20,7 +22,7 @@ from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.gpu import gpu_count
 from shardline.shards.storage.embedding_set import embedding_writer
-from shardline.shards.storage.foreign_vectors import read_foreign
+from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_queries
 from shardline.shards.storage.generation import GenerationManifest
 
 
@@ -36,6 +38,12 @@ from shardline.shards.storage.generation import GenerationManifest
     multiple=True,
     help="Parquet or Arrow file, or folder of them, with an id and a vector column. Repeatable.",
 )
+@click.option(
+    "--queries",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Files like --vectors, without ids: queries to choose search parameters with. Repeatable.",
+)
 @click.option("--id-column", help="The id column of --vectors, if not id, idx or item_id.")
 @click.option("--vector-column", help="Its vector column, if not emb, embedding or vector.")
 @click.option(
@@ -50,15 +58,16 @@ from shardline.shards.storage.generation import GenerationManifest
     type=click.Choice([each.value for each in Partitioning]),
     default=Partitioning.RANGE.value,
     show_default=True,
-    help="Ranges of item ids, or of mixed ids where neighbouring ids are alike.",
+    help="Ranges of item ids, or of hashed ids (for ids clustered by topic or time).",
 )
-@click.option("--in-process", is_flag=True, help="Build shards one by one, without Ray.")
+@click.option("--in-process", is_flag=True, help="Build shards one after the other, without Ray.")
 @click.option("--no-publish", is_flag=True, help="Leave the live generation as it is.")
 @click.pass_obj
 def build(
     settings: Settings,
     embeddings: Path | None,
     vectors: tuple[Path, ...],
+    queries: tuple[Path, ...],
     id_column: str | None,
     vector_column: str | None,
     metric: str,
@@ -69,12 +78,15 @@ def build(
     """Turn an embedding set into index shards, and make them the live generation."""
     if embeddings is not None and vectors:
         raise InvalidInput("--embeddings and --vectors exclude each other")
+    if queries and not vectors:
+        raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
     config, store = settings.config, settings.store
     with StageProgress() as progress:
         if vectors:
             embeddings = import_vectors(
                 store,
                 vectors,
+                queries=queries,
                 metric=Metric(metric),
                 id_column=id_column,
                 vector_column=vector_column,
@@ -120,14 +132,16 @@ def import_vectors(
     store: Store,
     paths: tuple[Path, ...],
     *,
+    queries: tuple[Path, ...] = (),
     metric: Metric,
     id_column: str | None,
     vector_column: str | None,
     progress: StageProgress,
 ) -> Path:
     """Copies foreign vectors into an embedding set, named after their contents; its folder."""
-    digest = hashlib.sha256(repr((str(metric), id_column, vector_column)).encode())
-    for path in paths:
+    declared = (str(metric), id_column, vector_column, *([len(queries)] if queries else []))
+    digest = hashlib.sha256(repr(declared).encode())
+    for path in (*paths, *queries):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             digest.update(sha256_of(file).encode() if file.is_file() else b"")
     version = f"vectors-{digest.hexdigest()[:12]}"
@@ -143,7 +157,6 @@ def import_vectors(
         model_version=version,
         dim=first.vectors.shape[1],
         metric=metric,
-        normalised=False,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     ) as writer:
         rows = 0
@@ -151,20 +164,38 @@ def import_vectors(
             writer.append(batch.item_ids, batch.vectors, batch.attributes)
             rows += len(batch.item_ids)
             progress("import", rows, rows)
+        if queries:
+            writer.queries(read_foreign_queries(queries, dim=writer.dim))
     return target
 
 
 def describe(manifest: GenerationManifest) -> str:
-    """What was built, in three lines."""
+    """What was built, what a search does by default and how well, a line each."""
     quality = manifest.quality
-    recall = next(name for name in quality if name.startswith("recall@"))
-    return "\n".join(
-        (
-            f"generation {manifest.generation}: {manifest.rows:,} rows in "
-            f"{len(manifest.shards)} shards, model {manifest.model_version}",
-            f"index: {manifest.index.factory} ({manifest.index.reason})",
-            f"quality: {recall} {quality[recall]:.3f} over {quality['queries']} sampled items, "
-            f"{quality['bytes_per_vector']:.0f} bytes a vector, "
-            f"built in {quality['build_seconds']:.1f} s",
+    name, chosen, fixed = f"recall@{quality['k']}", quality["chosen"], quality["fixed_default"]
+    lines = [
+        f"generation {manifest.generation}: {manifest.rows:,} rows in "
+        f"{len(manifest.shards)} shards, model {manifest.model_version}",
+        f"index: {manifest.index.factory} ({manifest.index.reason})",
+        f"search: {_point(chosen, name)}, chosen for a target of {quality['target_recall']:g}",
+        f"measured with {quality['queries']} {quality['query_source']}"
+        + ("" if quality["query_source"] == SAMPLE_QUERIES else "; users' queries may be harder"),
+        f"size and time: {quality['bytes_per_vector']:.0f} bytes per vector, built in "
+        f"{quality['build_seconds']:.1f} s, {quality['rows_per_second']:,} rows/s",
+    ]
+    if chosen["params"] != fixed["params"]:
+        lines.insert(3, f"without measuring: {_point(fixed, name)}")
+    if quality["advice"]:
+        lines.append(
+            f"warning: {name} {chosen['recall']:.3f} is below index.target_recall "
+            f"{quality['target_recall']:g}: {quality['advice']}"
         )
+    return "\n".join(lines)
+
+
+def _point(point: dict[str, Any], name: str) -> str:
+    knobs = ", ".join(f"{knob} {value}" for knob, value in point["params"].items())
+    return (
+        f"{knobs or 'no parameters'}: {name} {point['recall']:.3f}, "
+        f"{point['ms_per_query']:.2f} ms per query on one thread"
     )

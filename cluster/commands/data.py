@@ -34,9 +34,9 @@ def data() -> None:
 @click.option("--preset", type=click.Choice(sorted(PRESETS)), default="seed", show_default=True)
 @click.option("--users", "num_users", type=int, help="Users.  [default: 10000]")
 @click.option("--items", "num_items", type=int, help="Items.  [default: 100000]")
-@click.option("--interactions-per-user", type=int, help="Different items a user.  [default: 20]")
-@click.option("--sharpness", type=float, help="How strongly affinity decides.")
-@click.option("--noise", type=float, help="Deviation of the noise on an affinity.")
+@click.option("--interactions-per-user", type=int, help="Different items per user.  [default: 20]")
+@click.option("--sharpness", type=float, help="Factor on affinities; larger is less random.")
+@click.option("--noise", type=float, help="Standard deviation of the noise on an affinity.")
 @click.option("--seed", type=int, help="Same seed, same files.  [default: 42]")
 @click.option(
     "--observe",
@@ -48,7 +48,7 @@ def data() -> None:
 def synth(
     out: Path, preset: str, observe: tuple[Observed, ...], overwrite: bool, **options: Any
 ) -> None:
-    """Users with hidden interests, items with attributes, and who took what.
+    """Make users with hidden interests, items with attributes, and interactions.
 
     Prints the ceilings of the split: what ranking by the true affinities reaches (oracle), and
     the best that can be done knowing the items but not the users' interests (best estimate).
@@ -87,14 +87,14 @@ def synth(
     help="A malformed line: stop there, or skip and count it.",
 )
 @click.option("--val-users", type=int, help="Users with validation items.  [default: 2000]")
-@click.option("--val-per-user", type=int, help="Train items such a user gives.  [default: 1]")
+@click.option("--val-per-user", type=int, help="Validation items per such user.  [default: 1]")
 @click.option(
     "--val-items",
     type=click.Choice(["last", "random"]),
-    help="The last ones by time, or random ones, as a random test split is.  [default: last]",
+    help="A user's last items by time, or random ones as in a random test split.  [default: last]",
 )
 @click.option(
-    "--cold-items", type=float, help="Share of the items that go to test with all they have."
+    "--cold-items", type=float, help="Share of the items whose interactions all go to test."
 )
 @click.option("--test-per-user", type=int, help="Items held out, where there is no test split.")
 @click.option("--min-rating", type=int, help="MovieLens: leave out ratings below.")
@@ -117,7 +117,7 @@ def import_command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Bring real data in: map ids, drop repeats, report holes and malformed lines."""
+    """Import real data: map ids, drop repeats, report missing and malformed lines."""
     values = {name: value for name, value in options.items() if value is not None}
     for name in ("users_file", "items_file", "time_column"):
         if values.get(name) == "none":
@@ -183,7 +183,7 @@ def embed_text(
 
 
 def validated(model: type[Model], values: dict[str, Any]) -> Model:
-    """The model of these values; a ConfigError names the first that is wrong."""
+    """The pydantic model of these values. Raises ConfigError, naming the first wrong one."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

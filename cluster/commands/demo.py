@@ -1,4 +1,4 @@
-"""``demo``: the whole main job on synthetic data, every stage real, figures at the end."""
+"""``demo``: the whole main job on synthetic data, nothing simulated, figures at the end."""
 
 import shutil
 import tempfile

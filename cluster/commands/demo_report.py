@@ -46,9 +46,9 @@ def print_report(figures: dict[str, Any]) -> None:
             (
                 label,
                 f"{http[name]['p50_ms']:.2f}",
-                f"{http[name]['p99_ms']:.2f}",
+                "-" if http[name]["p99_ms"] is None else f"{http[name]['p99_ms']:.2f}",
                 str(http[name]["answered"]),
-                str(sum(http[name]["failures"].values())),
+                str(http[name]["sent"] - http[name]["answered"]),
             )
             for label, name in (
                 ("empty request (floor)", "empty_request"),

@@ -1,4 +1,4 @@
-"""The stages of ``demo`` in order, every one real; what they measure becomes its figures."""
+"""The stages of ``demo`` in order, none simulated; their measurements become its figures."""
 
 import contextlib
 import time
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from shardline.bench.index import kinds as index_kinds
-from shardline.bench.load.openloop import LoadResult, Request, run_open_loop
+from shardline.bench.load.fleet import ask
+from shardline.bench.load.http_bytes import EMPTY, Request, search_request
 from shardline.cluster.build import build_generation, run_on_ray
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.build import plan_of
@@ -48,14 +48,13 @@ DEMO_SETTINGS = {
     "cluster.shards": 4,
     "router.cache_bytes": 0,
 }
-# The metrics ask for a thousand items, ten times what the default nprobe is meant for.
-DEEP_SEARCH = SearchParams(nprobe=256)
+# The metrics ask for 1,000 items, ten times the k that the parameters are measured with.
+DEEP_SEARCH = SearchParams(nprobe=256, rerank_factor=4)
 KIND_QUERIES = 500
-LOAD_RATE = 20.0  # requests a second
+LOAD_RATE = 20.0  # requests per second
 LOAD_REQUESTS = 400
 LOAD_WARM_UP = 60
 TOP_K = 100
-EMPTY = Request("GET", "/healthz")
 
 
 def run_demo(
@@ -68,7 +67,7 @@ def run_demo(
     stay: bool,
     progress: StageProgress,
 ) -> dict[str, Any]:
-    """All steps in ``folder``; the figures, which are printed and written to ``report`` too.
+    """Runs all steps in ``folder``; returns the figures, also printed and written to ``report``.
 
     ``sizes`` replace fields of the preset. Ray is started here and has stopped at the return.
     """
@@ -95,7 +94,7 @@ def run_demo(
 
 @dataclass(kw_only=True)
 class Demo:
-    """The stages in order; what they measure collects in ``figures``."""
+    """The stages in order; their measurements are collected in ``figures``."""
 
     config: ShardlineConfig
     folder: Path
@@ -139,13 +138,13 @@ class Demo:
             )
 
     def kinds(self, dataset: Dataset, embeddings: EmbeddingSet) -> None:
-        """Every kind of index over the item embeddings, asked by the users' embeddings."""
+        """Every kind of index over the item embeddings, searched with the users' embeddings."""
         with self._stage("index kinds"):
             vectors = np.concatenate([batch.vectors for batch in embeddings.batches()])
             scratch = self.folder / "kinds"
             scratch.mkdir()
             self.figures["index_kinds"] = [
-                report.as_json()
+                asdict(report)
                 for report in index_kinds.compare(
                     vectors,
                     _user_vectors(embeddings, dataset, KIND_QUERIES),
@@ -158,7 +157,7 @@ class Demo:
             ]
 
     def build(self, embeddings: EmbeddingSet) -> None:
-        """The live generation: one template, one index a shard."""
+        """Builds the live generation: one template, one index per shard."""
         with self._stage("build"):
             manifest = build_generation(
                 self.store,
@@ -176,7 +175,7 @@ class Demo:
 
     @contextlib.contextmanager
     def served(self) -> Iterator[Endpoint]:
-        """The cluster on a free port, for the length of the block."""
+        """Serves on a free port for the length of the block."""
         cluster = self.config.cluster.model_copy(update={"http_port": 0})
         config = self.config.model_copy(update={"cluster": cluster})
         with contextlib.ExitStack() as stack:
@@ -208,12 +207,15 @@ class Demo:
         with self._stage("latency"):
             rows = np.arange(min(LOAD_REQUESTS, dataset.rows["users"]))
             requests = [
-                _feature_request(features)
+                search_request(
+                    {"features": [features], "k": TOP_K, "min_coverage": 1.0},
+                    endpoint.address.headers,
+                )
                 for features in query_features(dataset, kinds, rows, ("train", "val"))
             ]
             self.figures["http_ms"] = {
-                "empty_request": self._load(endpoint, "empty requests", [EMPTY]).summary(),
-                "search_by_features": self._load(endpoint, "searches", requests).summary(),
+                "empty_request": self._load(endpoint, "empty requests", [EMPTY]),
+                "search_by_features": self._load(endpoint, "searches", requests),
                 "rate": LOAD_RATE,
                 "k": TOP_K,
             }
@@ -233,18 +235,18 @@ class Demo:
         self.figures["seconds"][name] = seconds
         self.progress.note(f"{name}: done in {seconds:g} s")
 
-    def _load(self, endpoint: Endpoint, what: str, requests: list[Request]) -> LoadResult:
+    def _load(self, endpoint: Endpoint, what: str, requests: list[Request]) -> dict[str, Any]:
         """Open loop; the requests start over when all were sent."""
         total = LOAD_WARM_UP + LOAD_REQUESTS
-        self.progress.note(f"{total} {what} at {LOAD_RATE:g} a second, {total / LOAD_RATE:.0f} s")
-        return run_open_loop(
+        self.progress.note(f"{total} {what} at {LOAD_RATE:g}/s, {total / LOAD_RATE:.0f} s")
+        found, _ = ask(
             endpoint.url,
-            lambda number: requests[number % len(requests)],
+            requests,
             rate=LOAD_RATE,
-            count=LOAD_REQUESTS,
-            warm_up=LOAD_WARM_UP,
-            headers=endpoint.address.headers,
+            seconds=LOAD_REQUESTS / LOAD_RATE,
+            warm_up_s=LOAD_WARM_UP / LOAD_RATE,
         )
+        return asdict(found)
 
 
 def _user_vectors(embeddings: EmbeddingSet, dataset: Dataset, count: int) -> Any:
@@ -256,8 +258,3 @@ def _user_vectors(embeddings: EmbeddingSet, dataset: Dataset, count: int) -> Any
     kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
     rows = np.arange(min(count, dataset.rows["users"]))
     return encoder.encode(query_features(dataset, kinds, rows, ("train", "val")))
-
-
-def _feature_request(features: dict[str, Any]) -> Request:
-    body = orjson.dumps({"features": [features], "k": TOP_K, "min_coverage": 1.0})
-    return Request("POST", "/v1/search", body, (("Content-Type", "application/json"),))

@@ -1,4 +1,4 @@
-"""What ``demo`` says: before it begins, at each step, at the end. Light: it is imported at once."""
+"""The texts that ``demo`` prints. Imports nothing heavy, because it is imported at start-up."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 # name -> what it does; the order of the steps
 STAGES = {
-    "data": "users with hidden interests, items with attributes, who took what; the best possible",
+    "data": "users with hidden interests, items with attributes, interactions; the ceilings",
     "train": "two towers, data-parallel on Ray Train, whose processes take a while to start",
     "export": "every item through the item tower, and the query encoder",
-    "index kinds": "every kind of index over those vectors, side by side",
-    "build": "the served generation: one template, one index a shard",
+    "index kinds": "every kind of index over those vectors, compared",
+    "build": "the served generation: one template, one index per shard",
     "serve": "shards and router as Ray actors, HTTP in front",
     "evaluate exactly": "every test user against every item, without an index",
     "evaluate over HTTP": "the same users by their features, through the shards; popularity beside",
@@ -20,7 +20,7 @@ USUAL_MINUTES = 5  # 4.7 measured on two cores, with the sizes of a preset
 
 
 def opening(*, folder: Path, kept: bool, report: Path) -> list[str]:
-    """What will happen, about how long it takes, and where files go."""
+    """What the demo will do, about how long it takes, and where files go."""
     fate = "kept" if kept else "removed at the end; --store FOLDER names one to keep"
     return [
         f"The whole main job on synthetic data, in {len(STAGES)} steps: {', '.join(STAGES)}.",
@@ -45,7 +45,7 @@ def stay_lines(url: str, key_file: str | None) -> list[str]:
 
 
 def closing(figures: Mapping[str, Any], *, folder: Path, kept: bool, report: Path) -> list[str]:
-    """What was shown, and what to try next."""
+    """What the demo showed, and what to try next."""
     metrics, http = figures["metrics"], figures["http_ms"]["search_by_features"]
     shown = f"Shown: over HTTP the model finds {metrics['model']['recall@100']:.1%}"
     ceiling = metrics["ceilings"].get("best_estimate")
@@ -67,7 +67,7 @@ def closing(figures: Mapping[str, Any], *, folder: Path, kept: bool, report: Pat
         f"Figures: {report}, in {figures['seconds']['all'] / 60:.1f} minutes.",
         "Next:",
         *again,
-        "  README, Step by step              each step as a command, with your own data",
+        "  docs/QUICKSTART.md                each step as a command; docs/DATA.md: your own data",
     ]
 
 

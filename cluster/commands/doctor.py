@@ -62,7 +62,7 @@ def _packages() -> str:
 
 
 def _faiss() -> str:
-    """All wheels of faiss install the same module, so two of them mean an unknown mixture."""
+    """All faiss wheels install one module, so with two of them its files are a mixture."""
     found = [
         f"{name} {importlib.metadata.version(name)}"
         for name in FAISS_WHEELS

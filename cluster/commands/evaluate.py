@@ -1,4 +1,4 @@
-"""``evaluate``: a run or a cluster beside baselines and ceilings, whole and by segment."""
+"""``evaluate``: metrics of a run or a cluster beside baselines and ceilings, also by segment."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ Columns = dict[str, MetricResult]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What every column of one report is measured on: the same users, items and cut-offs."""
+    """The users, items and cut-offs that all columns of one report are measured on."""
 
     dataset: Dataset
     split: str
@@ -49,9 +49,9 @@ class Task:
     "--k", "ks", type=int, multiple=True, help="Cut-off, repeatable.  [default: 10 100 1000]"
 )
 @click.option("--url", help="Measure a running cluster instead, by the users' features.")
-@click.option("--through-cluster", is_flag=True, help="The same, for this store's cluster.")
+@click.option("--through-cluster", is_flag=True, help="Measure this store's cluster instead.")
 @key_file_option
-@click.option("--segments", is_flag=True, help="Also by rare and new items, by new users.")
+@click.option("--segments", is_flag=True, help="Also by item popularity and by new users.")
 @click.option(
     "--candidates",
     type=click.Choice(["all", "cold"]),
@@ -60,10 +60,10 @@ class Task:
     help="Rank all items, or only those without a train interaction.",
 )
 @click.option(
-    "--budget", is_flag=True, help="What the model loses, and what the index, stage by stage."
+    "--budget", is_flag=True, help="Recall lost by the model and by the index, stage by stage."
 )
 @click.option("--generation", type=int, help="The generation of --budget.  [default: the live one]")
-@click.option("--max-users", type=int, help="Only so many users, for a quick look.")
+@click.option("--max-users", type=int, help="Measure only this many users.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def evaluate(
@@ -85,9 +85,9 @@ def evaluate(
 ) -> None:
     """Recall, MRR, NDCG and HitRate over the whole corpus, beside baselines and ceilings.
 
-    Exact by default: every test user against every item, the items known before left out. With
-    --url or --through-cluster the same users ask a running cluster. --budget asks a generation's
-    indexes in this process, with their short cuts taken away one by one.
+    Exact by default: every test user against every item except the user's known ones. With
+    --url or --through-cluster the same users ask a running cluster. --budget searches a
+    generation's indexes in this process, with their approximations removed one by one.
     """
     through = bool(url or through_cluster)
     _refuse_contradictions(budget, generation, candidates, segments, through, unfinished)
@@ -119,7 +119,7 @@ def evaluate(
 
 
 def measure(subject: Address | Path, task: Task, progress: StageProgress) -> Columns:
-    """The one column of a running cluster, by its address, or of a run, by its folder."""
+    """The measured column: of the cluster at an address, or of the run in a folder."""
     if isinstance(subject, Address):
         with subject.client() as client:
             found = evaluate_cluster(
@@ -147,7 +147,7 @@ def measure(subject: Address | Path, task: Task, progress: StageProgress) -> Col
 
 
 def measure_baselines(task: Task, progress: StageProgress) -> Columns:
-    """Popularity and SVD, or what there is for items without interactions; like a model."""
+    """Popularity and SVD, or the baselines that exist for items without interactions."""
     if task.candidates == "cold":
         return cold_baselines(task.dataset, split=task.split, ks=task.ks, max_users=task.max_users)
     return {
@@ -167,7 +167,7 @@ def measure_baselines(task: Task, progress: StageProgress) -> Columns:
 def print_columns(
     dataset: Dataset, split: str, columns: Columns, ceilings: Mapping[str, Any]
 ) -> None:
-    """Metrics side by side, then a table of each cut-off by segment where there are segments."""
+    """Prints the metrics of all columns, then one table per cut-off by segment, if asked for."""
     titles = {
         f"{name} ({column.about})" if column.about else name: column.means
         for name, column in columns.items()

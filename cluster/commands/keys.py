@@ -1,4 +1,4 @@
-"""``keys``: the key file of a store's cluster, listed and changed; a router follows it."""
+"""``keys``: lists and changes the key file of a store's cluster; routers follow it."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ scope_argument = click.argument(
 
 @click.group()
 def keys() -> None:
-    """The API keys of this store's cluster. A running router follows a change within seconds.
+    """List and change the API keys of this store's cluster. Routers follow within seconds.
 
     To replace a key: `add` one, give it to its users, then `remove` the old one.
     """
@@ -49,7 +49,7 @@ def show(settings: Settings, scope: str) -> None:
 @scope_argument
 @click.pass_obj
 def add(settings: Settings, scope: str) -> None:
-    """Make one more key, and print it."""
+    """Add a new key, and print it."""
     click.echo(add_key(_path(settings), Scope(scope)).secret)
 
 
@@ -57,7 +57,7 @@ def add(settings: Settings, scope: str) -> None:
 @click.argument("fingerprint")
 @click.pass_obj
 def remove(settings: Settings, fingerprint: str) -> None:
-    """Take out the key with this fingerprint, or the beginning of it."""
+    """Remove the key with this fingerprint; the beginning of it is enough."""
     path = _path(settings)
     remove_key(path, fingerprint)
     click.echo(f"{path}: removed; {len(read_keys(path))} left")

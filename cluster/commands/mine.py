@@ -20,19 +20,19 @@ from shardline.training.config.training_config import MiningConfig
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.evaluation.searchers import ExactSearch, open_cluster
 from shardline.training.export import model_version
+from shardline.training.mining.candidates import Mined
 from shardline.training.mining.hard_negatives import Origin, check_target, write_negatives
 from shardline.training.mining.miner import build_miner, mine_table
-from shardline.training.mining.selection import Mined
 from shardline.training.model.checkpoint import check_dataset, load_best, open_data
 from shardline.training.model.popularity import lengths_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MiningReport:
-    """What was found. An example is one user mined: embedded, searched, filtered, sampled.
+    """Result of mining. An example is one user: embedded, searched, filtered, sampled.
 
-    seconds and examples_per_s leave out loading, and embedding the items, which the index has;
-    generation None for exact search in one process.
+    seconds and examples_per_s exclude loading and, with exact search, embedding the items.
+    generation is None for exact search in this process.
     """
 
     examples: int
@@ -54,10 +54,10 @@ class MiningReport:
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write, for train."
 )
 @click.option("--url", help="Search a running cluster, which must serve this run's model.")
-@click.option("--through-cluster", is_flag=True, help="The same, for this store's cluster.")
+@click.option("--through-cluster", is_flag=True, help="Search this store's cluster.")
 @key_file_option
-@click.option("--per-user", type=int, help="Negatives a user; fewer is starved.  [default: 10]")
-@click.option("--range-min", type=int, help="First rank used, known items aside.  [default: 1]")
+@click.option("--per-user", type=int, help="Negatives per user; fewer: starved.  [default: 10]")
+@click.option("--range-min", type=int, help="First rank used, without known items.  [default: 1]")
 @click.option("--range-max", type=int, help="Last rank used.  [default: 100]")
 @click.option("--margin", type=float, help="Share below the known items' score.  [default: 0.05]")
 @click.option(
@@ -146,7 +146,7 @@ def mine_run(
         mined = mine_table(ExactSearch(miner.item_vectors), miner, progress)
     else:
         with cluster.client() as client:
-            search = open_cluster(client, dataset.items()["item_id"].to_numpy(), version)
+            search = open_cluster(client, dataset.item_ids, version)
             mined, generation = mine_table(search, miner, progress), search.generation
     seconds = time.perf_counter() - started
     return mined, MiningReport(

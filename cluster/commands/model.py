@@ -122,14 +122,14 @@ def export(settings: Settings, data: Path, run: Path | None, unfinished: bool) -
 
 
 def default_run(settings: Settings, data: Path) -> Path:
-    """Where a data set's model is trained to, and looked for."""
+    """The run folder of a data set when no --run is given."""
     return settings.store.runs / data.resolve().name
 
 
 def ray_for_training(
     config: ShardlineConfig, *, verbose: bool
 ) -> contextlib.AbstractContextManager[object]:
-    """Ray for several ranks; nothing for one, which trains in this process."""
+    """Starts Ray for several ranks; does nothing for one, which trains in this process."""
     workers = config.training.num_workers
     if workers == 1:
         return contextlib.nullcontext()
@@ -146,7 +146,7 @@ def train_with_progress(
     resume: bool,
     hard: Path | None = None,
 ) -> TrainResult:
-    """Trains a run, turning the lines of its log into a bar and a line per validation."""
+    """Trains a run, showing its log as a progress bar and a line per validation."""
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step":
@@ -174,7 +174,7 @@ def train_with_progress(
 
 
 def say_how_to_go_on(run: Path) -> None:
-    """Says how to go on with a run; nothing where Ctrl-C came after its training had ended."""
+    """Prints how to resume a run; nothing if Ctrl-C came after its training had ended."""
     state = latest_state(run)
     if state is None:
         click.echo(f"{run}: no checkpoint yet; {GO_ON}, from its first step", err=True)
@@ -183,7 +183,7 @@ def say_how_to_go_on(run: Path) -> None:
 
 
 def describe_run(result: TrainResult) -> str:
-    """Where the run lies and what was kept, in one line."""
+    """The run's folder and which epoch was kept, in one line."""
     kept = (
         f"epoch {result.best_epoch} is kept, of the best validation recall {result.best_value:.4f}"
         if result.best_value is not None

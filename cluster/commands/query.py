@@ -5,17 +5,16 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 import numpy as np
-from httpx import URL, InvalidURL
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option
 from shardline.cluster.console import print_table
-from shardline.router.client import Client
-from shardline.router.query import SearchAnswer
+from shardline.router.client.answers import SearchAnswer
+from shardline.router.client.http1 import Server
+from shardline.router.client.sync_client import Client
 from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError, Unavailable
 from shardline.shards.core.messages import SearchParams
 
@@ -28,25 +27,19 @@ OPTIONS = {
     "k": "-k",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
-# how the API speaks of an item that a shard which did not answer may hold
-UNSURE = "not found in the shards that answered"
+NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
 MOST = float(np.finfo(np.float32).max)
 API_ADVICE = ("send vectors or item_ids", "ask with --vector or --item")
 ID = click.IntRange(0, 2**63 - 1)  # ids are int64 and not negative
 
 
 def _checked_url(ctx: click.Context, option: click.Parameter, url: str | None) -> str | None:
-    if url is not None and not (url.startswith(("http://", "https://")) and _has_host(url)):
-        raise click.BadParameter(f"{url!r} is not of the form http://HOST:PORT")
-    return url
-
-
-def _has_host(url: str) -> bool:
-    """And no port, or one that there can be, which httpx does not check."""
     try:
-        return bool(URL(url).host) and urlsplit(url).port != 0
-    except (InvalidURL, ValueError):
-        return False
+        if url is not None:
+            Server.of(url, key=None)
+    except InvalidInput as error:
+        raise click.BadParameter(f"{url!r} is not of the form {error.expected}") from error
+    return url
 
 
 url_option = click.option(
@@ -64,7 +57,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @json_option
 @click.pass_obj
 def status(settings: Settings, url: str | None, key_file: Path | None, as_json: bool) -> None:
-    """What a running cluster serves: generation, shards, rows, coverage."""
+    """Show what a running cluster serves: generation, shards, rows, coverage."""
     with address_of(settings, url, key_file).client() as client:
         report = client.status()
     if as_json:
@@ -74,16 +67,18 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
         click.echo(f"{name:>14}  {report[name]}")
     print_table(
         "shards",
-        ("shard", "rows", "epoch", "address", "connected"),
+        ("shard", "replica", "rows", "epoch", "address", "connected"),
         [
             (
                 str(shard["shard"]),
+                str(replica["replica"]),
                 f"{shard['rows']:,}",
-                str(shard["epoch"]),
-                str(shard["address"] or "none"),
-                "yes" if shard["connected"] else "no",
+                str(replica["epoch"]),
+                str(replica["address"] or "none"),
+                "yes" if replica["connected"] else "no",
             )
             for shard in report["shards"]
+            for replica in shard["replicas"]
         ],
     )
 
@@ -96,7 +91,7 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
     "items",
     type=ID,
     multiple=True,
-    help="An item id: what is similar to it? Repeatable.",
+    help="An item id: find similar items. Repeatable.",
 )
 @click.option("--user", "user_id", type=ID, help="A user id of the data set given by --data.")
 @click.option("--data", type=click.Path(path_type=Path), help="The data set --user looks in.")
@@ -167,15 +162,16 @@ def _print_json(answer: SearchAnswer, items: tuple[int, ...]) -> None:
         "generation": answer.generation,
         "model_version": answer.model_version,
         "coverage": asdict(answer.coverage),
-        "reasons": list(answer.reasons.values()),
+        "reasons": [asdict(reason) for reason in answer.reasons],
         "took_ms": answer.took_ms,
     }
     click.echo(json.dumps(report, indent=2))
 
 
 def _print_tables(answer: SearchAnswer, items: tuple[int, ...]) -> None:
+    unanswered = {reason.query for reason in answer.reasons}
     for place in range(len(answer.ids)):
-        if place not in answer.reasons:
+        if place not in unanswered:
             if items:
                 click.echo(f"similar to item {items[place]}")
             rows = [(str(item), f"{score:.4f}") for item, score in _rows(answer, place)]
@@ -187,8 +183,8 @@ def _print_tables(answer: SearchAnswer, items: tuple[int, ...]) -> None:
             f"{coverage.rows_answered:,} of {coverage.rows_asked:,} rows, "
             f"{answer.took_ms:.1f} ms"
         )
-    for reason in coverage.degraded:
-        click.echo(f"partial: {reason}", err=True)
+    for missing in coverage.degraded:
+        click.echo(f"partial: {missing}", err=True)
 
 
 def _rows(answer: SearchAnswer, place: int) -> list[tuple[int, float]]:
@@ -198,18 +194,18 @@ def _rows(answer: SearchAnswer, place: int) -> list[tuple[int, float]]:
 
 
 def _unanswered(answer: SearchAnswer, items: tuple[int, ...]) -> ShardlineError:
-    """Why some items have no answer: nobody knows them, or who might did not answer."""
-    if any(UNSURE in reason for reason in answer.reasons.values()):
+    """Why some items have no answer: unknown, or possibly in a shard that did not answer."""
+    if any(reason.code == NOT_FOUND_PARTIAL for reason in answer.reasons):
         return Unavailable(
-            ", ".join(answer.reasons.values()),
+            ", ".join(reason.text for reason in answer.reasons),
             hint="`shardline status` shows which shards are missing",
         )
-    unknown = ", ".join(str(items[place]) for place in answer.reasons)
+    unknown = ", ".join(str(items[reason.query]) for reason in answer.reasons)
     return NotFound(f"no item {unknown} in generation {answer.generation}")
 
 
 def _in_terms_of_options(error: InvalidInput) -> InvalidInput:
-    """The API's refusal with the names of its fields as they are typed here."""
+    """The API's error with its fields named as options of this command."""
     field = error.field and API_FIELD.sub(lambda found: OPTIONS[found[1]], error.field)
     hint = error.hint and error.hint.replace(*API_ADVICE)
     return type(error)(
@@ -218,7 +214,7 @@ def _in_terms_of_options(error: InvalidInput) -> InvalidInput:
 
 
 def _warn_without_lists(client: Client) -> None:
-    """The API ignores a parameter that the index does not have; a person should be told."""
+    """Warns of a parameter that the index does not have, which the API ignores."""
     from shardline.shards.index.resolve import FIELD_KINDS
 
     kind = client.status()["index"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from shardline.cluster.console import StageProgress
-from shardline.router.client import Client
+from shardline.router.client.sync_client import Client
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.schema import IdArray
@@ -11,7 +11,7 @@ from shardline.training.data.tables import Dataset
 from shardline.training.evaluation.evaluate import evaluate_through
 from shardline.training.evaluation.ranking_metrics import MetricResult
 
-EVALUATION_TIMEOUT_MS = 10_000.0  # a batch of deep queries over a flat corpus takes its time
+EVALUATION_TIMEOUT_MS = 10_000.0  # generous: a batch with k = 1,000 over a flat index is slow
 
 
 def evaluate_cluster(

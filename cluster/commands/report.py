@@ -13,7 +13,7 @@ Metrics = Mapping[str, float]
 def metric_rows(
     columns: Mapping[str, Metrics], ceilings: Mapping[str, Any], targets: Mapping[str, Metrics] = {}
 ) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): one row a metric, the first column's ratio to the best-estimate ceiling.
+    """(header, rows): one row per metric, the first column's ratio to the best-estimate ceiling.
 
     ``columns`` are what was measured, the model first; ceilings are those of a synthetic data set.
     """
@@ -42,7 +42,7 @@ def metric_rows(
 def segment_rows(
     columns: "Mapping[str, MetricResult]", metric: str
 ) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): one row a segment; empty figures where it has no user to measure."""
+    """(header, rows): one row per segment; empty cells where a segment has no users."""
     first = next(iter(columns.values()))
     rows = []
     for name, segment in first.segments.items():
@@ -54,7 +54,7 @@ def segment_rows(
 
 
 def budget_rows(steps: "Sequence[Step]", k: int) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): a line a stage, from all relevant items down to what is answered."""
+    """(header, rows): one row per stage, from all relevant items down to the served answer."""
     rows = [["all relevant items", "", f"{1:.4f}", "", ""]]
     for step in steps:
         figures = (f"{step.recall:.4f}", f"{step.change:+.4f}", f"{step.agreement:.4f}")

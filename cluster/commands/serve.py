@@ -1,4 +1,4 @@
-"""``serve`` and ``down``: a cluster's life."""
+"""``serve`` and ``down``: start and stop a cluster."""
 
 import json
 import signal
@@ -73,7 +73,7 @@ def serve(
                 )
                 progress.note(_ready_line(endpoint))
                 return
-            # Ray has put its own handlers on the signals by now; ours go over them
+            # Ray has set its own signal handlers by now; these replace them
             with stop_on_signals() as wait:
                 with serving(
                     config, keys=keys, generation=generation, on_stage=progress.note
@@ -110,7 +110,7 @@ def down(settings: Settings) -> None:
 
 
 class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as wait`
-    """SIGINT and SIGTERM end ``wait()`` in good order; anywhere else they interrupt the block."""
+    """SIGINT and SIGTERM make ``wait()`` return; anywhere else they interrupt the block."""
 
     def __enter__(self) -> Callable[[], None]:
         self._stopped = threading.Event()
@@ -143,6 +143,6 @@ def _ready_line(endpoint: Endpoint) -> str:
 
 
 def serving_cpus(config: ShardlineConfig) -> int:
-    """Room for every actor: Ray counts CPUs as permits here, the cores are shared anyway."""
+    """Logical CPUs for Ray: enough for every actor, because the cores are shared anyway."""
     needed = config.cluster.shards * config.cluster.cpus_per_shard + 2
     return max(cores(), int(needed + 1))

@@ -8,30 +8,30 @@ shards alive and learns their addresses from them.
 
 import asyncio
 import contextlib
-import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayError, RayTaskError
 
 from shardline.cluster.control.placement import (
     Event,
     Instruction,
     Place,
     Publish,
-    ShardRegistered,
+    Reason,
+    ReplicaRegistered,
     open_generation,
     step,
 )
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
 from shardline.cluster.store import Store
-from shardline.shards.core import files
-from shardline.shards.core.errors import ShardlineError, Unavailable
-from shardline.shards.core.messages import RoutingTable, ShardRoute
+from shardline.shards.core.errors import Unavailable, error_of
+from shardline.shards.core.messages import ReplicaKey, RoutingTable, ShardRoute
+from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
@@ -42,46 +42,64 @@ logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "shardline-controller"
 WATCH_INTERVAL_S = 1.0
+# How long the shards of a replaced generation live on, for the queries that began on them: far
+# above the largest deadline that routers allow by default.
+RETIRE_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControllerSettings(ShardSettings):
-    """What a controller is started with: the generation to serve, and how its shards are."""
+    """What a controller is started with: the store, and how its shards are.
+
+    generation: the only one that this cluster serves; None: the one that is live in the store
+    whenever the controller starts.
+    """
 
     store: str
-    generation: int
+    generation: int | None = None
 
 
 class Controller:
     """The state machine's shell. Create it with ``start_controller``."""
 
     def __init__(self, settings: ControllerSettings) -> None:
-        store = Store(Path(settings.store))
-        self._counter_path = store.counter(settings.generation)
-        folder = store.generation(settings.generation)
-        self._manifest = read_generation(folder)
-        table = _empty_table(folder, self._manifest)
-        self._placement, places = open_generation(table, counter=self._next_counter())
+        self._store = store = Store(Path(settings.store))
+        self._secret = settings.secret
+        # Ray runs this again when it restarts the controller: another generation may be live then
+        number = store.current() if settings.generation is None else settings.generation
+        folder = store.generation(number)
+        manifest = read_generation(folder)
+        if manifest.query_encoder:  # routers load it without its manifest
+            verify_query_encoder(folder, manifest)
+        table = _empty_table(folder, manifest)
+        self._placement, places = open_generation(table, counter=store.counter() + 1)
         self._published: RoutingTable | None = None
         self._changed = asyncio.Condition()
-        self._shards = ShardActors(settings, folder, self._manifest, CONTROLLER_NAME)
+        self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
         self._tasks: set[asyncio.Task[None]] = set()
         self._spawn(self._open(places))
 
-    async def register_shard(self, *, shard: int, generation: int, address: tuple[str, int]) -> int:
+    async def connection_secret(self) -> bytes:
+        """What proves a peer to a shard: for routers, batch jobs and tools of this cluster.
+
+        Ray's token decides who may call actors, and so who may have it.
+        """
+        return self._secret
+
+    async def register_replica(self, *, key: ReplicaKey, address: tuple[str, int]) -> int:
         """A shard process announces where it listens; the epoch it must say Hello with.
 
         Raises:
-            Unavailable: the shard belongs to a generation that is not being served.
+            Unavailable: the replica belongs to a generation that is not being served.
         """
-        if generation != self._manifest.generation:
+        if key not in self._placement.replicas:
             raise Unavailable(
-                "this generation is not being served",
-                expected=str(self._manifest.generation),
-                got=str(generation),
+                "this replica is not being served",
+                expected=f"one of generation {self._placement.table.generation}",
+                got=str(key),
             )
-        await self._apply(ShardRegistered(shard=shard, address=(address[0], address[1])))
-        return self._placement.places[shard].route.epoch
+        await self._apply(ReplicaRegistered(key=key, address=(address[0], address[1])))
+        return self._placement.replicas[key].route.epoch
 
     async def table_after(self, version: int, timeout_s: float) -> RoutingTable | None:
         """The routing table once it is newer than ``version``; None when the time is up first."""
@@ -91,24 +109,26 @@ class Controller:
                 return self._published
         return None
 
-    async def wait_ready(self, timeout_s: float) -> bool:
-        """Whether every shard answers before the time is up.
+    async def wait_ready(self, timeout_s: float) -> int | None:
+        """The generation that is served, once every replica answers; None when the time is up.
 
         Raises:
-            Unavailable: a shard cannot be placed; carries its reason.
+            ShardlineError: a replica cannot be placed; of its reason's code.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
                 await self._changed.wait_for(lambda: self._placement.ready or self._failures())
-                if self._failures():
-                    raise Unavailable(self._failures()[0])
-                return True
-        return False
+                for key, reason in self._failures():
+                    raise error_of(reason.code, f"shard {key.shard}: {reason.text}")
+                return self._placement.table.generation
+        return None
 
     async def shard_reports(self) -> list[dict[str, Any]]:
-        """What each shard process says of itself, or why it does not, in shard order."""
-        places = self._placement.places
-        return list(await asyncio.gather(*(self._report(place.route.shard) for place in places)))
+        """What each shard process says of itself, or why it does not, in the order of their keys.
+
+        ``reason``, instead of the rest: {"code", "text"}.
+        """
+        return list(await asyncio.gather(*map(self._report, self._placement.replicas)))
 
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
@@ -120,37 +140,44 @@ class Controller:
         for place in places:
             self._carry_out(place)
         self._spawn(self._watch())
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._placement.ready)
+        await asyncio.sleep(RETIRE_AFTER_S)
+        self._shards.end_others()
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            checks = [self._check(shard) for shard in self._shards.placed]
+            checks = [self._check(key) for key in self._shards.placed]
             for error in await asyncio.gather(*checks, return_exceptions=True):
                 if isinstance(error, Exception):  # a full disk, say: look again in a second
-                    logger.error("shard check failed", exc_info=error)
+                    logger.error("replica check failed", exc_info=error)
 
-    async def _check(self, shard: int) -> None:
+    async def _check(self, key: ReplicaKey) -> None:
         """One health check; what it finds becomes an event."""
-        epoch = self._placement.places[shard].route.epoch
-        event = await self._shards.check(shard, epoch, lambda: self._is_lost(shard))
+        epoch = self._placement.replicas[key].route.epoch
+        event = await self._shards.check(key, epoch, lambda: self._is_lost(key))
         if event is not None:
             await self._apply(event)
 
-    def _is_lost(self, shard: int) -> bool:
-        return self._placement.places[shard].route.address is None
+    def _is_lost(self, key: ReplicaKey) -> bool:
+        return self._placement.replicas[key].route.address is None
 
-    async def _report(self, shard: int) -> dict[str, Any]:
-        place = self._placement.places[shard]
-        report: dict[str, Any] = {"shard": shard, "failures": place.failures}
-        if shard not in self._shards.placed:
-            return report | {"error": place.reason or "not placed"}
-        return report | await self._shards.describe(shard)
+    async def _report(self, key: ReplicaKey) -> dict[str, Any]:
+        state = self._placement.replicas[key]
+        found: dict[str, Any] | Reason
+        if key in self._shards.placed:
+            found = await self._shards.describe(key)
+        else:
+            found = state.reason or Reason(Unavailable.code, "not placed")
+        rest = {"reason": asdict(found)} if isinstance(found, Reason) else found
+        return asdict(key) | {"failures": state.failures} | rest
 
     async def _apply(self, event: Event) -> None:
         changed, instructions = step(self._placement, event)
         if changed is self._placement:
             return
-        self._save_counter(changed.counter)  # before anyone sees a number of it
+        self._store.raise_counter(changed.counter)  # before anyone sees a number of it
         self._placement = changed
         for instruction in instructions:
             self._carry_out(instruction)
@@ -167,18 +194,15 @@ class Controller:
         return self._published is not None and self._published.version > version
 
     async def _place(self, place: Place) -> None:
-        """Creates the shard's actor, or finds it alive when this controller is a restarted one."""
+        """Creates the replica's actor, or finds it alive if this controller is a restarted one."""
         await asyncio.sleep(place.after_s)
-        failed = self._shards.place(place.shard)
+        failed = self._shards.place(place.key)
         if failed is not None:
             await self._apply(failed)
 
-    def _failures(self) -> list[str]:
-        return [
-            f"shard {place.route.shard}: {place.reason}"
-            for place in self._placement.places
-            if place.failures > 0
-        ]
+    def _failures(self) -> list[tuple[ReplicaKey, Reason]]:
+        replicas = self._placement.replicas.items()
+        return [(key, state.reason) for key, state in replicas if state.failures and state.reason]
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -190,27 +214,13 @@ class Controller:
         if not task.cancelled() and task.exception() is not None:
             logger.error("controller task failed", exc_info=task.exception())
 
-    def _next_counter(self) -> int:
-        """Above every number an earlier controller of this generation has given out."""
-        if not self._counter_path.is_file():
-            return 1
-        return int(json.loads(self._counter_path.read_bytes())["counter"]) + 1
-
-    def _save_counter(self, counter: int) -> None:
-        files.write_json(self._counter_path, {"counter": counter})
-
 
 def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":
     """Creates the controller actor, which places the shards of its generation at once.
 
     Raises:
-        ShardlineError: the generation is absent, corrupt, or of a newer format.
-        Unavailable: a controller runs already, or Ray could not create it.
+        Unavailable: a controller runs already.
     """
-    folder = Store(Path(settings.store)).generation(settings.generation)
-    manifest = read_generation(folder)
-    if manifest.query_encoder:  # routers load it without its manifest
-        verify_query_encoder(folder, manifest)
     try:
         handle = (
             ray.remote(Controller)
@@ -231,25 +241,29 @@ def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":
     return handle
 
 
-def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> None:
-    """Returns once every shard answers.
+def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> int:
+    """The generation that is served, once every replica answers.
 
     Raises:
-        Unavailable: a shard cannot be placed, or the time is up; says why.
+        ShardlineError: a replica cannot be placed; the class says why.
+        Unavailable: the time is up, or the controller does not answer.
     """
     try:
-        ready = ray.get(controller.wait_ready.remote(timeout_s), timeout=timeout_s + 5)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise cause if isinstance(cause, ShardlineError) else Unavailable(str(cause)) from error
-    except (RayActorError, GetTimeoutError) as error:
-        raise Unavailable("the controller does not answer", got=reason_of(error)) from error
-    if not ready:
+        generation: int | None = ray.get(
+            controller.wait_ready.remote(timeout_s), timeout=timeout_s + 5
+        )
+    except RayError as error:
+        reason = reason_of(error)
+        is_told = isinstance(error, RayTaskError) or reason.code != Unavailable.code
+        text = reason.text if is_told else f"the controller does not answer: {reason.text}"
+        raise error_of(reason.code, text) from error
+    if generation is None:
         raise Unavailable(
             "shards did not become ready",
             expected=f"within {timeout_s:g} s",
             hint="give it longer with --set cluster.start_timeout_s=..., or Ray more CPUs",
         )
+    return generation
 
 
 def _empty_table(folder: Path, manifest: GenerationManifest) -> RoutingTable:
@@ -261,8 +275,9 @@ def _empty_table(folder: Path, manifest: GenerationManifest) -> RoutingTable:
         dim=manifest.dim,
         metric=manifest.metric,
         index=manifest.index.kind,
+        partitioning=Partitioning(manifest.partitioning),
+        boundaries=manifest.boundaries,
         shards=tuple(
-            ShardRoute(shard=entry.shard, rows=entry.rows, epoch=0, address=None)
-            for entry in manifest.shards
+            ShardRoute(shard=entry.shard, rows=entry.rows, replicas=()) for entry in manifest.shards
         ),
     )

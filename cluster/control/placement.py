@@ -1,73 +1,83 @@
 """The controller's rules as a pure state machine: events in, a new state and instructions out.
 
 No Ray, no clock, no I/O: ``step`` is a function. The controller feeds it what happened and carries
-out what it answers. The first table is published once every shard has answered or failed: until
-then a restarted controller knows less than the routers do. One counter numbers both table versions
-and shard epochs, so each rises whenever anything changes, and a router that sees a lower number
-knows it to be old.
+out what it answers. The first table is published once every replica has answered or failed: until
+then a restarted controller knows less than the routers do. One counter, which goes on from the last
+number that the store has given out, numbers both table versions and epochs: each rises whenever
+anything changes, across generations too, and a router that sees a lower number knows it to be old.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from shardline.shards.core.messages import RoutingTable, ShardRoute
+from shardline.shards.core.messages import ReplicaKey, ReplicaRoute, RoutingTable, ShardRoute
 
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardPlace:
-    """One shard: where it answers (address None: nowhere), and how often in a row it failed."""
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a replica does not answer: the code of an error of shards.core.errors, and a text."""
 
-    route: ShardRoute
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaState:
+    """Where a replica answers (address None: nowhere); failures: how many without a success."""
+
+    route: ReplicaRoute
     failures: int = 0
-    reason: str | None = None
+    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The generation being served and the place of each of its shards, by shard number.
+    """The generation being served and the state of each replica of its shards, in key order.
 
-    settled: every shard has been heard of since this controller opened the generation.
+    counter: the largest number given out, as a table version or an epoch.
+    settled: every replica has been heard of since this controller opened the generation.
     """
 
     table: RoutingTable
-    places: tuple[ShardPlace, ...]
+    replicas: Mapping[ReplicaKey, ReplicaState]
     counter: int
     settled: bool = False
 
     @property
     def ready(self) -> bool:
-        return all(place.route.address is not None for place in self.places)
+        return all(state.route.address is not None for state in self.replicas.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRegistered:
+class ReplicaRegistered:
     """A shard process loaded its range and listens; it is handed the epoch it must announce."""
 
-    shard: int
+    key: ReplicaKey
     address: tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardUnreachable:
+class ReplicaUnreachable:
     """The process of that epoch is gone; Ray is restarting it."""
 
-    shard: int
+    key: ReplicaKey
     epoch: int
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardFailed:
+class ReplicaFailed:
     """Ray gave up on the actor, or it could not load its range."""
 
-    shard: int
-    reason: str
+    key: ReplicaKey
+    reason: Reason
 
 
-Event: TypeAlias = ShardRegistered | ShardUnreachable | ShardFailed
+Event: TypeAlias = ReplicaRegistered | ReplicaUnreachable | ReplicaFailed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,33 +89,40 @@ class Publish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Create the shard's actor anew after a delay, in seconds."""
+    """Create the replica's actor anew after a delay, in seconds."""
 
-    shard: int
+    key: ReplicaKey
     after_s: float
 
 
 Instruction: TypeAlias = Publish | Place
 
 
-def open_generation(table: RoutingTable, *, counter: int) -> tuple[Placement, tuple[Place, ...]]:
-    """The state in which no shard answers yet, and the order to place them all."""
-    routes = tuple(replace(route, address=None) for route in table.shards)
-    placement = Placement(
-        table=replace(table, version=counter, shards=routes),
-        places=tuple(ShardPlace(route=route) for route in routes),
-        counter=counter,
-    )
-    return placement, tuple(Place(shard=route.shard, after_s=0.0) for route in routes)
+def open_generation(
+    table: RoutingTable, *, counter: int, replicas: int = 1
+) -> tuple[Placement, tuple[Place, ...]]:
+    """The state in which no replica answers yet, and the order to place ``replicas`` per shard.
+
+    table: the generation's; the replicas in its shards are replaced. counter: the number that its
+    first version takes.
+    """
+    shards = tuple(_unplaced(shard, table.generation, replicas) for shard in table.shards)
+    states = {route.key: ReplicaState(route=route) for shard in shards for route in shard.replicas}
+    opened = replace(table, version=counter, shards=shards)
+    placement = Placement(table=opened, replicas=states, counter=counter)
+    return placement, tuple(Place(key=key, after_s=0.0) for key in states)
 
 
 def step(placement: Placement, event: Event) -> tuple[Placement, tuple[Instruction, ...]]:
-    """What the event changes. An event about an epoch that has been replaced changes nothing."""
-    if isinstance(event, ShardRegistered):
-        return _registered(placement, event)
-    if isinstance(event, ShardUnreachable):
-        return _unreachable(placement, event)
-    return _failed(placement, event)
+    """What the event changes: nothing if it is about a replaced epoch or another generation."""
+    state = placement.replicas.get(event.key)
+    if state is None:
+        return placement, ()
+    if isinstance(event, ReplicaRegistered):
+        return _registered(placement, state, event)
+    if isinstance(event, ReplicaUnreachable):
+        return _unreachable(placement, state, event)
+    return _failed(placement, state, event)
 
 
 def retry_after_s(failures: int) -> float:
@@ -113,43 +130,51 @@ def retry_after_s(failures: int) -> float:
     return float(min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** max(0, failures - 1)))
 
 
+def _unplaced(shard: ShardRoute, generation: int, replicas: int) -> ShardRoute:
+    keys = (ReplicaKey(generation, shard.shard, replica) for replica in range(replicas))
+    routes = tuple(ReplicaRoute(key=key, epoch=0, address=None) for key in keys)
+    return replace(shard, replicas=routes)
+
+
 def _registered(
-    placement: Placement, event: ShardRegistered
+    placement: Placement, state: ReplicaState, event: ReplicaRegistered
 ) -> tuple[Placement, tuple[Instruction, ...]]:
-    counter = placement.counter + 1
-    route = replace(placement.places[event.shard].route, epoch=counter, address=event.address)
-    return _publish(placement, ShardPlace(route=route), counter)
+    route = replace(state.route, epoch=placement.counter + 1, address=event.address)
+    return _publish(placement, ReplicaState(route=route))
 
 
 def _unreachable(
-    placement: Placement, event: ShardUnreachable
+    placement: Placement, state: ReplicaState, event: ReplicaUnreachable
 ) -> tuple[Placement, tuple[Instruction, ...]]:
-    place = placement.places[event.shard]
-    if place.route.epoch != event.epoch or place.route.address is None:
+    if state.route.epoch != event.epoch or state.route.address is None:
         return placement, ()
-    route = replace(place.route, address=None)
-    lost = replace(place, route=route, reason=event.reason)
-    return _publish(placement, lost, placement.counter + 1)
+    route = replace(state.route, address=None)
+    return _publish(placement, replace(state, route=route, reason=event.reason))
 
 
-def _failed(placement: Placement, event: ShardFailed) -> tuple[Placement, tuple[Instruction, ...]]:
-    place = placement.places[event.shard]
-    failures = place.failures + 1
-    lost = ShardPlace(
-        route=replace(place.route, address=None), failures=failures, reason=event.reason
-    )
-    changed, published = _publish(placement, lost, placement.counter + 1)
-    return changed, (*published, Place(shard=event.shard, after_s=retry_after_s(failures)))
+def _failed(
+    placement: Placement, state: ReplicaState, event: ReplicaFailed
+) -> tuple[Placement, tuple[Instruction, ...]]:
+    failures = state.failures + 1
+    route = replace(state.route, address=None)
+    lost = ReplicaState(route=route, failures=failures, reason=event.reason)
+    changed, published = _publish(placement, lost)
+    return changed, (*published, Place(key=event.key, after_s=retry_after_s(failures)))
 
 
 def _publish(
-    placement: Placement, place: ShardPlace, counter: int
+    placement: Placement, state: ReplicaState
 ) -> tuple[Placement, tuple[Instruction, ...]]:
-    shard = place.route.shard
-    places = (*placement.places[:shard], place, *placement.places[shard + 1 :])
-    table = replace(placement.table, version=counter, shards=tuple(each.route for each in places))
-    settled = placement.settled or all(
-        each.route.address is not None or each.failures for each in places
+    """The placement with one replica's new state, under the next number."""
+    counter = placement.counter + 1
+    replicas = {**placement.replicas, state.route.key: state}
+    shards = tuple(
+        replace(shard, replicas=tuple(replicas[route.key].route for route in shard.replicas))
+        for shard in placement.table.shards
     )
-    changed = replace(placement, table=table, places=places, counter=counter, settled=settled)
+    table = replace(placement.table, version=counter, shards=shards)
+    settled = placement.settled or all(
+        each.route.address is not None or each.failures for each in replicas.values()
+    )
+    changed = Placement(table=table, replicas=replicas, counter=counter, settled=settled)
     return changed, (Publish(table=table),) if settled else ()

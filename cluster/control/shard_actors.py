@@ -8,7 +8,6 @@ them alive.
 import asyncio
 import hashlib
 import logging
-import re
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -17,10 +16,17 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import (
+    ActorDiedError,
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
-from shardline.cluster.control.placement import Event, ShardFailed, ShardUnreachable
-from shardline.shards.core.errors import ShardlineError
+from shardline.cluster.control.placement import Event, Reason, ReplicaFailed, ReplicaUnreachable
+from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.messages import ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.process.shard_actor import ShardActor
 from shardline.shards.storage.generation import GenerationManifest
@@ -29,8 +35,7 @@ logger = logging.getLogger(__name__)
 
 SHARD_ACTOR_PREFIX = "shardline-shard-"
 DESCRIBE_TIMEOUT_S = 5.0
-OUR_ERROR = re.compile(r"^shards\.errors\.\w+: ")
-MISSES = 2  # failed checks in a row before a shard is taken out of the table
+MISSES = 2  # failed checks, one after the other, before a replica is taken out of the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +47,11 @@ class ShardSettings:
     threads_per_shard: int
     cpus_per_shard: float
     gpus_per_shard: float
+    huge_pages: bool
 
 
 class ShardActors:
-    """Handles by shard number. ``controller`` is the name that the actors register with."""
+    """Handles by replica. ``controller`` is the name that the actors register with."""
 
     def __init__(
         self, settings: ShardSettings, folder: Path, manifest: GenerationManifest, controller: str
@@ -54,68 +60,84 @@ class ShardActors:
         self._folder = folder
         self._manifest = manifest
         self._controller = controller
-        self._handles: dict[int, ActorHandle[Any]] = {}
-        self._misses: Counter[int] = Counter()
+        self._handles: dict[ReplicaKey, ActorHandle[Any]] = {}
+        self._misses: Counter[ReplicaKey] = Counter()
 
     @property
-    def placed(self) -> tuple[int, ...]:
-        """The shards that have an actor, be it dead, which the next check finds out."""
+    def placed(self) -> tuple[ReplicaKey, ...]:
+        """The replicas that have an actor, be it dead, which the next check finds out."""
         return tuple(self._handles)
 
-    def place(self, shard: int) -> ShardFailed | None:
-        """Creates the shard's actor, or finds it alive; why Ray could not, else None."""
-        name = self._name(shard)
+    def place(self, key: ReplicaKey) -> ReplicaFailed | None:
+        """Creates the replica's actor, or finds it alive; why Ray could not, else None."""
+        name = self._name(key)
         try:
-            self._handles[shard] = _existing(name) or self._create(name, shard)
+            self._handles[key] = _existing(name) or self._create(name, key)
         except (RayError, ValueError) as error:
-            return ShardFailed(shard=shard, reason=reason_of(error))
+            return ReplicaFailed(key=key, reason=reason_of(error))
         return None
 
-    async def check(self, shard: int, epoch: int, is_lost: Callable[[], bool]) -> Event | None:
-        """One health check of a placed shard; the event that it amounts to, if to any.
+    async def check(self, key: ReplicaKey, epoch: int, is_lost: Callable[[], bool]) -> Event | None:
+        """One health check of a placed replica; the event that it amounts to, if to any.
 
-        A shard that answers while ``is_lost`` says that nobody knows where is told to register.
+        One that answers while ``is_lost`` says that nobody knows where is told to register.
         """
-        handle = self._handles[shard]
+        handle = self._handles[key]
         try:
             await _answer(handle.ping.remote())
-            self._misses[shard] = 0
+            self._misses[key] = 0
             if is_lost():
                 # alive, but we lost where: after our own restart, or after a passing failure
                 await _answer(handle.announce.remote())
         except ActorDiedError as error:
-            if self._handles.get(shard) is handle:
-                del self._handles[shard]
-                return ShardFailed(shard=shard, reason=reason_of(error))
+            if self._handles.get(key) is handle:
+                del self._handles[key]
+                return ReplicaFailed(key=key, reason=reason_of(error))
         except RayActorError as error:
             # A restarting actor registers a moment before Ray takes calls for it again.
-            self._misses[shard] += 1
-            if self._misses[shard] >= MISSES:
-                return ShardUnreachable(shard=shard, epoch=epoch, reason=reason_of(error))
+            self._misses[key] += 1
+            if self._misses[key] >= MISSES:
+                return ReplicaUnreachable(key=key, epoch=epoch, reason=reason_of(error))
         except (TimeoutError, GetTimeoutError):
             # Slow is not dead: the routers' own deadlines deal with slow shards.
-            logger.warning("shard %d has not answered for %.0f s", shard, DESCRIBE_TIMEOUT_S)
+            logger.warning("replica %s has not answered for %.0f s", key, DESCRIBE_TIMEOUT_S)
         return None
 
-    async def describe(self, shard: int) -> dict[str, Any]:
-        """What a placed shard says of itself, or under ``error`` why it does not."""
+    async def describe(self, key: ReplicaKey) -> dict[str, Any] | Reason:
+        """What a placed replica says of itself, or why it does not."""
         try:
-            described: dict[str, Any] = await _answer(self._handles[shard].describe.remote())
+            described: dict[str, Any] = await _answer(self._handles[key].describe.remote())
         except (RayActorError, TimeoutError, GetTimeoutError) as error:
-            return {"error": reason_of(error)}
+            return reason_of(error)
         return described
 
     def end(self) -> None:
-        """Ends every shard actor, for good."""
+        """Ends every shard actor of the generation, for good."""
         for handle in self._handles.values():
             ray.kill(handle)
 
-    def _name(self, shard: int) -> str:
-        """Unique to this cluster: the secret's digest tells it from leftovers of an earlier one."""
-        digest = hashlib.sha256(self._settings.secret).hexdigest()[:8]
-        return f"{SHARD_ACTOR_PREFIX}{self._manifest.generation}-{shard}-{digest}"
+    def end_others(self) -> None:
+        """Ends this cluster's shard actors of other generations, for good."""
+        for name in ray.util.list_named_actors():
+            handle = _existing(name) if self._is_other(name) else None
+            if handle is not None:
+                logger.info("ending %s, of a generation that is not served any more", name)
+                ray.kill(handle)
 
-    def _create(self, name: str, shard: int) -> "ActorHandle[Any]":
+    def _is_other(self, name: str) -> bool:
+        ours = f"{SHARD_ACTOR_PREFIX}{self._manifest.generation}-"
+        is_of_cluster = name.startswith(SHARD_ACTOR_PREFIX) and name.endswith(self._digest)
+        return is_of_cluster and not name.startswith(ours)
+
+    @property
+    def _digest(self) -> str:
+        """Tells the actors of this cluster from leftovers of an earlier one, by its secret."""
+        return hashlib.sha256(self._settings.secret).hexdigest()[:8]
+
+    def _name(self, key: ReplicaKey) -> str:
+        return f"{SHARD_ACTOR_PREFIX}{key}-{self._digest}"
+
+    def _create(self, name: str, key: ReplicaKey) -> "ActorHandle[Any]":
         settings = self._settings
         on_gpu = self._manifest.index.device is Device.CUDA
         actor = ray.remote(ShardActor).options(
@@ -127,21 +149,29 @@ class ShardActors:
         )
         return actor.remote(
             folder=str(self._folder),
-            shard=shard,
+            key=key,
             controller=self._controller,
             secret=settings.secret,
             host=settings.shard_host,
             threads=settings.threads_per_shard,
+            huge_pages=settings.huge_pages,
         )
 
 
-def reason_of(error: BaseException) -> str:
-    """The last line of a Ray error: the one that says what happened, without our class's name."""
-    cause = getattr(error, "cause", None)
+def reason_of(error: BaseException) -> Reason:
+    """The code and text of our error that a Ray error carries; else ``Unavailable``'s, last line.
+
+    Ray hands over what a method raised as the ``cause`` of a RayTaskError, and what a constructor
+    raised as such a RayTaskError inside an ActorDiedError.
+    """
+    cause: object = error
+    while isinstance(cause, RayTaskError | ActorDiedError):
+        died = isinstance(cause, ActorDiedError)
+        cause = next(iter(cause.args), None) if died else cause.cause
     if isinstance(cause, ShardlineError):
-        return str(cause)
+        return Reason(cause.code, str(cause))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return OUR_ERROR.sub("", lines[-1]) if lines else type(error).__name__
+    return Reason(Unavailable.code, lines[-1] if lines else type(error).__name__)
 
 
 def _existing(name: str) -> "ActorHandle[Any] | None":

@@ -39,8 +39,15 @@ from shardline.cluster.serving.ray_session import NAMESPACE, free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.store import Store
 from shardline.router.http.auth import AuthSettings
+from shardline.router.serve.environment import write_launcher
 from shardline.router.serve.replica import RouterReplica
-from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.errors import (
+    CorruptFile,
+    NewerFormat,
+    NotFound,
+    ShardlineError,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +65,9 @@ def serving(
     generation: int | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Iterator[Endpoint]:
-    """Serves a generation (the live one when None) for the length of the block.
+    """Serves a generation for the length of the block.
 
+    generation None: the live one, and after a restart of the controller the one that is live then.
     keys None: those that the configuration or the environment names, or the store's.
 
     Raises:
@@ -99,23 +107,24 @@ def start_serving(
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     port = config.cluster.http_port or free_port()
-    secret = secrets.token_bytes(32)
     on_stage(f"loading generation {number} into its shards")
     controller = start_controller(
         ControllerSettings(
             store=str(store.root),
-            generation=number,
-            secret=secret,
+            generation=generation,
+            secret=secrets.token_bytes(32),
             shard_host=config.cluster.shard_host,
             threads_per_shard=config.cluster.threads_per_shard,
             cpus_per_shard=config.cluster.cpus_per_shard,
             gpus_per_shard=config.cluster.gpus_per_shard,
+            huge_pages=config.cluster.huge_pages,
         )
     )
     try:
-        _wait_loaded(controller, store, number, config.cluster.start_timeout_s, on_stage)
+        # another generation than that checked above if one has become live since
+        number = _wait_loaded(controller, store, number, config.cluster.start_timeout_s, on_stage)
         on_stage("starting the HTTP front end")
-        _start_router(config, port, secret, keys.auth)
+        _start_router(config, port, keys.auth)
         url = f"http://{_reachable(config.cluster.http_host)}:{port}"
         _wait_connected(Address(url, keys.own), config.cluster.start_timeout_s)
     except BaseException:
@@ -172,15 +181,12 @@ def _wait_loaded(
     number: int,
     timeout_s: float,
     on_stage: Callable[[str], None],
-) -> None:
-    """Returns once every shard answers; raises as ``serving``."""
+) -> int:
+    """The generation that is served, once every shard answers; raises as ``serving``."""
     try:
-        wait_ready(controller, timeout_s)
-    except Unavailable as error:
-        # What a shard raised comes as text. One that refused its files names a path of them; a
-        # timeout or too few CPUs names none, and is no reason to read every byte.
-        if str(store.generation(number)) not in str(error):
-            raise
+        return wait_ready(controller, timeout_s)
+    except (CorruptFile, NewerFormat, NotFound) as error:
+        # a timeout or too few CPUs is no reason to read every byte; these are
         on_stage(
             f"a shard refused its files: checking generation {number}, then what can be served"
         )
@@ -190,9 +196,12 @@ def _wait_loaded(
         raise damage from error
 
 
-def _start_router(config: ShardlineConfig, port: int, secret: bytes, auth: AuthSettings) -> None:
+def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> None:
     cluster = config.cluster
-    location = "HeadOnly" if cluster.address == "local" else "EveryNode"
+    location = "EveryNode"
+    if cluster.address == "local":
+        location = "HeadOnly"
+        write_launcher(config.router)
     application = (
         serve.deployment(RouterReplica)
         .options(
@@ -210,8 +219,8 @@ def _start_router(config: ShardlineConfig, port: int, secret: bytes, auth: AuthS
             config=config.router,
             controller=CONTROLLER_NAME,
             namespace=NAMESPACE,
-            secret=secret,
             auth=auth,
+            huge_pages=cluster.huge_pages,
         )
     )
     try:

@@ -1,6 +1,6 @@
 """Where the cluster that serves a store can be reached: a note beside the store, without Ray.
 
-The process that serves in the foreground leaves it; ``status``, ``query`` and ``down`` read it.
+The serving process in the foreground writes the note; ``status``, ``query`` and ``down`` read it.
 """
 
 import json
@@ -11,7 +11,7 @@ import psutil
 
 from shardline.cluster.serving.serving_keys import client_key
 from shardline.cluster.store import Store
-from shardline.router.client import Client
+from shardline.router.client.sync_client import Client
 from shardline.shards.core import files
 from shardline.shards.core.errors import CorruptFile, NotFound, Unavailable
 
@@ -20,14 +20,14 @@ NOTE_NAME = "serving.json"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A cluster, and the API key to ask it with; None where it asks for none."""
+    """A cluster and the API key for requests to it; None if it requires none."""
 
     url: str
     key: str | None = field(default=None, repr=False)
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """What a request needs besides its own headers."""
+        """The headers that authenticate a request."""
         return () if self.key is None else (("Authorization", f"Bearer {self.key}"),)
 
     def client(self) -> Client:
@@ -36,10 +36,10 @@ class Address:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where a cluster answers, and the process in whose foreground it runs.
+    """Where a cluster answers, and the foreground process that serves it.
 
-    started is that process's creation time in seconds: a pid alone may belong to another one later.
-    key_file None: it asks for no key, or took its keys from the environment.
+    ``started`` is that process's creation time in seconds: the pid may be reused by another later.
+    ``key_file`` None: the cluster requires no key, or took its keys from the environment.
     """
 
     url: str
@@ -50,7 +50,7 @@ class Endpoint:
 
     @property
     def address(self) -> Address:
-        """With a key of its file. Raises NotFound, ConfigError: the file is not to be used."""
+        """The cluster with a key of its file. Raises NotFound, ConfigError: no usable key file."""
         key = None if self.key_file is None else client_key(Path(self.key_file))
         return Address(self.url, key)
 
@@ -60,7 +60,7 @@ class Endpoint:
 
 
 def is_alive(pid: int, started: float | None = None) -> bool:
-    """Whether the process runs, and is the one created then; a zombie is dead."""
+    """Whether the process of the note still runs; a zombie counts as ended."""
     try:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
@@ -71,12 +71,12 @@ def is_alive(pid: int, started: float | None = None) -> bool:
 
 
 def leave_note(store: Store, endpoint: Endpoint) -> None:
-    """Says where the store is being served from now on."""
+    """Writes where the store is served from now on."""
     files.write_json(store.root / NOTE_NAME, asdict(endpoint))
 
 
 def remove_note(store: Store, endpoint: Endpoint) -> None:
-    """This cluster serves the store no more; the note of another one stays."""
+    """Removes this cluster's note; the note of another cluster stays."""
     if _read_note(store) == endpoint:
         (store.root / NOTE_NAME).unlink(missing_ok=True)
 

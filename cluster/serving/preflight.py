@@ -1,7 +1,7 @@
-"""What can be refused before Ray is started: a store that is served, a port, a generation.
+"""Checks before Ray is started: the store is not served yet, the port is free, files are whole.
 
-And the way back from damage: which generation can be served instead. ``serve`` asks here first,
-because Ray takes seconds to start.
+If a generation is damaged, the error names another that can be served. ``serve`` runs these checks
+first, because Ray takes seconds to start.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
 
 
 def check_http_port(config: ShardlineConfig) -> None:
-    """Raises Unavailable when this machine's HTTP port is taken, or not this user's to take."""
+    """Raises Unavailable when this machine's HTTP port is taken, or closed to this user."""
     port = config.cluster.http_port
     if config.cluster.address == "local" and port and not port_is_free(port):
         raise Unavailable(
@@ -66,7 +66,7 @@ def servable_generation(store: Store, generation: int | None) -> int:
     folder = store.generation(number)
     try:
         manifest = read_generation(folder)
-        if manifest.query_encoder:  # routers load it without its manifest
+        if manifest.query_encoder:  # routers load the encoder without its manifest
             verify_query_encoder(folder, manifest)
     except (CorruptFile, NewerFormat) as error:
         raise with_way_back(error, store, number) from error
@@ -74,7 +74,7 @@ def servable_generation(store: Store, generation: int | None) -> int:
 
 
 def find_damage(store: Store, number: int) -> ShardlineError | None:
-    """What is wrong with the first damaged file of a generation, and the way back; None: nothing.
+    """What is wrong with the first damaged file of a generation, and what to do; None: nothing.
 
     Reads every byte of it.
     """
@@ -120,7 +120,7 @@ def _verified(store: Store, number: int) -> GenerationManifest:
 
 
 def _another(usable: list[int]) -> str:
-    """The way out: the newest generation that can be served, or a new one."""
+    """What to do: serve the newest usable generation, or build a new one."""
     if not usable:
         return BUILD_ANEW
     return f"{BUILD_ANEW}, or serve another: `shardline serve --generation {usable[-1]}`"

@@ -1,7 +1,7 @@
 """Starting and stopping Ray on this machine, and leaving nothing behind.
 
 ``local_ray`` starts a private Ray in a folder of its own, so several may run side by side, and
-removes it whole: Serve first (HAProxy outlives a plain ``ray stop``), then Ray, then the folder.
+removes it at the end: Serve first (HAProxy outlives ``ray stop``), then Ray, then the folder.
 ``attached_ray`` joins a cluster that somebody else started, ``ray up`` for one.
 """
 
@@ -25,8 +25,7 @@ import ray
 
 from shardline.cluster.serving.endpoint import is_alive
 from shardline.cluster.serving.serving_keys import KEY_VARIABLES
-from shardline.router.serve.front import HOOK
-from shardline.router.serve.haproxy import BINARY, launcher
+from shardline.router.serve.environment import private_environment
 from shardline.shards.core.errors import Unavailable
 
 logger = logging.getLogger(__name__)
@@ -45,23 +44,6 @@ MAX_SESSION_PATH = 38
 # "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
 MAX_TEMPORARY_PATH = MAX_SESSION_PATH - 27
 
-# What every Ray process of a serving cluster needs in its environment before it starts; a
-# runtime_env comes too late. The launcher files in deploy/ray set the same.
-SERVING_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # 15 by default: shards would wait behind everything else
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    # else HAProxy sends a line a request to a Python process that competes with the shards
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # an hour by default: a client that reads no answer would hold a place in the router as long
-    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "30",
-    # one loop for Serve and our ASGI app halves the latency of a request
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    # requests reach our app before Serve's own layer around it
-    HOOK: "shardline.router.serve.front:middleware",
-}
-
 
 @contextlib.contextmanager
 def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
@@ -76,7 +58,8 @@ def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
         raise Unavailable("Ray is already running in this process", hint="stop it first")
     reap_orphans()
     session = _session_folder()
-    with _environment(_ray_environment(session)):
+    inherited = private_environment(session, iter(free_port, None))
+    with _environment(inherited | {"RAY_AUTH_TOKEN": _auth_token()}):
         try:
             with _keys_hidden():
                 _init_local(session, num_cpus=num_cpus, verbose=verbose)
@@ -155,8 +138,9 @@ def port_is_free(port: int) -> bool:
 def reap_orphans() -> list[int]:
     """Ends processes left by sessions whose owner was killed; removes their folders; their pids.
 
-    A session's folder carries its owner's pid, and every process of the session, HAProxy
-    included, has that folder on its command line or a file of it open: nothing else is touched.
+    The name of a session's folder holds its owner's pid, and every process of the session,
+    HAProxy included, has that folder on its command line or a file in it open. No other process
+    is touched.
     """
     reaped: list[int] = []
     for folder in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*-*"):
@@ -188,32 +172,9 @@ def _session_folder() -> Path:
     return folder
 
 
-def _ray_environment(session: Path) -> dict[str, str]:
-    """What Ray's processes must find in their environment here; they inherit ours."""
-    haproxy = session / "haproxy"
-    haproxy.write_text(launcher(sys.executable))
-    haproxy.chmod(0o700)
-    return SERVING_ENVIRONMENT | {
-        BINARY: str(haproxy),
-        "RAY_AUTH_TOKEN": _auth_token(),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(session / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(session / "a"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(session / "m"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(session),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(session / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",  # forwards far more than one router can answer
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # 30 s by default, at every stop
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        # 5 s by default, and a busy laptop takes longer to start HAProxy's process
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    }
-
-
 @functools.cache
 def _auth_token() -> str:
-    """One token a process, because Ray caches the first it sees.
+    """One token per process, because Ray caches the first it sees.
 
     ray.init() turns token mode on by itself; finding a token in the environment it does not write
     one to the home folder, where it would change how later clusters start.
@@ -237,7 +198,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keys_hidden() -> Iterator[None]:
-    """No API key is in the environment: Ray's processes would inherit it, and need none."""
+    """Removes API keys from the environment for the block: Ray's processes would inherit them."""
     hidden = {name: os.environ.pop(name) for name in KEY_VARIABLES if name in os.environ}
     try:
         yield

@@ -1,7 +1,7 @@
 """Where API keys come from: a file beside the store, made when there is none, or the environment.
 
-The serving process reads them and hands on digests; a router gets to know no more than those and
-the name of the file. Commands of this machine find the file through the note in the store.
+The serving process reads the keys; routers get only their digests and the name of the file.
+Commands on this machine find the file through the note in the store.
 """
 
 import os
@@ -24,15 +24,15 @@ CLIENT_VARIABLE = "SHARDLINE_API_KEY"
 KEY_VARIABLES = (SERVER_VARIABLE, CLIENT_VARIABLE)
 KEY_BYTES = 32
 HEAD = """\
-# The API keys of this store's cluster, one a line: scope:key. Nobody else may read this file.
-# search: may search and read. admin: may also write and control. Changes count within seconds.
+# The API keys of this store's cluster, one per line: scope:key. Nobody else may read this file.
+# search: may search and read. admin: may also write and control. Changes apply within seconds.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingKeys:
-    """What a cluster is started with; ``own`` is the key its starter asks with, ``note`` a line
-    that says where keys are."""
+    """The keys a cluster is started with; ``own`` is the key for requests of the serving process,
+    ``note`` a line that says where the keys are."""
 
     auth: AuthSettings
     own: str | None = field(repr=False)
@@ -93,13 +93,13 @@ def _serve_with(keys: list[Key], source: str, path: Path | None, note: str) -> S
 
 
 def searching(keys: list[Key]) -> str | None:
-    """The key to search with: the first that may do no more, else the first."""
+    """The key to search with: the first of scope ``search``, else the first of all."""
     chosen = sorted(keys, key=lambda key: key.scope is not Scope.SEARCH)
     return chosen[0].secret if chosen else None
 
 
 def client_key(key_file: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The key that the user of a command names: a file's, else that of the environment.
+    """The key that the user of a command named: from a file, else from the environment.
 
     Raises:
         NotFound, ConfigError: the file is not there, is not safe, or has no key.
@@ -133,7 +133,7 @@ def add_key(path: Path, scope: Scope) -> Key:
 
 
 def remove_key(path: Path, fingerprint: str) -> None:
-    """Takes out the one key whose fingerprint begins so; the other lines stay as they are.
+    """Removes the one key whose fingerprint starts with the text; other lines stay as they are.
 
     Raises:
         NotFound: no key has that fingerprint, or several have. As ``read_keys``.
@@ -151,7 +151,7 @@ def remove_key(path: Path, fingerprint: str) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces the file at once; nobody else may read it at any moment."""
+    """Replaces the file atomically; other users can read it at no moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 600
     temporary = Path(name)

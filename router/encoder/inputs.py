@@ -1,4 +1,4 @@
-"""The features of a query, one class a kind: values to their part of the query tower's input row.
+"""The features of a query, one class per kind: values to their part of the query tower's input row.
 
 Each is the twin of a class of ``training.features.columns`` or ``training.model.pooling``, in
 numpy. A value of the wrong type is refused; a category that training has not seen, or null, is the
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from shardline.router.encoder.history_rows import HistoryRows, PastItems, StoredRows
+from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
-
-Weights = dict[str, NDArray[Any]]
 
 VALUE_TYPES: dict[str, type] = {"int": int, "string": str, "bool": bool}
 
@@ -48,12 +47,13 @@ class Refused(Exception):
 
 
 def inputs_of(configs: list[dict[str, Any]], weights: Weights, *, summed: bool) -> list[Input]:
-    """One input a feature, in order. summed: the history comes without its two extra numbers."""
+    """One input per feature, in order. summed: the history comes without its two extra numbers."""
     inputs: list[Input] = []
     for config in configs:
         kind = config["kind"]
         if kind == "history":
-            inputs.append(History(config, weights, extras=not summed))
+            recency = weights.get("history.recency")
+            inputs.append(History(config, StoredRows(weights), recency=recency, extras=not summed))
         elif kind == "numeric":
             inputs.append(Number(config))
         else:  # the embedded ones come first, so their place is that of their table
@@ -176,57 +176,51 @@ class Number:
 
 
 class History:
-    """Past items, oldest first: the newest ``max_length`` known ones, pooled."""
+    """Past items, oldest first: the newest ``max_length`` known ones, pooled.
 
-    def __init__(self, config: dict[str, Any], weights: Weights, *, extras: bool) -> None:
-        self._ids: IdArray = weights["history.item_ids"]
-        self._rows: FloatArray = weights["history.rows"]
+    recency (max_length,) float32, newest first, is added to the items' scores under attention.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        items: HistoryRows,
+        *,
+        recency: FloatArray | None,
+        extras: bool,
+    ) -> None:
+        self._items = items
         self._max_length: int = config["max_length"]
         self._extras = 2 if extras else 0
         self._by_root = config.get("pooling") == "sqrtn"  # the first format had the mean alone
-        self._scores: FloatArray | None = weights.get("history.item_scores")
-        recency = weights.get("history.recency")
         self._oldest_first = None if recency is None else np.ascontiguousarray(recency[::-1])
         self.info = FeatureInfo(
             name=config["column"], kind="history", value="list of item ids, oldest first"
         )
 
     def rows(self, values: list[Any]) -> FloatArray:
-        width = self._rows.shape[1]
+        width = self._items.width
         out = np.zeros((len(values), width + self._extras), dtype=np.float32)
         for row, value in enumerate(values):
-            known = self._known(row, value)[-self._max_length :]
-            if len(known):
-                out[row, :width] = self._weights(known) @ self._rows[known]
+            past = self._items.newest(_item_ids(row, value), self._max_length)
+            count = len(past.rows)
+            if count:
+                out[row, :width] = self._weights(past) @ past.rows
             if self._extras:
-                out[row, width] = len(known) / self._max_length
-                out[row, width + 1] = len(known) == 0
+                out[row, width] = count / self._max_length
+                out[row, width + 1] = count == 0
         return out
 
-    def _weights(self, known: IdArray) -> FloatArray:
-        """(len(known),) float32; their sum is 1 unless the pooling is sqrtn."""
-        count = len(known)
-        if self._scores is None or self._oldest_first is None:
+    def _weights(self, past: PastItems) -> FloatArray:
+        """(m,) float32; their sum is 1 unless the pooling is sqrtn."""
+        count = len(past.rows)
+        if past.scores is None or self._oldest_first is None:
             divisor = math.sqrt(count) if self._by_root else count
             return np.full(count, 1 / divisor, dtype=np.float32)
-        scores = self._scores[known] + self._oldest_first[-count:]
+        scores = past.scores + self._oldest_first[-count:]
         weights = np.exp(scores - scores.max())
         share: FloatArray = weights / weights.sum()
         return share
-
-    def _known(self, row: int, value: Any) -> IdArray:
-        if not isinstance(value, list | tuple):
-            raise Refused(row, _kind(value))
-        if not set(map(type, value)) <= {int}:  # a bool is no int
-            place = next(i for i, item in enumerate(value) if type(item) is not int)
-            raise Refused(row, _kind(value[place]), f"[{place}]")
-        try:
-            ids = np.asarray(value, dtype=np.int64)
-        except OverflowError:
-            raise Refused(row, "an integer too large") from None
-        places = np.minimum(np.searchsorted(self._ids, ids), len(self._ids) - 1)
-        known: IdArray = places[self._ids[places] == ids]
-        return known
 
 
 EMBEDDED: dict[str, type[Category] | type[MultiValued] | type[Text]] = {
@@ -235,6 +229,18 @@ EMBEDDED: dict[str, type[Category] | type[MultiValued] | type[Text]] = {
     "multi_valued": MultiValued,
     "text": Text,
 }
+
+
+def _item_ids(row: int, value: Any) -> IdArray:
+    if not isinstance(value, list | tuple):
+        raise Refused(row, _kind(value))
+    if not set(map(type, value)) <= {int}:  # a bool is no int
+        place = next(i for i, item in enumerate(value) if type(item) is not int)
+        raise Refused(row, _kind(value[place]), f"[{place}]")
+    try:
+        return np.asarray(value, dtype=np.int64)
+    except OverflowError:
+        raise Refused(row, "an integer too large") from None
 
 
 def _mean_row(table: FloatArray, places: list[int]) -> FloatArray:

@@ -1,33 +1,24 @@
 """Query features to a query vector, in numpy: the query tower as training exported it.
 
-    encoder.json           model_version, dim, projection, features in input order, checksum of the
-                           weights
-    weights.safetensors    embedding.<i>; hidden.<i>.*, norm.<i>.*, output.*, skip.weight unless
-                           projection is identity; for the history its item_ids (n,) int64
-                           ascending, rows (n, p) float32, and under attention item_scores (n,)
-                           and recency (max_length,), newest first
+``shards.core.encoder_files`` reads the files and says what is in them.
 
 Input row: embeddings | means of bags | numbers | pooled rows of the past items, share of the
 history filled, 1 if it is empty. Under projection identity the parts are added up instead, and
 scaled to length one. What each kind of feature accepts is in ``router.encoder.inputs``.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
-from shardline.router.encoder.inputs import Input, Refused, Weights, inputs_of
-from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
-from shardline.shards.core.files import sha256_of
+from shardline.router.encoder.inputs import Input, Refused, inputs_of
+from shardline.shards.core.encoder_files import Weights, read_encoder
+from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import FloatArray
 
-FORMAT_VERSION = 2  # 1 had neither projection nor attention, and is read as without them
-CONFIG, WEIGHTS = "encoder.json", "weights.safetensors"
 NORM_EPSILON = np.float32(1e-5)  # torch.nn.LayerNorm's default, which training uses
 
 
@@ -49,28 +40,11 @@ class QueryEncoder:
 
     @classmethod
     def load(cls, folder: Path) -> "QueryEncoder":
-        """Raises NotFound, CorruptFile (checksum, not JSON) or NewerFormat, naming the file."""
-        path = folder / CONFIG
-        if not path.is_file():
-            raise NotFound(f"{path}: no query encoder here")
-        try:
-            config = json.loads(path.read_bytes())
-            version, checksum = config["format_version"], config["weights_sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptFile(f"{path}: not a query encoder", got=str(error)) from error
-        if version > FORMAT_VERSION:
-            raise NewerFormat(
-                f"{path}: format is newer than this program",
-                expected=f"format_version <= {FORMAT_VERSION}",
-                got=str(version),
-            )
-        weights = folder / WEIGHTS
-        if not weights.is_file() or sha256_of(weights) != checksum:
-            raise CorruptFile(f"{weights}: missing or altered", hint="export the model again")
-        return cls(config, load_file(weights))
+        """Raises as ``read_encoder``."""
+        return cls(*read_encoder(folder))
 
     def encode(self, queries: Sequence[dict[str, Any]]) -> FloatArray:
-        """(n, dim) float32 of unit length, one row a query, in order.
+        """(n, dim) float32 of unit length, one row per query, in order.
 
         Raises:
             InvalidInput: no queries; a feature that is missing, unknown, of the wrong type or not

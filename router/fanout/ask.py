@@ -10,25 +10,29 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+from shardline.router.fanout.clock import Clock
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.link import Link
-from shardline.router.fanout.snapshot import TableSnapshot
-from shardline.router.query import Coverage
+from shardline.router.fanout.snapshot import TableSnapshot, preferred
+from shardline.router.query import Coverage, Degraded
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
-    Overloaded,
     ProtocolError,
     Unavailable,
 )
 from shardline.shards.core.messages import ErrorReply, FetchReply, SearchReply, ShardRoute
 from shardline.shards.wire.frames import Message, decode_payload, is_error
+from shardline.shards.wire.readers import Payload
 
 logger = logging.getLogger(__name__)
 
 DEGRADED_IN_HINT = 8  # shards named in an error; coverage names them all
 # Once enough rows have answered, the others get this share of the time that is left.
 LATE_SHARE = 0.2
+
+# What a shard may answer instead of results without having failed; code -> error.
+TEMPORARY = {kind.code: kind for kind in Unavailable.__subclasses__()}
 
 R = TypeVar("R", SearchReply, FetchReply)
 
@@ -37,12 +41,13 @@ class Ask:
     """A frame on its way to all shards of ``snapshot``.
 
     ``on_done`` is called once, when nothing is awaited any longer; at the latest at ``deadline``,
-    which is on the event loop's clock. With ``enough`` (a share of the rows, above 0) the wait is
+    which is on ``clock``. With ``enough`` (a share of the rows, above 0) the wait is
     cut short once so many have answered: the late ones get LATE_SHARE of what remains.
     """
 
     __slots__ = (
         "_asked",
+        "_clock",
         "_enough_rows",
         "_links",
         "_missing",
@@ -63,6 +68,7 @@ class Ask:
         request_id: int,
         *,
         deadline: float,
+        clock: Clock,
         on_done: Callable[[], None],
         enough: float = 0.0,
     ) -> None:
@@ -70,20 +76,22 @@ class Ask:
         self.deadline = deadline
         self.done = False
         self.missing: list[int] = []  # shards that the last ``collect`` went without
+        self._clock = clock
         self._on_done = on_done
         self._request_id = request_id
-        self._replies: list[bytes | Message | Unavailable | None]
-        self._replies = [None] * len(snapshot.connections)
-        self._missing = len(snapshot.connections)
+        self._replies: list[Payload | Message | Unavailable | None]
+        self._replies = [None] * len(snapshot.shards)
+        self._missing = len(snapshot.shards)
         self._asked: list[ShardConnection] = []
-        self._links: list[Link | None] = [None] * len(snapshot.connections)
-        self._timer: asyncio.TimerHandle | None = None
+        self._links: list[Link | None] = [None] * len(snapshot.shards)
+        self._timer: asyncio.Handle | None = None
         self._enough_rows = enough * snapshot.table.rows if 0 < enough < 1 else 0.0
         self._rows_in = 0
 
     def send(self, frame: bytes) -> None:
         """The same bytes to every shard; those that cannot be asked are noted as missing."""
-        for position, connection in enumerate(self.snapshot.connections):
+        for position, replicas in enumerate(self.snapshot.shards):
+            connection = preferred(replicas)
             if connection is None:
                 self._put(position, Unavailable("no process serves it"))
                 continue
@@ -95,7 +103,7 @@ class Ask:
             else:
                 self._asked.append(connection)
         if not self.done:
-            self._timer = asyncio.get_running_loop().call_at(self.deadline, self.close)
+            self._timer = self._clock.call_at(self.deadline, self.close)
 
     def close(self) -> None:
         """Waits for nobody any longer: whoever has not answered by now is left out."""
@@ -124,7 +132,11 @@ class Ask:
         for position, route in enumerate(self.snapshot.table.shards):
             reply = self._read(position)
             rows = reply.rows if isinstance(reply, SearchReply) else route.rows
-            if isinstance(reply, kind) and well_formed(reply):
+            if (
+                isinstance(reply, kind)
+                and reply.generation == self.snapshot.table.generation
+                and well_formed(reply)
+            ):
                 answered.append((route, reply))
                 rows_answered += rows
                 rows_asked += rows
@@ -133,14 +145,14 @@ class Ask:
             if self._replies[position] is not None:
                 self._replies[position] = error
             self.missing.append(route.shard)
-            degraded.append(f"shard {route.shard}: {error.message}")
+            degraded.append(Degraded(shard=route.shard, code=error.code, text=error.message))
             rows_asked += route.rows
         return answered, Coverage(
             shards_asked=len(self.snapshot.table.shards),
             shards_answered=len(answered),
             rows_asked=rows_asked,
             rows_answered=rows_answered,
-            degraded=degraded,
+            degraded=tuple(degraded),
         )
 
     def require(self, coverage: Coverage, min_coverage: float) -> None:
@@ -154,35 +166,35 @@ class Ask:
             "too few rows answered" if coverage.shards_answered else "no shard answered",
             expected=f"coverage >= {min_coverage:g}" if min_coverage else "an answer from a shard",
             got=f"{coverage.rows_answered} of {coverage.rows_asked} rows",
-            hint="; ".join(coverage.degraded[:DEGRADED_IN_HINT]),
+            hint="; ".join(map(str, coverage.degraded[:DEGRADED_IN_HINT])),
         )
 
-    def _put(self, position: int, reply: bytes | Unavailable) -> None:
+    def _put(self, position: int, reply: Payload | Unavailable) -> None:
         if self.done or self._replies[position] is not None:
             return
         self._replies[position] = reply
         self._missing -= 1
         if self._missing == 0:
             self.close()
-        elif self._enough_rows and isinstance(reply, bytes) and not is_error(reply):
+        elif self._enough_rows and not isinstance(reply, Unavailable) and not is_error(reply):
             self._rows_in += self.snapshot.table.shards[position].rows
             if self._rows_in >= self._enough_rows:
                 self._enough_rows = 0.0
                 self._wait_less()
 
     def _wait_less(self) -> None:
-        loop = asyncio.get_running_loop()
         if self._timer is not None:
             self._timer.cancel()
-        now = loop.time()
-        self._timer = loop.call_at(now + LATE_SHARE * max(0.0, self.deadline - now), self.close)
+        now = self._clock.time()
+        late = now + LATE_SHARE * max(0.0, self.deadline - now)
+        self._timer = self._clock.call_at(late, self.close)
 
     def _read(self, position: int) -> Message | Unavailable:
         """The reply, decoded once; a shard that has not answered counts as too late."""
         reply = self._replies[position]
         if reply is None:
             return DeadlineExceeded("deadline exceeded")
-        if isinstance(reply, bytes):
+        if isinstance(reply, bytes | memoryview):
             try:
                 reply = decode_payload(reply)
             except ProtocolError as error:
@@ -207,9 +219,7 @@ def _as_error(reply: Message | Unavailable, link: Link | None) -> Unavailable:
         return reply
     if reply.code == InvalidInput.code:
         raise InvalidInput(reply.message, field=reply.field)
-    if reply.code == DeadlineExceeded.code:
-        return DeadlineExceeded("deadline exceeded")
-    if reply.code == Overloaded.code:
-        return Overloaded("overloaded")
+    if reply.code in TEMPORARY:
+        return TEMPORARY[reply.code](reply.code.replace("_", " "))
     logger.warning("a shard failed a request: %s: %s", reply.code, reply.message)
     return Unavailable(f"failed ({reply.code})")

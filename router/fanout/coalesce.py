@@ -11,18 +11,25 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 
 from shardline.router.fanout.ask import Ask
+from shardline.router.fanout.clock import Clock, running_clock
 from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.merge import merge_top_k
-from shardline.router.query import Coverage
+from shardline.router.query import Merged
 from shardline.shards.core.errors import DeadlineExceeded
-from shardline.shards.core.messages import SearchParams, SearchReply, SearchRequest
+from shardline.shards.core.messages import (
+    NO_OPTIONS,
+    NO_PARAMS,
+    SearchOptions,
+    SearchParams,
+    SearchReply,
+    SearchRequest,
+)
 from shardline.shards.core.metrics import FRAME_QUERIES, SHARD_MISSING, SHARD_MS, Recorder
-from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.core.schema import FloatArray, Ranked
 from shardline.shards.wire.frames import encode_frame
 
 HOLD_MS = 5.0  # the longest a frame under way holds back the searches behind it
@@ -31,29 +38,16 @@ MAX_FRAME_ROWS = 256  # queries in one frame; a larger request travels alone
 # requests, health checks among them, are not held up.
 MERGE_IN_LOOP = 200_000
 
-Top: TypeAlias = tuple[FloatArray, IdArray]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneKey:
-    """What searches must have in common to share a frame."""
+    """What searches must have in common to share a frame: all but their queries and deadlines."""
 
     snapshot: TableSnapshot
     k: int
-    params: SearchParams
     min_coverage: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """scores (n, k) float32 and ids (n, k) int64 in answer order, and what they are based on."""
-
-    scores: FloatArray
-    ids: IdArray
-    coverage: Coverage
-    generation: int
-    model_version: str
-    search_ms: float
+    params: SearchParams = NO_PARAMS
+    options: SearchOptions = NO_OPTIONS
 
 
 @dataclass(slots=True, eq=False)
@@ -63,7 +57,7 @@ class _Member:
     queries: FloatArray
     deadline: float
     ready: asyncio.Future[None]
-    timer: asyncio.TimerHandle | None = None
+    timer: asyncio.Handle | None = None
     place: "tuple[_Frame, slice] | None" = None
 
     def wake(self) -> None:
@@ -75,14 +69,19 @@ class _Member:
 
 @dataclass(slots=True, eq=False)
 class _Frame:
-    """What left together; merged once for all its members when every reply is in."""
+    """What left together; merged once for all its members when every reply is in.
+
+    holds_until: when it lets those past who wait behind it, on the clock; left_at: when it left,
+    in seconds of ``time.perf_counter``, for the metrics.
+    """
 
     ask: Ask
     rows: int
     members: list[_Member]
+    holds_until: float
     left_at: float
-    lets_past: asyncio.TimerHandle | None = None
-    top: Top | None = None
+    lets_past: asyncio.Handle | None = None
+    merged: Ranked | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -94,22 +93,28 @@ class _Lane:
 
 
 class Coalescer:
-    """All methods run in one event loop."""
+    """All methods run in one event loop, which is the clock unless another is given."""
 
-    def __init__(self, request_ids: Iterator[int], recorder: Recorder) -> None:
+    def __init__(
+        self, request_ids: Iterator[int], recorder: Recorder, clock: Clock | None = None
+    ) -> None:
+        self._given_clock = clock
         self._request_ids = request_ids
         self._recorder = recorder
         self._lanes: dict[LaneKey, _Lane] = {}
 
-    async def search(self, queries: FloatArray, key: LaneKey, deadline: float) -> Found:
-        """queries (n, dim) float32; deadline on the event loop's clock.
+    @property
+    def _clock(self) -> Clock:
+        return self._given_clock or running_clock()
+
+    async def search(self, queries: FloatArray, key: LaneKey, deadline: float) -> Merged:
+        """queries (n, dim) float32; deadline on the clock.
 
         Raises:
             InvalidInput: a shard says that the caller's request is wrong.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
-        loop = asyncio.get_running_loop()
-        member = _Member(queries, deadline, loop.create_future())
+        member = _Member(queries, deadline, asyncio.get_running_loop().create_future())
         lane = self._lanes.setdefault(key, _Lane())
         lane.waiting.append(member)
         if lane.held is None:
@@ -117,7 +122,7 @@ class Coalescer:
         else:
             self._limit_hold(key, lane, lane.held)
         if member.place is None or deadline < member.place[0].ask.deadline:
-            member.timer = loop.call_at(deadline, member.wake)
+            member.timer = self._clock.call_at(deadline, member.wake)
         try:
             await member.ready
         except asyncio.CancelledError:
@@ -130,22 +135,18 @@ class Coalescer:
             self._leave(lane, member)
         return await self._answer(*member.place, key)
 
-    async def _answer(self, frame: _Frame, rows: slice, key: LaneKey) -> Found:
+    async def _answer(self, frame: _Frame, rows: slice, key: LaneKey) -> Merged:
         shape = (frame.rows, key.k)
         answered, coverage = frame.ask.collect(
-            SearchReply, lambda reply: reply.ids.shape == reply.scores.shape == shape
+            SearchReply, lambda reply: reply.ranked.ids.shape == shape
         )
         for shard in frame.ask.missing:
             self._recorder.count(SHARD_MISSING, str(shard))
         frame.ask.require(coverage, key.min_coverage)
         replies = [reply for _, reply in answered]
-        scores, ids = await _merged(frame, rows, replies, key.k)
-        return Found(
-            scores=scores,
-            ids=ids,
+        return Merged(
+            ranked=await _merge(frame, rows, [reply.ranked for reply in replies], key.k),
             coverage=coverage,
-            generation=key.snapshot.table.generation,
-            model_version=key.snapshot.table.model_version,
             search_ms=max(reply.search_ms for reply in replies),
         )
 
@@ -170,21 +171,24 @@ class Coalescer:
             request_id,
             deadline=deadline,
             enough=key.min_coverage,
+            clock=self._clock,
             on_done=lambda: self._arrived(key, lane, frame),
         )
-        frame = lane.held = _Frame(ask, rows, members, time.perf_counter())
+        now = self._clock.time()
+        holds_until = now + HOLD_MS / 1000
+        frame = lane.held = _Frame(ask, rows, members, holds_until, time.perf_counter())
         self._recorder.observe(FRAME_QUERIES, rows)
         start = 0
         for member in members:
             end = start + len(member.queries)
             member.place = frame, slice(start, end)
             start = end
-        loop = asyncio.get_running_loop()
         request = SearchRequest(
             queries=queries,
             k=key.k,
-            timeout_ms=max(0.0, deadline - loop.time()) * 1000,
+            timeout_ms=max(0.0, deadline - now) * 1000,
             params=key.params,
+            options=key.options,
         )
         if lane.waiting:  # they did not fit
             self._limit_hold(key, lane, frame)
@@ -193,9 +197,9 @@ class Coalescer:
     def _limit_hold(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         """The frame under way lets those past who wait, once it has been under way for HOLD_MS."""
         if frame.lets_past is None:
-            left_s = HOLD_MS / 1000 - (time.perf_counter() - frame.left_at)
-            loop = asyncio.get_running_loop()
-            frame.lets_past = loop.call_later(max(0.0, left_s), self._release, key, lane, frame)
+            frame.lets_past = self._clock.call_at(
+                frame.holds_until, self._release, key, lane, frame
+            )
 
     def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         if frame.lets_past is not None:
@@ -240,14 +244,13 @@ def _that_fit(waiting: list[_Member]) -> list[_Member]:
     return waiting[: max(1, count)]
 
 
-async def _merged(frame: _Frame, rows: slice, replies: list[SearchReply], k: int) -> Top:
+async def _merge(frame: _Frame, rows: slice, parts: list[Ranked], k: int) -> Ranked:
     """The top k of these rows: once for the whole frame where it is complete and small."""
-    if frame.ask.done and frame.rows * k * len(replies) <= MERGE_IN_LOOP:
-        if frame.top is None:
-            frame.top = merge_top_k([r.scores for r in replies], [r.ids for r in replies], k)
-        scores, ids = frame.top
-        return scores[rows], ids[rows]
-    parts = [r.scores[rows] for r in replies], [r.ids[rows] for r in replies]
-    if (rows.stop - rows.start) * k * len(replies) > MERGE_IN_LOOP:
-        return await asyncio.to_thread(merge_top_k, *parts, k)
-    return merge_top_k(*parts, k)
+    if frame.ask.done and frame.rows * k * len(parts) <= MERGE_IN_LOOP:
+        if frame.merged is None:
+            frame.merged = merge_top_k(parts, k)
+        return frame.merged.rows(rows)
+    mine = [part.rows(rows) for part in parts]
+    if (rows.stop - rows.start) * k * len(parts) > MERGE_IN_LOOP:
+        return await asyncio.to_thread(merge_top_k, mine, k)
+    return merge_top_k(mine, k)

@@ -7,11 +7,13 @@ Deadlines belong to the caller, who abandons what it no longer waits for.
 import asyncio
 import logging
 import random
+from collections.abc import Awaitable, Callable
 
+from shardline.router.fanout.clock import Clock
 from shardline.router.fanout.link import Link, OnReply
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import Overloaded, ProtocolError, Unavailable
-from shardline.shards.core.messages import Hello, ShardRoute
+from shardline.shards.core.messages import Hello, ReplicaRoute
 from shardline.shards.wire import local_socket
 from shardline.shards.wire.handshake import ServerAddress
 
@@ -32,24 +34,27 @@ def backoff_ms(failures: int, config: RouterConfig, rng: random.Random) -> float
 
 
 class ShardConnection:
-    """Keeps a link to the shard process of one route, from ``start`` to ``close``."""
+    """Keeps a link to the process of one replica, from ``start`` to ``close``."""
 
     def __init__(
         self,
-        route: ShardRoute,
-        generation: int,
+        route: ReplicaRoute,
         *,
         secret: bytes,
         config: RouterConfig,
         rng: random.Random,
+        clock: Clock | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        """clock and sleep are for tests; seconds."""
         assert route.address is not None
         self.route = route
-        self.generation = generation
         self._address = route.address
         self._secret = secret
         self._config = config
         self._rng = rng
+        self._clock = clock
+        self._sleep = sleep
         self._epoch = route.epoch
         self._keeps_to_tcp = False
         self._link: Link | None = None
@@ -62,12 +67,16 @@ class ShardConnection:
         return self._link is not None and not self._link.lost.done()
 
     @property
+    def in_flight(self) -> int:
+        return 0 if self._link is None else self._link.in_flight
+
+    @property
     def reason(self) -> str:
         """Why there is no connection now; empty when there is one."""
         return "" if self.connected else self._reason
 
     def start(self) -> None:
-        name = f"shard {self.route.shard} connection"
+        name = f"replica {self.route.key} connection"
         self._task = asyncio.create_task(self._keep_connected(), name=name)
 
     async def settled(self) -> None:
@@ -127,7 +136,7 @@ class ShardConnection:
 
     def _drop_if_silent(self, link: Link) -> None:
         if link.stalled_for() * 1000 > self._config.stall_timeout_ms:
-            logger.warning("shard %d has gone silent: reconnecting", self.route.shard)
+            logger.warning("replica %s has gone silent: reconnecting", self.route.key)
             link.close("gone silent")
 
     async def _keep_connected(self) -> None:
@@ -138,7 +147,7 @@ class ShardConnection:
             except (OSError, TimeoutError, ProtocolError, Unavailable) as error:
                 self._reason = _describe(error)
                 log = logger.debug if failures else logger.warning
-                log("shard %d at %s: %s", self.route.shard, self._address, self._reason)
+                log("replica %s at %s: %s", self.route.key, self._address, self._reason)
                 if isinstance(error, OlderProcess):
                     failures = min(failures, OLDER_PROCESS_FAILURES - 1)
                 else:
@@ -148,17 +157,17 @@ class ShardConnection:
                 if link.answered:
                     failures = 0
             failures += 1
-            await asyncio.sleep(backoff_ms(failures, self._config, self._rng) / 1000)
+            await self._sleep(backoff_ms(failures, self._config, self._rng) / 1000)
 
     async def _serve(self, link: Link) -> None:
         """Until the link is lost."""
         self._link = link
         self._settled.set()
-        logger.info("shard %d at %s: connected", self.route.shard, self._address)
+        logger.info("replica %s at %s: connected", self.route.key, self._address)
         try:
             # shielded, or cancelling this task would resolve the link's own future
             self._reason = await asyncio.shield(link.lost)
-            logger.warning("shard %d at %s: %s", self.route.shard, self._address, self._reason)
+            logger.warning("replica %s at %s: %s", self.route.key, self._address, self._reason)
         finally:
             self._link = None
             link.close("closing")
@@ -178,13 +187,15 @@ class ShardConnection:
     async def _open(self, address: ServerAddress) -> Link:
         """Over a Unix socket to a shard of this machine, else over TCP."""
         loop = asyncio.get_running_loop()
+
+        def new_link() -> Link:
+            return Link(self._secret, address, self._clock)
+
         here = None if self._keeps_to_tcp else local_socket.connect(address)
         if here is None:
-            _, link = await loop.create_connection(lambda: Link(self._secret, address), *address)
+            _, link = await loop.create_connection(new_link, *address)
         else:
-            _, link = await loop.create_unix_connection(
-                lambda: Link(self._secret, address), sock=here
-            )
+            _, link = await loop.create_unix_connection(new_link, sock=here)
         return link
 
     async def _greeted(self, link: Link) -> Hello:
@@ -192,21 +203,17 @@ class ShardConnection:
             return await link.hello
         except BaseException:
             if link.is_local:  # somebody else may hold the name: that must not keep us from it
-                logger.warning("shard %d: no handshake over its Unix socket", self.route.shard)
+                logger.warning("replica %s: no handshake over its Unix socket", self.route.key)
                 self._keeps_to_tcp = True
             raise
 
     def _check(self, hello: Hello) -> None:
-        """Refuses another shard or generation, and a process that a later one has replaced."""
-        for name, expected, got in (
-            ("shard", self.route.shard, hello.shard),
-            ("generation", self.generation, hello.generation),
-        ):
-            if got != expected:
-                raise ProtocolError(f"wrong {name}", expected=str(expected), got=str(got))
+        """Refuses another replica, and a process that a later one has replaced."""
+        if hello.key != self.route.key:
+            raise ProtocolError("wrong replica", expected=str(self.route.key), got=str(hello.key))
         if hello.epoch < self._epoch:
             raise OlderProcess(
-                "an older process of this shard",
+                "an older process of this replica",
                 expected=f"epoch >= {self._epoch}",
                 got=str(hello.epoch),
             )

@@ -9,41 +9,29 @@ import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 
 from shardline.router.fanout.ask import Ask
-from shardline.router.fanout.coalesce import Coalescer, Found, LaneKey
+from shardline.router.fanout.clock import Clock, running_clock
+from shardline.router.fanout.coalesce import Coalescer, LaneKey
 from shardline.router.fanout.connection import ShardConnection
-from shardline.router.fanout.snapshot import Encoder, TableSnapshot
-from shardline.router.query import Coverage
+from shardline.router.fanout.snapshot import Encoder, Replicas, TableSnapshot
+from shardline.router.query import FoundItems, Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import DeadlineExceeded, Unavailable
 from shardline.shards.core.messages import (
     FetchReply,
     FetchRequest,
+    ReplicaRoute,
     RoutingTable,
-    SearchParams,
-    ShardRoute,
 )
 from shardline.shards.core.metrics import Recorder
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.wire.frames import encode_frame
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FetchAnswer:
-    """The items that were found, in no order: item_ids (m,), vectors (m, dim), shards (m,)."""
-
-    item_ids: IdArray
-    vectors: FloatArray
-    shards: IdArray
-    coverage: Coverage
 
 
 class Fanout:
@@ -55,14 +43,16 @@ class Fanout:
         config: RouterConfig,
         rng: random.Random,
         recorder: Recorder | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._secret = secret
         self._config = config
         self._rng = rng
+        self._given_clock = clock
         self._snapshot: TableSnapshot | None = None
         self._holders: Counter[ShardConnection] = Counter()
         self._request_ids = itertools.count(1)
-        self._coalescer = Coalescer(self._request_ids, recorder or Recorder())
+        self._coalescer = Coalescer(self._request_ids, recorder or Recorder(), clock)
         self._applying = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -79,8 +69,8 @@ class Fanout:
         async with self._applying:
             if self._snapshot is not None and table.version <= self._snapshot.table.version:
                 return False
-            snapshot = TableSnapshot(table, encoder, tuple(self._connect(table)))
-            self._holders.update(c for c in snapshot.connections if c is not None)
+            snapshot = TableSnapshot(table, encoder, self._connect(table))
+            self._holders.update(snapshot.all_connections)
             try:
                 await self._wait_settled(snapshot)
             except BaseException:
@@ -112,24 +102,14 @@ class Fanout:
         if snapshot.running == 0 and snapshot is not self._snapshot:
             self._release(snapshot)
 
-    async def search(
-        self,
-        snapshot: TableSnapshot,
-        queries: FloatArray,
-        k: int,
-        *,
-        deadline: float,
-        params: SearchParams,
-        min_coverage: float = 0.0,
-    ) -> Found:
-        """queries (n, dim) float32, checked; deadline on the event loop's clock.
+    async def search(self, queries: FloatArray, key: LaneKey, *, deadline: float) -> Merged:
+        """queries (n, dim) float32, checked; deadline on the clock.
 
         Raises:
             InvalidInput: a shard says that the caller's request is wrong.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
-        _remaining_ms(deadline)
-        key = LaneKey(snapshot=snapshot, k=k, params=params, min_coverage=min_coverage)
+        self._remaining_ms(deadline)
         return await self._coalescer.search(queries, key, deadline)
 
     async def fetch(
@@ -139,7 +119,7 @@ class Fanout:
         *,
         deadline: float,
         min_coverage: float = 0.0,
-    ) -> FetchAnswer:
+    ) -> FoundItems:
         """The stored vectors of those of item_ids (n,) int64 that some shard holds.
 
         min_coverage holds when some item is not found: what is found is whole in any case.
@@ -148,10 +128,10 @@ class Fanout:
             DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
         dim = snapshot.table.dim
-        request = FetchRequest(item_ids=item_ids, timeout_ms=_remaining_ms(deadline))
+        request = FetchRequest(item_ids=item_ids, timeout_ms=self._remaining_ms(deadline))
         request_id = next(self._request_ids)
         done: asyncio.Event = asyncio.Event()
-        ask = Ask(snapshot, request_id, deadline=deadline, on_done=done.set)
+        ask = Ask(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
         ask.send(encode_frame(request_id, request))
         try:
             await done.wait()
@@ -163,7 +143,7 @@ class Fanout:
         found = [reply.item_ids for _, reply in answered]
         is_whole = bool(found) and bool(np.isin(item_ids, np.concatenate(found)).all())
         ask.require(coverage, 0.0 if is_whole else min_coverage)
-        return FetchAnswer(
+        return FoundItems(
             item_ids=np.concatenate(found),
             vectors=np.concatenate([reply.vectors for _, reply in answered]),
             shards=np.concatenate(
@@ -179,36 +159,48 @@ class Fanout:
         self._holders.clear()
         await asyncio.gather(*self._closing)
 
+    @property
+    def _clock(self) -> Clock:
+        return self._given_clock or running_clock()
+
+    def _remaining_ms(self, deadline: float) -> float:
+        """Raises DeadlineExceeded when nothing remains."""
+        remaining = deadline - self._clock.time()
+        if remaining <= 0:
+            raise DeadlineExceeded("deadline exceeded before the shards were asked")
+        return remaining * 1000
+
     # Connections
 
-    def _connect(self, table: RoutingTable) -> Iterator[ShardConnection | None]:
-        current = {_identity(c.route, c.generation): c for c in self._holders}
-        for route in table.shards:
-            if route.address is None:
-                yield None
-                continue
-            connection = current.get(_identity(route, table.generation))
-            if connection is None:
-                connection = ShardConnection(
-                    route,
-                    table.generation,
-                    secret=self._secret,
-                    config=self._config,
-                    rng=self._rng,
-                )
-                connection.start()
-            yield connection
+    def _connect(self, table: RoutingTable) -> tuple[Replicas, ...]:
+        """Of every shard, the connections to its replicas; those to unchanged routes are kept."""
+        current = {connection.route: connection for connection in self._holders}
+
+        def connect(route: ReplicaRoute) -> ShardConnection | None:
+            if route.address is None or route in current:
+                return current.get(route)
+            connection = ShardConnection(
+                route,
+                secret=self._secret,
+                config=self._config,
+                rng=self._rng,
+                clock=self._given_clock,
+            )
+            connection.start()
+            return connection
+
+        return tuple(tuple(map(connect, shard.replicas)) for shard in table.shards)
 
     async def _wait_settled(self, snapshot: TableSnapshot) -> None:
-        waits = (c.settled() for c in snapshot.connections if c is not None)
+        waits = (connection.settled() for connection in snapshot.all_connections)
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.switch_wait_ms / 1000):
                 await asyncio.gather(*waits)  # ends its tasks with itself, cancelled or late
 
     def _release(self, snapshot: TableSnapshot) -> None:
         """Closes the connections that no other table holds."""
-        for connection in snapshot.connections:
-            if connection is None or connection not in self._holders:
+        for connection in snapshot.all_connections:
+            if connection not in self._holders:
                 continue
             self._holders[connection] -= 1
             if self._holders[connection] == 0:
@@ -233,15 +225,3 @@ class Pin:
 
     def __exit__(self, *_: object) -> None:
         self._fanout.unpin(self._snapshot)
-
-
-def _identity(route: ShardRoute, generation: int) -> tuple[int, int, int, tuple[str, int] | None]:
-    return generation, route.shard, route.epoch, route.address
-
-
-def _remaining_ms(deadline: float) -> float:
-    """Raises DeadlineExceeded when nothing remains."""
-    remaining = deadline - asyncio.get_running_loop().time()
-    if remaining <= 0:
-        raise DeadlineExceeded("deadline exceeded before the shards were asked")
-    return remaining * 1000

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import TypeAlias, cast
 
+from shardline.router.fanout.clock import Clock
 from shardline.shards.core.errors import ProtocolError, Unavailable
 from shardline.shards.core.messages import Hello
 from shardline.shards.wire import local_socket
@@ -21,6 +22,7 @@ from shardline.shards.wire.frames import (
     encode_frame,
 )
 from shardline.shards.wire.handshake import ServerAddress, check_welcome, prove
+from shardline.shards.wire.readers import Payload
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 MAX_UNSENT_BYTES = HEADER.size + MAX_FRAME_BYTES
 HANDSHAKE_FRAME_BYTES = 1024  # Hello has about 120; nobody unproven makes us buffer more
 
-OnReply: TypeAlias = Callable[[bytes | Unavailable], None]  # a frame's payload, or the loss
+OnReply: TypeAlias = Callable[[Payload | Unavailable], None]  # a frame's payload, or the loss
 
 
 class Link(asyncio.Protocol):
@@ -39,8 +41,9 @@ class Link(asyncio.Protocol):
     told by then. ``address`` is what it connects to.
     """
 
-    def __init__(self, secret: bytes, address: ServerAddress) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, secret: bytes, address: ServerAddress, clock: Clock | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self._clock: Clock = clock or loop
         self._secret = secret
         self._address = address
         self._proven_address = address
@@ -49,8 +52,8 @@ class Link(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._greeting: tuple[Hello, bytes] | None = None
         self._waiting_since: float | None = None
-        self.hello: asyncio.Future[Hello] = self._loop.create_future()
-        self.lost: asyncio.Future[str] = self._loop.create_future()
+        self.hello: asyncio.Future[Hello] = loop.create_future()
+        self.lost: asyncio.Future[str] = loop.create_future()
         self.is_local = False
         self.writable = True
         self.answered = False
@@ -65,13 +68,13 @@ class Link(asyncio.Protocol):
 
     def stalled_for(self) -> float:
         """Seconds since the shard last sent a byte while it owed an answer; 0 when it owes none."""
-        return 0.0 if self._waiting_since is None else self._loop.time() - self._waiting_since
+        return 0.0 if self._waiting_since is None else self._clock.time() - self._waiting_since
 
     def send(self, request_id: int, frame: bytes, on_reply: OnReply) -> None:
         assert self._transport is not None
         self._pending[request_id] = on_reply
         if self._waiting_since is None:
-            self._waiting_since = self._loop.time()
+            self._waiting_since = self._clock.time()
         self._transport.write(frame)
 
     def abandon(self, request_id: int) -> None:
@@ -105,7 +108,7 @@ class Link(asyncio.Protocol):
             logger.warning("shard at %s broke the protocol: %s", self._address, error)
             self.close(f"broke the protocol ({error.message})")
         if self._pending and self._waiting_since is None:
-            self._waiting_since = self._loop.time()
+            self._waiting_since = self._clock.time()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._finish("connection lost")
@@ -118,7 +121,7 @@ class Link(asyncio.Protocol):
 
     # Inside
 
-    def _take(self, request_id: int, payload: bytes) -> None:
+    def _take(self, request_id: int, payload: Payload) -> None:
         if self.hello.done():
             self.answered = True
             on_reply = self._pending.pop(request_id, None)

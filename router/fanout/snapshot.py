@@ -7,18 +7,22 @@ model versions. The encoder is known here by what the router needs of it.
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.connection import ShardConnection
 from shardline.shards.core.errors import InvalidInput, VersionMismatch
-from shardline.shards.core.messages import RoutingTable, ShardRoute
+from shardline.shards.core.messages import ReplicaRoute, RoutingTable, ShardRoute
 from shardline.shards.core.schema import FloatArray
 
 ENCODER_FOLDER = "query_encoder"
 # Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
 # health checks among them, are not held up.
 ENCODE_IN_LOOP = 64
+
+
+# The connections to the replicas of one shard, in the table's order; None where no process serves.
+Replicas: TypeAlias = tuple[ShardConnection | None, ...]
 
 
 class Encoder(Protocol):
@@ -41,19 +45,23 @@ class Encoder(Protocol):
 
 @dataclass(eq=False, slots=True)
 class TableSnapshot:
-    """connections are in the order of ``table.shards``; None where no process serves the shard.
+    """shards: of each of ``table.shards``, the connections to its replicas.
 
     ``running`` counts the queries that use it, so its connections outlive its replacement.
     """
 
     table: RoutingTable
     encoder: Encoder | None
-    connections: tuple[ShardConnection | None, ...]
+    shards: tuple[Replicas, ...]
     running: int = 0
 
     @property
+    def all_connections(self) -> list[ShardConnection]:
+        return [c for replicas in self.shards for c in replicas if c is not None]
+
+    @property
     def connected_shards(self) -> int:
-        return sum(c is not None and c.connected for c in self.connections)
+        return sum(map(_is_connected, self.shards))
 
     async def encode(self, features: list[dict[str, Any]]) -> FloatArray:
         """(n, dim) float32, by the encoder that belongs to the table.
@@ -84,12 +92,12 @@ class TableSnapshot:
         """Shards and rows, and how many of them are connected now."""
         rows_connected = sum(
             route.rows
-            for route, connection in zip(self.table.shards, self.connections, strict=True)
-            if connection is not None and connection.connected
+            for route, replicas in zip(self.table.shards, self.shards, strict=True)
+            if _is_connected(replicas)
         )
         return {
             "shards_connected": self.connected_shards,
-            "shards": len(self.connections),
+            "shards": len(self.shards),
             "rows_connected": rows_connected,
             "rows": self.table.rows,
         }
@@ -106,8 +114,8 @@ class TableSnapshot:
             "metric": str(table.metric),
             "rows": table.rows,
             "shards": [
-                _describe_shard(route, connection)
-                for route, connection in zip(table.shards, self.connections, strict=True)
+                _describe_shard(route, replicas)
+                for route, replicas in zip(table.shards, self.shards, strict=True)
             ],
             "encoder": None
             if encoder is None
@@ -115,11 +123,29 @@ class TableSnapshot:
         }
 
 
-def _describe_shard(route: ShardRoute, connection: ShardConnection | None) -> dict[str, Any]:
+def preferred(replicas: Replicas) -> ShardConnection | None:
+    """The replica to ask: connected before not, then the one with the fewest requests in flight."""
+    if len(replicas) == 1:
+        return replicas[0]
+    known = [connection for connection in replicas if connection is not None]
+    return min(known, key=lambda c: (not c.connected, c.in_flight), default=None)
+
+
+def _is_connected(replicas: Replicas) -> bool:
+    return any(connection is not None and connection.connected for connection in replicas)
+
+
+def _describe_shard(route: ShardRoute, replicas: Replicas) -> dict[str, Any]:
+    """The shard, as its best replica is, and every replica."""
+    described = list(map(_describe_replica, route.replicas, replicas))
+    best = max(described, key=lambda replica: bool(replica["connected"]))
+    return {"shard": route.shard, "rows": route.rows, **best, "replicas": described}
+
+
+def _describe_replica(route: ReplicaRoute, connection: ShardConnection | None) -> dict[str, Any]:
     address = None if route.address is None else f"{route.address[0]}:{route.address[1]}"
     return {
-        "shard": route.shard,
-        "rows": route.rows,
+        "replica": route.key.replica,
         "epoch": route.epoch,
         "address": address,
         "connected": connection is not None and connection.connected,

@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from shardline.router.contract import MethodNotAllowed
 from shardline.router.http.auth import Guard
 from shardline.router.http.body import read_body
 from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
@@ -33,7 +34,7 @@ from shardline.router.http.openapi import (
     docs_page,
     openapi_schema,
 )
-from shardline.router.http.problems import MethodNotAllowed, to_problem
+from shardline.router.http.problems import to_problem
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
@@ -80,11 +81,15 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
             accepted = answer_media(headers.get(b"accept", b"").decode("latin-1"), media)
             with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms) as client:
                 body = await read_body(headers, receive, config.max_body_bytes)
-                if len(body) <= DECODE_IN_LOOP:
-                    query = decode_query(body, media)
-                else:
-                    client.pause()  # whoever leaves now holds his place as long as the thread
-                    query = await asyncio.to_thread(decode_query, body, media)
+                try:
+                    if len(body) <= DECODE_IN_LOOP:
+                        query = decode_query(body, media, config)
+                    else:
+                        client.pause()  # whoever leaves now counts as in flight while it decodes
+                        query = await asyncio.to_thread(decode_query, body, media, config)
+                except InvalidInput as error:
+                    service.count_rejected(error)
+                    raise
                 client.body_is_read()
                 found = await service.search(
                     query,

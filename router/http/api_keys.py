@@ -8,19 +8,15 @@ an error or a log repeats any part of a key.
 
 import hashlib
 import hmac
-import re
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from shardline.router.contract import KEY, MAX_KEY_CHARS, MIN_KEY_CHARS
 from shardline.shards.core.errors import ConfigError, NotFound
 
-MIN_KEY_CHARS = 32  # 128 bits even where a key is hexadecimal
-MAX_KEY_CHARS = 256
-# what a Bearer token may be made of (RFC 6750, section 2.1)
-KEY = re.compile(rf"(?=.{{{MIN_KEY_CHARS},{MAX_KEY_CHARS}}}$)[A-Za-z0-9._~+/-]+=*")
 FINGERPRINT_CHARS = 12
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
 

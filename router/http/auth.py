@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardline.router.contract import Forbidden, Unauthenticated
 from shardline.router.http.api_keys import Keyring, Scope, read_keys
-from shardline.router.http.problems import Forbidden, Unauthenticated
 from shardline.shards.core.errors import ShardlineError
 
 logger = logging.getLogger(__name__)

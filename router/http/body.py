@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from shardline.router.http.problems import PayloadTooLarge, UnsupportedMediaType
+from shardline.router.contract import PayloadTooLarge, UnsupportedMediaType
 
 MAX_LENGTH_DIGITS = 18
 

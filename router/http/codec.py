@@ -8,6 +8,7 @@ arrays; JSON has no infinity, so there each row is cut to its live results.
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import msgpack
@@ -15,31 +16,33 @@ import numpy as np
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from shardline.router.contract import ARRAY_KEYS, array_of, pack_array
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody
 from shardline.router.http.problems import from_validation
-from shardline.router.query import Coverage, ItemAnswer, SearchAnswer, SearchQuery
-from shardline.shards.core.errors import InvalidInput, ProtocolError
-from shardline.shards.core.messages import NO_PARAMS, SearchParams
+from shardline.router.limits import resolve
+from shardline.router.query import Coverage, ItemAnswer, ResolvedQuery, SearchAnswer
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.messages import NO_OPTIONS, NO_PARAMS, SearchOptions, SearchParams
 from shardline.shards.core.schema import EMPTY_ID
 
-ARRAY_KEYS = {"dtype", "shape", "data"}
-ARRAY_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "<i4", "<i8")}
-ARRAY_NAMES = {dtype: name for name, dtype in ARRAY_DTYPES.items()}  # dtype.str builds it anew
 NUMBERS = frozenset({int, float})
 INTEGERS = frozenset({int})
 SCALARS = frozenset({int, float, bool, str, type(None)})
 SEARCH_FIELDS = tuple(SearchBody.model_fields)
+OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIELDS)
 PARAM_FIELDS = tuple(ParamsBody.model_fields)
 # SearchBody.model_validate without its layer of Python, a third of its time
 validate_search = TypeAdapter(SearchBody).validator.validate_python
 
 
-def decode_query(body: bytes, media: Media) -> SearchQuery:
-    """A search request's body; vectors and ids are numpy arrays, values not yet checked.
+def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQuery:
+    """A search request's body; its vectors and ids are numpy arrays, not yet checked one by one.
 
     Raises:
-        InvalidInput: does not parse, has an unknown field, or a field of the wrong type.
+        InvalidInput: does not parse, has an unknown field, a field of the wrong type, or one that
+            is out of range.
     """
     content = _load_json(body) if media is Media.JSON else _load_msgpack(body)
     if not isinstance(content, dict):
@@ -54,71 +57,47 @@ def decode_query(body: bytes, media: Media) -> SearchQuery:
     except ValidationError as error:
         raise _complaint(error) from error
     vectors, features, item_ids = parsed.vectors, parsed.features, parsed.item_ids
-    params = NO_PARAMS if parsed.params is None else SearchParams(**dict(parsed.params))
-    return SearchQuery(
+    options = NO_OPTIONS
+    if not parsed.model_fields_set.isdisjoint(OPTION_FIELDS):
+        given = parsed.model_fields_set & OPTION_FIELDS
+        options = SearchOptions(**{name: getattr(parsed, name) for name in given})
+    return resolve(
+        config,
         vectors=None if vectors is None else _matrix(vectors),
         features=None if features is None else _features(features),
         item_ids=None if item_ids is None else _ids(item_ids),
         k=parsed.k,
         timeout_ms=parsed.timeout_ms,
         min_coverage=parsed.min_coverage,
-        params=params,
+        params=NO_PARAMS if parsed.params is None else SearchParams(**dict(parsed.params)),
+        options=options,
     )
-
-
-def encode_query(query: SearchQuery) -> bytes:
-    """A query as a msgpack body; fields left at None are left out.
-
-    Raises:
-        InvalidInput: a feature has no form in msgpack.
-    """
-    content = {name: getattr(query, name) for name in SEARCH_FIELDS if name != "params"}
-    content["params"] = {
-        name: value for name in PARAM_FIELDS if (value := getattr(query.params, name)) is not None
-    } or None
-    given = {name: value for name, value in content.items() if value is not None}
-    try:
-        body: bytes = msgpack.packb(given, default=_pack_array)
-    except TypeError as error:  # an integer of more than 64 bits, or no plain value
-        raise InvalidInput("not to be sent", field="features", got=str(error)) from error
-    return body
 
 
 def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
     """A search's answer, columnar."""
+    ids, scores = answer.ranked
+    coverage = {name: getattr(answer.coverage, name) for name in Coverage.__slots__}
+    if answer.coverage.degraded:
+        coverage["degraded"] = [asdict(each) for each in answer.coverage.degraded]
     content: dict[str, Any] = {
-        "ids": answer.ids,
-        "scores": answer.scores,
+        "ids": ids,
+        "scores": scores,
         "generation": answer.generation,
         "model_version": answer.model_version,
-        "coverage": {name: getattr(answer.coverage, name) for name in Coverage.__slots__},
+        "coverage": coverage,
         "took_ms": _to_microseconds(answer.took_ms),
         "search_ms": _to_microseconds(answer.search_ms),
         "request_id": answer.request_id,
     }
     if answer.reasons:
-        content["reasons"] = {str(row): why for row, why in answer.reasons.items()}
+        content["reasons"] = [asdict(reason) for reason in answer.reasons]
     if media is Media.JSON:
-        live = (answer.ids != EMPTY_ID).sum(axis=1)
-        if (live < answer.ids.shape[1]).any():
-            content["ids"] = [row[:n] for row, n in zip(answer.ids, live, strict=True)]
-            content["scores"] = [row[:n] for row, n in zip(answer.scores, live, strict=True)]
+        live = (ids != EMPTY_ID).sum(axis=1)
+        if (live < ids.shape[1]).any():
+            content["ids"] = [row[:n] for row, n in zip(ids, live, strict=True)]
+            content["scores"] = [row[:n] for row, n in zip(scores, live, strict=True)]
     return encode(content, media)
-
-
-def decode_answer(body: bytes) -> SearchAnswer:
-    """A msgpack answer, as ``encode_answer`` wrote it.
-
-    Raises:
-        ProtocolError: it is not one.
-    """
-    try:
-        content = _load_msgpack(body)
-        coverage = Coverage(**content.pop("coverage"))
-        reasons = {int(row): why for row, why in content.pop("reasons", {}).items()}
-        return SearchAnswer(coverage=coverage, reasons=reasons, **content)
-    except (InvalidInput, TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ProtocolError("not a search answer", got=str(error)) from error
 
 
 def encode_item(answer: ItemAnswer, media: Media) -> bytes:
@@ -129,7 +108,7 @@ def encode(content: Mapping[str, Any], media: Media) -> bytes:
     """Plain data and numpy arrays."""
     if media is Media.JSON:
         return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
-    body: bytes = msgpack.packb(content, default=_pack_array)
+    body: bytes = msgpack.packb(content, default=pack_array)
     return body
 
 
@@ -167,42 +146,7 @@ def _unpack_map(pairs: list[tuple[str, Any]]) -> Any:
     content = dict(pairs)
     if len(content) != len(pairs):
         raise InvalidInput("a key comes twice", field="body", expected="distinct keys")
-    return _array(content) if content.keys() == ARRAY_KEYS else content
-
-
-def _array(value: dict[str, Any]) -> np.ndarray[Any, np.dtype[Any]]:
-    dtype, shape, data = value["dtype"], value["shape"], value["data"]
-    if not isinstance(dtype, str) or dtype not in ARRAY_DTYPES:
-        raise InvalidInput(
-            "array type not supported",
-            field="dtype",
-            expected=f"one of {', '.join(sorted(ARRAY_DTYPES))}",
-            got=repr(dtype),
-        )
-    are_sizes = isinstance(shape, list) and INTEGERS.issuperset(map(type, shape))
-    if not are_sizes or min(shape, default=0) < 0:
-        raise InvalidInput("bad array", field="shape", expected="a list of sizes", got=repr(shape))
-    kind = ARRAY_DTYPES[dtype]
-    expected = math.prod(shape) * kind.itemsize
-    if not isinstance(data, bytes) or len(data) != expected or len(shape) > 2:
-        got = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
-        raise InvalidInput(
-            "bad array",
-            field="data",
-            expected=f"{expected} bytes for shape {shape}, at most 2-d",
-            got=got,
-        )
-    return np.frombuffer(data, dtype=kind).reshape(shape)
-
-
-def _pack_array(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        array = np.ascontiguousarray(value)
-        name = ARRAY_NAMES.get(array.dtype) or array.dtype.str
-        return {"dtype": name, "shape": array.shape, "data": array.tobytes()}
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} has no form in msgpack")
+    return array_of(content) if content.keys() == ARRAY_KEYS else content
 
 
 def _refuse_ext(code: int, data: bytes) -> Any:

@@ -9,7 +9,7 @@ import asyncio
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from shardline.router.http.problems import BodyTimeout
+from shardline.router.contract import BodyTimeout
 
 WATCH_AFTER_S = 0.02
 

@@ -3,7 +3,7 @@
 from enum import StrEnum
 from functools import lru_cache
 
-from shardline.router.http.problems import NotAcceptable, UnsupportedMediaType
+from shardline.router.contract import NotAcceptable, UnsupportedMediaType
 
 
 class Media(StrEnum):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
+from shardline.router.query import ReasonCode
 from shardline.shards.core.messages import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR
 from shardline.shards.core.schema import MAX_K
 
@@ -68,6 +69,28 @@ class SearchBody(_Body):
         description="share of rows that must have answered, 0 to 1; below it the answer is 503",
     )
     params: ParamsBody | None = Field(default=None, description="search-time knobs")
+    min_seq: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="shards that have applied fewer writes than this are left out of the answer",
+    )
+
+
+class DegradedBody(_Body):
+    """Why a shard is missing from the answer."""
+
+    shard: int
+    code: str = Field(description="stable: unavailable, deadline_exceeded, overloaded, ...")
+    text: str = Field(description="for people")
+
+
+class ReasonBody(_Body):
+    """Why a query of the batch has an empty answer."""
+
+    query: int = Field(description="its position in the request")
+    code: ReasonCode = Field(description="stable")
+    text: str = Field(description="for people")
 
 
 class CoverageBody(_Body):
@@ -77,7 +100,7 @@ class CoverageBody(_Body):
     shards_answered: int
     rows_asked: int
     rows_answered: int
-    degraded: list[str] = Field(description="why each missing shard is missing")
+    degraded: list[DegradedBody] = Field(description="why each missing shard is missing")
 
 
 class SearchResponse(_Body):
@@ -92,9 +115,8 @@ class SearchResponse(_Body):
     took_ms: float = Field(description="milliseconds from arrival to answer")
     search_ms: float = Field(description="longest search of any shard, milliseconds")
     request_id: str
-    reasons: dict[str, str] | None = Field(
-        default=None,
-        description="only when some query could not be asked: its position, and why",
+    reasons: list[ReasonBody] | None = Field(
+        default=None, description="only when some query could not be asked"
     )
 
 

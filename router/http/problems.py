@@ -14,6 +14,16 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
+from shardline.router.contract import (
+    PROBLEM_TYPE,
+    BodyTimeout,
+    Forbidden,
+    MethodNotAllowed,
+    NotAcceptable,
+    PayloadTooLarge,
+    Unauthenticated,
+    UnsupportedMediaType,
+)
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -26,52 +36,12 @@ from shardline.shards.core.errors import (
 
 logger = logging.getLogger(__name__)
 
-CONTENT_TYPE = "application/problem+json"
 MAX_TEXT = 300  # characters of a caller's own input that an error repeats
 # fields that other search services have, and what is asked for instead; their nearest spelling
 # among ours would mislead
 INSTEAD = dict.fromkeys(
     ("user", "users", "user_id", "user_ids"),
     "users are asked for by their features, which /v1/status lists: use features",
-)
-
-
-class PayloadTooLarge(InvalidInput):
-    code = "payload_too_large"
-
-
-class UnsupportedMediaType(InvalidInput):
-    code = "unsupported_media_type"
-
-
-class NotAcceptable(InvalidInput):
-    code = "not_acceptable"
-
-
-class MethodNotAllowed(InvalidInput):
-    code = "method_not_allowed"
-
-
-class BodyTimeout(InvalidInput):
-    code = "body_timeout"
-
-
-class Unauthenticated(InvalidInput):
-    code = "unauthenticated"
-
-
-class Forbidden(InvalidInput):
-    code = "forbidden"
-
-
-REFUSALS = (
-    PayloadTooLarge,
-    UnsupportedMediaType,
-    NotAcceptable,
-    MethodNotAllowed,
-    BodyTimeout,
-    Unauthenticated,
-    Forbidden,
 )
 # RFC 6750, section 3: how to ask again
 CHALLENGES = {
@@ -132,7 +102,7 @@ def to_problem(error: Exception, *, request_id: str, retry_after_s: int) -> Prob
         text = getattr(error, name)
         if text is not None:
             body[name] = _cut(text)
-    headers = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
+    headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"cache-control", b"no-store")]
     if kind.retry:
         headers.append((b"retry-after", str(retry_after_s).encode()))
     if error.code in CHALLENGES:

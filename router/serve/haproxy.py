@@ -2,7 +2,8 @@
 
 Ray (2.60) writes the configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names.
 That is this file: it corrects the configuration, then becomes HAProxy in the same process. It runs
-on its own, outside of our packages, once at every start and reload.
+on its own, outside of our packages, once at every start and reload; the two figures of the router's
+configuration that it needs come as its first arguments.
 
 - Request headers must arrive in time: else a few thousand connections that send a byte a second
   take every slot there is.
@@ -23,9 +24,6 @@ from pathlib import Path
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 TOKEN = "RAY_AUTH_TOKEN"  # opens Ray itself: nothing for the process that strangers speak to
 HEADER_TIMEOUT_S = 10
-# Requests at work in one router replica: at 1500 answers a second the last waits 85 ms.
-REPLICA_PLACES = 128
-RETRY_AFTER_S = 1
 ROUTES = "    # Static routing based on path prefixes"
 BACKEND = re.compile(r"^    use_backend (\S+) if is_\1$", re.MULTILINE)
 FALLBACK = re.compile(r"^    server \S+ \S+ check backup\n", re.MULTILINE)
@@ -56,17 +54,21 @@ def corrected(text: str) -> str:
     return text
 
 
-def bounded(text: str) -> str:
-    """The configuration with 429 above REPLICA_PLACES a replica, and 503 where there is none.
+def bounded(text: str, max_in_flight: int, retry_after_s: int) -> str:
+    """The configuration with 429 beyond max_in_flight per replica, and 503 where there is none.
 
     Raises:
-        ValueError: there is no place for the rule.
+        ValueError: the line is missing that the rule goes before.
     """
+
+    def problem(status: int) -> str:
+        return f"{_problem(status)} hdr Retry-After {retry_after_s}"
+
     text = FALLBACK.sub("", text)
-    text = ERROR_FILE.sub(lambda match: f"    http-error {_problem(int(match[1]))}", text)
+    text = ERROR_FILE.sub(lambda match: f"    http-error {problem(int(match[1]))}", text)
     rules = "".join(
-        f"    http-request return {_problem(429)} "
-        f"if !{{ path /healthz /readyz }} {{ be_conn({name}) gt {REPLICA_PLACES * servers} }}\n"
+        f"    http-request return {problem(429)} "
+        f"if !{{ path /healthz /readyz }} {{ be_conn({name}) ge {max_in_flight * servers} }}\n"
         for name in BACKEND.findall(text)
         if (servers := _servers(text, name)) and f"be_conn({name})" not in text
     )
@@ -98,19 +100,17 @@ def _problem(status: int) -> str:
         "hint": "try again after the time in Retry-After",
     }
     text = json.dumps(problem).replace('"', '\\"')
-    return (
-        f'status {status} content-type application/problem+json string "{text}" '
-        f"hdr Retry-After {RETRY_AFTER_S}"
-    )
+    return f'status {status} content-type application/problem+json string "{text}"'
 
 
-def launcher(python: str) -> str:
+def launcher(python: str, *, max_in_flight: int, retry_after_s: int) -> str:
     """A shell script that starts this file with the interpreter ``python``."""
-    return f'#!/bin/sh\nexec "{python}" -I "{Path(__file__).resolve()}" "$@"\n'
+    script = Path(__file__).resolve()
+    return f'#!/bin/sh\nexec "{python}" -I "{script}" {max_in_flight} {retry_after_s} "$@"\n'
 
 
 def main(arguments: list[str]) -> None:
-    """``arguments`` are HAProxy's own; does not return.
+    """``arguments`` are max_in_flight and retry_after_s, then HAProxy's own; does not return.
 
     Raises:
         ValueError, OSError: Ray reports the last line as the reason why HAProxy did not start.
@@ -119,9 +119,11 @@ def main(arguments: list[str]) -> None:
 
     os.environ.pop(BINARY, None)  # else the binary looked up is this file again
     os.environ.pop(TOKEN, None)
-    path = Path(arguments[arguments.index("-f") + 1])
-    path.write_text(bounded(corrected(path.read_text())))
-    os.execv(get_haproxy_binary(), ["haproxy", *arguments])
+    max_in_flight, retry_after_s, *own = arguments
+    path = Path(own[own.index("-f") + 1])
+    text = bounded(corrected(path.read_text()), int(max_in_flight), int(retry_after_s))
+    path.write_text(text)
+    os.execv(get_haproxy_binary(), ["haproxy", *own])
 
 
 if __name__ == "__main__":

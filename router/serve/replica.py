@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 30.0
 RETRY_S = 0.5
+SECRET_S = 30.0
 FIRST_TABLE_S = 30.0
 
 
@@ -63,7 +64,11 @@ class ServeApp:
 
 @serve.ingress()
 class RouterReplica:
-    """Serves the HTTP API to who has a key of ``auth``. ``secret`` proves this router to shards."""
+    """Serves the HTTP API to who has a key of ``auth``.
+
+    ``controller`` is the name of the actor that has the routing table, and the secret that proves
+    this router to shards.
+    """
 
     def __init__(
         self,
@@ -71,20 +76,27 @@ class RouterReplica:
         config: RouterConfig,
         controller: str,
         namespace: str,
-        secret: bytes,
         auth: AuthSettings,
+        huge_pages: bool,
     ) -> None:
-        self._service = SearchService(config, secret)
+        self._config = config
         self._controller = (controller, namespace)
+        self._huge_pages = huge_pages
         self._guard = Guard(auth)
-        Front.ours = app = create_app(self._service, config, self._guard)
-        self._app = ServeApp(app, self.start, self.stop)
         self._following: list[asyncio.Task[None]] = []
         self._has_table = asyncio.Event()
         self._exporter: RayExporter | None = None
 
-    def __serve_build_asgi_app__(self) -> Any:
-        return self._app
+    async def __serve_build_asgi_app__(self) -> ServeApp:
+        """What Serve asks for, once, before ``start``.
+
+        Raises:
+            TimeoutError: the controller does not answer; Serve starts the replica again.
+        """
+        secret = await asyncio.wait_for(self._connection_secret(), SECRET_S)
+        self._service = SearchService(self._config, secret)
+        Front.ours = app = create_app(self._service, self._config, self._guard)
+        return ServeApp(app, self.start, self.stop)
 
     async def start(self) -> None:
         """Begins to follow controller and key file; returns with the first table, so that Serve
@@ -98,7 +110,7 @@ class RouterReplica:
         self._following = [asyncio.ensure_future(each) for each in follow]
         await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
         self._exporter = RayExporter(self._service.recorder, self._service.refresh_metrics)
-        prepare_memory()
+        prepare_memory(huge_pages=self._huge_pages)
 
     async def stop(self) -> None:
         """Stops following, closes the shard connections."""
@@ -109,6 +121,16 @@ class RouterReplica:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._service.close()
+
+    async def _connection_secret(self) -> bytes:
+        while True:
+            try:
+                controller = await asyncio.to_thread(self._find_controller)
+                secret: bytes = await controller.connection_secret.remote()
+                return secret
+            except (RayError, ValueError) as error:
+                logger.warning("no secret from the controller yet: %s", error)
+                await asyncio.sleep(RETRY_S)
 
     async def _follow_controller(self) -> None:
         """Applies every newer table, for as long as the replica lives."""

@@ -3,18 +3,19 @@
     ShardlineError
     ├── InvalidInput        the caller's request, vector or parameter is wrong      (HTTP 4xx)
     ├── ConfigError         configuration: unknown key, illegal value, bad override
-    ├── DataError           a table or text file of the user's: schema, line, value
-    ├── CorruptFile         a file of ours: checksum, length or header does not match
-    ├── NewerFormat         a file of ours written by a newer version
+    ├── DataError           a table or text file of the user: schema, line, value
+    ├── CorruptFile         a file of the store: checksum, length or header does not match
+    ├── NewerFormat         a file of the store written by a newer version of Shardline
     ├── NotFound            a file, generation, user or item that does not exist
     ├── VersionMismatch     query encoder and generation come from different models
     ├── ProtocolError       a peer broke the wire protocol, or failed to authenticate
-    └── Unavailable         nothing can answer now; trying again later may succeed
+    └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded
-        └── Overloaded
+        ├── Overloaded
+        └── Behind          a shard has not yet applied the writes that a search asks for
 
-Each error says what was expected, what came and what to do. All survive pickling, because they
-cross process borders.
+Each error says what was expected, what was found and what to do. All of them can be pickled,
+because Ray carries them between processes.
 """
 
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ class ShardlineError(Exception):
 
     @property
     def details(self) -> str:
-        """The whole text but for the field, which some keep apart from it."""
+        """The message without the field name: problem+json reports the field separately."""
         parts = [self.message]
         if self.expected is not None:
             parts.append(f"expected {self.expected}")
@@ -114,3 +115,17 @@ class DeadlineExceeded(Unavailable):
 
 class Overloaded(Unavailable):
     code = "overloaded"
+
+
+class Behind(Unavailable):
+    code = "behind"
+
+
+def error_of(code: str, message: str) -> ShardlineError:
+    """An error of the class that has this code; of the base class where none has."""
+    kinds = [ShardlineError]
+    for kind in kinds:
+        if kind.code == code:
+            return kind(message)
+        kinds += kind.__subclasses__()
+    return ShardlineError(message)

@@ -2,9 +2,10 @@
 
 A folder of ours (embedding set, generation) is complete when its ``_manifest.json`` exists: the
 manifest is written last, lists every other file with its size and SHA-256, and carries a checksum
-of itself. Nothing here knows what the files mean.
+of itself. This module does not know what the files mean.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,9 @@ from typing import Any
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 
 MANIFEST_NAME = "_manifest.json"
-CHUNK_BYTES = 1 << 20
+PROBE_BYTES = 1 << 20
+# what a disk says of itself: full, the user's share of it used up, a file too long, unreadable
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Makes renames inside the folder survive a power cut."""
+    """Fsyncs the folder, so that renames inside it survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,13 +56,17 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
     The file is fsynced, renamed over the target, and the folder fsynced. On an error the
     temporary file is removed and the target left as it was.
+
+    Raises:
+        OSError: the block failed and the disk is why, whatever the block said.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _disk_errors(target.parent):
+            yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
@@ -175,11 +182,13 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: the target already exists when the block ends.
+        OSError: the block failed and the disk is why, whatever the block said.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
     try:
-        yield staging
+        with _disk_errors(target.parent):
+            yield staging
         if target.exists():
             raise FileExistsError(target)
         staging.chmod(0o755)
@@ -189,6 +198,32 @@ def staged_folder(target: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             shutil.rmtree(staging)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Around what libraries write below ``folder``: a full disk is an OSError with its number.
+
+    Those in C++ and Rust say it in words of their own and lose the number. So the system is asked,
+    by a small write to the same disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) or error.errno is None:
+            try:
+                _probe(folder)
+            except OSError as told:
+                if told.errno in DISK_ERRORS:
+                    raise told from error
+        raise
+
+
+def _probe(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(PROBE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -1,21 +1,34 @@
 """Messages between processes: router <-> shard over the wire, controller -> router through Ray.
 
-Plain data only. A peer cannot hand over a shape that the receiver did not expect: what travels as
-msgpack checks its arrays on construction, and the fixed layouts of searches have no other.
+Plain data only. How they become bytes, and what is refused on the way back, is in ``shards.wire``.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.schema import FloatArray, IdArray, Metric
+from shardline.shards.core.partition import Partition, Partitioning
+from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked
 
 # The largest search-time knobs, in configuration, over HTTP and in the index alike.
 MAX_NPROBE = 2048  # faiss's limit on GPUs; on a CPU more would be slower than an exact scan
 MAX_EF_SEARCH = 16_384
 MAX_RERANK_FACTOR = 64
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ReplicaKey:
+    """A place in the cluster: one process that holds one item range of one generation.
+
+    The one key of events, actor handles, routes, connections, metrics and logs.
+    """
+
+    generation: int
+    shard: int
+    replica: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.generation}-{self.shard}-{self.replica}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,22 +48,48 @@ NO_PARAMS = SearchParams()  # nearly every request shares this one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SearchOptions:
+    """What a search may ask for besides its parameters; like them, shared by all its queries.
+
+    A field added here travels in the tail of the frame, keeps searches that differ in it out of one
+    another's frames and cached answers, and is an optional field of the HTTP body of that name
+    (``SearchBody`` describes it). Values must be hashable.
+
+    min_seq: a shard that has applied fewer writes than this does not answer.
+    """
+
+    min_seq: int = 0
+
+
+NO_OPTIONS = SearchOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchRequest:
-    """queries (n, dim) float32, already checked and normalised; timeout_ms is what remains."""
+    """queries (n, dim) float32, already checked and normalised; timeout_ms is what remains.
+
+    What all queries share is in ``params`` and ``options``; what each has for itself is an array
+    with a row per query, as ``queries`` is, so that queries of many callers can share a frame.
+    """
 
     queries: FloatArray
     k: int
     timeout_ms: float
     params: SearchParams = NO_PARAMS
+    options: SearchOptions = NO_OPTIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchReply:
-    """ids (n, k) int64 and scores (n, k) float32, in answer order; rows: live rows searched."""
+    """The k best rows of each query; rows: live rows searched; search_ms: milliseconds it took.
 
-    ids: IdArray
-    scores: FloatArray
+    generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
+    """
+
+    ranked: Ranked
     rows: int
+    generation: int
+    seq: int
     search_ms: float
 
 
@@ -61,9 +100,6 @@ class FetchRequest:
     item_ids: IdArray
     timeout_ms: float
 
-    def __post_init__(self) -> None:
-        _check(self, "item_ids", np.int64, 1)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchReply:
@@ -71,10 +107,8 @@ class FetchReply:
 
     item_ids: IdArray
     vectors: FloatArray
-
-    def __post_init__(self) -> None:
-        _check(self, "item_ids", np.int64, 1)
-        _check(self, "vectors", np.float32, 2)
+    generation: int
+    seq: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +128,15 @@ class Hello:
     """Server's first frame: who it is, and the nonce the client must prove itself over."""
 
     protocol: int
-    shard: int
     generation: int
+    shard: int
+    replica: int
     epoch: int
     nonce: bytes
+
+    @property
+    def key(self) -> ReplicaKey:
+        return ReplicaKey(self.generation, self.shard, self.replica)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,23 +158,33 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRoute:
-    """Where one shard answers. address is None while no process serves it.
+class ReplicaRoute:
+    """Where one replica answers. address is None while no process serves it.
 
-    epoch rises each time the shard is placed anew: a router never goes back to a lower one.
+    epoch rises each time the replica is placed anew: a router never goes back to a lower one.
     """
+
+    key: ReplicaKey
+    epoch: int
+    address: tuple[str, int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRoute:
+    """The replicas of one shard, at least one, by replica number; each holds the same rows."""
 
     shard: int
     rows: int
-    epoch: int
-    address: tuple[str, int] | None
+    replicas: tuple[ReplicaRoute, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingTable:
     """What a router needs to answer for one generation; a higher version replaces a lower one.
 
+    Versions come from one counter of the whole store, so they rise across generations too.
     generation_dir is a path every router replica can read; the query encoder lives below it.
+    boundaries are those of a ``Partition``: they say which shard an item id belongs to.
     """
 
     version: int
@@ -145,20 +194,14 @@ class RoutingTable:
     dim: int
     metric: Metric
     index: str
+    partitioning: Partitioning
+    boundaries: tuple[int, ...]
     shards: tuple[ShardRoute, ...]
 
     @property
     def rows(self) -> int:
         return sum(route.rows for route in self.shards)
 
-
-def _check(message: Any, name: str, dtype: type[np.generic], ndim: int) -> None:
-    value = getattr(message, name)
-    if not isinstance(value, np.ndarray) or value.dtype != dtype or value.ndim != ndim:
-        got = f"{value.ndim}-d {value.dtype}" if isinstance(value, np.ndarray) else type(value)
-        raise ProtocolError(
-            "wrong array in a message",
-            field=f"{type(message).__name__}.{name}",
-            expected=f"{ndim}-d {np.dtype(dtype)}",
-            got=str(got),
-        )
+    @property
+    def partition(self) -> Partition:
+        return Partition(self.partitioning, np.array(self.boundaries, dtype=np.uint64))

@@ -1,8 +1,9 @@
 """Every metric of routers and shards, in one table, and the recorder that collects them cheaply.
 
-Recording appends to a list or adds to a number: a fraction of a microsecond, while handing a value
-to Ray costs ten. ``shards.process.ray_metrics`` hands over what was recorded, in small portions,
-off the path of the queries. Ray serves the result to Prometheus, each name with ``ray_`` in front.
+Recording appends to a list or adds to a number and takes a fraction of a microsecond; passing one
+value to Ray takes ten. ``shards.process.ray_metrics`` exports the recorded values to Ray in small
+portions, on a thread that no query waits for. Ray serves them to Prometheus under the same names
+with the prefix ``ray_``.
 """
 
 from collections import defaultdict, deque
@@ -13,7 +14,7 @@ from enum import StrEnum
 MS_BUCKETS = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 1000, 5000)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHARE_BUCKETS = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999)
-MAX_WAITING = 20_000  # samples; beyond it the oldest are lost, and counted as lost
+MAX_WAITING = 20_000  # samples; beyond it the oldest are dropped, and counted as lost
 
 
 class Kind(StrEnum):
@@ -22,9 +23,9 @@ class Kind(StrEnum):
     HISTOGRAM = "histogram"
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # each is itself alone: hashed by identity
+@dataclass(frozen=True, slots=True, eq=False)  # each exists once: hashed by identity, faster
 class Metric:
-    """unit is that of a value; labels are given in this order when a value is recorded."""
+    """``unit`` is the unit of a value; label values are passed in the order of ``labels``."""
 
     name: str
     kind: Kind
@@ -47,7 +48,7 @@ REJECTED = Metric(
     ("code",),
 )
 REQUEST_MS = Metric(
-    "shardline_request_ms", _H, "ms", "Search, arrival to answer.", ("kind",), MS_BUCKETS
+    "shardline_request_ms", _H, "ms", "From arrival to answer.", ("kind",), MS_BUCKETS
 )
 STAGE_MS = Metric(
     "shardline_stage_ms",
@@ -62,57 +63,57 @@ SHARD_MS = Metric(
     "shardline_shard_ms",
     _H,
     "ms",
-    "From a frame's departure to the last reply it waited for.",
+    "From sending a frame to the last reply that was waited for.",
     (),
     MS_BUCKETS,
 )
 SHARD_MISSING = Metric(
-    "shardline_shard_missing", _C, "answers", "Answers that went without a shard.", ("shard",)
+    "shardline_shard_missing", _C, "answers", "Answers without the rows of a shard.", ("shard",)
 )
 COVERAGE = Metric(
-    "shardline_coverage", _H, "share", "Rows answered of rows asked.", (), SHARE_BUCKETS
+    "shardline_coverage", _H, "share", "Share of all rows that an answer covers.", (), SHARE_BUCKETS
 )
 REQUEST_QUERIES = Metric(
     "shardline_request_queries", _H, "queries", "Queries in a request.", (), SIZE_BUCKETS
 )
 FRAME_QUERIES = Metric(
-    "shardline_frame_queries", _H, "queries", "Queries that left in one frame.", (), SIZE_BUCKETS
+    "shardline_frame_queries", _H, "queries", "Queries sent in one frame.", (), SIZE_BUCKETS
 )
 IN_FLIGHT = Metric(
     "shardline_in_flight", _G, "requests", "Searches and item look-ups being worked on."
 )
-GENERATION = Metric("shardline_generation", _G, "number", "Generation a router serves.")
+GENERATION = Metric("shardline_generation", _G, "number", "Generation that the router serves.")
 SHARDS_CONNECTED = Metric(
-    "shardline_shards_connected", _G, "shards", "Shards a router is connected to."
+    "shardline_shards_connected", _G, "shards", "Shards that the router is connected to."
 )
 CACHE_HITS = Metric(
     "shardline_cache_hits", _C, "requests", "Requests answered from the result cache."
 )
-CACHE_MISSES = Metric("shardline_cache_misses", _C, "requests", "Asked for, and not in the cache.")
+CACHE_MISSES = Metric("shardline_cache_misses", _C, "requests", "Not in the result cache.")
 CACHE_BYTES = Metric("shardline_cache_bytes", _G, "bytes", "Answers kept in the result cache.")
 SEARCH_MS = Metric(
-    "shardline_search_ms", _H, "ms", "One batch in a shard's index.", ("shard",), MS_BUCKETS
+    "shardline_search_ms", _H, "ms", "Time of one batch in a shard's index.", ("shard",), MS_BUCKETS
 )
 BATCH_QUERIES = Metric(
     "shardline_batch_queries",
     _H,
     "queries",
-    "Queries a shard searched at once.",
+    "Queries that a shard searched as one batch.",
     ("shard",),
     SIZE_BUCKETS,
 )
 QUEUE_DEPTH = Metric(
-    "shardline_queue_depth", _G, "requests", "Requests a shard has not answered.", ("shard",)
+    "shardline_queue_depth", _G, "requests", "Requests a shard has not answered yet.", ("shard",)
 )
 SHARD_REFUSED = Metric(
     "shardline_shard_refused",
     _C,
     "requests",
-    "Requests a shard refused (overloaded), dropped (expired) or could not search (failed).",
+    "Requests that a shard refused (overloaded), dropped (expired) or failed to search (failed).",
     ("shard", "why"),
 )
 SAMPLES_LOST = Metric(
-    "shardline_samples_lost", _C, "samples", "Values lost because they came faster than exported."
+    "shardline_samples_lost", _C, "samples", "Values recorded faster than exported, and dropped."
 )
 
 METRICS = (
@@ -141,7 +142,7 @@ METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One value for an exporter: added to a counter, set on a gauge, observed by a histogram."""
+    """One value to export: added to a counter, set on a gauge, or observed by a histogram."""
 
     metric: Metric
     value: float
@@ -149,13 +150,13 @@ class Sample:
 
 
 class Recorder:
-    """Collects in one thread; another may drain it."""
+    """Collects values in one thread; another thread may drain it."""
 
     def __init__(self) -> None:
-        # totals only ever grow here: taking them away would race with the thread that adds
+        # totals only grow: resetting them in drain would race with the thread that adds
         self._totals: defaultdict[tuple[Metric, tuple[str, ...]], float] = defaultdict(float)
         self._drained: dict[tuple[Metric, tuple[str, ...]], float] = {}
-        # plain tuples: a Sample takes several times as long to make, and nobody waits for drain
+        # plain tuples, because a Sample takes several times as long to make; drain converts them
         self._observed: deque[tuple[Metric, float, tuple[str, ...]]] = deque()
         self._gauges: dict[tuple[Metric, tuple[str, ...]], float] = {}
 
@@ -163,7 +164,7 @@ class Recorder:
         self._totals[metric, labels] += by
 
     def total(self, metric: Metric, value: float, *labels: str) -> None:
-        """For what is counted elsewhere: its count since the start."""
+        """Sets a counter whose count since the start is kept elsewhere."""
         self._totals[metric, labels] = value
 
     def observe(self, metric: Metric, value: float, *labels: str) -> None:
@@ -176,7 +177,7 @@ class Recorder:
         self._gauges[metric, labels] = value
 
     def drain(self) -> Iterator[Sample]:
-        """What was recorded since the last drain; gauges come each time."""
+        """The values recorded since the last drain, and the present value of every gauge."""
         for key, total in list(self._totals.items()):
             added = total - self._drained.get(key, 0)
             if added > 0:
@@ -185,7 +186,7 @@ class Recorder:
         for _ in range(len(self._observed)):
             try:
                 yield Sample(*self._observed.popleft())
-            except IndexError:  # full, so that the recording thread took some away meanwhile
+            except IndexError:  # full: the recording thread has dropped some meanwhile
                 break
         for (metric, labels), value in list(self._gauges.items()):
             yield Sample(metric, value, labels)

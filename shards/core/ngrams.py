@@ -1,8 +1,8 @@
-"""Text as hashed n-grams: which rows of an embedding table a text stands for.
+"""Text as hashed n-grams: which rows of an embedding table belong to a text.
 
-One function, so that training and the query encoder cannot differ. A text is put into Unicode's
-compatibility form, case folded and cut into words; word n-grams and the character n-grams of each
-``<word>`` are hashed with CRC-32, the same on every machine and in every process.
+Training and the query encoder call the same function, so they cannot differ. A text is put into
+Unicode's compatibility form, case folded and cut into words; word n-grams and the character n-grams
+of each ``<word>`` are hashed with CRC-32, the same on every machine and in every process.
 """
 
 import re
@@ -28,7 +28,7 @@ def ngram_buckets(
     before: list[str] = []
     for match in WORD.finditer(unicodedata.normalize("NFKC", text).casefold()):
         word = match.group()
-        if words is not None:  # those that end with this word
+        if words is not None:  # the word n-grams that end with this word
             before = [*before, word][-words[1] :]
             for size in range(words[0], min(words[1], len(before)) + 1):
                 hashes.append(zlib.crc32(" ".join(before[-size:]).encode(), WORD_SEED))

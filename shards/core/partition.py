@@ -58,10 +58,10 @@ def partition(item_ids: IdArray, num_shards: int, partitioning: Partitioning) ->
 def partition_keys(item_ids: IdArray, partitioning: Partitioning) -> NDArray[np.uint64]:
     """(n,) uint64 sort keys of ids; different ids have different keys."""
     keys: NDArray[np.uint64] = item_ids.astype(np.uint64)
-    return _mix(keys) if partitioning is Partitioning.HASH_RANGE else keys
+    return mix_bits(keys) if partitioning is Partitioning.HASH_RANGE else keys
 
 
-def _mix(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix_bits(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of SplitMix64 (Steele, Lea, Flood, 2014, figure 19): a bijection on 64 bits."""
     keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

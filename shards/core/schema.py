@@ -1,15 +1,17 @@
-"""Ids, scores and vectors: the rules every part shares, and the door at which they are checked.
+"""Ids, scores and vectors: the rules that every part shares, and the checks of input.
 
 Item ids are int64 and >= 0. Scores are float32 and higher is better for every metric. An empty
 result slot holds ``EMPTY_ID`` and ``EMPTY_SCORE``. Answers are ordered by score descending, then
-id ascending, so they never depend on which shard spoke first.
+id ascending, so they never depend on which shard answered first.
 
-faiss accepts NaN, duplicate ids and zero vectors without complaint; nothing gets past this module.
+faiss accepts NaN, duplicate ids and zero vectors without an error. Vectors are checked once, where
+they enter: the writer of embedding sets, its reader, files of others, queries over HTTP. Whether a
+vector is valid (``check_vectors``) and giving it unit length (``normalise``) are two functions.
 """
 
 import math
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,48 +25,54 @@ EMPTY_ID = -1
 EMPTY_SCORE = np.float32(-np.inf)
 MAX_K = 2048  # the limit of faiss on GPUs; one limit everywhere keeps a query portable
 MIN_NORM = 1e-12  # below this a float32 vector has no usable direction
+UNIT_TOLERANCE = 4e-6  # of a squared norm: float32 rounding, up to thousands of dimensions
+
+
+class Ranked(NamedTuple):
+    """ids (n, k) int64 and scores (n, k) float32: a row per query, higher scores first.
+
+    Equal scores are ordered by ascending id; empty slots are last.
+    """
+
+    ids: IdArray
+    scores: FloatArray
+
+    def rows(self, rows: slice) -> "Ranked":
+        """Some of the queries; views."""
+        return Ranked(self.ids[rows], self.scores[rows])
 
 
 class Metric(StrEnum):
-    """How two vectors are compared. ``COSINE`` is ``DOT`` over vectors normalised at the door."""
+    """How two vectors are compared. ``COSINE`` is ``DOT`` over vectors of unit length."""
 
     COSINE = "cosine"
     DOT = "dot"
     L2 = "l2"
 
 
-def check_vectors(
-    values: Any, *, dim: int, metric: Metric, field: str = "vectors", copy: bool = False
-) -> FloatArray:
-    """(n, dim) float32, C-contiguous and finite, normalised when the metric is cosine.
+def check_vectors(values: Any, *, dim: int, metric: Metric, field: str = "vectors") -> FloatArray:
+    """(n, dim) float32, C-contiguous and finite; non-zero when the metric is cosine.
 
     Float and integer input is converted; anything else is refused. The result may share memory
-    with the input unless ``copy`` is set or the vectors had to be changed; the input is never
-    written to.
+    with the input, which is never written to. Lengths are left as they are.
 
     Raises:
         InvalidInput: not a 2-d numeric array, wrong dimension, NaN or infinity, zero vector under
             cosine. The field of the error names the first offending row.
     """
-    array = _as_matrix(values, field)
-    if array.shape[1] != dim:
-        raise InvalidInput(
-            "wrong dimension", field=field, expected=str(dim), got=str(array.shape[1])
-        )
-    vectors: FloatArray = array
-    if copy or array.dtype != np.float32 or not array.flags.c_contiguous:
-        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, refused below
-            vectors = np.array(array, dtype=np.float32, order="C")
-    # NaN or infinity anywhere makes the sum of squares one, and that is the cheapest look at all
-    # values; so may an overflow, and only then is each value looked at
-    if not math.isfinite(np.vdot(vectors, vectors)) and not np.isfinite(vectors).all():
-        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise InvalidInput(
-            "not finite",
-            field=f"{field}[{row}]",
-            expected="finite float32 values",
-            got="NaN or infinity",
-        )
+    vectors = _finite_vectors(values, dim, field)
+    if metric is Metric.COSINE:
+        with np.errstate(over="ignore"):  # squares beyond float32 are far from zero
+            _refuse_zero(np.sqrt(np.vecdot(vectors, vectors)), field)
+    return vectors
+
+
+def query_vectors(values: Any, *, dim: int, metric: Metric, field: str = "vectors") -> FloatArray:
+    """``check_vectors``, then ``normalise`` for cosine, in one pass over the norms.
+
+    Raises as ``check_vectors``.
+    """
+    vectors = _finite_vectors(values, dim, field)
     return normalise(vectors, field=field) if metric is Metric.COSINE else vectors
 
 
@@ -77,16 +85,24 @@ def normalise(vectors: FloatArray, *, field: str = "vectors") -> FloatArray:
     # in float64 the squares of float32 neither overflow nor vanish
     scaled = vectors.astype(np.float64)
     norms = np.sqrt(np.vecdot(scaled, scaled))
-    if (norms < MIN_NORM).any():
-        row = int(np.flatnonzero(norms < MIN_NORM)[0])
-        raise InvalidInput(
-            "zero vector",
-            field=f"{field}[{row}]",
-            expected="a non-zero vector, because the metric is cosine",
-            got=f"norm {norms[row]:.3g}",
-        )
+    _refuse_zero(norms, field)
     scaled /= norms[:, None]
     return scaled.astype(np.float32)
+
+
+def unit_vectors(vectors: FloatArray, metric: Metric) -> FloatArray:
+    """(n, d) float32 as they are stored: of unit length when the metric is cosine.
+
+    Vectors that have unit length already come back as the same array, bit for bit.
+
+    Raises:
+        InvalidInput: as ``normalise``.
+    """
+    if metric is not Metric.COSINE:
+        return vectors
+    with np.errstate(over="ignore"):
+        is_unit = np.abs(np.vecdot(vectors, vectors) - 1) <= UNIT_TOLERANCE
+    return vectors if is_unit.all() else normalise(vectors)
 
 
 def check_ids(values: Any, *, field: str = "item_ids", unique: bool = False) -> IdArray:
@@ -136,14 +152,45 @@ def check_k(k: Any, *, limit: int = MAX_K, field: str = "k") -> int:
     return int(k)
 
 
-def sort_results(scores: FloatArray, ids: IdArray) -> tuple[FloatArray, IdArray]:
-    """Both (n, m), each row ordered by score descending, then id ascending; new arrays.
-
-    Empty slots go last, whatever order they came in.
-    """
+def in_order(ids: IdArray, scores: FloatArray) -> Ranked:
+    """Results (n, m) of any order in the order of ``Ranked``; new arrays."""
     ids_last = np.where(ids == EMPTY_ID, np.iinfo(np.int64).max, ids)
     order = np.lexsort((ids_last, -scores), axis=1)
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    return Ranked(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+
+def _finite_vectors(values: Any, dim: int, field: str) -> FloatArray:
+    array = _as_matrix(values, field)
+    if array.shape[1] != dim:
+        raise InvalidInput(
+            "wrong dimension", field=field, expected=str(dim), got=str(array.shape[1])
+        )
+    vectors: FloatArray = array
+    if array.dtype != np.float32 or not array.flags.c_contiguous:
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, refused below
+            vectors = np.array(array, dtype=np.float32, order="C")
+    # NaN or infinity anywhere makes the sum of squares one, and that is the cheapest look at all
+    # values; so may an overflow, and only then is each value looked at
+    if not math.isfinite(np.vdot(vectors, vectors)) and not np.isfinite(vectors).all():
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+        raise InvalidInput(
+            "not finite",
+            field=f"{field}[{row}]",
+            expected="finite float32 values",
+            got="NaN or infinity",
+        )
+    return vectors
+
+
+def _refuse_zero(norms: NDArray[Any], field: str) -> None:
+    if (norms < MIN_NORM).any():
+        row = int(np.flatnonzero(norms < MIN_NORM)[0])
+        raise InvalidInput(
+            "zero vector",
+            field=f"{field}[{row}]",
+            expected="a non-zero vector, because the metric is cosine",
+            got=f"norm {norms[row]:.3g}",
+        )
 
 
 def _as_matrix(values: Any, field: str) -> NDArray[Any]:

@@ -1,8 +1,8 @@
 """Puts an index on a CUDA device. Not yet run on a GPU: written from faiss's documentation.
 
 Used with the ``faiss-gpu`` wheel, for flat, ivf and ivfpq. Its GPU indexes ignore an IDSelector
-without a word, so MainIndex over-fetches and filters; and no two searches may share one resources
-object, which holds because a shard has one search thread.
+without an error, so MainIndex over-fetches and filters. Two searches may not share one resources
+object; they do not, because a shard has one search thread.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from shardline.shards.core.errors import ConfigError
 from shardline.shards.index.layers import layers_of
 
 GPU_MAX_K = 2048  # faiss's limit for k and for nprobe
-TEMP_MEMORY_BYTES = 256 << 20  # the default of 1.5 GiB a shard is more than a search here needs
-FP16_LOOKUP_M = 56  # from so many sub-vectors on, float32 lookup tables outgrow shared memory
+TEMP_MEMORY_BYTES = 256 << 20  # faiss's default of 1.5 GiB per shard is more than needed here
+FP16_LOOKUP_M = 56  # from this m on, float32 lookup tables exceed the GPU's shared memory
 SELF_TEST_ROWS = 8
 SELF_TEST_TOLERANCE = 1e-3
 
@@ -42,7 +42,7 @@ def to_gpu(index: Any) -> tuple[Any, Any]:
     resources.setTempMemory(TEMP_MEMORY_BYTES)
     options = faiss.GpuClonerOptions()
     base = layers_of(index).base
-    # of an ivfpq index this sets the lookup tables, not the codes
+    # for an ivfpq index this sets the type of the lookup tables, not of the codes
     options.useFloat16 = hasattr(base, "pq") and base.pq.M >= FP16_LOOKUP_M
     return faiss.index_cpu_to_gpu(resources, 0, index, options), resources
 

@@ -1,11 +1,11 @@
-"""What a faiss index of ours is made of, from the outside in: re-rank, transform, base.
+"""The layers of a faiss index as built here, outermost first: re-rank, transform, base.
 
     IndexRefine                 exact (or fp16) copies of the vectors, re-ranks candidates
       IndexPreTransform         PCA or rotation in front
-        base                    flat | ivf | hnsw | pq | sq8 ...: where candidates come from
+        base                    flat | ivf | hnsw | pq | sq8 ...: finds the candidates
 
-Any layer but the base may be absent. faiss hands out untyped pointers; this is the one module that
-unwraps them.
+Any layer but the base may be absent. faiss returns them as untyped pointers; only this module
+casts them to their classes.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ class Layers:
 
 def layers_of(index: Any) -> Layers:
     """Unwraps an index; a base that Shardline does not know is left for the caller to refuse."""
-    whole = index  # downcast already, and the owner: another proxy of it would not keep it alive
+    whole = index  # owns the memory: a second proxy would not keep it alive
     refine = transform = None
     if isinstance(index, faiss.IndexRefine):
         refine, index = index, faiss.downcast_index(index.base_index)
@@ -79,5 +79,5 @@ def layers_of(index: Any) -> Layers:
 
 
 def faiss_metric(metric: Metric) -> int:
-    """The faiss metric; cosine is inner product, because vectors are normalised at the door."""
+    """The faiss metric; cosine is inner product, because vectors are normalised on input."""
     return int(faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT)

@@ -2,17 +2,17 @@
 
 Rows are dense local numbers 0..n-1 in ascending item-id order; row -1 with score -inf is an empty
 slot. Scores are higher-is-better for every metric: inner products as they are, L2 as *minus the
-squared distance*; this is the one place where that sign is turned. Not thread-safe: one thread
-searches (a shard has one).
+squared distance*; only this module changes that sign. Not thread-safe: only one thread may search
+(a shard has one search thread).
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import (
@@ -27,15 +27,18 @@ from shardline.shards.core.schema import (
     FloatArray,
     IdArray,
     Metric,
-    sort_results,
+    Ranked,
+    in_order,
 )
 from shardline.shards.index import gpu
 from shardline.shards.index.layers import layers_of
+from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
 from shardline.shards.index.template import read_index
 
-PARAMETER_CACHE = 64  # distinct (k, params) kept ready; callers use a handful
-OVERFETCH_START = 32  # spare candidates of the first try where faiss cannot exclude rows itself
+MEASURED_K = 100  # the k that builds choose the default parameters at
+PARAMETER_CACHE = 64  # (k, params) whose faiss objects are kept; callers use a handful
+OVERFETCH_START = 32  # extra candidates of the first attempt where faiss cannot exclude rows itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +50,17 @@ class _Prepared:
 
 
 def set_search_threads(threads: int) -> None:
-    """How many threads a search may use. OpenMP keeps the number for each calling thread apart:
-    call this in the thread that will search, or it gets one thread a core.
+    """How many threads a search may use. OpenMP keeps this number per calling thread:
+    call this in the thread that will search, or it will use one thread per core.
     """
     faiss.omp_set_num_threads(threads)
 
 
 class MainIndex:
     """One faiss index, on a CPU or a GPU; ``defaults`` fill what a request leaves open.
+
+    Defaults are good for MEASURED_K results; for other k they are adapted, while what a request
+    gives is taken as it is.
 
     rows and dim are its size, which never changes.
     """
@@ -81,9 +87,6 @@ class MainIndex:
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
-        self._excluded: IdArray | None = None
-        self._live: NDArray[np.bool_] | None = None  # set while something is excluded
-        self._selector: Any = None
 
     @classmethod
     def load(
@@ -104,20 +107,20 @@ class MainIndex:
 
     @property
     def bytes_per_vector(self) -> float:
-        """Stored bytes a row: codes, row numbers, links and re-rank copies; centroids left out."""
+        """Stored bytes per row: codes, row numbers, links and re-rank copies, without centroids."""
         base, refine = self._layers.base, self._layers.refine
         if self._layers.is_hnsw:
             links = base.hnsw.neighbors.size() * 4 / max(self.rows, 1)
             size = faiss.downcast_index(base.storage).code_size + links
         elif self._layers.is_fastscan:
-            size = base.M2 / 2  # 4 bits a sub-vector, padded to an even number of them
+            size = base.M2 / 2  # 4 bits per sub-vector, padded to an even number of sub-vectors
         else:
             size = base.code_size
         size += 8 if self._layers.is_ivf else 0
         return float(size + (faiss.downcast_index(refine.refine_index).code_size if refine else 0))
 
     def describe(self) -> dict[str, Any]:
-        """What is loaded, for status pages."""
+        """Kind, size and parameters of the loaded index, for `status`."""
         return {
             "class": type(self._layers.base).__name__,
             "rows": self.rows,
@@ -132,13 +135,10 @@ class MainIndex:
         queries: FloatArray,
         k: int,
         params: SearchParams,
-        excluded: IdArray | None = None,
-    ) -> tuple[FloatArray, IdArray]:
-        """(scores, rows), both (n, k), in answer order, for queries (n, dim) float32.
-
-        ``excluded`` are rows (m,) int64, sorted, that must not come back. Pass the same array
-        object while the set is the same, and never change it: what is derived from it is kept.
-        Knobs that this kind of index does not have are ignored.
+        selection: Selection | None = None,
+    ) -> Ranked:
+        """The k best local rows, as ids, of queries (n, dim) float32; of all rows without a
+        ``selection``. Parameters that this kind of index does not have are ignored.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
@@ -150,13 +150,12 @@ class MainIndex:
                 expected=str(self.dim),
                 got=str(queries.shape[1]),
             )
-        self._set_excluded(excluded)
-        if self._live is not None and self._selector is None:
-            distances, rows = self._search_and_filter(queries, k, params)
+        if selection is None or self._takes_selector:
+            distances, rows = self._search(queries, k, params, selection)
         else:
-            distances, rows = self._search(queries, k, params)
+            distances, rows = self._search_and_filter(queries, k, params, selection)
         scores = -distances if self._metric is Metric.L2 else distances
-        return _in_answer_order(scores, rows)
+        return _in_answer_order(rows, scores)
 
     def reconstruct(self, rows: IdArray) -> FloatArray:
         """(m, dim) float32 vectors of existing local rows (m,) int64.
@@ -168,25 +167,29 @@ class MainIndex:
             return np.empty((0, self.dim), dtype=np.float32)
         return np.asarray(self._layers.whole.reconstruct_batch(rows), dtype=np.float32)
 
+    @property
+    def _takes_selector(self) -> bool:
+        return self._layers.takes_selector and self._device is Device.CPU
+
     def _search(
-        self, queries: FloatArray, k: int, params: SearchParams
+        self, queries: FloatArray, k: int, params: SearchParams, selection: Selection | None
     ) -> tuple[FloatArray, IdArray]:
-        prepared = self._prepare(k, params)
+        """faiss's own distances, and the rows they belong to."""
+        prepared = self._prepare(k, params, selection)
         distances, rows = self._searched.search(queries, k, params=prepared.top)
         return distances, rows
 
     def _search_and_filter(
-        self, queries: FloatArray, k: int, params: SearchParams
+        self, queries: FloatArray, k: int, params: SearchParams, selection: Selection
     ) -> tuple[FloatArray, IdArray]:
-        """For indexes that cannot exclude rows: fetches more, drops them, until k are left."""
-        assert self._live is not None and self._excluded is not None
-        most = max(k, min(k + self._excluded.size, self.rows))
+        """For indexes that cannot exclude rows: fetches more rows until k remain."""
+        most = max(k, min(k + selection.num_excluded, self.rows))
         if self._device is Device.CUDA:
             most = min(most, gpu.GPU_MAX_K)
         fetch = min(2 * k + OVERFETCH_START, most)
         while True:
-            distances, rows = self._search(queries, fetch, params)
-            keep = (rows >= 0) & self._live[rows]
+            distances, rows = self._search(queries, fetch, params, None)
+            keep = (rows >= 0) & selection.live[rows]
             if fetch == most or (keep.sum(axis=1) >= k).all():
                 break
             fetch = min(4 * fetch, most)
@@ -194,33 +197,30 @@ class MainIndex:
         rows = np.take_along_axis(np.where(keep, rows, EMPTY_ID), order, axis=1)
         return np.take_along_axis(distances, order, axis=1), rows
 
-    def _set_excluded(self, excluded: IdArray | None) -> None:
-        if excluded is self._excluded:
-            return
-        self._prepared.clear()
-        self._excluded = excluded
-        self._live = self._selector = None
-        if excluded is not None and excluded.size:
-            self._live = np.ones(self.rows, dtype=np.bool_)
-            self._live[excluded] = False
-            if self._layers.takes_selector and self._device is Device.CPU:
-                self._selector = faiss.IDSelectorBitmap(np.packbits(self._live, bitorder="little"))
-
-    def _prepare(self, k: int, params: SearchParams) -> _Prepared:
-        """The faiss parameters of a request, made once for each kind of request."""
+    def _prepare(self, k: int, params: SearchParams, selection: Selection | None) -> _Prepared:
+        """The faiss parameters of a request, made once per (k, params)."""
+        cache = self._prepared if selection is None else selection.prepared
         key = (k, params.nprobe, params.ef_search, params.rerank_factor)
-        prepared = self._prepared.get(key)
+        prepared: _Prepared | None = cache.get(key)
         if prepared is None:
-            if len(self._prepared) >= PARAMETER_CACHE:
-                self._prepared.clear()
-            prepared = self._prepared[key] = self._make_parameters(k, params)
+            if len(cache) >= PARAMETER_CACHE:
+                cache.clear()
+            selector = None if selection is None else selection.selector
+            prepared = cache[key] = self._make_parameters(k, params, selector)
         return prepared
 
-    def _make_parameters(self, k: int, params: SearchParams) -> _Prepared:
+    def _make_parameters(self, k: int, params: SearchParams, selector: Any) -> _Prepared:
         _check_params(params)
         layers = self._layers
-        factor = params.rerank_factor or self._defaults.rerank_factor or 1
-        inner: Any = self._base_parameters(k * factor if layers.refine else k, params)
+        factor: float = params.rerank_factor or self._defaults.rerank_factor or 1
+        if params.rerank_factor is None:
+            # Of codes that hold the best 100 among their first 100, the first 10 are not the best
+            # 10: fewer results than a default was measured with need as many candidates
+            factor *= max(k, MEASURED_K) / k
+        candidates = round(k * factor) if layers.refine else k
+        # and more results lie in more lists
+        widening = max(k / MEASURED_K, 1)
+        inner: Any = self._base_parameters(candidates, widening, params, selector)
         outer: Any
         parts = [inner]
         if layers.transform is not None and inner is not None:
@@ -235,23 +235,27 @@ class MainIndex:
                 outer.base_index_params = inner
             parts.append(outer)
             inner = outer
-        return _Prepared(inner, (*parts, self._selector))
+        return _Prepared(inner, (*parts, selector))
 
-    def _base_parameters(self, candidates: int, params: SearchParams) -> Any | None:
+    def _base_parameters(
+        self, candidates: int, widening: float, params: SearchParams, selector: Any
+    ) -> Any | None:
         layers = self._layers
         made: Any
         if layers.is_ivf:
             made = faiss.SearchParametersIVF()
-            made.nprobe = min(params.nprobe or self._defaults.nprobe or 1, layers.base.nlist)
+            nprobe = params.nprobe or math.ceil((self._defaults.nprobe or 1) * widening)
+            made.nprobe = min(nprobe, layers.base.nlist)
         elif layers.is_hnsw:
             made = faiss.SearchParametersHNSW()
-            made.efSearch = max(params.ef_search or self._defaults.ef_search or 0, candidates)
-        elif self._selector is not None:
+            ef_search = params.ef_search or math.ceil((self._defaults.ef_search or 0) * widening)
+            made.efSearch = max(ef_search, candidates)
+        elif selector is not None:
             made = faiss.SearchParameters()
         else:
             return None
-        if self._selector is not None:
-            made.sel = self._selector
+        if selector is not None:
+            made.sel = selector
         return made
 
 
@@ -268,12 +272,12 @@ def _check_params(params: SearchParams) -> None:
             )
 
 
-def _in_answer_order(scores: FloatArray, rows: IdArray) -> tuple[FloatArray, IdArray]:
+def _in_answer_order(rows: IdArray, scores: FloatArray) -> Ranked:
     """faiss sorts by score and pads at the end; only padding and ties need more than a look."""
     if rows[:, -1].min() < 0:
         empty = rows < 0
         scores = np.where(empty, EMPTY_SCORE, scores)
         rows = np.where(empty, EMPTY_ID, rows)
     if (scores[:, 1:] >= scores[:, :-1]).any():
-        return sort_results(scores, rows)
-    return scores, rows
+        return in_order(rows, scores)
+    return Ranked(rows, scores)

@@ -1,7 +1,7 @@
 """From an ``IndexSpec``, most fields optional, to the one concrete index that follows from it.
 
-``resolve`` answers with a faiss factory string, the search-time defaults, and a sentence that says
-why. Every limit is checked here, before anything is trained, so no query ever meets it.
+``resolve`` returns a faiss factory string, the search-time defaults, and a sentence that gives the
+reason. Every limit is checked here, before anything is trained, so a query cannot exceed one.
 """
 
 import math
@@ -26,7 +26,7 @@ DEFAULT_RERANK_FACTOR = 4
 DEFAULT_HNSW_M = 32
 DEFAULT_EF_CONSTRUCTION = 80
 DEFAULT_EF_SEARCH = 256
-ROWS_PER_LIST_MIN = 39  # k-means wants this many training points for a centroid
+ROWS_PER_LIST_MIN = 39  # k-means needs about this many training points per centroid
 TRAIN_ROWS_PER_LIST = 64
 TRAIN_ROWS_MIN = 65_536  # 256 points for each of 256 product quantiser centroids
 GPU_PQ_M = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
@@ -150,7 +150,7 @@ def _inner_dim(spec: IndexSpec, rows: int, dim: int) -> int:
 
 
 def _choose_nlist(spec: IndexSpec, rows: int) -> int:
-    """Explicit, or the power of two nearest 2 sqrt(rows): every shard pays for all centroids."""
+    """Explicit, or the power of two nearest 2 sqrt(rows): every shard scores all centroids."""
     if spec.nlist is not None:
         if spec.nlist > rows:
             raise _refuse("nlist", "more lists than rows", expected=f"<= {rows}", got=spec.nlist)
@@ -199,7 +199,7 @@ def _choose_rerank_factor(spec: IndexSpec, rerank: Rerank) -> int | None:
 
 
 def _code_part(spec: IndexSpec, kind: IndexKind, rows: int, dim: int, device: Device) -> str:
-    """How the base index stores a vector of ``dim`` (the PCA's, where there is one)."""
+    """How the base index stores a vector of ``dim`` values (after the PCA, if there is one)."""
     if kind in (IndexKind.FLAT, IndexKind.IVF):
         return "Flat"
     if kind is IndexKind.HNSW:

@@ -41,62 +41,78 @@ class Device(StrEnum):
 
 
 class IndexSpec(BaseModel):
-    """The index as the user asks for it; a field left out is chosen by rows, dim and device."""
+    """The index as the user asks for it; a field left out is chosen by rows, dim and device.
+
+    The parameters of a search that are left out are chosen by measurement when shards are built.
+    They are meant for 100 results: more visit more lists in proportion, fewer re-rank as many rows.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: IndexKind = Field(
         default=IndexKind.AUTO,
-        description="auto | flat | ivf | hnsw | pq | ivfpq | ivfpq-fs | sq8 | factory",
+        description="Kind of index; auto chooses by rows, dimension and device.",
     )
     nlist: int | None = Field(
-        default=None, ge=1, le=1 << 20, description="inverted lists of ivf kinds, 1 to rows"
+        default=None,
+        ge=1,
+        le=1 << 20,
+        description="[lists] Of ivf kinds; null: about 2 sqrt(rows).",
     )
     nprobe: int | None = Field(
         default=None,
         ge=1,
         le=MAX_NPROBE,
-        description="lists visited by a query, ivf kinds, 1 to nlist",
+        description="[lists] Lists searched per query, ivf kinds; at most nlist. Chosen by the "
+        "build if null.",
     )
     m: int | None = Field(
         default=None,
         ge=1,
         le=4096,
-        description="sub-vectors of pq kinds; must divide the dimension",
+        description="[sub-vectors] Codes per vector, pq kinds; must divide the dimension.",
     )
     nbits: int | None = Field(
         default=None,
         ge=4,
         le=12,
-        description="bits a sub-vector, pq kinds; 4 for ivfpq-fs, 8 on a GPU",
+        description="[bits] Bits per sub-vector, pq kinds; ivfpq-fs: 4, GPU: 8.",
     )
-    hnsw_m: int | None = Field(default=None, ge=2, le=256, description="links a node, hnsw")
+    hnsw_m: int | None = Field(default=None, ge=2, le=256, description="[links] Links per node.")
     ef_construction: int | None = Field(
-        default=None, ge=1, le=4096, description="candidate queue while building, hnsw"
+        default=None, ge=1, le=4096, description="[candidates] Queue size while building, hnsw."
     )
     ef_search: int | None = Field(
         default=None,
         ge=1,
         le=MAX_EF_SEARCH,
-        description="candidate queue of a query, hnsw; k at least",
+        description="[candidates] Queue size of a query, hnsw; at least k. Chosen by the build if "
+        "null.",
     )
     rerank: Rerank | None = Field(
-        default=None, description="none | fp16 | fp32: stored copies that re-rank the candidates"
+        default=None, description="Copies of the vectors that re-rank the candidates."
     )
     rerank_factor: int | None = Field(
         default=None,
         ge=1,
         le=MAX_RERANK_FACTOR,
-        description="candidates re-ranked, as a multiple of k",
+        description="[multiple of k] Candidates re-ranked per query. Chosen by the build if null.",
     )
     pca: int | None = Field(
-        default=None, ge=1, description="dimensions kept by a PCA in front of the index, 1 to dim"
+        default=None, ge=1, description="[dimensions] Output size of a PCA before the index."
     )
     factory: str | None = Field(
-        default=None, max_length=200, description="faiss factory string, kind factory only"
+        default=None, max_length=200, description="faiss factory string, for kind factory only."
+    )
+    target_recall: float = Field(
+        default=0.98,
+        gt=0,
+        le=1,
+        description="[share] recall@100 for which a build chooses nprobe, ef_search, "
+        "rerank_factor.",
     )
     device: Device = Field(
-        default=Device.AUTO, description="auto | cpu | cuda, where shards search"
+        default=Device.AUTO, description="Where shards search; auto: a GPU if one suits."
     )
 
 
@@ -105,16 +121,16 @@ class ResolvedIndex(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: IndexKind = Field(description="any kind but auto")
-    factory: str = Field(description="the whole index as a faiss factory string")
-    device: Device = Field(description="cpu or cuda")
-    nlist: int | None = Field(description="inverted lists; None where the kind has none")
-    nprobe: int | None = Field(description="default lists visited; None where there are none")
-    ef_construction: int | None = Field(description="hnsw build queue; None for other kinds")
-    ef_search: int | None = Field(description="default hnsw search queue; None for other kinds")
-    rerank_factor: int | None = Field(description="default re-rank multiple; None without re-rank")
-    train_rows: int = Field(description="rows of the training sample; 0 where nothing is trained")
-    reason: str = Field(description="one sentence: why this index")
+    kind: IndexKind = Field(description="Any kind but auto.")
+    factory: str = Field(description="The whole index as a faiss factory string.")
+    device: Device = Field(description="cpu or cuda.")
+    nlist: int | None = Field(description="Inverted lists; null if the kind has none.")
+    nprobe: int | None = Field(description="Lists searched by default; null if there are none.")
+    ef_construction: int | None = Field(description="hnsw's build queue; null for other kinds.")
+    ef_search: int | None = Field(description="hnsw's default search queue; null for others.")
+    rerank_factor: int | None = Field(description="Default re-rank factor; null without re-rank.")
+    train_rows: int = Field(description="Rows of the training sample; 0 if nothing is trained.")
+    reason: str = Field(description="One sentence: why this index.")
 
     @property
     def search_params(self) -> SearchParams:

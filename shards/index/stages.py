@@ -1,12 +1,12 @@
-"""An index with its short cuts taken away one by one, to see how much recall each of them costs.
+"""An index with its approximations removed one by one, to measure the recall each of them costs.
 
     codes       every code is scored: all inverted lists probed, a graph replaced by a scan of its
-                vectors; no re-ranking. What is lost here is the quantiser's doing.
+                vectors; no re-ranking. Recall lost here is lost by the quantiser.
     re-ranked   the same with the stored copies that re-rank; only where the index has them
-    configured  the index as it is searched: what is lost between here and the one before is the
+    configured  the index as it is searched: recall lost since the stage before is lost in the
                 lists, or the parts of the graph, that a query does not visit
 
-For measurements: the copies share the index's memory, and a scan of everything takes its time.
+For measurements only: the variants share the index's memory, and a scan of all codes is slow.
 """
 
 from enum import StrEnum
@@ -29,7 +29,7 @@ class Stage(StrEnum):
 def stages_of(index: Any, metric: Metric, defaults: SearchParams) -> dict[Stage, MainIndex]:
     """What to search at each stage, in order; ``index`` is a whole faiss index on the CPU.
 
-    The results live no longer than ``index``, which the caller keeps.
+    The results are views of ``index``: the caller must keep it alive while it uses them.
     """
     layers = layers_of(index)
     every_list = layers.base.nlist if layers.is_ivf else None
@@ -50,7 +50,7 @@ def without_rerank(index: Any) -> Any:
 
 
 def without_graph(index: Any) -> Any:
-    """The same codes in the same layers, scanned in turn; the same object where it has no graph."""
+    """The same codes in the same layers, without a graph; ``index`` itself if it has none."""
     layers = layers_of(index)
     if not layers.is_hnsw:
         return index
@@ -60,7 +60,7 @@ def without_graph(index: Any) -> Any:
         bare = faiss.IndexPreTransform(bare)
         for place in reversed(range(chain.size())):
             bare.prepend_transform(chain.at(place))
-        bare.ntotal = layers.base.ntotal  # the constructor takes it for empty
+        bare.ntotal = layers.base.ntotal  # the constructor assumes an empty storage
     if layers.refine is not None:
         bare = faiss.IndexRefine(bare, layers.refine.refine_index)
     return bare

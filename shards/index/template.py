@@ -15,7 +15,7 @@ import numpy as np
 
 from shardline.shards.core.errors import ConfigError, CorruptFile, InvalidInput
 from shardline.shards.core.files import atomic_path
-from shardline.shards.core.schema import FloatArray, Metric, check_vectors
+from shardline.shards.core.schema import FloatArray, Metric
 from shardline.shards.index.layers import Layers, faiss_metric, layers_of
 from shardline.shards.index.resolve import ROWS_PER_LIST_MIN
 from shardline.shards.index.spec import ResolvedIndex
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
-ADD_BLOCK_ROWS = 65_536  # progress every half second or so; large enough for faiss's own blocking
+ADD_BLOCK_ROWS = 65_536  # rows looked at for overflow at a time; more than faiss adds at a time
 FP16_MAX = 65_504.0
 
 
@@ -39,32 +39,31 @@ def train_template(
 ) -> Any:
     """The empty, trained faiss index that every shard starts from.
 
-    ``sample`` (n, dim) float32 comes from all shards alike; ``resolved.train_rows`` rows are
-    enough. The same sample, seed and thread count give the same template.
+    ``sample`` (n, dim) float32, checked and of unit length under cosine, is drawn from the whole
+    corpus; ``resolved.train_rows`` rows are enough. The same sample, seed and thread count give the
+    same template.
 
     Raises:
         ConfigError: faiss cannot train this index on this sample.
-        InvalidInput: the sample breaks the rules of ``check_vectors``.
     """
-    dim = sample.shape[1] if sample.ndim == 2 else 0
-    vectors = check_vectors(sample, dim=dim, metric=metric, field="sample")
+    dim = sample.shape[1]
     faiss.omp_set_num_threads(threads)
     index = faiss.index_factory(dim, resolved.factory, faiss_metric(metric))
     layers = layers_of(index)
-    _set_up(layers, resolved, seed, len(vectors))
-    _report(progress, "train", 0, len(vectors))
+    _set_up(layers, resolved, seed, len(sample))
+    _report(progress, "train", 0, len(sample))
     try:
         if metric is not Metric.L2:
-            _train_transform_uncentred(layers, vectors)
-        layers.whole.train(vectors)
+            _train_transform_uncentred(layers, sample)
+        layers.whole.train(sample)
     except RuntimeError as error:
         raise ConfigError(
             f"cannot train {resolved.factory}",
             field="index",
             expected="an index that this corpus can train",
-            got=f"{len(vectors)} rows: {str(error).rsplit('Error: ', 1)[-1]}",
+            got=f"{len(sample)} rows: {str(error).rsplit('Error: ', 1)[-1]}",
         ) from error
-    _report(progress, "train", len(vectors), len(vectors))
+    _report(progress, "train", len(sample), len(sample))
     return layers.whole
 
 
@@ -75,13 +74,13 @@ def write_index(index: Any, path: Path) -> None:
 
 
 def read_index(path: Path) -> Any:
-    """A faiss index from a file whose checksum has been verified: faiss itself checks next to none.
+    """A faiss index from a file with a verified checksum: faiss itself checks almost nothing.
 
     Raises:
         CorruptFile: faiss cannot read it.
     """
     try:
-        return faiss.read_index(str(path))  # downcast already, and the owner of the memory
+        return faiss.read_index(str(path))  # already downcast, and the owner of the memory
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).strip().splitlines() or ["unreadable"])[-1]
         raise CorruptFile(f"{path}: not a faiss index", got=reason[-200:]) from error
@@ -92,26 +91,24 @@ def build_shard_index(
     vectors: FloatArray,
     out: Path,
     *,
-    metric: Metric,
     threads: int,
-    progress: Progress | None = None,
 ) -> None:
     """Writes the index of one shard: the template plus ``vectors`` (n, dim) float32, in row order.
+
+    The vectors are checked already, and of unit length under cosine.
 
     HNSW links depend on the order in which threads insert: only one thread gives the same graph
     twice. Every other kind is deterministic.
 
     Raises:
         CorruptFile: the template cannot be read.
-        InvalidInput: a vector breaks the rules of ``check_vectors``, or overflows fp16 copies.
+        InvalidInput: a vector overflows fp16 copies.
     """
     faiss.omp_set_num_threads(threads)
     layers = layers_of(read_index(template))
     is_fp16 = _keeps_fp16(layers)
     for start in range(0, len(vectors), ADD_BLOCK_ROWS):
-        _report(progress, "add", start, len(vectors))
         block = vectors[start : start + ADD_BLOCK_ROWS]
-        block = check_vectors(block, dim=layers.whole.d, metric=metric)
         if is_fp16 and float(np.abs(block).max()) > FP16_MAX:
             raise InvalidInput(
                 "too large for fp16 copies",
@@ -121,7 +118,6 @@ def build_shard_index(
                 hint="set index.rerank to fp32",
             )
         layers.whole.add(block)
-    _report(progress, "add", len(vectors), len(vectors))
     write_index(layers.whole, out)
 
 
@@ -136,11 +132,11 @@ def _set_up(layers: Layers, resolved: ResolvedIndex, seed: int, rows: int) -> No
         clusterings.append(layers.base.pq.cp)
         centroids = max(centroids, layers.base.pq.ksub)
     if hasattr(layers.base, "do_polysemous_training"):
-        # A factory string turns it on: ten seconds a time, for a Hamming filter never used here.
+        # A factory string turns it on; it takes ten seconds, for a Hamming filter never used here.
         layers.base.do_polysemous_training = False
     for clustering in clusterings:
         clustering.seed = seed
-        clustering.min_points_per_centroid = 1  # faiss would print; the log line below says it
+        clustering.min_points_per_centroid = 1  # no print by faiss: it is logged below
     if rows < ROWS_PER_LIST_MIN * centroids:
         logger.warning(
             "training %d centroids on %d rows; %d would be better",

@@ -1,6 +1,6 @@
-"""Hands recorded metrics to Ray, which serves them to Prometheus on each node.
+"""Exports recorded metrics to Ray, which serves them to Prometheus on each node.
 
-Known to the edge modules only (the shard actor, the Serve replica).
+Used only by the modules at the edge: the shard actor and the Serve replica.
 """
 
 import logging
@@ -15,7 +15,7 @@ from shardline.shards.core.metrics import METRICS, Kind, Metric, Recorder, Sampl
 logger = logging.getLogger(__name__)
 
 EXPORT_S = 1.0
-PORTION = 32  # samples between two pauses, 0.3 ms: nobody else gets the interpreter meanwhile
+PORTION = 32  # samples between two pauses, 0.3 ms: the thread holds the GIL for that long
 PAUSE_S = 0.001
 
 
@@ -23,7 +23,7 @@ class RayExporter:
     """A thread that drains a recorder once a second, until ``stop``."""
 
     def __init__(self, recorder: Recorder, refresh: Callable[[], None] = lambda: None) -> None:
-        """refresh is called before each drain: to set gauges, and totals counted elsewhere."""
+        """``refresh`` is called before each drain, to set gauges and totals counted elsewhere."""
         self._recorder = recorder
         self._refresh = refresh
         self._targets = {metric: _target(metric) for metric in METRICS}
@@ -39,7 +39,7 @@ class RayExporter:
         while not self._stopped.wait(EXPORT_S):
             try:
                 self._export()
-            except Exception:  # whatever Ray complains of, the next second is another try
+            except Exception:  # whatever Ray raises, the export is tried again after a second
                 logger.exception("metrics were not exported")
 
     def _export(self) -> None:

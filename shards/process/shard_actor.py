@@ -1,4 +1,4 @@
-"""The Ray actor that holds one shard: loads it, serves it on a socket, tells the controller where.
+"""The Ray actor that holds one shard: loads it, serves it on a socket, registers its address.
 
 A thin shell around ``Shard`` and ``ShardServer``. Ray supervises and restarts it; queries never go
 through Ray. A restart runs the constructor again, which registers the new address by itself.
@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 
+from shardline.shards.core.messages import ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.process.ray_metrics import RayExporter
@@ -22,44 +23,53 @@ from shardline.shards.storage.generation import read_generation
 
 logger = logging.getLogger(__name__)
 
-NODE_HOST = "node"  # stands for the address by which Ray knows the machine
+NODE_HOST = "node"  # in the configuration: the address by which Ray knows the machine
 
 
 class ShardActor:
     """One shard of one generation, ready to answer once the constructor has returned."""
 
     def __init__(
-        self, *, folder: str, shard: int, controller: str, secret: bytes, host: str, threads: int
+        self,
+        *,
+        folder: str,
+        key: ReplicaKey,
+        controller: str,
+        secret: bytes,
+        host: str,
+        threads: int,
+        huge_pages: bool,
     ) -> None:
-        """``controller`` is the name of the actor to register with; ``threads`` those of a search.
+        """``controller``: name of the actor to register with; ``threads``: faiss threads per batch.
 
         Raises:
             ShardlineError: the generation cannot be loaded, or the controller refuses it.
         """
         started = time.perf_counter()
         if read_generation(Path(folder)).index.device is Device.CPU:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor that has none
-        self._shard = Shard.load(Path(folder), shard)
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor without one
+        self._shard = Shard.load(Path(folder), key.shard)
         self._load_ms = (time.perf_counter() - started) * 1e3
         if host == NODE_HOST:
             host = ray.util.get_node_ip_address()
-        self._server = ShardServer(self._shard, secret=secret, host=host, threads=threads)
+        self._server = ShardServer(
+            self._shard, secret=secret, host=host, replica=key.replica, threads=threads
+        )
         self._address = self._server.bind()
-        prepare_memory()
+        prepare_memory(huge_pages=huge_pages)
         self._controller = controller
         self._server.start(epoch=self._register())
         self._exporter = RayExporter(self._server.recorder, self._server.refresh_metrics)
         logger.info(
-            "shard %d of generation %d: %d rows at %s:%d, loaded in %.0f ms",
-            shard,
-            self._shard.generation,
+            "replica %s: %d rows at %s:%d, loaded in %.0f ms",
+            self._server.key,
             self._shard.rows,
             *self._address,
             self._load_ms,
         )
 
     def announce(self) -> None:
-        """Registers again, for a controller that was restarted and does not know where we are."""
+        """Registers again: a restarted controller does not know this shard's address."""
         self._server.epoch = self._register()
 
     def ping(self) -> int:
@@ -67,10 +77,11 @@ class ShardActor:
         return os.getpid()
 
     def describe(self) -> dict[str, Any]:
-        """What it holds and what it has done, for status pages."""
+        """The rows, the index and the counters of this shard, for `status`."""
         stats = self._server.stats
         return {
             **self._shard.describe(),
+            "replica": self._server.key.replica,
             "address": self._address,
             "pid": os.getpid(),
             "epoch": self._server.epoch,
@@ -86,8 +97,8 @@ class ShardActor:
         }
 
     def _register(self) -> int:
-        registration = ray.get_actor(self._controller).register_shard.remote(
-            shard=self._shard.shard, generation=self._shard.generation, address=self._address
+        registration = ray.get_actor(self._controller).register_replica.remote(
+            key=self._server.key, address=self._address
         )
         epoch: int = ray.get(registration)
         return epoch

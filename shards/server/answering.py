@@ -9,19 +9,18 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from shardline.shards.core.errors import DeadlineExceeded, ShardlineError
-from shardline.shards.core.messages import ErrorReply, FetchRequest, SearchRequest
+from shardline.shards.core.messages import ErrorReply
 from shardline.shards.core.metrics import BATCH_QUERIES, SEARCH_MS, SHARD_REFUSED, Recorder
+from shardline.shards.server.handlers import HANDLERS, Handler, Request
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
 logger = logging.getLogger(__name__)
 
 ESTIMATE_DECAY = 0.5  # so that one dear request (a large k, many lists) is not forgotten at once
-
-Request: TypeAlias = SearchRequest | FetchRequest
 
 
 class Asker(Protocol):
@@ -37,6 +36,7 @@ class Work:
     asker: Asker
     request_id: int
     request: Request
+    handler: Handler
     rows: int
     deadline: float
 
@@ -69,22 +69,17 @@ class Answerer:
         stats.requests += len(batch)
         stats.batches += 1
         answered: list[tuple[Work, Message]] = []
-        searches: list[Work] = []
-        requests: list[SearchRequest] = []
+        by_kind: dict[type, list[Work]] = {kind: [] for kind in HANDLERS}
         for work in batch:
-            request = work.request
-            if work.deadline <= now:
+            if work.deadline <= now and work.handler.may_expire:
                 stats.expired += 1
                 error = DeadlineExceeded("the request's time ran out before the search")
                 answered.append((work, error_reply(error)))
-            elif isinstance(request, SearchRequest):
-                searches.append(work)
-                requests.append(request)
             else:
-                answered.append((work, self._fetch(request)))
-        if requests:
-            rows = sum([work.rows for work in searches])
-            answered += zip(searches, self._search(requests, rows), strict=True)
+                by_kind[type(work.request)].append(work)
+        for kind, works in by_kind.items():
+            if works:
+                answered += zip(works, self._answer(HANDLERS[kind], works), strict=True)
         return answered
 
     def refresh_metrics(self) -> None:
@@ -92,19 +87,21 @@ class Answerer:
         for why in ("overloaded", "expired", "failed"):
             self._recorder.total(SHARD_REFUSED, getattr(self._stats, why), self._label, why)
 
-    def _search(self, requests: Sequence[SearchRequest], rows: int) -> list[Message]:
+    def _answer(self, handler: Handler, works: Sequence[Work]) -> list[Message]:
+        """Of requests of one kind, in order."""
         started = time.perf_counter()
         try:
-            replies = self._shard.search_batch(requests)
+            replies = handler.answer(self._shard, [work.request for work in works])
         except Exception:  # a bug of ours must cost these answers, not the search thread
-            logger.exception("search failed")
-            self._stats.failed += len(requests)
-            return [_INTERNAL_ERROR] * len(requests)
+            logger.exception("a request failed")
+            self._stats.failed += len(works)
+            return [_INTERNAL_ERROR] * len(works)
         took_ms = (time.perf_counter() - started) * 1e3
         messages: list[Message] = [
             error_reply(reply) if isinstance(reply, ShardlineError) else reply for reply in replies
         ]
-        if ErrorReply not in map(type, messages):  # a refusal costs nothing
+        if handler.is_search and ErrorReply not in map(type, messages):  # a refusal costs nothing
+            rows = sum([work.rows for work in works])
             self._learn(took_ms / rows)
             self._recorder.observe(SEARCH_MS, took_ms, self._label)
             self._recorder.observe(BATCH_QUERIES, rows, self._label)
@@ -116,16 +113,6 @@ class Answerer:
             self.ms_per_row = ms_per_row
         else:
             self.ms_per_row = max(ms_per_row, ESTIMATE_DECAY * self.ms_per_row)
-
-    def _fetch(self, request: FetchRequest) -> Message:
-        try:
-            return self._shard.fetch(request)
-        except ShardlineError as error:
-            return error_reply(error)
-        except Exception:
-            logger.exception("fetch failed")
-            self._stats.failed += 1
-            return _INTERNAL_ERROR
 
 
 def error_reply(error: ShardlineError) -> ErrorReply:

@@ -9,9 +9,8 @@ import socket
 from typing import Protocol, cast
 
 from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.messages import FetchRequest, SearchRequest
-from shardline.shards.server.answering import Request
-from shardline.shards.server.shard import Shard
+from shardline.shards.core.messages import ReplicaKey
+from shardline.shards.server.handlers import HANDLERS, Request
 from shardline.shards.wire import local_socket
 from shardline.shards.wire.frames import (
     KEEP_ALIVE,
@@ -32,7 +31,7 @@ MAX_UNSENT_BYTES = 2 * MAX_FRAME_BYTES  # of a client that asks but does not rea
 class Server(Protocol):
     """What a session needs of the server it belongs to."""
 
-    shard: Shard
+    key: ReplicaKey
     secret: bytes
     epoch: int
     address: ServerAddress
@@ -51,9 +50,7 @@ class Session(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self._server = server
         self._splitter = FrameSplitter(HANDSHAKE_FRAME_BYTES)
-        self._hello = new_hello(
-            shard=server.shard.shard, generation=server.shard.generation, epoch=server.epoch
-        )
+        self._hello = new_hello(server.key, epoch=server.epoch)
         self._is_proven = False
         self._transport: asyncio.Transport | None = None
         self._address = server.address
@@ -70,7 +67,7 @@ class Session(asyncio.Protocol):
             transport.abort()
 
     def keep_alive(self) -> None:
-        """Says nothing, to a router that has proved itself."""
+        """Sends an empty keep-alive frame, if the router has proved that it knows the secret."""
         if self._is_proven and self._transport is not None and not self._transport.is_closing():
             self._transport.write(KEEP_ALIVE)
 
@@ -107,8 +104,8 @@ class Session(asyncio.Protocol):
                 message = decode_payload(payload)
                 if not self._is_proven:
                     self._greet(message)
-                elif isinstance(message, SearchRequest | FetchRequest):
-                    self._server.submit(self, request_id, message)
+                elif type(message) in HANDLERS:
+                    self._server.submit(self, request_id, cast(Request, message))
                 else:
                     raise ProtocolError("not a request", got=type(message).__name__)
         except ProtocolError as error:

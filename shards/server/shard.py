@@ -5,15 +5,30 @@ No sockets, threads or Ray here. A shard is used by one thread at a time.
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shardline.shards.core.errors import CorruptFile, InvalidInput, ShardlineError
-from shardline.shards.core.messages import FetchReply, FetchRequest, SearchReply, SearchRequest
-from shardline.shards.core.schema import EMPTY_ID, IdArray, check_ids, check_k
+from shardline.shards.core.errors import Behind, CorruptFile, InvalidInput, ShardlineError
+from shardline.shards.core.messages import (
+    FetchReply,
+    FetchRequest,
+    SearchParams,
+    SearchReply,
+    SearchRequest,
+)
+from shardline.shards.core.schema import (
+    EMPTY_ID,
+    FloatArray,
+    IdArray,
+    Ranked,
+    check_ids,
+    check_k,
+)
 from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
 from shardline.shards.storage.generation import (
     INDEX_NAME,
@@ -26,16 +41,60 @@ from shardline.shards.storage.generation import (
 )
 
 
-class Shard:
-    """item_ids (n,) int64, ascending: the item of each local row of ``main``."""
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ShardState:
+    """All that a search sees of a shard, swapped as one reference: a search uses one of them.
 
-    def __init__(self, *, shard: int, generation: int, main: MainIndex, item_ids: IdArray) -> None:
+    ids_by_row (rows + 1,) int64: the item of each local row of ``main``, ascending; the last slot
+    is the empty id, so that row -1 of an empty result reads it. selection: the rows that may come
+    back, None for all. seq: how many writes are in it.
+    """
+
+    main: MainIndex
+    ids_by_row: IdArray
+    selection: Selection | None = None
+    seq: int = 0
+
+    @classmethod
+    def of(cls, main: MainIndex, item_ids: IdArray) -> "ShardState":
+        """item_ids (n,) int64, ascending: the item of each local row of ``main``."""
         assert main.rows == item_ids.size
+        return cls(main=main, ids_by_row=np.append(item_ids, EMPTY_ID))
+
+    @property
+    def rows(self) -> int:
+        """Rows that may come back."""
+        excluded = 0 if self.selection is None else self.selection.num_excluded
+        return self.main.rows - excluded
+
+    def search(self, queries: FloatArray, k: int, params: SearchParams) -> Ranked:
+        """The k best items of queries (n, dim) float32.
+
+        Raises:
+            InvalidInput: wrong dimension, or a search parameter out of range.
+        """
+        rows, scores = self.main.search(queries, k, params, self.selection)
+        return Ranked(self.ids_by_row[rows], scores)
+
+    def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:
+        """Those of item_ids (n,) int64 that are here, and their vectors (m, dim) float32.
+
+        As exact as ``MainIndex.reconstruct``: an index without exact copies gives approximations.
+        """
+        rows = np.searchsorted(self.ids_by_row[:-1], item_ids)
+        found = self.ids_by_row[rows] == item_ids
+        if self.selection is not None:
+            found[found] = self.selection.live[rows[found]]
+        return item_ids[found], self.main.reconstruct(rows[found].astype(np.int64))
+
+
+class Shard:
+    """One item range of one generation. ``state`` is replaced, never changed."""
+
+    def __init__(self, *, shard: int, generation: int, state: ShardState) -> None:
         self.shard = shard
         self.generation = generation
-        self._main = main
-        # one slot more, so that row -1 of an empty result slot reads the empty id
-        self._ids_by_row = np.append(item_ids, EMPTY_ID)
+        self.state = state
 
     @classmethod
     def load(cls, folder: Path, shard: int, *, device: Device | None = None) -> "Shard":
@@ -50,30 +109,30 @@ class Shard:
         entry = verify_shard(folder, manifest, shard)
         main = _load_main(folder, manifest, shard, device or manifest.index.device)
         ids_path = folder / shard_folder(shard) / ITEM_IDS_NAME
-        return cls(
-            shard=shard,
-            generation=manifest.generation,
-            main=main,
-            item_ids=read_item_ids(ids_path, rows=entry.rows),
-        )
+        state = ShardState.of(main, read_item_ids(ids_path, rows=entry.rows))
+        return cls(shard=shard, generation=manifest.generation, state=state)
 
     @property
     def rows(self) -> int:
-        return self._main.rows
+        return self.state.rows
 
     @property
     def dim(self) -> int:
-        return self._main.dim
-
-    @property
-    def _item_ids(self) -> IdArray:
-        return self._ids_by_row[:-1]
+        return self.state.main.dim
 
     def describe(self) -> dict[str, Any]:
-        return {"shard": self.shard, "generation": self.generation, **self._main.describe()}
+        """What it holds, for status pages."""
+        described = self.state.main.describe()
+        return {
+            "shard": self.shard,
+            "generation": self.generation,
+            **described,
+            "rows": self.rows,
+            "seq": self.state.seq,
+        }
 
     def search(self, request: SearchRequest) -> SearchReply:
-        """The k best rows of each query, in answer order.
+        """The k best items of each query.
 
         Raises:
             InvalidInput: k, dimension or a search parameter out of range.
@@ -84,87 +143,78 @@ class Shard:
         return reply
 
     def search_batch(self, requests: Sequence[SearchRequest]) -> list[SearchReply | ShardlineError]:
-        """One reply a request, in order; requests of equal k and params share one search.
-
-        A request that is wrong gets its error in place of a reply and harms no other.
+        """A reply to each request, in order; requests that differ in their queries alone share one
+        search. One that is wrong gets its error in place of a reply and harms no other.
         """
+        state = self.state
         if len(requests) == 1:
-            return [self._search_alone(requests[0])]
-        replies: list[SearchReply | ShardlineError | None] = [None] * len(requests)
+            return self._search_group(state, requests)
+        replies: dict[int, SearchReply | ShardlineError] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for at, request in enumerate(requests):
-            try:
-                self._check(request)
-            except InvalidInput as error:
-                replies[at] = error
-            else:
-                groups.setdefault((request.k, request.params), []).append(at)
+            key = (request.k, request.params, request.options, *request.queries.shape[1:])
+            if len(request.queries) == 0:
+                key = (at,)
+            groups.setdefault(key, []).append(at)
         for members in groups.values():
-            group = [requests[at] for at in members]
-            try:
-                answered: Sequence[SearchReply | ShardlineError] = self._search_together(group)
-            except ShardlineError as error:
-                answered = [error] * len(group)
-            for at, reply in zip(members, answered, strict=True):
-                replies[at] = reply
-        return [reply for reply in replies if reply is not None]
+            answered = self._search_group(state, [requests[at] for at in members])
+            replies.update(zip(members, answered, strict=True))
+        return [replies[at] for at in range(len(requests))]
+
+    def fetch_batch(self, requests: Sequence[FetchRequest]) -> list[FetchReply | ShardlineError]:
+        """A reply to each request, in order, or its error."""
+        state = self.state
+        return [self._fetch(state, request) for request in requests]
 
     def fetch(self, request: FetchRequest) -> FetchReply:
         """The vectors of those ids that this shard holds, in the order asked for.
 
-        As exact as ``MainIndex.reconstruct``: an index without exact copies gives approximations.
-
         Raises:
             InvalidInput: a negative id.
         """
-        wanted = check_ids(request.item_ids)
-        rows = np.searchsorted(self._item_ids, wanted)
-        found = self._ids_by_row[rows] == wanted
-        return FetchReply(
-            item_ids=wanted[found], vectors=self._main.reconstruct(rows[found].astype(np.int64))
-        )
-
-    def _search_alone(self, request: SearchRequest) -> SearchReply | ShardlineError:
-        try:
-            self._check(request)
-            (reply,) = self._search_together([request])
-        except ShardlineError as error:
-            return error
+        reply = self._fetch(self.state, request)
+        if isinstance(reply, ShardlineError):
+            raise reply
         return reply
 
-    def _check(self, request: SearchRequest) -> None:
-        check_k(request.k)
-        if request.queries.shape[1] != self.dim:
-            raise InvalidInput(
-                "wrong dimension",
-                field="queries",
-                expected=str(self.dim),
-                got=str(request.queries.shape[1]),
-            )
-        if len(request.queries) == 0:
-            raise InvalidInput("empty batch", field="queries", expected="at least one query")
+    def _fetch(self, state: ShardState, request: FetchRequest) -> FetchReply | ShardlineError:
+        try:
+            item_ids, vectors = state.fetch(check_ids(request.item_ids))
+        except InvalidInput as error:
+            return error
+        return FetchReply(
+            item_ids=item_ids, vectors=vectors, generation=self.generation, seq=state.seq
+        )
 
-    def _search_together(self, group: Sequence[SearchRequest]) -> list[SearchReply]:
-        """Requests of equal k and params, as one call to the index."""
+    def _search_group(
+        self, state: ShardState, group: Sequence[SearchRequest]
+    ) -> list[SearchReply | ShardlineError]:
+        """Requests that differ in their queries alone, as one call to the index."""
         first = group[0]
         started = time.perf_counter()
         queries = first.queries
         if len(group) > 1:
             queries = np.concatenate([request.queries for request in group])
-        scores, rows = self._main.search(queries, first.k, first.params)
-        ids = self._ids_by_row[rows]
+        try:
+            check_k(first.k)
+            if len(queries) == 0:
+                raise InvalidInput("empty batch", field="queries", expected="at least one query")
+            if state.seq < first.options.min_seq:
+                raise Behind("writes are missing", got=f"{state.seq} applied")
+            ranked = state.search(queries, first.k, first.params)
+        except ShardlineError as error:
+            return [error] * len(group)
         search_ms = (time.perf_counter() - started) * 1e3
-        if len(group) == 1:
-            return [SearchReply(ids=ids, scores=scores, rows=self.rows, search_ms=search_ms)]
-        replies = []
+        replies: list[SearchReply | ShardlineError] = []
         start = 0
         for request in group:
             end = start + len(request.queries)
             replies.append(
                 SearchReply(
-                    ids=ids[start:end],
-                    scores=scores[start:end],
-                    rows=self.rows,
+                    ranked=ranked if len(group) == 1 else ranked.rows(slice(start, end)),
+                    rows=state.rows,
+                    generation=self.generation,
+                    seq=state.seq,
                     search_ms=search_ms,
                 )
             )

@@ -18,10 +18,11 @@ import threading
 import time
 
 from shardline.shards.core.errors import InvalidInput, Overloaded, ShardlineError
-from shardline.shards.core.messages import SearchRequest
+from shardline.shards.core.messages import ReplicaKey
 from shardline.shards.core.metrics import QUEUE_DEPTH, Recorder
 from shardline.shards.index.main_index import set_search_threads
-from shardline.shards.server.answering import Answerer, Request, ServerStats, Work, error_reply
+from shardline.shards.server.answering import Answerer, ServerStats, Work, error_reply
+from shardline.shards.server.handlers import HANDLERS, Request
 from shardline.shards.server.session import Session
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire import local_socket
@@ -32,7 +33,6 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_QUEUED_REQUESTS = 1024
 MAX_QUEUED_ROWS = 65_536  # queries plus ids to fetch: 32 MB at 128-d
 MAX_BATCH_ROWS = 1024  # so that one drained batch keeps nobody waiting for seconds
-BYTES_PER_RESULT = 12  # an int64 id and a float32 score
 FRAME_MARGIN_BYTES = 1024  # what a reply's frame holds beside its arrays
 BACKLOG = 128
 # The longest search in the loop thread: nobody notices a handshake that waits this long.
@@ -55,11 +55,13 @@ class ShardServer:
         *,
         secret: bytes,
         host: str = "127.0.0.1",
+        replica: int = 0,
         threads: int = 1,
         max_queued_requests: int = MAX_QUEUED_REQUESTS,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
         self.shard = shard
+        self.key = ReplicaKey(shard.generation, shard.shard, replica)
         self.secret = secret
         self.epoch = 0
         self.address: ServerAddress = (host, 0)  # the port is known once bound
@@ -175,16 +177,17 @@ class ShardServer:
 
     def submit(self, session: Session, request_id: int, request: Request) -> None:
         """Queues a request of a session, or answers it at once with an error."""
-        rows = len(request.queries if isinstance(request, SearchRequest) else request.item_ids)
+        handler = HANDLERS[type(request)]
+        rows = handler.rows(request)
         try:
-            self._admit(request, rows)
+            self._admit(handler.reply_bytes(request, self.shard.dim), rows)
         except ShardlineError as error:
             session.reply(request_id, error_reply(error))
             return
         self._queued_rows += rows
         self._queued_requests += 1
         deadline = time.monotonic() + request.timeout_ms / 1e3
-        self._arrived.append(Work(session, request_id, request, rows, deadline))
+        self._arrived.append(Work(session, request_id, request, handler, rows, deadline))
 
     def after_read(self) -> None:
         """A session has been read. With others there may be more to read before the search."""
@@ -218,12 +221,8 @@ class ShardServer:
                 session.keep_alive()
             self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
 
-    def _admit(self, request: Request, rows: int) -> None:
+    def _admit(self, reply_bytes: int, rows: int) -> None:
         """Raises Overloaded or InvalidInput for a request that must not be queued."""
-        if isinstance(request, SearchRequest):
-            reply_bytes = rows * request.k * BYTES_PER_RESULT
-        else:
-            reply_bytes = rows * (self.shard.dim * 4 + 8)
         if reply_bytes > MAX_FRAME_BYTES - FRAME_MARGIN_BYTES:
             raise InvalidInput(
                 "the reply would not fit a frame",

@@ -1,11 +1,12 @@
 """Embedding sets: item ids and vectors in Arrow files, from training or from elsewhere.
 
     _manifest.json      model_version, dim, metric, normalised, rows, created_at, files; last
-    items-00000.arrow   item_id int64, embedding fixed_size_list<float32>[dim], then the
-                        catalogue's attribute columns; Arrow IPC *file* format
+    items-00000.arrow   item ids, vectors, attribute columns, as in ``vector_files``
+    queries.arrow       sample queries that builds measure recall with; may be absent
     query_encoder/      present when a model of ours wrote the set
 
-The IPC *stream* format is not used: cut at a message boundary, it reads as a shorter table.
+Vectors are checked when they are written and, because others may write such files, when they are
+read. Those of metric cosine have unit length on disk.
 Sets are written and read in batches and never held in memory as a whole.
 """
 
@@ -28,18 +29,33 @@ from shardline.shards.core.files import (
     verify_files,
     write_manifest,
 )
-from shardline.shards.core.schema import FloatArray, IdArray, Metric, check_ids, check_vectors
+from shardline.shards.core.schema import (
+    FloatArray,
+    IdArray,
+    Metric,
+    check_ids,
+    check_vectors,
+    unit_vectors,
+)
+from shardline.shards.storage.vector_files import (
+    MAX_SAMPLE_QUERIES,
+    QUERIES_NAME,
+    ROWS_PER_BATCH,
+    item_batch,
+    open_ipc,
+    vector_matrix,
+    write_queries,
+)
 
 KIND = "embedding set"
 VERSION = 1
 ROWS_PER_FILE = 1 << 20  # 512 MB at 128 dimensions
-ROWS_PER_BATCH = 1 << 16  # 32 MB at 128 dimensions
 ENCODER_FOLDER = "query_encoder"
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingBatch:
-    """item_ids (n,) int64; vectors (n, dim) float32, finite; attributes of the n rows."""
+    """item_ids (n,) int64; vectors (n, dim) float32, checked; attributes of the n rows."""
 
     item_ids: IdArray
     vectors: FloatArray
@@ -65,6 +81,12 @@ class EmbeddingSet:
         folder = self.folder / ENCODER_FOLDER
         return folder if folder.is_dir() else None
 
+    @property
+    def queries_file(self) -> Path | None:
+        """Where the sample queries lie, for ``read_queries``; None for a set without."""
+        path = self.folder / QUERIES_NAME
+        return path if path.is_file() else None
+
     def item_ids(self) -> IdArray:
         """(rows,) int64, all different, in file order; vectors are not read.
 
@@ -80,6 +102,8 @@ class EmbeddingSet:
     def batches(self, rows: int = ROWS_PER_BATCH) -> Iterator[EmbeddingBatch]:
         """All rows in file order, at most ``rows`` at a time. The arrays may be read-only views.
 
+        Under cosine all vectors have unit length, those of a set that was written without, too.
+
         Raises:
             CorruptFile: a file does not hold the rows or columns its manifest promises.
             DataError: a vector that is not finite, or zero under cosine.
@@ -87,19 +111,21 @@ class EmbeddingSet:
         for whole in self._record_batches():
             for start in range(0, whole.num_rows, rows):
                 batch = whole.slice(start, rows)
-                vectors = _matrix(batch.column("embedding"), self.dim)
+                vectors = vector_matrix(batch.column("embedding"), self.dim)
                 try:
-                    # checked under cosine, which refuses zero vectors, but never altered here
                     check_vectors(vectors, dim=self.dim, metric=self.metric, field="embedding")
                 except InvalidInput as error:
                     raise as_data_error(error, self.folder) from error
-                attributes = batch.select(batch.schema.names[2:])
-                yield EmbeddingBatch(batch.column("item_id").to_numpy(), vectors, attributes)
+                yield EmbeddingBatch(
+                    batch.column("item_id").to_numpy(),
+                    unit_vectors(vectors, self.metric),
+                    batch.select(batch.schema.names[2:]),
+                )
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         for entry in self.files:
             path, rows = self.folder / entry.name, 0
-            reader = _open_ipc(path)
+            reader = open_ipc(path)
             _check_schema(reader.schema, self.dim, path)
             for index in range(reader.num_record_batches):
                 batch = reader.get_batch(index)
@@ -155,21 +181,16 @@ class EmbeddingWriter:
     ) -> None:
         """item_ids (n,) int64, vectors (n, dim) float32, attributes n rows in the same order.
 
+        Vectors are stored with unit length when the metric is cosine.
+
         Raises:
-            InvalidInput: an id or vector that the schema's door refuses, or other attribute
+            InvalidInput: an id or vector that ``shards.core.schema`` refuses, or other attribute
                 columns than before.
         """
         ids = check_ids(item_ids)
-        check_vectors(vectors, dim=self.dim, metric=self.metric, field="embedding")
-        flat = pa.array(np.ascontiguousarray(vectors, dtype=np.float32).ravel())
-        columns = {
-            "item_id": pa.array(ids),
-            "embedding": pa.FixedSizeListArray.from_arrays(flat, self.dim),
-        }
         if attributes is not None:
             _refuse_reserved(attributes.schema.names)
-            columns |= {name: attributes.column(name) for name in attributes.schema.names}
-        batch = pa.RecordBatch.from_pydict(columns)
+        batch = item_batch(ids, self._stored(vectors, "embedding"), attributes)
         self._schema = self._schema or batch.schema
         if batch.schema != self._schema:
             raise InvalidInput(
@@ -182,6 +203,15 @@ class EmbeddingWriter:
         for start in range(0, len(ids), ROWS_PER_BATCH):
             self._write(batch.slice(start, ROWS_PER_BATCH))
 
+    def queries(self, vectors: FloatArray) -> None:
+        """Adds the sample queries: vectors (n, dim) float32, at most MAX_SAMPLE_QUERIES.
+
+        Raises:
+            InvalidInput: a vector that ``shards.core.schema`` refuses.
+        """
+        assert len(vectors) <= MAX_SAMPLE_QUERIES
+        write_queries(self.folder / QUERIES_NAME, self._stored(vectors, "queries"))
+
     def finish(self) -> int:
         """Closes the last file; the number of rows written.
 
@@ -192,6 +222,10 @@ class EmbeddingWriter:
         if not self._ids:
             raise InvalidInput("an embedding set without items", expected="at least one row")
         return len(check_ids(np.concatenate(self._ids), unique=True))
+
+    def _stored(self, vectors: FloatArray, field: str) -> FloatArray:
+        checked = check_vectors(vectors, dim=self.dim, metric=self.metric, field=field)
+        return unit_vectors(checked, self.metric)
 
     def _write(self, batch: pa.RecordBatch) -> None:
         while batch.num_rows:
@@ -220,7 +254,6 @@ def embedding_writer(
     model_version: str,
     dim: int,
     metric: Metric,
-    normalised: bool,
     created_at: str,
     rows_per_file: int = ROWS_PER_FILE,
 ) -> Iterator[EmbeddingWriter]:
@@ -245,7 +278,7 @@ def embedding_writer(
             "model_version": model_version,
             "dim": dim,
             "metric": str(metric),
-            "normalised": normalised,
+            "normalised": metric is Metric.COSINE,
             "rows": rows,
             "created_at": created_at,
             "files": [asdict(entry) for entry in [*writer.files, *others]],
@@ -263,13 +296,6 @@ def _refuse_reserved(names: list[str]) -> None:
             )
 
 
-def _open_ipc(path: Path) -> Any:
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(path)))
-    except (pa.ArrowException, OSError) as error:
-        raise CorruptFile(f"{path}: not an Arrow IPC file", got=str(error)) from error
-
-
 def _check_schema(schema: pa.Schema, dim: int, path: Path) -> None:
     expected = {"item_id": pa.int64(), "embedding": pa.list_(pa.float32(), dim)}
     found = {name: schema.field(name).type for name in schema.names[:2]}
@@ -281,13 +307,8 @@ def _check_schema(schema: pa.Schema, dim: int, path: Path) -> None:
         )
 
 
-def _matrix(column: pa.FixedSizeListArray, dim: int) -> FloatArray:
-    matrix: FloatArray = column.flatten().to_numpy().reshape(-1, dim)
-    return matrix
-
-
 def as_data_error(error: InvalidInput, where: Path) -> DataError:
-    """What the door refused, as a fault of the file it was read from."""
+    """What ``shards.core.schema`` refused, as a fault of the file it was read from."""
     field = f"{where}: {error.field}" if error.field else str(where)
     return DataError(
         error.message, field=field, expected=error.expected, got=error.got, hint=error.hint

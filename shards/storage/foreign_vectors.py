@@ -1,19 +1,20 @@
 """Vectors of someone else's: Parquet and Arrow IPC files with an id and a vector column.
 
-They come in through the same door as our own: ``read_foreign`` yields checked batches, and an
-``EmbeddingWriter`` makes an embedding set of them.
+``read_foreign`` yields checked batches, and an ``EmbeddingWriter`` makes an embedding set of them.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.schema import FloatArray, IdArray, Metric, check_ids, check_vectors
-from shardline.shards.storage.embedding_set import ROWS_PER_BATCH, EmbeddingBatch, as_data_error
+from shardline.shards.storage.embedding_set import EmbeddingBatch, as_data_error
+from shardline.shards.storage.vector_files import MAX_SAMPLE_QUERIES, ROWS_PER_BATCH
 
 ID_COLUMNS = ("item_id", "id", "idx")  # names looked for, in this order
 VECTOR_COLUMNS = ("embedding", "emb", "vector")
@@ -37,16 +38,33 @@ def read_foreign(
             names = batch.schema.names
             id_name = _find_column(names, id_column, ID_COLUMNS, path)
             vector_name = _find_column(names, vector_column, VECTOR_COLUMNS, path)
-            vectors = _foreign_vectors(batch.column(vector_name), path, vector_name)
-            dim = dim or vectors.shape[1]
+            vectors = _foreign_vectors(batch, vector_name, path, dim)
+            dim = vectors.shape[1]
             ids = _foreign_ids(batch.column(id_name), path, id_name)
-            try:
-                checked = check_vectors(vectors, dim=dim, metric=Metric.DOT, field=vector_name)
-                ids = check_ids(ids, field=id_name)
-            except InvalidInput as error:
-                raise as_data_error(error, path) from error
             rest = batch.select([n for n in names if n not in (id_name, vector_name)])
-            yield EmbeddingBatch(ids, checked, rest)
+            yield EmbeddingBatch(ids, vectors, rest)
+
+
+def read_foreign_queries(paths: Iterable[Path], *, dim: int, seed: int = 0) -> FloatArray:
+    """(n, dim) float32 sample queries: all vectors of such files, or MAX_SAMPLE_QUERIES of them.
+
+    No id column is needed. Which of too many are taken depends on the seed alone.
+
+    Raises:
+        NotFound, DataError: as ``read_foreign``.
+    """
+    parts = [np.empty((0, dim), np.float32)]
+    for path in _foreign_files(paths):
+        for batch in _foreign_batches(path):
+            name = _find_column(batch.schema.names, None, VECTOR_COLUMNS, path)
+            parts.append(_foreign_vectors(batch, name, path, dim))
+    queries = np.concatenate(parts)
+    if not len(queries):
+        raise DataError("no rows", field=", ".join(map(str, paths)), expected="at least one vector")
+    most = min(len(queries), MAX_SAMPLE_QUERIES)
+    chosen = np.random.default_rng(seed).choice(len(queries), most, replace=False)
+    sample: FloatArray = queries[np.sort(chosen)]
+    return sample
 
 
 def _foreign_files(paths: Iterable[Path]) -> Iterator[Path]:
@@ -94,11 +112,15 @@ def _foreign_ids(column: pa.Array, path: Path, name: str) -> IdArray:
     if not pa.types.is_integer(column.type) or column.null_count:
         got = f"{column.null_count} nulls" if column.null_count else str(column.type)
         raise DataError("not ids", field=f"{path}: {name}", expected="integers", got=got)
-    ids: IdArray = column.to_numpy(zero_copy_only=False)
-    return ids
+    try:
+        return check_ids(column.to_numpy(zero_copy_only=False), field=name)
+    except InvalidInput as error:
+        raise as_data_error(error, path) from error
 
 
-def _foreign_vectors(column: pa.Array, path: Path, name: str) -> FloatArray:
+def _foreign_vectors(batch: pa.RecordBatch, name: str, path: Path, dim: int | None) -> FloatArray:
+    """(n, dim) float32, finite; any dimension where dim is None."""
+    column = batch.column(name)
     kind, where = column.type, f"{path}: {name}"
     is_list = (
         pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -115,5 +137,8 @@ def _foreign_vectors(column: pa.Array, path: Path, name: str) -> FloatArray:
     if rest or width == 0 or (lengths != width).any():
         got = f"lengths from {lengths.min()} to {lengths.max()}"
         raise DataError("vectors differ in length", field=where, expected="one length", got=got)
-    matrix: FloatArray = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
-    return matrix
+    matrix = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+    try:
+        return check_vectors(matrix, dim=dim or width, metric=Metric.DOT, field=name)
+    except InvalidInput as error:
+        raise as_data_error(error, path) from error

@@ -3,10 +3,13 @@
     _manifest.json               written last; the folder is complete when it exists
     template.faiss               trained once; every shard's index is a copy of it plus rows
     query_encoder/...            what turns a user's features into a query
+    queries.arrow                sample queries; absent where the embedding set has none
     shard-00000/index.faiss      dense local rows 0..n-1
     shard-00000/item_ids.npy     (n,) int64, ascending: local row -> item id
+    shard-00000/attributes.arrow attribute columns in local row order; absent where there are none
 
-Nothing here needs faiss. Every checksum is verified before a file is used.
+Format 1 had neither attributes nor queries, and is still read. Nothing here needs faiss.
+Every checksum is verified before a file is used.
 """
 
 from dataclasses import asdict, dataclass
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from shardline.shards.core.errors import CorruptFile, NotFound
 from shardline.shards.core.files import (
@@ -26,14 +30,16 @@ from shardline.shards.core.files import (
     verify_files,
     write_manifest,
 )
-from shardline.shards.core.schema import IdArray, Metric
+from shardline.shards.core.schema import FloatArray, IdArray, Metric
 from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.storage.vector_files import open_ipc, read_queries, write_table
 
 KIND = "generation"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TEMPLATE_NAME = "template.faiss"
 INDEX_NAME = "index.faiss"
 ITEM_IDS_NAME = "item_ids.npy"
+ATTRIBUTES_NAME = "attributes.arrow"
 QUERY_ENCODER_FOLDER = "query_encoder"
 
 
@@ -67,6 +73,7 @@ class GenerationManifest:
     shards: tuple[ShardEntry, ...]
     template: FileEntry
     query_encoder: tuple[FileEntry, ...]
+    queries: FileEntry | None
     created_at: str
     quality: dict[str, Any]
 
@@ -90,8 +97,10 @@ def shard_folder(shard: int) -> str:
 
 
 def describe_shard(folder: Path, shard: int, item_ids: IdArray) -> ShardEntry:
-    """The manifest entry of a shard whose two files have been written; item_ids (n,), ascending."""
-    names = (f"{shard_folder(shard)}/{name}" for name in (INDEX_NAME, ITEM_IDS_NAME))
+    """The manifest entry of a shard whose files have been written; item_ids (n,), ascending."""
+    names = [f"{shard_folder(shard)}/{name}" for name in (INDEX_NAME, ITEM_IDS_NAME)]
+    if (folder / shard_folder(shard) / ATTRIBUTES_NAME).is_file():
+        names.append(f"{shard_folder(shard)}/{ATTRIBUTES_NAME}")
     return ShardEntry(
         shard=shard,
         id_min=int(item_ids[0]),
@@ -171,6 +180,8 @@ def verify_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Checks every file of the generation; raises CorruptFile for the first that is wrong."""
     verify_file(folder, manifest.template)
     verify_files(folder, manifest.query_encoder)
+    if manifest.queries is not None:
+        verify_file(folder, manifest.queries)
     for entry in manifest.shards:
         verify_shard(folder, manifest, entry.shard)
 
@@ -201,6 +212,40 @@ def read_item_ids(path: Path, *, rows: int) -> IdArray:
     return item_ids
 
 
+def write_attributes(path: Path, attributes: pa.Table) -> None:
+    """Writes the attribute columns of a shard, rows in the order of its item ids; none, no file."""
+    if attributes.num_columns:
+        write_table(path, attributes)
+
+
+def read_attributes(folder: Path, manifest: GenerationManifest, shard: int) -> pa.Table | None:
+    """The attribute columns of a shard, mapped, row i that of its i-th item id.
+
+    None where the corpus has no attributes, or the generation was built before they were kept.
+
+    Raises:
+        NotFound: no such shard. CorruptFile: the file is altered, or has other rows.
+    """
+    name, entry = f"{shard_folder(shard)}/{ATTRIBUTES_NAME}", manifest.shard_entry(shard)
+    listed = next((file for file in entry.files if file.name == name), None)
+    if listed is None:
+        return None
+    path = verify_file(folder, listed)
+    table = open_ipc(path).read_all()
+    if table.num_rows != entry.rows:
+        raise CorruptFile(
+            f"{path}: wrong row count", expected=str(entry.rows), got=str(table.num_rows)
+        )
+    return table
+
+
+def read_sample_queries(folder: Path, manifest: GenerationManifest) -> FloatArray | None:
+    """(n, dim) float32 sample queries, their file verified; None for a generation without."""
+    if manifest.queries is None:
+        return None
+    return read_queries(verify_file(folder, manifest.queries), dim=manifest.dim)
+
+
 def _from_json(body: dict[str, Any]) -> GenerationManifest:
     return GenerationManifest(
         generation=int(body["generation"]),
@@ -217,6 +262,7 @@ def _from_json(body: dict[str, Any]) -> GenerationManifest:
         ),
         template=FileEntry(**body["template"]),
         query_encoder=_file_entries(body["query_encoder"]),
+        queries=FileEntry(**body["queries"]) if body.get("queries") else None,
         created_at=str(body["created_at"]),
         quality=dict(body["quality"]),
     )

@@ -2,13 +2,13 @@
 
 On every new connection, before any request:
 
-    server -> Hello(protocol, shard, generation, epoch, nonce)
+    server -> Hello(protocol, generation, shard, replica, epoch, nonce)
     client -> Proof(nonce, mac = HMAC(secret, ["client", all of Hello, address, client nonce]))
     server -> Welcome(mac = HMAC(secret, ["server", all of Hello, address, client nonce]))
 
 ``address`` is where the server listens, as the routing table names it. It does not travel: either
 side takes what it knows itself. So whoever stands in between can pass a proof on neither to
-another shard nor from another port, nor say that the answers are those of another generation.
+another replica nor from another port, nor say that the answers are those of another generation.
 """
 
 import hmac
@@ -19,7 +19,7 @@ from typing import TypeAlias
 import msgpack
 
 from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.messages import Hello, Proof, Welcome
+from shardline.shards.core.messages import Hello, Proof, ReplicaKey, Welcome
 from shardline.shards.wire.frames import PROTOCOL_VERSION, Message
 
 NONCE_BYTES = 16
@@ -27,12 +27,13 @@ NONCE_BYTES = 16
 ServerAddress: TypeAlias = tuple[str, int]  # host and port that the server listens on
 
 
-def new_hello(*, shard: int, generation: int, epoch: int) -> Hello:
+def new_hello(key: ReplicaKey, *, epoch: int) -> Hello:
     """The first frame of a new connection, with a nonce of its own."""
     return Hello(
         protocol=PROTOCOL_VERSION,
-        shard=shard,
-        generation=generation,
+        generation=key.generation,
+        shard=key.shard,
+        replica=key.replica,
         epoch=epoch,
         nonce=secrets.token_bytes(NONCE_BYTES),
     )

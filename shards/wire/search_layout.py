@@ -6,24 +6,38 @@ byte tells a layout from msgpack, whose messages all begin with an array header 
 Little-endian; arrays lie row after row and begin at a multiple of 8 bytes.
 
     request   kind u32, n u32, dim u32, k u32, timeout_ms f64,
-              nprobe u32, ef_search u32, rerank_factor u32, zero u32, queries f32 (n, dim)
-    reply     kind u32, n u32, k u32, zero u32, rows u64, search_ms f64,
+              nprobe u32, ef_search u32, rerank_factor u32, tail u32,
+              queries f32 (n, dim), options in msgpack (tail bytes)
+    reply     kind u32, n u32, k u32, zero u32, generation u64, seq u64, rows u64, search_ms f64,
               ids i64 (n, k), scores f32 (n, k)
 
-A search parameter of 0 is one that was not given.
+A search parameter of 0 is one that was not given. The tail is a map of those ``SearchOptions`` that
+differ from their defaults, and empty for nearly every search. An option that the receiver does not
+know is refused: a filter that is ignored would be a wrong answer.
 """
 
 import struct
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeAlias
 
+import msgpack
 import numpy as np
 
 from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.messages import NO_PARAMS, SearchParams, SearchReply, SearchRequest
+from shardline.shards.core.messages import (
+    NO_OPTIONS,
+    NO_PARAMS,
+    SearchOptions,
+    SearchParams,
+    SearchReply,
+    SearchRequest,
+)
+from shardline.shards.core.schema import Ranked
+from shardline.shards.wire.readers import Payload, pack_value, readers_of, unpack
 
 REQUEST = struct.Struct("<IIIIdIIII")
-REPLY = struct.Struct("<IIIIQd")
+REPLY = struct.Struct("<IIIIQQQd")
 REQUEST_KIND = 4
 REPLY_KIND = 5
 FLOAT = np.dtype("<f4")
@@ -32,42 +46,52 @@ MAX_MS = 1e12  # a generation of people; NaN is not below it either
 
 Part: TypeAlias = bytes | memoryview
 
+OPTION_READERS = dict(readers_of(SearchOptions))
+OPTION_DEFAULTS = tuple((field.name, field.default) for field in fields(SearchOptions))
+
 
 def pack_request(request: SearchRequest) -> tuple[Part, ...]:
-    """Raises ProtocolError for values that the layout cannot hold."""
+    """The bytes of a payload, in parts.
+
+    Raises:
+        ProtocolError: a value that the layout cannot hold.
+    """
     queries, params = request.queries, request.params
     n, dim = queries.shape
     if 0 in (params.nprobe, params.ef_search, params.rerank_factor):
         raise ProtocolError("a search parameter does not fit the layout", got="0")
+    tail = b"" if request.options is NO_OPTIONS else _pack_options(request.options)
     try:
         head = REQUEST.pack(
-            *(REQUEST_KIND, n, dim, request.k, request.timeout_ms),
-            *(params.nprobe or 0, params.ef_search or 0, params.rerank_factor or 0, 0),
+            *(REQUEST_KIND, n, dim, request.k, request.timeout_ms, params.nprobe or 0),
+            *(params.ef_search or 0, params.rerank_factor or 0, len(tail)),
         )
     except struct.error as error:
         raise ProtocolError("the request does not fit its layout", got=str(error)) from error
-    return head, np.ascontiguousarray(queries, FLOAT).data
+    return head, np.ascontiguousarray(queries, FLOAT).data, tail
 
 
 def pack_reply(reply: SearchReply) -> tuple[Part, ...]:
     """The bytes of a payload, in parts."""
-    assert reply.ids.shape == reply.scores.shape
-    n, k = reply.ids.shape
-    head = REPLY.pack(REPLY_KIND, n, k, 0, reply.rows, reply.search_ms)
-    ids = np.ascontiguousarray(reply.ids, INT)
-    return head, ids.data, np.ascontiguousarray(reply.scores, FLOAT).data
+    ids, scores = reply.ranked
+    assert ids.shape == scores.shape
+    head = REPLY.pack(
+        *(REPLY_KIND, *ids.shape, 0, reply.generation, reply.seq, reply.rows, reply.search_ms)
+    )
+    return head, np.ascontiguousarray(ids, INT).data, np.ascontiguousarray(scores, FLOAT).data
 
 
-def read_request(payload: bytes) -> SearchRequest:
-    """``queries`` is a read-only view of the payload.
+def read_request(payload: Payload) -> SearchRequest:
+    """``queries`` is a view of the payload.
 
     Raises:
         ProtocolError: too short, too long, or a value that no request has.
     """
     if len(payload) < REQUEST.size:
         raise _wrong("a whole SearchRequest", len(payload))
-    kind, n, dim, k, timeout_ms, nprobe, ef_search, rerank, zero = REQUEST.unpack_from(payload)
-    if len(payload) != REQUEST.size + 4 * n * dim or kind != REQUEST_KIND or zero:
+    kind, n, dim, k, timeout_ms, nprobe, ef_search, rerank, tail = REQUEST.unpack_from(payload)
+    tail_start = REQUEST.size + 4 * n * dim
+    if len(payload) != tail_start + tail or kind != REQUEST_KIND:
         raise _wrong(f"a SearchRequest of {n} x {dim} numbers", len(payload))
     if not abs(timeout_ms) <= MAX_MS:
         raise ProtocolError("bad frame", field="timeout_ms", expected="milliseconds")
@@ -76,26 +100,57 @@ def read_request(payload: bytes) -> SearchRequest:
         params = SearchParams(
             nprobe=nprobe or None, ef_search=ef_search or None, rerank_factor=rerank or None
         )
-    queries = np.ndarray((n, dim), FLOAT, payload, REQUEST.size)
-    return SearchRequest(queries=queries, k=k, timeout_ms=timeout_ms, params=params)
+    return SearchRequest(
+        queries=np.ndarray((n, dim), FLOAT, payload, REQUEST.size),
+        k=k,
+        timeout_ms=timeout_ms,
+        params=params,
+        options=_read_options(payload[tail_start:]) if tail else NO_OPTIONS,
+    )
 
 
-def read_reply(payload: bytes) -> SearchReply:
-    """``ids`` and ``scores`` are read-only views of the payload.
+def read_reply(payload: Payload) -> SearchReply:
+    """The arrays of ``ranked`` are views of the payload.
 
     Raises:
         ProtocolError: too short, too long, or a value that no reply has.
     """
     if len(payload) < REPLY.size:
         raise _wrong("a whole SearchReply", len(payload))
-    kind, n, k, zero, rows, search_ms = REPLY.unpack_from(payload)
+    kind, n, k, zero, generation, seq, rows, search_ms = REPLY.unpack_from(payload)
     if len(payload) != REPLY.size + 12 * n * k or kind != REPLY_KIND or zero:
         raise _wrong(f"a SearchReply of {n} x {k} results", len(payload))
     if not abs(search_ms) <= MAX_MS:
         raise ProtocolError("bad frame", field="search_ms", expected="milliseconds")
     ids = np.ndarray((n, k), INT, payload, REPLY.size)
     scores = np.ndarray((n, k), FLOAT, payload, REPLY.size + 8 * n * k)
-    return SearchReply(ids=ids, scores=scores, rows=rows, search_ms=search_ms)
+    return SearchReply(
+        ranked=Ranked(ids, scores), rows=rows, generation=generation, seq=seq, search_ms=search_ms
+    )
+
+
+def _pack_options(options: SearchOptions) -> bytes:
+    given = {
+        name: value
+        for name, default in OPTION_DEFAULTS
+        if (value := getattr(options, name)) != default
+    }
+    packed: bytes = msgpack.packb(given, default=pack_value) if given else b""
+    return packed
+
+
+def _read_options(tail: Payload) -> SearchOptions:
+    given = unpack(tail, max_map_len=len(OPTION_READERS))
+    if type(given) is not dict or not given.keys() <= OPTION_READERS.keys():
+        raise ProtocolError(
+            "bad frame",
+            field="options",
+            expected=f"a map of {', '.join(OPTION_READERS)}",
+            got=repr(given)[:40],
+        )
+    return SearchOptions(
+        **{name: OPTION_READERS[name](name, value) for name, value in given.items()}
+    )
 
 
 def _wrong(expected: str, got: int) -> ProtocolError:
@@ -106,7 +161,7 @@ PACK: dict[type, Callable[[Any], tuple[Part, ...]]] = {
     SearchRequest: pack_request,
     SearchReply: pack_reply,
 }
-READ: dict[int, Callable[[bytes], SearchRequest | SearchReply]] = {
+READ: dict[int, Callable[[Payload], SearchRequest | SearchReply]] = {
     REQUEST_KIND: read_request,
     REPLY_KIND: read_reply,
 }

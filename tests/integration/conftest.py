@@ -18,7 +18,7 @@ from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.endpoint import Endpoint, is_alive
 from shardline.cluster.serving.ray_session import SESSION_PREFIX, local_ray
 from shardline.cluster.store import Store
-from shardline.router.client import Client
+from shardline.router.client.sync_client import Client
 from shardline.training.data.tables import Dataset
 from shardline.training.export import export
 from shardline.training.loop.launch import train
@@ -59,7 +59,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardlineConfig, Data
         None,
         [
             f"store={root / 'store'}",
-            "index.kind=flat",
+            # the kind that `auto` takes beyond 20,000 rows; every list is searched and enough is
+            # re-ranked, so that answers are exact
+            "index.kind=ivfpq-fs",
+            "index.nlist=16",
+            "index.nprobe=16",
+            "index.rerank=fp32",
+            "index.rerank_factor=8",
             "cluster.shards=3",
             "cluster.http_port=0",
             "training.num_workers=1",

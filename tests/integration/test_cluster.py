@@ -10,10 +10,10 @@ import pytest
 from shardline.cluster.commands.budget import measure_budget
 from shardline.cluster.commands.remote import evaluate_cluster
 from shardline.cluster.console import StageProgress
-from shardline.router.client import Client
+from shardline.router.client.sync_client import Client
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import InvalidInput, NotFound
-from shardline.shards.core.schema import FloatArray, IdArray, Metric, normalise
+from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked, normalise
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import QUERY_ENCODER_FOLDER
 from shardline.training.evaluation.evaluate import evaluate_exact
@@ -42,10 +42,8 @@ def user_features(cluster: Cluster) -> list[dict[str, Any]]:
     return query_features(cluster.dataset, kinds, np.arange(5), ("train", "val"))
 
 
-def exact(
-    queries: FloatArray, corpus: tuple[IdArray, FloatArray], k: int
-) -> tuple[FloatArray, IdArray]:
-    """(scores, ids) of the slow way."""
+def exact(queries: FloatArray, corpus: tuple[IdArray, FloatArray], k: int) -> Ranked:
+    """The answer of the slow way."""
     item_ids, vectors = corpus
     return brute_force(normalise(queries), vectors, item_ids, k, Metric.COSINE)
 
@@ -56,10 +54,10 @@ def test_vectors_over_msgpack_equal_brute_force(
 ) -> None:
     queries = corpus[1][:3] + np.float32(0.05)
     answer = client.search(vectors=queries, k=k)
-    assert_same_answers((answer.scores, answer.ids), exact(queries, corpus, k))
+    assert_same_answers(Ranked(answer.ids, answer.scores), exact(queries, corpus, k))
     assert answer.coverage.rows_answered == answer.coverage.rows_asked == NUM_ITEMS
     assert answer.coverage.shards_answered == answer.coverage.shards_asked == 3
-    assert answer.coverage.degraded == []
+    assert answer.coverage.degraded == ()
 
 
 def test_vectors_over_json_equal_brute_force(
@@ -77,7 +75,7 @@ def test_vectors_over_json_equal_brute_force(
     answer = response.json()
     assert answer["request_id"] == "mine-17"
     assert answer["generation"] == cluster.endpoint.generation
-    found = np.array(answer["scores"], dtype=np.float32), np.array(answer["ids"])
+    found = Ranked(np.array(answer["ids"]), np.array(answer["scores"], dtype=np.float32))
     assert_same_answers(found, exact(vectors[:2], corpus, 5))
 
 
@@ -90,7 +88,7 @@ def test_features_are_encoded_by_the_query_tower(
     encoder = QueryEncoder.load(cluster.generation / QUERY_ENCODER_FOLDER)
     answer = client.search(features=user_features, k=50)
     expected = exact(encoder.encode(user_features), corpus, 50)
-    assert_same_answers((answer.scores, answer.ids), expected)
+    assert_same_answers(Ranked(answer.ids, answer.scores), expected)
     assert answer.model_version == encoder.model_version
 
 
@@ -99,11 +97,11 @@ def test_item_to_item_leaves_the_item_itself_out(
 ) -> None:
     item_ids, vectors = corpus
     answer = client.search(item_ids=[int(item_ids[5]), 10**12], k=10)
-    scores, ids = exact(vectors[5:6], corpus, 11)
+    ids, scores = exact(vectors[5:6], corpus, 11)
     kept = ids[0] != item_ids[5]
     np.testing.assert_allclose(answer.scores[0], scores[0][kept], rtol=1e-5)
     assert answer.ids[1].tolist() == [-1] * 10
-    assert answer.reasons == {1: "item 1000000000000 not found"}
+    assert [(r.query, r.text) for r in answer.reasons] == [(1, "item 1000000000000 not found")]
 
 
 def test_one_item_can_be_read_back(client: Client, corpus: tuple[IdArray, FloatArray]) -> None:

@@ -17,11 +17,11 @@ import pytest
 
 from shardline.cluster.serving.deployment import shard_reports
 from shardline.cluster.serving.serving_keys import add_key, remove_key
-from shardline.router.client import Client
+from shardline.router.client.sync_client import Client
+from shardline.router.contract import Forbidden, Unauthenticated
 from shardline.router.http.api_keys import Key, Scope, read_keys
 from shardline.router.http.auth import RELOAD_S
-from shardline.router.http.problems import Forbidden, Unauthenticated
-from shardline.router.serve.haproxy import HEADER_TIMEOUT_S, REPLICA_PLACES
+from shardline.router.serve.haproxy import HEADER_TIMEOUT_S
 from shardline.shards.core.errors import InvalidInput
 from tests.integration.conftest import Cluster
 
@@ -248,16 +248,17 @@ def test_more_than_there_is_room_for_is_refused_at_once_and_all_is_well_after(
 ) -> None:
     """Three times as many as a replica takes, while a shard that does not answer keeps them."""
     key, victim = keys[Scope.SEARCH], shard_reports()[2]["pid"]
+    limit = cluster.config.router.max_in_flight
     before = in_flight(http, key)
     with ExitStack() as stack:
-        opened = [stack.enter_context(connection(cluster)) for _ in range(3 * REPLICA_PLACES)]
+        opened = [stack.enter_context(connection(cluster)) for _ in range(3 * limit)]
         os.kill(victim, signal.SIGSTOP)
         try:
             started = time.monotonic()
             for each in opened:
                 each.sendall(search_request(key))
             refused: dict[socket.socket, bytes] = {}
-            while len(refused) < len(opened) - REPLICA_PLACES - 1:  # those the others leave no room
+            while len(refused) < len(opened) - limit:  # those the others leave no room
                 waiting = [each for each in opened if each not in refused]
                 ready, _, _ = select.select(waiting, [], [], SOON_S)
                 assert ready, f"only {len(refused)} were answered"

@@ -13,7 +13,6 @@ from shardline.cluster.serving.endpoint import Address
 from shardline.shards.core.errors import Unavailable, VersionMismatch
 from shardline.shards.core.files import read_manifest
 from shardline.training.config.training_config import MiningConfig
-from shardline.training.features.prepared import item_lists
 from shardline.training.loop.launch import train
 from shardline.training.mining.hard_negatives import KIND, VERSION, load_hard
 from tests.integration.conftest import Cluster
@@ -60,7 +59,7 @@ def test_the_command_writes_a_table_that_training_can_load(
     mined = load_hard(out, cluster.dataset, fit_splits="train", per_row=4)
     assert len(mined.items) == report["negatives"] > 0
     assert mined.lengths.max() <= 4
-    known = item_lists(cluster.dataset, ("train",))
+    known = cluster.dataset.positives("train")
     width = cluster.dataset.rows["items"]
     keys = [lists.owners * width + lists.items for lists in (mined, known)]
     assert not np.isin(*keys).any(), "no known item became a negative"

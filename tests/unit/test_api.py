@@ -12,7 +12,6 @@ import orjson
 import pytest
 
 from shardline.router.http.api import create_app
-from shardline.router.http.codec import decode_answer
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.schema import Metric
@@ -25,6 +24,7 @@ from tests.fake_shard import (
     running_shards,
     until,
 )
+from tests.http_bodies import unpacked
 
 DIM = 8
 CONFIG = RouterConfig(
@@ -101,17 +101,17 @@ async def test_search_in_msgpack_both_ways():
             "/v1/search", content=msgpack.packb({"vectors": array, "k": 4}), headers=MSGPACK
         )
         assert response.headers["content-type"] == "application/msgpack"
-        answer = decode_answer(response.content)
+        answer = unpacked(response.content)
         ids, scores = brute_force(vectors[:2], np.arange(60), vectors, 4)
-        np.testing.assert_array_equal(answer.ids, ids)
-        np.testing.assert_array_equal(answer.scores, scores)
+        np.testing.assert_array_equal(answer["ids"], ids)
+        np.testing.assert_array_equal(answer["scores"], scores)
 
         response = await http.post(
             "/v1/search",
             json={"vectors": vectors[:2].tolist(), "k": 4},
             headers={"accept": "application/msgpack"},
         )
-        np.testing.assert_array_equal(decode_answer(response.content).ids, ids)
+        np.testing.assert_array_equal(unpacked(response.content)["ids"], ids)
 
 
 def test_an_unknown_item_is_an_empty_row_with_a_reason():
@@ -120,13 +120,16 @@ def test_an_unknown_item_is_an_empty_row_with_a_reason():
     body = response.json()
     assert [len(row) for row in body["ids"]] == [2, 0]
     assert 5 not in body["ids"][0]
-    assert body["reasons"] == {"1": "item 999 not found"}
+    assert body["reasons"] == [{"query": 1, "code": "not_found", "text": "item 999 not found"}]
 
 
-def test_features_are_encoded():
-    response = one_request("POST", "/v1/search", json={"features": [{"slope": 0.25}], "k": 2})
-    assert response.status_code == 200
-    assert len(response.json()["ids"][0]) == 2
+async def test_features_are_encoded():
+    async with api() as (http, _, _, vectors):
+        features = [{"slope": 0.25}, {"slope": -2.0}]
+        response = await http.post("/v1/search", json={"features": features, "k": 2})
+        expected = brute_force(FakeEncoder(DIM).encode(features), np.arange(60), vectors, 2)
+        assert response.json()["ids"] == expected.ids.tolist()
+        assert expected.ids[0].tolist() != expected.ids[1].tolist()
 
 
 async def test_fastapis_own_way_to_a_search_gives_the_same_answer():
@@ -269,7 +272,7 @@ async def test_float64_in_msgpack_is_searched_as_float32():
         content = msgpack.packb({"vectors": array, "k": 4})
         response = await http.post("/v1/search", content=content, headers=MSGPACK)
         expected, _ = brute_force(vectors[:1], np.arange(60), vectors, 4)
-        np.testing.assert_array_equal(decode_answer(response.content).ids, expected)
+        np.testing.assert_array_equal(unpacked(response.content)["ids"], expected)
         (request,) = shards[0].requests
         assert request.queries.dtype == np.float32
 
@@ -460,7 +463,8 @@ async def test_partial_answers_are_200_and_say_so_and_min_coverage_makes_them_50
         assert response.status_code == 200
         coverage = response.json()["coverage"]
         assert (coverage["rows_asked"], coverage["rows_answered"]) == (60, 45)
-        assert coverage["degraded"][0].startswith("shard 3: ")
+        (degraded,) = coverage["degraded"]
+        assert (degraded["shard"], degraded["code"]) == (3, "unavailable")
 
         response = await http.post("/v1/search", json=query | {"min_coverage": 1})
         assert response.status_code == 503
@@ -588,6 +592,7 @@ def test_openapi_describes_what_the_code_checks():
         "timeout_ms",
         "min_coverage",
         "params",
+        "min_seq",
     }
     assert body["additionalProperties"] is False
 

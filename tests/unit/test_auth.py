@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from shardline.router.contract import Forbidden, Unauthenticated
 from shardline.router.http.api import RequestContext, create_app
 from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import RELOAD_S, AuthSettings, Guard, needed_scope
-from shardline.router.http.problems import Forbidden, Unauthenticated
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.metrics import Recorder

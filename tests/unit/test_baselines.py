@@ -8,7 +8,8 @@ import pytest
 
 from shardline.shards.core.errors import DataError, InvalidInput
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import Dataset, interaction_batch, write_dataset
+from shardline.training.data.table_writer import interaction_batch, write_dataset
+from shardline.training.data.tables import Dataset
 from shardline.training.evaluation.baselines import (
     SVD_RANK,
     Baseline,
@@ -107,7 +108,7 @@ def test_svd_finds_two_groups() -> None:
     lists = [[i for i in range(u // 5 * 5, u // 5 * 5 + 5) if i % 5 != u % 5] for u in range(10)]
     train = Csr(np.arange(0, 41, 4), np.concatenate(lists))
     users, items = svd_vectors(train, 10, rank=2)
-    _, rows = rank_exact(users, items, k=1, exclude=train)
+    rows, _ = rank_exact(users, items, k=1, exclude=train)
     assert rows.ravel().tolist() == list(range(10))
 
 
@@ -121,7 +122,7 @@ def test_svd_through_a_dataset(tmp_path: Path) -> None:
 def test_popularity_counts() -> None:
     train = Csr(np.array([0, 2, 3]), np.array([1, 4, 4]))
     users, items = popularity_vectors(train, 6)
-    scores, rows = rank_exact(users, items, k=6, exclude=train)
+    rows, scores = rank_exact(users, items, k=6, exclude=train)
     assert rows.tolist() == [[0, 2, 3, 5, -1, -1], [1, 0, 2, 3, 5, -1]]
     assert scores[1].tolist() == [1, 0, 0, 0, 0, -np.inf]
 
@@ -154,7 +155,7 @@ def test_the_number_of_factors_is_chosen_on_validation(tmp_path: Path) -> None:
     all_users, all_items = svd_vectors(task.known, 10, rank=6)
     for rank in (1, 2, 6):
         users, items = all_users[:, :rank], all_items[:, :rank]
-        _, ranked = rank_exact(users[task.users], items, k=5, exclude=task.known.take(task.users))
+        ranked, _ = rank_exact(users[task.users], items, k=5, exclude=task.known.take(task.users))
         sums = MetricSums()
         sums.add(score_lists(ranked, task.relevant.take(task.users), (5,)))
         recalls[rank] = sums.result().means["recall@5"]

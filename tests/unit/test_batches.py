@@ -9,9 +9,10 @@ import pytest
 from shardline.shards.core.errors import ConfigError, DataError
 from shardline.training.config.loss_config import LossConfig
 from shardline.training.data.csr import Csr
+from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset
 from shardline.training.features.fitted import fit
-from shardline.training.features.prepared import TrainingData, item_lists, prepare
+from shardline.training.features.prepared import TrainingData, prepare
 from shardline.training.loop.batches import Batch, Sampler, check_batch, others
 from tests.tiny import ITEM_IDS, NUM_USERS, PER_USER, USER_IDS, tiny_config, tiny_dataset
 
@@ -191,8 +192,8 @@ def test_take_cuts_from_the_front() -> None:
     assert lists.take(np.array([0]), 0).items.tolist() == []
 
 
-def test_item_lists_of_several_splits(dataset: Dataset) -> None:
-    both = item_lists(dataset, ("train", "val"))
+def test_positives_of_several_splits(dataset: Dataset) -> None:
+    both = dataset.positives("train", "val")
     assert both.lengths.tolist() == [PER_USER - 1] * NUM_USERS
 
 
@@ -218,11 +219,7 @@ def test_batches_that_do_not_fit(size: int, ranks: int, words: str) -> None:
 
 
 def test_nothing_to_train_on_is_refused(dataset: Dataset, tmp_path: Path) -> None:
-    class OnlyTest:
-        users, items = dataset.users, dataset.items
-
-        def interactions(self, splits: object) -> object:
-            return dataset.interactions("test").slice(0, 0)
-
+    tables = dataset.users(), dataset.items(), dataset.interactions("test")
+    only_test = write_dataset(tmp_path / "only", *tables, name="only test")
     with pytest.raises(DataError, match="no interactions to train on"):
-        prepare(OnlyTest(), fit(tiny_config(), dataset), tmp_path)
+        prepare(only_test, fit(tiny_config(), dataset), tmp_path)

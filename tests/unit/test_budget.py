@@ -18,8 +18,9 @@ from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, N
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.index.spec import IndexSpec
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import Dataset, write_dataset
-from shardline.training.evaluation.budget import Stop, overlap, recall_budget, waterfall
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import Dataset
+from shardline.training.evaluation.budget import BudgetStage, overlap, recall_budget, waterfall
 from shardline.training.evaluation.evaluate import evaluate_exact
 from shardline.training.evaluation.user_queries import EvaluationTask, evaluation_task
 from shardline.training.export import export
@@ -144,14 +145,14 @@ def test_the_budget_by_hand() -> None:
     item_ids = np.arange(1, 7) * 10
     asked: list[int] = []
 
-    def stop(name: str, answers: np.ndarray) -> Stop:
+    def stage(name: str, answers: np.ndarray) -> BudgetStage:
         def ask(places: np.ndarray, k: int) -> np.ndarray:
             asked.append(k)
             return answers[places]
 
-        return Stop(name=name, about="", ask=ask)
+        return BudgetStage(name=name, about="", ask=ask)
 
-    found = recall_budget([stop("exact", exact), stop("poor", poor)], task, item_ids)
+    found = recall_budget([stage("exact", exact), stage("poor", poor)], task, item_ids)
     assert asked == [3, 3]  # one more, for the known item
     first, second = waterfall(found, 2)
     assert (first.recall, first.change, first.agreement) == (1.0, 0.0, 1.0)

@@ -9,31 +9,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardline.router.cache import ENTRY_BYTES, ResultCache, cache_key
-from shardline.router.fanout.coalesce import Found
-from shardline.router.query import Coverage
+from shardline.router.limits import resolve
+from shardline.router.query import Coverage, Degraded, Merged
+from shardline.router.router_config import RouterConfig
 from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import Ranked
 
 DIM = 4
 SIZE = ENTRY_BYTES + 12 * 3 + DIM * 4  # of an answer of three results to one query
 
 
 def key(number: int, generation: int = 1, k: int = 3, params: SearchParams | None = None):
-    return cache_key(generation, np.full((1, DIM), number, np.float32), k, params or SearchParams())
+    query = resolve(RouterConfig(), item_ids=[1], params=params or SearchParams())
+    return cache_key(generation, np.full((1, DIM), number, np.float32), k, query)
 
 
-def found(number: int, degraded: tuple[str, ...] = ()) -> Found:
-    return Found(
-        scores=np.full((1, 3), number, np.float32),
-        ids=np.full((1, 3), number, np.int64),
+def found(number: int, degraded: tuple[Degraded, ...] = ()) -> Merged:
+    return Merged(
+        ranked=Ranked(
+            ids=np.full((1, 3), number, np.int64), scores=np.full((1, 3), number, np.float32)
+        ),
         coverage=Coverage(
             shards_asked=2,
             shards_answered=2 - len(degraded),
             rows_asked=10,
             rows_answered=10,
-            degraded=list(degraded),
+            degraded=degraded,
         ),
-        generation=1,
-        model_version="m1",
         search_ms=2.5,
     )
 
@@ -42,7 +44,7 @@ def test_what_was_put_comes_back_until_others_are_used_more_recently() -> None:
     cache = ResultCache(20 * SIZE)
     for number in range(20):
         cache.put(key(number), found(number))
-    assert cache.get(key(0)).ids.tolist() == [[0, 0, 0]]
+    assert cache.get(key(0)).ranked.ids.tolist() == [[0, 0, 0]]
     cache.put(key(20), found(20))
     assert cache.get(key(1)) is None  # the least recently used, since 0 was asked for
     assert cache.get(key(0)) is not None
@@ -64,7 +66,7 @@ def test_it_is_a_bounded_lru(steps: list[tuple[bool, int]]) -> None:
             got = cache.get(key(number))
             assert (got is not None) == (number in model)
             if got is not None:
-                assert got.scores[0, 0] == number
+                assert got.ranked.scores[0, 0] == number
                 model.move_to_end(number)
     assert cache.stats.bytes == len(model) * SIZE
     assert cache.stats.entries == len(model)
@@ -87,7 +89,8 @@ def test_another_question_is_another_key(other) -> None:
 
 def test_two_short_queries_are_not_one_long_one() -> None:
     one, two = np.zeros((1, 8), np.float32), np.zeros((2, 4), np.float32)
-    assert cache_key(1, one, 3, SearchParams()) != cache_key(1, two, 3, SearchParams())
+    query = resolve(RouterConfig(), item_ids=[1])
+    assert cache_key(1, one, 3, query) != cache_key(1, two, 3, query)
 
 
 def test_a_partial_answer_and_a_huge_one_are_not_kept() -> None:
@@ -95,7 +98,7 @@ def test_a_partial_answer_and_a_huge_one_are_not_kept() -> None:
     cache.put(key(1), found(1))
     assert cache.stats.entries == 0
     cache = ResultCache(1 << 20)
-    cache.put(key(1), found(1, ("shard 0: connection lost",)))
+    cache.put(key(1), found(1, (Degraded(shard=0, code="unavailable", text="connection lost"),)))
     assert cache.get(key(1)) is None
 
 
@@ -103,14 +106,14 @@ def test_kept_arrays_are_its_own_and_read_only() -> None:
     cache = ResultCache(1 << 20)
     frame = np.arange(300, dtype=np.int64).reshape(100, 3)
     answer = found(1)
-    cache.put(key(1), replace(answer, ids=frame[:1]))
+    cache.put(key(1), replace(answer, ranked=Ranked(frame[:1], answer.ranked.scores)))
     frame[:] = -5
     kept = cache.get(key(1))
-    assert kept.ids.tolist() == [[0, 1, 2]]
-    assert kept.ids.base is None
+    assert kept.ranked.ids.tolist() == [[0, 1, 2]]
+    assert kept.ranked.ids.base is None
     assert kept.search_ms == 0.0
     with pytest.raises(ValueError, match="read-only"):
-        kept.ids[0, 0] = 1
+        kept.ranked.ids[0, 0] = 1
 
 
 def test_no_bytes_means_no_cache() -> None:

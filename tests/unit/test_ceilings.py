@@ -7,7 +7,6 @@ import pytest
 from scipy.optimize import minimize
 
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import positives_by_user
 from shardline.training.evaluation.ranking import evaluate_vectors
 from shardline.training.synthetic import ceilings
 from shardline.training.synthetic.ceilings import HiddenModel, infer_interests, measure_ceilings
@@ -79,9 +78,7 @@ def test_ceilings_of_a_generated_dataset(tmp_path: Path) -> None:
     stored, oracle = dataset.ceilings, dataset.oracle()
     assert stored is not None
     assert oracle is not None
-    users, items = dataset.users()["user_id"].to_numpy(), dataset.items()["item_id"].to_numpy()
-    known = positives_by_user(dataset.interactions(("train", "val")), users, items)
-    relevant = positives_by_user(dataset.interactions("test"), users, items)
+    known, relevant = dataset.positives("train", "val"), dataset.positives("test")
     again = evaluate_vectors(
         oracle["interest_vector"], oracle["attribute_vector"], relevant=relevant, exclude=known
     )

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
-import numpy as np
 import pyarrow as pa
 import pytest
-from safetensors import SafetensorError
 
 from shardline.cluster import cli as command_line
 from shardline.cluster.cli import COMMANDS, main
@@ -19,7 +17,7 @@ from shardline.shards.core import errors, files
 from shardline.shards.core.errors import DataError, NotFound, ShardlineError, Unavailable
 
 BARE = (ShardlineError, KeyboardInterrupt)  # their line needs no traceback
-README = Path(__file__).parents[2] / "README.md"
+OPERATIONS = Path(__file__).parents[2] / "docs" / "OPERATIONS.md"
 
 
 def ends(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -52,11 +50,11 @@ def test_every_error_has_its_code(kind: type[ShardlineError], code: int) -> None
     assert as_known(kind("a")) is not None
 
 
-def test_help_and_the_readme_list_the_codes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_and_the_operations_page_list_the_codes(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = ends(capsys, "--help")
     assert code == 0
     listed = " ".join(out.partition("Exit codes:")[2].split())
-    table = README.read_text()
+    table = OPERATIONS.read_text()
     for row in EXITS:
         assert f"{row.code} {row.meaning}" in listed
         assert f"| {row.code} | {row.meaning} |" in table
@@ -122,20 +120,9 @@ def test_refusals_of_the_system_name_path_and_reason(number: int) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_told_from_a_defect() -> None:
-    def text() -> None:
-        with Path("/dev/full").open("w", buffering=1) as file:
-            file.write("x\n")
-
-    def array() -> None:
-        np.ones(1 << 16).tofile("/dev/full")
-
-    for act in (text, array):
-        with pytest.raises(OSError) as raised:
-            act()
-        assert "no space left on the disk; make room" in str(as_known(raised.value))
-    for kind in (RuntimeError, pa.ArrowInvalid, SafetensorError):
-        told = as_known(kind("write error in x: 0 != 1 (No space left on device)"))
-        assert "no space left on the disk" in str(told)
+    with pytest.raises(OSError) as raised, Path("/dev/full").open("w", buffering=1) as file:
+        file.write("x\n")
+    assert "no space left on the disk; make room" in str(as_known(raised.value))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
@@ -151,7 +138,8 @@ def test_what_the_disk_says_needs_no_path(number: int) -> None:
         OSError("no number"),
         TimeoutError("slow"),
         KeyError("x"),
-        KeyError("No space left on device"),
+        KeyError("x in words like No space left on device"),
+        RuntimeError("write error in x: 0 != 1 (No space left on device)"),
         AssertionError("3 requested and 2 written"),
         FileNotFoundError(errno.ENOENT, "No such file or directory"),
         PermissionError(errno.EACCES, "Permission denied"),

@@ -9,7 +9,7 @@ import pytest
 
 from shardline.cluster.cli import main
 from shardline.cluster.commands import query as module
-from shardline.router.query import Coverage, SearchAnswer
+from shardline.router.client.answers import Coverage, Degraded, Reason, SearchAnswer
 from shardline.shards.core.errors import InvalidInput
 
 KNOWN = {3: [7, 9], 42: [1, 2]}  # item -> its neighbours
@@ -45,6 +45,7 @@ class FakeClient:
         where = f" in the shards that answered ({'; '.join(self.unasked)})" if self.unasked else ""
         missing = list(dict.fromkeys(self.unasked + self.missing))
         ids = np.array([KNOWN.get(item, [-1, -1]) for item in items], dtype=np.int64)
+        code = "not_found_partial" if self.unasked else "not_found"
         return SearchAnswer(
             ids=ids,
             scores=np.where(ids < 0, -np.inf, 0.5).astype(np.float32),
@@ -55,15 +56,15 @@ class FakeClient:
                 shards_answered=2 - len(missing),
                 rows_asked=20,
                 rows_answered=20 - 10 * len(missing),
-                degraded=missing,
+                degraded=tuple(Degraded(shard=1, code="timeout", text=text) for text in missing),
             ),
             took_ms=1.0,
             search_ms=0.5,
-            reasons={
-                place: f"item {item} not found{where}"
+            reasons=tuple(
+                Reason(query=place, code=code, text=f"item {item} not found{where}")
                 for place, item in enumerate(items)
                 if item not in KNOWN
-            },
+            ),
             request_id="r",
         )
 
@@ -110,22 +111,22 @@ def test_unknown_items_among_known_ones_are_named(
 def test_an_item_that_a_silent_shard_may_hold_is_not_called_unknown(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster.unasked = ["shard 1 did not answer"]
+    cluster.unasked = ["did not answer"]
     code, _, err = query(capsys, "--item", "5")
     assert code == 4
-    assert "partial: shard 1 did not answer" in err
-    expected = "error: item 5 not found in the shards that answered (shard 1 did not answer); `sha"
+    assert "partial: shard 1: did not answer" in err
+    expected = "error: item 5 not found in the shards that answered (did not answer); `sha"
     assert expected in err
 
 
 def test_an_item_that_every_shard_looked_for_is_unknown_though_one_missed_the_search(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cluster.missing = ["shard 1 did not answer"]
+    cluster.missing = ["did not answer"]
     code, out, err = query(capsys, "--item", "5", "--item", "42")
     assert code == 3
     assert "similar to item 42" in out
-    assert err == "partial: shard 1 did not answer\nerror: no item 5 in generation 6\n"
+    assert err == "partial: shard 1: did not answer\nerror: no item 5 in generation 6\n"
 
 
 def test_json_says_which_item_a_result_is_similar_to(
@@ -138,7 +139,7 @@ def test_json_says_which_item_a_result_is_similar_to(
         {"item_id": 1, "score": 0.5, "similar_to": 42},
         {"item_id": 2, "score": 0.5, "similar_to": 42},
     ]
-    assert report["reasons"] == ["item 5 not found"]
+    assert report["reasons"] == [{"query": 0, "code": "not_found", "text": "item 5 not found"}]
     code, out, _ = query(capsys, "--json", "--vector", "[1, 2.5]")
     assert code == 0
     assert json.loads(out)["results"][0] == {"item_id": 1, "score": 0.5}
@@ -217,4 +218,3 @@ def test_bad_options_are_refused_before_anything_is_asked(
 def test_the_texts_that_are_looked_for_are_the_routers() -> None:
     router = Path(__file__).parents[2] / "router"
     assert module.API_ADVICE[0] in (router / "fanout" / "snapshot.py").read_text()
-    assert module.UNSURE.removeprefix("not found") in (router / "item_queries.py").read_text()

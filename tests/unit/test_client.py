@@ -1,15 +1,20 @@
-"""The client against a real HTTP server in a thread: answers as numpy, problems as errors."""
+"""Both clients against a real HTTP server in a thread: answers as numpy, problems as errors."""
 
+import inspect
+import json
 import socket
 
-import httpx
 import numpy as np
 import pytest
 
-from shardline.router.client import Client, as_error
+from shardline.router.client.async_client import AsyncClient
+from shardline.router.client.calls import as_error
+from shardline.router.client.http1 import Response
+from shardline.router.client.retries import Retry
+from shardline.router.client.sync_client import Client
+from shardline.router.contract import Unauthenticated
 from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import AuthSettings, Guard
-from shardline.router.http.problems import Forbidden, Unauthenticated
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import (
     DeadlineExceeded,
@@ -21,33 +26,50 @@ from shardline.shards.core.errors import (
     VersionMismatch,
 )
 from shardline.shards.core.messages import SearchParams
+from tests.client_pair import KINDS
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import brute_force, make_rows
 from tests.live_router import DIM, running_router
 
 CONFIG = RouterConfig(default_k=10, max_k=50)
-
-
 KEY = "k" * 43
 GUARD = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.SEARCH, KEY)])))
+ONCE = Retry(attempts=1)
 
 
 @pytest.fixture(scope="module")
-def client():
-    with running_router(CONFIG, GUARD) as router, Client(router.url, key=KEY) as client:
+def url():
+    with running_router(CONFIG, GUARD) as router:
+        yield router.url
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def client(url, kind):
+    with kind(url, key=KEY) as client:
         yield client
 
 
-def test_keys(client):
-    url = str(client._http.base_url)
-    with Client(url) as stranger, pytest.raises(Unauthenticated, match="a key is needed"):
+def test_both_have_the_same_verbs_and_arguments():
+    verbs = {name for name in vars(Client) if not name.startswith("_")}
+    assert verbs == {name for name in vars(AsyncClient) if not name.startswith("_")}
+    assert {"search", "item", "status", "healthy", "ready", "close"} == verbs
+    for verb in verbs:
+        ours, twins = (inspect.signature(getattr(each, verb)) for each in (Client, AsyncClient))
+        assert ours == twins
+
+
+def test_keys(url, kind):
+    with kind(url) as stranger, pytest.raises(Unauthenticated, match="a key is needed"):
         stranger.status()
-    with Client(url, key="w" * 43) as stranger, pytest.raises(Unauthenticated, match="not one of"):
+    with kind(url, key="w" * 43) as stranger, pytest.raises(Unauthenticated, match="not one of"):
         stranger.search(item_ids=[1])
-    with Client(url) as stranger:
+    with kind(url) as stranger:
         assert stranger.ready(), "probes need no key"
-    with pytest.raises(Forbidden, match="may only search"):
-        client._send("PUT", "/v1/items")
 
 
 @pytest.mark.parametrize("key", ["", "k" * 31, "k" * 40 + "\r\nx: y", "k" * 40 + " ", "é" * 40])
@@ -55,6 +77,11 @@ def test_what_no_key_looks_like_is_not_sent(key):
     with pytest.raises(InvalidInput, match="not an API key") as caught:
         Client("http://127.0.0.1:9", key=key)
     assert "kk" not in str(caught.value)
+
+
+def test_a_key_shows_in_no_repr(url):
+    with Client(url, key=KEY) as client:
+        assert KEY not in repr(client._server)
 
 
 def test_vectors(client):
@@ -76,7 +103,7 @@ def test_items_and_their_reasons_are_padded(client):
     assert 5 not in answer.ids[0]
     assert answer.ids[1].tolist() == [-1] * 10
     assert np.isneginf(answer.scores[1]).all()
-    assert answer.reasons == {1: "item 999 not found"}
+    assert [(reason.query, reason.text) for reason in answer.reasons] == [(1, "item 999 not found")]
 
 
 def test_features(client):
@@ -102,8 +129,12 @@ def test_problems_come_back_as_errors(client):
     assert (caught.value.field, caught.value.expected, caught.value.got) == ("vectors", "8", "7")
     with pytest.raises(InvalidInput, match="exactly one kind"):
         client.search()
+    with pytest.raises(InvalidInput, match=r"k: out of range; expected 1 to 50"):
+        client.search(item_ids=[1], k=51)
     with pytest.raises(NotFound):
         client.item(60)
+    with pytest.raises(InvalidInput, match="item_id"):
+        client.item("seven")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +142,7 @@ def test_problems_come_back_as_errors(client):
     [
         ("invalid_input", InvalidInput),
         ("payload_too_large", InvalidInput),
+        ("unauthenticated", Unauthenticated),
         ("version_mismatch", VersionMismatch),
         ("unavailable", Unavailable),
         ("overloaded", Overloaded),
@@ -120,41 +152,29 @@ def test_problems_come_back_as_errors(client):
     ],
 )
 def test_every_code_has_its_error(code, kind):
-    problem = {"code": code, "detail": "what", "request_id": "r7", "field": "f"}
-    response = httpx.Response(
-        500, json=problem, headers={"content-type": "application/problem+json"}
-    )
-    error = as_error(response)
+    problem = {"code": code, "detail": "what", "request_id": "r7", "field": "f", "hint": "h"}
+    problem |= {"expected": "e", "got": "g"}
+    headers = {b"content-type": b"application/problem+json"}
+    error = as_error(Response(500, headers, json.dumps(problem).encode(), keep_alive=True))
     assert isinstance(error, kind)
-    assert (error.message, error.field) == ("what", "f")
-    if kind is ShardlineError:
-        assert "r7" in error.hint
+    assert (error.message, error.field, error.expected, error.got) == ("what", "f", "e", "g")
+    assert "r7" in error.hint if kind is ShardlineError else error.hint == "h"
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}"])
-def test_an_answer_of_somebody_else_is_unavailable(body):
-    for content_type in ("text/html", "application/problem+json"):
-        response = httpx.Response(502, content=body, headers={"content-type": content_type})
-        error = as_error(response)
-        assert isinstance(error, Unavailable)
-        assert error.got == "HTTP 502"
+@pytest.mark.parametrize("content_type", [b"text/html", b"application/problem+json"])
+def test_an_answer_of_somebody_else_is_unavailable(body, content_type):
+    error = as_error(Response(502, {b"content-type": content_type}, body, keep_alive=True))
+    assert isinstance(error, Unavailable)
+    assert error.got == "HTTP 502"
 
 
-def test_a_server_that_is_not_there_is_unavailable_with_a_hint():
+def test_a_server_that_is_not_there_is_unavailable_with_a_hint(kind):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    with Client(f"http://127.0.0.1:{port}") as client:
+    with kind(f"http://127.0.0.1:{port}", retry=ONCE) as client:
         with pytest.raises(Unavailable, match="cannot reach") as caught:
             client.search(item_ids=[1])
         assert "is the cluster up?" in caught.value.hint
         assert not client.healthy()
         assert not client.ready()
-
-
-def test_a_server_that_does_not_answer_is_a_missed_deadline():
-    with (
-        socket.create_server(("127.0.0.1", 0)) as silent,
-        Client(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.05) as client,
-        pytest.raises(DeadlineExceeded),
-    ):
-        client.status()

@@ -7,23 +7,32 @@ import random
 import numpy as np
 import pytest
 
-from shardline.router.fanout.coalesce import HOLD_MS, MAX_FRAME_ROWS
+from shardline.router.fanout.coalesce import HOLD_MS, MAX_FRAME_ROWS, LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import DeadlineExceeded, Unavailable
 from shardline.shards.core.messages import ErrorReply, SearchParams
-from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
+from tests.fake_shard import (
+    SECRET,
+    brute_force,
+    make_rows,
+    make_table,
+    missing,
+    running_shards,
+    until,
+)
+from tests.manual_clock import ManualClock
 
 DIM = 8
 
 
 @contextlib.asynccontextmanager
-async def cluster(num_shards=2, **config):
-    """(fanout, shards, ids, vectors) of 60 rows."""
+async def cluster(num_shards=2, clock=None, **config):
+    """(fanout, shards, ids, vectors) of 60 rows; on the event loop's clock unless one is given."""
     ids, vectors = make_rows(60, DIM)
     settings = RouterConfig(backoff_base_ms=1, backoff_max_ms=5).model_copy(update=config)
     async with running_shards(ids, vectors, num_shards) as shards:
-        fanout = Fanout(SECRET, settings, random.Random(0))
+        fanout = Fanout(SECRET, settings, random.Random(0), clock=clock)
         await fanout.apply(make_table(shards, DIM), None)
         yield fanout, shards, ids, vectors
         await fanout.close()
@@ -31,16 +40,18 @@ async def cluster(num_shards=2, **config):
 
 
 async def search(fanout, queries, k=5, *, timeout=5.0, min_coverage=0.0, params=None):
-    deadline = asyncio.get_running_loop().time() + timeout
+    deadline = fanout._clock.time() + timeout
     with fanout.pin() as snapshot:
-        return await fanout.search(
-            snapshot,
-            queries,
-            k,
-            deadline=deadline,
-            params=params or SearchParams(),
-            min_coverage=min_coverage,
+        key = LaneKey(
+            snapshot=snapshot, k=k, min_coverage=min_coverage, params=params or SearchParams()
         )
+        return await fanout.search(queries, key, deadline=deadline)
+
+
+def only_late(fanout, shard):
+    """Of each shard, whether it owes answers exactly if it is the one that does not answer."""
+    for number, (connection,) in enumerate(fanout.snapshot.shards):
+        yield (connection.in_flight > 0) == (number == shard)
 
 
 def rows_asked(shard):
@@ -79,8 +90,8 @@ async def test_what_arrives_while_a_frame_is_under_way_leaves_together_and_each_
             await asyncio.gather(first, *others), [0, *starts], [1, *sizes], strict=False
         ):
             expected = brute_force(vectors[start : start + size], ids, vectors, 5)
-            np.testing.assert_array_equal(answer.ids, expected[0])
-            np.testing.assert_array_equal(answer.scores, expected[1])
+            np.testing.assert_array_equal(answer.ranked.ids, expected[0])
+            np.testing.assert_array_equal(answer.ranked.scores, expected[1])
             assert answer.coverage.share == 1.0
         assert [rows_asked(shard) for shard in shards] == [[1, 7], [1, 7]]
         assert fanout._coalescer._lanes == {}
@@ -100,19 +111,22 @@ async def test_an_idle_lane_asks_at_once_and_other_terms_do_not_wait():
 
 
 async def test_a_shard_that_hangs_holds_up_nobody_for_longer_than_the_hold():
-    async with cluster() as (fanout, shards, ids, vectors):
+    clock = ManualClock()
+    async with cluster(clock=clock) as (fanout, shards, ids, vectors):
         shards[1].gate.clear()
         first = asyncio.create_task(search(fanout, vectors[:1], timeout=0.3))
         await until(lambda: shards[1].requests)
-        started = asyncio.get_running_loop().time()
         second = asyncio.create_task(search(fanout, vectors[1:2], timeout=0.3))
+        await clock.advance(0.9 * HOLD_MS / 1000)
+        assert [rows_asked(shard) for shard in shards] == [[1], [1]]
+        await clock.advance(0.2 * HOLD_MS / 1000)
         await until(lambda: len(shards[0].requests) == 2)
-        assert asyncio.get_running_loop().time() - started < 0.2  # HOLD_MS, not its deadline
-        assert HOLD_MS < 200
+        await until(lambda: all(only_late(fanout, 1)))
+        await clock.advance(0.3)
         for answer, query in zip(await asyncio.gather(first, second), vectors, strict=False):
-            assert answer.coverage.degraded == ["shard 1: deadline exceeded"]
+            assert missing(answer) == ["shard 1: deadline exceeded"]
             half = brute_force(query[None], ids[:30], vectors[:30], 5)
-            np.testing.assert_array_equal(answer.ids, half[0])
+            np.testing.assert_array_equal(answer.ranked.ids, half[0])
 
 
 async def test_a_frame_is_bounded_and_what_does_not_fit_travels_alone():
@@ -126,7 +140,7 @@ async def test_a_frame_is_bounded_and_what_does_not_fit_travels_alone():
         answers = await asyncio.gather(first, *others)
         assert rows_asked(shards[0]) == [1, 1, len(big), 5]
         expected = brute_force(big, ids, vectors, 5)
-        np.testing.assert_array_equal(answers[2].ids, expected[0])
+        np.testing.assert_array_equal(answers[2].ranked.ids, expected.ids)
 
 
 async def test_a_deadline_that_ends_behind_a_frame_is_said_and_a_caller_that_left_is_forgotten():
@@ -157,45 +171,47 @@ async def test_a_member_keeps_its_own_deadline_in_a_shared_frame():
         shards[1]._answer = answer_all_but_pairs
         answer_all(shards)
         assert (await first).coverage.share == 1.0
-        assert (await asyncio.wait_for(hasty, 2)).coverage.degraded == [
-            "shard 1: deadline exceeded"
-        ]
+        assert missing(await asyncio.wait_for(hasty, 2)) == ["shard 1: deadline exceeded"]
         assert not patient.done()
         await shards[1].kill()
-        assert (await patient).coverage.degraded == ["shard 1: connection lost"]
+        assert missing(await patient) == ["shard 1: connection lost"]
         assert rows_asked(shards[0]) == [1, 2]
 
 
 async def test_enough_coverage_shortens_the_wait_for_the_rest():
-    async with cluster(num_shards=4) as (fanout, shards, _, vectors):
+    clock = ManualClock()
+    patient = {"late_after_ms": 1e6, "stall_timeout_ms": 1e6}
+    async with cluster(num_shards=4, clock=clock, **patient) as (fanout, shards, _, vectors):
         shards[3].gate.clear()
-        loop = asyncio.get_running_loop()
-        for min_coverage, cut in [(0.75, True), (0.8, False), (0.0, False)]:
-            started = loop.time()
+        for asked, (min_coverage, cut) in enumerate([(0.75, True), (0.8, False), (0.0, False)], 1):
+            running = asyncio.create_task(
+                search(fanout, vectors[:1], timeout=10.0, min_coverage=min_coverage)
+            )
+            await until(lambda asked=asked: len(shards[3].requests) == asked)
+            await until(lambda: all(only_late(fanout, 3)))
+            await clock.advance(1.9)
+            assert not running.done()
+            await clock.advance(0.2)  # a fifth of the time has passed
+            assert running.done() == cut
+            await clock.advance(8.0)
             if min_coverage == 0.8:
                 with pytest.raises(Unavailable, match="too few rows"):
-                    await search(fanout, vectors[:1], timeout=0.5, min_coverage=min_coverage)
+                    await running
             else:
-                answer = await search(fanout, vectors[:1], timeout=0.5, min_coverage=min_coverage)
-                assert answer.coverage.share == 0.75
-            waited = loop.time() - started
-            assert (waited < 0.4) == cut
-            assert waited >= 0.09  # a fifth of the time left
+                assert (await running).coverage.share == 0.75
 
 
 async def test_queries_go_without_a_shard_that_has_been_silent_until_it_speaks_again():
-    async with cluster(late_after_ms=50.0, stall_timeout_ms=60_000.0) as (
-        fanout,
-        shards,
-        _,
-        vectors,
-    ):
+    clock = ManualClock()
+    config = {"late_after_ms": 50.0, "stall_timeout_ms": 60_000.0}
+    async with cluster(clock=clock, **config) as (fanout, shards, _, vectors):
         shards[1].gate.clear()
-        await search(fanout, vectors[:1], timeout=0.1)
-        started = asyncio.get_running_loop().time()
-        answer = await search(fanout, vectors[:1], timeout=30.0)
-        assert asyncio.get_running_loop().time() - started < 5
-        assert answer.coverage.degraded == ["shard 1: silent, though it owes answers"]
+        first = asyncio.create_task(search(fanout, vectors[:1], timeout=0.1))
+        await until(lambda: shards[1].requests)
+        await clock.advance(0.2)
+        assert missing(await first) == ["shard 1: deadline exceeded"]
+        answer = await asyncio.wait_for(search(fanout, vectors[:1], timeout=30.0), 5)
+        assert missing(answer) == ["shard 1: silent, though it owes answers"]
         assert rows_asked(shards[1]) == [1]  # nothing piles up behind it
         shards[1].gate.set()
 
@@ -213,9 +229,10 @@ async def test_refusals_do_not_count_as_coverage():
         shards[3].gate.clear()
         running = asyncio.create_task(search(fanout, vectors[:1], timeout=5.0, min_coverage=0.75))
         await until(lambda: shards[3].requests)
-        await asyncio.sleep(0.05)
+        await until(lambda: all(only_late(fanout, 3)))
+        assert not running.done()
         shards[3].gate.set()
-        assert (await running).coverage.degraded == ["shard 0: overloaded"]
+        assert missing(await running) == ["shard 0: overloaded"]
 
 
 async def test_many_frames_that_no_shard_takes_end_one_after_the_other():
@@ -234,7 +251,7 @@ async def test_what_does_not_fit_the_first_frame_leaves_without_its_answer_too()
     async with cluster() as (fanout, shards, _, vectors):
         shards[0].gate.clear()  # every frame waits for this one
         many = np.tile(vectors[:20], (10, 1))
-        searches = [asyncio.create_task(search(fanout, many, timeout=0.5)) for _ in range(4)]
+        searches = [asyncio.create_task(search(fanout, many, timeout=5.0)) for _ in range(4)]
         await until(lambda: len(shards[1].requests) == 4)
         assert not any(each.done() for each in searches)
         shards[0].gate.set()

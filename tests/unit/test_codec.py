@@ -5,31 +5,38 @@ import numpy as np
 import orjson
 import pytest
 
-from shardline.router.http.codec import (
-    decode_answer,
-    decode_query,
-    encode_answer,
-    encode_item,
-    encode_query,
-)
+from shardline.router.client.answers import read_item, read_search
+from shardline.router.client.calls import search_body
+from shardline.router.contract import NotAcceptable, UnsupportedMediaType
+from shardline.router.http.codec import decode_query, encode_answer, encode_item
 from shardline.router.http.media import Media, answer_media, body_media
-from shardline.router.http.problems import NotAcceptable, UnsupportedMediaType
-from shardline.router.query import Coverage, ItemAnswer, SearchAnswer, SearchQuery
+from shardline.router.limits import resolve
+from shardline.router.query import (
+    Coverage,
+    Degraded,
+    ItemAnswer,
+    QueryKind,
+    Reason,
+    ReasonCode,
+    SearchAnswer,
+)
+from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput, ProtocolError
 from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.schema import Ranked
+from tests.http_bodies import packed
 
+CONFIG = RouterConfig()
 INF = np.float32(np.inf)
-
-
-def packed(array, dtype):
-    array = np.asarray(array, dtype=dtype)
-    return {"dtype": dtype, "shape": list(array.shape), "data": array.tobytes()}
+REASON = Reason(query=1, code=ReasonCode.NOT_FOUND, text="why")
 
 
 def make_answer(**changes):
     content = {
-        "ids": np.array([[4, 2, -1], [7, 8, 9]]),
-        "scores": np.array([[0.1, -3.5, -INF], [3, 2, 1]], np.float32),
+        "ranked": Ranked(
+            np.array([[4, 2, -1], [7, 8, 9]]),
+            np.array([[0.1, -3.5, -INF], [3, 2, 1]], np.float32),
+        ),
         "generation": 3,
         "model_version": "m",
         "coverage": Coverage(
@@ -37,11 +44,11 @@ def make_answer(**changes):
             shards_answered=1,
             rows_asked=9,
             rows_answered=4,
-            degraded=["shard 1: x"],
+            degraded=(Degraded(shard=1, code="unavailable", text="x"),),
         ),
         "took_ms": 1.23456,
         "search_ms": 0.5,
-        "reasons": {},
+        "reasons": (),
         "request_id": "r",
     }
     return SearchAnswer(**(content | changes))
@@ -94,56 +101,48 @@ def test_json_query():
         b'{"vectors": [[1, 2.5], [-3e2, 0]], "k": 7, "timeout_ms": 50, "min_coverage": 1,'
         b' "params": {"nprobe": 4}, "features": null}'
     )
-    query = decode_query(body, Media.JSON)
-    assert query.vectors.tolist() == [[1.0, 2.5], [-300.0, 0.0]]
+    query = decode_query(body, Media.JSON, CONFIG)
+    assert query.kind is QueryKind.VECTORS
+    assert query.values.tolist() == [[1.0, 2.5], [-300.0, 0.0]]
     assert (query.k, query.timeout_ms, query.min_coverage) == (7, 50.0, 1.0)
     assert query.params == SearchParams(nprobe=4)
-    assert query.features is None
-    assert query.item_ids is None
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f8", "<i4", "<i8"])
 def test_msgpack_arrays_of_every_type(dtype):
     body = msgpack.packb({"vectors": packed([[1, 2], [3, 4]], dtype)})
-    query = decode_query(body, Media.MSGPACK)
-    assert query.vectors.dtype == np.dtype(dtype)
-    assert query.vectors.tolist() == [[1, 2], [3, 4]]
+    query = decode_query(body, Media.MSGPACK, CONFIG)
+    assert query.values.dtype == np.dtype(dtype)
+    assert query.values.tolist() == [[1, 2], [3, 4]]
 
 
 def test_msgpack_takes_plain_lists_too():
-    query = decode_query(msgpack.packb({"item_ids": [3, 2**62]}), Media.MSGPACK)
-    assert query.item_ids == [3, 2**62]
-    query = decode_query(msgpack.packb({"vectors": [[1, 2.5]]}), Media.MSGPACK)
-    assert query.vectors.tolist() == [[1.0, 2.5]]
+    query = decode_query(msgpack.packb({"item_ids": [3, 2**62]}), Media.MSGPACK, CONFIG)
+    assert (query.kind, query.values) == (QueryKind.ITEM_IDS, [3, 2**62])
+    query = decode_query(msgpack.packb({"vectors": [[1, 2.5]]}), Media.MSGPACK, CONFIG)
+    assert query.values.tolist() == [[1.0, 2.5]]
 
 
 def test_an_array_as_a_feature_is_a_list():
     body = msgpack.packb({"features": [{"interest": packed([1, 2], "<f4"), "country": "DE"}]})
-    query = decode_query(body, Media.MSGPACK)
-    assert query.features == [{"interest": [1.0, 2.0], "country": "DE"}]
+    query = decode_query(body, Media.MSGPACK, CONFIG)
+    assert query.values == [{"interest": [1.0, 2.0], "country": "DE"}]
 
 
 @pytest.mark.parametrize(
-    "query",
+    "fields",
     [
-        SearchQuery(vectors=np.array([[1, 2]], "<f4"), k=3, params=SearchParams(ef_search=9)),
-        SearchQuery(item_ids=np.array([5, 6], "<i8"), timeout_ms=20.5, min_coverage=0.5),
-        SearchQuery(features=[{"age": 30, "past": [1, 2], "country": None, "new": True}]),
+        {"vectors": np.array([[1, 2]], "<f4"), "k": 3, "params": SearchParams(ef_search=9)},
+        {"item_ids": np.array([5, 6], "<i8"), "timeout_ms": 20.5, "min_coverage": 0.5},
+        {"features": [{"age": 30, "past": [1, 2], "country": None, "new": True}]},
     ],
 )
-def test_encode_query_is_what_decode_query_reads(query):
-    again = decode_query(encode_query(query), Media.MSGPACK)
-    for name in ("vectors", "item_ids"):
-        expected, got = getattr(query, name), getattr(again, name)
-        assert (expected is None) == (got is None)
-        assert expected is None or (expected == got).all()
-    assert (again.features, again.k, again.params) == (query.features, query.k, query.params)
-    assert (again.timeout_ms, again.min_coverage) == (query.timeout_ms, query.min_coverage)
-
-
-def test_a_feature_that_msgpack_cannot_hold_is_refused():
-    with pytest.raises(InvalidInput, match="features"):
-        encode_query(SearchQuery(features=[{"user_id": 10**30}]))
+def test_what_the_client_sends_is_what_the_server_reads(fields):
+    query = decode_query(search_body(**fields), Media.MSGPACK, CONFIG)
+    expected = resolve(CONFIG, **fields)
+    assert np.array_equal(query.values, expected.values)
+    for name in ("kind", "k", "timeout_ms", "min_coverage", "params", "options"):
+        assert getattr(query, name) == getattr(expected, name)
 
 
 BAD_JSON = [
@@ -185,19 +184,19 @@ BAD_JSON = [
 @pytest.mark.parametrize(("body", "field", "message"), BAD_JSON)
 def test_bad_json_is_named(body, field, message):
     with pytest.raises(InvalidInput, match=message) as caught:
-        decode_query(body, Media.JSON)
+        decode_query(body, Media.JSON, CONFIG)
     assert caught.value.field == field
 
 
 def test_an_unknown_field_comes_with_the_known_ones_and_a_guess():
     with pytest.raises(InvalidInput) as caught:
-        decode_query(b'{"item_id": [1]}', Media.JSON)
+        decode_query(b'{"item_id": [1]}', Media.JSON, CONFIG)
     assert caught.value.hint == (
         "did you mean item_ids? "
-        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params"
+        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params, min_seq"
     )
     with pytest.raises(InvalidInput) as caught:
-        decode_query(b'{"params": {"zzz": 1}}', Media.JSON)
+        decode_query(b'{"params": {"zzz": 1}}', Media.JSON, CONFIG)
     assert caught.value.hint == "known fields: nprobe, ef_search, rerank_factor"
 
 
@@ -205,11 +204,11 @@ def test_an_unknown_field_comes_with_the_known_ones_and_a_guess():
 def test_users_are_asked_for_by_features(name):
     """The nearest spelling is item_ids, which would answer another question."""
     with pytest.raises(InvalidInput) as caught:
-        decode_query(f'{{"{name}": [17]}}'.encode(), Media.JSON)
+        decode_query(f'{{"{name}": [17]}}'.encode(), Media.JSON, CONFIG)
     assert caught.value.field == name
     assert caught.value.hint == (
         "users are asked for by their features, which /v1/status lists: use features; "
-        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params"
+        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params, min_seq"
     )
 
 
@@ -251,7 +250,7 @@ BAD_MSGPACK = [
 @pytest.mark.parametrize(("body", "field", "message"), BAD_MSGPACK)
 def test_bad_msgpack_is_named(body, field, message):
     with pytest.raises(InvalidInput, match=message) as caught:
-        decode_query(body, Media.MSGPACK)
+        decode_query(body, Media.MSGPACK, CONFIG)
     assert caught.value.field == field
 
 
@@ -267,7 +266,7 @@ def test_json_answers_are_cut_to_live_results():
             "shards_answered": 1,
             "rows_asked": 9,
             "rows_answered": 4,
-            "degraded": ["shard 1: x"],
+            "degraded": [{"shard": 1, "code": "unavailable", "text": "x"}],
         },
         "took_ms": 1.235,
         "search_ms": 0.5,
@@ -276,30 +275,51 @@ def test_json_answers_are_cut_to_live_results():
 
 
 def test_full_json_answers_are_not_cut():
-    answer = make_answer(ids=np.array([[1, 2]]), scores=np.array([[2, 1]], np.float32))
+    answer = make_answer(ranked=Ranked(np.array([[1, 2]]), np.array([[2, 1]], np.float32)))
     content = orjson.loads(encode_answer(answer, Media.JSON))
     assert (content["ids"], content["scores"]) == ([[1, 2]], [[2.0, 1.0]])
 
 
 def test_reasons_are_there_only_when_there_are_any():
-    content = orjson.loads(encode_answer(make_answer(reasons={1: "why"}), Media.JSON))
-    assert content["reasons"] == {"1": "why"}
+    content = orjson.loads(encode_answer(make_answer(reasons=(REASON,)), Media.JSON))
+    assert content["reasons"] == [{"query": 1, "code": "not_found", "text": "why"}]
 
 
-def test_msgpack_answers_come_back_as_they_were():
-    answer = make_answer(reasons={0: "why"}, took_ms=1.5)
-    again = decode_answer(encode_answer(answer, Media.MSGPACK))
-    np.testing.assert_array_equal(again.ids, answer.ids)
-    np.testing.assert_array_equal(again.scores, answer.scores)
+def test_msgpack_answers_come_back_as_they_were_empty_slots_included():
+    answer = make_answer(reasons=(REASON,), took_ms=1.5)
+    again = read_search(encode_answer(answer, Media.MSGPACK))
+    np.testing.assert_array_equal(again.ids, answer.ranked.ids)
+    np.testing.assert_array_equal(again.scores, answer.ranked.scores)
     assert (again.ids.dtype, again.scores.dtype) == (np.int64, np.float32)
-    for name in ("generation", "model_version", "coverage", "took_ms", "reasons", "request_id"):
+    for name in ("generation", "model_version", "took_ms", "search_ms", "request_id"):
         assert getattr(again, name) == getattr(answer, name)
+    assert (again.coverage, again.reasons) == (answer.coverage, answer.reasons)
 
 
-@pytest.mark.parametrize("body", [b"", b"\x80", b"\x01", msgpack.packb({"coverage": {"a": 1}})])
-def test_what_is_no_answer_is_a_protocol_error(body):
-    with pytest.raises(ProtocolError):
-        decode_answer(body)
+def test_fields_of_a_newer_server_are_ignored():
+    content = msgpack.unpackb(encode_answer(make_answer(), Media.MSGPACK))
+    assert read_search(msgpack.packb(content | {"from_a_newer_server": 1})).generation == 3
+
+
+FLOATS = packed([[1.5]], "<f4")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x80",
+        b"\x01",
+        msgpack.packb({"coverage": {"a": 1}}),
+        msgpack.packb({"ids": FLOATS, "scores": FLOATS}),
+        msgpack.packb({"ids": packed([[1, 2]], "<i8"), "scores": FLOATS}),
+        msgpack.packb({"ids": [[1]], "scores": [[1.5]]}),
+    ],
+)
+@pytest.mark.parametrize("read", [read_search, read_item])
+def test_what_is_no_answer_is_a_protocol_error(body, read):
+    with pytest.raises(ProtocolError, match="not a"):
+        read(body)
 
 
 def test_item_in_both_formats():
@@ -314,5 +334,8 @@ def test_item_in_both_formats():
         "generation": 2,
         "model_version": "m",
     }
-    content = msgpack.unpackb(encode_item(answer, Media.MSGPACK))
-    assert content["vector"] == packed([0.1, 2], "<f4")
+    body = encode_item(answer, Media.MSGPACK)
+    assert msgpack.unpackb(body)["vector"] == packed([0.1, 2], "<f4")
+    again = read_item(body)
+    assert again.vector.tolist() == answer.vector.tolist()
+    assert (again.item_id, again.shard, again.generation, again.model_version) == (5, 1, 2, "m")

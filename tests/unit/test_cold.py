@@ -10,7 +10,8 @@ import pytest
 
 from shardline.shards.core.errors import InvalidInput
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import Dataset, interaction_batch, vector_column, write_dataset
+from shardline.training.data.table_writer import interaction_batch, write_dataset
+from shardline.training.data.tables import Dataset, vector_column
 from shardline.training.evaluation.cold import RIDGE, attribute_vectors, chance, cold_baselines
 from shardline.training.evaluation.ranking_metrics import MetricSums, score_lists
 from shardline.training.evaluation.user_queries import EvaluationTask, evaluation_task

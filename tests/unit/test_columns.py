@@ -12,7 +12,8 @@ from shardline.shards.core.errors import DataError
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import Dataset, vector_column, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import Dataset, vector_column
 from shardline.training.features.columns import MultiVocabulary, Standardiser, TextHash, Vocabulary
 from shardline.training.features.fitted import Block, FeatureSpace, fit
 from shardline.training.features.prepared import TrainingData, prepare

@@ -11,7 +11,7 @@ from shardline.router.fanout.connection import ShardConnection, backoff_ms
 from shardline.router.fanout.link import MAX_UNSENT_BYTES
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import Overloaded, Unavailable
-from shardline.shards.core.messages import FetchReply, FetchRequest, ShardRoute
+from shardline.shards.core.messages import FetchReply, FetchRequest, ReplicaKey, ReplicaRoute
 from shardline.shards.wire.frames import (
     HEADER,
     KEEP_ALIVE,
@@ -20,8 +20,11 @@ from shardline.shards.wire.frames import (
     encode_frame,
 )
 from tests.fake_shard import SECRET, FakeShard, make_rows, read_frame, until
+from tests.manual_clock import ManualClock
 
 FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, connect_timeout_ms=500)
+
+KEY = ReplicaKey(1, 0)
 
 
 def make_shard(**options):
@@ -29,9 +32,9 @@ def make_shard(**options):
     return FakeShard(ids=ids, vectors=vectors, **options)
 
 
-def connect(route, *, config=FAST, secret=SECRET, generation=1):
+def connect(route, *, config=FAST, secret=SECRET, **clocks):
     connection = ShardConnection(
-        route, generation, secret=secret, config=config, rng=random.Random(0)
+        route, secret=secret, config=config, rng=random.Random(0), **clocks
     )
     connection.start()
     return connection
@@ -42,7 +45,9 @@ def ask(connection, request_id, item=3):
     reply = asyncio.get_running_loop().create_future()
 
     def on_reply(payload):
-        reply.set_result(decode_payload(payload) if isinstance(payload, bytes) else payload)
+        reply.set_result(
+            decode_payload(payload) if isinstance(payload, bytes | memoryview) else payload
+        )
 
     frame = encode_frame(request_id, FetchRequest(item_ids=np.array([item]), timeout_ms=1000.0))
     connection.request(request_id, frame, on_reply)
@@ -56,38 +61,30 @@ def test_backoff_doubles_up_to_its_limit_and_half_of_it_is_random():
         assert longest / 2 <= min(pauses) < max(pauses) <= longest
 
 
-async def test_reconnections_are_spaced_by_the_back_off_and_begin_anew_after_an_answer(monkeypatch):
+async def test_reconnections_are_spaced_by_the_back_off_and_begin_anew_after_an_answer():
     shard = make_shard()
     route = await shard.start()
     await shard.kill()
     pauses = []
-    sleep = asyncio.sleep
 
     async def noted(seconds):
         pauses.append(seconds * 1000)
-        await sleep(0)
+        await asyncio.sleep(0)
 
-    monkeypatch.setattr("shardline.router.fanout.connection.asyncio.sleep", noted)
     config = RouterConfig(backoff_base_ms=10, backoff_max_ms=80)
-    connection = connect(route, config=config)
-    async with asyncio.timeout(5):
-        while len(pauses) < 30:
-            await sleep(0.002)
+    connection = connect(route, config=config, sleep=noted)
+    await until(lambda: len(pauses) >= 30)
     for number, pause in enumerate(pauses[:30]):
         longest = min(80, 10 * 2**number)
         assert longest / 2 <= pause <= longest
     assert len(set(pauses[3:30])) > 20, "routers do not come back in step"
 
     await shard.start(route.address[1])
-    async with asyncio.timeout(5):
-        while not connection.connected:
-            await sleep(0.002)
+    await until(lambda: connection.connected)
     await ask(connection, 1)
     pauses.clear()
     await shard.kill()
-    async with asyncio.timeout(5):
-        while len(pauses) < 2:
-            await sleep(0.002)
+    await until(lambda: len(pauses) >= 2)
     assert 5 <= pauses[0] <= 10 <= pauses[1] <= 20
     await connection.close()
 
@@ -140,15 +137,15 @@ async def test_a_killed_shard_fails_what_is_pending_at_once_and_is_found_again_o
     ("shard_options", "route_epoch", "reason"),
     [
         ({"secret": b"another"}, 1, "connection lost during the handshake"),
-        ({"epoch": 4}, 5, "an older process of this shard; expected epoch >= 5; got 4"),
-        ({"generation": 2}, 1, "wrong generation; expected 1; got 2"),
-        ({"shard": 7}, 1, "wrong shard; expected 0; got 7"),
+        ({"epoch": 4}, 5, "an older process of this replica; expected epoch >= 5; got 4"),
+        ({"generation": 2}, 1, "wrong replica; expected 1-0-0; got 2-0-0"),
+        ({"shard": 7}, 1, "wrong replica; expected 1-0-0; got 1-7-0"),
     ],
 )
 async def test_the_wrong_process_is_refused(shard_options, route_epoch, reason):
     shard = make_shard(**shard_options)
     address = (await shard.start()).address
-    route = ShardRoute(shard=0, rows=20, epoch=route_epoch, address=address)
+    route = ReplicaRoute(key=KEY, epoch=route_epoch, address=address)
     connection = connect(route)
     await until(lambda: reason in connection.reason)
     assert not connection.connected
@@ -178,7 +175,7 @@ async def test_a_stranger_that_passes_the_handshake_on_to_another_shard_is_refus
     stranger = await asyncio.start_server(relay, "127.0.0.1", 0)
     address = stranger.sockets[0].getsockname()[:2]
     once = FAST.model_copy(update={"backoff_base_ms": 1e4, "backoff_max_ms": 1e4})
-    route = ShardRoute(shard=0, rows=20, epoch=1, address=address)
+    route = ReplicaRoute(key=KEY, epoch=1, address=address)
     connection = connect(route, config=once)
     await until(lambda: "connection lost during the handshake" in connection.reason)
     assert not connection.connected
@@ -192,7 +189,7 @@ async def test_a_stranger_that_passes_the_handshake_on_to_another_shard_is_refus
 async def test_after_a_higher_epoch_the_lower_one_of_the_table_is_a_zombie():
     newer = make_shard(epoch=3)
     route = await newer.start()
-    connection = connect(ShardRoute(shard=0, rows=20, epoch=1, address=route.address))
+    connection = connect(ReplicaRoute(key=KEY, epoch=1, address=route.address))
     await connection.settled()
     assert connection.connected
     await newer.kill()
@@ -207,7 +204,7 @@ async def test_after_a_higher_epoch_the_lower_one_of_the_table_is_a_zombie():
 async def test_a_shard_that_has_yet_to_learn_its_epoch_is_waited_for():
     shard = make_shard(epoch=4)
     address = (await shard.start()).address
-    connection = connect(ShardRoute(shard=0, rows=20, epoch=5, address=address))
+    connection = connect(ReplicaRoute(key=KEY, epoch=5, address=address))
     settled = asyncio.create_task(connection.settled())
     await until(lambda: "older process" in connection.reason)
     assert not settled.done()
@@ -226,7 +223,7 @@ async def test_a_server_that_never_greets_is_given_up_in_time():
     server = await asyncio.start_server(wait_for_the_end, "127.0.0.1", 0)
     address = server.sockets[0].getsockname()[:2]
     config = RouterConfig(connect_timeout_ms=30, backoff_base_ms=1, backoff_max_ms=5)
-    connection = connect(ShardRoute(shard=0, rows=1, epoch=1, address=address), config=config)
+    connection = connect(ReplicaRoute(key=KEY, epoch=1, address=address), config=config)
     await connection.settled()
     assert connection.reason == "no connection in time"
     await connection.close()
@@ -326,13 +323,14 @@ async def test_one_frame_of_any_size_is_no_overload(size):
 async def test_a_silent_shard_is_dropped_once_a_deadline_is_missed():
     shard = make_shard()
     config = FAST.model_copy(update={"stall_timeout_ms": 20.0})
-    connection = connect(await shard.start(), config=config)
+    clock = ManualClock()
+    connection = connect(await shard.start(), config=config, clock=clock)
     await connection.settled()
     shard.gate.clear()
     first, second = ask(connection, 1), ask(connection, 2)
     connection.abandon(1)
     assert connection.connected  # a missed deadline alone is no reason
-    await asyncio.sleep(0.03)
+    await clock.advance(0.03)
     connection.abandon(1)
     assert (await asyncio.wait_for(second, 1)).message == "gone silent"
     assert not first.done()
@@ -355,15 +353,17 @@ async def test_close_tells_the_pending_and_leaves_no_task():
 async def test_a_shard_at_work_is_not_taken_for_one_that_hangs():
     config = FAST.model_copy(update={"late_after_ms": 100.0, "stall_timeout_ms": 200.0})
     shard = make_shard()
-    connection = connect(await shard.start(), config=config)
+    clock = ManualClock()
+    connection = connect(await shard.start(), config=config, clock=clock)
     await connection.settled()
     shard.gate.clear()
     first = ask(connection, 1)
     await until(lambda: len(shard.requests) == 1)
     (writer,) = shard._writers
     for _ in range(10):  # far beyond both limits in all
+        await clock.advance(0.03)
         writer.write(KEEP_ALIVE)
-        await asyncio.sleep(0.03)
+        await until(lambda: connection._link.stalled_for() == 0.0)
         connection.abandon(99)
     second = ask(connection, 2)
     shard.gate.set()

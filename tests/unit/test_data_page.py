@@ -29,7 +29,7 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     command = re.findall(r"^shardline (data import.*?[^\\])$", PAGE, re.DOTALL | re.MULTILINE)[0]
     found = CliRunner().invoke(cli, shlex.split(command.replace("\\\n", " ")))
     assert found.exit_code == 0, found.output
-    stated = re.search(r"The import says `(.*?)`", PAGE)
+    stated = re.search(r"The import prints `(.*?)`", PAGE)
     assert stated is not None and stated[1] in found.output
     assert "duplicates: 44" in found.output
     return tmp_path / "data" / "shop"

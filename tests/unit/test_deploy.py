@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from shardline.cluster.config import load_config
-from shardline.cluster.serving.ray_session import SERVING_ENVIRONMENT
+from shardline.router.serve.environment import serving_environment
 from shardline.shards.core.metrics import METRICS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -21,14 +23,31 @@ def test_ray_up_accepts_the_launcher_file(path: Path) -> None:
     validate_config(prepare_config(config))
     starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
     for line in (line for line in starts if "ray start" in line):
-        missing = [f"{k}={v}" for k, v in SERVING_ENVIRONMENT.items() if f"{k}={v}" not in line]
-        assert missing == []
+        wanted = [f"{name}={value}" for name, value in serving_environment().items()]
+        assert [each for each in wanted if each not in line] == []
 
 
 def test_our_configuration_accepts_the_cluster_file() -> None:
     config = load_config(DEPLOY / "ray" / "cluster-config.yaml")
     assert config.cluster.address == "auto"
     assert config.cluster.shard_host == "node"
+
+
+def test_haproxy_gets_the_figures_of_the_cluster_file(tmp_path: Path) -> None:
+    """The script of a launched cluster cannot read them there: HAProxy starts before `serve`."""
+    root = tmp_path / "shardline"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    python = root / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o700)
+    shutil.copytree(DEPLOY / "ray", root / "deploy" / "ray")
+    script = root / "deploy" / "ray" / "haproxy.sh"
+    done = subprocess.run(
+        [script, "-db", "-f", "a b"], capture_output=True, text=True, check=True, timeout=30
+    )
+    router = load_config(DEPLOY / "ray" / "cluster-config.yaml").router
+    figures = f"{router.max_in_flight} {router.retry_after_s}"
+    assert done.stdout == f"-I {root}/router/serve/haproxy.py {figures} -db -f a b\n"
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 from starlette.requests import ClientDisconnect
 
+from shardline.router.contract import BodyTimeout
 from shardline.router.http import disconnect
 from shardline.router.http.disconnect import ended_by_client
-from shardline.router.http.problems import BodyTimeout
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from shardline.shards.storage.embedding_set import (
     embedding_writer,
     open_embedding_set,
 )
-from shardline.shards.storage.foreign_vectors import read_foreign
+from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_queries
+from shardline.shards.storage.vector_files import read_queries
 
 WHEN = "2026-01-01T00:00:00Z"
 
@@ -37,7 +38,6 @@ def write(
         model_version="m1",
         dim=vectors.shape[1],
         metric=metric,
-        normalised=metric is Metric.COSINE,
         created_at=WHEN,
         rows_per_file=rows_per_file,
     ) as writer:
@@ -76,6 +76,59 @@ def test_round_trip(tmp_path: Path, rows_per_file: int, parts: int) -> None:
 def test_sets_without_attributes_have_batches_without_columns(tmp_path: Path) -> None:
     (batch,) = write(tmp_path / "set", *some()).batches()
     assert batch.attributes.num_columns == 0
+
+
+def test_cosine_vectors_have_unit_length_on_disk_and_as_read(tmp_path: Path) -> None:
+    ids, vectors = some()
+    longer = vectors * np.linspace(0.1, 9, len(ids), dtype=np.float32)[:, None]
+    (batch,) = write(tmp_path / "set", ids, longer).batches()
+    np.testing.assert_allclose(batch.vectors, vectors, rtol=1e-6, atol=1e-7)
+    (again,) = write(tmp_path / "again", ids, batch.vectors).batches()
+    assert (again.vectors == batch.vectors).all()
+    (kept,) = write(tmp_path / "dot", ids, longer, metric=Metric.DOT).batches()
+    assert (kept.vectors == longer).all()
+    older = forge(tmp_path / "dot", metric="cosine")  # as sets were written before
+    (read,) = older.batches()
+    np.testing.assert_allclose(read.vectors, vectors, rtol=1e-6, atol=1e-7)
+
+
+def test_parts_with_dictionaries_of_their_own_are_one_column(tmp_path: Path) -> None:
+    ids, vectors = some()
+    with embedding_writer(
+        tmp_path / "set", model_version="m1", dim=6, metric=Metric.COSINE, created_at=WHEN
+    ) as writer:
+        for start in range(0, 25, 10):
+            rows = slice(start, start + 10)
+            names = pa.array([f"n{item % 4}" for item in ids[rows]]).dictionary_encode()
+            writer.append(ids[rows], vectors[rows], pa.record_batch({"name": names}))
+    batches = open_embedding_set(tmp_path / "set").batches()
+    read = [name for batch in batches for name in batch.attributes.column("name").to_pylist()]
+    assert read == [f"n{item % 4}" for item in ids]
+
+
+def test_queries_are_checked_stored_and_listed(tmp_path: Path) -> None:
+    ids, vectors = some()
+    assert write(tmp_path / "none", ids, vectors).queries_file is None
+    for name, bad in (("ok", None), ("nan", np.nan), ("zero", 0.0)):
+        queries = 3 * vectors[:5]
+        if bad is not None:
+            queries[2] = bad
+        try:
+            with embedding_writer(
+                tmp_path / name, model_version="m1", dim=6, metric=Metric.COSINE, created_at=WHEN
+            ) as writer:
+                writer.append(ids, vectors)
+                writer.queries(queries)
+        except InvalidInput as error:
+            assert error.field == "queries[2]" and not (tmp_path / name).exists()
+    found = open_embedding_set(tmp_path / "ok")
+    assert len(found.files) == 1 and found.queries_file is not None
+    np.testing.assert_allclose(read_queries(found.queries_file, dim=6), vectors[:5], rtol=1e-6)
+    with pytest.raises(CorruptFile, match=r"queries\.arrow: wrong columns"):
+        read_queries(found.queries_file, dim=7)
+    found.queries_file.write_bytes(b"")
+    with pytest.raises(CorruptFile, match=r"queries\.arrow: wrong size"):
+        open_embedding_set(tmp_path / "ok")
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.95])
@@ -173,7 +226,6 @@ def test_nothing_and_clashing_attributes_are_refused(tmp_path: Path) -> None:
             model_version="m1",
             dim=6,
             metric=Metric.DOT,
-            normalised=False,
             created_at=WHEN,
         ),
     ):
@@ -281,3 +333,21 @@ def test_foreign_files_of_different_width(tmp_path: Path) -> None:
     save(pa.table({"id": [2], "emb": [[1.0]]}), tmp_path / "b.parquet")
     with pytest.raises(DataError, match=r"b\.parquet: emb: wrong dimension; expected 2; got 1"):
         list(read_foreign([tmp_path]))
+
+
+def test_foreign_queries_need_no_ids_and_are_drawn_from_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, vectors = some()
+    save(pa.table({"emb": lists(vectors[:20], pa.list_(pa.float32()))}), tmp_path / "a.parquet")
+    save(pa.table({"emb": lists(vectors[20:], pa.list_(pa.float32()))}), tmp_path / "b.arrow")
+    assert (read_foreign_queries([tmp_path], dim=6) == vectors).all()
+    monkeypatch.setattr("shardline.shards.storage.foreign_vectors.MAX_SAMPLE_QUERIES", 4)
+    first, again = (read_foreign_queries([tmp_path], dim=6) for _ in range(2))
+    assert first.shape == (4, 6) and (first == again).all()
+    assert all((vectors == query).all(axis=1).any() for query in first)
+    with pytest.raises(DataError, match="emb: wrong dimension; expected 5; got 6"):
+        read_foreign_queries([tmp_path], dim=5)
+    save(pa.table({"emb": lists(vectors[:0], pa.list_(pa.float32()))}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="no rows"):
+        read_foreign_queries([tmp_path / "c.parquet"], dim=6)

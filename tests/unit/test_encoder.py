@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.shards.core.encoder_files import read_encoder
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from shardline.shards.core.files import sha256_of
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.tables import ITEMS, USERS, Dataset
 from shardline.training.evaluation.user_queries import (
-    feature_kinds,
     query_features,
     query_features_of_user,
 )
 from shardline.training.export import export
-from shardline.training.features.prepared import item_lists
 from shardline.training.loop.run_rank import train_rank
 from shardline.training.model.checkpoint import load_best
 from shardline.training.model.encoding import encode_queries
@@ -110,10 +111,10 @@ def check_twins(run_folder: Path, dataset: Dataset, encoder: QueryEncoder) -> No
     expected = encode_queries(
         model,
         run.space.query.encode(dataset.users(), USERS),
-        item_lists(dataset, ("train", "val")),
+        dataset.positives("train", "val"),
         run.space.item.encode(dataset.items(), ITEMS),
     )
-    kinds = feature_kinds(run.space)
+    kinds = run.space.query_kinds
     queries = query_features(dataset, kinds, users, ("train", "val"))
     found = encoder.encode(json.loads(json.dumps(queries)))
     assert found.dtype == np.float32
@@ -182,14 +183,18 @@ def test_lists_and_texts_that_do_not_fit(
     assert words in str(caught.value)
 
 
-def test_sets_of_the_first_format_are_read(encoder_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "old"
-    shutil.copytree(encoder_folder, folder)
-    config = json.loads((folder / "encoder.json").read_text())
-    old = {k: v for k, v in config.items() if k != "projection"} | {"format_version": 1}
-    (folder / "encoder.json").write_text(json.dumps(old))
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_formats_are_read(encoder_folder: Path, tmp_path: Path, version: int) -> None:
+    """They had the history's arrays among the weights; the first had no projection either."""
+    config, weights = read_encoder(encoder_folder)
+    del config["sha256"]
+    if version == 1:
+        del config["projection"]
+    save_file(weights, tmp_path / "weights.safetensors")
+    config["weights_sha256"] = sha256_of(tmp_path / "weights.safetensors")
+    (tmp_path / "encoder.json").write_text(json.dumps(config | {"format_version": version}))
     expected = QueryEncoder.load(encoder_folder).encode([GOOD])
-    assert (QueryEncoder.load(folder).encode([GOOD]) == expected).all()
+    assert (QueryEncoder.load(tmp_path).encode([GOOD]) == expected).all()
 
 
 def test_unknown_values_are_the_unknown_category(encoder: QueryEncoder) -> None:
@@ -281,7 +286,7 @@ def test_broken_folders(encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match=r"weights\.safetensors: missing or altered"):
         QueryEncoder.load(folder)
     (folder / "encoder.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(NewerFormat, match="format_version <= 2; got 99"):
+    with pytest.raises(NewerFormat, match="format_version <= 3; got 99"):
         QueryEncoder.load(folder)
     for content in ("{", "[]", "{}"):
         (folder / "encoder.json").write_text(content)

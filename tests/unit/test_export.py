@@ -4,21 +4,26 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.shards.core.encoder_files import read_encoder
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.storage.embedding_set import open_embedding_set
+from shardline.shards.storage.vector_files import read_queries
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import ITEMS, Dataset, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import ITEMS, Dataset
 from shardline.training.evaluation import evaluate
 from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
 from shardline.training.evaluation.evaluate import drop_known, evaluate_exact, evaluate_through
-from shardline.training.evaluation.user_queries import evaluation_task, feature_kinds
+from shardline.training.evaluation.user_queries import (
+    evaluation_task,
+    query_features,
+)
 from shardline.training.export import export
-from shardline.training.features.prepared import item_lists
 from shardline.training.loop.run_rank import train_rank
 from shardline.training.model.checkpoint import load_best
 from shardline.training.model.encoding import encode_items
@@ -60,6 +65,53 @@ def test_set_holds_the_models_vectors_and_the_catalogue(
     assert batch.attributes.column("price").equals(dataset.items()["price"].combine_chunks())
     assert found.encoder_folder is not None
     assert QueryEncoder.load(found.encoder_folder).model_version == found.model_version
+
+
+def test_sample_queries_are_validation_users_with_their_train_history(
+    trained: tuple[Path, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_folder, dataset = trained
+    written = export(run_folder, dataset.path, tmp_path / "all", created_at=WHEN)
+    assert written.queries_file is not None
+    queries = read_queries(written.queries_file, dim=16)
+    assert written.encoder_folder is not None
+    encoder = QueryEncoder.load(written.encoder_folder)
+    run, _ = load_best(run_folder)
+    features = query_features(dataset, run.space.query_kinds, np.arange(40), ("train",))
+    np.testing.assert_allclose(queries, encoder.encode(features), atol=1e-5)
+    monkeypatch.setattr("shardline.training.export.MAX_SAMPLE_QUERIES", 7)
+    sets = [export(run_folder, dataset.path, tmp_path / n, created_at=WHEN) for n in ("a", "b")]
+    few, again = (read_queries(each.folder / "queries.arrow", dim=16) for each in sets)
+    assert few.shape == (7, 16)
+    np.testing.assert_array_equal(few, again)
+    distances = np.abs(few[:, None] - queries[None]).max(axis=2)
+    assert (distances.min(axis=1) < 1e-6).all()
+    assert distances[-1].argmin() > 6  # drawn, not the first ones
+
+
+def test_without_a_validation_split_there_are_no_queries(tmp_path: Path) -> None:
+    tiny = tiny_dataset(tmp_path / "tiny")
+    rows = tiny.interactions()
+    kept = rows.filter(pa.compute.not_equal(rows["split"].cast(pa.string()), "val"))
+    dataset = write_dataset(tmp_path / "data", tiny.users(), tiny.items(), kept, name="no val")
+    run_folder = declared_run(
+        tmp_path / "run", tiny_config(epochs=1, fit_splits="train+val"), dataset
+    )
+    train_rank(run_folder, torch.device("cpu"))
+    assert export(run_folder, dataset.path, tmp_path, created_at=WHEN).queries_file is None
+
+
+def test_a_query_tower_without_history_has_sample_queries_too(tmp_path: Path) -> None:
+    dataset = tiny_dataset(tmp_path / "data")
+    towers = tiny_config().model_dump()["towers"]
+    towers["query"]["features"] = [
+        each for each in towers["query"]["features"] if each["kind"] != "history"
+    ]
+    run_folder = declared_run(tmp_path / "run", tiny_config(epochs=1, towers=towers), dataset)
+    train_rank(run_folder, torch.device("cpu"))
+    written = export(run_folder, dataset.path, tmp_path, created_at=WHEN)
+    assert written.queries_file is not None
+    assert read_queries(written.queries_file, dim=16).shape == (40, 16)
 
 
 def test_same_model_same_version(trained: tuple[Path, Dataset], tmp_path: Path) -> None:
@@ -112,7 +164,7 @@ def test_blocks_change_nothing(
     monkeypatch.setattr("shardline.training.export.BLOCK_ROWS", 25)
     blocks = export(run_folder, dataset.path, tmp_path / "blocks", created_at=WHEN).encoder_folder
     assert whole is not None and blocks is not None
-    expected, found = (load_file(f / "weights.safetensors") for f in (whole, blocks))
+    expected, found = (read_encoder(f)[1] for f in (whole, blocks))
     assert found.keys() == expected.keys()
     assert found["history.rows"].shape[0] == 60
     assert all((found[name] == value).all() for name, value in expected.items())
@@ -146,12 +198,12 @@ def test_exact_and_through_a_search_agree(trained: tuple[Path, Dataset], tmp_pat
         return batch.item_ids[order]
 
     exact = evaluate_exact(run_folder, dataset, ks=(5, 10))
-    through = evaluate_through(search, dataset, kinds=feature_kinds(run.space), ks=(5, 10))
+    through = evaluate_through(search, dataset, kinds=run.space.query_kinds, ks=(5, 10))
     assert asked == [10 + 7]  # train and val items of a user are known
     assert exact.users == through.users == 40
     for name in ("recall@5", "recall@10", "hit_rate@10", "ndcg@10", "mrr"):
         assert through.means[name] == pytest.approx(exact.means[name], abs=1e-6), name
-    known, wanted = item_lists(dataset, ("train", "val")), item_lists(dataset, ("test",))
+    known, wanted = dataset.positives("train", "val"), dataset.positives("test")
     expected = slow_recall(np.concatenate(sent), batch.vectors, known, wanted, 10)
     assert exact.means["recall@10"] == pytest.approx(expected)
     defaults = evaluate_exact(run_folder, dataset)

@@ -11,7 +11,8 @@ import pytest
 from shardline.shards.core.errors import ConfigError, DataError
 from shardline.training.config.tower_config import NumericFeature
 from shardline.training.config.training_config import TrainingConfig
-from shardline.training.data.tables import Dataset, vector_column, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import Dataset, vector_column
 from shardline.training.features.columns import Standardiser, Vocabulary
 from shardline.training.features.fitted import FeatureSpace, fit
 from shardline.training.features.infer import infer_config

@@ -1,9 +1,17 @@
 """Complete-or-absent files: atomic writes, checksums, manifests."""
 
+import errno
 import json
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import (
@@ -49,6 +57,63 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert target.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
+
+
+def write_by_faiss(path: Path) -> None:
+    index = faiss.IndexFlatL2(64)
+    index.add(np.ones((4096, 64), dtype=np.float32))
+    faiss.write_index(index, str(path))
+
+
+def write_by_numpy(path: Path) -> None:
+    np.ones(1 << 16).tofile(path)
+
+
+def write_by_safetensors(path: Path) -> None:
+    safetensors.numpy.save_file({"ones": np.ones(1 << 16)}, path)
+
+
+def write_by_python(path: Path) -> None:
+    path.write_bytes(bytes(1 << 20))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As on a full disk, but for the number: writing on is refused by the system."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "write", [write_by_faiss, write_by_numpy, write_by_safetensors, write_by_python]
+)
+@pytest.mark.parametrize("around", ["atomic_path", "staged_folder"])
+def test_what_the_disk_refuses_has_its_number_whoever_writes(
+    tmp_path: Path, write: Callable[[Path], None], around: str
+) -> None:
+    target = tmp_path / "target"
+    with files_of_at_most(1 << 16), pytest.raises(OSError) as raised:
+        if around == "atomic_path":
+            with atomic_path(target) as temporary:
+                write(temporary)
+        else:
+            with staged_folder(target) as staging:
+                write(staging / "file")
+    assert raised.value.errno == errno.EFBIG
+    assert names(tmp_path) == []
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None:
+    """The full disk is asked, not the text; nor is any other refusal taken for the reason."""
+    with pytest.raises(RuntimeError, match="No space left"), atomic_path(tmp_path / "file"):
+        raise RuntimeError("No space left on device")
+    with pytest.raises(RuntimeError, match="gone"), staged_folder(tmp_path / "a" / "b"):
+        shutil.rmtree(tmp_path / "a")
+        raise RuntimeError("gone")
 
 
 def test_write_json_round_trips(tmp_path: Path) -> None:

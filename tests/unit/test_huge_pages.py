@@ -1,13 +1,14 @@
 """Memory moved to huge pages: more of it than before, and all of it as it was."""
 
+import gc
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shardline.shards.process import huge_pages
-from shardline.shards.process.huge_pages import HUGE, private_regions, use_huge_pages
+from shardline.shards.process import memory
+from shardline.shards.process.memory import HUGE, prepare_memory, private_regions, use_huge_pages
 
 MAPS = """\
 00400000-00952000 r-xp 00000000 fe:00 1234 /usr/bin/python3.11
@@ -32,7 +33,7 @@ def in_huge_pages() -> int:
 
 
 def test_what_is_held_is_moved_and_stays_as_it_was() -> None:
-    if not huge_pages._allowed():
+    if not memory._allowed():
         pytest.skip("no huge pages here")
     held = np.arange(4 * HUGE, dtype=np.int64)
     moved = use_huge_pages()
@@ -45,9 +46,23 @@ def test_what_is_held_is_moved_and_stays_as_it_was() -> None:
 
 def test_where_there_are_none_nothing_happens(monkeypatch, tmp_path) -> None:
     setting = tmp_path / "enabled"
-    monkeypatch.setattr(huge_pages, "ENABLED", setting)
+    monkeypatch.setattr(memory, "ENABLED", setting)
     assert use_huge_pages() == 0
     setting.write_text("always madvise [never]\n")
     assert use_huge_pages() == 0
     monkeypatch.setattr("sys.platform", "darwin")
     assert use_huge_pages() == 0
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+def test_memory_is_moved_only_where_the_setting_says_so(
+    monkeypatch: pytest.MonkeyPatch, huge_pages: bool
+) -> None:
+    moved: list[bool] = []
+    monkeypatch.setattr(memory, "use_huge_pages", lambda: moved.append(True))
+    try:
+        prepare_memory(huge_pages=huge_pages)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert moved == [True] * huge_pages

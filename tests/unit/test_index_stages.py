@@ -86,7 +86,7 @@ def test_what_each_stage_searches(
     has_rerank = "refined" in name or name == "ivfpq-fs"
     wanted = [Stage.CODES, *[Stage.RERANKED] * has_rerank, Stage.CONFIGURED]
     assert list(stages) == wanted
-    found = {at: main.search(queries, K, ALL)[1] for at, main in stages.items()}
+    found = {at: main.search(queries, K, ALL).ids for at, main in stages.items()}
     # fast-scan tables are rounded to 8 bits, so near ties may change places
     assert share(found[Stage.CODES], by_codes(index, queries, metric)) >= (
         0.9 if name == "ivfpq-fs" else 0.99
@@ -117,7 +117,7 @@ def test_every_list_is_probed_beyond_what_a_query_may_ask(vectors: np.ndarray) -
     index.train(many)
     index.add(many)
     stages = stages_of(index, Metric.DOT, SearchParams(nprobe=1))
-    _, rows = stages[Stage.CODES].search(many[:5], 10, ALL)
+    rows, _ = stages[Stage.CODES].search(many[:5], 10, ALL)
     assert share(rows, many[:5] @ many.T) == 1.0
 
 

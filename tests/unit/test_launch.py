@@ -19,12 +19,16 @@ from shardline.shards.core.errors import (
     Unavailable,
 )
 from shardline.training.config.training_config import MiningConfig
+from shardline.training.data.tables import open_dataset
+from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
 from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.export import export
 from shardline.training.loop import launch
-from shardline.training.loop.launch import _cause, _followed, _line_start, check_folders, train
+from shardline.training.loop.launch import _cause, check_folders, train
+from shardline.training.loop.runlog import _line_start, followed
+from shardline.training.mining.candidates import Mined
 from shardline.training.mining.hard_negatives import Origin, write_negatives
-from shardline.training.mining.selection import Mined
-from tests.tiny import declared_run, tiny_config, tiny_dataset
+from tests.tiny import count_reads, declared_run, tiny_config, tiny_dataset
 
 
 def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> None:
@@ -42,6 +46,26 @@ def test_trains_in_this_process_and_resumes_a_finished_run(tmp_path: Path) -> No
     assert again == result
     with pytest.raises(ConfigError, match="dim: 8, was 16"):
         train(tiny_config(dim=8), dataset.path, tmp_path / "run", resume=True)
+
+
+def test_train_evaluate_and_export_read_each_table_at_most_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once to verify it, and once more at the most."""
+    data, run = tiny_dataset(tmp_path / "data").path, tmp_path / "run"
+    reads = count_reads(monkeypatch)
+    config = tiny_config(towers={}, popularity_exponent=0.1)  # features read off the columns
+    train(config, data, run)
+    assert reads == {"users.parquet": 1, "items.parquet": 1, "interactions.parquet": 2}
+    reads.clear()
+    dataset = open_dataset(data)
+    evaluate_exact(run, dataset, ks=(5,))
+    for kind in Baseline:
+        evaluate_baseline(kind, dataset, ks=(5,))
+    assert reads == {"users.parquet": 2, "items.parquet": 2, "interactions.parquet": 2}
+    reads.clear()
+    export(run, data, tmp_path / "store", created_at="2026-01-01T00:00:00Z")
+    assert reads == {"users.parquet": 1, "items.parquet": 1, "interactions.parquet": 2}
 
 
 def test_a_refused_batch_size_leaves_the_folder_free(tmp_path: Path) -> None:
@@ -133,7 +157,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         train(tiny_config(), dataset.path, tmp_path / "run", resume=True)
     with pytest.raises(Unavailable, match="num_workers: several workers train under Ray"):
         train(tiny_config(num_workers=2), dataset.path, tmp_path / "run")
-    with pytest.raises(Unavailable, match="device: not enough GPUs; expected 1, one a worker"):
+    with pytest.raises(Unavailable, match="device: not enough GPUs; expected 1, one per worker"):
         train(tiny_config(device="cuda"), dataset.path, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -211,7 +235,7 @@ def test_the_log_is_followed_line_by_line(tmp_path: Path) -> None:
         events.append(event)
         seen.set()
 
-    with _followed(log, on_event), log.open("a") as file:
+    with followed(log, on_event), log.open("a") as file:
         file.write('{"event": 1}\n{"eve')
         file.flush()
         assert seen.wait(30)

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pytest
 
-from shardline.bench.load.fleet import judge, run_fleet
-from shardline.bench.load.http_bytes import message_of
-from shardline.bench.load.job import LoadJob, Records
-from shardline.bench.load.load_client import LoadClient
-from shardline.bench.load.openloop import Request
-from shardline.bench.load.stats import Figures, figures, latencies_ms, timeline
+from shardline.bench.load.fleet import ask, judge, run_fleet
+from shardline.bench.load.http_bytes import Request, message_of
+from shardline.bench.load.load_client import LoadClient, LoadJob, Records
+from shardline.bench.load.stats import Figures, figures, latencies_ms, p50_p99, timeline
 from shardline.cluster.serving.ray_session import free_port
 from shardline.shards.core.errors import Unavailable
 from tests.unit.fake_endpoint import FakeEndpoint, running
@@ -104,6 +102,69 @@ def test_a_closed_loop_hides_the_same_stall() -> None:
     assert found.max_ms is not None and found.max_ms > 450
     assert found.p99_ms is not None and found.p99_ms < 100, "only one request saw the stall"
     assert found.sent == found.answered, "what was never sent is not counted"
+
+
+def posts(*bodies: bytes) -> list[Request]:
+    return [Request("POST", "/", body) for body in bodies]
+
+
+def test_sequential_is_one_connection_that_asks_again_as_soon_as_it_is_answered(
+    endpoint: tuple[FakeEndpoint, tuple[str, int]],
+) -> None:
+    fake, (host, port) = endpoint
+    bodies = [b"number %d" % number for number in range(7)]
+    found, kept = ask(
+        f"http://{host}:{port}", posts(*bodies), seconds=0.3, warm_up_s=0.1, connections=1, kept=3
+    )
+    assert fake.most_connections == 1
+    assert fake.bodies == [bodies[number % 7] for number in range(len(fake.bodies))], "in order"
+    assert 20 < found.answered == found.sent < len(fake.bodies), "the warm-up is not counted"
+    assert found.failed == found.rejected == 0
+    assert sorted(kept) == [0, 1, 2]
+
+
+def test_sequential_failures_are_counted_apart_and_the_connection_is_opened_again() -> None:
+    fake = FakeEndpoint()
+    with running(fake) as (host, port):
+        found, _ = ask(
+            f"http://{host}:{port}",
+            posts(b"fine", b"500", b"close", b"garbage"),
+            seconds=0.2,
+            warm_up_s=0,
+            connections=1,
+        )
+    kinds = sorted(kind.split(" not ours")[0] for kind in found.failures)
+    assert kinds == ["HTTP 500", "closed by the server", "not an HTTP answer"]
+    assert found.sent == found.answered + found.failed
+    assert abs(found.answered - found.sent / 4) <= 1
+
+
+def test_at_a_rate_requests_are_evenly_spaced_and_their_answers_kept(
+    endpoint: tuple[FakeEndpoint, tuple[str, int]],
+) -> None:
+    fake, (host, port) = endpoint
+    url = f"http://{host}:{port}"
+    found, kept = ask(url, posts(b"a", b"partial"), rate=200, seconds=0.3, warm_up_s=0.1, kept=80)
+    assert len(fake.bodies) == 80
+    assert (found.sent, found.answered) == (60, 60)
+    assert sorted(kept) == list(range(80))
+    assert found.offered_rate == pytest.approx(200)
+    assert found.partial == 30
+
+
+def test_without_any_answer_it_says_what_failed(
+    endpoint: tuple[FakeEndpoint, tuple[str, int]],
+) -> None:
+    _, (host, port) = endpoint
+    with pytest.raises(Unavailable, match=r"no request was answered; got 2 x HTTP 429, 2 x HTTP 5"):
+        ask(f"http://{host}:{port}", posts(b"429", b"500"), rate=100, seconds=0.04, warm_up_s=0)
+    with pytest.raises(Unavailable, match="4 x ConnectionRefusedError"):
+        gone = f"http://127.0.0.1:{free_port()}"
+        ask(gone, posts(b"x"), rate=100, seconds=0.04, warm_up_s=0)
+
+
+def test_two_percentiles_of_all_samples() -> None:
+    assert p50_p99([float(n) for n in range(101)]) == {"p50": 50.0, "p99": 99.0}
 
 
 def test_refusals_and_failures_are_counted_apart_from_latencies(

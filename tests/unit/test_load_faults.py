@@ -55,7 +55,10 @@ def test_roles(name: str, command: list[str], role: str) -> None:
 
 def test_the_tree_holds_descendants_and_leaves_clients_out() -> None:
     client = [sys.executable, "-c", f"multiprocessing = 1; {SLEEPER}"]
-    with sleeper() as child, subprocess.Popen(client, stdin=subprocess.PIPE) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with sleeper() as child, subprocess.Popen(client, **pipes) as other:
+        assert other.stdout is not None
+        other.stdout.readline()  # before it runs its command line, it still has ours
         found = {process.pid: role for role, process in tree(os.getpid())}
         assert found[os.getpid()] == "driver"
         assert found[child.pid] == "other ray"
@@ -97,8 +100,7 @@ def test_usage_counts_from_the_first_look_and_all_of_what_comes_later() -> None:
         assert used[os.getpid()].cores < 1.0, "not what was used before the first look"
         assert used[child.pid].cores > 0, "it started between the looks: all of it counts"
         assert used[os.getpid()].memory_max_mib >= used[os.getpid()].memory_mib > 1
-    assert [at for at, _ in sampler.ticks] == [0.0, 2.0]
-    assert sampler.ticks[1][1]["driver"] > 1
+    assert used[os.getpid()].role == "driver"
 
 
 @pytest.fixture

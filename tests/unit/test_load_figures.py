@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from shardline.bench.load.job import Records
+from shardline.bench.load.load_client import Records
 from shardline.bench.load.schedule import Arrivals, offsets
 from shardline.bench.load.stats import figures, percentile, recovery, timeline
 from shardline.bench.load.wrk import figures_of

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from shardline.bench.load.command import show
-from shardline.bench.load.report import process_rows, remarks, step_rows
+from shardline.bench.load.report import process_rows, remarks, step_rows, title_of
+from shardline.bench.load.runner import hit_share
 
 
 def figures(rate: float, **changes: Any) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def step(label: str, rate: float | None, **changes: Any) -> dict[str, Any]:
         "step": {
             "label": label,
             "rate": rate,
+            "ask": "vectors",
             "seconds": 4.0,
             "batch": 1,
             "surges": (),
@@ -82,6 +84,13 @@ def step(label: str, rate: float | None, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def floor() -> dict[str, Any]:
+    found = figures(50.0, coverage_min=None, coverage_mean=None)
+    made = step("empty request (floor), 50/s", 50.0, figures=found, recall=None)
+    made["step"]["ask"] = "empty"
+    return made
+
+
 def report(scenario: str, *steps: dict[str, Any], knee: float | None = None) -> dict[str, Any]:
     bare = {"batch": 1, "k": 10, "threads": 1, "p50_ms": 0.5, "p99_ms": 0.9, "qps": 1800.0}
     return {
@@ -91,22 +100,23 @@ def report(scenario: str, *steps: dict[str, Any], knee: float | None = None) -> 
             "dim": 8,
             "shards": 2,
             "index": "Flat",
-            "nprobe": None,
+            "params": {"nprobe": None, "ef_search": 64},
             "k": 10,
             "cores": 2,
             "arrivals": "poisson",
             "queries": "test",
         },
-        "floor": figures(50.0, coverage_min=None, coverage_mean=None) | {"client": client()},
         "bare": [bare],
         "knee": knee,
-        "steps": list(steps),
+        "steps": [floor(), *steps],
+        "cache_hit_share": 0.0123,
+        "status_after": {"cache": {"hits": 1, "misses": 80}},
     }
 
 
-def test_the_table_has_every_step_then_the_floor_then_the_bare_index() -> None:
+def test_the_table_has_the_floor_then_every_step_then_the_bare_index() -> None:
     rows = step_rows(report("rate", step("50/s", 50.0)))
-    assert rows[0][:9] == (
+    assert rows[1][:9] == (
         "50/s",
         "50.0",
         "50.0",
@@ -117,8 +127,8 @@ def test_the_table_has_every_step_then_the_floor_then_the_bare_index() -> None:
         "9.00",
         "0.9900",
     )
-    assert rows[0][9:] == ("1.000 / 1.0000", "0", "0")
-    assert rows[1][0] == "empty request (floor)" and rows[1][8:10] == ("-", "-")
+    assert rows[1][9:] == ("1.000 / 1.0000", "0", "0")
+    assert rows[0][0] == "empty request (floor), 50/s" and rows[0][8:10] == ("-", "-")
     assert rows[2][0].startswith("bare index") and rows[2][2] == "1,800"
     assert len({len(row) for row in rows}) == 1
     assert [row[0] for row in process_rows(step("x", 1.0))] == ["router"], "idle ones are left out"
@@ -144,7 +154,7 @@ def test_remarks_name_what_the_table_cannot() -> None:
     text = "\n".join(remarks(report("rate", bad)))
     for part in (
         "CLIENT-BOUND: the client sent late",
-        "each query asked 2.5 times",
+        "each query was asked 2.5 times",
         "failed: 2 x timeout",
         "3 partial answers of 100",
         "5 requests harmed, 2 of them failed, the first 0.100 s after it, the last 2.000 s",
@@ -157,12 +167,36 @@ def test_remarks_name_what_the_table_cannot() -> None:
     assert "wrk is not installed" in remarks(report("capacity", step("closed", None)))[0]
 
 
+def test_the_line_above_the_table_says_what_the_cache_answered() -> None:
+    made = report("capacity", step("x", None))
+    assert "Flat, ef_search 64, k = 10, 2 cores" in title_of(made), "the knob that the index has"
+    assert title_of(made).endswith("1.2% of the searches answered from the result cache")
+    made["cache_hit_share"] = None
+    assert title_of(made).endswith(
+        "an unknown share of the searches answered from the result cache"
+    )
+    made["status_after"]["cache"] = None
+    assert title_of(made).endswith("; result cache off")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "share"),
+    [((5, 5), (8, 14), 0.25), ((5, 5), (5, 5), 0.0), ((5, 5), (0, 9), None)],
+)
+def test_the_hit_share_is_of_the_look_ups_between_two_states(
+    before: tuple[int, int], after: tuple[int, int], share: float | None
+) -> None:
+    states = [dict(zip(("hits", "misses"), state, strict=True)) for state in (before, after)]
+    assert hit_share(states[0], states[1]) == share
+    assert hit_share(None, states[1]) is None and hit_share(states[0], None) is None
+
+
 def test_a_surge_is_told_by_its_answers_a_second() -> None:
     surged = step("50/s", 50.0)
     surged["step"]["surges"] = ((0.25, 0.75, 3.0),)
     (line,) = remarks(report("overload", surged))
     # bins complete 10, 11, 12, 13 requests
-    assert line == "answers a second: 10 before, 12 at 3 times the rate, 13 after"
+    assert line == "answers/s: 10 before, 12 at 3 times the rate, 13 after"
 
 
 @pytest.mark.parametrize(

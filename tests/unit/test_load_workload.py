@@ -1,35 +1,38 @@
 """What is asked, and how answers are compared with the exact ones; which index is refused."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from shardline.bench.corpus import clustered_set, exact_ids
-from shardline.bench.load.bare import search_bare
-from shardline.bench.load.http_bytes import address_of, read_head
+from shardline.bench.corpus import best_scores, clustered_set, score_items
+from shardline.bench.load.http_bytes import EMPTY, address_of, message_of, read_head, results_of
+from shardline.bench.load.runner import search_bare
 from shardline.bench.load.scenarios import Ask, Step
-from shardline.bench.load.target import check_whole, moved
+from shardline.bench.load.target import Target, check_whole, moved
 from shardline.bench.load.workload import (
     Queries,
     Workload,
-    asked_rows,
+    answers_of,
     draw_order,
     make_workload,
-    recall_of,
     sample,
 )
 from shardline.cluster.store import Store
 from shardline.router.http.codec import decode_query, encode_answer
 from shardline.router.http.media import Media
-from shardline.router.query import Coverage, SearchAnswer, SearchQuery
+from shardline.router.query import Coverage, ResolvedQuery, SearchAnswer
+from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import DataError, InvalidInput, Unavailable
-from shardline.shards.core.schema import FloatArray, IdArray, Metric
+from shardline.shards.core.recall import exact_scores, recall_at_k
+from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexKind, IndexSpec
 from shardline.shards.index.template import train_template
+from tests.reference import score
 
 RNG = np.random.default_rng(5)
 VECTORS = RNG.standard_normal((50, 8)).astype(np.float32)
@@ -37,45 +40,55 @@ FEATURES = tuple({"age": age} for age in range(50))
 STEP = Step(label="x", rate=10.0, seconds=1.0, batch=1, ks=((5, 1.0),))
 
 
-def workload(step: Step, requests: int = 20, vectors: FloatArray = VECTORS) -> Workload:
+def workload(
+    step: Step, requests: int = 20, vectors: FloatArray = VECTORS, first_query: int = 0
+) -> Workload:
     return make_workload(
         step,
         Queries(vectors=vectors, features=FEATURES, source="test"),
         requests=requests,
         first_counted=4,
+        first_query=first_query,
         address=("localhost", 80),
         headers=(("Authorization", "Bearer x"),),
         rng=np.random.default_rng(1),
     )
 
 
-def query_in(message: bytes) -> SearchQuery:
+def query_in(message: bytes) -> ResolvedQuery:
     head, _, body = message.partition(b"\r\n\r\n")
     assert b"Authorization: Bearer x" in head
     assert f"Content-Length: {len(body)}".encode() in head
-    return decode_query(body, Media.MSGPACK)
+    return decode_query(body, Media.MSGPACK, RouterConfig())
 
 
 def test_every_single_query_is_new_while_there_are_enough() -> None:
     made = workload(STEP)
     for number, message in enumerate(made.order):
         query = query_in(made.messages[message])
-        np.testing.assert_array_equal(query.vectors, VECTORS[number : number + 1])
+        np.testing.assert_array_equal(query.values, VECTORS[number : number + 1])
         assert query.k == 5
-    assert made.repeats == 1
-    assert workload(STEP, requests=100).repeats == 2, "and it says so when there are not"
+    later = workload(STEP, requests=10, first_query=45)
+    asked = [query_in(later.messages[message]).values for message in later.order]
+    np.testing.assert_array_equal(np.concatenate(asked), np.roll(VECTORS, 5, axis=0)[:10])
+
+
+def test_the_floor_asks_for_nothing() -> None:
+    made = workload(replace(STEP, ask=Ask.EMPTY, batch=8))
+    assert made.messages == (message_of(EMPTY, ("localhost", 80)),)
+    assert len(made.order) == 20 and not made.order.any() and not made.kept.any()
 
 
 def test_a_batch_holds_the_rows_it_says() -> None:
     made = workload(replace(STEP, batch=8))
     for message, rows in zip(made.messages, made.rows, strict=True):
-        np.testing.assert_array_equal(query_in(message).vectors, VECTORS[rows])
+        np.testing.assert_array_equal(query_in(message).values, VECTORS[rows])
     assert len({bytes(message) for message in made.messages}) == 20
 
 
 def test_features_are_asked_as_features() -> None:
     made = workload(replace(STEP, ask=Ask.FEATURES))
-    assert query_in(made.messages[7]).features == [{"age": 7}]
+    assert query_in(made.messages[7]).values == [{"age": 7}]
 
 
 def test_ks_are_mixed_in_their_shares() -> None:
@@ -94,56 +107,105 @@ def test_zipf_repeats_after_the_law() -> None:
 
 
 def test_the_sample_is_spread_and_leaves_the_warm_up_out() -> None:
-    kept = np.flatnonzero(sample(100, 20, 5))
+    kept = np.flatnonzero(sample(100, 20, 5, 1.0))
     np.testing.assert_array_equal(kept, [20, 39, 59, 79, 99])
-    assert sample(10, 8, 5).sum() == 2
-    assert not sample(10, 10, 5).any()
+    assert sample(10, 8, 5, 1.0).sum() == 2
+    assert not sample(10, 10, 5, 1.0).any()
+    closed = np.flatnonzero(sample(10**6, 0, 5, None))
+    assert len(closed) == 5 and closed[-1] < 10, "how many a closed loop sends is not known"
 
 
 def answer(ids: IdArray) -> bytes:
     coverage = Coverage(
-        shards_asked=1, shards_answered=1, rows_asked=1, rows_answered=1, degraded=[]
+        shards_asked=1, shards_answered=1, rows_asked=1, rows_answered=1, degraded=()
     )
     return encode_answer(
         SearchAnswer(
-            ids=ids,
-            scores=np.zeros(ids.shape, dtype=np.float32),
+            ranked=Ranked(ids, np.zeros(ids.shape, dtype=np.float32)),
             generation=1,
             model_version="m",
             coverage=coverage,
             took_ms=0.0,
             search_ms=0.0,
-            reasons={},
+            reasons=(),
             request_id="",
         ),
         Media.MSGPACK,
     )
 
 
-def test_recall_is_of_the_answers_that_were_kept() -> None:
-    made = workload(replace(STEP, batch=2, ks=((2, 1.0),)))
-    rows = asked_rows(made)
-    exact = np.stack([rows * 10, rows * 10 + 1, rows * 10 + 2], axis=1)  # k is 2: the third is not
+def test_answers_are_read_as_the_router_writes_them() -> None:
+    ids = np.array([[3, -1], [7, 9]])
+    found, scores = results_of(answer(ids))
+    np.testing.assert_array_equal(found, ids)
+    assert scores.dtype == np.float32 and scores.shape == (2, 2)
+
+
+def corpus_target(tmp_path: Any, metric: Metric) -> tuple[Target, FloatArray]:
+    corpus = clustered_set(Store(tmp_path), 300, 8, lambda *_: None)
+    vectors = np.concatenate([batch.vectors for batch in corpus.batches()])
+    manifest: Any = SimpleNamespace(metric=metric)
+    address: Any = None
+    store = Store(tmp_path)
+    return Target(address=address, pid=None, store=store, manifest=manifest, corpus=corpus), vectors
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_recall_is_of_the_answers_that_were_kept(tmp_path: Any, metric: Metric) -> None:
+    target, vectors = corpus_target(tmp_path, metric)
+    made = workload(replace(STEP, batch=2, ks=((3, 1.0),)), requests=6)
+    distances = ((VECTORS[:, None] - vectors) ** 2).sum(axis=2)
+    slow = distances if metric is Metric.L2 else -(VECTORS @ vectors.T)
+    exact = np.argsort(slow, axis=1, kind="stable")
     numbers = np.flatnonzero(made.kept)[:2].tolist()
     bodies = {}
     for number, wrong in zip(numbers, (0, 1), strict=True):
-        asked = made.rows[made.order[number]]
-        ids = np.stack([asked * 10, asked * 10 + 1], axis=1)
-        ids[:wrong] = 10**6  # the first query of the second answer finds nothing
+        ids = exact[made.rows[made.order[number]], :3].copy()
+        ids[:wrong] = exact[made.rows[made.order[number]][:wrong], -3:]  # the farthest ones
         bodies[number] = answer(ids)
-    assert recall_of(bodies, made, exact) == 0.75
-    assert recall_of({}, made, exact) is None
+    assert target.recall(VECTORS, answers_of(bodies, made)) == 0.75
+    assert target.recall(VECTORS, []) is None
 
 
-def test_exact_answers_for_every_metric(tmp_path: Any) -> None:
+def test_recall_over_answers_of_different_lengths(tmp_path: Any) -> None:
+    target, vectors = corpus_target(tmp_path, Metric.COSINE)
+    best = np.argsort(-(VECTORS[:2] @ vectors.T), axis=1, kind="stable")
+    short, long = best[:1, :1], best[1:, :4].copy()
+    long[0, 3] = -1
+    rows = np.array([0]), np.array([1])
+    assert target.recall(VECTORS, [(rows[0], short), (rows[1], long)]) == 0.8
+
+
+def test_exact_scores_for_every_metric(tmp_path: Any) -> None:
     corpus = clustered_set(Store(tmp_path), 300, 8, lambda *_: None)
     vectors = np.concatenate([batch.vectors for batch in corpus.batches()])
     queries = VECTORS[:6]
+    ids = np.array([[0, 299, -1, 10**9]] * 6)  # the last is no item
     for metric in Metric:
-        distances = ((queries[:, None] - vectors) ** 2).sum(axis=2)
-        slow = distances if metric is Metric.L2 else -(queries @ vectors.T)
-        found = exact_ids(corpus, queries, 10, metric=metric)
-        np.testing.assert_array_equal(found, np.argsort(slow, axis=1, kind="stable")[:, :10])
+        slow = np.array([[score(q, v, metric) for v in vectors] for q in queries])
+        found = best_scores(corpus, queries, 10, metric=metric)
+        np.testing.assert_allclose(found, -np.sort(-slow)[:, :10], rtol=1e-5)
+        own = score_items(corpus, queries, ids, metric=metric)
+        np.testing.assert_allclose(own[:, :2], slow[:, [0, 299]], rtol=1e-4, atol=1e-6)
+        assert np.isneginf(own[:, 2:]).all()
+
+
+def test_a_result_that_ties_with_the_last_exact_one_is_a_hit() -> None:
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 10, axis=0)  # ten copies of each
+    queries = np.array([[3.0, 2.0, 1.0]], dtype=np.float32)
+    exact = exact_scores(queries, vectors, np.array([[0, 1, 2, 3]]), Metric.DOT)
+    for rows, recall in (
+        ([6, 7, 8, 9], 1.0),  # other copies of the same vector
+        ([6, 7, 8, 10], 0.75),
+        ([6, -1, -1, -1], 0.25),
+        ([10, 11, 20, 21], 0.0),
+    ):
+        found = exact_scores(queries, vectors, np.array([rows]), Metric.DOT)
+        assert recall_at_k(found, exact) == recall
+    fewer = np.array([[3.0, 2.0, -np.inf]], dtype=np.float32)  # an index of two rows
+    assert recall_at_k(fewer, fewer) == 1.0
+    assert recall_at_k(np.float32([[1.0, 1.0, 1.0]]), fewer) == 0.0
+    assert recall_at_k(np.float32([[3.0, 2.0 - 1e-6, 9.0]]), fewer) == 1.0, "at most all"
 
 
 def test_the_bare_index_is_searched_in_the_batches_asked_for() -> None:
@@ -152,8 +214,8 @@ def test_the_bare_index_is_searched_in_the_batches_asked_for() -> None:
     raw.add(VECTORS)
     index = MainIndex(raw, metric=Metric.DOT, defaults=flat.search_params)
     found = search_bare([index, index], VECTORS[:3], batch=8, k=2, threads=1, seconds=0.01)
-    assert found.calls >= 5 and found.p99_ms >= found.p50_ms > 0
-    assert found.qps == pytest.approx(8e3 / found.p50_ms, rel=3)
+    assert found["calls"] >= 5 and found["p99_ms"] >= found["p50_ms"] > 0
+    assert found["qps"] == pytest.approx(8e3 / found["p50_ms"], rel=3)
 
 
 def status(rows: int, *connected: bool) -> dict[str, Any]:

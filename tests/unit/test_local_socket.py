@@ -16,7 +16,7 @@ import uvloop
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import Unavailable
-from shardline.shards.core.messages import FetchRequest, ShardRoute
+from shardline.shards.core.messages import FetchRequest, ReplicaKey, ReplicaRoute
 from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.wire import local_socket
 from shardline.shards.wire.frames import decode_payload, encode_frame
@@ -44,10 +44,8 @@ def serving(secret=SECRET):
 
 async def fetched_over(address):
     """The family of the router's connection, and the ids it got over it."""
-    route = ShardRoute(shard=0, rows=5, epoch=1, address=address)
-    connection = ShardConnection(
-        route, GENERATION, secret=SECRET, config=FAST, rng=random.Random(0)
-    )
+    route = ReplicaRoute(key=ReplicaKey(GENERATION, 0), epoch=1, address=address)
+    connection = ShardConnection(route, secret=SECRET, config=FAST, rng=random.Random(0))
     connection.start()
     try:
         async with asyncio.timeout(5):
@@ -169,10 +167,8 @@ def test_the_short_way_asks_for_the_secret_too(monkeypatch) -> None:
                 return proven(connection, address)
 
             monkeypatch.setattr(local_socket, "proven_address", noted)
-            route = ShardRoute(shard=0, rows=5, epoch=1, address=server.address)
-            connection = ShardConnection(
-                route, GENERATION, secret=SECRET, config=FAST, rng=random.Random(0)
-            )
+            route = ReplicaRoute(key=ReplicaKey(GENERATION, 0), epoch=1, address=server.address)
+            connection = ShardConnection(route, secret=SECRET, config=FAST, rng=random.Random(0))
             with pytest.raises(Unavailable, match="lost during the handshake"):
                 await connection._connect()
             assert set(families) == {socket.AF_UNIX}

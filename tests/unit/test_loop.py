@@ -18,7 +18,8 @@ from shardline.shards.core.errors import ConfigError, CorruptFile, DataError, No
 from shardline.shards.core.files import read_manifest, write_manifest
 from shardline.training import gather
 from shardline.training.config.training_config import OptimiserConfig, TrainingConfig
-from shardline.training.data.tables import open_dataset, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import open_dataset
 from shardline.training.features.prepared import TrainingData
 from shardline.training.loop import trainer
 from shardline.training.loop.batches import Sampler

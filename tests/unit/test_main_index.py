@@ -6,16 +6,17 @@ import faiss
 import numpy as np
 import pytest
 
-from shardline.bench.vectors import manifold, recall_at_k
+from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import ConfigError, CorruptFile, InvalidInput
 from shardline.shards.core.messages import SearchParams
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.index import gpu
 from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
 from shardline.shards.index.template import write_index
 from tests.engine import build_main
-from tests.reference import assert_answer_order, assert_same_answers, brute_force
+from tests.reference import assert_answer_order, assert_same_answers, brute_force, recall_by_ids
 
 ROWS, DIM = 600, 16
 FULL = SearchParams(nprobe=2048)
@@ -74,10 +75,9 @@ def built(vectors: np.ndarray) -> dict[tuple[str, Metric], MainIndex]:
 def test_exact_kinds_equal_brute_force(built, vectors, queries, kind, metric, k) -> None:
     got = built[kind, metric].search(queries, k, FULL)
     expected = brute_force(queries, vectors, np.arange(ROWS), k, metric)
-    assert got[0].dtype == np.float32
-    assert got[1].dtype == np.int64
+    assert (got.ids.dtype, got.scores.dtype) == (np.int64, np.float32)
     assert_same_answers(got, expected)
-    assert_answer_order(*got)
+    assert_answer_order(got)
 
 
 @pytest.mark.parametrize("metric", list(Metric))
@@ -85,13 +85,13 @@ def test_exact_kinds_equal_brute_force(built, vectors, queries, kind, metric, k)
 def test_every_kind_finds_most_and_scores_higher_is_better(
     built, vectors, queries, kind, metric
 ) -> None:
-    scores, rows = built[kind, metric].search(queries, 20, FULL)
-    assert_answer_order(scores, rows)
-    _, exact = brute_force(queries, vectors, np.arange(ROWS), 20, metric)
-    assert recall_at_k(rows, exact) > 0.5
+    rows, scores = built[kind, metric].search(queries, 20, FULL)
+    assert_answer_order(Ranked(rows, scores))
+    exact, _ = brute_force(queries, vectors, np.arange(ROWS), 20, metric)
+    assert recall_by_ids(rows, exact) > 0.5
     true = brute_force(queries, vectors, np.arange(ROWS), ROWS, metric)
     for at in range(len(queries)):
-        true_score = dict(zip(true[1][at].tolist(), true[0][at].tolist(), strict=True))
+        true_score = dict(zip(true.ids[at].tolist(), true.scores[at].tolist(), strict=True))
         near = [true_score[row] for row in rows[at].tolist()]
         # approximate scores approach the true ones, sign included
         np.testing.assert_allclose(scores[at], near, atol=0.2)
@@ -100,10 +100,15 @@ def test_every_kind_finds_most_and_scores_higher_is_better(
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_query_gets_the_same_answer_alone_and_in_a_batch(built, queries, kind) -> None:
     main = built[kind, Metric.COSINE]
-    scores, rows = main.search(queries, 15, FULL)
+    rows, scores = main.search(queries, 15, FULL)
     for at in range(len(queries)):
         alone = main.search(queries[at : at + 1], 15, FULL)
-        assert_same_answers((scores[at : at + 1], rows[at : at + 1]), alone, rtol=1e-4, atol=1e-4)
+        part = Ranked(rows[at : at + 1], scores[at : at + 1])
+        assert_same_answers(part, alone, rtol=1e-4, atol=1e-4)
+
+
+def without(excluded: np.ndarray) -> Selection | None:
+    return Selection.without(excluded, rows=ROWS)
 
 
 @pytest.mark.parametrize("metric", [Metric.COSINE, Metric.L2])
@@ -111,12 +116,12 @@ def test_one_query_gets_the_same_answer_alone_and_in_a_batch(built, queries, kin
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.97])
 def test_excluded_rows_never_come_back(built, queries, kind, metric, share) -> None:
     rng = np.random.default_rng(5)
-    best = np.unique(built[kind, metric].search(queries, 5, FULL)[1])
+    best = np.unique(built[kind, metric].search(queries, 5, FULL).ids)
     chosen = rng.choice(ROWS, int(ROWS * share), replace=False)
     excluded = np.union1d(chosen, best)[: ROWS - 12]
-    scores, rows = built[kind, metric].search(queries, 10, FULL, excluded=excluded)
+    rows, scores = built[kind, metric].search(queries, 10, FULL, without(excluded))
     assert not np.isin(rows, excluded).any()
-    assert_answer_order(scores, rows)
+    assert_answer_order(Ranked(rows, scores))
     if kind in COMPLETE:
         assert (rows >= 0).all()
 
@@ -125,7 +130,7 @@ def test_excluded_rows_never_come_back(built, queries, kind, metric, share) -> N
 @pytest.mark.parametrize("kind", EXACT)
 def test_exclusion_equals_brute_force_over_the_rest(built, vectors, queries, kind, metric) -> None:
     excluded = np.flatnonzero(np.random.default_rng(6).random(ROWS) < 0.4)
-    got = built[kind, metric].search(queries, 50, FULL, excluded=excluded)
+    got = built[kind, metric].search(queries, 50, FULL, without(excluded))
     expected = brute_force(queries, vectors, np.arange(ROWS), 50, metric, excluded.tolist())
     assert_same_answers(got, expected)
 
@@ -133,7 +138,7 @@ def test_exclusion_equals_brute_force_over_the_rest(built, vectors, queries, kin
 @pytest.mark.parametrize("kind", COMPLETE)
 def test_fewer_live_rows_than_k_leave_empty_slots(built, queries, kind) -> None:
     excluded = np.arange(3, ROWS)
-    scores, rows = built[kind, Metric.COSINE].search(queries, 10, FULL, excluded=excluded)
+    rows, scores = built[kind, Metric.COSINE].search(queries, 10, FULL, without(excluded))
     for row in rows:
         assert sorted(row[:3].tolist()) == [0, 1, 2]
     assert (rows[:, 3:] == -1).all()
@@ -144,25 +149,38 @@ def test_fewer_live_rows_than_k_leave_empty_slots(built, queries, kind) -> None:
 def test_everything_excluded_and_nothing_excluded(built, queries, kind) -> None:
     main = built[kind, Metric.COSINE]
     free = main.search(queries, 10, FULL)
-    scores, rows = main.search(queries, 10, FULL, excluded=np.arange(ROWS))
+    rows, scores = main.search(queries, 10, FULL, without(np.arange(ROWS)))
     assert (rows == -1).all()
     assert np.isneginf(scores).all()
-    for nothing in (None, np.empty(0, np.int64)):
-        again = main.search(queries, 10, FULL, excluded=nothing)
-        np.testing.assert_array_equal(again[1], free[1])
-        np.testing.assert_array_equal(again[0], free[0])
+    again = main.search(queries, 10, FULL, without(np.empty(0, np.int64)))
+    np.testing.assert_array_equal(again.ids, free.ids)
+    np.testing.assert_array_equal(again.scores, free.scores)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "pq", "ivfpq-fs"])
+def test_selections_used_alternately_do_not_undo_each_other(built, queries, kind) -> None:
+    main = built[kind, Metric.COSINE]
+    halves = [np.arange(0, ROWS, 2), np.arange(1, ROWS, 2)]
+    selections = [without(half) for half in halves]
+    expected = [main.search(queries, 10, FULL, without(half)) for half in halves]
+    for _ in range(3):
+        for selection, half, first in zip(selections, halves, expected, strict=True):
+            got = main.search(queries, 10, FULL, selection)
+            assert not np.isin(got.ids, half).any()
+            np.testing.assert_array_equal(got.ids, first.ids)
+    assert all(len(selection.prepared) <= 1 for selection in selections)
 
 
 def test_ties_are_ordered_by_row(built, vectors) -> None:
-    _, rows = built["flat", Metric.DOT].search(vectors[:1], 11, FULL)
+    rows, _ = built["flat", Metric.DOT].search(vectors[:1], 11, FULL)
     assert rows[0].tolist() == [0, *range(100, 110)]
 
 
 def test_nprobe_widens_the_search(built, queries, vectors) -> None:
-    exact = brute_force(queries, vectors, np.arange(ROWS), 50, Metric.COSINE)[1]
+    exact = brute_force(queries, vectors, np.arange(ROWS), 50, Metric.COSINE).ids
     main = built["ivf", Metric.COSINE]
     recalls = [
-        recall_at_k(main.search(queries, 50, SearchParams(nprobe=nprobe))[1], exact)
+        recall_by_ids(main.search(queries, 50, SearchParams(nprobe=nprobe)).ids, exact)
         for nprobe in (1, 2, 8)
     ]
     assert recalls == sorted(recalls)
@@ -170,17 +188,17 @@ def test_nprobe_widens_the_search(built, queries, vectors) -> None:
 
 
 def test_rerank_factor_widens_the_search(built, queries, vectors) -> None:
-    exact = brute_force(queries, vectors, np.arange(ROWS), 20, Metric.COSINE)[1]
+    exact = brute_force(queries, vectors, np.arange(ROWS), 20, Metric.COSINE).ids
     main = built["pq-fs", Metric.COSINE]
     recalls = [
-        recall_at_k(main.search(queries, 20, SearchParams(rerank_factor=factor))[1], exact)
+        recall_by_ids(main.search(queries, 20, SearchParams(rerank_factor=factor)).ids, exact)
         for factor in (1, 30)
     ]
     assert recalls[0] < recalls[1] == 1.0
 
 
 def test_ef_search_is_never_below_k(built, queries) -> None:
-    _, rows = built["hnsw", Metric.COSINE].search(queries, 300, SearchParams(ef_search=1))
+    rows, _ = built["hnsw", Metric.COSINE].search(queries, 300, SearchParams(ef_search=1))
     assert (rows >= 0).sum(axis=1).min() == 300
 
 
@@ -188,8 +206,8 @@ def test_a_request_overrides_and_otherwise_the_default_holds(vectors, queries) -
     main = build_main(vectors, kind="ivf", nlist=8, nprobe=1)
     by_default = main.search(queries, 50, SearchParams())
     explicit = main.search(queries, 50, SearchParams(nprobe=1))
-    np.testing.assert_array_equal(by_default[1], explicit[1])
-    assert (main.search(queries, 50, SearchParams(nprobe=8))[1] != by_default[1]).any()
+    np.testing.assert_array_equal(by_default.ids, explicit.ids)
+    assert (main.search(queries, 50, SearchParams(nprobe=8)).ids != by_default.ids).any()
 
 
 @pytest.mark.parametrize(
@@ -216,7 +234,7 @@ def test_wrong_dimension_is_refused(built) -> None:
 def test_many_kinds_of_requests_do_not_pile_up(built, queries) -> None:
     main = built["ivf", Metric.COSINE]
     for k in range(1, 200):
-        assert main.search(queries[:1], k, FULL)[1].shape == (1, k)
+        assert main.search(queries[:1], k, FULL).ids.shape == (1, k)
     assert len(main._prepared) <= 64
 
 
@@ -315,7 +333,7 @@ def test_over_fetch_and_filter_on_a_gpu_that_ignores_selectors(
     index.add(vectors)
     main = MainIndex(index, metric=Metric.DOT, defaults=SearchParams(), device=Device.CUDA)
     excluded = np.flatnonzero(np.random.default_rng(6).random(ROWS) < 0.9)
-    got = main.search(queries, 50, FULL, excluded=excluded)
+    got = main.search(queries, 50, FULL, without(excluded))
     expected = brute_force(queries, vectors, np.arange(ROWS), 50, Metric.DOT, excluded.tolist())
     assert_same_answers(got, expected)
 

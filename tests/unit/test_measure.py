@@ -64,7 +64,7 @@ def lists_of(task: EvaluationTask, user: int) -> tuple[list[int], list[int]]:
 def test_segments_as_a_loop_says() -> None:
     task, queries, items = random_task()
     got = measure(queries, items, task)
-    _, ranked = rank_exact(queries, items, k=10, exclude=task.known)
+    ranked, _ = rank_exact(queries, items, k=10, exclude=task.known)
     counts = np.bincount(task.known.items, minlength=ITEMS)
     assert got.users == USERS
     for name, holds in {

@@ -149,7 +149,7 @@ def test_exact_ranking_with_ties_and_masks(m: int, k: int, block: int | None) ->
     queries = rng.integers(-2, 3, (7, 4)).astype(np.float32)  # small integers: many exact ties
     items = rng.integers(-2, 3, (m, 4)).astype(np.float32)
     exclude = [rng.choice(m, rng.integers(0, m + 1), replace=False).tolist() for _ in range(7)]
-    scores, rows = rank_exact(queries, items, k=k, exclude=csr(exclude), block=block)
+    rows, scores = rank_exact(queries, items, k=k, exclude=csr(exclude), block=block)
     slow_scores, slow_rows = slow_ranking(queries, items, k, exclude)
     assert rows.tolist() == slow_rows
     assert scores.tolist() == slow_scores
@@ -171,7 +171,7 @@ def test_large_catalogue_takes_the_sampled_threshold(kind: str, k: int) -> None:
     queries = rng.standard_normal((4, 3)).astype(np.float32).round(1)
     masked = rng.permutation(m)[: m - 4 if kind == "mostly-masked" else 500]
     exclude = csr([masked.tolist(), [], masked[:9].tolist(), masked.tolist()])
-    scores, rows = rank_exact(queries, items, k=k, exclude=exclude)
+    rows, scores = rank_exact(queries, items, k=k, exclude=exclude)
     full = queries @ items.T
     full[exclude.owners, exclude.items] = -np.inf
     order = np.argsort(-full, axis=1, kind="stable")[:, :k]
@@ -185,7 +185,7 @@ def test_evaluate_vectors_in_blocks_equals_one_list(monkeypatch: pytest.MonkeyPa
     queries, items = rng.standard_normal((2, 30, 5)).astype(np.float32)
     lists = [rng.choice(30, 6, replace=False).tolist() for _ in range(30)]
     exclude, relevant = csr([x[:3] for x in lists]), csr([x[3:] for x in lists])
-    _, rows = rank_exact(queries, items, k=10, exclude=exclude)
+    rows, _ = rank_exact(queries, items, k=10, exclude=exclude)
     sums = MetricSums()
     sums.add(score_lists(rows, relevant, KS))
     monkeypatch.setattr("shardline.training.evaluation.ranking.BLOCK_SCORES", 30 * 7)

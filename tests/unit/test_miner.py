@@ -23,9 +23,10 @@ from shardline.training.features.fitted import fit
 from shardline.training.features.prepared import TrainingData, prepare
 from shardline.training.loop.launch import train
 from shardline.training.mining import miner as miner_module
+from shardline.training.mining.candidates import draws, joined
 from shardline.training.mining.hard_negatives import Origin, write_negatives
 from shardline.training.mining.miner import build_miner, evaluating, mine_in_process, mine_table
-from shardline.training.mining.selection import draws, joined
+from shardline.training.model import encoding
 from shardline.training.model.checkpoint import load_best, load_parts
 from shardline.training.model.encoding import encode_items, encode_queries
 from shardline.training.model.towers import TwoTower, build_model
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(miner_module, "BLOCK_USERS", 7)
-    monkeypatch.setattr(miner_module, "ITEM_ROWS", 16)
+    monkeypatch.setattr(encoding, "SHARED_ROWS", 16)
 
 
 def model_and_data(folder: Path) -> tuple[TwoTower, TrainingData]:
@@ -207,7 +208,7 @@ def test_a_failing_search_ends_the_mining(folder: Path) -> None:
 
 def one_rank(rank: int, world: int, folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
-    miner_module.BLOCK_USERS, miner_module.ITEM_ROWS = 7, 16
+    miner_module.BLOCK_USERS, encoding.SHARED_ROWS = 7, 16
     dist.init_process_group("gloo", init_method=f"file://{out}/group", rank=rank, world_size=world)
     mined = mine_in_process(*model_and_data(folder), CONFIG, SEED)
     save_file({"indptr": mined.indptr, "items": mined.items}, out / f"{rank}.safetensors")

@@ -11,7 +11,7 @@ from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.config.training_config import MiningConfig
 from shardline.training.data.csr import Csr
 from shardline.training.evaluation.ranking import rank_exact
-from shardline.training.mining.selection import (
+from shardline.training.mining.candidates import (
     Mined,
     blocks_of,
     choose,
@@ -102,7 +102,7 @@ def test_chosen_as_by_a_loop_over_users_and_candidates(
     known = csr(*(np.sort(each).tolist() for each in lists))
     queries = rng.standard_normal((count, 4)).astype(np.float32)
     vectors = rng.integers(-1, 2, (num_items, 4)).astype(np.float32)  # many equal scores
-    scores, items = rank_exact(queries, vectors, k=min(width, num_items))
+    items, scores = rank_exact(queries, vectors, k=min(width, num_items))
     users = rng.permutation(100)[:count].astype(np.int64)
     reference = reference_scores(queries, vectors, known, "mean")
     mined = choose(
@@ -210,7 +210,7 @@ def test_the_sample_depends_on_user_item_and_seed_not_on_the_batch() -> None:
     config = MiningConfig(per_user=4, range_max=20, reference="highest", margin=0.0)
 
     def mine(rows: IdArray, seed: int) -> Mined:
-        scores, items = rank_exact(queries, vectors, k=30)
+        items, scores = rank_exact(queries, vectors, k=30)
         positives = known.take(rows)
         reference = reference_scores(queries[rows], vectors, positives, config.reference)
         return choose(

@@ -16,7 +16,6 @@ from shardline.training.evaluation.ranking import rank_exact
 from shardline.training.evaluation.ranking_metrics import score_lists
 from shardline.training.evaluation.user_queries import evaluation_task
 from shardline.training.export import export
-from shardline.training.features.prepared import item_lists
 from shardline.training.loop.run_rank import train_rank
 from shardline.training.model.checkpoint import load_best
 from shardline.training.model.encoding import encode_items, encode_queries
@@ -44,7 +43,7 @@ def test_evaluation_and_export_lengthen_alike(fit_splits: str, tmp_path: Path) -
     train_rank(declared_run(tmp_path / "run", config, dataset), torch.device("cpu"))
     run, model = load_best(tmp_path / "run")
     items = run.space.item.encode(dataset.items(), ITEMS)
-    fitted = item_lists(dataset, tuple(fit_splits.split("+"))).items
+    fitted = dataset.positives(*fit_splits.split("+")).items
     counts = np.bincount(fitted, minlength=len(items))
     assert counts.max() > counts.min()
     lengths = np.maximum(counts, 1) ** EXPONENT
@@ -61,7 +60,7 @@ def test_evaluation_and_export_lengthen_alike(fit_splits: str, tmp_path: Path) -
     users = run.space.query.encode(dataset.users(), USERS).take(task.users)
     known = task.known.take(task.users)
     queries = encode_queries(model, users, known, items)
-    _, ranked = rank_exact(queries, expected, k=5, exclude=known)
+    ranked, _ = rank_exact(queries, expected, k=5, exclude=known)
     recall = score_lists(ranked, task.relevant.take(task.users), (5,)).values["recall@5"].mean()
     measured = evaluate_exact(tmp_path / "run", dataset, ks=(5,)).means["recall@5"]
     assert measured == pytest.approx(float(recall))
@@ -90,13 +89,13 @@ def test_mining_ranks_the_vectors_that_are_served(tmp_path: Path) -> None:
     run, model = load_best(tmp_path / "run")
     items = run.space.item.encode(dataset.items(), ITEMS)
     users = run.space.query.encode(dataset.users(), USERS).take(mined.users)
-    train = item_lists(dataset, ("train",))
+    train = dataset.positives("train")
     known = train.take(mined.users)
     queries = encode_queries(model, users, known, items)
     plain = encode_items(model, items)
     lengths = item_lengths(np.bincount(train.items, minlength=len(items)), 1.0)
-    _, served = rank_exact(queries, plain * lengths[:, None], k=3, exclude=known)
-    _, unserved = rank_exact(queries, plain, k=3, exclude=known)
+    served, _ = rank_exact(queries, plain * lengths[:, None], k=3, exclude=known)
+    unserved, _ = rank_exact(queries, plain, k=3, exclude=known)
     found = mined.items >= 0
     assert found.sum() > 0.5 * found.size
     assert np.isin(keyed(mined.items), keyed(served))[found].all()

@@ -23,7 +23,13 @@ from shardline.cluster.serving.preflight import check_serving, find_damage, serv
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.store import Store
 from shardline.shards.core import files
-from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound, Unavailable
+from shardline.shards.core.errors import (
+    CorruptFile,
+    NewerFormat,
+    NotFound,
+    ShardlineError,
+    Unavailable,
+)
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.storage.generation import INDEX_NAME, shard_folder
 from tests.engine import build_generation
@@ -133,21 +139,17 @@ def test_a_newer_format_is_refused_too(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reason", "is_checked"),
-    [
-        ("shard 1: {folder}/shard-00001/index.faiss: wrong checksum", True),
-        ("shards did not become ready; expected within 60 s", False),
-        ("the controller does not answer", False),
-    ],
+    ("kind", "is_checked"),
+    [(CorruptFile, True), (NewerFormat, True), (NotFound, True), (Unavailable, False)],
 )
 def test_files_are_read_again_only_where_a_shard_refused_them(
-    store: Store, monkeypatch: pytest.MonkeyPatch, reason: str, is_checked: bool
+    store: Store, monkeypatch: pytest.MonkeyPatch, kind: type[ShardlineError], is_checked: bool
 ) -> None:
     damage(store, 3)
     stages: list[str] = []
 
-    def wait_ready(controller: object, timeout_s: float) -> None:
-        raise Unavailable(reason.format(folder=store.generation(3)))
+    def wait_ready(controller: object, timeout_s: float) -> int:
+        raise kind(f"shard 1: {store.generation(3)}/shard-00001/index.faiss: in any words")
 
     monkeypatch.setattr(deployment, "wait_ready", wait_ready)
     with pytest.raises(CorruptFile if is_checked else Unavailable):

@@ -5,7 +5,8 @@ import logging
 import orjson
 import pytest
 
-from shardline.router.http.problems import MAX_TEXT, PROBLEMS, REFUSALS, PayloadTooLarge, to_problem
+from shardline.router.contract import REFUSALS, PayloadTooLarge
+from shardline.router.http.problems import MAX_TEXT, PROBLEMS, to_problem
 from shardline.shards.core.errors import (
     CorruptFile,
     DeadlineExceeded,

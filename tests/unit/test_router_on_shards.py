@@ -7,14 +7,14 @@ import faiss
 import numpy as np
 import pytest
 
-from shardline.router.query import SearchQuery
+from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import InvalidInput
-from shardline.shards.core.messages import SearchParams, ShardRoute
-from shardline.shards.core.schema import Metric, check_vectors
+from shardline.shards.core.messages import ReplicaRoute, SearchParams, ShardRoute
+from shardline.shards.core.schema import Metric, query_vectors
 from shardline.shards.index.main_index import MainIndex
-from shardline.shards.server.shard import Shard
+from shardline.shards.server.shard import Shard, ShardState
 from shardline.shards.server.shard_server import ShardServer
 from tests import reference
 from tests.fake_shard import SECRET, make_table, until
@@ -33,17 +33,20 @@ def make_server(shard, ids, vectors, metric, epoch=1):
     index = METRICS[metric](DIM)
     index.add(vectors)
     main = MainIndex(index, metric=metric, defaults=SearchParams())
-    server = ShardServer(Shard(shard=shard, generation=1, main=main, item_ids=ids), secret=SECRET)
+    server = ShardServer(
+        Shard(shard=shard, generation=1, state=ShardState.of(main, ids)), secret=SECRET
+    )
     address = server.bind()
     server.start(epoch)
-    return server, ShardRoute(shard=shard, rows=len(ids), epoch=epoch, address=address)
+    route = ReplicaRoute(key=server.key, epoch=epoch, address=address)
+    return server, ShardRoute(shard=shard, rows=len(ids), replicas=(route,))
 
 
 @contextlib.asynccontextmanager
 async def cluster(metric, num_shards):
     """(service, servers, routes, ids, vectors) over 90 rows with ids of their own."""
     rng = np.random.default_rng(5)
-    vectors = check_vectors(rng.standard_normal((90, DIM)), dim=DIM, metric=metric)
+    vectors = query_vectors(rng.standard_normal((90, DIM)), dim=DIM, metric=metric)
     ids = np.sort(rng.choice(10_000, 90, replace=False))
     parts = zip(np.array_split(ids, num_shards), np.array_split(vectors, num_shards), strict=True)
     made = [make_server(shard, *part, metric) for shard, part in enumerate(parts)]
@@ -60,7 +63,7 @@ async def cluster(metric, num_shards):
 
 async def search(service, **query):
     arrived_at = asyncio.get_running_loop().time()
-    return await service.search(SearchQuery(**query), arrived_at=arrived_at)
+    return await service.search(resolve(service.config, **query), arrived_at=arrived_at)
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4, 7])
@@ -68,17 +71,15 @@ async def search(service, **query):
 async def test_answers_equal_brute_force_for_any_number_of_shards(metric, num_shards):
     async with cluster(metric, num_shards) as (service, _, _, ids, vectors):
         answer = await search(service, vectors=vectors[:5], k=20)
-        scores, expected = reference.brute_force(vectors[:5], vectors, ids, 20, metric)
-        np.testing.assert_allclose(answer.scores, scores, rtol=1e-5, atol=1e-5)
-        np.testing.assert_array_equal(answer.ids, expected)
+        expected = reference.brute_force(vectors[:5], vectors, ids, 20, metric)
+        np.testing.assert_allclose(answer.ranked.scores, expected.scores, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(answer.ranked.ids, expected.ids)
         assert answer.coverage.share == 1.0
 
         answer = await search(service, item_ids=[int(ids[7]), 10_001], k=20)
-        _, expected = reference.brute_force(
-            vectors[7:8], vectors, ids, 20, metric, excluded=[ids[7]]
-        )
-        assert answer.ids[0].tolist() == expected[0].tolist()
-        assert answer.reasons == {1: "item 10001 not found"}
+        expected = reference.brute_force(vectors[7:8], vectors, ids, 20, metric, excluded=[ids[7]])
+        assert answer.ranked.ids[0].tolist() == expected.ids[0].tolist()
+        assert [str(reason.text) for reason in answer.reasons] == ["item 10001 not found"]
 
 
 async def test_a_parameter_that_is_wrong_for_a_shard_is_the_callers_error():
@@ -97,5 +98,5 @@ async def test_a_shard_that_stops_is_missed_and_comes_back_at_another_port():
         servers[1], routes[1] = make_server(1, ids[30:60], vectors[30:60], Metric.DOT, epoch=2)
         await service.apply(make_table(routes, DIM, version=2))
         answer = await search(service, vectors=vectors[:1], k=90)
-        assert sorted(answer.ids[0]) == ids.tolist()
+        assert sorted(answer.ranked.ids[0]) == ids.tolist()
         assert answer.coverage.share == 1.0

@@ -1,4 +1,4 @@
-"""The door: ids, vectors, k, and the order of answers."""
+"""What is checked where it enters: ids, vectors, k; and the order of answers."""
 
 import numpy as np
 import pytest
@@ -13,27 +13,39 @@ from shardline.shards.core.schema import (
     check_ids,
     check_k,
     check_vectors,
+    in_order,
     normalise,
-    sort_results,
+    query_vectors,
+    unit_vectors,
 )
 from tests.reference import assert_answer_order
 
 
-def test_cosine_vectors_come_out_normalised_and_input_is_untouched() -> None:
+def test_checking_leaves_lengths_alone_and_queries_are_normalised() -> None:
     given_rows = np.array([[3.0, 4.0], [0.0, 2.0]], dtype=np.float32)
     kept = given_rows.copy()
-    checked = check_vectors(given_rows, dim=2, metric=Metric.COSINE)
-    np.testing.assert_allclose(checked, [[0.6, 0.8], [0.0, 1.0]], rtol=1e-7)
+    assert check_vectors(given_rows, dim=2, metric=Metric.COSINE) is given_rows
+    asked = query_vectors(given_rows, dim=2, metric=Metric.COSINE)
+    np.testing.assert_allclose(asked, [[0.6, 0.8], [0.0, 1.0]], rtol=1e-7)
     np.testing.assert_array_equal(given_rows, kept)
 
 
 @pytest.mark.parametrize("metric", [Metric.DOT, Metric.L2])
-def test_other_metrics_leave_vectors_alone(metric: Metric) -> None:
+@pytest.mark.parametrize("check", [check_vectors, query_vectors])
+def test_other_metrics_leave_vectors_alone(check, metric: Metric) -> None:
     rows = np.array([[3.0, 4.0], [0.0, 0.0]], dtype=np.float32)
-    checked = check_vectors(rows, dim=2, metric=metric)
-    assert checked is rows
-    copied = check_vectors(rows, dim=2, metric=metric, copy=True)
-    assert not np.shares_memory(copied, rows)
+    assert check(rows, dim=2, metric=metric) is rows
+    assert unit_vectors(rows, metric) is rows
+
+
+def test_unit_vectors_are_stored_bit_for_bit() -> None:
+    rows = normalise(np.random.default_rng(0).standard_normal((500, 384), dtype=np.float32))
+    assert unit_vectors(rows, Metric.COSINE) is rows
+    longer = rows.copy()
+    longer[7] *= np.float32(1.0001)
+    stored = unit_vectors(longer, Metric.COSINE)
+    np.testing.assert_allclose(np.linalg.norm(stored.astype(np.float64), axis=1), 1, rtol=1e-6)
+    assert unit_vectors(stored, Metric.COSINE) is stored
 
 
 @pytest.mark.parametrize(
@@ -57,6 +69,7 @@ def test_transposed_input_becomes_contiguous() -> None:
 def test_huge_and_tiny_float32_values_normalise() -> None:
     rows = np.array([[3e38, 3e38], [1e-11, 0.0]], dtype=np.float32)
     checked = check_vectors(rows, dim=2, metric=Metric.COSINE)
+    checked = unit_vectors(checked, Metric.COSINE)
     np.testing.assert_allclose(np.linalg.norm(checked.astype(np.float64), axis=1), 1, rtol=1e-6)
 
 
@@ -87,9 +100,10 @@ def test_values_whose_squares_overflow_float32_are_finite(metric: Metric) -> Non
         (None, "not a matrix", "vectors"),
     ],
 )
-def test_bad_vectors_are_refused(values: object, message: str, field: str) -> None:
+@pytest.mark.parametrize("check", [check_vectors, query_vectors])
+def test_bad_vectors_are_refused(check, values: object, message: str, field: str) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
-        check_vectors(values, dim=2, metric=Metric.COSINE)
+        check(values, dim=2, metric=Metric.COSINE)
     assert caught.value.field == field
 
 
@@ -159,6 +173,6 @@ def test_results_sort_by_score_then_id_with_holes_last(pairs: list[tuple[int, in
     holes = sum(item < 0 for _, item in pairs)
     ids = np.array([[*unique, *[EMPTY_ID] * holes]], dtype=np.int64)
     scores = np.array([[*unique.values(), *[-np.inf] * holes]], dtype=np.float32)
-    out_scores, out_ids = sort_results(scores, ids)
-    assert_answer_order(out_scores, out_ids)
-    assert {i: s for i, s in zip(out_ids[0], out_scores[0], strict=True) if i >= 0} == unique
+    ranked = in_order(ids, scores)
+    assert_answer_order(ranked)
+    assert {i: s for i, s in zip(*(each[0] for each in ranked), strict=True) if i >= 0} == unique

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardline.router.query import Coverage, SearchAnswer
+from shardline.router.client.answers import Coverage, SearchAnswer
 from shardline.shards.core.errors import (
     DataError,
     InvalidInput,
@@ -24,7 +24,7 @@ from shardline.training.evaluation.searchers import (
 )
 
 ITEM_IDS = np.arange(20) * 3 + 100
-WHOLE = Coverage(shards_asked=2, shards_answered=2, rows_asked=20, rows_answered=20, degraded=[])
+WHOLE = Coverage(shards_asked=2, shards_answered=2, rows_asked=20, rows_answered=20, degraded=())
 
 
 class FakeClient:
@@ -44,7 +44,7 @@ class FakeClient:
         event = self.events.pop(0) if self.events else None
         if isinstance(event, Exception):
             raise event
-        scores, rows = rank_exact(query["vectors"], self.items, k=query["k"])
+        rows, scores = rank_exact(query["vectors"], self.items, k=query["k"])
         answer = SearchAnswer(
             ids=ITEM_IDS[rows],
             scores=scores,
@@ -53,7 +53,6 @@ class FakeClient:
             coverage=WHOLE,
             took_ms=1.0,
             search_ms=1.0,
-            reasons={},
             request_id="r",
         )
         return answer if event is None else replace(answer, **event)
@@ -75,19 +74,19 @@ def test_exact_search_is_the_exact_ranking_cut_to_the_catalogue(
     vectors: tuple[FloatArray, FloatArray],
 ) -> None:
     queries, items = vectors
-    scores, rows = ExactSearch(items)(queries, 500)
+    rows, scores = ExactSearch(items)(queries, 500)
     expected = rank_exact(queries, items, k=20)
-    np.testing.assert_array_equal(scores, expected[0])
-    np.testing.assert_array_equal(rows, expected[1])
+    np.testing.assert_array_equal(scores, expected.scores)
+    np.testing.assert_array_equal(rows, expected.ids)
 
 
 def test_a_cluster_answers_in_rows_of_the_dataset(vectors: tuple[FloatArray, FloatArray]) -> None:
     queries, items = vectors
     client = FakeClient(items)
-    scores, rows = connect(client)(queries, 6)
+    rows, scores = connect(client)(queries, 6)
     expected = ExactSearch(items)(queries, 6)
-    np.testing.assert_array_equal(scores, expected[0])
-    np.testing.assert_array_equal(rows, expected[1])
+    np.testing.assert_array_equal(scores, expected.scores)
+    np.testing.assert_array_equal(rows, expected.ids)
     assert client.asked[0]["min_coverage"] == 1.0, "a partial answer would pass for a whole one"
 
 
@@ -95,7 +94,7 @@ def test_empty_slots_stay_empty(vectors: tuple[FloatArray, FloatArray]) -> None:
     queries, items = vectors
     ids = np.full((3, 2), -1)
     client = FakeClient(items, [{"ids": ids, "scores": np.full((3, 2), -np.inf, np.float32)}])
-    scores, rows = connect(client)(queries, 2)
+    rows, scores = connect(client)(queries, 2)
     assert (rows == -1).all()
     assert np.isneginf(scores).all()
 
@@ -150,8 +149,8 @@ def test_what_is_unavailable_is_tried_again_with_growing_waits(
     queries, items = vectors
     waits: list[float] = []
     events: list[Any] = [Overloaded("busy"), Unavailable("a shard is missing"), None]
-    _, rows = connect(FakeClient(items, events), waits)(queries, 4)
-    np.testing.assert_array_equal(rows, ExactSearch(items)(queries, 4)[1])
+    rows, _ = connect(FakeClient(items, events), waits)(queries, 4)
+    np.testing.assert_array_equal(rows, ExactSearch(items)(queries, 4).ids)
     assert waits == [0.5, 1.0]
 
 

@@ -15,6 +15,7 @@ from shardline.shards.core.messages import (
     FetchReply,
     FetchRequest,
     Hello,
+    ReplicaKey,
     SearchParams,
     SearchReply,
     SearchRequest,
@@ -158,7 +159,7 @@ def search(queries=VECTORS[:2], k: int = 10, timeout_ms: float = 10_000.0, **par
 
 def test_hello_says_who_answers(serve) -> None:
     with closing(Client(serve())) as client:
-        assert (client.hello.shard, client.hello.generation, client.hello.epoch) == (0, 7, 9)
+        assert (client.hello.key, client.hello.epoch) == (ReplicaKey(7, 0, 0), 9)
 
 
 def test_search_and_fetch(serve) -> None:
@@ -166,7 +167,7 @@ def test_search_and_fetch(serve) -> None:
         reply = client.ask(search())
         assert isinstance(reply, SearchReply)
         expected = brute_force(VECTORS[:2], VECTORS, IDS, 10, Metric.DOT)
-        assert_same_answers((reply.scores, reply.ids), expected)
+        assert_same_answers(reply.ranked, expected)
         assert reply.rows == ROWS
         fetched = client.ask(FetchRequest(item_ids=np.array([3, 4, 0]), timeout_ms=1000.0))
         assert isinstance(fetched, FetchReply)
@@ -188,7 +189,7 @@ def test_many_requests_in_flight_over_many_connections(serve) -> None:
             expected = brute_force(
                 VECTORS[number : number + 1], VECTORS, IDS, 1 + number % 3, Metric.DOT
             )
-            assert_same_answers((replies[number].scores, replies[number].ids), expected)
+            assert_same_answers(replies[number].ranked, expected)
         client.close()
 
 
@@ -294,7 +295,7 @@ def test_a_few_rows_are_searched_in_the_loop_thread_once_they_are_known_to_be_fa
         for rows in (1, 1, 8, 9, 1):
             reply = client.ask(search(VECTORS[:rows]))
             expected = brute_force(VECTORS[:rows], VECTORS, IDS, 10, Metric.DOT)
-            assert_same_answers((reply.scores, reply.ids), expected)
+            assert_same_answers(reply.ranked, expected)
     assert shard.threads == [SEARCH, LOOP, LOOP, SEARCH, LOOP]
     assert (serve.server.stats.requests, serve.server.stats.batches) == (5, 5)
     assert serve.server.queue_depth == 0
@@ -403,8 +404,8 @@ def test_queries_that_are_not_numbers_find_nothing(serve) -> None:
     with closing(Client(serve())) as client:
         reply = client.ask(search(np.full((1, DIM), np.nan, np.float32)))
         assert isinstance(reply, SearchReply)
-        assert (reply.ids == -1).all()
-        assert np.isneginf(reply.scores).all()
+        assert (reply.ranked.ids == -1).all()
+        assert np.isneginf(reply.ranked.scores).all()
         assert isinstance(client.ask(search()), SearchReply)
 
 
@@ -519,7 +520,7 @@ def test_a_bug_in_the_search_costs_its_answers_only(serve, caplog) -> None:
                 raise RuntimeError("a secret detail")
             return self.inner.search_batch(requests)
 
-        def fetch(self, request):
+        def fetch_batch(self, requests):
             raise RuntimeError("a secret detail")
 
     broken = Broken(flat_shard(VECTORS, IDS))

@@ -9,7 +9,8 @@ import pytest
 
 from shardline.router.fanout.snapshot import ENCODE_IN_LOOP
 from shardline.router.item_queries import drop_own
-from shardline.router.query import Coverage, SearchQuery
+from shardline.router.limits import resolve
+from shardline.router.query import Coverage, Reason, ReasonCode
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import (
@@ -21,9 +22,17 @@ from shardline.shards.core.errors import (
     VersionMismatch,
 )
 from shardline.shards.core.messages import ErrorReply
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.schema import Metric, Ranked
 from tests.fake_encoder import FakeEncoder
-from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
+from tests.fake_shard import (
+    SECRET,
+    brute_force,
+    make_rows,
+    make_table,
+    missing,
+    running_shards,
+    until,
+)
 
 DIM = 8
 FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, max_batch=10, max_k=60, default_k=10)
@@ -46,18 +55,24 @@ async def serving(encoder="m1", config=FAST, **table):
 
 async def search(service, **query):
     arrived_at = asyncio.get_running_loop().time()
-    return await service.search(SearchQuery(**query), arrived_at=arrived_at, request_id="r1")
+    return await service.search(
+        resolve(service.config, **query), arrived_at=arrived_at, request_id="r1"
+    )
+
+
+def not_found(query: int, item: int) -> Reason:
+    return Reason(query=query, code=ReasonCode.NOT_FOUND, text=f"item {item} not found")
 
 
 async def test_vectors_are_searched_and_the_answer_says_on_what():
     async with serving() as (service, _, ids, vectors):
         answer = await search(service, vectors=vectors[:3].tolist(), k=4)
         expected_ids, expected_scores = brute_force(vectors[:3], ids, vectors, 4)
-        np.testing.assert_array_equal(answer.ids, expected_ids)
-        np.testing.assert_array_equal(answer.scores, expected_scores)
+        np.testing.assert_array_equal(answer.ranked.ids, expected_ids)
+        np.testing.assert_array_equal(answer.ranked.scores, expected_scores)
         assert (answer.generation, answer.model_version) == (1, "m1")
         assert answer.coverage.share == 1.0
-        assert answer.reasons == {}
+        assert answer.reasons == ()
         assert answer.request_id == "r1"
         assert 0 < answer.took_ms < 2000
 
@@ -66,7 +81,9 @@ async def test_under_cosine_the_length_of_a_query_does_not_matter():
     async with serving(metric=Metric.COSINE) as (service, _, _, vectors):
         answer = await search(service, vectors=vectors[:1] * 1000, k=60)
         unit = vectors[:1] / np.linalg.norm(vectors[0])
-        np.testing.assert_allclose(answer.scores[0], np.sort(unit @ vectors.T)[0, ::-1], rtol=1e-5)
+        np.testing.assert_allclose(
+            answer.ranked.scores[0], np.sort(unit @ vectors.T)[0, ::-1], rtol=1e-5
+        )
 
 
 async def test_features_are_encoded_by_the_query_tower():
@@ -74,7 +91,7 @@ async def test_features_are_encoded_by_the_query_tower():
         answer = await search(service, features=[{"slope": 0.0}, {"slope": 1.5}], k=5)
         queries = FakeEncoder(DIM).encode([{"slope": 0.0}, {"slope": 1.5}])
         expected_ids, _ = brute_force(queries, ids, vectors, 5)
-        np.testing.assert_array_equal(answer.ids, expected_ids)
+        np.testing.assert_array_equal(answer.ranked.ids, expected_ids)
 
 
 async def test_a_batch_too_large_for_the_loop_is_encoded_in_a_thread():
@@ -83,7 +100,7 @@ async def test_a_batch_too_large_for_the_loop_is_encoded_in_a_thread():
         features = [{"slope": float(row)} for row in range(ENCODE_IN_LOOP + 1)]
         answer = await search(service, features=features, k=2)
         expected_ids, _ = brute_force(FakeEncoder(DIM).encode(features), ids, vectors, 2)
-        np.testing.assert_array_equal(answer.ids, expected_ids)
+        np.testing.assert_array_equal(answer.ranked.ids, expected_ids)
 
 
 async def test_an_item_is_left_out_of_its_own_answer_and_still_gets_k_results():
@@ -95,33 +112,33 @@ async def test_an_item_is_left_out_of_its_own_answer_and_still_gets_k_results():
             expected, scores = brute_force(
                 vectors[item : item + 1], ids[others], vectors[others], 5
             )
-            assert answer.ids[row].tolist() == expected[0].tolist()
-            assert answer.scores[row].tolist() == scores[0].tolist()
+            assert answer.ranked.ids[row].tolist() == expected[0].tolist()
+            assert answer.ranked.scores[row].tolist() == scores[0].tolist()
 
 
 async def test_at_the_largest_k_an_item_to_item_answer_is_one_short():
     async with serving() as (service, _, ids, _):
         answer = await search(service, item_ids=[3], k=60)
-        assert set(answer.ids[0, :59]) == set(ids) - {3}
-        assert answer.ids[0, 59] == -1
-        assert np.isneginf(answer.scores[0, 59])
+        assert set(answer.ranked.ids[0, :59]) == set(ids) - {3}
+        assert answer.ranked.ids[0, 59] == -1
+        assert np.isneginf(answer.ranked.scores[0, 59])
 
 
 async def test_an_unknown_item_is_empty_with_a_reason_and_the_others_are_answered():
     async with serving() as (service, _, _, _):
         answer = await search(service, item_ids=[5, 999, 6], k=3)
         alone = await search(service, item_ids=[5, 6], k=3)
-        assert answer.reasons == {1: "item 999 not found"}
-        np.testing.assert_array_equal(answer.ids[[0, 2]], alone.ids)
-        assert answer.ids[1].tolist() == [-1, -1, -1]
-        assert np.isneginf(answer.scores[1]).all()
+        assert answer.reasons == (not_found(1, 999),)
+        np.testing.assert_array_equal(answer.ranked.ids[[0, 2]], alone.ranked.ids)
+        assert answer.ranked.ids[1].tolist() == [-1, -1, -1]
+        assert np.isneginf(answer.ranked.scores[1]).all()
 
 
 async def test_only_unknown_items_are_still_an_answer():
     async with serving() as (service, _, _, _):
         answer = await search(service, item_ids=[999, 1000], k=2)
-        assert answer.ids.tolist() == [[-1, -1], [-1, -1]]
-        assert answer.reasons == {0: "item 999 not found", 1: "item 1000 not found"}
+        assert answer.ranked.ids.tolist() == [[-1, -1], [-1, -1]]
+        assert answer.reasons == (not_found(0, 999), not_found(1, 1000))
         assert answer.coverage.share == 1.0
 
 
@@ -130,8 +147,10 @@ async def test_an_item_of_a_dead_shard_is_said_to_be_missing_among_the_rest():
         await shards[0].kill()
         await until(lambda: service.ready()[1]["shards_connected"] == 3)
         answer = await search(service, item_ids=[0, 59], k=2)
-        assert "item 0 not found in the shards that answered (shard 0:" in answer.reasons[0]
-        assert answer.ids[1, 0] != -1
+        (reason,) = answer.reasons
+        assert (reason.query, reason.code) == (0, ReasonCode.NOT_FOUND_PARTIAL)
+        assert "item 0 not found in the shards that answered (shard 0:" in reason.text
+        assert answer.ranked.ids[1, 0] != -1
         now = asyncio.get_running_loop().time()
         with pytest.raises(Unavailable, match="not found in the shards that answered"):
             await service.item(0, arrived_at=now)
@@ -144,8 +163,8 @@ async def test_a_look_up_that_missed_the_items_shard_makes_the_answer_partial():
         shards[0].fetch_error = ErrorReply(code="overloaded", message="")
         for items in ([0, 59], [0]):  # with and without a search after the look-up
             answer = await search(service, item_ids=items, k=2)
-            assert "item 0 not found in the shards that answered" in answer.reasons[0]
-            assert answer.coverage.degraded == ["shard 0: overloaded"]
+            assert answer.reasons[0].code is ReasonCode.NOT_FOUND_PARTIAL
+            assert missing(answer) == ["shard 0: overloaded"]
             assert (answer.coverage.shards_answered, answer.coverage.share) == (3, 0.75)
             await search(service, item_ids=items, k=2, min_coverage=0.75)
             with pytest.raises(Overloaded, match="too few rows") as caught:
@@ -157,8 +176,8 @@ async def test_a_look_up_that_found_every_item_is_whole_whoever_missed_it():
     async with serving() as (service, shards, _, _):
         shards[0].fetch_error = ErrorReply(code="overloaded", message="")
         answer = await search(service, item_ids=[30, 59, 30], k=2, min_coverage=1.0)
-        assert answer.reasons == {}
-        assert (answer.coverage.share, answer.coverage.degraded) == (1.0, [])
+        assert answer.reasons == ()
+        assert (answer.coverage.share, answer.coverage.degraded) == (1.0, ())
 
 
 def test_joined_coverage_is_the_smaller_with_the_reasons_of_both():
@@ -168,7 +187,7 @@ def test_joined_coverage_is_the_smaller_with_the_reasons_of_both():
             shards_answered=answered,
             rows_asked=40,
             rows_answered=10 * answered,
-            degraded=list(degraded),
+            degraded=degraded,
         )
 
     search_part, fetch_part = coverage(3, "shard 1: a"), coverage(2, "shard 1: a", "shard 2: b")
@@ -215,7 +234,7 @@ async def test_an_encoder_of_another_model_is_refused_and_vectors_still_work():
         with pytest.raises(VersionMismatch) as caught:
             await search(service, features=[{"slope": 1.0}])
         assert (caught.value.expected, caught.value.got) == ("m1", "m0")
-        assert (await search(service, vectors=vectors[:1], k=1)).ids.shape == (1, 1)
+        assert (await search(service, vectors=vectors[:1], k=1)).ranked.ids.shape == (1, 1)
 
 
 async def test_a_generation_without_an_encoder_takes_no_features():
@@ -256,8 +275,8 @@ async def test_encoder_and_table_change_in_one_step_and_a_running_query_keeps_bo
         old[0].gate.set()
         answer = await running
         assert (answer.generation, answer.model_version) == (1, "m1")
-        assert (answer.ids < 1000).all()
-        assert (fresh.ids >= 1000).all()
+        assert (answer.ranked.ids < 1000).all()
+        assert (fresh.ranked.ids >= 1000).all()
         await service.close()
 
 
@@ -274,14 +293,14 @@ async def test_the_deadline_counts_from_the_arrival_not_from_the_start_of_the_wo
         long_ago = asyncio.get_running_loop().time() - 1.0
         with pytest.raises(DeadlineExceeded):
             await service.search(
-                SearchQuery(vectors=vectors[:1], timeout_ms=900.0), arrived_at=long_ago
+                resolve(service.config, vectors=vectors[:1], timeout_ms=900.0), arrived_at=long_ago
             )
         assert shards[0].requests == []
 
 
 async def test_the_time_taken_counts_from_when_the_request_began():
     async with serving() as (service, _, _, vectors):
-        query, began_at = SearchQuery(vectors=vectors[:1]), time.perf_counter() - 3.0
+        query, began_at = resolve(service.config, vectors=vectors[:1]), time.perf_counter() - 3.0
         now = asyncio.get_running_loop().time()
         answer = await service.search(query, arrived_at=now, began_at=began_at)
         assert 3000 < answer.took_ms < 5000
@@ -354,7 +373,7 @@ async def test_ready_and_status_follow_table_and_connections():
 def test_drop_own_moves_the_rest_up_and_leaves_other_rows_alone():
     ids = np.array([[4, 7, 9], [4, 7, -1]])
     scores = np.array([[3, 2, 1], [3, 2, -np.inf]], np.float32)
-    got_ids, got_scores = drop_own(ids, scores, np.array([7, 100]))
+    got_ids, got_scores = drop_own(Ranked(ids, scores), np.array([7, 100]))
     assert got_ids.tolist() == [[4, 9, -1], [4, 7, -1]]
     assert got_scores.tolist() == [[3, 1, -np.inf], [3, 2, -np.inf]]
 
@@ -363,8 +382,8 @@ async def test_a_query_that_comes_again_is_answered_from_the_cache():
     async with serving() as (service, shards, _, vectors):
         first = await search(service, vectors=vectors[:2].tolist(), k=4)
         again = await search(service, vectors=vectors[:2].tolist(), k=4)
-        np.testing.assert_array_equal(again.ids, first.ids)
-        np.testing.assert_array_equal(again.scores, first.scores)
+        np.testing.assert_array_equal(again.ranked.ids, first.ranked.ids)
+        np.testing.assert_array_equal(again.ranked.scores, first.ranked.scores)
         assert again.coverage == first.coverage
         assert again.search_ms == 0.0
         await search(service, vectors=vectors[:2].tolist(), k=5)
@@ -387,11 +406,11 @@ async def test_another_generation_answers_for_itself():
         serving() as (service, _, _, _),
         running_shards(ids + 1000, vectors, 2, generation=2) as new,
     ):
-        assert (await search(service, vectors=vectors[:1])).ids.max() < 1000
+        assert (await search(service, vectors=vectors[:1])).ranked.ids.max() < 1000
         await service.apply(make_table(new, DIM, version=2, generation=2))
         assert service.status()["cache"]["entries"] == 0
         answer = await search(service, vectors=vectors[:1])
-        assert answer.ids.min() >= 1000
+        assert answer.ranked.ids.min() >= 1000
         assert answer.generation == 2
 
 
@@ -408,10 +427,10 @@ async def test_an_answer_that_is_late_for_a_switch_is_not_given_to_the_new_gener
         await service.apply(make_table(new, DIM, version=2, generation=2))
         old[1].gate.set()
         late = await running
-        assert (late.generation, late.ids.max() < 1000) == (1, True)
+        assert (late.generation, late.ranked.ids.max() < 1000) == (1, True)
         for _ in range(2):  # the second one from the cache
             answer = await search(service, **query)
-            assert (answer.generation, answer.ids.min() >= 1000) == (2, True)
+            assert (answer.generation, answer.ranked.ids.min() >= 1000) == (2, True)
         assert service.status()["cache"]["hits"] == 1
 
 

@@ -1,5 +1,6 @@
 """A shard against brute force: ids, order, batches, fetch, and loading of damaged folders."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import faiss
@@ -11,6 +12,7 @@ from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat,
 from shardline.shards.core.files import write_manifest
 from shardline.shards.core.messages import FetchRequest, SearchParams, SearchReply, SearchRequest
 from shardline.shards.core.schema import Metric
+from shardline.shards.index.selection import Selection
 from shardline.shards.server.shard import Shard
 from shardline.shards.storage.generation import (
     describe_shard,
@@ -54,18 +56,16 @@ def request(queries: np.ndarray, k: int = 10, **fields) -> SearchRequest:
 def test_search_equals_brute_force(shard, vectors, ids, k) -> None:
     queries = vectors[5:10]
     reply = shard.search(request(queries, k))
-    assert_same_answers(
-        (reply.scores, reply.ids), brute_force(queries, vectors, ids, k, Metric.DOT)
-    )
-    assert_answer_order(reply.scores, reply.ids)
-    assert reply.ids.shape == (5, k)
+    assert_same_answers(reply.ranked, brute_force(queries, vectors, ids, k, Metric.DOT))
+    assert_answer_order(reply.ranked)
+    assert reply.ranked.ids.shape == (5, k)
     assert reply.rows == ROWS
     assert reply.search_ms > 0
 
 
 def test_ties_come_in_order_of_item_id(shard, vectors, ids) -> None:
     reply = shard.search(request(vectors[7:8], 11))
-    assert reply.ids[0].tolist() == [ids[7], *ids[50:60]]
+    assert reply.ranked.ids[0].tolist() == [ids[7], *ids[50:60]]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_a_wrong_request_is_refused_and_harms_no_other(shard, vectors, bad, fiel
     first, wrong, last = shard.search_batch([good, bad, good])
     assert isinstance(wrong, InvalidInput)
     for reply in (first, last):
-        np.testing.assert_array_equal(reply.ids, shard.search(good).ids)
+        np.testing.assert_array_equal(reply.ranked.ids, shard.search(good).ranked.ids)
 
 
 def test_a_batch_answers_each_request_as_if_alone(shard, vectors) -> None:
@@ -106,19 +106,20 @@ def test_a_batch_answers_each_request_as_if_alone(shard, vectors) -> None:
     for asked, reply in zip(requests, shard.search_batch(requests), strict=True):
         assert isinstance(reply, SearchReply)
         alone = shard.search(asked)
-        assert_same_answers((reply.scores, reply.ids), (alone.scores, alone.ids))
+        assert_same_answers(reply.ranked, alone.ranked)
     assert shard.search_batch([]) == []
 
 
 def test_compatible_requests_share_one_search(shard, vectors, monkeypatch) -> None:
     sizes = []
-    search = shard._main.search
+    main = shard.state.main
+    search = main.search
 
-    def counted(queries, k, params):
+    def counted(queries, k, params, selection):
         sizes.append((len(queries), k))
-        return search(queries, k, params)
+        return search(queries, k, params, selection)
 
-    monkeypatch.setattr(shard._main, "search", counted)
+    monkeypatch.setattr(main, "search", counted)
     shard.search_batch([request(vectors[:2]), request(vectors[:3], 5), request(vectors[:4])])
     assert sorted(sizes) == [(3, 5), (6, 10)]
 
@@ -130,6 +131,21 @@ def test_fetch_returns_what_it_holds_in_the_order_asked(shard, vectors, ids) -> 
     np.testing.assert_array_equal(reply.vectors, vectors[[9, 0, -1, 9]])
     nothing = shard.fetch(FetchRequest(item_ids=np.array([10**15]), timeout_ms=100.0))
     assert nothing.vectors.shape == (0, DIM)
+
+
+def test_a_state_hides_excluded_rows_from_searches_and_fetches(shard, vectors, ids) -> None:
+    gone = np.array([7, 50, 51])
+    state = replace(shard.state, selection=Selection.without(gone, rows=ROWS), seq=3)
+    live = Shard(shard=0, generation=7, state=state)
+    reply = live.search(request(vectors[7:8], 20))
+    kept = np.setdiff1d(np.arange(ROWS), gone)
+    expected = brute_force(vectors[7:8], vectors[kept], ids[kept], 20, Metric.DOT)
+    assert_same_answers(reply.ranked, expected)
+    assert (reply.rows, reply.seq, reply.generation) == (ROWS - 3, 3, 7)
+    fetched = live.fetch(FetchRequest(item_ids=ids[[6, 7, 51, 52]], timeout_ms=1.0))
+    assert fetched.item_ids.tolist() == ids[[6, 52]].tolist()
+    assert (fetched.seq, fetched.generation) == (3, 7)
+    assert shard.search(request(vectors[7:8], 1)).ranked.ids[0, 0] == ids[7]
 
 
 def test_fetch_refuses_negative_ids(shard) -> None:
@@ -144,7 +160,7 @@ def test_loaded_shards_hold_their_ranges(tmp_path: Path, vectors, ids, kind) -> 
         shard = Shard.load(tmp_path, number)
         assert (shard.shard, shard.generation, shard.rows, shard.dim) == (number, 7, 100, DIM)
         reply = shard.search(request(vectors[mine[:4]], 100, params=SearchParams(nprobe=2048)))
-        assert set(reply.ids[0].tolist()) == set(ids[mine].tolist())
+        assert set(reply.ranked.ids[0].tolist()) == set(ids[mine].tolist())
         fetched = shard.fetch(FetchRequest(item_ids=ids, timeout_ms=1.0))
         assert fetched.item_ids.tolist() == ids[mine].tolist()
         np.testing.assert_allclose(fetched.vectors, vectors[mine], atol=5e-4)

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,16 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from shardline.cluster.control import shard_actors
-from shardline.cluster.control.placement import Event, ShardFailed, ShardUnreachable
+from shardline.cluster.control.placement import Event, Reason, ReplicaFailed, ReplicaUnreachable
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
-from shardline.shards.core.errors import CorruptFile
+from shardline.shards.core.errors import CorruptFile, NewerFormat, ShardlineError, Unavailable
+from shardline.shards.core.messages import ReplicaKey
 from tests.engine import build_generation
+from tests.fake_actor import HANG, Handle, raised_in_a_method, raised_in_the_constructor
 
 SECRET = b"0" * 32
 EPOCH = 7
-HANG = object()
-
-
-class Method:
-    """A remote method: each call gives, or raises, the next of its plan, and None after that."""
-
-    def __init__(self) -> None:
-        self.plan: list[Any] = []
-        self.calls = 0
-
-    def remote(self) -> Awaitable[Any]:
-        self.calls += 1
-        return self._outcome(self.plan.pop(0) if self.plan else None)
-
-    async def _outcome(self, outcome: Any) -> Any:
-        if outcome is HANG:
-            await asyncio.Event().wait()
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-
-class Handle:
-    def __init__(self) -> None:
-        self.ping, self.announce, self.describe = Method(), Method(), Method()
+KEY = ReplicaKey(7, 1, 0)
 
 
 @pytest.fixture
@@ -64,6 +42,7 @@ def actors(tmp_path: Path, alive: dict[str, Handle]) -> ShardActors:
         threads_per_shard=1,
         cpus_per_shard=0.5,
         gpus_per_shard=1.0,
+        huge_pages=True,
     )
     return ShardActors(settings, tmp_path, manifest, "the-controller")
 
@@ -71,32 +50,32 @@ def actors(tmp_path: Path, alive: dict[str, Handle]) -> ShardActors:
 @pytest.fixture
 def handle(actors: ShardActors, alive: dict[str, Handle]) -> Handle:
     """That of shard 1, the only one placed."""
-    assert actors.place(1) is None
+    assert actors.place(KEY) is None
     return next(iter(alive.values()))
 
 
 def check(actors: ShardActors, *, lost: bool = False) -> Event | None:
-    return asyncio.run(actors.check(1, EPOCH, lambda: lost))
+    return asyncio.run(actors.check(KEY, EPOCH, lambda: lost))
 
 
-def test_a_name_tells_generation_shard_and_secret(
+def test_a_name_tells_the_replica_and_the_secret(
     actors: ShardActors, handle: Handle, alive: dict[str, Handle]
 ) -> None:
     digest = hashlib.sha256(SECRET).hexdigest()[:8]
-    assert list(alive) == [f"shardline-shard-7-1-{digest}"]
-    assert actors.placed == (1,)
+    assert list(alive) == [f"shardline-shard-7-1-0-{digest}"]
+    assert actors.placed == (KEY,)
 
 
 @pytest.mark.parametrize("error", [RayError("no room\nleft here"), ValueError("left here")])
 def test_a_shard_that_ray_cannot_place_has_failed(
     actors: ShardActors, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def refuse(name: str, shard: int) -> None:
+    def refuse(name: str, key: ReplicaKey) -> None:
         raise error
 
     monkeypatch.setattr(shard_actors, "_existing", lambda name: None)
     monkeypatch.setattr(actors, "_create", refuse)
-    assert actors.place(1) == ShardFailed(shard=1, reason="left here")
+    assert actors.place(KEY) == ReplicaFailed(key=KEY, reason=Reason("unavailable", "left here"))
     assert actors.placed == ()
 
 
@@ -119,7 +98,7 @@ def test_whether_it_is_lost_is_asked_after_it_has_answered(
         asked_after.append(handle.ping.calls)
         return False
 
-    asyncio.run(actors.check(1, EPOCH, is_lost))
+    asyncio.run(actors.check(KEY, EPOCH, is_lost))
     assert asked_after == [1]
     assert handle.announce.calls == 0
 
@@ -127,8 +106,8 @@ def test_whether_it_is_lost_is_asked_after_it_has_answered(
 def test_a_dead_one_has_failed_once(actors: ShardActors, handle: Handle) -> None:
     handle.ping.plan = [ActorDiedError()]
     event = check(actors)
-    assert isinstance(event, ShardFailed)
-    assert event.shard == 1
+    assert isinstance(event, ReplicaFailed)
+    assert event.key == KEY
     assert actors.placed == ()
 
 
@@ -137,14 +116,14 @@ def test_a_dead_one_that_was_replaced_during_the_check_is_no_event(
 ) -> None:
     async def replace_while_asking() -> Event | None:
         alive.clear()
-        running = asyncio.ensure_future(actors.check(1, EPOCH, lambda: False))
+        running = asyncio.ensure_future(actors.check(KEY, EPOCH, lambda: False))
         await asyncio.sleep(0)
-        assert actors.place(1) is None
+        assert actors.place(KEY) is None
         return await running
 
     handle.ping.plan = [ActorDiedError()]
     assert asyncio.run(replace_while_asking()) is None
-    assert actors.placed == (1,)
+    assert actors.placed == (KEY,)
 
 
 def test_only_the_second_miss_in_a_row_is_an_event(actors: ShardActors, handle: Handle) -> None:
@@ -152,9 +131,11 @@ def test_only_the_second_miss_in_a_row_is_an_event(actors: ShardActors, handle: 
     handle.ping.plan = [away, None, away, away]
     assert [check(actors) for _ in range(3)] == [None, None, None]
     event = check(actors)
-    assert isinstance(event, ShardUnreachable)
-    assert (event.shard, event.epoch) == (1, EPOCH)
-    assert actors.placed == (1,)
+    assert isinstance(event, ReplicaUnreachable)
+    assert (event.key, event.epoch) == (KEY, EPOCH)
+    assert event.reason.code == "unavailable"
+    assert "restarting" in event.reason.text
+    assert actors.placed == (KEY,)
 
 
 def test_a_slow_one_is_not_dead(
@@ -166,14 +147,17 @@ def test_a_slow_one_is_not_dead(
     monkeypatch.setattr(shard_actors, "DESCRIBE_TIMEOUT_S", 0.01)
     handle.ping.plan = [HANG]
     assert check(actors) is None
-    assert "shard 1 has not answered" in caplog.text
-    assert actors.placed == (1,)
+    assert "replica 7-1-0 has not answered" in caplog.text
+    assert actors.placed == (KEY,)
 
 
 def test_what_it_says_of_itself_or_why_it_does_not(actors: ShardActors, handle: Handle) -> None:
     handle.describe.plan = [{"rows": 10}, ActorUnavailableError("restarting", None)]
-    assert asyncio.run(actors.describe(1)) == {"rows": 10}
-    assert "restarting" in asyncio.run(actors.describe(1))["error"]
+    assert asyncio.run(actors.describe(KEY)) == {"rows": 10}
+    reason = asyncio.run(actors.describe(KEY))
+    assert isinstance(reason, Reason)
+    assert reason.code == "unavailable"
+    assert "restarting" in reason.text
 
 
 def test_ending_kills_every_placed_one(
@@ -185,11 +169,40 @@ def test_ending_kills_every_placed_one(
     assert killed == [handle]
 
 
-def test_the_reason_of_an_error_is_ours_or_its_last_line() -> None:
-    class Wrapped(Exception):
-        cause = CorruptFile("index.faiss: wrong checksum")
+def test_only_actors_of_other_generations_of_this_cluster_are_ended(
+    actors: ShardActors, handle: Handle, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = hashlib.sha256(SECRET).hexdigest()[:8]
+    older = f"shardline-shard-3-0-0-{digest}"
+    names = [*alive, older, "shardline-shard-3-0-0-ffffffff", "shardline-controller", f"x-{digest}"]
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda: names)
+    actors.end_others()
+    assert killed == [alive[older]]
 
-    assert reason_of(Wrapped("a long\ntraceback")) == "index.faiss: wrong checksum"
-    assert reason_of(Exception("first\n  last \n\n")) == "last"
-    assert reason_of(Exception("first\nshards.errors.CorruptFile: x: cut")) == "x: cut"
-    assert reason_of(TimeoutError()) == "TimeoutError"
+
+def refused_by_the_controller(cause: Exception) -> Exception:
+    """When the constructor of a shard actor registers."""
+    return raised_in_the_constructor(raised_in_a_method(cause))
+
+
+@pytest.mark.parametrize(
+    "wrapped", [raised_in_a_method, raised_in_the_constructor, refused_by_the_controller]
+)
+@pytest.mark.parametrize("kind", [CorruptFile, NewerFormat, Unavailable])
+def test_the_reason_of_our_error_is_its_code_and_text(
+    wrapped: Callable[[Exception], Exception], kind: type[ShardlineError]
+) -> None:
+    ours = kind("index.faiss: wrong", got="x", hint="build again")
+    assert reason_of(wrapped(ours)) == Reason(kind.code, "index.faiss: wrong; got x; build again")
+
+
+def test_the_reason_of_another_error_is_its_last_line() -> None:
+    unavailable = Unavailable.code
+    assert reason_of(Exception("first\n  last \n\n")) == Reason(unavailable, "last")
+    assert reason_of(raised_in_the_constructor(OSError("no port"))) == Reason(
+        unavailable, "no port"
+    )
+    assert reason_of(ActorDiedError()).code == unavailable
+    assert reason_of(TimeoutError()) == Reason(unavailable, "TimeoutError")

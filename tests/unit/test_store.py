@@ -40,3 +40,22 @@ def test_a_damaged_current_is_refused(tmp_path: Path) -> None:
     (tmp_path / "CURRENT").write_text("one\n")
     with pytest.raises(CorruptFile, match="CURRENT"):
         Store(tmp_path).current()
+
+
+def test_numbers_go_on_from_the_largest_of_any_generation(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.counter() == 0
+    for generation, counter in ((3, 12), (57, 57), (58, 9)):  # as older versions kept them
+        files.write_json(tmp_path / "epochs" / f"{generation:06d}.json", {"counter": counter})
+    assert store.counter() == 57
+    store.raise_counter(58)
+    assert Store(tmp_path).counter() == 58
+    store.raise_counter(40)
+    assert Store(tmp_path).counter() == 58, "never lowered, by a second cluster on the store say"
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"counter": "x"}', '{"counter": null}'])
+def test_a_damaged_counter_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "counter.json").write_text(content)
+    with pytest.raises(CorruptFile, match=r"counter\.json: not a counter"):
+        Store(tmp_path).counter()

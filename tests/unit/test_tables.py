@@ -15,16 +15,12 @@ from shardline.shards.core.errors import (
     ShardlineError,
 )
 from shardline.shards.core.files import describe_file, write_manifest
+from shardline.training.data.sequences import Sequences
 from shardline.training.data.splits import cold_rows, hold_out, split_codes
-from shardline.training.data.table_checks import INTERACTION_SCHEMA, rows_of
-from shardline.training.data.tables import (
-    interaction_batch,
-    open_dataset,
-    positives_by_user,
-    vector_column,
-    vector_matrix,
-    write_dataset,
-)
+from shardline.training.data.table_checks import INTERACTION_SCHEMA, SPLITS, rows_of
+from shardline.training.data.table_writer import interaction_batch, write_dataset
+from shardline.training.data.tables import open_dataset, vector_column, vector_matrix
+from tests.tiny import count_reads
 
 
 def users_table() -> pa.Table:
@@ -72,11 +68,9 @@ def test_round_trip_sorted_by_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("split", "items"),
-    [("train", [5, 6, 5]), ("val", [11]), (("train", "val"), [5, 11, 6, 5]), ("test", [2**60])],
+    [("train", [5, 6, 5]), ("val", [11]), ("test", [2**60])],
 )
-def test_interactions_of_a_split(
-    tmp_path: Path, split: str | tuple[str, ...], items: list[int]
-) -> None:
+def test_interactions_of_a_split(tmp_path: Path, split: str, items: list[int]) -> None:
     write(tmp_path / "d")
     table = open_dataset(tmp_path / "d").interactions(split)
     assert table["item_id"].to_pylist() == items
@@ -325,20 +319,47 @@ def test_cold_rows_take_whole_items() -> None:
     assert np.array_equal(cold, np.flatnonzero(np.isin(items, chosen)))
 
 
-def test_positives_by_user_against_a_loop() -> None:
+@pytest.mark.parametrize("splits", [("train",), ("test", "train"), SPLITS, ()])
+def test_sequences_against_a_loop(splits: tuple[str, ...]) -> None:
     rng = np.random.default_rng(3)
     user_ids, item_ids = np.sort(rng.choice(10**12, (2, 20), replace=False))
-    users, items = rng.choice(user_ids, 200), rng.choice(item_ids, 200)  # with repeats
-    times = rng.integers(0, 9, 200)
-    table = pa.Table.from_batches([interaction_batch(users, items, times, np.zeros(200, np.int8))])
-    wanted = user_ids[::2]
-    got = positives_by_user(table, wanted, item_ids)
-    for place, user in enumerate(wanted):
-        mine = sorted((t, i) for u, i, t in zip(users, items, times, strict=True) if u == user)
-        expected = list(dict.fromkeys(int(np.flatnonzero(item_ids == i)[0]) for _, i in mine))
+    users, items = rng.choice(user_ids[::2], 200), rng.choice(item_ids, 200)  # with repeats
+    times, codes = rng.integers(0, 9, 200), rng.integers(0, 3, 200).astype(np.int8)
+    table = pa.Table.from_batches([interaction_batch(users, items, times, codes)])
+    rows = [
+        (user, time, item)
+        for user, time, item, code in zip(users, times, items, codes, strict=True)
+        if SPLITS[code] in splits
+    ]
+    sequences = Sequences.of(table, user_ids, item_ids)
+    got = sequences.positives(splits, len(item_ids))
+    assert got.lengths.sum() == len(got.items)
+    for place, user in enumerate(user_ids):
+        mine = [item for _, _, item in sorted(row for row in rows if row[0] == user)]
+        expected = list(dict.fromkeys(int(np.flatnonzero(item_ids == item)[0]) for item in mine))
         assert got.items[got.indptr[place] : got.indptr[place + 1]].tolist() == expected
+    of_users, of_items = sequences.counts(splits, len(item_ids))
+    assert of_users.tolist() == [sum(row[0] == user for row in rows) for user in user_ids]
+    assert of_items.tolist() == [sum(row[2] == item for row in rows) for item in item_ids]
     with pytest.raises(DataError, match=r"interactions.item_id"):
-        positives_by_user(table, wanted, item_ids[:5])
+        Sequences.of(table, user_ids, item_ids[:5])
+    with pytest.raises(DataError, match=r"unknown split; expected train \| val \| test; got 'all'"):
+        sequences.positives(("all",), len(item_ids))
+
+
+def test_tables_and_ids_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "d")
+    reads = count_reads(monkeypatch)
+    dataset = open_dataset(tmp_path / "d", verify=False)
+    for _ in range(2):
+        assert dataset.user_ids.tolist() == [3, 9, 70]
+        assert dataset.item_ids.tolist() == [5, 6, 11, 2**60]
+        assert dataset.positives("train").lengths.tolist() == [1, 0, 2]
+    assert reads == {"users.parquet": 1, "items.parquet": 1, "interactions.parquet": 1}
+    reads.clear()
+    kept = open_dataset(tmp_path / "d", keep=True)
+    assert kept.users().num_rows + kept.items().num_rows + len(kept.item_ids) == 11
+    assert reads == {"users.parquet": 1, "items.parquet": 1, "interactions.parquet": 1}
 
 
 def test_rows_of_an_empty_table() -> None:

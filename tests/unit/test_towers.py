@@ -9,9 +9,10 @@ import torch
 
 from shardline.shards.core.errors import ConfigError
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import ITEMS, USERS, Dataset, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import ITEMS, USERS, Dataset
 from shardline.training.features.fitted import Block, FeatureSpace, fit
-from shardline.training.features.prepared import TrainingData, item_lists, prepare
+from shardline.training.features.prepared import TrainingData, prepare
 from shardline.training.loop.batches import Sampler
 from shardline.training.model.encoding import encode_items, encode_queries
 from shardline.training.model.towers import Inputs, QueryInputs, TwoTower, build_model, distinct
@@ -45,7 +46,7 @@ def test_every_vector_has_length_one(
     dataset: Dataset, space: FeatureSpace, model: TwoTower
 ) -> None:
     users, items = blocks(dataset, space)
-    queries = encode_queries(model, users, item_lists(dataset, ("train",)), items)
+    queries = encode_queries(model, users, dataset.positives("train"), items)
     for vectors in (queries, encode_items(model, items)):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
         assert vectors.dtype == np.float32
@@ -109,7 +110,7 @@ def test_linear_towers_without_history(dataset: Dataset, space: FeatureSpace) ->
     assert bare.history is None
     model = build_model(config, bare)
     users, items = blocks(dataset, bare)
-    queries = encode_queries(model, users, item_lists(dataset, ("train",)), items)
+    queries = encode_queries(model, users, dataset.positives("train"), items)
     rows = model.query_rows(Inputs.of(users, CPU))
     linear = rows @ model.query_tower.skip.weight.T + model.query_tower.output(rows)
     expected = torch.nn.functional.normalize(linear, dim=1).detach().numpy()

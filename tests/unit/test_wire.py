@@ -21,6 +21,7 @@ from shardline.shards.core.messages import (
     SearchRequest,
     Welcome,
 )
+from shardline.shards.core.schema import Ranked
 from shardline.shards.wire.frames import (
     HEADER,
     MAX_FRAME_BYTES,
@@ -35,16 +36,16 @@ from shardline.shards.wire.search_layout import REPLY, REQUEST
 FLOATS = np.array([[1.5, -2.0], [0.0, np.inf]], dtype=np.float32)
 IDS = np.array([[3, -1], [2**62, 0]], dtype=np.int64)
 MESSAGES = [
-    Hello(protocol=1, shard=2, generation=3, epoch=4, nonce=b"n" * 16),
+    Hello(protocol=1, generation=3, shard=2, replica=0, epoch=4, nonce=b"n" * 16),
     Proof(nonce=b"n" * 16, mac=b"m" * 32),
     Welcome(mac=b"m" * 32),
     ErrorReply(code="overloaded", message="später"),
     ErrorReply(code="invalid_input", message="out of range", field="params.nprobe"),
     SearchRequest(queries=FLOATS, k=7, timeout_ms=12.5, params=SearchParams(nprobe=4)),
-    SearchReply(ids=IDS, scores=FLOATS, rows=10, search_ms=0.25),
+    SearchReply(ranked=Ranked(IDS, FLOATS), rows=10, generation=57, seq=2**40, search_ms=0.25),
     FetchRequest(item_ids=IDS[0], timeout_ms=3),
-    FetchReply(item_ids=IDS[0], vectors=FLOATS),
-    FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0]),
+    FetchReply(item_ids=IDS[0], vectors=FLOATS, generation=57, seq=4),
+    FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0], generation=57, seq=4),
 ]
 
 
@@ -52,11 +53,12 @@ def assert_equal(got: object, expected: object) -> None:
     assert type(got) is type(expected)
     for field in fields(expected):
         a, b = getattr(got, field.name), getattr(expected, field.name)
-        if isinstance(b, np.ndarray):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
-        else:
-            assert a == b
+        for x, y in zip(a, b, strict=True) if isinstance(b, Ranked) else [(a, b)]:
+            if isinstance(y, np.ndarray):
+                assert x.dtype == y.dtype
+                np.testing.assert_array_equal(x, y)
+            else:
+                assert x == y
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
@@ -88,7 +90,9 @@ def test_the_payloads_that_the_bad_ones_start_from_are_good() -> None:
 def test_an_oversized_frame_is_not_sent() -> None:
     vectors = np.zeros((1, MAX_FRAME_BYTES // 4 + 1), dtype=np.float32)
     with pytest.raises(ProtocolError, match="frame too large"):
-        encode_frame(1, FetchReply(item_ids=np.zeros(1, np.int64), vectors=vectors))
+        encode_frame(
+            1, FetchReply(item_ids=np.zeros(1, np.int64), vectors=vectors, generation=1, seq=0)
+        )
 
 
 def request(**changes: object) -> bytes:
@@ -100,13 +104,14 @@ def request(**changes: object) -> bytes:
 def search(data: bytes = bytes(8), **changes: object) -> bytes:
     """A SearchRequest's payload: one query of two numbers."""
     head = {"kind": 4, "n": 1, "dim": 2, "k": 1, "timeout_ms": 1.0}
-    head |= {"nprobe": 0, "ef_search": 0, "rerank_factor": 0, "zero": 0}
+    head |= {"nprobe": 0, "ef_search": 0, "rerank_factor": 0, "tail": 0}
     return REQUEST.pack(*(head | changes).values()) + data
 
 
 def found(data: bytes = bytes(24), **changes: object) -> bytes:
     """A SearchReply's payload: two results of one query."""
-    head = {"kind": 5, "n": 1, "k": 2, "zero": 0, "rows": 10, "search_ms": 0.5}
+    head = {"kind": 5, "n": 1, "k": 2, "zero": 0, "generation": 1, "seq": 0, "rows": 10}
+    head |= {"search_ms": 0.5}
     return REPLY.pack(*(head | changes).values()) + data
 
 
@@ -183,7 +188,11 @@ def array(dtype: object, shape: object, data: object) -> dict:
         search()[:1],
         search() + b"x",
         search(kind=260),  # of which the first byte alone is right
-        search(zero=1),
+        search(tail=1),
+        search(bytes(8) + b"\x80", tail=2),
+        search(bytes(8) + b"\xc1", tail=1),
+        search(bytes(8) + b"\x01", tail=1),
+        search(bytes(8) + b"\x81\xa1x\x01", tail=4),  # an option that nobody knows
         search(n=2),
         search(dim=0),
         search(n=2**32 - 1, dim=2**32 - 1),
@@ -258,7 +267,7 @@ def test_a_layout_with_wrong_sizes_raises_nothing_else(sizes, number, data, asks
         message = decode_payload(payload)
     except ProtocolError:
         return
-    held = message.queries.nbytes if asks else message.ids.nbytes + message.scores.nbytes
+    held = message.queries.nbytes if asks else sum(each.nbytes for each in message.ranked)
     assert held == len(data)
 
 
@@ -275,10 +284,9 @@ def test_what_the_layout_cannot_hold_is_refused_by_the_sender() -> None:
 
 def test_arrays_of_another_type_arrive_as_the_type_that_travels() -> None:
     ids, scores = np.array([[7, 8]], dtype=np.int32), np.array([[0.5, 0.25]])
-    reply = SearchReply(ids=ids, scores=scores, rows=2, search_ms=0.0)
-    decoded = decode_payload(encode_frame(1, reply)[HEADER.size :])
-    assert decoded.ids.dtype == np.int64
-    assert decoded.scores.dtype == np.float32
+    reply = SearchReply(ranked=Ranked(ids, scores), rows=2, generation=1, seq=0, search_ms=0.0)
+    decoded = decode_payload(encode_frame(1, reply)[HEADER.size :]).ranked
+    assert (decoded.ids.dtype, decoded.scores.dtype) == (np.int64, np.float32)
     np.testing.assert_array_equal(decoded.ids, ids)
     np.testing.assert_array_equal(decoded.scores, scores)
 
@@ -308,6 +316,17 @@ def test_frames_are_cut_wherever_the_stream_breaks(sizes: list[int]) -> None:
         found += splitter.feed(stream[start : start + size])
         start += size
     assert found == [(number, frame[HEADER.size :]) for number, frame in enumerate(frames)]
+
+
+def test_a_frame_in_one_piece_is_a_view_and_one_in_several_is_copied_once() -> None:
+    frame = encode_frame(3, MESSAGES[5])
+    ((_, whole),) = FrameSplitter().feed(frame)
+    assert whole.obj is frame
+    splitter = FrameSplitter()
+    assert splitter.feed(frame[:20]) == []
+    ((_, joined),) = splitter.feed(frame[20:])
+    assert joined == whole
+    assert len(joined.obj) == len(frame) - HEADER.size
 
 
 def test_the_splitter_refuses_a_frame_above_its_limit() -> None:

@@ -1,4 +1,4 @@
-"""What a training run minimises: the loss, its negatives, corrections and masks; the strategies.
+"""The training loss: its kind, negatives, corrections, masks, and named strategies.
 
 Cheap to import: no torch here.
 """
@@ -11,7 +11,7 @@ from shardline.training.config.section import Section
 
 Strategy = Literal["in-batch", "batch-hard", "offline-mined", "mixed"]
 
-# what a strategy sets; a field that is given too must not take away what the strategy stands for
+# strategy -> the fields it sets; a field given beside it must not turn the strategy off
 STRATEGIES: dict[str, dict[str, Any]] = {
     "in-batch": {},
     "batch-hard": {"batch_hard": 1, "in_batch": True},
@@ -21,15 +21,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 class LossConfig(Section):
-    """Each row's own item against negatives: the kind of loss, and where its negatives come from.
+    """The loss of each row's own item against negatives, and where the negatives come from.
 
-    A strategy is a named set of fields; fields given beside it win, unless they contradict it.
+    Fields given beside a strategy override it, unless they contradict it.
     """
 
     strategy: Strategy = Field(
         default="in-batch",
-        description="batch-hard: only the hardest in-batch negative counts; offline-mined: 10 "
-        "mined negatives a row and no others; mixed: in-batch, 10 mined and 5 random ones a row.",
+        description="A named set of fields. batch-hard: only the hardest in-batch negative counts; "
+        "offline-mined: 10 mined negatives per row alone; mixed: in-batch, 10 mined, 5 "
+        "random ones per row.",
     )
     kind: Literal["infonce", "sigmoid", "bsl"] = Field(
         default="infonce",
@@ -37,87 +38,87 @@ class LossConfig(Section):
         "bsl: softmax over negatives and over a user's positives (arXiv 2312.12882).",
     )
     temperature: float = Field(
-        default=0.05, gt=0, le=10, description="Divides the cosines; the value it starts from."
+        default=0.05, gt=0, le=10, description="[factor] Divisor of the cosines; initial value."
     )
     learn_temperature: bool = Field(default=True, description="Train the temperature too.")
     min_temperature: float = Field(
-        default=0.01, gt=0, le=10, description="Lower clamp, against logits that blow up."
+        default=0.01, gt=0, le=10, description="[factor] Lower limit; avoids very large logits."
     )
-    max_temperature: float = Field(default=1.0, gt=0, le=10, description="Upper clamp.")
+    max_temperature: float = Field(default=1.0, gt=0, le=10, description="[factor] Upper limit.")
     in_batch: bool = Field(
-        default=True, description="The items of all other rows, on all ranks, are negatives."
+        default=True, description="Use the items of all other rows, on all ranks, as negatives."
     )
     uniform_negatives: int = Field(
         default=0,
         ge=0,
         le=1 << 20,
-        description="Items drawn uniformly a step, shared by all rows: a GLOBAL count, split "
-        "evenly over the ranks.",
+        description="[items] Uniformly drawn items per step, shared by all rows: a GLOBAL count, "
+        "split evenly over the ranks.",
     )
     random_negatives: int = Field(
-        default=0, ge=0, le=1024, description="Items drawn uniformly for each row alone."
+        default=0, ge=0, le=1024, description="[items] Random items per row, for that row alone."
     )
     hard_negatives: int = Field(
-        default=0, ge=0, le=1024, description="Items a row from the mined list of its user."
+        default=0, ge=0, le=1024, description="[items] Mined items per row, of the row's user."
     )
     hard_share: float = Field(
-        default=1.0, ge=0, le=1, description="Share of rows that get their hard negatives."
+        default=1.0, ge=0, le=1, description="[share] Share of the rows that get hard negatives."
     )
     hard_weight: float = Field(
-        default=1.0, gt=0, le=1000, description="How many times a hard negative counts in the sum."
+        default=1.0, gt=0, le=1000, description="[factor] Weight of hard negatives in the sum."
     )
     hard_shared: bool = Field(
-        default=False, description="Every row's hard negatives are negatives of all rows."
+        default=False, description="Use every row's hard negatives as negatives of all rows."
     )
     batch_hard: int = Field(
-        default=0, ge=0, le=1 << 20, description="Hardest negatives a row that get more weight."
+        default=0, ge=0, le=1 << 20, description="[items] Hardest negatives per row, weighed more."
     )
     batch_hard_weight: float = Field(
-        default=1.0, ge=0, le=1, description="Share of the loss that sees those alone."
+        default=1.0, ge=0, le=1, description="[share] Share of the loss on batch_hard negatives."
     )
     logq: Literal["none", "standard", "expected_count"] = Field(
         default="standard",
-        description="Correction for how often an item is drawn as a negative. standard: its log "
-        "share of all draws off every logit; expected_count: the log of its expected count off "
-        "the negatives' logits.",
+        description="Correction for how often an item is drawn as a negative. standard: subtract "
+        "the log of its share of all draws from every logit; expected_count: subtract "
+        "the log of its expected count from the negatives' logits only.",
     )
     logq_strength: float = Field(
         default=1.0,
         ge=0,
         le=4,
-        description="Multiplies the correction. 1 ranks by what a user takes; less asks how much "
-        "more than others he takes it and more leans further to popular items, which vectors of "
-        "length one understate.",
+        description="[factor] Multiplies the correction. 1 ranks items by the probability that the "
+        "user takes them; a smaller value ranks less by popularity, a larger one more, "
+        "which vectors of unit length understate.",
     )
     logq_source: Literal["counts", "streaming"] = Field(
-        default="counts", description="Frequencies from all of train, or estimated on the way."
+        default="counts", description="Item frequencies: exact, or estimated while training."
     )
     streaming_rate: float = Field(
-        default=0.01, gt=0, le=1, description="Weight of an item's newest gap in its estimate."
+        default=0.01, gt=0, le=1, description="[share] Weight of the newest gap between draws."
     )
     mask_duplicates: bool = Field(
-        default=True, description="Copies of a row's own item are not its negatives."
+        default=True, description="Do not use copies of a row's own item as its negatives."
     )
     mask_same_user: bool = Field(
-        default=False, description="Items of other rows of the same user are not negatives."
+        default=False, description="Do not use items of other rows of the same user as negatives."
     )
     mask_known_positives: bool = Field(
-        default=True, description="Items the user has in train are not its negatives."
+        default=True, description="Do not use items that the user has in train as negatives."
     )
     memory_size: int = Field(
-        default=0, ge=0, le=1 << 24, description="Item vectors of past steps kept as negatives."
+        default=0, ge=0, le=1 << 24, description="[items] Past item vectors kept as negatives."
     )
     memory_warmup_steps: int = Field(
-        default=1000, ge=0, description="Steps before they count: early vectors move too fast."
+        default=1000, ge=0, description="Steps before they are used; early vectors change fast."
     )
     symmetric: float = Field(
-        default=0.0, ge=0, le=1, description="Weight of the item-to-user loss; 1 is that alone."
+        default=0.0, ge=0, le=1, description="[share] Weight of the item-to-user loss."
     )
     bsl_negative_weight: float = Field(
-        default=1.0, gt=0, le=10, description="Weight of the negatives' log-sum under bsl."
+        default=1.0, gt=0, le=10, description="[factor] Weight of the negatives' log-sum, bsl."
     )
     tile_mib: int = Field(
-        default=64, ge=1, le=1 << 14, description="Memory of the logits held at a time, in MiB."
+        default=64, ge=1, le=1 << 14, description="Memory for the logits held at a time."
     )
 
     @model_validator(mode="before")
@@ -128,7 +129,7 @@ class LossConfig(Section):
         strategy = given.get("strategy", "in-batch")
         preset = STRATEGIES.get(strategy, {}) if isinstance(strategy, str) else {}
         for name, value in preset.items():
-            # another count is a choice; none at all is not what the strategy is named after
+            # another count overrides the strategy's; zero would contradict its name
             if name in given and bool(given[name]) != bool(value):
                 raise ValueError(f"strategy {strategy} contradicts {name}: {given[name]}")
         return preset | given

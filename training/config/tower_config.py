@@ -1,4 +1,4 @@
-"""What the towers are made of: the kinds of feature and their options, the layers after them.
+"""The towers: the kinds of feature and their options, and the layers after them.
 
 A tower whose ``features`` are left out gets them from the dataset's columns
 (``training.features.infer``). Cheap to import: no torch here.
@@ -10,10 +10,10 @@ from pydantic import Field, model_validator
 
 from shardline.training.config.section import Section
 
-MIN_COUNT = "Values of fewer train interactions share the vector of the unknown."
+MIN_COUNT = "[interactions] Values with fewer train interactions share the unknown vector."
 INIT_NORM = (
-    "Length of a fresh vector. Adam's steps do not depend on it, so a shorter one is learned in "
-    "fewer; without a projection about 0.15 trains far faster than 1."
+    "[length] Length of an initial vector. Adam's steps do not depend on it, so a shorter one "
+    "changes faster; with projection identity about 0.15 trains much faster than 1."
 )
 NgramSize = Annotated[int, Field(ge=1, le=16)]
 NgramRange = tuple[NgramSize, NgramSize]
@@ -24,7 +24,7 @@ class IdFeature(Section):
 
     kind: Literal["id"] = "id"
     column: str = Field(description="Integer or string column that identifies the row.")
-    dim: int = Field(default=64, ge=1, le=4096, description="Width of the embedding.")
+    dim: int = Field(default=64, ge=1, le=4096, description="[dimensions] Width of the embedding.")
     min_count: int = Field(default=1, ge=1, description=MIN_COUNT)
     init_norm: float = Field(default=1.0, gt=0, le=10, description=INIT_NORM)
 
@@ -34,7 +34,7 @@ class CategoricalFeature(Section):
 
     kind: Literal["categorical"] = "categorical"
     column: str = Field(description="String, integer or boolean column with few values.")
-    dim: int = Field(default=8, ge=1, le=4096, description="Width of the embedding.")
+    dim: int = Field(default=8, ge=1, le=4096, description="[dimensions] Width of the embedding.")
     min_count: int = Field(default=1, ge=1, description=MIN_COUNT)
     init_norm: float = Field(default=1.0, gt=0, le=10, description=INIT_NORM)
 
@@ -47,9 +47,9 @@ class MultiValuedFeature(Section):
 
     kind: Literal["multi_valued"] = "multi_valued"
     column: str = Field(description="List column of strings or integers.")
-    dim: int = Field(default=16, ge=1, le=4096, description="Width of the embedding.")
+    dim: int = Field(default=16, ge=1, le=4096, description="[dimensions] Width of the embedding.")
     max_length: int = Field(
-        default=32, ge=1, le=1000, description="Known values of a list that count; first ones win."
+        default=32, ge=1, le=1000, description="[values] The first known values per list are used."
     )
     min_count: int = Field(default=1, ge=1, description=MIN_COUNT)
     init_norm: float = Field(default=1.0, gt=0, le=10, description=INIT_NORM)
@@ -60,20 +60,21 @@ class TextFeature(Section):
 
     kind: Literal["text"] = "text"
     column: str = Field(description="String column, such as a title or a search phrase.")
-    dim: int = Field(default=32, ge=1, le=4096, description="Width of the embedding.")
+    dim: int = Field(default=32, ge=1, le=4096, description="[dimensions] Width of the embedding.")
     buckets: int = Field(
-        default=1 << 14, ge=1, le=1 << 24, description="Rows of the table that n-grams hash to."
+        default=1 << 14, ge=1, le=1 << 24, description="[rows] Table rows for hashed n-grams."
     )
     words: NgramRange | None = Field(
-        default=(1, 2), description="Shortest and longest run of words; null for none."
+        default=(1, 2), description="[words] Shortest and longest word n-gram; null for none."
     )
     chars: NgramRange | None = Field(
-        default=None, description="Shortest and longest run of letters in a <word>; null for none."
+        default=None,
+        description="[letters] Shortest and longest letter n-gram of a word; null for none.",
     )
     max_ngrams: int = Field(
-        default=256, ge=1, le=4096, description="N-grams of a text that count; first ones win."
+        default=256, ge=1, le=4096, description="[n-grams] The first n-grams per text are used."
     )
-    # n-grams that training never meets keep their fresh vector: noise in a text that has some
+    # n-grams that training never meets keep their initial vector, which is noise: keep it short
     init_norm: float = Field(default=0.1, gt=0, le=10, description=INIT_NORM)
 
     @model_validator(mode="after")
@@ -102,18 +103,18 @@ class HistoryFeature(Section):
     kind: Literal["history"] = "history"
     column: str = Field(default="history", description="Name of the feature in a query.")
     max_length: int = Field(
-        default=50, ge=1, le=10_000, description="Newest items kept; older ones are not read."
+        default=50, ge=1, le=10_000, description="[items] Newest items per history that are used."
     )
     pooling: Literal["mean", "sqrtn", "attention"] = Field(
         default="mean",
-        description="sqrtn: sum over the root of their number. attention: weights by what an item "
-        "is and by how many came after it.",
+        description="mean; sqrtn: sum divided by the square root of the number of items; "
+        "attention: weights learned from the item and from how many came after it.",
     )
     keep_target: bool = Field(
         default=False,
-        description="Leave the item that a training row asks for in its own history. The row then "
-        "reads what serving will read, but towers that can single an item out copy the answer: for "
-        "plain sums of ids with strong weight decay only, where it helps.",
+        description="Leave the item that a training row asks for in the row's own history. The row "
+        "then reads what serving will read, but a tower that can tell items apart "
+        "copies the answer: only for plain sums of ids with strong weight decay.",
     )
 
     @model_validator(mode="after")
@@ -130,21 +131,21 @@ FeatureConfig = Annotated[
 
 
 class TowerConfig(Section):
-    """Input features, then an MLP with a linear path around it; or their plain sum."""
+    """Input features, then an MLP with a linear path beside it; or the sum of the features."""
 
     features: tuple[FeatureConfig, ...] | None = Field(
-        default=None, description="Inputs in order; left out, they are read off the dataset."
+        default=None, description="Inputs in order; null: chosen from the data set's columns."
     )
     hidden: tuple[Annotated[int, Field(ge=1, le=8192)], ...] = Field(
-        default=(256, 128), description="Widths of the hidden layers; empty for a linear tower."
+        default=(256, 128), description="[units] Widths of hidden layers; empty for a linear tower."
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of hidden activations dropped in training."
+        default=0.0, ge=0, lt=1, description="[share] Hidden activations dropped in training."
     )
     projection: Literal["linear", "identity"] = Field(
         default="linear",
-        description="identity: no weights at all; the inputs, all as wide as the output, are "
-        "added up, as in matrix factorisation. Needs hidden: [].",
+        description="identity: no weights; the inputs, all as wide as the output, are added up, as "
+        "in matrix factorisation. Needs hidden: [].",
     )
 
     @model_validator(mode="after")
@@ -172,6 +173,8 @@ class TowerConfig(Section):
 
 
 class TowersConfig(Section):
+    """One tower for queries (users) and one for items; both end in vectors of ``training.dim``."""
+
     query: TowerConfig = Field(default=TowerConfig(), description="Encodes users, or queries.")
     item: TowerConfig = Field(default=TowerConfig(), description="Encodes the catalogue.")
 

@@ -13,6 +13,11 @@ class Csr(NamedTuple):
     indptr: IdArray
     items: IdArray
 
+    @classmethod
+    def of(cls, lengths: IdArray, items: IdArray) -> "Csr":
+        """From the number of items of each user, and all items end to end."""
+        return cls(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), items)
+
     @property
     def lengths(self) -> IdArray:
         return np.diff(self.indptr)
@@ -32,7 +37,11 @@ class Csr(NamedTuple):
         starts, ends = self.indptr[:-1][users], self.indptr[1:][users]
         if newest is not None:
             starts = np.maximum(starts, ends - newest)
-        lengths = ends - starts
-        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        shift = np.repeat(starts - indptr[:-1], lengths)
-        return Csr(indptr, self.items[shift + np.arange(indptr[-1])])
+        places = places_of(starts, ends - starts)
+        return Csr(places.indptr, self.items[places.items])
+
+
+def places_of(starts: IdArray, lengths: IdArray) -> Csr:
+    """start, start + 1, ... start + length - 1 of each pair."""
+    places = Csr.of(lengths, np.arange(lengths.sum()))
+    return Csr(places.indptr, places.items + np.repeat(starts - places.indptr[:-1], lengths))

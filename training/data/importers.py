@@ -16,7 +16,7 @@ from shardline.training.data.formats import SHOWN, Format, ImportConfig, ImportR
 from shardline.training.data.parquet_format import read_parquet
 from shardline.training.data.splits import SplitCodes, cold_rows, hold_out, split_codes
 from shardline.training.data.table_checks import SPLITS
-from shardline.training.data.tables import interaction_batch, write_dataset
+from shardline.training.data.table_writer import interaction_batch, write_dataset
 from shardline.training.data.text_formats import read_lightgcn, read_movielens
 
 TRAIN, VAL, TEST = range(3)  # places in SPLITS

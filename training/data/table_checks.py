@@ -23,6 +23,13 @@ INTERACTION_SCHEMA = pa.schema(
 )
 
 
+def split_code(name: str) -> int:
+    """The split's position in SPLITS; DataError for another name."""
+    if name not in SPLITS:
+        raise DataError("unknown split", expected=" | ".join(SPLITS), got=repr(name))
+    return SPLITS.index(name)
+
+
 def rows_of(table_ids: IdArray, ids: IdArray, *, field: str) -> IdArray:
     """Row of each id in an ascending id column.
 

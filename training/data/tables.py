@@ -16,10 +16,11 @@ Parquet pages carry checksums, files are verified against the manifest when a fo
 and a folder is complete or absent.
 """
 
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +30,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from shardline.shards.core.errors import CorruptFile, DataError, NotFound
-from shardline.shards.core.files import (
-    FileEntry,
-    describe_file,
-    read_manifest,
-    staged_folder,
-    verify_files,
-    write_manifest,
-)
+from shardline.shards.core.errors import CorruptFile, DataError
+from shardline.shards.core.files import FileEntry, read_manifest, verify_files
 from shardline.shards.core.schema import IdArray
 from shardline.training.data.csr import Csr
-from shardline.training.data.splits import SplitCodes
+from shardline.training.data.sequences import Sequences
 from shardline.training.data.table_checks import (
-    INTERACTION_SCHEMA,
-    SPLITS,
     check_references,
     feature_table,
     interaction_table,
-    rows_of,
+    split_code,
 )
 
 KIND = "dataset"
@@ -57,15 +49,17 @@ VERSION = 1
 USERS, ITEMS, INTERACTIONS = "users.parquet", "items.parquet", "interactions.parquet"
 ORACLE = "oracle.safetensors"
 ORIGINAL_ID = "original_id"  # column of an id that an importer replaced; a key, never a feature
-ROW_GROUP = 1 << 20  # interactions a row group; bounds what a streaming reader holds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots, which would leave the cached properties no place
 class Dataset:
-    """An opened folder; tables are read when asked for."""
+    """An opened folder. A table is read whenever it is asked for, unless it was opened to keep
+    them; ids and sequences are read once.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    _kept: dict[str, pa.Table] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -92,21 +86,36 @@ class Dataset:
         return dict(self.manifest["rows"])
 
     def users(self) -> pa.Table:
-        return _read_table(self.path / USERS)
+        return self._table(USERS)
 
     def items(self) -> pa.Table:
-        return _read_table(self.path / ITEMS)
+        return self._table(ITEMS)
 
-    def interactions(self, split: str | tuple[str, ...] | None = None) -> pa.Table:
-        """All interactions in file order, or those of the named split or splits."""
-        table = _read_table(self.path / INTERACTIONS).unify_dictionaries()
+    def interactions(self, split: str | None = None) -> pa.Table:
+        """All interactions in file order, or those of the named split."""
+        table = self._table(INTERACTIONS).unify_dictionaries()
         if split is None:
             return table
-        wanted = (split,) if isinstance(split, str) else split
-        for name in wanted:
-            if name not in SPLITS:
-                raise DataError("unknown split", expected=" | ".join(SPLITS), got=repr(name))
-        return table.filter(pc.is_in(table["split"].cast(pa.string()), pa.array(wanted)))
+        split_code(split)  # refuses another name
+        return table.filter(pc.equal(table["split"].cast(pa.string()), split))
+
+    @cached_property
+    def user_ids(self) -> IdArray:
+        """(users,) int64, ascending: the id of each user row."""
+        return self._ids(USERS, "user_id")
+
+    @cached_property
+    def item_ids(self) -> IdArray:
+        """(items,) int64, ascending: the id of each item row."""
+        return self._ids(ITEMS, "item_id")
+
+    def positives(self, *splits: str) -> Csr:
+        """Item rows of every user row over the splits, oldest first, no item twice."""
+        return self._sequences.positives(splits, len(self.item_ids))
+
+    def counts(self, *splits: str) -> tuple[IdArray, IdArray]:
+        """(users,) and (items,) int64: interactions of each over the splits, repeats included."""
+        return self._sequences.counts(splits, len(self.item_ids))
 
     def oracle(self) -> dict[str, NDArray[np.float32]] | None:
         """The generator's hidden vectors, or None for data that has none."""
@@ -118,12 +127,28 @@ class Dataset:
         except (OSError, SafetensorError) as error:
             raise CorruptFile(f"{path}: not readable", got=str(error)) from error
 
+    @cached_property
+    def _sequences(self) -> Sequences:
+        return Sequences.of(self._table(INTERACTIONS), self.user_ids, self.item_ids)
 
-def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
+    def _table(self, file: str) -> pa.Table:
+        return self._kept[file] if file in self._kept else _read_table(self.path / file)
+
+    def _ids(self, file: str, key: str) -> IdArray:
+        """From the kept table, or else from its one column."""
+        table = self._kept.get(file, self._kept.get(key))
+        if table is None:
+            table = _read_table(self.path / file, [key])
+        ids: IdArray = table[key].to_numpy()
+        return ids
+
+
+def open_dataset(path: Path, *, verify: bool = True, keep: bool = False) -> Dataset:
     """Opens a folder after checking sizes, checksums, schemas, ids and references.
 
     ``verify=False`` reads the manifest only, for the further ranks of a job whose first rank has
-    verified the folder.
+    verified the folder. ``keep``: the tables of users and items stay in memory once verified, for
+    a caller that goes over them several times.
 
     Raises:
         NotFound: no complete dataset there. CorruptFile: a file does not match the manifest.
@@ -134,107 +159,16 @@ def open_dataset(path: Path, *, verify: bool = True) -> Dataset:
     dataset = Dataset(path, manifest)
     if verify:
         verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
-        _verify_tables(dataset)
+        _verify_tables(dataset, keep)
     return dataset
 
 
-class DatasetWriter:
-    """Fills a staged folder; see ``dataset_writer``."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: dict[str, int] = {}
-        self.ceilings: dict[str, Any] | None = None
-        self._ids: dict[str, IdArray] = {}
-
-    def users(self, table: pa.Table) -> None:
-        self._features(USERS, "user_id", table)
-
-    def items(self, table: pa.Table) -> None:
-        self._features(ITEMS, "item_id", table)
-
-    def interactions(self, batches: Iterable[pa.RecordBatch]) -> None:
-        """Written as they come; users and items must have been written before."""
-        path, rows = self.folder / INTERACTIONS, 0
-        with pq.ParquetWriter(path, INTERACTION_SCHEMA, write_page_checksum=True) as writer:
-            for batch in batches:
-                table = interaction_table(pa.Table.from_batches([batch]), INTERACTIONS)
-                for column, file in (("user_id", USERS), ("item_id", ITEMS)):
-                    check_references(self._ids[file], table, column, INTERACTIONS, file)
-                writer.write_table(table, row_group_size=ROW_GROUP)
-                rows += table.num_rows
-        self.rows["interactions"] = rows
-
-    def oracle(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
-        save_file(dict(arrays), self.folder / ORACLE)
-
-    def _features(self, file: str, key: str, table: pa.Table) -> None:
-        checked = feature_table(table, key, file)
-        pq.write_table(checked, self.folder / file, write_page_checksum=True)
-        self._ids[file] = checked[key].to_numpy()
-        self.rows[file.removesuffix(".parquet")] = checked.num_rows
-
-
-@contextmanager
-def dataset_writer(
-    path: Path, *, name: str, parameters: dict[str, Any] | None = None, overwrite: bool = False
-) -> Iterator[DatasetWriter]:
-    """Writes users, items, interactions (in this order) and the manifest; all appear at the end.
-
-    Raises:
-        DataError: the target exists and ``overwrite`` is not set, or a table is not acceptable.
-    """
-    _refuse_existing(path, overwrite)
-    with staged_folder(path) as staging:
-        writer = DatasetWriter(staging)
-        yield writer
-        names = [USERS, ITEMS, INTERACTIONS]
-        files = [describe_file(staging, n, writer.rows[n.removesuffix(".parquet")]) for n in names]
-        if (staging / ORACLE).exists():
-            files.append(describe_file(staging, ORACLE))
-        body = {
-            "name": name,
-            "rows": writer.rows,
-            "ceilings": writer.ceilings,
-            "parameters": parameters,
-            "files": [asdict(entry) for entry in files],
-        }
-        write_manifest(staging, kind=KIND, version=VERSION, body=body)
-        if path.exists():
-            shutil.rmtree(path)  # a dataset of ours, asked to be replaced: see _refuse_existing
-
-
-def write_dataset(
-    path: Path,
-    users: pa.Table,
-    items: pa.Table,
-    interactions: pa.Table | Iterable[pa.RecordBatch],
-    *,
-    name: str,
-    ceilings: dict[str, Any] | None = None,
-    parameters: dict[str, Any] | None = None,
-    overwrite: bool = False,
-) -> Dataset:
-    """Writes a folder in one call; ``interactions`` may be an iterator that is streamed.
-
-    Users and items may come in any order and are sorted by id. Raises as ``dataset_writer``.
-    """
-    batches = interactions.to_batches() if isinstance(interactions, pa.Table) else interactions
-    with dataset_writer(path, name=name, parameters=parameters, overwrite=overwrite) as writer:
-        writer.users(users)
-        writer.items(items)
-        writer.interactions(batches)
-        writer.ceilings = ceilings
-    return open_dataset(path, verify=False)
-
-
-def interaction_batch(
-    users: IdArray, items: IdArray, timestamps: IdArray, codes: SplitCodes
-) -> pa.RecordBatch:
-    """Four columns of equal length as a record batch of the interactions table."""
-    split = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(SPLITS))
-    columns = [pa.array(a, pa.int64()) for a in (users, items, timestamps)]
-    return pa.RecordBatch.from_arrays([*columns, split], schema=INTERACTION_SCHEMA)
+def check_identity(
+    what: str, *, expected: Mapping[str, Any], got: Mapping[str, Any], hint: str
+) -> None:
+    """Raises DataError, whose message is ``what``, where two ``Dataset.identity`` differ."""
+    if expected != got:
+        raise DataError(what, expected=_described(expected), got=_described(got), hint=hint)
 
 
 def vector_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
@@ -250,63 +184,29 @@ def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
     return flat.reshape(len(array), column.type.list_size)
 
 
-def positives_by_user(interactions: pa.Table, user_ids: IdArray, item_ids: IdArray) -> Csr:
-    """Item rows of each listed user, in order of (timestamp, item id), repeats dropped.
-
-    user_ids and item_ids are ascending: the id columns of the dataset's tables, or for users a
-    part of it. Interactions of users that are not listed are left out.
-
-    Raises:
-        DataError: an interaction of a listed user refers to an item outside item_ids.
-    """
-    users, items, times = (
-        interactions[name].to_numpy() for name in ("user_id", "item_id", "timestamp")
-    )
-    listed = np.isin(users, user_ids)
-    users = np.searchsorted(user_ids, users[listed])
-    rows = rows_of(item_ids, items[listed], field="interactions.item_id")
-    order = np.lexsort((rows, times[listed], users))
-    users, rows = users[order], rows[order]
-    _, first = np.unique(users * np.int64(len(item_ids)) + rows, return_index=True)
-    first.sort()  # back to the order of time
-    counts = np.bincount(users[first], minlength=len(user_ids))
-    indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Csr(indptr, rows[first])
+def _described(identity: Mapping[str, Any]) -> str:
+    """The name, and digits that tell apart datasets of one name."""
+    files = json.dumps(identity["files"], sort_keys=True).encode()
+    return f"{identity['name']!r} ({hashlib.sha256(files).hexdigest()[:8]})"
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if not overwrite:
-        raise DataError(
-            f"{path}: already exists", hint="name another folder, or --overwrite to replace it"
-        )
-    try:  # only ever delete what is a dataset
-        read_manifest(path, kind=KIND, version=VERSION)
-    except NotFound as error:
-        if not path.is_dir() or any(path.iterdir()):
-            raise DataError(
-                f"{path}: not a dataset, so it is not overwritten", hint="remove it yourself"
-            ) from error
-
-
-def _read_table(path: Path) -> pa.Table:
+def _read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return pq.read_table(path, page_checksum_verification=True)
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
     except (OSError, pa.ArrowException) as error:
         raise CorruptFile(f"{path}: not readable as Parquet", got=str(error)) from error
 
 
-def _verify_tables(dataset: Dataset) -> None:
+def _verify_tables(dataset: Dataset, keep: bool) -> None:
     ids = {}
-    for file, key, table in (
-        (USERS, "user_id", dataset.users()),
-        (ITEMS, "item_id", dataset.items()),
-    ):
-        where = str(dataset.path / file)
-        ids[file] = feature_table(table, key, where)[key].to_numpy()
-        if (np.diff(table[key].to_numpy()) < 0).any():
+    for file, key in ((USERS, "user_id"), (ITEMS, "item_id")):
+        where, table = str(dataset.path / file), _read_table(dataset.path / file)
+        feature_table(table, key, where)
+        ids[file] = table[key].to_numpy()
+        if (np.diff(ids[file]) < 0).any():
             raise DataError("ids are not ascending", field=f"{where}: {key}")
+        # at least the ids, which nearly every caller asks for
+        dataset._kept[file if keep else key] = table if keep else table.select([key])
     where = str(dataset.path / INTERACTIONS)
     table = interaction_table(dataset.interactions(), where)
     for column, file in (("user_id", USERS), ("item_id", ITEMS)):

@@ -21,7 +21,7 @@ GENRES = (
 
 
 def read_lightgcn(source: Path, config: ImportConfig, report: ImportReport) -> Source:
-    """train.txt and test.txt: a user and their items a line; the position is the timestamp."""
+    """train.txt and test.txt: a user and their items per line; the position is the timestamp."""
     users: list[int] = []
     items: list[int] = []
     times: list[int] = []

@@ -120,7 +120,7 @@ def svd_rank(dataset: Dataset, ranks: Sequence[int] = SVD_RANKS, *, k: int = SEL
     Raises:
         DataError: too small to factorise.
     """
-    if not len(dataset.interactions("val")):
+    if not len(dataset.positives("val").items):
         return SVD_RANK
     deep = min(k, dataset.rows["items"])
     task = evaluation_task(dataset, "val", ks=(deep,), max_users=SELECTION_USERS)

@@ -1,6 +1,6 @@
 """The recall budget: which part of what is not found the model loses, and which the index.
 
-The same users are asked at a row of stages, from an exact ranking of the unquantised vectors to
+The same users are asked at several stages, from an exact ranking of the unquantised vectors to
 what is served. At each the recall of the relevant items is measured, and the agreement:
 
     agreement@k   of the first k of the exact ranking, known items dropped, the share that a
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardline.shards.core.progress import Progress
-from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric
 from shardline.shards.storage.embedding_set import EmbeddingSet
 from shardline.training.data.csr import Csr
 from shardline.training.evaluation.evaluate import Ask, ask_batch, request_batches
@@ -26,8 +26,8 @@ from shardline.training.evaluation.user_queries import EvaluationTask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stop:
-    """A stage on the way: ``ask(places in task.users, k)`` answers item ids (n, k)."""
+class BudgetStage:
+    """A stage that is asked: ``ask(places in task.users, k)`` answers item ids (n, k)."""
 
     name: str
     about: str
@@ -35,7 +35,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StopResult:
+class StageResult:
     """Means at a stage, and its agreement with the first one: ``agreement[k]``, 0 to 1."""
 
     name: str
@@ -56,26 +56,26 @@ class Step:
 
 
 def recall_budget(
-    stops: Sequence[Stop],
+    stages: Sequence[BudgetStage],
     task: EvaluationTask,
     item_ids: IdArray,
     *,
     progress: Progress | None = None,
-) -> list[StopResult]:
-    """Asks every user at every stop; the first is what the others are compared with.
+) -> list[StageResult]:
+    """Asks every user at every stage; the first is what the others are compared with.
 
     item_ids (m,) of all rows of the dataset. Progress stage: ``budget``.
 
     Raises:
         InvalidInput: nothing to measure, or a k that leaves no room for known items.
     """
-    sums = [empty_sums(task) for _ in stops]
-    agreed = np.zeros((len(stops), len(task.ks)))
+    sums = [empty_sums(task) for _ in stages]
+    agreed = np.zeros((len(stages), len(task.ks)))
     compared = np.zeros(len(task.ks))
     for batch in request_batches(task):
         users = task.users[batch]
         wanted = task.relevant.take(users)
-        lists = [ask_batch(stop.ask, batch, task, item_ids) for stop in stops]
+        lists = [ask_batch(stage.ask, batch, task, item_ids) for stage in stages]
         for part, ranked in zip(sums, lists, strict=True):
             add_lists(part, task, ranked, wanted, users)
         for place, k in enumerate(task.ks):
@@ -85,17 +85,17 @@ def recall_budget(
             progress("budget", int(batch[-1]) + 1, len(task.users))
     shares = agreed / np.maximum(compared, 1)
     return [
-        StopResult(
-            name=stop.name,
-            about=stop.about,
+        StageResult(
+            name=stage.name,
+            about=stage.about,
             metrics=result_of(part),
             agreement=dict(zip(task.ks, share.tolist(), strict=True)),
         )
-        for stop, part, share in zip(stops, sums, shares, strict=True)
+        for stage, part, share in zip(stages, sums, shares, strict=True)
     ]
 
 
-def waterfall(results: Sequence[StopResult], k: int) -> list[Step]:
+def waterfall(results: Sequence[StageResult], k: int) -> list[Step]:
     """Recall@k from stage to stage; the first change is from 1, finding every relevant item."""
     steps, before = [], 1.0
     for result in results:
@@ -116,8 +116,7 @@ def waterfall(results: Sequence[StopResult], k: int) -> list[Step]:
 def overlap(reference: IdArray, ranked: IdArray) -> int:
     """How many live entries of reference (n, k) are in the same row of ranked (n, k)."""
     live = reference >= 0
-    indptr = np.concatenate([[0], np.cumsum(live.sum(axis=1))]).astype(np.int64)
-    return int(hit_matrix(ranked, Csr(indptr, reference[live])).sum())
+    return int(hit_matrix(ranked, Csr.of(live.sum(axis=1), reference[live])).sum())
 
 
 def exact_ask(queries: FloatArray, corpus: EmbeddingSet) -> Ask:
@@ -130,11 +129,9 @@ def exact_ask(queries: FloatArray, corpus: EmbeddingSet) -> Ask:
     ids = np.concatenate([part for part, _ in batches])
     order = np.argsort(ids)  # equal scores are ordered by id
     ids, vectors = ids[order], np.concatenate([part for _, part in batches])[order]
-    if corpus.metric is Metric.COSINE:
-        vectors = normalise(vectors)
 
     def ask(places: IdArray, k: int) -> IdArray:
-        _, rows = rank_exact(queries[places], vectors, k=k)
+        rows, _ = rank_exact(queries[places], vectors, k=k)
         return np.where(rows == EMPTY_ID, EMPTY_ID, ids[rows])
 
     return ask

@@ -72,12 +72,9 @@ def chance(task: EvaluationTask) -> MetricResult:
 
 def attribute_vectors(dataset: Dataset, task: EvaluationTask) -> Vectors:
     """1-d: every user 1, every item the popularity that its features suggest."""
-    train = dataset.interactions("train")["item_id"].to_numpy()
-    table = dataset.items()
-    ids = table["item_id"].to_numpy()
-    counts = np.bincount(np.searchsorted(ids, train), minlength=len(ids))
+    _, counts = dataset.counts("train")
     warm = np.flatnonzero(counts)
-    design = _design(table.drop_columns(["item_id"]), warm)
+    design = _design(dataset.items().drop_columns(["item_id"]), warm)
     target = np.log1p(counts[warm])
     sample = design[warm]
     gram = sample.T @ sample + RIDGE * np.eye(design.shape[1])

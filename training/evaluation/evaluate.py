@@ -111,7 +111,7 @@ def evaluate_through(
     """
     task = evaluation_task(dataset, split, ks=ks, max_users=max_users, with_segments=with_segments)
     features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
-    item_ids, sums = dataset.items()["item_id"].to_numpy(), empty_sums(task)
+    item_ids, sums = dataset.item_ids, empty_sums(task)
     for batch in request_batches(task):
         ranked = ask_batch(
             lambda rows, k: search([features[row] for row in rows], k), batch, task, item_ids

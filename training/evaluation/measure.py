@@ -1,4 +1,4 @@
-"""From one vector a user and one an item to metrics: whole, by segment, over all ranks.
+"""From a vector per user and per item to metrics: whole, by segment, over all ranks.
 
 A model and a baseline differ only in their vectors; everything after that is here, once. Under
 torch.distributed each rank ranks its share of the users and the sums are all-reduced, so every
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.training import gather
 from shardline.training.data.csr import Csr
 from shardline.training.data.segments import filtered
 from shardline.training.evaluation.ranking import ranked_blocks
@@ -32,8 +33,8 @@ Sums = dict[str, MetricSums]
 
 def shared(task: EvaluationTask) -> EvaluationTask:
     """This rank's users of a task: every ``world``-th one; all of them in a single process."""
-    rank, world = _rank_and_world()
-    return dataclasses.replace(task, users=task.users[rank::world])
+    users = task.users[gather.rank() :: gather.world_size()]
+    return dataclasses.replace(task, users=users)
 
 
 def measure(
@@ -58,7 +59,7 @@ def measure(
         exclude = _renumbered(exclude, task.candidates, task.num_items)
     sums = empty_sums(task)
     blocks = ranked_blocks(queries, items, exclude, max(task.ks)) if len(task.users) else ()
-    for start, _, ranked in blocks:
+    for start, (ranked, _) in blocks:
         done = start + len(ranked)
         if task.candidates is not None:
             ranked = np.where(ranked < 0, ranked, task.candidates[ranked])
@@ -100,7 +101,7 @@ def all_reduced(sums: Sums, names: Sequence[str]) -> Sums:
     names: of all metrics, because a rank without users has not met them. Float64: the order in
     which users are added, and how many ranks share them, move a mean by rounding alone.
     """
-    if _rank_and_world()[1] == 1:
+    if gather.world_size() == 1:
         return sums
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     rows = [_flat(part, names) for part in sums.values()]
@@ -119,12 +120,6 @@ def all_reduced(sums: Sums, names: Sequence[str]) -> Sums:
 
 def _flat(part: MetricSums, names: Iterable[str]) -> list[float]:
     return [part.users, part.relevant, part.skipped, *(part.sums.get(name, 0.0) for name in names)]
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _renumbered(lists: Csr, candidates: IdArray, num_items: int) -> Csr:

@@ -13,8 +13,8 @@ from shardline.shards.core.schema import (
     EMPTY_ID,
     EMPTY_SCORE,
     FloatArray,
-    IdArray,
     Metric,
+    Ranked,
     check_vectors,
 )
 from shardline.training.data.csr import Csr
@@ -36,16 +36,16 @@ def rank_exact(
     k: int,
     exclude: Csr | None = None,
     block: int | None = None,
-) -> tuple[FloatArray, IdArray]:
-    """(n, k) float32 dot products, higher first, and (n, k) int64 item rows, by brute force.
+) -> Ranked:
+    """The k item rows of highest dot product, by brute force.
 
     queries (n, d), items (m, d) float32. The items of ``exclude`` (item rows of each query) never
     appear. Equal scores are ordered by lower row; slots beyond the catalogue hold -inf and -1.
     ``block`` queries are scored at a time (default: what fits 32 MiB); it changes no answer beyond
     the rounding of the matrix product.
     """
-    parts = list(ranked_blocks(queries, items, exclude, k, block))
-    return np.concatenate([p[1] for p in parts]), np.concatenate([p[2] for p in parts])
+    parts = [part for _, part in ranked_blocks(queries, items, exclude, k, block)]
+    return Ranked(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def evaluate_vectors(
@@ -63,7 +63,7 @@ def evaluate_vectors(
     One query per user of ``relevant`` and ``exclude``; lists are as long as the largest k.
     """
     sums, done = MetricSums(), 0
-    for start, _, rows in ranked_blocks(queries, items, exclude, max(ks)):
+    for start, (rows, _) in ranked_blocks(queries, items, exclude, max(ks)):
         done = start + len(rows)
         sums.add(score_lists(rows, relevant.slice(start, done), ks))
         if progress:
@@ -77,8 +77,8 @@ def ranked_blocks(
     exclude: Csr | None,
     k: int,
     block: int | None = None,
-) -> Iterator[tuple[int, FloatArray, IdArray]]:
-    """(first query, scores, rows) of consecutive blocks of queries; see ``rank_exact``."""
+) -> Iterator[tuple[int, Ranked]]:
+    """(first query, its block's answers) of consecutive blocks of queries; see ``rank_exact``."""
     if k < 1:
         raise InvalidInput("out of range", field="k", expected=">= 1", got=str(k))
     items = check_vectors(items, dim=items.shape[-1], metric=Metric.DOT, field="items")
@@ -96,10 +96,10 @@ def ranked_blocks(
         if exclude is not None:
             masked = exclude.slice(start, start + len(scores))
             scores[masked.owners, masked.items] = EMPTY_SCORE
-        yield start, *_top(scores, k)
+        yield start, _top(scores, k)
 
 
-def _top(scores: FloatArray, k: int) -> tuple[FloatArray, IdArray]:
+def _top(scores: FloatArray, k: int) -> Ranked:
     """The k best of each row, ties by lower column, padded with -inf and -1.
 
     A full partial sort of each row would dominate the evaluation. Instead a strided sample of the
@@ -123,7 +123,7 @@ def _top(scores: FloatArray, k: int) -> tuple[FloatArray, IdArray]:
     found[rows, slots] = -scores.ravel()[flat]
     ids[rows, slots] = columns
     order = np.argsort(found, axis=1, kind="stable")[:, :k]  # slots are in column order: ties hold
-    return -np.take_along_axis(found, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    return Ranked(np.take_along_axis(ids, order, axis=1), -np.take_along_axis(found, order, axis=1))
 
 
 def _guess(scores: FloatArray, k: int) -> FloatArray:

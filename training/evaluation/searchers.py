@@ -11,9 +11,9 @@ from typing import Protocol
 
 import numpy as np
 
-from shardline.router.client import Client
+from shardline.router.client.sync_client import Client
 from shardline.shards.core.errors import Unavailable, VersionMismatch
-from shardline.shards.core.schema import EMPTY_ID, MAX_K, FloatArray, IdArray
+from shardline.shards.core.schema import EMPTY_ID, MAX_K, FloatArray, IdArray, Ranked
 from shardline.training.data.table_checks import rows_of
 from shardline.training.evaluation.ranking import rank_exact
 
@@ -30,8 +30,8 @@ class Search(Protocol):
     @property
     def in_flight(self) -> int: ...
 
-    def __call__(self, queries: FloatArray, k: int) -> tuple[FloatArray, IdArray]:
-        """(n, m) float32 scores, higher first, and (n, m) int64 item rows, of queries (n, dim).
+    def __call__(self, queries: FloatArray, k: int) -> Ranked:
+        """Item rows, (n, m), of queries (n, dim) float32.
 
         m is k, or less where there are fewer; -inf and -1 fill what a row does not have.
         """
@@ -44,7 +44,7 @@ class ExactSearch:
     items: FloatArray
     in_flight: int = 1  # the matrix product has the cores already
 
-    def __call__(self, queries: FloatArray, k: int) -> tuple[FloatArray, IdArray]:
+    def __call__(self, queries: FloatArray, k: int) -> Ranked:
         return rank_exact(queries, self.items, k=min(k, len(self.items)))
 
 
@@ -63,7 +63,7 @@ class ClusterSearch:
     in_flight: int = 4
     wait: Callable[[float], None] = time.sleep
 
-    def __call__(self, queries: FloatArray, k: int) -> tuple[FloatArray, IdArray]:
+    def __call__(self, queries: FloatArray, k: int) -> Ranked:
         """Raises VersionMismatch: another model or generation answers now. DataError: an item that
         the dataset does not have. Unavailable: still no complete answer after several attempts.
         """
@@ -75,7 +75,7 @@ class ClusterSearch:
                 self.wait(FIRST_WAIT_S * 2 ** (attempt - 1))
         return self._ask(queries, k)
 
-    def _ask(self, queries: FloatArray, k: int) -> tuple[FloatArray, IdArray]:
+    def _ask(self, queries: FloatArray, k: int) -> Ranked:
         answer = self.client.search(
             vectors=queries,
             k=min(k, MAX_K, len(self.item_ids)),
@@ -92,7 +92,7 @@ class ClusterSearch:
         filled = answer.ids != EMPTY_ID
         rows = np.full(answer.ids.shape, EMPTY_ID, dtype=np.int64)
         rows[filled] = rows_of(self.item_ids, answer.ids[filled], field="answer.ids")
-        return answer.scores, rows
+        return Ranked(rows, answer.scores)
 
 
 def open_cluster(client: Client, item_ids: IdArray, model_version: str) -> ClusterSearch:

@@ -13,8 +13,6 @@ from shardline.training.data.csr import Csr
 from shardline.training.data.segments import Segment, filtered, segments_of
 from shardline.training.data.tables import Dataset
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, checked_ks
-from shardline.training.features.fitted import FeatureSpace
-from shardline.training.features.prepared import item_lists
 
 KNOWN_BEFORE = {"val": ("train",), "test": ("train", "val")}  # split -> splits that may be used
 SAMPLE_SEED = 0  # fixed, so that every model, baseline and cluster is asked the same users
@@ -63,8 +61,8 @@ def evaluation_task(
         )
     if max_users is not None and max_users < 1:
         raise InvalidInput("out of range", field="max_users", expected=">= 1", got=str(max_users))
-    num_items, train = dataset.rows["items"], item_lists(dataset, ("train",))
-    relevant, rows = item_lists(dataset, (split,)), None
+    num_items, train = dataset.rows["items"], dataset.positives("train")
+    relevant, rows = dataset.positives(split), None
     if candidates == "cold":
         cold = np.bincount(train.items, minlength=num_items) == 0
         relevant, rows = filtered(relevant, cold[relevant.items]), np.flatnonzero(cold)
@@ -76,7 +74,7 @@ def evaluation_task(
         )
     return EvaluationTask(
         users=sample_users(users, max_users, np.random.default_rng(SAMPLE_SEED)),
-        known=item_lists(dataset, KNOWN_BEFORE[split]),
+        known=dataset.positives(*KNOWN_BEFORE[split]),
         relevant=relevant,
         num_items=num_items,
         ks=checked_ks(ks, num_items if rows is None else len(rows)),
@@ -90,11 +88,6 @@ def sample_users(users: IdArray, most: int | None, rng: np.random.Generator) -> 
     if most is None or len(users) <= most:
         return users
     return np.sort(rng.choice(users, most, replace=False))
-
-
-def feature_kinds(space: FeatureSpace) -> dict[str, str]:
-    """Name and kind of each feature of the query tower, as a loaded encoder also lists them."""
-    return space.query_kinds
 
 
 def query_features(
@@ -132,13 +125,13 @@ def query_features_of_user(
     splits: tuple[str, ...] = ("train", "val"),
 ) -> dict[str, Any]:
     """The query of one user; NotFound if the dataset does not know the id."""
-    rows = np.flatnonzero(dataset.users()["user_id"].to_numpy() == user_id)
+    rows = np.flatnonzero(dataset.user_ids == user_id)
     if not len(rows):
         raise NotFound(f"{dataset.path}: no user {user_id}")
     return query_features(dataset, kinds, rows.astype(np.int64), splits)[0]
 
 
 def _histories(dataset: Dataset, users: IdArray, splits: tuple[str, ...]) -> list[list[int]]:
-    past = item_lists(dataset, splits).take(users)
-    ids = dataset.items()["item_id"].to_numpy()[past.items]
+    past = dataset.positives(*splits).take(users)
+    ids = dataset.item_ids[past.items]
     return [part.tolist() for part in np.split(ids, past.indptr[1:-1])]

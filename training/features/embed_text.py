@@ -19,7 +19,8 @@ from torch import Tensor
 from shardline.shards.core.errors import ConfigError, DataError, NotFound
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import FloatArray
-from shardline.training.data.tables import ITEMS, Dataset, vector_column, write_dataset
+from shardline.training.data.table_writer import write_dataset
+from shardline.training.data.tables import ITEMS, Dataset, vector_column
 from shardline.training.features.columns import column_of, strings
 
 TEXTS_PER_BATCH = 64

@@ -27,7 +27,6 @@ from shardline.training.config.tower_config import (
 )
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
-from shardline.training.data.table_checks import rows_of
 from shardline.training.data.tables import ITEMS, USERS, Dataset
 from shardline.training.features.columns import (
     Bag,
@@ -152,13 +151,12 @@ def fit(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
         DataError: a configured column is missing, or of a type that its kind cannot take.
         ConfigError: a tower without projection whose inputs are not all as wide as its output.
     """
-    train = dataset.interactions(config.fitted_splits)
+    of_users, of_items = dataset.counts(*config.fitted_splits)
     query, item = config.towers.query, config.towers.item
     history = next((f for f in query.features or () if isinstance(f, HistoryFeature)), None)
-    users, items = dataset.users(), dataset.items()
     space = FeatureSpace(
-        query=_fit_columns(query, users, USERS, _occurrences(users, train, "user_id")),
-        item=_fit_columns(item, items, ITEMS, _occurrences(items, train, "item_id")),
+        query=_fit_columns(query, dataset.users(), USERS, of_users),
+        item=_fit_columns(item, dataset.items(), ITEMS, of_items),
         history=history,
     )
     _check_widths(config, space)
@@ -167,16 +165,9 @@ def fit(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
 
 def _hide(bag: Csr, hidden: NDArray[np.bool_]) -> Csr:
     lengths = np.where(hidden, 1, bag.lengths)
-    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    rows = np.zeros(indptr[-1], dtype=np.int64)
+    rows = np.zeros(lengths.sum(), dtype=np.int64)
     rows[np.repeat(~hidden, lengths)] = bag.items[np.repeat(~hidden, bag.lengths)]
-    return Csr(indptr, rows)
-
-
-def _occurrences(table: pa.Table, interactions: pa.Table, key: str) -> IdArray:
-    """(n,) int64: how many of the interactions each row of the table has."""
-    rows = rows_of(table[key].to_numpy(), interactions[key].to_numpy(), field=key)
-    return np.bincount(rows, minlength=table.num_rows).astype(np.int64)
+    return Csr.of(lengths, rows)
 
 
 def _fit_columns(tower: TowerConfig, table: pa.Table, where: str, occurrences: IdArray) -> Columns:

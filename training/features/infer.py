@@ -57,7 +57,7 @@ def infer_config(config: TrainingConfig, dataset: Dataset) -> TrainingConfig:
     if item.features is None:
         items = dataset.items()
         features = _suggest(items, "item_id")
-        num_train = dataset.interactions("train").num_rows
+        num_train = dataset.counts("train")[1].sum()
         if not features or num_train >= DENSE_INTERACTIONS * items.num_rows:
             features = [IdFeature(column="item_id"), *features]
         item = _with_features("item", item, features)

@@ -17,7 +17,7 @@ from shardline.shards.core.errors import DataError
 from shardline.shards.core.files import atomic_path
 from shardline.shards.core.schema import IdArray
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import ITEMS, USERS, Dataset, positives_by_user
+from shardline.training.data.tables import ITEMS, USERS, Dataset
 from shardline.training.features.fitted import Block, FeatureSpace
 
 
@@ -67,7 +67,7 @@ def prepare(
     Raises:
         DataError: a feature column does not fit, or there is nothing to train on.
     """
-    train, val = train_lists(dataset, fitted), item_lists(dataset, ("val",))
+    train, val = train_lists(dataset, fitted), dataset.positives("val")
     if "val" in fitted:
         val = Csr(np.zeros_like(val.indptr), val.items[:0])
     items = space.item.encode(dataset.items(), ITEMS)
@@ -82,18 +82,11 @@ def prepare(
 
 
 def train_lists(dataset: Dataset, fitted: tuple[str, ...] = ("train",)) -> Csr:
-    """The training examples: ``item_lists`` of the fitted splits; DataError if there are none."""
-    train = item_lists(dataset, fitted)
+    """The training examples: positives of the fitted splits; DataError if there are none."""
+    train = dataset.positives(*fitted)
     if not len(train.items):
         raise DataError("no interactions to train on", field="split", expected="train rows")
     return train
-
-
-def item_lists(dataset: Dataset, splits: tuple[str, ...]) -> Csr:
-    """Item rows of every user row over some splits, oldest first, no item twice."""
-    user_ids = dataset.users()["user_id"].to_numpy()
-    item_ids = dataset.items()["item_id"].to_numpy()
-    return positives_by_user(dataset.interactions(splits), user_ids, item_ids)
 
 
 def _write_block(path: Path, block: Block) -> None:

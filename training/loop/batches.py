@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.schema import IdArray
 from shardline.training.config.loss_config import LossConfig
-from shardline.training.data.csr import Csr
+from shardline.training.data.csr import Csr, places_of
 from shardline.training.features.fitted import Block
 from shardline.training.features.prepared import TrainingData
 from shardline.training.loss.negatives import Negatives, check_hard, draw
@@ -147,16 +147,6 @@ def others(train: Csr, users: IdArray, rows: IdArray, newest: int) -> Csr:
     ends = train.indptr[1:][users]
     # one more where the positive will be taken out of the window again
     starts = np.maximum(train.indptr[:-1][users], ends - newest - (rows >= ends - newest))
-    window = _places(starts, ends - starts)
+    window = places_of(starts, ends - starts)
     kept = window.items != rows[window.owners]
-    return Csr(_indptr(window.lengths - (rows >= starts)), train.items[window.items[kept]])
-
-
-def _places(starts: IdArray, lengths: IdArray) -> Csr:
-    """start, start + 1, ... start + length - 1 of each pair."""
-    indptr = _indptr(lengths)
-    return Csr(indptr, np.arange(indptr[-1]) + np.repeat(starts - indptr[:-1], lengths))
-
-
-def _indptr(lengths: IdArray) -> IdArray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Csr.of(window.lengths - (rows >= starts), train.items[window.items[kept]])

@@ -5,17 +5,15 @@ Everything a rank needs lies in the run folder, which all nodes must be able to 
 what a rank does is ``training.loop.run_rank.train_rank``.
 """
 
-import json
 import logging
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import ray
@@ -35,7 +33,7 @@ from shardline.training.features.infer import infer_config
 from shardline.training.features.prepared import prepare, train_lists
 from shardline.training.loop.batches import check_batch
 from shardline.training.loop.run_rank import HARD, given_lists, train_rank
-from shardline.training.loop.runlog import LOG, Event
+from shardline.training.loop.runlog import LOG, OnEvent, followed
 from shardline.training.loop.trainer import lists_to_tensors
 from shardline.training.loss.negatives import check_hard
 from shardline.training.mining.hard_negatives import check_per_user, load_hard
@@ -52,10 +50,7 @@ from shardline.training.model.checkpoint import (
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.5  # how often the log of ranks elsewhere is read for progress
 RAY_FOLDER = "ray"  # inside the run folder: what Ray Train itself writes
-
-OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,20 +94,12 @@ def train(
     """
     run_folder = run_folder.resolve()  # ranks under Ray have another working directory
     check_folders(data_folder, run_folder, resume=resume)
-    dataset = open_dataset(data_folder)
-    config = infer_config(config, dataset)
     use_gpu = _use_gpu(config)
-    if resume:
-        check_resumable(run_folder, config, dataset.identity)
-        if hard is not None:
-            _check_same_hard(config, dataset, run_folder, hard)
-        place_run(run_folder, config)
-    else:
-        _start(config, dataset, run_folder, hard)
+    config = _declare(config, data_folder, run_folder, resume=resume, hard=hard)
     if config.num_workers == 1:
         train_rank(run_folder, torch.device("cuda" if use_gpu else "cpu"), on_event)
     else:
-        with _followed(run_folder / LOG, on_event):
+        with followed(run_folder / LOG, on_event):
             _train_under_ray(config, use_gpu, run_folder)
     state = latest_state(run_folder)
     assert state is not None, "a finished run has a checkpoint"
@@ -140,6 +127,25 @@ def check_folders(data_folder: Path, run_folder: Path, *, resume: bool) -> None:
             f"{run_folder}: holds a run already",
             hint="--resume goes on with it, --run names another folder",
         )
+
+
+def _declare(
+    config: TrainingConfig, data_folder: Path, run_folder: Path, *, resume: bool, hard: Path | None
+) -> TrainingConfig:
+    """Puts the run into its folder, or checks that it is the one to resume; its configuration.
+
+    The tables of the dataset are in memory until this returns, and not while the run trains.
+    """
+    dataset = open_dataset(data_folder, keep=True)
+    config = infer_config(config, dataset)
+    if resume:
+        check_resumable(run_folder, config, dataset.identity)
+        if hard is not None:
+            _check_same_hard(config, dataset, run_folder, hard)
+        place_run(run_folder, config)
+    else:
+        _start(config, dataset, run_folder, hard)
+    return config
 
 
 def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path | None) -> None:
@@ -184,7 +190,7 @@ def _hard_lists(config: TrainingConfig, dataset: Dataset, table: Path | None) ->
         check_per_user(per_row, config.mining.per_user, "mining")
     if table is None:
         if not every:  # else the ranks mine before their first step
-            check_hard(config.loss, None, dataset.users().num_rows)
+            check_hard(config.loss, None, dataset.rows["users"])
         return None
     lists = load_hard(table, dataset, fit_splits=config.fit_splits, per_row=per_row)
     if not len(lists.items):
@@ -228,7 +234,7 @@ def _use_gpu(config: TrainingConfig) -> bool:
         raise Unavailable(
             "not enough GPUs",
             field="device",
-            expected=f"{config.num_workers}, one a worker",
+            expected=f"{config.num_workers}, one per worker",
             got=str(found),
             hint="--set training.device=cpu, or fewer --workers",
         )
@@ -291,44 +297,3 @@ def _interrupt_handler_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _followed(log: Path, on_event: OnEvent | None) -> Iterator[None]:
-    """Hands lines that ranks elsewhere append to the log to ``on_event``, until the block ends."""
-    if on_event is None:
-        yield
-        return
-    ended = threading.Event()
-    start = log.stat().st_size if log.exists() else 0
-    follower = threading.Thread(target=_follow, args=(log, start, on_event, ended))
-    follower.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        follower.join()
-
-
-def _follow(log: Path, start: int, on_event: OnEvent, ended: threading.Event) -> None:
-    last_round = False
-    while not last_round:
-        last_round = ended.wait(POLL_S)
-        if log.exists():
-            start = min(start, log.stat().st_size)  # ranks that start again cut the log first
-            with log.open("rb") as file:
-                start = _line_start(file, start)
-                for line in file:
-                    if line.endswith(b"\n"):  # else half a line: next time
-                        start += len(line)
-                        on_event(json.loads(line))
-
-
-def _line_start(file: BinaryIO, place: int) -> int:
-    """The file goes on from ``place``, or from the next line if that is within one: ranks that
-    started again may have cut the log and written past ``place`` since it was read last.
-    """
-    file.seek(max(0, place - 1))
-    if place and file.read(1) != b"\n":
-        file.readline()
-    return file.tell()

@@ -1,4 +1,4 @@
-"""Embedding tables whose gradients are sparse: exchanged and updated by the rows a step used.
+"""Embedding tables with sparse gradients: a step exchanges and updates only the rows it used.
 
 A dense step over a table reads and writes all of it several times, though a batch looks up a few
 thousand rows. Here every rank sends the rows it used, and a lazy AdamW touches only those: the

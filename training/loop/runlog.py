@@ -1,34 +1,35 @@
-"""The log of a run: one JSON object a line, appended, so that a resumed run goes on in it.
+"""The log of a run: one JSON object per line, appended, so that a resumed run goes on in it.
 
 Every line has ``event``, ``time`` (s since 1970), ``epoch`` (of the step, from 1) and ``step``
 (optimiser steps done). Events: start, step, validation, mining, end; the last one says whether it
 was early and which epoch is kept. Loss, shares and logits of a step line are means over the ranks
 at that step. examples_per_s and gathered_bytes are of the steps since the line before or the
-epoch's start, without validation, mining and checkpoints; gathered_bytes came to rank 0 a step from
-the others, without the dense gradients, which are reduced.
+epoch's start, without validation, mining and checkpoints; gathered_bytes came to rank 0 per step
+from the others, without the dense gradients, which are reduced.
 """
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from shardline.shards.core.errors import CorruptFile, NotFound, Unavailable
 
 LOG = "log.jsonl"  # inside the run folder
+POLL_S = 0.5  # how often the log of ranks elsewhere is read for progress
 
 Event = dict[str, Any]
+OnEvent = Callable[[Event], None]
 
 
 class RunLog:
     """Appends events to a file and hands each to ``on_event``."""
 
-    def __init__(
-        self, path: Path, on_event: Callable[[Event], None] | None, batch_size: int
-    ) -> None:
+    def __init__(self, path: Path, on_event: OnEvent | None, batch_size: int) -> None:
         self._path = path
         self._on_event = on_event
         self._batch_size = batch_size
@@ -111,3 +112,44 @@ def read_log(path: Path) -> list[Event]:
             except ValueError as error:
                 raise CorruptFile(f"{path}:{number}: not JSON", got=str(error)) from error
     return events
+
+
+@contextmanager
+def followed(log: Path, on_event: OnEvent | None) -> Iterator[None]:
+    """Hands lines that ranks elsewhere append to the log to ``on_event``, until the block ends."""
+    if on_event is None:
+        yield
+        return
+    ended = threading.Event()
+    start = log.stat().st_size if log.exists() else 0
+    follower = threading.Thread(target=_follow, args=(log, start, on_event, ended))
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _follow(log: Path, start: int, on_event: OnEvent, ended: threading.Event) -> None:
+    last_round = False
+    while not last_round:
+        last_round = ended.wait(POLL_S)
+        if log.exists():
+            start = min(start, log.stat().st_size)  # ranks that start again cut the log first
+            with log.open("rb") as file:
+                start = _line_start(file, start)
+                for line in file:
+                    if line.endswith(b"\n"):  # else half a line: next time
+                        start += len(line)
+                        on_event(json.loads(line))
+
+
+def _line_start(file: BinaryIO, place: int) -> int:
+    """The file goes on from ``place``, or from the next line if that is within one: ranks that
+    started again may have cut the log and written past ``place`` since it was read last.
+    """
+    file.seek(max(0, place - 1))
+    if place and file.read(1) != b"\n":
+        file.readline()
+    return file.tell()

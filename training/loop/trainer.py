@@ -28,8 +28,8 @@ from shardline.training.loop.runlog import RunLog
 from shardline.training.loop.train_step import Step
 from shardline.training.loop.validation import validation_recall
 from shardline.training.loss.losses import LossTerms
+from shardline.training.mining.candidates import starved_share
 from shardline.training.mining.miner import mine_in_process
-from shardline.training.mining.selection import starved_share
 from shardline.training.model.checkpoint import MODEL, TrainState, save_checkpoint
 from shardline.training.model.precision import Autocast, Precision, resolve
 from shardline.training.model.towers import TwoTower

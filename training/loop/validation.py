@@ -4,15 +4,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from shardline.shards.core.schema import FloatArray
 from shardline.training import gather
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.evaluation.ranking import rank_exact
 from shardline.training.evaluation.ranking_metrics import score_lists
 from shardline.training.evaluation.user_queries import sample_users
-from shardline.training.features.fitted import Block
 from shardline.training.loop.batches import Sampler
-from shardline.training.model.encoding import encode_items, encode_queries
+from shardline.training.model.encoding import encode_items_sharded, encode_queries
 from shardline.training.model.popularity import item_lengths
 from shardline.training.model.towers import TwoTower
 
@@ -30,28 +28,15 @@ def validation_recall(model: TwoTower, sampler: Sampler, config: TrainingConfig)
     model.eval()
     train = data.train.take(users)
     queries = encode_queries(model, data.users.take(users), train, data.items)
-    vectors = all_item_vectors(model, data.items)  # a rank without users takes part in it too
+    vectors = encode_items_sharded(model, data.items)  # a rank without users takes part in it too
     vectors = vectors * item_lengths(data.item_counts(), config.popularity_exponent)[:, None]
     total = torch.zeros(2, dtype=torch.float64)
     if len(users):
         k = min(settings.k, len(data.items))
-        _, ranked = rank_exact(queries, vectors, k=k, exclude=train)
+        ranked = rank_exact(queries, vectors, k=k, exclude=train).ids
         recall = score_lists(ranked, data.val.take(users), (k,)).values[f"recall@{k}"]
         total = torch.tensor([recall.sum(), len(recall)], dtype=torch.float64)
     total = total.to(model.log_temperature.device)
     if gather.world_size() > 1:
         dist.all_reduce(total)
     return float(total[0] / total[1])
-
-
-def all_item_vectors(model: TwoTower, items: Block) -> FloatArray:
-    """(items, dim) float32 on every rank, of which each has embedded every W-th; a collective."""
-    world = gather.world_size()
-    share = -(-len(items) // world)
-    # the shares are of one length: the last ones go on with the first items, cut off below
-    rows = np.arange(gather.rank(), share * world, world) % len(items)
-    local = torch.from_numpy(encode_items(model, items.take(rows)))
-    gathered = gather.gather_values(local.to(model.log_temperature.device)).cpu()
-    in_order = gathered.reshape(world, share, model.dim).transpose(0, 1)
-    vectors: FloatArray = in_order.reshape(-1, model.dim)[: len(items)].numpy()
-    return vectors

@@ -30,8 +30,10 @@ class Join:
     ) -> "Join":
         """From pairs (row, wanted key) and (column, key), in any order."""
         rows, by_row = torch.sort(rows, stable=True)
+        # row i's wanted keys begin where i would be inserted; the last bound ends them all
         bounds = torch.searchsorted(rows, torch.arange(num_rows + 1, device=rows.device))
         keys, by_key = torch.sort(keys, stable=True)
+        # bounds on the CPU: ``pairs`` slices by them, and reading them there waits for no kernel
         return cls(bounds.cpu(), wanted[by_row], keys, columns[by_key])
 
     @classmethod
@@ -52,10 +54,12 @@ class Join:
         rows = torch.repeat_interleave(
             torch.arange(stop - start, device=wanted.device), lengths, output_size=len(wanted)
         )
+        # the columns of a wanted key are one run of the sorted keys: counts from ``first`` on
         first = torch.searchsorted(self.keys, wanted)
         counts = torch.searchsorted(self.keys, wanted, right=True) - first
         ends = torch.cumsum(counts, 0)
         total = int(ends[-1]) if len(ends) else 0
+        # the runs end to end: place p of the output is place p - (start of its run) of its run
         places = torch.arange(total, device=wanted.device)
         shift = torch.repeat_interleave(first - (ends - counts), counts, output_size=total)
         found_rows = torch.repeat_interleave(rows, counts, output_size=total)
@@ -66,5 +70,6 @@ def is_pair(rows: Tensor, keys: Tensor, of_rows: Tensor, of_keys: Tensor) -> Ten
     """(n,) bool: whether (rows[i], keys[i]) is among the pairs (of_rows, of_keys); all >= 0."""
     if not len(of_rows):
         return torch.zeros_like(rows, dtype=torch.bool)
+    # a pair as one number, row x width + key, so that one ``isin`` answers for all
     width = int(torch.maximum(keys.max(), of_keys.max())) + 1 if len(keys) else 1
     return torch.isin(rows * width + keys, of_rows * width + of_keys)

@@ -39,9 +39,9 @@ class StreamedShares(nn.Module):
     """Shares estimated from the gaps between an item's occurrences (Yi et al. 2019, algorithm 2).
 
     The share is 1 / the moving average of the gap. Gaps are counted in examples, not in steps, so
-    an item may occur many times a batch: k occurrences since it was seen last, g examples ago, are
-    k gaps of g / k. Items go by row, so no two share a counter. All ranks feed the global batch and
-    hold the same state.
+    an item may occur many times per batch: k occurrences since it was seen last, g examples ago,
+    are k gaps of g / k. Every item has a counter of its own, by its row. All ranks feed the global
+    batch and hold the same state.
     """
 
     def __init__(self, num_items: int, rate: float) -> None:
@@ -75,5 +75,5 @@ Shares = CountedShares | StreamedShares
 
 
 def expected_counts(shares: Tensor, by_share: int, uniform: int, num_items: int) -> Tensor:
-    """n_j of items with the given shares, for ``by_share`` and ``uniform`` draws a step."""
+    """n_j of items with the given shares, for ``by_share`` and ``uniform`` draws per step."""
     return shares * by_share + uniform / num_items

@@ -106,6 +106,7 @@ class _Tiles:
         self.sums = [queries.new_zeros((), dtype=torch.float64) for _ in range(4)]
         self._minus = -frame.correction.to(queries.dtype)
         self._own_correction = frame.own_correction.to(queries.dtype)
+        # the logged mean of all logits needs this alone, and no pass over the logits
         self._sum_of_columns = columns.sum(dim=0)
 
     def run(self) -> None:
@@ -114,6 +115,7 @@ class _Tiles:
         size = min(rows, max(MIN_ROWS, budget))
         if not self.queries.is_cuda:
             size = min(size, CPU_ROWS)
+        # all tiles use one buffer, so the logits take the memory of the largest alone
         buffer = self.queries.new_empty(size, width)
         for start in range(0, rows, size):
             stop = min(rows, start + size)
@@ -131,6 +133,7 @@ class _Tiles:
     def _fill(self, logits: Tensor, start: int, stop: int) -> None:
         """The products, corrected."""
         shared, queries = len(self.columns), self.queries[start:stop]
+        # with the correction as the product's bias, which saves a pass over the tile
         torch.addmm(self._minus, queries, self.columns.T, out=logits[:, :shared])
         if self.own.shape[1]:
             ours = torch.bmm(self.own[start:stop], queries[:, :, None])[:, :, 0]
@@ -146,9 +149,11 @@ class _Tiles:
         for join in self.frame.masks:
             rows, columns = join.pairs(start, stop)
             values = logits[rows, columns]
+            # a column that an earlier join masked is counted already; the label never is masked
             fresh = (columns != labels[rows, 0]) & (values > -torch.inf)
             masked += fresh.sum()
             total -= (values - self._minus[columns])[fresh].sum()
+            # the label too, where it is among the pairs: it is put back below
             logits.index_put_((rows, columns), logits.new_tensor(-torch.inf))
         if self.own.shape[1]:
             ours, mask = logits[:, shared:], self.frame.own_masked[start:stop]
@@ -163,6 +168,7 @@ class _Tiles:
     def _correction_at(self, labels: Tensor, start: int, stop: int) -> Tensor:
         """(r, 1) of the labels (r, 1)."""
         shared = len(self.columns)
+        # clamped, because ``where`` reads both sides: the place outside its side is not used
         if not self.own.shape[1]:
             return -self._minus[labels]
         ours = self._own_correction[start:stop].gather(1, (labels - shared).clamp(min=0))
@@ -175,6 +181,7 @@ class _Tiles:
         shared, queries = len(self.columns), self.queries[start:stop]
         ours = gradient[:, shared:]
         gradient = gradient[:, :shared]
+        # a row lies in one tile, so its gradient is complete; those of columns add up over tiles
         torch.mm(gradient, self.columns, out=self.query_gradient[start:stop])
         self.column_gradient.addmm_(gradient.T, queries)
         if self.own.shape[1]:
@@ -186,9 +193,10 @@ def softmax(logits: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tenso
     """Minus the log of the label's share: logsumexp - label."""
     label = logits.gather(1, labels)
     best = logits.amax(dim=1, keepdim=True)
-    logits.sub_(best).exp_()
+    logits.sub_(best).exp_()  # exp(-inf) is 0: masked columns have no part in sum or gradient
     total = logits.sum(dim=1, keepdim=True)
     logits.mul_(scale / total)
+    # d/dz of logsumexp(z) - z_label: the shares, less one at the label
     logits.scatter_add_(1, labels, logits.new_full(labels.shape, -scale))
     return (total.log() - (label - best))[:, 0], (label == best)[:, 0]
 
@@ -198,7 +206,7 @@ def softmax_of_hardest(
 ) -> tuple[Tensor, Tensor]:
     """weight * softmax over the label and its ``hardest`` highest negatives + (1 - weight) * all.
 
-    hardest = 1 and weight = 1 is the batch-hard strategy: one negative a row.
+    hardest = 1 and weight = 1 is the batch-hard strategy: one negative per row.
     """
     label = logits.gather(1, labels)
     logits.scatter_(1, labels, -torch.inf)

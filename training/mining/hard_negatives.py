@@ -25,12 +25,13 @@ from shardline.shards.core.files import (
     verify_files,
     write_manifest,
 )
-from shardline.shards.core.schema import EMPTY_ID, IdArray
+from shardline.shards.core.schema import EMPTY_ID
 from shardline.training.config.training_config import MiningConfig
 from shardline.training.data.csr import Csr
 from shardline.training.data.table_checks import rows_of
-from shardline.training.data.tables import Dataset
-from shardline.training.mining.selection import Mined
+from shardline.training.data.tables import Dataset, check_identity
+from shardline.training.mining.candidates import Mined
+from shardline.training.model.checkpoint import refuse_older
 
 KIND = "hard negatives"
 VERSION = 2  # 1 did not say what the model was fitted on
@@ -104,24 +105,23 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
 def load_hard(path: Path, dataset: Dataset, *, fit_splits: str, per_row: int) -> Csr:
     """Item rows of each user row of the dataset, best first; none for users not in the table.
 
-    fit_splits: what the run that shall learn from them is fitted on. per_row: how many negatives
-    of its user a row is to get.
+    fit_splits: what the run that shall learn from them is fitted on. per_row: how many of its
+    user's negatives a row gets.
 
     Raises:
         NotFound: no complete table there. NewerFormat: written by a newer version.
         CorruptFile: a file does not match the manifest, or is of an older version.
         DataError: mined from another dataset, or columns, order or ids that do not fit this one.
-        ConfigError: mined by a run fitted on other splits, or fewer a user than a row is to get.
+        ConfigError: mined by a run fitted on other splits, or fewer per user than a row gets.
     """
     manifest = read_manifest(path, kind=KIND, version=VERSION)
-    if manifest["format_version"] < VERSION:
-        raise CorruptFile(
-            f"{path}: written by an older version of this program",
-            expected=f"format_version {VERSION}",
-            got=str(manifest["format_version"]),
-            hint="mine again",
-        )
-    _check_dataset(path, manifest["dataset"], dataset.identity)
+    refuse_older(path, manifest, VERSION, "mine again")
+    check_identity(
+        f"{path}: mined from another dataset",
+        expected=dataset.identity,
+        got=manifest["dataset"],
+        hint="mine again with a model of this dataset",
+    )
     _check_fit(path, manifest, fit_splits, per_row)
     verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
     table = _read(path / TABLE)
@@ -131,43 +131,30 @@ def load_hard(path: Path, dataset: Dataset, *, fit_splits: str, per_row: int) ->
             expected=str(manifest["rows"]),
             got=str(table.num_rows),
         )
-    user_ids: IdArray = dataset.users()["user_id"].to_numpy()
-    item_ids: IdArray = dataset.items()["item_id"].to_numpy()
-    users = rows_of(user_ids, table["user_id"].to_numpy(), field="user_id")
+    users = rows_of(dataset.user_ids, table["user_id"].to_numpy(), field="user_id")
     if (np.diff(users) <= 0).any():
         place = int(np.flatnonzero(np.diff(users) <= 0)[0]) + 1
         raise DataError(
             f"{path / TABLE}: users are not ascending, each once", field=f"user_id[{place}]"
         )
     lists = table["item_ids"].combine_chunks()
-    items = rows_of(item_ids, lists.flatten().to_numpy(), field="item_ids")
-    lengths = np.zeros(len(user_ids), dtype=np.int64)
+    items = rows_of(dataset.item_ids, lists.flatten().to_numpy(), field="item_ids")
+    lengths = np.zeros(len(dataset.user_ids), dtype=np.int64)
     lengths[users] = np.diff(lists.offsets.to_numpy())
-    return Csr(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), items)
+    return Csr.of(lengths, items)
 
 
 def _table(mined: Mined, dataset: Dataset) -> pa.Table:
-    user_ids: IdArray = dataset.users()["user_id"].to_numpy()
-    item_ids: IdArray = dataset.items()["item_id"].to_numpy()
     filled = mined.items != EMPTY_ID
     indptr = np.concatenate([[0], np.cumsum(np.count_nonzero(filled, axis=1))])
     offsets = pa.array(indptr, pa.int32())
+    item_ids = dataset.item_ids[mined.items[filled]]
     columns = [
-        pa.array(user_ids[mined.users], pa.int64()),
-        pa.ListArray.from_arrays(offsets, pa.array(item_ids[mined.items[filled]], pa.int64())),
+        pa.array(dataset.user_ids[mined.users], pa.int64()),
+        pa.ListArray.from_arrays(offsets, pa.array(item_ids, pa.int64())),
         pa.ListArray.from_arrays(offsets, pa.array(mined.scores[filled], pa.float32())),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
-
-
-def _check_dataset(path: Path, mined: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    if mined != ours:
-        raise DataError(
-            f"{path}: mined from another dataset",
-            expected=_checksums(ours),
-            got=_checksums(mined),
-            hint="mine again with a model of this dataset",
-        )
 
 
 def _check_fit(path: Path, manifest: Mapping[str, Any], fit_splits: str, per_row: int) -> None:
@@ -192,11 +179,6 @@ def check_per_user(per_row: int, per_user: int, source: str) -> None:
             expected=f"<= {per_user}, the per_user of {source}",
             got=str(per_row),
         )
-
-
-def _checksums(identity: Mapping[str, Any]) -> str:
-    digits = " ".join(str(entry["sha256"])[:8] for entry in identity["files"])
-    return f"{identity['name']!r} ({digits})"
 
 
 def _read(path: Path) -> pa.Table:

@@ -21,9 +21,8 @@ from shardline.training import gather
 from shardline.training.config.training_config import MiningConfig
 from shardline.training.data.csr import Csr
 from shardline.training.evaluation.searchers import ExactSearch, Search
-from shardline.training.features.fitted import Block
 from shardline.training.features.prepared import TrainingData
-from shardline.training.mining.selection import (
+from shardline.training.mining.candidates import (
     Mined,
     blocks_of,
     choose,
@@ -32,11 +31,10 @@ from shardline.training.mining.selection import (
     merged,
     reference_scores,
 )
-from shardline.training.model.encoding import encode_items, encode_queries
+from shardline.training.model.encoding import encode_items_sharded, encode_queries
 from shardline.training.model.towers import TwoTower
 
 BLOCK_USERS = 64  # users searched at a time, and queries in one request to a cluster
-ITEM_ROWS = 1024  # items embedded at a time, a block that one rank takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +74,7 @@ class Miner:
         self, search: Search, users: IdArray, positives: Csr, queries: FloatArray
     ) -> Mined:
         known = self.known.take(users)
-        scores, items = search(queries, depth_of(self.config, known))
+        items, scores = search(queries, depth_of(self.config, known))
         reference = reference_scores(queries, self.item_vectors, positives, self.config.reference)
         return choose(
             scores,
@@ -99,7 +97,7 @@ def build_miner(model: TwoTower, data: TrainingData, config: MiningConfig, seed:
         data=data,
         config=config,
         seed=seed,
-        item_vectors=_item_vectors(model, data.items),
+        item_vectors=encode_items_sharded(model, data.items),
         known=known,
     )
 
@@ -120,9 +118,9 @@ def mine_in_process(model: TwoTower, data: TrainingData, config: MiningConfig, s
     for place, part in enumerate(mined):
         local[place, : len(part.users)] = part.items
     users = np.concatenate(blocks)
-    items = _in_order(torch.from_numpy(local), model.log_temperature.device)
+    gathered = gather.gather_interleaved(torch.from_numpy(local).to(model.log_temperature.device))
     # only the last block is short, so its empty slots are the very last ones
-    items = items.reshape(-1, config.per_user)[: len(users)]
+    items = gathered.cpu().numpy().reshape(-1, config.per_user)[: len(users)]
     everyone = Mined(users=users, items=items, scores=np.zeros(items.shape, np.float32))
     return everyone.lists(len(data.users))
 
@@ -148,30 +146,6 @@ def evaluating(model: TwoTower) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-def _item_vectors(model: TwoTower, items: Block) -> FloatArray:
-    """(items, dim) float32 on every rank, of which each embeds every W-th block of rows.
-
-    Blocks are the same for any number of ranks: the rounding of a product depends on its shape.
-    """
-    starts = range(0, len(items), ITEM_ROWS)
-    share = -(-len(starts) // gather.world_size())
-    local = torch.zeros((share, ITEM_ROWS, model.dim))
-    for place, start in enumerate(starts[gather.rank() :: gather.world_size()]):
-        rows = np.arange(start, min(start + ITEM_ROWS, len(items)))
-        local[place, : len(rows)] = torch.from_numpy(encode_items(model, items.take(rows)))
-    vectors: FloatArray = _in_order(local, model.log_temperature.device)
-    return vectors.reshape(-1, model.dim)[: len(items)]
-
-
-def _in_order(local: torch.Tensor, device: torch.device) -> np.ndarray:
-    """(W * share, ...) blocks in their order, of (share, ...), every W-th block, on each rank."""
-    world, share = gather.world_size(), len(local)
-    gathered = gather.gather_values(local.to(device)).cpu()
-    parts = gathered.reshape(world, share, *local.shape[1:]).transpose(0, 1)
-    blocks: np.ndarray = parts.reshape(world * share, *local.shape[1:]).numpy()
-    return blocks
 
 
 def _ahead(

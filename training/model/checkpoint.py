@@ -11,8 +11,6 @@ run resumes, within an epoch too; its manifest names the best step so far, whose
 as well and is what evaluation and export load. No pickles.
 """
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +32,7 @@ from shardline.shards.core.files import (
     write_manifest,
 )
 from shardline.training.config.training_config import TrainingConfig, differences
+from shardline.training.data.tables import check_identity
 from shardline.training.features.fitted import FeatureSpace
 from shardline.training.features.prepared import TrainingData
 from shardline.training.model.precision import Precision
@@ -44,6 +43,7 @@ VERSION = 2  # 1 had no checksums of the prepared data
 CHECKPOINT_VERSION = 2  # 1 was numbered by epochs
 MODEL = "model"  # the part that evaluation and export load
 CACHE = "cache"  # inside the run folder
+TRAIN_AGAIN = "train into another folder: --run names it"
 GO_ON = "repeat its `shardline train` command with --resume to go on"
 
 
@@ -119,7 +119,7 @@ def open_run(folder: Path) -> Run:
             f"{folder}: a setting of this run is refused by now",
             field=".".join(map(str, first["loc"])),
             got=first["msg"],
-            hint="train into another folder: --run names it",
+            hint=TRAIN_AGAIN,
         ) from error
     return Run(config=config, space=FeatureSpace.from_json(manifest["space"]))
 
@@ -132,7 +132,7 @@ def open_data(folder: Path) -> TrainingData:
             that was before there were checksums.
     """
     manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
-    _refuse_older(folder, manifest, VERSION)
+    refuse_older(folder, manifest, VERSION, TRAIN_AGAIN)
     verify_files(folder / CACHE, [FileEntry(**entry) for entry in manifest["files"]])
     return TrainingData.open(folder / CACHE)
 
@@ -157,14 +157,12 @@ def check_resumable(folder: Path, config: TrainingConfig, dataset: dict[str, Any
 
 def check_dataset(folder: Path, dataset: dict[str, Any]) -> None:
     """Raises DataError where ``dataset`` is not the identity of what the run was started with."""
-    before = read_manifest(folder, kind=RUN_KIND, version=VERSION)["dataset"]
-    if before != dataset:
-        raise DataError(
-            f"{folder}: the run was started with another dataset",
-            expected=_described(before),
-            got=_described(dataset),
-            hint="--data names the run's own data set, --run another run",
-        )
+    check_identity(
+        f"{folder}: the run was started with another dataset",
+        expected=read_manifest(folder, kind=RUN_KIND, version=VERSION)["dataset"],
+        got=dataset,
+        hint="--data names the run's own data set, --run another run",
+    )
 
 
 def save_checkpoint(
@@ -251,12 +249,6 @@ def load_best(folder: Path, *, unfinished: bool = False) -> tuple[Run, TwoTower]
     return replace(run, cut_off=cut_off), model.eval()
 
 
-def _described(dataset: dict[str, Any]) -> str:
-    """The name, and digits that tell apart datasets of one name."""
-    files = json.dumps(dataset["files"], sort_keys=True).encode()
-    return f"{dataset['name']!r} ({hashlib.sha256(files).hexdigest()[:8]})"
-
-
 def _name(step: int) -> str:
     return f"{step:08d}"
 
@@ -273,18 +265,19 @@ def _steps(folder: Path) -> list[int]:
 def _verified(folder: Path, step: int) -> TrainState:
     path = folder / "checkpoints" / _name(step)
     manifest = read_manifest(path, kind=CHECKPOINT_KIND, version=CHECKPOINT_VERSION)
-    _refuse_older(path, manifest, CHECKPOINT_VERSION)
+    refuse_older(path, manifest, CHECKPOINT_VERSION, TRAIN_AGAIN)
     verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
     return TrainState(**manifest["state"])
 
 
-def _refuse_older(folder: Path, manifest: Mapping[str, Any], version: int) -> None:
+def refuse_older(folder: Path, manifest: Mapping[str, Any], version: int, hint: str) -> None:
+    """Raises CorruptFile where a folder was written before ``version``."""
     if manifest["format_version"] < version:
         raise CorruptFile(
             f"{folder}: written by an older version of this program",
             expected=f"format_version {version}",
             got=str(manifest["format_version"]),
-            hint="train into another folder: --run names it",
+            hint=hint,
         )
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from shardline.shards.core.schema import FloatArray, IdArray, Metric
 from shardline.training.data.tables import Dataset
-from shardline.training.features.prepared import item_lists
 
 
 def item_lengths(counts: IdArray, exponent: float) -> FloatArray:
@@ -22,7 +21,7 @@ def lengths_of(dataset: Dataset, splits: tuple[str, ...], exponent: float) -> Fl
     """(items,) float32, in the order of the items table, counted in those splits."""
     if not exponent:
         return np.ones(dataset.rows["items"], dtype=np.float32)
-    fitted = item_lists(dataset, splits).items
+    fitted = dataset.positives(*splits).items
     return item_lengths(np.bincount(fitted, minlength=dataset.rows["items"]), exponent)
 
 

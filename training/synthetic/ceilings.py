@@ -63,7 +63,9 @@ def measure_ceilings(
     known (users, n) and held_out (users, m) int64 are the item rows of train + val and of test.
     """
     items = model.attributes
-    exclude, relevant = _csr(known), _csr(held_out)
+    exclude, relevant = (
+        Csr.of(np.full(len(rows), rows.shape[1]), rows.ravel()) for rows in (known, held_out)
+    )
     share = known.shape[1] / (known.shape[1] + held_out.shape[1])
     estimate = infer_interests(model, known, share, progress=progress)
 
@@ -175,8 +177,3 @@ def _absent(z: torch.Tensor, share: float, scratch: torch.Tensor) -> torch.Tenso
     missed = torch.neg(x, out=scratch).exp_()
     x *= missed
     return x.div_(missed.mul_(share).add_(1.0 - share)).mul_(share)
-
-
-def _csr(rows: IdArray) -> Csr:
-    indptr = np.arange(len(rows) + 1, dtype=np.int64) * rows.shape[1]
-    return Csr(indptr, rows.ravel())

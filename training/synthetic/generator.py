@@ -22,13 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.data.splits import split_codes
-from shardline.training.data.tables import (
-    Dataset,
-    dataset_writer,
-    interaction_batch,
-    open_dataset,
-    vector_column,
-)
+from shardline.training.data.table_writer import dataset_writer, interaction_batch
+from shardline.training.data.tables import Dataset, open_dataset, vector_column
 from shardline.training.synthetic.ceilings import HiddenModel, measure_ceilings
 from shardline.training.synthetic.race import draw_items, noise_hazard
 

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from shardline.shards.core.partition import mix_bits
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray
 from shardline.training.config.training_config import MiningConfig
 from shardline.training.data.csr import Csr
@@ -61,8 +62,7 @@ class Mined:
         filled = ordered.items != EMPTY_ID
         lengths = np.zeros(num_users, dtype=np.int64)
         lengths[ordered.users] = np.count_nonzero(filled, axis=1)
-        indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Csr(indptr, ordered.items[filled])
+        return Csr.of(lengths, ordered.items[filled])
 
 
 def blocks_of(known: Csr, users: IdArray, size: int) -> list[IdArray]:
@@ -170,7 +170,7 @@ def starved_share(lists: Csr, mined: NDArray[np.bool_], config: MiningConfig) ->
 def draws(seed: int, users: IdArray, items: IdArray) -> NDArray[np.uint64]:
     """Uniform 64-bit numbers, a function of seed, user and item alone; broadcasts as ``+`` does.
 
-    The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014) over each key in turn.
+    SplitMix64 of the seed, of that plus the user, and of that plus the item.
     """
     start = _mixed(np.array([seed], dtype=np.uint64))
     by_user = _mixed(start + users.astype(np.uint64))
@@ -182,12 +182,9 @@ def merged(first: Csr, second: Csr, num_items: int) -> Csr:
     owners = np.concatenate([first.owners, second.owners])
     keys = np.unique(owners * num_items + np.concatenate([first.items, second.items]))
     counts = np.bincount(keys // num_items, minlength=len(first.indptr) - 1)
-    return Csr(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), keys % num_items)
+    return Csr.of(counts, keys % num_items)
 
 
 def _mixed(keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
     # arrays wrap around silently, as the algorithm wants; numpy scalars would warn
-    keys = keys + np.uint64(0x9E3779B97F4A7C15)
-    keys = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    keys = (keys ^ (keys >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return keys ^ (keys >> np.uint64(31))
+    return mix_bits(keys + np.uint64(0x9E3779B97F4A7C15))

@@ -1,0 +1,131 @@
+"""What a client's calls return, and how it is read from msgpack bodies.
+
+Fields that this version does not know are ignored, so that a newer server can be asked.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgpack
+import numpy as np
+
+from shardline.router.contract import array_of
+from shardline.router.query import Coverage, Degraded, ItemAnswer, Reason
+from shardline.shards.core.errors import InvalidInput, ProtocolError
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SearchAnswer:
+    """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf, last.
+
+    The arrays are read-only. took_ms is the time from the request's arrival at the server to its
+    answer, search_ms the longest search of any shard, both in milliseconds.
+    """
+
+    ids: IdArray
+    scores: FloatArray
+    generation: int
+    model_version: str
+    coverage: Coverage
+    took_ms: float
+    search_ms: float
+    request_id: str
+    reasons: tuple[Reason, ...] = ()
+
+    def to_arrow(self) -> "pyarrow.Table":
+        """One row per result, in answer order: query int64, rank int64, id int64, score float32.
+
+        query is the position in the request, rank counts from 0; empty slots have no row.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+        """
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise ImportError("to_arrow() needs pyarrow: pip install pyarrow") from error
+        return pa.table(self._columns())
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """The columns of ``to_arrow`` as a DataFrame. Raises ImportError: pandas is missing."""
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install pandas") from error
+        return pd.DataFrame(self._columns())
+
+    def _columns(self) -> dict[str, np.ndarray[Any, Any]]:
+        query, rank = np.nonzero(self.ids != EMPTY_ID)
+        return {
+            "query": query,
+            "rank": rank,
+            "id": self.ids[query, rank],
+            "score": self.scores[query, rank],
+        }
+
+
+def read_search(body: bytes) -> SearchAnswer:
+    """A search's answer. Raises ProtocolError: the body is none."""
+    return _read(body, "search answer", _search_of)
+
+
+def read_item(body: bytes) -> ItemAnswer:
+    """An item's answer. Raises ProtocolError: the body is none."""
+    return _read(body, "item", _item_of)
+
+
+def _read(body: bytes, name: str, build: Callable[[dict[str, Any]], Answer]) -> Answer:
+    try:
+        return build(msgpack.unpackb(body))
+    except (InvalidInput, TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ProtocolError(f"not a {name}", got=repr(error)) from error
+
+
+def _search_of(content: dict[str, Any]) -> SearchAnswer:
+    ids, scores = array_of(content["ids"]), array_of(content["scores"])
+    if not (ids.dtype == np.int64 and scores.dtype == np.float32 and ids.shape == scores.shape):
+        raise ValueError(f"ids {ids.dtype} {ids.shape}, scores {scores.dtype} {scores.shape}")
+    coverage = content["coverage"]
+    return SearchAnswer(
+        ids=ids,
+        scores=scores,
+        generation=content["generation"],
+        model_version=content["model_version"],
+        coverage=Coverage(
+            shards_asked=coverage["shards_asked"],
+            shards_answered=coverage["shards_answered"],
+            rows_asked=coverage["rows_asked"],
+            rows_answered=coverage["rows_answered"],
+            degraded=tuple(map(_degraded, coverage["degraded"])),
+        ),
+        took_ms=content["took_ms"],
+        search_ms=content["search_ms"],
+        request_id=content["request_id"],
+        reasons=tuple(map(_reason, content.get("reasons") or ())),
+    )
+
+
+def _reason(content: dict[str, Any]) -> Reason:
+    return Reason(query=content["query"], code=content["code"], text=content["text"])
+
+
+def _degraded(content: dict[str, Any]) -> Degraded:
+    return Degraded(shard=content["shard"], code=content["code"], text=content["text"])
+
+
+def _item_of(content: dict[str, Any]) -> ItemAnswer:
+    return ItemAnswer(
+        item_id=content["item_id"],
+        vector=array_of(content["vector"]).astype(np.float32, copy=False),
+        shard=content["shard"],
+        generation=content["generation"],
+        model_version=content["model_version"],
+    )

@@ -1,0 +1,243 @@
+"""The API's verbs, apart from any socket: requests to bytes, outcomes to answers or errors.
+
+Problems come back as the error of ``shards.core.errors`` or ``router.contract`` that the server
+raised: same class, field, expected, got and hint.
+"""
+
+import json
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack
+
+import msgpack
+import numpy as np
+
+from shardline.router.client.answers import Answer, SearchAnswer, read_item, read_search
+from shardline.router.client.http1 import Response, Server
+from shardline.router.client.retries import Attempts, Outcome, Retry
+from shardline.router.contract import PROBLEM_TYPE, REFUSALS, pack_array
+from shardline.router.query import ItemAnswer
+from shardline.shards.core.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    ProtocolError,
+    ShardlineError,
+    Unavailable,
+    VersionMismatch,
+)
+from shardline.shards.core.schema import FloatArray, check_ids
+
+if TYPE_CHECKING:
+    import ssl
+
+    from numpy.typing import ArrayLike
+
+    from shardline.shards.core.messages import SearchParams
+
+DEFAULT_TIMEOUT_S = 30.0
+_KINDS: tuple[type[ShardlineError], ...] = (
+    InvalidInput,
+    NotFound,
+    VersionMismatch,
+    Unavailable,
+    DeadlineExceeded,
+    Overloaded,
+    *REFUSALS,
+)
+_ERRORS = {kind.code: kind for kind in _KINDS}
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[Answer]):
+    """One request, and how the body of a successful response is read."""
+
+    message: bytes
+    read: Callable[[bytes], Answer]
+
+
+class SearchFields(TypedDict, total=False):
+    """The arguments of a search, as ``Client.search`` describes them; None is left out."""
+
+    vectors: "ArrayLike | None"
+    features: "Sequence[Mapping[str, Any]] | None"
+    item_ids: "ArrayLike | None"
+    k: int | None
+    timeout_ms: float | None
+    min_coverage: float | None
+    params: "SearchParams | None"
+
+
+def search_body(**fields: Unpack[SearchFields]) -> bytes:
+    """A search as a msgpack body.
+
+    Raises:
+        InvalidInput: a field has no form in msgpack, or would change on the way (text for a
+            number, a fraction for an id). The server checks everything else.
+    """
+    given: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name not in SearchFields.__annotations__:
+            raise TypeError(f"search() got an unexpected keyword argument {name!r}")
+        if value is not None:
+            given[name] = _CONVERTED[name](value) if name in _CONVERTED else value
+    try:
+        return _packed(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidInput("not to be sent", field=_culprit(given), got=str(error)) from error
+
+
+def _packed(value: Any) -> bytes:
+    body: bytes = msgpack.packb(value, default=pack_array)
+    return body
+
+
+def _culprit(fields: Mapping[str, Any]) -> str:
+    """The innermost field that cannot be packed."""
+    for name, value in fields.items():
+        try:
+            _packed(value)
+        except (TypeError, ValueError, OverflowError):
+            if name != "features":
+                return name
+            rows = {
+                f"features[{row}].{key}": v for row, m in enumerate(value) for key, v in m.items()
+            }
+            return _culprit(rows)
+    raise AssertionError("every field can be packed")
+
+
+def _matrix(values: "ArrayLike") -> FloatArray:
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError) as error:
+        raise InvalidInput(
+            "not a matrix of numbers", field="vectors", expected="rows of equal length"
+        ) from error
+    if array.ndim != 2 or array.dtype.kind not in "fiu":
+        raise InvalidInput(
+            "not a matrix of numbers",
+            field="vectors",
+            expected="2-d float32, one row per query",
+            got=f"{array.ndim}-d {array.dtype}",
+        )
+    with np.errstate(over="ignore"):  # becomes infinity, which the server refuses by its row
+        return array.astype("<f4", copy=False)
+
+
+# fields that are sent in another form than they are given
+_CONVERTED: dict[str, Callable[[Any], Any]] = {
+    "vectors": _matrix,
+    "features": lambda rows: [dict(row) for row in rows],
+    "item_ids": lambda ids: check_ids(ids).astype("<i8", copy=False),
+    "params": lambda params: {
+        name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
+    },
+}
+
+
+def _read_json(body: bytes) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(body)
+    except ValueError as error:
+        raise ProtocolError("not JSON", got=str(error)) from error
+    return content
+
+
+def as_error(response: Response) -> ShardlineError:
+    """The error a problem stands for; Unavailable for what is no problem of ours, such as the
+    page of a load balancer."""
+    problem = _problem_of(response)
+    if problem is None:
+        return Unavailable(
+            "the answer is not Shardline's",
+            expected=PROBLEM_TYPE,
+            got=f"HTTP {response.status}",
+        )
+    details = {name: problem.get(name) for name in ("field", "expected", "got", "hint")}
+    kind = _ERRORS.get(problem["code"])
+    if kind is not None:
+        return kind(problem["detail"], **details)
+    details["hint"] = f"the server's log has more under request {problem.get('request_id')}"
+    return ShardlineError(problem["detail"], **details)
+
+
+def _problem_of(response: Response) -> dict[str, Any] | None:
+    if not response.headers.get(b"content-type", b"").startswith(PROBLEM_TYPE.encode()):
+        return None
+    try:
+        problem = json.loads(response.body)
+    except ValueError:
+        return None
+    return problem if isinstance(problem, dict) and {"code", "detail"} <= problem.keys() else None
+
+
+def _system_tls() -> "ssl.SSLContext":
+    import ssl  # 10 ms, which plain http need not pay
+
+    return ssl.create_default_context()
+
+
+class ClientCore:
+    """What both clients are made of, all but their connections: the arguments, and the calls."""
+
+    def __init__(
+        self,
+        base_url: str,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        *,
+        key: str | None = None,
+        retry: Retry | None = None,
+        tls: "ssl.SSLContext | None" = None,
+        clock: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        """timeout: seconds for one call, its retries and their pauses included. tls: for https,
+        instead of the system's certificates. clock and uniform are for tests.
+
+        Raises:
+            InvalidInput: no http(s) URL, or ``key`` has a form that no API key has.
+        """
+        self._server = Server.of(base_url, key)
+        self._timeout_s = timeout
+        self._retry = retry or Retry()
+        self._clock = clock
+        self._uniform = uniform
+        self._tls = (tls or _system_tls()) if self._server.is_tls else None
+        self._is_closed = False
+        # kept connections; its operations are atomic, so that no lock is needed, which a fork
+        # could leave locked
+        self._idle: deque[Any] = deque()
+
+    def _attempts(self) -> Attempts:
+        if self._is_closed:
+            raise RuntimeError("the client is closed")
+        return Attempts(self._retry, self._timeout_s, self._clock, self._uniform)
+
+    def _search_call(self, **fields: Unpack[SearchFields]) -> Call[SearchAnswer]:
+        return Call(self._server.message("POST", "/v1/search", search_body(**fields)), read_search)
+
+    def _item_call(self, item_id: int) -> Call[ItemAnswer]:
+        (number,) = check_ids([item_id], field="item_id").tolist()
+        return Call(self._server.message("GET", f"/v1/items/{number}"), read_item)
+
+    def _get_call(self, path: str) -> Call[dict[str, Any]]:
+        return Call(self._server.message("GET", path), _read_json)
+
+    def _finish(self, call: Call[Answer], outcome: Outcome) -> Answer:
+        """The answer. Raises ShardlineError: there is none."""
+        if isinstance(outcome, TimeoutError):
+            raise DeadlineExceeded(f"no answer from {self._server.url} in time") from outcome
+        if isinstance(outcome, OSError):
+            raise Unavailable(
+                f"cannot reach {self._server.url}",
+                got=str(outcome) or type(outcome).__name__,
+                hint="is the cluster up? shardline status, shardline serve",
+            ) from outcome
+        if not outcome.is_success:
+            raise as_error(outcome)
+        return call.read(outcome.body)

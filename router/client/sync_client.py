@@ -1,0 +1,189 @@
+"""The blocking client: msgpack both ways, numpy in and out, typed errors.
+
+    with Client("http://localhost:8000", key="...") as client:
+        answer = client.search(features=[{"user_id": 7}], k=10)
+        answer.ids[0], answer.scores[0], answer.coverage.share
+
+Any number of threads may share a client; each call in flight has a connection of its own, kept
+for the next call. In a forked child the client opens connections of its own.
+"""
+
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+from shardline.router.client.answers import Answer, SearchAnswer
+from shardline.router.client.calls import Call, ClientCore, SearchFields
+from shardline.router.client.http1 import Response, ResponseReader, Server
+from shardline.router.client.retries import CONNECT_TIMEOUT_S, Attempts, Outcome
+from shardline.router.query import ItemAnswer
+
+if TYPE_CHECKING:
+    import ssl
+
+RECEIVE_BYTES = 1 << 16
+
+
+class StaleConnection(ConnectionError):
+    """A kept connection that the server had closed before it saw the request."""
+
+
+class Connection:
+    """A connected socket and the parser of what comes over it."""
+
+    def __init__(self, server: Server, tls: "ssl.SSLContext | None", timeout_s: float) -> None:
+        """Raises OSError: it cannot be made within ``timeout_s`` or CONNECT_TIMEOUT_S."""
+        try:
+            within = min(timeout_s, CONNECT_TIMEOUT_S)
+            self._socket = socket.create_connection((server.host, server.port), within)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if tls is not None:
+                self._socket = tls.wrap_socket(self._socket, server_hostname=server.host)
+        except TimeoutError as error:
+            raise ConnectionError(f"no connection within {within:.3g} s") from error
+        self._reader = ResponseReader()
+        self._is_reused = False
+        self._pid = os.getpid()
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
+
+    @property
+    def is_usable(self) -> bool:
+        """Not of the process that this one was forked from, and silent: data or an end of the
+        stream that nobody asked for belong to no request."""
+        return self._pid == os.getpid() and not self._readable.poll(0)
+
+    def exchange(self, message: bytes, remaining: Callable[[], float]) -> Response:
+        """``remaining``: seconds there are left.
+
+        Raises:
+            StaleConnection: a kept connection has ended, without a byte of an answer.
+            TimeoutError, OSError: no answer, for another reason.
+        """
+        is_sent = False
+        try:
+            self._socket.settimeout(remaining())
+            with suppress(ConnectionError):  # a refusal may have come before all was sent
+                self._socket.sendall(message)
+                is_sent = True
+            response = None
+            while response is None:
+                self._socket.settimeout(remaining())
+                response = self._reader.feed(self._socket.recv(RECEIVE_BYTES))
+            self._is_reused = True
+            return response if is_sent else replace(response, keep_alive=False)
+        except ConnectionError as error:
+            if self._is_reused and not self._reader.started:
+                raise StaleConnection from error
+            raise
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Client(ClientCore):
+    """One server. Its address is connected to directly: no proxy is used, whatever the environment
+    says, and no redirect is followed, so that the key goes nowhere else."""
+
+    _idle: deque[Connection]
+    _sleep = staticmethod(time.sleep)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connections; a call in another thread ends its own when it is answered."""
+        self._is_closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    def search(self, **fields: Unpack[SearchFields]) -> SearchAnswer:
+        """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf.
+
+        Exactly one of vectors (n, dim), features (n maps), item_ids (n,). What else is left out is
+        the server's choice: k results per query, timeout_ms it may take, min_coverage (share of
+        rows below which the answer is Unavailable), params (SearchParams) of the index.
+
+        Raises:
+            InvalidInput: a field is wrong; field names which.
+            VersionMismatch, DeadlineExceeded, Overloaded, Unavailable: as the server said, and
+                Unavailable too when it cannot be reached.
+        """
+        return self._send(self._search_call(**fields))
+
+    def item(self, item_id: int) -> ItemAnswer:
+        """One item's stored vector (dim,) float32. Raises NotFound, or as ``search``."""
+        return self._send(self._item_call(item_id))
+
+    def status(self) -> dict[str, Any]:
+        """What the router serves: generation, model, index, shards, encoder."""
+        return self._send(self._get_call("/v1/status"))
+
+    def healthy(self) -> bool:
+        """Whether a server answers at all. Asks once."""
+        return self._answers("/healthz")
+
+    def ready(self) -> bool:
+        """Whether a server answers, and can answer queries. Asks once."""
+        return self._answers("/readyz")
+
+    def _answers(self, path: str) -> bool:
+        outcome = self._attempt(self._get_call(path).message, self._attempts())
+        return isinstance(outcome, Response) and outcome.is_success
+
+    def _send(self, call: Call[Answer]) -> Answer:
+        attempts = self._attempts()
+        while True:
+            outcome = self._attempt(call.message, attempts)
+            pause_s = attempts.pause_after(outcome)
+            if pause_s is None:
+                return self._finish(call, outcome)
+            self._sleep(pause_s)
+
+    def _attempt(self, message: bytes, attempts: Attempts) -> Outcome:
+        try:
+            kept = self._take()
+            if kept is not None:
+                with suppress(StaleConnection):  # no failure: it was closed before the request
+                    return self._exchange(kept, message, attempts)
+            fresh = Connection(self._server, self._tls, attempts.remaining())
+            return self._exchange(fresh, message, attempts)
+        except OSError as error:
+            return error
+
+    def _take(self) -> Connection | None:
+        while True:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                return None
+            if connection.is_usable:
+                return connection
+            connection.close()
+
+    def _exchange(self, connection: Connection, message: bytes, attempts: Attempts) -> Response:
+        try:
+            response = connection.exchange(message, attempts.remaining)
+        except BaseException:  # its answer may still come, and belongs to no other request
+            connection.close()
+            raise
+        if response.keep_alive and not self._is_closed:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        return response

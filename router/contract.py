@@ -1,0 +1,115 @@
+"""What the server and the clients of the HTTP API both know. Light: a client imports it.
+
+The form of an API key, the errors that only HTTP has, and arrays in msgpack bodies:
+``{"dtype": "<f4", "shape": [n, d], "data": bin}``, C order, at most 2-d.
+"""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from shardline.shards.core.errors import InvalidInput
+
+MSGPACK_TYPE = "application/msgpack"
+PROBLEM_TYPE = "application/problem+json"  # RFC 9457
+
+MIN_KEY_CHARS = 32  # 128 bits even where a key is hexadecimal
+MAX_KEY_CHARS = 256
+# what a Bearer token may be made of (RFC 6750, section 2.1)
+KEY = re.compile(rf"(?=.{{{MIN_KEY_CHARS},{MAX_KEY_CHARS}}}$)[A-Za-z0-9._~+/-]+=*")
+
+ARRAY_KEYS = {"dtype", "shape", "data"}
+ARRAY_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "<i4", "<i8")}
+ARRAY_NAMES = {dtype: name for name, dtype in ARRAY_DTYPES.items()}  # dtype.str builds it anew
+PLAIN_KINDS = "biufU"  # numpy kinds whose values JSON and msgpack have: bool, numbers, text
+
+
+class PayloadTooLarge(InvalidInput):
+    code = "payload_too_large"
+
+
+class UnsupportedMediaType(InvalidInput):
+    code = "unsupported_media_type"
+
+
+class NotAcceptable(InvalidInput):
+    code = "not_acceptable"
+
+
+class MethodNotAllowed(InvalidInput):
+    code = "method_not_allowed"
+
+
+class BodyTimeout(InvalidInput):
+    code = "body_timeout"
+
+
+class Unauthenticated(InvalidInput):
+    code = "unauthenticated"
+
+
+class Forbidden(InvalidInput):
+    code = "forbidden"
+
+
+REFUSALS = (
+    PayloadTooLarge,
+    UnsupportedMediaType,
+    NotAcceptable,
+    MethodNotAllowed,
+    BodyTimeout,
+    Unauthenticated,
+    Forbidden,
+)
+
+
+def pack_array(value: Any) -> Any:
+    """``default`` of ``msgpack.packb``: numpy arrays and scalars in a form that msgpack has.
+
+    Arrays of other number types than ``ARRAY_DTYPES`` become lists.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(value, np.ndarray):
+        name = ARRAY_NAMES.get(value.dtype)
+        if name is not None:
+            data = np.ascontiguousarray(value).tobytes()
+            return {"dtype": name, "shape": value.shape, "data": data}
+        if value.dtype.kind in PLAIN_KINDS:
+            return value.tolist()
+    elif isinstance(value, np.generic) and value.dtype.kind in PLAIN_KINDS:
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no form in msgpack")
+
+
+def array_of(value: dict[str, Any]) -> np.ndarray[Any, np.dtype[Any]]:
+    """The array that a map with exactly ``ARRAY_KEYS`` stands for; read-only, shares its bytes.
+
+    Raises:
+        InvalidInput: another type, a wrong shape, or data of another length.
+    """
+    dtype, shape, data = value["dtype"], value["shape"], value["data"]
+    if not isinstance(dtype, str) or dtype not in ARRAY_DTYPES:
+        raise InvalidInput(
+            "array type not supported",
+            field="dtype",
+            expected=f"one of {', '.join(sorted(ARRAY_DTYPES))}",
+            got=repr(dtype),
+        )
+    are_sizes = isinstance(shape, list) and {int}.issuperset(map(type, shape))
+    if not are_sizes or min(shape, default=0) < 0:
+        raise InvalidInput("bad array", field="shape", expected="a list of sizes", got=repr(shape))
+    kind = ARRAY_DTYPES[dtype]
+    expected = math.prod(shape) * kind.itemsize
+    if not isinstance(data, bytes) or len(data) != expected or len(shape) > 2:
+        got = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
+        raise InvalidInput(
+            "bad array",
+            field="data",
+            expected=f"{expected} bytes for shape {shape}, at most 2-d",
+            got=got,
+        )
+    return np.frombuffer(data, dtype=kind).reshape(shape)

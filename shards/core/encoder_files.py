@@ -1,0 +1,104 @@
+"""The folder of a query encoder: training writes it, routers and tools read it.
+
+    encoder.json             format_version, model_version, dim, projection, features in input
+                             order, and the SHA-256 of every other file; written last
+    weights.safetensors      the tower: embedding.<i>; hidden.<i>.*, norm.<i>.*, output.*,
+                             skip.weight unless projection is identity; of the history recency
+                             (max_length,), newest first, if attention pools it
+    history.item_ids.npy     (n,) int64, ascending: the items that a history may name
+    history.rows.npy         (n, p) float32: their rows of the query tower's input
+    history.item_scores.npy  (n,) float32, if attention pools the history
+
+The history's arrays have a row per item of the catalogue. They are mapped, not loaded: all
+processes of a host share them in its page cache, and read no more of them than they look up.
+Formats 1 and 2 hold them in weights.safetensors and are read into memory.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
+from shardline.shards.core.files import sha256_of, write_json
+
+FORMAT_VERSION = 3  # 1 had neither projection nor attention, and is read as without them
+CONFIG, WEIGHTS = "encoder.json", "weights.safetensors"
+MAPPED = ".npy"
+
+Weights = dict[str, NDArray[Any]]
+
+
+class MappedArrays:
+    """Writes arrays of ``rows`` rows, a block at a time, for readers to map."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self._folder, self._rows = folder, rows
+        self._arrays: Weights = {}
+
+    def write(self, start: int, blocks: Weights) -> None:
+        """Rows ``start`` and on of each named array; its first block says shape and type."""
+        for name, block in blocks.items():
+            if name not in self._arrays:
+                self._arrays[name] = np.lib.format.open_memmap(
+                    self._folder / f"{name}{MAPPED}",
+                    mode="w+",
+                    dtype=block.dtype,
+                    shape=(self._rows, *block.shape[1:]),
+                )
+            self._arrays[name][start : start + len(block)] = block
+
+
+def write_encoder(folder: Path, config: dict[str, Any], weights: Weights) -> None:
+    """Writes the weights and then encoder.json; the mapped arrays must be in the folder already.
+
+    Durable once the caller has fsynced the folder and its files.
+    """
+    save_file(weights, folder / WEIGHTS)
+    names = sorted(path.name for path in folder.iterdir())
+    checksums = {name: sha256_of(folder / name) for name in names}
+    write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config, "sha256": checksums})
+
+
+def read_encoder(folder: Path) -> tuple[dict[str, Any], Weights]:
+    """encoder.json and all arrays by name, checksums verified; the mapped ones are read-only.
+
+    Raises:
+        NotFound: no encoder here. CorruptFile: not JSON, or a file is missing or altered.
+        NewerFormat: written by a newer version.
+    """
+    config, checksums = _read_config(folder / CONFIG)
+    for name, checksum in checksums.items():
+        path = folder / name
+        if not path.is_file() or sha256_of(path) != checksum:
+            raise CorruptFile(f"{path}: missing or altered", hint="export the model again")
+    weights: Weights = load_file(folder / WEIGHTS)
+    for name in checksums:
+        if name.endswith(MAPPED):
+            mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
+            # as a plain array: indexing a memmap runs Python code for every result
+            weights[name.removesuffix(MAPPED)] = np.asarray(mapped)
+    return config, weights
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration, and the checksum of every other file by its name."""
+    if not path.is_file():
+        raise NotFound(f"{path}: no query encoder here")
+    try:
+        config = json.loads(path.read_bytes())
+        version = int(config["format_version"])
+        if version < 3:
+            return config, {WEIGHTS: config["weights_sha256"]}
+        if version == FORMAT_VERSION:
+            return config, dict(config["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{path}: not a query encoder", got=str(error)) from error
+    raise NewerFormat(
+        f"{path}: format is newer than this program",
+        expected=f"format_version <= {FORMAT_VERSION}",
+        got=str(version),
+    )

@@ -1,0 +1,53 @@
+"""Recall by score: which results are as good as the exact ones, ties included.
+
+Comparing ids is wrong where scores tie: any k of a hundred equal copies are a right answer. So a
+result is a hit when its exact score reaches the k-th exact one. Index scores are not compared:
+those of compressed codes are estimates.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Metric
+
+SCORE_TOLERANCE = 1e-5  # of the largest exact score: what float32 sums in another order differ by
+
+
+def exact_scores(
+    queries: FloatArray, vectors: FloatArray, rows: IdArray, metric: Metric
+) -> FloatArray:
+    """(n, k) float32 scores of rows (n, k) of vectors (m, d) for queries (n, d); -inf for row -1.
+
+    Cosine expects unit vectors on both sides.
+    """
+    scores = np.full(rows.shape, EMPTY_SCORE, np.float32)
+    for at, query in enumerate(queries):
+        filled = rows[at] != EMPTY_ID
+        picked = vectors[rows[at, filled]]
+        if metric is Metric.L2:
+            scores[at, filled] = -np.square(picked - query).sum(axis=1)
+        else:
+            scores[at, filled] = picked @ query
+    return scores
+
+
+def hits(found: FloatArray, exact: FloatArray) -> NDArray[np.bool_]:
+    """(n, m) bool: which of ``found`` (n, m) reach the lowest of ``exact`` (n, k), in any order.
+
+    Both are exact scores; -inf marks an empty slot, which is never a hit.
+    """
+    kth = np.where(np.isneginf(exact), np.inf, exact).min(axis=1, keepdims=True)
+    finite = np.where(np.isfinite(exact), np.abs(exact), 0)
+    tolerance = SCORE_TOLERANCE * finite.max(axis=1, keepdims=True)
+    reached: NDArray[np.bool_] = found >= kth - tolerance
+    return reached
+
+
+def recall_at_k(found: FloatArray, exact: FloatArray) -> float:
+    """Mean share of the exact top k (n, k) that answers (n, m >= k or fewer) match; 0 to 1.
+
+    Both are exact scores, -inf in empty slots; more hits than k count as k.
+    """
+    wanted = np.isfinite(exact).sum(axis=1)
+    matched = np.minimum(hits(found, exact).sum(axis=1), wanted)
+    return float(matched.sum() / max(int(wanted.sum()), 1))

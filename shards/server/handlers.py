@@ -1,0 +1,52 @@
+"""What a shard can be asked, as a table: how large a request is, who answers it, may it expire.
+
+A new kind of request is a message in ``shards.core.messages``, a tag in ``shards.wire.frames`` and
+a row here.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.messages import FetchRequest, SearchRequest
+from shardline.shards.server.shard import Shard
+from shardline.shards.wire.frames import Message
+
+BYTES_PER_RESULT = 12  # an int64 id and a float32 score
+
+Request: TypeAlias = SearchRequest | FetchRequest
+Replies: TypeAlias = Sequence[Message | ShardlineError]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handler:
+    """rows: queries or ids of a request; reply_bytes: of its reply at ``dim``, frame left out.
+
+    answer: a reply to each of several requests, in order. may_expire: a request whose time has run
+    out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
+    is_search: its time counts in the estimate of what a query costs.
+    """
+
+    rows: Callable[[Any], int]
+    reply_bytes: Callable[[Any, int], int]
+    answer: Callable[[Shard, Sequence[Any]], Replies]
+    may_expire: bool
+    is_search: bool = False
+
+
+HANDLERS: dict[type, Handler] = {
+    SearchRequest: Handler(
+        rows=lambda request: len(request.queries),
+        reply_bytes=lambda request, dim: len(request.queries) * request.k * BYTES_PER_RESULT,
+        answer=lambda shard, requests: shard.search_batch(requests),
+        may_expire=True,
+        is_search=True,
+    ),
+    FetchRequest: Handler(
+        rows=lambda request: len(request.item_ids),
+        reply_bytes=lambda request, dim: len(request.item_ids) * (dim * 4 + 8),
+        answer=lambda shard, requests: shard.fetch_batch(requests),
+        may_expire=True,
+    ),
+}

@@ -1,0 +1,145 @@
+"""What of numpy is sent, and as what; what is refused, by name; answers as tables."""
+
+import sys
+from datetime import date
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from shardline.router.client.answers import SearchAnswer
+from shardline.router.client.calls import search_body
+from shardline.router.http.codec import decode_query
+from shardline.router.http.media import Media
+from shardline.router.query import Coverage, Reason, ResolvedQuery
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import InvalidInput
+
+ROWS = np.array([[1, 2, 3], [4, 5, 6]])
+
+
+def sent(**fields: Any) -> ResolvedQuery:
+    """The query as a server reads it."""
+    return decode_query(search_body(**fields), Media.MSGPACK, RouterConfig())
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4", ">i8", "i1", "u1", "<i4", "<u8"])
+def test_vectors_of_every_number_type_arrive_as_float32(dtype: str) -> None:
+    vectors = sent(vectors=ROWS.astype(dtype)).values
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, ROWS)
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [ROWS.tolist(), np.asfortranarray(ROWS), np.repeat(ROWS, 2, axis=1)[:, ::2], tuple(ROWS)],
+)
+def test_vectors_of_every_layout_arrive_in_order(vectors: Any) -> None:
+    np.testing.assert_array_equal(sent(vectors=vectors).values, ROWS)
+
+
+@pytest.mark.parametrize("dtype", ["<i8", ">i8", "<i4", "u1", "<u8"])
+def test_ids_of_every_integer_type_arrive_as_int64(dtype: str) -> None:
+    ids = sent(item_ids=np.array([1, 200], dtype=dtype)).values
+    assert (ids.dtype, ids.tolist()) == (np.int64, [1, 200])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("vectors", ROWS.astype(kind)) for kind in (bool, complex, object, str, "M8[s]")),
+        *(("vectors", value) for value in ([[1, 2], [3]], [1.0, 2.0], 5, [["1", "2"]], "text")),
+        *(("item_ids", value) for value in ([1.5], ["1"], [True], [[1]], [2**63], [None], 7)),
+        ("item_ids", np.array([2**64 - 1], np.uint64)),
+        ("item_ids[1]", [3, -1]),
+        ("features[1].when", [{"age": 1}, {"when": date(2026, 1, 1)}]),
+        ("features[0].when", [{"when": np.array(["2026"], "M8[D]")}]),
+        ("features[0].id", [{"id": 10**30}]),
+        ("features[0].id", [{"id": [1, 10**30]}]),
+        ("features[0].text", [{"text": "\ud800"}]),
+        ("k", 10**30),
+        ("timeout_ms", 1j),
+    ],
+)
+def test_what_would_change_on_the_way_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        search_body(**{field.partition("[")[0]: value})
+    assert caught.value.field == field
+
+
+def test_features_of_numpy_arrive_as_plain_values() -> None:
+    row = {
+        "half": np.array([0.5, 2], np.float16),
+        "single": np.array([0.5, 2], np.float32),
+        "small": np.array([1, 2], np.int8),
+        "flags": np.array([True, False]),
+        "words": np.array(["a", "b"]),
+        "count": np.int64(7),
+        "share": np.float32(0.25),
+        "new": np.bool_(True),
+    }
+    assert sent(features=[row]).values == [
+        {
+            "half": [0.5, 2.0],
+            "single": [0.5, 2.0],
+            "small": [1, 2],
+            "flags": [True, False],
+            "words": ["a", "b"],
+            "count": 7,
+            "share": 0.25,
+            "new": True,
+        }
+    ]
+
+
+def test_an_argument_that_there_is_not_is_refused() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'vector'"):
+        search_body(vector=ROWS)  # type: ignore[call-arg]
+
+
+def test_what_is_not_given_is_not_sent() -> None:
+    assert msgpack.unpackb(search_body(features=({"a": 1},))) == {"features": [{"a": 1}]}
+
+
+@pytest.fixture
+def answer() -> SearchAnswer:
+    return SearchAnswer(
+        ids=np.array([[4, 2, -1], [-1, -1, -1], [7, 8, 9]]),
+        scores=np.array([[0.5, 0.25, -np.inf], [-np.inf] * 3, [3, 2, 1]], np.float32),
+        generation=3,
+        model_version="m",
+        coverage=Coverage(
+            shards_asked=1, shards_answered=1, rows_asked=9, rows_answered=9, degraded=()
+        ),
+        took_ms=1.0,
+        search_ms=0.5,
+        request_id="r",
+        reasons=(Reason(query=1, code="not_found", text="item 5 not found"),),
+    )
+
+
+COLUMNS = {
+    "query": [0, 0, 2, 2, 2],
+    "rank": [0, 1, 0, 1, 2],
+    "id": [4, 2, 7, 8, 9],
+    "score": [0.5, 0.25, 3.0, 2.0, 1.0],
+}
+
+
+def test_an_answer_is_a_table_of_a_row_per_result(answer: SearchAnswer) -> None:
+    table = answer.to_arrow()
+    assert table.to_pydict() == COLUMNS
+    assert [str(kind) for kind in table.schema.types] == ["int64", "int64", "int64", "float"]
+    frame = answer.to_pandas()
+    assert frame.to_dict("list") == COLUMNS
+    assert [str(kind) for kind in frame.dtypes] == ["int64", "int64", "int64", "float32"]
+
+
+@pytest.mark.parametrize(("library", "verb"), [("pyarrow", "to_arrow"), ("pandas", "to_pandas")])
+def test_a_table_without_its_library_says_what_to_install(
+    answer: SearchAnswer, monkeypatch: pytest.MonkeyPatch, library: str, verb: str
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=f"pip install {library}"):
+        getattr(answer, verb)()

@@ -1,0 +1,270 @@
+"""The controller's shell over a store and stand-ins for its shard actors: no Ray runs here."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, GetTimeoutError
+
+from shardline.cluster.control import controller as module
+from shardline.cluster.control.controller import Controller, ControllerSettings, wait_ready
+from shardline.cluster.store import Store
+from shardline.router.limits import resolve
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core import files
+from shardline.shards.core.errors import CorruptFile, ShardlineError, Unavailable
+from shardline.shards.core.messages import ReplicaKey, RoutingTable
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.storage.generation import write_generation
+from tests.engine import build_generation
+from tests.fake_actor import Handle, raised_in_a_method, raised_in_the_constructor
+from tests.fake_shard import SECRET, FakeShard, make_rows, running_shards, until
+
+SHARDS = 2
+IDS, VECTORS = make_rows(20, 4)
+FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generations 3 and 57 of one store."""
+    store = Store(tmp_path_factory.mktemp("made"))
+    for number in (3, 57):
+        folder = store.generation(number)
+        folder.mkdir(parents=True)
+        manifest = build_generation(folder, VECTORS, IDS, SHARDS, kind="flat")
+        write_generation(folder, replace(manifest, generation=number))
+    return store.root
+
+
+@pytest.fixture
+def store(made: Path, tmp_path: Path) -> Store:
+    """With those generations, of which 57 is live and has given out 57 numbers."""
+    store = Store(tmp_path)
+    (tmp_path / "generations").symlink_to(made / "generations")
+    store.set_current(57)
+    files.write_json(tmp_path / "epochs" / "000057.json", {"counter": 57})  # an older version's
+    return store
+
+
+@pytest.fixture(autouse=True)
+def alive(monkeypatch: pytest.MonkeyPatch) -> dict[str, Handle]:
+    """Every actor that is looked for is found alive here, by its name."""
+    found: dict[str, Handle] = {}
+    monkeypatch.setattr(ray, "get_actor", lambda name: found.setdefault(name, Handle()))
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda: list(found))
+    monkeypatch.setattr(ray, "kill", lambda handle: None)
+    return found
+
+
+def settings(store: Store, generation: int | None = None) -> ControllerSettings:
+    return ControllerSettings(
+        store=str(store.root),
+        generation=generation,
+        secret=SECRET,
+        shard_host="127.0.0.1",
+        threads_per_shard=1,
+        cpus_per_shard=0,
+        gpus_per_shard=0,
+        huge_pages=False,
+    )
+
+
+@asynccontextmanager
+async def running(store: Store, generation: int | None = None) -> AsyncIterator[Controller]:
+    """A controller, from its constructor, which Ray runs again at a restart, to its end."""
+    controller = Controller(settings(store, generation))
+    try:
+        yield controller
+    finally:
+        await controller.close()
+
+
+async def register(controller: Controller, generation: int) -> RoutingTable:
+    """Every shard announces itself; the table that is published then."""
+    for shard in range(SHARDS):
+        key = ReplicaKey(generation, shard)
+        epoch = await controller.register_replica(key=key, address=("127.0.0.1", 1000 + shard))
+        assert epoch > 0
+    table = await controller.table_after(0, 1)
+    assert table is not None
+    return table
+
+
+async def announce(controller: Controller, shards: list[FakeShard]) -> None:
+    for shard in shards:
+        address = ("127.0.0.1", shard.port)
+        shard.epoch = await controller.register_replica(key=shard.key, address=address)
+
+
+async def test_generation_3_after_generation_57_reaches_a_router(store: Store) -> None:
+    service = SearchService(FAST, SECRET, load_encoder=lambda table: None)
+    query = resolve(FAST, vectors=VECTORS[:1].tolist(), k=3)
+    async with (
+        running_shards(IDS, VECTORS, SHARDS, generation=57) as old,
+        running_shards(IDS, VECTORS, SHARDS, generation=3) as new,
+    ):
+        async with running(store) as controller:
+            await announce(controller, old)
+            table = await controller.table_after(0, 1)
+            assert table is not None
+            assert await service.apply(table)
+        assert table.version > 57
+        store.set_current(3)
+        async with running(store) as controller:
+            assert await controller.table_after(table.version, 0.01) is None, "not heard of yet"
+            await announce(controller, new)
+            newer = await controller.table_after(table.version, 1)
+            assert newer is not None
+            assert await service.apply(newer)
+        answer = await service.search(query, arrived_at=asyncio.get_running_loop().time())
+        assert (answer.generation, answer.coverage.share) == (3, 1.0)
+        await service.close()
+    lowest = min(route.epoch for shard in newer.shards for route in shard.replicas)
+    assert lowest > table.version, "epochs rise across generations too"
+
+
+async def test_a_restarted_controller_serves_what_is_live_then(store: Store) -> None:
+    async with running(store) as controller:
+        assert (await register(controller, 57)).generation == 57
+        assert await controller.wait_ready(1) == 57
+    store.set_current(3)
+    async with running(store) as controller:
+        with pytest.raises(Unavailable, match="not being served; expected one of generation 3"):
+            await controller.register_replica(key=ReplicaKey(57, 0), address=("127.0.0.1", 1))
+        assert (await register(controller, 3)).generation == 3
+        assert await controller.wait_ready(1) == 3
+
+
+async def test_a_controller_started_for_one_generation_stays_with_it(store: Store) -> None:
+    store.set_current(3)
+    for _ in range(2):
+        async with running(store, generation=57) as controller:
+            assert (await register(controller, 57)).generation == 57
+
+
+async def test_the_table_carries_the_boundaries_of_the_shards(store: Store) -> None:
+    async with running(store) as controller:
+        table = await register(controller, 57)
+    assert table.partitioning is Partitioning.RANGE
+    np.testing.assert_array_equal(table.partition.shard_of(IDS), np.repeat([0, 1], 10))
+
+
+async def test_no_number_is_seen_before_it_is_saved(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    for _ in range(3):  # killed each time: nothing is saved at the end
+        async with running(store) as controller:
+            table = await register(controller, 57)
+            numbers = [route.epoch for shard in table.shards for route in shard.replicas]
+            assert max(*numbers, table.version) <= Store(store.root).counter()
+            seen += [*numbers, table.version]
+    epochs = seen[0::3] + seen[1::3]
+    assert len(set(epochs)) == len(epochs), "no epoch is given out twice"
+    assert sorted(seen[2::3]) == seen[2::3]
+
+    def full(self: Store, number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with running(store) as controller:
+        monkeypatch.setattr(Store, "raise_counter", full)
+        with pytest.raises(OSError, match="No space"):
+            await register(controller, 57)
+        assert await controller.table_after(0, 0.01) is None
+
+
+async def test_shards_of_a_replaced_generation_end_once_the_new_one_answers(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[Any] = []
+    async with running(store) as controller:
+        await until(lambda: len(alive) == SHARDS)
+        await register(controller, 57)
+    old = list(alive.values())
+    monkeypatch.setattr(module, "RETIRE_AFTER_S", 0)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    store.set_current(3)
+    async with running(store) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert killed == [], "the older ones serve until the new ones do"
+        await register(controller, 3)
+        await until(lambda: len(killed) > 0)
+        assert killed == old
+
+
+@pytest.mark.parametrize("kind", [CorruptFile, Unavailable])
+async def test_a_replica_that_cannot_load_ends_the_wait_with_its_code(
+    store: Store,
+    alive: dict[str, Handle],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[ShardlineError],
+) -> None:
+    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    async with running(store) as controller:
+        await until(lambda: len(alive) == SHARDS)
+        (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-0-"))
+        alive[name].ping.plan = [raised_in_the_constructor(kind("index.faiss: odd"))]
+        alive[name.replace("57-1-0", "57-0-0")].describe.plan = [{"rows": 10}]
+        with pytest.raises(kind, match=r"^shard 1: index\.faiss: odd$"):
+            await controller.wait_ready(5)
+        first, second = await controller.shard_reports()
+    assert first == {"generation": 57, "shard": 0, "replica": 0, "failures": 0, "rows": 10}
+    assert second == {
+        "generation": 57,
+        "shard": 1,
+        "replica": 0,
+        "failures": 1,
+        "reason": {"code": kind.code, "text": "index.faiss: odd"},
+    }
+
+
+async def test_the_wait_ends_without_a_generation_when_the_time_is_up(store: Store) -> None:
+    async with running(store) as controller:
+        assert await controller.wait_ready(0.01) is None
+
+
+async def test_the_secret_can_be_had_from_the_controller(store: Store) -> None:
+    async with running(store) as controller:
+        assert await controller.connection_secret() == SECRET
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "text"),
+    [
+        (raised_in_a_method(CorruptFile("shard 1: x: cut")), CorruptFile, "shard 1: x: cut"),
+        (raised_in_a_method(Unavailable("shard 1: busy")), Unavailable, "shard 1: busy"),
+        (raised_in_the_constructor(CorruptFile("y: cut")), CorruptFile, "y: cut"),
+        (ActorDiedError(), Unavailable, "the controller does not answer: The actor died.*"),
+        (GetTimeoutError("slow"), Unavailable, "the controller does not answer: slow"),
+        (None, Unavailable, "shards did not become ready; expected within 3 s; .*"),
+    ],
+)
+def test_waiting_from_outside_raises_by_code(
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Exception | None,
+    kind: type[ShardlineError],
+    text: str,
+) -> None:
+    class Remote:
+        class wait_ready:  # noqa: N801 - a method of the actor
+            remote = staticmethod(lambda timeout_s: None)
+
+    def get(reference: object, timeout: float) -> None:
+        assert timeout > 3
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(ShardlineError, match=f"^{text}$") as caught:
+        wait_ready(Remote(), 3)  # type: ignore[arg-type]
+    assert type(caught.value) is kind
