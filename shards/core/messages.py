@@ -28,7 +28,12 @@ class ReplicaKey:
     replica: int = 0
 
     def __str__(self) -> str:
-        return f"{self.generation}-{self.shard}-{self.replica}"
+        return "-".join(self.labels)
+
+    @property
+    def labels(self) -> tuple[str, str, str]:
+        """As the label values of ``metrics.REPLICA``."""
+        return str(self.generation), str(self.shard), str(self.replica)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

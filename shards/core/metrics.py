@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+REPLICA = ("generation", "shard", "replica")  # labels: those of a ReplicaKey
 MS_BUCKETS = (0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500, 1000, 5000)
 SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHARE_BUCKETS = (0.01, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999)
@@ -92,25 +93,25 @@ CACHE_HITS = Metric(
 CACHE_MISSES = Metric("shardline_cache_misses", _C, "requests", "Not in the result cache.")
 CACHE_BYTES = Metric("shardline_cache_bytes", _G, "bytes", "Answers kept in the result cache.")
 SEARCH_MS = Metric(
-    "shardline_search_ms", _H, "ms", "Time of one batch in a shard's index.", ("shard",), MS_BUCKETS
+    "shardline_search_ms", _H, "ms", "Time of one batch in a shard's index.", REPLICA, MS_BUCKETS
 )
 BATCH_QUERIES = Metric(
     "shardline_batch_queries",
     _H,
     "queries",
     "Queries that a shard searched as one batch.",
-    ("shard",),
+    REPLICA,
     SIZE_BUCKETS,
 )
 QUEUE_DEPTH = Metric(
-    "shardline_queue_depth", _G, "requests", "Requests a shard has not answered yet.", ("shard",)
+    "shardline_queue_depth", _G, "requests", "Requests a shard has not answered yet.", REPLICA
 )
 SHARD_REFUSED = Metric(
     "shardline_shard_refused",
     _C,
     "requests",
     "Requests that a shard refused (overloaded), dropped (expired) or failed to search (failed).",
-    ("shard", "why"),
+    (*REPLICA, "why"),
 )
 SAMPLES_LOST = Metric(
     "shardline_samples_lost", _C, "samples", "Values recorded faster than exported, and dropped."

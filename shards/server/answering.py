@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shardline.shards.core.errors import DeadlineExceeded, ShardlineError
-from shardline.shards.core.messages import ErrorReply
+from shardline.shards.core.messages import ErrorReply, ReplicaKey
 from shardline.shards.core.metrics import BATCH_QUERIES, SEARCH_MS, SHARD_REFUSED, Recorder
 from shardline.shards.server.handlers import HANDLERS, Handler, Request
 from shardline.shards.server.shard import Shard
@@ -55,12 +55,14 @@ class ServerStats:
 class Answerer:
     """``ms_per_row`` is what a query is estimated to take; infinite before the first."""
 
-    def __init__(self, shard: Shard, recorder: Recorder, stats: ServerStats) -> None:
+    def __init__(
+        self, shard: Shard, key: ReplicaKey, recorder: Recorder, stats: ServerStats
+    ) -> None:
         self.ms_per_row = math.inf
         self._shard = shard
         self._recorder = recorder
         self._stats = stats
-        self._label = str(shard.shard)
+        self._labels = key.labels
 
     def answer(self, batch: Sequence[Work]) -> list[tuple[Work, Message]]:
         """A reply for each request, in no order."""
@@ -85,7 +87,7 @@ class Answerer:
     def refresh_metrics(self) -> None:
         """Sets the counters of what was refused, for an export; any thread."""
         for why in ("overloaded", "expired", "failed"):
-            self._recorder.total(SHARD_REFUSED, getattr(self._stats, why), self._label, why)
+            self._recorder.total(SHARD_REFUSED, getattr(self._stats, why), *self._labels, why)
 
     def _answer(self, handler: Handler, works: Sequence[Work]) -> list[Message]:
         """Of requests of one kind, in order."""
@@ -103,8 +105,8 @@ class Answerer:
         if handler.is_search and ErrorReply not in map(type, messages):  # a refusal costs nothing
             rows = sum([work.rows for work in works])
             self._learn(took_ms / rows)
-            self._recorder.observe(SEARCH_MS, took_ms, self._label)
-            self._recorder.observe(BATCH_QUERIES, rows, self._label)
+            self._recorder.observe(SEARCH_MS, took_ms, *self._labels)
+            self._recorder.observe(BATCH_QUERIES, rows, *self._labels)
         return messages
 
     def _learn(self, ms_per_row: float) -> None:

@@ -69,7 +69,7 @@ class ShardServer:
         self.recorder = Recorder()
         self.handshake_timeout_s = handshake_timeout_s
         self.sessions: set[Session] = set()
-        self._answerer = Answerer(shard, self.recorder, self.stats)
+        self._answerer = Answerer(shard, self.key, self.recorder, self.stats)
         self._host = host
         self._threads = threads
         self._max_queued_requests = max_queued_requests
@@ -137,7 +137,7 @@ class ShardServer:
 
     def refresh_metrics(self) -> None:
         """Sets gauges and counters for an export; any thread."""
-        self.recorder.set(QUEUE_DEPTH, self.queue_depth, str(self.shard.shard))
+        self.recorder.set(QUEUE_DEPTH, self.queue_depth, *self.key.labels)
         self._answerer.refresh_metrics()
 
     # Loop thread
