@@ -91,7 +91,7 @@ class Ask:
     def send(self, frame: bytes) -> None:
         """The same bytes to every shard; those that cannot be asked are noted as missing."""
         for position, replicas in enumerate(self.snapshot.shards):
-            connection = preferred(replicas)
+            connection = replicas[0] if len(replicas) == 1 else preferred(replicas)
             if connection is None:
                 self._put(position, Unavailable("no process serves it"))
                 continue

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,9 +40,11 @@ MAX_FRAME_ROWS = 256  # queries in one frame; a larger request travels alone
 MERGE_IN_LOOP = 200_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneKey:
-    """What searches must have in common to share a frame: all but their queries and deadlines."""
+class LaneKey(NamedTuple):
+    """What searches must have in common to share a frame: all but their queries and deadlines.
+
+    A tuple, because every search hashes one several times.
+    """
 
     snapshot: TableSnapshot
     k: int
@@ -164,17 +167,18 @@ class Coalescer:
         if len(members) > 1:
             queries = np.concatenate([member.queries for member in members])
             rows = len(queries)
-        deadline = max(member.deadline for member in members)
+        clock = self._clock
+        deadline = max([member.deadline for member in members])
         request_id = next(self._request_ids)
         ask = Ask(
             key.snapshot,
             request_id,
             deadline=deadline,
             enough=key.min_coverage,
-            clock=self._clock,
+            clock=clock,
             on_done=lambda: self._arrived(key, lane, frame),
         )
-        now = self._clock.time()
+        now = clock.time()
         holds_until = now + HOLD_MS / 1000
         frame = lane.held = _Frame(ask, rows, members, holds_until, time.perf_counter())
         self._recorder.observe(FRAME_QUERIES, rows)

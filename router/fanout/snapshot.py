@@ -125,8 +125,6 @@ class TableSnapshot:
 
 def preferred(replicas: Replicas) -> ShardConnection | None:
     """The replica to ask: connected before not, then the one with the fewest requests in flight."""
-    if len(replicas) == 1:
-        return replicas[0]
     known = [connection for connection in replicas if connection is not None]
     return min(known, key=lambda c: (not c.connected, c.in_flight), default=None)
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from shardline.shards.core.errors import DeadlineExceeded, ShardlineError
 from shardline.shards.core.messages import ErrorReply, ReplicaKey
 from shardline.shards.core.metrics import BATCH_QUERIES, SEARCH_MS, SHARD_REFUSED, Recorder
-from shardline.shards.server.handlers import HANDLERS, Handler, Request
+from shardline.shards.server.handlers import Handler, Request
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
@@ -71,17 +71,16 @@ class Answerer:
         stats.requests += len(batch)
         stats.batches += 1
         answered: list[tuple[Work, Message]] = []
-        by_kind: dict[type, list[Work]] = {kind: [] for kind in HANDLERS}
+        by_kind: dict[type, list[Work]] = {}
         for work in batch:
             if work.deadline <= now and work.handler.may_expire:
                 stats.expired += 1
                 error = DeadlineExceeded("the request's time ran out before the search")
                 answered.append((work, error_reply(error)))
             else:
-                by_kind[type(work.request)].append(work)
-        for kind, works in by_kind.items():
-            if works:
-                answered += zip(works, self._answer(HANDLERS[kind], works), strict=True)
+                by_kind.setdefault(type(work.request), []).append(work)
+        for works in by_kind.values():
+            answered += zip(works, self._answer(works[0].handler, works), strict=True)
         return answered
 
     def refresh_metrics(self) -> None:

@@ -9,7 +9,7 @@ so that a router need not decode before all answers are in. How a connection beg
 """
 
 import struct
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import msgpack
 
@@ -30,6 +30,7 @@ from shardline.shards.wire.readers import Payload, pack_value, readers_of, unpac
 PROTOCOL_VERSION = 5
 MAX_FRAME_BYTES = 64 << 20  # 2048 queries x k=2048 x 12 bytes is 50 MB: the largest legal answer
 HEADER = struct.Struct("<IQ")
+CHEAP_COPY_BYTES = 16 << 10  # up to here numpy's extra work for a memoryview costs more than a copy
 # An empty frame for request 0, which nobody asked: the shard is at work, and lives.
 KEEP_ALIVE = HEADER.pack(0, 0)
 
@@ -59,18 +60,20 @@ def encode_frame(request_id: int, message: Message) -> bytes:
     """
     kind = type(message)
     pack = search_layout.PACK.get(kind)
-    parts: tuple[Any, ...]
-    if pack is not None:
-        parts = pack(message)
-    else:
+    if pack is None:
         values = [_TAGS[kind], *(getattr(message, name) for name, _ in _READERS[kind])]
-        parts = (msgpack.packb(values, default=pack_value),)
-    size = sum([memoryview(part).nbytes for part in parts])
+        payload: bytes = msgpack.packb(values, default=pack_value)
+        return _header(len(payload), request_id) + payload
+    size, head, body, tail = pack(message)
+    return b"".join((_header(size, request_id), head, body, tail))
+
+
+def _header(size: int, request_id: int) -> bytes:
     if size > MAX_FRAME_BYTES:
         raise ProtocolError(
             "frame too large", expected=f"<= {MAX_FRAME_BYTES} bytes", got=f"{size} bytes"
         )
-    return b"".join((HEADER.pack(size, request_id), *parts))
+    return HEADER.pack(size, request_id)
 
 
 def decode_payload(payload: Payload) -> Message:
@@ -104,7 +107,7 @@ def is_error(payload: Payload) -> bool:
 class FrameSplitter:
     """Cuts a byte stream into the payloads of its frames; ``limit`` bounds one payload in bytes.
 
-    A frame that came in one piece is a view of that piece. One that spans several is put together
+    A large frame that came in one piece is a view of that piece. One that spans several is put together
     in a buffer of its own size, so that its bytes are copied once.
     """
 
@@ -124,7 +127,8 @@ class FrameSplitter:
         if self._frame is None and not self._head and len(data) >= HEADER.size:
             length, request_id = HEADER.unpack_from(data)
             if length == len(data) - HEADER.size and length <= self.limit:  # as a rule
-                return [(request_id, memoryview(data)[HEADER.size :])]
+                whole = data if length <= CHEAP_COPY_BYTES else memoryview(data)
+                return [(request_id, whole[HEADER.size :])]
         return self._split(data)
 
     def _split(self, data: bytes) -> list[tuple[int, Payload]]:

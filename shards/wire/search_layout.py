@@ -44,14 +44,14 @@ FLOAT = np.dtype("<f4")
 INT = np.dtype("<i8")
 MAX_MS = 1e12  # a generation of people; NaN is not below it either
 
-Part: TypeAlias = bytes | memoryview
+Packed: TypeAlias = tuple[int, bytes, memoryview, bytes | memoryview]
 
 OPTION_READERS = dict(readers_of(SearchOptions))
 OPTION_DEFAULTS = tuple((field.name, field.default) for field in fields(SearchOptions))
 
 
-def pack_request(request: SearchRequest) -> tuple[Part, ...]:
-    """The bytes of a payload, in parts.
+def pack_request(request: SearchRequest) -> tuple[int, bytes, memoryview, bytes]:
+    """The size of a payload, and its bytes in three parts.
 
     Raises:
         ProtocolError: a value that the layout cannot hold.
@@ -68,17 +68,18 @@ def pack_request(request: SearchRequest) -> tuple[Part, ...]:
         )
     except struct.error as error:
         raise ProtocolError("the request does not fit its layout", got=str(error)) from error
-    return head, np.ascontiguousarray(queries, FLOAT).data, tail
+    size = REQUEST.size + 4 * n * dim + len(tail)
+    return size, head, np.ascontiguousarray(queries, FLOAT).data, tail
 
 
-def pack_reply(reply: SearchReply) -> tuple[Part, ...]:
-    """The bytes of a payload, in parts."""
+def pack_reply(reply: SearchReply) -> tuple[int, bytes, memoryview, memoryview]:
+    """The size of a payload, and its bytes in three parts."""
     ids, scores = reply.ranked
     assert ids.shape == scores.shape
-    head = REPLY.pack(
-        *(REPLY_KIND, *ids.shape, 0, reply.generation, reply.seq, reply.rows, reply.search_ms)
-    )
-    return head, np.ascontiguousarray(ids, INT).data, np.ascontiguousarray(scores, FLOAT).data
+    n, k = ids.shape
+    head = REPLY.pack(REPLY_KIND, n, k, 0, reply.generation, reply.seq, reply.rows, reply.search_ms)
+    ids, scores = np.ascontiguousarray(ids, INT), np.ascontiguousarray(scores, FLOAT)
+    return REPLY.size + 12 * n * k, head, ids.data, scores.data
 
 
 def read_request(payload: Payload) -> SearchRequest:
@@ -157,7 +158,7 @@ def _wrong(expected: str, got: int) -> ProtocolError:
     return ProtocolError("bad frame", expected=expected, got=f"{got} bytes")
 
 
-PACK: dict[type, Callable[[Any], tuple[Part, ...]]] = {
+PACK: dict[type, Callable[[Any], Packed]] = {
     SearchRequest: pack_request,
     SearchReply: pack_reply,
 }

@@ -23,6 +23,7 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import Ranked
 from shardline.shards.wire.frames import (
+    CHEAP_COPY_BYTES,
     HEADER,
     MAX_FRAME_BYTES,
     MESSAGE_TYPES,
@@ -319,7 +320,8 @@ def test_frames_are_cut_wherever_the_stream_breaks(sizes: list[int]) -> None:
 
 
 def test_a_frame_in_one_piece_is_a_view_and_one_in_several_is_copied_once() -> None:
-    frame = encode_frame(3, MESSAGES[5])
+    queries = np.zeros((100, CHEAP_COPY_BYTES // 400 + 1), dtype=np.float32)
+    frame = encode_frame(3, SearchRequest(queries=queries, k=7, timeout_ms=1.0))
     ((_, whole),) = FrameSplitter().feed(frame)
     assert whole.obj is frame
     splitter = FrameSplitter()
