@@ -107,8 +107,8 @@ def is_error(payload: Payload) -> bool:
 class FrameSplitter:
     """Cuts a byte stream into the payloads of its frames; ``limit`` bounds one payload in bytes.
 
-    A large frame that came in one piece is a view of that piece. One that spans several is put together
-    in a buffer of its own size, so that its bytes are copied once.
+    A large frame that came in one piece is a view of that piece. One that spans several is put
+    together in a buffer of its own size, so that its bytes are copied once.
     """
 
     def __init__(self, limit: int = MAX_FRAME_BYTES) -> None:
