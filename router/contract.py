@@ -1,16 +1,20 @@
 """What the server and the clients of the HTTP API both know. Light: a client imports it.
 
-The form of an API key, the errors that only HTTP has, and arrays in msgpack bodies:
+The form of an API key, the errors that only HTTP has, what an answer says besides its results, and
+arrays in msgpack bodies:
 ``{"dtype": "<f4", "shape": [n, d], "data": bin}``, C order, at most 2-d.
 """
 
 import math
 import re
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import FloatArray
 
 MSGPACK_TYPE = "application/msgpack"
 PROBLEM_TYPE = "application/problem+json"  # RFC 9457
@@ -63,6 +67,76 @@ REFUSALS = (
     Unauthenticated,
     Forbidden,
 )
+
+
+class ReasonCode(StrEnum):
+    """Why a query of a batch could not be asked."""
+
+    NOT_FOUND = "not_found"  # no shard holds the item
+    NOT_FOUND_PARTIAL = "not_found_partial"  # no shard that answered holds it, and one did not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reason:
+    """Why the query at position ``query`` has an empty answer: a stable code, a text for people.
+
+    code is a ``ReasonCode``, or what a newer server says.
+    """
+
+    query: int
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Degraded:
+    """Why a shard is missing from an answer; ``code`` is that of an error of shards.core.errors."""
+
+    shard: int
+    code: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"shard {self.shard}: {self.text}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """How much of the corpus an answer saw; ``degraded`` says why each missing shard is missing.
+
+    Where items were looked up and some not found, a shard that missed the look-up is missing too.
+
+    Rows are as the shard counts them where it answered, as the routing table does elsewhere.
+    """
+
+    shards_asked: int
+    shards_answered: int
+    rows_asked: int
+    rows_answered: int
+    degraded: tuple[Degraded, ...]
+
+    @property
+    def share(self) -> float:
+        """Rows answered of rows asked, 0 to 1; shards instead of rows while there are no rows."""
+        if self.rows_asked:
+            return self.rows_answered / self.rows_asked
+        return self.shards_answered / self.shards_asked if self.shards_asked else 0.0
+
+    def joined(self, other: "Coverage") -> "Coverage":
+        """Of an answer that needed both: the counts of the smaller, every reason of either."""
+        smaller = min(self, other, key=lambda coverage: coverage.share)
+        return replace(smaller, degraded=tuple(dict.fromkeys(self.degraded + other.degraded)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemAnswer:
+    """One item's stored vector (dim,) float32, and the shard that holds it."""
+
+    item_id: int
+    vector: FloatArray
+    shard: int
+    generation: int
+    model_version: str
 
 
 def pack_array(value: Any) -> Any:

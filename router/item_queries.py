@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shardline.router.query import Coverage, FoundItems, Merged, Reason, ReasonCode
+from shardline.router.contract import Coverage, Reason, ReasonCode
+from shardline.router.query import FoundItems, Merged
 from shardline.shards.core.schema import (
     EMPTY_ID,
     EMPTY_SCORE,

@@ -14,19 +14,13 @@ from typing import Any
 import numpy as np
 
 from shardline.router.cache import ResultCache, cache_key
+from shardline.router.contract import ItemAnswer, Reason
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import Encoder, TableSnapshot, load_query_encoder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size
-from shardline.router.query import (
-    ItemAnswer,
-    Merged,
-    QueryKind,
-    Reason,
-    ResolvedQuery,
-    SearchAnswer,
-)
+from shardline.router.query import Merged, QueryKind, ResolvedQuery, SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
 from shardline.shards.core.messages import RoutingTable

@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from shardline.router.client.async_client import AsyncClient as AsyncClient
     from shardline.router.client.retries import Retry as Retry
     from shardline.router.client.sync_client import Client as Client
+    from shardline.router.contract import Coverage as Coverage
+    from shardline.router.contract import Degraded as Degraded
     from shardline.router.contract import Forbidden as Forbidden
+    from shardline.router.contract import ItemAnswer as ItemAnswer
     from shardline.router.contract import PayloadTooLarge as PayloadTooLarge
+    from shardline.router.contract import Reason as Reason
     from shardline.router.contract import Unauthenticated as Unauthenticated
-    from shardline.router.query import Coverage as Coverage
-    from shardline.router.query import Degraded as Degraded
-    from shardline.router.query import ItemAnswer as ItemAnswer
-    from shardline.router.query import Reason as Reason
     from shardline.shards.core.errors import DeadlineExceeded as DeadlineExceeded
     from shardline.shards.core.errors import InvalidInput as InvalidInput
     from shardline.shards.core.errors import NotFound as NotFound
@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 else:
     _HOMES = {
         "router.client.answers": ("SearchAnswer",),
-        "router.query": ("Coverage", "Degraded", "ItemAnswer", "Reason"),
         "router.client.async_client": ("AsyncClient",),
         "router.client.retries": ("Retry",),
         "router.client.sync_client": ("Client",),
-        "router.contract": ("Forbidden", "PayloadTooLarge", "Unauthenticated"),
+        "router.contract": (
+            *("Coverage", "Degraded", "Forbidden", "ItemAnswer", "PayloadTooLarge", "Reason"),
+            "Unauthenticated",
+        ),
         "shards.core.errors": (
             *("DeadlineExceeded", "InvalidInput", "NotFound", "Overloaded", "ProtocolError"),
             *("ShardlineError", "Unavailable", "VersionMismatch"),

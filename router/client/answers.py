@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgpack
 import numpy as np
 
-from shardline.router.contract import array_of
-from shardline.router.query import Coverage, Degraded, ItemAnswer, Reason
+from shardline.router.contract import Coverage, Degraded, ItemAnswer, Reason, array_of
 from shardline.shards.core.errors import InvalidInput, ProtocolError
 from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray
 

@@ -17,7 +17,7 @@ from shardline.router.client.answers import Answer, SearchAnswer
 from shardline.router.client.calls import Call, ClientCore, SearchFields
 from shardline.router.client.http1 import Response, ResponseReader
 from shardline.router.client.retries import CONNECT_TIMEOUT_S, Attempts, Outcome
-from shardline.router.query import ItemAnswer
+from shardline.router.contract import ItemAnswer
 
 MAX_CONNECTIONS = 100  # more only queue in the server; a file descriptor each
 

@@ -18,8 +18,7 @@ import numpy as np
 from shardline.router.client.answers import Answer, SearchAnswer, read_item, read_search
 from shardline.router.client.http1 import Response, Server
 from shardline.router.client.retries import Attempts, Outcome, Retry
-from shardline.router.contract import PROBLEM_TYPE, REFUSALS, pack_array
-from shardline.router.query import ItemAnswer
+from shardline.router.contract import PROBLEM_TYPE, REFUSALS, ItemAnswer, pack_array
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,

@@ -23,7 +23,7 @@ from shardline.router.client.answers import Answer, SearchAnswer
 from shardline.router.client.calls import Call, ClientCore, SearchFields
 from shardline.router.client.http1 import Response, ResponseReader, Server
 from shardline.router.client.retries import CONNECT_TIMEOUT_S, Attempts, Outcome
-from shardline.router.query import ItemAnswer
+from shardline.router.contract import ItemAnswer
 
 if TYPE_CHECKING:
     import ssl

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+from shardline.router.contract import Coverage, Degraded
 from shardline.router.fanout.clock import Clock
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.link import Link
 from shardline.router.fanout.snapshot import TableSnapshot, preferred
-from shardline.router.query import Coverage, Degraded
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,

@@ -16,12 +16,12 @@ import numpy as np
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from shardline.router.contract import ARRAY_KEYS, array_of, pack_array
+from shardline.router.contract import ARRAY_KEYS, Coverage, ItemAnswer, array_of, pack_array
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody
 from shardline.router.http.problems import from_validation
 from shardline.router.limits import resolve
-from shardline.router.query import Coverage, ItemAnswer, ResolvedQuery, SearchAnswer
+from shardline.router.query import ResolvedQuery, SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import NO_OPTIONS, NO_PARAMS, SearchOptions, SearchParams

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
-from shardline.router.query import ReasonCode
+from shardline.router.contract import ReasonCode
 from shardline.shards.core.messages import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR
 from shardline.shards.core.schema import MAX_K
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardline.router.cache import ENTRY_BYTES, ResultCache, cache_key
+from shardline.router.contract import Coverage, Degraded
 from shardline.router.limits import resolve
-from shardline.router.query import Coverage, Degraded, Merged
+from shardline.router.query import Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.schema import Ranked

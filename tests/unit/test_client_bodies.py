@@ -10,9 +10,10 @@ import pytest
 
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.calls import search_body
+from shardline.router.contract import Coverage, Reason
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
-from shardline.router.query import Coverage, Reason, ResolvedQuery
+from shardline.router.query import ResolvedQuery
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
 

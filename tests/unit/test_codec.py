@@ -7,19 +7,19 @@ import pytest
 
 from shardline.router.client.answers import read_item, read_search
 from shardline.router.client.calls import search_body
-from shardline.router.contract import NotAcceptable, UnsupportedMediaType
-from shardline.router.http.codec import decode_query, encode_answer, encode_item
-from shardline.router.http.media import Media, answer_media, body_media
-from shardline.router.limits import resolve
-from shardline.router.query import (
+from shardline.router.contract import (
     Coverage,
     Degraded,
     ItemAnswer,
-    QueryKind,
+    NotAcceptable,
     Reason,
     ReasonCode,
-    SearchAnswer,
+    UnsupportedMediaType,
 )
+from shardline.router.http.codec import decode_query, encode_answer, encode_item
+from shardline.router.http.media import Media, answer_media, body_media
+from shardline.router.limits import resolve
+from shardline.router.query import QueryKind, SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput, ProtocolError
 from shardline.shards.core.messages import SearchParams

@@ -21,9 +21,10 @@ from shardline.bench.load.workload import (
     sample,
 )
 from shardline.cluster.store import Store
+from shardline.router.contract import Coverage
 from shardline.router.http.codec import decode_query, encode_answer
 from shardline.router.http.media import Media
-from shardline.router.query import Coverage, ResolvedQuery, SearchAnswer
+from shardline.router.query import ResolvedQuery, SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import DataError, InvalidInput, Unavailable
 from shardline.shards.core.recall import exact_scores, recall_at_k

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from shardline.router.cache import cache_key
+from shardline.router.contract import Degraded
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
-from shardline.router.query import Degraded
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import Behind, InvalidInput

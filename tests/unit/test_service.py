@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
+from shardline.router.contract import Coverage, Reason, ReasonCode
 from shardline.router.fanout.snapshot import ENCODE_IN_LOOP
 from shardline.router.item_queries import drop_own
 from shardline.router.limits import resolve
-from shardline.router.query import Coverage, Reason, ReasonCode
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import (
