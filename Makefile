@@ -27,8 +27,8 @@ serve: install ## the same, and stays up until Ctrl-C
 # one thread an OpenMP team: the tests start many processes, whose teams would spin on each other
 test: export OMP_NUM_THREADS = 1
 test: install lint ## lint, unit tests, then tests on a real local cluster
-	$(BIN)/pytest tests/unit
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest --durations=10 tests/unit
+	$(BIN)/pytest --durations=10 tests/integration
 
 lint: install ## ruff (format and rules) and mypy --strict
 	$(BIN)/ruff format --check .
