@@ -81,6 +81,8 @@ def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
     """
     started = time.perf_counter()
     corpus = open_embedding_set(embeddings)
+    if corpus.queries_file is not None:
+        corpus.queries()
     index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
     cut = partition(corpus.item_ids(), plan.num_shards, plan.partitioning)
     seconds = time.perf_counter() - started

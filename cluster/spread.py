@@ -10,7 +10,6 @@ from shardline.shards.core.partition import Partition
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.storage.embedding_set import EmbeddingBatch, EmbeddingSet
 from shardline.shards.storage.spill import spill_writer
-from shardline.shards.storage.vector_files import read_queries
 
 # Asked of every shard with every parameter, and exactly: 20 ms per query and million rows.
 # So many, and fewer for a small corpus, that measuring stays a small part of a build; 64 queries
@@ -57,7 +56,7 @@ def spread_rows(
     if corpus.queries_file is None:
         source = "item vectors held out of training" if is_held_out else "item vectors"
         return Spread(rows=spill.rows, sample=sample, queries=items, query_source=source)
-    queries = read_queries(corpus.queries_file, dim=corpus.dim)
+    queries = corpus.queries()
     chosen = rng.choice(len(queries), min(num_queries, len(queries)), replace=False)
     return Spread(
         rows=spill.rows, sample=sample, queries=queries[chosen], query_source=SAMPLE_QUERIES

@@ -7,6 +7,7 @@
 <store>/counter.json               the largest table version or epoch given out, of any generation
 """
 
+import fcntl
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from shardline.shards.core.errors import CorruptFile, NotFound
 
 GENERATION_DIGITS = 6
 COUNTER_NAME = "counter.json"
+COUNTER_LOCK = "counter.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,10 @@ class Store:
 
         Never lowers it: controllers of two clusters may serve one store.
         """
-        if number > self.counter():
-            files.write_json(self.root / COUNTER_NAME, {"counter": number})
+        with (self.root / COUNTER_LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+            if number > self.counter():
+                files.write_json(self.root / COUNTER_NAME, {"counter": number})
 
     def generation_numbers(self) -> list[int]:
         """Complete generations, oldest first."""

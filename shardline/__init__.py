@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shardline.router.contract import PayloadTooLarge as PayloadTooLarge
     from shardline.router.contract import Reason as Reason
     from shardline.router.contract import Unauthenticated as Unauthenticated
+    from shardline.shards.core.errors import Behind as Behind
     from shardline.shards.core.errors import DeadlineExceeded as DeadlineExceeded
     from shardline.shards.core.errors import InvalidInput as InvalidInput
     from shardline.shards.core.errors import NotFound as NotFound
@@ -37,7 +38,14 @@ else:
             "Unauthenticated",
         ),
         "shards.core.errors": (
-            *("DeadlineExceeded", "InvalidInput", "NotFound", "Overloaded", "ProtocolError"),
+            *(
+                "Behind",
+                "DeadlineExceeded",
+                "InvalidInput",
+                "NotFound",
+                "Overloaded",
+                "ProtocolError",
+            ),
             *("ShardlineError", "Unavailable", "VersionMismatch"),
         ),
         "shards.core.messages": ("SearchParams",),

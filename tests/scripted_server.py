@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 CLOSE = b"CLOSE"  # end the connection instead of answering
 HANG = b"HANG"  # no answer until the client leaves
+LATE = b"LATE"  # OK once ``release`` is set
 
 
 def answer(status: int = 200, body: bytes = b"{}", *headers: str) -> bytes:
@@ -31,7 +32,7 @@ class ScriptedServer:
     connections: int = 0
     open_now: int = 0
     most_open: int = 0
-    release: threading.Event = field(default_factory=threading.Event)  # ends HANG
+    release: threading.Event = field(default_factory=threading.Event)  # ends HANG and LATE
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -66,6 +67,9 @@ class ScriptedServer:
                     if reply == HANG:
                         self.release.wait(10)
                         break
+                    if reply == LATE:
+                        self.release.wait(10)
+                        reply = OK
                     connection.sendall(reply)
                 self._count(-1)
 

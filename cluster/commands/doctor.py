@@ -133,6 +133,8 @@ def _port(port: int, store: Store) -> str:
 
 
 def _store_checks(store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
+    if unfinished := sorted(store.root.glob("*/.*.tmp")):
+        yield "unfinished folders", partial(_unfinished, unfinished)
     for manifest in sorted(store.embeddings.glob("*/_manifest.json")):
         yield f"embeddings {manifest.parent.name}", partial(_embeddings, manifest.parent)
     for number in store.generation_numbers():
@@ -156,3 +158,13 @@ def _generation(folder: Path) -> str:
     manifest = read_generation(folder)
     verify_generation(folder, manifest)
     return f"{manifest.rows:,} rows in {len(manifest.shards)} shards, every checksum right"
+
+
+def _unfinished(folders: list[Path]) -> str:
+    """A command that ends by an error removes its own; one that was killed cannot."""
+    sizes = {
+        folder: sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        for folder in folders
+    }
+    listed = ", ".join(f"{folder} ({size >> 20} MiB)" for folder, size in sizes.items())
+    return f"{listed}; delete those that no running command is writing"

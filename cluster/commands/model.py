@@ -185,7 +185,7 @@ def say_how_to_go_on(run: Path) -> None:
 def describe_run(result: TrainResult) -> str:
     """The run's folder and which epoch was kept, in one line."""
     kept = (
-        f"epoch {result.best_epoch} is kept, of the best validation recall {result.best_value:.4f}"
+        f"epoch {result.best_epoch} is kept (best validation recall {result.best_value:.4f})"
         if result.best_value is not None
         else "nothing was validated, the last epoch is kept"
     )

@@ -67,7 +67,7 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
         click.echo(f"{name:>14}  {report[name]}")
     print_table(
         "shards",
-        ("shard", "replica", "rows", "epoch", "address", "connected"),
+        ("shard", "replica", "rows", "epoch", "address", "connected", "why not"),
         [
             (
                 str(shard["shard"]),
@@ -76,6 +76,7 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
                 str(replica["epoch"]),
                 str(replica["address"] or "none"),
                 "yes" if replica["connected"] else "no",
+                str(replica["reason"]),
             )
             for shard in report["shards"]
             for replica in shard["replicas"]

@@ -22,7 +22,7 @@ from shardline.cluster.control.placement import (
     Instruction,
     Place,
     Publish,
-    Reason,
+    ReplicaFailed,
     ReplicaRegistered,
     open_generation,
     step,
@@ -30,7 +30,7 @@ from shardline.cluster.control.placement import (
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable, error_of
-from shardline.shards.core.messages import ReplicaKey, RoutingTable, ShardRoute
+from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable, ShardRoute
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import (
     GenerationManifest,
@@ -159,18 +159,20 @@ class Controller:
         event = await self._shards.check(key, epoch, lambda: self._is_lost(key))
         if event is not None:
             await self._apply(event)
+            if isinstance(event, ReplicaFailed):  # not before: a full disk must not lose it
+                self._shards.forget(key)
 
     def _is_lost(self, key: ReplicaKey) -> bool:
         return self._placement.replicas[key].route.address is None
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:
         state = self._placement.replicas[key]
-        found: dict[str, Any] | Reason
+        found: dict[str, Any] | Absence
         if key in self._shards.placed:
             found = await self._shards.describe(key)
         else:
-            found = state.reason or Reason(Unavailable.code, "not placed")
-        rest = {"reason": asdict(found)} if isinstance(found, Reason) else found
+            found = state.route.absence or Absence(Unavailable.code, "not placed")
+        rest = {"reason": asdict(found)} if isinstance(found, Absence) else found
         return asdict(key) | {"failures": state.failures} | rest
 
     async def _apply(self, event: Event) -> None:
@@ -197,12 +199,21 @@ class Controller:
         """Creates the replica's actor, or finds it alive if this controller is a restarted one."""
         await asyncio.sleep(place.after_s)
         failed = self._shards.place(place.key)
-        if failed is not None:
+        if failed is None:
+            return
+        try:
             await self._apply(failed)
+        except OSError:
+            logger.exception("the failure of replica %s is not on record yet", place.key)
+            self._spawn(self._place(Place(key=place.key, after_s=WATCH_INTERVAL_S)))
 
-    def _failures(self) -> list[tuple[ReplicaKey, Reason]]:
+    def _failures(self) -> list[tuple[ReplicaKey, Absence]]:
         replicas = self._placement.replicas.items()
-        return [(key, state.reason) for key, state in replicas if state.failures and state.reason]
+        return [
+            (key, state.route.absence)
+            for key, state in replicas
+            if state.failures and state.route.absence
+        ]
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -11,27 +11,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from shardline.shards.core.messages import ReplicaKey, ReplicaRoute, RoutingTable, ShardRoute
+from shardline.shards.core.messages import (
+    Absence,
+    ReplicaKey,
+    ReplicaRoute,
+    RoutingTable,
+    ShardRoute,
+)
 
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a replica does not answer: the code of an error of shards.core.errors, and a text."""
-
-    code: str
-    text: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaState:
-    """Where a replica answers (address None: nowhere); failures: how many without a success."""
+    """Where a replica answers, or why it does not; failures: how many without a success."""
 
     route: ReplicaRoute
     failures: int = 0
-    reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +63,7 @@ class ReplicaUnreachable:
 
     key: ReplicaKey
     epoch: int
-    reason: Reason
+    reason: Absence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +71,7 @@ class ReplicaFailed:
     """Ray gave up on the actor, or it could not load its range."""
 
     key: ReplicaKey
-    reason: Reason
+    reason: Absence
 
 
 Event: TypeAlias = ReplicaRegistered | ReplicaUnreachable | ReplicaFailed
@@ -139,7 +136,7 @@ def _unplaced(shard: ShardRoute, generation: int, replicas: int) -> ShardRoute:
 def _registered(
     placement: Placement, state: ReplicaState, event: ReplicaRegistered
 ) -> tuple[Placement, tuple[Instruction, ...]]:
-    route = replace(state.route, epoch=placement.counter + 1, address=event.address)
+    route = replace(state.route, epoch=placement.counter + 1, address=event.address, absence=None)
     return _publish(placement, ReplicaState(route=route))
 
 
@@ -148,16 +145,16 @@ def _unreachable(
 ) -> tuple[Placement, tuple[Instruction, ...]]:
     if state.route.epoch != event.epoch or state.route.address is None:
         return placement, ()
-    route = replace(state.route, address=None)
-    return _publish(placement, replace(state, route=route, reason=event.reason))
+    route = replace(state.route, address=None, absence=event.reason)
+    return _publish(placement, replace(state, route=route))
 
 
 def _failed(
     placement: Placement, state: ReplicaState, event: ReplicaFailed
 ) -> tuple[Placement, tuple[Instruction, ...]]:
     failures = state.failures + 1
-    route = replace(state.route, address=None)
-    lost = ReplicaState(route=route, failures=failures, reason=event.reason)
+    route = replace(state.route, address=None, absence=event.reason)
+    lost = ReplicaState(route=route, failures=failures)
     changed, published = _publish(placement, lost)
     return changed, (*published, Place(key=event.key, after_s=retry_after_s(failures)))
 

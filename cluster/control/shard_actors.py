@@ -24,9 +24,9 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from shardline.cluster.control.placement import Event, Reason, ReplicaFailed, ReplicaUnreachable
+from shardline.cluster.control.placement import Event, ReplicaFailed, ReplicaUnreachable
 from shardline.shards.core.errors import ShardlineError, Unavailable
-from shardline.shards.core.messages import ReplicaKey
+from shardline.shards.core.messages import Absence, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.process.shard_actor import ShardActor
 from shardline.shards.storage.generation import GenerationManifest
@@ -91,7 +91,6 @@ class ShardActors:
                 await _answer(handle.announce.remote())
         except ActorDiedError as error:
             if self._handles.get(key) is handle:
-                del self._handles[key]
                 return ReplicaFailed(key=key, reason=reason_of(error))
         except RayActorError as error:
             # A restarting actor registers a moment before Ray takes calls for it again.
@@ -103,7 +102,11 @@ class ShardActors:
             logger.warning("replica %s has not answered for %.0f s", key, DESCRIBE_TIMEOUT_S)
         return None
 
-    async def describe(self, key: ReplicaKey) -> dict[str, Any] | Reason:
+    def forget(self, key: ReplicaKey) -> None:
+        """The failure of its actor is on record: nothing is asked of it any more."""
+        self._handles.pop(key, None)
+
+    async def describe(self, key: ReplicaKey) -> dict[str, Any] | Absence:
         """What a placed replica says of itself, or why it does not."""
         try:
             described: dict[str, Any] = await _answer(self._handles[key].describe.remote())
@@ -158,7 +161,7 @@ class ShardActors:
         )
 
 
-def reason_of(error: BaseException) -> Reason:
+def reason_of(error: BaseException) -> Absence:
     """The code and text of our error that a Ray error carries; else ``Unavailable``'s, last line.
 
     Ray hands over what a method raised as the ``cause`` of a RayTaskError, and what a constructor
@@ -169,9 +172,9 @@ def reason_of(error: BaseException) -> Reason:
         died = isinstance(cause, ActorDiedError)
         cause = next(iter(cause.args), None) if died else cause.cause
     if isinstance(cause, ShardlineError):
-        return Reason(cause.code, str(cause))
+        return Absence(cause.code, str(cause))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return Reason(Unavailable.code, lines[-1] if lines else type(error).__name__)
+    return Absence(Unavailable.code, lines[-1] if lines else type(error).__name__)
 
 
 def _existing(name: str) -> "ActorHandle[Any] | None":

@@ -8,7 +8,9 @@ the event loop, and the process, that made them: in another one the client makes
 """
 
 import asyncio
+import contextlib
 import os
+import socket
 from collections import deque
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -85,6 +87,12 @@ class AsyncConnection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def end(self) -> None:
+        """Ends the connection from another event loop than its own, which may be closed."""
+        self.is_usable = False
+        with contextlib.suppress(OSError):  # the server was first
+            self._transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
 
 class AsyncClient(ClientCore):
     """One server, connected to directly, as by ``Client``."""
@@ -147,18 +155,20 @@ class AsyncClient(ClientCore):
 
     async def _attempt(self, message: bytes, attempts: Attempts) -> Outcome:
         self._enter_loop()
+        idle = self._idle  # of this loop: another one may enter before the answer comes
         try:
             async with asyncio.timeout(attempts.remaining()), self._limit:
-                while self._idle:
-                    kept = self._idle.pop()
+                while idle:
+                    kept = idle.pop()
                     if kept.is_usable:
                         try:
-                            return await self._exchange(kept, message)
+                            return await self._exchange(kept, message, idle)
                         except OSError:
                             if not kept.is_stale:
                                 raise
                             break  # no failure: it was closed before the request
-                return await self._exchange(await self._connect(attempts.remaining()), message)
+                made = await self._connect(attempts.remaining())
+                return await self._exchange(made, message, idle)
         except OSError as error:  # TimeoutError is one
             return error
 
@@ -174,23 +184,28 @@ class AsyncClient(ClientCore):
             raise ConnectionError(f"no connection within {within:.3g} s") from error
         return connection
 
-    async def _exchange(self, connection: AsyncConnection, message: bytes) -> Response:
+    async def _exchange(
+        self, connection: AsyncConnection, message: bytes, idle: deque[AsyncConnection]
+    ) -> Response:
         try:
             response = await connection.exchange(message)
         except BaseException:  # its answer may still come, and belongs to no other request
             connection.close()
             raise
-        if connection.is_usable and not self._is_closed:
-            self._idle.append(connection)
+        if connection.is_usable and idle is self._idle and not self._is_closed:
+            idle.append(connection)
         else:
             connection.close()
         return response
 
     def _enter_loop(self) -> None:
-        """Begins anew in another event loop or process. What was kept is left untouched there:
-        closing it here would take it out of a selector that a forked child shares."""
+        """Begins anew in another event loop or process. What was kept is ended, in another process
+        left untouched: it is the parent's, and so is the selector that it is in."""
         home = (os.getpid(), asyncio.get_running_loop())
         if self._home != home:
+            if self._home is not None and self._home[0] == home[0]:
+                for connection in self._idle:
+                    connection.end()
             self._left, self._idle = self._idle, deque()
             self._home = home
             self._limit = asyncio.Semaphore(MAX_CONNECTIONS)

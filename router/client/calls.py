@@ -20,6 +20,7 @@ from shardline.router.client.http1 import Response, Server
 from shardline.router.client.retries import Attempts, Outcome, Retry
 from shardline.router.contract import PROBLEM_TYPE, REFUSALS, ItemAnswer, pack_array
 from shardline.shards.core.errors import (
+    Behind,
     DeadlineExceeded,
     InvalidInput,
     NotFound,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from shardline.shards.core.messages import SearchParams
 
 DEFAULT_TIMEOUT_S = 30.0
+MAX_TIMEOUT_S = 1e6  # sockets take no more than about 9e9
+MAX_GOT = 100  # characters of a refused value that an error shows
 _KINDS: tuple[type[ShardlineError], ...] = (
     InvalidInput,
     NotFound,
@@ -46,6 +49,7 @@ _KINDS: tuple[type[ShardlineError], ...] = (
     Unavailable,
     DeadlineExceeded,
     Overloaded,
+    Behind,
     *REFUSALS,
 )
 _ERRORS = {kind.code: kind for kind in _KINDS}
@@ -69,6 +73,7 @@ class SearchFields(TypedDict, total=False):
     timeout_ms: float | None
     min_coverage: float | None
     params: "SearchParams | None"
+    min_seq: int | None
 
 
 def search_body(**fields: Unpack[SearchFields]) -> bytes:
@@ -83,11 +88,20 @@ def search_body(**fields: Unpack[SearchFields]) -> bytes:
         if name not in SearchFields.__annotations__:
             raise TypeError(f"search() got an unexpected keyword argument {name!r}")
         if value is not None:
-            given[name] = _CONVERTED[name](value) if name in _CONVERTED else value
+            given[name] = _converted(name, value)
     try:
         return _packed(given)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput("not to be sent", field=_culprit(given), got=str(error)) from error
+
+
+def _converted(name: str, value: Any) -> Any:
+    try:
+        return _CONVERTED[name](value) if name in _CONVERTED else value
+    except InvalidInput:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InvalidInput("not to be sent", field=name, got=repr(value)[:MAX_GOT]) from error
 
 
 def _packed(value: Any) -> bytes:
@@ -142,7 +156,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
 def _read_json(body: bytes) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError("not JSON", got=str(error)) from error
     return content
 
@@ -157,7 +171,8 @@ def as_error(response: Response) -> ShardlineError:
             expected=PROBLEM_TYPE,
             got=f"HTTP {response.status}",
         )
-    details = {name: problem.get(name) for name in ("field", "expected", "got", "hint")}
+    given = {name: problem.get(name) for name in ("field", "expected", "got", "hint")}
+    details = {name: None if value is None else str(value) for name, value in given.items()}
     kind = _ERRORS.get(problem["code"])
     if kind is not None:
         return kind(problem["detail"], **details)
@@ -170,9 +185,12 @@ def _problem_of(response: Response) -> dict[str, Any] | None:
         return None
     try:
         problem = json.loads(response.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return problem if isinstance(problem, dict) and {"code", "detail"} <= problem.keys() else None
+    if not isinstance(problem, dict):
+        return None
+    is_ours = all(isinstance(problem.get(name), str) for name in ("code", "detail"))
+    return problem if is_ours else None
 
 
 def _system_tls() -> "ssl.SSLContext":
@@ -199,8 +217,16 @@ class ClientCore:
         instead of the system's certificates. clock and uniform are for tests.
 
         Raises:
-            InvalidInput: no http(s) URL, or ``key`` has a form that no API key has.
+            InvalidInput: no http(s) URL, a ``key`` of a form that no API key has, or a timeout that
+                is no number of seconds from 0 to MAX_TIMEOUT_S.
         """
+        if not 0 < timeout <= MAX_TIMEOUT_S:
+            raise InvalidInput(
+                "not a timeout",
+                field="timeout",
+                expected=f"more than 0, at most {MAX_TIMEOUT_S:.0f} s",
+                got=str(timeout),
+            )
         self._server = Server.of(base_url, key)
         self._timeout_s = timeout
         self._retry = retry or Retry()

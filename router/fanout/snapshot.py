@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeAlias
 
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.connection import ShardConnection
-from shardline.shards.core.errors import InvalidInput, VersionMismatch
+from shardline.shards.core.errors import InvalidInput, Unavailable, VersionMismatch
 from shardline.shards.core.messages import ReplicaRoute, RoutingTable, ShardRoute
 from shardline.shards.core.schema import FloatArray
 
@@ -142,12 +142,20 @@ def _describe_shard(route: ShardRoute, replicas: Replicas) -> dict[str, Any]:
 
 def _describe_replica(route: ReplicaRoute, connection: ShardConnection | None) -> dict[str, Any]:
     address = None if route.address is None else f"{route.address[0]}:{route.address[1]}"
+    reason, code = "", ""
+    if connection is not None:
+        reason, code = connection.reason, Unavailable.code if connection.reason else ""
+    elif route.absence is None:
+        reason, code = "not placed yet", Unavailable.code
+    else:
+        reason, code = route.absence.text, route.absence.code
     return {
         "replica": route.key.replica,
         "epoch": route.epoch,
         "address": address,
         "connected": connection is not None and connection.connected,
-        "reason": "no process serves it" if connection is None else connection.reason,
+        "code": code,
+        "reason": reason,
     }
 
 

@@ -25,6 +25,7 @@ from shardline.router.contract import (
     UnsupportedMediaType,
 )
 from shardline.shards.core.errors import (
+    Behind,
     DeadlineExceeded,
     InvalidInput,
     NotFound,
@@ -71,6 +72,7 @@ PROBLEMS: dict[str, _Kind] = {
     "internal": _Kind(500, "Internal error"),
     VersionMismatch.code: _Kind(503, "Encoder and index are of different models", retry=True),
     Unavailable.code: _Kind(503, "Unavailable", retry=True),
+    Behind.code: _Kind(503, "Writes are missing", retry=True),
     DeadlineExceeded.code: _Kind(504, "Deadline exceeded"),
 }
 

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 POLL_TIMEOUT_S = 30.0
 RETRY_S = 0.5
 SECRET_S = 30.0
-FIRST_TABLE_S = 30.0
+FIRST_TABLE_S = 300.0  # its encoder is verified byte by byte: 25 GB take 20 s and more
 
 
 class ServeApp:

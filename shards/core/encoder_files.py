@@ -15,6 +15,7 @@ Formats 1 and 2 hold them in weights.safetensors and are read into memory.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,23 @@ class MappedArrays:
         """Rows ``start`` and on of each named array; its first block says shape and type."""
         for name, block in blocks.items():
             if name not in self._arrays:
-                self._arrays[name] = np.lib.format.open_memmap(
-                    self._folder / f"{name}{MAPPED}",
-                    mode="w+",
-                    dtype=block.dtype,
-                    shape=(self._rows, *block.shape[1:]),
+                path = self._folder / f"{name}{MAPPED}"
+                self._arrays[name] = array = np.lib.format.open_memmap(
+                    path, mode="w+", dtype=block.dtype, shape=(self._rows, *block.shape[1:])
                 )
+                _reserve(path, array.nbytes)
             self._arrays[name][start : start + len(block)] = block
+
+
+def _reserve(path: Path, array_bytes: int) -> None:
+    """Takes the disk space of an array now: a mapped page without room would kill the process.
+
+    Raises:
+        OSError: there is not enough.
+    """
+    with path.open("r+b") as file:
+        size = path.stat().st_size
+        os.posix_fallocate(file.fileno(), size - array_bytes, array_bytes)
 
 
 def write_encoder(folder: Path, config: dict[str, Any], weights: Weights) -> None:

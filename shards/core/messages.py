@@ -162,9 +162,17 @@ class Welcome:
     mac: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Absence:
+    """Why a replica does not answer: the code of an error of shards.core.errors, and a text."""
+
+    code: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRoute:
-    """Where one replica answers. address is None while no process serves it.
+    """Where one replica answers. address is None while no process serves it; absence says why.
 
     epoch rises each time the replica is placed anew: a router never goes back to a lower one.
     """
@@ -172,6 +180,7 @@ class ReplicaRoute:
     key: ReplicaKey
     epoch: int
     address: tuple[str, int] | None
+    absence: Absence | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -245,7 +245,7 @@ class MainIndex:
         if layers.is_ivf:
             made = faiss.SearchParametersIVF()
             nprobe = params.nprobe or math.ceil((self._defaults.nprobe or 1) * widening)
-            made.nprobe = min(nprobe, layers.base.nlist)
+            made.nprobe = min(nprobe, layers.base.nlist, MAX_NPROBE)
         elif layers.is_hnsw:
             made = faiss.SearchParametersHNSW()
             ef_search = params.ef_search or math.ceil((self._defaults.ef_search or 0) * widening)

@@ -44,7 +44,8 @@ class IndexSpec(BaseModel):
     """The index as the user asks for it; a field left out is chosen by rows, dim and device.
 
     The parameters of a search that are left out are chosen by measurement when shards are built.
-    They are meant for 100 results: more visit more lists in proportion, fewer re-rank as many rows.
+    They are measured for 100 results. A query for more results visits proportionally more lists;
+    one for fewer re-ranks as many candidates as for 100.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

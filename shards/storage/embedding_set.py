@@ -35,6 +35,7 @@ from shardline.shards.core.schema import (
     Metric,
     check_ids,
     check_vectors,
+    query_vectors,
     unit_vectors,
 )
 from shardline.shards.storage.vector_files import (
@@ -43,6 +44,7 @@ from shardline.shards.storage.vector_files import (
     ROWS_PER_BATCH,
     item_batch,
     open_ipc,
+    read_queries,
     vector_matrix,
     write_queries,
 )
@@ -74,6 +76,7 @@ class EmbeddingSet:
     rows: int
     created_at: str
     files: tuple[FileEntry, ...]
+    has_queries: bool
 
     @property
     def encoder_folder(self) -> Path | None:
@@ -84,8 +87,22 @@ class EmbeddingSet:
     @property
     def queries_file(self) -> Path | None:
         """Where the sample queries lie, for ``read_queries``; None for a set without."""
-        path = self.folder / QUERIES_NAME
-        return path if path.is_file() else None
+        return self.folder / QUERIES_NAME if self.has_queries else None
+
+    def queries(self) -> FloatArray:
+        """(n, dim) float32 sample queries, at least one, checked as items are.
+
+        Raises:
+            CorruptFile: ``queries_file`` is not such a file. DataError: its vectors are refused.
+        """
+        assert self.queries_file is not None
+        queries = read_queries(self.queries_file, dim=self.dim)
+        if not len(queries):
+            raise CorruptFile(f"{self.queries_file}: no sample queries", expected="at least one")
+        try:
+            return query_vectors(queries, dim=self.dim, metric=self.metric, field="embedding")
+        except InvalidInput as error:
+            raise as_data_error(error, self.queries_file) from error
 
     def item_ids(self) -> IdArray:
         """(rows,) int64, all different, in file order; vectors are not read.
@@ -159,6 +176,7 @@ def open_embedding_set(folder: Path, *, verify: bool = True) -> EmbeddingSet:
         rows=manifest["rows"],
         created_at=manifest["created_at"],
         files=tuple(entry for entry in entries if entry.rows is not None),
+        has_queries=any(entry.name == QUERIES_NAME for entry in entries),
     )
 
 
@@ -196,8 +214,8 @@ class EmbeddingWriter:
             raise InvalidInput(
                 "attribute columns changed",
                 field="attributes",
-                expected=", ".join(self._schema.names),
-                got=", ".join(batch.schema.names),
+                expected=_columns(self._schema),
+                got=_columns(batch.schema),
             )
         self._ids.append(ids)
         for start in range(0, len(ids), ROWS_PER_BATCH):
@@ -284,6 +302,10 @@ def embedding_writer(
             "files": [asdict(entry) for entry in [*writer.files, *others]],
         }
         write_manifest(staging, kind=KIND, version=VERSION, body=body)
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema)
 
 
 def _refuse_reserved(names: list[str]) -> None:

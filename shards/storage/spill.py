@@ -21,9 +21,10 @@ from shardline.shards.core.errors import CorruptFile
 from shardline.shards.core.partition import Partition
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.storage.embedding_set import EmbeddingBatch
-from shardline.shards.storage.vector_files import item_batch, open_ipc, vector_matrix
+from shardline.shards.storage.vector_files import item_batch, open_ipc, plain, vector_matrix
 
 SPILL_FOLDER = "spill"
+MAX_OFFSET = 2**31 - 1  # bytes of text that an array of Arrow's plain types addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class SpillWriter:
         if (shards != shards[0]).any():
             order = np.argsort(shards, kind="stable")
             ids, vectors, shards = ids[order], vectors[order], shards[order]
-            attributes = attributes.take(pa.array(order))
+            attributes = plain(attributes).take(pa.array(order))
         columns = item_batch(ids, vectors, attributes)
         found, starts = np.unique(shards, return_index=True)
         for shard, start, stop in zip(found, starts, [*starts[1:], len(ids)], strict=True):
@@ -105,6 +106,15 @@ def read_spill(generation: Path, shard: int, *, rows: int, dim: int) -> ShardRow
         vectors[target[start:stop]] = vector_matrix(chunk, dim)
         start = stop
     attributes = table.drop_columns(["item_id", "embedding"])
-    if attributes.num_columns:
-        attributes = attributes.take(pa.array(order))
+    if attributes.num_columns and (order[1:] < order[:-1]).any():
+        attributes = attributes.cast(_wide(attributes)).take(pa.array(order))
     return ShardRows(ids[order], vectors, attributes)
+
+
+def _wide(table: pa.Table) -> pa.Schema:
+    """Text beyond MAX_OFFSET gets 64-bit offsets: ``take`` makes one array of a column."""
+    wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    return pa.schema(
+        field.with_type(wide.get(field.type, field.type)) if column.nbytes > MAX_OFFSET else field
+        for field, column in zip(table.schema, table.columns, strict=True)
+    )

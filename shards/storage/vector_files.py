@@ -7,13 +7,15 @@
 The IPC *stream* format is not used: cut at a message boundary, it reads as a shorter table.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from shardline.shards.core.errors import CorruptFile
+from shardline.shards.core.errors import CorruptFile, InvalidInput
 from shardline.shards.core.files import atomic_path
 from shardline.shards.core.schema import FloatArray, IdArray
 
@@ -25,17 +27,57 @@ MAX_SAMPLE_QUERIES = 2_000
 def item_batch(
     item_ids: IdArray, vectors: FloatArray, attributes: pa.RecordBatch | None
 ) -> pa.RecordBatch:
-    """item_ids (n,), vectors (n, dim) and the attributes of n rows as one record batch.
+    """item_ids (n,), vectors (n, dim) and the attributes of n rows, ``plain``, as one batch.
 
-    Dictionary columns become plain ones: parts of a corpus come with dictionaries of their own,
-    and an IPC file takes only one.
+    Raises as ``plain``.
     """
     columns = {"item_id": pa.array(item_ids), "embedding": vector_array(vectors)}
-    rest = pa.record_batch({}) if attributes is None else attributes
-    for name, column in zip(rest.schema.names, rest.columns, strict=True):
-        is_dictionary = pa.types.is_dictionary(column.type)
-        columns[name] = column.dictionary_decode() if is_dictionary else column
+    if attributes is not None:
+        attributes = plain(attributes)
+        columns |= zip(attributes.schema.names, attributes.columns, strict=True)
     return pa.RecordBatch.from_pydict(columns)
+
+
+def plain(attributes: pa.RecordBatch) -> pa.RecordBatch:
+    """The columns in the types that every part of a corpus can share and rows can be picked from.
+
+    Dictionaries are decoded, since parts of a corpus come with dictionaries of their own and an IPC
+    file takes only one; so are runs. Views become text and bytes with 64-bit offsets.
+
+    Raises:
+        InvalidInput: one of these types inside a list or a struct.
+    """
+    columns = []
+    for field, column in zip(attributes.schema, attributes.columns, strict=True):
+        if pa.types.is_run_end_encoded(field.type):
+            column = pc.run_end_decode(column)
+        columns.append(column.cast(_plain_type(column.type)))
+        if any(map(_is_encoded, _inner_types(columns[-1].type))):
+            raise InvalidInput(
+                "an attribute's type cannot be stored",
+                field=field.name,
+                expected="no dictionaries, runs or views inside lists and structs",
+                got=str(field.type),
+            )
+    return pa.RecordBatch.from_arrays(columns, names=attributes.schema.names)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _plain_type(kind.value_type)
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return views.get(kind, kind)
+
+
+def _is_encoded(kind: pa.DataType) -> bool:
+    return bool(_plain_type(kind) != kind)
+
+
+def _inner_types(kind: pa.DataType) -> Iterator[pa.DataType]:
+    for index in range(kind.num_fields):
+        inner = kind.field(index).type
+        yield inner
+        yield from _inner_types(inner)
 
 
 def vector_array(vectors: FloatArray) -> pa.FixedSizeListArray:

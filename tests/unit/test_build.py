@@ -1,11 +1,13 @@
 """What a build makes of a corpus: read once, cut into shards, attributes and queries kept."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -15,10 +17,10 @@ from shardline.cluster import build as build_module
 from shardline.cluster.build import build_checked, build_generation, check_plan, run_here
 from shardline.cluster.cli import cli
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, DataError
+from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput
 from shardline.shards.core.files import MANIFEST_NAME, write_manifest
 from shardline.shards.core.schema import Metric, normalise
-from shardline.shards.storage.embedding_set import EmbeddingSet
+from shardline.shards.storage.embedding_set import EmbeddingSet, embedding_writer
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
     ITEM_IDS_NAME,
@@ -31,6 +33,7 @@ from shardline.shards.storage.generation import (
     verify_generation,
 )
 from shardline.shards.storage.spill import spill_file
+from shardline.shards.storage.vector_files import write_queries
 from tests.engine import plan_of, write_set
 
 ROWS, DIM = 500, 8
@@ -206,6 +209,22 @@ def test_queries_of_the_set_are_kept_and_measured_with(tmp_path: Path, store: St
         verify_generation(folder, built)
 
 
+@pytest.mark.parametrize(
+    ("queries", "error"), [(some(0), CorruptFile), (np.full((3, DIM), np.nan), DataError)]
+)
+def test_queries_are_checked_before_anything_is_written(
+    tmp_path: Path, store: Store, queries: np.ndarray, error: type[Exception]
+) -> None:
+    with embedding_writer(
+        tmp_path / "set", model_version="m", dim=DIM, metric=Metric.L2, created_at="now"
+    ) as writer:
+        writer.append(np.arange(ROWS), some())
+        write_queries(writer.folder / "queries.arrow", queries)
+    with pytest.raises(error, match=r"queries\.arrow"):
+        build_generation(store, tmp_path / "set", plan_of(2, kind="flat"))
+    assert not store.generation(1).parent.exists()
+
+
 def test_without_queries_items_are_asked_and_named_so(tmp_path: Path, store: Store) -> None:
     write_set(tmp_path / "set", some())
     trained = build_generation(store, tmp_path / "set", plan_of(2, kind="ivf", nlist=4))
@@ -267,6 +286,36 @@ def test_equal_vectors_are_all_right_answers(tmp_path: Path, store: Store) -> No
     write_set(tmp_path / "set", np.tile(some(100), (60, 1)))
     built = build_generation(store, tmp_path / "set", plan_of(3, kind="ivf", nlist=8, nprobe=8))
     assert built.quality["recall@100"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda texts: texts.cast(pa.string_view()),
+        lambda texts: texts.cast(pa.binary()).cast(pa.binary_view()),
+        lambda texts: texts.dictionary_encode(),
+        lambda texts: pc.run_end_encode(texts),
+    ],
+)
+def test_attributes_of_every_encoding_follow_their_items(
+    tmp_path: Path, store: Store, encode: Callable[[pa.Array], pa.Array]
+) -> None:
+    ids = shuffled_ids()
+    column = encode(pa.array([f"{item}" for item in ids]))
+    write_set(tmp_path / "set", some(), ids=ids, attributes=pa.record_batch({"text": column}))
+    built = build_generation(store, tmp_path / "set", plan_of(3, kind="flat"))
+    for shard in range(3):
+        kept = read_attributes(store.generation(1), built, shard)
+        assert kept is not None
+        texts = [t.decode() if isinstance(t, bytes) else t for t in kept["text"].to_pylist()]
+        assert texts == [f"{item}" for item in ids_of(store, built, shard)]
+
+
+def test_an_encoding_inside_a_list_is_refused_by_the_name_of_its_column(tmp_path: Path) -> None:
+    inner = pa.array(["a"] * ROWS).dictionary_encode()
+    tags = pa.ListArray.from_arrays(pa.array(range(ROWS + 1), pa.int32()), inner)
+    with pytest.raises(InvalidInput, match="tags"):
+        write_set(tmp_path / "set", some(), attributes=pa.record_batch({"tags": tags}))
 
 
 def test_the_command_says_what_was_chosen_and_measured_with(tmp_path: Path) -> None:

@@ -161,12 +161,28 @@ def test_every_code_has_its_error(code, kind):
     assert "r7" in error.hint if kind is ShardlineError else error.hint == "h"
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}"])
+STRANGE = [b'{"code": [1], "detail": "x"}', b'{"code": "x", "detail": null}', b"[" * 100_000]
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", *STRANGE])
 @pytest.mark.parametrize("content_type", [b"text/html", b"application/problem+json"])
 def test_an_answer_of_somebody_else_is_unavailable(body, content_type):
     error = as_error(Response(502, {b"content-type": content_type}, body, keep_alive=True))
     assert isinstance(error, Unavailable)
     assert error.got == "HTTP 502"
+
+
+def test_the_details_of_a_problem_may_be_of_any_type():
+    problem = {"code": "invalid_input", "detail": "what", "field": 3, "expected": [1], "got": None}
+    headers = {b"content-type": b"application/problem+json"}
+    error = as_error(Response(400, headers, json.dumps(problem).encode(), keep_alive=True))
+    assert str(error) == str(InvalidInput("what", field="3", expected="[1]"))
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 1e10, float("inf"), float("nan")])
+def test_a_timeout_that_no_socket_takes_is_refused(kind, timeout):
+    with pytest.raises(InvalidInput, match="timeout"):
+        kind("http://127.0.0.1:1", timeout=timeout)
 
 
 def test_a_server_that_is_not_there_is_unavailable_with_a_hint(kind):

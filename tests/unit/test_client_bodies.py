@@ -144,3 +144,12 @@ def test_a_table_without_its_library_says_what_to_install(
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=f"pip install {library}"):
         getattr(answer, verb)()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"features": {"a": 1}}, {"features": 5}, {"params": {"nprobe": 3}}]
+)
+def test_what_has_another_shape_is_refused_by_its_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        search_body(**fields)
+    assert caught.value.field in fields

@@ -34,7 +34,7 @@ from shardline.shards.core.errors import (
     Unavailable,
 )
 from tests.client_pair import KINDS, BlockingTwin, slept_into
-from tests.scripted_server import CLOSE, HANG, OK, answer, scripted
+from tests.scripted_server import CLOSE, HANG, LATE, OK, answer, scripted
 
 ONCE = Retry(attempts=1)
 PROBLEM = "content-type: application/problem+json"
@@ -294,13 +294,33 @@ async def test_a_cancelled_call_leaves_no_answer_to_the_next() -> None:
             assert server.connections == 2
 
 
+def test_an_async_client_keeps_no_connection_of_a_loop_that_it_has_left() -> None:
+    with scripted(LATE) as server:
+        client = AsyncClient(server.url)
+
+        async def enter() -> None:
+            client._enter_loop()
+
+        async def ask_in_another_loop_meanwhile() -> None:
+            call = asyncio.create_task(client.status())
+            while not server.requests:
+                await asyncio.sleep(0.001)
+            await asyncio.to_thread(asyncio.run, enter())
+            server.release.set()
+            await call
+            await asyncio.sleep(0)
+
+        asyncio.run(ask_in_another_loop_meanwhile())
+        assert not client._idle
+
+
 def test_an_async_client_goes_on_in_another_event_loop() -> None:
     with scripted() as server:
         client = AsyncClient(server.url)
 
         async def ask(last: bool) -> dict[str, Any]:
             found = await client.status()
-            client._idle.pop().close()  # a loop that ends should find nothing open
+            client._idle[0]._transport.close()  # a loop that ends should find nothing open
             if last:
                 await client.close()
             await asyncio.sleep(0)

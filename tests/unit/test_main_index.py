@@ -171,6 +171,13 @@ def test_selections_used_alternately_do_not_undo_each_other(built, queries, kind
     assert all(len(selection.prepared) <= 1 for selection in selections)
 
 
+def test_a_default_widened_for_a_large_k_stays_within_the_limit(built, monkeypatch) -> None:
+    main = build_main(manifold(ROWS, DIM, 4, seed=1), kind="ivf", nlist=8, nprobe=4)
+    monkeypatch.setattr("shardline.shards.index.main_index.MAX_NPROBE", 6)
+    made = main._base_parameters(200, 2.0, SearchParams(), None)
+    assert made.nprobe == 6
+
+
 def test_ties_are_ordered_by_row(built, vectors) -> None:
     rows, _ = built["flat", Metric.DOT].search(vectors[:1], 11, FULL)
     assert rows[0].tolist() == [0, *range(100, 110)]

@@ -11,7 +11,6 @@ from shardline.cluster.control.placement import (
     Place,
     Placement,
     Publish,
-    Reason,
     ReplicaFailed,
     ReplicaRegistered,
     ReplicaUnreachable,
@@ -19,13 +18,19 @@ from shardline.cluster.control.placement import (
     retry_after_s,
     step,
 )
-from shardline.shards.core.messages import ReplicaKey, ReplicaRoute, RoutingTable, ShardRoute
+from shardline.shards.core.messages import (
+    Absence,
+    ReplicaKey,
+    ReplicaRoute,
+    RoutingTable,
+    ShardRoute,
+)
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
 
 GENERATION = 7
-GONE = Reason("unavailable", "gone")
-CORRUPT = Reason("corrupt_file", "index.faiss: wrong checksum")
+GONE = Absence("unavailable", "gone")
+CORRUPT = Absence("corrupt_file", "index.faiss: wrong checksum")
 
 
 def key(shard: int, replica: int = 0) -> ReplicaKey:
@@ -100,7 +105,7 @@ def test_a_restarted_shard_gets_a_higher_epoch_and_its_new_address() -> None:
     )
     assert instructions == (Publish(table=lost.table),)
     assert routes(lost.table)[0].address is None
-    assert lost.replicas[key(0)].reason == GONE
+    assert lost.replicas[key(0)].route.absence == GONE
     again, _ = step(lost, ReplicaRegistered(key=key(0), address=("h", 2)))
     assert routes(again.table)[0].address == ("h", 2)
     assert routes(again.table)[0].epoch > first.epoch
@@ -178,10 +183,10 @@ def test_a_failed_shard_is_placed_again_later_and_later() -> None:
         assert isinstance(place, Place)
         delays.append(place.after_s)
     assert delays == [1, 2, 4, 8, 16, 30, 30]
-    assert placement.replicas[key(0)].reason == CORRUPT
+    assert placement.replicas[key(0)].route.absence == CORRUPT
     placement, _ = step(placement, ReplicaRegistered(key=key(0), address=("h", 1)))
     assert placement.replicas[key(0)].failures == 0
-    assert placement.replicas[key(0)].reason is None
+    assert placement.replicas[key(0)].route.absence is None
 
 
 @pytest.mark.parametrize("failures", [0, 1, 5, 1000])

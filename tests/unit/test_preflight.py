@@ -213,6 +213,16 @@ def test_doctor_passes_the_port_of_this_stores_cluster(
     assert f"ok    port {other}: free" in ends(capsys, *arguments)[1]
 
 
+def test_doctor_lists_what_a_killed_command_left(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = store.generations / ".000007.abc.tmp"
+    left.mkdir(parents=True)
+    (left / "spill").write_bytes(bytes(3 << 20))
+    _, out, _ = ends(capsys, "--store", str(store.root), "doctor")
+    assert f"ok    unfinished folders: {left} (3 MiB); delete" in out
+
+
 def test_doctor_fails_a_store_that_is_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,8 +5,10 @@ import logging
 import orjson
 import pytest
 
+from shardline.router.client.calls import as_error
+from shardline.router.client.http1 import Response
 from shardline.router.contract import REFUSALS, PayloadTooLarge
-from shardline.router.http.problems import MAX_TEXT, PROBLEMS, to_problem
+from shardline.router.http.problems import MAX_TEXT, PROBLEM_TYPE, PROBLEMS, to_problem
 from shardline.shards.core.errors import (
     CorruptFile,
     DeadlineExceeded,
@@ -72,3 +74,17 @@ def test_an_unexpected_error_is_logged_and_not_told(error, caplog):
 def test_a_callers_own_text_is_repeated_only_so_far():
     _, _, body = problem_of(InvalidInput("x", got="a" * 10_000))
     assert len(body["got"]) == MAX_TEXT
+
+
+def test_every_temporary_error_has_a_status_and_comes_back_as_itself() -> None:
+    for kind in (Unavailable, *Unavailable.__subclasses__()):
+        if kind.__module__ == Unavailable.__module__:
+            problem = to_problem(kind("later"), request_id="r", retry_after_s=1)
+            assert problem.status in (429, 503, 504)
+            response = Response(
+                problem.status,
+                {b"content-type": PROBLEM_TYPE.encode()},
+                problem.body,
+                keep_alive=True,
+            )
+            assert type(as_error(response)) is kind

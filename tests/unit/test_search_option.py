@@ -12,6 +12,7 @@ from shardline.router.cache import cache_key
 from shardline.router.contract import Degraded
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
+from shardline.router.http.problems import to_problem
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import Behind, InvalidInput
@@ -101,6 +102,11 @@ async def test_a_shard_that_is_behind_is_left_out_and_said_so() -> None:
             query = decode_query(json.dumps(body).encode(), Media.JSON, CONFIG)
             now = asyncio.get_running_loop().time()
             assert (await service.search(query, arrived_at=now)).coverage.degraded == degraded
+        body = {"vectors": QUERY.tolist(), "min_seq": 6}
+        query = decode_query(json.dumps(body).encode(), Media.JSON, CONFIG)
+        with pytest.raises(Behind, match="no shard answered") as caught:
+            await service.search(query, arrived_at=asyncio.get_running_loop().time())
+        assert to_problem(caught.value, request_id="r", retry_after_s=1).status == 503
     finally:
         await service.close()
         for server in servers:

@@ -12,10 +12,10 @@ import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 
 from shardline.cluster.control import shard_actors
-from shardline.cluster.control.placement import Event, Reason, ReplicaFailed, ReplicaUnreachable
+from shardline.cluster.control.placement import Event, ReplicaFailed, ReplicaUnreachable
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
 from shardline.shards.core.errors import CorruptFile, NewerFormat, ShardlineError, Unavailable
-from shardline.shards.core.messages import ReplicaKey
+from shardline.shards.core.messages import Absence, ReplicaKey
 from tests.engine import build_generation
 from tests.fake_actor import HANG, Handle, raised_in_a_method, raised_in_the_constructor
 
@@ -75,7 +75,7 @@ def test_a_shard_that_ray_cannot_place_has_failed(
 
     monkeypatch.setattr(shard_actors, "_existing", lambda name: None)
     monkeypatch.setattr(actors, "_create", refuse)
-    assert actors.place(KEY) == ReplicaFailed(key=KEY, reason=Reason("unavailable", "left here"))
+    assert actors.place(KEY) == ReplicaFailed(key=KEY, reason=Absence("unavailable", "left here"))
     assert actors.placed == ()
 
 
@@ -108,6 +108,8 @@ def test_a_dead_one_has_failed_once(actors: ShardActors, handle: Handle) -> None
     event = check(actors)
     assert isinstance(event, ReplicaFailed)
     assert event.key == KEY
+    assert actors.placed == (KEY,)  # until the failure is on disk
+    actors.forget(KEY)
     assert actors.placed == ()
 
 
@@ -155,7 +157,7 @@ def test_what_it_says_of_itself_or_why_it_does_not(actors: ShardActors, handle: 
     handle.describe.plan = [{"rows": 10}, ActorUnavailableError("restarting", None)]
     assert asyncio.run(actors.describe(KEY)) == {"rows": 10}
     reason = asyncio.run(actors.describe(KEY))
-    assert isinstance(reason, Reason)
+    assert isinstance(reason, Absence)
     assert reason.code == "unavailable"
     assert "restarting" in reason.text
 
@@ -195,14 +197,14 @@ def test_the_reason_of_our_error_is_its_code_and_text(
     wrapped: Callable[[Exception], Exception], kind: type[ShardlineError]
 ) -> None:
     ours = kind("index.faiss: wrong", got="x", hint="build again")
-    assert reason_of(wrapped(ours)) == Reason(kind.code, "index.faiss: wrong; got x; build again")
+    assert reason_of(wrapped(ours)) == Absence(kind.code, "index.faiss: wrong; got x; build again")
 
 
 def test_the_reason_of_another_error_is_its_last_line() -> None:
     unavailable = Unavailable.code
-    assert reason_of(Exception("first\n  last \n\n")) == Reason(unavailable, "last")
-    assert reason_of(raised_in_the_constructor(OSError("no port"))) == Reason(
+    assert reason_of(Exception("first\n  last \n\n")) == Absence(unavailable, "last")
+    assert reason_of(raised_in_the_constructor(OSError("no port"))) == Absence(
         unavailable, "no port"
     )
     assert reason_of(ActorDiedError()).code == unavailable
-    assert reason_of(TimeoutError()) == Reason(unavailable, "TimeoutError")
+    assert reason_of(TimeoutError()) == Absence(unavailable, "TimeoutError")

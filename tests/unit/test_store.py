@@ -1,5 +1,6 @@
 """CURRENT and the numbering of generations."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,23 @@ def test_a_damaged_counter_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "counter.json").write_text(content)
     with pytest.raises(CorruptFile, match=r"counter\.json: not a counter"):
         Store(tmp_path).counter()
+
+
+def test_two_controllers_raise_one_counter_and_never_lower_it(tmp_path: Path) -> None:
+    """Threads stand for processes: the lock is one of the file, taken anew each time."""
+    store = Store(tmp_path)
+    store.raise_counter(1)
+    seen: list[int] = []
+
+    def raise_all(numbers: range) -> None:
+        for number in numbers:
+            store.raise_counter(number)
+            seen.append(store.counter() - number)
+
+    threads = [threading.Thread(target=raise_all, args=(range(start, 400, 2),)) for start in (2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert min(seen) >= 0
+    assert store.counter() == 399

@@ -87,7 +87,10 @@ class MiningConfig(Section):
         default=0, ge=0, description="Epochs between two minings during training; 0 for never."
     )
     per_user: int = Field(
-        default=10, ge=1, le=MAX_K, description="[items] Negatives wanted per user; fewer: starved."
+        default=10,
+        ge=1,
+        le=MAX_K,
+        description="[items] Per user; one with fewer is starved.",
     )
     range_min: int = Field(
         default=1, ge=1, le=MAX_K, description="[rank] First rank; above 1 skips likely positives."
