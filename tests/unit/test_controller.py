@@ -228,6 +228,30 @@ async def test_a_replica_that_cannot_load_ends_the_wait_with_its_code(
     }
 
 
+async def test_a_full_disk_does_not_lose_the_failure_of_a_replica(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    async with running(store) as controller:
+        await until(lambda: len(alive) == SHARDS)
+        await register(controller, 57)
+        (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-0-"))
+        refused = []
+
+        def full(self: Store, number: int) -> None:
+            refused.append(number)
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(Store, "raise_counter", full)
+            alive[name].ping.plan = [ActorDiedError()] * 1000
+            await until(lambda: len(refused) > 3)
+        await until(lambda: controller._placement.replicas[ReplicaKey(57, 1)].failures == 1)
+        table = await controller.table_after(0, 1)
+    assert table is not None
+    assert [route.absence is None for s in table.shards for route in s.replicas] == [True, False]
+
+
 async def test_the_wait_ends_without_a_generation_when_the_time_is_up(store: Store) -> None:
     async with running(store) as controller:
         assert await controller.wait_ready(0.01) is None
