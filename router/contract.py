@@ -100,7 +100,7 @@ class Degraded:
         return f"shard {self.shard}: {self.text}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: every search makes one, in a third of the time
 class Coverage:
     """How much of the corpus an answer saw; ``degraded`` says why each missing shard is missing.
 

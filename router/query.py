@@ -38,7 +38,7 @@ class ResolvedQuery:
     options: SearchOptions
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
 class Merged:
     """The k best of all shards that answered; search_ms is the longest search any of them reported.
 
