@@ -74,10 +74,15 @@ def synth(
 
 
 @data.command("import")
-@click.option("--format", "kind", type=click.Choice([each.value for each in Format]), required=True)
 @click.option(
-    "--source", type=click.Path(path_type=Path), required=True, help="Folder of the files."
+    "--format",
+    "kind",
+    type=click.Choice([each.value for each in Format]),
+    default=Format.TABLE.value,
+    show_default=True,
+    help="table: Parquet, Arrow, CSV or JSON lines, by content; parquet is an older name of it.",
 )
+@click.option("--source", required=True, help="Folder of the files, a file, or a URL of either.")
 @out_option
 @click.option(
     "--on-error",
@@ -98,12 +103,20 @@ def synth(
 )
 @click.option("--test-per-user", type=int, help="Items held out, where there is no test split.")
 @click.option("--min-rating", type=int, help="MovieLens: leave out ratings below.")
-@click.option("--users-file", help="Parquet: file of the source's folder; 'none' derives users.")
-@click.option("--items-file", help="Parquet: file of the source's folder; 'none' derives items.")
-@click.option("--interactions-file", help="Parquet: file in the source, where that is a folder.")
-@click.option("--user-column", help="Parquet: column of user ids.")
-@click.option("--item-column", help="Parquet: column of item ids.")
-@click.option("--time-column", help="Parquet: column of integers, or 'none' for the rows' order.")
+@click.option("--users-file", help="Table of users in the source's folder; 'none' derives it.")
+@click.option("--items-file", help="Table of items in the source's folder; 'none' derives it.")
+@click.option("--interactions-file", help="Table of interactions, where the source is a folder.")
+@click.option("--user-column", help="Column of user ids.")
+@click.option("--item-column", help="Column of item ids.")
+@click.option("--time-column", help="Column of times, or 'none' for the rows' order.")
+@click.option(
+    "--types",
+    multiple=True,
+    metavar="COLUMN=TYPE",
+    help="Type of a CSV or JSON column, not inferred. Repeatable.",
+)
+@click.option("--drop", multiple=True, metavar="COLUMN,...", help="Columns to leave out.")
+@click.option("--only", multiple=True, metavar="COLUMN,...", help="The only feature columns.")
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
@@ -111,14 +124,17 @@ def import_command(
     settings: Settings,
     /,
     kind: str,
-    source: Path,
+    source: str,
     out: Path,
     overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Import real data: map ids, drop repeats, report missing and malformed lines."""
-    values = {name: value for name, value in options.items() if value is not None}
+    values = {name: value for name, value in options.items() if value not in (None, ())}
+    for name in ("types", "drop", "only"):
+        if name in values:
+            values[name] = tuple(each for text in values[name] for each in text.split(",") if each)
     for name in ("users_file", "items_file", "time_column"):
         if values.get(name) == "none":
             values[name] = None

@@ -8,6 +8,7 @@ is left they are the unknown; past items that the model does not know are skippe
 
 import math
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
 
+LARGEST = 10.0  # deviations from the mean; as training.features.columns.LARGEST
+DAY_S = 86_400.0
 VALUE_TYPES: dict[str, type] = {"int": int, "string": str, "bool": bool}
 
 
@@ -137,40 +140,60 @@ class Text:
 
 
 class Number:
-    """A number, or a vector of a fixed number of them, standardised as in training."""
+    """A number, a time or a vector of a fixed number of numbers, standardised as in training.
+
+    A null has the mean and, where training had some, an indicator that says so.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._vector: bool = config["vector"]
         self._log: bool = config["log"]
         self._mean = np.asarray(config["mean"], dtype=np.float64)
         self._deviation = np.asarray(config["deviation"], dtype=np.float64)
+        self._missing: bool = config.get("missing", False)  # earlier encoders had no nulls
+        self._newest: float | None = config.get("newest")
         what = f"list of {len(self._mean)} finite numbers" if self._vector else "finite number"
-        self.info = FeatureInfo(
-            name=config["column"], kind="numeric", value=f"{what} >= 0" if self._log else what
-        )
+        if self._newest is not None:
+            what = "time as ISO 8601 text or in seconds since 1970"
+        elif self._log:
+            what += " >= 0"
+        self.info = FeatureInfo(name=config["column"], kind="numeric", value=f"{what}, or null")
 
     def rows(self, values: list[Any]) -> FloatArray:
         width = len(self._mean)
         numbers = np.empty((len(values), width))
         for row, value in enumerate(values):
+            if value is None:
+                numbers[row] = np.nan
+                continue
             if self._vector and (not isinstance(value, list | tuple) or len(value) != width):
                 got = f"{len(value)} values" if isinstance(value, list | tuple) else _kind(value)
                 raise Refused(row, got)
             for place, item in enumerate(value if self._vector else (value,)):
                 numbers[row, place] = self._checked(item, row, place)
+        absent = np.isnan(numbers)
+        if self._newest is not None:
+            numbers = np.maximum(self._newest - numbers, 0.0) / DAY_S
         numbers = np.log1p(numbers) if self._log else numbers
         with np.errstate(over="ignore"):
-            return ((numbers - self._mean) / self._deviation).astype(np.float32)
+            scaled = (numbers - self._mean) / self._deviation
+        scaled = np.where(absent, 0.0, np.clip(scaled, -LARGEST, LARGEST))
+        if self._missing:
+            scaled = np.concatenate([scaled, absent.any(axis=1, keepdims=True)], axis=1)
+        return scaled.astype(np.float32)
 
     def _checked(self, value: Any, row: int, place: int) -> float:
         where = f"[{place}]" if self._vector else ""
+        if self._newest is not None and type(value) is str:
+            return _seconds(row, value)
         if type(value) is not float and type(value) is not int:
             raise Refused(row, _kind(value), where)
         try:
             number = float(value)
         except OverflowError:
             raise Refused(row, "an integer too large", where) from None
-        if not math.isfinite(number) or (self._log and number < 0):
+        is_negative = self._log and self._newest is None and number < 0
+        if not math.isfinite(number) or is_negative:
             raise Refused(row, str(number), where)
         return number
 
@@ -241,6 +264,15 @@ def _item_ids(row: int, value: Any) -> IdArray:
         return np.asarray(value, dtype=np.int64)
     except OverflowError:
         raise Refused(row, "an integer too large") from None
+
+
+def _seconds(row: int, text: str) -> float:
+    """Since 1970, of an ISO 8601 date or time; one without a zone is in UTC."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise Refused(row, f"string {text[:40]!r}") from None
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _mean_row(table: FloatArray, places: list[int]) -> FloatArray:

@@ -95,18 +95,17 @@ def test_columns_of_another_type(column: Any, values: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([1.0, np.nan], r"t: x\[1\]: number out of range; expected finite numbers; got nan"),
+        ([1.0, np.inf], r"t: x\[1\]: number out of range; expected finite numbers; got inf"),
         ([-np.inf, 1.0], r"t: x\[0\].*got -inf"),
-        ([1.0, None], r"t: x\[1\].*got nan"),
         ([1.0, -2.0], r"t: x\[1\].*expected >= 0, because log is set; got -2.0"),
     ],
 )
-def test_numbers_that_are_none(values: list[float], words: str) -> None:
+def test_numbers_that_no_feature_takes(values: list[float], words: str) -> None:
     column = Standardiser(column="x", log=True, vector=False, mean=[0.0], deviation=[1.0])
     with pytest.raises(DataError, match=words):
         column.encode(pa.table({"x": values}), "t")
     vector = Standardiser(column="x", log=True, vector=True, mean=[0.0], deviation=[1.0])
-    flat = np.array([[np.nan if v is None else v] for v in values], np.float32)
+    flat = np.array([[value] for value in values], np.float32)
     with pytest.raises(DataError, match=words):
         vector.encode(pa.table({"x": vector_column(flat)}), "t")
 
@@ -204,8 +203,6 @@ def test_kinds_that_do_not_fit_the_column(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        (pa.array([["a"], None]), "tags: missing values"),
-        (pa.array([["a"], ["b", None]]), "tags: missing values"),
         (pa.array([[1.5], []]), "tags: wrong type; .*got list<"),
         (pa.array([[["a"]], []]), "tags: wrong type; .*got list<"),
     ],

@@ -133,8 +133,8 @@ USERS, ITEMS, ROWS = users_table(), items_table(), interactions_table()
             "negative id; expected >= 0; got -1",
         ),
         (
-            {"users": replace(USERS, "age", pa.array([1, None, 3]))},
-            "users.parquet: age: missing values",
+            {"users": replace(USERS, "user_id", pa.array([1, None, 3]))},
+            "users.parquet: user_id: missing values",
         ),
         ({"users": replace(USERS, "age", pa.array([1, 2, np.inf]))}, r"age\[2\]: not finite"),
         (

@@ -23,11 +23,12 @@ OnError = Literal["raise", "skip"]
 class Format(StrEnum):
     LIGHTGCN = "lightgcn"
     MOVIELENS_100K = "movielens-100k"
-    PARQUET = "parquet"
+    TABLE = "table"
+    PARQUET = "parquet"  # the older name of ``table``
 
 
 class ImportConfig(BaseModel):
-    """How to read a source. Column names and files apply to the Parquet format only."""
+    """How to read a source. What is said of columns and files applies to tables only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -53,18 +54,28 @@ class ImportConfig(BaseModel):
         default=1, ge=1, le=5, description="MovieLens ratings below are left out"
     )
     users_file: str | None = Field(
-        default="users.parquet", description="in the source's folder; None derives users"
+        default="users",
+        description="in the source's folder, with or without its extension; None derives users",
     )
     items_file: str | None = Field(
-        default="items.parquet", description="in the source's folder; None derives items"
+        default="items",
+        description="in the source's folder, with or without its extension; None derives items",
     )
     interactions_file: str = Field(
-        default="interactions.parquet", description="below the source, or the source itself"
+        default="interactions", description="below the source, or the source itself"
     )
     user_column: str = Field(default="user_id", description="user id, in users and interactions")
     item_column: str = Field(default="item_id", description="item id, in items and interactions")
     time_column: str | None = Field(
-        default="timestamp", description="integers; None takes the order of rows"
+        default="timestamp",
+        description="integers, dates, times or ISO 8601 texts; None takes the order of rows",
+    )
+    types: tuple[str, ...] = Field(
+        default=(), description="column=type, where a text format would infer another type"
+    )
+    drop: tuple[str, ...] = Field(default=(), description="columns that are not read as features")
+    only: tuple[str, ...] | None = Field(
+        default=None, description="the columns that may be features; None for all"
     )
 
 

@@ -1,4 +1,4 @@
-"""Real data into a dataset folder: LightGCN text, MovieLens 100k, and Parquet tables.
+"""Real data into a dataset folder: LightGCN text, MovieLens 100k, and tables in many formats.
 
 A reader of the format parses; ``import_dataset`` drops repeats, assigns splits and
 writes. What was wrong with the source is counted in an ``ImportReport``, with file and line of the
@@ -7,23 +7,25 @@ first few cases. A malformed line stops the import unless ``on_error="skip"``.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from shardline.shards.core.errors import DataError
 from shardline.shards.core.schema import IdArray
 from shardline.training.data.formats import SHOWN, Format, ImportConfig, ImportReport, Source
-from shardline.training.data.parquet_format import read_parquet
 from shardline.training.data.splits import SplitCodes, cold_rows, hold_out, split_codes
 from shardline.training.data.table_checks import SPLITS
+from shardline.training.data.table_format import read_tables
 from shardline.training.data.table_writer import interaction_batch, write_dataset
 from shardline.training.data.text_formats import read_lightgcn, read_movielens
 
 TRAIN, VAL, TEST = range(3)  # places in SPLITS
-READERS: dict[Format, Callable[[Path, ImportConfig, ImportReport], Source]] = {
+READERS: dict[Format, Callable[[Any, ImportConfig, ImportReport], Source]] = {
     Format.LIGHTGCN: read_lightgcn,
     Format.MOVIELENS_100K: read_movielens,
-    Format.PARQUET: read_parquet,
+    Format.TABLE: read_tables,
+    Format.PARQUET: read_tables,
 }
 
 __all__ = ["Format", "ImportConfig", "ImportReport", "import_dataset"]
@@ -31,7 +33,7 @@ __all__ = ["Format", "ImportConfig", "ImportReport", "import_dataset"]
 
 def import_dataset(
     kind: Format,
-    source: Path,
+    source: Path | str,
     target: Path,
     config: ImportConfig | None = None,
     *,
@@ -50,7 +52,7 @@ def import_dataset(
     """
     settings = config or ImportConfig()
     report = ImportReport()
-    parsed = READERS[kind](source, settings, report)
+    parsed = READERS[kind](_place(kind, source), settings, report)
     parsed = _drop_unknown(parsed, settings, report)
     parsed = _drop_repeats(parsed, report)
     codes = _split(parsed, settings)
@@ -61,11 +63,16 @@ def import_dataset(
         parsed.users,
         parsed.items,
         iter([batch]),
-        name=source.name,
+        name=Path(str(source)).name,
         parameters={"importer": kind.value, **settings.model_dump(mode="json")},
         overwrite=overwrite,
     )
     return report
+
+
+def _place(kind: Format, source: Path | str) -> Path | str:
+    """Tables may lie behind a URL, which a Path would spoil."""
+    return source if kind in (Format.TABLE, Format.PARQUET) else Path(source)
 
 
 def _drop_unknown(parsed: Source, config: ImportConfig, report: ImportReport) -> Source:

@@ -1,4 +1,6 @@
-"""What may be in the three tables of a dataset: columns, types, complete and finite values, ids.
+"""What may be in the three tables of a dataset: columns, types, finite values, ids, nulls.
+
+A null is a missing value of a feature; ids, times and splits have none.
 
 Every refusal is a DataError with file and column, expected and got. Tables come back in the form
 they are stored in: features sorted by id, interactions in the exact schema.
@@ -83,7 +85,7 @@ def interaction_table(table: pa.Table, where: str) -> pa.Table:
 
 
 def feature_table(table: pa.Table, key: str, where: str) -> pa.Table:
-    """The table sorted by its key column, every column of an acceptable type and complete."""
+    """The table sorted by its key column, every column of an acceptable type."""
     if key not in table.column_names:
         raise DataError(
             "missing column",
@@ -93,6 +95,7 @@ def feature_table(table: pa.Table, key: str, where: str) -> pa.Table:
         )
     if table.schema.field(key).type != pa.int64():
         raise _wrong_type(where, key, "int64", str(table.schema.field(key).type))
+    _refuse_nulls(table[key], where, key)
     for name in table.column_names:
         if table.column_names.count(name) > 1:
             raise DataError("column occurs twice", field=f"{where}: {name}")
@@ -118,18 +121,24 @@ def _check_feature(column: pa.ChunkedArray, where: str, name: str) -> None:
     kind = column.type
     is_vector = pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()
     is_scalar = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    if not (is_vector or is_scalar or _is_text(kind) or _is_list_of_values(kind)):
-        expected = "bool, integer, float, string, list of strings or integers, or vector of float32"
+    is_time = pa.types.is_timestamp(kind)
+    if not (is_vector or is_scalar or is_time or _is_text(kind) or _is_list_of_values(kind)):
+        expected = (
+            "bool, integer, float, string, timestamp, list of strings or integers, "
+            "or vector of float32"
+        )
         raise _wrong_type(where, name, expected, str(kind))
-    _refuse_nulls(column, where, name)
     if not (is_vector or pa.types.is_floating(kind)):
         return
-    flat = column.combine_chunks().flatten() if is_vector else column
-    bad = np.flatnonzero(~np.isfinite(flat.to_numpy()))
+    present = np.flatnonzero(column.is_valid().to_numpy())
+    flat = column.drop_null().combine_chunks()
+    values = (flat.flatten() if is_vector else flat).to_numpy(zero_copy_only=False)
+    width = kind.list_size if is_vector else 1
+    bad = np.flatnonzero(~np.isfinite(values.astype(np.float64)))
     if len(bad):
         raise DataError(
             "not finite",
-            field=f"{where}: {name}[{bad[0] // (kind.list_size if is_vector else 1)}]",
+            field=f"{where}: {name}[{present[bad[0] // width]}]",
             expected="finite numbers",
             got="NaN or infinity",
         )
@@ -148,15 +157,12 @@ def _is_list_of_values(kind: pa.DataType) -> bool:
 
 def _refuse_nulls(column: pa.ChunkedArray, where: str, name: str) -> None:
     nulls = column.null_count
-    if pa.types.is_nested(column.type):
-        nulls += column.combine_chunks().flatten().null_count
     if nulls:
         raise DataError(
             "missing values",
             field=f"{where}: {name}",
             expected="no nulls",
             got=f"{nulls} nulls",
-            hint="fill them, and add an indicator column if their absence means something",
         )
 
 

@@ -9,8 +9,8 @@
 Ids are arbitrary int64 >= 0, unique and ascending in their table. The training part speaks of a
 user or item by its *row* in that table: dense, and in the same order as the ids, so that "ties by
 lower row" is "ties by lower id". ``rows_of`` translates. Feature columns are bool, integer,
-float, string, list of strings or integers, or fixed_size_list<float32>[n]; no value is null, NaN
-or infinite.
+float, string, timestamp, list of strings or integers, or fixed_size_list<float32>[n]; a null is a
+missing value, and no value is NaN or infinite.
 
 Parquet pages carry checksums, files are verified against the manifest when a folder is opened,
 and a folder is complete or absent.
@@ -178,10 +178,15 @@ def vector_column(vectors: NDArray[np.float32]) -> pa.FixedSizeListArray:
 
 
 def vector_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    """A fixed_size_list<float32>[d] column as (n, d) float32."""
+    """A fixed_size_list<float32>[d] column as (n, d) float32; a null row is of NaN."""
     array = column.combine_chunks()
-    flat: NDArray[np.float32] = array.flatten().to_numpy()
-    return flat.reshape(len(array), column.type.list_size)
+    flat: NDArray[np.float32] = array.flatten().to_numpy(zero_copy_only=False)
+    rows = flat.reshape(-1, column.type.list_size)
+    if not array.null_count:
+        return rows
+    matrix = np.full((len(array), column.type.list_size), np.nan, dtype=np.float32)
+    matrix[array.is_valid().to_numpy(zero_copy_only=False)] = rows
+    return matrix
 
 
 def _described(identity: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.schema import IdArray
@@ -106,7 +107,7 @@ def query_features(
         if kind == "history":
             columns[name] = _histories(dataset, users, splits)
         elif name in table.column_names:
-            columns[name] = table[name].to_pylist()
+            columns[name] = _as_sent(table[name])
         else:
             raise NotFound(
                 f"{dataset.path}: users have no column {name!r}",
@@ -116,6 +117,14 @@ def query_features(
     return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
+
+
+def _as_sent(column: pa.ChunkedArray) -> list[Any]:
+    """The values as a query brings them: plain ones, times in seconds since 1970."""
+    if pa.types.is_timestamp(column.type):
+        ticks = column.cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64(), safe=False)
+        column = pc.divide(ticks, 1e6)
+    return list(column.to_pylist())
 
 
 def query_features_of_user(

@@ -1,9 +1,9 @@
 """A table column as model inputs: vocabularies, bags of values, hashed text, scaled numbers.
 
 Each is fitted or configured once and then encodes the column of any table of the same kind. Row 0
-of an embedding table means unknown: a value that training has not seen, a list or a text with
-nothing known in it. A row's *bag* is a list of embedding rows whose embeddings are averaged; it is
-never empty.
+of an embedding table means unknown: a null, a value that training has not seen, a list or a text
+with nothing known in it. A row's *bag* is a list of embedding rows whose embeddings are averaged;
+it is never empty.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,9 @@ from shardline.training.data.csr import Csr
 from shardline.training.data.tables import vector_matrix
 
 ValueType = Literal["int", "string", "bool"]
+
+LARGEST = 10.0  # deviations from the mean; beyond, one odd value would outweigh all others
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,7 @@ class TextHash:
     def encode(self, table: pa.Table, where: str) -> Csr:
         """The bag of each row; [0] where the text has no n-gram."""
         texts = strings(column_of(table, self.column, where), where, self.column)
-        bags = [self._ngrams(text) for text in texts.to_pylist()]
+        bags = [self._ngrams(text or "") for text in texts.to_pylist()]
         lengths = np.array([len(bag) for bag in bags], dtype=np.int64)
         flat = np.fromiter((row for bag in bags for row in bag), np.int64, int(lengths.sum()))
         return _bags(flat, lengths, self.max_ngrams)
@@ -100,27 +103,41 @@ class TextHash:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standardiser:
-    """(x - mean) / deviation per component, after log(1 + x) where ``log`` is set."""
+    """(x - mean) / deviation per component, cut off at LARGEST deviations.
+
+    log: of log(1 + x). newest: of a time, in seconds since 1970; its age in days before then is
+    what is scaled. A missing value has the mean; ``missing``, set where the fitted column had some,
+    adds a number that is 1 for them and 0 for others.
+    """
 
     column: str
     log: bool
     vector: bool  # a list of numbers per row, even if it is a list of one
     mean: list[float]
     deviation: list[float]
+    missing: bool = False
+    newest: float | None = None
 
     @property
     def width(self) -> int:
-        return len(self.mean)
+        return len(self.mean) + self.missing
 
     def encode(self, table: pa.Table, where: str) -> FloatArray:
-        """(n, width) float32; DataError where a value is not finite, or negative under ``log``."""
+        """(n, width) float32; DataError where a value is infinite, or negative under ``log``."""
         column = column_of(table, self.column, where)
-        values = numbers(column, where, self.column, log=self.log)
-        if values.shape[1] != self.width or pa.types.is_fixed_size_list(column.type) != self.vector:
-            expected = f"a vector of {self.width} numbers" if self.vector else "a number"
+        is_time = pa.types.is_timestamp(column.type)
+        values = numbers(column, where, self.column, log=self.log, newest=self.newest)
+        is_vector = pa.types.is_fixed_size_list(column.type)
+        if (
+            values.shape[1] != len(self.mean)
+            or is_vector != self.vector
+            or is_time != (self.newest is not None)
+        ):
+            expected = "a number" if self.newest is None else "a timestamp"
+            if self.vector:
+                expected = f"a vector of {len(self.mean)} numbers"
             raise wrong_type(where, self.column, expected, column.type)
-        scaled = (values - np.asarray(self.mean)) / np.asarray(self.deviation)
-        return np.asarray(scaled, dtype=np.float32)
+        return standardised(values, self.mean, self.deviation, missing=self.missing)
 
 
 Bag = MultiVocabulary | TextHash
@@ -161,6 +178,22 @@ def value_type(kind: pa.DataType) -> ValueType | None:
     return "string" if pa.types.is_string(kind) else None
 
 
+def standardised(
+    values: NDArray[np.float64], mean: list[float], deviation: list[float], *, missing: bool
+) -> FloatArray:
+    """(n, d) values, NaN where missing, as (n, d) or, with ``missing``, (n, d + 1) float32.
+
+    ``router.encoder.inputs.Number`` does the same.
+    """
+    with np.errstate(over="ignore"):
+        scaled = (values - np.asarray(mean)) / np.asarray(deviation)
+    absent = np.isnan(values)
+    scaled = np.where(absent, 0.0, np.clip(scaled, -LARGEST, LARGEST))
+    if missing:
+        scaled = np.concatenate([scaled, absent.any(axis=1, keepdims=True)], axis=1)
+    return scaled.astype(np.float32)
+
+
 def is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
@@ -180,20 +213,33 @@ def list_values(column: pa.ChunkedArray, where: str, name: str) -> tuple[IdArray
 
 
 def numbers(
-    column: pa.ChunkedArray, where: str, name: str, *, log: bool = False
+    column: pa.ChunkedArray,
+    where: str,
+    name: str,
+    *,
+    log: bool = False,
+    newest: float | None = None,
 ) -> NDArray[np.float64]:
-    """(n, width) float64 of numbers or fixed-size lists of them, as log(1 + x) if ``log`` is set.
+    """(n, width) float64 of numbers, times, or fixed-size lists of numbers; NaN where missing.
+
+    Times are seconds since 1970 or, with ``newest``, days before then. With ``log``, log(1 + x).
 
     Raises:
-        DataError: another type; null, NaN or infinity; a negative number under ``log``.
+        DataError: another type; an infinity; a negative number under ``log``.
     """
     if is_number(column.type):
-        values: NDArray[np.float64] = column.cast(pa.float64()).to_numpy()[:, None]
+        # integers beyond 2^53 are rounded, as a quantity may be
+        values: NDArray[np.float64] = column.cast(pa.float64(), safe=False).to_numpy()[:, None]
+    elif pa.types.is_timestamp(column.type):
+        ticks = column.cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64(), safe=False)
+        values = ticks.to_numpy()[:, None] / 1e6
+        if newest is not None:
+            values = np.maximum(newest - values, 0.0) / DAY_S
     elif pa.types.is_fixed_size_list(column.type):
         values = vector_matrix(column).astype(np.float64)
     else:
         raise wrong_type(where, name, "numbers, or fixed-size lists of them", column.type)
-    _refuse(~np.isfinite(values), values, where, name, "finite numbers")
+    _refuse(np.isinf(values), values, where, name, "finite numbers")
     if log:
         _refuse(values < 0, values, where, name, ">= 0, because log is set")
         return np.log1p(values)

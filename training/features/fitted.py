@@ -44,6 +44,7 @@ from shardline.training.features.columns import (
 )
 
 MIN_DEVIATION = 1e-6  # a constant column becomes zeros instead of a division by zero
+SAFE_SQUARE = 1e100  # squares of numbers up to here, and their sums, are finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +239,35 @@ def _frequent(
 
 def _fit_standardiser(feature: NumericFeature, table: pa.Table, where: str) -> Standardiser:
     column = column_of(table, feature.column, where)
-    values = numbers(column, where, feature.column, log=feature.log)
+    newest = None
+    if pa.types.is_timestamp(column.type):
+        seconds = numbers(column, where, feature.column)
+        newest = float(np.nanmax(seconds)) if not np.isnan(seconds).all() else 0.0
+    values = numbers(column, where, feature.column, log=feature.log, newest=newest)
+    mean, deviation = _moments(values)
     return Standardiser(
         column=feature.column,
         log=feature.log,
         vector=pa.types.is_fixed_size_list(column.type),
-        mean=values.mean(axis=0).tolist(),
-        deviation=np.maximum(values.std(axis=0), MIN_DEVIATION).tolist(),
+        mean=mean.tolist(),
+        deviation=deviation.tolist(),
+        missing=bool(np.isnan(values).any()),
+        newest=newest,
     )
+
+
+def _moments(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and deviation of each column without its NaN; finite for any finite values."""
+    values = values[~np.isnan(values).all(axis=1)]
+    if not len(values):
+        return np.zeros(values.shape[1]), np.ones(values.shape[1])
+    largest = float(np.nanmax(np.abs(values)))
+    scale = largest if largest > SAFE_SQUARE else 1.0
+    scaled = values / scale
+    has_gaps = bool(np.isnan(scaled).any())
+    mean = np.nanmean(scaled, axis=0) if has_gaps else scaled.mean(axis=0)
+    deviation = np.nanstd(scaled, axis=0) if has_gaps else scaled.std(axis=0)
+    return mean * scale, np.maximum(deviation * scale, MIN_DEVIATION)
 
 
 def _check_widths(config: TrainingConfig, space: FeatureSpace) -> None:

@@ -28,6 +28,7 @@ from shardline.training.config.tower_config import (
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.tables import ORIGINAL_ID, Dataset
 from shardline.training.features.columns import (
+    DAY_S,
     is_list,
     is_number,
     list_values,
@@ -44,6 +45,7 @@ FEW_STRINGS = 1000  # text columns with more are titles, codes or keys
 FEW_ELEMENTS = 100_000  # distinct values of a list column; with more, they are keys of something
 WORDS = 2.0  # average from which a many-valued text is language, and not a code or a name
 DENSE_INTERACTIONS = 5  # train interactions per item from which a vector per id can be learned
+SAFE_CUBE = 1e90  # cubes of numbers up to here, and their sums, are finite
 SKEWED = 1.0  # skewness from which log(1 + x) is taken; an exponential has 2, a normal 0
 
 
@@ -91,6 +93,8 @@ def _suggest(table: pa.Table, key: str) -> list[FeatureConfig]:
 
 
 def _suggest_one(name: str, column: pa.ChunkedArray) -> FeatureConfig | None:
+    if column.null_count == len(column):
+        return None
     if is_list(column.type):
         return _suggest_list(name, column)
     values = plain(column)
@@ -102,7 +106,7 @@ def _suggest_one(name: str, column: pa.ChunkedArray) -> FeatureConfig | None:
         return TextFeature(column=name) if _has_words(values) else None
     if kind == "bool" or (kind == "int" and distinct <= min(FEW_INTEGERS, len(values) // 4)):
         return CategoricalFeature(column=name)
-    return NumericFeature(column=name, log=is_number(column.type) and _is_skewed(column))
+    return NumericFeature(column=name, log=_is_skewed(column))
 
 
 def _suggest_list(name: str, column: pa.ChunkedArray) -> FeatureConfig | None:
@@ -118,8 +122,17 @@ def _has_words(texts: pa.ChunkedArray) -> bool:
 
 
 def _is_skewed(column: pa.ChunkedArray) -> bool:
+    """Of numbers, or of the ages of times."""
+    if not (is_number(column.type) or pa.types.is_timestamp(column.type)):
+        return False
     values = numbers(column, "", "")
-    if values.size == 0 or values.min() < 0 or values.std() < MIN_DEVIATION:
+    values = values[~np.isnan(values)]
+    if values.size and pa.types.is_timestamp(column.type):
+        values = (values.max() - values) / DAY_S
+    if values.size == 0 or values.min() < 0:
+        return False
+    values = values / max(1.0, float(values.max()) / SAFE_CUBE)  # so that no cube is infinite
+    if values.std() < MIN_DEVIATION:
         return False
     standardised = (values - values.mean()) / values.std()
     return bool(np.mean(standardised**3) > SKEWED)

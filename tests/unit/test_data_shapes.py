@@ -1,0 +1,446 @@
+"""Tables as people have them: imported, or refused with one line that says what to do."""
+
+import csv
+import gzip
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shardline.router.encoder.inputs import Number
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound, ShardlineError
+from shardline.training.config.tower_config import NumericFeature
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.column_types import (
+    Unusable,
+    feature_column,
+    id_column,
+    time_column,
+)
+from shardline.training.data.importers import Format, ImportConfig, import_dataset
+from shardline.training.data.tables import Dataset, open_dataset
+from shardline.training.features.fitted import _fit_standardiser, fit
+from shardline.training.features.infer import _suggest, infer_config
+from tests.data_shapes.columns import IDS, REFUSED, ROWS, TAKEN, TIMES
+
+CLICKS = pa.table(
+    {
+        "user_id": np.repeat(np.arange(ROWS), 6),
+        "item_id": np.tile(np.arange(6), ROWS),
+        "timestamp": np.arange(ROWS * 6),
+    }
+)
+
+
+def users(column: pa.Array, name: str = "x") -> pa.Table:
+    return pa.table({"user_id": np.arange(ROWS), name: column})
+
+
+def imported(folder: Path, **config: Any) -> Dataset:
+    out = folder.parent / f"{folder.name}-out"
+    import_dataset(Format.TABLE, folder, out, ImportConfig.model_validate(config), overwrite=True)
+    return open_dataset(out)
+
+
+def parquet_folder(folder: Path, **tables: pa.Table) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        pq.write_table(table, folder / f"{name}.parquet")
+    return folder
+
+
+def ipc_folder(folder: Path, **tables: pa.Table) -> Path:
+    """Arrow streams: these hold what Parquet does not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        path = str(folder / f"{name}.arrows")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return folder
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_columns_that_are_taken(tmp_path: Path, name: str) -> None:
+    make, kind = TAKEN[name]
+    source = ipc_folder(tmp_path / "in", users=users(make()), interactions=CLICKS)
+    dataset = imported(source)
+    column = dataset.users()["x"]
+    assert column.type == kind
+    assert column.null_count == make_nulls(make())
+    space = fit(infer_config(TrainingConfig(), dataset), dataset)
+    block = space.query.encode(dataset.users(), "users")
+    assert len(block) == ROWS
+    assert np.isfinite(block.numeric).all()
+
+
+def make_nulls(array: pa.Array) -> int:
+    """Missing values of a column: nulls and NaN."""
+    values = array.to_pylist() if not isinstance(array, pa.ExtensionArray) else [1] * len(array)
+    return sum(value is None or value != value for value in values)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_columns_that_are_refused(tmp_path: Path, name: str) -> None:
+    make, words = REFUSED[name]
+    source = ipc_folder(tmp_path / "in", users=users(make()), interactions=CLICKS)
+    with pytest.raises(DataError) as caught:
+        imported(source)
+    message = str(caught.value)
+    assert message.startswith("users.arrows: x: column cannot be a feature; ")
+    assert words in message
+    assert message.endswith("; --drop x leaves it out")
+    assert imported(source, drop=["x"]).users().column_names == ["user_id"]
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_ids(tmp_path: Path, name: str) -> None:
+    make, expected = IDS[name]
+    ids = make()
+    clicks = pa.table(
+        {"user_id": pa.chunked_array([ids] * 6), "item_id": np.repeat(np.arange(6), ROWS)}
+    )
+    source = ipc_folder(tmp_path / "in", interactions=clicks)
+    if isinstance(expected, str):
+        with pytest.raises(DataError) as caught:
+            imported(source, time_column=None)
+        assert expected in str(caught.value)
+        return
+    dataset = imported(source, time_column=None)
+    assert dataset.user_ids.tolist() == expected
+    has_originals = "original_id" in dataset.users().column_names
+    assert has_originals == (expected[0] == 0)
+
+
+@pytest.mark.parametrize("name", TIMES)
+def test_times(name: str) -> None:
+    make, expected = TIMES[name]
+    column = pa.chunked_array([make()])
+    if isinstance(expected, str):
+        with pytest.raises(Unusable) as caught:
+            time_column(column)
+        why = caught.value
+        assert expected in f"timestamp: not usable as times; expected {why.expected}; got {why.got}"
+        return
+    assert np.argsort(np.argsort(time_column(column))).tolist() == expected
+
+
+def test_every_refused_column_is_named_at_once(tmp_path: Path) -> None:
+    struct = pa.array([{"a": 1}] * ROWS)
+    table = users(struct).append_column("y", struct).append_column("age", CLICKS["item_id"][:ROWS])
+    source = parquet_folder(tmp_path / "in", users=table, interactions=CLICKS)
+    with pytest.raises(DataError, match=r"2 columns cannot.*users.parquet: y.*--drop x,y leaves"):
+        imported(source)
+    assert imported(source, only=["age"]).users().column_names == ["user_id", "age"]
+    with pytest.raises(InvalidInput, match=r"--drop: no such column.*got agee"):
+        imported(source, drop=["agee", "x", "y"])
+
+
+def test_a_column_called_history_is_refused(tmp_path: Path) -> None:
+    table = users(pa.array(["a"] * ROWS), "history")
+    with pytest.raises(DataError, match=r"users.parquet: history.*--drop history"):
+        imported(parquet_folder(tmp_path / "in", users=table, interactions=CLICKS))
+
+
+def test_the_index_of_a_pandas_frame_is_no_feature(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"user_id": range(20), "age": np.arange(20) * 1.5})
+    folder = parquet_folder(tmp_path / "in", interactions=CLICKS)
+    frame[frame["user_id"] != 13].to_parquet(folder / "users.parquet")
+    assert "__index_level_0__" in pq.read_schema(folder / "users.parquet").names
+    dataset = imported(folder)
+    config = infer_config(TrainingConfig(), dataset)
+    assert [f.column for f in config.towers.query.features or ()] == ["age", "history"]
+
+
+@pytest.mark.parametrize("form", ["csv", "tsv", "csv.gz", "semicolon", "jsonl", "file", "stream"])
+def test_every_format_gives_the_same(tmp_path: Path, form: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    people = [
+        {"user_id": f"u{i}", "age": 20 + i if i % 3 else None, "city": f"a, b {i % 2}"}
+        for i in range(ROWS)
+    ]
+    clicks = [
+        {"user_id": f"u{u}", "item_id": i, "timestamp": f"2026-03-0{i + 1} 12:00:00"}
+        for u in range(ROWS)
+        for i in range(6)
+    ]
+    for name, rows in (("users", people), ("interactions", clicks)):
+        write(folder, name, rows, form)
+    dataset = imported(folder)
+    table = dataset.users()
+    assert table["original_id"].to_pylist() == [row["user_id"] for row in people]
+    assert table["age"].to_pylist() == [row["age"] for row in people]
+    assert table["city"].to_pylist() == [row["city"] for row in people]
+    assert dataset.rows["interactions"] == len(clicks)
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], form: str) -> None:
+    if form in ("csv", "tsv", "csv.gz", "semicolon"):
+        delimiter = {"tsv": "\t", "semicolon": ";"}.get(form, ",")
+        path = folder / f"{name}.csv"
+        with path.open("w", newline="") as file:
+            out = csv.DictWriter(file, rows[0], delimiter=delimiter)
+            out.writeheader()
+            out.writerows(rows)
+        if form == "csv.gz":
+            (folder / f"{name}.csv.gz").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+    elif form == "jsonl":
+        (folder / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        table = pa.Table.from_pylist(rows)
+        make = pa.ipc.new_file if form == "file" else pa.ipc.new_stream
+        with pa.OSFile(str(folder / name), "wb") as file, make(file, table.schema) as writer:
+            writer.write_table(table)
+
+
+def test_part_files_of_spark_and_their_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for country in ("FR", "PL"):
+        part = folder / "users.parquet" / f"country={country}"
+        part.mkdir(parents=True)
+        ids = [0, 1, 2, 3] if country == "FR" else [4, 5, 6, 7]
+        kinds = pa.array(["a" if country == "FR" else "b"] * 4).dictionary_encode()
+        pq.write_table(pa.table({"user_id": ids, "kind": kinds}), part / "part-0.parquet")
+    (folder / "users.parquet" / "_SUCCESS").touch()
+    (folder / "users.parquet" / ".part.crc").write_bytes(b"\0")
+    pq.write_table(CLICKS, folder / "interactions.parquet")
+    table = imported(folder).users()
+    assert table["country"].to_pylist() == ["FR"] * 4 + ["PL"] * 4
+    assert table["kind"].to_pylist() == ["a"] * 4 + ["b"] * 4
+
+
+def test_part_files_whose_types_drift(tmp_path: Path) -> None:
+    folder = parquet_folder(tmp_path / "in", interactions=CLICKS) / "users"
+    folder.mkdir()
+    pq.write_table(pa.table({"user_id": range(4), "x": pa.nulls(4)}), folder / "a")
+    pq.write_table(pa.table({"user_id": range(4, 6), "x": [1, 2]}), folder / "b")
+    pq.write_table(pa.table({"user_id": range(6, 8), "x": [1.5, 2.5]}), folder / "c")
+    assert imported(folder.parent).users()["x"].to_pylist() == [None] * 4 + [1, 2, 1.5, 2.5]
+    pq.write_table(pa.table({"user_id": [9], "x": ["z"]}), folder / "d")
+    with pytest.raises(DataError, match="users/d: x: part files disagree; expected double, as in"):
+        imported(folder.parent)
+
+
+def test_urls(tmp_path: Path) -> None:
+    folder = parquet_folder(tmp_path / "in", interactions=CLICKS)
+    out = tmp_path / "out"
+    report = import_dataset(Format.TABLE, folder.as_uri(), out)
+    assert report.users == ROWS
+    with pytest.raises(InvalidInput, match="--source: not a place to read from"):
+        import_dataset(Format.TABLE, "nowhere://x/y", tmp_path / "out2")
+    with pytest.raises(NotFound):
+        import_dataset(Format.TABLE, "file:///no/such/folder", tmp_path / "out2")
+
+
+def test_types_of_text_columns_can_be_given(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n007,1,1\n7,2,2\n007,3,3\n")
+    assert imported(folder).rows["users"] == 1
+    assert imported(folder, types=["user_id=string"]).rows["users"] == 2
+    with pytest.raises(InvalidInput, match="--types: wrong value; expected column=type"):
+        imported(folder, types=["user_id=text"])
+    with pytest.raises(InvalidInput, match=r"--types: no such column.*got usr"):
+        imported(folder, types=["usr=string"])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"\n \n", "empty"),
+        (b"[1, 2]", "a JSON array; expected JSON lines"),
+        (b'{"user_id": 1}\n{"user_id": ', "not readable"),
+        (b"user_id,item_id\n1,2,3\n", "not readable"),
+        (b"PAR1 and no more", "not readable"),
+        (b"ARROW1 and no more", "not readable"),
+        (b"\xff\xff\xff\xff and no more", "not readable"),
+        (b"\x1f\x8b and no more", "not readable"),
+        (b"\0\1\2", "of no known format"),
+        (b"user_id,user_id,item_id\n1,2,3\n", "user_id: column occurs twice"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "clicks").write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        import_dataset(Format.TABLE, tmp_path / "clicks", tmp_path / "out")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tables_of_other_libraries(tmp_path: Path) -> None:
+    rows = {
+        "user_id": [f"u{i}" for i in range(ROWS)],
+        "age": [1, None] * 4,
+        "joined": ["2026-01-01"] * ROWS,
+        "tags": [["a"], []] * 4,
+    }
+    clicks = {
+        "user_id": [f"u{i}" for i in range(ROWS)] * 3,
+        "item_id": list(range(24)),
+        "timestamp": list(range(24)),
+    }
+    for name in ("pandas", "polars", "duckdb"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for stem, content in (("users", rows), ("interactions", clicks)):
+            path = str(folder / f"{stem}.parquet")
+            if name == "pandas":
+                pd.DataFrame(content).to_parquet(path)
+            elif name == "polars":
+                pl.DataFrame(content).write_parquet(path)
+            else:
+                table = pa.table(content)
+                duckdb.from_arrow(table).write_parquet(path)
+        table = imported(folder).users()
+        assert table["age"].to_pylist() == rows["age"]
+        assert table["tags"].to_pylist() == rows["tags"]
+        assert table["original_id"].to_pylist() == rows["user_id"]
+
+
+def test_a_missing_number_has_the_mean_and_an_indicator(tmp_path: Path) -> None:
+    source = parquet_folder(
+        tmp_path / "in", users=users(pa.array([1.0, None] * 4)), interactions=CLICKS
+    )
+    dataset = imported(source)
+    space = fit(infer_config(TrainingConfig(), dataset), dataset)
+    numeric = space.query.encode(dataset.users(), "users").numeric
+    assert numeric.tolist() == [[0, 0], [0, 1]] * 4
+
+
+@pytest.mark.parametrize(
+    ("column", "sent"),
+    [
+        (pa.array([1.0, None, 3.0, 1e300]), [1.0, None, 3.0, 1e300]),
+        (pa.array([1.0, 2.0, 3.0, 500.0]), [1.0, 2, None, 500.0]),
+        (
+            pa.array([0, 86_400, None, 10**8], pa.timestamp("s")),
+            ["1970-01-01", "1970-01-02T01:00:00+01:00", None, 1e8],
+        ),
+        (
+            pa.array([[1.0, 2.0], None, [5.0, 6.0], [7.0, 8.0]], pa.list_(pa.float32(), 2)),
+            [[1.0, 2.0], None, [5.0, 6.0], [7.0, 8.0]],
+        ),
+    ],
+    ids=["nulls", "skewed, nulls in queries only", "times", "vectors"],
+)
+def test_a_query_is_encoded_as_its_column_was(column: pa.Array, sent: list[Any]) -> None:
+    table = pa.table({"user_id": np.arange(4), "x": column})
+    feature = infer_column(table)
+    fitted = _fit_standardiser(feature, table, "users")
+    trained = fitted.encode(table, "users")
+    served = Number(asdict(fitted)).rows(sent)
+    rows = [
+        row for row, value in enumerate(sent) if value is not None or column[row].as_py() is None
+    ]
+    np.testing.assert_allclose(served[rows], trained[rows], atol=1e-6)
+    assert trained.shape[1] == fitted.width
+    assert np.abs(trained).max() <= 10
+    if not column.null_count:  # nothing was missing in training: a null is an average row
+        assert served[2].tolist() == [0.0]
+
+
+def infer_column(table: pa.Table) -> NumericFeature:
+    (feature,) = [f for f in _suggest(table, "user_id") if isinstance(f, NumericFeature)]
+    return feature
+
+
+ELEMENTS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**64 - 1),
+    st.floats(),
+    st.text(max_size=8),
+    st.binary(max_size=8),
+    st.dates(),
+    st.datetimes(),
+    st.times(),
+    st.timedeltas(),
+    st.decimals(allow_nan=False, allow_infinity=False, places=2, max_value=10**9, min_value=0),
+)
+KINDS = [
+    pa.int8(), pa.uint64(), pa.int64(), pa.float16(), pa.float32(), pa.float64(), pa.string(),
+    pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view(), pa.date32(), pa.date64(),
+    pa.timestamp("s"), pa.timestamp("ns"), pa.timestamp("us", "UTC"), pa.time64("us"),
+    pa.duration("s"), pa.decimal128(20, 2), pa.null(), pa.bool_(), pa.binary(2),
+]  # fmt: skip
+WRAPPED = st.sampled_from(KINDS).flatmap(
+    lambda kind: st.sampled_from(
+        [
+            kind,
+            pa.list_(kind),
+            pa.list_view(kind),
+            pa.list_(kind, 2),
+            pa.large_list(pa.list_(kind)),
+            pa.struct({"a": kind}),
+        ]
+    )
+)
+
+
+@given(WRAPPED, st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_column_raises_an_exception_of_a_library(kind: pa.DataType, data: st.DataObject) -> None:
+    """Random types and values are taken, or refused with a reason; what is taken is known."""
+    shape = st.lists(ELEMENTS, max_size=3)
+    values = data.draw(
+        st.lists(st.one_of(ELEMENTS, shape, st.lists(shape, max_size=2)), max_size=6)
+    )
+    array = arrow(values, kind)
+    if array is None:
+        return
+    column = pa.chunked_array([array])
+    try:
+        taken = feature_column(column)
+    except Unusable as why:
+        assert why.expected
+        assert why.got
+    else:
+        assert len(taken) == len(column)
+        taken.validate(full=True)
+    for boundary in (id_column, time_column):
+        try:
+            assert len(boundary(column)) == len(column)
+        except Unusable as why:
+            assert why.expected
+
+
+def arrow(values: list[Any], kind: pa.DataType) -> pa.Array | None:
+    """Those of the values that fit the type, each as a row."""
+    fit = []
+    for value in values:
+        try:
+            pa.array([value], kind)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
+            continue
+        fit.append(value)
+    return pa.array(fit, kind) if fit else None
+
+
+@given(
+    st.binary(max_size=300), st.sampled_from([b"", b"a,b\n", b"PAR1", b"ARROW1", b"\x1f\x8b", b"{"])
+)
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_file_raises_an_exception_of_a_library(tmp_path: Path, tail: bytes, head: bytes) -> None:
+    (tmp_path / "clicks").write_bytes(head + tail)
+    with pytest.raises(ShardlineError):
+        import_dataset(Format.TABLE, tmp_path / "clicks", tmp_path / "out")
+
+
+def test_shapes_are_many() -> None:
+    assert len(TAKEN) + len(REFUSED) + len(IDS) + len(TIMES) >= 60
