@@ -174,7 +174,7 @@ def print_columns(
     }
     first = next(iter(columns.values()))
     header, rows = metric_rows(titles, ceilings)
-    print_table(f"{dataset.name}, {split} split, {first.users:,} users", header, rows)
+    print_table(f"{dataset.path.name}, {split} split, {first.users:,} users", header, rows)
     if first.segments:
         for metric in [n for n in first.means if n.startswith(("recall@", "ndcg@"))]:
             print_table(f"{metric} by segment", *segment_rows(columns, metric))

@@ -83,6 +83,11 @@ def test_columns_that_are_taken(tmp_path: Path, name: str) -> None:
     assert np.isfinite(block.numeric).all()
 
 
+def test_lists_lose_their_nulls() -> None:
+    column = pa.chunked_array([pa.array([["a", None], None, [None], []])])
+    assert feature_column(column).to_pylist() == [["a"], None, [], []]
+
+
 def make_nulls(array: pa.Array) -> int:
     """Missing values of a column: nulls and NaN."""
     values = array.to_pylist() if not isinstance(array, pa.ExtensionArray) else [1] * len(array)
@@ -268,6 +273,7 @@ def test_types_of_text_columns_can_be_given(tmp_path: Path) -> None:
         (b"\xff\xff\xff\xff and no more", "not readable"),
         (b"\x1f\x8b and no more", "not readable"),
         (b"\0\1\2", "of no known format"),
+        (b"user\ritem\r1\r2", "user_id: missing column"),
         (b"user_id,user_id,item_id\n1,2,3\n", "user_id: column occurs twice"),
     ],
 )

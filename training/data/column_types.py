@@ -5,6 +5,7 @@ and vectors of float32; a missing value is a null. A column that cannot be one o
 with its type and the reason; no exception of a library leaves this module.
 """
 
+import csv
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,10 @@ TIME = pa.timestamp("us")
 WHOLE = 2.0**53  # beyond, a float does not tell integers apart
 SIGN = np.uint64(1 << 63)
 # what the libraries raise for values and types that they cannot take
-LIBRARY_ERRORS = (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, KeyError)
+LIBRARY_ERRORS = (
+    *(pa.ArrowException, csv.Error),
+    *(OSError, ValueError, TypeError, ArithmeticError, LookupError, EOFError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def read_errors(path: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (*LIBRARY_ERRORS, MemoryError, NotImplementedError, EOFError) as error:
+    except (*LIBRARY_ERRORS, MemoryError, NotImplementedError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"{path}: not readable",
@@ -140,7 +144,7 @@ def _feature(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _list(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Lists of strings or integers as lists, lists of fractions as vectors of float32."""
+    """Lists of strings or integers without their nulls, lists of fractions as float32 vectors."""
     kind = column.type
     is_fixed = pa.types.is_fixed_size_list(kind)
     rows = pa.large_list(kind.value_type)
@@ -166,6 +170,10 @@ def _list(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if is_fixed and pa.types.is_integer(elements.type):
         return _vectors(elements.cast(pa.float64(), safe=False), lengths, str(column.type))
     filled = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
+    if elements.null_count:  # of a list, what is missing is left out
+        owners = np.repeat(np.arange(len(filled)), filled)[elements.is_valid().to_numpy()]
+        filled = np.bincount(owners, minlength=len(filled))
+        elements = elements.drop_null()
     offsets = pa.array(np.concatenate([[0], np.cumsum(filled)]), pa.int64())
     made = pa.LargeListArray.from_arrays(
         offsets, elements.combine_chunks(), mask=lengths.is_null() if lengths.null_count else None

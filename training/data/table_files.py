@@ -212,7 +212,7 @@ def _read_text(
 def _read_delimited(stream: pa.NativeFile, start: bytes, overrides: TypeOverrides) -> pa.Table:
     text = start.decode("utf-8-sig", errors="replace")
     delimiter = _delimiter(text)
-    header = next(csv.reader(io.StringIO(text), delimiter=delimiter), [])
+    header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     types = {name: kind for name, kind in overrides.types.items() if name in header}
     overrides.used.update(types)
     table = pa.csv.read_csv(
@@ -234,7 +234,7 @@ def _delimiter(text: str) -> str:
     """The candidate that cuts the header line into most fields; quoted ones do not count."""
 
     def fields(delimiter: str) -> int:
-        return len(next(csv.reader(io.StringIO(text), delimiter=delimiter), []))
+        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), []))
 
     return max(DELIMITERS, key=fields)
 
