@@ -9,7 +9,7 @@ import numpy as np
 from shardline.bench.vectors import BLOCK_ROWS, clustered_blocks
 from shardline.cluster.build import BuildPlan, RunJobs, build_generation
 from shardline.cluster.store import Store
-from shardline.shards.core.recall import exact_scores
+from shardline.shards.core.recall import exact_scores, without_repeats
 from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.storage.embedding_set import (
@@ -92,8 +92,11 @@ def best_scores(
     for batch in corpus.batches():
         flat = faiss.IndexFlatL2(corpus.dim) if is_l2 else faiss.IndexFlatIP(corpus.dim)
         flat.add(batch.vectors)
-        scores, rows = flat.search(queries, min(k, len(batch.item_ids)))
-        best.add_result(scores, batch.item_ids[rows])
+        _, rows = flat.search(queries, min(k, len(batch.item_ids)))
+        # faiss takes an L2 distance from norms and a product: of near rows with long vectors
+        # hardly a digit is right, and a result that ties with the last would be a miss
+        scores = exact_scores(queries, batch.vectors, rows, metric)
+        best.add_result(-scores if is_l2 else scores, batch.item_ids[rows])
     best.finalize()
     scores = -best.D if is_l2 else best.D
     return np.where(best.I == EMPTY_ID, -np.inf, scores).astype(np.float32)
@@ -103,7 +106,8 @@ def score_items(
     corpus: EmbeddingSet, queries: FloatArray, ids: IdArray, *, metric: Metric = Metric.COSINE
 ) -> FloatArray:
     """(n, k) float32: exact scores of items ``ids`` (n, k) for queries (n, dim); -inf where there
-    is no such item."""
+    is no such item, and from the second time an answer holds one."""
+    ids = without_repeats(ids)
     wanted = np.unique(ids[ids != EMPTY_ID])
     vectors = np.zeros((len(wanted), corpus.dim), dtype=np.float32)
     found = np.zeros(len(wanted), dtype=np.bool_)

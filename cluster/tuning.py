@@ -161,7 +161,7 @@ def measured(shards: Sequence[Answers], exact: FloatArray) -> list[Measured]:
         wins = [np.where(np.isneginf(p.exact), EMPTY_ID, hits(p.exact, exact)) for p in parts]
         ranked = [Ranked(won, part.scores) for won, part in zip(wins, parts, strict=True)]
         merged = merge_top_k(ranked, k)
-        recall = float((merged.ids == 1).sum() / exact.size)
+        recall = float((merged.ids == 1).sum() / max(int(np.isfinite(exact).sum()), 1))
         found.append(Measured(params, recall, sum(part.ms for part in parts)))
     return found
 

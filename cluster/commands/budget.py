@@ -23,8 +23,8 @@ from shardline.shards.storage.generation import verify_query_encoder
 from shardline.training.data.tables import Dataset
 from shardline.training.evaluation.budget import (
     BudgetStage,
+    ExactRanking,
     StageResult,
-    exact_ask,
     recall_budget,
     waterfall,
 )
@@ -59,15 +59,14 @@ def measure_budget(
     kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
     features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
     queries = encoder.encode(features)
+    exact = ExactRanking(queries, corpus)
     stages = [
-        BudgetStage(
-            name="model", about="exact, unquantised vectors", ask=exact_ask(queries, corpus)
-        ),
+        BudgetStage(name="model", about="exact, unquantised vectors", ask=exact.ask),
         *(_index_stage(local, stage, queries) for stage in local.stages),
     ]
     item_ids = dataset.item_ids
     if cluster is None:
-        return recall_budget(stages, task, item_ids, progress=progress)
+        return recall_budget(stages, task, item_ids, score=exact.score, progress=progress)
     with cluster.client() as client:
         _check_generation(client, number)
         stages.append(
@@ -79,7 +78,7 @@ def measure_budget(
                 ),
             )
         )
-        return recall_budget(stages, task, item_ids, progress=progress)
+        return recall_budget(stages, task, item_ids, score=exact.score, progress=progress)
 
 
 def print_budget(
@@ -100,7 +99,7 @@ def print_budget(
         click.echo(json.dumps(report, indent=2))
         return
     for k in ks:
-        title = f"recall budget at {k}: {dataset.name}, {split} split"
+        title = f"recall budget at {k}: {dataset.path.name}, {split} split"
         header, rows = budget_rows(waterfall(results, k), k)
         print_table(f"{title}, {results[0].metrics.users:,} users", header, rows)
 

@@ -14,8 +14,10 @@ from typing import Annotated, Any, TypeAlias
 
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardline.router.contract import MethodNotAllowed
@@ -69,6 +71,7 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
     _add_reads(app, service)
     _add_health(app, service)
     _add_docs(app)
+    _answer_head(app)
     _translate_errors(app, config)
     return RequestContext(app, config, guard or Guard(), direct=direct, recorder=service.recorder)
 
@@ -150,6 +153,19 @@ def _add_docs(app: FastAPI) -> None:
     async def docs() -> Response:
         return Response(docs_page(schema), media_type="text/html")
 
+    @app.get("/", include_in_schema=False)
+    async def root(request: Request) -> Response:
+        """Whoever opens the address in a browser sees the description."""
+        return RedirectResponse(f"{request.scope.get('root_path', '')}/docs", status_code=307)
+
+
+def _answer_head(app: FastAPI) -> None:
+    """HEAD wherever there is GET, as HTTP wants it (RFC 9110, 9.1): FastAPI, unlike starlette, adds
+    none. After the description is made, which would list each of them twice."""
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")
+
 
 class RequestContext:
     """Gives every request an id and an arrival time, and every error the form of a problem. Shuts
@@ -188,6 +204,8 @@ class RequestContext:
         scope["shardline.arrived_at"] = asyncio.get_running_loop().time()  # deadlines count here
         scope["shardline.began_at"] = time.perf_counter()  # took_ms here: uvloop's clock is coarse
         method, path = scope["method"], scope["path"]
+        if method == "HEAD":
+            send = _without_body(send)
         try:
             self._guard.check(method, path, scope["headers"])
             endpoint = self._direct.get((method, path))
@@ -240,6 +258,17 @@ class RequestContext:
         if given is not None and REQUEST_ID.fullmatch(given):
             return given.decode("ascii")
         return f"{self._ids.getrandbits(REQUEST_ID_BITS):0{REQUEST_ID_BITS // 4}x}"
+
+
+def _without_body(send: Send) -> Send:
+    """Of an answer to HEAD only the head goes out, with the length that GET's would have."""
+
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
 
 
 def _json(content: Any, status: int = 200) -> Response:

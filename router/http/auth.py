@@ -17,7 +17,7 @@ from shardline.shards.core.errors import ShardlineError
 logger = logging.getLogger(__name__)
 
 # probes and people without a key: neither says anything about the data
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 SEARCHES = frozenset({"/v1/search"})
 ADMIN_PREFIX = "/v1/admin"

@@ -2,7 +2,8 @@
 
 Comparing ids is wrong where scores tie: any k of a hundred equal copies are a right answer. So a
 result is a hit when its exact score reaches the k-th exact one. Index scores are not compared:
-those of compressed codes are estimates.
+those of compressed codes are estimates. Every recall against an exact answer is counted here, in
+builds, budgets and benchmarks; recall of relevant items is ``training.evaluation.ranking_metrics``.
 """
 
 import numpy as np
@@ -31,6 +32,15 @@ def exact_scores(
     return scores
 
 
+def without_repeats(ids: IdArray) -> IdArray:
+    """ids (n, k) with -1 in place of each that stands earlier in its row: a result counts once."""
+    order = np.argsort(ids, axis=1, kind="stable")
+    ascending = np.take_along_axis(ids, order, axis=1)
+    repeats = np.zeros(ids.shape, np.bool_)
+    np.put_along_axis(repeats, order[:, 1:], ascending[:, 1:] == ascending[:, :-1], axis=1)
+    return np.where(repeats, EMPTY_ID, ids)
+
+
 def hits(found: FloatArray, exact: FloatArray) -> NDArray[np.bool_]:
     """(n, m) bool: which of ``found`` (n, m) reach the lowest of ``exact`` (n, k), in any order.
 
@@ -43,11 +53,17 @@ def hits(found: FloatArray, exact: FloatArray) -> NDArray[np.bool_]:
     return reached
 
 
-def recall_at_k(found: FloatArray, exact: FloatArray) -> float:
-    """Mean share of the exact top k (n, k) that answers (n, m >= k or fewer) match; 0 to 1.
-
-    Both are exact scores, -inf in empty slots; more hits than k count as k.
-    """
+def count_hits(found: FloatArray, exact: FloatArray) -> int:
+    """Hits of all queries, as ``hits``; of one query at most as many as it has exact scores."""
     wanted = np.isfinite(exact).sum(axis=1)
-    matched = np.minimum(hits(found, exact).sum(axis=1), wanted)
-    return float(matched.sum() / max(int(wanted.sum()), 1))
+    return int(np.minimum(hits(found, exact).sum(axis=1), wanted).sum())
+
+
+def recall_at_k(found: FloatArray, exact: FloatArray) -> float:
+    """Share of all exact top k (n, k) that answers (n, m), m below or above k, match; 0 to 1.
+
+    Both are exact scores (``exact_scores``) of different rows, -inf in empty slots. A query has as
+    many hits as its answers reach the lowest exact score, at most k; where fewer than k rows exist,
+    their number stands for k.
+    """
+    return count_hits(found, exact) / max(int(np.isfinite(exact).sum()), 1)

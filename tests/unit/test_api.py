@@ -25,6 +25,7 @@ from tests.fake_shard import (
     until,
 )
 from tests.http_bodies import unpacked
+from tests.live_router import running_router
 
 DIM = 8
 CONFIG = RouterConfig(
@@ -305,7 +306,7 @@ def test_a_body_that_is_not_msgpack_is_400():
         ("DELETE", "/v1/items/3", {}, 405, "method_not_allowed"),
         ("POST", "/v1/status", {}, 405, "method_not_allowed"),
         ("GET", "/v2/search", {}, 404, "not_found"),
-        ("GET", "/", {}, 404, "not_found"),
+        ("POST", "/", {}, 405, "method_not_allowed"),
         ("GET", "/v1/items/60", {}, 404, "not_found"),
         ("GET", "/v1/items/-1", {}, 400, "invalid_input"),
         ("GET", "/v1/items/abc", {}, 400, "invalid_input"),
@@ -615,6 +616,36 @@ def test_docs_need_no_other_host():
     assert "min_coverage" in response.text
     assert "http://" not in response.text
     assert "https://" not in response.text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/healthz", "/readyz", "/docs", "/openapi.json", "/", "/v1/items/5", "/v1/items/60", "/v2"],
+)
+async def test_head_answers_as_get_does_without_a_body(path):
+    async with api() as (http, _, _, _):
+        got, head = await http.get(path), await http.head(path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    varying = {"x-request-id"}
+    assert {**head.headers, **dict.fromkeys(varying)} == {**got.headers, **dict.fromkeys(varying)}
+
+
+def test_head_of_what_there_is_no_get_of_is_refused():
+    response = one_request("HEAD", "/v1/search")
+    assert (response.status_code, response.content) == (405, b"")
+
+
+def test_a_server_that_answered_head_goes_on_with_its_connection():
+    with running_router(CONFIG) as router, httpx.Client(base_url=router.url) as http:
+        for _ in range(2):
+            assert http.head("/healthz").status_code == 200
+            assert http.get("/healthz").json() == {"status": "ok"}
+            assert http.head("/nowhere").status_code == 404
+
+
+def test_the_root_leads_to_the_docs():
+    response = one_request("GET", "/")
+    assert (response.status_code, response.headers["location"]) == (307, "/docs")
 
 
 def test_the_documented_response_is_the_real_one():

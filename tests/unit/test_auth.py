@@ -21,6 +21,8 @@ ADMIN = Key(Scope.ADMIN, "a" * 40)
 SECOND = Key(Scope.SEARCH, "t" * 40)
 RING = Keyring.of([SEARCH, ADMIN])
 ROUTES = [
+    ("GET", "/", None),
+    ("HEAD", "/docs", None),
     ("GET", "/healthz", None),
     ("GET", "/readyz", None),
     ("GET", "/docs", None),
@@ -125,13 +127,14 @@ def answers(guard: Guard, *requests: tuple[str, str, dict]) -> list[httpx.Respon
 def test_401_says_how_to_ask_and_403_what_is_missing() -> None:
     search = {"authorization": f"Bearer {SEARCH.secret}"}
     admin = {"authorization": f"Bearer {ADMIN.secret}"}
-    none, wrong, forbidden, in_vain, health, searched = answers(
+    none, wrong, forbidden, in_vain, health, root, searched = answers(
         Guard(AuthSettings(keyring=RING)),
         ("GET", "/v1/status", {}),
         ("POST", "/v1/search", {"headers": {"authorization": "Bearer x"}, "content": b"{}"}),
         ("PUT", "/v1/items", {"headers": search}),
         ("PUT", "/v1/items", {"headers": admin}),
-        ("GET", "/healthz", {}),
+        ("HEAD", "/healthz", {}),
+        ("GET", "/", {}),
         ("POST", "/v1/search", {"headers": search, "json": {"item_ids": [1]}}),
     )
     for response in (none, wrong):
@@ -146,6 +149,7 @@ def test_401_says_how_to_ask_and_403_what_is_missing() -> None:
     assert forbidden.json()["code"] == "forbidden"
     assert in_vain.status_code == 404, "let in, and there is no such route"
     assert health.status_code == 200
+    assert (root.status_code, root.headers["location"]) == (307, "/docs")
     assert searched.status_code == 503, "let in, and there is no routing table"
 
 

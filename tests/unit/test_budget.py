@@ -16,11 +16,13 @@ from shardline.cluster.console import StageProgress
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
 from shardline.shards.core.partition import Partitioning
+from shardline.shards.core.recall import exact_scores, without_repeats
+from shardline.shards.core.schema import Metric
 from shardline.shards.index.spec import IndexSpec
 from shardline.training.data.csr import Csr
 from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset
-from shardline.training.evaluation.budget import BudgetStage, overlap, recall_budget, waterfall
+from shardline.training.evaluation.budget import BudgetStage, recall_budget, waterfall
 from shardline.training.evaluation.evaluate import evaluate_exact
 from shardline.training.evaluation.user_queries import EvaluationTask, evaluation_task
 from shardline.training.export import export
@@ -152,7 +154,17 @@ def test_the_budget_by_hand() -> None:
 
         return BudgetStage(name=name, about="", ask=ask)
 
-    found = recall_budget([stage("exact", exact), stage("poor", poor)], task, item_ids)
+    scores = [{10: 1.0, 20: 0.9, 50: 0.8, 30: 0.1}, {30: 0.9, 40: 0.8, 60: 0.7}]
+
+    def score(places: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        rows = [
+            [scores[place].get(item, -np.inf) for item in row.tolist()]
+            for place, row in zip(places, ids, strict=True)
+        ]
+        return np.array(rows, np.float32)
+
+    stages = [stage("exact", exact), stage("poor", poor)]
+    found = recall_budget(stages, task, item_ids, score=score)
     assert asked == [3, 3]  # one more, for the known item
     first, second = waterfall(found, 2)
     assert (first.recall, first.change, first.agreement) == (1.0, 0.0, 1.0)
@@ -160,8 +172,28 @@ def test_the_budget_by_hand() -> None:
     assert (second.recall, second.change, second.agreement) == (0.25, -0.75, 0.5)
 
 
-def test_overlap_counts_live_entries_of_the_same_row() -> None:
-    assert overlap(np.array([[1, 2], [3, -1]]), np.array([[2, 5], [1, -1]])) == 1
+def test_an_item_with_the_score_of_the_last_exact_one_agrees() -> None:
+    task = EvaluationTask(
+        users=np.array([0]),
+        known=Csr(np.array([0, 0]), np.empty(0, np.int64)),
+        relevant=Csr(np.array([0, 1]), np.array([0])),
+        num_items=4,
+        ks=(2,),
+        segments=(),
+        candidates=None,
+    )
+    answers = {"exact": [[0, 1]], "copies": [[2, 3]], "repeats": [[2, 2]]}
+    stages = [
+        BudgetStage(name=name, about="", ask=lambda places, k, found=found: np.array(found)[places])
+        for name, found in answers.items()
+    ]
+    vectors = np.ones((4, 2), np.float32)  # all alike: any two are a right answer
+
+    def score(places: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        return exact_scores(vectors[places], vectors, without_repeats(ids), Metric.DOT)
+
+    found = recall_budget(stages, task, np.arange(4), score=score)
+    assert [stage.agreement[2] for stage in found] == [1.0, 1.0, 0.5]
 
 
 def command(store: Store, run: Path, dataset: Dataset, *options: str) -> str:
