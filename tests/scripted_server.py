@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 CLOSE = b"CLOSE"  # end the connection instead of answering
 HANG = b"HANG"  # no answer until the client leaves
 LATE = b"LATE"  # OK once ``release`` is set
+ECHO = b"ECHO"  # the path that was asked for, as JSON; from then on to every request
 
 
 def answer(status: int = 200, body: bytes = b"{}", *headers: str) -> bytes:
@@ -62,6 +63,9 @@ class ScriptedServer:
                     with self._lock:
                         self.requests.append(request)
                         reply = self.script.pop(0) if self.script else OK
+                        if reply == ECHO:
+                            self.script.insert(0, ECHO)
+                            reply = answer(200, b'{"path": "%s"}' % request.split()[1])
                     if reply == CLOSE:
                         break
                     if reply == HANG:

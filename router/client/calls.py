@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack
 
 import msgpack
@@ -105,8 +106,17 @@ def _converted(name: str, value: Any) -> Any:
 
 
 def _packed(value: Any) -> bytes:
-    body: bytes = msgpack.packb(value, default=pack_array)
+    body: bytes = msgpack.packb(value, default=_plain)
     return body
+
+
+def _plain(value: Any) -> Any:
+    """As ``pack_array``; dates and times as ISO 8601 text, which time features take."""
+    if isinstance(value, np.datetime64):
+        return None if np.isnat(value) else str(value)
+    if isinstance(value, date):  # a pandas Timestamp too, and NaT, which no time is equal to
+        return value.isoformat() if value == value else None
+    return pack_array(value)
 
 
 def _culprit(fields: Mapping[str, Any]) -> str:

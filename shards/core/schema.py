@@ -117,6 +117,11 @@ def check_ids(values: Any, *, field: str = "item_ids", unique: bool = False) -> 
         raise InvalidInput("not an array of integers", field=field, got=str(error)) from error
     if array.size == 0:
         array = array.astype(np.int64)
+    if array.dtype.kind == "O" and all(_is_integer(value) for value in array.flat):
+        too_large = next((v for v in array.flat if not abs(int(v)) < 1 << 63), None)
+        if too_large is not None:
+            raise InvalidInput("id too large", field=field, expected="int64", got=str(too_large))
+        array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidInput(
             "not an array of integers",
@@ -135,6 +140,10 @@ def check_ids(values: Any, *, field: str = "item_ids", unique: bool = False) -> 
     if unique:
         _refuse_duplicates(ids, field)
     return ids
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_k(k: Any, *, limit: int = MAX_K, field: str = "k") -> int:

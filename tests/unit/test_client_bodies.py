@@ -6,6 +6,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import pandas as pd
 import pytest
 
 from shardline.router.client.answers import SearchAnswer
@@ -54,7 +55,7 @@ def test_ids_of_every_integer_type_arrive_as_int64(dtype: str) -> None:
         *(("item_ids", value) for value in ([1.5], ["1"], [True], [[1]], [2**63], [None], 7)),
         ("item_ids", np.array([2**64 - 1], np.uint64)),
         ("item_ids[1]", [3, -1]),
-        ("features[1].when", [{"age": 1}, {"when": date(2026, 1, 1)}]),
+        ("features[1].span", [{"age": 1}, {"span": date(2026, 1, 2) - date(2026, 1, 1)}]),
         ("features[0].when", [{"when": np.array(["2026"], "M8[D]")}]),
         ("features[0].id", [{"id": 10**30}]),
         ("features[0].id", [{"id": [1, 10**30]}]),
@@ -69,6 +70,12 @@ def test_what_would_change_on_the_way_is_refused_by_name(field: str, value: Any)
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("values", [np.array([1, 200], object), pd.Series([1, 200])])
+def test_ids_in_other_containers_arrive_as_int64(values: Any) -> None:
+    ids = sent(item_ids=values).values
+    assert (ids.dtype, ids.tolist()) == (np.int64, [1, 200])
+
+
 def test_features_of_numpy_arrive_as_plain_values() -> None:
     row = {
         "half": np.array([0.5, 2], np.float16),
@@ -79,6 +86,11 @@ def test_features_of_numpy_arrive_as_plain_values() -> None:
         "count": np.int64(7),
         "share": np.float32(0.25),
         "new": np.bool_(True),
+        "day": date(2026, 1, 2),
+        "hour": np.datetime64("2026-01-02T03"),
+        "stamp": pd.Timestamp("2026-01-02 03:04", tz="UTC"),
+        "never": pd.NaT,
+        "no time": np.datetime64("NaT"),
     }
     assert sent(features=[row]).values == [
         {
@@ -90,6 +102,11 @@ def test_features_of_numpy_arrive_as_plain_values() -> None:
             "count": 7,
             "share": 0.25,
             "new": True,
+            "day": "2026-01-02",
+            "hour": "2026-01-02T03",
+            "stamp": "2026-01-02T03:04:00+00:00",
+            "never": None,
+            "no time": None,
         }
     ]
 

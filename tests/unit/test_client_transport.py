@@ -5,7 +5,7 @@ import os
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -34,7 +34,7 @@ from shardline.shards.core.errors import (
     Unavailable,
 )
 from tests.client_pair import KINDS, BlockingTwin, slept_into
-from tests.scripted_server import CLOSE, HANG, LATE, OK, answer, scripted
+from tests.scripted_server import CLOSE, ECHO, HANG, LATE, OK, answer, scripted
 
 ONCE = Retry(attempts=1)
 PROBLEM = "content-type: application/problem+json"
@@ -249,6 +249,64 @@ def test_an_event_loop_in_a_forked_child_has_connections_of_its_own() -> None:
         assert server.connections == 2
         twin.status()
         assert (server.connections, len(server.requests)) == (2, 3)
+
+
+PROCESSES, CALLS = 8, 250
+
+
+def test_processes_that_were_forked_get_their_own_answers() -> None:
+    """The parent has connections open, and goes on with them meanwhile."""
+    with scripted(ECHO) as server, Client(server.url) as client:
+        assert mixed_up(client, range(3)) == 0
+        children = [forked(lambda n=n: mixed_up(client, calls_of(n))) for n in range(PROCESSES)]
+        assert mixed_up(client, calls_of(PROCESSES)) == 0
+        assert [exit_code(child) for child in children] == [0] * PROCESSES
+        assert len(server.requests) == 3 + (PROCESSES + 1) * CALLS
+
+
+def test_event_loops_of_forked_processes_get_their_own_answers() -> None:
+    with scripted(ECHO) as server, BlockingTwin(server.url) as twin:
+        asked = twin._send(twin.client._get_call("/0"))
+        assert asked == {"path": "/0"}
+
+        def ask(numbers: range) -> int:
+            with asyncio.Runner() as runner:
+                return runner.run(mixed_up_at_once(twin.client, numbers))
+
+        children = [forked(lambda n=n: ask(calls_of(n))) for n in range(PROCESSES)]
+        assert [exit_code(child) for child in children] == [0] * PROCESSES
+        assert len(server.requests) == 1 + PROCESSES * CALLS
+
+
+def calls_of(process: int) -> range:
+    return range(process * CALLS, (process + 1) * CALLS)
+
+
+def mixed_up(client: Client, numbers: range) -> int:
+    """Calls that got the answer to another one."""
+    paths = [f"/{number}" for number in numbers]
+    return sum(client._send(client._get_call(path)) != {"path": path} for path in paths)
+
+
+async def mixed_up_at_once(client: AsyncClient, numbers: range) -> int:
+    paths = [f"/{number}" for number in numbers]
+    answers = await asyncio.gather(*(client._send(client._get_call(path)) for path in paths))
+    return sum(found != {"path": path} for path, found in zip(paths, answers, strict=True))
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The pid of a child that ends with what ``work`` returns, at most 99; 100 if it raises."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(min(work(), 99))
+        finally:
+            os._exit(100)
+    return child
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def echo(number: int) -> bytes:
