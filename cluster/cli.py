@@ -50,6 +50,11 @@ COMMANDS = {
         "build",
         "Turn an embedding set into index shards.",
     ),
+    "generations": (
+        "shardline.cluster.commands.generations",
+        "generations",
+        "List and delete the generations of a store.",
+    ),
     "serve": ("shardline.cluster.commands.serve", "serve", "Serve the live generation over HTTP."),
     "status": (
         "shardline.cluster.commands.query",

@@ -111,9 +111,10 @@ def build(
     click.echo(describe(manifest))
     with suppress(NotFound):
         running = find_endpoint(store)
+        number = "" if not no_publish else f" --generation {manifest.generation}"
         click.echo(
             f"the cluster at {running.url} goes on with generation {running.generation}; "
-            "`shardline down`, then `shardline serve` to change over"
+            f"`shardline down`, then `shardline serve{number}` to change over"
         )
 
 

@@ -19,6 +19,7 @@ from shardline.cluster.serving.preflight import check_serving
 from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for, reap_orphans
 from shardline.cluster.serving.serving_keys import serving_keys
 from shardline.shards.core.errors import NotFound, Unavailable
+from shardline.shards.storage.generation import read_generation
 
 STOP_TIMEOUT_S = 60.0
 STOP_POLL_S = 0.1
@@ -64,6 +65,7 @@ def serve(
     address = config.cluster.address
     check_serving(config, generation)  # not its number: another may go live while Ray starts
     keys = serving_keys(config)
+    _warn_of_other_shards(settings, config, generation)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
         with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose):
@@ -133,6 +135,21 @@ class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals
         if not self._is_waiting:
             raise KeyboardInterrupt
         self._stopped.set()
+
+
+def _warn_of_other_shards(
+    settings: Settings, config: ShardlineConfig, generation: int | None
+) -> None:
+    """The number of shards was decided when the generation was built."""
+    asked = config.cluster.shards
+    number = generation or settings.store.current()
+    built = len(read_generation(settings.store.generation(number)).shards)
+    if asked != built and "shards" in config.cluster.model_fields_set:
+        click.echo(
+            f"warning: cluster.shards={asked} changes nothing: generation {number} was built "
+            f"with {built} shards; `shardline build` makes one with {asked}",
+            err=True,
+        )
 
 
 def _ready_line(endpoint: Endpoint) -> str:

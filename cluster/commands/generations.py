@@ -1,0 +1,120 @@
+"""``generations``: lists and deletes the generations of a store."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from shardline.cluster.cli import Settings
+from shardline.cluster.console import print_table
+from shardline.cluster.serving.endpoint import find_endpoint
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
+from shardline.shards.core.files import MANIFEST_NAME
+from shardline.shards.storage.generation import read_generation
+
+MIB = 1 << 20
+
+
+@click.group()
+def generations() -> None:
+    """List the generations of this store, and delete those that are no longer needed."""
+
+
+@generations.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON.")
+@click.pass_obj
+def list_generations(settings: Settings, as_json: bool) -> None:
+    """Number, state, age, rows, shards, index, model and size of each, oldest first."""
+    store = settings.store
+    live, served = _live(store), _served(store)
+    found = [_described(store, number, live, served) for number in store.generation_numbers()]
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    if not found:
+        click.echo(f"{store.generations}: no generations; `shardline build` makes one")
+        return
+    rows = [
+        (
+            *(str(each["generation"]), each["state"], each["created_at"]),
+            *(_counted(each["rows"]), _counted(each["shards"]), each["index"]),
+            *(each["model_version"], f"{each['bytes'] / MIB:,.1f}"),
+        )
+        for each in found
+    ]
+    header = ("generation", "state", "created", "rows", "shards", "index", "model", "MiB")
+    print_table(str(store.generations), header, rows)
+
+
+@generations.command()
+@click.argument("number", type=click.IntRange(min=1))
+@click.pass_obj
+def delete(settings: Settings, number: int) -> None:
+    """Delete a generation that is neither live nor served."""
+    store = settings.store
+    folder = store.generation(number)
+    if not (folder / MANIFEST_NAME).is_file():
+        known = ", ".join(map(str, store.generation_numbers()))
+        raise NotFound(f"{folder}: no such generation", expected=f"one of {known or 'none'}")
+    if number in (_live(store), _served(store)):
+        what = "live" if number == _live(store) else "being served"
+        raise InvalidInput(
+            f"generation {number} is {what}",
+            hint="build or publish another one and change over to it first",
+        )
+    size = _bytes_of(folder)
+    (folder / MANIFEST_NAME).unlink()  # from here on nobody takes it for a complete one
+    shutil.rmtree(folder)
+    click.echo(f"{folder}: deleted, {size / MIB:,.1f} MiB")
+
+
+def _live(store: Store) -> int | None:
+    try:
+        return store.current()
+    except NotFound:
+        return None
+
+
+def _served(store: Store) -> int | None:
+    """The generation that a cluster of this store serves, if one runs."""
+    try:
+        return find_endpoint(store).generation
+    except NotFound:
+        return None
+
+
+def _described(store: Store, number: int, live: int | None, served: int | None) -> dict[str, Any]:
+    folder = store.generation(number)
+    states = [name for name, which in (("live", live), ("served", served)) if which == number]
+    described: dict[str, Any] = {
+        "generation": number,
+        "state": ", ".join(states),
+        "created_at": "",
+        "rows": None,
+        "shards": None,
+        "index": "",
+        "model_version": "",
+        "bytes": _bytes_of(folder),
+    }
+    try:
+        manifest = read_generation(folder)
+    except ShardlineError as error:  # it can still be deleted
+        return described | {"state": f"unreadable: {error.code}"}
+    return described | {
+        "created_at": manifest.created_at,
+        "rows": manifest.rows,
+        "shards": len(manifest.shards),
+        "index": manifest.spec.kind,
+        "model_version": manifest.model_version,
+    }
+
+
+def _counted(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

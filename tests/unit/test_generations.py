@@ -1,0 +1,88 @@
+"""``shardline generations``: what a store holds, and what may be deleted of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from shardline.cluster.cli import Settings, cli
+from shardline.cluster.commands.serve import _warn_of_other_shards
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import InvalidInput, NotFound
+from shardline.shards.core.schema import normalise
+from tests.engine import build_generation
+
+VECTORS = normalise(np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Generations 7 and 8, of which 8 is live."""
+    store = Store(tmp_path / "store")
+    build_generation(store.generation(7), VECTORS, np.arange(60), 2, kind="flat")
+    shutil.copytree(store.generation(7), store.generation(8))
+    store.set_current(8)
+    return store
+
+
+def run(store: Store, *arguments: str) -> str:
+    done = CliRunner().invoke(
+        cli, ["--store", str(store.root), "generations", *arguments], standalone_mode=False
+    )
+    if done.exception is not None:
+        raise done.exception
+    return done.output
+
+
+def test_the_list(store: Store) -> None:
+    (store.generation(9)).mkdir()  # never completed
+    found = json.loads(run(store, "list", "--json"))
+    assert [each["generation"] for each in found] == [7, 8]
+    assert [each["state"] for each in found] == ["", "live"]
+    first = found[0]
+    assert (first["rows"], first["shards"], first["index"]) == (60, 2, "flat")
+    assert first["bytes"] == sum(
+        path.stat().st_size for path in store.generation(7).rglob("*") if path.is_file()
+    )
+    assert "live" in run(store, "list")
+
+
+def test_a_generation_that_cannot_be_read_is_listed(store: Store) -> None:
+    next(store.generation(7).glob("_manifest*")).write_text("{}")
+    found = json.loads(run(store, "list", "--json"))
+    assert found[0]["state"].startswith("unreadable: ")
+
+
+def test_an_empty_store(tmp_path: Path) -> None:
+    assert "shardline build" in run(Store(tmp_path), "list")
+
+
+def test_one_that_is_not_needed_is_deleted(store: Store) -> None:
+    assert "deleted" in run(store, "delete", "7")
+    assert store.generation_numbers() == [8]
+    assert not store.generation(7).exists()
+
+
+def test_what_must_stay_stays(store: Store) -> None:
+    with pytest.raises(InvalidInput, match="generation 8 is live"):
+        run(store, "delete", "8")
+    with pytest.raises(NotFound, match="no such generation; expected one of 7, 8"):
+        run(store, "delete", "9")
+    with pytest.raises(click.UsageError):
+        run(store, "delete", "0")
+    assert store.generation_numbers() == [7, 8]
+
+
+@pytest.mark.parametrize(("asked", "warns"), [((), False), (("2",), False), (("3",), True)])
+def test_serve_warns_of_another_number_of_shards(
+    store: Store, capsys: pytest.CaptureFixture[str], asked: tuple[str, ...], warns: bool
+) -> None:
+    overrides = tuple(f"cluster.shards={number}" for number in asked)
+    settings = Settings(store_path=store.root, overrides=overrides)
+    _warn_of_other_shards(settings, settings.config, None)
+    warning = capsys.readouterr().err
+    assert ("generation 8 was built with 2 shards" in warning) == warns
