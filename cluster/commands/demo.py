@@ -21,6 +21,11 @@ PRESET_NAMES = ("seed", "sharp")  # of training.synthetic.generator, which takes
 @click.option("--preset", type=click.Choice(PRESET_NAMES), default="sharp", show_default=True)
 @click.option("--users", type=AT_LEAST_ONE, help="Users to make, instead of the preset's.")
 @click.option("--items", type=AT_LEAST_ONE, help="Items to make, instead of the preset's.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Answers within a minute: 2,000 users, 10,000 items, no ceilings, no index kinds.",
+)
 @click.option("--stay", is_flag=True, help="Keep serving until Ctrl-C.")
 @click.option(
     "--report",
@@ -36,6 +41,7 @@ def demo(
     preset: str,
     users: int | None,
     items: int | None,
+    quick: bool,
     stay: bool,
     report: Path,
 ) -> None:
@@ -46,7 +52,7 @@ def demo(
     sizes = {"num_users": users, "num_items": items}
     kept = settings.store_path is not None
     with StageProgress() as progress, _work_folder(settings) as folder:
-        for line in opening(folder=folder, kept=kept, report=report):
+        for line in opening(folder=folder, kept=kept, report=report, quick=quick):
             progress.note(line)
         from shardline.cluster.commands.demo_run import run_demo
 
@@ -56,6 +62,7 @@ def demo(
             sizes={name: size for name, size in sizes.items() if size is not None},
             report=report,
             folder=folder,
+            quick=quick,
             stay=stay,
             progress=progress,
         )

@@ -54,6 +54,8 @@ KIND_QUERIES = 500
 LOAD_RATE = 20.0  # requests per second
 LOAD_REQUESTS = 400
 LOAD_WARM_UP = 60
+QUICK_SIZES = {"num_users": 2_000, "num_items": 10_000, "ceiling_users": 0}
+QUICK_LOAD_REQUESTS = 60
 TOP_K = 100
 
 
@@ -64,22 +66,26 @@ def run_demo(
     sizes: dict[str, int],
     report: Path,
     folder: Path,
+    quick: bool,
     stay: bool,
     progress: StageProgress,
 ) -> dict[str, Any]:
     """Runs all steps in ``folder``; returns the figures, also printed and written to ``report``.
 
-    ``sizes`` replace fields of the preset. Ray is started here and has stopped at the return.
+    ``sizes`` replace fields of the preset. ``quick``: small, and without what takes long. Ray is
+    started here and has stopped at the return.
     """
-    synth = validated(SynthConfig, PRESETS[preset].model_dump() | sizes)
+    small = QUICK_SIZES if quick else {}
+    synth = validated(SynthConfig, PRESETS[preset].model_dump() | small | sizes)
     settings.preferences.update(DEMO_SETTINGS)
     config = settings.config.model_copy(update={"store": folder / "store"})
-    demo = Demo(config=config, folder=folder, progress=progress)
+    demo = Demo(config=config, folder=folder, progress=progress, quick=quick)
     dataset = demo.data(synth, preset)
     progress.note("starting Ray")
     with local_ray(num_cpus=serving_cpus(config), verbose=settings.verbose):
         embeddings = demo.model(dataset)
-        demo.kinds(dataset, embeddings)
+        if not quick:
+            demo.kinds(dataset, embeddings)
         demo.build(embeddings)
         with stop_on_signals() as wait, demo.served() as endpoint:
             demo.measure(endpoint, dataset)
@@ -99,12 +105,17 @@ class Demo:
     config: ShardlineConfig
     folder: Path
     progress: StageProgress
+    quick: bool
     figures: dict[str, Any] = field(default_factory=lambda: {"seconds": {}})
     started: float = field(default_factory=time.perf_counter)
 
     @property
     def store(self) -> Store:
         return Store(self.config.store)
+
+    @property
+    def load_requests(self) -> int:
+        return QUICK_LOAD_REQUESTS if self.quick else LOAD_REQUESTS
 
     @property
     def run_folder(self) -> Path:
@@ -205,7 +216,7 @@ class Demo:
             **TARGETS,
         }
         with self._stage("latency"):
-            rows = np.arange(min(LOAD_REQUESTS, dataset.rows["users"]))
+            rows = np.arange(min(self.load_requests, dataset.rows["users"]))
             requests = [
                 search_request(
                     {"features": [features], "k": TOP_K, "min_coverage": 1.0},
@@ -228,7 +239,7 @@ class Demo:
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        self.progress.note(stage_line(name))
+        self.progress.note(stage_line(name, quick=self.quick))
         started = time.perf_counter()
         yield
         seconds = round(time.perf_counter() - started, 1)
@@ -237,13 +248,13 @@ class Demo:
 
     def _load(self, endpoint: Endpoint, what: str, requests: list[Request]) -> dict[str, Any]:
         """Open loop; the requests start over when all were sent."""
-        total = LOAD_WARM_UP + LOAD_REQUESTS
+        total = LOAD_WARM_UP + self.load_requests
         self.progress.note(f"{total} {what} at {LOAD_RATE:g}/s, {total / LOAD_RATE:.0f} s")
         found, _ = ask(
             endpoint.url,
             requests,
             rate=LOAD_RATE,
-            seconds=LOAD_REQUESTS / LOAD_RATE,
+            seconds=self.load_requests / LOAD_RATE,
             warm_up_s=LOAD_WARM_UP / LOAD_RATE,
         )
         return asdict(found)

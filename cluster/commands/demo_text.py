@@ -16,23 +16,36 @@ STAGES = {
     "evaluate over HTTP": "the same users by their features, through the shards; popularity beside",
     "latency": "empty requests, then single searches, at a fixed rate",
 }
+LEFT_OUT = ("index kinds",)  # of a quick demo
 USUAL_MINUTES = 5  # 4.7 measured on two cores, with the sizes of a preset
 
 
-def opening(*, folder: Path, kept: bool, report: Path) -> list[str]:
+def opening(*, folder: Path, kept: bool, report: Path, quick: bool = False) -> list[str]:
     """What the demo will do, about how long it takes, and where files go."""
+    stages = stages_of(quick=quick)
+    size = (
+        "2,000 users and 10,000 items take less than a minute"
+        if quick
+        else "The usual 10,000 users and 100,000 items take about "
+        f"{USUAL_MINUTES} minutes (--quick: one)"
+    )
     fate = "kept" if kept else "removed at the end; --store FOLDER names one to keep"
     return [
-        f"The whole main job on synthetic data, in {len(STAGES)} steps: {', '.join(STAGES)}.",
-        f"The usual 10,000 users and 100,000 items take about {USUAL_MINUTES} minutes on two "
-        "cores. Ctrl-C ends it at any time and cleans up.",
+        f"The whole main job on synthetic data, in {len(stages)} steps: {', '.join(stages)}.",
+        f"{size} on two cores. Ctrl-C ends it at any time and cleans up.",
         f"Work folder: {folder} ({fate}). Figures: {report}.",
     ]
 
 
-def stage_line(name: str) -> str:
+def stages_of(*, quick: bool) -> list[str]:
+    """The names of the steps, in order."""
+    return [name for name in STAGES if not (quick and name in LEFT_OUT)]
+
+
+def stage_line(name: str, *, quick: bool = False) -> str:
     """The heading of a step: which it is, and what it does."""
-    return f"[{list(STAGES).index(name) + 1}/{len(STAGES)}] {name}: {STAGES[name]}"
+    stages = stages_of(quick=quick)
+    return f"[{stages.index(name) + 1}/{len(stages)}] {name}: {STAGES[name]}"
 
 
 def stay_lines(url: str, key_file: str | None) -> list[str]:
@@ -48,7 +61,7 @@ def closing(figures: Mapping[str, Any], *, folder: Path, kept: bool, report: Pat
     """What the demo showed, and what to try next."""
     metrics, http = figures["metrics"], figures["http_ms"]["search_by_features"]
     shown = f"Shown: over HTTP the model finds {metrics['model']['recall@100']:.1%}"
-    ceiling = metrics["ceilings"].get("best_estimate")
+    ceiling = (metrics["ceilings"] or {}).get("best_estimate")
     best = f" ({ceiling['means']['recall@100']:.1%} is possible)" if ceiling else ""
     again = (
         [

@@ -13,6 +13,7 @@ from shardline.cluster.commands.demo_text import (
     ended,
     opening,
     stage_line,
+    stages_of,
     stay_lines,
 )
 from shardline.training.synthetic.generator import PRESETS
@@ -39,6 +40,9 @@ def test_the_opening_names_every_step_and_where_files_go() -> None:
     assert "Work folder: /tmp/d (removed at the end; --store FOLDER" in text
     assert "Figures: demo-report.json." in text
     assert "minutes" in text
+    quick = "\n".join(opening(folder=Path("mine"), kept=True, report=REPORT, quick=True))
+    assert "in 8 steps: " in quick
+    assert "index kinds" not in quick
     kept = "\n".join(opening(folder=Path("mine"), kept=True, report=REPORT))
     assert "Work folder: mine (kept)." in kept
 
@@ -47,6 +51,8 @@ def test_steps_are_numbered_in_their_order() -> None:
     lines = [stage_line(name) for name in STAGES]
     assert [line.split("]")[0] for line in lines] == [f"[{n}/9" for n in range(1, 10)]
     assert lines[0].startswith("[1/9] data: users")
+    quick = [stage_line(name, quick=True) for name in stages_of(quick=True)]
+    assert [line.split("]")[0] for line in quick] == [f"[{n}/8" for n in range(1, 9)]
 
 
 def test_the_closing_says_what_was_measured() -> None:
