@@ -17,16 +17,22 @@ from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.recall import exact_scores, without_repeats
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.schema import Metric, normalise
 from shardline.shards.index.spec import IndexSpec
 from shardline.training.data.csr import Csr
 from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset
-from shardline.training.evaluation.budget import BudgetStage, recall_budget, waterfall
+from shardline.training.evaluation.budget import (
+    BudgetStage,
+    ExactRanking,
+    recall_budget,
+    waterfall,
+)
 from shardline.training.evaluation.evaluate import evaluate_exact
 from shardline.training.evaluation.user_queries import EvaluationTask, evaluation_task
 from shardline.training.export import export
 from shardline.training.loop.run_rank import train_rank
+from tests.engine import write_set
 from tests.tiny import declared_run, tiny_config, tiny_dataset
 
 KINDS = {
@@ -194,6 +200,45 @@ def test_an_item_with_the_score_of_the_last_exact_one_agrees() -> None:
 
     found = recall_budget(stages, task, np.arange(4), score=score)
     assert [stage.agreement[2] for stage in found] == [1.0, 1.0, 0.5]
+
+
+def test_items_with_equal_vectors_agree_whichever_is_answered(tmp_path: Path) -> None:
+    """Thirty copies of each of ten vectors: another copy agrees, another vector does not."""
+    rng = np.random.default_rng(4)
+    vectors = np.tile(normalise(rng.standard_normal((10, 6)).astype(np.float32)), (30, 1))
+    corpus = write_set(tmp_path / "set", vectors, np.arange(300) * 3, metric=Metric.COSINE)
+    queries = normalise(rng.standard_normal((4, 6)).astype(np.float32))
+    exact = ExactRanking(queries, corpus)
+    task = EvaluationTask(
+        users=np.arange(4),
+        known=Csr(np.arange(5), exact.ask(np.arange(4), 1)[:, 0] // 3),
+        relevant=Csr(np.arange(5), np.arange(4)),
+        num_items=300,
+        ks=(5, 20),
+        segments=(),
+        candidates=None,
+    )
+
+    def other_copies(places: np.ndarray, k: int) -> np.ndarray:
+        return (exact.ask(places, k) + 3 * 250) % 900  # 250 rows on, which are 25 copies
+
+    def other_vectors(places: np.ndarray, k: int) -> np.ndarray:
+        return (exact.ask(places, k) + 3) % 900
+
+    def one_copy_repeated(places: np.ndarray, k: int) -> np.ndarray:
+        answer = exact.ask(places, k)
+        answer[:, 2:] = answer[:, 1:2]  # the first is known
+        return answer
+
+    asks = (exact.ask, other_copies, other_vectors)
+    stages = [BudgetStage(name="", about="", ask=ask) for ask in asks]
+    found = recall_budget(stages, task, np.arange(300) * 3, score=exact.score)
+    assert [result.agreement for result in found] == [
+        {5: 1.0, 20: 1.0}, {5: 1.0, 20: 1.0}, {5: 0.0, 20: 0.0},
+    ]  # fmt: skip
+    scored = exact.score(np.arange(4), one_copy_repeated(np.arange(4), 21))
+    assert (np.isfinite(scored).sum(axis=1) == 2).all()
+    assert np.isneginf(exact.score(np.arange(4), np.array([[-1, 1, 900]] * 4))).all()
 
 
 def command(store: Store, run: Path, dataset: Dataset, *options: str) -> str:

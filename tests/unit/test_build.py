@@ -1,11 +1,13 @@
 """What a build makes of a corpus: read once, cut into shards, attributes and queries kept."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -16,6 +18,7 @@ from shardline.bench.vectors import clustered
 from shardline.cluster import build as build_module
 from shardline.cluster.build import build_checked, build_generation, check_plan, run_here
 from shardline.cluster.cli import cli
+from shardline.cluster.serving.endpoint import Endpoint, leave_note
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput
 from shardline.shards.core.files import MANIFEST_NAME, write_manifest
@@ -289,6 +292,28 @@ def test_equal_vectors_are_all_right_answers(tmp_path: Path, store: Store) -> No
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "flat"},
+        {"kind": "ivf", "nlist": 16},
+        {"kind": "ivfpq", "nlist": 16, "m": 4},
+        {"kind": "ivfpq", "nlist": 16, "m": 4, "rerank": "none"},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_all_of_the_best_hundred_may_be_copies(tmp_path: Path, store: Store, fields: dict) -> None:
+    """Three hundred copies of each vector: which hundred are answered is chance. In two shards each
+    list of an index holds all copies of its vectors, and a list is enough for every query."""
+    vectors = np.tile(some(100), (300, 1))
+    write_set(tmp_path / "set", vectors, queries=normalise(some(100)[:30]))
+    built = build_generation(store, tmp_path / "set", plan_of(2, **fields))
+    assert built.quality["recall@100"] == 1.0
+    assert built.quality["advice"] is None
+    if "nlist" in fields:
+        assert built.quality["chosen"]["params"]["nprobe"] == 1
+
+
+@pytest.mark.parametrize(
     "encode",
     [
         lambda texts: texts.cast(pa.string_view()),
@@ -316,6 +341,26 @@ def test_an_encoding_inside_a_list_is_refused_by_the_name_of_its_column(tmp_path
     tags = pa.ListArray.from_arrays(pa.array(range(ROWS + 1), pa.int32()), inner)
     with pytest.raises(InvalidInput, match="tags"):
         write_set(tmp_path / "set", some(), attributes=pa.record_batch({"tags": tags}))
+
+
+@pytest.mark.parametrize("is_published", [True, False])
+def test_a_build_beside_a_cluster_says_how_to_change_over(
+    tmp_path: Path, is_published: bool
+) -> None:
+    """After --no-publish, `serve` without a number would bring back the live generation."""
+    store = Store(tmp_path / "store")
+    write_set(store.embeddings / "m1", some())
+    build_generation(store, store.newest_embeddings(), plan_of(2, kind="flat"))
+    store.set_current(1)
+    started = psutil.Process().create_time()
+    url = "http://127.0.0.1:1"
+    leave_note(store, Endpoint(url=url, generation=1, pid=os.getpid(), started=started))
+    options = ["--in-process", *([] if is_published else ["--no-publish"])]
+    done = CliRunner().invoke(cli, ["--store", str(store.root), "build", *options])
+    assert done.exit_code == 0, done.output
+    assert store.current() == (2 if is_published else 1)
+    command = "shardline serve" if is_published else "shardline serve --generation 2"
+    assert f"goes on with generation 1; `shardline down`, then `{command}` to" in done.output
 
 
 def test_the_command_says_what_was_chosen_and_measured_with(tmp_path: Path) -> None:

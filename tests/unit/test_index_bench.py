@@ -12,6 +12,7 @@ from shardline.bench.index.datasets import (
     MNIST_BASE,
     MNIST_QUERIES,
     MNIST_TRUTH,
+    IndexData,
     clustered_data,
     mnist_data,
     read_idx,
@@ -104,6 +105,24 @@ def test_kinds_are_compared_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "recall@20" in capsys.readouterr().out
     assert len(lines) == 2
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_copies_of_a_vector_are_all_right_answers() -> None:
+    distinct = RNG.standard_normal((100, 8)).astype(np.float32)
+    vectors = np.tile(distinct, (300, 1))
+    data = IndexData(
+        name="copies",
+        vectors=vectors,
+        queries=distinct[:20],
+        metric=Metric.L2,
+        truth=(np.arange(20)[:, None] + 100 * np.arange(150, 250)),
+    )
+    kinds = (IndexKind.IVF, IndexKind.IVFPQ)
+    report = run(data, kinds=kinds, k=100, threads=1, progress=lambda stage, done, total: None)
+    assert report["flat_against_truth"] == 1.0
+    for kind in report["kinds"]:  # of 256 lists more than half are empty; one may be probed first
+        points = [p for p in kind["points"] if p["params"].get("nprobe", 256) >= 16]
+        assert [point["recall"] for point in points] == [1.0] * len(points), kind
 
 
 def test_an_index_shorter_than_k_is_refused() -> None:

@@ -33,6 +33,7 @@ from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexKind, IndexSpec
 from shardline.shards.index.template import train_template
+from tests.engine import write_set
 from tests.reference import score
 
 RNG = np.random.default_rng(5)
@@ -189,6 +190,24 @@ def test_exact_scores_for_every_metric(tmp_path: Any) -> None:
         own = score_items(corpus, queries, ids, metric=metric)
         np.testing.assert_allclose(own[:, :2], slow[:, [0, 299]], rtol=1e-4, atol=1e-6)
         assert np.isneginf(own[:, 2:]).all()
+
+
+def test_near_rows_of_long_vectors_have_right_distances(tmp_path: Any) -> None:
+    """Norms of 1e6 and distances of 1: computed from norms and a product, no digit is right."""
+    rows = (1000 + VECTORS).astype(np.float32)
+    corpus = write_set(tmp_path / "set", rows, metric=Metric.L2)
+    queries = np.tile(rows[:10] + np.float32(0.25), (4, 1))  # enough for faiss to take a product
+    found = best_scores(corpus, queries, 5, metric=Metric.L2)
+    slow = -np.square(rows[None].astype(np.float64) - queries[:, None]).sum(axis=2)
+    kept = score_items(corpus, queries, np.argsort(-slow, axis=1)[:, :5], metric=Metric.L2)
+    assert recall_at_k(kept, found) == 1.0
+    assert recall_at_k(kept[:, :4], found) == pytest.approx(0.8)
+
+
+def test_an_item_answered_twice_is_scored_once(tmp_path: Any) -> None:
+    corpus = write_set(tmp_path / "set", VECTORS, metric=Metric.DOT)
+    found = score_items(corpus, VECTORS[:1], np.array([[4, 7, 4, 4, -1]]), metric=Metric.DOT)
+    assert np.isfinite(found).tolist() == [[True, True, False, False, False]]
 
 
 def test_a_result_that_ties_with_the_last_exact_one_is_a_hit() -> None:

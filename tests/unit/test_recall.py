@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from shardline.shards.core.recall import exact_scores, hits, recall_at_k
+from shardline.shards.core.recall import (
+    count_hits,
+    exact_scores,
+    hits,
+    recall_at_k,
+    without_repeats,
+)
 from shardline.shards.core.schema import Metric, normalise
 from shardline.shards.index.exact import exact_top_k
 from tests.reference import brute_force, recall_by_ids, score
@@ -70,3 +76,44 @@ def test_empty_slots_and_more_hits_than_k() -> None:
     nothing = np.full((2, 3), EMPTY, np.float32)
     assert not hits(nothing, nothing).any()
     assert recall_at_k(nothing, nothing) == 0.0
+
+
+def test_hits_are_counted_by_query_and_capped_by_what_exists() -> None:
+    exact = np.array([[2.0, 1.0], [3.0, EMPTY]], np.float32)
+    assert count_hits(np.float32([[1.0, 0.5], [1.0, EMPTY]]), exact) == 1
+    assert count_hits(np.float32([[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]), exact) == 2 + 1
+
+
+def test_a_tie_within_rounding_is_a_hit_and_a_lower_score_is_none() -> None:
+    exact = np.float32([[100.0, 80.0], [-1.0, -5.0]])  # the second as for squared distances
+    for below, share in ((1e-6, 1.0), (1e-3, 0.5)):
+        lower = exact - below * np.float32([[0, 80], [0, 5]])
+        assert recall_at_k(lower, exact) == share
+
+
+def test_a_result_counts_once() -> None:
+    rng = np.random.default_rng(0)
+    ids = rng.integers(-1, 12, (50, 9))
+    for row, kept in zip(ids.tolist(), without_repeats(ids).tolist(), strict=True):
+        assert kept == [-1 if item in row[:at] else item for at, item in enumerate(row)]
+    assert without_repeats(np.empty((2, 0), np.int64)).shape == (2, 0)
+
+
+def test_exact_results_may_tie_among_themselves() -> None:
+    """Forty copies of ten vectors: the exact hundred are two whole groups and half of a third."""
+    vectors, queries = corpus(10)
+    copies = np.repeat(vectors, 40, axis=0)
+    rows, exact = exact_top_k(queries, copies, 100, Metric.COSINE)
+    order = np.argsort(-(queries @ vectors.T), axis=1)
+    for first in (0, 20):  # either half of the third group
+        answer = [
+            [40 * g + c for g in groups[:2] for c in range(40)]
+            + [40 * groups[2] + first + c for c in range(20)]
+            for groups in order.tolist()
+        ]
+        found = exact_scores(queries, copies, np.array(answer), Metric.COSINE)
+        assert recall_at_k(found, exact) == 1.0
+    half = rows.copy()
+    half[:, 50:] = 40 * order[:, 5:6]  # a row of the sixth group, none of the best
+    found = exact_scores(queries, copies, half, Metric.COSINE)
+    assert recall_at_k(found, exact) == pytest.approx(0.5)

@@ -151,6 +151,48 @@ def test_estimates_push_right_results_out_of_the_merged_answer() -> None:
     assert point.recall == 0.0
 
 
+def test_shards_that_tie_share_the_answer_in_any_way() -> None:
+    """Copies of one vector in two shards: the merged answer takes either's, all of them hits."""
+    copies = answered([[0.9, 0.9, 0.9]], [[0.9, 0.9, 0.9]])
+    (point,) = measured([{SearchParams(): copies}] * 2, np.float32([[0.9, 0.9, 0.9]]))
+    assert point.recall == 1.0
+    mixed = answered([[0.9, 0.2, 0.1]], [[0.9, 0.2, 0.1]])
+    exact = np.float32([[0.9, 0.9, 0.2]])  # one of two that tie on the last place
+    (point,) = measured([{SearchParams(): mixed}] * 2, exact)
+    assert point.recall == 1.0
+
+
+def test_fewer_rows_than_wanted_are_divided_by_how_many_there_are() -> None:
+    own = answered([[0.9, -np.inf, -np.inf]], [[0.9, -np.inf, -np.inf]])
+    none = answered([[-np.inf] * 3], [[-np.inf] * 3])
+    exact = np.float32([[0.9, 0.8, -np.inf]])
+    (point,) = measured([{SearchParams(): own}, {SearchParams(): none}], exact)
+    assert point.recall == 0.5
+
+
+@pytest.mark.parametrize("fields", [{"kind": "ivf"}, {"kind": "ivfpq", "m": 4, "rerank": "none"}])
+def test_a_sweep_over_copies_stops_where_a_list_holds_them(fields: dict) -> None:
+    """By ids no depth would reach the target: of 300 copies, the exact hundred are arbitrary."""
+    distinct = manifold(100, DIM, 8, seed=1)
+    vectors, queries = np.tile(distinct, (300, 1)), distinct[:20]
+    main = build_main(vectors, nlist=8, **fields)
+    ladder = ladder_of(*resolved(nlist=8, **fields))
+    _, exact = exact_top_k(queries, vectors, MEASURED_K, Metric.COSINE)
+    answers = sweep(
+        main,
+        vectors,
+        queries,
+        ladder,
+        exact=exact,
+        share=1.0,
+        target=0.98,
+        metric=Metric.COSINE,
+    )
+    (shallow, *_) = measured([answers], exact)
+    assert (shallow.params.nprobe, shallow.recall) == (1, 1.0)
+    assert {params.nprobe for params in answers} == {1, ladder.default.nprobe}
+
+
 def test_the_cheapest_that_reaches_the_target() -> None:
     def point(nprobe: int, factor: int, recall: float, ms: float = 1.0) -> Measured:
         return Measured(SearchParams(nprobe=nprobe, rerank_factor=factor), recall, ms)
