@@ -93,8 +93,8 @@ def best_scores(
         flat = faiss.IndexFlatL2(corpus.dim) if is_l2 else faiss.IndexFlatIP(corpus.dim)
         flat.add(batch.vectors)
         _, rows = flat.search(queries, min(k, len(batch.item_ids)))
-        # faiss takes an L2 distance from norms and a product: of near rows with long vectors
-        # hardly a digit is right, and a result that ties with the last would be a miss
+        # scored as the answers are: above a number of queries faiss takes an L2 distance from norms
+        # and a product, and of near rows with long vectors hardly a digit is right
         scores = exact_scores(queries, batch.vectors, rows, metric)
         best.add_result(-scores if is_l2 else scores, batch.item_ids[rows])
     best.finalize()
