@@ -24,7 +24,7 @@ PRESET_NAMES = ("seed", "sharp")  # of training.synthetic.generator, which takes
 @click.option(
     "--quick",
     is_flag=True,
-    help="Answers within a minute: 2,000 users, 10,000 items, no ceilings, no index kinds.",
+    help="In about a minute: 2,000 users, 10,000 items, no ceilings, no index kinds.",
 )
 @click.option("--stay", is_flag=True, help="Keep serving until Ctrl-C.")
 @click.option(

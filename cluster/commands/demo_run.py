@@ -56,6 +56,7 @@ LOAD_REQUESTS = 400
 LOAD_WARM_UP = 60
 QUICK_SIZES = {"num_users": 2_000, "num_items": 10_000, "ceiling_users": 0}
 QUICK_LOAD_REQUESTS = 60
+QUICK_LOAD_WARM_UP = 20
 TOP_K = 100
 
 
@@ -116,6 +117,10 @@ class Demo:
     @property
     def load_requests(self) -> int:
         return QUICK_LOAD_REQUESTS if self.quick else LOAD_REQUESTS
+
+    @property
+    def load_warm_up(self) -> int:
+        return QUICK_LOAD_WARM_UP if self.quick else LOAD_WARM_UP
 
     @property
     def run_folder(self) -> Path:
@@ -248,14 +253,14 @@ class Demo:
 
     def _load(self, endpoint: Endpoint, what: str, requests: list[Request]) -> dict[str, Any]:
         """Open loop; the requests start over when all were sent."""
-        total = LOAD_WARM_UP + self.load_requests
+        total = self.load_warm_up + self.load_requests
         self.progress.note(f"{total} {what} at {LOAD_RATE:g}/s, {total / LOAD_RATE:.0f} s")
         found, _ = ask(
             endpoint.url,
             requests,
             rate=LOAD_RATE,
             seconds=self.load_requests / LOAD_RATE,
-            warm_up_s=LOAD_WARM_UP / LOAD_RATE,
+            warm_up_s=self.load_warm_up / LOAD_RATE,
         )
         return asdict(found)
 

@@ -24,7 +24,7 @@ def opening(*, folder: Path, kept: bool, report: Path, quick: bool = False) -> l
     """What the demo will do, about how long it takes, and where files go."""
     stages = stages_of(quick=quick)
     size = (
-        "2,000 users and 10,000 items take less than a minute"
+        "2,000 users and 10,000 items take about a minute"
         if quick
         else "The usual 10,000 users and 100,000 items take about "
         f"{USUAL_MINUTES} minutes (--quick: one)"
