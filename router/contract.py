@@ -171,11 +171,13 @@ def array_of(value: dict[str, Any]) -> np.ndarray[Any, np.dtype[Any]]:
             "array type not supported",
             field="dtype",
             expected=f"one of {', '.join(sorted(ARRAY_DTYPES))}",
-            got=repr(dtype),
+            got=repr(dtype)[:40],
         )
     are_sizes = isinstance(shape, list) and {int}.issuperset(map(type, shape))
     if not are_sizes or min(shape, default=0) < 0:
-        raise InvalidInput("bad array", field="shape", expected="a list of sizes", got=repr(shape))
+        raise InvalidInput(
+            "bad array", field="shape", expected="a list of sizes", got=repr(shape)[:40]
+        )
     kind = ARRAY_DTYPES[dtype]
     expected = math.prod(shape) * kind.itemsize
     if not isinstance(data, bytes) or len(data) != expected or len(shape) > 2:

@@ -45,7 +45,8 @@ def stages_of(*, quick: bool) -> list[str]:
 def stage_line(name: str, *, quick: bool = False) -> str:
     """The heading of a step: which it is, and what it does."""
     stages = stages_of(quick=quick)
-    return f"[{stages.index(name) + 1}/{len(stages)}] {name}: {STAGES[name]}"
+    what = STAGES[name].removesuffix("; the ceilings") if quick else STAGES[name]
+    return f"[{stages.index(name) + 1}/{len(stages)}] {name}: {what}"
 
 
 def stay_lines(url: str, key_file: str | None) -> list[str]:

@@ -6,6 +6,7 @@ raised: same class, field, expected, got and hint.
 
 import json
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +32,7 @@ from shardline.shards.core.errors import (
     Unavailable,
     VersionMismatch,
 )
-from shardline.shards.core.schema import FloatArray, check_ids
+from shardline.shards.core.schema import FloatArray, IdArray, check_ids
 
 if TYPE_CHECKING:
     import ssl
@@ -134,7 +135,24 @@ def _culprit(fields: Mapping[str, Any]) -> str:
     raise AssertionError("every field can be packed")
 
 
+def _ids(values: "ArrayLike") -> IdArray:
+    _refuse_hidden("item_ids", values)
+    if isinstance(values, list | tuple) and bool in map(type, values):  # numpy would make it 1
+        raise InvalidInput(
+            "not an array of integers", field="item_ids", expected="1-d int64", got="a bool"
+        )
+    return check_ids(values).astype("<i8", copy=False)
+
+
+def _refuse_hidden(field: str, values: "ArrayLike") -> None:
+    """A masked value would be sent as what lies under its mask."""
+    # who has a masked array has loaded the module, which takes time that others need not pay
+    if "numpy.ma" in sys.modules and np.ma.is_masked(values):
+        raise InvalidInput("masked values", field=field, expected="values that are all there")
+
+
 def _matrix(values: "ArrayLike") -> FloatArray:
+    _refuse_hidden("vectors", values)
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError) as error:
@@ -156,7 +174,7 @@ def _matrix(values: "ArrayLike") -> FloatArray:
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "vectors": _matrix,
     "features": lambda rows: [dict(row) for row in rows],
-    "item_ids": lambda ids: check_ids(ids).astype("<i8", copy=False),
+    "item_ids": _ids,
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

@@ -17,9 +17,8 @@ from shardline.router.encoder.history_rows import HistoryRows, PastItems, Stored
 from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.core.standardise import days_before, standardised
 
-LARGEST = 10.0  # deviations from the mean; as training.features.columns.LARGEST
-DAY_S = 86_400.0
 VALUE_TYPES: dict[str, type] = {"int": int, "string": str, "bool": bool}
 
 
@@ -171,16 +170,10 @@ class Number:
                 raise Refused(row, got)
             for place, item in enumerate(value if self._vector else (value,)):
                 numbers[row, place] = self._checked(item, row, place)
-        absent = np.isnan(numbers)
         if self._newest is not None:
-            numbers = np.maximum(self._newest - numbers, 0.0) / DAY_S
+            numbers = days_before(self._newest, numbers)
         numbers = np.log1p(numbers) if self._log else numbers
-        with np.errstate(over="ignore"):
-            scaled = (numbers - self._mean) / self._deviation
-        scaled = np.where(absent, 0.0, np.clip(scaled, -LARGEST, LARGEST))
-        if self._missing:
-            scaled = np.concatenate([scaled, absent.any(axis=1, keepdims=True)], axis=1)
-        return scaled.astype(np.float32)
+        return standardised(numbers, self._mean, self._deviation, missing=self._missing)
 
     def _checked(self, value: Any, row: int, place: int) -> float:
         where = f"[{place}]" if self._vector else ""

@@ -9,7 +9,6 @@ import csv
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -37,12 +36,12 @@ LIBRARY_ERRORS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
 class Unusable(Exception):
     """Why a column cannot be taken: what was expected, and what it has instead."""
 
-    expected: str
-    got: str
+    def __init__(self, expected: str, got: str) -> None:
+        super().__init__(expected, got)
+        self.expected, self.got = expected, got
 
 
 @contextmanager
@@ -219,14 +218,18 @@ def _id(column: pa.ChunkedArray) -> pa.ChunkedArray:
     if pa.types.is_decimal(kind) or pa.types.is_floating(kind):
         return _whole(column)
     if pa.types.is_binary(kind) or pa.types.is_fixed_size_binary(kind):
-        values = column.to_pylist()
-        try:
-            return pa.chunked_array([[value.decode() for value in values]], pa.string())
-        except UnicodeDecodeError:
-            return pa.chunked_array([[value.hex() for value in values]], pa.string())
+        return pa.chunked_array([list(map(_text_or_hex, column.to_pylist()))], pa.string())
     if pa.types.is_null(kind):
         return column.cast(pa.int64())  # no rows, or there would be nulls
     raise Unusable("integers or strings", str(kind)[:120])
+
+
+def _text_or_hex(value: bytes) -> str:
+    """Of each id by itself: two tables that share only some must read these the same."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
 
 
 def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -9,7 +9,7 @@ file.
 
 import csv
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -94,7 +94,7 @@ class Location:
             raise DataError(
                 f"{self.path}: several tables called {stem}",
                 got=", ".join(found),
-                hint=f"--{stem}-file says which",
+                hint="--users-file, --items-file and --interactions-file say which",
             )
         return self.child(found[0]) if found else None
 
@@ -279,15 +279,13 @@ def _joined(tables: list[pa.Table], paths: list[str]) -> pa.Table:
     Raises:
         DataError: a column whose types have nothing in common; names it and both files.
     """
-    join: Callable[[list[Any]], pa.Schema] = lambda schemas: pa.unify_schemas(  # noqa: E731
-        schemas, promote_options="permissive"
-    )
     first: dict[str, tuple[pa.Field[Any], str]] = {}
     for table, path in zip(tables, paths, strict=True):
         for each in table.schema:
             known, where = first.setdefault(each.name, (each, path))
             try:
-                widened = join([pa.schema([known]), pa.schema([each])]).field(0)
+                both = [pa.schema([known]), pa.schema([each])]
+                widened = pa.unify_schemas(both, promote_options="permissive").field(0)
             except pa.ArrowException as error:
                 raise DataError(
                     "part files disagree",

@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from shardline.shards.core.errors import DataError
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.core.standardise import days_before, standardised
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import vector_matrix
 
 ValueType = Literal["int", "string", "bool"]
-
-LARGEST = 10.0  # deviations from the mean; beyond, one odd value would outweigh all others
-DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +101,10 @@ class TextHash:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standardiser:
-    """(x - mean) / deviation per component, cut off at LARGEST deviations.
+    """What ``shards.core.standardise`` takes; ``router.encoder.inputs.Number`` is its twin.
 
     log: of log(1 + x). newest: of a time, in seconds since 1970; its age in days before then is
-    what is scaled. A missing value has the mean; ``missing``, set where the fitted column had some,
-    adds a number that is 1 for them and 0 for others.
+    what is scaled. missing: set where the fitted column had missing values.
     """
 
     column: str
@@ -178,22 +175,6 @@ def value_type(kind: pa.DataType) -> ValueType | None:
     return "string" if pa.types.is_string(kind) else None
 
 
-def standardised(
-    values: NDArray[np.float64], mean: list[float], deviation: list[float], *, missing: bool
-) -> FloatArray:
-    """(n, d) values, NaN where missing, as (n, d) or, with ``missing``, (n, d + 1) float32.
-
-    ``router.encoder.inputs.Number`` does the same.
-    """
-    with np.errstate(over="ignore"):
-        scaled = (values - np.asarray(mean)) / np.asarray(deviation)
-    absent = np.isnan(values)
-    scaled = np.where(absent, 0.0, np.clip(scaled, -LARGEST, LARGEST))
-    if missing:
-        scaled = np.concatenate([scaled, absent.any(axis=1, keepdims=True)], axis=1)
-    return scaled.astype(np.float32)
-
-
 def is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
@@ -234,7 +215,7 @@ def numbers(
         ticks = column.cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64(), safe=False)
         values = ticks.to_numpy()[:, None] / 1e6
         if newest is not None:
-            values = np.maximum(newest - values, 0.0) / DAY_S
+            values = days_before(newest, values)
     elif pa.types.is_fixed_size_list(column.type):
         values = vector_matrix(column).astype(np.float64)
     else:

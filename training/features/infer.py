@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from shardline.shards.core.errors import ConfigError
+from shardline.shards.core.standardise import days_before
 from shardline.training.config.tower_config import (
     CategoricalFeature,
     FeatureConfig,
@@ -28,7 +29,6 @@ from shardline.training.config.tower_config import (
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.tables import ORIGINAL_ID, Dataset
 from shardline.training.features.columns import (
-    DAY_S,
     is_list,
     is_number,
     list_values,
@@ -128,7 +128,7 @@ def _is_skewed(column: pa.ChunkedArray) -> bool:
     values = numbers(column, "", "")
     values = values[~np.isnan(values)]
     if values.size and pa.types.is_timestamp(column.type):
-        values = (values.max() - values) / DAY_S
+        values = days_before(float(values.max()), values)
     if values.size == 0 or values.min() < 0:
         return False
     values = values / max(1.0, float(values.max()) / SAFE_CUBE)  # so that no cube is infinite
