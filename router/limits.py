@@ -4,6 +4,7 @@ The values that a query leaves out are filled in, the others checked; vectors an
 the service.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from shardline.router.query import QueryKind, ResolvedQuery
@@ -60,6 +61,8 @@ def resolve(
     min_coverage: float | None = None,
     params: SearchParams = NO_PARAMS,
     options: SearchOptions = NO_OPTIONS,
+    returned: Sequence[str] = (),
+    original_ids: bool = False,
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
 
@@ -85,6 +88,8 @@ def resolve(
         min_coverage=min_coverage,
         params=params,
         options=options,
+        returned=tuple(dict.fromkeys(returned)) if returned else (),
+        original_ids=original_ids,
     )
 
 

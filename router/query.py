@@ -36,6 +36,8 @@ class ResolvedQuery:
     min_coverage: float
     params: SearchParams
     options: SearchOptions
+    returned: tuple[str, ...] = ()  # attributes wanted beside the results
+    original_ids: bool = False
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -62,6 +64,19 @@ class SearchAnswer:
     search_ms: float
     reasons: tuple[Reason, ...]
     request_id: str
+    returned: "Returned | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Returned:
+    """What was asked for beside the results: of each query a list, with a value per result.
+
+    Empty slots have none; the value of an item whose shard did not answer is None. original_ids is
+    None where they were not asked for.
+    """
+
+    attributes: dict[str, list[list[Any]]]
+    original_ids: list[list[Any]] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,4 +86,12 @@ class FoundItems:
     item_ids: IdArray
     vectors: FloatArray
     shards: IdArray
+    coverage: Coverage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundAttributes:
+    """Of each attribute asked for, the values by item id; items that were not found have none."""
+
+    values: dict[str, dict[int, Any]]
     coverage: Coverage

@@ -20,7 +20,14 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import Encoder, TableSnapshot, load_query_encoder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size
-from shardline.router.query import Merged, QueryKind, ResolvedQuery, SearchAnswer
+from shardline.router.query import (
+    FoundAttributes,
+    Merged,
+    QueryKind,
+    ResolvedQuery,
+    Returned,
+    SearchAnswer,
+)
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
 from shardline.shards.core.messages import RoutingTable
@@ -38,7 +45,14 @@ from shardline.shards.core.metrics import (
     STAGE_MS,
     Recorder,
 )
-from shardline.shards.core.schema import FloatArray, check_ids, query_vectors
+from shardline.shards.core.schema import (
+    EMPTY_ID,
+    ORIGINAL_ID,
+    FloatArray,
+    IdArray,
+    check_ids,
+    query_vectors,
+)
 
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
@@ -111,23 +125,29 @@ class SearchService:
         try:
             with self._fanout.pin() as snapshot:
                 merged, reasons = await self._answer(snapshot, query, deadline, began_at)
-                table = snapshot.table
+                table, coverage, returned = snapshot.table, merged.coverage, None
+                if query.returned or query.original_ids:
+                    found = await self._attributes(snapshot, merged.ranked.ids, query, deadline)
+                    returned = _returned(merged.ranked.ids, query, found)
+                    if found.coverage.degraded:
+                        coverage = coverage.joined(found.coverage)
         except ShardlineError as error:
             self.count_rejected(error)
             raise
         took_ms = (time.perf_counter() - began_at) * 1000
         self.recorder.observe(REQUEST_MS, took_ms, query.kind)
         self.recorder.observe(REQUEST_QUERIES, len(merged.ranked.ids))
-        self.recorder.observe(COVERAGE, merged.coverage.share)
+        self.recorder.observe(COVERAGE, coverage.share)
         return SearchAnswer(
             ranked=merged.ranked,
             generation=table.generation,
             model_version=table.model_version,
-            coverage=merged.coverage,
+            coverage=coverage,
             took_ms=took_ms,
             search_ms=merged.search_ms,
             reasons=reasons,
             request_id=request_id,
+            returned=returned,
         )
 
     def count_rejected(self, error: ShardlineError) -> None:
@@ -241,6 +261,15 @@ class SearchService:
         )
         return item_queries(item_ids, found, snapshot.table.metric)
 
+    async def _attributes(
+        self, snapshot: TableSnapshot, ids: IdArray, query: ResolvedQuery, deadline: float
+    ) -> FoundAttributes:
+        """What the query wants beside its results ``ids`` (n, k)."""
+        original = (ORIGINAL_ID,) if query.original_ids else ()
+        names = tuple(dict.fromkeys(query.returned + original))
+        wanted = np.unique(ids[ids != EMPTY_ID])
+        return await self._fanout.attributes(snapshot, wanted, names, deadline=deadline)
+
     async def _neighbours(
         self, snapshot: TableSnapshot, items: ItemQueries, query: ResolvedQuery, deadline: float
     ) -> Merged:
@@ -277,3 +306,17 @@ class SearchService:
             if self._cache.enabled:
                 self._cache.put(key, merged)
         return merged
+
+
+def _returned(ids: IdArray, query: ResolvedQuery, found: FoundAttributes) -> Returned:
+    """The values that were found, in the order of the results ``ids`` (n, k)."""
+    rows = [[item for item in row if item != EMPTY_ID] for row in ids.tolist()]
+
+    def of(name: str) -> list[list[Any]]:
+        values = found.values[name]
+        return [[values.get(item) for item in row] for row in rows]
+
+    return Returned(
+        attributes={name: of(name) for name in query.returned},
+        original_ids=of(ORIGINAL_ID) if query.original_ids else None,
+    )

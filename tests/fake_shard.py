@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 from dataclasses import dataclass, field, replace
 
+import msgpack
 import numpy as np
 
 from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import (
+    AttributesReply,
+    AttributesRequest,
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -46,6 +49,7 @@ class FakeShard:
     fetch_error: ErrorReply | None = None
     short: bool = False
     answers_as: int | None = None
+    bad_values: bytes | None = None  # instead of attributes
     requests: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -139,6 +143,17 @@ class FakeShard:
             return FetchReply(
                 item_ids=self.ids[mine],
                 vectors=self.vectors[mine],
+                generation=self.answers_as or self.generation,
+                seq=0,
+            )
+        if isinstance(message, AttributesRequest):
+            if self.fetch_error is not None:
+                return self.fetch_error
+            mine = self.ids[np.isin(self.ids, message.item_ids)].tolist()
+            values = [[f"{name} of {item}" for item in mine] for name in message.names]
+            return AttributesReply(
+                item_ids=np.array(mine, dtype=np.int64),
+                values=self.bad_values or msgpack.packb(values),
                 generation=self.answers_as or self.generation,
                 seq=0,
             )

@@ -3,8 +3,9 @@
 Fields that this version does not know are ignored, so that a newer server can be asked.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
@@ -12,7 +13,7 @@ import numpy as np
 
 from shardline.router.contract import Coverage, Degraded, ItemAnswer, Reason, array_of
 from shardline.shards.core.errors import InvalidInput, ProtocolError
-from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray
+from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, FloatArray, IdArray
 
 if TYPE_CHECKING:
     import pandas
@@ -25,8 +26,10 @@ Answer = TypeVar("Answer")
 class SearchAnswer:
     """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf, last.
 
-    The arrays are read-only. took_ms is the time from the request's arrival at the server to its
-    answer, search_ms the longest search of any shard, both in milliseconds.
+    The arrays are read-only. attributes and original_ids hold what ``return_`` and
+    ``return_original_ids`` asked for: a list per query, with a value per result. took_ms is the
+    time from the request's arrival at the server to its answer, search_ms the longest search of
+    any shard, both in milliseconds.
     """
 
     ids: IdArray
@@ -38,11 +41,14 @@ class SearchAnswer:
     search_ms: float
     request_id: str
     reasons: tuple[Reason, ...] = ()
+    attributes: Mapping[str, list[list[Any]]] = field(default_factory=dict)
+    original_ids: list[list[Any]] | None = None
 
     def to_arrow(self) -> "pyarrow.Table":
         """One row per result, in answer order: query int64, rank int64, id int64, score float32.
 
-        query is the position in the request, rank counts from 0; empty slots have no row.
+        query is the position in the request, rank counts from 0; empty slots have no row. Then
+        original_id and the attributes, where they were asked for.
 
         Raises:
             ImportError: pyarrow is not installed.
@@ -61,14 +67,20 @@ class SearchAnswer:
             raise ImportError("to_pandas() needs pandas: pip install pandas") from error
         return pd.DataFrame(self._columns())
 
-    def _columns(self) -> dict[str, np.ndarray[Any, Any]]:
+    def _columns(self) -> dict[str, Any]:
         query, rank = np.nonzero(self.ids != EMPTY_ID)
-        return {
+        columns: dict[str, Any] = {
             "query": query,
             "rank": rank,
             "id": self.ids[query, rank],
             "score": self.scores[query, rank],
         }
+        if self.original_ids is not None:
+            columns[ORIGINAL_ID] = list(chain.from_iterable(self.original_ids))
+        for name, rows in self.attributes.items():
+            unique = f"attribute.{name}" if name in columns else name
+            columns[unique] = list(chain.from_iterable(rows))
+        return columns
 
 
 def read_search(body: bytes) -> SearchAnswer:
@@ -109,6 +121,8 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         search_ms=content["search_ms"],
         request_id=content["request_id"],
         reasons=tuple(map(_reason, content.get("reasons") or ())),
+        attributes=content.get("attributes") or {},
+        original_ids=content.get("original_ids"),
     )
 
 

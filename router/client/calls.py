@@ -76,6 +76,8 @@ class SearchFields(TypedDict, total=False):
     min_coverage: float | None
     params: "SearchParams | None"
     min_seq: int | None
+    return_: "Sequence[str] | None"
+    return_original_ids: bool | None
 
 
 def search_body(**fields: Unpack[SearchFields]) -> bytes:
@@ -90,7 +92,7 @@ def search_body(**fields: Unpack[SearchFields]) -> bytes:
         if name not in SearchFields.__annotations__:
             raise TypeError(f"search() got an unexpected keyword argument {name!r}")
         if value is not None:
-            given[name] = _converted(name, value)
+            given[name.rstrip("_")] = _converted(name, value)  # return is a word of Python
     try:
         return _packed(given)
     except (TypeError, ValueError, OverflowError) as error:
@@ -175,6 +177,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "vectors": _matrix,
     "features": lambda rows: [dict(row) for row in rows],
     "item_ids": _ids,
+    "return_": lambda names: names if isinstance(names, str) else list(names),
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

@@ -21,7 +21,13 @@ from shardline.shards.core.errors import (
     ProtocolError,
     Unavailable,
 )
-from shardline.shards.core.messages import ErrorReply, FetchReply, SearchReply, ShardRoute
+from shardline.shards.core.messages import (
+    AttributesReply,
+    ErrorReply,
+    FetchReply,
+    SearchReply,
+    ShardRoute,
+)
 from shardline.shards.wire.frames import Message, decode_payload, is_error
 from shardline.shards.wire.readers import Payload
 
@@ -34,7 +40,7 @@ LATE_SHARE = 0.2
 # What a shard may answer instead of results without having failed; code -> error.
 TEMPORARY = {kind.code: kind for kind in Unavailable.__subclasses__()}
 
-R = TypeVar("R", SearchReply, FetchReply)
+R = TypeVar("R", SearchReply, FetchReply, AttributesReply)
 
 
 class Ask:

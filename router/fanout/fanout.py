@@ -10,7 +10,9 @@ import logging
 import random
 from collections import Counter
 from contextlib import suppress
+from typing import Any
 
+import msgpack
 import numpy as np
 
 from shardline.router.fanout.ask import Ask
@@ -18,10 +20,12 @@ from shardline.router.fanout.clock import Clock, running_clock
 from shardline.router.fanout.coalesce import Coalescer, LaneKey
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.snapshot import Encoder, Replicas, TableSnapshot
-from shardline.router.query import FoundItems, Merged
+from shardline.router.query import FoundAttributes, FoundItems, Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import DeadlineExceeded, Unavailable
 from shardline.shards.core.messages import (
+    AttributesReply,
+    AttributesRequest,
     FetchReply,
     FetchRequest,
     ReplicaRoute,
@@ -129,14 +133,7 @@ class Fanout:
         """
         dim = snapshot.table.dim
         request = FetchRequest(item_ids=item_ids, timeout_ms=self._remaining_ms(deadline))
-        request_id = next(self._request_ids)
-        done: asyncio.Event = asyncio.Event()
-        ask = Ask(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
-        ask.send(encode_frame(request_id, request))
-        try:
-            await done.wait()
-        finally:
-            ask.close()  # for a caller that was cancelled
+        ask = await self._asked(snapshot, request, deadline)
         answered, coverage = ask.collect(
             FetchReply, lambda r: r.vectors.shape == (len(r.item_ids), dim)
         )
@@ -151,6 +148,44 @@ class Fanout:
             ),
             coverage=coverage,
         )
+
+    async def attributes(
+        self, snapshot: TableSnapshot, item_ids: IdArray, names: tuple[str, ...], *, deadline: float
+    ) -> FoundAttributes:
+        """The named attributes of those of item_ids (n,) int64 that some shard holds.
+
+        Raises:
+            InvalidInput: no such attribute.
+            DeadlineExceeded, Overloaded, Unavailable: no answer.
+        """
+        timeout_ms = self._remaining_ms(deadline)
+        request = AttributesRequest(item_ids=item_ids, names=names, timeout_ms=timeout_ms)
+        ask = await self._asked(snapshot, request, deadline)
+        values: dict[str, dict[int, Any]] = {name: {} for name in names}
+
+        def taken(reply: AttributesReply) -> bool:
+            columns = _columns_of(reply, len(names))
+            for name, column in zip(names, columns or (), strict=columns is not None):
+                values[name].update(zip(reply.item_ids.tolist(), column, strict=True))
+            return columns is not None
+
+        _, coverage = ask.collect(AttributesReply, taken)
+        ask.require(coverage, 0.0)
+        return FoundAttributes(values=values, coverage=coverage)
+
+    async def _asked(
+        self, snapshot: TableSnapshot, request: FetchRequest | AttributesRequest, deadline: float
+    ) -> Ask:
+        """A question that no other caller shares, once nobody's answer is awaited any longer."""
+        request_id = next(self._request_ids)
+        done: asyncio.Event = asyncio.Event()
+        ask = Ask(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
+        ask.send(encode_frame(request_id, request))
+        try:
+            await done.wait()
+        finally:
+            ask.close()  # for a caller that was cancelled
+        return ask
 
     async def close(self) -> None:
         """Drops every connection; queries still running end as unavailable."""
@@ -208,6 +243,19 @@ class Fanout:
                 task = asyncio.create_task(connection.close())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
+
+
+def _columns_of(reply: AttributesReply, num_names: int) -> list[list[Any]] | None:
+    """A list of values per name, or None where the reply holds something else."""
+    try:
+        columns = msgpack.unpackb(reply.values, strict_map_key=False)
+    except (ValueError, msgpack.UnpackException):
+        return None
+    is_list = isinstance(columns, list) and len(columns) == num_names
+    fits = is_list and all(
+        isinstance(column, list) and len(column) == len(reply.item_ids) for column in columns
+    )
+    return columns if fits else None
 
 
 class Pin:

@@ -30,7 +30,7 @@ from shardline.shards.core.schema import EMPTY_ID
 NUMBERS = frozenset({int, float})
 INTEGERS = frozenset({int})
 SCALARS = frozenset({int, float, bool, str, type(None)})
-SEARCH_FIELDS = tuple(SearchBody.model_fields)
+SEARCH_FIELDS = tuple(field.alias or name for name, field in SearchBody.model_fields.items())
 OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIELDS)
 PARAM_FIELDS = tuple(ParamsBody.model_fields)
 # SearchBody.model_validate without its layer of Python, a third of its time
@@ -71,6 +71,8 @@ def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQue
         min_coverage=parsed.min_coverage,
         params=NO_PARAMS if parsed.params is None else SearchParams(**dict(parsed.params)),
         options=options,
+        returned=parsed.returned,
+        original_ids=parsed.return_original_ids,
     )
 
 
@@ -92,6 +94,11 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
     }
     if answer.reasons:
         content["reasons"] = [asdict(reason) for reason in answer.reasons]
+    if answer.returned is not None:
+        if answer.returned.attributes:
+            content["attributes"] = answer.returned.attributes
+        if answer.returned.original_ids is not None:
+            content["original_ids"] = answer.returned.original_ids
     if media is Media.JSON:
         live = (ids != EMPTY_ID).sum(axis=1)
         if (live < ids.shape[1]).any():

@@ -9,7 +9,12 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
 from shardline.router.contract import ReasonCode
-from shardline.shards.core.messages import MAX_EF_SEARCH, MAX_NPROBE, MAX_RERANK_FACTOR
+from shardline.shards.core.messages import (
+    MAX_EF_SEARCH,
+    MAX_NPROBE,
+    MAX_RERANK_FACTOR,
+    MAX_RETURNED,
+)
 from shardline.shards.core.schema import MAX_K
 
 
@@ -75,6 +80,16 @@ class SearchBody(_Body):
         lt=2**63,
         description="shards that have applied fewer writes than this are left out of the answer",
     )
+    returned: list[str] = Field(
+        default=[],
+        alias="return",
+        max_length=MAX_RETURNED,
+        description="names of items' attributes that the answer is to bring with the results",
+    )
+    return_original_ids: bool = Field(
+        default=False,
+        description="bring the ids that items had before their import, where it numbered them",
+    )
 
 
 class DegradedBody(_Body):
@@ -117,6 +132,15 @@ class SearchResponse(_Body):
     request_id: str
     reasons: list[ReasonBody] | None = Field(
         default=None, description="only when some query could not be asked"
+    )
+    attributes: dict[str, list[list[Any]]] | None = Field(
+        default=None,
+        description="only with return: of each attribute a row per query, a value per result",
+    )
+    original_ids: list[list[int | str]] | None = Field(
+        default=None,
+        description="only with return_original_ids: a row per query, an id per result; "
+        "an item whose id was kept at its import has that id",
     )
 
 

@@ -119,7 +119,8 @@ class _Internal(ShardlineError):
 def from_validation(error: ValidationError, known: Sequence[str]) -> InvalidInput:
     """The first complaint of pydantic in our words; ``known`` are the fields there are."""
     first = error.errors(include_url=False, include_context=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
+    path = "".join(parts).removeprefix(".")
     if first["type"] == "extra_forbidden":
         return unknown_field(path, known)
     return InvalidInput(

@@ -14,6 +14,7 @@ from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked
 MAX_NPROBE = 2048  # faiss's limit on GPUs; on a CPU more would be slower than an exact scan
 MAX_EF_SEARCH = 16_384
 MAX_RERANK_FACTOR = 64
+MAX_RETURNED = 64  # attributes of one request
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -112,6 +113,27 @@ class FetchReply:
 
     item_ids: IdArray
     vectors: FloatArray
+    generation: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttributesRequest:
+    """Asks for named attributes of item_ids (n,) int64, those of other shards included."""
+
+    item_ids: IdArray
+    names: tuple[str, ...]
+    timeout_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttributesReply:
+    """Of the subset that this shard holds, item_ids (m,) int64: for each name asked for, in order,
+    a list of m values of JSON. ``values`` is msgpack, because most of it only passes through.
+    """
+
+    item_ids: IdArray
+    values: bytes
     generation: int
     seq: int
 

@@ -23,6 +23,7 @@ IdArray = NDArray[np.int64]
 
 EMPTY_ID = -1
 EMPTY_SCORE = np.float32(-np.inf)
+ORIGINAL_ID = "original_id"  # attribute of an item whose own id was no int64 >= 0: that id
 MAX_K = 2048  # the limit of faiss on GPUs; one limit everywhere keeps a query portable
 MIN_NORM = 1e-12  # below this a float32 vector has no usable direction
 UNIT_TOLERANCE = 4e-6  # of a squared norm: float32 rounding, up to thousands of dimensions

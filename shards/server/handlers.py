@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.messages import FetchRequest, SearchRequest
+from shardline.shards.core.messages import AttributesRequest, FetchRequest, SearchRequest
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
 BYTES_PER_RESULT = 12  # an int64 id and a float32 score
 
-Request: TypeAlias = SearchRequest | FetchRequest
+Request: TypeAlias = SearchRequest | FetchRequest | AttributesRequest
 Replies: TypeAlias = Sequence[Message | ShardlineError]
 
 
@@ -47,6 +47,12 @@ HANDLERS: dict[type, Handler] = {
         rows=lambda request: len(request.item_ids),
         reply_bytes=lambda request, dim: len(request.item_ids) * (dim * 4 + 8),
         answer=lambda shard, requests: shard.fetch_batch(requests),
+        may_expire=True,
+    ),
+    AttributesRequest: Handler(
+        rows=lambda request: len(request.item_ids),
+        reply_bytes=lambda request, dim: len(request.item_ids) * 8,  # and what the values take
+        answer=lambda shard, requests: shard.attributes_batch(requests),
         may_expire=True,
     ),
 }

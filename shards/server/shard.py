@@ -1,4 +1,4 @@
-"""One shard: item ids over a main index; answers search and fetch requests.
+"""One shard: item ids over a main index; answers search, fetch and attribute requests.
 
 No sockets, threads or Ray here. A shard is used by one thread at a time.
 """
@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from shardline.shards.core.errors import Behind, CorruptFile, InvalidInput, ShardlineError
 from shardline.shards.core.messages import (
+    AttributesReply,
+    AttributesRequest,
     FetchReply,
     FetchRequest,
     SearchParams,
@@ -21,6 +24,7 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import (
     EMPTY_ID,
+    ORIGINAL_ID,
     FloatArray,
     IdArray,
     Ranked,
@@ -30,15 +34,21 @@ from shardline.shards.core.schema import (
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
+from shardline.shards.server.item_attributes import ItemAttributes
 from shardline.shards.storage.generation import (
     INDEX_NAME,
     ITEM_IDS_NAME,
     GenerationManifest,
+    read_attributes,
     read_generation,
     read_item_ids,
     shard_folder,
     verify_shard,
 )
+from shardline.shards.wire.frames import MAX_FRAME_BYTES
+
+NO_ATTRIBUTES = ItemAttributes()
+FRAME_REST_BYTES = 4096  # of a reply of attributes, beside ids and values
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -54,12 +64,15 @@ class ShardState:
     ids_by_row: IdArray
     selection: Selection | None = None
     seq: int = 0
+    attributes: ItemAttributes = NO_ATTRIBUTES
 
     @classmethod
-    def of(cls, main: MainIndex, item_ids: IdArray) -> "ShardState":
+    def of(
+        cls, main: MainIndex, item_ids: IdArray, attributes: ItemAttributes = NO_ATTRIBUTES
+    ) -> "ShardState":
         """item_ids (n,) int64, ascending: the item of each local row of ``main``."""
         assert main.rows == item_ids.size
-        return cls(main=main, ids_by_row=np.append(item_ids, EMPTY_ID))
+        return cls(main=main, ids_by_row=np.append(item_ids, EMPTY_ID), attributes=attributes)
 
     @property
     def rows(self) -> int:
@@ -81,11 +94,35 @@ class ShardState:
 
         As exact as ``MainIndex.reconstruct``: an index without exact copies gives approximations.
         """
+        found, rows = self._rows_of(item_ids)
+        return found, self.main.reconstruct(rows)
+
+    def attributes_of(
+        self, item_ids: IdArray, names: Sequence[str]
+    ) -> tuple[IdArray, list[list[Any]]]:
+        """Those of item_ids (n,) int64 that are here, and of each attribute their values.
+
+        An item whose id was kept at its import is its own ``original_id``.
+
+        Raises:
+            InvalidInput: no such attribute.
+        """
+        found, rows = self._rows_of(item_ids)
+        values = [
+            found.tolist()
+            if name == ORIGINAL_ID and name not in self.attributes.names
+            else self.attributes.values(name, rows)
+            for name in names
+        ]
+        return found, values
+
+    def _rows_of(self, item_ids: IdArray) -> tuple[IdArray, IdArray]:
+        """Those of item_ids (n,) int64 that are here and may come back, and their rows."""
         rows = np.searchsorted(self.ids_by_row[:-1], item_ids)
         found = self.ids_by_row[rows] == item_ids
         if self.selection is not None:
             found[found] = self.selection.live[rows[found]]
-        return item_ids[found], self.main.reconstruct(rows[found].astype(np.int64))
+        return item_ids[found], rows[found].astype(np.int64)
 
 
 class Shard:
@@ -109,7 +146,8 @@ class Shard:
         entry = verify_shard(folder, manifest, shard)
         main = _load_main(folder, manifest, shard, device or manifest.index.device)
         ids_path = folder / shard_folder(shard) / ITEM_IDS_NAME
-        state = ShardState.of(main, read_item_ids(ids_path, rows=entry.rows))
+        attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))
+        state = ShardState.of(main, read_item_ids(ids_path, rows=entry.rows), attributes)
         return cls(shard=shard, generation=manifest.generation, state=state)
 
     @property
@@ -176,6 +214,32 @@ class Shard:
         if isinstance(reply, ShardlineError):
             raise reply
         return reply
+
+    def attributes_batch(
+        self, requests: Sequence[AttributesRequest]
+    ) -> list[AttributesReply | ShardlineError]:
+        """A reply to each request, in order, or its error."""
+        state = self.state
+        return [self._attributes(state, request) for request in requests]
+
+    def _attributes(
+        self, state: ShardState, request: AttributesRequest
+    ) -> AttributesReply | ShardlineError:
+        try:
+            item_ids, values = state.attributes_of(check_ids(request.item_ids), request.names)
+        except InvalidInput as error:
+            return error
+        packed: bytes = msgpack.packb(values)
+        if len(packed) + item_ids.nbytes > MAX_FRAME_BYTES - FRAME_REST_BYTES:
+            return InvalidInput(
+                "too much to return",
+                field="return",
+                expected=f"at most {MAX_FRAME_BYTES >> 20} MiB of attributes from one shard",
+                hint="ask for fewer attributes, fewer results or fewer queries",
+            )
+        return AttributesReply(
+            item_ids=item_ids, values=packed, generation=self.generation, seq=state.seq
+        )
 
     def _fetch(self, state: ShardState, request: FetchRequest) -> FetchReply | ShardlineError:
         try:

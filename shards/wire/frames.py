@@ -15,6 +15,8 @@ import msgpack
 
 from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import (
+    AttributesReply,
+    AttributesRequest,
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -27,7 +29,7 @@ from shardline.shards.core.messages import (
 from shardline.shards.wire import search_layout
 from shardline.shards.wire.readers import Payload, pack_value, readers_of, unpack
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MAX_FRAME_BYTES = 64 << 20  # 2048 queries x k=2048 x 12 bytes is 50 MB: the largest legal answer
 HEADER = struct.Struct("<IQ")
 CHEAP_COPY_BYTES = 16 << 10  # up to here numpy's extra work for a memoryview costs more than a copy
@@ -35,7 +37,16 @@ CHEAP_COPY_BYTES = 16 << 10  # up to here numpy's extra work for a memoryview co
 KEEP_ALIVE = HEADER.pack(0, 0)
 
 Message: TypeAlias = (
-    SearchRequest | SearchReply | FetchRequest | FetchReply | ErrorReply | Hello | Proof | Welcome
+    SearchRequest
+    | SearchReply
+    | FetchRequest
+    | FetchReply
+    | AttributesRequest
+    | AttributesReply
+    | ErrorReply
+    | Hello
+    | Proof
+    | Welcome
 )
 # The messages in msgpack by their tag. A number is never used for another message.
 MESSAGE_TYPES: dict[int, type[Message]] = {
@@ -45,6 +56,8 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
     3: ErrorReply,
     6: FetchRequest,
     7: FetchReply,
+    8: AttributesRequest,
+    9: AttributesReply,
 }
 _TAGS = {kind: tag for tag, kind in MESSAGE_TYPES.items()}
 _READERS = {kind: readers_of(kind) for kind in _TAGS}

@@ -18,7 +18,7 @@ from shardline.shards.core.schema import FloatArray, IdArray
 Payload: TypeAlias = bytes | memoryview
 Reader: TypeAlias = Callable[[str, Any], Any]
 
-MAX_ARRAY_ITEMS = 16  # msgpack's own arrays: a message's fields, the sizes of a shape
+MAX_ARRAY_ITEMS = 64  # msgpack's own arrays: a message's fields, a shape's sizes, names
 MAX_SIZE = 64 << 20  # of one dimension of an array: no frame holds more bytes than that
 
 
@@ -96,6 +96,12 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    if type(value) is not tuple or not {str}.issuperset(map(type, value)):
+        raise _wrong(name, "texts", value)
+    return value
+
+
 def _optional(read: Reader) -> Reader:
     return lambda name, value: None if value is None else read(name, value)
 
@@ -115,6 +121,7 @@ READER_OF: dict[Any, Reader] = {
     bytes: _of_type(bytes, "bytes"),
     str: _text,
     str | None: _optional(_text),
+    tuple[str, ...]: _texts,
     IdArray: _array("<i8", 1),
     FloatArray: _array("<f4", 2),
 }

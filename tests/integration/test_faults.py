@@ -29,8 +29,8 @@ from tests.integration.conftest import Cluster
 RECOVERY_S = 60.0
 STALL_ASKERS = 3
 STALL_BATCH = 512  # queries a request, 256 KiB: what would pile up if it were kept for the shard
-STALL_ANSWERS = 192  # without the shard, 48 MiB of queries
-FLAT_MIB = 16  # beside what the allocator keeps for itself
+STALL_ANSWERS = 512  # without the shard, 128 MiB of queries
+FLAT_MIB = 40  # what the allocator keeps for itself was 19 at most
 ROUTER = RouterConfig()  # as the cluster's: its defaults
 LATE_AFTER_S = ROUTER.late_after_ms / 1e3
 DEADLINE_S = ROUTER.default_timeout_ms / 1e3

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import (
+    AttributesReply,
+    AttributesRequest,
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -47,6 +49,8 @@ MESSAGES = [
     FetchRequest(item_ids=IDS[0], timeout_ms=3),
     FetchReply(item_ids=IDS[0], vectors=FLOATS, generation=57, seq=4),
     FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0], generation=57, seq=4),
+    AttributesRequest(item_ids=IDS[0], names=("preis", "größe"), timeout_ms=3),
+    AttributesReply(item_ids=IDS[0], values=msgpack.packb([[1], ["a"]]), generation=57, seq=4),
 ]
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
-from shardline.shards.core.schema import IdArray
+from shardline.shards.core.schema import ORIGINAL_ID, IdArray
 from shardline.training.data.column_types import (
     Unusable,
     feature_column,
@@ -18,7 +18,6 @@ from shardline.training.data.formats import ImportConfig, ImportReport, Source
 from shardline.training.data.splits import SplitCodes
 from shardline.training.data.table_checks import SPLITS
 from shardline.training.data.table_files import Location, TypeOverrides, read_table
-from shardline.training.data.tables import ORIGINAL_ID
 
 HISTORY = "history"  # what queries call their past items: no column of users may be called so
 

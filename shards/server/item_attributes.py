@@ -1,0 +1,95 @@
+"""Attributes of a shard's items, as answers return them: read from a mapped file, row by row.
+
+Values leave as JSON has them: numbers, booleans, texts, null, lists and maps of these. Dates and
+times are ISO 8601 texts, times of day and durations seconds, decimals floats, bytes text where
+they are UTF-8 and hexadecimal digits elsewhere.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, time, timedelta
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import IdArray
+
+# types whose Python values are JSON's already
+_PLAIN: tuple[Callable[[pa.DataType], bool], ...] = (
+    *(pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null),
+    *(pa.types.is_string, pa.types.is_large_string),
+)
+
+
+class ItemAttributes:
+    """The attribute columns of a shard's rows, none where ``table`` is None."""
+
+    def __init__(self, table: pa.Table | None = None) -> None:
+        self._batches = [] if table is None else table.to_batches()
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self.names: tuple[str, ...] = () if table is None else tuple(table.column_names)
+
+    def values(self, name: str, rows: IdArray) -> list[Any]:
+        """The attribute of each of rows (m,) int64, in their order.
+
+        Raises:
+            InvalidInput: no such attribute, or a value that Python has no type for.
+        """
+        if name not in self.names:
+            raise InvalidInput(
+                "no such attribute",
+                field="return",
+                expected=f"one of {', '.join(self.names)}" if self.names else "none: there are no",
+                got=name,
+            )
+        found: list[Any] = [None] * len(rows)
+        holder = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(holder):
+            places = np.flatnonzero(holder == number)
+            within = pa.array(rows[places] - self._starts[number])
+            column = self._batches[number].column(name).take(within)
+            for place, value in zip(places.tolist(), _json_values(column, name), strict=True):
+                found[place] = value
+        return found
+
+
+def _json_values(column: pa.Array, name: str) -> Iterable[Any]:
+    try:
+        if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+            column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
+        values: Sequence[Any] = column.to_pylist()
+        is_plain = any(check(column.type) for check in _PLAIN)
+        return values if is_plain else list(map(_json_value, values))
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise InvalidInput(
+            "an attribute that cannot be returned",
+            field="return",
+            expected="values that Python has a type for",
+            got=f"{name}: {error}"[:200],
+        ) from error
+
+
+def _json_value(value: Any) -> Any:
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value.hex()
+    if isinstance(value, list | tuple):
+        return list(map(_json_value, value))
+    if isinstance(value, dict):
+        return {str(key): _json_value(each) for key, each in value.items()}
+    if isinstance(value, date):  # a datetime too
+        return value.isoformat()
+    if isinstance(value, time):
+        seconds = (value.hour * 60 + value.minute) * 60 + value.second
+        return seconds + value.microsecond / 1e6
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, Decimal):
+        return float(value)
+    return str(value)  # a UUID, say
