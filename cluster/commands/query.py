@@ -25,12 +25,13 @@ OPTIONS = {
     "item_ids": "--item",
     "params.nprobe": "--nprobe",
     "k": "-k",
+    "return": "--show",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
 MOST = float(np.finfo(np.float32).max)
 API_ADVICE = ("send vectors or item_ids", "ask with --vector or --item")
-ID = click.IntRange(0, 2**63 - 1)  # ids are int64 and not negative
+LARGEST_ID = 2**63 - 1
 
 
 def _checked_url(ctx: click.Context, option: click.Parameter, url: str | None) -> str | None:
@@ -90,12 +91,12 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
 @click.option(
     "--item",
     "items",
-    type=ID,
     multiple=True,
-    help="An item id: find similar items. Repeatable.",
+    help="An item id: find similar items. With --data also an id of your own. Repeatable.",
 )
-@click.option("--user", "user_id", type=ID, help="A user id of the data set given by --data.")
-@click.option("--data", type=click.Path(path_type=Path), help="The data set --user looks in.")
+@click.option("--user", help="A user of the data set given by --data: your id, or its number.")
+@click.option("--data", type=click.Path(path_type=Path), help="Where --user and --item are known.")
+@click.option("--show", help="Attributes of the items to show, as in title,price.")
 @click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
@@ -112,9 +113,10 @@ def query(
     settings: Settings,
     vector: str | None,
     features: str | None,
-    items: tuple[int, ...],
-    user_id: int | None,
+    items: tuple[str, ...],
+    user: str | None,
     data: Path | None,
+    show: str | None,
     k: int,
     nprobe: int | None,
     url: str | None,
@@ -125,38 +127,46 @@ def query(
 
     Items that the cluster does not know are named, the others answered; the exit code is 3 then.
     """
-    given = {"--vector": vector, "--features": features, "--item": items, "--user": user_id}
+    given = {"--vector": vector, "--features": features, "--item": items, "--user": user}
     if sum(value not in (None, ()) for value in given.values()) != 1:
         raise InvalidInput("say what to search for", expected=f"exactly one of {', '.join(given)}")
-    if user_id is not None and data is None:
+    if user is not None and data is None:
         raise InvalidInput("--user needs --data", hint="name the data set the user is in")
     body: dict[str, Any] = {}
     if vector is not None:
         body["vectors"] = [_numbers(vector)]
     elif items:
-        body["item_ids"] = list(items)
+        body["item_ids"] = _item_ids(items, data)
     elif features is not None:
         body["features"] = [_object(features)]
     with address_of(settings, url, key_file).client() as client:
-        if user_id is not None and data is not None:
-            body["features"] = [_features_of(client, user_id, data)]
+        if user is not None and data is not None:
+            body["features"] = [_features_of(client, user, data)]
         if nprobe is not None:
             _warn_without_lists(client)
         try:
-            answer = client.search(**body, k=k, params=SearchParams(nprobe=nprobe))
+            answer = client.search(
+                **body,
+                k=k,
+                params=SearchParams(nprobe=nprobe),
+                return_=show.split(",") if show else None,
+                return_original_ids=True,
+            )
         except InvalidInput as error:
             raise _in_terms_of_options(error) from error
-    show = _print_json if as_json else _print_tables
-    show(answer, items)
+    if as_json:
+        _print_json(answer, body.get("item_ids"))
+    else:
+        _print_tables(answer, items)
     if answer.reasons:
         raise _unanswered(answer, items)
 
 
-def _print_json(answer: SearchAnswer, items: tuple[int, ...]) -> None:
+def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
     results = [
-        {"item_id": item, "score": score} | ({"similar_to": items[place]} if items else {})
+        row | ({"similar_to": items[place]} if items else {})
         for place in range(len(answer.ids))
-        for item, score in _rows(answer, place)
+        for row in _rows(answer, place)
     ]
     report = {
         "results": results,
@@ -169,14 +179,13 @@ def _print_json(answer: SearchAnswer, items: tuple[int, ...]) -> None:
     click.echo(json.dumps(report, indent=2))
 
 
-def _print_tables(answer: SearchAnswer, items: tuple[int, ...]) -> None:
+def _print_tables(answer: SearchAnswer, items: tuple[str, ...]) -> None:
     unanswered = {reason.query for reason in answer.reasons}
     for place in range(len(answer.ids)):
         if place not in unanswered:
             if items:
                 click.echo(f"similar to item {items[place]}")
-            rows = [(str(item), f"{score:.4f}") for item, score in _rows(answer, place)]
-            print_table("", ("item", "score"), rows)
+            _print_rows(_rows(answer, place), answer)
     coverage = answer.coverage
     if len(answer.reasons) < len(answer.ids):
         click.echo(
@@ -188,20 +197,43 @@ def _print_tables(answer: SearchAnswer, items: tuple[int, ...]) -> None:
         click.echo(f"partial: {missing}", err=True)
 
 
-def _rows(answer: SearchAnswer, place: int) -> list[tuple[int, float]]:
-    """(item id, score) of one query's results, best first."""
-    pairs = zip(answer.ids[place].tolist(), answer.scores[place].tolist(), strict=True)
-    return [(item, score) for item, score in pairs if item >= 0]
+def _print_rows(rows: list[dict[str, Any]], answer: SearchAnswer) -> None:
+    names = ["item_id", "original_id", "score", *answer.attributes]
+    if all(row.get("original_id") in (None, row["item_id"]) for row in rows):
+        names.remove("original_id")  # it says nothing: the ids were kept at the import
+    texts = [{**row, "score": f"{row['score']:.4f}"} | row.get("attributes", {}) for row in rows]
+    print_table("", names, [[_text(row.get(name)) for name in names] for row in texts])
 
 
-def _unanswered(answer: SearchAnswer, items: tuple[int, ...]) -> ShardlineError:
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _rows(answer: SearchAnswer, place: int) -> list[dict[str, Any]]:
+    """One query's results, best first, with what was asked for beside them."""
+    ids, scores = answer.ids[place].tolist(), answer.scores[place].tolist()
+    rows: list[dict[str, Any]] = [
+        {"item_id": item, "score": score}
+        for item, score in zip(ids, scores, strict=True)
+        if item >= 0
+    ]
+    for number, row in enumerate(rows):
+        if answer.original_ids is not None:
+            row["original_id"] = answer.original_ids[place][number]
+        if answer.attributes:
+            columns = answer.attributes.items()
+            row["attributes"] = {name: values[place][number] for name, values in columns}
+    return rows
+
+
+def _unanswered(answer: SearchAnswer, items: tuple[str, ...]) -> ShardlineError:
     """Why some items have no answer: unknown, or possibly in a shard that did not answer."""
     if any(reason.code == NOT_FOUND_PARTIAL for reason in answer.reasons):
         return Unavailable(
             ", ".join(reason.text for reason in answer.reasons),
             hint="`shardline status` shows which shards are missing",
         )
-    unknown = ", ".join(str(items[reason.query]) for reason in answer.reasons)
+    unknown = ", ".join(items[reason.query] for reason in answer.reasons)
     return NotFound(f"no item {unknown} in generation {answer.generation}")
 
 
@@ -223,12 +255,29 @@ def _warn_without_lists(client: Client) -> None:
         click.echo(f"warning: --nprobe changes nothing: the index is of kind {kind}", err=True)
 
 
-def _features_of(client: Client, user_id: int, data: Path) -> dict[str, Any]:
+def _item_ids(items: tuple[str, ...], data: Path | None) -> list[int]:
+    """Ids of the cluster, of items called by them, or as in ``data`` where that is given."""
+    if data is not None:
+        from shardline.training.data.tables import ITEMS, open_dataset
+
+        dataset = open_dataset(data)
+        return [dataset.id_of(ITEMS, item) for item in items]
+    for item in items:
+        if not (item.isascii() and item.isdigit() and int(item) <= LARGEST_ID):
+            raise click.BadParameter(
+                f"{item!r} is not an id of the cluster, 0 to {LARGEST_ID}; "
+                "with --data it may be an id of your own",
+                param_hint="--item",
+            )
+    return list(map(int, items))
+
+
+def _features_of(client: Client, user: str, data: Path) -> dict[str, Any]:
     from shardline.cluster.commands.remote import encoder_kinds
     from shardline.training.data.tables import open_dataset
     from shardline.training.evaluation.user_queries import query_features_of_user
 
-    return query_features_of_user(open_dataset(data), encoder_kinds(client), user_id)
+    return query_features_of_user(open_dataset(data), encoder_kinds(client), user)
 
 
 def _numbers(text: str) -> list[float]:

@@ -594,6 +594,8 @@ def test_openapi_describes_what_the_code_checks():
         "min_coverage",
         "params",
         "min_seq",
+        "return",
+        "return_original_ids",
     }
     assert body["additionalProperties"] is False
 
@@ -650,7 +652,11 @@ def test_the_root_leads_to_the_docs():
 
 def test_the_documented_response_is_the_real_one():
     schema = one_request("GET", "/openapi.json").json()["components"]["schemas"]
-    body = one_request("POST", "/v1/search", json={"item_ids": [5, 999]}).json()
+    body = one_request(
+        "POST",
+        "/v1/search",
+        json={"item_ids": [5, 999], "return": ["title"], "return_original_ids": True},
+    ).json()
     assert set(body) == set(schema["SearchResponse"]["properties"])
     assert set(body["coverage"]) == set(schema["CoverageBody"]["properties"])
     item = one_request("GET", "/v1/items/5").json()

@@ -28,6 +28,10 @@ from tests.http_bodies import packed
 
 CONFIG = RouterConfig()
 INF = np.float32(np.inf)
+KNOWN_FIELDS = (
+    "vectors, features, item_ids, k, timeout_ms, min_coverage, params, min_seq, return, "
+    "return_original_ids"
+)
 REASON = Reason(query=1, code=ReasonCode.NOT_FOUND, text="why")
 
 
@@ -191,10 +195,7 @@ def test_bad_json_is_named(body, field, message):
 def test_an_unknown_field_comes_with_the_known_ones_and_a_guess():
     with pytest.raises(InvalidInput) as caught:
         decode_query(b'{"item_id": [1]}', Media.JSON, CONFIG)
-    assert caught.value.hint == (
-        "did you mean item_ids? "
-        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params, min_seq"
-    )
+    assert caught.value.hint == (f"did you mean item_ids? known fields: {KNOWN_FIELDS}")
     with pytest.raises(InvalidInput) as caught:
         decode_query(b'{"params": {"zzz": 1}}', Media.JSON, CONFIG)
     assert caught.value.hint == "known fields: nprobe, ef_search, rerank_factor"
@@ -208,7 +209,7 @@ def test_users_are_asked_for_by_features(name):
     assert caught.value.field == name
     assert caught.value.hint == (
         "users are asked for by their features, which /v1/status lists: use features; "
-        "known fields: vectors, features, item_ids, k, timeout_ms, min_coverage, params, min_seq"
+        f"known fields: {KNOWN_FIELDS}"
     )
 
 

@@ -39,10 +39,10 @@ def test_the_example_imports_and_ids_lead_back(shop: Path) -> None:
     dataset = open_dataset(shop)
     names: dict = {}
     exec(compile(blocks("python")[2].replace("print", "str"), "docs/DATA.md", "exec"), names)
-    assert names["sku"] == {number: f"SKU{number:04d}" for number in range(200)}
+    assert names["number"] == {f"SKU{number:04d}": number for number in range(200)}
     sold = pq.read_table("tables/interactions.parquet").slice(0, 1).to_pylist()[0]
     first = dataset.interactions().slice(0, 1).to_pylist()[0]
-    assert names["sku"][first["item_id"]] == sold["sku"]
+    assert names["number"][sold["sku"]] == first["item_id"]
     assert dataset.users()["original_id"][first["user_id"]].as_py() == sold["customer"]
 
 

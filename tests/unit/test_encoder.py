@@ -121,7 +121,7 @@ def check_twins(run_folder: Path, dataset: Dataset, encoder: QueryEncoder) -> No
     assert found.shape == (len(users), encoder.dim) == (40, 16)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-    one = query_features_of_user(dataset, kinds, 5)
+    one = query_features_of_user(dataset, kinds, "5")
     np.testing.assert_allclose(encoder.encode([one])[0], expected[2], atol=1e-5)
     assert {f["name"]: f["kind"] for f in encoder.features} == kinds
 

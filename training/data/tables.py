@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from shardline.shards.core.errors import CorruptFile, DataError
+from shardline.shards.core.errors import CorruptFile, DataError, NotFound
 from shardline.shards.core.files import FileEntry, read_manifest, verify_files
-from shardline.shards.core.schema import IdArray
+from shardline.shards.core.schema import ORIGINAL_ID, IdArray
 from shardline.training.data.csr import Csr
 from shardline.training.data.sequences import Sequences
 from shardline.training.data.table_checks import (
@@ -107,6 +107,20 @@ class Dataset:
     def item_ids(self) -> IdArray:
         """(items,) int64, ascending: the id of each item row."""
         return self._ids(ITEMS, "item_id")
+
+    def id_of(self, file: str, name: str) -> int:
+        """The id of what its source called ``name``; its own number is good for it too.
+
+        file: USERS or ITEMS. Raises NotFound: there is none.
+        """
+        table, kind = self._table(file), file.removesuffix("s.parquet")
+        if ORIGINAL_ID in table.column_names:
+            row = pc.index(table[ORIGINAL_ID].cast(pa.string()), name).as_py()
+            if row >= 0:
+                return int(table[f"{kind}_id"][row].as_py())
+        if name.isascii() and name.isdigit() and int(name) in self._ids(file, f"{kind}_id"):
+            return int(name)
+        raise NotFound(f"{self.path}: no {kind} {name}")
 
     def positives(self, *splits: str) -> Csr:
         """Item rows of every user row over the splits, oldest first, no item twice."""

@@ -12,7 +12,7 @@ from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.schema import IdArray
 from shardline.training.data.csr import Csr
 from shardline.training.data.segments import Segment, filtered, segments_of
-from shardline.training.data.tables import Dataset
+from shardline.training.data.tables import USERS, Dataset
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, checked_ks
 
 KNOWN_BEFORE = {"val": ("train",), "test": ("train", "val")}  # split -> splits that may be used
@@ -130,13 +130,11 @@ def _as_sent(column: pa.ChunkedArray) -> list[Any]:
 def query_features_of_user(
     dataset: Dataset,
     kinds: dict[str, str],
-    user_id: int,
+    name: str,
     splits: tuple[str, ...] = ("train", "val"),
 ) -> dict[str, Any]:
-    """The query of one user; NotFound if the dataset does not know the id."""
-    rows = np.flatnonzero(dataset.user_ids == user_id)
-    if not len(rows):
-        raise NotFound(f"{dataset.path}: no user {user_id}")
+    """The query of one user, by an id of ``Dataset.id_of``; NotFound if there is none."""
+    rows = np.flatnonzero(dataset.user_ids == dataset.id_of(USERS, name))
     return query_features(dataset, kinds, rows.astype(np.int64), splits)[0]
 
 
