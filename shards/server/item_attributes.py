@@ -5,12 +5,11 @@ times are ISO 8601 texts, times of day and durations seconds, decimals floats, b
 they are UTF-8 and hexadecimal digits elsewhere.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput
@@ -27,8 +26,7 @@ class ItemAttributes:
     """The attribute columns of a shard's rows, none where ``table`` is None."""
 
     def __init__(self, table: pa.Table | None = None) -> None:
-        self._batches = [] if table is None else table.to_batches()
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._table = table
         self.names: tuple[str, ...] = () if table is None else tuple(table.column_names)
 
     def values(self, name: str, rows: IdArray) -> list[Any]:
@@ -37,38 +35,30 @@ class ItemAttributes:
         Raises:
             InvalidInput: no such attribute, or a value that Python has no type for.
         """
-        if name not in self.names:
+        if self._table is None or name not in self.names:
             raise InvalidInput(
                 "no such attribute",
                 field="return",
                 expected=f"one of {', '.join(self.names)}" if self.names else "none: there are no",
                 got=name,
             )
-        found: list[Any] = [None] * len(rows)
-        holder = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(holder):
-            places = np.flatnonzero(holder == number)
-            within = pa.array(rows[places] - self._starts[number])
-            column = self._batches[number].column(name).take(within)
-            for place, value in zip(places.tolist(), _json_values(column, name), strict=True):
-                found[place] = value
-        return found
-
-
-def _json_values(column: pa.Array, name: str) -> Iterable[Any]:
-    try:
-        if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
-            column = column.cast(pa.timestamp("us", column.type.tz), safe=False)
-        values: Sequence[Any] = column.to_pylist()
-        is_plain = any(check(column.type) for check in _PLAIN)
-        return values if is_plain else list(map(_json_value, values))
-    except (pa.ArrowException, ValueError, OverflowError) as error:
-        raise InvalidInput(
-            "an attribute that cannot be returned",
-            field="return",
-            expected="values that Python has a type for",
-            got=f"{name}: {error}"[:200],
-        ) from error
+        column = self._table.column(name)
+        try:
+            # one by one: rows lie scattered, and ``take`` costs as much as some hundreds of them
+            scalars = [column[row] for row in rows.tolist()]
+            if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
+                exact = pa.timestamp("us", column.type.tz)
+                scalars = [scalar.cast(exact, safe=False) for scalar in scalars]
+            is_plain = any(check(column.type) for check in _PLAIN)
+            values = [scalar.as_py() for scalar in scalars]
+            return values if is_plain else list(map(_json_value, values))
+        except (pa.ArrowException, ValueError, OverflowError) as error:
+            raise InvalidInput(
+                "an attribute that cannot be returned",
+                field="return",
+                expected="values that Python has a type for",
+                got=f"{name}: {error}"[:200],
+            ) from error
 
 
 def _json_value(value: Any) -> Any:
