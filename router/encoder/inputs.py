@@ -17,7 +17,7 @@ from shardline.router.encoder.history_rows import HistoryRows, PastItems, Stored
 from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
-from shardline.shards.core.standardise import days_before, standardised
+from shardline.shards.core.standardise import standardised, time_inputs
 
 VALUE_TYPES: dict[str, type] = {"int": int, "string": str, "bool": bool}
 
@@ -151,6 +151,7 @@ class Number:
         self._deviation = np.asarray(config["deviation"], dtype=np.float64)
         self._missing: bool = config.get("missing", False)  # earlier encoders had no nulls
         self._newest: float | None = config.get("newest")
+        self._cycles: list[str] = config.get("cycles", [])
         what = f"list of {len(self._mean)} finite numbers" if self._vector else "finite number"
         if self._newest is not None:
             what = "time as ISO 8601 text or in seconds since 1970"
@@ -159,7 +160,7 @@ class Number:
         self.info = FeatureInfo(name=config["column"], kind="numeric", value=f"{what}, or null")
 
     def rows(self, values: list[Any]) -> FloatArray:
-        width = len(self._mean)
+        width = len(self._mean) if self._vector else 1
         numbers = np.empty((len(values), width))
         for row, value in enumerate(values):
             if value is None:
@@ -171,8 +172,9 @@ class Number:
             for place, item in enumerate(value if self._vector else (value,)):
                 numbers[row, place] = self._checked(item, row, place)
         if self._newest is not None:
-            numbers = days_before(self._newest, numbers)
-        numbers = np.log1p(numbers) if self._log else numbers
+            numbers = time_inputs(numbers, self._newest, self._cycles, log=self._log)
+        elif self._log:
+            numbers = np.log1p(numbers)
         return standardised(numbers, self._mean, self._deviation, missing=self._missing)
 
     def _checked(self, value: Any, row: int, place: int) -> float:

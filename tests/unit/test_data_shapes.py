@@ -1,6 +1,7 @@
 """Tables as people have them: imported, or refused with one line that says what to do."""
 
 import csv
+import datetime as dt
 import gzip
 import json
 from dataclasses import asdict
@@ -367,6 +368,30 @@ def test_a_query_is_encoded_as_its_column_was(column: pa.Array, sent: list[Any])
     assert np.abs(trained).max() <= 10
     if not column.null_count:  # nothing was missing in training: a null is an average row
         assert served[2].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_time_has_cycles_where_they_are_asked_for(log: bool) -> None:
+    noons = [dt.datetime(2026, 3, day, 12) for day in (2, 3, 9)]  # Monday, Tuesday, Monday
+    column = pa.array([*noons, None], pa.timestamp("ns"))
+    table = pa.table({"user_id": np.arange(4), "x": column})
+    feature = NumericFeature(column="x", cycles=("day", "week"), log=log)
+    fitted = _fit_standardiser(feature, table, "users")
+    trained = fitted.encode(table, "users")
+    assert trained.shape == (4, fitted.width) == (4, 6)
+    np.testing.assert_allclose(trained[0, 1:], trained[2, 1:], atol=1e-3)
+    assert np.abs(trained[0, 3:5] - trained[1, 3:5]).max() > 1
+    assert trained[0, 0] > trained[1, 0] > trained[2, 0]
+    assert trained[3].tolist() == [0, 0, 0, 0, 0, 1]
+    seconds = noons[2].replace(tzinfo=dt.UTC).timestamp()
+    sent = [noons[0].isoformat(), "2026-03-03T13:00:00+01:00", seconds, None]
+    np.testing.assert_allclose(Number(asdict(fitted)).rows(sent), trained, atol=1e-5)
+
+
+def test_cycles_of_a_column_of_no_times_are_refused() -> None:
+    table = pa.table({"user_id": np.arange(4), "x": np.arange(4.0)})
+    with pytest.raises(DataError, match="expected timestamps, because cycles are set; got double"):
+        _fit_standardiser(NumericFeature(column="x", cycles=("day",)), table, "users")
 
 
 def infer_column(table: pa.Table) -> NumericFeature:

@@ -95,6 +95,11 @@ class NumericFeature(Section):
     log: bool = Field(
         default=False, description="Take log(1 + x) first, for skewed values >= 0 such as prices."
     )
+    cycles: tuple[Literal["day", "week", "year"], ...] = Field(
+        default=(),
+        description="Of a time column, beside its age: where in the day, week or year it lies, "
+        "as sine and cosine.",
+    )
 
 
 class HistoryFeature(Section):

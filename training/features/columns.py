@@ -6,7 +6,8 @@ with nothing known in it. A row's *bag* is a list of embedding rows whose embedd
 it is never empty.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from shardline.shards.core.errors import DataError
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
-from shardline.shards.core.standardise import days_before, standardised
+from shardline.shards.core.standardise import standardised, time_inputs
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import vector_matrix
 
@@ -104,7 +105,8 @@ class Standardiser:
     """What ``shards.core.standardise`` takes; ``router.encoder.inputs.Number`` is its twin.
 
     log: of log(1 + x). newest: of a time, in seconds since 1970; its age in days before then is
-    what is scaled. missing: set where the fitted column had missing values.
+    what is scaled, and its place in ``cycles``. missing: set where the fitted column had missing
+    values.
     """
 
     column: str
@@ -114,6 +116,7 @@ class Standardiser:
     deviation: list[float]
     missing: bool = False
     newest: float | None = None
+    cycles: list[str] = field(default_factory=list)
 
     @property
     def width(self) -> int:
@@ -123,7 +126,9 @@ class Standardiser:
         """(n, width) float32; DataError where a value is infinite, or negative under ``log``."""
         column = column_of(table, self.column, where)
         is_time = pa.types.is_timestamp(column.type)
-        values = numbers(column, where, self.column, log=self.log, newest=self.newest)
+        values = numbers(
+            *(column, where, self.column), log=self.log, newest=self.newest, cycles=self.cycles
+        )
         is_vector = pa.types.is_fixed_size_list(column.type)
         if (
             values.shape[1] != len(self.mean)
@@ -200,10 +205,12 @@ def numbers(
     *,
     log: bool = False,
     newest: float | None = None,
+    cycles: Sequence[str] = (),
 ) -> NDArray[np.float64]:
     """(n, width) float64 of numbers, times, or fixed-size lists of numbers; NaN where missing.
 
-    Times are seconds since 1970 or, with ``newest``, days before then. With ``log``, log(1 + x).
+    Times are seconds since 1970 or, with ``newest``, as in ``time_inputs``. With ``log``, log(1 +
+    x).
 
     Raises:
         DataError: another type; an infinity; a negative number under ``log``.
@@ -215,7 +222,7 @@ def numbers(
         ticks = column.cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64(), safe=False)
         values = ticks.to_numpy()[:, None] / 1e6
         if newest is not None:
-            values = days_before(newest, values)
+            return time_inputs(values, newest, cycles, log=log)
     elif pa.types.is_fixed_size_list(column.type):
         values = vector_matrix(column).astype(np.float64)
     else:

@@ -243,7 +243,11 @@ def _fit_standardiser(feature: NumericFeature, table: pa.Table, where: str) -> S
     if pa.types.is_timestamp(column.type):
         seconds = numbers(column, where, feature.column)
         newest = float(np.nanmax(seconds)) if not np.isnan(seconds).all() else 0.0
-    values = numbers(column, where, feature.column, log=feature.log, newest=newest)
+    elif feature.cycles:
+        raise wrong_type(where, feature.column, "timestamps, because cycles are set", column.type)
+    values = numbers(
+        *(column, where, feature.column), log=feature.log, newest=newest, cycles=feature.cycles
+    )
     mean, deviation = _moments(values)
     return Standardiser(
         column=feature.column,
@@ -253,6 +257,7 @@ def _fit_standardiser(feature: NumericFeature, table: pa.Table, where: str) -> S
         deviation=deviation.tolist(),
         missing=bool(np.isnan(values).any()),
         newest=newest,
+        cycles=list(feature.cycles),
     )
 
 
