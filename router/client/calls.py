@@ -9,7 +9,7 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack
@@ -119,6 +119,12 @@ def _plain(value: Any) -> Any:
         return None if np.isnat(value) else str(value)
     if isinstance(value, date):  # a pandas Timestamp too, and NaT, which no time is equal to
         return value.isoformat() if value == value else None
+    if type(value).__name__ == "NAType":  # pandas.NA
+        return None
+    if hasattr(value, "to_numpy"):  # a Series
+        value = value.to_numpy()
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return value.tolist()
     return pack_array(value)
 
 
@@ -172,10 +178,28 @@ def _matrix(values: "ArrayLike") -> FloatArray:
         return array.astype("<f4", copy=False)
 
 
+def _records(rows: Any) -> "Iterable[Mapping[str, Any]]":
+    """A map per query; of a frame of polars or pandas, or a table of pyarrow, a map per row."""
+    for name, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
+        if hasattr(rows, name):
+            records: list[dict[str, Any]] = getattr(rows, name)(*arguments)
+            return records
+    found: Iterable[Mapping[str, Any]] = rows
+    return found
+
+
+def _is_missing(value: Any) -> bool:
+    """NaN, which is how frames write a missing number."""
+    return isinstance(value, float | np.floating) and value != value
+
+
 # fields that are sent in another form than they are given
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "vectors": _matrix,
-    "features": lambda rows: [dict(row) for row in rows],
+    "features": lambda rows: [
+        {name: None if _is_missing(value) else value for name, value in dict(row).items()}
+        for row in _records(rows)
+    ],
     "item_ids": _ids,
     "return_": lambda names: names if isinstance(names, str) else list(names),
     "params": lambda params: {

@@ -7,6 +7,8 @@ from typing import Any
 import msgpack
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 
 from shardline.router.client.answers import SearchAnswer
@@ -112,6 +114,22 @@ def test_features_of_numpy_arrive_as_plain_values() -> None:
             "no time": None,
         }
     ]
+
+
+@pytest.mark.parametrize("kind", ["pandas", "polars", "arrow"])
+def test_a_frame_has_a_query_per_row(kind: str) -> None:
+    columns = {"age": [31.0, None], "country": ["FR", None], "history": [[1, 2], []]}
+    table = pa.table(columns)
+    frames = {"pandas": table.to_pandas, "polars": lambda: pl.DataFrame(columns)}
+    frame = frames.get(kind, lambda: table)()
+    assert sent(features=frame).values == table.to_pylist()
+
+
+def test_missing_values_of_frames_are_null_and_series_are_lists() -> None:
+    row = {"a": float("nan"), "b": np.float32("nan"), "c": pd.NA, "d": pd.Series([1, 2])}
+    expected = {"a": None, "b": None, "c": None, "d": [1, 2], "e": ["x", "y"]}
+    row |= {"e": np.array(["x", "y"], object)}
+    assert sent(features=[row]).values == [expected]
 
 
 def test_an_argument_that_there_is_not_is_refused() -> None:
