@@ -30,9 +30,9 @@ from shardline.shards.core.files import (
     verify_files,
     write_manifest,
 )
-from shardline.shards.core.schema import FloatArray, IdArray, Metric
+from shardline.shards.core.schema import IdArray, Metric
 from shardline.shards.index.spec import IndexSpec, ResolvedIndex
-from shardline.shards.storage.vector_files import open_ipc, read_queries, write_table
+from shardline.shards.storage.vector_files import open_ipc, write_table
 
 KIND = "generation"
 FORMAT_VERSION = 2
@@ -240,13 +240,6 @@ def read_attributes(
             f"{path}: wrong row count", expected=str(entry.rows), got=str(table.num_rows)
         )
     return table
-
-
-def read_sample_queries(folder: Path, manifest: GenerationManifest) -> FloatArray | None:
-    """(n, dim) float32 sample queries, their file verified; None for a generation without."""
-    if manifest.queries is None:
-        return None
-    return read_queries(verify_file(folder, manifest.queries), dim=manifest.dim)
 
 
 def _from_json(body: dict[str, Any]) -> GenerationManifest:

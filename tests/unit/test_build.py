@@ -31,12 +31,11 @@ from shardline.shards.storage.generation import (
     read_attributes,
     read_generation,
     read_item_ids,
-    read_sample_queries,
     shard_folder,
     verify_generation,
 )
 from shardline.shards.storage.spill import spill_file
-from shardline.shards.storage.vector_files import write_queries
+from shardline.shards.storage.vector_files import read_queries, write_queries
 from tests.engine import plan_of, write_set
 
 ROWS, DIM = 500, 8
@@ -204,9 +203,7 @@ def test_queries_of_the_set_are_kept_and_measured_with(tmp_path: Path, store: St
     built = build_generation(store, tmp_path / "set", plan_of(2, kind="flat"))
     folder = store.generation(built.generation)
     assert (built.quality["query_source"], built.quality["queries"]) == ("sample queries", 30)
-    kept = read_sample_queries(folder, built)
-    assert kept is not None
-    np.testing.assert_array_equal(kept, queries)
+    np.testing.assert_array_equal(read_queries(folder / "queries.arrow", dim=DIM), queries)
     (folder / "queries.arrow").write_bytes(b"")
     with pytest.raises(CorruptFile, match=r"queries\.arrow"):
         verify_generation(folder, built)
@@ -234,7 +231,7 @@ def test_without_queries_items_are_asked_and_named_so(tmp_path: Path, store: Sto
     held_out = build_generation(store, tmp_path / "set", plan_of(2, kind="flat"))
     assert trained.quality["query_source"] == "item vectors"
     assert held_out.quality["query_source"] == "item vectors held out of training"
-    assert read_sample_queries(store.generation(1), trained) is None
+    assert trained.queries is None
 
 
 def test_format_1_had_neither_attributes_nor_queries(tmp_path: Path, store: Store) -> None:
@@ -250,7 +247,7 @@ def test_format_1_had_neither_attributes_nor_queries(tmp_path: Path, store: Stor
     verify_generation(folder, older)
     assert older == built
     assert read_attributes(folder, older, 0) is None
-    assert read_sample_queries(folder, older) is None
+    assert older.queries is None
 
 
 def test_the_choice_is_the_cheapest_that_reaches_the_target(tmp_path: Path, store: Store) -> None:
