@@ -38,6 +38,7 @@ class Task:
     with_segments: bool
     candidates: Candidates
     unfinished: bool
+    other_data: bool
 
 
 @click.command()
@@ -85,6 +86,9 @@ def evaluate(
 ) -> None:
     """Recall, MRR, NDCG and HitRate over the whole corpus, beside baselines and ceilings.
 
+    With --run the run may have been trained on other data that has the same columns; what it
+    learnt from may then be in the split it is measured on.
+
     Exact by default: every test user against every item except the user's known ones. With
     --url or --through-cluster the same users ask a running cluster. --budget searches a
     generation's indexes in this process, with their approximations removed one by one.
@@ -105,6 +109,7 @@ def evaluate(
     task = Task(
         dataset=dataset, split=split, ks=cutoffs, max_users=max_users,
         with_segments=segments, candidates=candidates, unfinished=unfinished,
+        other_data=run is not None,
     )  # fmt: skip
     subject = cluster or run or default_run(settings, data)
     with StageProgress() as progress:
@@ -141,6 +146,7 @@ def measure(subject: Address | Path, task: Task, progress: StageProgress) -> Col
         with_segments=task.with_segments,
         candidates=task.candidates,
         unfinished=task.unfinished,
+        other_data=task.other_data,
         progress=progress,
     )
     return {"model": found}

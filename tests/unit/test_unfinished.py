@@ -169,3 +169,17 @@ def test_an_early_stop_is_announced_and_logged(tmp_path: Path) -> None:
         state.best_epoch,
         state.best_value,
     )
+
+
+def test_a_run_that_is_named_may_meet_other_data(cut: tuple[Dataset, Path], tmp_path: Path) -> None:
+    """As ``export`` takes it: new items into an old model. What the store's default run is not."""
+    _, run = cut
+    other = tiny_dataset(tmp_path / "other", seed=1)
+    options = ["--data", str(other.path), "--k", "10", "--unfinished"]
+    found = run_command(tmp_path, "evaluate", *options, "--run", str(run), "--json")
+    assert json.loads(found.stdout)["about"]["model"] == "unfinished, trained on other data"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "other").symlink_to(run)
+    found = run_command(tmp_path, "evaluate", *options)
+    assert isinstance(found.exception, DataError)
+    assert "the run was started with another dataset" in str(found.exception)

@@ -26,7 +26,7 @@ from shardline.training.evaluation.user_queries import (
     evaluation_task,
     query_features,
 )
-from shardline.training.model.checkpoint import check_dataset, load_best
+from shardline.training.model.checkpoint import check_dataset, is_dataset_of, load_best
 from shardline.training.model.encoding import encode_items, encode_queries
 from shardline.training.model.popularity import lengths_of
 
@@ -47,20 +47,24 @@ def evaluate_exact(
     with_segments: bool = False,
     candidates: Candidates = "all",
     unfinished: bool = False,
+    other_data: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """Brute force over the whole corpus with the run's best model; users without items in the
     split are left out, of the others ``max_users`` are drawn. Progress stage: ``evaluate``.
 
-    unfinished: also a run whose training has not ended; the result is then ``about`` that.
+    unfinished: also a run whose training has not ended; other_data: also one that was trained on
+    another dataset. The result is then ``about`` that.
 
     Raises:
         NotFound: no trained run. DataError: the run was trained on another dataset, or has not
-            ended.
+            ended; the dataset lacks a feature column.
         InvalidInput: nothing to measure, or a k beyond the corpus.
     """
     run, model = load_best(run_folder, unfinished=unfinished)
-    check_dataset(run_folder, dataset.identity)
+    is_other = other_data and not is_dataset_of(run_folder, dataset.identity)
+    if not is_other:
+        check_dataset(run_folder, dataset.identity)
     task = shared(
         evaluation_task(
             dataset,
@@ -71,7 +75,7 @@ def evaluate_exact(
             candidates=candidates,
         )
     )
-    if split in run.config.fitted_splits:
+    if split in run.config.fitted_splits and not is_other:
         raise InvalidInput(
             "the run was fitted on this split",
             field="split",
@@ -86,7 +90,8 @@ def evaluate_exact(
     lengths = lengths_of(dataset, run.config.fitted_splits, run.config.popularity_exponent)
     vectors = encode_items(model, items) * lengths[:, None]
     result = measure(queries, vectors, task, progress=progress)
-    return replace(result, about="unfinished") if run.cut_off else result
+    notes = ["unfinished"] * run.cut_off + ["trained on other data"] * is_other
+    return replace(result, about=", ".join(notes))
 
 
 def evaluate_through(

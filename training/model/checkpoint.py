@@ -155,6 +155,12 @@ def check_resumable(folder: Path, config: TrainingConfig, dataset: dict[str, Any
     check_dataset(folder, dataset)
 
 
+def is_dataset_of(folder: Path, dataset: dict[str, Any]) -> bool:
+    """Whether ``dataset`` is the identity of what the run was started with."""
+    started: dict[str, Any] = read_manifest(folder, kind=RUN_KIND, version=VERSION)["dataset"]
+    return started == dataset
+
+
 def check_dataset(folder: Path, dataset: dict[str, Any]) -> None:
     """Raises DataError where ``dataset`` is not the identity of what the run was started with."""
     check_identity(
