@@ -7,10 +7,11 @@ import pytest
 from scipy.optimize import minimize
 
 from shardline.training.data.csr import Csr
+from shardline.training.data.tables import open_dataset
 from shardline.training.evaluation.ranking import evaluate_vectors
 from shardline.training.synthetic import ceilings
 from shardline.training.synthetic.ceilings import HiddenModel, infer_interests, measure_ceilings
-from shardline.training.synthetic.generator import SynthConfig, generate
+from shardline.training.synthetic.generator import SynthConfig, add_ceilings, generate
 from shardline.training.synthetic.race import draw_items, noise_hazard
 
 
@@ -86,6 +87,20 @@ def test_ceilings_of_a_generated_dataset(tmp_path: Path) -> None:
     assert stored["oracle"]["users"] == stored["best_estimate"]["users"] == 400
     share = {name: stored[name]["means"]["recall@100"] for name in ("oracle", "best_estimate")}
     assert share["oracle"] > share["best_estimate"] > 0.8 * share["oracle"]
+
+
+def test_ceilings_may_be_added_afterwards(tmp_path: Path) -> None:
+    config = SynthConfig(num_users=90, num_items=500, val_users=20, ceiling_users=60)
+    whole = generate(config, tmp_path / "whole")
+    bare = generate(config.model_copy(update={"ceiling_users": 0}), tmp_path / "bare")
+    assert bare.ceilings is None
+    added = open_dataset(add_ceilings(bare, 60).path)
+    assert added.identity == bare.identity == whole.identity
+    assert added.manifest["parameters"] == whole.manifest["parameters"]
+    assert whole.ceilings is not None and added.ceilings is not None
+    for name, ceiling in whole.ceilings.items():
+        assert added.ceilings[name]["users"] == 60
+        assert added.ceilings[name]["means"] == pytest.approx(ceiling["means"])
 
 
 def test_best_estimate_beats_the_mean_of_known_items() -> None:

@@ -36,21 +36,22 @@ def test_the_presets_of_the_command_are_those_there_are() -> None:
 
 def test_the_opening_names_every_step_and_where_files_go() -> None:
     text = "\n".join(opening(folder=Path("/tmp/d"), kept=False, report=REPORT))
-    assert f"in 9 steps: {', '.join(STAGES)}." in text
+    assert f"in 10 steps: {', '.join(STAGES)}." in text
     assert "Work folder: /tmp/d (removed at the end; --store FOLDER" in text
     assert "Figures: demo-report.json." in text
     assert "minutes" in text
     quick = "\n".join(opening(folder=Path("mine"), kept=True, report=REPORT, quick=True))
     assert "in 8 steps: " in quick
     assert "index kinds" not in quick
+    assert "ceilings" not in quick
     kept = "\n".join(opening(folder=Path("mine"), kept=True, report=REPORT))
     assert "Work folder: mine (kept)." in kept
 
 
 def test_steps_are_numbered_in_their_order() -> None:
     lines = [stage_line(name) for name in STAGES]
-    assert [line.split("]")[0] for line in lines] == [f"[{n}/9" for n in range(1, 10)]
-    assert lines[0].startswith("[1/9] data: users")
+    assert [line.split("]")[0] for line in lines] == [f"[{n}/10" for n in range(1, 11)]
+    assert lines[0].startswith("[1/10] data: users")
     quick = [stage_line(name, quick=True) for name in stages_of(quick=True)]
     assert [line.split("]")[0] for line in quick] == [f"[{n}/8" for n in range(1, 9)]
 

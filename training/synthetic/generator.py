@@ -19,11 +19,18 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shardline.shards.core.files import write_manifest
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.data.splits import split_codes
 from shardline.training.data.table_writer import dataset_writer, interaction_batch
-from shardline.training.data.tables import Dataset, open_dataset, vector_column
+from shardline.training.data.tables import (
+    KIND,
+    VERSION,
+    Dataset,
+    open_dataset,
+    vector_column,
+)
 from shardline.training.synthetic.ceilings import HiddenModel, measure_ceilings
 from shardline.training.synthetic.race import draw_items, noise_hazard
 
@@ -87,14 +94,10 @@ def generate(
     Raises:
         DataError: the target exists and ``overwrite`` is not set.
     """
-    user_seed, item_seed, sample_seed, *block_seeds = np.random.SeedSequence(config.seed).spawn(
-        3 + -(-config.num_users // BLOCK_USERS)
-    )
+    user_seed, item_seed, sample_seed, *block_seeds = _seeds(config)
     users, interests = _users(config, np.random.default_rng(user_seed))
     items, attributes = _items(config, np.random.default_rng(item_seed))
-    sample = np.random.default_rng(sample_seed)
-    val_ids = _sample(config.num_users, config.val_users, sample)
-    watched = _sample(config.num_users, config.ceiling_users, sample)
+    val_ids, watched = _sampled(config, np.random.default_rng(sample_seed))
     seen: list[IdArray] = []  # item rows of watched users, in order of time
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -119,6 +122,51 @@ def generate(
             known, held_out = np.split(np.concatenate(seen), [train], axis=1)
             writer.ceilings = measure_ceilings(model, known, held_out, progress=progress)
     return open_dataset(target, verify=False)
+
+
+def add_ceilings(dataset: Dataset, users: int, *, progress: Progress | None = None) -> Dataset:
+    """The data set, generated without ceilings, with those of so many of its users.
+
+    They are what ``generate`` would have given it.
+    """
+    told = dict(dataset.manifest["parameters"])
+    config = SynthConfig.model_validate(
+        {name: value for name, value in told.items() if name != "generator"}
+        | {"ceiling_users": users}
+    )
+    _, watched = _sampled(config, np.random.default_rng(_seeds(config)[2]))
+    hidden = dataset.oracle()
+    assert hidden is not None
+    model = HiddenModel(
+        hidden["interest_vector"][watched], hidden["attribute_vector"], config.sharpness
+    )
+    known, held_out = (
+        dataset.positives(*splits).take(watched).items.reshape(len(watched), -1)
+        for splits in (("train", "val"), ("test",))
+    )
+    body = dataset.manifest | {
+        "ceilings": measure_ceilings(model, known, held_out, progress=progress),
+        "parameters": told | config.model_dump(mode="json"),
+    }
+    write_manifest(
+        dataset.path,
+        kind=KIND,
+        version=VERSION,
+        body={name: body[name] for name in ("name", "rows", "ceilings", "parameters", "files")},
+    )
+    return open_dataset(dataset.path, verify=False)
+
+
+def _seeds(config: SynthConfig) -> list[np.random.SeedSequence]:
+    """Those of users, items and samples, then one per block of users."""
+    blocks = -(-config.num_users // BLOCK_USERS)
+    return np.random.SeedSequence(config.seed).spawn(3 + blocks)
+
+
+def _sampled(config: SynthConfig, rng: np.random.Generator) -> tuple[IdArray, IdArray]:
+    """The users who have a val item, and those whom ceilings are measured on."""
+    val_ids = _sample(config.num_users, config.val_users, rng)
+    return val_ids, _sample(config.num_users, config.ceiling_users, rng)
 
 
 def _sample(population: int, size: int, rng: np.random.Generator) -> IdArray:
