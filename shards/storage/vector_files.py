@@ -22,6 +22,7 @@ from shardline.shards.core.schema import FloatArray, IdArray
 ROWS_PER_BATCH = 1 << 16  # 32 MB at 128 dimensions
 QUERIES_NAME = "queries.arrow"
 MAX_SAMPLE_QUERIES = 2_000
+ORIGINAL_ID = "original_id"  # column of an id that was replaced by a number; a key, never a feature
 
 
 def item_batch(

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 from shardline.router.encoder.inputs import Number
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound, ShardlineError
-from shardline.training.config.tower_config import NumericFeature
-from shardline.training.config.training_config import TrainingConfig
-from shardline.training.data.column_types import (
+from shardline.shards.storage.column_types import (
     Unusable,
     feature_column,
     id_column,
     time_column,
 )
+from shardline.training.config.tower_config import NumericFeature
+from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.importers import Format, ImportConfig, import_dataset
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.features.fitted import _fit_standardiser, fit

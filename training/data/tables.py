@@ -48,7 +48,6 @@ KIND = "dataset"
 VERSION = 1
 USERS, ITEMS, INTERACTIONS = "users.parquet", "items.parquet", "interactions.parquet"
 ORACLE = "oracle.safetensors"
-ORIGINAL_ID = "original_id"  # column of an id that an importer replaced; a key, never a feature
 
 
 @dataclass(frozen=True)  # no slots, which would leave the cached properties no place

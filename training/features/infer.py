@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.standardise import days_before
+from shardline.shards.storage.vector_files import ORIGINAL_ID
 from shardline.training.config.tower_config import (
     CategoricalFeature,
     FeatureConfig,
@@ -27,7 +28,7 @@ from shardline.training.config.tower_config import (
     TowersConfig,
 )
 from shardline.training.config.training_config import TrainingConfig
-from shardline.training.data.tables import ORIGINAL_ID, Dataset
+from shardline.training.data.tables import Dataset
 from shardline.training.features.columns import (
     is_list,
     is_number,
