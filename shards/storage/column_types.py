@@ -1,4 +1,4 @@
-"""The boundary of foreign columns: any Arrow column as what features, ids and times take.
+"""The boundary of foreign columns: any Arrow column as what features, ids, times, vectors take.
 
 Behind it there are booleans, integers, floats, strings, timestamps, lists of strings or integers,
 and vectors of float32; a missing value is a null. A column that cannot be one of these is refused
@@ -9,10 +9,12 @@ import csv
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from shardline.shards.core.errors import DataError
 from shardline.shards.core.schema import IdArray
@@ -87,6 +89,49 @@ def time_column(column: pa.ChunkedArray) -> IdArray:
         return _time(_plain(column))
     except LIBRARY_ERRORS as error:
         raise Unusable("integers, dates or times", first_line(error)) from error
+
+
+def vector_column(column: pa.Array, *, dim: int | None = None) -> NDArray[Any]:
+    """(n, dim) numbers, of integers or floats; of the first row's length where dim is None.
+
+    Raises:
+        Unusable: no lists of numbers, a null, or a vector of another length; the row is named.
+    """
+    try:
+        return _matrix(column, dim)
+    except LIBRARY_ERRORS as error:
+        raise Unusable("lists of numbers", first_line(error)) from error
+
+
+def _matrix(column: pa.Array, dim: int | None) -> NDArray[Any]:
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):  # a tensor
+        return _matrix(column.storage, dim)
+    if pa.types.is_dictionary(kind):
+        return _matrix(column.dictionary_decode(), dim)
+    if pa.types.is_run_end_encoded(kind):
+        return _matrix(pc.run_end_decode(column), dim)
+    if column.null_count:
+        raise Unusable("no nulls", "a null", pc.index(column.is_null(), True).as_py())
+    if not _is_any_list(kind):
+        raise Unusable("lists of numbers", str(kind)[:120])
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    elements = _plain(pa.chunked_array([column.flatten()]))
+    if elements.null_count:
+        place = pc.index(elements.is_null(), True).as_py()
+        row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        raise Unusable("no nulls", "a null inside a vector", row)
+    width = int(lengths[0]) if dim is None else dim
+    wrong = np.flatnonzero(lengths != (width or -1))
+    if len(wrong):
+        expected = f"vectors of {width} numbers, as the others" if width else "vectors of numbers"
+        raise Unusable(expected, f"{lengths[wrong[0]]} numbers", int(wrong[0]))
+    if pa.types.is_decimal(elements.type):
+        elements = elements.cast(pa.float64())
+    if not (pa.types.is_integer(elements.type) or pa.types.is_floating(elements.type)):
+        raise Unusable("lists of numbers", str(kind)[:120])
+    matrix: NDArray[Any] = elements.to_numpy().reshape(-1, width)
+    return matrix
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
