@@ -121,15 +121,15 @@ def _matrix(column: pa.Array, dim: int | None) -> NDArray[Any]:
         place = pc.index(elements.is_null(), True).as_py()
         row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
         raise Unusable("no nulls", "a null inside a vector", row)
+    if pa.types.is_decimal(elements.type):
+        elements = elements.cast(pa.float64())
+    if not (pa.types.is_integer(elements.type) or pa.types.is_floating(elements.type)):
+        raise Unusable("lists of numbers", str(kind)[:120])
     width = int(lengths[0]) if dim is None else dim
     wrong = np.flatnonzero(lengths != (width or -1))
     if len(wrong):
         expected = f"vectors of {width} numbers, as the others" if width else "vectors of numbers"
         raise Unusable(expected, f"{lengths[wrong[0]]} numbers", int(wrong[0]))
-    if pa.types.is_decimal(elements.type):
-        elements = elements.cast(pa.float64())
-    if not (pa.types.is_integer(elements.type) or pa.types.is_floating(elements.type)):
-        raise Unusable("lists of numbers", str(kind)[:120])
     matrix: NDArray[Any] = elements.to_numpy().reshape(-1, width)
     return matrix
 

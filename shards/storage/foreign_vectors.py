@@ -78,7 +78,9 @@ def read_foreign(
             attributes = _attributes(batch.select(source.attributes), types, part)
             if ids.originals is not None:
                 originals = ids.originals.slice(row, count).combine_chunks()
-                attributes = attributes.append_column(ORIGINAL_ID, originals)
+                attributes = pa.RecordBatch.from_arrays(
+                    [*attributes.columns, originals], [*attributes.schema.names, ORIGINAL_ID]
+                )
             yield EmbeddingBatch(ids.numbers[row : row + count], vectors, attributes)
             row += count
 
