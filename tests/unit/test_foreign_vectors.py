@@ -341,11 +341,11 @@ def test_parts_are_known_by_content_and_those_without_rows_do_not_count(tmp_path
 
 
 def test_the_index_of_a_pandas_frame_is_no_attribute_but_may_be_the_id(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"id": [4, 5, 6, 7], "vector": vectors(4), "x": range(4)})
+    frame = pd.DataFrame({"id": [4, 5, 9, 7], "vector": vectors(4), "x": range(4)})
     frame[frame["id"] != 5].to_parquet(tmp_path / "a")
     frame.set_index("id").to_parquet(tmp_path / "b")
     assert "__index_level_0__" in pq.read_schema(tmp_path / "a").names
-    for name, expected in (("a", [4, 6, 7]), ("b", [4, 5, 6, 7])):
+    for name, expected in (("a", [4, 9, 7]), ("b", [4, 5, 9, 7])):
         ids, table = read(tmp_path / name)
         assert ids == expected and table.column_names == ["x"]
 
@@ -431,7 +431,7 @@ def column(data: st.DataObject, rows: int) -> pa.Array:
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_schema_raises_an_exception_of_a_library(data: st.DataObject) -> None:
     """Random parts are stored and read back from the spill of their shards, or refused."""
     with tempfile.TemporaryDirectory() as name:
