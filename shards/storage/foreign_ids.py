@@ -34,13 +34,13 @@ def read_ids(columns: Sequence[Column]) -> ForeignIds:
         DataError: no ids in a column, a null, numbers in one part and texts in another, or an id
             that occurs twice, by its original.
     """
-    _refuse_mixed(columns)
     chunks: list[pa.Array] = []
     rows = [0]  # where each part starts, and the end
     for part, name in columns:
         for start, batch in part.batches([name]):
             chunks.append(_ids(batch.column(0), part, name, start))
         rows.append(sum(map(len, chunks)))
+    _refuse_mixed(columns)
     ids = _of_one_type(chunks)
     is_kept = len(ids) == 0 or (pa.types.is_int64(ids.type) and pc.min(ids).as_py() >= 0)
     if is_kept:
