@@ -72,7 +72,7 @@ def vectors_data(path: Path, *, metric: Metric, queries: int) -> IndexData:
     Raises:
         InvalidInput: fewer than twice as many vectors as queries. As ``read_foreign``.
     """
-    parts = [batch.vectors for batch in read_foreign([path])]
+    parts = [batch.vectors for batch in read_foreign([path], metric=metric)]
     everything = np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
     if len(everything) < 2 * queries:
         raise InvalidInput(

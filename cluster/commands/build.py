@@ -17,13 +17,14 @@ from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
-from shardline.shards.core.files import MANIFEST_NAME, sha256_of
+from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.gpu import gpu_count
 from shardline.shards.storage.embedding_set import embedding_writer
 from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_queries
 from shardline.shards.storage.generation import GenerationManifest
+from shardline.shards.storage.table_parts import open_parts
 
 
 @click.command()
@@ -34,13 +35,11 @@ from shardline.shards.storage.generation import GenerationManifest
 )
 @click.option(
     "--vectors",
-    type=click.Path(path_type=Path),
     multiple=True,
-    help="Parquet or Arrow file, or folder of them, with an id and a vector column. Repeatable.",
+    help="Parquet or Arrow file, folder of them or URL: ids and vectors of items. Repeatable.",
 )
 @click.option(
     "--queries",
-    type=click.Path(path_type=Path),
     multiple=True,
     help="Files like --vectors, without ids: queries to choose search parameters with. Repeatable.",
 )
@@ -66,8 +65,8 @@ from shardline.shards.storage.generation import GenerationManifest
 def build(
     settings: Settings,
     embeddings: Path | None,
-    vectors: tuple[Path, ...],
-    queries: tuple[Path, ...],
+    vectors: tuple[str, ...],
+    queries: tuple[str, ...],
     id_column: str | None,
     vector_column: str | None,
     metric: str,
@@ -131,28 +130,33 @@ def plan_of(config: ShardlineConfig, partitioning: Partitioning = Partitioning.R
 
 def import_vectors(
     store: Store,
-    paths: tuple[Path, ...],
+    sources: tuple[str, ...],
     *,
-    queries: tuple[Path, ...] = (),
+    queries: tuple[str, ...] = (),
     metric: Metric,
     id_column: str | None,
     vector_column: str | None,
     progress: StageProgress,
 ) -> Path:
-    """Copies foreign vectors into an embedding set, named after their contents; its folder."""
+    """Copies foreign vectors into an embedding set, named after their contents; its folder.
+
+    Raises:
+        As ``read_foreign``.
+    """
     declared = (str(metric), id_column, vector_column, *([len(queries)] if queries else []))
     digest = hashlib.sha256(repr(declared).encode())
-    for path in (*paths, *queries):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            digest.update(sha256_of(file).encode() if file.is_file() else b"")
+    parts = open_parts(sources, option="--vectors") + open_parts(queries, option="--queries")
+    for part in parts:
+        values = {name: value.as_py() for name, value in part.folder_values.items()}
+        digest.update(part.location.sha256().encode() + (repr(values).encode() if values else b""))
     version = f"vectors-{digest.hexdigest()[:12]}"
     target = store.embeddings / version
     if target.exists():
         return target
-    batches = read_foreign(paths, id_column=id_column, vector_column=vector_column)
+    batches = read_foreign(sources, metric=metric, id_column=id_column, vector_column=vector_column)
     first = next(batches, None)
     if first is None:
-        raise DataError("no rows", field=", ".join(map(str, paths)), expected="at least one vector")
+        raise DataError("no rows", field=", ".join(sources), expected="at least one vector")
     with embedding_writer(
         target,
         model_version=version,
@@ -166,7 +170,10 @@ def import_vectors(
             rows += len(batch.item_ids)
             progress("import", rows, rows)
         if queries:
-            writer.queries(read_foreign_queries(queries, dim=writer.dim))
+            asked = read_foreign_queries(
+                queries, dim=writer.dim, metric=metric, vector_column=vector_column
+            )
+            writer.queries(asked)
     return target
 
 

@@ -51,7 +51,9 @@ class Metric(StrEnum):
     L2 = "l2"
 
 
-def check_vectors(values: Any, *, dim: int, metric: Metric, field: str = "vectors") -> FloatArray:
+def check_vectors(
+    values: Any, *, dim: int, metric: Metric, field: str = "vectors", first_row: int = 0
+) -> FloatArray:
     """(n, dim) float32, C-contiguous and finite; non-zero when the metric is cosine.
 
     Float and integer input is converted; anything else is refused. The result may share memory
@@ -59,12 +61,12 @@ def check_vectors(values: Any, *, dim: int, metric: Metric, field: str = "vector
 
     Raises:
         InvalidInput: not a 2-d numeric array, wrong dimension, NaN or infinity, zero vector under
-            cosine. The field of the error names the first offending row.
+            cosine. The field of the error names the first offending row, counted from first_row.
     """
-    vectors = _finite_vectors(values, dim, field)
+    vectors = _finite_vectors(values, dim, field, first_row)
     if metric is Metric.COSINE:
         with np.errstate(over="ignore"):  # squares beyond float32 are far from zero
-            _refuse_zero(np.sqrt(np.vecdot(vectors, vectors)), field)
+            _refuse_zero(np.sqrt(np.vecdot(vectors, vectors)), field, first_row)
     return vectors
 
 
@@ -169,7 +171,7 @@ def in_order(ids: IdArray, scores: FloatArray) -> Ranked:
     return Ranked(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 
-def _finite_vectors(values: Any, dim: int, field: str) -> FloatArray:
+def _finite_vectors(values: Any, dim: int, field: str, first_row: int = 0) -> FloatArray:
     array = _as_matrix(values, field)
     if array.shape[1] != dim:
         raise InvalidInput(
@@ -185,19 +187,19 @@ def _finite_vectors(values: Any, dim: int, field: str) -> FloatArray:
         row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
         raise InvalidInput(
             "not finite",
-            field=f"{field}[{row}]",
+            field=f"{field}[{first_row + row}]",
             expected="finite float32 values",
             got="NaN or infinity",
         )
     return vectors
 
 
-def _refuse_zero(norms: NDArray[Any], field: str) -> None:
+def _refuse_zero(norms: NDArray[Any], field: str, first_row: int = 0) -> None:
     if (norms < MIN_NORM).any():
         row = int(np.flatnonzero(norms < MIN_NORM)[0])
         raise InvalidInput(
             "zero vector",
-            field=f"{field}[{row}]",
+            field=f"{field}[{first_row + row}]",
             expected="a non-zero vector, because the metric is cosine",
             got=f"norm {norms[row]:.3g}",
         )

@@ -329,7 +329,7 @@ def _check_schema(schema: pa.Schema, dim: int, path: Path) -> None:
         )
 
 
-def as_data_error(error: InvalidInput, where: Path) -> DataError:
+def as_data_error(error: InvalidInput, where: Path | str) -> DataError:
     """What ``shards.core.schema`` refused, as a fault of the file it was read from."""
     field = f"{where}: {error.field}" if error.field else str(where)
     return DataError(

@@ -1,63 +1,114 @@
-"""Vectors of someone else's: Parquet and Arrow IPC files with an id and a vector column.
+"""Vectors of someone else's: Parquet and Arrow files with an id and a vector column.
 
 ``read_foreign`` yields checked batches, and an ``EmbeddingWriter`` makes an embedding set of them.
+Types and ids of the whole corpus are known before its first vector is read: one pass over the ids
+alone, then one over the rest, a batch at a time. What is refused is a DataError that names the
+file, the user's column, and the row of the file.
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from shardline.shards.core.errors import DataError, InvalidInput, NotFound
-from shardline.shards.core.schema import FloatArray, IdArray, Metric, check_ids, check_vectors
+from shardline.shards.core.errors import DataError, InvalidInput
+from shardline.shards.core.schema import ORIGINAL_ID, FloatArray, Metric, check_vectors
+from shardline.shards.storage.column_types import (
+    LIBRARY_ERRORS,
+    Unusable,
+    first_line,
+    vector_column,
+)
 from shardline.shards.storage.embedding_set import EmbeddingBatch, as_data_error
-from shardline.shards.storage.vector_files import MAX_SAMPLE_QUERIES, ROWS_PER_BATCH
+from shardline.shards.storage.foreign_ids import read_ids
+from shardline.shards.storage.table_parts import Part, open_parts, pandas_index, unified_types
+from shardline.shards.storage.vector_files import MAX_SAMPLE_QUERIES, plain
 
 ID_COLUMNS = ("item_id", "id", "idx")  # names looked for, in this order
 VECTOR_COLUMNS = ("embedding", "emb", "vector")
+RESERVED = ("item_id", "embedding")  # columns of an embedding set: no attribute can be called so
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A part with rows, and what its columns are."""
+
+    part: Part
+    id_name: str
+    vector_name: str
+    attributes: list[str]
 
 
 def read_foreign(
-    paths: Iterable[Path], *, id_column: str | None = None, vector_column: str | None = None
+    paths: Iterable[object],
+    *,
+    metric: Metric = Metric.DOT,
+    id_column: str | None = None,
+    vector_column: str | None = None,
 ) -> Iterator[EmbeddingBatch]:
-    """Batches of Parquet or Arrow IPC files of someone else's, converted to int64 and float32.
+    """Batches of Parquet or Arrow files of someone else's, converted to int64 and float32.
 
-    A folder stands for its .parquet, .arrow and .feather files, sorted. Unnamed columns are looked
-    for among ID_COLUMNS and VECTOR_COLUMNS; all others become attributes.
+    paths: files, folders of part files, or URLs. Unnamed columns are looked for among ID_COLUMNS
+    and VECTOR_COLUMNS; all others become attributes, in types that hold those of every part. Ids
+    that are no integers from 0 up are numbered, and ORIGINAL_ID keeps them (``foreign_ids``).
 
     Raises:
-        NotFound: no such file. DataError: unreadable, a column is missing, of a wrong type, or
-            holds nulls; vectors of different lengths; a value that is not finite.
+        NotFound: no such file. InvalidInput: one column as id and vector, or a URL of an unknown
+        kind. DataError: unreadable; a column is missing, occurs twice, is called as one of ours, or
+            has a type unlike that of another part; ids that are null or occur twice; vectors that
+            are null, of different lengths, not finite, or zero under cosine.
     """
-    dim: int | None = None
-    for path in _foreign_files(paths):
-        for batch in _foreign_batches(path):
-            names = batch.schema.names
-            id_name = _find_column(names, id_column, ID_COLUMNS, path)
-            vector_name = _find_column(names, vector_column, VECTOR_COLUMNS, path)
-            vectors = _foreign_vectors(batch, vector_name, path, dim)
-            dim = vectors.shape[1]
-            ids = _foreign_ids(batch.column(id_name), path, id_name)
-            rest = batch.select([n for n in names if n not in (id_name, vector_name)])
-            yield EmbeddingBatch(ids, vectors, rest)
+    if id_column and id_column == vector_column:
+        raise InvalidInput(
+            "one column as id and as vector", field="--vector-column", got=repr(vector_column)
+        )
+    parts = open_parts(paths, option="--vectors")
+    sources = [_source(each, id_column, vector_column) for each in parts if not each.is_empty]
+    ids = read_ids([(source.part, source.id_name) for source in sources])
+    types = unified_types((each.part.path, _stored(each)) for each in sources)
+    if ids.originals is not None:
+        _refuse_names((ORIGINAL_ID,), sources, "the ids are kept there, because they are numbered")
+    dim, row = None, 0
+    for source in sources:
+        part, name = source.part, source.vector_name
+        for start, batch in part.batches([name, *source.attributes]):
+            vectors = _vectors(batch.column(0), part, name, start, dim, metric)
+            count, dim = vectors.shape
+            attributes = _attributes(batch.select(source.attributes), types, part)
+            if ids.originals is not None:
+                originals = ids.originals.slice(row, count).combine_chunks()
+                attributes = pa.RecordBatch.from_arrays(
+                    [*attributes.columns, originals], [*attributes.schema.names, ORIGINAL_ID]
+                )
+            yield EmbeddingBatch(ids.numbers[row : row + count], vectors, attributes)
+            row += count
 
 
-def read_foreign_queries(paths: Iterable[Path], *, dim: int, seed: int = 0) -> FloatArray:
+def read_foreign_queries(
+    paths: Iterable[object],
+    *,
+    dim: int,
+    metric: Metric = Metric.DOT,
+    vector_column: str | None = None,
+    seed: int = 0,
+) -> FloatArray:
     """(n, dim) float32 sample queries: all vectors of such files, or MAX_SAMPLE_QUERIES of them.
 
-    No id column is needed. Which of too many are taken depends on the seed alone.
+    No id column is needed, and the vector column may be called as that of the items or as one of
+    VECTOR_COLUMNS. Which of too many are taken depends on the seed alone.
 
     Raises:
         NotFound, DataError: as ``read_foreign``.
     """
+    paths = list(paths)
     parts = [np.empty((0, dim), np.float32)]
-    for path in _foreign_files(paths):
-        for batch in _foreign_batches(path):
-            name = _find_column(batch.schema.names, None, VECTOR_COLUMNS, path)
-            parts.append(_foreign_vectors(batch, name, path, dim))
+    for part in open_parts(paths, option="--queries"):
+        if part.is_empty:
+            continue
+        name = _find_column(part, (*filter(None, [vector_column]), *VECTOR_COLUMNS))
+        for start, batch in part.batches([name]):
+            parts.append(_vectors(batch.column(0), part, name, start, dim, metric))
     queries = np.concatenate(parts)
     if not len(queries):
         raise DataError("no rows", field=", ".join(map(str, paths)), expected="at least one vector")
@@ -67,78 +118,92 @@ def read_foreign_queries(paths: Iterable[Path], *, dim: int, seed: int = 0) -> F
     return sample
 
 
-def _foreign_files(paths: Iterable[Path]) -> Iterator[Path]:
-    for path in paths:
-        if path.is_dir():
-            found = [p for p in path.iterdir() if p.suffix in (".parquet", ".arrow", ".feather")]
-            if not found:
-                raise NotFound(f"{path}: no .parquet, .arrow or .feather file in it")
-            yield from sorted(found)
-        elif path.is_file():
-            yield path
-        else:
-            raise NotFound(f"{path}: no such file or folder")
+def _source(part: Part, id_column: str | None, vector_column: str | None) -> _Source:
+    id_name = _find_column(part, (id_column,) if id_column else ID_COLUMNS)
+    vector_name = _find_column(part, (vector_column,) if vector_column else VECTOR_COLUMNS)
+    unused = {id_name, vector_name, *pandas_index(part.schema)}
+    source = _Source(part, id_name, vector_name, [n for n in part.schema.names if n not in unused])
+    _refuse_names(RESERVED, [source], "Shardline calls a column of its own so")
+    return source
 
 
-def _foreign_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        if path.suffix == ".parquet":
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                yield from (b for b in file.iter_batches(ROWS_PER_BATCH) if b.num_rows)
-        else:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            for index in range(reader.num_record_batches):
-                if reader.get_batch(index).num_rows:
-                    yield reader.get_batch(index)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: not readable", expected="Parquet, or Arrow IPC file format", got=str(error)
-        ) from error
-
-
-def _find_column(names: list[str], named: str | None, known: tuple[str, ...], path: Path) -> str:
-    found = [name for name in ((named,) if named else known) if name in names]
+def _find_column(part: Part, known: tuple[str, ...]) -> str:
+    found = [name for name in known if name in part.schema.names]
     if not found:
         raise DataError(
             "no such column",
-            field=f"{path}: {named or ' | '.join(known)}",
-            expected=f"one of {', '.join(names)}",
+            field=f"{part.path}: {' | '.join(known)}",
+            expected=f"one of {', '.join(part.schema.names)}",
             hint="name the column with --id-column or --vector-column",
         )
     return found[0]
 
 
-def _foreign_ids(column: pa.Array, path: Path, name: str) -> IdArray:
-    if not pa.types.is_integer(column.type) or column.null_count:
-        got = f"{column.null_count} nulls" if column.null_count else str(column.type)
-        raise DataError("not ids", field=f"{path}: {name}", expected="integers", got=got)
-    try:
-        return check_ids(column.to_numpy(zero_copy_only=False), field=name)
-    except InvalidInput as error:
-        raise as_data_error(error, path) from error
+def _refuse_names(names: tuple[str, ...], sources: list[_Source], reason: str) -> None:
+    for source in sources:
+        for name in names:
+            if name in source.attributes:
+                where = f"{source.part.path}: {name}"
+                raise DataError(
+                    "column name is taken", field=where, hint=f"{reason}: rename it in the source"
+                )
 
 
-def _foreign_vectors(batch: pa.RecordBatch, name: str, path: Path, dim: int | None) -> FloatArray:
-    """(n, dim) float32, finite; any dimension where dim is None."""
-    column = batch.column(name)
-    kind, where = column.type, f"{path}: {name}"
-    is_list = (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
-    if not is_list or not (
-        pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
-    ):
-        raise DataError("not vectors", field=where, expected="lists of numbers", got=str(kind))
-    flat = column.flatten()
-    if column.null_count or flat.null_count:
-        raise DataError("missing values", field=where, expected="no nulls")
-    width, rest = divmod(len(flat), len(column))
-    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
-    if rest or width == 0 or (lengths != width).any():
-        got = f"lengths from {lengths.min()} to {lengths.max()}"
-        raise DataError("vectors differ in length", field=where, expected="one length", got=got)
-    matrix = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+def _stored(source: _Source) -> pa.Schema:
+    """The types in which a part's attributes are stored, before those of other parts are known."""
+    columns = [pa.nulls(0, source.part.schema.field(name).type) for name in source.attributes]
+    return _plain(pa.RecordBatch.from_arrays(columns, source.attributes), source.part).schema
+
+
+def _plain(attributes: pa.RecordBatch, part: Part) -> pa.RecordBatch:
     try:
-        return check_vectors(matrix, dim=dim or width, metric=Metric.DOT, field=name)
+        return plain(attributes)
     except InvalidInput as error:
-        raise as_data_error(error, path) from error
+        raise as_data_error(error, part.path) from error
+    except LIBRARY_ERRORS as error:
+        raise DataError(
+            "attributes that cannot be stored", field=part.path, got=first_line(error)
+        ) from error
+
+
+def _attributes(batch: pa.RecordBatch, types: dict[str, pa.DataType], part: Part) -> pa.RecordBatch:
+    """One column per type, null where the batch has none."""
+    found = _plain(batch, part)
+    columns = []
+    for name, kind in types.items():
+        column = found.column(name) if name in found.schema.names else None
+        try:
+            if column is None:
+                column = pa.nulls(batch.num_rows, kind)
+            elif column.type != kind:
+                column = column.cast(kind)
+        except LIBRARY_ERRORS as error:
+            raise DataError(
+                "part files disagree",
+                field=f"{part.path}: {name}",
+                expected=f"values that fit {kind}, the type that holds those of all parts",
+                got=f"{part.schema.field(name).type}: {first_line(error)}",
+            ) from error
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, list(types))
+
+
+def _vectors(
+    column: pa.Array, part: Part, name: str, start: int, dim: int | None, metric: Metric
+) -> FloatArray:
+    """(n, dim) float32, checked; any dimension where dim is None. start: the row of the first."""
+    try:
+        matrix = vector_column(column, dim=dim)
+        return check_vectors(
+            matrix, dim=matrix.shape[1], metric=metric, field=name, first_row=start
+        )
+    except Unusable as why:
+        row = "" if why.row is None else f"[{start + why.row}]"
+        raise DataError(
+            "not usable as vectors",
+            field=f"{part.path}: {name}{row}",
+            expected=why.expected,
+            got=why.what,
+        ) from why
+    except InvalidInput as error:
+        raise as_data_error(error, part.path) from error

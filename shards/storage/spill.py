@@ -107,7 +107,10 @@ def read_spill(generation: Path, shard: int, *, rows: int, dim: int) -> ShardRow
         start = stop
     attributes = table.drop_columns(["item_id", "embedding"])
     if attributes.num_columns and (order[1:] < order[:-1]).any():
-        attributes = attributes.cast(_wide(attributes)).take(pa.array(order))
+        wide = _wide(attributes)
+        if wide != attributes.schema:  # Arrow's cast fails for some types, even to themselves
+            attributes = attributes.cast(wide)
+        attributes = attributes.take(pa.array(order))
     return ShardRows(ids[order], vectors, attributes)
 
 

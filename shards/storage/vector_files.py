@@ -51,7 +51,8 @@ def plain(attributes: pa.RecordBatch) -> pa.RecordBatch:
     for field, column in zip(attributes.schema, attributes.columns, strict=True):
         if pa.types.is_run_end_encoded(field.type):
             column = pc.run_end_decode(column)
-        columns.append(column.cast(_plain_type(column.type)))
+        kind = _plain_type(column.type)
+        columns.append(column if column.type == kind else column.cast(kind))
         if any(map(_is_encoded, _inner_types(columns[-1].type))):
             raise InvalidInput(
                 "an attribute's type cannot be stored",

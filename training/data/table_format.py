@@ -1,23 +1,23 @@
 """Tables of users, items and interactions, or of interactions alone, however they are stored."""
 
-import json
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.schema import ORIGINAL_ID, IdArray
-from shardline.training.data.column_types import (
+from shardline.shards.storage.column_types import (
     Unusable,
     feature_column,
     id_column,
     time_column,
 )
+from shardline.shards.storage.locations import Location
+from shardline.shards.storage.table_parts import pandas_index
 from shardline.training.data.formats import ImportConfig, ImportReport, Source
 from shardline.training.data.splits import SplitCodes
 from shardline.training.data.table_checks import SPLITS
-from shardline.training.data.table_files import Location, TypeOverrides, read_table
+from shardline.training.data.table_files import TypeOverrides, read_table
 
 HISTORY = "history"  # what queries call their past items: no column of users may be called so
 
@@ -148,7 +148,7 @@ class _Reader:
         columns = _Columns()
         if table is None:
             return columns
-        config, index = self._config, _pandas_index(table)
+        config, index = self._config, pandas_index(table.schema)
         self._columns |= set(table.column_names)
         for name in table.column_names:
             unwanted = name in config.drop or (config.only is not None and name not in config.only)
@@ -199,15 +199,6 @@ def _refuse(refused: list[_Refused]) -> None:
         got=f"{first.why.got}{also}",
         hint=f"--drop {','.join(names)} leaves {'it' if len(names) == 1 else 'them'} out",
     )
-
-
-def _pandas_index(table: pa.Table) -> set[str]:
-    """Columns that were the index of a pandas frame: of its bookkeeping, no data."""
-    try:
-        told = json.loads((table.schema.metadata or {}).get(b"pandas", b"{}"))
-        return {name for name in told.get("index_columns", []) if isinstance(name, str)}
-    except (ValueError, AttributeError, TypeError):
-        return set()
 
 
 class _Mapping:

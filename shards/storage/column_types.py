@@ -1,4 +1,4 @@
-"""The boundary of foreign columns: any Arrow column as what features, ids and times take.
+"""The boundary of foreign columns: any Arrow column as what features, ids, times, vectors take.
 
 Behind it there are booleans, integers, floats, strings, timestamps, lists of strings or integers,
 and vectors of float32; a missing value is a null. A column that cannot be one of these is refused
@@ -9,23 +9,17 @@ import csv
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from shardline.shards.core.errors import DataError
 from shardline.shards.core.schema import IdArray
 
-# what a user may call a type on the command line
-NAMED_TYPES: dict[str, pa.DataType] = {
-    "string": pa.string(),
-    "int": pa.int64(),
-    "float": pa.float64(),
-    "bool": pa.bool_(),
-    "date": pa.date32(),
-    "timestamp": pa.timestamp("us"),
-}
+TABLES = "Parquet, Arrow, JSON lines, or delimited text in UTF-8"  # what files may hold
 TIME = pa.timestamp("us")
 WHOLE = 2.0**53  # beyond, a float does not tell integers apart
 SIGN = np.uint64(1 << 63)
@@ -37,26 +31,27 @@ LIBRARY_ERRORS = (
 
 
 class Unusable(Exception):
-    """Why a column cannot be taken: what was expected, and what it has instead."""
+    """Why a column cannot be taken: what was expected, and what it has instead, in which row."""
 
-    def __init__(self, expected: str, got: str) -> None:
-        super().__init__(expected, got)
-        self.expected, self.got = expected, got
+    def __init__(self, expected: str, what: str, row: int | None = None) -> None:
+        super().__init__(expected, what, row)
+        self.expected, self.what, self.row = expected, what, row
+
+    @property
+    def got(self) -> str:
+        return self.what if self.row is None else f"{self.what} in row {self.row}"
 
 
 @contextmanager
-def read_errors(path: str) -> Iterator[None]:
+def read_errors(path: str, expected: str = TABLES) -> Iterator[None]:
     """Whatever a library says of a file becomes a DataError that names it."""
     try:
         yield
     except DataError:
         raise
     except (*LIBRARY_ERRORS, MemoryError, NotImplementedError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{path}: not readable",
-            expected="Parquet, Arrow, JSON lines, or delimited text in UTF-8",
-            got=first[:300],
+            f"{path}: not readable", expected=expected, got=first_line(error)
         ) from error
 
 
@@ -69,7 +64,7 @@ def feature_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         return _feature(_plain(column))
     except LIBRARY_ERRORS as error:
-        raise Unusable("values that fit their type", _short(error)) from error
+        raise Unusable("values that fit their type", first_line(error)) from error
 
 
 def id_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -81,7 +76,7 @@ def id_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         return _id(_plain(column))
     except LIBRARY_ERRORS as error:
-        raise Unusable("integers or strings", _short(error)) from error
+        raise Unusable("integers or strings", first_line(error)) from error
 
 
 def time_column(column: pa.ChunkedArray) -> IdArray:
@@ -93,7 +88,50 @@ def time_column(column: pa.ChunkedArray) -> IdArray:
     try:
         return _time(_plain(column))
     except LIBRARY_ERRORS as error:
-        raise Unusable("integers, dates or times", _short(error)) from error
+        raise Unusable("integers, dates or times", first_line(error)) from error
+
+
+def vector_column(column: pa.Array, *, dim: int | None = None) -> NDArray[Any]:
+    """(n, dim) numbers, of integers or floats; of the first row's length where dim is None.
+
+    Raises:
+        Unusable: no lists of numbers, a null, or a vector of another length; the row is named.
+    """
+    try:
+        return _matrix(column, dim)
+    except LIBRARY_ERRORS as error:
+        raise Unusable("lists of numbers", first_line(error)) from error
+
+
+def _matrix(column: pa.Array, dim: int | None) -> NDArray[Any]:
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):  # a tensor
+        return _matrix(column.storage, dim)
+    if pa.types.is_dictionary(kind):
+        return _matrix(column.dictionary_decode(), dim)
+    if pa.types.is_run_end_encoded(kind):
+        return _matrix(pc.run_end_decode(column), dim)
+    if column.null_count:
+        raise Unusable("no nulls", "a null", pc.index(column.is_null(), True).as_py())
+    if not _is_any_list(kind):
+        raise Unusable("lists of numbers", str(kind)[:120])
+    lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
+    elements = _plain(pa.chunked_array([column.flatten()]))
+    if elements.null_count:
+        place = pc.index(elements.is_null(), True).as_py()
+        row = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+        raise Unusable("no nulls", "a null inside a vector", row)
+    if pa.types.is_decimal(elements.type):
+        elements = elements.cast(pa.float64())
+    if not (pa.types.is_integer(elements.type) or pa.types.is_floating(elements.type)):
+        raise Unusable("lists of numbers", str(kind)[:120])
+    width = int(lengths[0]) if dim is None else dim
+    wrong = np.flatnonzero(lengths != (width or -1))
+    if len(wrong):
+        expected = f"vectors of {width} numbers, as the others" if width else "vectors of numbers"
+        raise Unusable(expected, f"{lengths[wrong[0]]} numbers", int(wrong[0]))
+    matrix: NDArray[Any] = elements.to_numpy().reshape(-1, width)
+    return matrix
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -196,7 +234,8 @@ def _vectors(elements: pa.ChunkedArray, lengths: pa.Array, got: str) -> pa.Chunk
     if len(bad):
         raise Unusable(
             "vectors of finite float32 numbers",
-            f"a null, NaN, infinity or a larger number in row {present[bad[0]]}",
+            "a null, NaN, infinity or a larger number",
+            int(present[bad[0]]),
         )
     values = np.zeros((len(lengths), width), np.float32)
     values[present] = given
@@ -209,8 +248,7 @@ def _vectors(elements: pa.ChunkedArray, lengths: pa.Array, got: str) -> pa.Chunk
 def _id(column: pa.ChunkedArray) -> pa.ChunkedArray:
     kind = column.type
     if column.null_count:
-        row = pc.index(column.is_null(), True).as_py()
-        raise Unusable("no nulls", f"{column.null_count} nulls, the first in row {row}")
+        raise Unusable("no nulls", "a null", pc.index(column.is_null(), True).as_py())
     if pa.types.is_integer(kind):
         return _narrow(column)
     if pa.types.is_string(kind):
@@ -239,7 +277,7 @@ def _whole(column: pa.ChunkedArray) -> pa.ChunkedArray:
     for row, value in enumerate(values):
         finite = np.isfinite(value) if is_float else value.is_finite()
         if not finite or value != int(value) or (is_float and abs(value) > WHOLE):
-            raise Unusable("ids that are whole numbers", f"{value} in row {row}")
+            raise Unusable("ids that are whole numbers", str(value), row)
     whole = [int(value) for value in values]
     if all(-(1 << 63) <= value < 1 << 63 for value in whole):
         return pa.chunked_array([whole], pa.int64())
@@ -258,7 +296,7 @@ def _time(column: pa.ChunkedArray) -> IdArray:
         column = _without_nan(column)
     if column.null_count:
         row = pc.index(column.is_null(), True).as_py()
-        raise Unusable("no nulls", f"{column.null_count} nulls, the first in row {row}")
+        raise Unusable("no nulls", f"{column.null_count} nulls, the first", row)
     if pa.types.is_uint64(kind) and len(column) and pc.max(column).as_py() >= 1 << 63:
         shifted: IdArray = (column.to_numpy() ^ SIGN).view(np.int64)  # the same order, signed
         return shifted
@@ -291,7 +329,7 @@ def _parsed_times(column: pa.ChunkedArray) -> pa.ChunkedArray:
         try:
             return column.cast(kind)
         except pa.ArrowInvalid as error:
-            reason = _short(error)
+            reason = first_line(error)
     raise Unusable("times as in 2026-03-01 12:00:00 (ISO 8601)", reason)
 
 
@@ -314,7 +352,7 @@ def _without_nan(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """NaN as null; an infinity is refused."""
     bad = pc.index(pc.fill_null(pc.is_inf(column), False), True).as_py()
     if bad >= 0:
-        raise Unusable("finite numbers", f"an infinity in row {bad}")
+        raise Unusable("finite numbers", "an infinity", bad)
     missing = pc.fill_null(pc.is_nan(column), False)
     if not pc.any(missing, min_count=0).as_py():
         return column
@@ -341,7 +379,7 @@ def _refuse_bad_text(column: pa.ChunkedArray) -> None:
             try:
                 value is None or value.decode()
             except UnicodeDecodeError:
-                raise Unusable("text in UTF-8", f"other bytes in row {row}") from None
+                raise Unusable("text in UTF-8", "other bytes", row) from None
 
 
 def _is_any_list(kind: pa.DataType) -> bool:
@@ -349,5 +387,6 @@ def _is_any_list(kind: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{check}")(kind) for check in checks)
 
 
-def _short(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What a library says, on one line."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,224 @@
+"""Part files of one table, read in batches: Parquet, Arrow IPC files and streams.
+
+The content of a file says its format, never its name. No exception of a library leaves this
+module: a file that cannot be read, and a value that its type does not allow, are named.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shardline.shards.core.errors import DataError, NotFound
+from shardline.shards.storage.column_types import first_line, read_errors
+from shardline.shards.storage.locations import Location
+from shardline.shards.storage.vector_files import ROWS_PER_BATCH
+
+Values = dict[str, "pa.Scalar[Any]"]  # one value per column, the same in every row
+PEEKED_BYTES = 1 << 16
+BINARY_TABLES = "Parquet, or an Arrow IPC file or stream"
+# names that promise such a table; other files of a folder are passed over if they hold none
+SUFFIXES = ("", ".parquet", ".arrow", ".feather", ".arrows", ".ipc")
+
+
+class TableFormat(Enum):
+    """A binary format, by the bytes that its files begin with."""
+
+    PARQUET = b"PAR1"
+    IPC_FILE = b"ARROW1"
+    IPC_STREAM = b"\xff\xff\xff\xff"
+
+
+def format_of(start: bytes) -> TableFormat | None:
+    """The format of a file that begins like this; None for text and everything else."""
+    return next((form for form in TableFormat if start.startswith(form.value)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One file. ``schema`` has its columns, and those of the ``key=value`` folders it lies in."""
+
+    location: Location
+    form: TableFormat
+    schema: pa.Schema
+    folder_values: Values
+
+    @property
+    def path(self) -> str:
+        return self.location.path
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no rows."""
+        return not self.schema.names or not any(self.batches(self.schema.names[:1]))
+
+    def batches(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Each batch of these columns, in their order, and the row of the file it starts with.
+
+        No batch is empty, none has more than ROWS_PER_BATCH rows, and every value is valid.
+
+        Raises:
+            DataError: not readable, or a value that its type does not allow, such as text that is
+                not UTF-8.
+        """
+        start = 0
+        with read_errors(self.path, BINARY_TABLES):
+            for whole in self._read([c for c in columns if c not in self.folder_values]):
+                for first in range(0, whole.num_rows, ROWS_PER_BATCH):
+                    batch = whole.slice(first, ROWS_PER_BATCH)
+                    for name, value in self.folder_values.items():
+                        batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
+                    batch = batch.select(columns)
+                    _refuse_invalid(batch, self.path, start)
+                    yield start, batch
+                    start += batch.num_rows
+
+    def _read(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        with self.location.open() as file:
+            if self.form is TableFormat.PARQUET:
+                parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                yield from parquet.iter_batches(ROWS_PER_BATCH, columns=columns or None)
+                return
+            included = [self.schema.get_field_index(name) for name in columns]
+            options = pa.ipc.IpcReadOptions(included_fields=included or None)
+            if self.form is TableFormat.IPC_FILE:
+                reader = pa.ipc.open_file(file, options=options)
+                yield from map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                yield from pa.ipc.open_stream(file, options=options)
+
+
+def open_parts(sources: Iterable[object], *, option: str) -> list[Part]:
+    """The parts of files and folders, paths or URLs of an ``option``, those of a folder by path.
+
+    Files of a folder are passed over if their names begin with ``_`` or ``.``, or if neither name
+    nor content is one of a table.
+
+    Raises:
+        NotFound: no such file, or a folder without one. InvalidInput: a URL of an unknown kind.
+        DataError: not readable, of no known format, or a column that occurs twice.
+    """
+    parts: list[Part] = []
+    for source in sources:
+        location = Location.of(source, option)
+        if location.is_folder:
+            found = [_open(each, folder_columns(location, each)) for each in location.files()]
+            if not any(found):
+                raise NotFound(f"{location.path}: no Parquet or Arrow file in it")
+            parts += filter(None, found)
+        elif location.is_file:
+            parts += filter(None, [_open(location, None)])
+        else:
+            raise NotFound(f"{location.path}: no such file or folder")
+    return parts
+
+
+def _open(location: Location, values: Values | None) -> Part | None:
+    """The part; None for a file of a folder that is none. values: None outside a folder."""
+    with read_errors(location.path, BINARY_TABLES):
+        with location.stream() as stream:
+            start = stream.read(PEEKED_BYTES)
+        form = format_of(start)
+        if form is None:
+            if values is not None and PurePosixPath(location.path).suffix not in SUFFIXES:
+                return None
+            raise DataError(
+                f"{location.path}: not readable",
+                expected=BINARY_TABLES,
+                got="another format" if start else "an empty file",
+            )
+        schema = _schema(location, form)
+    refuse_repeated(schema.names, location.path)
+    values = {name: value for name, value in (values or {}).items() if name not in schema.names}
+    for name, value in values.items():
+        schema = schema.append(pa.field(name, value.type))
+    return Part(location, form, schema, values)
+
+
+def _schema(location: Location, form: TableFormat) -> pa.Schema:
+    with location.open() as file:
+        if form is TableFormat.PARQUET:
+            return pq.ParquetFile(file).schema_arrow
+        if form is TableFormat.IPC_FILE:
+            return pa.ipc.open_file(file).schema
+        return pa.ipc.open_stream(file).schema
+
+
+def folder_columns(folder: Location, part: Location) -> Values:
+    """A value for each ``key=value`` folder on the way to a part, as Spark and Hive write them."""
+    values: Values = {}
+    for step in PurePosixPath(part.path[len(folder.path) :].lstrip("/")).parts[:-1]:
+        key, sign, value = step.partition("=")
+        if sign and key and key not in values:
+            whole = value.lstrip("-").isascii() and value.lstrip("-").isdigit()
+            values[key] = (
+                pa.scalar(None, pa.string())
+                if value == "__HIVE_DEFAULT_PARTITION__"
+                else pa.scalar(int(value) if whole and len(value) < 18 else value)
+            )
+    return values
+
+
+def unified_types(parts: Iterable[tuple[str, pa.Schema]]) -> dict[str, pa.DataType]:
+    """The type that holds each column of all parts, given with their paths; numbers widen.
+
+    Raises:
+        DataError: types that have nothing in common; names the column and both files.
+    """
+    known: dict[str, tuple[pa.Field[Any], str]] = {}
+    for path, schema in parts:
+        for each in schema:
+            first, where = known.setdefault(each.name, (each, path))
+            try:
+                both = [pa.schema([first]), pa.schema([each])]
+                widened = pa.unify_schemas(both, promote_options="permissive").field(0)
+            except pa.ArrowException as error:
+                raise DataError(
+                    "part files disagree",
+                    field=f"{path}: {each.name}",
+                    expected=f"{first.type}, as in {where}",
+                    got=str(each.type),
+                ) from error
+            known[each.name] = (widened, where)
+    return {name: field.type for name, (field, _) in known.items()}
+
+
+def refuse_repeated(names: list[str], path: str) -> None:
+    """DataError for a name that several columns have."""
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise DataError("column occurs twice", field=f"{path}: {repeated[0]}")
+
+
+def pandas_index(schema: pa.Schema) -> set[str]:
+    """Columns that were the index of a pandas frame: of its bookkeeping, no data."""
+    try:
+        told = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
+        return {name for name in told.get("index_columns", []) if isinstance(name, str)}
+    except (ValueError, AttributeError, TypeError):
+        return set()
+
+
+def _refuse_invalid(batch: pa.RecordBatch, path: str, start: int) -> None:
+    try:
+        batch.validate(full=True)
+    except pa.ArrowInvalid as error:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            for row in range(len(column)):
+                try:
+                    column.slice(row, 1).validate(full=True)
+                except pa.ArrowInvalid as reason:
+                    # of a dictionary, whose values belong to no row, the first is as good as any
+                    is_shared = pa.types.is_dictionary(column.type)
+                    raise DataError(
+                        "a value that its type does not allow",
+                        field=f"{path}: {name}" + ("" if is_shared else f"[{start + row}]"),
+                        expected=f"{column.type}, text in UTF-8",
+                        got=first_line(reason),
+                    ) from error
+        raise
