@@ -12,10 +12,12 @@ help: ## this list
 
 install: $(VENV)/installed ## make .venv with the pinned versions (FAISS=gpu for the CUDA wheel)
 
+# setuptools warns in a box of every editable install without a src folder, and pip prints it
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cluster,train,$(FAISS),dev]'
+	PYTHONWARNINGS='ignore:Editable installation' \
+	  $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cluster,train,$(FAISS),dev]'
 	touch $@
 
 demo: install ## the whole main job: data, training, shards, HTTP queries; prints tables, then stops

@@ -113,9 +113,12 @@ def build_checked(
 
     The build's seconds are those of both parts, not of what the caller did between them.
     """
+    files.remove_abandoned(store.generations)
     number = store.next_generation()
     with files.staged_folder(store.generation(number)) as staging:
-        return fill_generation(staging, number, checked, run_jobs=run_jobs, progress=progress)
+        manifest = fill_generation(staging, number, checked, run_jobs=run_jobs, progress=progress)
+        store.remember_generation(number)
+    return manifest
 
 
 def fill_generation(

@@ -5,10 +5,13 @@
 <store>/generations/000001/        an immutable generation
 <store>/CURRENT                    the number of the live generation
 <store>/counter.json               the largest table version or epoch given out, of any generation
+<store>/generations.json           the largest number that a generation ever had
 """
 
 import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from shardline.shards.core.errors import CorruptFile, NotFound
 GENERATION_DIGITS = 6
 COUNTER_NAME = "counter.json"
 COUNTER_LOCK = "counter.lock"
+GENERATIONS_NAME = "generations.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,7 @@ class Store:
 
         Never lowers it: controllers of two clusters may serve one store.
         """
-        with (self.root / COUNTER_LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        with self._lock():
             if number > self.counter():
                 files.write_json(self.root / COUNTER_NAME, {"counter": number})
 
@@ -73,9 +76,30 @@ class Store:
         )
 
     def next_generation(self) -> int:
-        """The next free number: of no folder yet, complete or not."""
+        """The next number that no generation has had: deleted ones count, and folders that are not
+        complete.
+
+        Raises:
+            CorruptFile: the file that remembers the numbers of deleted ones is damaged.
+        """
         taken = [int(path.name) for path in self.generations.glob("*") if path.name.isdigit()]
-        return max(taken, default=0) + 1
+        return max([*taken, self._highest_generation()]) + 1
+
+    def remember_generation(self, number: int) -> None:
+        """Keeps the number from being given out again once its folder is gone."""
+        with self._lock():
+            if number > self._highest_generation():
+                files.write_json(self.root / GENERATIONS_NAME, {"counter": number})
+
+    def _highest_generation(self) -> int:
+        path = self.root / GENERATIONS_NAME
+        return _counter_in(path) if path.is_file() else 0
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.root / COUNTER_LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+            yield
 
     def current(self) -> int:
         """The live generation's number.

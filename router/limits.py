@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from shardline.router.query import QueryKind, ResolvedQuery
-from shardline.router.router_config import RouterConfig
+from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
 from shardline.shards.core.messages import (
     NO_OPTIONS,
@@ -72,7 +72,7 @@ def resolve(
     kind, values = _queries_of(vectors, features, item_ids)
     _check_batch(kind, len(values), config.max_batch)
     if timeout_ms is None:
-        timeout_ms = config.default_timeout_ms
+        timeout_ms = default_timeout_ms(config, len(values))
     elif not 0 < timeout_ms <= config.max_timeout_ms:
         limit = f"above 0 and at most {config.max_timeout_ms:g}"
         raise _out_of_range("timeout_ms", timeout_ms, limit)
@@ -91,6 +91,13 @@ def resolve(
         returned=tuple(dict.fromkeys(returned)) if returned else (),
         original_ids=original_ids,
     )
+
+
+def default_timeout_ms(config: RouterConfig, queries: int) -> float:
+    """Of a request that names none: the configured one for up to QUERIES_IN_TIME queries, beyond
+    that in proportion, up to the largest that may be asked for."""
+    longer = config.default_timeout_ms * max(1.0, queries / QUERIES_IN_TIME)
+    return min(longer, config.max_timeout_ms)
 
 
 def check_size(vectors: FloatArray, kind: str) -> None:

@@ -13,6 +13,7 @@ from shardline.cluster.commands.report import metric_rows
 from shardline.cluster.config import config_error
 from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.serving.ray_session import cores
+from shardline.training.data.formats import split_names
 from shardline.training.data.importers import Format, ImportConfig, import_dataset
 from shardline.training.synthetic.generator import PRESETS, Observed, SynthConfig, generate
 
@@ -115,8 +116,18 @@ def synth(
     metavar="COLUMN=TYPE",
     help="Type of a CSV or JSON column, not inferred. Repeatable.",
 )
-@click.option("--drop", multiple=True, metavar="COLUMN,...", help="Columns to leave out.")
-@click.option("--only", multiple=True, metavar="COLUMN,...", help="The only feature columns.")
+@click.option(
+    "--drop",
+    multiple=True,
+    metavar="COLUMN,...",
+    help="Columns to leave out, as in CSV: 'a,\"b, c\"'. Repeatable.",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="COLUMN,...",
+    help="The only feature columns, written as those of --drop. Repeatable.",
+)
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
@@ -134,7 +145,9 @@ def import_command(
     values = {name: value for name, value in options.items() if value not in (None, ())}
     for name in ("types", "drop", "only"):
         if name in values:
-            values[name] = tuple(each for text in values[name] for each in text.split(",") if each)
+            values[name] = tuple(
+                each for text in values[name] for each in split_names(f"--{name}", text)
+            )
     for name in ("users_file", "items_file", "time_column"):
         if values.get(name) == "none":
             values[name] = None

@@ -12,7 +12,7 @@ from shardline.cluster.console import print_table
 from shardline.cluster.serving.endpoint import find_endpoint
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
-from shardline.shards.core.files import MANIFEST_NAME
+from shardline.shards.core.files import MANIFEST_NAME, abandoned_folders
 from shardline.shards.storage.generation import read_generation
 
 MIB = 1 << 20
@@ -31,6 +31,12 @@ def list_generations(settings: Settings, as_json: bool) -> None:
     store = settings.store
     live, served = _live(store), _served(store)
     found = [_described(store, number, live, served) for number in store.generation_numbers()]
+    for folder in abandoned_folders(store.generations):
+        size = _bytes_of(folder) / MIB
+        click.echo(
+            f"{folder}: {size:,.1f} MiB of a build that was killed, which the next one removes",
+            err=True,
+        )
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
@@ -66,6 +72,7 @@ def delete(settings: Settings, number: int) -> None:
             hint="build or publish another one and change over to it first",
         )
     size = _bytes_of(folder)
+    store.remember_generation(number)  # one from before `build` did so
     (folder / MANIFEST_NAME).unlink()  # from here on nobody takes it for a complete one
     shutil.rmtree(folder)
     click.echo(f"{folder}: deleted, {size / MIB:,.1f} MiB")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from shardline.cluster.serving.endpoint import is_alive
 from shardline.cluster.serving.serving_keys import KEY_VARIABLES
@@ -43,6 +44,7 @@ QUIET_PORTS = range(20_000, 30_000)
 MAX_SESSION_PATH = 38
 # "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
 MAX_TEMPORARY_PATH = MAX_SESSION_PATH - 27
+CONNECT_TIMEOUT_S = 5.0
 
 
 @contextlib.contextmanager
@@ -74,14 +76,15 @@ def local_ray(*, num_cpus: int, verbose: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def attached_ray(address: str, *, verbose: bool = False) -> Iterator[None]:
-    """Joins the Ray cluster at ``address`` ("auto" finds the one of this machine).
+    """Joins the Ray cluster at ``address`` ("auto": RAY_ADDRESS, or the one of this machine).
 
     Raises:
         Unavailable: no cluster answers there.
     """
     try:
+        _check_answers(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise Unavailable(
             f"no Ray cluster at {address!r}", got=str(error), hint="start one with `ray up`"
         ) from error
@@ -159,6 +162,26 @@ def _owns(pid: int, folder: Path) -> bool:
         return False
 
 
+def _check_answers(address: str) -> None:
+    """Whether anybody listens there: Ray itself writes to the terminal for over a minute, then ends
+    the process.
+
+    Raises:
+        OSError, ValueError: nobody does, or ``address`` is none; says which address was asked.
+    """
+    try:
+        asked = canonicalize_bootstrap_address(address.removeprefix("ray://"))
+    except ConnectionError as error:
+        raise ConnectionError("none runs on this machine, and RAY_ADDRESS names none") from error
+    assert asked is not None, "local_ray starts one"
+    host, _, port = asked.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        source = " (RAY_ADDRESS)" if address == "auto" and "RAY_ADDRESS" in os.environ else ""
+        raise ConnectionError(f"no answer from {asked}{source}: {error}") from error
+
+
 def _session_folder() -> Path:
     root = Path(tempfile.gettempdir())
     folder = Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=root))
@@ -211,6 +234,7 @@ def _init_local(session: Path, *, num_cpus: int, verbose: bool) -> None:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         ray.init(
+            "local",  # else RAY_ADDRESS would be followed
             num_cpus=num_cpus,
             namespace=NAMESPACE,
             include_dashboard=False,

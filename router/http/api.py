@@ -138,7 +138,10 @@ def _add_health(app: FastAPI, service: SearchService) -> None:
     async def readyz() -> Response:
         """200 once there is a routing table and some shard is connected."""
         ready, state = service.ready()
-        return _json(state, status=200 if ready else 503)
+        response = _json(state, status=200 if ready else 503)
+        if not ready:
+            response.headers["retry-after"] = str(service.config.retry_after_s)
+        return response
 
 
 def _add_docs(app: FastAPI) -> None:

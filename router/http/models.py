@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
 from shardline.router.contract import ReasonCode
+from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
     MAX_NPROBE,
@@ -67,7 +68,9 @@ class SearchBody(_Body):
         json_schema_extra={"minimum": 1, "maximum": MAX_K, "default": 100},
     )
     timeout_ms: FiniteFloat | None = Field(
-        default=None, description="milliseconds from the request's arrival to its answer"
+        default=None,
+        description="milliseconds from the request's arrival to its answer; left out, "
+        f"router.default_timeout_ms, longer in proportion above {QUERIES_IN_TIME} queries",
     )
     min_coverage: FiniteFloat | None = Field(
         default=None,

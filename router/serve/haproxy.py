@@ -12,7 +12,8 @@ configuration that it needs come as its first arguments.
 - Overload is refused here, with 429: a refusal by a replica costs it about half of an answer,
   so that at three times its capacity it would do nothing but refuse.
 - Without a replica that answers there is a 503 at once. Ray would hand such requests to its Python
-  proxy, which waits for the replica to come back.
+  proxy, which waits for the replica to come back; and while there is no application, at the start
+  and at the end, it would answer 404, at which clients give up.
 """
 
 import json
@@ -27,6 +28,7 @@ HEADER_TIMEOUT_S = 10
 ROUTES = "    # Static routing based on path prefixes"
 BACKEND = re.compile(r"^    use_backend (\S+) if is_\1$", re.MULTILINE)
 FALLBACK = re.compile(r"^    server \S+ \S+ check backup\n", re.MULTILINE)
+NO_APPLICATION = re.compile(r"^    http-request return status 404 .*$", re.MULTILINE)
 ERROR_FILE = re.compile(r"^    errorfile (50[234]) .*$", re.MULTILINE)
 # what Ray writes -> what is meant; each must be there, or Ray's template is another one by now
 CORRECTIONS = (
@@ -65,6 +67,7 @@ def bounded(text: str, max_in_flight: int, retry_after_s: int) -> str:
         return f"{_problem(status)} hdr Retry-After {retry_after_s}"
 
     text = FALLBACK.sub("", text)
+    text = NO_APPLICATION.sub(lambda _: f"    http-request return {problem(503)}", text)
     text = ERROR_FILE.sub(lambda match: f"    http-error {problem(int(match[1]))}", text)
     rules = "".join(
         f"    http-request return {problem(429)} "

@@ -6,6 +6,8 @@ of itself. This module does not know what the files mean.
 """
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -180,24 +182,63 @@ def read_manifest(folder: Path, *, kind: str, version: int) -> dict[str, Any]:
 def staged_folder(target: Path) -> Iterator[Path]:
     """A fresh folder beside ``target`` that is renamed to it when the block ends without an error.
 
+    What a process that was killed has left of the same target is removed first.
+
     Raises:
         FileExistsError: the target already exists when the block ends.
         OSError: the block failed and the disk is why, whatever the block said.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    remove_abandoned(target.parent, glob.escape(target.name))
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    with _locked(made):
+        staging = made.rename(f"{made}.tmp")  # locked by now, so that nobody takes it for abandoned
+        try:
+            with _disk_errors(target.parent):
+                yield staging
+            if target.exists():
+                raise FileExistsError(target)
+            staging.chmod(0o755)
+            _fsync_tree(staging)
+            staging.rename(target)
+            fsync_folder(target.parent)
+        finally:
+            with suppress(FileNotFoundError):
+                shutil.rmtree(staging)
+
+
+def abandoned_folders(parent: Path, target: str = "*") -> list[Path]:
+    """Folders that ``staged_folder`` made in ``parent`` for targets of this pattern, and whose
+    process was killed. None are found on a disk without locks, some network mounts say."""
+    found = sorted(parent.glob(f".{target}.????????.tmp"))
+    return [path for path in found if path.is_dir() and _is_abandoned(path)]
+
+
+def remove_abandoned(parent: Path, target: str = "*") -> None:
+    """Removes what ``abandoned_folders`` finds."""
+    for path in abandoned_folders(parent, target):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_abandoned(staging: Path) -> bool:
+    with suppress(OSError), _locked(staging) as is_free:  # gone by now, or another user's
+        return is_free
+    return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Whether the block holds the folder's lock, which ends with the block or with the process."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        with _disk_errors(target.parent):
-            yield staging
-        if target.exists():
-            raise FileExistsError(target)
-        staging.chmod(0o755)
-        _fsync_tree(staging)
-        staging.rename(target)
-        fsync_folder(target.parent)
+        is_held = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            is_held = False
+        yield is_held
     finally:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(staging)
+        os.close(handle)
 
 
 @contextmanager

@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -16,6 +19,7 @@ from shardline.cluster.serving.ray_session import free_port
 from shardline.shards.storage.generation import INDEX_NAME, shard_folder
 
 START_S = 120.0
+ASK_EVERY_S = 0.02
 OTHER_KEY = "o" * 40  # of another cluster
 
 
@@ -64,8 +68,48 @@ def test_evaluate_prints_the_model_beside_popularity_and_the_ceilings(folder: Pa
     assert "popularity" in table
 
 
+@contextlib.contextmanager
+def asked_all_along(port: int) -> Iterator[list[httpx.Response]]:
+    """What a client saw that asked without a pause; refused and broken connections are left out."""
+    seen: list[httpx.Response] = []
+    stopped = threading.Event()
+
+    def ask() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_S) as http:
+            while not stopped.wait(ASK_EVERY_S):
+                with contextlib.suppress(httpx.TransportError):
+                    seen.append(http.get("/readyz"))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def check_statuses(seen: list[httpx.Response]) -> None:
+    """503 while there is no router, at the start and at the end, and nothing that a client gives
+    up at."""
+    for response in seen:
+        if response.status_code != 200:
+            assert response.status_code == 503, response.text
+            assert response.headers["retry-after"] == "1"
+            assert response.json()["code"] == "unavailable"
+    statuses = [response.status_code for response in seen]
+    assert 200 in statuses
+    assert statuses[0] == statuses[-1] == 503
+
+
 def test_serve_status_query_down(folder: Path) -> None:
     port = free_port()
+    with asked_all_along(port) as seen:
+        serve_status_query_down(folder, port)
+    check_statuses(seen)
+
+
+def serve_status_query_down(folder: Path, port: int) -> None:
     server = subprocess.Popen(
         command("serve", "--port", str(port)),
         cwd=folder,

@@ -63,7 +63,7 @@ class Questions:
             while not self._done.is_set():
                 query = rng.standard_normal(shape, dtype=np.float32)  # never one from the cache
                 try:
-                    answer = client.search(vectors=query, k=20)
+                    answer = client.search(vectors=query, k=20, timeout_ms=DEADLINE_S * 1e3)
                 except ShardlineError as error:
                     self.errors.append((time.perf_counter(), error))
                 else:

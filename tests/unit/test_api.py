@@ -564,6 +564,7 @@ async def test_ready_follows_the_shards_and_healthy_does_not():
         response = await http.get("/readyz")
         assert response.status_code == 503
         assert response.json()["reason"] == "no routing table yet"
+        assert response.headers["retry-after"] == str(CONFIG.retry_after_s)
         response = await http.post("/v1/search", json={"item_ids": [1]})
         assert (response.status_code, response.json()["code"]) == (503, "unavailable")
     async with api() as (http, _, _, _):

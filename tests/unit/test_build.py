@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path, store: Store, monkeyp
     with pytest.raises(OSError, match="disk full"):
         build_generation(store, tmp_path / "set", plan_of(2, kind="flat"))
     assert list(store.generations.iterdir()) == []
+
+
+def test_a_build_clears_up_after_killed_ones_and_takes_a_new_number(
+    tmp_path: Path, store: Store
+) -> None:
+    write_set(tmp_path / "set", some())
+    (store.generations / ".000007.abcdefgh.tmp").mkdir(parents=True)
+    first = build_generation(store, tmp_path / "set", plan_of(2, kind="flat"))
+    assert [path.name for path in store.generations.iterdir()] == ["000001"]
+    shutil.rmtree(store.generation(first.generation))
+    second = build_generation(store, tmp_path / "set", plan_of(2, kind="flat"))
+    assert second.generation == 2
 
 
 def test_values_that_no_writer_lets_in_are_refused(tmp_path: Path, store: Store) -> None:

@@ -4,6 +4,7 @@ import csv
 import datetime as dt
 import gzip
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shardline.cluster.cli import cli
 from shardline.router.encoder.inputs import Number
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound, ShardlineError
 from shardline.shards.storage.column_types import (
@@ -28,6 +31,7 @@ from shardline.shards.storage.column_types import (
 )
 from shardline.training.config.tower_config import NumericFeature
 from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.formats import joined_names, split_names
 from shardline.training.data.importers import Format, ImportConfig, import_dataset
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.features.fitted import _fit_standardiser, fit
@@ -162,6 +166,35 @@ def test_every_refused_column_is_named_at_once(tmp_path: Path) -> None:
     assert imported(source, only=["age"]).users().column_names == ["user_id", "age"]
     with pytest.raises(InvalidInput, match=r"--drop: no such column.*got agee"):
         imported(source, drop=["agee", "x", "y"])
+
+
+NAMES = ["plain", "height, cm", 'say "hi"', "it's", "two\nlines", " padded ", "", "a;b$(c)"]
+
+
+def test_names_of_columns_survive_the_command_line() -> None:
+    (argument,) = shlex.split(joined_names(NAMES))
+    assert split_names("--drop", argument) == NAMES
+    for name in NAMES:
+        (argument,) = shlex.split(joined_names([name]))
+        assert split_names("--drop", argument) == [name]
+    assert joined_names(["x", "y"]) == "x,y"
+    for text in ('"open', "two\nlines"):
+        with pytest.raises(InvalidInput, match="--drop: not a line of CSV"):
+            split_names("--drop", text)
+
+
+def test_the_drop_that_is_proposed_leaves_columns_of_any_name_out(tmp_path: Path) -> None:
+    struct = pa.array([{"a": 1}] * ROWS)
+    table = users(struct, "height, cm").append_column("it's", struct)
+    source = parquet_folder(tmp_path / "in", users=table, interactions=CLICKS)
+    with pytest.raises(DataError) as caught:
+        imported(source)
+    assert caught.value.hint is not None
+    drop = shlex.split(caught.value.hint.partition(" leaves ")[0])
+    arguments = ["data", "import", "--source", str(source), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli, [*arguments, *drop])
+    assert done.exit_code == 0, done.exception
+    assert open_dataset(tmp_path / "out").users().column_names == ["user_id"]
 
 
 def test_a_column_called_history_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from shardline.cluster.config import load_config
 from shardline.router.serve.environment import serving_environment
-from shardline.shards.core.metrics import METRICS
+from shardline.shards.core.metrics import METRICS, Kind
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -58,3 +58,16 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
     labels = {name for metric in METRICS for name in metric.labels}
     assert set(re.findall(r"\{\{(\w+)\}\}", text)) <= labels
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_a_counter_that_never_counted_is_drawn_as_zero() -> None:
+    """A labelled counter appears in Prometheus with its first count; until then its panel would say
+    "No data"."""
+    dashboard = json.loads((DEPLOY / "grafana" / "shardline.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    counters = [metric.name for metric in METRICS if metric.kind is Kind.COUNTER]
+    for expression in expressions:
+        shown = sum(expression.count(f"ray_{name}_total[") for name in counters)
+        assert expression.count("or vector(0)") + expression.count("or on() vector(0)") >= shown
+        if " by (" in expression and shown:
+            assert expression.endswith(" or on() vector(0)"), "else it would be drawn beside them"

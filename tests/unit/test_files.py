@@ -1,9 +1,13 @@
 """Complete-or-absent files: atomic writes, checksums, manifests."""
 
 import errno
+import fcntl
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +20,7 @@ import safetensors.numpy
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import (
     MANIFEST_NAME,
+    abandoned_folders,
     atomic_path,
     describe_file,
     describe_tree,
@@ -202,6 +207,44 @@ def test_a_failed_staged_folder_vanishes(tmp_path: Path) -> None:
         write_bytes(staging / "a", b"1")
         raise ZeroDivisionError
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one_of_its_target(tmp_path: Path) -> None:
+    target, other = tmp_path / "target", tmp_path / ".other.abcdefgh.tmp"
+    other.mkdir()
+    code = (
+        "import sys, pathlib; from shardline.shards.core.files import staged_folder\n"
+        "with staged_folder(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (staging,) = tmp_path.glob(".target.*")
+        assert abandoned_folders(tmp_path, "target") == [], "it lives"
+        with staged_folder(target):
+            assert staging.is_dir()
+        target.rmdir()
+        process.kill()
+    assert abandoned_folders(tmp_path) == [other, staging]
+    with staged_folder(target):
+        assert not staging.exists()
+    assert sorted(names(tmp_path)) == [other.name, "target"]
+
+
+def test_without_locks_nothing_counts_as_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / ".target.abcdefgh.tmp").mkdir()
+    with staged_folder(tmp_path / "target"):
+        pass
+    assert sorted(names(tmp_path)) == [".target.abcdefgh.tmp", "target"]
 
 
 def test_staging_never_replaces(tmp_path: Path) -> None:

@@ -67,6 +67,19 @@ def test_one_that_is_not_needed_is_deleted(store: Store) -> None:
     assert not store.generation(7).exists()
 
 
+def test_a_number_identifies_one_generation_for_ever(store: Store) -> None:
+    build_generation(store.generation(9), VECTORS, np.arange(60), 2, kind="flat")
+    run(store, "delete", "9")
+    assert store.next_generation() == 10
+
+
+def test_what_a_killed_build_left_is_named(store: Store) -> None:
+    left = store.generations / ".000009.abcdefgh.tmp"
+    left.mkdir()
+    (left / "spill").write_bytes(bytes(3 << 20))
+    assert f"{left}: 3.0 MiB of a build that was killed" in run(store, "list")
+
+
 def test_what_must_stay_stays(store: Store) -> None:
     with pytest.raises(InvalidInput, match="generation 8 is live"):
         run(store, "delete", "8")

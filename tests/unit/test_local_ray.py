@@ -4,6 +4,7 @@ import os
 import socket
 
 import pytest
+from ray._private import services
 
 from shardline.cluster.serving import ray_session as launch
 from shardline.cluster.serving.serving_keys import CLIENT_VARIABLE, SERVER_VARIABLE
@@ -44,6 +45,43 @@ def test_without_keys_none_appear(monkeypatch: pytest.MonkeyPatch) -> None:
     with launch.local_ray(num_cpus=1):
         pass
     assert not SECRETS.keys() & os.environ.keys()
+
+
+@pytest.mark.parametrize("by_variable", [False, True])
+def test_an_address_where_nobody_listens_is_refused_before_ray_is_asked(
+    monkeypatch: pytest.MonkeyPatch, by_variable: bool
+) -> None:
+    monkeypatch.setattr(launch.ray, "init", lambda *_args, **_options: pytest.fail("Ray asked"))
+    dead = f"127.0.0.1:{launch.free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", dead if by_variable else "")
+    address, named = ("auto", "(RAY_ADDRESS)") if by_variable else (dead, "no answer from")
+    with (
+        pytest.raises(Unavailable, match="no Ray cluster at") as caught,
+        launch.attached_ray(address),
+    ):
+        pass
+    assert "Connection refused" in str(caught.value)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["auto", "nonsense", "host.invalid:6379", "ray://127.0.0.1:1"])
+def test_what_is_no_address_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", frozenset)  # of other Rays on this machine
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda _folder: None)
+    monkeypatch.setattr(launch.ray, "init", lambda *_args, **_options: pytest.fail("Ray asked"))
+    with pytest.raises(Unavailable) as caught, launch.attached_ray(address):
+        pass
+    assert str(caught.value).startswith(f"no Ray cluster at {address!r}")
+    assert "--address" not in str(caught.value), "an option of Ray's own commands"
+
+
+def test_a_private_ray_does_not_follow_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(launch.ray, "init", lambda *given, **_options: asked.extend(given))
+    with launch.local_ray(num_cpus=1):
+        assert asked == ["local"]
 
 
 def test_ports_are_free_and_none_that_the_system_gives_away() -> None:

@@ -11,7 +11,7 @@ from shardline.router.contract import Coverage, Reason, ReasonCode
 from shardline.router.fanout.snapshot import ENCODE_IN_LOOP
 from shardline.router.item_queries import drop_own
 from shardline.router.limits import resolve
-from shardline.router.router_config import RouterConfig
+from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import (
     DeadlineExceeded,
@@ -227,6 +227,22 @@ async def test_bad_input_is_named_and_reaches_no_shard(query, field, message):
             await search(service, **query)
         assert caught.value.field == field
         assert [shard.requests for shard in shards] == [[], [], [], []]
+
+
+@pytest.mark.parametrize(
+    ("queries", "timeout_ms", "expected"),
+    [
+        (1, None, 300.0),
+        (QUERIES_IN_TIME, None, 300.0),
+        (2 * QUERIES_IN_TIME, None, 600.0),
+        (4 * QUERIES_IN_TIME, None, 1000.0),  # the largest that may be asked for
+        (4 * QUERIES_IN_TIME, 50.0, 50.0),
+    ],
+)
+def test_the_default_time_limit_grows_with_the_batch(queries, timeout_ms, expected):
+    config = RouterConfig(default_timeout_ms=300, max_timeout_ms=1000)
+    for query in ({"item_ids": list(range(queries))}, {"features": [{}] * queries}):
+        assert resolve(config, **query, timeout_ms=timeout_ms).timeout_ms == expected
 
 
 async def test_an_encoder_of_another_model_is_refused_and_vectors_still_work():

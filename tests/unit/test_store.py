@@ -37,6 +37,19 @@ def test_current_names_a_complete_generation_only(tmp_path: Path) -> None:
     assert store.next_generation() == 3, "an incomplete folder's number is never reused"
 
 
+def test_the_number_of_a_deleted_generation_is_not_given_out_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    complete_generation(store, 1)
+    store.remember_generation(4)
+    store.remember_generation(2)
+    assert Store(tmp_path).next_generation() == 5
+    complete_generation(store, 8)
+    assert store.next_generation() == 9, "of a store written before numbers were remembered"
+    (tmp_path / "generations.json").write_text("{}")
+    with pytest.raises(CorruptFile, match=r"generations\.json: not a counter"):
+        store.next_generation()
+
+
 def test_a_damaged_current_is_refused(tmp_path: Path) -> None:
     (tmp_path / "CURRENT").write_text("one\n")
     with pytest.raises(CorruptFile, match="CURRENT"):

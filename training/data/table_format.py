@@ -14,7 +14,7 @@ from shardline.shards.storage.column_types import (
 )
 from shardline.shards.storage.locations import Location
 from shardline.shards.storage.table_parts import pandas_index
-from shardline.training.data.formats import ImportConfig, ImportReport, Source
+from shardline.training.data.formats import ImportConfig, ImportReport, Source, joined_names
 from shardline.training.data.splits import SplitCodes
 from shardline.training.data.table_checks import SPLITS
 from shardline.training.data.table_files import TypeOverrides, read_table
@@ -49,7 +49,7 @@ def read_tables(source: object, config: ImportConfig, report: ImportReport) -> S
         if found is not None:
             where, listed = found
             base = _ids(listed, column, where)
-            _refuse_other_ids(seen, base, f"{name}: {column}", where)
+            _refuse_other_ids(seen, base, name, column, where)
         if len(base.unique()) != len(base):
             raise DataError(
                 "ids occur twice", field=f"{where}: {column}", expected="one row for each id"
@@ -172,7 +172,7 @@ class _Reader:
                 raise InvalidInput(
                     "no such column",
                     field=option,
-                    expected=f"one of {', '.join(sorted(self._columns))}"
+                    expected=f"some of {joined_names(sorted(self._columns))}"
                     if option != "--types"
                     else "a column of a CSV or JSON file",
                     got=name,
@@ -197,7 +197,7 @@ def _refuse(refused: list[_Refused]) -> None:
         field=f"{first.where}: {first.column}",
         expected=first.why.expected,
         got=f"{first.why.got}{also}",
-        hint=f"--drop {','.join(names)} leaves {'it' if len(names) == 1 else 'them'} out",
+        hint=f"--drop {joined_names(names)} leaves {'it' if len(names) == 1 else 'them'} out",
     )
 
 
@@ -222,16 +222,17 @@ class _Mapping:
 
 
 def _refuse_other_ids(
-    seen: pa.ChunkedArray, listed: pa.ChunkedArray, field: str, file: str
+    seen: pa.ChunkedArray, listed: pa.ChunkedArray, name: str, column: str, file: str
 ) -> None:
     """DataError where one side has numbers and the other texts: none of them would be found."""
     if pa.types.is_integer(seen.type) != pa.types.is_integer(listed.type) and len(seen):
+        override = joined_names([f"{column}=string"])
         raise DataError(
             "ids of another type",
-            field=field,
+            field=f"{name}: {column}",
             expected=f"{listed.type}, as in {file}",
             got=str(seen.type),
-            hint=f"--types {field.rpartition(': ')[2]}=string reads both as text, in CSV and JSON",
+            hint=f"--types {override} reads both as text, in CSV and JSON",
         )
 
 
