@@ -1,5 +1,6 @@
 """``status`` and ``query``: asking a running cluster over HTTP. Starts fast: no Ray, no torch."""
 
+import csv
 import json
 import re
 from dataclasses import asdict
@@ -96,7 +97,10 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
 )
 @click.option("--user", help="A user of the data set given by --data: your id, or its number.")
 @click.option("--data", type=click.Path(path_type=Path), help="Where --user and --item are known.")
-@click.option("--show", help="Attributes of the items to show, as in title,price.")
+@click.option(
+    "--show",
+    help="Attributes of the items to show, as in title,price; CSV, so a name may be quoted.",
+)
 @click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
@@ -149,7 +153,7 @@ def query(
                 **body,
                 k=k,
                 params=SearchParams(nprobe=nprobe),
-                return_=show.split(",") if show else None,
+                return_=next(csv.reader([show])) if show else None,
                 return_original_ids=True,
             )
         except InvalidInput as error:
