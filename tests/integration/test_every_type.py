@@ -116,14 +116,13 @@ def check_served(folder: Path, data: str, columns: list[str]) -> None:
     try:
         assert any(line.startswith("serving generation 1") for line in server.stderr)
         asked = ("query", "--user", "ü3日本", "--data", data, "-k", "5")
-        names = columns
-        shown = ",".join(["title", *names])
+        shown = ",".join(["title", *columns])
         answer = json.loads(shardline(folder, *asked, "--show", shown, "--json").stdout)
         assert len(answer["results"]) == 5
         for row in answer["results"]:
             number = row["attributes"]["title"].removeprefix("no. ")
             assert row["original_id"] == f"ß{number}日本"
-            assert row["attributes"].keys() == {"title", *names}
+            assert row["attributes"].keys() == {"title", *columns}
         table = shardline(folder, *asked, "--show", "title").stdout
         assert answer["results"][0]["original_id"] in table
         assert answer["results"][0]["attributes"]["title"] in table

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from shardline.cluster.cli import main
-from tests.unit.test_data_shapes import KINDS, WRAPPED, values_of
+from tests.data_shapes.random_columns import KINDS, WRAPPED, values_of
 
 ROWS = 5
 GOOD_IDS = st.sampled_from([[1, 2, 3, 4, 5], ["a", "b", "c", "d", "ü"], [2.0, 4.0, 6.0, 8.0, 9.0]])
