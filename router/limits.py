@@ -22,6 +22,7 @@ from shardline.shards.wire.frames import MAX_FRAME_BYTES
 
 # Vectors of one request travel in one frame; the rest of it takes far less than this.
 MAX_QUERY_BYTES = MAX_FRAME_BYTES - 4096
+MAX_RETURNED_VALUES = 1 << 18  # attributes of one answer: put in order in tens of milliseconds
 
 
 class InFlightLimit:
@@ -80,10 +81,20 @@ def resolve(
         min_coverage = config.default_min_coverage
     elif not 0 <= min_coverage <= 1:
         raise _out_of_range("min_coverage", min_coverage, "0 to 1")
+    k = check_k(config.default_k if k is None else k, limit=config.max_k)
+    num_values = len(values) * k * (len(returned) + original_ids)
+    if num_values > MAX_RETURNED_VALUES:
+        raise InvalidInput(
+            "too much to return",
+            field="return",
+            expected=f"queries x k x attributes <= {MAX_RETURNED_VALUES}",
+            got=str(num_values),
+            hint="ask for fewer attributes, fewer results or fewer queries",
+        )
     return ResolvedQuery(
         kind=kind,
         values=values,
-        k=check_k(config.default_k if k is None else k, limit=config.max_k),
+        k=k,
         timeout_ms=timeout_ms,
         min_coverage=min_coverage,
         params=params,

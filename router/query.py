@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from shardline.router.contract import Coverage, Reason
+from shardline.router.contract import Coverage, Degraded, Reason
 from shardline.shards.core.messages import SearchOptions, SearchParams
 from shardline.shards.core.schema import FloatArray, IdArray, Ranked
 
@@ -71,12 +71,13 @@ class SearchAnswer:
 class Returned:
     """What was asked for beside the results: of each query a list, with a value per result.
 
-    Empty slots have none; the value of an item whose shard did not answer is None. original_ids is
-    None where they were not asked for.
+    Empty slots have none; the value of an item whose shard did not bring it is None, and
+    ``missing`` says why. original_ids is None where they were not asked for.
     """
 
     attributes: dict[str, list[list[Any]]]
     original_ids: list[list[Any]] | None
+    missing: tuple[Degraded, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,4 +95,4 @@ class FoundAttributes:
     """Of each attribute asked for, the values by item id; items that were not found have none."""
 
     values: dict[str, dict[int, Any]]
-    coverage: Coverage
+    missing: tuple[Degraded, ...]

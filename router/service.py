@@ -21,7 +21,6 @@ from shardline.router.fanout.snapshot import Encoder, TableSnapshot, load_query_
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size
 from shardline.router.query import (
-    FoundAttributes,
     Merged,
     QueryKind,
     ResolvedQuery,
@@ -54,6 +53,7 @@ from shardline.shards.core.schema import (
     query_vectors,
 )
 
+SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
@@ -124,25 +124,26 @@ class SearchService:
         deadline = arrived_at + query.timeout_ms / 1000
         try:
             with self._fanout.pin() as snapshot:
-                merged, reasons = await self._answer(snapshot, query, deadline, began_at)
-                table, coverage, returned = snapshot.table, merged.coverage, None
-                if query.returned or query.original_ids:
-                    found = await self._attributes(snapshot, merged.ranked.ids, query, deadline)
-                    returned = _returned(merged.ranked.ids, query, found)
-                    if found.coverage.degraded:
-                        coverage = coverage.joined(found.coverage)
+                table, returned = snapshot.table, None
+                wants_more = bool(query.returned or query.original_ids)
+                until = deadline
+                if wants_more:
+                    until = arrived_at + SEARCH_SHARE * (deadline - arrived_at)
+                merged, reasons = await self._answer(snapshot, query, until, began_at)
+                if wants_more:
+                    returned = await self._returned(snapshot, merged.ranked.ids, query, deadline)
         except ShardlineError as error:
             self.count_rejected(error)
             raise
         took_ms = (time.perf_counter() - began_at) * 1000
         self.recorder.observe(REQUEST_MS, took_ms, query.kind)
         self.recorder.observe(REQUEST_QUERIES, len(merged.ranked.ids))
-        self.recorder.observe(COVERAGE, coverage.share)
+        self.recorder.observe(COVERAGE, merged.coverage.share)
         return SearchAnswer(
             ranked=merged.ranked,
             generation=table.generation,
             model_version=table.model_version,
-            coverage=coverage,
+            coverage=merged.coverage,
             took_ms=took_ms,
             search_ms=merged.search_ms,
             reasons=reasons,
@@ -261,14 +262,27 @@ class SearchService:
         )
         return item_queries(item_ids, found, snapshot.table.metric)
 
-    async def _attributes(
+    async def _returned(
         self, snapshot: TableSnapshot, ids: IdArray, query: ResolvedQuery, deadline: float
-    ) -> FoundAttributes:
+    ) -> Returned:
         """What the query wants beside its results ``ids`` (n, k)."""
+        began_at = time.perf_counter()
         original = (ORIGINAL_ID,) if query.original_ids else ()
         names = tuple(dict.fromkeys(query.returned + original))
         wanted = np.unique(ids[ids != EMPTY_ID])
-        return await self._fanout.attributes(snapshot, wanted, names, deadline=deadline)
+        found = await self._fanout.attributes(snapshot, wanted, names, deadline=deadline)
+        rows = [[item for item in row if item != EMPTY_ID] for row in ids.tolist()]
+
+        def of(name: str) -> list[list[Any]]:
+            values = found.values[name]
+            return [[values.get(item) for item in row] for row in rows]
+
+        self.recorder.observe(STAGE_MS, (time.perf_counter() - began_at) * 1000, "attributes")
+        return Returned(
+            attributes={name: of(name) for name in query.returned},
+            original_ids=of(ORIGINAL_ID) if query.original_ids else None,
+            missing=found.missing,
+        )
 
     async def _neighbours(
         self, snapshot: TableSnapshot, items: ItemQueries, query: ResolvedQuery, deadline: float
@@ -306,17 +320,3 @@ class SearchService:
             if self._cache.enabled:
                 self._cache.put(key, merged)
         return merged
-
-
-def _returned(ids: IdArray, query: ResolvedQuery, found: FoundAttributes) -> Returned:
-    """The values that were found, in the order of the results ``ids`` (n, k)."""
-    rows = [[item for item in row if item != EMPTY_ID] for row in ids.tolist()]
-
-    def of(name: str) -> list[list[Any]]:
-        values = found.values[name]
-        return [[values.get(item) for item in row] for row in rows]
-
-    return Returned(
-        attributes={name: of(name) for name in query.returned},
-        original_ids=of(ORIGINAL_ID) if query.original_ids else None,
-    )

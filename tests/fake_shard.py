@@ -153,7 +153,7 @@ class FakeShard:
             values = [[f"{name} of {item}" for item in mine] for name in message.names]
             return AttributesReply(
                 item_ids=np.array(mine, dtype=np.int64),
-                values=self.bad_values or msgpack.packb(values),
+                values=self.bad_values or b"".join(map(msgpack.packb, values)),
                 generation=self.answers_as or self.generation,
                 seq=0,
             )
@@ -224,7 +224,8 @@ def missing(answer) -> list[str]:
 
 
 def make_table(routes, dim: int, **changes) -> RoutingTable:
-    """A routing table over FakeShards or ShardRoutes."""
+    """A routing table over FakeShards or ShardRoutes; the boundaries are those of FakeShards."""
+    lowest = [r.ids[0] for r in routes[1:] if isinstance(r, FakeShard) and len(r.ids)]
     content = {
         "version": 1,
         "generation": 1,
@@ -234,7 +235,7 @@ def make_table(routes, dim: int, **changes) -> RoutingTable:
         "metric": Metric.DOT,
         "index": "flat",
         "partitioning": Partitioning.RANGE,
-        "boundaries": (),
+        "boundaries": tuple(int(each) for each in lowest),
         "shards": tuple(r if isinstance(r, ShardRoute) else r.shard_route for r in routes),
     }
     return RoutingTable(**(content | changes))

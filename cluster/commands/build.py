@@ -26,6 +26,8 @@ from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_
 from shardline.shards.storage.generation import GenerationManifest
 from shardline.shards.storage.table_parts import open_parts
 
+READER_VERSION = 2  # of vectors made elsewhere: the same files may become another set
+
 
 @click.command()
 @click.option(
@@ -143,12 +145,15 @@ def import_vectors(
     Raises:
         As ``read_foreign``.
     """
-    declared = (str(metric), id_column, vector_column, *([len(queries)] if queries else []))
+    given = {"--vectors": sources, "--queries": queries}
+    parts = {option: open_parts(paths, option=option) for option, paths in given.items()}
+    contents = [
+        (option, part.location.sha256(), {n: v.as_py() for n, v in part.folder_values.items()})
+        for option in given
+        for part in parts[option]
+    ]
+    declared = (READER_VERSION, str(metric), id_column, vector_column, contents)
     digest = hashlib.sha256(repr(declared).encode())
-    parts = open_parts(sources, option="--vectors") + open_parts(queries, option="--queries")
-    for part in parts:
-        values = {name: value.as_py() for name, value in part.folder_values.items()}
-        digest.update(part.location.sha256().encode() + (repr(values).encode() if values else b""))
     version = f"vectors-{digest.hexdigest()[:12]}"
     target = store.embeddings / version
     if target.exists():

@@ -13,7 +13,7 @@ from shardline.cluster.commands.report import metric_rows
 from shardline.cluster.config import config_error
 from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.serving.ray_session import cores
-from shardline.training.data.formats import split_names
+from shardline.shards.core.name_lists import split_names
 from shardline.training.data.importers import Format, ImportConfig, import_dataset
 from shardline.training.synthetic.generator import PRESETS, Observed, SynthConfig, generate
 

@@ -1,6 +1,5 @@
 """``status`` and ``query``: asking a running cluster over HTTP. Starts fast: no Ray, no torch."""
 
-import csv
 import json
 import re
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from shardline.router.client.http1 import Server
 from shardline.router.client.sync_client import Client
 from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError, Unavailable
 from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.name_lists import split_names
 
 # fields of the API -> how they are typed here
 OPTIONS = {
@@ -95,7 +95,7 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
     multiple=True,
     help="An item id: find similar items. With --data also an id of your own. Repeatable.",
 )
-@click.option("--user", help="A user of the data set given by --data: your id, or its number.")
+@click.option("--user", help="A user of the data set given by --data, by your own id.")
 @click.option("--data", type=click.Path(path_type=Path), help="Where --user and --item are known.")
 @click.option(
     "--show",
@@ -153,7 +153,7 @@ def query(
                 **body,
                 k=k,
                 params=SearchParams(nprobe=nprobe),
-                return_=next(csv.reader([show])) if show else None,
+                return_=split_names("--show", show) if show else None,
                 return_original_ids=True,
             )
         except InvalidInput as error:
@@ -199,14 +199,20 @@ def _print_tables(answer: SearchAnswer, items: tuple[str, ...]) -> None:
         )
     for missing in coverage.degraded:
         click.echo(f"partial: {missing}", err=True)
+    for missing in answer.attributes_missing:
+        click.echo(f"without attributes: {missing}", err=True)
 
 
 def _print_rows(rows: list[dict[str, Any]], answer: SearchAnswer) -> None:
-    names = ["item_id", "original_id", "score", *answer.attributes]
-    if all(row.get("original_id") in (None, row["item_id"]) for row in rows):
-        names.remove("original_id")  # it says nothing: the ids were kept at the import
-    texts = [{**row, "score": f"{row['score']:.4f}"} | row.get("attributes", {}) for row in rows]
-    print_table("", names, [[_text(row.get(name)) for name in names] for row in texts])
+    tells = [row.get("original_id") not in (None, row["item_id"]) for row in rows]
+    columns = ["item_id", "original_id", "score"] if any(tells) else ["item_id", "score"]
+    header = [*columns, *answer.attributes]
+    texts = [{**row, "score": f"{row['score']:.4f}"} for row in rows]
+    cells = [
+        [row[name] for name in columns] + [row["attributes"][name] for name in answer.attributes]
+        for row in texts
+    ]
+    print_table("", header, [list(map(_text, row)) for row in cells])
 
 
 def _text(value: Any) -> str:
@@ -224,9 +230,9 @@ def _rows(answer: SearchAnswer, place: int) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if answer.original_ids is not None:
             row["original_id"] = answer.original_ids[place][number]
-        if answer.attributes:
-            columns = answer.attributes.items()
-            row["attributes"] = {name: values[place][number] for name, values in columns}
+        shown = {name: values[place][number] for name, values in answer.attributes.items()}
+        if shown:
+            row["attributes"] = shown
     return rows
 
 

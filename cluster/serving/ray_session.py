@@ -173,7 +173,8 @@ def _check_answers(address: str) -> None:
         asked = canonicalize_bootstrap_address(address.removeprefix("ray://"))
     except ConnectionError as error:
         raise ConnectionError("none runs on this machine, and RAY_ADDRESS names none") from error
-    assert asked is not None, "local_ray starts one"
+    if asked is None:
+        raise ValueError("RAY_ADDRESS is 'local', which starts a Ray instead of joining one")
     host, _, port = asked.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()

@@ -27,7 +27,8 @@ class SearchAnswer:
     """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf, last.
 
     The arrays are read-only. attributes and original_ids hold what ``return_`` and
-    ``return_original_ids`` asked for: a list per query, with a value per result. took_ms is the
+    ``return_original_ids`` asked for: a list per query, with a value per result; None
+    where a shard did not bring them, and attributes_missing says why. took_ms is the
     time from the request's arrival at the server to its answer, search_ms the longest search of
     any shard, both in milliseconds.
     """
@@ -43,6 +44,7 @@ class SearchAnswer:
     reasons: tuple[Reason, ...] = ()
     attributes: Mapping[str, list[list[Any]]] = field(default_factory=dict)
     original_ids: list[list[Any]] | None = None
+    attributes_missing: tuple[Degraded, ...] = ()
 
     def to_arrow(self) -> "pyarrow.Table":
         """One row per result, in answer order: query int64, rank int64, id int64, score float32.
@@ -123,6 +125,7 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         reasons=tuple(map(_reason, content.get("reasons") or ())),
         attributes=content.get("attributes") or {},
         original_ids=content.get("original_ids"),
+        attributes_missing=tuple(map(_degraded, content.get("attributes_missing") or ())),
     )
 
 

@@ -11,7 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack
 
 import msgpack
@@ -114,7 +116,16 @@ def _packed(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """As ``pack_array``; dates and times as ISO 8601 text, which time features take."""
+    """As ``pack_array``; dates and times as ISO 8601 text, which time features take; times of day
+    and durations in seconds, as an import reads them."""
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, time_of_day):
+        return (value.hour * 60 + value.minute) * 60 + value.second + value.microsecond / 1e6
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, np.timedelta64):
+        return None if np.isnat(value) else float(value / np.timedelta64(1, "s"))
     if isinstance(value, np.datetime64):
         return None if np.isnat(value) else str(value)
     if isinstance(value, date):  # a pandas Timestamp too, and NaT, which no time is equal to

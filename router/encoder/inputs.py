@@ -77,7 +77,7 @@ class Category:
 
     def rows(self, values: list[Any]) -> FloatArray:
         for row, value in enumerate(values):
-            if value is not None and type(value) is not self._type:  # a bool is no int
+            if value is not None and not _is_of(value, self._type):
                 raise Refused(row, type(value).__name__)
         return self._table[[self._places.get(value, 0) for value in values]]
 
@@ -103,7 +103,7 @@ class MultiValued:
         if value is not None and not isinstance(value, list | tuple):
             raise Refused(row, type(value).__name__)
         for place, element in enumerate(value or ()):
-            if type(element) is not self._type:
+            if not _is_of(element, self._type):
                 raise Refused(row, _kind(element), f"[{place}]")
         places = [self._places[element] for element in value or () if element in self._places]
         return _mean_row(self._table, places[: self._max_length])
@@ -247,6 +247,12 @@ EMBEDDED: dict[str, type[Category] | type[MultiValued] | type[Text]] = {
     "multi_valued": MultiValued,
     "text": Text,
 }
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    """A bool is no int, but a whole float is: frames make floats of integers that have gaps."""
+    is_whole = type(value) is float and value.is_integer()
+    return type(value) is kind or (kind is int and is_whole)
 
 
 def _item_ids(row: int, value: Any) -> IdArray:

@@ -6,7 +6,7 @@ first ones earlier would take a core from the shards that still search.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
@@ -94,9 +94,9 @@ class Ask:
         self._enough_rows = enough * snapshot.table.rows if 0 < enough < 1 else 0.0
         self._rows_in = 0
 
-    def send(self, frame: bytes) -> None:
-        """The same bytes to every shard; those that cannot be asked are noted as missing."""
-        for position, replicas in enumerate(self.snapshot.shards):
+    def send(self, frames: Iterable[bytes]) -> None:
+        """A frame to every shard, in order; those that cannot be asked are noted as missing."""
+        for position, (replicas, frame) in enumerate(zip(self.snapshot.shards, frames)):  # noqa: B905  one frame may be repeated for all
             connection = replicas[0] if len(replicas) == 1 else preferred(replicas)
             if connection is None:
                 self._put(position, Unavailable("no process serves it"))

@@ -9,12 +9,15 @@ import itertools
 import logging
 import random
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
+from io import BytesIO
 from typing import Any
 
 import msgpack
 import numpy as np
 
+from shardline.router.contract import Degraded
 from shardline.router.fanout.ask import Ask
 from shardline.router.fanout.clock import Clock, running_clock
 from shardline.router.fanout.coalesce import Coalescer, LaneKey
@@ -22,8 +25,9 @@ from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.snapshot import Encoder, Replicas, TableSnapshot
 from shardline.router.query import FoundAttributes, FoundItems, Merged
 from shardline.router.router_config import RouterConfig
-from shardline.shards.core.errors import DeadlineExceeded, Unavailable
+from shardline.shards.core.errors import DeadlineExceeded, Unavailable, too_much_returned
 from shardline.shards.core.messages import (
+    MAX_RETURNED_BYTES,
     AttributesReply,
     AttributesRequest,
     FetchReply,
@@ -36,6 +40,8 @@ from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.wire.frames import encode_frame
 
 logger = logging.getLogger(__name__)
+
+IDS_AT_A_TIME = 1024  # of a question for attributes: a millisecond or so of a shard for each name
 
 
 class Fanout:
@@ -133,7 +139,7 @@ class Fanout:
         """
         dim = snapshot.table.dim
         request = FetchRequest(item_ids=item_ids, timeout_ms=self._remaining_ms(deadline))
-        ask = await self._asked(snapshot, request, deadline)
+        ask = await self._asked(snapshot, [request], deadline)
         answered, coverage = ask.collect(
             FetchReply, lambda r: r.vectors.shape == (len(r.item_ids), dim)
         )
@@ -152,35 +158,63 @@ class Fanout:
     async def attributes(
         self, snapshot: TableSnapshot, item_ids: IdArray, names: tuple[str, ...], *, deadline: float
     ) -> FoundAttributes:
-        """The named attributes of those of item_ids (n,) int64 that some shard holds.
+        """The named attributes of those of item_ids (n,) int64 that their shards bring in time.
+
+        Some ids at a time, so that a large answer does not hold up the searches of others.
 
         Raises:
-            InvalidInput: no such attribute.
-            DeadlineExceeded, Overloaded, Unavailable: no answer.
+            InvalidInput: no such attribute, or more than MAX_RETURNED_BYTES.
         """
-        timeout_ms = self._remaining_ms(deadline)
-        request = AttributesRequest(item_ids=item_ids, names=names, timeout_ms=timeout_ms)
-        ask = await self._asked(snapshot, request, deadline)
         values: dict[str, dict[int, Any]] = {name: {} for name in names}
+        missing: dict[Degraded, None] = {}
+        homes, size = snapshot.table.partition.shard_of(item_ids), 0
 
         def taken(reply: AttributesReply) -> bool:
+            nonlocal size
             columns = _columns_of(reply, len(names))
             for name, column in zip(names, columns or (), strict=columns is not None):
                 values[name].update(zip(reply.item_ids.tolist(), column, strict=True))
+            size += len(reply.values)
             return columns is not None
 
-        _, coverage = ask.collect(AttributesReply, taken)
-        ask.require(coverage, 0.0)
-        return FoundAttributes(values=values, coverage=coverage)
+        for start in range(0, max(1, len(item_ids)), IDS_AT_A_TIME):
+            part = slice(start, start + IDS_AT_A_TIME)
+            try:
+                timeout_ms = self._remaining_ms(deadline)
+            except DeadlineExceeded as error:
+                late = np.unique(homes[start:]).tolist()
+                why = {"code": error.code, "text": error.message}
+                missing |= {Degraded(shard=shard, **why): None for shard in late}
+                break
+            requests = [
+                AttributesRequest(
+                    item_ids=item_ids[part][homes[part] == route.shard],
+                    names=names,
+                    timeout_ms=timeout_ms,
+                )
+                for route in snapshot.table.shards
+            ]
+            ask = await self._asked(snapshot, requests, deadline)
+            _, coverage = ask.collect(AttributesReply, taken)
+            asked = set(homes[part].tolist())
+            missing |= {each: None for each in coverage.degraded if each.shard in asked}
+            if size > MAX_RETURNED_BYTES:
+                raise too_much_returned(MAX_RETURNED_BYTES)
+        return FoundAttributes(values=values, missing=tuple(missing))
 
     async def _asked(
-        self, snapshot: TableSnapshot, request: FetchRequest | AttributesRequest, deadline: float
+        self,
+        snapshot: TableSnapshot,
+        requests: Sequence[FetchRequest] | Sequence[AttributesRequest],
+        deadline: float,
     ) -> Ask:
-        """A question that no other caller shares, once nobody's answer is awaited any longer."""
+        """A question of one caller: a request to each shard, or one that all get. Nobody's answer
+        is awaited any longer."""
         request_id = next(self._request_ids)
         done: asyncio.Event = asyncio.Event()
         ask = Ask(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
-        ask.send(encode_frame(request_id, request))
+        frames = [encode_frame(request_id, request) for request in requests]
+        ask.send(frames if len(frames) > 1 else itertools.repeat(frames[0]))
         try:
             await done.wait()
         finally:
@@ -247,15 +281,19 @@ class Fanout:
 
 def _columns_of(reply: AttributesReply, num_names: int) -> list[list[Any]] | None:
     """A list of values per name, or None where the reply holds something else."""
+    wanted = len(reply.item_ids)
+    columns: list[list[Any]] = [[]]
     try:
-        columns = msgpack.unpackb(reply.values, strict_map_key=False)
-    except (ValueError, msgpack.UnpackException):
+        for values in msgpack.Unpacker(BytesIO(reply.values), strict_map_key=False):
+            if len(columns[-1]) >= wanted and values:
+                columns.append([])
+            columns[-1] += values
+    except (ValueError, TypeError, msgpack.UnpackException):
         return None
-    is_list = isinstance(columns, list) and len(columns) == num_names
-    fits = is_list and all(
-        isinstance(column, list) and len(column) == len(reply.item_ids) for column in columns
-    )
-    return columns if fits else None
+    if not wanted:
+        return [[] for _ in range(num_names)]
+    is_whole = len(columns) == num_names and all(len(column) == wanted for column in columns)
+    return columns if is_whole else None
 
 
 class Pin:

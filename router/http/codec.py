@@ -97,6 +97,8 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
     if answer.returned is not None:
         if answer.returned.attributes:
             content["attributes"] = answer.returned.attributes
+        if answer.returned.missing:
+            content["attributes_missing"] = [asdict(each) for each in answer.returned.missing]
         if answer.returned.original_ids is not None:
             content["original_ids"] = answer.returned.original_ids
     if media is Media.JSON:

@@ -140,7 +140,11 @@ class SearchResponse(_Body):
         default=None,
         description="only with return: of each attribute a row per query, a value per result",
     )
-    original_ids: list[list[int | str]] | None = Field(
+    attributes_missing: list[DegradedBody] | None = Field(
+        default=None,
+        description="only when a shard did not bring its items' attributes in time: they are null",
+    )
+    original_ids: list[list[int | str | None]] | None = Field(
         default=None,
         description="only with return_original_ids: a row per query, an id per result; "
         "an item whose id was kept at its import has that id",

@@ -26,7 +26,8 @@ from safetensors.numpy import load_file, save_file
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import sha256_of, write_json
 
-FORMAT_VERSION = 3  # 1 had neither projection nor attention, and is read as without them
+FORMAT_VERSION = 4  # 1 had neither projection nor attention, and is read as without them
+WITHOUT_CYCLES = 3  # what a reader before cycles takes
 CONFIG, WEIGHTS = "encoder.json", "weights.safetensors"
 MAPPED = ".npy"
 
@@ -71,7 +72,9 @@ def write_encoder(folder: Path, config: dict[str, Any], weights: Weights) -> Non
     save_file(weights, folder / WEIGHTS)
     names = sorted(path.name for path in folder.iterdir())
     checksums = {name: sha256_of(folder / name) for name in names}
-    write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config, "sha256": checksums})
+    has_cycles = any(feature.get("cycles") for feature in config.get("features", ()))
+    version = FORMAT_VERSION if has_cycles else WITHOUT_CYCLES
+    write_json(folder / CONFIG, {"format_version": version, **config, "sha256": checksums})
 
 
 def read_encoder(folder: Path) -> tuple[dict[str, Any], Weights]:
@@ -104,7 +107,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         version = int(config["format_version"])
         if version < 3:
             return config, {WEIGHTS: config["weights_sha256"]}
-        if version == FORMAT_VERSION:
+        if version <= FORMAT_VERSION:
             return config, dict(config["sha256"])
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptFile(f"{path}: not a query encoder", got=str(error)) from error

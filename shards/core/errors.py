@@ -129,3 +129,13 @@ def error_of(code: str, message: str) -> ShardlineError:
             return kind(message)
         kinds += kind.__subclasses__()
     return ShardlineError(message)
+
+
+def too_much_returned(limit: int) -> InvalidInput:
+    """More than ``limit`` bytes of attributes in an answer."""
+    return InvalidInput(
+        "too much to return",
+        field="return",
+        expected=f"at most {limit >> 20} MiB of attributes in an answer",
+        hint="ask for fewer attributes, fewer results or fewer queries",
+    )

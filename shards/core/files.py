@@ -11,8 +11,10 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from typing import Any
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 
 MANIFEST_NAME = "_manifest.json"
+HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of staged folders
 PROBE_BYTES = 1 << 20
 # what a disk says of itself: full, the user's share of it used up, a file too long, unreadable
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -190,7 +193,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, glob.escape(target.name))
-    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{HOST}-"))
     with _locked(made):
         staging = made.rename(f"{made}.tmp")  # locked by now, so that nobody takes it for abandoned
         try:
@@ -208,9 +211,10 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def abandoned_folders(parent: Path, target: str = "*") -> list[Path]:
-    """Folders that ``staged_folder`` made in ``parent`` for targets of this pattern, and whose
-    process was killed. None are found on a disk without locks, some network mounts say."""
-    found = sorted(parent.glob(f".{target}.????????.tmp"))
+    """Folders that ``staged_folder`` made in ``parent`` for targets of this pattern, on this host,
+    and whose process was killed. Those of other hosts are none: a network mount may lock for one
+    host alone. On a disk without locks none are found."""
+    found = sorted(parent.glob(f".{target}.{HOST}-????????.tmp"))
     return [path for path in found if path.is_dir() and _is_abandoned(path)]
 
 

@@ -14,7 +14,8 @@ from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked
 MAX_NPROBE = 2048  # faiss's limit on GPUs; on a CPU more would be slower than an exact scan
 MAX_EF_SEARCH = 16_384
 MAX_RERANK_FACTOR = 64
-MAX_RETURNED = 64  # attributes of one request
+MAX_RETURNED = 32  # attributes of one request
+MAX_RETURNED_BYTES = 16 << 20  # of the attributes in one answer, packed
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -129,7 +130,8 @@ class AttributesRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttributesReply:
     """Of the subset that this shard holds, item_ids (m,) int64: for each name asked for, in order,
-    a list of m values of JSON. ``values`` is msgpack, because most of it only passes through.
+    m values of JSON. ``values`` are lists in msgpack, one after the other, each of values of the
+    next items; bytes, because the wire bounds what it unpacks itself.
     """
 
     item_ids: IdArray

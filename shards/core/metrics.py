@@ -56,7 +56,7 @@ STAGE_MS = Metric(
     _H,
     "ms",
     "Part of a search in the router: parse, prepare (encode or look up, check), find (cache, "
-    "shards, merge). One search in eight.",
+    "shards, merge) of one search in eight; attributes of every one that returns some.",
     ("stage",),
     MS_BUCKETS,
 )

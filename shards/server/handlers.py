@@ -25,7 +25,8 @@ class Handler:
 
     answer: a reply to each of several requests, in order. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
-    is_search: its time counts in the estimate of what a query costs.
+    is_search: its time counts in the estimate of what a query costs. may_be_inline: what that
+    estimate calls short may be answered by the loop thread.
     """
 
     rows: Callable[[Any], int]
@@ -33,6 +34,7 @@ class Handler:
     answer: Callable[[Shard, Sequence[Any]], Replies]
     may_expire: bool
     is_search: bool = False
+    may_be_inline: bool = True
 
 
 HANDLERS: dict[type, Handler] = {
@@ -54,5 +56,6 @@ HANDLERS: dict[type, Handler] = {
         reply_bytes=lambda request, dim: len(request.item_ids) * 8,  # and what the values take
         answer=lambda shard, requests: shard.attributes_batch(requests),
         may_expire=True,
+        may_be_inline=False,  # what a value costs depends on its type
     ),
 }

@@ -33,7 +33,7 @@ class ItemAttributes:
         """The attribute of each of rows (m,) int64, in their order.
 
         Raises:
-            InvalidInput: no such attribute, or a value that Python has no type for.
+            InvalidInput: no such attribute.
         """
         if self._table is None or name not in self.names:
             raise InvalidInput(
@@ -43,22 +43,27 @@ class ItemAttributes:
                 got=name,
             )
         column = self._table.column(name)
-        try:
-            # one by one: rows lie scattered, and ``take`` costs as much as some hundreds of them
-            scalars = [column[row] for row in rows.tolist()]
-            if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
-                exact = pa.timestamp("us", column.type.tz)
-                scalars = [scalar.cast(exact, safe=False) for scalar in scalars]
-            is_plain = any(check(column.type) for check in _PLAIN)
-            values = [scalar.as_py() for scalar in scalars]
-            return values if is_plain else list(map(_json_value, values))
-        except (pa.ArrowException, ValueError, OverflowError) as error:
-            raise InvalidInput(
-                "an attribute that cannot be returned",
-                field="return",
-                expected="values that Python has a type for",
-                got=f"{name}: {error}"[:200],
-            ) from error
+        is_plain = any(check(column.type) for check in _PLAIN)
+        # one by one: rows lie scattered, and ``take`` costs as much as some hundreds of them
+        scalars = [column[row] for row in rows.tolist()]
+        if is_plain:
+            return [scalar.as_py() for scalar in scalars]
+        return [_json_value(_python_value(scalar)) for scalar in scalars]
+
+
+def _python_value(scalar: Any) -> Any:
+    """As Arrow gives it; None where Python has no such value, a time of the year 300,000 say."""
+    kind = scalar.type
+    try:
+        if pa.types.is_timestamp(kind) and kind.unit == "ns":
+            scalar = scalar.cast(pa.timestamp("us", kind.tz), safe=False)
+        if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
+            # a vector by Arrow's way takes a microsecond for each of its numbers
+            values = scalar.values
+            return None if values is None else values.to_numpy(zero_copy_only=False).tolist()
+        return scalar.as_py()
+    except (pa.ArrowException, ValueError, OverflowError):
+        return None
 
 
 def _json_value(value: Any) -> Any:

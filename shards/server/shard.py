@@ -12,8 +12,16 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from shardline.shards.core.errors import Behind, CorruptFile, InvalidInput, ShardlineError
+from shardline.shards.core.errors import (
+    Behind,
+    CorruptFile,
+    DeadlineExceeded,
+    InvalidInput,
+    ShardlineError,
+    too_much_returned,
+)
 from shardline.shards.core.messages import (
+    MAX_RETURNED_BYTES,
     AttributesReply,
     AttributesRequest,
     FetchReply,
@@ -45,10 +53,9 @@ from shardline.shards.storage.generation import (
     shard_folder,
     verify_shard,
 )
-from shardline.shards.wire.frames import MAX_FRAME_BYTES
 
 NO_ATTRIBUTES = ItemAttributes()
-FRAME_REST_BYTES = 4096  # of a reply of attributes, beside ids and values
+READ_ROWS = 64  # values of an attribute between two looks at the clock
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -98,23 +105,32 @@ class ShardState:
         return found, self.main.reconstruct(rows)
 
     def attributes_of(
-        self, item_ids: IdArray, names: Sequence[str]
-    ) -> tuple[IdArray, list[list[Any]]]:
-        """Those of item_ids (n,) int64 that are here, and of each attribute their values.
+        self, item_ids: IdArray, names: Sequence[str], deadline: float
+    ) -> tuple[IdArray, bytes]:
+        """Those of item_ids (n,) int64 that are here, and ``AttributesReply.values``.
 
-        An item whose id was kept at its import is its own ``original_id``.
+        An item whose id was kept at its import is its own ``original_id``. deadline: on
+        time.monotonic's clock.
 
         Raises:
-            InvalidInput: no such attribute.
+            InvalidInput: no such attribute, or more than MAX_RETURNED_BYTES.
+            DeadlineExceeded: it took too long.
         """
         found, rows = self._rows_of(item_ids)
-        values = [
-            found.tolist()
-            if name == ORIGINAL_ID and name not in self.attributes.names
-            else self.attributes.values(name, rows)
-            for name in names
-        ]
-        return found, values
+        packed = bytearray()
+        for name in names:
+            is_own = name == ORIGINAL_ID and name not in self.attributes.names
+            for start in range(0, max(1, len(rows)), READ_ROWS):
+                part = slice(start, start + READ_ROWS)
+                values = (
+                    found[part].tolist() if is_own else self.attributes.values(name, rows[part])
+                )
+                packed += msgpack.packb(values)
+                if len(packed) > MAX_RETURNED_BYTES:
+                    raise too_much_returned(MAX_RETURNED_BYTES)
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded("the request's time ran out while attributes were read")
+        return found, bytes(packed)
 
     def _rows_of(self, item_ids: IdArray) -> tuple[IdArray, IdArray]:
         """Those of item_ids (n,) int64 that are here and may come back, and their rows."""
@@ -225,20 +241,14 @@ class Shard:
     def _attributes(
         self, state: ShardState, request: AttributesRequest
     ) -> AttributesReply | ShardlineError:
+        deadline = time.monotonic() + request.timeout_ms / 1e3
         try:
-            item_ids, values = state.attributes_of(check_ids(request.item_ids), request.names)
-        except InvalidInput as error:
+            ids = check_ids(request.item_ids)
+            item_ids, values = state.attributes_of(ids, request.names, deadline)
+        except (InvalidInput, DeadlineExceeded) as error:
             return error
-        packed: bytes = msgpack.packb(values)
-        if len(packed) + item_ids.nbytes > MAX_FRAME_BYTES - FRAME_REST_BYTES:
-            return InvalidInput(
-                "too much to return",
-                field="return",
-                expected=f"at most {MAX_FRAME_BYTES >> 20} MiB of attributes from one shard",
-                hint="ask for fewer attributes, fewer results or fewer queries",
-            )
         return AttributesReply(
-            item_ids=item_ids, values=packed, generation=self.generation, seq=state.seq
+            item_ids=item_ids, values=values, generation=self.generation, seq=state.seq
         )
 
     def _fetch(self, state: ShardState, request: FetchRequest) -> FetchReply | ShardlineError:

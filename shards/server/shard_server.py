@@ -204,7 +204,8 @@ class ShardServer:
             return
         rows = sum([work.rows for work in batch])
         is_short = rows <= INLINE_ROWS and rows * self._answerer.ms_per_row <= INLINE_MS
-        if is_short and self._handed_over == 0:
+        may_be_inline = is_short and all(work.handler.may_be_inline for work in batch)
+        if may_be_inline and self._handed_over == 0:
             self._deliver(self._answerer.answer(batch))
             return
         if self._alive_timer is None:

@@ -27,7 +27,8 @@ from shardline.shards.storage.vector_files import MAX_SAMPLE_QUERIES, plain
 
 ID_COLUMNS = ("item_id", "id", "idx")  # names looked for, in this order
 VECTOR_COLUMNS = ("embedding", "emb", "vector")
-RESERVED = ("item_id", "embedding")  # columns of an embedding set: no attribute can be called so
+# columns of an embedding set, the last of ids that were numbered: no attribute can be called so
+RESERVED = ("item_id", "embedding", ORIGINAL_ID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +68,6 @@ def read_foreign(
     sources = [_source(each, id_column, vector_column) for each in parts if not each.is_empty]
     ids = read_ids([(source.part, source.id_name) for source in sources])
     types = unified_types((each.part.path, _stored(each)) for each in sources)
-    if ids.originals is not None:
-        _refuse_names((ORIGINAL_ID,), sources, "the ids are kept there, because they are numbered")
     dim, row = None, 0
     for source in sources:
         part, name = source.part, source.vector_name

@@ -13,12 +13,14 @@ import msgpack
 import numpy as np
 
 from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.messages import MAX_RETURNED
 from shardline.shards.core.schema import FloatArray, IdArray
 
 Payload: TypeAlias = bytes | memoryview
 Reader: TypeAlias = Callable[[str, Any], Any]
 
-MAX_ARRAY_ITEMS = 64  # msgpack's own arrays: a message's fields, a shape's sizes, names
+# msgpack's own arrays: a message's fields, a shape's sizes, names of attributes and the original id
+MAX_ARRAY_ITEMS = MAX_RETURNED + 1
 MAX_SIZE = 64 << 20  # of one dimension of an array: no frame holds more bytes than that
 
 

@@ -22,7 +22,7 @@ from shardline.cluster.cli import cli
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput
-from shardline.shards.core.files import MANIFEST_NAME, write_manifest
+from shardline.shards.core.files import HOST, MANIFEST_NAME, write_manifest
 from shardline.shards.core.schema import Metric, normalise
 from shardline.shards.storage.embedding_set import EmbeddingSet, embedding_writer
 from shardline.shards.storage.generation import (
@@ -130,7 +130,7 @@ def test_a_build_clears_up_after_killed_ones_and_takes_a_new_number(
     tmp_path: Path, store: Store
 ) -> None:
     write_set(tmp_path / "set", some())
-    (store.generations / ".000007.abcdefgh.tmp").mkdir(parents=True)
+    (store.generations / f".000007.{HOST}-abcdefgh.tmp").mkdir(parents=True)
     first = build_generation(store, tmp_path / "set", plan_of(2, kind="flat"))
     assert [path.name for path in store.generations.iterdir()] == ["000001"]
     shutil.rmtree(store.generation(first.generation))

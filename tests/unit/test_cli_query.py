@@ -1,6 +1,7 @@
 """`shardline query` with a cluster that is made up: what it prints, and how it ends."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -219,3 +220,36 @@ def test_bad_options_are_refused_before_anything_is_asked(
 def test_the_texts_that_are_looked_for_are_the_routers() -> None:
     router = Path(__file__).parents[2] / "router"
     assert module.API_ADVICE[0] in (router / "fanout" / "snapshot.py").read_text()
+
+
+def test_attributes_that_are_called_as_ours_stand_beside_ours(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = cluster.search(item_ids=[42])
+    answer = replace(
+        answered,
+        attributes={"score": [[77, 78]], "original_id": [["a", None]]},
+        original_ids=[["a", "b"]],
+        attributes_missing=(Degraded(shard=1, code="timeout", text="late"),),
+    )
+    monkeypatch.setattr(cluster, "search", lambda **_: answer)
+    code, out, err = query(capsys, "--item", "42", "--show", "score,original_id")
+    assert (code, err) == (0, "without attributes: shard 1: late\n")
+    header = next(line for line in out.splitlines() if "item_id" in line)
+    assert header.split()[1::2] == ["item_id", "original_id", "score", "score", "original_id"]
+    row = next(line for line in out.splitlines() if "0.5000" in line)
+    assert row.split()[1::2] == ["1", "a", "0.5000", "77", "a"]
+    report = json.loads(query(capsys, "--item", "42", "--json")[1])
+    assert report["results"][1] == {
+        "item_id": 2,
+        "score": 0.5,
+        "original_id": "b",
+        "attributes": {"score": 78, "original_id": None},
+        "similar_to": 42,
+    }
+
+
+def test_show_is_a_line_of_csv(cluster: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    query(capsys, "--item", "42", "--show", 'a,"b, c"')
+    assert cluster.asked[0]["return_"] == ["a", "b, c"]
+    assert "not a line of CSV" in query(capsys, "--item", "42", "--show", '"a')[2]

@@ -1,7 +1,9 @@
 """What of numpy is sent, and as what; what is refused, by name; answers as tables."""
 
+import datetime as dt
 import sys
 from datetime import date
+from decimal import Decimal
 from typing import Any
 
 import msgpack
@@ -60,7 +62,7 @@ def test_ids_of_every_integer_type_arrive_as_int64(dtype: str) -> None:
         ("item_ids", np.ma.masked_array([1, 2], [False, True])),
         ("vectors", np.ma.masked_array([[1.0, 2.0]], [[False, True]])),
         ("item_ids[1]", [3, -1]),
-        ("features[1].span", [{"age": 1}, {"span": date(2026, 1, 2) - date(2026, 1, 1)}]),
+        ("features[1].part", [{"age": 1}, {"part": 1j}]),
         ("features[0].when", [{"when": np.array(["2026"], "M8[D]")}]),
         ("features[0].id", [{"id": 10**30}]),
         ("features[0].id", [{"id": [1, 10**30]}]),
@@ -96,6 +98,11 @@ def test_features_of_numpy_arrive_as_plain_values() -> None:
         "stamp": pd.Timestamp("2026-01-02 03:04", tz="UTC"),
         "never": pd.NaT,
         "no time": np.datetime64("NaT"),
+        "price": Decimal("1.5"),
+        "opens": dt.time(9, 30),
+        "span": dt.timedelta(minutes=1),
+        "numpy span": np.timedelta64(1500, "ms"),
+        "no span": np.timedelta64("NaT"),
     }
     assert sent(features=[row]).values == [
         {
@@ -112,6 +119,11 @@ def test_features_of_numpy_arrive_as_plain_values() -> None:
             "stamp": "2026-01-02T03:04:00+00:00",
             "never": None,
             "no time": None,
+            "price": 1.5,
+            "opens": 34_200.0,
+            "span": 60.0,
+            "numpy span": 1.5,
+            "no span": None,
         }
     ]
 

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from shardline.cluster.cli import cli
 from shardline.router.encoder.inputs import Number
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound, ShardlineError
+from shardline.shards.core.name_lists import joined_names, split_names
 from shardline.shards.storage.column_types import (
     Unusable,
     feature_column,
@@ -31,7 +32,6 @@ from shardline.shards.storage.column_types import (
 )
 from shardline.training.config.tower_config import NumericFeature
 from shardline.training.config.training_config import TrainingConfig
-from shardline.training.data.formats import joined_names, split_names
 from shardline.training.data.importers import Format, ImportConfig, import_dataset
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.features.fitted import _fit_standardiser, fit
@@ -402,6 +402,28 @@ def test_a_query_is_encoded_as_its_column_was(column: pa.Array, sent: list[Any])
     assert np.abs(trained).max() <= 10
     if not column.null_count:  # nothing was missing in training: a null is an average row
         assert served[2].tolist() == [0.0]
+
+
+def test_users_and_items_are_called_by_their_own_ids(tmp_path: Path) -> None:
+    """Where ids were numbered, a number of ours is nobody's name."""
+    texts = pa.array([str(100 + row) for row in range(ROWS)])
+    clicks = CLICKS.set_column(0, "user_id", texts.take(CLICKS["user_id"]))
+    dataset = imported(parquet_folder(tmp_path / "in", interactions=clicks))
+    assert dataset.id_of("users.parquet", "103") == 3
+    assert dataset.id_of("items.parquet", "5") == 5
+    for file, name in (("users.parquet", "3"), ("users.parquet", "x"), ("items.parquet", "6")):
+        with pytest.raises(NotFound, match=f"no {file[:4]} {name}|no item {name}"):
+            dataset.id_of(file, name)
+
+
+@pytest.mark.parametrize("ids", [np.arange(ROWS), [f"u{row}" for row in range(ROWS)]])
+def test_no_column_may_pose_as_original_ids(tmp_path: Path, ids: Any) -> None:
+    table = pa.table({"user_id": ids, "original_id": ["a"] * ROWS})
+    clicks = CLICKS.set_column(0, "user_id", pa.array(ids).take(CLICKS["user_id"]))
+    folder = parquet_folder(tmp_path / "in", users=table, interactions=clicks)
+    with pytest.raises(DataError, match="original_id: column name is taken; rename it in the s"):
+        imported(folder)
+    assert imported(folder, drop=["original_id"]).rows["users"] == ROWS
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from shardline.router.encoder.query_encoder import QueryEncoder
-from shardline.shards.core.encoder_files import read_encoder
+from shardline.shards.core.encoder_files import read_encoder, write_encoder
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
 from shardline.shards.core.files import sha256_of
 from shardline.training.config.training_config import TrainingConfig
@@ -165,7 +165,7 @@ def test_what_counts_of_lists_and_texts(rich_encoder: QueryEncoder) -> None:
         ({"interests": {"3": 1}}, "interests", "got dict"),
         ({"interests": [1, "3"]}, "interests[1]", "got str"),
         ({"interests": [True]}, "interests[0]", "got bool"),
-        ({"interests": [1.0]}, "interests[0]", "got float"),
+        ({"interests": [1.5]}, "interests[0]", "got float"),
         ({"interests": [None]}, "interests[0]", "got null"),
         ({"interests": [[1]]}, "interests[0]", "got list"),
         ({"bio": 3}, "bio", "expected string or null; got int"),
@@ -207,6 +207,15 @@ def test_unknown_values_are_the_unknown_category(encoder: QueryEncoder) -> None:
         assert np.abs(known[0] - known[1]).max() > 1e-3
 
 
+def test_a_whole_float_is_its_integer(encoder: QueryEncoder, rich_encoder: QueryEncoder) -> None:
+    """As frames write the integers of a column with gaps."""
+    found = encoder.encode([GOOD | {"user_id": 1.0}, GOOD | {"user_id": 999.0}, GOOD])
+    np.testing.assert_array_equal(found[0], found[2])
+    assert np.abs(found[1] - found[2]).max() > 1e-3
+    lists = rich_encoder.encode([RICH | {"interests": [5.0, 1]}, RICH])
+    np.testing.assert_array_equal(lists[0], lists[1])
+
+
 def test_history_skips_unknown_items_and_keeps_the_newest(encoder: QueryEncoder) -> None:
     first, *rest = ITEM_IDS[:5].tolist()
     found = encoder.encode(
@@ -228,7 +237,7 @@ def test_history_skips_unknown_items_and_keeps_the_newest(encoder: QueryEncoder)
     [
         ({"country": 3}, "country", "expected string or null; got int"),
         ({"user_id": True}, "user_id", "expected int or null; got bool"),
-        ({"user_id": 1.0}, "user_id", "got float"),
+        ({"user_id": 1.5}, "user_id", "got float"),
         ({"user_id": "1"}, "user_id", "got str"),
         ({"member": 1}, "member", "expected bool or null; got int"),
         ({"age": "30"}, "age", "expected finite number, or null; got str"),
@@ -274,6 +283,17 @@ def test_empty_batches_and_other_shapes(encoder: QueryEncoder) -> None:
         encoder.encode([[1]])  # type: ignore[list-item]  # a body may hold anything
 
 
+def test_cycles_need_a_reader_that_knows_them(tmp_path: Path) -> None:
+    """One before them would read three numbers where there is one."""
+    for cycles, version in (([], 3), (["day"], 4)):
+        folder = tmp_path / str(version)
+        folder.mkdir()
+        features = [{"kind": "numeric", "cycles": cycles}]
+        write_encoder(folder, {"features": features}, {"w": np.zeros(1, np.float32)})
+        assert json.loads((folder / "encoder.json").read_text())["format_version"] == version
+        assert read_encoder(folder)[0]["features"][0]["cycles"] == cycles
+
+
 def test_broken_folders(encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"encoder\.json"):
         QueryEncoder.load(tmp_path / "nowhere")
@@ -286,7 +306,7 @@ def test_broken_folders(encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match=r"weights\.safetensors: missing or altered"):
         QueryEncoder.load(folder)
     (folder / "encoder.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(NewerFormat, match="format_version <= 3; got 99"):
+    with pytest.raises(NewerFormat, match="format_version <= 4; got 99"):
         QueryEncoder.load(folder)
     for content in ("{", "[]", "{}"):
         (folder / "encoder.json").write_text(content)

@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import (
+    HOST,
     MANIFEST_NAME,
     abandoned_folders,
     atomic_path,
@@ -210,8 +211,10 @@ def test_a_failed_staged_folder_vanishes(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_goes_with_the_next_one_of_its_target(tmp_path: Path) -> None:
-    target, other = tmp_path / "target", tmp_path / ".other.abcdefgh.tmp"
+    target, other = tmp_path / "target", tmp_path / f".other.{HOST}-abcdefgh.tmp"
     other.mkdir()
+    of_another_host = tmp_path / ".target.0badcafe-abcdefgh.tmp"
+    of_another_host.mkdir()
     code = (
         "import sys, pathlib; from shardline.shards.core.files import staged_folder\n"
         "with staged_folder(pathlib.Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
@@ -222,7 +225,7 @@ def test_what_a_killed_process_left_goes_with_the_next_one_of_its_target(tmp_pat
     with process:
         assert process.stdout is not None
         process.stdout.readline()
-        (staging,) = tmp_path.glob(".target.*")
+        (staging,) = tmp_path.glob(f".target.{HOST}*")
         assert abandoned_folders(tmp_path, "target") == [], "it lives"
         with staged_folder(target):
             assert staging.is_dir()
@@ -231,7 +234,7 @@ def test_what_a_killed_process_left_goes_with_the_next_one_of_its_target(tmp_pat
     assert abandoned_folders(tmp_path) == [other, staging]
     with staged_folder(target):
         assert not staging.exists()
-    assert sorted(names(tmp_path)) == [other.name, "target"]
+    assert sorted(names(tmp_path)) == [other.name, of_another_host.name, "target"]
 
 
 def test_without_locks_nothing_counts_as_left(
@@ -241,10 +244,10 @@ def test_without_locks_nothing_counts_as_left(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    (tmp_path / ".target.abcdefgh.tmp").mkdir()
+    (tmp_path / f".target.{HOST}-abcdefgh.tmp").mkdir()
     with staged_folder(tmp_path / "target"):
         pass
-    assert sorted(names(tmp_path)) == [".target.abcdefgh.tmp", "target"]
+    assert sorted(names(tmp_path)) == [f".target.{HOST}-abcdefgh.tmp", "target"]
 
 
 def test_staging_never_replaces(tmp_path: Path) -> None:

@@ -291,7 +291,11 @@ def test_a_second_part(tmp_path: Path, second: dict[str, Any], words: str | None
     ("columns", "options", "words"),
     [
         ({"sku": ["a"], "item_id": [1]}, {"id_column": "sku"}, "item_id: column name is taken"),
-        ({"id": ["a"], "original_id": [1]}, {}, "original_id: column name is taken; the ids are"),
+        (
+            {"id": ["a"], "original_id": [1]},
+            {},
+            "original_id: column name is taken",
+        ),
         ({"id": [1], "x": pa.array([b"\xff"]).view(pa.string())}, {}, "x[0]: a value that its"),
         (
             {"id": [1], "x": pa.array([["a"]], pa.list_(pa.string_view()))},
@@ -479,3 +483,16 @@ def test_no_schema_raises_an_exception_of_a_library(data: st.DataObject) -> None
         if is_odd != "id" and stored.rows == len(ids):  # one part; its ids descend
             for name, found in kept.items():
                 assert found == texts(columns[name])[::-1]
+
+
+def test_files_in_another_role_are_another_set(tmp_path: Path) -> None:
+    for name, ids in (("a", [1, 2, 3]), ("b", [4, 5, 6]), ("c", [7, 8, 9])):
+        vectors = np.random.default_rng(ids[0]).standard_normal((3, 4)).tolist()
+        pq.write_table(pa.table({"id": ids, "vector": vectors}), tmp_path / name)
+    for roles in (("--vectors", "--vectors", "--queries"), ("--vectors", "--queries", "--queries")):
+        given = [each for pair in zip(roles, "abc", strict=True) for each in pair]
+        arguments = [str(tmp_path / each) if len(each) == 1 else each for each in given]
+        command = ["--store", str(tmp_path / "store"), "--set", "cluster.shards=1", "build"]
+        done = CliRunner().invoke(cli, [*command, *arguments, "--in-process"])
+        assert done.exit_code == 0, done.output
+    assert len(list((tmp_path / "store" / "embeddings").iterdir())) == 2

@@ -13,6 +13,7 @@ from shardline.cluster.cli import Settings, cli
 from shardline.cluster.commands.serve import _warn_of_other_shards
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound
+from shardline.shards.core.files import HOST
 from shardline.shards.core.schema import normalise
 from tests.engine import build_generation
 
@@ -74,7 +75,7 @@ def test_a_number_identifies_one_generation_for_ever(store: Store) -> None:
 
 
 def test_what_a_killed_build_left_is_named(store: Store) -> None:
-    left = store.generations / ".000009.abcdefgh.tmp"
+    left = store.generations / f".000009.{HOST}-abcdefgh.tmp"
     left.mkdir()
     (left / "spill").write_bytes(bytes(3 << 20))
     assert f"{left}: 3.0 MiB of a build that was killed" in run(store, "list")

@@ -13,13 +13,23 @@ import pyarrow as pa
 import pytest
 
 from shardline import Client
+from shardline.router.contract import Coverage
+from shardline.router.fanout import fanout as fanout_module
+from shardline.router.fanout.fanout import _columns_of
 from shardline.router.http.codec import decode_query, encode_answer
 from shardline.router.http.media import Media
+from shardline.router.query import Returned, SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
-from shardline.shards.core.errors import InvalidInput, Unavailable
-from shardline.shards.core.messages import AttributesRequest, ErrorReply, ReplicaRoute, ShardRoute
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput
+from shardline.shards.core.messages import (
+    MAX_RETURNED,
+    AttributesRequest,
+    ErrorReply,
+    ReplicaRoute,
+    ShardRoute,
+)
+from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.server import shard as shard_module
 from shardline.shards.server.item_attributes import ItemAttributes
@@ -42,11 +52,11 @@ def shard_with(attributes: pa.Table | None, ids=IDS, vectors=VECTORS) -> Shard:
 
 
 def read(shard: Shard, ids: list[int], *names: str):
-    request = AttributesRequest(item_ids=np.array(ids, np.int64), names=names, timeout_ms=1.0)
+    request = AttributesRequest(item_ids=np.array(ids, np.int64), names=names, timeout_ms=1e4)
     (reply,) = shard.attributes_batch([request])
     if isinstance(reply, InvalidInput):
         raise reply
-    return reply.item_ids.tolist(), msgpack.unpackb(reply.values)
+    return reply.item_ids.tolist(), _columns_of(reply, len(names))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +94,24 @@ def test_every_type_has_a_form_in_json(column: pa.Array, expected, tmp_path) -> 
     table = open_ipc(tmp_path / "a.arrow").read_all()
     shard = shard_with(table, np.array([5, 6, 9]), VECTORS[:3])
     expected = expected or ["1970-01-01T00:00:01+00:00", None, "1970-01-01T00:00:00+00:00"]
-    assert read(shard, [9, 7, 5, 6], "a") == (
-        [9, 5, 6],
-        [[expected[2], expected[0], expected[1]]],
+    found, (values,) = read(shard, [9, 7, 5, 6], "a")
+    assert (found, values) == ([9, 5, 6], [expected[2], expected[0], expected[1]])
+    returned = Returned(attributes={"a": [values]}, original_ids=None, missing=())
+    answer = SearchAnswer(
+        ranked=Ranked(np.array([found]), np.zeros((1, 3), np.float32)),
+        generation=1,
+        model_version="m",
+        coverage=Coverage(
+            shards_asked=1, shards_answered=1, rows_asked=3, rows_answered=3, degraded=()
+        ),
+        took_ms=1.0,
+        search_ms=1.0,
+        reasons=(),
+        request_id="r",
+        returned=returned,
     )
-    json.dumps(expected)
+    for media, decode in ((Media.JSON, json.loads), (Media.MSGPACK, msgpack.unpackb)):
+        assert decode(encode_answer(answer, media))["attributes"] == {"a": [values]}
 
 
 def test_rows_are_found_in_every_chunk_of_a_column() -> None:
@@ -108,18 +131,27 @@ def test_an_unknown_attribute_is_refused_with_those_there_are(names: tuple[str, 
     assert caught.value.expected == "one of title"
 
 
-def test_values_that_python_cannot_hold_are_refused() -> None:
-    shard = shard_with(pa.table({"t": pa.array([2**62] * 40, pa.timestamp("s"))}))
-    with pytest.raises(InvalidInput, match="cannot be returned"):
-        read(shard, [1], "t")
+def test_a_value_that_python_cannot_hold_is_null() -> None:
+    values = pa.array([10**13, 0] * 20, pa.timestamp("s"))
+    assert read(shard_with(pa.table({"t": values})), [0, 1], "t") == (
+        [0, 1],
+        [[None, "1970-01-01T00:00:00"]],
+    )
 
 
-def test_more_than_a_frame_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "MAX_FRAME_BYTES", 5_000)
+def test_more_than_an_answer_may_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "MAX_RETURNED_BYTES", 1_000)
     shard = shard_with(pa.table({"title": ["x" * 600] * 40}))
     assert read(shard, [1], "title") == ([1], [["x" * 600]])
     with pytest.raises(InvalidInput, match="too much to return"):
         read(shard, [1, 2], "title")
+
+
+def test_reading_ends_when_the_time_is_out() -> None:
+    shard = shard_with(pa.table({"title": TITLES}))
+    late = AttributesRequest(item_ids=IDS, names=("title",), timeout_ms=-1.0)
+    (reply,) = shard.attributes_batch([late])
+    assert isinstance(reply, DeadlineExceeded)
 
 
 def test_an_id_that_was_kept_is_its_own_original() -> None:
@@ -143,7 +175,8 @@ async def service_over(tables: list[pa.Table | None]):
         routes.append(ShardRoute(shard=number, rows=len(rows), replicas=(route,)))
     service = SearchService(CONFIG, SECRET, load_encoder=lambda _table: None)
     try:
-        await service.apply(make_table(routes, DIM))
+        boundaries = tuple(int(IDS[rows[0]]) for rows in parts[1:])
+        await service.apply(make_table(routes, DIM, boundaries=boundaries))
         yield service, servers
     finally:
         await service.close()
@@ -188,20 +221,54 @@ async def test_empty_slots_and_unknown_items_have_no_attributes() -> None:
 
 
 async def test_what_a_shard_did_not_bring_is_null_and_said() -> None:
-    """The results are whole, from the cache; their attributes miss a shard."""
+    """The results are whole, from the cache; their attributes miss a shard, then both."""
     async with service_over(titled(2)) as (service, servers):
-        body = {"vectors": VECTORS[:1].tolist(), "k": 40}
+        body = {"vectors": VECTORS[:1].tolist(), "k": 40, "min_coverage": 1.0}
         whole = await ask(service, **body)
-        servers[1].stop()
-        answer = await ask(service, **body, **{"return": ["title"]})
-        assert answer["ids"] == whole["ids"]
-        (titles,), (ids,) = answer["attributes"]["title"], answer["ids"]
-        assert titles == [TITLES[item] if item < 20 else None for item in ids]
-        assert answer["coverage"]["rows_answered"] == 20
-        assert [missing["shard"] for missing in answer["coverage"]["degraded"]] == [1]
-        servers[0].stop()
-        with pytest.raises(Unavailable, match="no shard answered"):
-            await ask(service, **body, **{"return": ["title"]})
+        for stopped, present in ((1, range(20)), (0, ())):
+            servers[stopped].stop()
+            answer = await ask(service, **body, **{"return": ["title"]})
+            assert answer["ids"] == whole["ids"]
+            (titles,), (ids,) = answer["attributes"]["title"], answer["ids"]
+            assert titles == [TITLES[item] if item in present else None for item in ids]
+            assert answer["coverage"]["rows_answered"] == 40
+            missing = [each["shard"] for each in answer["attributes_missing"]]
+            assert missing == list(range(stopped, 2))
+
+
+def test_a_search_that_misses_a_shard_leaves_time_for_attributes() -> None:
+    with running_router(CONFIG) as router, Client(router.url) as client:
+        router.shards[3].gate.clear()
+        try:
+            answer = client.search(vectors=VECTORS[:1], k=60, timeout_ms=400, return_=["title"])
+        finally:
+            router.shards[3].gate.set()
+        assert answer.coverage.shards_answered == 3
+        (titles,), (ids,) = answer.attributes["title"], answer.ids.tolist()
+        assert titles == [f"title of {item}" for item in ids if item >= 0]
+        assert len(titles) == 45
+
+
+async def test_as_many_attributes_as_are_allowed_come_from_a_shard() -> None:
+    """With the original ids: what the wire takes is a name more than what the API takes."""
+    names = [f"a{number}" for number in range(MAX_RETURNED)]
+    table = pa.table({name: [name] * 40 for name in names})
+    async with service_over([table]) as (service, _):
+        answer = await ask(
+            service, item_ids=[3], k=2, **{"return": names, "return_original_ids": True}
+        )
+        assert answer["attributes"] == {name: [[name] * 2] for name in names}
+        assert "attributes_missing" not in answer
+
+
+async def test_many_results_are_asked_for_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout_module, "IDS_AT_A_TIME", 7)
+    monkeypatch.setattr(shard_module, "READ_ROWS", 2)
+    async with service_over(titled(3)) as (service, servers):
+        answer = await ask(service, vectors=VECTORS[:2].tolist(), k=40, **{"return": ["title"]})
+        assert answer["attributes"]["title"] == [[TITLES[i] for i in row] for row in answer["ids"]]
+        assert "attributes_missing" not in answer
+        assert all(server.stats.overloaded == 0 for server in servers)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +276,8 @@ async def test_what_a_shard_did_not_bring_is_null_and_said() -> None:
     [
         ({"return": "title"}, "return"),
         ({"return": [1]}, "return[0]"),
-        ({"return": ["a"] * 65}, "return"),
+        ({"return": ["a"] * (MAX_RETURNED + 1)}, "return"),
+        ({"item_ids": [1] * 200, "k": 2000, "return": ["a"]}, "return"),
         ({"return_original_ids": "yes"}, "return_original_ids"),
         ({"returned": ["title"]}, "returned"),
     ],
@@ -237,15 +305,16 @@ def test_the_client_brings_them_as_tables() -> None:
         assert caught.value.field == "return"
 
 
-@pytest.mark.parametrize("values", [b"\xc1", msgpack.packb([]), msgpack.packb([["a"]] * 2)])
+@pytest.mark.parametrize("values", [b"\xc1", msgpack.packb([]), msgpack.packb(["a"] * 99)])
 def test_a_shard_that_sends_something_else_counts_as_missing(values: bytes) -> None:
     with running_router(CONFIG) as router, Client(router.url) as client:
         for shard in router.shards[1:]:
             shard.bad_values = values
         answer = client.search(vectors=VECTORS[:1], k=60, return_=["title"])
-        assert answer.coverage.shards_answered == 1
+        assert answer.coverage.shards_answered == 4
+        assert [each.shard for each in answer.attributes_missing] == [1, 2, 3]
         (titles,), (ids,) = answer.attributes["title"], answer.ids.tolist()
         assert titles == [f"title of {item}" if item < 15 else None for item in ids]
         router.shards[0].fetch_error = ErrorReply(code="unavailable", message="gone")
-        with pytest.raises(Unavailable):
-            client.search(vectors=VECTORS[:1], k=60, return_=["title"], timeout_ms=200)
+        answer = client.search(vectors=VECTORS[:1], k=60, return_=["title"])
+        assert answer.attributes == {"title": [[None] * 60]}

@@ -4,10 +4,7 @@ Ids that are integers >= 0 are kept. Other ids are numbered 0, 1, ... in sorted 
 original is kept in a column ``original_id``.
 """
 
-import csv
-import io
-import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -15,7 +12,6 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import IdArray
 from shardline.training.data.splits import SplitCodes
 
@@ -29,25 +25,6 @@ class Format(StrEnum):
     MOVIELENS_100K = "movielens-100k"
     TABLE = "table"
     PARQUET = "parquet"  # the older name of ``table``
-
-
-def split_names(option: str, text: str) -> list[str]:
-    """The values in one line of CSV: a name with a comma in it stands in quotes.
-
-    Raises:
-        InvalidInput: a quote is not closed, or the line breaks outside of quotes.
-    """
-    try:
-        return next(csv.reader([text], strict=True), [])
-    except csv.Error as error:
-        raise InvalidInput("not a line of CSV", field=option, got=f"{text!r} ({error})") from error
-
-
-def joined_names(names: Iterable[str]) -> str:
-    """What ``split_names`` splits into these, quoted for a shell where that is needed."""
-    line = io.StringIO()
-    csv.writer(line).writerow(names)
-    return shlex.quote(line.getvalue().removesuffix("\r\n"))
 
 
 class ImportConfig(BaseModel):

@@ -5,6 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
+from shardline.shards.core.name_lists import joined_names
 from shardline.shards.core.schema import ORIGINAL_ID, IdArray
 from shardline.shards.storage.column_types import (
     Unusable,
@@ -14,7 +15,7 @@ from shardline.shards.storage.column_types import (
 )
 from shardline.shards.storage.locations import Location
 from shardline.shards.storage.table_parts import pandas_index
-from shardline.training.data.formats import ImportConfig, ImportReport, Source, joined_names
+from shardline.training.data.formats import ImportConfig, ImportReport, Source
 from shardline.training.data.splits import SplitCodes
 from shardline.training.data.table_checks import SPLITS
 from shardline.training.data.table_files import TypeOverrides, read_table
@@ -244,8 +245,9 @@ def _with_ids(
     if not mapping.keeps:
         columns[ORIGINAL_ID] = base
     for name, values in taken.items():
-        if name in columns:
-            raise DataError("column name is taken", field=name, hint="rename it in the source")
+        if name in (key, ORIGINAL_ID):
+            hint = f"rename it in the source, or --drop {name} leaves it out"
+            raise DataError("column name is taken", field=name, hint=hint)
         columns[name] = values
     return pa.table(columns)
 

@@ -109,16 +109,17 @@ class Dataset:
         return self._ids(ITEMS, "item_id")
 
     def id_of(self, file: str, name: str) -> int:
-        """The id of what its source called ``name``; its own number is good for it too.
+        """The id of what its source called ``name``; where ids were numbered, the numbers are none.
 
         file: USERS or ITEMS. Raises NotFound: there is none.
         """
         table, kind = self._table(file), file.removesuffix("s.parquet")
+        ids = table[f"{kind}_id"]
         if ORIGINAL_ID in table.column_names:
             row = pc.index(table[ORIGINAL_ID].cast(pa.string()), name).as_py()
             if row >= 0:
-                return int(table[f"{kind}_id"][row].as_py())
-        if name.isascii() and name.isdigit() and int(name) in self._ids(file, f"{kind}_id"):
+                return int(ids[row].as_py())
+        elif name.isascii() and name.isdigit() and int(name) in ids.to_numpy():
             return int(name)
         raise NotFound(f"{self.path}: no {kind} {name}")
 
