@@ -7,6 +7,7 @@ import click
 from shardline.cluster.cli import Settings
 from shardline.cluster.serving.endpoint import Address, find_endpoint
 from shardline.cluster.serving.serving_keys import client_key
+from shardline.shards.core.errors import NotFound, Unavailable
 
 key_file_option = click.option(
     "--key-file",
@@ -21,11 +22,14 @@ def address_of(settings: Settings, url: str | None, key_file: Path | None) -> Ad
     The store's own key goes to the store's own cluster only, never to an address given by --url.
 
     Raises:
-        NotFound: no cluster serves the store, or there is no such key file.
+        Unavailable: no cluster serves the store. NotFound: there is no such key file.
         ConfigError: the key file is not safe, or holds no key.
     """
     key = client_key(key_file)
     if url is not None:
         return Address(url, key)
-    endpoint = find_endpoint(settings.store)
+    try:
+        endpoint = find_endpoint(settings.store)
+    except NotFound as error:
+        raise Unavailable(error.message, hint=error.hint) from error
     return endpoint.address if key is None else Address(endpoint.url, key)

@@ -1,6 +1,7 @@
 """``data synth`` and ``data import``: where a data set folder comes from."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,6 +16,8 @@ from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.serving.ray_session import cores
 from shardline.shards.core.name_lists import split_names
 from shardline.training.data.importers import Format, ImportConfig, import_dataset
+from shardline.training.data.tables import open_dataset
+from shardline.training.features.infer import suggested_kinds
 from shardline.training.synthetic.generator import PRESETS, Observed, SynthConfig, generate
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -163,6 +166,25 @@ def import_command(
             click.echo(f"  {name.replace('_', ' ')}: {count:,}")
     for example in report.examples:
         click.echo(f"  {example}")
+    for line in _columns_of(out):
+        click.echo(f"  {line}")
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def _columns_of(folder: Path) -> Iterator[str]:
+    """What training makes of the columns of a data set, unless its configuration names features."""
+    dataset = open_dataset(folder, verify=False)
+    for name, table in (("users", dataset.users()), ("items", dataset.items())):
+        kinds = suggested_kinds(table)
+        used = ", ".join(f"{column} {kind}" for column, kind in kinds.items() if kind)
+        unused = ", ".join(
+            f"{column} ({table[column].type})" for column, kind in kinds.items() if not kind
+        )
+        if kinds:
+            yield f"features of {name}: {used or 'none'}" + (
+                f"; not used: {unused}" if unused else ""
+            )
 
 
 @data.command("embed-text")

@@ -272,7 +272,10 @@ class Demo:
     def _load(self, endpoint: Endpoint, what: str, requests: list[Request]) -> dict[str, Any]:
         """Open loop; the requests start over when all were sent."""
         total = self.load_warm_up + self.load_requests
-        self.progress.note(f"{total} {what} at {LOAD_RATE:g}/s, {total / LOAD_RATE:.0f} s")
+        self.progress.note(
+            f"{total} {what} at {LOAD_RATE:g}/s, {total / LOAD_RATE:.0f} s; "
+            f"the first {self.load_warm_up} do not count"
+        )
         found, _ = ask(
             endpoint.url,
             requests,

@@ -64,6 +64,7 @@ def closing(figures: Mapping[str, Any], *, folder: Path, kept: bool, report: Pat
     shown = f"Shown: over HTTP the model finds {metrics['model']['recall@100']:.1%}"
     ceiling = (metrics["ceilings"] or {}).get("best_estimate")
     best = f" ({ceiling['means']['recall@100']:.1%} is possible)" if ceiling else ""
+    quick = "" if "index_kinds" in figures else "--quick "
     again = (
         [
             f"  shardline --store {folder / 'store'} serve    and, in another terminal:",
@@ -71,8 +72,8 @@ def closing(figures: Mapping[str, Any], *, folder: Path, kept: bool, report: Pat
         ]
         if kept
         else [
-            "  shardline demo --stay             the same, and serves until Ctrl-C",
-            "  shardline --store FOLDER demo     the same, and keeps what it makes",
+            f"  shardline demo {quick}--stay      the same, and serves until Ctrl-C",
+            f"  shardline --store FOLDER demo {quick}      the same, and keeps what it makes",
         ]
     )
     return [

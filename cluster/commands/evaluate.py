@@ -113,6 +113,8 @@ def evaluate(
     )  # fmt: skip
     subject = cluster or run or default_run(settings, data)
     with StageProgress() as progress:
+        if isinstance(subject, Path):
+            progress.note(f"run: {subject}")
         columns = measure(subject, task, progress) | measure_baselines(task, progress)
     # the ceilings are those of the whole test split, ranked as deep as the default cut-offs
     is_comparable = split == "test" and not ks and max_users is None and candidates == "all"

@@ -13,6 +13,7 @@ from shardline.cluster.console import StageProgress
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.training.export import export as export_embeddings
+from shardline.training.loop.batches import FITTING_STEPS, fitting_batch
 from shardline.training.loop.launch import TrainResult, check_folders
 from shardline.training.loop.launch import train as train_model
 from shardline.training.loop.run_plot import plot_run
@@ -167,10 +168,24 @@ def train_with_progress(
         elif event["event"] == "end":
             if event["early"]:
                 progress.note(describe_early_stop(event))
-        elif event["world"] != event["world_before"]:
-            progress.note(f"resumed with {event['world']} ranks, was {event['world_before']}")
+        else:
+            if event["world"] != event["world_before"]:
+                progress.note(f"resumed with {event['world']} ranks, was {event['world_before']}")
+            warn_of_few_steps(event, config.training.batch_size, progress)
 
     return train_model(config.training, data, run, on_event=on_event, resume=resume, hard=hard)
+
+
+def warn_of_few_steps(event: dict[str, Any], batch_size: int, progress: StageProgress) -> None:
+    """Where the batch is so large for the data that the model learns little from them."""
+    steps, examples = event["steps_per_epoch"], event["examples"]
+    if steps < FITTING_STEPS:
+        fitting = fitting_batch(examples, event["world"])
+        progress.note(
+            f"warning: an epoch has {steps} steps of {batch_size:,} and leaves "
+            f"{examples - steps * batch_size:,} of {examples:,} interactions out; "
+            f"try --set training.batch_size={fitting}"
+        )
 
 
 def say_how_to_go_on(run: Path) -> None:

@@ -109,6 +109,9 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
     type=click.IntRange(min=1),
     help="Inverted lists visited, instead of the index's default.",
 )
+@click.option(
+    "--print-request", is_flag=True, help="Print the body for POST /v1/search instead of asking."
+)
 @url_option
 @key_file_option
 @json_option
@@ -123,6 +126,7 @@ def query(
     show: str | None,
     k: int,
     nprobe: int | None,
+    print_request: bool,
     url: str | None,
     key_file: Path | None,
     as_json: bool,
@@ -146,6 +150,10 @@ def query(
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]
+        if print_request:
+            body |= {"k": k} | ({"return": split_names("--show", show)} if show else {})
+            click.echo(json.dumps(body | {"return_original_ids": True}))
+            return
         if nprobe is not None:
             _warn_without_lists(client)
         try:
@@ -287,7 +295,8 @@ def _features_of(client: Client, user: str, data: Path) -> dict[str, Any]:
     from shardline.training.data.tables import open_dataset
     from shardline.training.evaluation.user_queries import query_features_of_user
 
-    return query_features_of_user(open_dataset(data), encoder_kinds(client), user)
+    splits = ("train", "val", "test")  # all that the user took
+    return query_features_of_user(open_dataset(data), encoder_kinds(client), user, splits)
 
 
 def _numbers(text: str) -> list[float]:

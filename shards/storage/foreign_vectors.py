@@ -132,7 +132,7 @@ def _find_column(part: Part, known: tuple[str, ...]) -> str:
         raise DataError(
             "no such column",
             field=f"{part.path}: {' | '.join(known)}",
-            expected=f"one of {', '.join(part.schema.names)}",
+            got=", ".join(part.schema.names),
             hint="name the column with --id-column or --vector-column",
         )
     return found[0]

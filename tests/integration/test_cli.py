@@ -145,7 +145,7 @@ def serve_status_query_down(folder: Path, port: int) -> None:
             server.send_signal(signal.SIGTERM)
             server.wait(timeout=START_S)
         server.stderr.close() if server.stderr is not None else None
-    gone = shardline(folder, "status", expect=3)
+    gone = shardline(folder, "status", expect=4)
     assert gone.stderr.startswith("error: ")
     assert "no cluster is serving this store" in gone.stderr
 

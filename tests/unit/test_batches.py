@@ -13,7 +13,7 @@ from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset
 from shardline.training.features.fitted import fit
 from shardline.training.features.prepared import TrainingData, prepare
-from shardline.training.loop.batches import Batch, Sampler, check_batch, others
+from shardline.training.loop.batches import Batch, Sampler, check_batch, fitting_batch, others
 from tests.tiny import ITEM_IDS, NUM_USERS, PER_USER, USER_IDS, tiny_config, tiny_dataset
 
 
@@ -223,3 +223,10 @@ def test_nothing_to_train_on_is_refused(dataset: Dataset, tmp_path: Path) -> Non
     only_test = write_dataset(tmp_path / "only", *tables, name="only test")
     with pytest.raises(DataError, match="no interactions to train on"):
         prepare(only_test, fit(tiny_config(), dataset), tmp_path)
+
+
+@pytest.mark.parametrize(("examples", "ranks", "batch"), [(236, 1, 16), (3937, 2, 256), (3, 2, 2)])
+def test_the_proposed_batch_fits_the_data(examples: int, ranks: int, batch: int) -> None:
+    assert fitting_batch(examples, ranks) == batch
+    with pytest.raises(ConfigError, match=f"--set training.batch_size={batch}$"):
+        check_batch(4096, ranks, examples)

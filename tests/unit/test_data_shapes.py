@@ -284,6 +284,41 @@ def test_part_files_whose_types_drift(tmp_path: Path) -> None:
         imported(folder.parent)
 
 
+def test_codes_in_one_part_are_codes_in_all(tmp_path: Path) -> None:
+    folder = tmp_path / "in" / "interactions"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text("user_id,item_id,timestamp\n12,1,1\n7,1,2\n")
+    (folder / "b.csv").write_text("user_id,item_id,timestamp\n007,1,3\n12,2,4\n")
+    users = imported(folder.parent).users()
+    assert users["original_id"].to_pylist() == ["007", "12", "7"]
+
+
+def test_an_import_says_what_it_did_not_read_and_what_becomes_of_columns(tmp_path: Path) -> None:
+    folder = parquet_folder(
+        tmp_path / "in", interactions=CLICKS, members=users(pa.array("abcdefgh"))
+    )
+    source = ["--source", str(folder), "--out", str(tmp_path / "out"), "--overwrite"]
+    found = CliRunner().invoke(cli, ["data", "import", *source])
+    assert found.exit_code == 0
+    assert "no table of users: they are those of the interactions, without features; not read" in (
+        found.stderr
+    )
+    assert "members.parquet (--users-file)" in found.stderr
+    named = [*source, "--users-file", "members", "--items-file", "none"]
+    found = CliRunner().invoke(cli, ["data", "import", *named])
+    assert found.stderr == ""
+    assert "features of users: none; not used: x (string)" in found.stdout
+
+
+def test_repeated_and_missing_ids_are_named(tmp_path: Path) -> None:
+    twice = pa.table({"user_id": [3, 5, 4, 5]})
+    with pytest.raises(DataError, match=r"ids occur twice; .*got 5 in rows 1 and 3"):
+        imported(parquet_folder(tmp_path / "in", interactions=CLICKS, users=twice))
+    gap = CLICKS.set_column(0, "user_id", pa.array([*CLICKS["user_id"].to_pylist()[:-1], None]))
+    with pytest.raises(DataError, match=f"1 nulls, the first in row {ROWS * 6 - 1}"):
+        imported(parquet_folder(tmp_path / "gap", interactions=gap))
+
+
 def test_urls(tmp_path: Path) -> None:
     folder = parquet_folder(tmp_path / "in", interactions=CLICKS)
     out = tmp_path / "out"
@@ -299,8 +334,8 @@ def test_types_of_text_columns_can_be_given(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "interactions.csv").write_text("user_id,item_id,timestamp\n007,1,1\n7,2,2\n007,3,3\n")
-    assert imported(folder).rows["users"] == 1
-    assert imported(folder, types=["user_id=string"]).rows["users"] == 2
+    assert imported(folder).rows["users"] == 2, "a code with leading zeros is no number"
+    assert imported(folder, types=["user_id=int"]).rows["users"] == 1
     with pytest.raises(InvalidInput, match="--types: wrong value; expected column=type"):
         imported(folder, types=["user_id=text"])
     with pytest.raises(InvalidInput, match=r"--types: no such column.*got usr"):

@@ -294,7 +294,7 @@ def test_foreign_list_types(tmp_path: Path, kind: pa.DataType) -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"key": [1], "emb": [[1.0]]}, "item_id | id | idx: no such column; expected one of key"),
+        ({"key": [1], "emb": [[1.0]]}, "item_id | id | idx: no such column; got key"),
         ({"id": [1], "vec": [[1.0]]}, "embedding | emb | vector: no such column"),
         (
             {"id": [1, None], "emb": [[1.0], [2.0]]},

@@ -268,8 +268,8 @@ def test_types_of_part_files_are_unified(
     [
         ({"id": [2], "v": [[1.0]], "x": ["a"]}, "x: part files disagree; expected int64, as in "),
         ({"id": [2], "v": [[1.0]], "x": [2.0**70]}, None),
-        ({"v": [[1.0]]}, "item_id | id | idx: no such column; expected one of v"),
-        ({"id": [2], "vec": [[1.0]]}, "v: no such column; expected one of id, vec"),
+        ({"v": [[1.0]]}, "item_id | id | idx: no such column; got v"),
+        ({"id": [2], "vec": [[1.0]]}, "v: no such column; got id, vec"),
         ({"id": [2], "v": [[1.0]], "item_id": [5], "x": [1]}, None),
         ({"id": [2], "v": [[1.0]], "embedding": [5]}, "embedding: column name is taken"),
         ({"id": ["a"], "v": [[1.0]]}, "id: part files disagree; expected int64, as in "),

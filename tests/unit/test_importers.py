@@ -245,7 +245,7 @@ def test_parquet_from_a_single_file_keeps_ids_and_split(tmp_path: Path) -> None:
         ({"interactions": CLICKS | {"split": ["train", "dev", "test"]}}, "split: unknown.*'dev'"),
         (
             {"interactions": CLICKS, "users": {"user_id": [4]}},
-            "row 2: user not in the table of users",
+            r"row 2 \(9, 1\): user not in the table of users",
         ),
         (
             {"interactions": CLICKS, "users": {"user_id": [4, 9, 9]}},

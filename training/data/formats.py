@@ -96,6 +96,10 @@ class ImportReport:
     items_without_interactions: int = 0
     below_min_rating: int = 0
     examples: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
 
     def note(self, message: str) -> None:
         if len(self.examples) < SHOWN:

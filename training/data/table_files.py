@@ -7,8 +7,10 @@ columns. Whatever a library says of a source that it cannot read becomes a DataE
 file.
 """
 
+import contextlib
 import csv
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -40,19 +42,25 @@ NAMED_TYPES: dict[str, pa.DataType] = {
     "timestamp": pa.timestamp("us"),
 }
 DELIMITERS = ",\t;|"
+CODE = re.compile(r"0\d+")
 # an empty field is none in any column; these are none where the others of the column are numbers
 NULL_NUMBERS = ["", "null", "NULL", "NaN", "nan", "NA", "N/A", "n/a", "#N/A", "None", "-nan"]
 
 
 @dataclass(slots=True)
 class TypeOverrides:
-    """Columns of text formats whose type is given, not inferred; ``used`` are those that exist."""
+    """Columns of text formats whose type is given, not inferred; ``used`` are those that exist.
+
+    ids: columns of ids; ``codes`` are those in which numbers would lose leading zeros: texts.
+    """
 
     types: Mapping[str, pa.DataType] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    ids: tuple[str, ...] = ()
+    codes: set[str] = field(default_factory=set)
 
     @classmethod
-    def parse(cls, given: tuple[str, ...]) -> "TypeOverrides":
+    def parse(cls, given: tuple[str, ...], ids: tuple[str, ...] = ()) -> "TypeOverrides":
         """Of ``column=type`` texts. Raises InvalidInput for another form or an unknown type."""
         types = {}
         for text in given:
@@ -65,7 +73,7 @@ class TypeOverrides:
                     got=repr(text),
                 )
             types[column] = NAMED_TYPES[name]
-        return cls(types)
+        return cls(types, ids=ids)
 
 
 def read_table(location: Location, overrides: TypeOverrides | None = None) -> pa.Table:
@@ -82,6 +90,7 @@ def read_table(location: Location, overrides: TypeOverrides | None = None) -> pa
     parts = location.files()
     if not parts:
         raise NotFound(f"{location.path}: no files in the folder")
+    known = len(overrides.codes)
     tables = []
     for part in parts:
         table = _decoded(_read_file(part, overrides))
@@ -89,6 +98,8 @@ def read_table(location: Location, overrides: TypeOverrides | None = None) -> pa
             if name not in table.column_names:
                 table = table.append_column(name, pa.repeat(value, table.num_rows))
         tables.append(table)
+    if len(overrides.codes) > known:  # parts that were read before one with such ids: once more
+        return read_table(location, overrides)
     return _joined(tables, [part.path for part in parts])
 
 
@@ -142,6 +153,8 @@ def _read_delimited(stream: pa.NativeFile, start: bytes, overrides: TypeOverride
     header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     types = {name: kind for name, kind in overrides.types.items() if name in header}
     overrides.used.update(types)
+    overrides.codes |= _codes(text, delimiter, set(overrides.ids) & set(header))
+    types = dict.fromkeys(overrides.codes & set(header), pa.string()) | types
     table = pa.csv.read_csv(
         stream,
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
@@ -155,6 +168,15 @@ def _read_delimited(stream: pa.NativeFile, start: bytes, overrides: TypeOverride
                 place, name, pc.if_else(empty, pa.scalar(None, pa.string()), column)
             )
     return table
+
+
+def _codes(text: str, delimiter: str, names: set[str]) -> set[str]:
+    """Those of the columns that hold a code such as 007, no number, at the start of a file."""
+    found: set[str] = set()
+    with contextlib.suppress(csv.Error):  # the reader of the whole file will say it
+        for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
+            found |= {name for name in names if CODE.fullmatch(row[name] or "")}
+    return found
 
 
 def _delimiter(text: str) -> str:

@@ -15,7 +15,7 @@ from shardline.shards.storage.column_types import (
 )
 from shardline.shards.storage.locations import Location
 from shardline.shards.storage.table_parts import pandas_index
-from shardline.training.data.formats import ImportConfig, ImportReport, Source
+from shardline.training.data.formats import SHOWN, ImportConfig, ImportReport, Source
 from shardline.training.data.splits import SplitCodes
 from shardline.training.data.table_checks import SPLITS
 from shardline.training.data.table_files import TypeOverrides, read_table
@@ -38,6 +38,7 @@ def read_tables(source: object, config: ImportConfig, report: ImportReport) -> S
     reader = _Reader(Location.of(source), config)
     name, table = reader.interactions()
     ids: dict[str, IdArray] = {}
+    called: list[pa.ChunkedArray] = []
     features: dict[str, pa.Table] = {}
     refused: list[_Refused] = []
     for kind, column, file in (
@@ -45,16 +46,16 @@ def read_tables(source: object, config: ImportConfig, report: ImportReport) -> S
         ("item", config.item_column, config.items_file),
     ):
         seen = _ids(table, column, name)
+        called.append(seen)
         found = reader.features(f"{kind}s", file)
         base, listed, where = pa.chunked_array([seen.unique()]), None, name
+        if found is None and file is not None:
+            report.warn(reader.without_table(f"{kind}s"))
         if found is not None:
             where, listed = found
             base = _ids(listed, column, where)
             _refuse_other_ids(seen, base, name, column, where)
-        if len(base.unique()) != len(base):
-            raise DataError(
-                "ids occur twice", field=f"{where}: {column}", expected="one row for each id"
-            )
+        _refuse_repeated_ids(base, f"{where}: {column}")
         mapping = _Mapping(base)
         ids[kind] = mapping(seen)
         columns = reader.feature_columns(listed, column, where, is_user=kind == "user")
@@ -69,7 +70,7 @@ def read_tables(source: object, config: ImportConfig, report: ImportReport) -> S
         ids["item"],
         _times(table, config.time_column, name),
         _codes(table, name),
-        lambda row: f"{name}: row {row}",
+        lambda row: f"{name}: row {row} ({', '.join(str(each[row]) for each in called)})",
     )
 
 
@@ -94,8 +95,11 @@ class _Reader:
     def __init__(self, source: Location, config: ImportConfig) -> None:
         self._source = source
         self._config = config
-        self._overrides = TypeOverrides.parse(config.types)
+        self._overrides = TypeOverrides.parse(
+            config.types, ids=(config.user_column, config.item_column)
+        )
         self._columns: set[str] = set()
+        self._read_names: set[str] = set()
 
     def interactions(self) -> tuple[str, pa.Table]:
         """Its name for messages, and the table."""
@@ -142,6 +146,14 @@ class _Reader:
         """Whether the source holds tables, and is not the part files of one."""
         return self._source.named(self._config.interactions_file) is not None
 
+    def without_table(self, stem: str) -> str:
+        """What to say where no table was found; which files were passed over."""
+        said = f"no table of {stem}: they are those of the interactions, without features"
+        if self._source.is_file or not self._is_parent:
+            return said
+        passed = sorted({file.name for file in self._source.files()} - self._read_names)
+        return said + (f"; not read: {', '.join(passed[:SHOWN])} (--{stem}-file)" if passed else "")
+
     def feature_columns(
         self, table: pa.Table | None, key: str, where: str, *, is_user: bool
     ) -> _Columns:
@@ -180,6 +192,7 @@ class _Reader:
                 )
 
     def _read(self, location: Location) -> pa.Table:
+        self._read_names.add(location.name)
         return read_table(location, self._overrides)
 
 
@@ -220,6 +233,22 @@ class _Mapping:
         codes = distinct.indices.to_numpy()
         mapped: IdArray = np.array(values, dtype=np.int64)[codes]
         return mapped
+
+
+def _refuse_repeated_ids(ids: pa.ChunkedArray, field: str) -> None:
+    values = ids.combine_chunks().dictionary_encode()
+    codes = values.indices.to_numpy()
+    _, first = np.unique(codes, return_index=True)
+    repeats = np.setdiff1d(np.arange(len(codes)), first)
+    if len(repeats):
+        row = int(repeats[0])
+        earlier = int(np.flatnonzero(codes == codes[row])[0])
+        raise DataError(
+            "ids occur twice",
+            field=field,
+            expected="one row for each id",
+            got=f"{ids[row]} in rows {earlier} and {row}",
+        )
 
 
 def _refuse_other_ids(
@@ -272,7 +301,8 @@ def _times(table: pa.Table, column: str | None, name: str) -> IdArray:
             field=f"{name}: {column}",
             expected=why.expected,
             got=why.got,
-            hint="--time-column none takes the order of the rows",
+            hint="write them in ISO 8601, as in 2026-03-01 12:00:00; "
+            "--time-column none takes the order of the rows",
         ) from why
 
 
@@ -303,14 +333,15 @@ def _column(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
             "missing column",
             field=f"{name}: {column}",
             got=", ".join(table.column_names),
-            hint="--user-column, --item-column and --time-column name yours; "
-            "--time-column none takes the order of the rows",
+            hint="--user-column, --item-column and --time-column name yours, each by one name for "
+            "all tables; --time-column none takes the order of the rows",
         )
     if table[column].null_count:
         raise DataError(
             "missing values",
             field=f"{name}: {column}",
             expected="no nulls",
-            got=f"{table[column].null_count} nulls",
+            got=f"{table[column].null_count} nulls, the first in row "
+            f"{pc.index(table[column].is_null(), True).as_py()}",
         )
     return table[column]

@@ -82,6 +82,13 @@ def _with_features(name: str, tower: TowerConfig, features: list[FeatureConfig])
         ) from error
 
 
+def suggested_kinds(table: pa.Table) -> dict[str, str | None]:
+    """The kind of feature that each column suggests, None where it becomes none; ids left out."""
+    columns = [name for name in table.column_names[1:] if name != ORIGINAL_ID]
+    found = {name: _suggest_one(name, table[name]) for name in columns}
+    return {name: feature.kind if feature else None for name, feature in found.items()}
+
+
 def _suggest(table: pa.Table, key: str) -> list[FeatureConfig]:
     features: list[FeatureConfig] = []
     for name in table.column_names:

@@ -19,6 +19,8 @@ from shardline.training.features.fitted import Block
 from shardline.training.features.prepared import TrainingData
 from shardline.training.loss.negatives import Negatives, check_hard, draw
 
+FITTING_STEPS = 8  # per epoch, at least, of the batch that is proposed for few examples
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -134,7 +136,14 @@ def check_batch(batch_size: int, ranks: int, examples: int) -> None:
             field="batch_size",
             expected=f"<= {examples}",
             got=str(batch_size),
+            hint=f"--set training.batch_size={fitting_batch(examples, ranks)}",
         )
+
+
+def fitting_batch(examples: int, ranks: int) -> int:
+    """A global batch of which an epoch has FITTING_STEPS or more, a multiple of the ranks."""
+    most = max(1, examples // FITTING_STEPS)
+    return max(ranks, (1 << most.bit_length() - 1) // ranks * ranks)
 
 
 def others(train: Csr, users: IdArray, rows: IdArray, newest: int) -> Csr:

@@ -125,7 +125,7 @@ def check_folders(data_folder: Path, run_folder: Path, *, resume: bool) -> None:
     elif (run_folder / MANIFEST_NAME).exists():
         raise ConfigError(
             f"{run_folder}: holds a run already",
-            hint="--resume goes on with it, --run names another folder",
+            hint="--resume goes on with it, --run names another folder, also to what follows",
         )
 
 

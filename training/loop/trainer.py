@@ -137,6 +137,8 @@ class Trainer:
             fit_splits=self.config.fit_splits,
             precision=self.precision,
             sparse_tables=self.optimiser.sparse,
+            examples=len(self.sampler.data.train.items),
+            steps_per_epoch=self.sampler.steps_per_epoch,
         )
 
     def log_end(self, state: TrainState) -> None:
