@@ -200,6 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Ray prints this for every shard that is killed, whatever log_to_driver says; the pattern
         # is read when Ray is imported. The controller says in one line what became of the shard.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_WORKER_DIED)
+    if any("\udc80" <= letter <= "\udcff" for argument in args for letter in argument):
+        click.echo("error: an argument is not UTF-8; names of files and folders must be", err=True)
+        sys.exit(2)
     try:
         code: Any = cli.main(args=args, prog_name="shardline", standalone_mode=False)
     except click.Abort:

@@ -92,7 +92,11 @@ class FoundItems:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundAttributes:
-    """Of each attribute asked for, the values by item id; items that were not found have none."""
+    """Of each attribute asked for, the values by item id; items that were not found have none.
+
+    size: bytes of the values, packed.
+    """
 
     values: dict[str, dict[int, Any]]
+    size: int
     missing: tuple[Degraded, ...]

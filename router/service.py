@@ -7,10 +7,12 @@ its arrival. Requests beyond ``max_in_flight`` are refused before any work is do
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from shardline.router.cache import ResultCache, cache_key
@@ -21,6 +23,7 @@ from shardline.router.fanout.snapshot import Encoder, TableSnapshot, load_query_
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size
 from shardline.router.query import (
+    FoundAttributes,
     Merged,
     QueryKind,
     ResolvedQuery,
@@ -28,8 +31,13 @@ from shardline.router.query import (
     SearchAnswer,
 )
 from shardline.router.router_config import RouterConfig
-from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
-from shardline.shards.core.messages import RoutingTable
+from shardline.shards.core.errors import (
+    NotFound,
+    ShardlineError,
+    Unavailable,
+    too_much_returned,
+)
+from shardline.shards.core.messages import MAX_RETURNED_BYTES, RoutingTable
 from shardline.shards.core.metrics import (
     CACHE_BYTES,
     CACHE_HITS,
@@ -273,6 +281,9 @@ class SearchService:
         found = await self._fanout.attributes(snapshot, wanted, names, deadline=deadline)
         rows = [[item for item in row if item != EMPTY_ID] for row in ids.tolist()]
 
+        if found.size * len(rows) > MAX_RETURNED_BYTES:
+            _refuse_large(rows, found)
+
         def of(name: str) -> list[list[Any]]:
             values = found.values[name]
             return [[values.get(item) for item in row] for row in rows]
@@ -320,3 +331,15 @@ class SearchService:
             if self._cache.enabled:
                 self._cache.put(key, merged)
         return merged
+
+
+def _refuse_large(rows: list[list[int]], found: FoundAttributes) -> None:
+    """InvalidInput where items that many queries share make more than an answer may hold."""
+    times = Counter(item for row in rows for item in row)
+    size = sum(
+        times[item] * len(msgpack.packb(value))
+        for values in found.values.values()
+        for item, value in values.items()
+    )
+    if size > MAX_RETURNED_BYTES:
+        raise too_much_returned(MAX_RETURNED_BYTES)

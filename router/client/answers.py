@@ -3,6 +3,7 @@
 Fields that this version does not know are ignored, so that a newer server can be asked.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -59,7 +60,8 @@ class SearchAnswer:
             import pyarrow as pa
         except ImportError as error:
             raise ImportError("to_arrow() needs pyarrow: pip install pyarrow") from error
-        return pa.table(self._columns())
+        columns = self._columns()
+        return pa.table({name: _arrow_column(values) for name, values in columns.items()})
 
     def to_pandas(self) -> "pandas.DataFrame":
         """The columns of ``to_arrow`` as a DataFrame. Raises ImportError: pandas is missing."""
@@ -80,9 +82,22 @@ class SearchAnswer:
         if self.original_ids is not None:
             columns[ORIGINAL_ID] = list(chain.from_iterable(self.original_ids))
         for name, rows in self.attributes.items():
-            unique = f"attribute.{name}" if name in columns else name
-            columns[unique] = list(chain.from_iterable(rows))
+            while name in columns:
+                name = f"attribute.{name}"
+            columns[name] = list(chain.from_iterable(rows))
         return columns
+
+
+def _arrow_column(values: Any) -> Any:
+    """An array, or values of JSON: where no Arrow type holds them all, their texts in JSON."""
+    import pyarrow as pa
+
+    for kind in (None, pa.uint64()):
+        try:
+            return pa.array(values, kind)
+        except (pa.ArrowException, OverflowError):
+            continue
+    return pa.array([None if value is None else json.dumps(value) for value in values])
 
 
 def read_search(body: bytes) -> SearchAnswer:

@@ -15,6 +15,7 @@ from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack
+from uuid import UUID
 
 import msgpack
 import numpy as np
@@ -116,16 +117,7 @@ def _packed(value: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """As ``pack_array``; dates and times as ISO 8601 text, which time features take; times of day
-    and durations in seconds, as an import reads them."""
-    if isinstance(value, Decimal):
-        return float(value)
-    if isinstance(value, time_of_day):
-        return (value.hour * 60 + value.minute) * 60 + value.second + value.microsecond / 1e6
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, np.timedelta64):
-        return None if np.isnat(value) else float(value / np.timedelta64(1, "s"))
+    """As ``pack_array``; dates and times as ISO 8601 text, which time features take."""
     if isinstance(value, np.datetime64):
         return None if np.isnat(value) else str(value)
     if isinstance(value, date):  # a pandas Timestamp too, and NaT, which no time is equal to
@@ -156,7 +148,9 @@ def _culprit(fields: Mapping[str, Any]) -> str:
 
 def _ids(values: "ArrayLike") -> IdArray:
     _refuse_hidden("item_ids", values)
-    if isinstance(values, list | tuple) and bool in map(type, values):  # numpy would make it 1
+    if isinstance(values, list | tuple) and {bool, np.bool_} & set(
+        map(type, values)
+    ):  # to numpy: 1
         raise InvalidInput(
             "not an array of integers", field="item_ids", expected="1-d int64", got="a bool"
         )
@@ -174,6 +168,8 @@ def _matrix(values: "ArrayLike") -> FloatArray:
     _refuse_hidden("vectors", values)
     try:
         array = np.asarray(values)
+        if array.ndim == 1 and array.dtype == object:  # rows of a Series or of an Arrow array
+            array = np.array([np.asarray(row) for row in array])
     except (ValueError, OverflowError) as error:
         raise InvalidInput(
             "not a matrix of numbers", field="vectors", expected="rows of equal length"
@@ -199,20 +195,35 @@ def _records(rows: Any) -> "Iterable[Mapping[str, Any]]":
     return found
 
 
-def _is_missing(value: Any) -> bool:
-    """NaN, which is how frames write a missing number."""
-    return isinstance(value, float | np.floating) and value != value
+def _listed(values: Any) -> list[Any]:
+    found: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
+    return found
+
+
+def _feature(value: Any) -> Any:
+    """As an import reads it: NaN, which is how frames write a missing number, as None; decimals as
+    numbers, times of day and durations as seconds, a UUID as text."""
+    if isinstance(value, float | np.floating):
+        return None if value != value else value
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, time_of_day):
+        return (value.hour * 60 + value.minute) * 60 + value.second + value.microsecond / 1e6
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, np.timedelta64):
+        return None if np.isnat(value) else float(value / np.timedelta64(1, "s"))
+    return str(value) if isinstance(value, UUID) else value
 
 
 # fields that are sent in another form than they are given
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "vectors": _matrix,
     "features": lambda rows: [
-        {name: None if _is_missing(value) else value for name, value in dict(row).items()}
-        for row in _records(rows)
+        {name: _feature(value) for name, value in dict(row).items()} for row in _records(rows)
     ],
     "item_ids": _ids,
-    "return_": lambda names: names if isinstance(names, str) else list(names),
+    "return_": lambda names: names if isinstance(names, str) else _listed(names),
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

@@ -103,7 +103,7 @@ class MultiValued:
         if value is not None and not isinstance(value, list | tuple):
             raise Refused(row, type(value).__name__)
         for place, element in enumerate(value or ()):
-            if not _is_of(element, self._type):
+            if element is not None and not _is_of(element, self._type):  # an import drops nulls too
                 raise Refused(row, _kind(element), f"[{place}]")
         places = [self._places[element] for element in value or () if element in self._places]
         return _mean_row(self._table, places[: self._max_length])
@@ -256,6 +256,8 @@ def _is_of(value: Any, kind: type) -> bool:
 
 
 def _item_ids(row: int, value: Any) -> IdArray:
+    if value is None:
+        return np.empty(0, dtype=np.int64)
     if not isinstance(value, list | tuple):
         raise Refused(row, _kind(value))
     if not set(map(type, value)) <= {int}:  # a bool is no int

@@ -200,7 +200,7 @@ class Fanout:
             missing |= {each: None for each in coverage.degraded if each.shard in asked}
             if size > MAX_RETURNED_BYTES:
                 raise too_much_returned(MAX_RETURNED_BYTES)
-        return FoundAttributes(values=values, missing=tuple(missing))
+        return FoundAttributes(values=values, size=size, missing=tuple(missing))
 
     async def _asked(
         self,

@@ -60,7 +60,8 @@ def _python_value(scalar: Any) -> Any:
         if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
             # a vector by Arrow's way takes a microsecond for each of its numbers
             values = scalar.values
-            return None if values is None else values.to_numpy(zero_copy_only=False).tolist()
+            if values is not None and not values.null_count:
+                return values.to_numpy(zero_copy_only=False).tolist()
         return scalar.as_py()
     except (pa.ArrowException, ValueError, OverflowError):
         return None

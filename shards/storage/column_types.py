@@ -203,7 +203,7 @@ def _list(column: pa.ChunkedArray) -> pa.ChunkedArray:
     elif pa.types.is_decimal(kind) or pa.types.is_floating(kind):
         return _vectors(elements.cast(pa.float64()), lengths, str(column.type))
     elif not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
-        elements = elements.cast(pa.string())  # dates and the like, as they are written
+        elements = _as_text(elements)
     if is_fixed and pa.types.is_integer(elements.type):
         return _vectors(elements.cast(pa.float64(), safe=False), lengths, str(column.type))
     filled = pc.fill_null(lengths, 0).to_numpy(zero_copy_only=False)
@@ -216,6 +216,14 @@ def _list(column: pa.ChunkedArray) -> pa.ChunkedArray:
         offsets, elements.combine_chunks(), mask=lengths.is_null() if lengths.null_count else None
     )
     return pa.chunked_array([made])
+
+
+def _as_text(elements: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Dates and the like as they are written; times as queries bring them, in ISO 8601."""
+    if not pa.types.is_timestamp(elements.type):
+        return elements.cast(pa.string())
+    times = _as_time(elements).to_pylist()
+    return pa.chunked_array([[None if t is None else t.isoformat() for t in times]], pa.string())
 
 
 def _vectors(elements: pa.ChunkedArray, lengths: pa.Array, got: str) -> pa.ChunkedArray:
@@ -292,6 +300,8 @@ def _narrow(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _time(column: pa.ChunkedArray) -> IdArray:
     kind = column.type
+    if pa.types.is_null(kind) and not len(column):
+        return np.empty(0, dtype=np.int64)
     if pa.types.is_floating(kind):
         column = _without_nan(column)
     if column.null_count:

@@ -26,6 +26,8 @@ class Location:
             InvalidInput: a URL of no known kind, or a malformed one.
         """
         text = str(source)
+        if text in ("", "file://"):
+            raise InvalidInput("no place to read from", field=option, expected="a path or a URL")
         if "://" not in text:
             return cls(fs.LocalFileSystem(), text.rstrip("/") or "/")
         try:
@@ -101,12 +103,13 @@ class Location:
     def files(self) -> list["Location"]:
         """Those below the folder, by path, without those that tools keep for themselves."""
         start = len(self.path.rstrip("/")) + 1
-        paths = sorted(
-            entry.path
-            for entry in self._entries(recursive=True)
-            if entry.type == fs.FileType.File
-            and not any(part[0] in "_." for part in PurePosixPath(entry.path[start:]).parts)
-        )
+        with read_errors(self.path):  # names that are not UTF-8
+            paths = sorted(
+                entry.path
+                for entry in self._entries(recursive=True)
+                if entry.type == fs.FileType.File
+                and not any(part[0] in "_." for part in PurePosixPath(entry.path[start:]).parts)
+            )
         return [Location(self.system, path) for path in paths]
 
     def _info(self) -> fs.FileInfo:

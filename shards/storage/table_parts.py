@@ -5,11 +5,13 @@ module: a file that cannot be read, and a value that its type does not allow, ar
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +26,8 @@ PEEKED_BYTES = 1 << 16
 BINARY_TABLES = "Parquet, or an Arrow IPC file or stream"
 # names that promise such a table; other files of a folder are passed over if they hold none
 SUFFIXES = ("", ".parquet", ".arrow", ".feather", ".arrows", ".ipc")
+WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,16})")
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 class TableFormat(Enum):
@@ -74,7 +78,7 @@ class Part:
                     for name, value in self.folder_values.items():
                         batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
                     batch = batch.select(columns)
-                    _refuse_invalid(batch, self.path, start)
+                    refuse_invalid(batch, self.path, start)
                     yield start, batch
                     start += batch.num_rows
 
@@ -107,7 +111,8 @@ def open_parts(sources: Iterable[object], *, option: str) -> list[Part]:
     for source in sources:
         location = Location.of(source, option)
         if location.is_folder:
-            found = [_open(each, folder_columns(location, each)) for each in location.files()]
+            files = location.files()
+            found = list(map(_open, files, folder_columns(location, files)))
             if not any(found):
                 raise NotFound(f"{location.path}: no Parquet or Arrow file in it")
             parts += filter(None, found)
@@ -133,7 +138,7 @@ def _open(location: Location, values: Values | None) -> Part | None:
                 got="another format" if start else "an empty file",
             )
         schema = _schema(location, form)
-    refuse_repeated(schema.names, location.path)
+        refuse_repeated(schema.names, location.path)
     values = {name: value for name, value in (values or {}).items() if name not in schema.names}
     for name, value in values.items():
         schema = schema.append(pa.field(name, value.type))
@@ -149,19 +154,36 @@ def _schema(location: Location, form: TableFormat) -> pa.Schema:
         return pa.ipc.open_stream(file).schema
 
 
-def folder_columns(folder: Location, part: Location) -> Values:
-    """A value for each ``key=value`` folder on the way to a part, as Spark and Hive write them."""
-    values: Values = {}
+def folder_columns(folder: Location, parts: Sequence[Location]) -> list[Values]:
+    """Of each part a value per ``key=value`` folder on the way to it, as Spark and Hive write them.
+
+    A key has integers if all its values are; a code such as 007 is none.
+    """
+    texts = [_steps(folder, part) for part in parts]
+    words = {
+        key
+        for each in texts
+        for key, text in each.items()
+        if text is not None and not WHOLE_NUMBER.fullmatch(text)
+    }
+    return [
+        {
+            key: pa.scalar(text, pa.string())
+            if key in words
+            else pa.scalar(None if text is None else int(text), pa.int64())
+            for key, text in each.items()
+        }
+        for each in texts
+    ]
+
+
+def _steps(folder: Location, part: Location) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
     for step in PurePosixPath(part.path[len(folder.path) :].lstrip("/")).parts[:-1]:
         key, sign, value = step.partition("=")
-        if sign and key and key not in values:
-            whole = value.lstrip("-").isascii() and value.lstrip("-").isdigit()
-            values[key] = (
-                pa.scalar(None, pa.string())
-                if value == "__HIVE_DEFAULT_PARTITION__"
-                else pa.scalar(int(value) if whole and len(value) < 18 else value)
-            )
-    return values
+        if sign and key:
+            found.setdefault(unquote(key), None if value == HIVE_NULL else unquote(value))
+    return found
 
 
 def unified_types(parts: Iterable[tuple[str, pa.Schema]]) -> dict[str, pa.DataType]:
@@ -183,6 +205,7 @@ def unified_types(parts: Iterable[tuple[str, pa.Schema]]) -> dict[str, pa.DataTy
                     field=f"{path}: {each.name}",
                     expected=f"{first.type}, as in {where}",
                     got=str(each.type),
+                    hint="in CSV and JSON, --types gives a column one type in all parts",
                 ) from error
             known[each.name] = (widened, where)
     return {name: field.type for name, (field, _) in known.items()}
@@ -204,7 +227,8 @@ def pandas_index(schema: pa.Schema) -> set[str]:
         return set()
 
 
-def _refuse_invalid(batch: pa.RecordBatch, path: str, start: int) -> None:
+def refuse_invalid(batch: pa.RecordBatch, path: str, start: int) -> None:
+    """DataError for a value that its type does not allow, with its row, counted from ``start``."""
     try:
         batch.validate(full=True)
     except pa.ArrowInvalid as error:

@@ -86,6 +86,7 @@ TAKEN: dict[str, tuple[Callable[[], pa.Array], pa.DataType]] = {
     ),
     "list of bools": (_array(pa.list_(pa.bool_()), [True, False], []), pa.large_list(pa.int8())),
     "list of dates": (_array(pa.list_(pa.date32()), [DAY], []), STRINGS),
+    "list of times": (_array(pa.list_(pa.timestamp("s")), [NOON], []), STRINGS),
     "list of nulls": (_array(pa.list_(pa.null()), [None], []), STRINGS),
     "list of floats of one length": (_array(pa.list_(pa.float64()), [1.0, 2.0], None), VECTOR),
     "list of decimals": (

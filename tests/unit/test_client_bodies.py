@@ -2,6 +2,7 @@
 
 import datetime as dt
 import sys
+from dataclasses import replace
 from datetime import date
 from decimal import Decimal
 from typing import Any
@@ -203,3 +204,52 @@ def test_what_has_another_shape_is_refused_by_its_name(fields: dict[str, Any]) -
     with pytest.raises(InvalidInput) as caught:
         search_body(**fields)
     assert caught.value.field in fields
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        pa.array(ROWS.tolist()),
+        pa.FixedSizeListArray.from_arrays(pa.array(ROWS.ravel()), 3),
+        pd.Series(list(ROWS)),
+        pl.Series(ROWS.tolist()),
+    ],
+    ids=["arrow lists", "arrow vectors", "pandas", "polars"],
+)
+def test_columns_of_vectors_are_matrices(vectors: Any) -> None:
+    np.testing.assert_array_equal(sent(vectors=vectors).values, ROWS)
+
+
+def test_names_may_come_from_arrow() -> None:
+    query = sent(item_ids=[1], return_=pa.array(["title"]))
+    assert query.returned == ("title",)
+
+
+def test_numpy_bools_are_no_ids() -> None:
+    with pytest.raises(InvalidInput, match="a bool"):
+        search_body(item_ids=[np.bool_(True), np.int64(3)])
+
+
+def test_a_duration_is_no_number_of_milliseconds() -> None:
+    for wrong in (dt.timedelta(milliseconds=500), np.timedelta64(500, "ms")):
+        with pytest.raises(InvalidInput) as caught:
+            search_body(item_ids=[1], timeout_ms=wrong)  # type: ignore[arg-type]
+        assert caught.value.field == "timeout_ms"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2**64 - 1, None], [2**64 - 1, None]),
+        ([[["a", 1]], None], ['[["a", 1]]', None]),
+        ([1, "a"], ["1", '"a"']),
+    ],
+)
+def test_every_attribute_has_a_column(answer: SearchAnswer, values: list, expected: list) -> None:
+    many = replace(answer, attributes={"x": [values], "id": [[7, 8]], "attribute.id": [[9, 10]]})
+    one = replace(many, ids=np.array([[5, 6]]), scores=np.zeros((1, 2), np.float32))
+    table = one.to_arrow()
+    assert table["x"].to_pylist() == expected
+    assert table["id"].to_pylist() == [5, 6]
+    assert table["attribute.id"].to_pylist() == [7, 8]
+    assert table["attribute.attribute.id"].to_pylist() == [9, 10]

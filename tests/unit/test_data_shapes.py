@@ -526,3 +526,10 @@ def test_no_file_raises_an_exception_of_a_library(tmp_path: Path, tail: bytes, h
 
 def test_shapes_are_many() -> None:
     assert len(TAKEN) + len(REFUSED) + len(IDS) + len(TIMES) >= 60
+
+
+def test_lists_of_times_are_texts_as_queries_send_them(tmp_path: Path) -> None:
+    moment = dt.datetime(2026, 3, 1, 12, 30)
+    column = pa.array([[moment], [None, moment], None, []] * 2, pa.list_(pa.timestamp("ns")))
+    dataset = imported(parquet_folder(tmp_path / "in", interactions=CLICKS, users=users(column)))
+    assert dataset.users()["x"].to_pylist()[:2] == [[moment.isoformat()]] * 2

@@ -362,14 +362,14 @@ def test_vectors_are_read_a_batch_at_a_time(
     for suffix in ("parquet", "arrow", "arrows"):
         save(tmp_path / f"a.{suffix}", id=[f"{suffix}{n}" for n in range(100)], vector=vectors(100))
     seen: list[tuple[str, ...]] = []
-    check = table_parts._refuse_invalid
+    check = table_parts.refuse_invalid
 
     def count(batch: pa.RecordBatch, path: str, start: int) -> None:
         assert batch.num_rows <= 10
         seen.append(tuple(batch.schema.names))
         check(batch, path, start)
 
-    monkeypatch.setattr(table_parts, "_refuse_invalid", count)
+    monkeypatch.setattr(table_parts, "refuse_invalid", count)
     batches = read_foreign([tmp_path])
     next(batches)
     assert seen.count(("vector",)) == 1, "one batch of vectors"

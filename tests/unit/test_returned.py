@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from shardline import Client
+from shardline.router import service as service_module
 from shardline.router.contract import Coverage
 from shardline.router.fanout import fanout as fanout_module
 from shardline.router.fanout.fanout import _columns_of
@@ -269,6 +270,16 @@ async def test_many_results_are_asked_for_a_part_at_a_time(monkeypatch: pytest.M
         assert answer["attributes"]["title"] == [[TITLES[i] for i in row] for row in answer["ids"]]
         assert "attributes_missing" not in answer
         assert all(server.stats.overloaded == 0 for server in servers)
+
+
+async def test_what_many_queries_share_counts_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "MAX_RETURNED_BYTES", 100_000)
+    async with service_over([pa.table({"text": ["x" * 600] * 40})]) as (service, _):
+        wanted = {"k": 40, "return": ["text"]}
+        answer = await ask(service, vectors=VECTORS[:3].tolist(), **wanted)
+        assert len(answer["attributes"]["text"][2]) == 40
+        with pytest.raises(InvalidInput, match="too much to return"):
+            await ask(service, vectors=VECTORS[:5].tolist(), **wanted)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from shardline.shards.storage.table_parts import (
     TableFormat,
     folder_columns,
     format_of,
+    refuse_invalid,
     refuse_repeated,
     unified_types,
 )
@@ -42,7 +43,8 @@ NAMED_TYPES: dict[str, pa.DataType] = {
     "timestamp": pa.timestamp("us"),
 }
 DELIMITERS = ",\t;|"
-CODE = re.compile(r"0\d+")
+# ids that are no int64, or would lose their zeros
+CODE = re.compile(r"0\d+|-?\d{19,}")
 # an empty field is none in any column; these are none where the others of the column are numbers
 NULL_NUMBERS = ["", "null", "NULL", "NaN", "nan", "NA", "N/A", "n/a", "#N/A", "None", "-nan"]
 
@@ -92,9 +94,9 @@ def read_table(location: Location, overrides: TypeOverrides | None = None) -> pa
         raise NotFound(f"{location.path}: no files in the folder")
     known = len(overrides.codes)
     tables = []
-    for part in parts:
+    for part, values in zip(parts, folder_columns(location, parts), strict=True):
         table = _decoded(_read_file(part, overrides))
-        for name, value in folder_columns(location, part).items():
+        for name, value in values.items():
             if name not in table.column_names:
                 table = table.append_column(name, pa.repeat(value, table.num_rows))
         tables.append(table)
@@ -118,8 +120,22 @@ def _read_file(location: Location, overrides: TypeOverrides) -> pa.Table:
                     is_file = form is TableFormat.IPC_FILE
                     reader = pa.ipc.open_file(file) if is_file else pa.ipc.open_stream(file)
                     table = reader.read_all()
-    refuse_repeated(table.column_names, location.path)
-    return table
+                    _refuse_damage(table, location.path)
+        refuse_repeated(table.column_names, location.path)
+        return table
+
+
+def _refuse_damage(table: pa.Table, path: str) -> None:
+    """Arrow maps its own files unchecked: an offset beyond the data would end the process.
+
+    Whether texts are UTF-8 is looked at where columns become features, which may be dropped.
+    """
+    raw = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    start = 0
+    for batch in table.to_batches():
+        columns = [c.view(raw[c.type]) if c.type in raw else c for c in batch.columns]
+        refuse_invalid(pa.RecordBatch.from_arrays(columns, batch.schema.names), path, start)
+        start += batch.num_rows
 
 
 def _read_text(location: Location, start: bytes, overrides: TypeOverrides) -> pa.Table:
@@ -148,7 +164,7 @@ def _read_text(location: Location, start: bytes, overrides: TypeOverrides) -> pa
 
 
 def _read_delimited(stream: pa.NativeFile, start: bytes, overrides: TypeOverrides) -> pa.Table:
-    text = start.decode("utf-8-sig", errors="replace")
+    text = start.decode("utf-8-sig", errors="replace").lstrip("\r\n")
     delimiter = _delimiter(text)
     header = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), [])
     types = {name: kind for name, kind in overrides.types.items() if name in header}
@@ -160,6 +176,9 @@ def _read_delimited(stream: pa.NativeFile, start: bytes, overrides: TypeOverride
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(column_types=types, null_values=NULL_NUMBERS),
     )
+    nameless = [place for place, name in enumerate(table.column_names) if not name]
+    for place in reversed(nameless):  # the index of a pandas frame, or commas that end the lines
+        table = table.remove_column(place)
     for place, name in enumerate(table.column_names):
         column = table.column(place)
         if pa.types.is_string(column.type):  # a text "NA" may be Namibia, an empty one is none
@@ -189,12 +208,17 @@ def _delimiter(text: str) -> str:
 
 
 def _read_json(stream: pa.NativeFile, overrides: TypeOverrides) -> pa.Table:
-    table = pa.json.read_json(stream, parse_options=pa.json.ParseOptions(newlines_in_values=True))
-    for name, kind in overrides.types.items():
-        if name in table.column_names:
-            overrides.used.add(name)
-            place = table.column_names.index(name)
-            table = table.set_column(place, name, table.column(place).cast(kind))
+    content = stream.read()
+    options = {"newlines_in_values": True}
+    table = pa.json.read_json(
+        pa.BufferReader(content), parse_options=pa.json.ParseOptions(**options)
+    )
+    given = [(name, kind) for name, kind in overrides.types.items() if name in table.column_names]
+    overrides.used.update(name for name, _ in given)
+    if given:  # as it stands in the file: a number or time made of the text first may be another
+        options["explicit_schema"] = pa.schema(given)
+        options = pa.json.ParseOptions(**options)
+        table = pa.json.read_json(pa.BufferReader(content), parse_options=options)
     return table
 
 

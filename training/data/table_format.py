@@ -35,6 +35,14 @@ def read_tables(source: object, config: ImportConfig, report: ImportReport) -> S
             named by an option that no table has.
         DataError: a table that cannot be read, or is not as docs/DATA.md says.
     """
+    named = (config.user_column, config.item_column, config.time_column)
+    if len(set(named)) < len(named):
+        raise InvalidInput(
+            "one column named twice",
+            field="--user-column, --item-column, --time-column",
+            expected="three columns",
+            got=", ".join(map(str, named)),
+        )
     reader = _Reader(Location.of(source), config)
     name, table = reader.interactions()
     ids: dict[str, IdArray] = {}
