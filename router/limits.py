@@ -82,15 +82,8 @@ def resolve(
     elif not 0 <= min_coverage <= 1:
         raise _out_of_range("min_coverage", min_coverage, "0 to 1")
     k = check_k(config.default_k if k is None else k, limit=config.max_k)
-    num_values = len(values) * k * (len(returned) + original_ids)
-    if num_values > MAX_RETURNED_VALUES:
-        raise InvalidInput(
-            "too much to return",
-            field="return",
-            expected=f"queries x k x attributes <= {MAX_RETURNED_VALUES}",
-            got=str(num_values),
-            hint="ask for fewer attributes, fewer results or fewer queries",
-        )
+    if returned or original_ids:
+        _check_returned(len(values) * k * (len(returned) + original_ids))
     return ResolvedQuery(
         kind=kind,
         values=values,
@@ -102,6 +95,17 @@ def resolve(
         returned=tuple(dict.fromkeys(returned)) if returned else (),
         original_ids=original_ids,
     )
+
+
+def _check_returned(num_values: int) -> None:
+    if num_values > MAX_RETURNED_VALUES:
+        raise InvalidInput(
+            "too much to return",
+            field="return",
+            expected=f"queries x k x attributes <= {MAX_RETURNED_VALUES}",
+            got=str(num_values),
+            hint="ask for fewer attributes, fewer results or fewer queries",
+        )
 
 
 def default_timeout_ms(config: RouterConfig, queries: int) -> float:

@@ -71,7 +71,7 @@ def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQue
         min_coverage=parsed.min_coverage,
         params=NO_PARAMS if parsed.params is None else SearchParams(**dict(parsed.params)),
         options=options,
-        returned=parsed.returned,
+        returned=parsed.returned or (),
         original_ids=parsed.return_original_ids,
     )
 

@@ -83,8 +83,8 @@ class SearchBody(_Body):
         lt=2**63,
         description="shards that have applied fewer writes than this are left out of the answer",
     )
-    returned: list[str] = Field(
-        default=[],
+    returned: list[str] | None = Field(
+        default=None,
         alias="return",
         max_length=MAX_RETURNED,
         description="names of items' attributes that the answer is to bring with the results",
