@@ -14,7 +14,7 @@ from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked
 MAX_NPROBE = 2048  # faiss's limit on GPUs; on a CPU more would be slower than an exact scan
 MAX_EF_SEARCH = 16_384
 MAX_RERANK_FACTOR = 64
-MAX_RETURNED = 32  # attributes of one request
+MAX_RETURNED = 64  # attributes of one request
 MAX_RETURNED_BYTES = 16 << 20  # of the attributes in one answer, packed
 
 
