@@ -148,9 +148,8 @@ def _culprit(fields: Mapping[str, Any]) -> str:
 
 def _ids(values: "ArrayLike") -> IdArray:
     _refuse_hidden("item_ids", values)
-    if isinstance(values, list | tuple) and {bool, np.bool_} & set(
-        map(type, values)
-    ):  # to numpy: 1
+    kinds = set(map(type, values)) if isinstance(values, list | tuple) else set()
+    if kinds & {bool, np.bool_}:  # numpy would make them 1
         raise InvalidInput(
             "not an array of integers", field="item_ids", expected="1-d int64", got="a bool"
         )

@@ -39,7 +39,7 @@ class ItemAttributes:
             raise InvalidInput(
                 "no such attribute",
                 field="return",
-                expected=f"one of {', '.join(self.names)}" if self.names else "none: there are no",
+                expected=f"one of {', '.join(self.names) or 'none, as this generation has none'}",
                 got=name,
             )
         column = self._table.column(name)

@@ -155,6 +155,21 @@ def test_large_ids_of_csv_are_texts(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert dataset.users()["original_id"].to_pylist() == [str(2**64 + row) for row in range(3)]
 
 
+def test_ids_of_19_digits_that_fit_are_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As services that number by time and host give them."""
+    source = tmp_path / "in"
+    source.mkdir()
+    ids = [1234567890123456789, 2**63 - 1]
+    lines = [f"{each},1,0" for each in ids]
+    (source / "interactions").write_text("\n".join(["user_id,item_id,timestamp", *lines, ""]))
+    code, said, dataset = imported(capsys, source)
+    assert code == 0, said
+    assert dataset is not None
+    np.testing.assert_array_equal(dataset.user_ids, ids)
+
+
 @pytest.mark.parametrize("source", ["", "file://"])
 def test_no_source_is_not_the_whole_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str

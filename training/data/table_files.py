@@ -43,8 +43,7 @@ NAMED_TYPES: dict[str, pa.DataType] = {
     "timestamp": pa.timestamp("us"),
 }
 DELIMITERS = ",\t;|"
-# ids that are no int64, or would lose their zeros
-CODE = re.compile(r"0\d+|-?\d{19,}")
+CODE = re.compile(r"0\d+|-?\d{19,}")  # may be no int64, or would lose its zeros
 # an empty field is none in any column; these are none where the others of the column are numbers
 NULL_NUMBERS = ["", "null", "NULL", "NaN", "nan", "NA", "N/A", "n/a", "#N/A", "None", "-nan"]
 
@@ -190,12 +189,18 @@ def _read_delimited(stream: pa.NativeFile, start: bytes, overrides: TypeOverride
 
 
 def _codes(text: str, delimiter: str, names: set[str]) -> set[str]:
-    """Those of the columns that hold a code such as 007, no number, at the start of a file."""
+    """Those of the columns that hold a code at the start of a file: 007, or beyond int64."""
     found: set[str] = set()
     with contextlib.suppress(csv.Error):  # the reader of the whole file will say it
         for row in csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter):
-            found |= {name for name in names if CODE.fullmatch(row[name] or "")}
+            found |= {name for name in names if _is_code(row[name] or "")}
     return found
+
+
+def _is_code(text: str) -> bool:
+    if not CODE.fullmatch(text):
+        return False
+    return text[0] == "0" or not -(1 << 63) <= int(text) < 1 << 63
 
 
 def _delimiter(text: str) -> str:
