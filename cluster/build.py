@@ -23,7 +23,7 @@ from shardline.cluster.spread import Progress, Spread, spread_rows
 from shardline.cluster.store import Store
 from shardline.cluster.tuning import Measured, advice, choose, cost_us, ladder_of, measured
 from shardline.shards.core import files
-from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.partition import Partition, Partitioning, partition
 from shardline.shards.index.main_index import MEASURED_K
 from shardline.shards.index.resolve import resolve
@@ -208,6 +208,13 @@ def run_on_ray(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
                 if isinstance(error.cause, ShardlineError | OSError):  # a full disk, say
                     raise error.cause from error
                 raise
+            except ray.exceptions.RayError as error:  # its process was killed: by the system, say
+                raise Unavailable(
+                    "the build of a shard ended early",
+                    got=last_line(error),
+                    hint="the host's kernel log names what the system ended for want of memory; "
+                    "`shardline build --in-process` builds one shard at a time",
+                ) from error
     finally:
         for reference in waiting:  # none unless a shard failed: nobody writes on after this
             ray.cancel(reference, force=True)

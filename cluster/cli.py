@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardline.cluster.exits import DEFECT, EXITS, INTERRUPTED, as_known, exit_code
+from shardline.shards.core.errors import last_line
 
 if TYPE_CHECKING:
     from shardline.cluster.config import ShardlineConfig
@@ -218,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         says_all = is_verbose or known is error or isinstance(error, ModuleNotFoundError)
         where = "" if says_all else "; -v shows where"
         if known is None:
-            click.echo(f"internal error: {type(error).__name__}: {error}{where}", err=True)
+            said = str(error) if is_verbose else last_line(error)
+            click.echo(f"internal error: {type(error).__name__}: {said}{where}", err=True)
             sys.exit(DEFECT)
         click.echo(f"error: {known}{where}", err=True)
         sys.exit(exit_code(known))

@@ -105,7 +105,8 @@ def build(
         if in_process:
             manifest = build_checked(store, checked, run_jobs=run_here, progress=progress)
         else:
-            with ray_for(config.cluster.address, num_cpus=cores(), verbose=settings.verbose):
+            address, verbose = config.cluster.address, settings.verbose
+            with ray_for(address, num_cpus=cores(), verbose=verbose, in_flight=None):
                 manifest = build_checked(store, checked, run_jobs=run_on_ray, progress=progress)
         if not no_publish:
             store.set_current(manifest.generation)

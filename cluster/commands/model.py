@@ -135,7 +135,7 @@ def ray_for_training(
     if workers == 1:
         return contextlib.nullcontext()
     num_cpus = max(cores(), workers + 1)
-    return ray_for(config.cluster.address, num_cpus=num_cpus, verbose=verbose)
+    return ray_for(config.cluster.address, num_cpus=num_cpus, verbose=verbose, in_flight=None)
 
 
 def train_with_progress(

@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 
 from shardline.cluster.control.placement import Event, ReplicaFailed, ReplicaUnreachable
-from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.messages import Absence, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.process.shard_actor import ShardActor
@@ -173,8 +173,7 @@ def reason_of(error: BaseException) -> Absence:
         cause = next(iter(cause.args), None) if died else cause.cause
     if isinstance(cause, ShardlineError):
         return Absence(cause.code, str(cause))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return Absence(Unavailable.code, lines[-1] if lines else type(error).__name__)
+    return Absence(Unavailable.code, last_line(error))
 
 
 def _existing(name: str) -> "ActorHandle[Any] | None":
