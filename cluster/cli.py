@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardline.cluster.exits import DEFECT, EXITS, INTERRUPTED, as_known, exit_code
+from shardline.cluster.streams import open_closed_streams, outlive_readers
 from shardline.shards.core.errors import last_line
 
 if TYPE_CHECKING:
@@ -195,6 +196,8 @@ def cli(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command, turns errors into one line and an exit code."""
+    open_closed_streams()
+    outlive_readers()
     args: list[str] = list(sys.argv[1:] if arguments is None else arguments)
     is_verbose = bool({"-v", "--verbose"} & set(args))
     if not is_verbose:

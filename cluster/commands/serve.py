@@ -111,7 +111,12 @@ def down(settings: Settings) -> None:
     except NotFound:
         click.echo("nothing is serving this store")
         return
-    psutil.Process(endpoint.pid).send_signal(signal.SIGTERM)
+    try:
+        psutil.Process(endpoint.pid).send_signal(signal.SIGTERM)
+    except psutil.NoSuchProcess:  # it has ended since
+        pass
+    except psutil.AccessDenied as error:
+        raise _not_ours(endpoint) from error
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while endpoint.is_alive:
         if time.monotonic() > deadline:
@@ -138,6 +143,14 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
     number = servable_generation(store, generation)
     enforce(before_serving(config, number))  # again, with its warnings, once Ray runs
     return number
+
+
+def _not_ours(endpoint: Endpoint) -> Unavailable:
+    owner = psutil.Process(endpoint.pid).username()
+    return Unavailable(
+        f"process {endpoint.pid} is another user's, who alone may stop {endpoint.url}",
+        hint=f"run `shardline down` as {owner}",
+    )
 
 
 class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as wait`

@@ -136,15 +136,23 @@ def reap_orphans() -> list[int]:
 
     The name of a session's folder holds its owner's pid, and every process of the session,
     HAProxy included, has that folder on its command line or a file in it open. No other process
-    is touched.
+    is touched, nor another user's session.
     """
     reaped: list[int] = []
     for folder in temporary_root().glob(f"{SESSION_PREFIX}*-*"):
         owner = folder.name.removeprefix(SESSION_PREFIX).split("-")[0]
-        if owner.isdigit() and not _owns(int(owner), folder):
+        if owner.isdigit() and _may_end(folder) and not _owns(int(owner), folder):
             reaped += _stop_leftovers(folder)
             shutil.rmtree(folder, ignore_errors=True)
     return reaped
+
+
+def _may_end(folder: Path) -> bool:
+    """Whether the session is this user's; root may end everybody's."""
+    try:
+        return os.geteuid() in (0, folder.lstat().st_uid)
+    except FileNotFoundError:  # another command is ending it
+        return False
 
 
 def _owns(pid: int, folder: Path) -> bool:
