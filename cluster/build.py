@@ -71,8 +71,10 @@ class CheckedPlan:
     seconds: float
 
 
-def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
+def check_plan(embeddings: Path, plan: BuildPlan, version: str | None = None) -> CheckedPlan:
     """Opens an embedding set, every checksum verified, and refuses what cannot be built from it.
+
+    ``version`` as ``open_embedding_set`` takes it.
 
     Raises:
         NotFound, CorruptFile, NewerFormat, DataError: the embedding set is absent or damaged.
@@ -80,7 +82,7 @@ def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
         InvalidInput: more shards than items.
     """
     started = time.perf_counter()
-    corpus = open_embedding_set(embeddings)
+    corpus = open_embedding_set(embeddings, version=version)
     if corpus.queries_file is not None:
         corpus.queries()
     index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
@@ -102,7 +104,10 @@ def build_generation(
     Raises as ``check_plan``.
     """
     return build_checked(
-        store, check_plan(embeddings, plan), run_jobs=run_jobs or run_here, progress=progress
+        store,
+        check_plan(embeddings, plan, store.version_of(embeddings)),
+        run_jobs=run_jobs or run_here,
+        progress=progress,
     )
 
 

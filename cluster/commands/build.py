@@ -16,7 +16,7 @@ from shardline.cluster.serving.endpoint import find_endpoint
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import DataError, InvalidInput, NotFound
+from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
@@ -101,7 +101,8 @@ def build(
                 + ("not a finished embedding set" if embeddings.is_dir() else "no such folder"),
                 hint="`shardline export` writes one; without --embeddings the newest is taken",
             )
-        checked = check_plan(embeddings, plan_of(config, Partitioning(partitioning)))
+        plan = plan_of(config, Partitioning(partitioning))
+        checked = check_plan(embeddings, plan, store.version_of(embeddings))
         if in_process:
             manifest = build_checked(store, checked, run_jobs=run_here, progress=progress)
         else:
@@ -111,7 +112,7 @@ def build(
         if not no_publish:
             store.set_current(manifest.generation)
     click.echo(describe(manifest))
-    with suppress(NotFound):
+    with suppress(NotFound, CorruptFile):  # without a note of use there is nothing to say of it
         running = find_endpoint(store)
         number = "" if not no_publish else f" --generation {manifest.generation}"
         click.echo(

@@ -141,7 +141,7 @@ def _live(store: Store) -> str:
 
 
 def _embeddings(folder: Path) -> str:
-    found = open_embedding_set(folder)
+    found = open_embedding_set(folder, version=folder.name)
     return f"{found.rows:,} items x {found.dim}, every checksum right"
 
 

@@ -102,6 +102,15 @@ class ShardActors:
             logger.warning("replica %s has not answered for %.0f s", key, DESCRIBE_TIMEOUT_S)
         return None
 
+    async def announce(self, key: ReplicaKey) -> None:
+        """Has a replica register again; one that does not answer registers when it starts anew."""
+        if key not in self._handles:
+            return
+        try:
+            await _answer(self._handles[key].announce.remote())
+        except (RayError, TimeoutError) as error:
+            logger.warning("replica %s did not register again: %s", key, error)
+
     def forget(self, key: ReplicaKey) -> None:
         """The failure of its actor is on record: nothing is asked of it any more."""
         self._handles.pop(key, None)

@@ -12,7 +12,8 @@
     └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded
         ├── Overloaded
-        └── Behind          a shard has not yet applied the writes that a search asks for
+        ├── Behind          a shard has not yet applied the writes that a search asks for
+        └── EncoderUnavailable  the generation's query encoder is damaged, or cannot be read
 
 Each error says what was expected, what was found and what to do. All of them can be pickled,
 because Ray carries them between processes.
@@ -123,6 +124,10 @@ class Overloaded(Unavailable):
 
 class Behind(Unavailable):
     code = "behind"
+
+
+class EncoderUnavailable(Unavailable):
+    code = "encoder_unavailable"
 
 
 def last_line(error: BaseException) -> str:
