@@ -95,6 +95,8 @@ class SearchService:
         self._load_encoder = load_encoder
         self._loading: tuple[str, asyncio.Future[Encoder | None]] | None = None
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
+        # why the controller publishes no newer table; None: nothing hinders it
+        self.controller_trouble: Absence | None = None
         self._searches = 0
         self._cache = ResultCache(config.cache_bytes)
 
@@ -256,8 +258,12 @@ class SearchService:
             Unavailable: no routing table has come yet.
         """
         with self._fanout.pin() as snapshot:
+            described = snapshot.describe()
+            if self.controller_trouble is not None:
+                trouble = {"about": "controller", **asdict(self.controller_trouble)}
+                described["warnings"].append(trouble)
             return {
-                **snapshot.describe(),
+                **described,
                 "in_flight": self._in_flight.taken,
                 "cache": asdict(self._cache.stats) if self._cache.enabled else None,
             }

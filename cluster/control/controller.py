@@ -31,9 +31,10 @@ from shardline.cluster.control.placement import (
     step,
 )
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
+from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store
 from shardline.shards.core.encoder_files import CONFIG
-from shardline.shards.core.errors import ShardlineError, Unavailable, error_of
+from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, error_of
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable, ShardRoute
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import (
@@ -76,6 +77,7 @@ class Controller:
         table = _empty_table(folder, manifest, notes)
         self._placement, places = open_generation(table, counter=store.counter() + 1)
         self._published: RoutingTable | None = None
+        self._unsaved: Absence | None = None  # why the newest numbers are not on record
         self._changed = asyncio.Condition()
         self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -119,15 +121,30 @@ class Controller:
                 return self._published
         return None
 
+    async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
+        """Why no newer table can be published, once that is another reason than ``known``, or when
+        the time is up; None: nothing hinders it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._unsaved != known)
+        return self._unsaved
+
     async def wait_ready(self, timeout_s: float) -> int | None:
         """The generation that is served, once every replica answers; None when the time is up.
 
         Raises:
-            ShardlineError: a replica cannot be placed; of its reason's code.
+            ShardlineError: a replica cannot be placed, or the store takes no counter; of that
+                reason's code.
         """
+
+        def is_over() -> bool:
+            return self._placement.ready or bool(self._failures()) or self._unsaved is not None
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._placement.ready or self._failures())
+                await self._changed.wait_for(is_over)
+                if self._unsaved is not None:
+                    raise error_of(self._unsaved.code, self._unsaved.text)
                 for key, reason in self._failures():
                     raise error_of(reason.code, f"shard {key.shard}: {reason.text}")
                 return self._placement.table.generation
@@ -189,10 +206,23 @@ class Controller:
         changed, instructions = step(self._placement, event)
         if changed is self._placement:
             return
-        self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+        try:
+            self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+        except OSError as error:
+            await self._cannot_save(error)
+            raise
+        self._unsaved = None
         self._placement = changed
         for instruction in instructions:
             self._carry_out(instruction)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _cannot_save(self, error: OSError) -> None:
+        """Tells whoever waits; the event is tried again by whoever it came from."""
+        known = as_known(error) or DataError(str(error))
+        text = f"the controller cannot save its counter, so nothing newer is published: {known}"
+        self._unsaved = Absence(known.code, text)
         async with self._changed:
             self._changed.notify_all()
 
