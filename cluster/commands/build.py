@@ -12,6 +12,9 @@ from shardline.cluster.build import BuildPlan, build_checked, check_plan, run_he
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.preflight.build_space import build_bytes
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import check_store
 from shardline.cluster.serving.endpoint import find_endpoint
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
@@ -82,6 +85,7 @@ def build(
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
     config, store = settings.config, settings.store
+    enforce([check_store(store)])
     with StageProgress() as progress:
         if vectors:
             embeddings = import_vectors(
@@ -103,6 +107,9 @@ def build(
             )
         plan = plan_of(config, Partitioning(partitioning))
         checked = check_plan(embeddings, plan, store.version_of(embeddings))
+        needed = build_bytes(checked.corpus, checked.index, checked.plan.num_shards)
+        for warning in enforce([check_store(store, needed)]):
+            progress.note(f"warning: {warning}")
         if in_process:
             manifest = build_checked(store, checked, run_jobs=run_here, progress=progress)
         else:

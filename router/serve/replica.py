@@ -163,7 +163,7 @@ class RouterReplica:
                 await asyncio.sleep(RETRY_S)
 
     async def _follow_trouble(self) -> None:
-        """Has `status` say why the controller publishes no newer table, for as long as it does not."""
+        """Has `status` say why the controller publishes no newer table, while it cannot."""
         known: Absence | None = None
         while True:
             try:

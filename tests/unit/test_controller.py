@@ -265,9 +265,7 @@ async def test_a_counter_that_cannot_be_saved_is_told_at_once_and_until_it_can(
             disk.setattr(files, "write_json", refuse_to_write)
             with pytest.raises(OSError, match="Read-only"):
                 await register(controller, 57)
-            with pytest.raises(
-                DataError, match="cannot save its counter.*a read"
-            ):
+            with pytest.raises(DataError, match=r"cannot save its counter.*a read"):
                 await asyncio.wait_for(waiting, 5)
         service.controller_trouble = trouble = await asyncio.wait_for(told, 5)
         assert trouble is not None

