@@ -141,7 +141,8 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
     store = Store(config.store.resolve())
     refuse_if_served(store)
     number = servable_generation(store, generation)
-    enforce(before_serving(config, number))  # again, with its warnings, once Ray runs
+    for warning in enforce(before_serving(config, number)):
+        click.echo(f"warning: {warning}", err=True)
     return number
 
 

@@ -106,8 +106,7 @@ def start_serving(
     """
     store = Store(config.store.resolve())
     number = servable_generation(store, generation)
-    for warning in enforce(before_serving(config, number)):
-        on_stage(f"warning: {warning}")
+    enforce(before_serving(config, number))
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     port = config.cluster.http_port or free_port()
