@@ -209,7 +209,7 @@ def test_a_checkpoint_in_the_folder_of_another_step_is_refused(tmp_path: Path) -
     (root / "00000020").rename(root / "00000010")
     (root / "aside").rename(root / "00000020")
     with pytest.raises(
-        CorruptFile, match="another checkpoint's .* of step 20; got that of step 10"
+        CorruptFile, match=r"another checkpoint.s .* of step 20; got that of step 10"
     ):
         latest_state(tmp_path)
     for step in (10, 20):
