@@ -15,10 +15,10 @@ from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.exits import as_known
 from shardline.cluster.preflight.check import Check, Verdict, failed, passed
 from shardline.cluster.preflight.machine import before_serving
-from shardline.cluster.serving.endpoint import serving_now
+from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, ShardlineError
+from shardline.shards.core.errors import CorruptFile, NotFound, ShardlineError
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import read_generation, verify_generation
 
@@ -132,6 +132,21 @@ def _store_checks(store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"generation {number}", partial(_generation, store.generation(number))
     if store.generation_numbers():
         yield "live generation", lambda: _live(store)
+    yield "state", lambda: _state(store)
+
+
+def _state(store: Store) -> str:
+    """Damage of these files stops nothing: each is written anew in time."""
+    damaged = [str(damage) for damage in store.damaged_state()]
+    try:
+        find_endpoint(store)
+    except NotFound:
+        pass  # nothing serves the store
+    except CorruptFile as error:
+        damaged.append(str(error))
+    if damaged:
+        raise CorruptFile("; ".join(damaged))
+    return "counters and note readable"
 
 
 def _live(store: Store) -> str:
