@@ -17,7 +17,7 @@ from shardline.cluster.commands.bench_options import (
 )
 from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.console import StageProgress
-from shardline.cluster.serving.ray_session import cores, local_ray
+from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.shards.core.errors import InvalidInput
 
 
@@ -200,7 +200,7 @@ def mining(settings: Settings, data: Path, seeds: int, json_path: Path | None) -
 
     config = settings.config
     cpus = serving_cpus(config)
-    with StageProgress() as progress, local_ray(num_cpus=cpus, verbose=settings.verbose):
+    with StageProgress() as progress, ray_for("local", num_cpus=cpus, verbose=settings.verbose):
         report = run(config, data, range(seeds), progress)
     print_report(report, json_path)
 

@@ -19,7 +19,7 @@ from shardline.cluster.commands.bench_options import (
 )
 from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.console import StageProgress
-from shardline.cluster.serving.ray_session import local_ray
+from shardline.cluster.serving.ray_session import ray_for
 from shardline.cluster.serving.serving_keys import client_key
 from shardline.shards.core.errors import InvalidInput
 
@@ -186,7 +186,7 @@ def measure(
         progress = stack.enter_context(StageProgress())
         if where.rows is not None:
             cpus = serving_cpus(config)
-            stack.enter_context(local_ray(num_cpus=cpus, verbose=settings.verbose))
+            stack.enter_context(ray_for("local", num_cpus=cpus, verbose=settings.verbose))
         report = run(config, scenario, where, options, data=data, progress=progress)
     for line in show(report, json_path, plot_path):
         click.echo(line)

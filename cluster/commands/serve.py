@@ -2,9 +2,9 @@
 
 import json
 import signal
-import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,14 +14,22 @@ from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
 from shardline.cluster.serving.deployment import serving, start_serving, stop_serving
-from shardline.cluster.serving.endpoint import Endpoint, find_endpoint
+from shardline.cluster.serving.ending import ORDERLY_S
+from shardline.cluster.serving.endpoint import (
+    Endpoint,
+    find_endpoint,
+    remove_note,
+    remove_own_note,
+)
+from shardline.cluster.serving.leftovers import reap_orphans
 from shardline.cluster.serving.preflight import check_serving
-from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for, reap_orphans
+from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.serving.serving_keys import serving_keys
 from shardline.shards.core.errors import NotFound, Unavailable
 from shardline.shards.storage.generation import read_generation
 
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = ORDERLY_S + 5.0  # it ends itself sooner unless it hangs altogether
+KILL_TIMEOUT_S = 5.0
 STOP_POLL_S = 0.1
 
 
@@ -63,25 +71,24 @@ def serve(
         settings.extra_overrides.append("cluster.insecure=true")
     config = settings.config
     address = config.cluster.address
+    reap_orphans()  # one of them may hold the port that is looked at next
     check_serving(config, generation)  # not its number: another may go live while Ray starts
     keys = serving_keys(config)
     _warn_of_other_shards(settings, config, generation)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
-        with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose):
+        with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose) as ending:
             if address != "local":
                 endpoint = start_serving(
                     config, keys=keys, generation=generation, on_stage=progress.note
                 )
                 progress.note(_ready_line(endpoint))
                 return
-            # Ray has set its own signal handlers by now; these replace them
-            with stop_on_signals() as wait:
-                with serving(
-                    config, keys=keys, generation=generation, on_stage=progress.note
-                ) as endpoint:
-                    progress.note(_ready_line(endpoint))
-                    wait()
+            ending.also(partial(remove_own_note, settings.store))
+            with serving(
+                config, keys=keys, generation=generation, on_stage=progress.note
+            ) as endpoint:
+                ending.wait(partial(progress.note, _ready_line(endpoint)))
                 progress.note("stopping")
 
 
@@ -102,39 +109,46 @@ def down(settings: Settings) -> None:
     except NotFound:
         click.echo("nothing is serving this store")
         return
-    psutil.Process(endpoint.pid).send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + STOP_TIMEOUT_S
+    if _stop(endpoint):
+        click.echo(f"stopped {endpoint.url}")
+        return
+    reap_orphans()
+    remove_note(settings.store, endpoint)
+    click.echo(
+        f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s: killed, with all that "
+        f"it had started at {endpoint.url}"
+    )
+
+
+def _stop(endpoint: Endpoint) -> bool:
+    """Whether the serving process has ended in order; False: it had to be killed.
+
+    Raises:
+        Unavailable: not even that ended it.
+    """
+    process = psutil.Process(endpoint.pid)
+    for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process acts on nothing else
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+    if _has_ended(endpoint, STOP_TIMEOUT_S):
+        return True
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+    if not _has_ended(endpoint, KILL_TIMEOUT_S):
+        raise Unavailable(
+            f"process {endpoint.pid} cannot be killed",
+            hint="it waits for a disk or a network share that does not answer",
+        )
+    return False
+
+
+def _has_ended(endpoint: Endpoint, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
     while endpoint.is_alive:
         if time.monotonic() > deadline:
-            raise Unavailable(f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s")
+            return False
         time.sleep(STOP_POLL_S)
-    click.echo(f"stopped {endpoint.url}")
-
-
-class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as wait`
-    """SIGINT and SIGTERM make ``wait()`` return; anywhere else they interrupt the block."""
-
-    def __enter__(self) -> Callable[[], None]:
-        self._stopped = threading.Event()
-        self._is_waiting = False
-        self._before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self._wait
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _wait(self) -> None:
-        self._is_waiting = True
-        self._stopped.wait()
-        self._is_waiting = False
-
-    def _stop(self, number: int, frame: object) -> None:
-        if not self._is_waiting:
-            raise KeyboardInterrupt
-        self._stopped.set()
+    return True
 
 
 def _warn_of_other_shards(
