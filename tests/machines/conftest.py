@@ -114,10 +114,14 @@ def run(
 
 
 @contextlib.contextmanager
-def started(store: Path, *arguments: str, **variables: str) -> Iterator[Served]:
-    """A command in a process group of its own; ended at the end of the block if it still runs."""
+def started(store: Path | None, *arguments: str, **variables: str) -> Iterator[Served]:
+    """A command in a process group of its own; ended at the end of the block if it still runs.
+
+    store None: the command's own.
+    """
+    named = () if store is None else ("--store", str(store))
     process = psutil.Popen(
-        command("--store", str(store), *arguments),
+        command(*named, *arguments),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
