@@ -57,8 +57,17 @@ def test_ctrl_c_at_random_moments_of_the_start(store: Path) -> None:
     assert slowest < CTRL_C_S, f"seed {seed}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("stage", [RAY, "train: ", "shards: ", "loading generation"])
+@pytest.mark.parametrize(
+    ("stage", "number"),
+    [
+        ("] data:", signal.SIGTERM),
+        (RAY, signal.SIGINT),
+        ("] train:", signal.SIGTERM),
+        ("] build:", signal.SIGHUP),
+        ("loading generation", signal.SIGINT),
+        ("] evaluate over HTTP:", signal.SIGTERM),
+    ],
+)
 def test_demo_at_every_stage(tmp_path: Path, stage: str, number: signal.Signals) -> None:
     """Its Ray trains, builds and serves; its temporary folder goes as well."""
     arguments = ("demo", "--quick", "--report", str(tmp_path / "report.json"))
