@@ -66,7 +66,7 @@ def ended(role: str | None) -> Callable[[Served, random.Random], Fault]:
 # a supervisor's restart: as long as serve takes to end and to start
 RESTART = Allowance(whole_within_s=120, errors=GONE | {DEADLINE}, partial=True, answer_within_s=16)
 END_KINDS = (
-    Kind(name="raylet killed, serve started again", allowance=RESTART, make=ended("raylet")),
-    Kind(name="GCS killed, serve started again", allowance=RESTART, make=ended("gcs")),
-    Kind(name="serve killed with -9, started again", allowance=RESTART, make=ended(None)),
+    Kind(name="raylet killed and serve started again", allowance=RESTART, make=ended("raylet")),
+    Kind(name="GCS killed and serve started again", allowance=RESTART, make=ended("gcs")),
+    Kind(name="serve killed with -9 and started again", allowance=RESTART, make=ended(None)),
 )
