@@ -61,6 +61,7 @@ class Way(Protocol):
     """One way of asking; used by one thread."""
 
     name: str
+    repeats: bool  # of itself, what failed
 
     def ask(self, question: Question) -> Answer: ...
 
@@ -71,7 +72,7 @@ class ByClient:
     """The blocking client, with msgpack."""
 
     def __init__(self, name: str, address: Address, retry: Retry) -> None:
-        self.name = name
+        self.name, self.repeats = name, retry.attempts > 1
         self._client = Client(address.url, CLIENT_TIMEOUT_S, key=address.key, retry=retry)
 
     def ask(self, question: Question) -> Answer:
@@ -103,7 +104,7 @@ class ByClient:
 class ByJson:
     """JSON over http.client, on one kept connection."""
 
-    name = "json"
+    name, repeats = "json", False
 
     def __init__(self, address: Address) -> None:
         self._host = address.url.removeprefix("http://")
@@ -176,11 +177,11 @@ class Askers:
                 began = self._clock()
                 answer = way.ask(question)
                 ended = self._clock()
-                self._note(way.name, question, answer, began, ended)
+                self._note(way, question, answer, began, ended)
                 self._stopped.wait(PAUSE_S if isinstance(answer, Said) else PAUSE_AFTER_ERROR_S)
 
     def _note(
-        self, name: str, question: Question, answer: Answer, began: float, ended: float
+        self, way: Way, question: Question, answer: Answer, began: float, ended: float
     ) -> None:
         code, text = (OK, "") if isinstance(answer, Said) else answer
         missing: tuple[int, ...] = ()
@@ -189,11 +190,12 @@ class Askers:
             missing = tuple(sorted(each.shard for each in answer.coverage.degraded))
             text = ", ".join(f"{d.shard} {d.code}" for d in answer.coverage.degraded)
             findings = [
-                Finding(kind=each.kind, text=f"{name} {question.kind}: {each.text}", at_s=began)
+                Finding(kind=each.kind, text=f"{way.name} {question.kind}: {each.text}", at_s=began)
                 for each in self._oracle.faults(question, answer)
             ]
         outcome = Outcome(
-            asker=name,
+            asker=way.name,
+            repeats=way.repeats,
             kind=question.kind,
             began_s=began,
             ended_s=ended,

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import psutil
 
-from tests.chaos.oracle import Finding
+from tests.chaos.oracle import Finding, FindingKind
 from tests.chaos.served import Served
-from tests.chaos.windows import DEADLINE, GONE, TIMED_OUT, Allowance
+from tests.chaos.windows import DEADLINE, GONE, TIMED_OUT, UNAVAILABLE, Allowance
 
 
 class Fault(Protocol):
@@ -82,6 +82,51 @@ class Stopped:
         return True
 
 
+@dataclass(slots=True, kw_only=True)
+class AllStopped:
+    """Every shard stopped: after a while ``/readyz`` has to say that nothing can be answered."""
+
+    served: Served
+    held_s: float
+    findings: list[Finding] = field(default_factory=list)
+    _victims: list[psutil.Process] = field(default_factory=list)
+
+    def inject(self) -> None:
+        self._victims = self.served.processes("shard")
+        for victim in self._victims:
+            victim.suspend()
+
+    def undo(self) -> None:
+        is_ready = self.served.is_ready()
+        for victim in self._victims:
+            victim.resume()
+        if is_ready:
+            text = f"/readyz says ready with all shards stopped for {self.held_s:.1f} s"
+            self.findings.append(Finding(kind=FindingKind.UNTRUTHFUL, text=text))
+
+    def is_whole(self) -> bool:
+        return True
+
+
+@dataclass(slots=True, kw_only=True)
+class AllKilled:
+    """SIGKILL to every shard."""
+
+    victims: list[psutil.Process]
+    held_s: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+
+    def inject(self) -> None:
+        for victim in self.victims:
+            victim.kill()
+
+    def undo(self) -> None:
+        """A kill cannot be undone."""
+
+    def is_whole(self) -> bool:
+        return all(map(is_gone, self.victims))
+
+
 BURN = "import os, sys, time\nend = time.time() + float(sys.argv[1])\nwhile time.time() < end: pass"
 
 
@@ -136,6 +181,10 @@ UNNOTICED = Allowance(whole_within_s=60)
 NO_ROUTER = Allowance(whole_within_s=40, errors=GONE, errors_for_s=25, partial=True)
 NO_HAPROXY = Allowance(whole_within_s=60, errors=GONE, errors_for_s=2)
 
+NO_SHARDS = Allowance(
+    whole_within_s=40, errors=frozenset({UNAVAILABLE, DEADLINE}), partial=True, answer_within_s=8
+)
+
 PROCESS_KINDS = (
     Kind(
         name="shard killed",
@@ -146,6 +195,16 @@ PROCESS_KINDS = (
         name="shard stopped",
         allowance=Allowance(whole_within_s=15, partial=True),
         make=stopped("shard", 8),
+    ),
+    Kind(
+        name="all shards killed",
+        allowance=NO_SHARDS,
+        make=lambda served, rng: AllKilled(victims=served.processes("shard")),
+    ),
+    Kind(
+        name="all shards stopped",
+        allowance=NO_SHARDS,
+        make=lambda served, rng: AllStopped(served=served, held_s=rng.uniform(4, 8)),
     ),
     Kind(name="router killed", allowance=NO_ROUTER, make=killed("router")),
     Kind(
@@ -161,6 +220,13 @@ PROCESS_KINDS = (
         make=stopped("router", 12),
     ),
     Kind(name="controller killed", allowance=UNNOTICED, make=killed("controller")),
+    Kind(name="controller stopped", allowance=UNNOTICED, make=stopped("controller", 10)),
+    Kind(name="serve itself stopped", allowance=UNNOTICED, make=stopped("driver", 10)),
+    Kind(
+        name="HAProxy stopped",
+        allowance=Allowance(whole_within_s=5, answer_within_s=10),  # requests wait for it
+        make=stopped("haproxy", 4),
+    ),
     Kind(name="HAProxy killed", allowance=NO_HAPROXY, make=killed("haproxy")),
     Kind(
         name="HAProxy's manager killed",

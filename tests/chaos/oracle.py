@@ -39,11 +39,12 @@ class FindingKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """Something that must not be; at_s on the run's clock."""
+    """Something that must not be; at_s on the run's clock. during: the fault at that time."""
 
     kind: FindingKind
     text: str
     at_s: float = 0.0
+    during: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

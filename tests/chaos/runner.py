@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.chaos.askers import Log
 from tests.chaos.durations import Lasted, lasted
@@ -69,9 +69,9 @@ class Runner:
             self.windows.append(window)
         if len(chosen) == 1:
             self.lasted.append(lasted(self.windows[-1], self.log.since(place)))
-        for finding in (each for fault in faults for each in fault.findings):
-            self.log.report(Finding(kind=finding.kind, text=finding.text, at_s=began))
         names = " and ".join(step.names)
+        for finding in (each for fault in faults for each in fault.findings):
+            self.log.report(replace(finding, at_s=began, during=names))
         after = "never" if whole == math.inf else f"{whole - undone:.1f} s"
         print(f"{began:7.1f} s  {names}: held {undone - began:.1f} s, whole after {after}")
         if whole == math.inf:

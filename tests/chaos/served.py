@@ -124,9 +124,13 @@ class Served:
         except ShardlineError:
             return False
 
-    def traces(self) -> list[str]:
-        """Session folders of this ``serve``, and processes that name them: for after its end."""
-        return traces_of(self.pid)
+    def is_ready(self) -> bool:
+        """What ``/readyz`` says; not, where nobody answers."""
+        try:
+            with self._client() as client:
+                return client.ready()
+        except ShardlineError:
+            return False
 
     def _client(self) -> Client:
         once = Retry(attempts=1)

@@ -11,7 +11,7 @@ import os
 import secrets
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,14 +32,14 @@ from tests.chaos.oracle import Finding, FindingKind, Oracle
 from tests.chaos.runner import NeverWhole, Runner
 from tests.chaos.schedule import Step, steps
 from tests.chaos.served import DidNotStart, Served, traces_of
-from tests.chaos.windows import not_whole, unexpected
+from tests.chaos.windows import not_whole, placed, unexpected
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "45"))
 SEED = int(os.environ.get("CHAOS_SEED", str(secrets.randbelow(1 << 31))))
 CHOSEN = [name.strip() for name in os.environ.get("CHAOS_KINDS", "").split(",") if name.strip()]
 ENDS_FROM_S = 120.0  # shorter runs have no time for starting serve twice more
 ENDS_WITHIN_S = 20.0
-SHOWN = 15  # findings of a kind that are printed
+SHOWN = 3  # findings of the same kind and fault that are printed
 
 KINDS = {kind.name: kind for kind in (*PROCESS_KINDS, *FILE_KINDS, *HOSTILE_KINDS)}
 ENDS = {kind.name: kind for kind in END_KINDS}
@@ -63,7 +63,8 @@ def test_no_fault_makes_an_answer_wrong(tmp_path: Path) -> None:
                 carry_out(runner, peaks, pids)
     finally:
         found = end_in_order(served, pids)
-    found += [*log.findings, *unexpected(log.outcomes, runner.windows), *not_whole(runner.windows)]
+    found += [placed(each, runner.windows) for each in log.findings]
+    found += [*unexpected(log.outcomes, runner.windows), *not_whole(runner.windows)]
     report(runner, found, out, peaks.mib)
     assert not Counter(str(each.kind) for each in found)
 
@@ -134,11 +135,7 @@ def report(runner: Runner, found: Sequence[Finding], out: Path, peak_mib: dict[s
     print(f"\n{len(outcomes)} requests checked, {full} full answers; {dict(counts)}")
     print(f"memory, MiB at most: { {role: round(used) for role, used in peak_mib.items()} }")
     print(f"findings: {dict(kinds) or 'none'}\n\n{rows}")
-    shown: Counter[str] = Counter()
-    for each in sorted(found, key=lambda finding: finding.at_s):
-        shown[str(each.kind)] += 1
-        if shown[str(each.kind)] <= SHOWN:
-            print(f"{each.at_s:7.1f} s  {each.kind}: {each.text}")
+    print_grouped(found)
     (out / "durations.md").write_text(rows)
     content = {
         "seed": SEED,
@@ -150,6 +147,17 @@ def report(runner: Runner, found: Sequence[Finding], out: Path, peak_mib: dict[s
         "codes": dict(counts),
         "peak_mib": {role: round(used) for role, used in peak_mib.items()},
         "faults": as_json(runner.lasted),
-        "findings": [[each.kind, round(each.at_s, 1), each.text] for each in found],
+        "findings": [[each.kind, each.during, round(each.at_s, 1), each.text] for each in found],
     }
     (out / "chaos.json").write_text(json.dumps(content, indent=1))
+
+
+def print_grouped(found: Sequence[Finding]) -> None:
+    """Findings by kind and fault: how many, and the first few."""
+    groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for each in sorted(found, key=lambda finding: finding.at_s):
+        groups[each.kind, each.during].append(each)
+    for (kind, during), same in sorted(groups.items()):
+        print(f"{len(same)} times {kind}{f', during: {during}' if during else ''}")
+        for each in same[:SHOWN]:
+            print(f"  {each.at_s:7.1f} s  {each.text}")

@@ -6,7 +6,7 @@ beginning until the cluster was whole again. Outside of them no error and no par
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.chaos.oracle import Finding, FindingKind, QueryKind
 
@@ -20,6 +20,7 @@ DEADLINE = "deadline_exceeded"
 GONE = frozenset({UNAVAILABLE, CONNECTION})
 
 ANSWER_WITHIN_S = 5.0  # a request asks for 2 s; the rest is a busy machine
+NO_FAULT = "no fault"
 GRACE_S = 0.3  # an outcome that was under way when the cluster counted as whole
 
 
@@ -70,7 +71,8 @@ class Window:
 class Outcome:
     """What became of one request. code: OK, an error's code, or one of those above.
 
-    missing: shards named as missing by an answer.
+    missing: shards named as missing by an answer. repeats: its client tries again by itself, so
+    that the time it took says little.
     """
 
     asker: str
@@ -80,6 +82,7 @@ class Outcome:
     code: str = OK
     missing: tuple[int, ...] = ()
     text: str = ""
+    repeats: bool = False
 
     @property
     def is_full(self) -> bool:
@@ -95,7 +98,7 @@ def unexpected(outcomes: Iterable[Outcome], windows: Sequence[Window]) -> list[F
             (w.allowance.answer_within_s for w in windows if w.overlaps(outcome)),
             default=ANSWER_WITHIN_S,
         )
-        if took_s > patience:
+        if took_s > patience and not outcome.repeats:
             text = f"{_named(outcome)} took {took_s:.1f} s, allowed {patience:.1f}"
             found.append(_finding(FindingKind.SLOW, outcome, windows, text))
         if outcome.is_full or any(window.permits(outcome) for window in windows):
@@ -113,10 +116,17 @@ def not_whole(windows: Iterable[Window]) -> list[Finding]:
             text=f"{w.name}: whole after {w.whole_s - w.undone_s:.1f} s, "
             f"allowed {w.allowance.whole_within_s:g}",
             at_s=w.began_s,
+            during=w.name,
         )
         for w in windows
         if w.whole_s - w.undone_s > w.allowance.whole_within_s
     ]
+
+
+def placed(finding: Finding, windows: Iterable[Window]) -> Finding:
+    """With the faults of its time, where it does not name one."""
+    during = [w.name for w in windows if w.began_s <= finding.at_s <= w.whole_s]
+    return finding if finding.during else replace(finding, during=" and ".join(during))
 
 
 def _named(outcome: Outcome) -> str:
@@ -125,17 +135,21 @@ def _named(outcome: Outcome) -> str:
 
 
 def _finding(kind: FindingKind, outcome: Outcome, windows: Sequence[Window], text: str) -> Finding:
-    during = [
-        f"{outcome.began_s - w.began_s:+.1f} s after {w.name}, "
-        f"{outcome.began_s - w.undone_s:+.1f} s after its end"
-        for w in windows
-        if w.overlaps(outcome)
-    ]
-    where = "; ".join(during) or _nearest(outcome, windows)
-    return Finding(kind=kind, text=f"{text} ({where})", at_s=outcome.began_s)
+    during = [w for w in windows if w.overlaps(outcome)]
+    when = [
+        f"{outcome.began_s - w.began_s:.1f} s after it began, "
+        f"{outcome.began_s - w.undone_s:+.1f} s from its end"
+        for w in during
+    ] or [_since(outcome, windows)]
+    return Finding(
+        kind=kind,
+        text=f"{text} ({'; '.join(when)})",
+        at_s=outcome.began_s,
+        during=" and ".join(w.name for w in during) or NO_FAULT,
+    )
 
 
-def _nearest(outcome: Outcome, windows: Sequence[Window]) -> str:
+def _since(outcome: Outcome, windows: Sequence[Window]) -> str:
     before = [w for w in windows if w.began_s <= outcome.began_s]
     if not before:
         return "before any fault"

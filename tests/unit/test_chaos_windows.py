@@ -12,7 +12,7 @@ from tests.chaos.durations import as_json, lasted, table
 from tests.chaos.ends import END_KINDS
 from tests.chaos.faults import PROCESS_KINDS
 from tests.chaos.hostile import HOSTILE_KINDS
-from tests.chaos.oracle import FindingKind, QueryKind
+from tests.chaos.oracle import Finding, FindingKind, QueryKind
 from tests.chaos.schedule import PAUSE_S, steps
 from tests.chaos.windows import (
     CONNECTION,
@@ -23,6 +23,7 @@ from tests.chaos.windows import (
     Outcome,
     Window,
     not_whole,
+    placed,
     unexpected,
 )
 
@@ -75,12 +76,24 @@ def test_what_no_fault_explains(outcome: Outcome, kind: FindingKind) -> None:
     assert found.at_s == outcome.began_s
 
 
+def test_a_client_that_repeats_may_take_long() -> None:
+    assert unexpected([replace(FULL, ended_s=16.5, repeats=True)], [WINDOW]) == []
+
+
 def test_partial_answers_need_a_fault_that_takes_rows() -> None:
     whole = replace(WINDOW, allowance=replace(WINDOW.allowance, partial=False))
     assert [each.kind for each in unexpected([PARTIAL], [whole])] == [FindingKind.PARTIAL]
     assert unexpected([PARTIAL], [whole, WINDOW]) == [], "of two faults at once either explains it"
     (found,) = unexpected([moved(PARTIAL, 20)], [whole])
     assert "6.0 s after router killed was over" in found.text
+    assert found.during == "no fault"
+
+
+def test_findings_are_placed_by_their_time() -> None:
+    finding = Finding(kind=FindingKind.WRONG, text="x", at_s=12)
+    assert placed(finding, [WINDOW]).during == "router killed"
+    assert placed(replace(finding, at_s=15), [WINDOW]).during == ""
+    assert placed(replace(finding, during="y"), [WINDOW]).during == "y"
 
 
 def test_a_fault_that_lasts_too_long() -> None:
