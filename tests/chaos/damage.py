@@ -43,7 +43,7 @@ HURTS: tuple[Hurt, ...] = (flipped, flipped, truncated, noise)
 class Damaged:
     """``path`` is damaged and a process killed that reads it when it comes back.
 
-    At the end the file is made whole again, and the process that ``again`` finds killed. The
+    At the end the file is made whole again, and the processes that ``again`` finds killed. The
     process must not come back as long as the file is damaged, but the rest of the cluster may.
     """
 
@@ -52,11 +52,12 @@ class Damaged:
     rng: random.Random
     victim: psutil.Process
     held_s: float
-    again: Callable[[], psutil.Process] | None = None
+    again: Callable[[], list[psutil.Process]] = list
     restores: bool = True
     check: Callable[[], str | None] = lambda: None
     findings: list[Finding] = field(default_factory=list)
     _whole: bytes = b""
+    _more: list[psutil.Process] = field(default_factory=list)
 
     def inject(self) -> None:
         self._whole = self.path.read_bytes()
@@ -66,12 +67,12 @@ class Damaged:
     def undo(self) -> None:
         if self.restores:
             replace(self.path, self._whole)
-        if self.again is not None:
-            self.victim = self.again()
-            self.victim.kill()
+        self._more = self.again()
+        for process in self._more:
+            process.kill()
 
     def is_whole(self) -> bool:
-        return is_gone(self.victim) and self.check() is None
+        return all(map(is_gone, (self.victim, *self._more))) and self.check() is None
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -133,7 +134,7 @@ def encoder_file(served: Served, rng: random.Random) -> Fault:
         rng=rng,
         victim=one_of(served, "router", rng),
         held_s=ROUTER_GAP_S + 3,
-        again=lambda: one_of(served, "router", rng),
+        again=lambda: served.processes("router"),
     )
 
 

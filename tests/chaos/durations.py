@@ -1,5 +1,6 @@
 """How long each kind of fault lasted, as a table for docs/OPERATIONS.md and as JSON. Pure."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -67,15 +68,20 @@ FIGURES = ("held_s", "errors_s", "partial_s", "whole_s")
 
 
 def as_json(rows: Sequence[Lasted]) -> list[dict[str, Any]]:
-    """A record per fault, in the order they came."""
-    return [
-        {name: round(v, 3) if isinstance(v, float) else v for name, v in asdict(row).items()}
-        for row in rows
-    ]
+    """A record per fault, in the order they came; null for what never ended."""
+    return [{name: _plain(value) for name, value in asdict(row).items()} for row in rows]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 3) if math.isfinite(value) else None
+    return value
 
 
 def _seconds(values: Sequence[float]) -> str:
     middle, largest = statistics.median(values), max(values)
     if largest < 0.05:
         return "none"
+    if math.isinf(middle):
+        return "never"
     return f"{middle:.1f} s" if len(values) == 1 else f"{middle:.1f} s ({largest:.1f})"

@@ -152,3 +152,6 @@ def test_durations() -> None:
         "| router killed | 2 | 2.0 s (2.0) | 1.5 s (1.5) | 3.0 s (3.0) | 5.5 s (9.0) |",
     ]
     assert as_json([one])[0]["name"] == "router killed"
+    never = replace(one, whole_s=math.inf)
+    assert table([never]).splitlines()[-1].endswith("| never |")
+    assert as_json([never])[0]["whole_s"] is None
