@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-chaos lint format docs bench clean
+.PHONY: help install demo serve test test-machines test-chaos lint format docs bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/installed ## make .venv with the pinned versions (FAISS=gpu for the CUDA wheel)
 
@@ -31,6 +31,10 @@ test: export OMP_NUM_THREADS = 1
 test: install lint ## lint, unit tests, then tests on a real local cluster
 	$(BIN)/pytest --durations=10 tests/unit
 	$(BIN)/pytest --durations=10 tests/integration
+
+test-machines: export OMP_NUM_THREADS = 1
+test-machines: install ## real starts, ends and kills of the commands on this machine; minutes
+	$(BIN)/pytest --durations=10 --timeout=1800 tests/machines
 
 # CHAOS_SECONDS, CHAOS_SEED, CHAOS_KINDS, CHAOS_OUT: see tests/chaos/test_chaos.py
 test-chaos: export OMP_NUM_THREADS = 1
