@@ -185,9 +185,11 @@ class Askers:
     ) -> None:
         code, text = (OK, "") if isinstance(answer, Said) else answer
         missing: tuple[int, ...] = ()
+        reasons: frozenset[str] = frozenset()
         findings: list[Finding] = []
         if isinstance(answer, Said):
             missing = tuple(sorted(each.shard for each in answer.coverage.degraded))
+            reasons = frozenset(each.code for each in answer.coverage.degraded)
             text = ", ".join(f"{d.shard} {d.code}" for d in answer.coverage.degraded)
             findings = [
                 Finding(kind=each.kind, text=f"{way.name} {question.kind}: {each.text}", at_s=began)
@@ -201,6 +203,7 @@ class Askers:
             ended_s=ended,
             code=code,
             missing=missing,
+            reasons=reasons,
             text=text,
         )
         self._log.add(outcome, findings)

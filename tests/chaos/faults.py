@@ -204,7 +204,7 @@ PROCESS_KINDS = (
     Kind(
         name="all shards stopped",
         allowance=NO_SHARDS,
-        make=lambda served, rng: AllStopped(served=served, held_s=rng.uniform(4, 8)),
+        make=lambda served, rng: AllStopped(served=served, held_s=rng.uniform(2.5, 6)),
     ),
     Kind(name="router killed", allowance=NO_ROUTER, make=killed("router")),
     Kind(

@@ -29,6 +29,7 @@ from tests.chaos.ends import END_KINDS
 from tests.chaos.faults import PROCESS_KINDS
 from tests.chaos.hostile import HOSTILE_KINDS
 from tests.chaos.oracle import Finding, FindingKind, Oracle
+from tests.chaos.pauses import Pauses
 from tests.chaos.runner import NeverWhole, Runner
 from tests.chaos.schedule import Step, steps
 from tests.chaos.served import DidNotStart, Served, traces_of
@@ -60,12 +61,14 @@ def test_no_fault_makes_an_answer_wrong(tmp_path: Path) -> None:
     try:
         with Askers(served.address, Oracle(corpus), log, clock, SEED) as askers:
             runner = Runner(served, log, clock, askers.names)
-            with memory.Peaks(served) as peaks:
+            with memory.Peaks(served) as peaks, Pauses(clock) as pauses:
                 carry_out(runner, peaks, pids)
     finally:
         found = end_in_order(served, pids)
     found += [placed(each, runner.windows) for each in log.findings]
-    found += [*unexpected(log.outcomes, runner.windows), *not_whole(runner.windows)]
+    windows = [*runner.windows, *pauses.windows]
+    found += [*unexpected(log.outcomes, windows), *not_whole(runner.windows)]
+    print(f"\nthe machine held this process up {len(pauses.windows)} times")
     report(runner, found, out, peaks.mib)
     assert not Counter(str(each.kind) for each in found)
 
@@ -134,7 +137,7 @@ def report(runner: Runner, found: Sequence[Finding], out: Path, peak_mib: dict[s
     counts = Counter(each.code for each in outcomes)
     kinds = Counter(str(each.kind) for each in found)
     full = sum(each.is_full for each in outcomes)
-    print(f"\n{len(outcomes)} requests checked, {full} full answers; {dict(counts)}")
+    print(f"{len(outcomes)} requests checked, {full} full answers; {dict(counts)}")
     print(f"memory, MiB at most: { {role: round(used) for role, used in peak_mib.items()} }")
     print(f"findings: {dict(kinds) or 'none'}\n\n{rows}")
     print_grouped(found)

@@ -29,8 +29,9 @@ class Allowance:
     """What a fault may cost callers.
 
     errors: codes that requests may fail with, if they began within errors_for_s of its end.
-    kinds: of queries that may fail. partial: whether rows may be missing. whole_within_s is counted
-    from the fault's end, too; a kill ends as it begins. answer_within_s: no request takes longer.
+    kinds: of queries that may fail. partial: whether rows may be missing; partial_for: if only for
+    these codes. whole_within_s is counted from the fault's end, too; a kill ends as it begins.
+    answer_within_s: no request takes longer.
     """
 
     whole_within_s: float
@@ -38,6 +39,7 @@ class Allowance:
     errors_for_s: float = math.inf
     kinds: frozenset[QueryKind] = frozenset(QueryKind)
     partial: bool = False
+    partial_for: frozenset[str] = frozenset()
     answer_within_s: float = ANSWER_WITHIN_S
 
 
@@ -59,7 +61,8 @@ class Window:
         if not self.overlaps(outcome):
             return False
         if outcome.code == OK:
-            return self.allowance.partial
+            excused = bool(outcome.reasons) and outcome.reasons <= self.allowance.partial_for
+            return self.allowance.partial or excused
         return (
             outcome.code in self.allowance.errors
             and outcome.kind in self.allowance.kinds
@@ -71,8 +74,8 @@ class Window:
 class Outcome:
     """What became of one request. code: OK, an error's code, or one of those above.
 
-    missing: shards named as missing by an answer. repeats: its client tries again by itself, so
-    that the time it took says little.
+    missing: shards named as missing by an answer, reasons: their codes. repeats: its client tries
+    again by itself, so that the time it took says little.
     """
 
     asker: str
@@ -81,6 +84,7 @@ class Outcome:
     ended_s: float
     code: str = OK
     missing: tuple[int, ...] = ()
+    reasons: frozenset[str] = frozenset()
     text: str = ""
     repeats: bool = False
 

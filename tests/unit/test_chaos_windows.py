@@ -13,9 +13,11 @@ from tests.chaos.ends import END_KINDS
 from tests.chaos.faults import PROCESS_KINDS
 from tests.chaos.hostile import HOSTILE_KINDS
 from tests.chaos.oracle import Finding, FindingKind, QueryKind
+from tests.chaos.pauses import pause
 from tests.chaos.schedule import PAUSE_S, steps
 from tests.chaos.windows import (
     CONNECTION,
+    DEADLINE,
     FOREIGN,
     GRACE_S,
     UNAVAILABLE,
@@ -94,6 +96,15 @@ def test_findings_are_placed_by_their_time() -> None:
     assert placed(finding, [WINDOW]).during == "router killed"
     assert placed(replace(finding, at_s=15), [WINDOW]).during == ""
     assert placed(replace(finding, during="y"), [WINDOW]).during == "y"
+
+
+def test_a_machine_that_stood_still_excuses_missed_deadlines_alone() -> None:
+    stood = [pause(20, 21)]
+    late = replace(moved(PARTIAL, 20.5), reasons=frozenset({DEADLINE}))
+    assert unexpected([late, replace(FAILED, code=DEADLINE, began_s=19, ended_s=22)], stood) == []
+    lost = replace(late, reasons=frozenset({DEADLINE, UNAVAILABLE}))
+    for outcome in (lost, moved(FAILED, 20.5), replace(late, began_s=24, ended_s=24)):
+        assert len(unexpected([outcome], stood)) == 1
 
 
 def test_a_fault_that_lasts_too_long() -> None:
