@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
@@ -23,10 +24,13 @@ OPEN_FILES = 60  # more than at the start, once all is quiet again
 
 @dataclass(slots=True)
 class Peaks:
-    """The largest resident memory by role, in MiB, between entering and leaving the block."""
+    """The largest resident memory by role, in MiB, between entering and leaving the block, and when
+    it was so large."""
 
     served: Served
-    mib: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    clock: Callable[[], float]
+    mib: dict[str, float] = field(default_factory=dict)
+    at_s: dict[str, float] = field(default_factory=dict)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
@@ -43,7 +47,8 @@ class Peaks:
     def _watch(self) -> None:
         while not self._stopped.wait(LOOK_S):
             for role, used in memory(self.served).items():
-                self.mib[role] = max(self.mib[role], used)
+                if used > self.mib.get(role, 0):
+                    self.mib[role], self.at_s[role] = used, self.clock()
 
 
 def memory(served: Served) -> dict[str, float]:
@@ -67,15 +72,16 @@ def open_files(served: Served) -> dict[str, int]:
     return dict(found)
 
 
-def grown(before: dict[str, float], after: dict[str, float]) -> list[Finding]:
+def grown(before: dict[str, float], peaks: Peaks) -> list[Finding]:
     """The roles whose memory went beyond ``GROWTH_MIB``."""
     return [
         Finding(
             kind=FindingKind.LEAK,
-            text=f"{role}: {after[role]:.0f} MiB, {before[role]:.0f} at the start",
+            text=f"{role}: {peaks.mib[role]:.0f} MiB, {before[role]:.0f} at the start",
+            at_s=peaks.at_s[role],
         )
         for role, limit in GROWTH_MIB.items()
-        if after.get(role, 0) > before.get(role, 0) + limit
+        if peaks.mib.get(role, 0) > before.get(role, 0) + limit
     ]
 
 

@@ -61,7 +61,7 @@ def test_no_fault_makes_an_answer_wrong(tmp_path: Path) -> None:
     try:
         with Askers(served.address, Oracle(corpus), log, clock, SEED) as askers:
             runner = Runner(served, log, clock, askers.names)
-            with memory.Peaks(served) as peaks, Pauses(clock) as pauses:
+            with memory.Peaks(served, clock) as peaks, Pauses(clock) as pauses:
                 carry_out(runner, peaks, pids)
     finally:
         found = end_in_order(served, pids)
@@ -88,7 +88,7 @@ def carry_out(runner: Runner, peaks: memory.Peaks, pids: list[int]) -> None:
         time.sleep(3)
         for finding in (
             *runner.left(),
-            *memory.grown(before, peaks.mib),
+            *memory.grown(before, peaks),
             *memory.left_open(files_before, memory.open_files(served)),
         ):
             log.report(finding)
