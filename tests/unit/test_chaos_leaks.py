@@ -1,4 +1,4 @@
-"""The chaos test's looks for what is left: memory, open files, processes and folders of a session."""
+"""The chaos test looks for what is left: memory, open files, a session's processes and folders."""
 
 import subprocess
 import sys
