@@ -22,6 +22,7 @@ from shardline.shards.wire.frames import MAX_FRAME_BYTES
 
 # Vectors of one request travel in one frame; the rest of it takes far less than this.
 MAX_QUERY_BYTES = MAX_FRAME_BYTES - 4096
+KINDS = tuple(QueryKind)  # iterating over the class itself makes a generator per query
 MAX_RETURNED_VALUES = 1 << 18  # attributes of one answer: put in order in tens of milliseconds
 
 
@@ -129,7 +130,7 @@ def check_size(vectors: FloatArray, kind: str) -> None:
 
 def _queries_of(*values: Any) -> tuple[QueryKind, Any]:
     """The one of the kinds' values, in the order of ``QueryKind``, that is given."""
-    given = [(kind, each) for kind, each in zip(QueryKind, values, strict=True) if each is not None]
+    given = [(kind, each) for kind, each in zip(KINDS, values, strict=True) if each is not None]
     if len(given) != 1:
         raise InvalidInput(
             "exactly one kind of query is needed",

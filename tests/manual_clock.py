@@ -38,6 +38,10 @@ class ManualClock:
         heapq.heappush(self._timers, (when, next(self._order), timer))
         return timer
 
+    def hold_up(self, seconds: float) -> None:
+        """Time passes while nothing runs; what was due meanwhile is late."""
+        self._now += seconds
+
     async def sleep(self, seconds: float) -> None:
         woken = asyncio.get_running_loop().create_future()
         timer = self.call_at(self._now + seconds, woken.set_result, None)
@@ -51,7 +55,8 @@ class ManualClock:
         until = self._now + seconds
         await asyncio.sleep(0)
         while self._timers and self._timers[0][0] <= until:
-            self._now, _, timer = heapq.heappop(self._timers)
+            when, _, timer = heapq.heappop(self._timers)
+            self._now = max(self._now, when)
             timer.fire()
             await asyncio.sleep(0)
         self._now = until

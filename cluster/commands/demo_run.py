@@ -24,6 +24,7 @@ from shardline.cluster.commands.remote import encoder_kinds, evaluate_cluster
 from shardline.cluster.commands.serve import serving_cpus, stop_on_signals
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.endpoint import Endpoint
 from shardline.cluster.serving.ray_session import cores, local_ray
@@ -83,7 +84,8 @@ def run_demo(
     demo = Demo(config=config, folder=folder, progress=progress, quick=quick)
     dataset = demo.data(synth, preset)
     progress.note("starting Ray")
-    with local_ray(num_cpus=serving_cpus(config), verbose=settings.verbose):
+    cpus, in_flight = serving_cpus(config), requests_in_flight(config)
+    with local_ray(num_cpus=cpus, verbose=settings.verbose, in_flight=in_flight):
         embeddings = demo.model(dataset)
         demo.build(embeddings)
         with stop_on_signals() as wait, demo.served() as endpoint:

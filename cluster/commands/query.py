@@ -67,6 +67,8 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
         return
     for name in ("generation", "model_version", "index", "dim", "metric", "rows"):
         click.echo(f"{name:>14}  {report[name]}")
+    for warning in report.get("warnings", ()):  # none from a server of an older version
+        click.echo(f"warning: {warning['about']}: {warning['text']}")
     print_table(
         "shards",
         ("shard", "replica", "rows", "epoch", "address", "connected", "why not"),
@@ -78,12 +80,19 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
                 str(replica["epoch"]),
                 str(replica["address"] or "none"),
                 "yes" if replica["connected"] else "no",
-                str(replica["reason"]),
+                str(replica["code"]),
             )
             for shard in report["shards"]
             for replica in shard["replicas"]
         ],
     )
+    for shard in report["shards"]:
+        for replica in shard["replicas"]:
+            if replica["reason"]:  # a line of its own: a table would break a path
+                where = f"shard {shard['shard']}, replica {replica['replica']}"
+                click.echo(f"{where}: {replica['code']}: {replica['reason']}")
+    for warning in report.get("warnings", ()):  # routers before these have none
+        click.echo(f"warning: {warning['about']}: {warning['code']}: {warning['text']}")
 
 
 @click.command()

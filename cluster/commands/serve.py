@@ -13,11 +13,15 @@ import psutil
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import before_serving
+from shardline.cluster.preflight.open_files import requests_in_flight
+from shardline.cluster.preflight.servable import servable_generation
 from shardline.cluster.serving.deployment import serving, start_serving, stop_serving
-from shardline.cluster.serving.endpoint import Endpoint, find_endpoint
-from shardline.cluster.serving.preflight import check_serving
+from shardline.cluster.serving.endpoint import Endpoint, find_endpoint, refuse_if_served
 from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for, reap_orphans
 from shardline.cluster.serving.serving_keys import serving_keys
+from shardline.cluster.store import Store
 from shardline.shards.core.errors import NotFound, Unavailable
 from shardline.shards.storage.generation import read_generation
 
@@ -68,7 +72,12 @@ def serve(
     _warn_of_other_shards(settings, config, generation)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
-        with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose):
+        with ray_for(
+            address,
+            num_cpus=serving_cpus(config),
+            verbose=settings.verbose,
+            in_flight=requests_in_flight(config),
+        ):
             if address != "local":
                 endpoint = start_serving(
                     config, keys=keys, generation=generation, on_stage=progress.note
@@ -102,13 +111,47 @@ def down(settings: Settings) -> None:
     except NotFound:
         click.echo("nothing is serving this store")
         return
-    psutil.Process(endpoint.pid).send_signal(signal.SIGTERM)
+    try:
+        psutil.Process(endpoint.pid).send_signal(signal.SIGTERM)
+    except psutil.NoSuchProcess:  # it has ended since
+        pass
+    except psutil.AccessDenied as error:
+        raise _not_ours(endpoint) from error
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while endpoint.is_alive:
         if time.monotonic() > deadline:
             raise Unavailable(f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s")
         time.sleep(STOP_POLL_S)
     click.echo(f"stopped {endpoint.url}")
+
+
+def check_serving(config: ShardlineConfig, generation: int | None) -> int:
+    """Everything that can be known before Ray is started, which takes seconds.
+
+    The number of the generation to serve; generation None: the live one.
+
+    Raises:
+        Unavailable: the store is served already, its port cannot be listened on, or this machine
+            lacks what a cluster needs.
+        ConfigError: the address to listen on is not this machine's.
+        DataError: the store cannot be written to.
+        NotFound: there is no such generation.
+        CorruptFile, NewerFormat: it cannot be used; the hint says what can be done.
+    """
+    store = Store(config.store.resolve())
+    refuse_if_served(store)
+    number = servable_generation(store, generation)
+    for warning in enforce(before_serving(config, number)):
+        click.echo(f"warning: {warning}", err=True)
+    return number
+
+
+def _not_ours(endpoint: Endpoint) -> Unavailable:
+    owner = psutil.Process(endpoint.pid).username()
+    return Unavailable(
+        f"process {endpoint.pid} is another user's, who alone may stop {endpoint.url}",
+        hint=f"run `shardline down` as {owner}",
+    )
 
 
 class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as wait`

@@ -27,6 +27,9 @@ from shardline.cluster.control.controller import (
     wait_ready,
 )
 from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import before_serving
+from shardline.cluster.preflight.servable import find_damage, servable_generation
 from shardline.cluster.serving.endpoint import (
     Address,
     Endpoint,
@@ -34,7 +37,6 @@ from shardline.cluster.serving.endpoint import (
     refuse_if_served,
     remove_note,
 )
-from shardline.cluster.serving.preflight import check_http_port, find_damage, servable_generation
 from shardline.cluster.serving.ray_session import NAMESPACE, free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.store import Store
@@ -47,6 +49,7 @@ from shardline.shards.core.errors import (
     NotFound,
     ShardlineError,
     Unavailable,
+    last_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -102,8 +105,8 @@ def start_serving(
     What was started is stopped again when something fails. Raises as ``serving``.
     """
     store = Store(config.store.resolve())
-    check_http_port(config)
     number = servable_generation(store, generation)
+    enforce(before_serving(config, number))
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     port = config.cluster.http_port or free_port()
@@ -227,7 +230,7 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
         serve.start(proxy_location=location, http_options={"host": cluster.http_host, "port": port})
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RuntimeError, ray.exceptions.RayError) as error:
-        raise Unavailable("the HTTP front end did not start", got=str(error)) from error
+        raise Unavailable("the HTTP front end did not start", got=last_line(error)) from error
 
 
 def _wait_connected(address: Address, timeout_s: float) -> None:

@@ -17,6 +17,7 @@ from shardline.router.http.api_keys import Key, Keyring, Scope, parse_keys, read
 from shardline.router.http.auth import INSECURE, AuthSettings
 from shardline.shards.core.errors import ConfigError, NotFound
 from shardline.shards.core.files import fsync_folder
+from shardline.shards.core.small_files import MAX_TEXT_BYTES, read_small
 
 KEY_FILE_NAME = "keys"
 SERVER_VARIABLE = "SHARDLINE_KEYS"
@@ -127,7 +128,7 @@ def add_key(path: Path, scope: Scope) -> Key:
     text = HEAD
     if path.exists():
         read_keys(path)
-        text = path.read_text()
+        text = read_small(path, MAX_TEXT_BYTES).decode("ascii")
     _write(path, f"{text.rstrip()}\n{key.scope.value}:{key.secret}\n")
     return key
 
@@ -145,7 +146,7 @@ def remove_key(path: Path, fingerprint: str) -> None:
             got=f"{len(chosen)} keys" if fingerprint else "nothing",
             hint="`shardline keys list` prints them",
         )
-    lines = path.read_text().splitlines()
+    lines = read_small(path, MAX_TEXT_BYTES).decode("ascii").splitlines()
     kept = [line for line in lines if chosen[0] not in parse_keys([line], str(path))]
     _write(path, "".join(f"{line}\n" for line in kept))
 

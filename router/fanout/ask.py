@@ -4,14 +4,13 @@ Replies stay undecoded until somebody reads them, which is when the last one is 
 first ones earlier would take a core from the shards that still search.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TypeVar
 
 from shardline.router.contract import Coverage, Degraded
-from shardline.router.fanout.clock import Clock
+from shardline.router.fanout.clock import Clock, Deadline
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.link import Link
 from shardline.router.fanout.snapshot import TableSnapshot, preferred
@@ -90,7 +89,7 @@ class Ask:
         self._missing = len(snapshot.shards)
         self._asked: list[ShardConnection] = []
         self._links: list[Link | None] = [None] * len(snapshot.shards)
-        self._timer: asyncio.Handle | None = None
+        self._timer: Deadline | None = None
         self._enough_rows = enough * snapshot.table.rows if 0 < enough < 1 else 0.0
         self._rows_in = 0
 
@@ -109,7 +108,7 @@ class Ask:
             else:
                 self._asked.append(connection)
         if not self.done:
-            self._timer = self._clock.call_at(self.deadline, self.close)
+            self._timer = Deadline(self._clock, self.deadline, self.close)
 
     def close(self) -> None:
         """Waits for nobody any longer: whoever has not answered by now is left out."""
@@ -193,7 +192,7 @@ class Ask:
             self._timer.cancel()
         now = self._clock.time()
         late = now + LATE_SHARE * max(0.0, self.deadline - now)
-        self._timer = self._clock.call_at(late, self.close)
+        self._timer = Deadline(self._clock, late, self.close)
 
     def _read(self, position: int) -> Message | Unavailable:
         """The reply, decoded once; a shard that has not answered counts as too late."""

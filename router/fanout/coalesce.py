@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shardline.router.fanout.ask import Ask
-from shardline.router.fanout.clock import Clock, running_clock
+from shardline.router.fanout.clock import Clock, Deadline, running_clock
 from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.merge import merge_top_k
 from shardline.router.query import Merged
@@ -60,7 +60,7 @@ class _Member:
     queries: FloatArray
     deadline: float
     ready: asyncio.Future[None]
-    timer: asyncio.Handle | None = None
+    timer: Deadline | None = None
     place: "tuple[_Frame, slice] | None" = None
 
     def wake(self) -> None:
@@ -125,7 +125,7 @@ class Coalescer:
         else:
             self._limit_hold(key, lane, lane.held)
         if member.place is None or deadline < member.place[0].ask.deadline:
-            member.timer = self._clock.call_at(deadline, member.wake)
+            member.timer = Deadline(self._clock, deadline, member.wake)
         try:
             await member.ready
         except asyncio.CancelledError:

@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
-from shardline.router.fanout.clock import Clock
+from shardline.router.fanout.clock import Timepiece
 from shardline.router.fanout.link import Link, OnReply
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import Overloaded, ProtocolError, Unavailable
@@ -43,10 +43,10 @@ class ShardConnection:
         secret: bytes,
         config: RouterConfig,
         rng: random.Random,
-        clock: Clock | None = None,
+        clock: Timepiece | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """clock and sleep are for tests; seconds."""
+        """clock is what a shard's silence is measured by; sleep is for tests; seconds."""
         assert route.address is not None
         self.route = route
         self._address = route.address

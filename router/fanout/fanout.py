@@ -19,10 +19,15 @@ import numpy as np
 
 from shardline.router.contract import Degraded
 from shardline.router.fanout.ask import Ask
-from shardline.router.fanout.clock import Clock, running_clock
+from shardline.router.fanout.clock import Attention, Clock, running_clock
 from shardline.router.fanout.coalesce import Coalescer, LaneKey
 from shardline.router.fanout.connection import ShardConnection
-from shardline.router.fanout.snapshot import Encoder, Replicas, TableSnapshot
+from shardline.router.fanout.snapshot import (
+    Encoder,
+    Replicas,
+    TableSnapshot,
+    UnusableEncoder,
+)
 from shardline.router.query import FoundAttributes, FoundItems, Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import DeadlineExceeded, Unavailable, too_much_returned
@@ -60,6 +65,7 @@ class Fanout:
         self._rng = rng
         self._given_clock = clock
         self._snapshot: TableSnapshot | None = None
+        self._attention: Attention | None = None
         self._holders: Counter[ShardConnection] = Counter()
         self._request_ids = itertools.count(1)
         self._coalescer = Coalescer(self._request_ids, recorder or Recorder(), clock)
@@ -70,7 +76,7 @@ class Fanout:
     def snapshot(self) -> TableSnapshot | None:
         return self._snapshot
 
-    async def apply(self, table: RoutingTable, encoder: Encoder | None) -> bool:
+    async def apply(self, table: RoutingTable, encoder: Encoder | UnusableEncoder | None) -> bool:
         """Switches to a table of a higher version; False when the one in use is as new.
 
         New connections get ``switch_wait_ms`` to come up while the old table still serves.
@@ -223,6 +229,9 @@ class Fanout:
 
     async def close(self) -> None:
         """Drops every connection; queries still running end as unavailable."""
+        if self._attention is not None:
+            self._attention.stop()
+            self._attention = None
         self._snapshot = None
         await asyncio.gather(*(connection.close() for connection in list(self._holders)))
         self._holders.clear()
@@ -244,6 +253,7 @@ class Fanout:
     def _connect(self, table: RoutingTable) -> tuple[Replicas, ...]:
         """Of every shard, the connections to its replicas; those to unchanged routes are kept."""
         current = {connection.route: connection for connection in self._holders}
+        attention = self._attention = self._attention or Attention(self._clock)
 
         def connect(route: ReplicaRoute) -> ShardConnection | None:
             if route.address is None or route in current:
@@ -253,7 +263,7 @@ class Fanout:
                 secret=self._secret,
                 config=self._config,
                 rng=self._rng,
-                clock=self._given_clock,
+                clock=attention,
             )
             connection.start()
             return connection

@@ -98,11 +98,15 @@ class Answerer:
             self._stats.failed += len(works)
             return [_INTERNAL_ERROR] * len(works)
         took_ms = (time.perf_counter() - started) * 1e3
-        messages: list[Message] = [
-            error_reply(reply) if isinstance(reply, ShardlineError) else reply for reply in replies
-        ]
-        if handler.is_search and ErrorReply not in map(type, messages):  # a refusal costs nothing
-            rows = sum([work.rows for work in works])
+        messages: list[Message] = []
+        rows, is_refused = 0, False
+        for work, reply in zip(works, replies, strict=True):
+            rows += work.rows
+            if isinstance(reply, ShardlineError):
+                is_refused = True
+                reply = error_reply(reply)
+            messages.append(reply)
+        if handler.is_search and not is_refused:  # a refusal costs nothing
             self._learn(took_ms / rows)
             self._recorder.observe(SEARCH_MS, took_ms, *self._labels)
             self._recorder.observe(BATCH_QUERIES, rows, *self._labels)

@@ -4,8 +4,9 @@ A new kind of request is a message in ``shards.core.messages``, a tag in ``shard
 a row here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, TypeAlias
 
 from shardline.shards.core.errors import ShardlineError
@@ -21,7 +22,8 @@ Replies: TypeAlias = Sequence[Message | ShardlineError]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """rows: queries or ids of a request; reply_bytes: of its reply at ``dim``, frame left out.
+    """rows: the queries or ids of a request; reply_bytes: of its reply to so many of them at
+    ``dim``, frame left out.
 
     answer: a reply to each of several requests, in order. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
@@ -29,8 +31,8 @@ class Handler:
     estimate calls short may be answered by the loop thread.
     """
 
-    rows: Callable[[Any], int]
-    reply_bytes: Callable[[Any, int], int]
+    rows: Callable[[Any], Sized]
+    reply_bytes: Callable[[Any, int, int], int]
     answer: Callable[[Shard, Sequence[Any]], Replies]
     may_expire: bool
     is_search: bool = False
@@ -39,21 +41,21 @@ class Handler:
 
 HANDLERS: dict[type, Handler] = {
     SearchRequest: Handler(
-        rows=lambda request: len(request.queries),
-        reply_bytes=lambda request, dim: len(request.queries) * request.k * BYTES_PER_RESULT,
+        rows=attrgetter("queries"),
+        reply_bytes=lambda request, rows, dim: rows * request.k * BYTES_PER_RESULT,
         answer=lambda shard, requests: shard.search_batch(requests),
         may_expire=True,
         is_search=True,
     ),
     FetchRequest: Handler(
-        rows=lambda request: len(request.item_ids),
-        reply_bytes=lambda request, dim: len(request.item_ids) * (dim * 4 + 8),
+        rows=attrgetter("item_ids"),
+        reply_bytes=lambda request, rows, dim: rows * (dim * 4 + 8),
         answer=lambda shard, requests: shard.fetch_batch(requests),
         may_expire=True,
     ),
     AttributesRequest: Handler(
-        rows=lambda request: len(request.item_ids),
-        reply_bytes=lambda request, dim: len(request.item_ids) * 8,  # and what the values take
+        rows=attrgetter("item_ids"),
+        reply_bytes=lambda request, rows, dim: rows * 8,  # and what the values take
         answer=lambda shard, requests: shard.attributes_batch(requests),
         may_expire=True,
         may_be_inline=False,  # what a value costs depends on its type

@@ -178,9 +178,9 @@ class ShardServer:
     def submit(self, session: Session, request_id: int, request: Request) -> None:
         """Queues a request of a session, or answers it at once with an error."""
         handler = HANDLERS[type(request)]
-        rows = handler.rows(request)
+        rows = len(handler.rows(request))
         try:
-            self._admit(handler.reply_bytes(request, self.shard.dim), rows)
+            self._admit(handler.reply_bytes(request, rows, self.shard.dim), rows)
         except ShardlineError as error:
             session.reply(request_id, error_reply(error))
             return
@@ -202,10 +202,12 @@ class ShardServer:
         batch, self._arrived, self._is_due = self._arrived, [], False
         if not batch:
             return
-        rows = sum([work.rows for work in batch])
+        rows, may_be_inline = 0, self._handed_over == 0
+        for work in batch:
+            rows += work.rows
+            may_be_inline = may_be_inline and work.handler.may_be_inline
         is_short = rows <= INLINE_ROWS and rows * self._answerer.ms_per_row <= INLINE_MS
-        may_be_inline = is_short and all(work.handler.may_be_inline for work in batch)
-        if may_be_inline and self._handed_over == 0:
+        if is_short and may_be_inline:
             self._deliver(self._answerer.answer(batch))
             return
         if self._alive_timer is None:

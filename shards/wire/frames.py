@@ -76,17 +76,19 @@ def encode_frame(request_id: int, message: Message) -> bytes:
     if pack is None:
         values = [_TAGS[kind], *(getattr(message, name) for name, _ in _READERS[kind])]
         payload: bytes = msgpack.packb(values, default=pack_value)
-        return _header(len(payload), request_id) + payload
+        if len(payload) > MAX_FRAME_BYTES:
+            raise _too_large(len(payload))
+        return HEADER.pack(len(payload), request_id) + payload
     size, head, body, tail = pack(message)
-    return b"".join((_header(size, request_id), head, body, tail))
-
-
-def _header(size: int, request_id: int) -> bytes:
     if size > MAX_FRAME_BYTES:
-        raise ProtocolError(
-            "frame too large", expected=f"<= {MAX_FRAME_BYTES} bytes", got=f"{size} bytes"
-        )
-    return HEADER.pack(size, request_id)
+        raise _too_large(size)
+    return b"".join((HEADER.pack(size, request_id), head, body, tail))
+
+
+def _too_large(size: int) -> ProtocolError:
+    return ProtocolError(
+        "frame too large", expected=f"<= {MAX_FRAME_BYTES} bytes", got=f"{size} bytes"
+    )
 
 
 def decode_payload(payload: Payload) -> Message:

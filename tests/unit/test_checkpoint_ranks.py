@@ -15,12 +15,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
-from shardline.shards.core.errors import ConfigError
+from shardline.shards.core.errors import ConfigError, CorruptFile
 from shardline.training.loop.run_rank import train_rank
 from shardline.training.loop.runlog import read_log
 from shardline.training.loop.train_step import Step
 from shardline.training.model.checkpoint import TrainState as State
-from shardline.training.model.checkpoint import latest_state, open_run, place_run, save_checkpoint
+from shardline.training.model.checkpoint import (
+    latest_state,
+    load_parts,
+    open_run,
+    place_run,
+    save_checkpoint,
+)
 from tests.tiny import declared_run, tiny_config, tiny_dataset
 
 CPU = torch.device("cpu")
@@ -190,3 +196,22 @@ def test_a_run_with_a_setting_that_is_refused_by_now_says_so(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="refused by now") as caught:
         open_run(folder)
     assert caught.value.field == "loss"
+
+
+def test_a_checkpoint_in_the_folder_of_another_step_is_refused(tmp_path: Path) -> None:
+    """Exchanged with the best one, which is kept as well: a run would resume from another step."""
+    for step in (10, 20):
+        state = State(step=step, epoch=1, best_step=10)
+        save_checkpoint(tmp_path, state, {"model": {"x": torch.full((3,), float(step))}})
+    root = tmp_path / "checkpoints"
+    assert latest_state(tmp_path) == State(step=20, epoch=1, best_step=10)
+    (root / "00000010").rename(root / "aside")
+    (root / "00000020").rename(root / "00000010")
+    (root / "aside").rename(root / "00000020")
+    with pytest.raises(
+        CorruptFile, match=r"another checkpoint.s .* of step 20; got that of step 10"
+    ):
+        latest_state(tmp_path)
+    for step in (10, 20):
+        with pytest.raises(CorruptFile, match="another checkpoint's folder"):
+            load_parts(tmp_path, step)

@@ -11,7 +11,10 @@ import pytest
 from shardline.cluster.cli import main
 from shardline.cluster.commands import query as module
 from shardline.router.client.answers import Coverage, Degraded, Reason, SearchAnswer
+from shardline.router.fanout.snapshot import TableSnapshot, UnusableEncoder
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.messages import Absence, ReplicaKey, ReplicaRoute, ShardRoute
+from tests.fake_shard import make_table
 
 KNOWN = {3: [7, 9], 42: [1, 2]}  # item -> its neighbours
 
@@ -25,6 +28,7 @@ class FakeClient:
         self.unasked: list[str] = []  # why they did not look items up
         self.refusal: InvalidInput | None = None
         self.asked: list[dict[str, Any]] = []
+        self.report: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -36,7 +40,7 @@ class FakeClient:
         return self
 
     def status(self) -> dict[str, Any]:
-        return {"index": self.index}
+        return {"index": self.index, **self.report}
 
     def search(self, **asked: Any) -> SearchAnswer:
         self.asked.append(asked)
@@ -253,3 +257,45 @@ def test_show_is_a_line_of_csv(cluster: FakeClient, capsys: pytest.CaptureFixtur
     query(capsys, "--item", "42", "--show", 'a,"b, c"')
     assert cluster.asked[0]["return_"] == ["a", "b, c"]
     assert "not a line of CSV" in query(capsys, "--item", "42", "--show", '"a')[2]
+
+
+CORRUPT = Absence(
+    "corrupt_file",
+    f"/{'long/' * 30}generations/000004/shard-00001/index.faiss: wrong checksum; expected 0…",
+)
+
+
+def report_with(*absences: Absence | None) -> dict[str, Any]:
+    """A router's status: a shard per absence, None of which answers."""
+    shards = []
+    for shard, absence in enumerate(absences):
+        key = ReplicaKey(4, shard)
+        route = ReplicaRoute(key=key, epoch=9, address=None, absence=absence)
+        shards.append(ShardRoute(shard=shard, rows=10, replicas=(route,)))
+    notes = (Absence("corrupt_file", "counter.json: not a counter"),)
+    table = make_table(shards, 8, notes=notes)
+    encoder = UnusableEncoder(Absence("not_found", "encoder.json: gone"))
+    snapshot = TableSnapshot(table, encoder, tuple((None,) for _ in shards))
+    return json.loads(json.dumps(snapshot.describe()))
+
+
+def test_status_says_why_a_shard_cannot_load_and_what_else_is_wrong(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.report = report_with(None, CORRUPT)
+    with pytest.raises(SystemExit):
+        main(["status"])
+    out = capsys.readouterr().out
+    assert f"shard 1, replica 0: corrupt_file: {CORRUPT.text}\n" in out, "unbroken"
+    assert "shard 0, replica 0: unavailable: not placed yet\n" in out
+    assert "warning: state: corrupt_file: counter.json: not a counter\n" in out
+    assert "warning: query_encoder: not_found: encoder.json: gone\n" in out
+    with pytest.raises(SystemExit):
+        main(["status", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    replica = report["shards"][1]["replicas"][0]
+    assert (replica["code"], replica["reason"]) == (CORRUPT.code, CORRUPT.text)
+    assert (report["shards"][1]["code"], report["shards"][1]["reason"]) == (
+        CORRUPT.code,
+        CORRUPT.text,
+    )

@@ -1,6 +1,7 @@
 """The controller's shell over a store and stand-ins for its shard actors: no Ray runs here."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,14 +14,16 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from shardline.cluster.control import controller as module
+from shardline.cluster.control import placement
 from shardline.cluster.control.controller import Controller, ControllerSettings, wait_ready
 from shardline.cluster.store import Store
 from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core import files
-from shardline.shards.core.errors import CorruptFile, ShardlineError, Unavailable
-from shardline.shards.core.messages import ReplicaKey, RoutingTable
+from shardline.shards.core.encoder_files import CONFIG
+from shardline.shards.core.errors import CorruptFile, DataError, ShardlineError, Unavailable
+from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import write_generation
 from tests.engine import build_generation
@@ -252,6 +255,40 @@ async def test_a_full_disk_does_not_lose_the_failure_of_a_replica(
     assert [route.absence is None for s in table.shards for route in s.replicas] == [True, False]
 
 
+async def test_a_counter_that_cannot_be_saved_is_told_at_once_and_until_it_can(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = SearchService(FAST, SECRET, load_encoder=lambda table: None)
+    async with running(store) as controller:
+        assert await controller.trouble_after(None, 0.01) is None
+        waiting = asyncio.ensure_future(controller.wait_ready(60))
+        told = asyncio.ensure_future(controller.trouble_after(None, 60))
+        await asyncio.sleep(0)
+        with monkeypatch.context() as disk:
+            disk.setattr(files, "write_json", refuse_to_write)
+            with pytest.raises(OSError, match="Read-only"):
+                await register(controller, 57)
+            with pytest.raises(DataError, match=r"cannot save its counter.*a read"):
+                await asyncio.wait_for(waiting, 5)
+        service.controller_trouble = trouble = await asyncio.wait_for(told, 5)
+        assert trouble is not None
+        assert trouble.code == DataError.code
+        assert await controller.trouble_after(trouble, 0.01) == trouble
+        mended = asyncio.ensure_future(controller.trouble_after(trouble, 60))
+        table = await register(controller, 57)
+        assert await asyncio.wait_for(mended, 5) is None
+        assert await controller.wait_ready(5) == 57
+    await service.apply(table)
+    assert {"about": "controller", "code": trouble.code, "text": trouble.text} in service.status()[
+        "warnings"
+    ]
+    await service.close()
+
+
+def refuse_to_write(path: Path, value: object) -> None:
+    raise OSError(30, "Read-only file system", "/s/counter.json")
+
+
 async def test_the_wait_ends_without_a_generation_when_the_time_is_up(store: Store) -> None:
     async with running(store) as controller:
         assert await controller.wait_ready(0.01) is None
@@ -292,3 +329,132 @@ def test_waiting_from_outside_raises_by_code(
     with pytest.raises(ShardlineError, match=f"^{text}$") as caught:
         wait_ready(Remote(), 3)  # type: ignore[arg-type]
     assert type(caught.value) is kind
+
+
+LOST = {
+    "damaged": lambda path: path.write_bytes(b"{"),
+    "emptied": lambda path: path.write_bytes(b""),
+    "deleted": lambda path: path.unlink(),
+    "restored older": lambda path: files.write_json(path, {"counter": 2}),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("harm", LOST)
+async def test_a_controller_comes_back_without_its_counter_and_routers_follow(
+    store: Store, harm: str
+) -> None:
+    """Its shards tell the epochs that they have, its routers the version."""
+    service = SearchService(FAST, SECRET, load_encoder=lambda table: None)
+    async with running_shards(IDS, VECTORS, SHARDS, generation=57) as shards:
+        async with running(store) as controller:
+            await announce(controller, shards)
+            table = await controller.table_after(0, 1)
+            assert table is not None
+            await service.apply(table)
+        epochs = [shard.epoch for shard in shards]
+        for path in (store.root / "epochs").iterdir():
+            path.unlink()
+        LOST[harm](store.root / "counter.json")
+        async with running(store) as controller:
+            for shard in shards:
+                shard.epoch = await controller.register_replica(
+                    key=shard.key, address=("127.0.0.1", shard.port), epoch=shard.epoch
+                )
+            newer = await controller.table_after(table.version, 1)
+            assert newer is not None
+            assert await service.apply(newer)
+            assert store.counter() >= newer.version
+            assert [bool(note) for note in newer.notes] == [
+                True for _ in range(harm in ("damaged", "emptied", "a pipe"))
+            ]
+        await until(lambda: service.ready()[1].get("shards_connected") == SHARDS)
+        query = resolve(FAST, vectors=VECTORS[:1].tolist(), k=3)
+        answer = await service.search(query, arrived_at=asyncio.get_running_loop().time())
+        assert answer.coverage.share == 1.0
+        await service.close()
+    assert all(shard.epoch > before for shard, before in zip(shards, epochs, strict=True))
+
+
+async def test_a_routers_version_alone_is_enough_and_shards_are_told_anew(
+    store: Store, alive: dict[str, Handle]
+) -> None:
+    """The shards died too, and the new ones know no epoch: the router's table is the record."""
+    async with running(store) as controller:
+        await until(lambda: len(alive) == SHARDS)
+        table = await register(controller, 57)
+        newer = await controller.table_after(table.version + 500, 1)
+        assert newer is not None
+        assert newer.version > table.version + 500
+        assert store.counter() == newer.version
+        await until(lambda: all(handle.announce.calls for handle in alive.values()))
+        assert (await register(controller, 57)).version > newer.version
+
+
+async def test_a_damaged_encoder_keeps_no_controller_from_coming_back(
+    tmp_path: Path, alive: dict[str, Handle]
+) -> None:
+    store = Store(tmp_path)
+    folder = store.generation(1)
+    build_generation(folder, VECTORS, IDS, SHARDS, kind="flat", query_encoder={CONFIG: b"{}"})
+    store.set_current(1)
+    checksum = files.sha256_of(folder / "query_encoder" / CONFIG)
+    (folder / "query_encoder" / CONFIG).write_bytes(b"}{")
+    async with running(store) as controller:
+        table = await register(controller, 1)
+    assert table.encoder_checksum == checksum, "the manifest's, which routers compare with"
+
+
+async def test_a_generation_without_an_encoder_has_no_checksum_of_one(store: Store) -> None:
+    async with running(store) as controller:
+        assert (await register(controller, 57)).encoder_checksum is None
+
+
+def test_a_restarted_controller_waits_for_what_it_is_to_serve(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray starts no actor again whose constructor has failed; the routers serve on meanwhile."""
+    (store.root / "CURRENT").write_bytes(b"\x00")
+    with pytest.raises(CorruptFile, match="CURRENT"):
+        module._opened(store, None, is_restart=False)
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            store.set_current(57)
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    folder, manifest = module._opened(store, None, is_restart=True)
+    assert (folder, manifest.generation) == (store.generation(57), 57)
+    assert pauses == [module.REOPEN_S] * 3
+    assert caplog.text.count("waits for what it is to serve") == 1
+
+
+async def test_the_reason_stays_in_the_table_while_a_damaged_shard_starts_again_and_again(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two attempts, during one, and after a restart of the controller."""
+    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(placement, "FIRST_RETRY_S", 0.01)
+    reason = Absence(CorruptFile.code, "index.faiss: wrong checksum")
+    key = ReplicaKey(57, 1)
+    for _ in range(2):
+        async with running(store) as controller:
+            await until(lambda: len(alive) == SHARDS)
+            (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-0-"))
+            alive[name].ping.plan = [raised_in_the_constructor(CorruptFile(reason.text))] * 500
+            await controller.register_replica(key=ReplicaKey(57, 0), address=("127.0.0.1", 1000))
+            version, seen = 0, 0
+            while seen < 4:
+                table = await controller.table_after(version, 5)
+                assert table is not None
+                version = table.version
+                (route,) = table.shards[1].replicas
+                assert (route.address, route.absence) == (None, reason)
+                seen = controller._placement.replicas[key].failures
+            alive[name].ping.plan.clear()
+            await controller.register_replica(key=key, address=("127.0.0.1", 1001))
+            table = await controller.table_after(version, 5)
+            assert table is not None
+            assert table.shards[1].replicas[0].absence is None

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NewerFormat, NotFound
 from shardline.shards.core.files import write_manifest
 from shardline.shards.core.schema import Metric, normalise
@@ -358,3 +359,20 @@ def test_foreign_queries_need_no_ids_and_are_drawn_from_too_many(
     save(pa.table({"emb": lists(vectors[:0], pa.list_(pa.float32()))}), tmp_path / "c.parquet")
     with pytest.raises(DataError, match="no rows"):
         read_foreign_queries([tmp_path / "c.parquet"], dim=6)
+
+
+def test_a_set_in_the_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    """Two exchanged sets are whole by all their checksums; only stores name folders by version."""
+    written = write(tmp_path / "embeddings" / "set", *some())
+    folder, version = written.folder, written.model_version
+    assert open_embedding_set(folder) == written
+    assert open_embedding_set(folder, version=version) == written
+    with pytest.raises(
+        CorruptFile, match=f"set: another embedding set's .* version set; got .* {version}"
+    ):
+        open_embedding_set(folder, version=Store(tmp_path).version_of(folder))
+    folder.rename(tmp_path / "embeddings" / version)
+    assert Store(tmp_path).version_of(tmp_path / "embeddings" / version) == version
+    (tmp_path / "link").symlink_to(tmp_path / "embeddings" / version)
+    assert Store(tmp_path).version_of(tmp_path / "link") == version
+    assert Store(tmp_path / "elsewhere").version_of(tmp_path / "link") is None

@@ -1,5 +1,6 @@
 """The note that says where a store is served."""
 
+import json
 import os
 import subprocess
 from dataclasses import replace
@@ -114,3 +115,42 @@ def test_the_stores_key_goes_to_the_stores_cluster_only(
     assert address_of(settings, None, None) == Address(mine.url, "e" * 40)
     assert address_of(settings, "http://elsewhere", None).key == "e" * 40
     assert address_of(settings, None, other).key == told
+
+
+NOTE = {"url": "http://127.0.0.1:1", "generation": 1, "pid": 1, "started": 1.0, "key_file": None}
+ODD_NOTES = {
+    "no JSON": "{",
+    "empty": "",
+    "a list": "[]",
+    "a number": "7",
+    "a field more": json.dumps(NOTE | {"x": 1}),
+    "a field less": json.dumps({"url": "http://127.0.0.1:1"}),
+    **{
+        f"{name} {value!r}": json.dumps(NOTE | {name: value})
+        for name, values in {
+            "pid": ["1", None, True, 0, -5, 1 << 40, 1.5],
+            "generation": ["1", None],
+            "started": ["now", None],
+            "url": [7, None, "", "ftp://127.0.0.1:1", "http://", "http://127.0.0.1", "http://[::1"],
+            "key_file": [7, "a\0b"],
+        }.items()
+        for value in values
+    },
+}
+
+
+@pytest.mark.parametrize("content", ODD_NOTES.values(), ids=ODD_NOTES)
+def test_whatever_a_damaged_note_says_is_one_line_and_stops_nobody(
+    tmp_path: Path, mine: Endpoint, content: str
+) -> None:
+    store = Store(tmp_path)
+    (tmp_path / NOTE_NAME).write_text(content)
+    with pytest.raises(CorruptFile, match=r"not a note of ours; .*writes it anew") as refused:
+        find_endpoint(store)
+    assert "\n" not in str(refused.value)
+    assert serving_now(store) is None
+    refuse_if_served(store)
+    remove_note(store, mine)
+    assert not (tmp_path / NOTE_NAME).exists()
+    leave_note(store, mine)
+    assert find_endpoint(store) == mine

@@ -206,3 +206,48 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     (tmp_path / "many.npz").rename(tmp_path / "many.npy")
     with pytest.raises(CorruptFile):
         read_item_ids(tmp_path / "many.npy", rows=3)
+
+
+def exchange(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def two_generations(root: Path) -> tuple[Path, Path]:
+    vectors = manifold(20, 8, 4, seed=1)
+    folders = root / "000001", root / "000002"
+    for place, folder in enumerate(folders):
+        build_generation(folder, vectors[::-1] if place else vectors, np.arange(20), 2, kind="flat")
+    return folders
+
+
+def test_a_generation_in_the_folder_of_another_is_refused(tmp_path: Path) -> None:
+    one, two = two_generations(tmp_path)
+    exchange(one, two)
+    for folder, number, other in ((one, 1, 2), (two, 2, 1)):
+        with pytest.raises(
+            CorruptFile,
+            match=f"another generation's folder; expected the manifest of generation {number}; "
+            f"got that of generation {other}",
+        ):
+            read_generation(folder)
+    exchange(one, two)
+    assert read_generation(one).generation == 1
+    one.rename(tmp_path / "a copy")
+    assert read_generation(tmp_path / "a copy").generation == 1, "a name that promises no number"
+
+
+def test_shards_exchanged_within_a_generation_or_between_two_are_refused(tmp_path: Path) -> None:
+    one, two = two_generations(tmp_path)
+    manifest = read_generation(one)
+    exchange(one / shard_folder(0), one / shard_folder(1))
+    for shard in range(2):
+        with pytest.raises(CorruptFile, match="wrong"):
+            verify_shard(one, manifest, shard)
+    exchange(one / shard_folder(0), one / shard_folder(1))
+    exchange(one / shard_folder(1), two / shard_folder(1))
+    verify_shard(one, manifest, 0)
+    with pytest.raises(CorruptFile, match="wrong"):
+        verify_shard(one, manifest, 1)

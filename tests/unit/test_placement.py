@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 
 from shardline.cluster.control.placement import (
+    Announce,
     Event,
     Instruction,
+    NumberSeen,
     Place,
     Placement,
     Publish,
@@ -229,3 +231,43 @@ def test_random_histories_keep_the_invariants(seed: int, replicas: int) -> None:
             if route.key != about:
                 assert route == before.replicas[route.key].route
     assert numbers == sorted(set(numbers)), "every table has a higher version"
+
+
+def test_a_shard_that_was_told_a_higher_epoch_gets_one_above_it() -> None:
+    """The record of what was given out is lost, or older than the shards."""
+    placement, _ = step(opened(2), ReplicaRegistered(key=key(0), address=("h", 1), epoch=40))
+    assert routes(placement.table)[0].epoch == 41
+    placement, (publish,) = step(
+        placement, ReplicaRegistered(key=key(1), address=("h", 2), epoch=12)
+    )
+    assert isinstance(publish, Publish)
+    assert [route.epoch for route in routes(publish.table)] == [41, 42]
+    assert publish.table.version == 42
+
+
+def test_a_version_above_the_counter_is_jumped_over_and_every_epoch_given_anew() -> None:
+    placement = opened(2)
+    for shard in range(2):
+        placement, _ = step(placement, ReplicaRegistered(key=key(shard), address=("h", shard)))
+    jumped, (publish, *announce) = step(placement, NumberSeen(number=100))
+    assert isinstance(publish, Publish)
+    assert publish.table.version == jumped.counter == 101
+    assert [route.address for route in routes(publish.table)] == [("h", 0), ("h", 1)]
+    assert announce == [Announce(key=key(0)), Announce(key=key(1))]
+    for shard in range(2):
+        jumped, _ = step(jumped, ReplicaRegistered(key=key(shard), address=("h", shard), epoch=6))
+    assert min(route.epoch for route in routes(jumped.table)) > 100
+
+
+@pytest.mark.parametrize("number", [0, 5, 7])
+def test_a_version_that_this_counter_gave_out_changes_nothing(number: int) -> None:
+    placement, _ = step(opened(1), ReplicaRegistered(key=key(0), address=("h", 1)))
+    assert placement.counter >= 6
+    assert step(placement, NumberSeen(number=min(number, placement.counter))) == (placement, ())
+
+
+def test_a_version_seen_before_all_shards_are_heard_of_publishes_nothing() -> None:
+    placement, instructions = step(opened(2), NumberSeen(number=100))
+    assert instructions == ()
+    placement, _ = step(placement, ReplicaRegistered(key=key(0), address=("h", 0)))
+    assert routes(placement.table)[0].epoch > 100

@@ -15,11 +15,12 @@ import pytest
 
 from shardline.cluster.cli import main
 from shardline.cluster.commands import serve as serve_module
+from shardline.cluster.commands.serve import check_serving
 from shardline.cluster.config import load_config
+from shardline.cluster.preflight import network
+from shardline.cluster.preflight.servable import find_damage, servable_generation
 from shardline.cluster.serving import deployment
-from shardline.cluster.serving import ray_session as launch
-from shardline.cluster.serving.endpoint import Endpoint, leave_note
-from shardline.cluster.serving.preflight import check_serving, find_damage, servable_generation
+from shardline.cluster.serving.endpoint import NOTE_NAME, Endpoint, leave_note
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.store import Store
 from shardline.shards.core import files
@@ -164,7 +165,7 @@ def test_a_port_that_only_root_may_use_is_not_called_taken(
     def bind(self: socket.socket, address: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(launch.socket.socket, "bind", bind)
+    monkeypatch.setattr(network.socket.socket, "bind", bind)
     config = load_config(None, [f"store={store.root}", "cluster.http_port=80"])
     with pytest.raises(Unavailable, match=r"may not listen on port 80; .*root.*--port"):
         check_serving(config, None)
@@ -204,7 +205,7 @@ def test_doctor_passes_the_port_of_this_stores_cluster(
     arguments = ("--store", str(store.root), "--set", f"cluster.http_port={port}", "doctor")
     code, out, _ = ends(capsys, *arguments)
     assert code == 3
-    assert f"FAIL  port {port}: taken by another program; " in out
+    assert f"FAIL  port {port}: port {port} is taken by another program; " in out
     note_of(store, port)
     _, out, _ = ends(capsys, *arguments)
     assert f"ok    port {port}: this store's cluster answers there, generation 2" in out
@@ -229,7 +230,7 @@ def test_doctor_fails_a_store_that_is_no_folder(
     (tmp_path / "file").write_text("x")
     code, out, _ = ends(capsys, "--store", str(tmp_path / "file"), "doctor")
     assert code == 3
-    assert f"FAIL  disk: {tmp_path / 'file'}: not a folder" in out
+    assert f"FAIL  store: {tmp_path / 'file'}: not a folder" in out
 
 
 def test_serve_refuses_before_ray(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,3 +271,54 @@ def test_build_refuses_before_ray(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert ended == 3
     assert f"{damaged}: wrong checksum" in err
     assert not list(root.glob("generations/*"))
+
+
+def test_exchanged_generations_are_refused_and_another_is_offered(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is whole by all its checksums."""
+    aside = store.generations / "aside"
+    store.generation(2).rename(aside)
+    store.generation(3).rename(store.generation(2))
+    aside.rename(store.generation(3))
+    with pytest.raises(CorruptFile, match=r"000003: another generation's folder.*--generation 1"):
+        servable_generation(store, None)
+    code, out, _ = ends(capsys, "--store", str(store.root), "doctor")
+    assert code == 3
+    for number in (2, 3):
+        assert f"FAIL  generation {number}: {store.generation(number)}: another gen" in out
+    assert "FAIL  live generation: " in out
+    assert "ok    generation 1: " in out
+
+
+def test_doctor_names_damaged_files_of_state(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--store", str(store.root), "--set", "cluster.http_port=0", "doctor")
+    assert "ok    state: " in ends(capsys, *arguments)[1]
+    (store.root / "counter.json").write_bytes(b"{")
+    (store.root / NOTE_NAME).write_bytes(b"[]")
+    code, out, _ = ends(capsys, *arguments)
+    assert code == 3
+    (line,) = (line for line in out.splitlines() if line.startswith("FAIL  state: "))
+    assert f"{store.root / 'counter.json'}: not JSON" in line
+    assert f"{store.root / NOTE_NAME}: not a note of ours" in line
+
+
+def test_a_damaged_note_keeps_nobody_from_serving(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store.root / NOTE_NAME).write_bytes(b"{")
+    config = load_config(None, [f"store={store.root}", "cluster.http_port=0"])
+    assert check_serving(config, None) == 3
+    for command in ("status", "down"):
+        code, _, err = ends(capsys, "--store", str(store.root), command)
+        assert code == 3
+        assert f"{store.root / NOTE_NAME}: not a note of ours" in err
+        assert "`shardline serve` writes it anew" in err
+        assert "--url" in err
+        assert "SIGTERM" in err
+    (store.root / NOTE_NAME).unlink()
+    (store.root / NOTE_NAME).mkdir()
+    with pytest.raises(CorruptFile, match="a folder, where a note is to be written; remove it"):
+        check_serving(config, None)
