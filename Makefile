@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-machines lint format docs bench clean
+.PHONY: help install demo serve test test-machines test-chaos lint format docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,12 @@ test: install lint ## lint, unit tests, then tests on a real local cluster
 test-machines: export OMP_NUM_THREADS = 1
 test-machines: install ## real starts, ends and kills of the commands on this machine; minutes
 	$(BIN)/pytest --durations=10 --timeout=1800 tests/machines
+
+# CHAOS_SECONDS, CHAOS_SEED, CHAOS_KINDS, CHAOS_OUT: see tests/chaos/test_chaos.py
+test-chaos: export OMP_NUM_THREADS = 1
+test-chaos: export CHAOS_SECONDS ?= 600
+test-chaos: install ## ten minutes of random faults under load, every answer checked
+	$(BIN)/pytest -s tests/chaos
 
 lint: install ## ruff (format and rules) and mypy --strict
 	$(BIN)/ruff format --check .
