@@ -35,7 +35,7 @@ def clustered_set(store: Store, rows: int, dim: int, progress: Progress) -> Embe
     name = clustered_name(rows, dim)
     target = store.embeddings / name
     if target.exists():
-        return open_embedding_set(target)
+        return open_embedding_set(target, version=name)
     with embedding_writer(
         target,
         model_version=name,

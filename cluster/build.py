@@ -23,7 +23,7 @@ from shardline.cluster.spread import Progress, Spread, spread_rows
 from shardline.cluster.store import Store
 from shardline.cluster.tuning import Measured, advice, choose, cost_us, ladder_of, measured
 from shardline.shards.core import files
-from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.partition import Partition, Partitioning, partition
 from shardline.shards.index.main_index import MEASURED_K
 from shardline.shards.index.resolve import resolve
@@ -71,8 +71,10 @@ class CheckedPlan:
     seconds: float
 
 
-def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
+def check_plan(embeddings: Path, plan: BuildPlan, version: str | None = None) -> CheckedPlan:
     """Opens an embedding set, every checksum verified, and refuses what cannot be built from it.
+
+    ``version`` as ``open_embedding_set`` takes it.
 
     Raises:
         NotFound, CorruptFile, NewerFormat, DataError: the embedding set is absent or damaged.
@@ -80,7 +82,7 @@ def check_plan(embeddings: Path, plan: BuildPlan) -> CheckedPlan:
         InvalidInput: more shards than items.
     """
     started = time.perf_counter()
-    corpus = open_embedding_set(embeddings)
+    corpus = open_embedding_set(embeddings, version=version)
     if corpus.queries_file is not None:
         corpus.queries()
     index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
@@ -102,7 +104,10 @@ def build_generation(
     Raises as ``check_plan``.
     """
     return build_checked(
-        store, check_plan(embeddings, plan), run_jobs=run_jobs or run_here, progress=progress
+        store,
+        check_plan(embeddings, plan, store.version_of(embeddings)),
+        run_jobs=run_jobs or run_here,
+        progress=progress,
     )
 
 
@@ -208,6 +213,13 @@ def run_on_ray(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
                 if isinstance(error.cause, ShardlineError | OSError):  # a full disk, say
                     raise error.cause from error
                 raise
+            except ray.exceptions.RayError as error:  # its process was killed: by the system, say
+                raise Unavailable(
+                    "the build of a shard ended early",
+                    got=last_line(error),
+                    hint="the host's kernel log names what the system ended for want of memory; "
+                    "`shardline build --in-process` builds one shard at a time",
+                ) from error
     finally:
         for reference in waiting:  # none unless a shard failed: nobody writes on after this
             ray.cancel(reference, force=True)

@@ -18,6 +18,8 @@ import click
 
 from shardline.cluster.exits import DEFECT, EXITS, INTERRUPTED, as_known, exit_code
 from shardline.cluster.signals import interrupting, postponed
+from shardline.cluster.streams import open_closed_streams, outlive_readers
+from shardline.shards.core.errors import last_line
 
 if TYPE_CHECKING:
     from shardline.cluster.config import ShardlineConfig
@@ -196,6 +198,8 @@ def cli(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: runs the command, turns errors into one line and an exit code."""
+    open_closed_streams()
+    outlive_readers()
     args: list[str] = list(sys.argv[1:] if arguments is None else arguments)
     is_verbose = bool({"-v", "--verbose"} & set(args))
     if not is_verbose:
@@ -221,7 +225,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         says_all = is_verbose or known is error or isinstance(error, ModuleNotFoundError)
         where = "" if says_all else "; -v shows where"
         if known is None:
-            click.echo(f"internal error: {type(error).__name__}: {error}{where}", err=True)
+            said = str(error) if is_verbose else last_line(error)
+            click.echo(f"internal error: {type(error).__name__}: {said}{where}", err=True)
             sys.exit(DEFECT)
         click.echo(f"error: {known}{where}", err=True)
         sys.exit(exit_code(known))

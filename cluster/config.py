@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shardline.router.router_config import RouterConfig
-from shardline.shards.core.errors import ConfigError, NotFound
+from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
+from shardline.shards.core.small_files import MAX_TEXT_BYTES, read_small
 from shardline.shards.index.spec import IndexSpec
 from shardline.training.config.training_config import TrainingConfig
 
@@ -132,11 +133,13 @@ def config_error(error: ValidationError, model: type[BaseModel], source: str) ->
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise NotFound(f"{path}: no such configuration file")
     try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(read_small(path, MAX_TEXT_BYTES).decode())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"{path}: no such configuration file") from error
+    except CorruptFile as error:
+        raise ConfigError(error.message, expected=error.expected, got=error.got) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML", got=" ".join(str(error).split())) from error
     if content is None:
         return {}

@@ -9,7 +9,8 @@
 """
 
 import fcntl
-import json
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ from pathlib import Path
 
 from shardline.shards.core import files
 from shardline.shards.core.errors import CorruptFile, NotFound
+from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json, read_small
+
+logger = logging.getLogger(__name__)
 
 GENERATION_DIGITS = 6
+MAX_COUNTER = 1 << 53  # exact in every reader of JSON; 285,000 years of 1,000 numbers per second
 COUNTER_NAME = "counter.json"
 COUNTER_LOCK = "counter.lock"
 GENERATIONS_NAME = "generations.json"
@@ -47,16 +52,14 @@ class Store:
         return self.generations / f"{number:0{GENERATION_DIGITS}d}"
 
     def counter(self) -> int:
-        """The largest number given out as a table version or an epoch, of any generation; 0: none.
+        """The largest number on record as a table version or an epoch, of any generation; 0: none.
 
-        A store of an older version has a counter per generation: the largest of them counts.
-
-        Raises:
-            CorruptFile: the counter does not hold a number.
+        A store of an older version has a counter per generation: the largest of them counts. A
+        file that does not hold a number counts as none: shards and routers know what was given out
+        (``cluster.control.placement``), and ``damaged_state`` names it.
         """
-        path = self.root / COUNTER_NAME
-        paths = [path] if path.is_file() else (self.root / "epochs").glob("*.json")
-        return max(map(_counter_in, paths), default=0)
+        current = _readable(self._existing(COUNTER_NAME))
+        return max(current or _readable(self._older_counters()), default=0)
 
     def raise_counter(self, number: int) -> None:
         """Declares the numbers up to ``number`` given out; before anybody sees one of them.
@@ -67,22 +70,39 @@ class Store:
             if number > self.counter():
                 files.write_json(self.root / COUNTER_NAME, {"counter": number})
 
+    def damaged_state(self) -> list[CorruptFile]:
+        """What is wrong with the files that hold the numbers given out; each is written anew with
+        the next number, and nothing waits for that."""
+        found = []
+        counters = self._existing(COUNTER_NAME) or self._older_counters()
+        for path in [*counters, *self._existing(GENERATIONS_NAME)]:
+            try:
+                _counter_in(path)
+            except CorruptFile as error:
+                found.append(error)
+        return found
+
     def generation_numbers(self) -> list[int]:
         """Complete generations, oldest first."""
+        manifests = self.generations.glob(f"*/{files.MANIFEST_NAME}")
         return sorted(
-            int(path.parent.name)
-            for path in self.generations.glob(f"*/{files.MANIFEST_NAME}")
-            if path.parent.name.isdigit()
+            number
+            for path in manifests
+            if (number := files.number_of(path.parent.name)) is not None
         )
 
     def next_generation(self) -> int:
         """The next number that no generation has had: deleted ones count, and folders that are not
         complete.
 
-        Raises:
-            CorruptFile: the file that remembers the numbers of deleted ones is damaged.
+        Where the file that remembers deleted ones is damaged, what is left in the store counts.
         """
-        taken = [int(path.name) for path in self.generations.glob("*") if path.name.isdigit()]
+        names = [path.name for path in self.generations.glob("*")]
+        taken = [number for name in names if (number := files.number_of(name)) is not None]
+        try:
+            taken.append(self.current())
+        except (NotFound, CorruptFile):
+            logger.debug("CURRENT names no generation")
         return max([*taken, self._highest_generation()]) + 1
 
     def remember_generation(self, number: int) -> None:
@@ -92,14 +112,25 @@ class Store:
                 files.write_json(self.root / GENERATIONS_NAME, {"counter": number})
 
     def _highest_generation(self) -> int:
-        path = self.root / GENERATIONS_NAME
-        return _counter_in(path) if path.is_file() else 0
+        return max(_readable(self._existing(GENERATIONS_NAME)), default=0)
+
+    def _older_counters(self) -> list[Path]:
+        return sorted((self.root / "epochs").glob("*.json"))
+
+    def _existing(self, name: str) -> list[Path]:
+        path = self.root / name
+        return [path] if os.path.lexists(path) else []
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with (self.root / COUNTER_LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        # not for writing alone: that would wait for the reader of a pipe
+        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(self.root / COUNTER_LOCK, flags, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file is closed
             yield
+        finally:
+            os.close(handle)
 
     def current(self) -> int:
         """The live generation's number.
@@ -109,14 +140,21 @@ class Store:
             CorruptFile: CURRENT does not hold a number.
         """
         path = self.root / "CURRENT"
-        if not path.is_file():
+        try:
+            content = read_small(path, MAX_STATE_BYTES)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFound(
                 f"{self.root}: no live generation", hint="run `shardline build` to make one"
+            ) from error
+        number = files.number_of(content.decode("latin-1").strip(" \t\r\n"))
+        if number is None:
+            raise CorruptFile(
+                f"{path}: not a generation number",
+                expected="ASCII digits",
+                got=repr(content[:40]),
+                hint="write the number of one into it: `shardline generations list`",
             )
-        text = path.read_text().strip()
-        if not text.isdigit():
-            raise CorruptFile(f"{path}: not a generation number", got=repr(text[:40]))
-        return int(text)
+        return number
 
     def set_current(self, number: int) -> None:
         """Makes a complete generation the live one, in one atomic step.
@@ -127,6 +165,12 @@ class Store:
         if not (self.generation(number) / files.MANIFEST_NAME).is_file():
             raise NotFound(f"{self.generation(number)}: no complete generation here")
         files.write_bytes(self.root / "CURRENT", f"{number}\n".encode())
+
+    def version_of(self, embeddings: Path) -> str | None:
+        """The model version that an embedding set of this store must have; None: it lies elsewhere,
+        under any name."""
+        is_ours = embeddings.resolve().parent == self.embeddings.resolve()
+        return embeddings.resolve().name if is_ours else None
 
     def newest_embeddings(self) -> Path:
         """The embedding set whose manifest was written last.
@@ -143,7 +187,27 @@ class Store:
 
 
 def _counter_in(path: Path) -> int:
+    """Raises CorruptFile: there is no number from 0 to MAX_COUNTER in it."""
     try:
-        return int(json.loads(path.read_bytes())["counter"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptFile(f"{path}: not a counter", got=repr(error)) from error
+        content = read_json(path, MAX_STATE_BYTES)
+    except OSError as error:
+        raise CorruptFile(f"{path}: not a counter", got=error.strerror) from error
+    found = content.get("counter") if isinstance(content, dict) else content
+    if type(found) is not int or not 0 <= found <= MAX_COUNTER:
+        raise CorruptFile(
+            f"{path}: not a counter",
+            expected=f'{{"counter": n}}, n from 0 to {MAX_COUNTER}',
+            got=repr(found)[:40],
+        )
+    return found
+
+
+def _readable(paths: list[Path]) -> list[int]:
+    """The numbers in those of the files that hold one; the others are logged."""
+    found = []
+    for path in paths:
+        try:
+            found.append(_counter_in(path))
+        except CorruptFile as error:
+            logger.error("%s; going on without it", error)
+    return found

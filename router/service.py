@@ -5,6 +5,7 @@ its arrival. Requests beyond ``max_in_flight`` are refused before any work is do
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections import Counter
@@ -19,7 +20,13 @@ from shardline.router.cache import ResultCache, cache_key
 from shardline.router.contract import ItemAnswer, Reason
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
-from shardline.router.fanout.snapshot import Encoder, TableSnapshot, load_query_encoder
+from shardline.router.fanout.snapshot import (
+    Encoder,
+    TableSnapshot,
+    UnusableEncoder,
+    load_query_encoder,
+)
+from shardline.router.hanging import start
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size
 from shardline.router.query import (
@@ -37,7 +44,7 @@ from shardline.shards.core.errors import (
     Unavailable,
     too_much_returned,
 )
-from shardline.shards.core.messages import MAX_RETURNED_BYTES, RoutingTable
+from shardline.shards.core.messages import MAX_RETURNED_BYTES, Absence, RoutingTable
 from shardline.shards.core.metrics import (
     CACHE_BYTES,
     CACHE_HITS,
@@ -61,6 +68,11 @@ from shardline.shards.core.schema import (
     query_vectors,
 )
 
+logger = logging.getLogger(__name__)
+
+# How long a new table waits for its encoder, which is verified byte by byte: 25 GB take 20 s and
+# more. After that it serves all but features, and the encoder once it is there.
+ENCODER_WAIT_S = 120.0
 SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
@@ -81,15 +93,17 @@ class SearchService:
         self.recorder = Recorder()
         self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
         self._load_encoder = load_encoder
+        self._loading: tuple[str, asyncio.Future[Encoder | None]] | None = None
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
+        # why the controller publishes no newer table; None: nothing hinders it
+        self.controller_trouble: Absence | None = None
         self._searches = 0
         self._cache = ResultCache(config.cache_bytes)
 
     async def apply(self, table: RoutingTable) -> bool:
         """Switches to a newer table and its encoder in one step; False when not newer.
 
-        Raises:
-            ShardlineError: the generation's query encoder does not load; the old table stays.
+        An encoder that does not load keeps no table from being served: queries by features fail.
         """
         current = self._fanout.snapshot
         if current is not None and table.version <= current.table.version:
@@ -97,11 +111,46 @@ class SearchService:
         if current is not None and current.table.generation == table.generation:
             encoder = current.encoder
         else:
-            encoder = await asyncio.to_thread(self._load_encoder, table)
+            encoder = await self._loaded(table)
         applied = await self._fanout.apply(table, encoder)
         if applied and current is not None and current.table.generation != table.generation:
             self._cache.clear()
         return applied
+
+    async def mend_encoder(self) -> bool:
+        """Tries again to load an encoder that did not load; whether there is nothing to mend now.
+
+        Its files may have been restored meanwhile.
+        """
+        snapshot = self._fanout.snapshot
+        if snapshot is None or not isinstance(snapshot.encoder, UnusableEncoder):
+            return True
+        encoder = await self._loaded(snapshot.table)
+        current = self._fanout.snapshot
+        if current is not None and current.table.generation == snapshot.table.generation:
+            current.encoder = encoder
+        return not isinstance(encoder, UnusableEncoder)
+
+    async def _loaded(self, table: RoutingTable) -> Encoder | UnusableEncoder | None:
+        """The table's encoder, or what stands for it. A load that hangs is not begun again."""
+        if self._loading is None or self._loading[0] != table.generation_dir:
+            work = start(lambda: self._load_encoder(table), "query encoder")
+            self._loading = table.generation_dir, work
+        _, loading = self._loading
+        await asyncio.wait([loading], timeout=ENCODER_WAIT_S)
+        if not loading.done():
+            reason = f"its files could not be read within {ENCODER_WAIT_S:g} s; it is awaited"
+            logger.error("the query encoder of generation %d: %s", table.generation, reason)
+            return UnusableEncoder(Absence(Unavailable.code, reason))
+        self._loading = None
+        try:
+            return loading.result()
+        except ShardlineError as error:
+            logger.error("the query encoder of generation %d: %s", table.generation, error)
+            return UnusableEncoder(Absence(error.code, str(error)))
+        except Exception as error:
+            logger.exception("the query encoder of generation %d", table.generation)
+            return UnusableEncoder(Absence(Unavailable.code, repr(error)))
 
     async def close(self) -> None:
         await self._fanout.close()
@@ -209,8 +258,12 @@ class SearchService:
             Unavailable: no routing table has come yet.
         """
         with self._fanout.pin() as snapshot:
+            described = snapshot.describe()
+            if self.controller_trouble is not None:
+                trouble = {"about": "controller", **asdict(self.controller_trouble)}
+                described["warnings"].append(trouble)
             return {
-                **snapshot.describe(),
+                **described,
                 "in_flight": self._in_flight.taken,
                 "cache": asdict(self._cache.stats) if self._cache.enabled else None,
             }

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from shardline.cluster.build import BuildPlan, check_plan, fill_generation, run_here
-from shardline.shards.core.files import write_bytes
+from shardline.shards.core.files import number_of, write_bytes
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.main_index import MainIndex
@@ -82,7 +82,8 @@ def build_generation(
     query_encoder: dict[str, bytes] | None = None,
     **fields,
 ) -> GenerationManifest:
-    """Generation 7 in a folder, by the real builder; ids ascending, cut into equal ranges."""
+    """The generation of its folder's number, else 7, by the real builder; ids ascending, cut into
+    equal ranges."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         corpus = write_set(
@@ -90,7 +91,7 @@ def build_generation(
         )
         return fill_generation(
             folder,
-            7,
+            number_of(folder.name) or 7,
             check_plan(corpus.folder, plan_of(num_shards, **fields)),
             run_jobs=run_here,
             progress=lambda stage, done, total: None,

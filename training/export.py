@@ -66,7 +66,7 @@ def export(
     version = model_version(run, model, dataset)
     target = store / "embeddings" / version
     if target.exists():
-        return open_embedding_set(target)
+        return open_embedding_set(target, version=version)
     exponent = run.config.popularity_exponent
     with embedding_writer(
         target,

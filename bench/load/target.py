@@ -98,7 +98,11 @@ def _match(
         manifest = read_generation(store.generation(status["generation"]))
         if manifest.model_version != status["model_version"]:
             return None
-        corpus = open_embedding_set(store.embeddings / manifest.model_version, verify=False)
+        corpus = open_embedding_set(
+            store.embeddings / manifest.model_version,
+            verify=False,
+            version=manifest.model_version,
+        )
     except NotFound:
         return None
     return Target(address=address, pid=pid, store=store, manifest=manifest, corpus=corpus)

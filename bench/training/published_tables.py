@@ -25,6 +25,7 @@ import yaml
 from shardline.cluster.config import load_config
 from shardline.cluster.console import print_table
 from shardline.shards.core.errors import ConfigError
+from shardline.shards.core.small_files import MAX_TEXT_BYTES, read_small
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
@@ -110,7 +111,7 @@ def read_changes(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ConfigError: not a mapping of mappings.
     """
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(read_small(path, MAX_TEXT_BYTES))
     if not isinstance(content, dict) or not all(isinstance(c, dict) for c in content.values()):
         raise ConfigError(
             "not a table of changes", field=str(path), expected="name: {setting: value, ...}, ..."

@@ -54,7 +54,8 @@ def measure_budget(
     number = generation if generation is not None else store.current()
     local = LocalGeneration(store.generation(number), threads=cores())
     encoder = QueryEncoder.load(verify_query_encoder(store.generation(number), local.manifest))
-    corpus = open_embedding_set(_embeddings_of(store, local.manifest.model_version))
+    version = local.manifest.model_version
+    corpus = open_embedding_set(_embeddings_of(store, version), version=version)
     task = evaluation_task(dataset, split, ks=ks, max_users=max_users)
     kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
     features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])

@@ -12,11 +12,14 @@ from shardline.cluster.build import BuildPlan, build_checked, check_plan, run_he
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.preflight.build_space import build_bytes
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import check_store
 from shardline.cluster.serving.endpoint import find_endpoint
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import DataError, InvalidInput, NotFound
+from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
@@ -82,6 +85,7 @@ def build(
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
     config, store = settings.config, settings.store
+    enforce([check_store(store)])
     with StageProgress() as progress:
         if vectors:
             embeddings = import_vectors(
@@ -101,16 +105,21 @@ def build(
                 + ("not a finished embedding set" if embeddings.is_dir() else "no such folder"),
                 hint="`shardline export` writes one; without --embeddings the newest is taken",
             )
-        checked = check_plan(embeddings, plan_of(config, Partitioning(partitioning)))
+        plan = plan_of(config, Partitioning(partitioning))
+        checked = check_plan(embeddings, plan, store.version_of(embeddings))
+        needed = build_bytes(checked.corpus, checked.index, checked.plan.num_shards)
+        for warning in enforce([check_store(store, needed)]):
+            progress.note(f"warning: {warning}")
         if in_process:
             manifest = build_checked(store, checked, run_jobs=run_here, progress=progress)
         else:
-            with ray_for(config.cluster.address, num_cpus=cores(), verbose=settings.verbose):
+            address, verbose = config.cluster.address, settings.verbose
+            with ray_for(address, num_cpus=cores(), verbose=verbose, in_flight=None):
                 manifest = build_checked(store, checked, run_jobs=run_on_ray, progress=progress)
         if not no_publish:
             store.set_current(manifest.generation)
     click.echo(describe(manifest))
-    with suppress(NotFound):
+    with suppress(NotFound, CorruptFile):  # without a note of use there is nothing to say of it
         running = find_endpoint(store)
         number = "" if not no_publish else f" --generation {manifest.generation}"
         click.echo(

@@ -26,6 +26,7 @@ from shardline.cluster.commands.remote import encoder_kinds, evaluate_cluster
 from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.endpoint import Endpoint
 from shardline.cluster.serving.ray_session import cores, ray_for
@@ -85,7 +86,8 @@ def run_demo(
     demo = Demo(config=config, folder=folder, progress=progress, quick=quick)
     dataset = demo.data(synth, preset)
     progress.note("starting Ray")
-    with ray_for("local", num_cpus=serving_cpus(config), verbose=settings.verbose) as ending:
+    needs = {"num_cpus": serving_cpus(config), "in_flight": requests_in_flight(config)}
+    with ray_for("local", **needs, verbose=settings.verbose) as ending:
         if settings.store_path is None:
             ending.also(partial(shutil.rmtree, folder, ignore_errors=True))
         embeddings = demo.model(dataset)

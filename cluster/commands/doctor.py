@@ -1,12 +1,8 @@
 """``doctor``: what this machine has, and whether the store's files are as they were written."""
 
-import errno
 import importlib.metadata
 import importlib.util
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,17 +13,17 @@ import click
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.exits import as_known
+from shardline.cluster.preflight.check import Check, Verdict, failed, passed
+from shardline.cluster.preflight.machine import before_serving
 from shardline.cluster.serving.endpoint import serving_now
-from shardline.cluster.serving.ray_session import MAX_TEMPORARY_PATH, cores, port_is_free
+from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.errors import CorruptFile, ShardlineError
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import read_generation, verify_generation
 
 VERSIONS = ("ray", "torch", "numpy", "pyarrow", "msgpack", "fastapi")
 FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
-LOW_DISK_BYTES = 2 << 30
-LOW_SHM_BYTES = 256 << 20
 
 
 @click.command()
@@ -35,26 +31,37 @@ LOW_SHM_BYTES = 256 << 20
 def doctor(settings: Settings) -> int:
     """Check this machine, embeddings and generations; exit code 3 when something is wrong."""
     config, store = settings.config, settings.store
-    failed = 0
-    for name, check in _checks(config, store):
-        try:
-            click.echo(f"ok    {name}: {check()}")
-        except (ShardlineError, OSError, ImportError) as error:
-            failed += 1
-            click.echo(f"FAIL  {name}: {as_known(error) or error}")
-    return 3 if failed else 0
+    has_failed = False
+    for check in _checks(config, store):
+        click.echo(str(check))
+        has_failed |= check.verdict is Verdict.FAIL
+    return 3 if has_failed else 0
 
 
-def _checks(config: ShardlineConfig, store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
+def _checks(config: ShardlineConfig, store: Store) -> Iterator[Check]:
+    yield from map(_judged, _installation())
+    yield from _machine_checks(config, store)
+    yield from map(_judged, _store_checks(store))
+
+
+def _judged(named: tuple[str, Callable[[], str]]) -> Check:
+    """What a function finds as a check; what it raises as one that failed."""
+    name, find = named
+    try:
+        return passed(name, find())
+    except (ShardlineError, OSError, ImportError) as error:
+        return failed(name, _known(error))
+
+
+def _known(error: Exception) -> ShardlineError:
+    return as_known(error) or ShardlineError(str(error))
+
+
+def _installation() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "python", lambda: f"{platform.python_version()}, {cores()} cores"
     yield "packages", _packages
     yield "faiss", _faiss
     yield "HAProxy", _haproxy
-    yield "disk", lambda: _disk(store)
-    yield "shared memory", _shared_memory
-    yield "temporary folder", _temporary_folder
-    yield f"port {config.cluster.http_port}", lambda: _port(config.cluster.http_port, store)
-    yield from _store_checks(store)
 
 
 def _packages() -> str:
@@ -92,44 +99,28 @@ def _haproxy() -> str:
     return str(get_haproxy_binary())
 
 
-def _disk(store: Store) -> str:
-    folder = store.root
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), folder)
-    free = shutil.disk_usage(folder).free
-    if free < LOW_DISK_BYTES:
-        raise OSError(f"{folder}: only {free >> 20} MiB free")
-    return f"{free / 2**30:.0f} GiB free at {folder}"
+def _machine_checks(config: ShardlineConfig, store: Store) -> Iterator[Check]:
+    """What `serve` would find now, but for the memory that a cluster of this store takes already,
+    and the port that it listens on."""
+    try:
+        running = serving_now(store)
+    except (CorruptFile, OSError) as error:
+        yield failed("note of the serving process", _known(error))
+        running = None
+    own: str | None = None
+    if running is not None and urlsplit(running.url).port == config.cluster.http_port:
+        own = f"this store's cluster answers there, generation {running.generation}"
+    yield from before_serving(config, None if running else _servable(store), own)
 
 
-def _shared_memory() -> str:
-    free = shutil.disk_usage("/dev/shm").free
-    if free < LOW_SHM_BYTES:
-        raise OSError(f"/dev/shm: only {free >> 20} MiB free; Ray's object store lives there")
-    return f"{free / 2**30:.1f} GiB free"
-
-
-def _temporary_folder() -> str:
-    root = tempfile.gettempdir()
-    if len(root) > MAX_TEMPORARY_PATH:
-        raise OSError(f"{root}: longer than {MAX_TEMPORARY_PATH} characters; set TMPDIR=/tmp")
-    return root
-
-
-def _port(port: int, store: Store) -> str:
-    if not port:
-        return "any that is free"
-    running = serving_now(store)
-    if running is not None and urlsplit(running.url).port == port:
-        return f"this store's cluster answers there, generation {running.generation}"
-    if not port_is_free(port):
-        raise Unavailable(
-            "taken by another program",
-            hint="stop what listens there, or serve on another: `shardline serve --port N`",
-        )
-    return "free"
+def _servable(store: Store) -> int | None:
+    """The live generation; None: it cannot be read, which is a check of its own."""
+    try:
+        number = store.current()
+        read_generation(store.generation(number))
+    except ShardlineError:
+        return None
+    return number
 
 
 def _store_checks(store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -150,7 +141,7 @@ def _live(store: Store) -> str:
 
 
 def _embeddings(folder: Path) -> str:
-    found = open_embedding_set(folder)
+    found = open_embedding_set(folder, version=folder.name)
     return f"{found.rows:,} items x {found.dim}, every checksum right"
 
 

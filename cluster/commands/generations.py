@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from shardline.cluster.cli import Settings
 from shardline.cluster.console import print_table
 from shardline.cluster.serving.endpoint import find_endpoint
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
+from shardline.shards.core.errors import CorruptFile, InvalidInput, NotFound, ShardlineError
 from shardline.shards.core.files import MANIFEST_NAME, abandoned_folders
 from shardline.shards.storage.generation import read_generation
 
@@ -29,7 +30,7 @@ def generations() -> None:
 def list_generations(settings: Settings, as_json: bool) -> None:
     """Number, state, age, rows, shards, index, model and size of each, oldest first."""
     store = settings.store
-    live, served = _live(store), _served(store)
+    live, served = _named(_live, store), _named(_served, store)
     found = [_described(store, number, live, served) for number in store.generation_numbers()]
     for folder in abandoned_folders(store.generations):
         size = _bytes_of(folder) / MIB
@@ -76,6 +77,15 @@ def delete(settings: Settings, number: int) -> None:
     (folder / MANIFEST_NAME).unlink()  # from here on nobody takes it for a complete one
     shutil.rmtree(folder)
     click.echo(f"{folder}: deleted, {size / MIB:,.1f} MiB")
+
+
+def _named(which: Callable[[Store], int | None], store: Store) -> int | None:
+    """The number; None, and a warning, where the file that names it is damaged."""
+    try:
+        return which(store)
+    except CorruptFile as error:
+        click.echo(f"warning: {error}", err=True)
+        return None
 
 
 def _live(store: Store) -> int | None:

@@ -10,6 +10,9 @@ import click
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.folders import check_writable, look_at
+from shardline.cluster.preflight.machine import check_store
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.training.export import export as export_embeddings
@@ -84,6 +87,7 @@ def train(
     run = run or default_run(settings, data)
     config = settings.config
     check_folders(data, run, resume=resume)  # before Ray, which takes seconds to start
+    enforce([check_writable("run", look_at(run))])
     try:
         with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
             result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)
@@ -107,6 +111,7 @@ def export(settings: Settings, data: Path, run: Path | None, unfinished: bool) -
     With --unfinished the model's version ends in "-unfinished": in the embedding set, in what is
     built from it, and in every answer.
     """
+    enforce([check_store(settings.store)])
     with StageProgress() as progress:
         embeddings = export_embeddings(
             run or default_run(settings, data),
@@ -135,7 +140,7 @@ def ray_for_training(
     if workers == 1:
         return contextlib.nullcontext()
     num_cpus = max(cores(), workers + 1)
-    return ray_for(config.cluster.address, num_cpus=num_cpus, verbose=verbose)
+    return ray_for(config.cluster.address, num_cpus=num_cpus, verbose=verbose, in_flight=None)
 
 
 def train_with_progress(

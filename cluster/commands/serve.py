@@ -3,7 +3,6 @@
 import json
 import signal
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -13,18 +12,24 @@ import psutil
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import before_serving
+from shardline.cluster.preflight.open_files import requests_in_flight
+from shardline.cluster.preflight.servable import servable_generation
 from shardline.cluster.serving.deployment import serving, start_serving, stop_serving
 from shardline.cluster.serving.ending import ORDERLY_S
 from shardline.cluster.serving.endpoint import (
     Endpoint,
     find_endpoint,
+    refuse_if_served,
     remove_note,
     remove_own_note,
 )
+from shardline.cluster.serving.http_address import literal_address
 from shardline.cluster.serving.leftovers import reap_orphans
-from shardline.cluster.serving.preflight import check_serving
 from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.serving.serving_keys import serving_keys
+from shardline.cluster.store import Store
 from shardline.shards.core.errors import NotFound, Unavailable
 from shardline.shards.storage.generation import read_generation
 
@@ -77,7 +82,12 @@ def serve(
     _warn_of_other_shards(settings, config, generation)
     with StageProgress() as progress:
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
-        with ray_for(address, num_cpus=serving_cpus(config), verbose=settings.verbose) as ending:
+        with ray_for(
+            address,
+            num_cpus=serving_cpus(config),
+            verbose=settings.verbose,
+            in_flight=requests_in_flight(config),
+        ) as ending:
             if address != "local":
                 endpoint = start_serving(
                     config, keys=keys, generation=generation, on_stage=progress.note
@@ -124,22 +134,28 @@ def _stop(endpoint: Endpoint) -> bool:
     """Whether the serving process has ended in order; False: it had to be killed.
 
     Raises:
-        Unavailable: not even that ended it.
+        Unavailable: it is another user's, or not even that ended it.
     """
-    process = psutil.Process(endpoint.pid)
     for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process acts on nothing else
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+        _send(endpoint, number)
     if _has_ended(endpoint, STOP_TIMEOUT_S):
         return True
-    with suppress(psutil.NoSuchProcess):
-        process.kill()
+    _send(endpoint, signal.SIGKILL)
     if not _has_ended(endpoint, KILL_TIMEOUT_S):
         raise Unavailable(
             f"process {endpoint.pid} cannot be killed",
             hint="it waits for a disk or a network share that does not answer",
         )
     return False
+
+
+def _send(endpoint: Endpoint, number: signal.Signals) -> None:
+    try:
+        psutil.Process(endpoint.pid).send_signal(number)
+    except psutil.NoSuchProcess:  # it has ended since
+        pass
+    except psutil.AccessDenied as error:
+        raise _not_ours(endpoint) from error
 
 
 def _has_ended(endpoint: Endpoint, within_s: float) -> bool:
@@ -149,6 +165,36 @@ def _has_ended(endpoint: Endpoint, within_s: float) -> bool:
             return False
         time.sleep(STOP_POLL_S)
     return True
+
+
+def check_serving(config: ShardlineConfig, generation: int | None) -> int:
+    """Everything that can be known before Ray is started, which takes seconds.
+
+    The number of the generation to serve; generation None: the live one.
+
+    Raises:
+        Unavailable: the store is served already, its port cannot be listened on, or this machine
+            lacks what a cluster needs.
+        ConfigError: the address to listen on is not this machine's.
+        DataError: the store cannot be written to.
+        NotFound: there is no such generation.
+        CorruptFile, NewerFormat: it cannot be used; the hint says what can be done.
+    """
+    store = Store(config.store.resolve())
+    refuse_if_served(store)
+    number = servable_generation(store, generation)
+    enforce(before_serving(config, number))  # again, with its warnings, once Ray runs
+    if config.cluster.address == "local":
+        literal_address(config.cluster.http_host)  # an own one, but can HAProxy listen there?
+    return number
+
+
+def _not_ours(endpoint: Endpoint) -> Unavailable:
+    owner = psutil.Process(endpoint.pid).username()
+    return Unavailable(
+        f"process {endpoint.pid} is another user's, who alone may stop {endpoint.url}",
+        hint=f"run `shardline down` as {owner}",
+    )
 
 
 def _warn_of_other_shards(

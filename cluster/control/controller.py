@@ -9,6 +9,7 @@ shards alive and learns their addresses from them.
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
 from shardline.cluster.control.placement import (
+    Announce,
     Event,
     Instruction,
+    NumberSeen,
     Place,
     Publish,
     ReplicaFailed,
@@ -28,14 +31,16 @@ from shardline.cluster.control.placement import (
     step,
 )
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
+from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import Unavailable, error_of
+from shardline.shards.core.encoder_files import CONFIG
+from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, error_of
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable, ShardRoute
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import (
+    QUERY_ENCODER_FOLDER,
     GenerationManifest,
     read_generation,
-    verify_query_encoder,
 )
 
 logger = logging.getLogger(__name__)
@@ -45,6 +50,7 @@ WATCH_INTERVAL_S = 1.0
 # How long the shards of a replaced generation live on, for the queries that began on them: far
 # above the largest deadline that routers allow by default.
 RETIRE_AFTER_S = 60.0
+REOPEN_S = 2.0  # pause of a restarted controller before it looks again at a damaged generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +72,12 @@ class Controller:
         self._store = store = Store(Path(settings.store))
         self._secret = settings.secret
         # Ray runs this again when it restarts the controller: another generation may be live then
-        number = store.current() if settings.generation is None else settings.generation
-        folder = store.generation(number)
-        manifest = read_generation(folder)
-        if manifest.query_encoder:  # routers load it without its manifest
-            verify_query_encoder(folder, manifest)
-        table = _empty_table(folder, manifest)
+        folder, manifest = _opened(store, settings.generation, is_restart=_is_restart())
+        notes = tuple(Absence(damage.code, str(damage)) for damage in store.damaged_state())
+        table = _empty_table(folder, manifest, notes)
         self._placement, places = open_generation(table, counter=store.counter() + 1)
         self._published: RoutingTable | None = None
+        self._unsaved: Absence | None = None  # why the newest numbers are not on record
         self._changed = asyncio.Condition()
         self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -86,8 +90,12 @@ class Controller:
         """
         return self._secret
 
-    async def register_replica(self, *, key: ReplicaKey, address: tuple[str, int]) -> int:
+    async def register_replica(
+        self, *, key: ReplicaKey, address: tuple[str, int], epoch: int = 0
+    ) -> int:
         """A shard process announces where it listens; the epoch it must say Hello with.
+
+        epoch: the one it says Hello with until then.
 
         Raises:
             Unavailable: the replica belongs to a generation that is not being served.
@@ -98,26 +106,45 @@ class Controller:
                 expected=f"one of generation {self._placement.table.generation}",
                 got=str(key),
             )
-        await self._apply(ReplicaRegistered(key=key, address=(address[0], address[1])))
+        await self._apply(ReplicaRegistered(key=key, address=(address[0], address[1]), epoch=epoch))
         return self._placement.replicas[key].route.epoch
 
     async def table_after(self, version: int, timeout_s: float) -> RoutingTable | None:
-        """The routing table once it is newer than ``version``; None when the time is up first."""
+        """The routing table once it is newer than ``version``; None when the time is up first.
+
+        A version above all of ours was given out before the record of it was lost.
+        """
+        await self._apply(NumberSeen(number=version))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
                 await self._changed.wait_for(lambda: self._newer_than(version))
                 return self._published
         return None
 
+    async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
+        """Why no newer table can be published, once that is another reason than ``known``, or when
+        the time is up; None: nothing hinders it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(lambda: self._unsaved != known)
+        return self._unsaved
+
     async def wait_ready(self, timeout_s: float) -> int | None:
         """The generation that is served, once every replica answers; None when the time is up.
 
         Raises:
-            ShardlineError: a replica cannot be placed; of its reason's code.
+            ShardlineError: a replica cannot be placed, or the store takes no counter; of that
+                reason's code.
         """
+
+        def is_over() -> bool:
+            return self._placement.ready or bool(self._failures()) or self._unsaved is not None
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._placement.ready or self._failures())
+                await self._changed.wait_for(is_over)
+                if self._unsaved is not None:
+                    raise error_of(self._unsaved.code, self._unsaved.text)
                 for key, reason in self._failures():
                     raise error_of(reason.code, f"shard {key.shard}: {reason.text}")
                 return self._placement.table.generation
@@ -179,16 +206,31 @@ class Controller:
         changed, instructions = step(self._placement, event)
         if changed is self._placement:
             return
-        self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+        try:
+            self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+        except OSError as error:
+            await self._cannot_save(error)
+            raise
+        self._unsaved = None
         self._placement = changed
         for instruction in instructions:
             self._carry_out(instruction)
         async with self._changed:
             self._changed.notify_all()
 
+    async def _cannot_save(self, error: OSError) -> None:
+        """Tells whoever waits; the event is tried again by whoever it came from."""
+        known = as_known(error) or DataError(str(error))
+        text = f"the controller cannot save its counter, so nothing newer is published: {known}"
+        self._unsaved = Absence(known.code, text)
+        async with self._changed:
+            self._changed.notify_all()
+
     def _carry_out(self, instruction: Instruction) -> None:
         if isinstance(instruction, Publish):
             self._published = instruction.table
+        elif isinstance(instruction, Announce):
+            self._spawn(self._shards.announce(instruction.key))
         else:
             self._spawn(self._place(instruction))
 
@@ -277,7 +319,39 @@ def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> int:
     return generation
 
 
-def _empty_table(folder: Path, manifest: GenerationManifest) -> RoutingTable:
+def _is_restart() -> bool:
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def _opened(
+    store: Store, generation: int | None, *, is_restart: bool
+) -> tuple[Path, GenerationManifest]:
+    """Folder and manifest of the generation to serve; None: the one that is live.
+
+    Raises:
+        ShardlineError, OSError: it cannot be read, and this is the first start. A restarted
+            controller waits instead, because Ray starts none whose constructor has failed.
+    """
+    told = ""
+    while True:
+        try:
+            folder = store.generation(store.current() if generation is None else generation)
+            return folder, read_generation(folder)
+        except (ShardlineError, OSError) as error:
+            if not is_restart:
+                raise
+            if str(error) != told:
+                logger.error("the controller waits for what it is to serve: %s", error)
+            told = str(error)
+        time.sleep(REOPEN_S)
+
+
+def _empty_table(
+    folder: Path, manifest: GenerationManifest, notes: tuple[Absence, ...]
+) -> RoutingTable:
+    """The table before any shard is known."""
+    name = f"{QUERY_ENCODER_FOLDER}/{CONFIG}"
+    listed = {entry.name: entry.sha256 for entry in manifest.query_encoder}
     return RoutingTable(
         version=0,
         generation=manifest.generation,
@@ -291,4 +365,6 @@ def _empty_table(folder: Path, manifest: GenerationManifest) -> RoutingTable:
         shards=tuple(
             ShardRoute(shard=entry.shard, rows=entry.rows, replicas=()) for entry in manifest.shards
         ),
+        encoder_checksum=listed.get(name),
+        notes=notes,
     )

@@ -5,6 +5,8 @@ out what it answers. The first table is published once every replica has answere
 then a restarted controller knows less than the routers do. One counter, which goes on from the last
 number that the store has given out, numbers both table versions and epochs: each rises whenever
 anything changes, across generations too, and a router that sees a lower number knows it to be old.
+Where the store's record is lost, or an older one was restored, shards and routers tell what numbers
+they have, and the counter goes on from the largest of all.
 """
 
 from collections.abc import Mapping
@@ -51,10 +53,14 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRegistered:
-    """A shard process loaded its range and listens; it is handed the epoch it must announce."""
+    """A shard process loaded its range and listens; it is handed the epoch it must announce.
+
+    epoch: the one that it announces until then, 0 for none.
+    """
 
     key: ReplicaKey
     address: tuple[str, int]
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +80,14 @@ class ReplicaFailed:
     reason: Absence
 
 
-Event: TypeAlias = ReplicaRegistered | ReplicaUnreachable | ReplicaFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumberSeen:
+    """A router has a table of this version."""
+
+    number: int
+
+
+Event: TypeAlias = ReplicaRegistered | ReplicaUnreachable | ReplicaFailed | NumberSeen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +105,14 @@ class Place:
     after_s: float
 
 
-Instruction: TypeAlias = Publish | Place
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announce:
+    """Have the replica's process register again: its epoch is below numbers given out earlier."""
+
+    key: ReplicaKey
+
+
+Instruction: TypeAlias = Publish | Place | Announce
 
 
 def open_generation(
@@ -112,6 +132,8 @@ def open_generation(
 
 def step(placement: Placement, event: Event) -> tuple[Placement, tuple[Instruction, ...]]:
     """What the event changes: nothing if it is about a replaced epoch or another generation."""
+    if isinstance(event, NumberSeen):
+        return _seen(placement, event.number)
     state = placement.replicas.get(event.key)
     if state is None:
         return placement, ()
@@ -136,8 +158,19 @@ def _unplaced(shard: ShardRoute, generation: int, replicas: int) -> ShardRoute:
 def _registered(
     placement: Placement, state: ReplicaState, event: ReplicaRegistered
 ) -> tuple[Placement, tuple[Instruction, ...]]:
+    placement = replace(placement, counter=max(placement.counter, event.epoch))
     route = replace(state.route, epoch=placement.counter + 1, address=event.address, absence=None)
     return _publish(placement, ReplicaState(route=route))
+
+
+def _seen(placement: Placement, number: int) -> tuple[Placement, tuple[Instruction, ...]]:
+    """Jumps beyond a number that this controller did not know to be given out."""
+    if number <= placement.counter:
+        return placement, ()
+    jumped = replace(placement, counter=number)
+    changed, published = _publish(jumped, *placement.replicas.values())
+    low = [state.route for state in placement.replicas.values() if state.route.address is not None]
+    return changed, (*published, *(Announce(key=route.key) for route in low))
 
 
 def _unreachable(
@@ -160,11 +193,11 @@ def _failed(
 
 
 def _publish(
-    placement: Placement, state: ReplicaState
+    placement: Placement, *states: ReplicaState
 ) -> tuple[Placement, tuple[Instruction, ...]]:
-    """The placement with one replica's new state, under the next number."""
+    """The placement with the new states of some replicas, under the next number."""
     counter = placement.counter + 1
-    replicas = {**placement.replicas, state.route.key: state}
+    replicas = {**placement.replicas, **{state.route.key: state for state in states}}
     shards = tuple(
         replace(shard, replicas=tuple(replicas[route.key].route for route in shard.replicas))
         for shard in placement.table.shards

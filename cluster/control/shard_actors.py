@@ -25,7 +25,7 @@ from ray.exceptions import (
 )
 
 from shardline.cluster.control.placement import Event, ReplicaFailed, ReplicaUnreachable
-from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.messages import Absence, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.process.shard_actor import ShardActor
@@ -102,6 +102,15 @@ class ShardActors:
             logger.warning("replica %s has not answered for %.0f s", key, DESCRIBE_TIMEOUT_S)
         return None
 
+    async def announce(self, key: ReplicaKey) -> None:
+        """Has a replica register again; one that does not answer registers when it starts anew."""
+        if key not in self._handles:
+            return
+        try:
+            await _answer(self._handles[key].announce.remote())
+        except (RayError, TimeoutError) as error:
+            logger.warning("replica %s did not register again: %s", key, error)
+
     def forget(self, key: ReplicaKey) -> None:
         """The failure of its actor is on record: nothing is asked of it any more."""
         self._handles.pop(key, None)
@@ -173,8 +182,7 @@ def reason_of(error: BaseException) -> Absence:
         cause = next(iter(cause.args), None) if died else cause.cause
     if isinstance(cause, ShardlineError):
         return Absence(cause.code, str(cause))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return Absence(Unavailable.code, lines[-1] if lines else type(error).__name__)
+    return Absence(Unavailable.code, last_line(error))
 
 
 def _existing(name: str) -> "ActorHandle[Any] | None":

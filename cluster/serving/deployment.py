@@ -27,6 +27,9 @@ from shardline.cluster.control.controller import (
     wait_ready,
 )
 from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import before_serving
+from shardline.cluster.preflight.servable import find_damage, servable_generation
 from shardline.cluster.serving.endpoint import (
     Address,
     Endpoint,
@@ -35,7 +38,6 @@ from shardline.cluster.serving.endpoint import (
     remove_note,
 )
 from shardline.cluster.serving.http_address import LOOPBACK, literal_address, local_url
-from shardline.cluster.serving.preflight import check_http_port, find_damage, servable_generation
 from shardline.cluster.serving.ray_session import NAMESPACE, free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.store import Store
@@ -48,6 +50,7 @@ from shardline.shards.core.errors import (
     NotFound,
     ShardlineError,
     Unavailable,
+    last_line,
 )
 
 logger = logging.getLogger(__name__)
@@ -103,8 +106,9 @@ def start_serving(
     What was started is stopped again when something fails. Raises as ``serving``.
     """
     store = Store(config.store.resolve())
-    check_http_port(config)
     number = servable_generation(store, generation)
+    for warning in enforce(before_serving(config, number)):
+        on_stage(f"warning: {warning}")
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     port = config.cluster.http_port or free_port()
@@ -228,7 +232,7 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
         serve.start(proxy_location=location, http_options={"host": host, "port": port})
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RuntimeError, ray.exceptions.RayError) as error:
-        raise Unavailable("the HTTP front end did not start", got=str(error)) from error
+        raise Unavailable("the HTTP front end did not start", got=last_line(error)) from error
 
 
 def _wait_connected(address: Address, timeout_s: float) -> None:

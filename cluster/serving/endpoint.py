@@ -3,10 +3,12 @@
 The serving process in the foreground writes the note; ``status``, ``query`` and ``down`` read it.
 """
 
-import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -15,8 +17,12 @@ from shardline.cluster.store import Store
 from shardline.router.client.sync_client import Client
 from shardline.shards.core import files
 from shardline.shards.core.errors import CorruptFile, NotFound, Unavailable
+from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json
+
+logger = logging.getLogger(__name__)
 
 NOTE_NAME = "serving.json"
+MAX_PID = 1 << 22  # Linux's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +83,13 @@ def leave_note(store: Store, endpoint: Endpoint) -> None:
 
 
 def remove_note(store: Store, endpoint: Endpoint) -> None:
-    """Removes this cluster's note; the note of another cluster stays."""
-    if _read_note(store) == endpoint:
+    """Removes this cluster's note, or a damaged one; the note of another cluster stays."""
+    try:
+        is_ours = _read_note(store) == endpoint
+    except CorruptFile as error:
+        logger.error("%s", error)
+        is_ours = not (store.root / NOTE_NAME).is_dir()
+    if is_ours:
         (store.root / NOTE_NAME).unlink(missing_ok=True)
 
 
@@ -90,18 +101,32 @@ def remove_own_note(store: Store) -> None:
 
 
 def refuse_if_served(store: Store) -> None:
-    """Raises Unavailable when a cluster of this machine serves the store now."""
+    """Raises Unavailable when a cluster of this machine serves the store now.
+
+    A damaged note does not keep anybody from serving; the port still does where it is taken.
+
+    Raises:
+        CorruptFile: a folder lies where the note is to be written.
+    """
     note = serving_now(store)
     if note is not None:
         raise Unavailable(
             f"{store.root}: served already, generation {note.generation} at {note.url}",
             hint="stop it with `shardline down`, or ask it with `shardline query`",
         )
+    path = store.root / NOTE_NAME
+    if path.is_dir():
+        raise CorruptFile(f"{path}: a folder, where a note is to be written", hint="remove it")
 
 
 def serving_now(store: Store) -> Endpoint | None:
-    """The cluster that serves the store from this machine, if one does."""
-    note = _read_note(store)
+    """The cluster that serves the store from this machine, if one does; None for a damaged note,
+    which is logged."""
+    try:
+        note = _read_note(store)
+    except CorruptFile as error:
+        logger.error("%s", error)
+        return None
     return note if note is not None and note.is_alive else None
 
 
@@ -110,6 +135,7 @@ def find_endpoint(store: Store) -> Endpoint:
 
     Raises:
         NotFound: none does, or the process that did is gone.
+        CorruptFile: the note is damaged; the hint says how the cluster is found without it.
     """
     hint = "start one with `shardline serve`, or name one with --url"
     note = _read_note(store)
@@ -121,9 +147,38 @@ def find_endpoint(store: Store) -> Endpoint:
 
 
 def _read_note(store: Store) -> Endpoint | None:
+    """None: there is no note. Raises CorruptFile: it is none of ours."""
+    path = store.root / NOTE_NAME
     try:
-        return Endpoint(**json.loads((store.root / NOTE_NAME).read_bytes()))
-    except FileNotFoundError:
+        return _endpoint_of(read_json(path, MAX_STATE_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError) as error:
-        raise CorruptFile(f"{store.root / NOTE_NAME}: not a note of ours; remove it") from error
+    except (ValueError, TypeError, CorruptFile) as error:
+        raise CorruptFile(
+            f"{path}: not a note of ours",
+            got=str(error),
+            hint="`shardline serve` writes it anew; a cluster that runs is asked with --url and "
+            "stopped by Ctrl-C or SIGTERM to its `shardline serve`",
+        ) from error
+
+
+def _endpoint_of(content: Any) -> Endpoint:
+    """Raises TypeError, ValueError: not what ``leave_note`` writes."""
+    if not isinstance(content, dict):
+        raise TypeError(type(content).__name__)
+    endpoint = Endpoint(**content)
+    key_file = endpoint.key_file
+    types = {
+        "url": isinstance(endpoint.url, str),
+        "generation": type(endpoint.generation) is int,
+        "pid": type(endpoint.pid) is int and 0 < endpoint.pid <= MAX_PID,
+        "started": type(endpoint.started) in (int, float),
+        "key_file": key_file is None or (isinstance(key_file, str) and "\0" not in key_file),
+    }
+    wrong = [name for name, is_right in types.items() if not is_right]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} of another type")
+    parts = urlsplit(endpoint.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not parts.port:
+        raise ValueError("url is none")
+    return endpoint

@@ -7,7 +7,6 @@ commands: there signals and the death of Ray are watched for too (``cluster.serv
 """
 
 import contextlib
-import errno
 import functools
 import io
 import logging
@@ -17,7 +16,7 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,47 +25,59 @@ import ray
 from ray._private import ray_constants, services, utils
 from ray._private.services import canonicalize_bootstrap_address
 
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.folders import OBJECT_STORE_BYTES, temporary_root
+from shardline.cluster.preflight.machine import before_ray
+from shardline.cluster.preflight.network import port_is_free
+from shardline.cluster.preflight.open_files import haproxy_connections, hard_limit
 from shardline.cluster.serving.ending import Ending
 from shardline.cluster.serving.leftovers import SESSION_PREFIX, end_session, reap_orphans
 from shardline.cluster.serving.serving_keys import KEY_VARIABLES
+from shardline.router.router_config import RouterConfig
 from shardline.router.serve.environment import private_environment
-from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.errors import Unavailable, last_line
 
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "shardline"
-# Ray takes 30 % of the memory by default; our object store only carries build jobs and their
-# reports, never vectors.
-OBJECT_STORE_BYTES = 128 << 20
 # Between Ray's workers (from 10002) and Serve's replicas (from 30000), below what Linux gives to
 # connections (from 32768): HAProxy binds its ports seconds after they were found free.
 QUIET_PORTS = range(20_000, 30_000)
-# HAProxy takes socket paths of 97 bytes, of which Ray's node id and a one-letter name use 59.
-MAX_SESSION_PATH = 38
-# "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
-MAX_TEMPORARY_PATH = MAX_SESSION_PATH - 27
 CONNECT_TIMEOUT_S = 5.0
+DEFAULT_IN_FLIGHT: int = RouterConfig.model_fields["max_in_flight"].default
+# Variables that lead to another Ray, or carry the settings of a job in one: a private Ray's
+# processes, and libraries that ask for them while they run, must not find any.
+OTHER_RAYS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
 @contextlib.contextmanager
 def local_ray(
-    *, num_cpus: int, verbose: bool = False, ending: Ending | None = None
+    *,
+    num_cpus: int,
+    verbose: bool = False,
+    in_flight: int | None = DEFAULT_IN_FLIGHT,
+    ending: Ending | None = None,
 ) -> Iterator[Path]:
     """A private Ray on this machine for the length of the block; yields its folder.
 
     ``num_cpus`` is logical: it bounds how many tasks run at once, not which cores they use.
+    ``in_flight``: requests that its routers are to work on at once; None: it is to serve nothing.
     ``ending`` None: nobody else has to end what is started here.
 
     Raises:
-        Unavailable: Ray did not start, or this process is attached to another one already.
+        Unavailable: this machine does not have what Ray needs, Ray did not start, or this process
+            is attached to another one already.
     """
     if ray.is_initialized():
         raise Unavailable("Ray is already running in this process", hint="stop it first")
     reap_orphans()
+    enforce(before_ray(in_flight))
     ending = ending or Ending()
     session = _session_folder()
-    inherited = private_environment(session, iter(free_port, None))
-    with _environment(inherited | {"RAY_AUTH_TOKEN": _auth_token()}):
+    connections = haproxy_connections(in_flight or DEFAULT_IN_FLIGHT, hard_limit())
+    inherited = private_environment(session, iter(free_port, None), connections)
+    values: dict[str, str | None] = dict.fromkeys(OTHER_RAYS)
+    with _environment(values | inherited | {"RAY_AUTH_TOKEN": _auth_token()}):
         try:
             with ending.held(), _keys_hidden():
                 ending.begin(session)
@@ -99,7 +110,7 @@ def attached_ray(
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
     except (OSError, RuntimeError, ValueError) as error:
         raise Unavailable(
-            f"no Ray cluster at {address!r}", got=str(error), hint="start one with `ray up`"
+            f"no Ray cluster at {address!r}", got=last_line(error), hint="start one with `ray up`"
         ) from error
     try:
         yield
@@ -108,14 +119,16 @@ def attached_ray(
 
 
 @contextlib.contextmanager
-def ray_for(address: str, *, num_cpus: int, verbose: bool = False) -> Iterator[Ending]:
+def ray_for(
+    address: str, *, num_cpus: int, verbose: bool = False, in_flight: int | None
+) -> Iterator[Ending]:
     """For a command: ``local_ray`` for the address "local", ``attached_ray`` for any other.
 
     Yields what the command ends by.
     """
     with Ending() as ending:
         if address == "local":
-            with local_ray(num_cpus=num_cpus, verbose=verbose, ending=ending):
+            with local_ray(num_cpus=num_cpus, verbose=verbose, in_flight=in_flight, ending=ending):
                 yield ending
         else:
             with attached_ray(address, verbose=verbose, ending=ending):
@@ -141,22 +154,6 @@ def free_port() -> int:
     )
 
 
-def port_is_free(port: int) -> bool:
-    """Whether a server could bind this port now; raises Unavailable if this user never may."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EPERM):
-                raise Unavailable(
-                    f"this user may not listen on port {port}",
-                    hint="those below 1024 are root's: `shardline serve --port 8000` takes another",
-                ) from error
-            return False
-        return True
-
-
 def _check_answers(address: str) -> None:
     """Whether anybody listens there: Ray itself writes to the terminal for over a minute, then ends
     the process.
@@ -179,16 +176,7 @@ def _check_answers(address: str) -> None:
 
 
 def _session_folder() -> Path:
-    root = Path(tempfile.gettempdir())
-    folder = Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=root))
-    if len(str(folder)) > MAX_SESSION_PATH:
-        folder.rmdir()
-        raise Unavailable(
-            f"{root}: path too long for Ray's sockets",
-            expected=f"a temporary folder of at most {MAX_TEMPORARY_PATH} characters",
-            hint="set TMPDIR=/tmp",
-        )
-    return folder
+    return Path(tempfile.mkdtemp(prefix=f"{SESSION_PREFIX}{os.getpid()}-", dir=temporary_root()))
 
 
 @functools.cache
@@ -202,17 +190,22 @@ def _auth_token() -> str:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Sets variables for the block, and removes those of value None."""
     before = {name: os.environ.get(name) for name in (*values, "RAY_AUTH_MODE")}
-    os.environ.update(values)
+    _set_variables(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set_variables(before)
+
+
+def _set_variables(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -241,7 +234,7 @@ def _init_local(session: Path, ending: Ending, *, num_cpus: int, verbose: bool) 
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
     except Exception as error:
-        raise Unavailable("Ray did not start", got=str(error)) from error
+        raise Unavailable("Ray did not start", got=last_line(error)) from error
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from shardline.router.contract import PROBLEM_TYPE, REFUSALS, ItemAnswer, pack_a
 from shardline.shards.core.errors import (
     Behind,
     DeadlineExceeded,
+    EncoderUnavailable,
     InvalidInput,
     NotFound,
     Overloaded,
@@ -55,6 +56,7 @@ _KINDS: tuple[type[ShardlineError], ...] = (
     DeadlineExceeded,
     Overloaded,
     Behind,
+    EncoderUnavailable,
     *REFUSALS,
 )
 _ERRORS = {kind.code: kind for kind in _KINDS}

@@ -16,7 +16,7 @@ import numpy as np
 
 from shardline.router.encoder.inputs import Input, Refused, inputs_of
 from shardline.shards.core.encoder_files import Weights, read_encoder
-from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.errors import CorruptFile, InvalidInput
 from shardline.shards.core.schema import FloatArray
 
 NORM_EPSILON = np.float32(1e-5)  # torch.nn.LayerNorm's default, which training uses
@@ -39,9 +39,17 @@ class QueryEncoder:
         return [asdict(feature.info) for feature in self._inputs]
 
     @classmethod
-    def load(cls, folder: Path) -> "QueryEncoder":
-        """Raises as ``read_encoder``."""
-        return cls(*read_encoder(folder))
+    def load(cls, folder: Path, checksum: str | None = None) -> "QueryEncoder":
+        """checksum and errors as ``read_encoder``.
+
+        Raises:
+            CorruptFile: besides, what is read is not what a query tower is made of.
+        """
+        config, weights = read_encoder(folder, checksum)
+        try:
+            return cls(config, weights)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise CorruptFile(f"{folder}: not a query encoder", got=repr(error)) from error
 
     def encode(self, queries: Sequence[dict[str, Any]]) -> FloatArray:
         """(n, dim) float32 of unit length, one row per query, in order.

@@ -22,7 +22,12 @@ from shardline.router.fanout.ask import Ask
 from shardline.router.fanout.clock import Clock, running_clock
 from shardline.router.fanout.coalesce import Coalescer, LaneKey
 from shardline.router.fanout.connection import ShardConnection
-from shardline.router.fanout.snapshot import Encoder, Replicas, TableSnapshot
+from shardline.router.fanout.snapshot import (
+    Encoder,
+    Replicas,
+    TableSnapshot,
+    UnusableEncoder,
+)
 from shardline.router.query import FoundAttributes, FoundItems, Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import DeadlineExceeded, Unavailable, too_much_returned
@@ -70,7 +75,7 @@ class Fanout:
     def snapshot(self) -> TableSnapshot | None:
         return self._snapshot
 
-    async def apply(self, table: RoutingTable, encoder: Encoder | None) -> bool:
+    async def apply(self, table: RoutingTable, encoder: Encoder | UnusableEncoder | None) -> bool:
         """Switches to a table of a higher version; False when the one in use is as new.
 
         New connections get ``switch_wait_ms`` to come up while the old table still serves.

@@ -11,8 +11,13 @@ from typing import Any, Protocol, TypeAlias
 
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.connection import ShardConnection
-from shardline.shards.core.errors import InvalidInput, Unavailable, VersionMismatch
-from shardline.shards.core.messages import ReplicaRoute, RoutingTable, ShardRoute
+from shardline.shards.core.errors import (
+    EncoderUnavailable,
+    InvalidInput,
+    Unavailable,
+    VersionMismatch,
+)
+from shardline.shards.core.messages import Absence, ReplicaRoute, RoutingTable, ShardRoute
 from shardline.shards.core.schema import FloatArray
 
 ENCODER_FOLDER = "query_encoder"
@@ -43,15 +48,24 @@ class Encoder(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class UnusableEncoder:
+    """Stands for an encoder that the generation has and that did not load. Only queries by features
+    need it; all others are answered."""
+
+    reason: Absence
+
+
 @dataclass(eq=False, slots=True)
 class TableSnapshot:
     """shards: of each of ``table.shards``, the connections to its replicas.
 
-    ``running`` counts the queries that use it, so its connections outlive its replacement.
+    ``encoder`` None: the generation has none. ``running`` counts the queries that use the snapshot,
+    so its connections outlive its replacement.
     """
 
     table: RoutingTable
-    encoder: Encoder | None
+    encoder: Encoder | UnusableEncoder | None
     shards: tuple[Replicas, ...]
     running: int = 0
 
@@ -68,6 +82,7 @@ class TableSnapshot:
 
         Raises:
             InvalidInput: there is no encoder, or it does not take these features.
+            EncoderUnavailable: there is one, and it did not load.
             VersionMismatch: the encoder is of another model.
         """
         encoder, table = self.encoder, self.table
@@ -76,6 +91,13 @@ class TableSnapshot:
                 "this generation has no query encoder",
                 field="features",
                 hint="its vectors were imported; send vectors or item_ids",
+            )
+        if isinstance(encoder, UnusableEncoder):
+            raise EncoderUnavailable(
+                "the query encoder of this generation could not be loaded",
+                field="features",
+                got=encoder.reason.code,
+                hint="send vectors or item_ids; `shardline status` says what is wrong with it",
             )
         if encoder.model_version != table.model_version:
             raise VersionMismatch(
@@ -103,8 +125,15 @@ class TableSnapshot:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Table, shards and encoder, for JSON."""
+        """Table, shards and encoder, for JSON.
+
+        ``warnings``: what people who look after the cluster should see to, {about, code, text}.
+        """
         table, encoder = self.table, self.encoder
+        warnings = [("state", note) for note in table.notes]
+        if isinstance(encoder, UnusableEncoder):
+            warnings.append((ENCODER_FOLDER, encoder.reason))
+            encoder = None
         return {
             "version": table.version,
             "generation": table.generation,
@@ -120,6 +149,9 @@ class TableSnapshot:
             "encoder": None
             if encoder is None
             else {"model_version": encoder.model_version, "features": encoder.features},
+            "warnings": [
+                {"about": about, "code": note.code, "text": note.text} for about, note in warnings
+            ],
         }
 
 
@@ -163,7 +195,9 @@ def load_query_encoder(table: RoutingTable) -> Encoder | None:
     """The encoder of a table's generation; None when it has none, as with imported vectors.
 
     Raises:
-        CorruptFile, NewerFormat: the encoder is there but does not load.
+        NotFound, CorruptFile, NewerFormat: it should be there and is not, or does not load.
     """
+    if table.encoder_checksum is None:
+        return None
     folder = Path(table.generation_dir) / ENCODER_FOLDER
-    return QueryEncoder.load(folder) if folder.is_dir() else None
+    return QueryEncoder.load(folder, table.encoder_checksum)

@@ -10,6 +10,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import FastAPI, Path, Request, Response
@@ -68,12 +69,13 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
         redirect_slashes=False,
     )
     direct = {("POST", "/v1/search"): _add_search(app, service, config)}
-    _add_reads(app, service)
+    guard = guard or Guard()
+    _add_reads(app, service, guard)
     _add_health(app, service)
     _add_docs(app)
     _answer_head(app)
     _translate_errors(app, config)
-    return RequestContext(app, config, guard or Guard(), direct=direct, recorder=service.recorder)
+    return RequestContext(app, config, guard, direct=direct, recorder=service.recorder)
 
 
 def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> Endpoint:
@@ -111,7 +113,7 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
     return answer
 
 
-def _add_reads(app: FastAPI, service: SearchService) -> None:
+def _add_reads(app: FastAPI, service: SearchService, guard: Guard) -> None:
     @app.get("/v1/items/{item_id}", **ITEM_DOC)
     async def item(
         request: Request, item_id: Annotated[int, Path(description="the item's id")]
@@ -124,8 +126,12 @@ def _add_reads(app: FastAPI, service: SearchService) -> None:
 
     @app.get("/v1/status", **STATUS_DOC)
     async def status() -> Response:
-        """What this router serves: generation, model, index, shards, and the encoder's features."""
-        return _json(service.status())
+        """What this router serves: generation, model, index, shards, the encoder's features, and
+        warnings for who looks after it."""
+        report = service.status()
+        if (warning := guard.warning) is not None:
+            report["warnings"].append({"about": "api_keys", **asdict(warning)})
+        return _json(report)
 
 
 def _add_health(app: FastAPI, service: SearchService) -> None:

@@ -8,6 +8,7 @@ an error or a log repeats any part of a key.
 
 import hashlib
 import hmac
+import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from shardline.router.contract import KEY, MAX_KEY_CHARS, MIN_KEY_CHARS
-from shardline.shards.core.errors import ConfigError, NotFound
+from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
+from shardline.shards.core.small_files import MAX_TEXT_BYTES, open_regular, read_open
 
 FINGERPRINT_CHARS = 12
 OTHERS = stat.S_IRWXG | stat.S_IRWXO
@@ -109,18 +111,24 @@ def read_keys(path: Path) -> list[Key]:
 
     Raises:
         NotFound: there is no such file.
-        ConfigError: others may read or write it, it is not text, or as ``parse_keys``.
+        ConfigError: it is no regular file or a large one, others may read or write it, it is not
+            text, or as ``parse_keys``.
     """
     try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if mode & OTHERS:
-            raise ConfigError(
-                f"{path}: others than its owner may use it",
-                expected="mode 600",
-                got=f"mode {mode:o}",
-                hint=f"chmod 600 {path}; if others have read it, replace the keys too",
-            )
-        text = path.read_text(encoding="ascii")
+        with open_regular(path) as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & OTHERS:
+                raise ConfigError(
+                    f"{path}: others than its owner may use it",
+                    expected="mode 600",
+                    got=f"mode {mode:o}",
+                    hint=f"chmod 600 {path}; if others have read it, replace the keys too",
+                )
+            text = read_open(file, path, MAX_TEXT_BYTES).decode("ascii")
+    except CorruptFile as error:
+        raise ConfigError(
+            error.message, expected=error.expected or "a key file", got=error.got
+        ) from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(f"{path}: no such key file") from error
     except UnicodeDecodeError as error:

@@ -27,6 +27,7 @@ from shardline.router.contract import (
 from shardline.shards.core.errors import (
     Behind,
     DeadlineExceeded,
+    EncoderUnavailable,
     InvalidInput,
     NotFound,
     Overloaded,
@@ -73,6 +74,7 @@ PROBLEMS: dict[str, _Kind] = {
     VersionMismatch.code: _Kind(503, "Encoder and index are of different models", retry=True),
     Unavailable.code: _Kind(503, "Unavailable", retry=True),
     Behind.code: _Kind(503, "Writes are missing", retry=True),
+    EncoderUnavailable.code: _Kind(503, "The query encoder cannot be used"),
     DeadlineExceeded.code: _Kind(504, "Deadline exceeded"),
 }
 

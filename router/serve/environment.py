@@ -19,6 +19,7 @@ from shardline.router.serve.haproxy import BINARY, launcher
 # in a value: what ``private_environment`` fills in, because each session has its own
 SESSION = "{session}"
 PORT = "{port}"
+CONNECTIONS = "{connections}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ PRIVATE = (
     Variable("RAY_SERVE_HAPROXY_METRICS_PORT", PORT, "9101 is for one session only"),
     Variable("RAY_SERVE_HAPROXY_STATS_PORT", PORT, "8404 is for one session only"),
     Variable("RAY_SERVE_HAPROXY_NBTHREAD", "1", "forwards far more than one router can answer"),
+    Variable("RAY_SERVE_HAPROXY_MAXCONN", CONNECTIONS, "4096 need more open files than some have"),
     Variable("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1", "30 s lengthen every stop"),
     Variable("RAY_SERVE_LOG_TO_STDERR", "0", "the terminal is the command's"),
     Variable("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60", "busy laptops need over 5 s to start"),
@@ -74,12 +76,13 @@ def serving_environment() -> dict[str, str]:
     return {variable.name: variable.value for variable in SERVING}
 
 
-def private_environment(session: Path, ports: Iterator[int]) -> dict[str, str]:
-    """That, and what keeps a private Ray's HAProxy within its ``session`` folder, on free ports."""
+def private_environment(session: Path, ports: Iterator[int], connections: int) -> dict[str, str]:
+    """That, and what keeps a private Ray's HAProxy within its ``session`` folder, on free ports,
+    and within so many connections at once."""
     own = {
         variable.name: str(next(ports))
         if variable.value == PORT
-        else variable.value.replace(SESSION, str(session))
+        else variable.value.replace(SESSION, str(session)).replace(CONNECTIONS, str(connections))
         for variable in PRIVATE
     }
     return serving_environment() | own

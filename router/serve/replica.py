@@ -20,6 +20,8 @@ from shardline.router.http.auth import AuthSettings, Guard
 from shardline.router.router_config import RouterConfig
 from shardline.router.serve.front import Front
 from shardline.router.service import SearchService
+from shardline.shards.core.errors import Unavailable, last_line
+from shardline.shards.core.messages import Absence
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.process.ray_metrics import RayExporter
 
@@ -28,7 +30,9 @@ logger = logging.getLogger(__name__)
 POLL_TIMEOUT_S = 30.0
 RETRY_S = 0.5
 SECRET_S = 30.0
-FIRST_TABLE_S = 300.0  # its encoder is verified byte by byte: 25 GB take 20 s and more
+FIRST_TABLE_S = 300.0  # above ENCODER_WAIT_S
+# pauses between attempts to load an encoder that is damaged: its files may be large
+FIRST_MEND_S, LAST_MEND_S = 5.0, 60.0
 
 
 class ServeApp:
@@ -106,7 +110,12 @@ class RouterReplica:
             TimeoutError: there is none; Serve starts the replica again.
         """
         await self._guard.begin()
-        follow = (self._follow_controller(), self._guard.follow())
+        follow = (
+            self._follow_controller(),
+            self._follow_trouble(),
+            self._guard.follow(),
+            self._mend_encoder(),
+        )
         self._following = [asyncio.ensure_future(each) for each in follow]
         await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
         self._exporter = RayExporter(self._service.recorder, self._service.refresh_metrics)
@@ -152,6 +161,28 @@ class RouterReplica:
             except Exception:
                 logger.exception("a table newer than %d could not be applied", version)
                 await asyncio.sleep(RETRY_S)
+
+    async def _follow_trouble(self) -> None:
+        """Has `status` say why the controller publishes no newer table, while it cannot."""
+        known: Absence | None = None
+        while True:
+            try:
+                controller = await asyncio.to_thread(self._find_controller)
+                while True:
+                    known = await controller.trouble_after.remote(known, POLL_TIMEOUT_S)
+                    self._service.controller_trouble = known
+            except (RayError, ValueError) as error:
+                text = f"the controller does not answer: {last_line(error)}"
+                known = self._service.controller_trouble = Absence(Unavailable.code, text)
+                await asyncio.sleep(RETRY_S)
+
+    async def _mend_encoder(self) -> None:
+        """Loads an encoder that was damaged, once its files have been restored."""
+        pause = FIRST_MEND_S
+        while True:
+            await asyncio.sleep(pause)
+            is_whole = await self._service.mend_encoder()
+            pause = FIRST_MEND_S if is_whole else min(LAST_MEND_S, 2 * pause)
 
     def _find_controller(self) -> Any:
         name, namespace = self._controller

@@ -14,22 +14,26 @@ processes of a host share them in its page cache, and read no more of them than 
 Formats 1 and 2 hold them in weights.safetensors and are read into memory.
 """
 
-import json
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, load_file, save_file
 
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import sha256_of, write_json
+from shardline.shards.core.small_files import MAX_VOCABULARY_BYTES, parse_json, read_small
 
 FORMAT_VERSION = 4  # 1 had neither projection nor attention, and is read as without them
 WITHOUT_CYCLES = 3  # what a reader before cycles takes
 CONFIG, WEIGHTS = "encoder.json", "weights.safetensors"
 MAPPED = ".npy"
+# Weights up to this size are verified as the bytes that are then parsed. Larger ones are read
+# twice, so that they are never in memory twice.
+AT_ONCE_BYTES = 256 << 20
 
 Weights = dict[str, NDArray[Any]]
 
@@ -77,19 +81,22 @@ def write_encoder(folder: Path, config: dict[str, Any], weights: Weights) -> Non
     write_json(folder / CONFIG, {"format_version": version, **config, "sha256": checksums})
 
 
-def read_encoder(folder: Path) -> tuple[dict[str, Any], Weights]:
-    """encoder.json and all arrays by name, checksums verified; the mapped ones are read-only.
+def read_encoder(folder: Path, checksum: str | None = None) -> tuple[dict[str, Any], Weights]:
+    """encoder.json and all arrays by name, each file verified as it is read; all are read-only.
+
+    checksum: SHA-256 of encoder.json, which holds those of the other files; None where nobody who
+    has listed the folder knows it.
 
     Raises:
         NotFound: no encoder here. CorruptFile: not JSON, or a file is missing or altered.
         NewerFormat: written by a newer version.
     """
-    config, checksums = _read_config(folder / CONFIG)
-    for name, checksum in checksums.items():
+    config, checksums = _read_config(folder / CONFIG, checksum)
+    weights = _read_weights(folder / WEIGHTS, checksums.pop(WEIGHTS, None))
+    for name, listed in checksums.items():
         path = folder / name
-        if not path.is_file() or sha256_of(path) != checksum:
-            raise CorruptFile(f"{path}: missing or altered", hint="export the model again")
-    weights: Weights = load_file(folder / WEIGHTS)
+        if not path.is_file() or sha256_of(path) != listed:
+            raise _altered(path)
     for name in checksums:
         if name.endswith(MAPPED):
             mapped = np.load(folder / name, mmap_mode="r", allow_pickle=False)
@@ -98,18 +105,42 @@ def read_encoder(folder: Path) -> tuple[dict[str, Any], Weights]:
     return config, weights
 
 
-def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _altered(path: Path) -> CorruptFile:
+    return CorruptFile(f"{path}: missing or altered", hint="export the model again")
+
+
+def _read_weights(path: Path, checksum: str | None) -> Weights:
+    """Raises CorruptFile: it is missing or altered."""
+    if checksum is None or not path.is_file():
+        raise _altered(path)
+    is_large = path.stat().st_size > AT_ONCE_BYTES
+    content = b"" if is_large else read_small(path, AT_ONCE_BYTES)
+    found = sha256_of(path) if is_large else hashlib.sha256(content).hexdigest()
+    if found != checksum:
+        raise _altered(path)
+    weights: Weights = load_file(path) if is_large else load(content)
+    return weights
+
+
+def _read_config(path: Path, checksum: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration, and the checksum of every other file by its name."""
-    if not path.is_file():
-        raise NotFound(f"{path}: no query encoder here")
     try:
-        config = json.loads(path.read_bytes())
+        content = read_small(path, MAX_VOCABULARY_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"{path}: no query encoder here") from error
+    if checksum is not None and hashlib.sha256(content).hexdigest() != checksum:
+        raise CorruptFile(
+            f"{path}: wrong checksum",
+            hint="it was altered after it was written; restore it or build again",
+        )
+    try:
+        config = parse_json(content, path)
         version = int(config["format_version"])
         if version < 3:
             return config, {WEIGHTS: config["weights_sha256"]}
         if version <= FORMAT_VERSION:
             return config, dict(config["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, CorruptFile) as error:
         raise CorruptFile(f"{path}: not a query encoder", got=str(error)) from error
     raise NewerFormat(
         f"{path}: format is newer than this program",

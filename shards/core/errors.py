@@ -12,13 +12,18 @@
     └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded
         ├── Overloaded
-        └── Behind          a shard has not yet applied the writes that a search asks for
+        ├── Behind          a shard has not yet applied the writes that a search asks for
+        └── EncoderUnavailable  the generation's query encoder is damaged, or cannot be read
 
 Each error says what was expected, what was found and what to do. All of them can be pickled,
 because Ray carries them between processes.
 """
 
+import re
 from typing import Any, ClassVar
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+MAX_LINE = 500  # characters of a foreign message
 
 
 class ShardlineError(Exception):
@@ -119,6 +124,21 @@ class Overloaded(Unavailable):
 
 class Behind(Unavailable):
     code = "behind"
+
+
+class EncoderUnavailable(Unavailable):
+    code = "encoder_unavailable"
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a foreign error that says something: what ``got`` takes of it.
+
+    Ray and C++ libraries put whole tracebacks into their messages, in colours, with the reason at
+    the end.
+    """
+    lines = [line.strip() for line in COLOURS.sub("", str(error)).splitlines()]
+    telling = [line for line in lines if any(letter.isalnum() for letter in line)]
+    return telling[-1][:MAX_LINE] if telling else type(error).__name__
 
 
 def error_of(code: str, message: str) -> ShardlineError:

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
+from shardline.shards.core.small_files import MAX_MANIFEST_BYTES, open_regular, read_json
 
 MANIFEST_NAME = "_manifest.json"
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of staged folders
+MAX_DIGITS = 18  # of a number in a name: it fits int64
 PROBE_BYTES = 1 << 20
 # what a disk says of itself: full, the user's share of it used up, a file too long, unreadable
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -40,9 +42,18 @@ class FileEntry:
     rows: int | None = None
 
 
+def number_of(text: str) -> int | None:
+    """The number that a text, a folder's name say, is in ASCII digits; None for any other text.
+
+    ``str.isdigit`` alone takes the digits of every alphabet.
+    """
+    is_number = text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
+    return int(text) if is_number else None
+
+
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
-    with path.open("rb") as file:
+    """Hex SHA-256 of a regular file, read in chunks."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -147,21 +158,23 @@ def write_manifest(folder: Path, *, kind: str, version: int, body: dict[str, Any
     write_json(folder / MANIFEST_NAME, {**content, "checksum": _self_checksum(content)})
 
 
-def read_manifest(folder: Path, *, kind: str, version: int) -> dict[str, Any]:
-    """The manifest's body, checked for kind, version and its own checksum.
+def read_manifest(
+    folder: Path, *, kind: str, version: int, limit: int = MAX_MANIFEST_BYTES
+) -> dict[str, Any]:
+    """The manifest's body, checked for size, kind, version and its own checksum.
 
     Raises:
         NotFound: no manifest, so the folder is absent or was never completed.
-        CorruptFile: not JSON, another kind, or altered.
+        CorruptFile: above ``limit`` bytes, not JSON, another kind, or altered.
         NewerFormat: written by a version newer than this code.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise NotFound(f"{folder}: no complete {kind} here", hint=f"{MANIFEST_NAME} is missing")
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptFile(f"{path}: not JSON", got=str(error)) from error
+        content = read_json(path, limit)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(
+            f"{folder}: no complete {kind} here", hint=f"{MANIFEST_NAME} is missing"
+        ) from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         got = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise CorruptFile(f"{path}: not a manifest of this kind", expected=kind, got=str(got))

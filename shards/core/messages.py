@@ -223,6 +223,9 @@ class RoutingTable:
     Versions come from one counter of the whole store, so they rise across generations too.
     generation_dir is a path every router replica can read; the query encoder lives below it.
     boundaries are those of a ``Partition``: they say which shard an item id belongs to.
+    encoder_checksum is the SHA-256 of the query encoder's encoder.json, which holds those of its
+    other files, as the generation's manifest lists it; None: the generation has no encoder.
+    notes say what is wrong with the store's files of state, for people who look after it.
     """
 
     version: int
@@ -235,6 +238,8 @@ class RoutingTable:
     partitioning: Partitioning
     boundaries: tuple[int, ...]
     shards: tuple[ShardRoute, ...]
+    encoder_checksum: str | None = None
+    notes: tuple[Absence, ...] = ()
 
     @property
     def rows(self) -> int:

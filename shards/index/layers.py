@@ -66,6 +66,30 @@ class Layers:
     def takes_selector(self) -> bool:
         return isinstance(self.base, SELECTOR_BASES)
 
+    def bytes_per_vector(self, rows: int) -> float:
+        """Stored bytes per row: codes, row numbers, links and re-rank copies, without centroids.
+
+        rows 0: what rows are going to take, also of an index that is not trained yet.
+        """
+        if self.is_hnsw:
+            size = faiss.downcast_index(self.base.storage).code_size + self._link_bytes(rows)
+        elif self.is_fastscan:
+            size = self.base.M2 / 2  # 4 bits per sub-vector, padded to an even number of them
+        else:
+            size = self.base.code_size
+        size += 8 if self.is_ivf else 0
+        copies = faiss.downcast_index(self.refine.refine_index).code_size if self.refine else 0
+        return float(size + copies)
+
+    def _link_bytes(self, rows: int) -> float:
+        graph = self.base.hnsw
+        if rows:
+            return float(graph.neighbors.size() * 4 / rows)
+        lowest, above = graph.nb_neighbors(0), graph.nb_neighbors(1)
+        return 4.0 * float(
+            lowest + above / max(1, above - 1)
+        )  # one node of M is in each higher level
+
 
 def layers_of(index: Any) -> Layers:
     """Unwraps an index; a base that Shardline does not know is left for the caller to refuse."""

@@ -108,16 +108,7 @@ class MainIndex:
     @property
     def bytes_per_vector(self) -> float:
         """Stored bytes per row: codes, row numbers, links and re-rank copies, without centroids."""
-        base, refine = self._layers.base, self._layers.refine
-        if self._layers.is_hnsw:
-            links = base.hnsw.neighbors.size() * 4 / max(self.rows, 1)
-            size = faiss.downcast_index(base.storage).code_size + links
-        elif self._layers.is_fastscan:
-            size = base.M2 / 2  # 4 bits per sub-vector, padded to an even number of sub-vectors
-        else:
-            size = base.code_size
-        size += 8 if self._layers.is_ivf else 0
-        return float(size + (faiss.downcast_index(refine.refine_index).code_size if refine else 0))
+        return self._layers.bytes_per_vector(self.rows)
 
     def describe(self) -> dict[str, Any]:
         """Kind, size and parameters of the loaded index, for `status`."""

@@ -67,6 +67,12 @@ def train_template(
     return layers.whole
 
 
+def bytes_to_come(resolved: ResolvedIndex, *, dim: int, metric: Metric) -> float:
+    """Bytes per vector of an index that is not built yet, without centroids."""
+    index = faiss.index_factory(dim, resolved.factory, faiss_metric(metric))
+    return layers_of(index).bytes_per_vector(0)
+
+
 def write_index(index: Any, path: Path) -> None:
     """Writes any faiss index, complete or not at all."""
     with atomic_path(path) as temporary:

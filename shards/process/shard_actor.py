@@ -98,7 +98,7 @@ class ShardActor:
 
     def _register(self) -> int:
         registration = ray.get_actor(self._controller).register_replica.remote(
-            key=self._server.key, address=self._address
+            key=self._server.key, address=self._address, epoch=self._server.epoch
         )
         epoch: int = ray.get(registration)
         return epoch

@@ -154,16 +154,26 @@ class EmbeddingSet:
                 )
 
 
-def open_embedding_set(folder: Path, *, verify: bool = True) -> EmbeddingSet:
+def open_embedding_set(
+    folder: Path, *, verify: bool = True, version: str | None = None
+) -> EmbeddingSet:
     """The set in a folder, every file's checksum verified first.
 
-    ``verify=False`` is for further readers of a set that one reader has verified.
+    ``verify=False`` is for further readers of a set that one reader has verified. ``version`` is
+    the model version that the set must be of: the folder's name, for a set in a store.
 
     Raises:
         NotFound: no complete set there. NewerFormat: written by a newer version.
-        CorruptFile: a file was altered, cut or lost.
+        CorruptFile: a file was altered, cut or lost, or the set is of another version.
     """
     manifest = read_manifest(folder, kind=KIND, version=VERSION)
+    if version is not None and manifest["model_version"] != version:
+        raise CorruptFile(
+            f"{folder}: another embedding set's folder",
+            expected=f"the manifest of version {version}",
+            got=f"that of version {manifest['model_version']}",
+            hint="give the folder the version of its manifest as its name again",
+        )
     entries = [FileEntry(**entry) for entry in manifest["files"]]
     if verify:
         verify_files(folder, entries)

@@ -25,6 +25,7 @@ from shardline.shards.core.files import (
     FileEntry,
     atomic_path,
     describe_file,
+    number_of,
     read_manifest,
     verify_file,
     verify_files,
@@ -121,9 +122,12 @@ def write_generation(folder: Path, manifest: GenerationManifest) -> None:
 def read_generation(folder: Path) -> GenerationManifest:
     """The manifest of a complete generation; its files are not looked at yet.
 
+    A folder whose name is a number must hold the generation of that number: one that was exchanged
+    with another, or copied over it, is whole by all its checksums.
+
     Raises:
         NotFound: the folder is absent or was never completed.
-        CorruptFile: the manifest was altered, or contradicts itself.
+        CorruptFile: the manifest was altered, contradicts itself, or is another generation's.
         NewerFormat: written by a version newer than this code.
     """
     body = read_manifest(folder, kind=KIND, version=FORMAT_VERSION)
@@ -137,6 +141,14 @@ def read_generation(folder: Path) -> GenerationManifest:
     if not numbers or numbers != list(range(len(numbers))):
         raise CorruptFile(
             f"{folder / MANIFEST_NAME}: shards are not numbered from 0", got=str(numbers)
+        )
+    number = number_of(folder.name)
+    if number is not None and number != manifest.generation:
+        raise CorruptFile(
+            f"{folder}: another generation's folder",
+            expected=f"the manifest of generation {number}",
+            got=f"that of generation {manifest.generation}",
+            hint="give the folder the number of its manifest as its name again",
         )
     return manifest
 

@@ -3,6 +3,9 @@
 import asyncio
 import logging
 import os
+import socket
+import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -14,7 +17,9 @@ from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import RELOAD_S, AuthSettings, Guard, needed_scope
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
+from shardline.shards.core.messages import ReplicaKey, ReplicaRoute, ShardRoute
 from shardline.shards.core.metrics import Recorder
+from tests.fake_shard import make_table
 
 SEARCH = Key(Scope.SEARCH, "s" * 40)
 ADMIN = Key(Scope.ADMIN, "a" * 40)
@@ -299,3 +304,149 @@ def test_a_router_that_starts_again_takes_no_key_of_long_ago(tmp_path: Path) -> 
     guard = Guard(AuthSettings(keyring=RING))
     asyncio.run(guard.begin())
     assert known(guard)[:2] == [True, True], "without a file there is nothing to read"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "socket", "20 GiB"])
+async def test_keys_are_read_from_regular_files_only_and_a_later_file_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whatever lies where the key file was: a router starts, and takes the next file there is."""
+    monkeypatch.chdir(tmp_path)  # the path of a Unix socket must be short
+    path = Path("keys")
+
+    def replace_by(kind: str) -> None:
+        path.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(path, 0o600)
+        elif kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "folder":
+            path.mkdir(0o700)
+        elif kind == "socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(str(path))
+            path.chmod(0o600)
+        else:
+            path.touch(0o600)
+            os.truncate(path, 20 << 30)
+
+    write(path, SEARCH)
+    guard = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+    assert guard.refresh()
+    assert guard.warning is None
+    replace_by(kind)
+    assert not guard.refresh()
+    assert known(guard) == [True, False, False], "as they were"
+    assert guard.warning is not None
+    assert str(path) in guard.warning.text
+
+    started = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+    async with asyncio.timeout(5):
+        await started.begin()
+    assert known(started) == [False, False, False]
+    if kind == "folder":
+        path.rmdir()
+    write(path, SECOND)
+    for each in (guard, started):
+        assert each.refresh()
+        assert known(each) == [False, False, True], "the key taken out is good no longer"
+        assert each.warning is None
+
+
+async def test_a_key_file_on_a_share_that_hangs_stops_no_router_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    write(path, SEARCH)
+    monkeypatch.setattr("shardline.router.http.auth.RELOAD_S", 0.002)
+    monkeypatch.setattr("shardline.router.http.auth.LOOK_S", 0.02)
+    answers, stuck, real = threading.Event(), threading.Semaphore(0), Path.stat
+    answers.set()
+
+    def stat(self: Path, **options: bool) -> os.stat_result:
+        if self == path and not answers.is_set():
+            stuck.release()
+            answers.wait()
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    running = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+    await running.begin()
+    assert known(running) == [True, False, False]
+
+    answers.clear()
+    try:
+        started = Guard(AuthSettings(keyring=RING, key_file=str(path)))
+        async with asyncio.timeout(5):
+            await started.begin()
+        assert known(started) == [False, False, False], "it cannot know which keys are good"
+        following = [asyncio.create_task(guard.follow()) for guard in (running, started)]
+        async with asyncio.timeout(5):
+            while running.warning is None or started.warning is None:
+                await asyncio.sleep(0.002)
+        assert known(running) == [True, False, False], "as they were"
+        assert "no answer for" in running.warning.text
+        assert stuck.acquire(timeout=5)
+        assert stuck.acquire(timeout=5)
+        await asyncio.sleep(0.05)
+        assert not stuck.acquire(blocking=False), "one look at a time, however long it takes"
+        assert caplog.text.count("no answer for") == 2, "once a minute for each router"
+        write(path, SECOND)
+    finally:
+        answers.set()
+    async with asyncio.timeout(5):
+        while known(running) != [False, False, True] or known(started) != [False, False, True]:
+            await asyncio.sleep(0.002)
+        while running.warning or started.warning:
+            await asyncio.sleep(0.002)
+    for task in following:
+        task.cancel()
+    await asyncio.gather(*following, return_exceptions=True)
+
+
+def test_a_router_stops_while_its_key_file_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving the event loop joins the threads of its executor: the look must not be one of them.
+    The same for a process that ends."""
+    path = tmp_path / "keys"
+    write(path, SEARCH)
+    monkeypatch.setattr("shardline.router.http.auth.LOOK_S", 0.01)
+    answers = threading.Event()
+    monkeypatch.setattr(Path, "stat", lambda self, **options: answers.wait())
+    before = set(threading.enumerate())
+    try:
+        began = time.monotonic()
+        asyncio.run(Guard(AuthSettings(keyring=RING, key_file=str(path))).begin())
+        assert time.monotonic() - began < 2
+        (left,) = set(threading.enumerate()) - before
+        assert left.daemon
+    finally:
+        answers.set()
+
+
+def test_status_says_that_keys_may_not_be_those_of_their_file(tmp_path: Path) -> None:
+    guard = Guard(AuthSettings(keyring=RING, key_file=str(tmp_path / "keys")))
+    guard.refresh()
+    (response,) = answers_with_table(guard)
+    (warning,) = response.json()["warnings"]
+    assert (warning["about"], warning["code"]) == ("api_keys", "not_found")
+    assert "keys are as they were before" in warning["text"]
+
+
+def answers_with_table(guard: Guard) -> list[httpx.Response]:
+    """The app's answer to a request for its status, on a table without connections."""
+
+    async def run() -> list[httpx.Response]:
+        config = RouterConfig()
+        service = SearchService(config, b"", load_encoder=lambda table: None)
+        route = ReplicaRoute(key=ReplicaKey(1, 0), epoch=0, address=None)
+        await service.apply(make_table([ShardRoute(shard=0, rows=1, replicas=(route,))], 4))
+        transport = httpx.ASGITransport(app=create_app(service, config, guard))
+        async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
+            headers = {"authorization": f"Bearer {SEARCH.secret}"}
+            found = [await http.get("/v1/status", headers=headers)]
+        await service.close()
+        return found
+
+    return asyncio.run(run())

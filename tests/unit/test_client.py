@@ -18,6 +18,7 @@ from shardline.router.http.auth import AuthSettings, Guard
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import (
     DeadlineExceeded,
+    EncoderUnavailable,
     InvalidInput,
     NotFound,
     Overloaded,
@@ -145,6 +146,7 @@ def test_problems_come_back_as_errors(client):
         ("unauthenticated", Unauthenticated),
         ("version_mismatch", VersionMismatch),
         ("unavailable", Unavailable),
+        ("encoder_unavailable", EncoderUnavailable),
         ("overloaded", Overloaded),
         ("deadline_exceeded", DeadlineExceeded),
         ("internal", ShardlineError),

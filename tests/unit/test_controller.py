@@ -19,7 +19,7 @@ from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core import files
-from shardline.shards.core.errors import CorruptFile, ShardlineError, Unavailable
+from shardline.shards.core.errors import CorruptFile, DataError, ShardlineError, Unavailable
 from shardline.shards.core.messages import ReplicaKey, RoutingTable
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import write_generation
@@ -250,6 +250,40 @@ async def test_a_full_disk_does_not_lose_the_failure_of_a_replica(
         table = await controller.table_after(0, 1)
     assert table is not None
     assert [route.absence is None for s in table.shards for route in s.replicas] == [True, False]
+
+
+async def test_a_counter_that_cannot_be_saved_is_told_at_once_and_until_it_can(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = SearchService(FAST, SECRET, load_encoder=lambda table: None)
+    async with running(store) as controller:
+        assert await controller.trouble_after(None, 0.01) is None
+        waiting = asyncio.ensure_future(controller.wait_ready(60))
+        told = asyncio.ensure_future(controller.trouble_after(None, 60))
+        await asyncio.sleep(0)
+        with monkeypatch.context() as disk:
+            disk.setattr(files, "write_json", refuse_to_write)
+            with pytest.raises(OSError, match="Read-only"):
+                await register(controller, 57)
+            with pytest.raises(DataError, match=r"cannot save its counter.*a read"):
+                await asyncio.wait_for(waiting, 5)
+        service.controller_trouble = trouble = await asyncio.wait_for(told, 5)
+        assert trouble is not None
+        assert trouble.code == DataError.code
+        assert await controller.trouble_after(trouble, 0.01) == trouble
+        mended = asyncio.ensure_future(controller.trouble_after(trouble, 60))
+        table = await register(controller, 57)
+        assert await asyncio.wait_for(mended, 5) is None
+        assert await controller.wait_ready(5) == 57
+    await service.apply(table)
+    assert {"about": "controller", "code": trouble.code, "text": trouble.text} in service.status()[
+        "warnings"
+    ]
+    await service.close()
+
+
+def refuse_to_write(path: Path, value: object) -> None:
+    raise OSError(30, "Read-only file system", "/s/counter.json")
 
 
 async def test_the_wait_ends_without_a_generation_when_the_time_is_up(store: Store) -> None:

@@ -61,7 +61,7 @@ def test_no_variable_is_set_elsewhere_in_the_product() -> None:
 
 
 def test_a_private_ray_keeps_to_its_folder_and_its_ports(tmp_path: Path) -> None:
-    found = private_environment(tmp_path, iter(range(20_001, 20_010)))
+    found = private_environment(tmp_path, iter(range(20_001, 20_010)), 99)
     assert found.items() >= serving_environment().items()
     ports = [found[variable.name] for variable in PRIVATE if variable.value == PORT]
     assert ports == ["20001", "20002"]

@@ -17,6 +17,7 @@ from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexSpec, ResolvedIndex
 from shardline.shards.index.template import (
     build_shard_index,
+    bytes_to_come,
     read_index,
     train_template,
     write_index,
@@ -176,3 +177,12 @@ def test_default_recall(tmp_path: Path, name: str, vectors, queries, metric: Met
     exact = faiss.IndexFlatL2(64)
     exact.add(corpus)
     assert recall_by_ids(rows, exact.search(asked, 100)[1]) >= 0.95
+
+
+@pytest.mark.parametrize("fields", SMALL_KINDS, ids=lambda f: "-".join(map(str, f.values())))
+def test_the_size_of_an_index_is_known_before_it_is_built(tmp_path: Path, fields: dict) -> None:
+    vectors = manifold(1500, 16, 4, seed=1)
+    resolved, path = make(tmp_path, vectors, **fields)
+    index = MainIndex.load(path, metric=Metric.COSINE, defaults=SearchParams())
+    expected = bytes_to_come(resolved, dim=16, metric=Metric.COSINE)
+    assert expected == pytest.approx(index.bytes_per_vector, rel=0.05)

@@ -46,7 +46,8 @@ BELOW = {
     ),
     "training/synthetic": ("data", "evaluation"),
     "cluster/control": (),
-    "cluster/serving": ("control",),
+    "cluster/preflight": (),
+    "cluster/serving": ("control", "preflight"),
 }
 
 # library -> the only places that may import it

@@ -78,10 +78,39 @@ def test_what_is_no_address_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, ad
 
 def test_a_private_ray_does_not_follow_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    for name in launch.OTHER_RAYS:
+        monkeypatch.setenv(name, "127.0.0.1:1")
     monkeypatch.setattr(launch.ray, "init", lambda *given, **_options: asked.extend(given))
     with launch.local_ray(num_cpus=1):
         assert asked == ["local"]
+        assert not set(launch.OTHER_RAYS) & os.environ.keys(), "Ray's processes would inherit them"
+    assert {os.environ[name] for name in launch.OTHER_RAYS} == {"127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(("limit", "connections"), [(20_000, "4096"), (4096, "1587")])
+def test_haproxy_is_told_what_the_open_files_allow(
+    monkeypatch: pytest.MonkeyPatch, limit: int, connections: str
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(launch, "hard_limit", lambda: limit)
+    monkeypatch.setattr(
+        launch.ray, "init", lambda *_, **__: told.append(os.environ["RAY_SERVE_HAPROXY_MAXCONN"])
+    )
+    with launch.local_ray(num_cpus=1):
+        pass
+    assert told == [connections]
+
+
+def test_what_ray_says_at_its_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "\x1b[36mTraceback (most recent call last):\n  File x\nOSError: full\n ^^\n"
+        )
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    with pytest.raises(Unavailable) as caught, launch.local_ray(num_cpus=1):
+        pass
+    assert str(caught.value) == "Ray did not start; got OSError: full"
 
 
 def test_ports_are_free_and_none_that_the_system_gives_away() -> None:

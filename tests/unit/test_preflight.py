@@ -15,11 +15,12 @@ import pytest
 
 from shardline.cluster.cli import main
 from shardline.cluster.commands import serve as serve_module
+from shardline.cluster.commands.serve import check_serving
 from shardline.cluster.config import load_config
+from shardline.cluster.preflight import network
+from shardline.cluster.preflight.servable import find_damage, servable_generation
 from shardline.cluster.serving import deployment
-from shardline.cluster.serving import ray_session as launch
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
-from shardline.cluster.serving.preflight import check_serving, find_damage, servable_generation
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.store import Store
 from shardline.shards.core import files
@@ -164,7 +165,7 @@ def test_a_port_that_only_root_may_use_is_not_called_taken(
     def bind(self: socket.socket, address: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(launch.socket.socket, "bind", bind)
+    monkeypatch.setattr(network.socket.socket, "bind", bind)
     config = load_config(None, [f"store={store.root}", "cluster.http_port=80"])
     with pytest.raises(Unavailable, match=r"may not listen on port 80; .*root.*--port"):
         check_serving(config, None)
@@ -204,7 +205,7 @@ def test_doctor_passes_the_port_of_this_stores_cluster(
     arguments = ("--store", str(store.root), "--set", f"cluster.http_port={port}", "doctor")
     code, out, _ = ends(capsys, *arguments)
     assert code == 3
-    assert f"FAIL  port {port}: taken by another program; " in out
+    assert f"FAIL  port {port}: port {port} is taken by another program; " in out
     note_of(store, port)
     _, out, _ = ends(capsys, *arguments)
     assert f"ok    port {port}: this store's cluster answers there, generation 2" in out
@@ -229,7 +230,7 @@ def test_doctor_fails_a_store_that_is_no_folder(
     (tmp_path / "file").write_text("x")
     code, out, _ = ends(capsys, "--store", str(tmp_path / "file"), "doctor")
     assert code == 3
-    assert f"FAIL  disk: {tmp_path / 'file'}: not a folder" in out
+    assert f"FAIL  store: {tmp_path / 'file'}: not a folder" in out
 
 
 def test_serve_refuses_before_ray(store: Store, capsys: pytest.CaptureFixture[str]) -> None:

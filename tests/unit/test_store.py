@@ -1,5 +1,6 @@
 """CURRENT and the numbering of generations."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -46,14 +47,36 @@ def test_the_number_of_a_deleted_generation_is_not_given_out_again(tmp_path: Pat
     complete_generation(store, 8)
     assert store.next_generation() == 9, "of a store written before numbers were remembered"
     (tmp_path / "generations.json").write_text("{}")
-    with pytest.raises(CorruptFile, match=r"generations\.json: not a counter"):
-        store.next_generation()
+    assert store.next_generation() == 9, "what is left in the store counts"
+    (damage,) = store.damaged_state()
+    assert "generations.json: not a counter" in str(damage)
+    store.remember_generation(9)
+    assert store.damaged_state() == []
+    assert store.next_generation() == 10
 
 
-def test_a_damaged_current_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "CURRENT").write_text("one\n")
-    with pytest.raises(CorruptFile, match="CURRENT"):
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"one\n", b"\x003\n", b"3\x00", b"-3", b"3 4", b"3.0", b"0x3", b"\xff\xfe3\x00"),
+        *("\u0663\n".encode(), "\u00b3".encode(), b"9" * 19, b"9" * 5000),
+    ],
+)
+def test_a_damaged_current_is_refused(tmp_path: Path, content: bytes) -> None:
+    """Digits of other alphabets and superscripts are digits to Python, and 9 * 5000 to no int()."""
+    (tmp_path / "CURRENT").write_bytes(content)
+    with pytest.raises(CorruptFile, match=r"CURRENT: not a generation number; .*generations list"):
         Store(tmp_path).current()
+
+
+def test_folders_with_digits_of_other_alphabets_are_no_generations(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    complete_generation(store, 3)
+    for name in ("\u0664", "9" * 30, "7x", "\u00b2"):
+        (store.generations / name).mkdir()
+        files.write_manifest(store.generations / name, kind="generation", version=1, body={})
+    assert store.generation_numbers() == [3]
+    assert store.next_generation() == 4
 
 
 def test_numbers_go_on_from_the_largest_of_any_generation(tmp_path: Path) -> None:
@@ -68,11 +91,66 @@ def test_numbers_go_on_from_the_largest_of_any_generation(tmp_path: Path) -> Non
     assert Store(tmp_path).counter() == 58, "never lowered, by a second cluster on the store say"
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"counter": "x"}', '{"counter": null}'])
-def test_a_damaged_counter_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "counter.json").write_text(content)
-    with pytest.raises(CorruptFile, match=r"counter\.json: not a counter"):
-        Store(tmp_path).counter()
+DAMAGED = {
+    "empty": b"",
+    "no counter": b"{}",
+    "a list": b"[]",
+    "a text": b'{"counter": "x"}',
+    "null": b'{"counter": null}',
+    "a flipped brace": b'z"counter": 57}',
+    "negative": b'{"counter": -1}',
+    "a float": b'{"counter": 1e300}',
+    "too many digits": b'{"counter": ' + b"9" * 5000 + b"}",
+    "above every number": b'{"counter": 99999999999999999999}',
+    "deep": b"[" * 60_000,
+    "no text": b"\xff\x00\xfe",
+    "too large": b" " * (1 << 20),
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_counter_counts_as_none_is_named_and_written_anew(
+    tmp_path: Path, content: bytes
+) -> None:
+    store = Store(tmp_path)
+    (tmp_path / "counter.json").write_bytes(content)
+    assert store.counter() == 0
+    (damage,) = store.damaged_state()
+    assert isinstance(damage, CorruptFile)
+    assert "counter.json: " in str(damage)
+    store.raise_counter(12)
+    assert (store.counter(), store.damaged_state()) == (12, [])
+
+
+def test_counters_of_an_older_version_count_where_the_newer_one_is_damaged(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for generation, content in ((3, b'{"counter": 12}'), (57, b"{"), (58, b"")):
+        path = tmp_path / "epochs" / f"{generation:06d}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+    assert store.counter() == 12
+    assert len(store.damaged_state()) == 2
+    (tmp_path / "counter.json").write_bytes(b"{")
+    assert store.counter() == 12
+    store.raise_counter(13)
+    assert (store.counter(), store.damaged_state()) == (13, [])
+
+
+def test_pipes_in_place_of_the_files_of_state_keep_nobody_waiting(tmp_path: Path) -> None:
+    """No process has the other end of any: to open one is to wait for it."""
+    store = Store(tmp_path)
+    for name in ("CURRENT", "counter.json", "generations.json", "counter.lock"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(CorruptFile, match="CURRENT: not a regular file; got a named pipe"):
+        store.current()
+    assert store.counter() == 0
+    assert store.next_generation() == 1
+    assert [str(damage).split(";")[0] for damage in store.damaged_state()] == [
+        f"{tmp_path / name}: not a regular file" for name in ("counter.json", "generations.json")
+    ]
+    store.raise_counter(5)
+    store.remember_generation(6)
+    assert (store.counter(), store.next_generation()) == (5, 7)
 
 
 def test_two_controllers_raise_one_counter_and_never_lower_it(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ray.train import get_context as get_rank_context
 from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import save_file
 
-from shardline.shards.core.errors import ConfigError, ShardlineError, Unavailable
+from shardline.shards.core.errors import ConfigError, ShardlineError, Unavailable, last_line
 from shardline.shards.core.files import MANIFEST_NAME, atomic_path
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
@@ -271,17 +271,16 @@ def _rank_entry(settings: dict[str, str]) -> None:
     train_rank(Path(settings["run_folder"]), get_device())
 
 
-def _cause(error: TrainingFailedError) -> ShardlineError:
-    """One error of ours for whatever the ranks reported, the first that explains itself."""
+def _cause(error: TrainingFailedError) -> Exception:
+    """One error for whatever the ranks reported: the first of ours, or of the system's."""
     failures = list(getattr(error, "worker_failures", {}).values())
     causes = [getattr(failure, "_base_exc", failure) for failure in failures]
     for cause in causes:
-        if isinstance(cause, ShardlineError):
+        if isinstance(cause, ShardlineError | OSError):  # a full disk, say
             return cause
-    first = str(causes[0] if causes else error).strip().splitlines()
     return Unavailable(
         "training failed",
-        got=first[-1] if first else type(error).__name__,
+        got=last_line(causes[0] if causes else error),
         hint="--resume goes on from its newest checkpoint",
     )
 

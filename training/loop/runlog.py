@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shardline.shards.core.errors import CorruptFile, NotFound, Unavailable
+from shardline.shards.core.small_files import open_regular, read_small
 
 LOG = "log.jsonl"  # inside the run folder
+MAX_LOG_BYTES = 1 << 30  # 300 bytes per line: three million lines
 POLL_S = 0.5  # how often the log of ranks elsewhere is read for progress
 
 Event = dict[str, Any]
@@ -89,7 +91,7 @@ def trim_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in read_small(path, MAX_LOG_BYTES).splitlines(keepends=True):
         if not line.endswith(b"\n") or json.loads(line)["step"] > step:
             break
         kept += len(line)
@@ -102,10 +104,12 @@ def read_log(path: Path) -> list[Event]:
     Raises:
         NotFound: there is no such file. CorruptFile: a line is not JSON.
     """
-    if not path.is_file():
-        raise NotFound(f"{path}: no log", hint="train first")
+    try:
+        content = read_small(path, MAX_LOG_BYTES)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotFound(f"{path}: no log", hint="train first") from error
     events = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    for number, line in enumerate(content.splitlines(keepends=True), start=1):
         if line.endswith(b"\n"):  # else it is being written
             try:
                 events.append(json.loads(line))
@@ -137,7 +141,7 @@ def _follow(log: Path, start: int, on_event: OnEvent, ended: threading.Event) ->
         last_round = ended.wait(POLL_S)
         if log.exists():
             start = min(start, log.stat().st_size)  # ranks that start again cut the log first
-            with log.open("rb") as file:
+            with open_regular(log) as file:
                 start = _line_start(file, start)
                 for line in file:
                     if line.endswith(b"\n"):  # else half a line: next time

@@ -26,11 +26,13 @@ from shardline.shards.core.errors import ConfigError, CorruptFile, DataError, No
 from shardline.shards.core.files import (
     FileEntry,
     describe_tree,
+    number_of,
     read_manifest,
     staged_folder,
     verify_files,
     write_manifest,
 )
+from shardline.shards.core.small_files import MAX_VOCABULARY_BYTES
 from shardline.training.config.training_config import TrainingConfig, differences
 from shardline.training.data.tables import check_identity
 from shardline.training.features.fitted import FeatureSpace
@@ -96,7 +98,7 @@ def start_run(folder: Path, run: Run, dataset: dict[str, Any]) -> None:
 
 def place_run(folder: Path, config: TrainingConfig) -> None:
     """Gives a run that ``check_resumable`` has passed the placement of ``config``."""
-    manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
+    manifest = _declared(folder)
     version = manifest.pop("format_version")
     del manifest["kind"]
     body = manifest | {"config": config.model_dump(mode="json")}
@@ -110,7 +112,7 @@ def open_run(folder: Path) -> Run:
         NotFound, CorruptFile, NewerFormat: as ``shards.core.files.read_manifest``.
         ConfigError: it has a setting that is refused by now.
     """
-    manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
+    manifest = _declared(folder)
     try:
         config = TrainingConfig.model_validate(manifest["config"])
     except ValidationError as error:
@@ -131,7 +133,7 @@ def open_data(folder: Path) -> TrainingData:
         NotFound: no run there. CorruptFile: a file is not as it was when the run was declared, or
             that was before there were checksums.
     """
-    manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
+    manifest = _declared(folder)
     refuse_older(folder, manifest, VERSION, TRAIN_AGAIN)
     verify_files(folder / CACHE, [FileEntry(**entry) for entry in manifest["files"]])
     return TrainingData.open(folder / CACHE)
@@ -143,7 +145,7 @@ def check_resumable(folder: Path, config: TrainingConfig, dataset: dict[str, Any
     Raises:
         ConfigError: names the settings that differ. DataError: the dataset is another one.
     """
-    manifest = read_manifest(folder, kind=RUN_KIND, version=VERSION)
+    manifest = _declared(folder)
     before = TrainingConfig.model_validate(manifest["config"])
     changed = differences(config.identity(), before.identity())
     if changed:
@@ -157,7 +159,7 @@ def check_resumable(folder: Path, config: TrainingConfig, dataset: dict[str, Any
 
 def is_dataset_of(folder: Path, dataset: dict[str, Any]) -> bool:
     """Whether ``dataset`` is the identity of what the run was started with."""
-    started: dict[str, Any] = read_manifest(folder, kind=RUN_KIND, version=VERSION)["dataset"]
+    started: dict[str, Any] = _declared(folder)["dataset"]
     return started == dataset
 
 
@@ -165,7 +167,7 @@ def check_dataset(folder: Path, dataset: dict[str, Any]) -> None:
     """Raises DataError where ``dataset`` is not the identity of what the run was started with."""
     check_identity(
         f"{folder}: the run was started with another dataset",
-        expected=read_manifest(folder, kind=RUN_KIND, version=VERSION)["dataset"],
+        expected=_declared(folder)["dataset"],
         got=dataset,
         hint="--data names the run's own data set, --run another run",
     )
@@ -255,6 +257,11 @@ def load_best(folder: Path, *, unfinished: bool = False) -> tuple[Run, TwoTower]
     return replace(run, cut_off=cut_off), model.eval()
 
 
+def _declared(folder: Path) -> dict[str, Any]:
+    """The manifest of a run, which holds every value of its features."""
+    return read_manifest(folder, kind=RUN_KIND, version=VERSION, limit=MAX_VOCABULARY_BYTES)
+
+
 def _name(step: int) -> str:
     return f"{step:08d}"
 
@@ -265,7 +272,8 @@ def _file(checkpoint: Path, part: str) -> Path:
 
 def _steps(folder: Path) -> list[int]:
     root = folder / "checkpoints"
-    return sorted(int(path.name) for path in root.glob("[0-9]*")) if root.is_dir() else []
+    numbers = [number_of(path.name) for path in root.glob("[0-9]*")] if root.is_dir() else []
+    return sorted(number for number in numbers if number is not None)
 
 
 def _verified(folder: Path, step: int) -> TrainState:
@@ -273,7 +281,15 @@ def _verified(folder: Path, step: int) -> TrainState:
     manifest = read_manifest(path, kind=CHECKPOINT_KIND, version=CHECKPOINT_VERSION)
     refuse_older(path, manifest, CHECKPOINT_VERSION, TRAIN_AGAIN)
     verify_files(path, [FileEntry(**entry) for entry in manifest["files"]])
-    return TrainState(**manifest["state"])
+    state = TrainState(**manifest["state"])
+    if state.step != step:
+        raise CorruptFile(
+            f"{path}: another checkpoint's folder",
+            expected=f"the manifest of step {step}",
+            got=f"that of step {state.step}",
+            hint="give the folder the step of its manifest as its name again, or train anew",
+        )
+    return state
 
 
 def refuse_older(folder: Path, manifest: Mapping[str, Any], version: int, hint: str) -> None:

@@ -1,21 +1,16 @@
-"""Checks before Ray is started: the store is not served yet, the port is free, files are whole.
+"""Whether a generation can be served: it exists, and its files are as they were written.
 
-If a generation is damaged, the error names another that can be served. ``serve`` runs these checks
-first, because Ray takes seconds to start.
+If it is damaged, the error names another that can be served.
 """
 
 from collections.abc import Iterator
 
-from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.serving.endpoint import refuse_if_served
-from shardline.cluster.serving.ray_session import port_is_free
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import (
     CorruptFile,
     NewerFormat,
     NotFound,
     ShardlineError,
-    Unavailable,
 )
 from shardline.shards.storage.generation import (
     GenerationManifest,
@@ -27,34 +22,16 @@ from shardline.shards.storage.generation import (
 BUILD_ANEW = "make a new one with `shardline build`"
 
 
-def check_serving(config: ShardlineConfig, generation: int | None) -> int:
+def servable_generation(store: Store, generation: int | None) -> int:
     """The number of the generation to serve; generation None: the live one.
 
+    Shards' files are checked as they are loaded.
+
     Raises:
-        Unavailable: the store is served already, or its port cannot be listened on.
         NotFound: there is no such generation.
         CorruptFile, NewerFormat: its manifest or its query encoder cannot be used; the hint says
             what can be done.
     """
-    store = Store(config.store.resolve())
-    refuse_if_served(store)
-    check_http_port(config)
-    return servable_generation(store, generation)
-
-
-def check_http_port(config: ShardlineConfig) -> None:
-    """Raises Unavailable when this machine's HTTP port is taken, or closed to this user."""
-    port = config.cluster.http_port
-    if config.cluster.address == "local" and port and not port_is_free(port):
-        raise Unavailable(
-            f"port {port} is taken by another program",
-            hint="stop what listens there, or choose another with `shardline serve --port "
-            f"{port + 1 if port < 65_535 else port - 1}`",
-        )
-
-
-def servable_generation(store: Store, generation: int | None) -> int:
-    """As ``check_serving`` without store and port. Shards' files are checked as they are loaded."""
     number = store.current() if generation is None else generation
     complete = store.generation_numbers()
     if number not in complete:
