@@ -154,6 +154,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError("bad --set", expected="key.path=value", got=override)
     try:
         value = yaml.safe_load(text)
+        if isinstance(value, dict) and text.endswith(":"):
+            value = text  # an IPv6 address: to YAML, names without values
     except yaml.YAMLError as error:
         raise ConfigError("bad --set: the value is not YAML", field=path, got=text) from error
     *parents, last = path.split(".")
