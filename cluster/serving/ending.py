@@ -30,7 +30,7 @@ from shardline.shards.core.errors import Unavailable
 # How long an orderly end may take; killing what is left takes two seconds more. Who pressed Ctrl-C
 # waits for it, so that has less.
 ORDERLY_S = 15.0
-ORDERLY_AFTER_CTRL_C_S = 7.0
+ORDERLY_AFTER_CTRL_C_S = 6.0
 # One event can bring several signals, as a closing terminal does, or `timeout` and the group's.
 SAME_EVENT_S = 1.0
 POLL_S = 0.5

@@ -35,7 +35,7 @@ def child():
     [
         ([], 1e9, None),
         ([(signal.SIGINT, 5.0)], 5.1, None),
-        ([(signal.SIGINT, 5.0)], 5.1 + ORDERLY_AFTER_CTRL_C_S, "not ended within 7 s"),
+        ([(signal.SIGINT, 5.0)], 5.1 + ORDERLY_AFTER_CTRL_C_S, "not ended within 6 s"),
         ([(signal.SIGTERM, 5.0)], 5.1 + ORDERLY_AFTER_CTRL_C_S, None),
         ([(signal.SIGTERM, 5.0)], 5.1 + ORDERLY_S, "not ended within 15 s"),
         ([(signal.SIGHUP, 5.0)], 5.1 + ORDERLY_S, "not ended within 15 s"),
