@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from shardline.cluster.exits import INTERRUPTED, exit_code
 from shardline.cluster.serving.endpoint import is_alive
@@ -64,6 +65,7 @@ class Ending:
         self._session: Path | None = None
         self._has_session = False
         self._followed: dict[str, int] = {}
+        self._is_ray_dead = False
         self._callbacks: list[Callable[[], None]] = []
         self._starting = threading.Lock()
         self._is_over = False
@@ -191,16 +193,25 @@ class Ending:
     def _end_where_needed(self, session: Path) -> None:
         dead = [name for name, pid in self._followed.items() if not is_alive(pid)]
         late = overdue(self._signals, time.monotonic())
-        if dead and self._followed:  # else they have gone just now, as they should
-            error = Unavailable(
-                f"{' and '.join(dead)} ended unexpectedly",
-                hint="all of this command's processes were ended; start it again",
-            )
-            self._end_at_once(session, f"error: {error}", exit_code(error))
+        if dead and not self._is_ray_dead:
+            self._is_ray_dead = True  # looked at again: who ended Ray may be about to signal us
+        elif dead and self._followed:  # else they have gone just now, as they should
+            self._end_without_ray(session, " and ".join(dead))
         elif late:
             self._end_at_once(session, f"interrupted: {late}, killed", INTERRUPTED)
 
-    def _end_at_once(self, session: Path, line: str, code: int) -> None:
+    def _end_without_ray(self, session: Path, dead: str) -> None:
+        """Signalled as well: all of the command's processes were, as systemd does it."""
+        if self._signals:
+            code = 0 if self._asked.is_set() else INTERRUPTED
+            self._end_at_once(session, f"interrupted: {dead} ended too, killed the rest", code)
+        error = Unavailable(
+            f"{dead} ended unexpectedly",
+            hint="all of this command's processes were ended; start it again",
+        )
+        self._end_at_once(session, f"error: {error}", exit_code(error))
+
+    def _end_at_once(self, session: Path, line: str, code: int) -> NoReturn:
         """Does not return. Whatever goes wrong here, this process ends: it hangs otherwise."""
         try:
             self._say(line)
