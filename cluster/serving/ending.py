@@ -25,7 +25,7 @@ from typing import NoReturn
 from shardline.cluster.exits import INTERRUPTED, exit_code
 from shardline.cluster.serving.endpoint import is_alive
 from shardline.cluster.serving.leftovers import end_session
-from shardline.cluster.signals import ending_signals, handled_by, leave, terminal_files
+from shardline.cluster.signals import handled_by, leave, not_ignored, terminal_files
 from shardline.shards.core.errors import Unavailable
 
 # How long an orderly end may take; killing what is left takes two seconds more. Who pressed Ctrl-C
@@ -81,7 +81,8 @@ class Ending:
             return self  # signals go to the main thread, which is not ours to interrupt
         self.is_active = True
         self._terminal = terminal_files()
-        self._numbers = ending_signals()
+        # Ctrl-C even where a script has started this in the background: it is how `serve` ends
+        self._numbers = {signal.SIGINT, *not_ignored()}
         receiving, sending = socket.socketpair()
         sending.setblocking(False)
         watcher = threading.Thread(target=self._watch, args=(receiving,), name="ending")
@@ -92,7 +93,7 @@ class Ending:
         # written by the handler in C, whatever the main thread is doing
         before = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
         self._stack.callback(signal.set_wakeup_fd, before)
-        self._stack.enter_context(handled_by(self._on_signal))
+        self._stack.enter_context(handled_by(self._on_signal, self._numbers))
         return self
 
     def __exit__(self, *error: object) -> None:
