@@ -11,13 +11,20 @@ from shardline.cluster.serving.serving_keys import CLIENT_VARIABLE, SERVER_VARIA
 from shardline.shards.core.errors import Unavailable
 
 SECRETS = {SERVER_VARIABLE: "search:" + "s" * 40, CLIENT_VARIABLE: "c" * 40}
+PROXIES = {
+    "http_proxy": "http://p",
+    "HTTPS_PROXY": "[::",
+    "All_Proxy": "socks5://p",
+    "no_proxy": "",
+}
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_api_key_is_inherited_and_each_is_back_afterwards(
+def test_no_api_key_nor_proxy_is_inherited_and_each_is_back_afterwards(
     monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    for name, value in SECRETS.items():
+    given = SECRETS | PROXIES
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     inherited: dict[str, str] = {}
 
@@ -29,13 +36,13 @@ def test_no_api_key_is_inherited_and_each_is_back_afterwards(
     monkeypatch.setattr(launch, "_init_local", start)
     try:
         with launch.local_ray(num_cpus=1):
-            assert {name: os.environ[name] for name in SECRETS} == SECRETS, "serving reads them"
+            assert {name: os.environ[name] for name in given} == given, "serving reads them"
     except Unavailable:
         assert fails
     assert inherited["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    assert not SECRETS.keys() & inherited.keys()
+    assert not given.keys() & inherited.keys()
     assert not set(SECRETS.values()) & set(inherited.values())
-    assert {name: os.environ[name] for name in SECRETS} == SECRETS
+    assert {name: os.environ[name] for name in given} == given
 
 
 def test_without_keys_none_appear(monkeypatch: pytest.MonkeyPatch) -> None:
