@@ -210,6 +210,12 @@ def test_a_temporary_folder_of_a_long_name_or_without_space_is_refused() -> None
     assert check_shared_memory(None).verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize("path", ["/tmp/a b", "/tmp/ä", "/tmp/$x", "/tmp/'"])
+def test_a_temporary_folder_that_haproxy_would_misread_is_refused(path: str) -> None:
+    check = check_temporary(replace(ROOMY, path=Path(path)), ROOMY, executes=True)
+    assert "not a path for HAProxy's configuration" in check.text
+
+
 def test_another_temporary_folder_is_named_only_if_it_would_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
