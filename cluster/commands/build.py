@@ -14,7 +14,7 @@ from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.build_space import build_bytes
 from shardline.cluster.preflight.check import enforce
-from shardline.cluster.preflight.machine import check_store
+from shardline.cluster.preflight.machine import before_ray, check_store
 from shardline.cluster.serving.endpoint import find_endpoint
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
@@ -108,7 +108,10 @@ def build(
         plan = plan_of(config, Partitioning(partitioning))
         checked = check_plan(embeddings, plan, store.version_of(embeddings))
         needed = build_bytes(checked.corpus, checked.index, checked.plan.num_shards)
-        for warning in enforce([check_store(store, needed)]):
+        checks = [check_store(store, needed)]
+        if not in_process and config.cluster.address == "local":
+            checks += before_ray(None)
+        for warning in enforce(checks):
             progress.note(f"warning: {warning}")
         if in_process:
             manifest = build_checked(store, checked, run_jobs=run_here, progress=progress)

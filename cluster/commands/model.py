@@ -12,7 +12,7 @@ from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.folders import check_writable, look_at
-from shardline.cluster.preflight.machine import check_store
+from shardline.cluster.preflight.machine import before_ray, check_store
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.training.export import export as export_embeddings
@@ -87,7 +87,11 @@ def train(
     run = run or default_run(settings, data)
     config = settings.config
     check_folders(data, run, resume=resume)  # before Ray, which takes seconds to start
-    enforce([check_writable("run", look_at(run))])
+    checks = [check_writable("run", look_at(run))]
+    if config.training.num_workers > 1 and config.cluster.address == "local":
+        checks += before_ray(None)
+    for warning in enforce(checks):
+        click.echo(f"warning: {warning}", err=True)
     try:
         with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
             result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)

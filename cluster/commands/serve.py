@@ -183,7 +183,8 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
     store = Store(config.store.resolve())
     refuse_if_served(store)
     number = servable_generation(store, generation)
-    enforce(before_serving(config, number))  # again, with its warnings, once Ray runs
+    for warning in enforce(before_serving(config, number)):
+        click.echo(f"warning: {warning}", err=True)
     if config.cluster.address == "local":
         literal_address(config.cluster.http_host)  # an own one, but can HAProxy listen there?
     return number

@@ -107,8 +107,7 @@ def start_serving(
     """
     store = Store(config.store.resolve())
     number = servable_generation(store, generation)
-    for warning in enforce(before_serving(config, number)):
-        on_stage(f"warning: {warning}")
+    enforce(before_serving(config, number))
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     port = config.cluster.http_port or free_port()
@@ -170,13 +169,16 @@ def shard_reports() -> list[dict[str, Any]]:
     """What every shard process says of itself; needs Ray attached.
 
     Raises:
-        Unavailable: no controller runs there.
+        Unavailable: no controller runs there, or it does not answer.
     """
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
     except ValueError as error:
         raise Unavailable("no controller runs in this Ray cluster") from error
-    reports: list[dict[str, Any]] = ray.get(controller.shard_reports.remote(), timeout=30)
+    try:
+        reports: list[dict[str, Any]] = ray.get(controller.shard_reports.remote(), timeout=30)
+    except ray.exceptions.RayError as error:
+        raise Unavailable("the controller does not answer", got=last_line(error)) from error
     return reports
 
 
@@ -231,7 +233,7 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
     try:
         serve.start(proxy_location=location, http_options={"host": host, "port": port})
         serve.run(application, name=APPLICATION, route_prefix="/")
-    except (RuntimeError, ray.exceptions.RayError) as error:
+    except (RuntimeError, TimeoutError, RayServeException, ray.exceptions.RayError) as error:
         raise Unavailable("the HTTP front end did not start", got=last_line(error)) from error
 
 

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from shardline.router.contract import KEY, MAX_KEY_CHARS, MIN_KEY_CHARS
-from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
+from shardline.shards.core.errors import ConfigError, CorruptFile, DataError, NotFound
 from shardline.shards.core.small_files import MAX_TEXT_BYTES, open_regular, read_open
 
 FINGERPRINT_CHARS = 12
@@ -110,7 +110,7 @@ def read_keys(path: Path) -> list[Key]:
     """The keys of a file that nobody but its owner may read.
 
     Raises:
-        NotFound: there is no such file.
+        NotFound: there is no such file. DataError: this user may not read it, or the disk cannot.
         ConfigError: it is no regular file or a large one, others may read or write it, it is not
             text, or as ``parse_keys``.
     """
@@ -134,5 +134,5 @@ def read_keys(path: Path) -> list[Key]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a key file", expected="ASCII text") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read", got=error.strerror) from error
+        raise DataError(f"{path}: cannot be read", got=error.strerror) from error
     return parse_keys(text.splitlines(), str(path))

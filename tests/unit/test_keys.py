@@ -1,11 +1,13 @@
 """API keys: the file, its digests, and who may read it."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 
+from shardline.cluster.cli import main
 from shardline.cluster.config import load_config
 from shardline.cluster.serving.serving_keys import (
     CLIENT_VARIABLE,
@@ -16,6 +18,7 @@ from shardline.cluster.serving.serving_keys import (
     remove_key,
     serving_keys,
 )
+from shardline.router.http import api_keys
 from shardline.router.http.api_keys import Key, Keyring, Scope, digest_of, parse_keys, read_keys
 from shardline.shards.core.errors import ConfigError, NotFound, ShardlineError
 
@@ -224,3 +227,18 @@ def test_a_client_takes_the_key_it_is_told_and_the_weakest_that_will_do(tmp_path
     assert client_key(only, {}) == ADMIN
     with pytest.raises(ShardlineError, match="no key in it"):
         client_key(write(tmp_path / "none", "\n"), {})
+
+
+def test_keys_that_this_user_may_not_read_are_exit_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(api_keys, "open_regular", refuse)
+    for arguments in (("keys", "list"), ("query", "--url", "http://127.0.0.1:1", "--item", "3")):
+        with pytest.raises(SystemExit) as ended:
+            option = ("--key-file", "x") if arguments[0] == "query" else ()
+            main(["--store", str(tmp_path), *arguments, *option])
+        assert ended.value.code == 3
+        assert "cannot be read; got Permission denied" in capsys.readouterr().err
