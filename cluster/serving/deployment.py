@@ -59,6 +59,8 @@ APPLICATION = "shardline"
 READY_POLL_S = 0.05
 # How often Serve asks a replica whether it lives: a killed router is noticed so much later.
 HEALTH_CHECK_PERIOD_S = 1.0
+# Of an answer to that; three in a row, and Serve replaces a router that stopped or hangs.
+HEALTH_CHECK_TIMEOUT_S = 4.0
 
 
 @contextmanager
@@ -208,13 +210,14 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
     location, host = "EveryNode", cluster.http_host
     if cluster.address == "local":
         location, host = "HeadOnly", LOOPBACK
-        write_launcher(config.router, literal_address(cluster.http_host))
+        address = literal_address(cluster.http_host)
+        write_launcher(config.router, insecure=cluster.insecure, address=address)
     application = (
         serve.deployment(RouterReplica)
         .options(
             name="router",
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
-            health_check_timeout_s=10,
+            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             num_replicas=cluster.router_replicas,
             # the service refuses overload itself, early and with Retry-After
             max_ongoing_requests=config.router.max_in_flight * 2,
