@@ -73,7 +73,7 @@ def test_demo_at_every_stage(tmp_path: Path, stage: str, number: signal.Signals)
     """Its Ray trains, builds and serves; its temporary folder goes as well."""
     arguments = ("demo", "--quick", "--report", str(tmp_path / "report.json"))
     with started(None, *arguments) as demo:
-        demo.wait_for(stage)
+        demo.wait_for(stage, 600)
         began = time.monotonic()
         os.killpg(demo.pid, number)
         assert demo.wait() == 130, demo.text
