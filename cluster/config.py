@@ -49,7 +49,11 @@ class ClusterConfig(BaseModel):
         default="127.0.0.1",
         description='Address shards listen on; "node": the address by which Ray knows the host.',
     )
-    http_host: str = Field(default="127.0.0.1", description="Address of the HTTP front end.")
+    http_host: str = Field(
+        default="127.0.0.1",
+        description="Address of the HTTP front end: any of this machine's, IPv4 or IPv6; 0.0.0.0 "
+        'is every one of IPv4, "::" of both. On a launched cluster only 0.0.0.0 or 127.0.0.1.',
+    )
     key_file: Path | None = Field(
         default=None,
         description="File with the API keys. null: <store>/keys, which is made if it does not "
@@ -154,6 +158,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         raise ConfigError("bad --set", expected="key.path=value", got=override)
     try:
         value = yaml.safe_load(text)
+        if isinstance(value, dict) and text.endswith(":"):
+            value = text  # an IPv6 address: to YAML, names without values
     except yaml.YAMLError as error:
         raise ConfigError("bad --set: the value is not YAML", field=path, got=text) from error
     *parents, last = path.split(".")

@@ -10,26 +10,29 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
-def ending_signals() -> tuple[signal.Signals, ...]:
-    """The signals that end a command; SIGHUP is left out where it is ignored, as under nohup."""
-    hangs_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
-    return (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hangs_up else ()))
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def not_ignored() -> tuple[signal.Signals, ...]:
+    """Those that end a command unless whoever started it had it ignore them: nohup has SIGHUP
+    ignored, a shell script SIGINT in what it starts in the background."""
+    return tuple(number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN)
 
 
 @contextlib.contextmanager
-def handled_by(handler: Handler) -> Iterator[None]:
-    """Has ``handler`` called for each ending signal; does nothing outside of the main thread."""
+def handled_by(handler: Handler, numbers: Iterable[int]) -> Iterator[None]:
+    """Has ``handler`` called for these signals; does nothing outside of the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in ending_signals()}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
@@ -52,7 +55,7 @@ def interrupting() -> Iterator[None]:
         raise KeyboardInterrupt
 
     try:
-        with handled_by(interrupt):
+        with handled_by(interrupt, not_ignored()):
             yield
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -63,7 +66,7 @@ def interrupting() -> Iterator[None]:
 def postponed() -> Iterator[None]:
     """Signals wait for the end of the block: an import, for one, that cannot be interrupted."""
     came: list[int] = []
-    with handled_by(lambda number, frame: came.append(number)):
+    with handled_by(lambda number, frame: came.append(number), not_ignored()):
         yield
     if came:
         signal.raise_signal(came[0])
@@ -84,5 +87,5 @@ def leave(files: tuple[int, ...]) -> None:
 
 
 def _default() -> None:
-    for number in ending_signals():
+    for number in not_ignored():
         signal.signal(number, signal.SIG_DFL)

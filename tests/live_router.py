@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import uvicorn
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shardline.router.http.api import create_app
 from shardline.router.http.auth import Guard
@@ -30,6 +32,16 @@ class LiveRouter:
     shards: list[FakeShard]
 
 
+def health_checked(app: ASGIApp) -> ASGIApp:
+    """With what Serve answers in front of it: HAProxy asks for this path."""
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        healthy = scope["type"] == "http" and scope["path"] == "/-/healthz"
+        await (PlainTextResponse("success") if healthy else app)(scope, receive, send)
+
+    return answer
+
+
 @contextlib.contextmanager
 def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator[LiveRouter]:
     """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, stopped at the end."""
@@ -44,7 +56,7 @@ def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator
                 config, SECRET, load_encoder=lambda _table: FakeEncoder(DIM, "m1")
             )
             await service.apply(make_table(shards, DIM))
-            app = create_app(service, config, guard)
+            app = health_checked(create_app(service, config, guard))
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -86,8 +86,8 @@ def run_demo(
     demo = Demo(config=config, folder=folder, progress=progress, quick=quick)
     dataset = demo.data(synth, preset)
     progress.note("starting Ray")
-    cpus, in_flight = serving_cpus(config), requests_in_flight(config)
-    with ray_for("local", num_cpus=cpus, verbose=settings.verbose, in_flight=in_flight) as ending:
+    needs = {"num_cpus": serving_cpus(config), "in_flight": requests_in_flight(config)}
+    with ray_for("local", **needs, verbose=settings.verbose) as ending:
         if settings.store_path is None:
             ending.also(partial(shutil.rmtree, folder, ignore_errors=True))
         embeddings = demo.model(dataset)

@@ -3,7 +3,6 @@
 import json
 import signal
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from shardline.cluster.serving.endpoint import (
     remove_note,
     remove_own_note,
 )
+from shardline.cluster.serving.http_address import literal_address
 from shardline.cluster.serving.leftovers import reap_orphans
 from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.serving.serving_keys import serving_keys
@@ -134,29 +134,28 @@ def _stop(endpoint: Endpoint) -> bool:
     """Whether the serving process has ended in order; False: it had to be killed.
 
     Raises:
-        Unavailable: not even that ended it.
+        Unavailable: it is another user's, or not even that ended it.
     """
-    try:
-        process = psutil.Process(endpoint.pid)
-    except psutil.NoSuchProcess:
-        return True
     for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process acts on nothing else
-        try:
-            process.send_signal(number)
-        except psutil.NoSuchProcess:  # it has ended since
-            return True
-        except psutil.AccessDenied as error:
-            raise _not_ours(endpoint) from error
+        _send(endpoint, number)
     if _has_ended(endpoint, STOP_TIMEOUT_S):
         return True
-    with suppress(psutil.NoSuchProcess):
-        process.kill()
+    _send(endpoint, signal.SIGKILL)
     if not _has_ended(endpoint, KILL_TIMEOUT_S):
         raise Unavailable(
             f"process {endpoint.pid} cannot be killed",
             hint="it waits for a disk or a network share that does not answer",
         )
     return False
+
+
+def _send(endpoint: Endpoint, number: signal.Signals) -> None:
+    try:
+        psutil.Process(endpoint.pid).send_signal(number)
+    except psutil.NoSuchProcess:  # it has ended since
+        pass
+    except psutil.AccessDenied as error:
+        raise _not_ours(endpoint) from error
 
 
 def _has_ended(endpoint: Endpoint, within_s: float) -> bool:
@@ -186,6 +185,8 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
     number = servable_generation(store, generation)
     for warning in enforce(before_serving(config, number)):
         click.echo(f"warning: {warning}", err=True)
+    if config.cluster.address == "local":
+        literal_address(config.cluster.http_host)  # an own one, but can HAProxy listen there?
     return number
 
 

@@ -6,6 +6,7 @@ disks are told apart by nothing else.
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ OBJECT_STORE_BYTES = 128 << 20
 MAX_SESSION_PATH = 38
 # "/shardline-", a pid of up to 7 digits, "-" and 8 random letters take the rest
 MAX_TEMPORARY_PATH = MAX_SESSION_PATH - 27
+PLAIN_PATH = re.compile(r"[A-Za-z0-9/._-]+")  # Ray writes it into that without quotes
 PROBE_BYTES = 1 << 16
 FEWEST_FREE_BYTES = 32 << 20  # Ray's logs and sockets, or a store's keys, counters and notes
 LOW_DISK_BYTES = 2 << 30
@@ -101,6 +103,12 @@ def check_temporary(folder: Folder, shared: Folder | None, *, executes: bool) ->
         error = Unavailable(
             f"{folder.path}: path too long for Ray's sockets",
             expected=f"a temporary folder of at most {MAX_TEMPORARY_PATH} characters",
+            hint=hint,
+        )
+    elif not PLAIN_PATH.fullmatch(str(folder.path)):
+        error = Unavailable(
+            f"{str(folder.path)!r}: not a path for HAProxy's configuration",
+            expected="letters, digits and any of / . _ - in the path of the temporary folder",
             hint=hint,
         )
     elif folder.refusal is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.preflight.check import Check, failed, mib, passed, warned
+from shardline.cluster.preflight.control_groups import lines, own_groups
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.storage.generation import ATTRIBUTES_NAME, GenerationManifest
 
@@ -22,6 +23,9 @@ ROUTER_BYTES = 240 << 20
 # own agents and monitor
 OTHER_BYTES = (245 + 210 + 210 + 210 + 150 + 500) << 20
 V1_UNLIMITED = 1 << 60  # what control groups of version 1 say when there is no limit
+# limit, what counts against it, and the part of that which can be dropped
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,36 +103,18 @@ def _meminfo(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def _groups(root: Path) -> Iterator[tuple[str, int]]:
-    """The memory groups that this process is in, each with what it may still take.
-
-    A group's own files are not visible inside of some containers; those that are count.
-    """
-    mounted = root / "sys/fs/cgroup"
-    for line in _lines(root / "proc/self/cgroup"):
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            top, names = mounted, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top = mounted / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        for each in (folder, *folder.parents):
-            if each.is_relative_to(top):
-                room = _room(each, *names)
-                if room is not None:
-                    yield str(each.relative_to(root)), room
+    """The memory groups that limit this process, each with what it may still take."""
+    for folder in own_groups(root, "memory"):
+        for names in (VERSION_2, VERSION_1):
+            room = _room(folder, *names)
+            if room is not None:
+                yield str(folder.relative_to(root)), room
 
 
 def _room(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """Limit less what is used and cannot be dropped; None: not limited, or not visible."""
-    most, used = _lines(folder / limit), _lines(folder / usage)
+    """Limit less what is used and cannot be dropped; None: not limited, or not to be seen."""
+    most, used = lines(folder / limit), lines(folder / usage)
     if not most or not used or not most[0].isdigit() or int(most[0]) >= V1_UNLIMITED:
         return None
-    stat = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
+    stat = dict(line.split(" ", 1) for line in lines(folder / "memory.stat") if " " in line)
     return int(most[0]) - int(used[0]) + int(stat.get(cache, 0))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []

@@ -17,6 +17,7 @@ from shardline.cluster.preflight.open_files import (
     hard_limit,
     requests_in_flight,
 )
+from shardline.cluster.preflight.thread_limits import check_processes, room_for_threads
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.storage.generation import read_generation
@@ -56,6 +57,8 @@ def before_serving(
     checks = [http, *checks, *before_ray(requests_in_flight(config))]
     if number is not None:
         manifest = read_generation(store.generation(number))
+        actors = len(manifest.shards) + config.cluster.router_replicas
+        checks.append(check_processes(room_for_threads(), actors))
         checks.append(check_memory(needed_memory(config, manifest), free_memory()))
     return checks
 

@@ -59,6 +59,8 @@ APPLICATION = "shardline"
 READY_POLL_S = 0.05
 # How often Serve asks a replica whether it lives: a killed router is noticed so much later.
 HEALTH_CHECK_PERIOD_S = 1.0
+# Of an answer to that; three in a row, and Serve replaces a router that stopped or hangs.
+HEALTH_CHECK_TIMEOUT_S = 4.0
 
 
 @contextmanager
@@ -169,13 +171,16 @@ def shard_reports() -> list[dict[str, Any]]:
     """What every shard process says of itself; needs Ray attached.
 
     Raises:
-        Unavailable: no controller runs there.
+        Unavailable: no controller runs there, or it does not answer.
     """
     try:
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
     except ValueError as error:
         raise Unavailable("no controller runs in this Ray cluster") from error
-    reports: list[dict[str, Any]] = ray.get(controller.shard_reports.remote(), timeout=30)
+    try:
+        reports: list[dict[str, Any]] = ray.get(controller.shard_reports.remote(), timeout=30)
+    except ray.exceptions.RayError as error:
+        raise Unavailable("the controller does not answer", got=last_line(error)) from error
     return reports
 
 
@@ -205,13 +210,14 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
     location, host = "EveryNode", cluster.http_host
     if cluster.address == "local":
         location, host = "HeadOnly", LOOPBACK
-        write_launcher(config.router, literal_address(cluster.http_host))
+        address = literal_address(cluster.http_host)
+        write_launcher(config.router, insecure=cluster.insecure, address=address)
     application = (
         serve.deployment(RouterReplica)
         .options(
             name="router",
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
-            health_check_timeout_s=10,
+            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             num_replicas=cluster.router_replicas,
             # the service refuses overload itself, early and with Retry-After
             max_ongoing_requests=config.router.max_in_flight * 2,
@@ -230,7 +236,7 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
     try:
         serve.start(proxy_location=location, http_options={"host": host, "port": port})
         serve.run(application, name=APPLICATION, route_prefix="/")
-    except (RuntimeError, ray.exceptions.RayError) as error:
+    except (RuntimeError, TimeoutError, RayServeException, ray.exceptions.RayError) as error:
         raise Unavailable("the HTTP front end did not start", got=last_line(error)) from error
 
 

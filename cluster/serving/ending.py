@@ -20,17 +20,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from shardline.cluster.exits import INTERRUPTED, exit_code
 from shardline.cluster.serving.endpoint import is_alive
 from shardline.cluster.serving.leftovers import end_session
-from shardline.cluster.signals import ending_signals, handled_by, leave, terminal_files
+from shardline.cluster.signals import handled_by, leave, not_ignored, terminal_files
 from shardline.shards.core.errors import Unavailable
 
 # How long an orderly end may take; killing what is left takes two seconds more. Who pressed Ctrl-C
 # waits for it, so that has less.
 ORDERLY_S = 15.0
-ORDERLY_AFTER_CTRL_C_S = 7.0
+ORDERLY_AFTER_CTRL_C_S = 6.0
 # One event can bring several signals, as a closing terminal does, or `timeout` and the group's.
 SAME_EVENT_S = 1.0
 POLL_S = 0.5
@@ -64,6 +65,7 @@ class Ending:
         self._session: Path | None = None
         self._has_session = False
         self._followed: dict[str, int] = {}
+        self._is_ray_dead = False
         self._callbacks: list[Callable[[], None]] = []
         self._starting = threading.Lock()
         self._is_over = False
@@ -79,7 +81,8 @@ class Ending:
             return self  # signals go to the main thread, which is not ours to interrupt
         self.is_active = True
         self._terminal = terminal_files()
-        self._numbers = ending_signals()
+        # Ctrl-C even where a script has started this in the background: it is how `serve` ends
+        self._numbers = {signal.SIGINT, *not_ignored()}
         receiving, sending = socket.socketpair()
         sending.setblocking(False)
         watcher = threading.Thread(target=self._watch, args=(receiving,), name="ending")
@@ -90,7 +93,7 @@ class Ending:
         # written by the handler in C, whatever the main thread is doing
         before = signal.set_wakeup_fd(sending.fileno(), warn_on_full_buffer=False)
         self._stack.callback(signal.set_wakeup_fd, before)
-        self._stack.enter_context(handled_by(self._on_signal))
+        self._stack.enter_context(handled_by(self._on_signal, self._numbers))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -191,16 +194,25 @@ class Ending:
     def _end_where_needed(self, session: Path) -> None:
         dead = [name for name, pid in self._followed.items() if not is_alive(pid)]
         late = overdue(self._signals, time.monotonic())
-        if dead and self._followed:  # else they have gone just now, as they should
-            error = Unavailable(
-                f"{' and '.join(dead)} ended unexpectedly",
-                hint="all of this command's processes were ended; start it again",
-            )
-            self._end_at_once(session, f"error: {error}", exit_code(error))
+        if dead and not self._is_ray_dead:
+            self._is_ray_dead = True  # looked at again: who ended Ray may be about to signal us
+        elif dead and self._followed:  # else they have gone just now, as they should
+            self._end_without_ray(session, " and ".join(dead))
         elif late:
             self._end_at_once(session, f"interrupted: {late}, killed", INTERRUPTED)
 
-    def _end_at_once(self, session: Path, line: str, code: int) -> None:
+    def _end_without_ray(self, session: Path, dead: str) -> None:
+        """Signalled as well: all of the command's processes were, as systemd does it."""
+        if self._signals:
+            code = 0 if self._asked.is_set() else INTERRUPTED
+            self._end_at_once(session, f"interrupted: {dead} ended too, killed the rest", code)
+        error = Unavailable(
+            f"{dead} ended unexpectedly",
+            hint="all of this command's processes were ended; start it again",
+        )
+        self._end_at_once(session, f"error: {error}", exit_code(error))
+
+    def _end_at_once(self, session: Path, line: str, code: int) -> NoReturn:
         """Does not return. Whatever goes wrong here, this process ends: it hangs otherwise."""
         try:
             self._say(line)

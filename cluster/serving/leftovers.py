@@ -24,22 +24,16 @@ KILL_POLL_S = 0.05
 
 
 def reap_orphans() -> list[int]:
-    """Ends processes left by this user's sessions whose owner was killed; removes their folders;
-    their pids."""
+    """Ends processes left by sessions whose owner was killed; removes their folders; their pids.
+
+    Another user's sessions are left alone.
+    """
     reaped: list[int] = []
     for folder in temporary_root().glob(f"{SESSION_PREFIX}*-*"):
         owner = folder.name.removeprefix(SESSION_PREFIX).split("-")[0]
         if owner.isdigit() and _may_end(folder) and not _owns(int(owner), folder):
             reaped += end_session(folder, wait_s=0)  # nobody is left whom an orderly end would help
     return reaped
-
-
-def _may_end(folder: Path) -> bool:
-    """Whether the session is this user's; root may end everybody's."""
-    try:
-        return os.geteuid() in (0, folder.lstat().st_uid)
-    except FileNotFoundError:  # another command is ending it
-        return False
 
 
 def end_session(session: Path, *, wait_s: float = STOP_TIMEOUT_S) -> list[int]:
@@ -82,6 +76,14 @@ def _belongs_to(process: psutil.Process, session: Path) -> bool:
         traces = [*process.cmdline(), *(file.path for file in process.open_files())]
         return any(str(session) in trace for trace in traces)
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+        return False
+
+
+def _may_end(folder: Path) -> bool:
+    """Whether the session is this user's; root may end everybody's."""
+    try:
+        return os.geteuid() in (0, folder.lstat().st_uid)
+    except FileNotFoundError:  # another command is ending it
         return False
 
 

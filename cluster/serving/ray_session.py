@@ -45,6 +45,7 @@ NAMESPACE = "shardline"
 QUIET_PORTS = range(20_000, 30_000)
 CONNECT_TIMEOUT_S = 5.0
 DEFAULT_IN_FLIGHT: int = RouterConfig.model_fields["max_in_flight"].default
+PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "grpc_proxy")
 # Variables that lead to another Ray, or carry the settings of a job in one: a private Ray's
 # processes, and libraries that ask for them while they run, must not find any.
 OTHER_RAYS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -79,7 +80,7 @@ def local_ray(
     values: dict[str, str | None] = dict.fromkeys(OTHER_RAYS)
     with _environment(values | inherited | {"RAY_AUTH_TOKEN": _auth_token()}):
         try:
-            with ending.held(), _keys_hidden():
+            with ending.held(), _hidden_from_children():
                 ending.begin(session)
                 _init_local(session, ending, num_cpus=num_cpus, verbose=verbose)
                 if ending.is_active:
@@ -108,7 +109,7 @@ def attached_ray(
         ending = ending or Ending()
         with ending.held(), _handlers_kept(ending):
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of any kind, as those of a start
         raise Unavailable(
             f"no Ray cluster at {address!r}", got=last_line(error), hint="start one with `ray up`"
         ) from error
@@ -209,9 +210,12 @@ def _set_variables(values: Mapping[str, str | None]) -> None:
 
 
 @contextlib.contextmanager
-def _keys_hidden() -> Iterator[None]:
-    """Removes API keys from the environment for the block: Ray's processes would inherit them."""
-    hidden = {name: os.environ.pop(name) for name in KEY_VARIABLES if name in os.environ}
+def _hidden_from_children() -> Iterator[None]:
+    """Removes API keys and proxies from the environment for the block: Ray's processes would
+    inherit them. Its dashboard asks for metadata of a cloud, whatever is set, through any proxy.
+    """
+    names = [name for name in os.environ if name.lower() in PROXIES or name in KEY_VARIABLES]
+    hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
     finally:

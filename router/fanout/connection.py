@@ -67,6 +67,11 @@ class ShardConnection:
         return self._link is not None and not self._link.lost.done()
 
     @property
+    def answers(self) -> bool:
+        """Connected, and not silent about what it owes; a shard that is owed nothing may be."""
+        return self.connected and self._link is not None and not self._is_late(self._link)
+
+    @property
     def in_flight(self) -> int:
         return 0 if self._link is None else self._link.in_flight
 
@@ -129,10 +134,13 @@ class ShardConnection:
         self._drop_if_silent(link)
         if link.lost.done():
             return
-        if link.stalled_for() * 1000 > self._config.late_after_ms:
+        if self._is_late(link):
             raise Unavailable("silent, though it owes answers")
         if link.in_flight >= self._config.shard_max_in_flight:
             raise Overloaded("overloaded")
+
+    def _is_late(self, link: Link) -> bool:
+        return link.stalled_for() * 1000 > self._config.late_after_ms
 
     def _drop_if_silent(self, link: Link) -> None:
         if link.stalled_for() * 1000 > self._config.stall_timeout_ms:

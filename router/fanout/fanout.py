@@ -46,6 +46,7 @@ from shardline.shards.wire.frames import encode_frame
 
 logger = logging.getLogger(__name__)
 
+LATE_MS = 50.0  # beyond the time after which a shard is late, when it is asked whether it answers
 IDS_AT_A_TIME = 1024  # of a question for attributes: a millisecond or so of a shard for each name
 
 
@@ -160,6 +161,15 @@ class Fanout:
             ),
             coverage=coverage,
         )
+
+    async def hear(self, snapshot: TableSnapshot) -> None:
+        """Asks every shard for nothing, so that those that are silent are known to be.
+
+        Returns when all have answered, or are late: after ``late_after_ms`` and LATE_MS.
+        """
+        wait_ms = self._config.late_after_ms + LATE_MS
+        request = FetchRequest(item_ids=np.empty(0, np.int64), timeout_ms=wait_ms)
+        await self._asked(snapshot, [request], self._clock.time() + wait_ms / 1000)
 
     async def attributes(
         self, snapshot: TableSnapshot, item_ids: IdArray, names: tuple[str, ...], *, deadline: float

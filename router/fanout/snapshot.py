@@ -75,7 +75,8 @@ class TableSnapshot:
 
     @property
     def connected_shards(self) -> int:
-        return sum(map(_is_connected, self.shards))
+        """Those that can be asked: a shard that is silent about what it owes is not."""
+        return sum(map(_answers, self.shards))
 
     async def encode(self, features: list[dict[str, Any]]) -> FloatArray:
         """(n, dim) float32, by the encoder that belongs to the table.
@@ -111,11 +112,11 @@ class TableSnapshot:
         return await asyncio.to_thread(encoder.encode, features)
 
     def connectivity(self) -> dict[str, int]:
-        """Shards and rows, and how many of them are connected now."""
+        """Shards and rows, and how many of them can be asked now."""
         rows_connected = sum(
             route.rows
             for route, replicas in zip(self.table.shards, self.shards, strict=True)
-            if _is_connected(replicas)
+            if _answers(replicas)
         )
         return {
             "shards_connected": self.connected_shards,
@@ -161,8 +162,8 @@ def preferred(replicas: Replicas) -> ShardConnection | None:
     return min(known, key=lambda c: (not c.connected, c.in_flight), default=None)
 
 
-def _is_connected(replicas: Replicas) -> bool:
-    return any(connection is not None and connection.connected for connection in replicas)
+def _answers(replicas: Replicas) -> bool:
+    return any(connection is not None and connection.answers for connection in replicas)
 
 
 def _describe_shard(route: ShardRoute, replicas: Replicas) -> dict[str, Any]:

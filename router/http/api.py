@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardline.router.contract import MethodNotAllowed
 from shardline.router.http.auth import Guard
-from shardline.router.http.body import read_body
+from shardline.router.http.body import IS_READ, closing, read_body
 from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
 from shardline.router.http.disconnect import ended_by_client
 from shardline.router.http.media import Media, answer_media, body_media
@@ -81,11 +81,12 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
 def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> Endpoint:
     async def answer(scope: Scope, receive: Receive) -> tuple[bytes, Media]:
         headers = scope["shardline.headers"]
-        with service.admit():
-            media = body_media(headers.get(b"content-type", b"").decode("latin-1"))
-            accepted = answer_media(headers.get(b"accept", b"").decode("latin-1"), media)
-            with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms) as client:
-                body = await read_body(headers, receive, config.max_body_bytes)
+        media = body_media(headers.get(b"content-type", b"").decode("latin-1"))
+        accepted = answer_media(headers.get(b"accept", b"").decode("latin-1"), media)
+        with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms) as client:
+            body = await read_body(headers, receive, config.max_body_bytes, service.arriving)
+            scope[IS_READ] = True
+            with service.admit():  # from here on it costs more than patience
                 try:
                     if len(body) <= DECODE_IN_LOOP:
                         query = decode_query(body, media, config)
@@ -102,7 +103,7 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
                     began_at=scope["shardline.began_at"],
                     request_id=scope["shardline.request_id"],
                 )
-            return encode_answer(found, accepted), accepted
+                return encode_answer(found, accepted), accepted
 
     @app.post("/v1/search", **SEARCH_DOC)
     async def search(request: Request) -> Response:
@@ -142,8 +143,8 @@ def _add_health(app: FastAPI, service: SearchService) -> None:
 
     @app.get("/readyz", **READY_DOC)
     async def readyz() -> Response:
-        """200 once there is a routing table and some shard is connected."""
-        ready, state = service.ready()
+        """200 while there is a routing table and some shard answers."""
+        ready, state = await service.heard_ready()
         response = _json(state, status=200 if ready else 503)
         if not ready:
             response.headers["retry-after"] = str(service.config.retry_after_s)
@@ -219,7 +220,7 @@ class RequestContext:
             self._guard.check(method, path, scope["headers"])
             endpoint = self._direct.get((method, path))
             if endpoint is None:
-                await self._through_app(scope, receive, send)
+                await self._through_app(scope, receive, closing(scope, receive, send))
                 return
             body, media = await endpoint(scope, receive)
         except ClientDisconnect:
@@ -227,6 +228,7 @@ class RequestContext:
         except Exception as error:  # noqa: BLE001  the last border: whatever it is becomes a 500
             retry_after_s = self._config.retry_after_s
             problem = to_problem(error, request_id=request_id, retry_after_s=retry_after_s)
+            send = closing(scope, receive, send)
             await self._answer(send, request_id, problem.status, problem.body, problem.headers)
             return
         await self._answer(send, request_id, 200, body, [(b"content-type", media.encode())])

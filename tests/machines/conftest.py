@@ -7,6 +7,7 @@ else, so that whatever a test leaves on the machine is found by it, whatever els
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ START_S = 180.0  # for a busy machine; 10 s on an idle one
 STOP_S = 20.0
 # short, because Ray's sockets lie below it
 TEMPORARY = Path(f"/tmp/m{os.getpid() & 0xFFFFF:x}")
+TORCH_CACHE = "torchinductor_"
 PORTS: list[int] = []  # of every ``serving`` so far
 ROWS = 2000
 DIM = 16
@@ -180,7 +182,7 @@ def temporary_folder() -> Iterator[None]:
     """The temporary folder of all commands started here, empty at the end."""
     TEMPORARY.mkdir()
     yield
-    TEMPORARY.rmdir()
+    shutil.rmtree(TEMPORARY)
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +198,8 @@ def nothing_is_left_behind() -> Iterator[None]:
 def traces() -> set[str]:
     """What is in the temporary folder, processes that have it on their command line or a file in it
     open, and ports of ``serving`` that somebody listens on."""
-    found = {str(path) for path in TEMPORARY.iterdir()}
+    # torch makes a cache there, one per user, for all programs
+    found = {str(path) for path in TEMPORARY.iterdir() if not path.name.startswith(TORCH_CACHE)}
     found |= {f"port {port}" for port in PORTS if not port_is_free(port)}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):

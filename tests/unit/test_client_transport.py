@@ -177,14 +177,18 @@ def test_no_answer_in_time_is_a_missed_deadline_asked_once(kind: Any) -> None:
         assert (server.connections, len(server.requests)) == (2, 2), "its late answer is not read"
 
 
+@pytest.mark.parametrize(
+    "value", ["http://{proxy}", "socks5h://{proxy}", "{proxy}", "http://[::1", ":::", "\udcff"]
+)
 def test_no_proxy_of_the_environment_sees_a_connection(
-    kind: Any, monkeypatch: pytest.MonkeyPatch
+    kind: Any, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as proxy, scripted() as server:
         proxy.setblocking(False)
-        for name in ("http_proxy", "https_proxy", "all_proxy"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
-            monkeypatch.setenv(name.upper(), f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        url = value.format(proxy=f"127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.setenv(name, url)
+            monkeypatch.setenv(name.upper(), url)
         with kind(server.url, key="k" * 43) as client:
             assert client.status() == {}
         with pytest.raises(BlockingIOError):

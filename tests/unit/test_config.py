@@ -70,6 +70,11 @@ def test_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize("host", ["::", "fd00::", "::1", "2001:db8::7", "0.0.0.0"])
+def test_an_override_may_be_an_ipv6_address(host: str) -> None:
+    assert load_config(None, [f"cluster.http_host={host}"]).cluster.http_host == host
+
+
 def test_a_commands_own_defaults_give_way_to_file_and_overrides(tmp_path: Path) -> None:
     path = written(tmp_path, "cluster: {shards: 3}")
     preferences = {"cluster.shards": 8, "training.epochs": 4, "index": {"kind": "flat"}}

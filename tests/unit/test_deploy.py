@@ -11,7 +11,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from shardline.cluster.config import load_config
-from shardline.router.serve.environment import serving_environment
+from shardline.router.serve.environment import limits_of, serving_environment
+from shardline.router.serve.haproxy import Limits
 from shardline.shards.core.metrics import METRICS, Kind
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -45,9 +46,11 @@ def test_haproxy_gets_the_figures_of_the_cluster_file(tmp_path: Path) -> None:
     done = subprocess.run(
         [script, "-db", "-f", "a b"], capture_output=True, text=True, check=True, timeout=30
     )
-    router = load_config(DEPLOY / "ray" / "cluster-config.yaml").router
-    figures = f"{router.max_in_flight} {router.retry_after_s}"
-    assert done.stdout == f"-I {root}/router/serve/haproxy.py {figures} -db -f a b\n"
+    config = load_config(DEPLOY / "ray" / "cluster-config.yaml")
+    begin, limits, end = re.split(r"(?<=py) (?=\{)|(?<=\}) (?=-)", done.stdout)
+    assert begin == f"-I {root}/shardline/router/serve/haproxy_start.py"
+    assert Limits.of_json(limits) == limits_of(config.router, insecure=config.cluster.insecure)
+    assert end == "-db -f a b\n"
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:

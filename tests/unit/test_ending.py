@@ -35,7 +35,7 @@ def child():
     [
         ([], 1e9, None),
         ([(signal.SIGINT, 5.0)], 5.1, None),
-        ([(signal.SIGINT, 5.0)], 5.1 + ORDERLY_AFTER_CTRL_C_S, "not ended within 7 s"),
+        ([(signal.SIGINT, 5.0)], 5.1 + ORDERLY_AFTER_CTRL_C_S, "not ended within 6 s"),
         ([(signal.SIGTERM, 5.0)], 5.1 + ORDERLY_AFTER_CTRL_C_S, None),
         ([(signal.SIGTERM, 5.0)], 5.1 + ORDERLY_S, "not ended within 15 s"),
         ([(signal.SIGHUP, 5.0)], 5.1 + ORDERLY_S, "not ended within 15 s"),
@@ -195,6 +195,36 @@ with Ending() as ending:
     assert code == 4
     assert error.startswith("error: Ray's raylet ended unexpectedly; ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("waits", "code"), [(True, 0), (False, 130)])
+def test_ray_ended_together_with_the_command_is_no_error(
+    session: Path, waits: bool, code: int
+) -> None:
+    """As when a supervisor signals every process of a service."""
+    script = Script(
+        session,
+        f"""
+with Ending() as ending:
+    ending.begin(session)
+    followed = child()
+    ending.follow({{"Ray's raylet": followed.pid}})
+    try:
+        if {waits}:
+            ending.wait(lambda: say(followed.pid))
+        else:
+            say(followed.pid)
+            time.sleep(99)
+    finally:
+        time.sleep(99)
+""",
+    )
+    assert script.process.stdout is not None
+    followed = int(script.process.stdout.readline())
+    os.kill(followed, signal.SIGKILL)
+    script.process.send_signal(signal.SIGTERM)
+    expected = "interrupted: Ray's raylet ended too, killed the rest\n"
+    assert script.ends() == (code, "", expected)
 
 
 def test_what_is_meant_to_end_is_not_missed(session: Path) -> None:

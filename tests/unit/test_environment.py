@@ -19,7 +19,8 @@ from shardline.router.serve.environment import (
     serving_environment,
     write_launcher,
 )
-from shardline.router.serve.haproxy import BINARY
+from shardline.router.serve.haproxy import Limits
+from shardline.router.serve.haproxy_start import BINARY
 
 RAY = Path(ray.__file__).parent
 EVERY = (*SERVING, *PRIVATE)
@@ -75,8 +76,12 @@ def test_the_launcher_carries_the_routers_limits_and_the_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(BINARY, str(tmp_path / "haproxy"))
-    write_launcher(RouterConfig(max_in_flight=48, retry_after_s=7), "::1")
+    config = RouterConfig(max_in_flight=48, max_timeout_ms=1500)
+    write_launcher(config, insecure=True, address="::1")
     text = (tmp_path / "haproxy").read_text()
     assert text.startswith(f'#!/bin/sh\nexec "{sys.executable}" -I ')
-    assert text.endswith('haproxy.py" 48 7 --at ::1 "$@"\n')
+    limits = Limits.of_json(text.split("'")[1])
+    assert (limits.max_in_flight, limits.max_timeout_ms, limits.insecure) == (48, 1500, True)
+    assert limits.address == "::1"
+    assert text.endswith(' "$@"\n')
     assert os.access(tmp_path / "haproxy", os.X_OK)

@@ -2,22 +2,33 @@
 
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 from ray._private import services
+from ray.exceptions import GetTimeoutError, RaySystemError, WorkerCrashedError
 
+from shardline.cluster import build
 from shardline.cluster.serving import ray_session as launch
 from shardline.cluster.serving.serving_keys import CLIENT_VARIABLE, SERVER_VARIABLE
-from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.errors import Unavailable, last_line
+from tests.fake_actor import raised_in_a_method, raised_in_the_constructor
 
 SECRETS = {SERVER_VARIABLE: "search:" + "s" * 40, CLIENT_VARIABLE: "c" * 40}
+PROXIES = {
+    "http_proxy": "http://p",
+    "HTTPS_PROXY": "[::",
+    "All_Proxy": "socks5://p",
+    "no_proxy": "",
+}
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_no_api_key_is_inherited_and_each_is_back_afterwards(
+def test_no_api_key_nor_proxy_is_inherited_and_each_is_back_afterwards(
     monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    for name, value in SECRETS.items():
+    given = SECRETS | PROXIES
+    for name, value in given.items():
         monkeypatch.setenv(name, value)
     inherited: dict[str, str] = {}
 
@@ -29,13 +40,13 @@ def test_no_api_key_is_inherited_and_each_is_back_afterwards(
     monkeypatch.setattr(launch, "_init_local", start)
     try:
         with launch.local_ray(num_cpus=1):
-            assert {name: os.environ[name] for name in SECRETS} == SECRETS, "serving reads them"
+            assert {name: os.environ[name] for name in given} == given, "serving reads them"
     except Unavailable:
         assert fails
     assert inherited["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-    assert not SECRETS.keys() & inherited.keys()
+    assert not given.keys() & inherited.keys()
     assert not set(SECRETS.values()) & set(inherited.values())
-    assert {name: os.environ[name] for name in SECRETS} == SECRETS
+    assert {name: os.environ[name] for name in given} == given
 
 
 def test_without_keys_none_appear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +139,78 @@ def test_without_a_free_port_there_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch, "port_is_free", lambda port: False)
     with pytest.raises(Unavailable, match="no free port"):
         launch.free_port()
+
+
+TRACEBACK = """\x1b[36mray::build_shard()\x1b[39m (pid=1, ip=127.0.0.1)
+  File "/a/b.py", line 3, in build_shard
+    raise OSError("x")
+          ^^^^^^^^^^^^
+OSError: [Errno 5] Input/output error
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError(TRACEBACK), "OSError: [Errno 5] Input/output error"),
+        (raised_in_a_method(Unavailable("busy")), "busy"),
+        (
+            raised_in_the_constructor(Unavailable("busy")),
+            "busy",
+        ),
+        (WorkerCrashedError(), "The worker died unexpectedly"),
+        (GetTimeoutError("slow"), "slow"),
+        (ValueError(""), "ValueError"),
+        (ValueError(" \n ^^^ \n"), "ValueError"),
+        (RuntimeError("a" * 10_000), "a" * 500),
+    ],
+)
+def test_of_a_rays_error_the_last_line_that_says_something_is_told(
+    error: Exception, line: str
+) -> None:
+    found = last_line(error)
+    assert found.startswith(line)
+    assert "\n" not in found
+    assert "\x1b" not in found
+    assert len(found) <= 500
+
+
+@pytest.mark.parametrize(
+    "raised", [RaySystemError("a\nno"), AssertionError("a\nno"), KeyError("no")]
+)
+def test_whatever_joining_a_ray_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception
+) -> None:
+    def init(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(launch.ray, "init", init)
+    monkeypatch.setattr(launch, "_check_answers", lambda address: None)
+    with pytest.raises(Unavailable) as caught, launch.attached_ray("127.0.0.1:1"):
+        pass
+    assert "\n" not in str(caught.value)
+    assert "no" in str(caught.value)
+
+
+def test_a_shards_build_that_the_system_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that the system kills for want of memory raises nothing of ours."""
+
+    def crashed(reference: object) -> None:
+        raise WorkerCrashedError
+
+    class Task:
+        def options(self, **_: object) -> "Task":
+            return self
+
+        def remote(self, job: object) -> object:
+            return job
+
+    job = SimpleNamespace(threads=1)
+    monkeypatch.setattr(build.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1}}])
+    monkeypatch.setattr(build.ray, "remote", lambda **_: lambda function: Task())
+    monkeypatch.setattr(build.ray, "wait", lambda waiting, **_: (waiting[:1], waiting[1:]))
+    monkeypatch.setattr(build.ray, "get", crashed)
+    with pytest.raises(Unavailable, match="ended early; got The worker died") as caught:
+        list(build.run_on_ray([job]))
+    assert "--in-process" in str(caught.value)

@@ -41,6 +41,7 @@ from shardline.cluster.preflight.free_memory import (
 )
 from shardline.cluster.preflight.network import check_http, own_addresses, port_is_free
 from shardline.cluster.preflight.open_files import check_open_files, requests_in_flight
+from shardline.cluster.preflight.thread_limits import check_processes, room_for_threads
 from shardline.cluster.store import Store
 from shardline.router.serve.connections import (
     DEFAULT_CONNECTIONS,
@@ -209,6 +210,12 @@ def test_a_temporary_folder_of_a_long_name_or_without_space_is_refused() -> None
     assert check_shared_memory(None).verdict is Verdict.FAIL
 
 
+@pytest.mark.parametrize("path", ["/tmp/a b", "/tmp/ä", "/tmp/$x", "/tmp/'"])
+def test_a_temporary_folder_that_haproxy_would_misread_is_refused(path: str) -> None:
+    check = check_temporary(replace(ROOMY, path=Path(path)), ROOMY, executes=True)
+    assert "not a path for HAProxy's configuration" in check.text
+
+
 def test_another_temporary_folder_is_named_only_if_it_would_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +263,7 @@ def test_memory_is_refused_by_what_is_exact_and_warned_of_by_the_sum(
 
 
 def machine(root: Path, **files: str) -> Path:
+    """A folder with what the kernel would say; "__" in a name is a slash."""
     meminfo = (
         "MemTotal: 32000000 kB\nMemAvailable:   16777216 kB\nSwapFree: 1024 kB\nHugePages: 0\n"
     )
@@ -388,3 +396,30 @@ def test_build_refuses_a_store_without_room_before_it_writes(
     assert ended.value.code == 3
     assert "no space for what is to be written" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("room", "verdict"),
+    [(None, Verdict.OK), (450, Verdict.OK), (449, Verdict.WARN), (149, Verdict.FAIL)],
+)
+def test_processes_are_counted_for_all_shards_and_routers(
+    room: int | None, verdict: Verdict
+) -> None:
+    check = check_processes(room, actors=5)
+    assert check.verdict is verdict
+    assert "ulimit -u" in check.text or verdict is Verdict.OK
+
+
+def test_the_tightest_limit_of_processes_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = "sys/fs/cgroup"
+    pids = {f"{group}/a/pids.max": "max\n", f"{group}/a/pids.current": "7\n"}
+    root = machine(tmp_path, proc__self__cgroup="0::/a\n", **pids)
+    assert room_for_threads(root) is None or os.geteuid() != 0
+    machine(root, **{f"{group}/pids.max": "100\n", f"{group}/pids.current": "40\n"})
+    assert room_for_threads(root) == 60
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (61, 61))
+    assert room_for_threads(root) == 60, "root has no limit of the user's"
+    monkeypatch.setattr(os, "geteuid", lambda: 1)
+    assert room_for_threads(root) < 60

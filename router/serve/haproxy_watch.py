@@ -1,0 +1,256 @@
+"""Watches over HAProxy: puts a substitute in its place when it dies, ends it when Ray has ended.
+
+Ray asks its HAProxyManager a few times before it believes that HAProxy is gone, then replaces the
+manager, which starts HAProxy anew: seconds, in which nobody would be answered. So each HAProxy has
+a watcher, a process that does nothing until
+
+- HAProxy dies, by itself, by a signal, or because its manager has died: then the watcher starts
+  HAProxy again, with the same configuration but another admin socket. Ray's own check goes on
+  failing, the manager is replaced, and the next HAProxy takes over from the substitute.
+- the raylet dies, and with it everything that could answer: then HAProxy ends as well.
+
+HAProxy itself ends with its manager, and a substitute with its watcher (PR_SET_PDEATHSIG), so
+neither stays when everything else is killed. One HAProxy that follows another on a reload has a
+watcher of its own; the first one's then has nothing to do.
+"""
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardline.router.serve.haproxy import ADMIN_SOCKET, BIND, has_servers
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+OWNER = "raylet"
+# A manager that ends so soon after HAProxy has been told to stop it in order; one that notices
+# HAProxy's death is ended after three checks, a second apart.
+ORDERLY_S = 1.5
+# how long a substitute waits for the next manager's HAProxy
+REPLACED_WITHIN_S = 120.0
+STARTS_WITHIN_S = 30.0  # as long as Ray gives HAProxy
+LOOK_S = 0.1
+RESTART_S = 0.2  # between two substitutes, should they end too
+# Files beside the configuration, where only this session's HAProxy looks. One letter for the
+# socket, as long as Ray's own: HAProxy takes paths of 97 bytes.
+SUBSTITUTE_SOCKET = "h"
+SUBSTITUTE_CONFIG = "substitute.cfg"
+SUBSTITUTE_PID = "substitute.pid"
+NEWEST_PID = "newest.pid"
+
+
+def taken_over(config: Path, text: str) -> tuple[str, list[str]]:
+    """The configuration to start with and HAProxy's arguments for it, where a substitute runs.
+
+    The substitute's configuration as long as Ray knows no server, if it listens where this one
+    does.
+    """
+    folder = config.parent
+    pid = _noted(folder / SUBSTITUTE_PID, folder / SUBSTITUTE_CONFIG)
+    if pid is None:
+        return text, []
+    known = (folder / SUBSTITUTE_CONFIG).read_text()
+    if not has_servers(text) and BIND.findall(text) == BIND.findall(known):
+        text = _with_admin_socket(known, _admin_socket(text))
+    return text, ["-sf", str(pid), "-x", str(folder / SUBSTITUTE_SOCKET)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """A HAProxy to be; the numbers are descriptors of processes (pidfd_open), readable once they
+    have ended."""
+
+    pid: int
+    process: int
+    manager: int
+    owner: int
+    manager_pid: int
+    binary: str
+    config: Path
+    text: str
+
+    @classmethod
+    def this_process(cls, binary: str, config: Path, text: str) -> "Watched":
+        pid, manager = os.getpid(), os.getppid()
+        return cls(
+            pid=pid,
+            process=os.pidfd_open(pid),
+            manager=os.pidfd_open(manager),
+            owner=os.pidfd_open(_owner_of(manager)),
+            manager_pid=manager,
+            binary=binary,
+            config=config,
+            text=text,
+        )
+
+    def leave_watcher(self) -> None:
+        """Makes this process end with its manager, and watched by another one, a child of it.
+
+        Raises:
+            OSError: the manager has ended already.
+        """
+        _note(self.config.parent / NEWEST_PID, self.pid)
+        if os.fork() == 0:
+            os.setsid()  # out of reach of signals to Ray's process groups
+            status = 1
+            try:
+                self.watch()
+                status = 0
+            finally:
+                os._exit(status)
+        _end_with_parent(signal.SIGTERM, self.manager_pid)
+
+    def watch(self) -> None:
+        """Returns when there is nothing left to watch over."""
+        if not self._serves():
+            return  # whoever started it is told why by HAProxy itself
+        ended = _wait(self.process, self.owner)
+        if self.owner in ended:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.process, signal.SIGKILL)
+        elif not self._is_followed() and has_servers(self.text):
+            self._replace()
+
+    def _serves(self) -> bool:
+        """Waits until HAProxy answers on its admin socket; False if it ends before."""
+        deadline = time.monotonic() + STARTS_WITHIN_S
+        while time.monotonic() < deadline and not _wait(self.process, self.owner, for_s=LOOK_S):
+            if _pid_behind(_admin_socket(self.text)) == self.pid:
+                return True
+        return False
+
+    def _is_followed(self) -> bool:
+        """Whether a reload has started another HAProxy, which lives."""
+        newest = _noted(self.config.parent / NEWEST_PID, self.config)
+        return newest not in (None, self.pid)
+
+    def _replace(self) -> None:
+        """Runs substitutes until HAProxy is there again, or is wanted no more."""
+        since = time.monotonic()
+        manager_lived = not _wait(self.manager, for_s=0)
+        note = self.config.parent / SUBSTITUTE_PID
+        while (left_s := since + REPLACED_WITHIN_S - time.monotonic()) > 0:
+            with self._substitute() as (pid, process):
+                _note(note, pid)
+                watched = [process, self.owner]
+                if manager_lived:
+                    ended = _wait(*watched, self.manager, for_s=ORDERLY_S)
+                    if self.manager in ended:
+                        return
+                    manager_lived = False  # of no interest any more
+                    if not ended:
+                        ended = _wait(*watched, for_s=left_s)
+                else:
+                    ended = _wait(*watched, for_s=left_s)
+                if process not in ended or self._is_followed():
+                    return
+            _wait(self.owner, for_s=RESTART_S)
+
+    @contextlib.contextmanager
+    def _substitute(self) -> Iterator[tuple[int, int]]:
+        """HAProxy as a child; (pid, descriptor). Ended at the end, softly if it was followed."""
+        folder = self.config.parent
+        config = folder / SUBSTITUTE_CONFIG
+        config.write_text(_with_admin_socket(self.text, str(folder / SUBSTITUTE_SOCKET)))
+        watcher = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _end_with_parent(signal.SIGKILL, watcher)
+                os.execv(self.binary, ["haproxy", "-db", "-dR", "-f", str(config)])
+            finally:
+                os._exit(1)
+        process = os.pidfd_open(pid)
+        try:
+            yield pid, process
+        finally:
+            (folder / SUBSTITUTE_PID).unlink(missing_ok=True)
+            if not _wait(process, for_s=0):
+                os.kill(pid, signal.SIGTERM)
+            os.close(process)
+            os.waitpid(pid, 0)
+
+
+def _wait(*processes: int, for_s: float | None = None) -> list[int]:
+    """Those of the descriptors whose process has ended; returns once there is one, or in time."""
+    ended, _, _ = select.select(processes, [], [], for_s)
+    return ended
+
+
+def _end_with_parent(how: signal.Signals, parent: int) -> None:
+    """The kernel sends ``how`` to this process when its parent ends; it holds beyond an exec.
+
+    Raises:
+        OSError: the kernel does not, or the parent is not this one any more.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(how), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        raise ProcessLookupError("whoever started HAProxy has ended")
+
+
+def _owner_of(pid: int) -> int:
+    """The raylet above a process; its parent where there is no raylet, as in tests."""
+    parent = above = _parent(pid)
+    while above > 1:
+        if Path(f"/proc/{above}/comm").read_text().strip() == OWNER:
+            return above
+        above = _parent(above)
+    return parent
+
+
+def _parent(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("\nPPid:")[1].split("\n")[0])
+
+
+def _admin_socket(text: str) -> str:
+    found = ADMIN_SOCKET.search(text)
+    if found is None:
+        raise ValueError("Ray's HAProxy configuration has changed: no line 'stats socket'")
+    return found[1]
+
+
+def _with_admin_socket(text: str, path: str) -> str:
+    return text.replace(f" stats socket {_admin_socket(text)} ", f" stats socket {path} ", 1)
+
+
+def _pid_behind(admin_socket: str) -> int | None:
+    """The process that answers on HAProxy's admin socket; None where none does."""
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.settimeout(LOOK_S)
+        try:
+            opened.connect(admin_socket)
+            opened.sendall(b"show info\n")
+            answer = b""
+            while part := opened.recv(1 << 16):
+                answer += part
+        except OSError:
+            return None
+    for line in answer.decode("latin-1").splitlines():
+        if line.startswith("Pid: "):
+            return int(line.removeprefix("Pid: "))
+    return None
+
+
+def _note(path: Path, pid: int) -> None:
+    temporary = path.with_suffix(f".{pid}")
+    temporary.write_text(str(pid))
+    temporary.replace(path)
+
+
+def _noted(path: Path, config: Path) -> int | None:
+    """The process noted there, if it lives and is a HAProxy of this configuration."""
+    try:
+        pid = int(path.read_text())
+        named = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (OSError, ValueError):
+        return None
+    return pid if os.fsencode(config) in named else None
