@@ -13,7 +13,7 @@ from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.check import enforce
-from shardline.cluster.preflight.machine import before_serving
+from shardline.cluster.preflight.machine import before_serving, check_store
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.preflight.servable import servable_generation
 from shardline.cluster.serving.deployment import serving, start_serving, stop_serving
@@ -181,6 +181,8 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
         CorruptFile, NewerFormat: it cannot be used; the hint says what can be done.
     """
     store = Store(config.store.resolve())
+    if store.root.exists():  # a file, say; what is not there has no generation
+        enforce([check_store(store)])
     refuse_if_served(store)
     number = servable_generation(store, generation)
     for warning in enforce(before_serving(config, number)):

@@ -86,7 +86,8 @@ def free_memory(root: Path = Path("/")) -> FreeMemory:
     root: where /proc and /sys are, for tests.
     """
     table = dict(_meminfo(root / "proc/meminfo"))
-    available, limit = table["MemAvailable"], "this machine"
+    # kernels before 3.14 do not say what could be freed
+    available, limit = table.get("MemAvailable", table["MemFree"]), "this machine"
     swap = table.get("SwapFree", 0)
     for folder, room in _groups(root):
         if room < available:

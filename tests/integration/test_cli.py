@@ -261,7 +261,7 @@ def test_a_killed_server_is_cleaned_up_by_down(folder: Path) -> None:
         (("query",), 2, "exactly one of"),
         (("nonsense",), 2, "nonsense"),
         (("buidl",), 2, "Did you mean 'build'?"),
-        (("--store", "/dev/null", "serve"), 3, "/dev/null/serving.json: not a folder"),
+        (("--store", "/dev/null", "serve"), 3, "/dev/null: not a folder"),
     ],
 )
 def test_mistakes_end_in_one_line_and_an_exit_code(

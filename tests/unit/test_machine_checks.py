@@ -264,9 +264,7 @@ def test_memory_is_refused_by_what_is_exact_and_warned_of_by_the_sum(
 
 def machine(root: Path, **files: str) -> Path:
     """A folder with what the kernel would say; "__" in a name is a slash."""
-    meminfo = (
-        "MemTotal: 32000000 kB\nMemAvailable:   16777216 kB\nSwapFree: 1024 kB\nHugePages: 0\n"
-    )
+    meminfo = "MemFree: 9 kB\nMemAvailable:   16777216 kB\nSwapFree: 1024 kB\nHugePages: 0\n"
     for name, text in {"proc/meminfo": meminfo, **files}.items():
         path = root / name.replace("__", "/")
         path.parent.mkdir(parents=True, exist_ok=True)
