@@ -11,6 +11,7 @@
 import fcntl
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Store:
         """
         with self._lock():
             if number > self.counter():
-                files.write_json(self.root / COUNTER_NAME, {"counter": number})
+                self._write_counter(COUNTER_NAME, number)
 
     def damaged_state(self) -> list[CorruptFile]:
         """What is wrong with the files that hold the numbers given out; each is written anew with
@@ -109,10 +110,18 @@ class Store:
         """Keeps the number from being given out again once its folder is gone."""
         with self._lock():
             if number > self._highest_generation():
-                files.write_json(self.root / GENERATIONS_NAME, {"counter": number})
+                self._write_counter(GENERATIONS_NAME, number)
 
     def _highest_generation(self) -> int:
         return max(_readable(self._existing(GENERATIONS_NAME)), default=0)
+
+    def _write_counter(self, name: str, number: int) -> None:
+        path = self.root / name
+        if path.is_dir():  # no file is renamed over a folder
+            aside = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=self.root))
+            path.rename(aside / name)
+            logger.error("%s was a folder: it is in %s now", path, aside)
+        files.write_json(path, {"counter": number})
 
     def _older_counters(self) -> list[Path]:
         return sorted((self.root / "epochs").glob("*.json"))
@@ -123,9 +132,10 @@ class Store:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
+        path = self.root / COUNTER_LOCK
         # not for writing alone: that would wait for the reader of a pipe
-        flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        handle = os.open(self.root / COUNTER_LOCK, flags, 0o666)
+        flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
+        handle = os.open(path, flags | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)  # released when the file is closed
             yield

@@ -73,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 # How long a new table waits for its encoder, which is verified byte by byte: 25 GB take 20 s and
 # more. After that it serves all but features, and the encoder once it is there.
-ENCODER_WAIT_S = 120.0
+ENCODER_WAIT_S = 60.0
 SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 HEARD_S = 0.1  # /readyz needs no key: however often it is asked, shards are asked so often

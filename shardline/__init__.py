@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardline.router.contract import Unauthenticated as Unauthenticated
     from shardline.shards.core.errors import Behind as Behind
     from shardline.shards.core.errors import DeadlineExceeded as DeadlineExceeded
+    from shardline.shards.core.errors import EncoderUnavailable as EncoderUnavailable
     from shardline.shards.core.errors import InvalidInput as InvalidInput
     from shardline.shards.core.errors import NotFound as NotFound
     from shardline.shards.core.errors import Overloaded as Overloaded
@@ -41,6 +42,7 @@ else:
             *(
                 "Behind",
                 "DeadlineExceeded",
+                "EncoderUnavailable",
                 "InvalidInput",
                 "NotFound",
                 "Overloaded",

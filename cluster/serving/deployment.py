@@ -132,7 +132,8 @@ def start_serving(
         on_stage("starting the HTTP front end")
         _start_router(config, port, keys.auth)
         url = local_url(config.cluster.http_host, port)
-        _wait_connected(Address(url, keys.own), config.cluster.start_timeout_s)
+        for warning in _wait_connected(Address(url, keys.own), config.cluster.start_timeout_s):
+            on_stage(f"warning: {warning['about']}: {warning['text']}")
     except BaseException:
         stop_serving()
         raise
@@ -240,18 +241,20 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
         raise Unavailable("the HTTP front end did not start", got=last_line(error)) from error
 
 
-def _wait_connected(address: Address, timeout_s: float) -> None:
-    """Returns once the router answers and every shard is connected to it."""
+def _wait_connected(address: Address, timeout_s: float) -> list[dict[str, str]]:
+    """Once the router answers and every shard is connected to it: the warnings of its status."""
     deadline = time.monotonic() + timeout_s
     with address.client() as client:
         while True:
             try:
-                missing = [s["shard"] for s in client.status()["shards"] if not s["connected"]]
+                status = client.status()
+                missing = [s["shard"] for s in status["shards"] if not s["connected"]]
                 reason = f"shards {missing} are not connected"
             except ShardlineError as error:
                 missing, reason = [-1], str(error)
             if not missing:
-                return
+                warnings: list[dict[str, str]] = status["warnings"]
+                return warnings
             if time.monotonic() > deadline:
                 raise Unavailable(
                     f"{address.url} did not become ready",

@@ -136,6 +136,18 @@ def test_counters_of_an_older_version_count_where_the_newer_one_is_damaged(tmp_p
     assert (store.counter(), store.damaged_state()) == (13, [])
 
 
+def test_folders_in_place_of_the_counters_are_put_aside(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in ("counter.json", "generations.json", "counter.lock"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "theirs").touch()
+    assert (store.counter(), store.next_generation(), len(store.damaged_state())) == (0, 1, 2)
+    store.raise_counter(5)
+    store.remember_generation(6)
+    assert (store.counter(), store.next_generation(), store.damaged_state()) == (5, 7, [])
+    assert len(list(tmp_path.glob("*.json.*/*.json/theirs"))) == 2, "nothing of theirs is lost"
+
+
 def test_pipes_in_place_of_the_files_of_state_keep_nobody_waiting(tmp_path: Path) -> None:
     """No process has the other end of any: to open one is to wait for it."""
     store = Store(tmp_path)
