@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.messages import AttributesRequest, FetchRequest, SearchRequest
+from shardline.shards.core.messages import (
+    MAX_RETURNED_BYTES,
+    AttributesRequest,
+    FetchRequest,
+    SearchRequest,
+)
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
@@ -21,7 +26,7 @@ Replies: TypeAlias = Sequence[Message | ShardlineError]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """rows: queries or ids of a request; reply_bytes: of its reply at ``dim``, frame left out.
+    """rows: queries or ids of a request; reply_bytes: of its largest reply, frame left out, at dim.
 
     answer: a reply to each of several requests, in order. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
@@ -53,7 +58,7 @@ HANDLERS: dict[type, Handler] = {
     ),
     AttributesRequest: Handler(
         rows=lambda request: len(request.item_ids),
-        reply_bytes=lambda request, dim: len(request.item_ids) * 8,  # and what the values take
+        reply_bytes=lambda request, dim: len(request.item_ids) * 8 + MAX_RETURNED_BYTES,
         answer=lambda shard, requests: shard.attributes_batch(requests),
         may_expire=True,
         may_be_inline=False,  # what a value costs depends on its type
