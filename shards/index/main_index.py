@@ -92,6 +92,11 @@ class MainIndex:
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+        # The rows that may be asked for to see whether a tie goes on beyond an answer. Not with the
+        # 8-bit scores of FastScan alone: nearly every answer ends in a tie that means nothing.
+        can_tie = self._layers.refine is not None or not self._layers.is_fastscan
+        most = gpu.GPU_MAX_K if device is Device.CUDA else self.rows
+        self._askable = min(self.rows, most) if can_tie else 0
 
     @classmethod
     def load(
@@ -155,15 +160,15 @@ class MainIndex:
                 expected=str(self.dim),
                 got=str(queries.shape[1]),
             )
-        most = self._most(k)
-        if most <= k:
+        if k >= self._askable:
             return self._ranked(queries, k, k, params, selection)
         rows, scores = self._ranked(queries, k, k + 1, params, selection)
-        is_cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
-        rows, scores = rows[:, :k], np.ascontiguousarray(scores[:, :k])
+        is_cut = scores[:, k] == scores[:, k - 1]
+        ranked = Ranked(rows[:, :k], np.ascontiguousarray(scores[:, :k]))
         if is_cut.any():
-            self._close_ties(queries, k, params, selection, Ranked(rows, scores), is_cut)
-        return Ranked(rows, scores)
+            is_cut &= rows[:, k] >= 0
+            self._close_ties(queries, k, params, selection, ranked, is_cut)
+        return ranked
 
     def reconstruct(self, rows: IdArray) -> FloatArray:
         """(m, dim) float32 vectors of existing local rows (m,) int64.
@@ -178,15 +183,6 @@ class MainIndex:
     @property
     def _takes_selector(self) -> bool:
         return self._layers.takes_selector and self._device is Device.CPU
-
-    def _most(self, k: int) -> int:
-        """How many rows may be asked for where k are wanted, at least k."""
-        if self._layers.is_fastscan and self._layers.refine is None:
-            return k  # its scores have 8 bits: nearly every answer ends in a tie that means nothing
-        most = min(self.rows, max(MAX_TIED, TIE_GROWTH * k))
-        if self._device is Device.CUDA:
-            most = min(most, gpu.GPU_MAX_K)
-        return max(most, k)
 
     def _ranked(
         self,
@@ -214,7 +210,8 @@ class MainIndex:
         is_cut: NDArray[np.bool_],
     ) -> None:
         """Searches those queries again whose last score (n, k) goes on beyond the answer."""
-        cut, fetch, most = np.flatnonzero(is_cut), k + 1, self._most(k)
+        cut, fetch = np.flatnonzero(is_cut), k + 1
+        most = min(self._askable, max(MAX_TIED, TIE_GROWTH * k))
         while cut.size and fetch < most:
             fetch = min(TIE_GROWTH * fetch, most)
             rows, scores = self._ranked(queries[cut], k, fetch, params, selection)

@@ -13,6 +13,7 @@ from shardline.router.merge import merge_top_k
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.index import main_index
+from shardline.shards.index.stages import without_rerank
 from tests.engine import build_main, plan_of, write_set
 from tests.unit.test_sharding_changes_nothing import load
 
@@ -120,3 +121,11 @@ def test_no_tie_costs_no_second_search(monkeypatch) -> None:
     main = build_main(vectors, metric=Metric.DOT, kind="flat")
     monkeypatch.setattr(main, "_close_ties", None)
     main.search(vectors[:20], K, SearchParams())
+
+
+def test_fastscan_alone_is_not_asked_for_more(monkeypatch) -> None:
+    whole = build_main(CORPORA["few values"], metric=Metric.DOT, **KINDS["ivfpq-fs fp32"])
+    codes = without_rerank(whole._layers.whole)
+    main = main_index.MainIndex(codes, metric=Metric.DOT, defaults=SearchParams(nprobe=8))
+    monkeypatch.setattr(main, "_close_ties", None)
+    assert main.search(QUERIES, K, SearchParams()).ids.shape == (len(QUERIES), K)
