@@ -29,7 +29,7 @@ from shardline.router.fanout.snapshot import (
 )
 from shardline.router.hanging import start
 from shardline.router.item_queries import ItemQueries, item_queries
-from shardline.router.limits import InFlightLimit, check_size
+from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms
 from shardline.router.query import (
     FoundAttributes,
     Merged,
@@ -220,15 +220,18 @@ class SearchService:
         """One query more that was not answered; whoever refuses a body counts it here too."""
         self.recorder.count(REJECTED, error.code)
 
-    async def item(self, item_id: int, *, arrived_at: float) -> ItemAnswer:
-        """The stored vector of one item.
+    async def item(
+        self, item_id: int, *, arrived_at: float, timeout_ms: float | None = None
+    ) -> ItemAnswer:
+        """The stored vector of one item; timeout_ms None stands for the default.
 
         Raises:
+            InvalidInput: timeout_ms is out of range.
             NotFound: no shard holds it, and every shard answered.
             Unavailable: it was not found, but a shard that might hold it did not answer.
         """
         (checked,) = check_ids([item_id], field="item_id")
-        deadline = arrived_at + self.config.default_timeout_ms / 1000
+        deadline = arrived_at + check_timeout_ms(self.config, timeout_ms, 1) / 1000
         with self._fanout.pin() as snapshot:
             found = await self._fanout.fetch(snapshot, np.array([checked]), deadline=deadline)
             if not found.item_ids.size:

@@ -124,9 +124,9 @@ class AsyncClient(ClientCore):
         """As ``Client.search``."""
         return await self._send(self._search_call(**fields))
 
-    async def item(self, item_id: int) -> ItemAnswer:
+    async def item(self, item_id: int, *, timeout_ms: float | None = None) -> ItemAnswer:
         """As ``Client.item``."""
-        return await self._send(self._item_call(item_id))
+        return await self._send(self._item_call(item_id, timeout_ms))
 
     async def status(self) -> dict[str, Any]:
         """As ``Client.status``."""

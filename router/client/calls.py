@@ -113,6 +113,15 @@ def _converted(name: str, value: Any) -> Any:
         raise InvalidInput("not to be sent", field=name, got=repr(value)[:MAX_GOT]) from error
 
 
+def _milliseconds(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(
+            "not to be sent", field="timeout_ms", got=repr(value)[:MAX_GOT]
+        ) from error
+
+
 def _packed(value: Any) -> bytes:
     body: bytes = msgpack.packb(value, default=_plain)
     return body
@@ -324,9 +333,12 @@ class ClientCore:
     def _search_call(self, **fields: Unpack[SearchFields]) -> Call[SearchAnswer]:
         return Call(self._server.message("POST", "/v1/search", search_body(**fields)), read_search)
 
-    def _item_call(self, item_id: int) -> Call[ItemAnswer]:
+    def _item_call(self, item_id: int, timeout_ms: float | None) -> Call[ItemAnswer]:
         (number,) = check_ids([item_id], field="item_id").tolist()
-        return Call(self._server.message("GET", f"/v1/items/{number}"), read_item)
+        path = f"/v1/items/{number}"
+        if timeout_ms is not None:
+            path += f"?timeout_ms={_milliseconds(timeout_ms)}"
+        return Call(self._server.message("GET", path), read_item)
 
     def _get_call(self, path: str) -> Call[dict[str, Any]]:
         return Call(self._server.message("GET", path), _read_json)

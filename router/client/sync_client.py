@@ -128,9 +128,9 @@ class Client(ClientCore):
         """
         return self._send(self._search_call(**fields))
 
-    def item(self, item_id: int) -> ItemAnswer:
+    def item(self, item_id: int, *, timeout_ms: float | None = None) -> ItemAnswer:
         """One item's stored vector (dim,) float32. Raises NotFound, or as ``search``."""
-        return self._send(self._item_call(item_id))
+        return self._send(self._item_call(item_id, timeout_ms))
 
     def status(self) -> dict[str, Any]:
         """What the router serves: generation, model, index, shards, encoder."""

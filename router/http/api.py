@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeAlias
 
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -49,6 +49,9 @@ REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REQUEST_ID_BITS = 64
 # Bytes of a body decoded in the event loop, some milliseconds of JSON; more would hold up others.
 DECODE_IN_LOOP = 256 << 10
+TIMEOUT_TEXT = (
+    "milliseconds from the request's arrival to its answer; left out, router.default_timeout_ms"
+)
 POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
 
 Endpoint: TypeAlias = Callable[[Scope, Receive], Awaitable[tuple[bytes, Media]]]
@@ -117,12 +120,15 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
 def _add_reads(app: FastAPI, service: SearchService, guard: Guard) -> None:
     @app.get("/v1/items/{item_id}", **ITEM_DOC)
     async def item(
-        request: Request, item_id: Annotated[int, Path(description="the item's id")]
+        request: Request,
+        item_id: Annotated[int, Path(description="the item's id")],
+        timeout_ms: Annotated[float | None, Query(description=TIMEOUT_TEXT)] = None,
     ) -> Response:
         """One item's stored vector, and the shard that holds it."""
         accepted = answer_media(request.headers.get("accept", ""), Media.JSON)
         with service.admit(), ended_by_client(request.receive):
-            answer = await service.item(item_id, arrived_at=request.scope["shardline.arrived_at"])
+            arrived_at = request.scope["shardline.arrived_at"]
+            answer = await service.item(item_id, arrived_at=arrived_at, timeout_ms=timeout_ms)
         return Response(encode_item(answer, accepted), media_type=accepted)
 
     @app.get("/v1/status", **STATUS_DOC)
@@ -325,6 +331,7 @@ def _from_starlette(request: Request, error: HTTPException) -> Exception:
 
 def _from_fastapi(request: Request, error: RequestValidationError) -> Exception:
     first = error.errors()[0]
+    expected = "a number" if first["type"] == "float_parsing" else "an integer"
     return InvalidInput(
-        "wrong value", field=str(first["loc"][-1]), expected="an integer", got=str(first["input"])
+        "wrong value", field=str(first["loc"][-1]), expected=expected, got=str(first["input"])
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import (
@@ -37,6 +38,10 @@ from shardline.shards.index.spec import Device
 from shardline.shards.index.template import read_index
 
 MEASURED_K = 100  # the k that builds choose the default parameters at
+# Where more rows have the score of the last result than fit, those of the lowest ids belong in the
+# answer: the index is asked for more until it has shown all of them, or this many (or 4 k).
+MAX_TIED = 16_384
+TIE_GROWTH = 4
 PARAMETER_CACHE = 64  # (k, params) whose faiss objects are kept; callers use a handful
 OVERFETCH_START = 32  # extra candidates of the first attempt where faiss cannot exclude rows itself
 
@@ -87,6 +92,11 @@ class MainIndex:
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+        # The rows that may be asked for to see whether a tie goes on beyond an answer. Not with the
+        # 8-bit scores of FastScan alone: nearly every answer ends in a tie that means nothing.
+        can_tie = self._layers.refine is not None or not self._layers.is_fastscan
+        most = gpu.GPU_MAX_K if device is Device.CUDA else self.rows
+        self._askable = min(self.rows, most) if can_tie else 0
 
     @classmethod
     def load(
@@ -141,12 +151,15 @@ class MainIndex:
                 expected=str(self.dim),
                 got=str(queries.shape[1]),
             )
-        if selection is None or self._takes_selector:
-            distances, rows = self._search(queries, k, params, selection)
-        else:
-            distances, rows = self._search_and_filter(queries, k, params, selection)
-        scores = -distances if self._metric is Metric.L2 else distances
-        return _in_answer_order(rows, scores)
+        if k >= self._askable:
+            return self._ranked(queries, k, k, params, selection)
+        rows, scores = self._ranked(queries, k, k + 1, params, selection)
+        is_cut = scores[:, k] == scores[:, k - 1]
+        ranked = Ranked(rows[:, :k], np.ascontiguousarray(scores[:, :k]))
+        if is_cut.any():
+            is_cut &= rows[:, k] >= 0
+            self._close_ties(queries, k, params, selection, ranked, is_cut)
+        return ranked
 
     def reconstruct(self, rows: IdArray) -> FloatArray:
         """(m, dim) float32 vectors of existing local rows (m,) int64.
@@ -162,45 +175,93 @@ class MainIndex:
     def _takes_selector(self) -> bool:
         return self._layers.takes_selector and self._device is Device.CPU
 
+    def _ranked(
+        self,
+        queries: FloatArray,
+        k: int,
+        fetch: int,
+        params: SearchParams,
+        selection: Selection | None,
+    ) -> Ranked:
+        """The ``fetch`` best rows, found with the parameters of a search for k."""
+        if selection is None or self._takes_selector:
+            distances, rows = self._search(queries, k, fetch, params, selection)
+        else:
+            distances, rows = self._search_and_filter(queries, k, fetch, params, selection)
+        scores = -distances if self._metric is Metric.L2 else distances
+        return _in_answer_order(rows, scores)
+
+    def _close_ties(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        selection: Selection | None,
+        ranked: Ranked,
+        is_cut: NDArray[np.bool_],
+    ) -> None:
+        """Searches those queries again whose last score (n, k) goes on beyond the answer."""
+        cut, fetch = np.flatnonzero(is_cut), k + 1
+        most = min(self._askable, max(MAX_TIED, TIE_GROWTH * k))
+        while cut.size and fetch < most:
+            fetch = min(TIE_GROWTH * fetch, most)
+            rows, scores = self._ranked(queries[cut], k, fetch, params, selection)
+            ranked.ids[cut], ranked.scores[cut] = rows[:, :k], scores[:, :k]
+            cut = cut[(scores[:, -1] == scores[:, k - 1]) & (rows[:, -1] >= 0)]
+
     def _search(
-        self, queries: FloatArray, k: int, params: SearchParams, selection: Selection | None
+        self,
+        queries: FloatArray,
+        k: int,
+        fetch: int,
+        params: SearchParams,
+        selection: Selection | None,
     ) -> tuple[FloatArray, IdArray]:
-        """faiss's own distances, and the rows they belong to."""
-        prepared = self._prepare(k, params, selection)
-        distances, rows = self._searched.search(queries, k, params=prepared.top)
+        """faiss's own distances of the ``fetch`` best, and the rows they belong to."""
+        prepared = self._prepare(k, fetch, params, selection)
+        distances, rows = self._searched.search(queries, fetch, params=prepared.top)
         return distances, rows
 
     def _search_and_filter(
-        self, queries: FloatArray, k: int, params: SearchParams, selection: Selection
+        self,
+        queries: FloatArray,
+        k: int,
+        wanted: int,
+        params: SearchParams,
+        selection: Selection,
     ) -> tuple[FloatArray, IdArray]:
-        """For indexes that cannot exclude rows: fetches more rows until k remain."""
-        most = max(k, min(k + selection.num_excluded, self.rows))
+        """For indexes that cannot exclude rows: fetches more rows until ``wanted`` remain."""
+        most = max(wanted, min(wanted + selection.num_excluded, self.rows))
         if self._device is Device.CUDA:
             most = min(most, gpu.GPU_MAX_K)
-        fetch = min(2 * k + OVERFETCH_START, most)
+        fetch = min(2 * wanted + OVERFETCH_START, most)
         while True:
-            distances, rows = self._search(queries, fetch, params, None)
+            distances, rows = self._search(queries, max(k, fetch), fetch, params, None)
             keep = (rows >= 0) & selection.live[rows]
-            if fetch == most or (keep.sum(axis=1) >= k).all():
+            if fetch == most or (keep.sum(axis=1) >= wanted).all():
                 break
             fetch = min(4 * fetch, most)
-        order = np.argsort(~keep, axis=1, kind="stable")[:, :k]
+        order = np.argsort(~keep, axis=1, kind="stable")[:, :wanted]
         rows = np.take_along_axis(np.where(keep, rows, EMPTY_ID), order, axis=1)
         return np.take_along_axis(distances, order, axis=1), rows
 
-    def _prepare(self, k: int, params: SearchParams, selection: Selection | None) -> _Prepared:
-        """The faiss parameters of a request, made once per (k, params)."""
+    def _prepare(
+        self, k: int, fetch: int, params: SearchParams, selection: Selection | None
+    ) -> _Prepared:
+        """The faiss parameters of a request, made once per (k, fetch, params)."""
         cache = self._prepared if selection is None else selection.prepared
-        key = (k, params.nprobe, params.ef_search, params.rerank_factor)
+        key = (k, fetch, params.nprobe, params.ef_search, params.rerank_factor)
         prepared: _Prepared | None = cache.get(key)
         if prepared is None:
             if len(cache) >= PARAMETER_CACHE:
                 cache.clear()
             selector = None if selection is None else selection.selector
-            prepared = cache[key] = self._make_parameters(k, params, selector)
+            prepared = cache[key] = self._make_parameters(k, fetch, params, selector)
         return prepared
 
-    def _make_parameters(self, k: int, params: SearchParams, selector: Any) -> _Prepared:
+    def _make_parameters(
+        self, k: int, fetch: int, params: SearchParams, selector: Any
+    ) -> _Prepared:
         _check_params(params)
         layers = self._layers
         factor: float = params.rerank_factor or self._defaults.rerank_factor or 1
@@ -208,7 +269,7 @@ class MainIndex:
             # Of codes that hold the best 100 among their first 100, the first 10 are not the best
             # 10: fewer results than a default was measured with need as many candidates
             factor *= max(k, MEASURED_K) / k
-        candidates = round(k * factor) if layers.refine else k
+        candidates = max(fetch, round(k * factor)) if layers.refine else fetch
         # and more results lie in more lists
         widening = max(k / MEASURED_K, 1)
         inner: Any = self._base_parameters(candidates, widening, params, selector)
@@ -221,7 +282,7 @@ class MainIndex:
             inner = outer
         if layers.refine is not None:
             outer = faiss.IndexRefineSearchParameters()
-            outer.k_factor = factor
+            outer.k_factor = (candidates + 0.5) / fetch  # faiss cuts the product off
             if inner is not None:
                 outer.base_index_params = inner
             parts.append(outer)

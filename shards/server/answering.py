@@ -26,12 +26,15 @@ ESTIMATE_DECAY = 0.5  # so that one dear request (a large k, many lists) is not 
 class Asker(Protocol):
     """Whoever waits for a reply."""
 
-    def reply(self, request_id: int, message: Message) -> None: ...
+    def reply(self, request_id: int, message: Message, taken: int = 0, /) -> None: ...
 
 
 @dataclass(slots=True)
 class Work:
-    """A queued request of ``rows`` queries or ids; ``deadline`` in seconds of time.monotonic."""
+    """A queued request of ``rows`` queries or ids; ``deadline`` in seconds of time.monotonic.
+
+    ``taken``: what the asker counts for it, in bytes, until it has the reply.
+    """
 
     asker: Asker
     request_id: int
@@ -39,6 +42,7 @@ class Work:
     handler: Handler
     rows: int
     deadline: float
+    taken: int = 0
 
 
 @dataclass(slots=True)

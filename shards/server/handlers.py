@@ -10,7 +10,12 @@ from operator import attrgetter
 from typing import Any, TypeAlias
 
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.messages import AttributesRequest, FetchRequest, SearchRequest
+from shardline.shards.core.messages import (
+    MAX_RETURNED_BYTES,
+    AttributesRequest,
+    FetchRequest,
+    SearchRequest,
+)
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
@@ -22,8 +27,8 @@ Replies: TypeAlias = Sequence[Message | ShardlineError]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """rows: the queries or ids of a request; reply_bytes: of its reply to so many of them at
-    ``dim``, frame left out.
+    """rows: the queries or ids of a request; reply_bytes: of its largest reply to so many of them
+    at ``dim``, frame left out.
 
     answer: a reply to each of several requests, in order. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
@@ -55,7 +60,7 @@ HANDLERS: dict[type, Handler] = {
     ),
     AttributesRequest: Handler(
         rows=attrgetter("item_ids"),
-        reply_bytes=lambda request, rows, dim: rows * 8,  # and what the values take
+        reply_bytes=lambda request, rows, dim: rows * 8 + MAX_RETURNED_BYTES,
         answer=lambda shard, requests: shard.attributes_batch(requests),
         may_expire=True,
         may_be_inline=False,  # what a value costs depends on its type

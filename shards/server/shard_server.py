@@ -15,7 +15,6 @@ import asyncio
 import queue
 import socket
 import threading
-import time
 
 from shardline.shards.core.errors import InvalidInput, Overloaded, ShardlineError
 from shardline.shards.core.messages import ReplicaKey
@@ -175,19 +174,26 @@ class ShardServer:
             )
         return servers
 
-    def submit(self, session: Session, request_id: int, request: Request) -> None:
+    def reply_bytes(self, request: Request) -> int:
+        """Of the largest reply that a request can have; it may be more than a frame holds."""
+        handler = HANDLERS[type(request)]
+        return handler.reply_bytes(request, len(handler.rows(request)), self.shard.dim)
+
+    def submit(
+        self, session: Session, request_id: int, request: Request, taken: int, arrived_at: float
+    ) -> None:
         """Queues a request of a session, or answers it at once with an error."""
         handler = HANDLERS[type(request)]
         rows = len(handler.rows(request))
         try:
             self._admit(handler.reply_bytes(request, rows, self.shard.dim), rows)
         except ShardlineError as error:
-            session.reply(request_id, error_reply(error))
+            session.reply(request_id, error_reply(error), taken)
             return
         self._queued_rows += rows
         self._queued_requests += 1
-        deadline = time.monotonic() + request.timeout_ms / 1e3
-        self._arrived.append(Work(session, request_id, request, handler, rows, deadline))
+        deadline = arrived_at + request.timeout_ms / 1e3
+        self._arrived.append(Work(session, request_id, request, handler, rows, deadline, taken))
 
     def after_read(self) -> None:
         """A session has been read. With others there may be more to read before the search."""
@@ -246,10 +252,12 @@ class ShardServer:
         self._deliver(answered)
 
     def _deliver(self, answered: list[tuple[Work, Message]]) -> None:
-        for work, message in answered:
+        answered.reverse()
+        while answered:  # emptied on the way: a large reply is not kept beside its frame
+            work, message = answered.pop()
             self._queued_rows -= work.rows
             self._queued_requests -= 1
-            work.asker.reply(work.request_id, message)
+            work.asker.reply(work.request_id, message, work.taken)
 
     # Search thread
 

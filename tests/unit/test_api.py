@@ -311,6 +311,10 @@ def test_a_body_that_is_not_msgpack_is_400():
         ("GET", "/v1/items/60", {}, 404, "not_found"),
         ("GET", "/v1/items/-1", {}, 400, "invalid_input"),
         ("GET", "/v1/items/abc", {}, 400, "invalid_input"),
+        ("GET", "/v1/items/16?timeout_ms=0", {}, 400, "invalid_input"),
+        ("GET", "/v1/items/16?timeout_ms=nan", {}, 400, "invalid_input"),
+        ("GET", "/v1/items/16?timeout_ms=1e9", {}, 400, "invalid_input"),
+        ("GET", "/v1/items/16?timeout_ms=soon", {}, 400, "invalid_input"),
         ("GET", f"/v1/items/{2**70}", {}, 400, "invalid_input"),
         ("POST", "/v1/search", {"content": b"x" * 4097, "headers": JSON}, 413, "payload_too_large"),
         (
@@ -551,6 +555,27 @@ async def test_item_gives_its_vector():
         }
         response = await http.get("/v1/items/16", headers={"accept": "application/msgpack"})
         assert msgpack.unpackb(response.content)["shard"] == 1
+
+
+async def test_an_item_is_waited_for_as_long_as_is_asked(monkeypatch):
+    async with api() as (http, _, service, _):
+        fetch, waits = service._fanout.fetch, []
+
+        async def watched(snapshot, ids, *, deadline):
+            waits.append(deadline - asyncio.get_running_loop().time())
+            return await fetch(snapshot, ids, deadline=deadline)
+
+        monkeypatch.setattr(service._fanout, "fetch", watched)
+        for query in ("", "?timeout_ms=4000"):
+            assert (await http.get(f"/v1/items/16{query}")).status_code == 200
+        assert waits[0] <= service.config.default_timeout_ms / 1000
+        assert 3 < waits[1] <= 4
+
+
+def test_the_items_time_limit_is_described():
+    parameters = one_request("GET", "/openapi.json").json()
+    parameters = parameters["paths"]["/v1/items/{item_id}"]["get"]["parameters"]
+    assert [each["name"] for each in parameters] == ["item_id", "timeout_ms"]
 
 
 def test_status_tells_table_shards_and_features():

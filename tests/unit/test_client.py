@@ -136,6 +136,11 @@ def test_problems_come_back_as_errors(client):
         client.item(60)
     with pytest.raises(InvalidInput, match="item_id"):
         client.item("seven")
+    with pytest.raises(InvalidInput, match="timeout_ms: out of range"):
+        client.item(16, timeout_ms=0)
+    with pytest.raises(InvalidInput, match="timeout_ms: not to be sent"):
+        client.item(16, timeout_ms="soon")
+    assert client.item(16, timeout_ms=5000).item_id == 16
 
 
 @pytest.mark.parametrize(

@@ -479,25 +479,58 @@ def test_the_handshake_clock_stops_with_the_proof(serve) -> None:
         assert session._timer.cancelled()
 
 
-def test_a_client_that_never_reads_is_dropped_and_harms_no_other(serve, monkeypatch) -> None:
-    monkeypatch.setattr("shardline.shards.server.session.MAX_UNSENT_BYTES", 1 << 20)
+def test_a_client_that_never_reads_is_dropped_and_harms_no_other(
+    serve, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("shardline.shards.server.session.UNREAD_S", 0.2)
     address = serve()
     with closing(Client(address)) as deaf, closing(Client(address)) as good:
-        deaf.socket.settimeout(2.0)
         frame = encode_frame(1, search(VECTORS, k=ROWS))  # each reply has half a megabyte
         try:
             for _ in range(60):
                 deaf.socket.sendall(frame)
-        except (ConnectionError, TimeoutError):
-            pass  # dropped, or no longer read from
+        except ConnectionError:
+            pass  # dropped already
         for _ in range(5):
             assert isinstance(good.ask(search()), SearchReply)
-        sizes = [
-            session._transport.get_write_buffer_size()
-            for session in list(serve.server.sessions)
-            if session._transport is not None
-        ]
-        assert sum(sizes) <= (1 << 20) + (1 << 20)
+        tick = threading.Event()
+        for _ in range(2000):
+            if len(serve.server.sessions) == 1:
+                break
+            tick.wait(0.005)
+    assert "does not read its replies" in caplog.text
+
+
+def test_replies_that_wait_come_whole_and_in_order_once_they_are_read(serve, monkeypatch) -> None:
+    """More than is kept for a client: the requests behind wait, and none is lost or mixed up."""
+    monkeypatch.setattr("shardline.shards.server.session.MAX_KEPT_BYTES", 1 << 20)
+    asked = [search(VECTORS[row : row + 100], k=ROWS) for row in range(60)]
+    with closing(Client(serve())) as client:
+        sender = threading.Thread(
+            target=lambda: [client.send(number, each) for number, each in enumerate(asked)]
+        )
+        sender.start()
+        answers = dict(client.receive() for _ in asked)
+        sender.join()
+        assert sorted(answers) == list(range(len(asked)))
+        for number, each in list(enumerate(asked))[::20]:
+            assert_same_answers(
+                answers[number].ranked, brute_force(each.queries, VECTORS, IDS, ROWS, Metric.DOT)
+            )
+        (session,) = serve.server.sessions
+        assert session._taken == 0
+
+
+def test_time_counts_while_a_request_waits_for_room(serve, monkeypatch) -> None:
+    monkeypatch.setattr("shardline.shards.server.session.MAX_KEPT_BYTES", 1)
+    gate = Gate(flat_shard(VECTORS, IDS))
+    with closing(Client(serve(gate))) as client:
+        client.send(1, search())
+        assert gate.entered.wait(TIMEOUT_S)
+        client.send(2, search(timeout_ms=50.0))
+        threading.Event().wait(0.1)  # longer than it may take
+        gate.open.set()
+        assert isinstance(dict([client.receive(), client.receive()])[2], ErrorReply)
 
 
 def test_a_client_that_leaves_before_its_reply_harms_nothing(serve) -> None:
