@@ -23,7 +23,7 @@ from shardline.router.contract import PROBLEM_TYPE, Coverage, Degraded, Reason
 from shardline.shards.core.errors import ShardlineError
 from tests.chaos.corpus import USER
 from tests.chaos.oracle import TITLE, Finding, Oracle, QueryKind, Question, Said
-from tests.chaos.windows import CONNECTION, FOREIGN, OK, TIMED_OUT, Outcome
+from tests.chaos.windows import CONNECTION, FOREIGN, OK, TIMED_OUT, UNTIMED, Outcome
 
 TIMEOUT_MS = 2000.0  # asked of the server
 CLIENT_TIMEOUT_S = 20.0
@@ -247,9 +247,9 @@ def _problem(response: http.client.HTTPResponse, content: bytes) -> tuple[str, s
     kind = response.getheader("Content-Type", "")
     if not kind.startswith(PROBLEM_TYPE):
         return FOREIGN, f"HTTP {response.status} {kind} {content[:80]!r}"
-    if response.status in (429, 503) and response.getheader("Retry-After") is None:
-        return FOREIGN, f"HTTP {response.status} without Retry-After"
     problem = json.loads(content)
+    if response.status in (429, 503) and response.getheader("Retry-After") is None:
+        return UNTIMED, f"HTTP {response.status} {problem['code']} without Retry-After"
     return problem["code"], f"HTTP {response.status} {problem['detail']}"
 
 

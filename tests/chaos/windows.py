@@ -15,6 +15,7 @@ OK = "ok"
 CONNECTION = "connection"  # refused, reset, or ended before the answer was complete
 TIMED_OUT = "timed_out"  # no answer within the client's own time
 FOREIGN = "not problem+json"  # an error page that is not of this API
+UNTIMED = "no Retry-After"  # where 429 and 503 owe one
 UNAVAILABLE = "unavailable"
 DEADLINE = "deadline_exceeded"
 GONE = frozenset({UNAVAILABLE, CONNECTION})
