@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shardline.cluster.exits import DEFECT, EXITS, INTERRUPTED, as_known, exit_code
+from shardline.cluster.signals import interrupting, postponed
 from shardline.cluster.streams import open_closed_streams, outlive_readers
 from shardline.shards.core.errors import last_line
 
@@ -131,7 +132,8 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         module, attribute, _ = COMMANDS[cmd_name]
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        with postponed():  # an import that is interrupted says that a library is broken
+            command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def resolve_command(
@@ -208,7 +210,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         click.echo("error: an argument is not UTF-8; names of files and folders must be", err=True)
         sys.exit(2)
     try:
-        code: Any = cli.main(args=args, prog_name="shardline", standalone_mode=False)
+        with interrupting():
+            code: Any = cli.main(args=args, prog_name="shardline", standalone_mode=False)
     except click.Abort:
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)

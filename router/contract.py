@@ -27,6 +27,7 @@ KEY = re.compile(rf"(?=.{{{MIN_KEY_CHARS},{MAX_KEY_CHARS}}}$)[A-Za-z0-9._~+/-]+=
 ARRAY_KEYS = {"dtype", "shape", "data"}
 ARRAY_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "<i4", "<i8")}
 ARRAY_NAMES = {dtype: name for name, dtype in ARRAY_DTYPES.items()}  # dtype.str builds it anew
+MAX_NDIM = 2
 PLAIN_KINDS = "biufU"  # numpy kinds whose values JSON and msgpack have: bool, numbers, text
 
 
@@ -171,21 +172,25 @@ def array_of(value: dict[str, Any]) -> np.ndarray[Any, np.dtype[Any]]:
             "array type not supported",
             field="dtype",
             expected=f"one of {', '.join(sorted(ARRAY_DTYPES))}",
-            got=repr(dtype)[:40],
+            got=repr(dtype[:40]) if isinstance(dtype, str) else type(dtype).__name__,
         )
-    are_sizes = isinstance(shape, list) and {int}.issuperset(map(type, shape))
+    is_short = isinstance(shape, list) and len(shape) <= MAX_NDIM
+    are_sizes = is_short and {int}.issuperset(map(type, shape))
     if not are_sizes or min(shape, default=0) < 0:
         raise InvalidInput(
-            "bad array", field="shape", expected="a list of sizes", got=repr(shape)[:40]
+            "bad array",
+            field="shape",
+            expected=f"a list of at most {MAX_NDIM} sizes",
+            got=repr(shape) if are_sizes else type(shape).__name__,
         )
     kind = ARRAY_DTYPES[dtype]
     expected = math.prod(shape) * kind.itemsize
-    if not isinstance(data, bytes) or len(data) != expected or len(shape) > 2:
+    if not isinstance(data, bytes) or len(data) != expected:
         got = f"{len(data)} bytes" if isinstance(data, bytes) else type(data).__name__
         raise InvalidInput(
             "bad array",
             field="data",
-            expected=f"{expected} bytes for shape {shape}, at most 2-d",
+            expected=f"{expected} bytes for shape {shape}",
             got=got,
         )
     return np.frombuffer(data, dtype=kind).reshape(shape)

@@ -25,6 +25,8 @@ MAX_QUERY_BYTES = MAX_FRAME_BYTES - 4096
 KINDS = tuple(QueryKind)  # iterating over the class itself makes a generator per query
 MAX_RETURNED_VALUES = 1 << 18  # attributes of one answer: put in order in tens of milliseconds
 
+MAX_NAME_CHARACTERS = 1 << 16  # of attributes to return, which every shard is sent
+
 
 class InFlightLimit:
     """Counts the requests being worked on, each in a ``with`` of its own; refuses too many.
@@ -72,7 +74,7 @@ def resolve(
         InvalidInput: not one kind, an empty or too large batch, a value out of range.
     """
     kind, values = _queries_of(vectors, features, item_ids)
-    _check_batch(kind, len(values), config.max_batch)
+    check_batch(kind, len(values), config.max_batch)
     if timeout_ms is None:
         timeout_ms = default_timeout_ms(config, len(values))
     elif not 0 < timeout_ms <= config.max_timeout_ms:
@@ -84,7 +86,7 @@ def resolve(
         raise _out_of_range("min_coverage", min_coverage, "0 to 1")
     k = check_k(config.default_k if k is None else k, limit=config.max_k)
     if returned or original_ids:
-        _check_returned(len(values) * k * (len(returned) + original_ids))
+        _check_returned(len(values) * k * (len(returned) + original_ids), returned)
     return ResolvedQuery(
         kind=kind,
         values=values,
@@ -98,7 +100,14 @@ def resolve(
     )
 
 
-def _check_returned(num_values: int) -> None:
+def _check_returned(num_values: int, names: Sequence[str]) -> None:
+    if sum(map(len, names)) > MAX_NAME_CHARACTERS:
+        raise InvalidInput(
+            "names too long",
+            field="return",
+            expected=f"<= {MAX_NAME_CHARACTERS} characters in all",
+            got="more",
+        )
     if num_values > MAX_RETURNED_VALUES:
         raise InvalidInput(
             "too much to return",
@@ -141,7 +150,8 @@ def _queries_of(*values: Any) -> tuple[QueryKind, Any]:
     return given[0]
 
 
-def _check_batch(kind: QueryKind, size: int, limit: int) -> None:
+def check_batch(kind: QueryKind, size: int, limit: int) -> None:
+    """Raises InvalidInput for a batch of no queries, or of too many."""
     if size == 0:
         raise InvalidInput(
             "empty batch", field=kind, expected="at least one query", got="0 queries"

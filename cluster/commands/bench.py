@@ -18,7 +18,7 @@ from shardline.cluster.commands.bench_options import (
 from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.open_files import requests_in_flight
-from shardline.cluster.serving.ray_session import cores, local_ray
+from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.shards.core.errors import InvalidInput
 
 
@@ -201,7 +201,7 @@ def mining(settings: Settings, data: Path, seeds: int, json_path: Path | None) -
 
     config = settings.config
     needs = {"num_cpus": serving_cpus(config), "in_flight": requests_in_flight(config)}
-    with StageProgress() as progress, local_ray(**needs, verbose=settings.verbose):
+    with StageProgress() as progress, ray_for("local", **needs, verbose=settings.verbose):
         report = run(config, data, range(seeds), progress)
     print_report(report, json_path)
 

@@ -20,7 +20,7 @@ from shardline.cluster.commands.bench_options import (
 from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.open_files import requests_in_flight
-from shardline.cluster.serving.ray_session import local_ray
+from shardline.cluster.serving.ray_session import ray_for
 from shardline.cluster.serving.serving_keys import client_key
 from shardline.shards.core.errors import InvalidInput
 
@@ -188,7 +188,7 @@ def measure(
         if where.rows is not None:
             cpus, in_flight = serving_cpus(config), requests_in_flight(config)
             stack.enter_context(
-                local_ray(num_cpus=cpus, verbose=settings.verbose, in_flight=in_flight)
+                ray_for("local", num_cpus=cpus, verbose=settings.verbose, in_flight=in_flight)
             )
         report = run(config, scenario, where, options, data=data, progress=progress)
     for line in show(report, json_path, plot_path):

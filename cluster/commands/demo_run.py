@@ -1,10 +1,12 @@
 """The stages of ``demo`` in order, none simulated; their measurements become its figures."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ from shardline.cluster.commands.demo_report import TARGETS, print_report
 from shardline.cluster.commands.demo_text import stage_line, stay_lines
 from shardline.cluster.commands.model import train_with_progress
 from shardline.cluster.commands.remote import encoder_kinds, evaluate_cluster
-from shardline.cluster.commands.serve import serving_cpus, stop_on_signals
+from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.endpoint import Endpoint
-from shardline.cluster.serving.ray_session import cores, local_ray
+from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.store import Store
 from shardline.shards.core import files
 from shardline.shards.core.messages import SearchParams
@@ -85,19 +87,20 @@ def run_demo(
     dataset = demo.data(synth, preset)
     progress.note("starting Ray")
     cpus, in_flight = serving_cpus(config), requests_in_flight(config)
-    with local_ray(num_cpus=cpus, verbose=settings.verbose, in_flight=in_flight):
+    with ray_for("local", num_cpus=cpus, verbose=settings.verbose, in_flight=in_flight) as ending:
+        if settings.store_path is None:
+            ending.also(partial(shutil.rmtree, folder, ignore_errors=True))
         embeddings = demo.model(dataset)
         demo.build(embeddings)
-        with stop_on_signals() as wait, demo.served() as endpoint:
+        with demo.served() as endpoint:
             demo.measure(endpoint, dataset)
             if not quick:  # what only compares comes after the first answers
                 demo.kinds(dataset, embeddings)
                 demo.ceilings(dataset, synth.ceiling_users)
             demo.finish(report)
             if stay:
-                for line in stay_lines(endpoint.url, endpoint.key_file):
-                    progress.note(line)
-                wait()
+                lines = stay_lines(endpoint.url, endpoint.key_file)
+                ending.wait(partial(progress.note, "\n".join(lines)))
             progress.note("stopping HTTP, shards and Ray")
     return demo.figures
 

@@ -2,9 +2,9 @@
 
 import json
 import signal
-import threading
 import time
-from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -18,14 +18,23 @@ from shardline.cluster.preflight.machine import before_serving
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.preflight.servable import servable_generation
 from shardline.cluster.serving.deployment import serving, start_serving, stop_serving
-from shardline.cluster.serving.endpoint import Endpoint, find_endpoint, refuse_if_served
-from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for, reap_orphans
+from shardline.cluster.serving.ending import ORDERLY_S
+from shardline.cluster.serving.endpoint import (
+    Endpoint,
+    find_endpoint,
+    refuse_if_served,
+    remove_note,
+    remove_own_note,
+)
+from shardline.cluster.serving.leftovers import reap_orphans
+from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.serving.serving_keys import serving_keys
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import NotFound, Unavailable
 from shardline.shards.storage.generation import read_generation
 
-STOP_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = ORDERLY_S + 5.0  # it ends itself sooner unless it hangs altogether
+KILL_TIMEOUT_S = 5.0
 STOP_POLL_S = 0.1
 
 
@@ -67,6 +76,7 @@ def serve(
         settings.extra_overrides.append("cluster.insecure=true")
     config = settings.config
     address = config.cluster.address
+    reap_orphans()  # one of them may hold the port that is looked at next
     check_serving(config, generation)  # not its number: another may go live while Ray starts
     keys = serving_keys(config)
     _warn_of_other_shards(settings, config, generation)
@@ -77,20 +87,18 @@ def serve(
             num_cpus=serving_cpus(config),
             verbose=settings.verbose,
             in_flight=requests_in_flight(config),
-        ):
+        ) as ending:
             if address != "local":
                 endpoint = start_serving(
                     config, keys=keys, generation=generation, on_stage=progress.note
                 )
                 progress.note(_ready_line(endpoint))
                 return
-            # Ray has set its own signal handlers by now; these replace them
-            with stop_on_signals() as wait:
-                with serving(
-                    config, keys=keys, generation=generation, on_stage=progress.note
-                ) as endpoint:
-                    progress.note(_ready_line(endpoint))
-                    wait()
+            ending.also(partial(remove_own_note, settings.store))
+            with serving(
+                config, keys=keys, generation=generation, on_stage=progress.note
+            ) as endpoint:
+                ending.wait(partial(progress.note, _ready_line(endpoint)))
                 progress.note("stopping")
 
 
@@ -111,18 +119,53 @@ def down(settings: Settings) -> None:
     except NotFound:
         click.echo("nothing is serving this store")
         return
+    if _stop(endpoint):
+        click.echo(f"stopped {endpoint.url}")
+        return
+    reap_orphans()
+    remove_note(settings.store, endpoint)
+    click.echo(
+        f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s: killed, with all that "
+        f"it had started at {endpoint.url}"
+    )
+
+
+def _stop(endpoint: Endpoint) -> bool:
+    """Whether the serving process has ended in order; False: it had to be killed.
+
+    Raises:
+        Unavailable: not even that ended it.
+    """
     try:
-        psutil.Process(endpoint.pid).send_signal(signal.SIGTERM)
-    except psutil.NoSuchProcess:  # it has ended since
-        pass
-    except psutil.AccessDenied as error:
-        raise _not_ours(endpoint) from error
-    deadline = time.monotonic() + STOP_TIMEOUT_S
+        process = psutil.Process(endpoint.pid)
+    except psutil.NoSuchProcess:
+        return True
+    for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process acts on nothing else
+        try:
+            process.send_signal(number)
+        except psutil.NoSuchProcess:  # it has ended since
+            return True
+        except psutil.AccessDenied as error:
+            raise _not_ours(endpoint) from error
+    if _has_ended(endpoint, STOP_TIMEOUT_S):
+        return True
+    with suppress(psutil.NoSuchProcess):
+        process.kill()
+    if not _has_ended(endpoint, KILL_TIMEOUT_S):
+        raise Unavailable(
+            f"process {endpoint.pid} cannot be killed",
+            hint="it waits for a disk or a network share that does not answer",
+        )
+    return False
+
+
+def _has_ended(endpoint: Endpoint, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
     while endpoint.is_alive:
         if time.monotonic() > deadline:
-            raise Unavailable(f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s")
+            return False
         time.sleep(STOP_POLL_S)
-    click.echo(f"stopped {endpoint.url}")
+    return True
 
 
 def check_serving(config: ShardlineConfig, generation: int | None) -> int:
@@ -152,32 +195,6 @@ def _not_ours(endpoint: Endpoint) -> Unavailable:
         f"process {endpoint.pid} is another user's, who alone may stop {endpoint.url}",
         hint=f"run `shardline down` as {owner}",
     )
-
-
-class stop_on_signals:  # noqa: N801 - used as a function: `with stop_on_signals() as wait`
-    """SIGINT and SIGTERM make ``wait()`` return; anywhere else they interrupt the block."""
-
-    def __enter__(self) -> Callable[[], None]:
-        self._stopped = threading.Event()
-        self._is_waiting = False
-        self._before = {
-            number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self._wait
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _wait(self) -> None:
-        self._is_waiting = True
-        self._stopped.wait()
-        self._is_waiting = False
-
-    def _stop(self, number: int, frame: object) -> None:
-        if not self._is_waiting:
-            raise KeyboardInterrupt
-        self._stopped.set()
 
 
 def _warn_of_other_shards(

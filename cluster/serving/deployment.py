@@ -37,6 +37,7 @@ from shardline.cluster.serving.endpoint import (
     refuse_if_served,
     remove_note,
 )
+from shardline.cluster.serving.http_address import LOOPBACK, literal_address, local_url
 from shardline.cluster.serving.ray_session import NAMESPACE, free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.store import Store
@@ -128,7 +129,7 @@ def start_serving(
         number = _wait_loaded(controller, store, number, config.cluster.start_timeout_s, on_stage)
         on_stage("starting the HTTP front end")
         _start_router(config, port, keys.auth)
-        url = f"http://{_reachable(config.cluster.http_host)}:{port}"
+        url = local_url(config.cluster.http_host, port)
         _wait_connected(Address(url, keys.own), config.cluster.start_timeout_s)
     except BaseException:
         stop_serving()
@@ -201,10 +202,10 @@ def _wait_loaded(
 
 def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> None:
     cluster = config.cluster
-    location = "EveryNode"
+    location, host = "EveryNode", cluster.http_host
     if cluster.address == "local":
-        location = "HeadOnly"
-        write_launcher(config.router)
+        location, host = "HeadOnly", LOOPBACK
+        write_launcher(config.router, literal_address(cluster.http_host))
     application = (
         serve.deployment(RouterReplica)
         .options(
@@ -227,7 +228,7 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
         )
     )
     try:
-        serve.start(proxy_location=location, http_options={"host": cluster.http_host, "port": port})
+        serve.start(proxy_location=location, http_options={"host": host, "port": port})
         serve.run(application, name=APPLICATION, route_prefix="/")
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise Unavailable("the HTTP front end did not start", got=last_line(error)) from error
@@ -253,7 +254,3 @@ def _wait_connected(address: Address, timeout_s: float) -> None:
                     hint=f"allow more with --set cluster.start_timeout_s={2 * timeout_s:g}",
                 )
             time.sleep(READY_POLL_S)
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::") else host

@@ -4,6 +4,7 @@ The serving process in the foreground writes the note; ``status``, ``query`` and
 """
 
 import logging
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,13 @@ def remove_note(store: Store, endpoint: Endpoint) -> None:
         is_ours = not (store.root / NOTE_NAME).is_dir()
     if is_ours:
         (store.root / NOTE_NAME).unlink(missing_ok=True)
+
+
+def remove_own_note(store: Store) -> None:
+    """Removes the note if this process has left it."""
+    note = _read_note(store)
+    if note is not None and note.pid == os.getpid():
+        remove_note(store, note)
 
 
 def refuse_if_served(store: Store) -> None:

@@ -2,7 +2,8 @@
 
 ``local_ray`` starts a private Ray in a folder of its own, so several may run side by side, and
 removes it at the end: Serve first (HAProxy outlives ``ray stop``), then Ray, then the folder.
-``attached_ray`` joins a cluster that somebody else started, ``ray up`` for one.
+``attached_ray`` joins a cluster that somebody else started, ``ray up`` for one. ``ray_for`` is for
+commands: there signals and the death of Ray are watched for too (``cluster.serving.ending``).
 """
 
 import contextlib
@@ -12,15 +13,16 @@ import logging
 import os
 import random
 import secrets
-import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import psutil
 import ray
+from ray._private import ray_constants, services, utils
 from ray._private.services import canonicalize_bootstrap_address
 
 from shardline.cluster.preflight.check import enforce
@@ -28,7 +30,8 @@ from shardline.cluster.preflight.folders import OBJECT_STORE_BYTES, temporary_ro
 from shardline.cluster.preflight.machine import before_ray
 from shardline.cluster.preflight.network import port_is_free
 from shardline.cluster.preflight.open_files import haproxy_connections, hard_limit
-from shardline.cluster.serving.endpoint import is_alive
+from shardline.cluster.serving.ending import Ending
+from shardline.cluster.serving.leftovers import SESSION_PREFIX, end_session, reap_orphans
 from shardline.cluster.serving.serving_keys import KEY_VARIABLES
 from shardline.router.router_config import RouterConfig
 from shardline.router.serve.environment import private_environment
@@ -37,8 +40,6 @@ from shardline.shards.core.errors import Unavailable, last_line
 logger = logging.getLogger(__name__)
 
 NAMESPACE = "shardline"
-SESSION_PREFIX = "shardline-"
-STOP_TIMEOUT_S = 10.0
 # Between Ray's workers (from 10002) and Serve's replicas (from 30000), below what Linux gives to
 # connections (from 32768): HAProxy binds its ports seconds after they were found free.
 QUIET_PORTS = range(20_000, 30_000)
@@ -51,12 +52,17 @@ OTHER_RAYS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_
 
 @contextlib.contextmanager
 def local_ray(
-    *, num_cpus: int, verbose: bool = False, in_flight: int | None = DEFAULT_IN_FLIGHT
+    *,
+    num_cpus: int,
+    verbose: bool = False,
+    in_flight: int | None = DEFAULT_IN_FLIGHT,
+    ending: Ending | None = None,
 ) -> Iterator[Path]:
     """A private Ray on this machine for the length of the block; yields its folder.
 
     ``num_cpus`` is logical: it bounds how many tasks run at once, not which cores they use.
     ``in_flight``: requests that its routers are to work on at once; None: it is to serve nothing.
+    ``ending`` None: nobody else has to end what is started here.
 
     Raises:
         Unavailable: this machine does not have what Ray needs, Ray did not start, or this process
@@ -66,25 +72,32 @@ def local_ray(
         raise Unavailable("Ray is already running in this process", hint="stop it first")
     reap_orphans()
     enforce(before_ray(in_flight))
+    ending = ending or Ending()
     session = _session_folder()
     connections = haproxy_connections(in_flight or DEFAULT_IN_FLIGHT, hard_limit())
     inherited = private_environment(session, iter(free_port, None), connections)
     values: dict[str, str | None] = dict.fromkeys(OTHER_RAYS)
     with _environment(values | inherited | {"RAY_AUTH_TOKEN": _auth_token()}):
         try:
-            with _keys_hidden():
-                _init_local(session, num_cpus=num_cpus, verbose=verbose)
+            with ending.held(), _keys_hidden():
+                ending.begin(session)
+                _init_local(session, ending, num_cpus=num_cpus, verbose=verbose)
+                if ending.is_active:
+                    ending.follow(_own_processes())
             yield session
         finally:
-            try:
-                _stop_ray()
-            finally:
-                _stop_leftovers(session)
-                shutil.rmtree(session, ignore_errors=True)
+            with ending.stopping_ray():
+                try:
+                    _stop_ray()
+                finally:
+                    end_session(session)
+                    ending.finish()
 
 
 @contextlib.contextmanager
-def attached_ray(address: str, *, verbose: bool = False) -> Iterator[None]:
+def attached_ray(
+    address: str, *, verbose: bool = False, ending: Ending | None = None
+) -> Iterator[None]:
     """Joins the Ray cluster at ``address`` ("auto": RAY_ADDRESS, or the one of this machine).
 
     Raises:
@@ -92,7 +105,9 @@ def attached_ray(address: str, *, verbose: bool = False) -> Iterator[None]:
     """
     try:
         _check_answers(address)
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
+        ending = ending or Ending()
+        with ending.held(), _handlers_kept(ending):
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
     except (OSError, RuntimeError, ValueError) as error:
         raise Unavailable(
             f"no Ray cluster at {address!r}", got=last_line(error), hint="start one with `ray up`"
@@ -103,13 +118,21 @@ def attached_ray(address: str, *, verbose: bool = False) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
 def ray_for(
     address: str, *, num_cpus: int, verbose: bool = False, in_flight: int | None
-) -> contextlib.AbstractContextManager[object]:
-    """``local_ray`` for the address "local", ``attached_ray`` for any other."""
-    if address == "local":
-        return local_ray(num_cpus=num_cpus, verbose=verbose, in_flight=in_flight)
-    return attached_ray(address, verbose=verbose)
+) -> Iterator[Ending]:
+    """For a command: ``local_ray`` for the address "local", ``attached_ray`` for any other.
+
+    Yields what the command ends by.
+    """
+    with Ending() as ending:
+        if address == "local":
+            with local_ray(num_cpus=num_cpus, verbose=verbose, in_flight=in_flight, ending=ending):
+                yield ending
+        else:
+            with attached_ray(address, verbose=verbose, ending=ending):
+                yield ending
 
 
 def cores() -> int:
@@ -129,38 +152,6 @@ def free_port() -> int:
     raise Unavailable(
         "no free port", expected=f"one of {QUIET_PORTS.start} to {QUIET_PORTS.stop - 1}"
     )
-
-
-def reap_orphans() -> list[int]:
-    """Ends processes left by sessions whose owner was killed; removes their folders; their pids.
-
-    The name of a session's folder holds its owner's pid, and every process of the session,
-    HAProxy included, has that folder on its command line or a file in it open. No other process
-    is touched, nor another user's session.
-    """
-    reaped: list[int] = []
-    for folder in temporary_root().glob(f"{SESSION_PREFIX}*-*"):
-        owner = folder.name.removeprefix(SESSION_PREFIX).split("-")[0]
-        if owner.isdigit() and _may_end(folder) and not _owns(int(owner), folder):
-            reaped += _stop_leftovers(folder)
-            shutil.rmtree(folder, ignore_errors=True)
-    return reaped
-
-
-def _may_end(folder: Path) -> bool:
-    """Whether the session is this user's; root may end everybody's."""
-    try:
-        return os.geteuid() in (0, folder.lstat().st_uid)
-    except FileNotFoundError:  # another command is ending it
-        return False
-
-
-def _owns(pid: int, folder: Path) -> bool:
-    """Whether the session's owner still runs; a younger process may carry its pid by now."""
-    try:
-        return is_alive(pid) and psutil.Process(pid).create_time() <= folder.stat().st_ctime + 1
-    except (psutil.NoSuchProcess, FileNotFoundError):
-        return False
 
 
 def _check_answers(address: str) -> None:
@@ -227,22 +218,72 @@ def _keys_hidden() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _init_local(session: Path, *, num_cpus: int, verbose: bool) -> None:
+def _init_local(session: Path, ending: Ending, *, num_cpus: int, verbose: bool) -> None:
     if not verbose:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        ray.init(
-            "local",  # else RAY_ADDRESS would be followed
-            num_cpus=num_cpus,
-            namespace=NAMESPACE,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(session),
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-        )
+        with _handlers_kept(ending), _children_apart(ending):
+            ray.init(
+                "local",  # else RAY_ADDRESS would be followed
+                num_cpus=num_cpus,
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(session),
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+            )
     except Exception as error:
         raise Unavailable("Ray did not start", got=last_line(error)) from error
+
+
+@contextlib.contextmanager
+def _handlers_kept(ending: Ending) -> Iterator[None]:
+    """Without Ray's handlers of SIGTERM, in Python and in C++: both end this process in the middle
+    of what it does, the second with a dump of the stack and SIGABRT."""
+    if not ending.is_active:
+        yield
+        return
+    with (
+        _replaced(utils, "set_sigterm_handler", lambda handler: None),
+        _replaced(ray_constants, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER", True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _children_apart(ending: Ending) -> Iterator[None]:
+    """Starts Ray's processes in sessions of their own, away from the terminal and from signals to
+    this process's group: who is signalled together with its children cannot end them in order.
+    """
+    started_by_ray = services.ConsolePopen
+
+    def start(*command: Any, **options: Any) -> Any:
+        with ending.starting_process():
+            return started_by_ray(*command, start_new_session=True, **options)
+
+    with _replaced(services, "ConsolePopen", start):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, name: str, value: object) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _own_processes() -> dict[str, int]:
+    """The pids of the two processes of Ray that repair all others, and are repaired by none."""
+    named = {
+        ray_constants.PROCESS_TYPE_GCS_SERVER: "Ray's GCS",
+        ray_constants.PROCESS_TYPE_RAYLET: "Ray's raylet",
+    }
+    started = ray._private.worker._global_node.all_processes
+    return {name: started[kind][0].process.pid for kind, name in named.items()}
 
 
 def _stop_ray() -> None:
@@ -259,28 +300,3 @@ def _stop_ray() -> None:
             except (ray.exceptions.RayError, RuntimeError, TimeoutError) as error:
                 logger.warning("Ray Serve did not shut down in order: %s", error)
         ray.shutdown()
-
-
-def _stop_leftovers(session: Path) -> list[int]:
-    """Terminates, then kills, every process that names the session's folder; their pids."""
-    found = [process for process in psutil.process_iter() if _belongs_to(process, session)]
-    for process in found:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, alive = psutil.wait_procs(found, timeout=STOP_TIMEOUT_S)
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=STOP_TIMEOUT_S)
-    return [process.pid for process in found]
-
-
-def _belongs_to(process: psutil.Process, session: Path) -> bool:
-    """By command line, or by the log files it holds open: Ray's workers rename themselves."""
-    if process.pid == os.getpid():
-        return False
-    try:
-        traces = [*process.cmdline(), *(file.path for file in process.open_files())]
-        return any(str(session) in trace for trace in traces)
-    except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-        return False

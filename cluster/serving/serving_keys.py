@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.serving.http_address import host_and_port
 from shardline.router.http.api_keys import Key, Keyring, Scope, parse_keys, read_keys
 from shardline.router.http.auth import INSECURE, AuthSettings
 from shardline.shards.core.errors import ConfigError, NotFound
@@ -68,7 +69,7 @@ def serving_keys(
     if len(sources) > 1:
         raise ConfigError("API keys from one place only", got=" and ".join(sources))
     if config.cluster.insecure:
-        where = f"{config.cluster.http_host}:{config.cluster.http_port}"
+        where = host_and_port(config.cluster.http_host, config.cluster.http_port)
         note = f"INSECURE: no API key is asked for; whoever reaches {where} may search"
         return ServingKeys(auth=INSECURE, own=None, note=note)
     if listed is not None:

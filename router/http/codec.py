@@ -6,7 +6,6 @@ answer's empty slots (id -1, score -inf) are kept in msgpack, where ids and scor
 arrays; JSON has no infinity, so there each row is cut to its live results.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -17,11 +16,13 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from shardline.router.contract import ARRAY_KEYS, Coverage, ItemAnswer, array_of, pack_array
+from shardline.router.http.body_cost import COUNTED_FROM, UNCOUNTED_LENGTH, refuse_costly
+from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody
-from shardline.router.http.problems import from_validation
-from shardline.router.limits import resolve
-from shardline.router.query import ResolvedQuery, SearchAnswer
+from shardline.router.http.problems import from_validation, short, unknown_field, wrong_type
+from shardline.router.limits import check_batch, resolve
+from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import NO_OPTIONS, NO_PARAMS, SearchOptions, SearchParams
@@ -29,10 +30,13 @@ from shardline.shards.core.schema import EMPTY_ID
 
 NUMBERS = frozenset({int, float})
 INTEGERS = frozenset({int})
-SCALARS = frozenset({int, float, bool, str, type(None)})
 SEARCH_FIELDS = tuple(field.alias or name for name, field in SearchBody.model_fields.items())
 OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIELDS)
+_SEARCH_FIELDS = frozenset(SEARCH_FIELDS)
 PARAM_FIELDS = tuple(ParamsBody.model_fields)
+MANY_FIELDS = 16 << 10  # bytes of a body that could hold more unknown fields than are worth a look
+MAX_LISTED_DIM = 1 << 16
+ARRAY_AT_ONCE = 1 << 18  # numbers of lists that become an array in one step
 # SearchBody.model_validate without its layer of Python, a third of its time
 validate_search = TypeAdapter(SearchBody).validator.validate_python
 
@@ -43,7 +47,10 @@ def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQue
     Raises:
         InvalidInput: does not parse, has an unknown field, a field of the wrong type, or one that
             is out of range.
+        PayloadTooLarge: would take too much memory or time.
     """
+    if len(body) > COUNTED_FROM:
+        refuse_costly(body, media)
     content = _load_json(body) if media is Media.JSON else _load_msgpack(body)
     if not isinstance(content, dict):
         raise InvalidInput(
@@ -52,6 +59,8 @@ def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQue
             expected="a map of fields",
             got=type(content).__name__,
         )
+    if len(body) > MANY_FIELDS:
+        _refuse_unknown_fields(content)
     try:
         parsed = validate_search(content)
     except ValidationError as error:
@@ -63,9 +72,9 @@ def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQue
         options = SearchOptions(**{name: getattr(parsed, name) for name in given})
     return resolve(
         config,
-        vectors=None if vectors is None else _matrix(vectors),
-        features=None if features is None else _features(features),
-        item_ids=None if item_ids is None else _ids(item_ids),
+        vectors=None if vectors is None else _matrix(vectors, config.max_batch),
+        features=None if features is None else _features(features, config.max_batch),
+        item_ids=None if item_ids is None else _ids(item_ids, config.max_batch),
         k=parsed.k,
         timeout_ms=parsed.timeout_ms,
         min_coverage=parsed.min_coverage,
@@ -139,9 +148,26 @@ def _load_json(body: bytes) -> Any:
 
 
 def _load_msgpack(body: bytes) -> Any:
+    if len(body) > COUNTED_FROM:
+        return _unpack(body, len(body))
+    try:
+        return _unpack(body, UNCOUNTED_LENGTH)
+    except InvalidInput:
+        if len(body) <= UNCOUNTED_LENGTH:
+            raise
+    refuse_costly(body, Media.MSGPACK)  # it may be for a longer list only
+    return _unpack(body, len(body))
+
+
+def _unpack(body: bytes, max_length: int) -> Any:
     try:
         return msgpack.unpackb(
-            body, object_pairs_hook=_unpack_map, strict_map_key=True, ext_hook=_refuse_ext
+            body,
+            object_pairs_hook=_unpack_map,
+            strict_map_key=True,
+            ext_hook=_refuse_ext,
+            max_array_len=max_length,
+            max_map_len=max_length,
         )
     except InvalidInput:
         raise
@@ -162,20 +188,42 @@ def _refuse_ext(code: int, data: bytes) -> Any:
     raise InvalidInput("msgpack extension types are not supported", field="body", got=str(code))
 
 
-def _matrix(value: Any) -> Any:
+def _refuse_unknown_fields(content: dict[Any, Any]) -> None:
+    """Unknown fields: pydantic would keep a complaint about each of millions of them."""
+    if not _SEARCH_FIELDS.issuperset(content):
+        raise unknown_field(_other_than(SEARCH_FIELDS, content), SEARCH_FIELDS)
+    params = content.get("params")
+    if type(params) is dict and len(params) > len(PARAM_FIELDS):
+        raise unknown_field(f"params.{_other_than(PARAM_FIELDS, params)}", PARAM_FIELDS)
+
+
+def _other_than(known: tuple[str, ...], content: dict[Any, Any]) -> str:
+    return short(next(name for name in content if name not in known))
+
+
+def _matrix(value: Any, max_batch: int) -> Any:
     """A numpy array as it is, or lists of numbers as (n, d) float64."""
     if isinstance(value, np.ndarray):
         return _with_ndim("vectors", value, 2)
     if not isinstance(value, list):
-        raise _wrong_type("vectors", "a list of rows", value)
+        raise wrong_type("vectors", "a list of rows", value)
+    if len(value) > max_batch:
+        check_batch(QueryKind.VECTORS, len(value), max_batch)
     for row, numbers in enumerate(value):
         if not isinstance(numbers, list):
-            raise _wrong_type(
+            raise wrong_type(
                 f"vectors[{row}]", "a list of numbers", numbers, "even one query is a list of one"
+            )
+        if len(numbers) > MAX_LISTED_DIM:
+            raise InvalidInput(
+                "too many numbers",
+                field=f"vectors[{row}]",
+                expected=f"<= {MAX_LISTED_DIM}",
+                got=str(len(numbers)),
             )
         if not NUMBERS.issuperset(map(type, numbers)):
             wrong = next(item for item in numbers if type(item) not in NUMBERS)
-            raise _wrong_type(f"vectors[{row}]", "numbers", wrong)
+            raise wrong_type(f"vectors[{row}]", "numbers", wrong)
         if len(numbers) != len(value[0]):
             raise InvalidInput(
                 "rows of different lengths",
@@ -184,9 +232,20 @@ def _matrix(value: Any) -> Any:
                 got=f"{len(numbers)} numbers",
             )
     try:
+        if value and len(value) * len(value[0]) > ARRAY_AT_ONCE:
+            return _row_by_row(value)
         return np.array(value, dtype=np.float64).reshape(len(value), -1 if value else 0)
     except OverflowError as error:
         raise InvalidInput("number too large", field="vectors", expected="float32") from error
+
+
+def _row_by_row(rows: list[Any]) -> Any:
+    """(n, d) float64; empties the list on the way, because both of them whole would be too much."""
+    matrix = np.empty((len(rows), len(rows[0])), np.float64)
+    for row, numbers in enumerate(rows):
+        matrix[row] = numbers
+        rows[row] = None
+    return matrix
 
 
 def _with_ndim(field: str, array: np.ndarray[Any, Any], ndim: int) -> np.ndarray[Any, Any]:
@@ -197,44 +256,26 @@ def _with_ndim(field: str, array: np.ndarray[Any, Any], ndim: int) -> np.ndarray
     return array
 
 
-def _ids(value: Any) -> Any:
+def _ids(value: Any, max_batch: int) -> Any:
     """A numpy array as it is, or the list of integers."""
     if isinstance(value, np.ndarray):
         return _with_ndim("item_ids", value, 1)
     if not isinstance(value, list):
-        raise _wrong_type("item_ids", "a list of integers", value)
+        raise wrong_type("item_ids", "a list of integers", value)
+    if len(value) > max_batch:
+        check_batch(QueryKind.ITEM_IDS, len(value), max_batch)
     if not INTEGERS.issuperset(map(type, value)):
         row = next(row for row, item in enumerate(value) if type(item) is not int)
-        raise _wrong_type(f"item_ids[{row}]", "an integer", value[row])
+        raise wrong_type(f"item_ids[{row}]", "an integer", value[row])
     return value
 
 
-def _features(value: Any) -> list[dict[str, Any]]:
-    """Maps of feature names to finite scalars or lists of them; the encoder knows the rest."""
+def _features(value: Any, max_batch: int) -> list[dict[str, Any]]:
     if not isinstance(value, list):
-        raise _wrong_type("features", "a list of maps", value)
-    for row, features in enumerate(value):
-        if not isinstance(features, dict):
-            raise _wrong_type(f"features[{row}]", "a map of features", features)
-        for name, item in features.items():
-            if isinstance(item, np.ndarray):
-                item = features[name] = item.tolist()
-            _check_feature(f"features[{row}].{name}", item)
-    return value
-
-
-def _check_feature(field: str, value: Any) -> None:
-    for item in value if isinstance(value, list) else (value,):
-        if type(item) not in SCALARS:
-            raise _wrong_type(field, "a number, string, boolean or a list of them", item)
-        if isinstance(item, float) and not math.isfinite(item):
-            raise InvalidInput("not finite", field=field, expected="a finite number", got=str(item))
-
-
-def _wrong_type(field: str, expected: str, value: Any, hint: str | None = None) -> InvalidInput:
-    return InvalidInput(
-        "wrong type", field=field, expected=expected, got=type(value).__name__, hint=hint
-    )
+        raise wrong_type("features", "a list of maps", value)
+    if len(value) > max_batch:
+        check_batch(QueryKind.FEATURES, len(value), max_batch)
+    return checked_features(value)
 
 
 def _complaint(error: ValidationError) -> InvalidInput:

@@ -98,14 +98,14 @@ def to_problem(error: Exception, *, request_id: str, retry_after_s: int) -> Prob
         "type": f"urn:shardline:problem:{error.code}",
         "title": kind.title,
         "status": kind.status,
-        "detail": _cut(error.message),
+        "detail": short(error.message),
         "code": error.code,
         "request_id": request_id,
     }
     for name in ("field", "expected", "got", "hint"):
         text = getattr(error, name)
         if text is not None:
-            body[name] = _cut(text)
+            body[name] = short(text)
     headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"cache-control", b"no-store")]
     if kind.retry:
         headers.append((b"retry-after", str(retry_after_s).encode()))
@@ -121,7 +121,7 @@ class _Internal(ShardlineError):
 def from_validation(error: ValidationError, known: Sequence[str]) -> InvalidInput:
     """The first complaint of pydantic in our words; ``known`` are the fields there are."""
     first = error.errors(include_url=False, include_context=False)[0]
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{short(part)}" for part in first["loc"]]
     path = "".join(parts).removeprefix(".")
     if first["type"] == "extra_forbidden":
         return unknown_field(path, known)
@@ -136,19 +136,29 @@ def from_validation(error: ValidationError, known: Sequence[str]) -> InvalidInpu
 def unknown_field(path: str, known: Sequence[str]) -> InvalidInput:
     """Names the field, the one that may have been meant, and all that there are."""
     name = path.rpartition(".")[2]
-    close = difflib.get_close_matches(name, known, n=1)
+    is_long = len(name) > MAX_TEXT  # nobody mistyped that, and to compare it takes seconds
+    close = [] if is_long else difflib.get_close_matches(name, known, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     if "features" in known and name in INSTEAD:
         guess = f"{INSTEAD[name]}; "
     return InvalidInput(
-        "unknown field", field=path, hint=f"{guess}known fields: {', '.join(known)}"
+        "unknown field", field=short(path), hint=f"{guess}known fields: {', '.join(known)}"
     )
 
 
 def _got(value: Any) -> str:
     kind = type(value).__name__
+    if isinstance(value, str):
+        value = short(value)  # before it is quoted, which makes it up to ten times as long
     return f"{kind} {value!r}" if isinstance(value, str | int | float | bool) else kind
 
 
-def _cut(text: str) -> str:
+def wrong_type(field: str, expected: str, value: Any, hint: str | None = None) -> InvalidInput:
+    return InvalidInput(
+        "wrong type", field=field, expected=expected, got=type(value).__name__, hint=hint
+    )
+
+
+def short(text: str) -> str:
+    """A caller's own text as an error repeats it."""
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"

@@ -88,9 +88,10 @@ def private_environment(session: Path, ports: Iterator[int], connections: int) -
     return serving_environment() | own
 
 
-def write_launcher(config: RouterConfig) -> None:
-    """Makes the program that a private Ray starts as HAProxy; before Serve starts."""
+def write_launcher(config: RouterConfig, address: str) -> None:
+    """Makes the program that a private Ray starts as HAProxy, to listen at this address; before
+    Serve starts."""
     limits = {"max_in_flight": config.max_in_flight, "retry_after_s": config.retry_after_s}
     path = Path(os.environ[BINARY])
-    path.write_text(launcher(sys.executable, **limits))
+    path.write_text(launcher(sys.executable, **limits, address=address))
     path.chmod(0o700)

@@ -9,6 +9,8 @@ configuration that it needs come as its first arguments.
   take every slot there is.
 - Metrics and statistics listen on the loopback interface: they ask for no password.
 - The admin socket, which can switch servers off, is its owner's alone.
+- HTTP is served at any address of the machine: Ray's replicas would listen there as well, where
+  HAProxy does not ask them. Ray is told the loopback address instead.
 - Overload is refused here, with 429: a refusal by a replica costs it about half of an answer,
   so that at three times its capacity it would do nothing but refuse.
 - Without a replica that answers there is a 503 at once. Ray would hand such requests to its Python
@@ -24,8 +26,10 @@ from pathlib import Path
 
 BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
 TOKEN = "RAY_AUTH_TOKEN"  # opens Ray itself: nothing for the process that strangers speak to
+AT = "--at"  # before an address
 HEADER_TIMEOUT_S = 10
 ROUTES = "    # Static routing based on path prefixes"
+FRONTEND = re.compile(r"^(frontend http_frontend\n    bind )\S+:(\d+)(?: v4v6)?", re.MULTILINE)
 BACKEND = re.compile(r"^    use_backend (\S+) if is_\1$", re.MULTILINE)
 FALLBACK = re.compile(r"^    server \S+ \S+ check backup\n", re.MULTILINE)
 NO_APPLICATION = re.compile(r"^    http-request return status 404 .*$", re.MULTILINE)
@@ -80,6 +84,20 @@ def bounded(text: str, max_in_flight: int, retry_after_s: int) -> str:
     return text.replace(ROUTES, rules + ROUTES, 1)
 
 
+def listening(text: str, address: str) -> str:
+    """The configuration with HTTP served at this address, whatever Ray has been told.
+
+    Raises:
+        ValueError: the line is missing that says where.
+    """
+    host = f"[{address}]" if ":" in address else address
+    both = " v4v6" if address == "::" else ""
+    text, found = FRONTEND.subn(rf"\g<1>{host}:\g<2>{both}", text)
+    if not found:
+        raise ValueError("Ray's HAProxy configuration has changed: no frontend http_frontend")
+    return text
+
+
 def _servers(text: str, backend: str) -> int:
     section = re.search(rf"^backend {re.escape(backend)}\n((?: .*\n|\n)*)", text, re.MULTILINE)
     return len(re.findall(r"^    server ", section[1], re.MULTILINE)) if section else 0
@@ -106,14 +124,21 @@ def _problem(status: int) -> str:
     return f'status {status} content-type application/problem+json string "{text}"'
 
 
-def launcher(python: str, *, max_in_flight: int, retry_after_s: int) -> str:
-    """A shell script that starts this file with the interpreter ``python``."""
+def launcher(
+    python: str, *, max_in_flight: int, retry_after_s: int, address: str | None = None
+) -> str:
+    """A shell script that starts this file with the interpreter ``python``.
+
+    address: where HTTP is served; None: where Ray has been told.
+    """
     script = Path(__file__).resolve()
-    return f'#!/bin/sh\nexec "{python}" -I "{script}" {max_in_flight} {retry_after_s} "$@"\n'
+    at = "" if address is None else f" {AT} {address}"
+    return f'#!/bin/sh\nexec "{python}" -I "{script}" {max_in_flight} {retry_after_s}{at} "$@"\n'
 
 
 def main(arguments: list[str]) -> None:
-    """``arguments`` are max_in_flight and retry_after_s, then HAProxy's own; does not return.
+    """``arguments`` are max_in_flight and retry_after_s, perhaps where to listen, then HAProxy's
+    own; does not return.
 
     Raises:
         ValueError, OSError: Ray reports the last line as the reason why HAProxy did not start.
@@ -123,9 +148,12 @@ def main(arguments: list[str]) -> None:
     os.environ.pop(BINARY, None)  # else the binary looked up is this file again
     os.environ.pop(TOKEN, None)
     max_in_flight, retry_after_s, *own = arguments
+    address = None
+    if own[0] == AT:
+        _, address, *own = own
     path = Path(own[own.index("-f") + 1])
     text = bounded(corrected(path.read_text()), int(max_in_flight), int(retry_after_s))
-    path.write_text(text)
+    path.write_text(text if address is None else listening(text, address))
     os.execv(get_haproxy_binary(), ["haproxy", *own])
 
 

@@ -35,7 +35,8 @@ def ngram_buckets(
         if chars is not None:
             framed = f"<{word}>"
             for size in range(chars[0], chars[1] + 1):
-                starts = range(len(framed) - size + 1)
+                # no more than are asked for: a word may be megabytes long
+                starts = range(min(len(framed) - size + 1, limit - len(hashes)))
                 hashes += [zlib.crc32(framed[at : at + size].encode(), CHAR_SEED) for at in starts]
         if len(hashes) >= limit:
             break

@@ -16,7 +16,8 @@ from shardline.cluster.commands.build import plan_of
 from shardline.cluster.config import ShardlineConfig, load_config
 from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.endpoint import Endpoint, is_alive
-from shardline.cluster.serving.ray_session import SESSION_PREFIX, local_ray
+from shardline.cluster.serving.leftovers import SESSION_PREFIX
+from shardline.cluster.serving.ray_session import local_ray
 from shardline.cluster.store import Store
 from shardline.router.client.sync_client import Client
 from shardline.training.data.tables import Dataset

@@ -66,16 +66,16 @@ class Served:
             self.lines.append("")
             self._news.notify_all()
 
-    def wait_for(self, start: str, within_s: float = START_S) -> str:
-        """The first line that begins like this; fails when the command ends without one."""
+    def wait_for(self, text: str, within_s: float = START_S) -> str:
+        """The first line that holds this; fails when the command ends without one."""
 
         def found() -> str | None:
-            return next((line for line in self.lines if line.startswith(start)), None)
+            return next((line for line in self.lines if text in line), None)
 
         with self._news:
             self._news.wait_for(lambda: found() is not None or "" in self.lines, within_s)
         line = found()
-        assert line is not None, f"no line {start!r} in {within_s:.0f} s:\n{self.text}"
+        assert line is not None, f"no line {text!r} in {within_s:.0f} s:\n{self.text}"
         return line
 
     def wait(self, within_s: float = STOP_S) -> int:
@@ -114,10 +114,14 @@ def run(
 
 
 @contextlib.contextmanager
-def started(store: Path, *arguments: str, **variables: str) -> Iterator[Served]:
-    """A command in a process group of its own; ended at the end of the block if it still runs."""
+def started(store: Path | None, *arguments: str, **variables: str) -> Iterator[Served]:
+    """A command in a process group of its own; ended at the end of the block if it still runs.
+
+    store None: the command's own.
+    """
+    named = () if store is None else ("--store", str(store))
     process = psutil.Popen(
-        command("--store", str(store), *arguments),
+        command(*named, *arguments),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -244,7 +244,7 @@ BAD_MSGPACK = [
     ),
     (msgpack.packb({"vectors": packed([[1, 2]], "<f4") | {"shape": 2}}), "shape", "bad array"),
     (msgpack.packb({"vectors": packed([[1, 2]], "<f4") | {"data": "ab"}}), "data", "bad array"),
-    (msgpack.packb({"vectors": packed([[[1, 2]]], "<f4")}), "data", "bad array"),
+    (msgpack.packb({"vectors": packed([[[1, 2]]], "<f4")}), "shape", "bad array"),
 ]
 
 

@@ -71,12 +71,12 @@ def test_a_private_ray_keeps_to_its_folder_and_its_ports(tmp_path: Path) -> None
     assert not [value for value in found.values() if "{" in value]
 
 
-def test_the_launcher_carries_the_routers_limits(
+def test_the_launcher_carries_the_routers_limits_and_the_address(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(BINARY, str(tmp_path / "haproxy"))
-    write_launcher(RouterConfig(max_in_flight=48, retry_after_s=7))
+    write_launcher(RouterConfig(max_in_flight=48, retry_after_s=7), "::1")
     text = (tmp_path / "haproxy").read_text()
     assert text.startswith(f'#!/bin/sh\nexec "{sys.executable}" -I ')
-    assert text.endswith('haproxy.py" 48 7 "$@"\n')
+    assert text.endswith('haproxy.py" 48 7 --at ::1 "$@"\n')
     assert os.access(tmp_path / "haproxy", os.X_OK)

@@ -17,6 +17,7 @@ from shardline.router.serve.haproxy import (
     bounded,
     corrected,
     launcher,
+    listening,
 )
 
 MAX_IN_FLIGHT, RETRY_AFTER_S = 48, 7
@@ -153,3 +154,38 @@ def test_without_an_application_503_is_all_there_is_to_answer(tmp_path: Path) ->
     assert f"hdr Retry-After {RETRY_AFTER_S}" in once
     assert "be_conn" not in once
     assert run(tmp_path, once).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "bind"),
+    [
+        ("127.0.0.1", "127.0.0.1:18000"),
+        ("127.0.0.2", "127.0.0.2:18000"),
+        ("0.0.0.0", "0.0.0.0:18000"),
+        ("::1", "[::1]:18000"),
+        ("2001:db8::7", "[2001:db8::7]:18000"),
+        ("::", "[::]:18000 v4v6"),
+    ],
+)
+def test_the_front_end_listens_where_it_is_told(tmp_path: Path, address: str, bind: str) -> None:
+    once = listening(SERVING.format(folder=tmp_path), address)
+    assert f"frontend http_frontend\n    bind {bind}\n" in once
+    assert listening(once, address) == once
+    assert once.count("bind ") == 3, "those of metrics and statistics stay where they are"
+
+
+def test_rays_template_has_the_line_that_says_where_to_listen() -> None:
+    line = "    bind {{ config.frontend_host }}:{{ config.frontend_port }}\n"
+    assert HAPROXY_CONFIG_TEMPLATE.count(f"frontend http_frontend\n{line}") == 1
+    with pytest.raises(ValueError, match="has changed"):
+        listening(PLAIN.format(folder="/x"), "::")
+
+
+def test_the_launcher_passes_the_address_on(tmp_path: Path) -> None:
+    script, config = tmp_path / "start", tmp_path / "haproxy.cfg"
+    script.write_text(launcher(sys.executable, max_in_flight=48, retry_after_s=7, address="::1"))
+    script.chmod(0o700)
+    config.write_text(SERVING.format(folder=tmp_path))
+    done = subprocess.run([str(script), "-c", "-f", str(config)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "    bind [::1]:18000\n" in config.read_text()

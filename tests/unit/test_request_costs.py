@@ -1,0 +1,174 @@
+"""No body within the limit takes more than ten times its size in memory, or a second of processor.
+
+``bench.load.request_costs`` measures it: each body in a process of its own, by the peak of its
+resident memory, because orjson and numpy take memory that Python does not count.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import msgpack
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardline.bench.load.request_costs import KINDS
+from shardline.router.contract import PayloadTooLarge
+from shardline.router.http import body_cost, codec, feature_values
+from shardline.router.http.codec import decode_query
+from shardline.router.http.media import Media
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.ngrams import ngram_buckets
+
+MIB = 1 << 20
+SIZE_MIB = 4  # of a body: ten times that is beyond what any may take
+FACTOR = 10
+LEAST_BYTES = body_cost.LEAST_ALLOWED_BYTES + 4 * MIB  # and what the process itself grows by
+MOST_SECONDS = 0.75  # of a second for 31 MiB; the kinds below took 1 to 3 s for 4 MiB
+CONFIG = RouterConfig()
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False)
+    | st.integers(-40, 300) | st.text(max_size=5)
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=12,
+)
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """By kind of body: its size and what it cost. Measured from a process without threads."""
+    command = [sys.executable, "-m", "shardline.bench.load.request_costs", "--json"]
+    run = subprocess.run(
+        [*command, "--mib", str(SIZE_MIB)], check=True, capture_output=True, text=True
+    )
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    return {(row["body"], row["format"]): row for row in rows}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_no_body_costs_more_than_ten_times_its_size(costs, kind) -> None:
+    cost = costs[kind]
+    assert cost["bytes"] <= max(FACTOR * cost["size"], LEAST_BYTES + cost["size"])
+    assert cost["seconds"] <= MOST_SECONDS
+
+
+def test_a_legal_batch_of_vectors_is_answered_in_either_form(costs) -> None:
+    answered = {name for (name, _), row in costs.items() if row["outcome"] == "answered"}
+    legal = {name for name, _ in KINDS if name.startswith("vectors of 1024 queries")}
+    assert legal - answered == {"vectors of 1024 queries, numbers of one digit"}
+
+
+@pytest.mark.parametrize("media", list(Media))
+@given(value=VALUES, before=VALUES, depth=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_what_is_not_refused_takes_no_more_than_is_allowed(media, value, before, depth) -> None:
+    """Any structure repeated to 100 KB, as if none were small enough to take what it likes."""
+    pack = orjson.dumps if media is Media.JSON else msgpack.packb
+    for _ in range(depth):
+        value = [before, value]
+    content = {"features": [value] * max(1, 100_000 // len(pack(value)))}
+    body = pack(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(body_cost, "LEAST_ALLOWED_BYTES", 0)
+        try:
+            body_cost.refuse_costly(body, media)
+        except PayloadTooLarge:
+            return
+    gc.collect()
+    tracemalloc.start()
+    kept = (orjson.loads if media is Media.JSON else msgpack.unpackb)(body)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    if media is Media.JSON:  # its peak is room for a tree of which no more than this is touched
+        peak = held + body_cost.NODE * sum(map(body.count, (b",", b"[", b"{", b":")))
+    del kept
+    assert peak <= body_cost.ALLOWED_FACTORS[media] * len(body) + 4096
+
+
+@pytest.mark.parametrize(
+    "code", [b"\xdc\xff\xff", b"\xdd\x00\x01\x00\x00", b"\xdf\x00\x01\x00\x00\xa1a"]
+)
+@pytest.mark.parametrize("size", [0, 1 * MIB])
+def test_nested_headers_make_no_room_for_items_that_do_not_come(code, size) -> None:
+    body = b"\x81\xa7vectors" + code * 1000 + bytes(size)
+    tracemalloc.start()
+    with pytest.raises(InvalidInput):
+        decode_query(body, Media.MSGPACK, CONFIG)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= LEAST_BYTES + 16 * MIB  # the sizes asked for, not all of which are touched
+
+
+def test_lists_longer_than_those_that_go_uncounted_are_read() -> None:
+    numbers = list(range(3 * body_cost.UNCOUNTED_LENGTH))
+    assert decode_query(msgpack.packb({"vectors": [numbers]}), Media.MSGPACK, CONFIG).values.size
+    with pytest.raises(InvalidInput, match="not msgpack"):
+        decode_query(msgpack.packb({"vectors": [numbers]})[:-1], Media.MSGPACK, CONFIG)
+
+
+@pytest.mark.parametrize("content", [{}, {"params": {}}])
+def test_one_of_many_unknown_fields_is_named(content) -> None:
+    inner = content.get("params", content)
+    inner |= {f"{number:06x}": 0 for number in range(5000)}
+    with pytest.raises(InvalidInput, match="unknown field") as caught:
+        decode_query(orjson.dumps(content), Media.JSON, CONFIG)
+    assert caught.value.field.endswith("000000")
+
+
+def test_small_bodies_are_not_counted(monkeypatch) -> None:
+    monkeypatch.setattr(codec, "refuse_costly", None)
+    vectors = np.random.default_rng(0).random((64, 128), np.float32)
+    array = {"dtype": "<f4", "shape": [64, 128], "data": vectors.tobytes()}
+    decode_query(msgpack.packb({"vectors": array}), Media.MSGPACK, CONFIG)
+    decode_query(orjson.dumps({"vectors": vectors.tolist()}), Media.JSON, CONFIG)
+
+
+def test_large_lists_of_vectors_read_as_small_ones_do() -> None:
+    rows = np.random.default_rng(0).random((600, 512)).tolist()
+    assert len(rows) * len(rows[0]) > 1 << 18
+    for pack, media in ((orjson.dumps, Media.JSON), (msgpack.packb, Media.MSGPACK)):
+        values = decode_query(pack({"vectors": rows}), media, CONFIG).values
+        np.testing.assert_array_equal(values, np.array(rows))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        [{"past": [1] * (feature_values.MAX_VALUES + 1)}],
+        [{"text": "a" * (feature_values.MAX_CHARACTERS + 1)}],
+        [{"text": "é" * (feature_values.MAX_CHARACTERS // 10 + 1)}],
+        [{"tags": ["a" * 1000] * (feature_values.MAX_CHARACTERS // 1000 + 1)}],
+        [{"past": [1] * (feature_values.MAX_VALUES // 10)}] * 11,
+    ],
+    ids=["values", "text", "text beyond ASCII", "texts in a list", "values of all queries"],
+)
+def test_features_are_bounded(features) -> None:
+    with pytest.raises(PayloadTooLarge, match="features too large"):
+        feature_values.checked_features(features)
+
+
+def test_ngrams_of_an_endless_word_are_those_that_are_asked_for() -> None:
+    word = "abcdefghij" * 200_000
+    began = time.process_time()
+    found = ngram_buckets(word, buckets=1000, words=(1, 2), chars=(3, 5), limit=64)
+    assert time.process_time() - began < 0.5
+    assert (
+        found[1:]
+        == ngram_buckets(word[:500], buckets=1000, words=(1, 2), chars=(3, 5), limit=64)[1:]
+    )
+
+
+def test_names_to_return_are_bounded() -> None:
+    body = orjson.dumps({"item_ids": [1], "return": ["a" * (1 << 16), "b"]})
+    with pytest.raises(InvalidInput, match="names too long"):
+        decode_query(body, Media.JSON, CONFIG)
