@@ -40,7 +40,7 @@ test-machines: install ## real starts, ends and kills of the commands on this ma
 test-chaos: export OMP_NUM_THREADS = 1
 test-chaos: export CHAOS_SECONDS ?= 600
 test-chaos: install ## ten minutes of random faults under load, every answer checked
-	$(BIN)/pytest -s tests/chaos
+	$(BIN)/pytest -s --tb=short --show-capture=no tests/chaos
 
 lint: install ## ruff (format and rules) and mypy --strict
 	$(BIN)/ruff format --check .

@@ -23,12 +23,22 @@ from shardline.router.contract import PROBLEM_TYPE, Coverage, Degraded, Reason
 from shardline.shards.core.errors import ShardlineError
 from tests.chaos.corpus import USER
 from tests.chaos.oracle import TITLE, Finding, Oracle, QueryKind, Question, Said
-from tests.chaos.windows import CONNECTION, FOREIGN, OK, TIMED_OUT, Outcome
+from tests.chaos.windows import (
+    CONNECTION,
+    FOREIGN,
+    OK,
+    OVERLOADED,
+    TIMED_OUT,
+    UNAVAILABLE,
+    UNTIMED,
+    Outcome,
+)
 
 TIMEOUT_MS = 2000.0  # asked of the server
 CLIENT_TIMEOUT_S = 20.0
 PAUSE_S, PAUSE_AFTER_ERROR_S = 0.01, 0.05
 MAX_K = 50
+WAIT = (OVERLOADED, UNAVAILABLE)  # codes after which a client is told when to ask again
 TITLED = 0.1  # share of queries that want titles
 
 Answer = Said | tuple[str, str]  # or an error's code and text
@@ -247,9 +257,9 @@ def _problem(response: http.client.HTTPResponse, content: bytes) -> tuple[str, s
     kind = response.getheader("Content-Type", "")
     if not kind.startswith(PROBLEM_TYPE):
         return FOREIGN, f"HTTP {response.status} {kind} {content[:80]!r}"
-    if response.status in (429, 503) and response.getheader("Retry-After") is None:
-        return FOREIGN, f"HTTP {response.status} without Retry-After"
     problem = json.loads(content)
+    if problem["code"] in WAIT and response.getheader("Retry-After") is None:
+        return UNTIMED, f"HTTP {response.status} {problem['code']} without Retry-After"
     return problem["code"], f"HTTP {response.status} {problem['detail']}"
 
 

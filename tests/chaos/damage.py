@@ -4,6 +4,7 @@ A damaged file takes the place of the whole one in one step, as a restored or ro
 has the old file open or mapped keeps it.
 """
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Damaged:
     held_s: float
     again: Callable[[], list[psutil.Process]] = list
     restores: bool = True
-    check: Callable[[], str | None] = lambda: None
+    check: Callable[[], bool] = lambda: True
     findings: list[Finding] = field(default_factory=list)
     _whole: bytes = b""
     _more: list[psutil.Process] = field(default_factory=list)
@@ -72,7 +73,7 @@ class Damaged:
             process.kill()
 
     def is_whole(self) -> bool:
-        return all(map(is_gone, (self.victim, *self._more))) and self.check() is None
+        return all(map(is_gone, (self.victim, *self._more))) and self.check()
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -144,12 +145,12 @@ def counter_file(served: Served, rng: random.Random) -> Fault:
     others have, and writes it anew."""
     path = served.store.root / "counter.json"
 
-    def unreadable() -> str | None:
+    def is_written_anew() -> bool:
         try:
-            version, counter = served.status()["version"], served.store.counter()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is not readable yet
-            return str(error)
-        return None if counter >= version else f"counter {counter} below {version}"
+            counter = json.loads(path.read_bytes())["counter"]
+            return isinstance(counter, int) and counter >= int(served.status()["version"])
+        except (ValueError, KeyError, TypeError, ShardlineError):
+            return False
 
     return Damaged(
         path=path,
@@ -158,7 +159,7 @@ def counter_file(served: Served, rng: random.Random) -> Fault:
         victim=one_of(served, "controller", rng),
         held_s=0,
         restores=False,
-        check=unreadable,
+        check=is_written_anew,
     )
 
 

@@ -111,8 +111,9 @@ class Runner:
         """When the cluster was whole, on the run's clock; inf: it is not."""
         structure: float | None = None
         while self.clock() < undone + GIVE_UP_S:
+            looked = self.clock()  # a look at all processes takes a while
             if structure is None and self._is_structured(faults):
-                structure = self.clock()
+                structure = looked
             last_bad = self._last_bad(place)
             if structure is not None:
                 whole = max(structure, last_bad, undone)
