@@ -126,7 +126,10 @@ class Ending:
         happen, from the moment on when ``announce`` is called."""
         self._is_waiting = True
         announce()
-        self._asked.wait()
+        # any thread may be the one that takes a signal, and this one does not wake up then: a
+        # process that was stopped gives those that came meanwhile to whichever goes on first
+        while not self._asked.wait(POLL_S):
+            pass
         self._is_waiting = False
 
     @contextlib.contextmanager

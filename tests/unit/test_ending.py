@@ -113,6 +113,24 @@ say("done")
     assert script.ends() == (0, "stopping\ndone\n", "")
 
 
+def test_a_signal_that_another_thread_takes_ends_the_wait_too(session: Path) -> None:
+    script = Script(
+        session,
+        """
+import threading
+def take():
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+with Ending() as ending:
+    ending.begin(session)
+    ending.wait(threading.Timer(0.3, take).start)
+    session.rmdir(); ending.finish()
+say("done")
+""",
+    )
+    script.wait_for("done")
+    assert script.ends() == (0, "", "")
+
+
 def test_an_interruption_waits_for_the_end_of_what_is_held(session: Path) -> None:
     script = Script(
         session,
