@@ -103,7 +103,7 @@ class Watched:
             os.setsid()  # out of reach of signals to Ray's process groups
             try:
                 self.watch()
-            except BaseException:  # this is a copy of another process, which must not go on
+            except BaseException:  # noqa: BLE001  a copy of another process: must not go on
                 traceback.print_exc()  # to where Ray has HAProxy write
                 os._exit(1)
             os._exit(0)
