@@ -32,6 +32,12 @@ class Prober:
         while not self._stop.wait(PROBE_S):
             self.seen.append((time.monotonic(), status_of(self.url)))
 
+    def changes(self) -> list[tuple[float, int]]:
+        """When each run of equal answers began, in seconds, and what they were."""
+        start = self.seen[0][0]
+        runs = itertools.groupby(self.seen, key=lambda each: each[1])
+        return [(round(next(run)[0] - start, 2), status) for status, run in runs]
+
     def away_s(self) -> float:
         """The longest time without an answer of 200."""
         good = [at for at, status in self.seen if status == 200]

@@ -59,7 +59,7 @@ APPLICATION = "shardline"
 READY_POLL_S = 0.05
 # How often Serve asks a replica whether it lives: a killed router is noticed so much later.
 HEALTH_CHECK_PERIOD_S = 1.0
-# Of an answer to that; three in a row, and Serve replaces a router that stopped or hangs.
+# Of an answer to that; three that fail, and Serve replaces a router that stopped or hangs.
 HEALTH_CHECK_TIMEOUT_S = 4.0
 
 

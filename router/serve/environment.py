@@ -60,7 +60,7 @@ PRIVATE = (
         BINARY,
         f"{SESSION}/haproxy",
         "starts HAProxy with a corrected configuration",
-        "test_haproxy.py::test_the_template_of_the_ray_installed_is_corrected",
+        "test_haproxy.py::test_what_ray_writes_is_corrected",
     ),
     Variable("RAY_SERVE_HAPROXY_CONFIG_FILE_LOC", f"{SESSION}/haproxy.cfg", "one per session"),
     # HAProxy takes socket paths of 97 bytes, of which Ray's node id needs 58

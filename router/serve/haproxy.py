@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 HEADER_TIMEOUT_S = 10
-CHECK_TIMEOUT_S = 1  # of an answer to a health check; three in a row count as a replica's end
+CHECK_TIMEOUT_S = 2  # of an answer to a health check; three that fail count as a replica's end
 # of the router's own time limits, after which it would have answered itself
 ANSWER_MARGIN_MS = 2000
 # Bodies under way are no work, and the router counts them itself: this only bounds connections.

@@ -21,6 +21,7 @@ import select
 import signal
 import socket
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +29,16 @@ from pathlib import Path
 from shardline.router.serve.haproxy import ADMIN_SOCKET, BIND, has_servers
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PF_EXITING = 0x4  # linux/sched.h
 OWNER = "raylet"
 # A manager that ends so soon after HAProxy has been told to stop it in order; one that notices
 # HAProxy's death is ended after three checks, a second apart.
 ORDERLY_S = 1.5
 # how long a substitute waits for the next manager's HAProxy
-REPLACED_WITHIN_S = 120.0
+REPLACED_WITHIN_S = 60.0
 STARTS_WITHIN_S = 30.0  # as long as Ray gives HAProxy
 LOOK_S = 0.1
+ANSWERS_WITHIN_S = 5.0  # as long as Ray waits for an answer from the admin socket
 RESTART_S = 0.2  # between two substitutes, should they end too
 # Files beside the configuration, where only this session's HAProxy looks. One letter for the
 # socket, as long as Ray's own: HAProxy takes paths of 97 bytes.
@@ -98,12 +101,12 @@ class Watched:
         _note(self.config.parent / NEWEST_PID, self.pid)
         if os.fork() == 0:
             os.setsid()  # out of reach of signals to Ray's process groups
-            status = 1
             try:
                 self.watch()
-                status = 0
-            finally:
-                os._exit(status)
+            except BaseException:  # noqa: BLE001  a copy of another process: must not go on
+                traceback.print_exc()  # to where Ray has HAProxy write
+                os._exit(1)
+            os._exit(0)
         _end_with_parent(signal.SIGTERM, self.manager_pid)
 
     def watch(self) -> None:
@@ -118,10 +121,13 @@ class Watched:
             self._replace()
 
     def _serves(self) -> bool:
-        """Waits until HAProxy answers on its admin socket; False if it ends before."""
+        """Waits until HAProxy answers on its admin socket; False if it ends before.
+
+        One that has lived so long as it may take to start has started.
+        """
         deadline = time.monotonic() + STARTS_WITHIN_S
-        while time.monotonic() < deadline and not _wait(self.process, self.owner, for_s=LOOK_S):
-            if _pid_behind(_admin_socket(self.text)) == self.pid:
+        while not _wait(self.process, self.owner, for_s=LOOK_S):
+            if _pid_behind(_admin_socket(self.text)) == self.pid or time.monotonic() > deadline:
                 return True
         return False
 
@@ -133,7 +139,7 @@ class Watched:
     def _replace(self) -> None:
         """Runs substitutes until HAProxy is there again, or is wanted no more."""
         since = time.monotonic()
-        manager_lived = not _wait(self.manager, for_s=0)
+        manager_lived = not (_wait(self.manager, for_s=0) or _is_ending(self.manager_pid))
         note = self.config.parent / SUBSTITUTE_PID
         while (left_s := since + REPLACED_WITHIN_S - time.monotonic()) > 0:
             with self._substitute() as (pid, process):
@@ -183,6 +189,18 @@ def _wait(*processes: int, for_s: float | None = None) -> list[int]:
     return ended
 
 
+def _is_ending(pid: int) -> bool:
+    """Whether a process has been killed: its threads and memory go one by one, and the kernel tells
+    HAProxy when the first is gone, half a second before the process counts as ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        flags = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6])
+    except OSError:
+        return True
+    pending = int(status.split("\nSigPnd:")[1].split("\n")[0], 16)
+    return bool(flags & PF_EXITING or pending >> (signal.SIGKILL - 1) & 1)
+
+
 def _end_with_parent(how: signal.Signals, parent: int) -> None:
     """The kernel sends ``how`` to this process when its parent ends; it holds beyond an exec.
 
@@ -225,7 +243,7 @@ def _with_admin_socket(text: str, path: str) -> str:
 def _pid_behind(admin_socket: str) -> int | None:
     """The process that answers on HAProxy's admin socket; None where none does."""
     with socket.socket(socket.AF_UNIX) as opened:
-        opened.settimeout(LOOK_S)
+        opened.settimeout(ANSWERS_WITHIN_S)
         try:
             opened.connect(admin_socket)
             opened.sendall(b"show info\n")

@@ -77,7 +77,7 @@ def test_a_killed_haproxy_or_manager_is_away_for_less_than_two_seconds(
             f"{victim} killed: {prober.away_s() * 1e3:.0f} ms without an answer, "
             f"{statuses.count(0)} refused, others {set(statuses)}, new manager {replaced_s:.1f} s"
         )
-        assert prober.away_s() < ANSWERED_AGAIN_S
+        assert prober.away_s() < ANSWERED_AGAIN_S, prober.changes()
         assert set(statuses) <= {200, 0, 503}
     # and the next manager follows the routers: one that is killed is replaced
     one("ray::ServeReplica").kill()
@@ -134,7 +134,8 @@ def test_not_ready_while_every_shard_is_stopped(cluster: Cluster) -> None:  # no
 def serving_process(store: Path, log: Path) -> Iterator[psutil.Process]:
     """``shardline serve`` on a copy of the store; what it leaves behind is ended at the end."""
     port = free_port()
-    command = [sys.executable, "-m", "shardline.cluster.cli", "--store", str(store)]
+    main = "from shardline.cluster.cli import main; main()"
+    command = [sys.executable, "-c", main, "--store", str(store)]
     with log.open("wb") as output:
         server = subprocess.Popen(
             [*command, "serve", "--port", str(port)], stdout=output, stderr=output

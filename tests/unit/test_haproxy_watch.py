@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +27,17 @@ from tests.prober import PROBE_S, probing, status_of
 SOON_S = 5.0
 ANSWERED_AGAIN_S = 2.0  # what issue and documentation promise
 MANAGER = """
-import subprocess, sys, time
+import queue, subprocess, sys, threading, time
 launcher, config = sys.argv[1:]
+ballast = bytearray(400 << 20)  # as slow to die as a worker of Ray's
 def start(*more):
     process = subprocess.Popen([launcher, "-db", "-f", config, "-dR", *more])
     print(process.pid, flush=True)
     return process
-process = start()
+starting = threading.Thread(target=lambda: started.put(start()) or time.sleep(1000), daemon=True)
+started = queue.Queue()
+starting.start()
+process = started.get()
 for line in sys.stdin:
     if line == "reload\\n":
         old, process = process, start("-sf", str(process.pid))
@@ -181,6 +186,27 @@ def test_killed_it_is_replaced_at_once_and_taken_over_from(
     assert {status for _, status in prober.seen} <= {200, 0, 502, 503}
     # a new connection is refused while there is no HAProxy, and at no other time
     assert [status for _, status in prober.seen].count(0) < ANSWERED_AGAIN_S / PROBE_S
+
+
+def test_it_is_replaced_again_and_again(stand: Stand, router_port: int) -> None:
+    def answers() -> bool:
+        return status_of(url) == 200
+
+    url = stand.url
+    with ExitStack() as stack:
+        for victim in ("haproxy", "manager", "manager"):
+            with probing(stand.url) as prober:
+                time.sleep(0.2)
+                os.kill(getattr(stand, victim), 9)
+                time.sleep(0.2)
+                until(answers)
+                time.sleep(0.2)
+            assert prober.away_s() < ANSWERED_AGAIN_S, (victim, prober.changes())
+            if victim == "haproxy":
+                os.kill(stand.manager, 9)
+            stand = the_next_manager(stand, router_port)
+            stack.callback(end, stand.owner)
+            time.sleep(2 * haproxy_watch.LOOK_S)
 
 
 def test_a_substitute_that_is_killed_is_replaced_as_well(stand: Stand) -> None:
