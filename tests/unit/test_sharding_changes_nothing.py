@@ -75,7 +75,7 @@ def answer_of(tmp_path_factory, vectors, queries, ids):
     kept: dict[tuple, list[tuple[MainIndex, np.ndarray]]] = {}
 
     def shards(fields: dict, metric: Metric, num_shards: int) -> list:
-        corpus = store.embeddings / metric.value
+        corpus = store.root / "sets" / metric.value
         if not corpus.exists():
             write_set(corpus, vectors, ids, metric=metric, rows_per_file=1000)
         key = (tuple(fields.items()), metric, num_shards)
