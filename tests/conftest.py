@@ -1,12 +1,25 @@
-"""For all tests: a test that is a coroutine has an event loop of its own, and leaves no task."""
+"""For all tests: a test that is a coroutine has an event loop of its own, and leaves no task;
+SIGHUP does what it does by default, also where the tests are run under nohup, which has it ignored.
+"""
 
 import asyncio
 import inspect
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 LEFT_OVER_S = 2.0  # how long what was cancelled may take to end
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sighup_is_not_ignored() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGHUP)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.hookimpl(tryfirst=True)

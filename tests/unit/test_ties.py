@@ -66,7 +66,7 @@ def first_of_all(vectors: np.ndarray, metric: Metric, k: int = K) -> Ranked:
 def test_ties_at_the_cut_are_cut_by_id_for_any_number_of_shards(tmp_path, kind, corpus, metric):
     vectors = CORPORA[corpus]
     store = Store(tmp_path)
-    folder = store.embeddings / "a"
+    folder = store.embeddings / "m1"
     write_set(folder, vectors, IDS, metric=metric)
     expected = first_of_all(vectors, metric)
     for num_shards in SHARDS:
