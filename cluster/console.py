@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -80,6 +80,12 @@ class StageProgress:
     def note(self, line: str) -> None:
         """Prints one plain line."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_warnings(texts: Iterable[str]) -> None:
+    """One line each, on the standard error."""
+    for text in texts:
+        sys.stderr.write(f"warning: {text}\n")
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -16,7 +16,9 @@ from shardline.cluster.commands.bench_options import (
     plot_option,
 )
 from shardline.cluster.commands.serve import serving_cpus
-from shardline.cluster.console import StageProgress
+from shardline.cluster.console import StageProgress, print_warnings
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import before_ray
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.shards.core.errors import InvalidInput
@@ -201,6 +203,7 @@ def mining(settings: Settings, data: Path, seeds: int, json_path: Path | None) -
 
     config = settings.config
     needs = {"num_cpus": serving_cpus(config), "in_flight": requests_in_flight(config)}
+    print_warnings(enforce(before_ray(needs["in_flight"])))
     with StageProgress() as progress, ray_for("local", **needs, verbose=settings.verbose):
         report = run(config, data, range(seeds), progress)
     print_report(report, json_path)

@@ -18,7 +18,9 @@ from shardline.cluster.commands.bench_options import (
     plot_option,
 )
 from shardline.cluster.commands.serve import serving_cpus
-from shardline.cluster.console import StageProgress
+from shardline.cluster.console import StageProgress, print_warnings
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import before_ray
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.serving.ray_session import ray_for
 from shardline.cluster.serving.serving_keys import client_key
@@ -187,6 +189,7 @@ def measure(
         progress = stack.enter_context(StageProgress())
         if where.rows is not None:
             cpus, in_flight = serving_cpus(config), requests_in_flight(config)
+            print_warnings(enforce(before_ray(in_flight)))
             stack.enter_context(
                 ray_for("local", num_cpus=cpus, verbose=settings.verbose, in_flight=in_flight)
             )

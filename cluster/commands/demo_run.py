@@ -25,7 +25,9 @@ from shardline.cluster.commands.model import train_with_progress
 from shardline.cluster.commands.remote import encoder_kinds, evaluate_cluster
 from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.console import StageProgress
+from shardline.cluster.console import StageProgress, print_warnings
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.machine import before_ray
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.endpoint import Endpoint
@@ -87,6 +89,7 @@ def run_demo(
     dataset = demo.data(synth, preset)
     progress.note("starting Ray")
     needs = {"num_cpus": serving_cpus(config), "in_flight": requests_in_flight(config)}
+    print_warnings(enforce(before_ray(needs["in_flight"])))
     with ray_for("local", **needs, verbose=settings.verbose) as ending:
         if settings.store_path is None:
             ending.also(partial(shutil.rmtree, folder, ignore_errors=True))

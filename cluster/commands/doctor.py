@@ -102,11 +102,7 @@ def _haproxy() -> str:
 def _machine_checks(config: ShardlineConfig, store: Store) -> Iterator[Check]:
     """What `serve` would find now, but for the memory that a cluster of this store takes already,
     and the port that it listens on."""
-    try:
-        running = serving_now(store)
-    except (CorruptFile, OSError) as error:
-        yield failed("note of the serving process", _known(error))
-        running = None
+    running = serving_now(store)
     own: str | None = None
     if running is not None and urlsplit(running.url).port == config.cluster.http_port:
         own = f"this store's cluster answers there, generation {running.generation}"

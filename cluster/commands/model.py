@@ -9,7 +9,7 @@ import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.console import StageProgress
+from shardline.cluster.console import StageProgress, print_warnings
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.folders import check_writable, look_at
 from shardline.cluster.preflight.machine import before_ray, check_store
@@ -90,8 +90,7 @@ def train(
     checks = [check_writable("run", look_at(run))]
     if config.training.num_workers > 1 and config.cluster.address == "local":
         checks += before_ray(None)
-    for warning in enforce(checks):
-        click.echo(f"warning: {warning}", err=True)
+    print_warnings(enforce(checks))
     try:
         with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
             result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)

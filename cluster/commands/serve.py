@@ -11,7 +11,7 @@ import psutil
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.console import StageProgress
+from shardline.cluster.console import StageProgress, print_warnings
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_serving, check_store
 from shardline.cluster.preflight.open_files import requests_in_flight
@@ -25,7 +25,6 @@ from shardline.cluster.serving.endpoint import (
     remove_note,
     remove_own_note,
 )
-from shardline.cluster.serving.http_address import literal_address
 from shardline.cluster.serving.leftovers import reap_orphans
 from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.serving.serving_keys import serving_keys
@@ -185,10 +184,7 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
         enforce([check_store(store)])
     refuse_if_served(store)
     number = servable_generation(store, generation)
-    for warning in enforce(before_serving(config, number)):
-        click.echo(f"warning: {warning}", err=True)
-    if config.cluster.address == "local":
-        literal_address(config.cluster.http_host)  # an own one, but can HAProxy listen there?
+    print_warnings(enforce(before_serving(config, number)))
     return number
 
 

@@ -49,17 +49,24 @@ def before_serving(
     Raises:
         CorruptFile, NewerFormat: the generation's manifest cannot be read.
     """
-    store = Store(config.store.resolve())
-    checks = [check_store(store)]
+    checks = before_start(config, own_url)
     if config.cluster.address != "local":
         return checks
-    http = check_http(config.cluster.http_host, config.cluster.http_port, own_url)
-    checks = [http, *checks, *before_ray(requests_in_flight(config))]
+    checks += before_ray(requests_in_flight(config))
     if number is not None:
-        manifest = read_generation(store.generation(number))
+        manifest = read_generation(Store(config.store.resolve()).generation(number))
         actors = len(manifest.shards) + config.cluster.router_replicas
         checks.append(check_processes(room_for_threads(), actors))
         checks.append(check_memory(needed_memory(config, manifest), free_memory()))
+    return checks
+
+
+def before_start(config: ShardlineConfig, own_url: str | None = None) -> list[Check]:
+    """Those of ``before_serving`` that Ray's own processes do not change: they hold while Ray runs,
+    too."""
+    checks = [check_store(Store(config.store.resolve()))]
+    if config.cluster.address == "local":
+        checks.insert(0, check_http(config.cluster.http_host, config.cluster.http_port, own_url))
     return checks
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 
 from shardline.cluster.preflight.check import Check, failed, passed
+from shardline.cluster.preflight.http_address import literal_address
 from shardline.shards.core.errors import ConfigError, ShardlineError, Unavailable
 
 HOST_KEY = "cluster.http_host"
@@ -45,6 +46,7 @@ def check_http(host: str, port: int, own_url: str | None = None) -> Check:
         if own_url is not None:
             return passed(name, own_url)
         is_free = port_is_free(port, host)
+        literal_address(host)  # HAProxy takes no address of a single link
     except ShardlineError as error:
         return failed(name, error)
     if not port:

@@ -28,7 +28,8 @@ from shardline.cluster.control.controller import (
 )
 from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
 from shardline.cluster.preflight.check import enforce
-from shardline.cluster.preflight.machine import before_serving
+from shardline.cluster.preflight.http_address import LOOPBACK, literal_address, local_url
+from shardline.cluster.preflight.machine import before_start
 from shardline.cluster.preflight.servable import find_damage, servable_generation
 from shardline.cluster.serving.endpoint import (
     Address,
@@ -37,7 +38,6 @@ from shardline.cluster.serving.endpoint import (
     refuse_if_served,
     remove_note,
 )
-from shardline.cluster.serving.http_address import LOOPBACK, literal_address, local_url
 from shardline.cluster.serving.ray_session import NAMESPACE, free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.store import Store
@@ -109,7 +109,7 @@ def start_serving(
     """
     store = Store(config.store.resolve())
     number = servable_generation(store, generation)
-    enforce(before_serving(config, number))
+    enforce(before_start(config))
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     port = config.cluster.http_port or free_port()

@@ -85,7 +85,10 @@ class Ending:
         self._numbers = {signal.SIGINT, *not_ignored()}
         receiving, sending = socket.socketpair()
         sending.setblocking(False)
-        watcher = threading.Thread(target=self._watch, args=(receiving,), name="ending")
+        # a daemon: an interruption of this very method must not leave Python waiting for it
+        watcher = threading.Thread(
+            target=self._watch, args=(receiving,), name="ending", daemon=True
+        )
         watcher.start()
         self._stack.callback(receiving.close)
         self._stack.callback(watcher.join)

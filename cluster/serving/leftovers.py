@@ -69,14 +69,29 @@ def _processes_of(session: Path) -> list[psutil.Process]:
 
 
 def _belongs_to(process: psutil.Process, session: Path) -> bool:
-    """By command line, or by the log files it holds open: Ray's workers rename themselves."""
+    """By command line, or by the log files it holds open: Ray's workers rename themselves.
+
+    Not what has a terminal: somebody looks at the session's files there, whereas its own processes
+    have none.
+    """
     if process.pid == os.getpid():
         return False
     try:
+        if _has_terminal(process):
+            return False
         traces = [*process.cmdline(), *(file.path for file in process.open_files())]
         return any(str(session) in trace for trace in traces)
     except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
         return False
+
+
+def _has_terminal(process: psutil.Process) -> bool:
+    """psutil knows only those terminals that there were when it was first asked."""
+    try:
+        stat = Path(f"/proc/{process.pid}/stat").read_text()
+    except FileNotFoundError:  # it has ended, or this is not Linux
+        return process.terminal() is not None
+    return stat.rpartition(")")[2].split()[4] != "0"  # tty_nr, proc(5)
 
 
 def _may_end(folder: Path) -> bool:

@@ -33,7 +33,7 @@ CHECK_TIMEOUT_S = 2  # of an answer to a health check; three that fail count as 
 ANSWER_MARGIN_MS = 2000
 # Bodies under way are no work, and the router counts them itself: this only bounds connections.
 ARRIVING_PER_IN_FLIGHT = 8
-# those of router.http.auth, which this program cannot import: it starts with the bare interpreter
+# those of router.http.auth, whose imports would delay every start of HAProxy
 OPEN_PATHS = ("/", "/docs", "/healthz", "/openapi.json", "/readyz")
 OPEN = f"{{ path {' '.join(OPEN_PATHS)} }}"
 PROBLEM = "application/problem+json"

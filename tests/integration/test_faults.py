@@ -211,7 +211,7 @@ def copy_generation(store: Store, number: int, copied: int) -> None:
     """The same rows as another generation."""
     folder = store.generation(copied)
     shutil.copytree(store.generation(number), folder)
-    write_generation(folder, replace(read_generation(folder), generation=copied))
+    write_generation(folder, replace(read_generation(store.generation(number)), generation=copied))
 
 
 def status_of(cluster: Cluster) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from shardline.cluster.serving import http_address
-from shardline.cluster.serving.http_address import host_and_port, literal_address, local_url
+from shardline.cluster.preflight import http_address
+from shardline.cluster.preflight.http_address import host_and_port, literal_address, local_url
 from shardline.router.client.http1 import Server
 from shardline.shards.core.errors import ConfigError
 
