@@ -45,19 +45,21 @@ class Attention:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._time = clock.time
         self._counted = 0.0
         self._last = clock.time()
         self._timer = clock.call_at(self._last + TICK_S, self._tick)
 
     def time(self) -> float:
-        return self._counted + min(self._clock.time() - self._last, LONGEST_TICK_S)
+        passed = self._time() - self._last
+        return self._counted + (passed if passed < LONGEST_TICK_S else LONGEST_TICK_S)
 
     def stop(self) -> None:
         self._timer.cancel()
 
     def _tick(self) -> None:
         self._counted = self.time()
-        self._last = self._clock.time()
+        self._last = self._time()
         self._timer = self._clock.call_at(self._last + TICK_S, self._tick)
 
 
