@@ -196,9 +196,12 @@ class ShardServer:
 
     def submit(self, work: Work) -> None:
         """Queues a request of a session, or answers it at once with an error."""
-        error = self._refusal(work)
-        if error is not None:
-            work.asker.reply(work.request_id, error_reply(error), work.taken)
+        is_full = (
+            self._queued_rows + work.rows > MAX_QUEUED_ROWS and self._queued_rows > 0
+        ) or self._queued_requests >= self._max_queued_requests
+        if is_full or work.reply_bytes > MAX_REPLY_BYTES:
+            error = error_reply(self._refusal(work))
+            work.asker.reply(work.request_id, error, work.taken)
             return
         self._queued_rows += work.rows
         self._queued_requests += 1
@@ -239,8 +242,8 @@ class ShardServer:
                 session.keep_alive()
             self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
 
-    def _refusal(self, work: Work) -> ShardlineError | None:
-        """Why a request must not be queued."""
+    def _refusal(self, work: Work) -> ShardlineError:
+        """Why a request is not queued: it is too large, or the queue is full."""
         if work.reply_bytes > MAX_REPLY_BYTES:
             return InvalidInput(
                 "the reply would not fit a frame",
@@ -248,14 +251,11 @@ class ShardServer:
                 got=f"{work.reply_bytes} bytes",
                 hint="ask for less in one request",
             )
-        full = self._queued_rows > 0 and self._queued_rows + work.rows > MAX_QUEUED_ROWS
-        if full or self._queued_requests >= self._max_queued_requests:
-            self.stats.overloaded += 1
-            return Overloaded(
-                "shard queue is full",
-                got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
-            )
-        return None
+        self.stats.overloaded += 1
+        return Overloaded(
+            "shard queue is full",
+            got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
+        )
 
     def _take_back(self, answered: list[tuple[Work, Message | None]]) -> None:
         self._handed_over -= len(answered)
