@@ -61,7 +61,7 @@ class Asker(Protocol):
 
 @dataclass(slots=True)
 class Work:
-    """A request of ``rows`` queries or ids; ``deadline`` in seconds of time.monotonic.
+    """A request of ``rows`` queries or ids; its times are seconds of time.monotonic.
 
     reply_bytes: what its reply has at most. taken: what the asker counts for it, in bytes, until
     it has the reply: the request and ``reply_bytes``.
@@ -72,6 +72,7 @@ class Work:
     request: Any  # of the type that its handler takes
     handler: Handler
     rows: int
+    arrived_at: float
     deadline: float
     reply_bytes: int
     taken: int

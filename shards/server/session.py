@@ -99,7 +99,8 @@ class Session(asyncio.Protocol):
         reply_bytes = larger(work)
         work.taken += reply_bytes - work.reply_bytes
         work.reply_bytes = reply_bytes
-        self._waiting.appendleft(work)  # it came before all that wait
+        before = sum(each.arrived_at <= work.arrived_at for each in self._waiting)
+        self._waiting.insert(before, work)
         self._waiting_bytes += work.taken - reply_bytes
         self._look_soon()
 
@@ -208,7 +209,7 @@ class Session(asyncio.Protocol):
                 self._server.submit(work)
             else:
                 self._waiting.append(work)
-                if _has_waited(work):
+                if time.monotonic() - work.arrived_at > OVERTAKE_S:
                     self._waiting += waiting
                     break
         self._server.after_read()
@@ -237,8 +238,3 @@ class Session(asyncio.Protocol):
         if self._transport is None:
             return "(gone)"
         return str(self._transport.get_extra_info("peername") or "of this machine")
-
-
-def _has_waited(work: Work) -> bool:
-    arrived_at: float = work.deadline - work.request.timeout_ms / 1e3
-    return time.monotonic() - arrived_at > OVERTAKE_S

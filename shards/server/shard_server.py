@@ -189,10 +189,9 @@ class ShardServer:
         request: Any = message  # of the handler's type
         rows = len(handler.rows_of(request))
         reply_bytes = handler.reply_bytes(request, rows, self._dim)
-        deadline = time.monotonic() + request.timeout_ms / 1e3
-        return Work(
-            session, request_id, request, handler, rows, deadline, reply_bytes, size + reply_bytes
-        )
+        now = time.monotonic()
+        deadline, taken = now + request.timeout_ms / 1e3, size + reply_bytes
+        return Work(session, request_id, request, handler, rows, now, deadline, reply_bytes, taken)
 
     def submit(self, work: Work) -> None:
         """Queues a request of a session, or answers it at once with an error."""

@@ -127,14 +127,16 @@ def test_attributes_beyond_the_limit_are_refused(client, gate) -> None:
     assert reply.field == "return"
 
 
-def test_several_large_replies_wait_for_each_other_and_all_come(server, client, gate) -> None:
-    asked = [*[attributes("page")] * 6, search()]
+@pytest.mark.parametrize("name", ["text", "page"])
+def test_several_large_replies_wait_for_each_other_and_all_come(server, client, gate, name) -> None:
+    asked = [*[attributes(name)] * 6, search()]
     for number, message in enumerate(asked):
         client.send(number, message)
     gate.open.set()
     answers = dict(client.receive() for _ in asked)
     assert isinstance(answers[6], SearchReply)
-    assert all(len(answers[number].values) > ROWS * LENGTHS["page"] for number in range(6))
+    assert [number for number in answers if number != 6] == list(range(6))  # who came first
+    assert all(len(answers[number].values) > ROWS * LENGTHS[name] for number in range(6))
     wait_until(lambda: (of(server)._taken, of(server)._waiting_bytes) == (0, 0))
 
 
