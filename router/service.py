@@ -76,7 +76,7 @@ logger = logging.getLogger(__name__)
 ENCODER_WAIT_S = 60.0
 SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
-PROBE_INTERVAL_S = 0.1  # /readyz needs no key: however often it is asked, shards are asked so often
+HEARD_S = 0.1  # /readyz needs no key: however often it is asked, shards are asked so often
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
 
@@ -102,8 +102,8 @@ class SearchService:
         # around bodies that come in pieces: slow ones must not take the places of work
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
-        self._probing: asyncio.Task[None] | None = None
-        self._probed_at = -PROBE_INTERVAL_S
+        self._hearing: asyncio.Task[None] | None = None
+        self._heard_at = -HEARD_S
         self._cache = ResultCache(config.cache_bytes)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -160,8 +160,8 @@ class SearchService:
 
     async def close(self) -> None:
         await self._fanout.close()
-        if self._probing is not None:
-            await self._probing
+        if self._hearing is not None:
+            await self._hearing
 
     def admit(self) -> InFlightLimit:
         """Around all work on a request; ``InFlightLimit`` says when it raises."""
@@ -254,24 +254,23 @@ class SearchService:
                 model_version=snapshot.table.model_version,
             )
 
-    async def probed_ready(self) -> tuple[bool, dict[str, Any]]:
+    async def heard_ready(self) -> tuple[bool, dict[str, Any]]:
         """``ready``, after every shard was asked whether it answers: at once, or when those that do
-        not are late. Callers share a probe, and none begins
-        within PROBE_INTERVAL_S of the last."""
+        not are late. Callers share a question, and none is asked within HEARD_S of the last."""
         loop = asyncio.get_running_loop()
-        if self._probing is None and loop.time() - self._probed_at >= PROBE_INTERVAL_S:
-            self._probing = asyncio.create_task(self._probe())
-        if self._probing is not None:
-            await asyncio.shield(self._probing)
+        if self._hearing is None and loop.time() - self._heard_at >= HEARD_S:
+            self._hearing = asyncio.create_task(self._hear())
+        if self._hearing is not None:
+            await asyncio.shield(self._hearing)
         return self.ready()
 
-    async def _probe(self) -> None:
+    async def _hear(self) -> None:
         try:
             with suppress(Unavailable), self._fanout.pin() as snapshot:
-                await self._fanout.probe(snapshot)
+                await self._fanout.hear(snapshot)
         finally:
-            self._probed_at = asyncio.get_running_loop().time()
-            self._probing = None
+            self._heard_at = asyncio.get_running_loop().time()
+            self._hearing = None
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """Whether queries can be answered now, and why or how completely, for JSON.

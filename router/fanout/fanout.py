@@ -162,7 +162,7 @@ class Fanout:
             coverage=coverage,
         )
 
-    async def probe(self, snapshot: TableSnapshot) -> None:
+    async def hear(self, snapshot: TableSnapshot) -> None:
         """Asks every shard for nothing, so that those that are silent are known to be.
 
         Returns when all have answered, or are late: after ``late_after_ms`` and LATE_MS.

@@ -150,7 +150,7 @@ def _add_health(app: FastAPI, service: SearchService) -> None:
     @app.get("/readyz", **READY_DOC)
     async def readyz() -> Response:
         """200 while there is a routing table and some shard answers."""
-        ready, state = await service.probed_ready()
+        ready, state = await service.heard_ready()
         response = _json(state, status=200 if ready else 503)
         if not ready:
             response.headers["retry-after"] = str(service.config.retry_after_s)

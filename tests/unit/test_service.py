@@ -12,7 +12,7 @@ from shardline.router.fanout.snapshot import ENCODE_IN_LOOP
 from shardline.router.item_queries import drop_own
 from shardline.router.limits import resolve
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
-from shardline.router.service import PROBE_INTERVAL_S, SearchService
+from shardline.router.service import HEARD_S, SearchService
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -389,23 +389,23 @@ async def test_ready_and_status_follow_table_and_connections():
 async def test_shards_that_keep_silent_do_not_count_as_ready():
     config = FAST.model_copy(update={"late_after_ms": 100.0, "stall_timeout_ms": 60_000.0})
     async with serving(config=config) as (service, shards, _, _):
-        assert (await service.probed_ready())[0]
+        assert (await service.heard_ready())[0]
         asked = [len(shard.requests) for shard in shards]
-        await asyncio.gather(*(service.probed_ready() for _ in range(50)))
+        await asyncio.gather(*(service.heard_ready() for _ in range(50)))
         assert [len(shard.requests) for shard in shards] == asked, "not again so soon"
         for shard in shards[1:]:
             shard.gate.clear()
-        await asyncio.sleep(PROBE_INTERVAL_S)
-        ready, state = await service.probed_ready()
+        await asyncio.sleep(HEARD_S)
+        ready, state = await service.heard_ready()
         assert (ready, state["shards_connected"], state["rows_connected"]) == (True, 1, 15)
         shards[0].gate.clear()
-        await asyncio.sleep(PROBE_INTERVAL_S)
-        found = await asyncio.gather(*(service.probed_ready() for _ in range(50)))
+        await asyncio.sleep(HEARD_S)
+        found = await asyncio.gather(*(service.heard_ready() for _ in range(50)))
         assert {ready for ready, _ in found} == {False}
         for shard in shards:
             shard.gate.set()
         await until(lambda: service.ready()[1]["shards_connected"] == 4)
-        assert (await service.probed_ready())[0]
+        assert (await service.heard_ready())[0]
 
 
 def test_drop_own_moves_the_rest_up_and_leaves_other_rows_alone():
