@@ -75,7 +75,10 @@ def resolve(
     """
     kind, values = _queries_of(vectors, features, item_ids)
     check_batch(kind, len(values), config.max_batch)
-    timeout_ms = check_timeout_ms(config, timeout_ms, len(values))
+    if timeout_ms is None:
+        timeout_ms = default_timeout_ms(config, len(values))
+    else:
+        check_timeout_ms(config, timeout_ms)
     if min_coverage is None:
         min_coverage = config.default_min_coverage
     elif not 0 <= min_coverage <= 1:
@@ -114,18 +117,11 @@ def _check_returned(num_values: int, names: Sequence[str]) -> None:
         )
 
 
-def check_timeout_ms(config: RouterConfig, timeout_ms: float | None, queries: int) -> float:
-    """As it was asked for; the default for None.
-
-    Raises:
-        InvalidInput: out of range.
-    """
-    if timeout_ms is None:
-        return default_timeout_ms(config, queries)
+def check_timeout_ms(config: RouterConfig, timeout_ms: float) -> None:
+    """Raises InvalidInput where it is out of range."""
     if not 0 < timeout_ms <= config.max_timeout_ms:
         limit = f"above 0 and at most {config.max_timeout_ms:g}"
         raise _out_of_range("timeout_ms", timeout_ms, limit)
-    return timeout_ms
 
 
 def default_timeout_ms(config: RouterConfig, queries: int) -> float:

@@ -29,7 +29,7 @@ from shardline.router.fanout.snapshot import (
 )
 from shardline.router.hanging import start
 from shardline.router.item_queries import ItemQueries, item_queries
-from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms
+from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
 from shardline.router.query import (
     FoundAttributes,
     Merged,
@@ -231,7 +231,11 @@ class SearchService:
             Unavailable: it was not found, but a shard that might hold it did not answer.
         """
         (checked,) = check_ids([item_id], field="item_id")
-        deadline = arrived_at + check_timeout_ms(self.config, timeout_ms, 1) / 1000
+        if timeout_ms is None:
+            timeout_ms = default_timeout_ms(self.config, 1)
+        else:
+            check_timeout_ms(self.config, timeout_ms)
+        deadline = arrived_at + timeout_ms / 1000
         with self._fanout.pin() as snapshot:
             found = await self._fanout.fetch(snapshot, np.array([checked]), deadline=deadline)
             if not found.item_ids.size:

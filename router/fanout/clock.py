@@ -14,7 +14,8 @@ TICK_S = 0.1
 # What one tick may count for: a loop that is merely busy loses nothing, one that was held up does.
 LONGEST_TICK_S = 2 * TICK_S
 HELD_UP_S = 0.005  # a timer that is so late was: the clock of a Serve replica ticks in milliseconds
-LOOK_S = 0.002  # until the sockets have been read; less than a tick of that clock may not wait
+# Until the sockets have been read: less than a tick of that clock may not wait at all.
+SOCKET_READ_S = 0.002
 
 
 class Clock(Protocol):
@@ -26,7 +27,7 @@ class Clock(Protocol):
         """Calls back once at that time, at once if it has passed; the handle cancels it."""
 
 
-class Timepiece(Protocol):
+class TimeSource(Protocol):
     """The part of a clock that tells how long something takes."""
 
     def time(self) -> float: ...
@@ -45,19 +46,21 @@ class Attention:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._time = clock.time
         self._counted = 0.0
         self._last = clock.time()
         self._timer = clock.call_at(self._last + TICK_S, self._tick)
 
     def time(self) -> float:
-        return self._counted + min(self._clock.time() - self._last, LONGEST_TICK_S)
+        passed = self._time() - self._last
+        return self._counted + (passed if passed < LONGEST_TICK_S else LONGEST_TICK_S)
 
     def stop(self) -> None:
         self._timer.cancel()
 
     def _tick(self) -> None:
         self._counted = self.time()
-        self._last = self._clock.time()
+        self._last = self._time()
         self._timer = self._clock.call_at(self._last + TICK_S, self._tick)
 
 
@@ -78,6 +81,6 @@ class Deadline:
     def _due(self) -> None:
         now = self._clock.time()
         if now - self._when > HELD_UP_S:
-            self._timer = self._clock.call_at(now + LOOK_S, self._callback)
+            self._timer = self._clock.call_at(now + SOCKET_READ_S, self._callback)
         else:
             self._callback()

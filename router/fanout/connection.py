@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
-from shardline.router.fanout.clock import Timepiece
+from shardline.router.fanout.clock import TimeSource
 from shardline.router.fanout.link import Link, OnReply
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import Overloaded, ProtocolError, Unavailable
@@ -43,7 +43,7 @@ class ShardConnection:
         secret: bytes,
         config: RouterConfig,
         rng: random.Random,
-        clock: Timepiece | None = None,
+        clock: TimeSource | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """clock is what a shard's silence is measured by; sleep is for tests; seconds."""

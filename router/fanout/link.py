@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import TypeAlias, cast
 
-from shardline.router.fanout.clock import Timepiece
+from shardline.router.fanout.clock import TimeSource
 from shardline.shards.core.errors import ProtocolError, Unavailable
 from shardline.shards.core.messages import Hello
 from shardline.shards.wire import local_socket
@@ -42,10 +42,10 @@ class Link(asyncio.Protocol):
     """
 
     def __init__(
-        self, secret: bytes, address: ServerAddress, clock: Timepiece | None = None
+        self, secret: bytes, address: ServerAddress, clock: TimeSource | None = None
     ) -> None:
         loop = asyncio.get_running_loop()
-        self._clock: Timepiece = clock or loop
+        self._clock: TimeSource = clock or loop
         self._secret = secret
         self._address = address
         self._proven_address = address

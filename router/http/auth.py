@@ -29,7 +29,7 @@ SCHEME = b"bearer"
 RELOAD_S = 1.0
 # How long one look may take before it counts as hanging, on a share that does not answer say. The
 # look goes on; keys stay as they are until it ends, and none is good for a router that just starts.
-LOOK_S = 5.0
+KEY_FILE_TIMEOUT_S = 5.0
 COMPLAIN_S = 60.0  # how often the log repeats that a look hangs
 
 
@@ -78,7 +78,7 @@ class Guard:
     @property
     def warning(self) -> Absence | None:
         """Why the keys may not be those of their file; None: they are."""
-        if self._looking is not None and (waited := self._waited()) > LOOK_S:
+        if self._looking is not None and (waited := self._waited()) > KEY_FILE_TIMEOUT_S:
             text = f"{self._path}: no answer for {waited:.0f} s; keys are as they were before"
             return Absence(Unavailable.code, text)
         if self._complaint is None:
@@ -116,8 +116,8 @@ class Guard:
 
     async def begin(self) -> None:
         """Reads the key file before the first request, because a router that starts again later
-        was given the digests of long ago. Where that fails, or takes longer than LOOK_S, nobody
-        gets in until it succeeds.
+        was given the digests of long ago. Where that fails, or takes longer than
+        KEY_FILE_TIMEOUT_S, nobody gets in until it succeeds.
         """
         if self._path is None or self.keyring is None:
             return
@@ -150,11 +150,11 @@ class Guard:
             self._looking = start(self._read, "key file")
             self._looking_since = self._complained_at = loop.time()
         looking = self._looking
-        await asyncio.wait([looking], timeout=LOOK_S)
+        await asyncio.wait([looking], timeout=KEY_FILE_TIMEOUT_S)
         if looking.done():
             self._looking = None
             self._take(looking.result())
-        elif self._waited() > LOOK_S and loop.time() >= self._complained_at:
+        elif self._waited() > KEY_FILE_TIMEOUT_S and loop.time() >= self._complained_at:
             self._complained_at = loop.time() + COMPLAIN_S
             logger.error("%s", self.warning and self.warning.text)
 

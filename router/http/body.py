@@ -45,13 +45,16 @@ async def read_body(
     # more digits than that are too large as well, and Python refuses to read very many
     if announced.isdigit() and (len(announced) > MAX_LENGTH_DIGITS or int(announced) > limit):
         raise _too_large(limit, f"{announced[:MAX_LENGTH_DIGITS].decode()} bytes")
-    first, is_whole = await _piece(receive)
-    if len(first) > limit:
-        raise _too_large(limit, "more")
-    if is_whole:
-        return first
-    chunks = [first]
+    message = await receive()  # as ``_piece``, without a coroutine: most bodies have one piece
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    first: bytes = message.get("body", b"")
     size = len(first)
+    if size > limit:
+        raise _too_large(limit, "more")
+    if not message.get("more_body", False):
+        return first
+    chunks, is_whole = [first], False
     with arriving:
         while not is_whole:
             chunk, is_whole = await _piece(receive)

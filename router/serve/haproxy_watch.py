@@ -37,7 +37,7 @@ ORDERLY_S = 1.5
 # how long a substitute waits for the next manager's HAProxy
 REPLACED_WITHIN_S = 60.0
 STARTS_WITHIN_S = 30.0  # as long as Ray gives HAProxy
-LOOK_S = 0.1
+POLL_S = 0.1
 ANSWERS_WITHIN_S = 5.0  # as long as Ray waits for an answer from the admin socket
 RESTART_S = 0.2  # between two substitutes, should they end too
 # Files beside the configuration, where only this session's HAProxy looks. One letter for the
@@ -126,7 +126,7 @@ class Watched:
         One that has lived so long as it may take to start has started.
         """
         deadline = time.monotonic() + STARTS_WITHIN_S
-        while not _wait(self.process, self.owner, for_s=LOOK_S):
+        while not _wait(self.process, self.owner, for_s=POLL_S):
             if _pid_behind(_admin_socket(self.text)) == self.pid or time.monotonic() > deadline:
                 return True
         return False

@@ -41,7 +41,9 @@ MEASURED_K = 100  # the k that builds choose the default parameters at
 # Where more rows have the score of the last result than fit, those of the lowest ids belong in the
 # answer: the index is asked for more until it has shown all of them, or this many (or 4 k).
 MAX_TIED = 16_384
-TIE_GROWTH = 4
+# How what it is asked for grows, at last to that bound: most ties are short, and a long one must
+# not cost many searches.
+TIE_GROWTHS = (4, 32, MAX_TIED)
 PARAMETER_CACHE = 64  # (k, params) whose faiss objects are kept; callers use a handful
 OVERFETCH_START = 32  # extra candidates of the first attempt where faiss cannot exclude rows itself
 
@@ -152,12 +154,11 @@ class MainIndex:
                 got=str(queries.shape[1]),
             )
         if k >= self._askable:
-            return self._ranked(queries, k, k, params, selection)
-        rows, scores = self._ranked(queries, k, k + 1, params, selection)
-        is_cut = scores[:, k] == scores[:, k - 1]
+            return self._ranked(queries, k, k, params, selection)[0]
+        (rows, scores), has_ties = self._ranked(queries, k, k + 1, params, selection)
         ranked = Ranked(rows[:, :k], np.ascontiguousarray(scores[:, :k]))
-        if is_cut.any():
-            is_cut &= rows[:, k] >= 0
+        if has_ties:
+            is_cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
             self._close_ties(queries, k, params, selection, ranked, is_cut)
         return ranked
 
@@ -182,8 +183,9 @@ class MainIndex:
         fetch: int,
         params: SearchParams,
         selection: Selection | None,
-    ) -> Ranked:
-        """The ``fetch`` best rows, found with the parameters of a search for k."""
+    ) -> tuple[Ranked, bool]:
+        """The ``fetch`` best rows, found with the parameters of a search for k, and whether some
+        have the same score."""
         if selection is None or self._takes_selector:
             distances, rows = self._search(queries, k, fetch, params, selection)
         else:
@@ -202,10 +204,12 @@ class MainIndex:
     ) -> None:
         """Searches those queries again whose last score (n, k) goes on beyond the answer."""
         cut, fetch = np.flatnonzero(is_cut), k + 1
-        most = min(self._askable, max(MAX_TIED, TIE_GROWTH * k))
-        while cut.size and fetch < most:
-            fetch = min(TIE_GROWTH * fetch, most)
-            rows, scores = self._ranked(queries[cut], k, fetch, params, selection)
+        most = min(self._askable, max(MAX_TIED, TIE_GROWTHS[0] * k))
+        for growth in TIE_GROWTHS:
+            if not cut.size or fetch == most:
+                break
+            fetch = min(growth * fetch, most)
+            (rows, scores), _ = self._ranked(queries[cut], k, fetch, params, selection)
             ranked.ids[cut], ranked.scores[cut] = rows[:, :k], scores[:, :k]
             cut = cut[(scores[:, -1] == scores[:, k - 1]) & (rows[:, -1] >= 0)]
 
@@ -324,12 +328,15 @@ def _check_params(params: SearchParams) -> None:
             )
 
 
-def _in_answer_order(rows: IdArray, scores: FloatArray) -> Ranked:
-    """faiss sorts by score and pads at the end; only padding and ties need more than a look."""
+def _in_answer_order(rows: IdArray, scores: FloatArray) -> tuple[Ranked, bool]:
+    """With whether two scores are the same, those of padding included.
+
+    faiss sorts by score and pads at the end; only padding and ties need more than a look.
+    """
     if rows[:, -1].min() < 0:
         empty = rows < 0
         scores = np.where(empty, EMPTY_SCORE, scores)
         rows = np.where(empty, EMPTY_ID, rows)
     if (scores[:, 1:] >= scores[:, :-1]).any():
-        return in_order(rows, scores)
-    return Ranked(rows, scores)
+        return in_order(rows, scores), True
+    return Ranked(rows, scores), False

@@ -9,40 +9,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from shardline.shards.core.errors import DeadlineExceeded, ShardlineError
 from shardline.shards.core.messages import ErrorReply, ReplicaKey
 from shardline.shards.core.metrics import BATCH_QUERIES, SEARCH_MS, SHARD_REFUSED, Recorder
-from shardline.shards.server.handlers import Handler, Request
+from shardline.shards.server.handlers import Handler, Work
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
 logger = logging.getLogger(__name__)
 
 ESTIMATE_DECAY = 0.5  # so that one dear request (a large k, many lists) is not forgotten at once
-
-
-class Asker(Protocol):
-    """Whoever waits for a reply."""
-
-    def reply(self, request_id: int, message: Message, taken: int = 0, /) -> None: ...
-
-
-@dataclass(slots=True)
-class Work:
-    """A queued request of ``rows`` queries or ids; ``deadline`` in seconds of time.monotonic.
-
-    ``taken``: what the asker counts for it, in bytes, until it has the reply.
-    """
-
-    asker: Asker
-    request_id: int
-    request: Request
-    handler: Handler
-    rows: int
-    deadline: float
-    taken: int = 0
 
 
 @dataclass(slots=True)
@@ -68,13 +45,13 @@ class Answerer:
         self._stats = stats
         self._labels = key.labels
 
-    def answer(self, batch: Sequence[Work]) -> list[tuple[Work, Message]]:
-        """A reply for each request, in no order."""
+    def answer(self, batch: Sequence[Work]) -> list[tuple[Work, Message | None]]:
+        """A reply for each request, in no order; None if it would exceed ``reply_bytes``."""
         now = time.monotonic()
         stats = self._stats
         stats.requests += len(batch)
         stats.batches += 1
-        answered: list[tuple[Work, Message]] = []
+        answered: list[tuple[Work, Message | None]] = []
         by_kind: dict[type, list[Work]] = {}
         for work in batch:
             if work.deadline <= now and work.handler.may_expire:
@@ -92,17 +69,17 @@ class Answerer:
         for why in ("overloaded", "expired", "failed"):
             self._recorder.total(SHARD_REFUSED, getattr(self._stats, why), *self._labels, why)
 
-    def _answer(self, handler: Handler, works: Sequence[Work]) -> list[Message]:
+    def _answer(self, handler: Handler, works: Sequence[Work]) -> list[Message | None]:
         """Of requests of one kind, in order."""
         started = time.perf_counter()
         try:
-            replies = handler.answer(self._shard, [work.request for work in works])
+            replies = handler.answer(self._shard, works)
         except Exception:  # a bug of ours must cost these answers, not the search thread
             logger.exception("a request failed")
             self._stats.failed += len(works)
             return [_INTERNAL_ERROR] * len(works)
         took_ms = (time.perf_counter() - started) * 1e3
-        messages: list[Message] = []
+        messages: list[Message | None] = []
         rows, is_refused = 0, False
         for work, reply in zip(works, replies, strict=True):
             rows += work.rows

@@ -2,12 +2,15 @@
 
 A new kind of request is a message in ``shards.core.messages``, a tag in ``shards.wire.frames`` and
 a row here.
+
+How large a reply may become is counted before it is made. That of attributes is not known before:
+it gets a bound that values rarely exceed, and a reply that would is made again with a larger one.
 """
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import (
@@ -19,16 +22,19 @@ from shardline.shards.core.messages import (
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
-BYTES_PER_RESULT = 12  # an int64 id and a float32 score
+ID_BYTES = 8
+BYTES_PER_RESULT = 12  # an id and a float32 score
 
-Request: TypeAlias = SearchRequest | FetchRequest | AttributesRequest
-Replies: TypeAlias = Sequence[Message | ShardlineError]
+VALUE_BYTES = 256  # of an attribute's value, packed: titles and numbers have less
+LARGER = 16  # times the bound, for a reply that exceeds it: two more attempts at most
+
+Reply: TypeAlias = Message | ShardlineError | None  # None: it would exceed the work's reply_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """rows: the queries or ids of a request; reply_bytes: of its largest reply to so many of them
-    at ``dim``, frame left out.
+    """rows_of: the queries or ids of a request. reply_bytes: the bound of its reply to so many of
+    them at ``dim``, frame left out.
 
     answer: a reply to each of several requests, in order. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
@@ -36,32 +42,76 @@ class Handler:
     estimate calls short may be answered by the loop thread.
     """
 
-    rows: Callable[[Any], Sized]
+    rows_of: Callable[[Any], Sized]
     reply_bytes: Callable[[Any, int, int], int]
-    answer: Callable[[Shard, Sequence[Any]], Replies]
+    answer: Callable[[Shard, "Sequence[Work]"], Sequence[Reply]]
     may_expire: bool
     is_search: bool = False
     may_be_inline: bool = True
 
 
+class Asker(Protocol):
+    """Whoever waits for a reply."""
+
+    def reply(self, request_id: int, message: Message, taken: int = 0, /) -> None: ...
+
+    def ask_again(self, work: "Work", /) -> None:
+        """Its reply would exceed ``reply_bytes``: it is to be submitted with more of them."""
+
+
+@dataclass(slots=True)
+class Work:
+    """A request of ``rows`` queries or ids; its times are seconds of time.monotonic.
+
+    reply_bytes: what its reply has at most. taken: what the asker counts for it, in bytes, until
+    it has the reply: the request and ``reply_bytes``.
+    """
+
+    asker: Asker
+    request_id: int
+    request: Any  # of the type that its handler takes
+    handler: Handler
+    rows: int
+    arrived_at: float
+    deadline: float
+    reply_bytes: int
+    taken: int
+
+
+def attributes_bytes(request: AttributesRequest, rows: int) -> int:
+    """The first bound of a reply, arrays of values and their headers included."""
+    values = len(request.names) * (rows + 1) * VALUE_BYTES
+    return rows * ID_BYTES + min(values, MAX_RETURNED_BYTES)
+
+
+def larger(work: Work) -> int:
+    """The next ``reply_bytes`` of a request for attributes."""
+    return min(LARGER * work.reply_bytes, work.rows * ID_BYTES + MAX_RETURNED_BYTES)
+
+
+def _attributes(shard: Shard, works: Sequence[Work]) -> Sequence[Reply]:
+    limits = [work.reply_bytes - work.rows * ID_BYTES for work in works]
+    return shard.attributes_batch([work.request for work in works], limits)
+
+
 HANDLERS: dict[type, Handler] = {
     SearchRequest: Handler(
-        rows=attrgetter("queries"),
+        rows_of=attrgetter("queries"),
         reply_bytes=lambda request, rows, dim: rows * request.k * BYTES_PER_RESULT,
-        answer=lambda shard, requests: shard.search_batch(requests),
+        answer=lambda shard, works: shard.search_batch([work.request for work in works]),
         may_expire=True,
         is_search=True,
     ),
     FetchRequest: Handler(
-        rows=attrgetter("item_ids"),
-        reply_bytes=lambda request, rows, dim: rows * (dim * 4 + 8),
-        answer=lambda shard, requests: shard.fetch_batch(requests),
+        rows_of=attrgetter("item_ids"),
+        reply_bytes=lambda request, rows, dim: rows * (dim * 4 + ID_BYTES),
+        answer=lambda shard, works: shard.fetch_batch([work.request for work in works]),
         may_expire=True,
     ),
     AttributesRequest: Handler(
-        rows=attrgetter("item_ids"),
-        reply_bytes=lambda request, rows, dim: rows * 8 + MAX_RETURNED_BYTES,
-        answer=lambda shard, requests: shard.attributes_batch(requests),
+        rows_of=attrgetter("item_ids"),
+        reply_bytes=lambda request, rows, dim: attributes_bytes(request, rows),
+        answer=_attributes,
         may_expire=True,
         may_be_inline=False,  # what a value costs depends on its type
     ),

@@ -3,9 +3,10 @@
 Lives in the server's loop thread; nothing here is touched by the search thread.
 
 What a connection can make the shard hold is counted before it is asked for: the requests that are
-under way, the largest replies they can have, and the replies that are not sent yet. While that is
-more than MAX_KEPT_BYTES, further requests wait here and nothing more is read, so that a peer that
-asks and does not read stops itself.
+under way, the largest replies they can have, and the replies that are not sent yet. A request for
+which there is no room in MAX_KEPT_BYTES waits here; smaller ones overtake it for OVERTAKE_S. While
+many or large ones wait nothing more is read, so that a peer that asks and does not read stops
+itself.
 """
 
 import asyncio
@@ -13,12 +14,11 @@ import logging
 import socket
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Protocol, cast
 
 from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import ReplicaKey
-from shardline.shards.server.handlers import HANDLERS, Request
+from shardline.shards.server.handlers import Work, larger
 from shardline.shards.server.outbox import Outbox
 from shardline.shards.wire import local_socket
 from shardline.shards.wire.frames import (
@@ -37,6 +37,9 @@ HANDSHAKE_FRAME_BYTES = 1024  # a Proof has about 80; nobody unproven makes us b
 # Of requests under way, their replies, and replies not sent, of one connection; a single request
 # may have more. While replies are made and encoded a connection takes two to four times this.
 MAX_KEPT_BYTES = 32 << 20
+MAX_WAITING = 64  # requests for which there is no room, and their bytes: beyond, nothing is read
+MAX_WAITING_BYTES = 4 << 20
+OVERTAKE_S = 0.1  # of the request that has waited longest: else small ones could pass it for ever
 UNREAD_S = 30.0  # after which a client that reads nothing of what waits for it is dropped
 
 
@@ -50,32 +53,14 @@ class Server(Protocol):
     handshake_timeout_s: float
     sessions: "set[Session]"
 
-    def submit(
-        self,
-        session: "Session",
-        request_id: int,
-        request: Request,
-        taken: int,
-        arrived_at: float,
-        /,
-    ) -> None:
-        """``taken``: to be given back with the reply; arrived_at: on time.monotonic's clock."""
+    def work_for(self, session: "Session", request_id: int, message: Message, size: int, /) -> Work:
+        """Of a message of ``size`` bytes. Raises ProtocolError: it is no request."""
 
-    def reply_bytes(self, request: Request, /) -> int:
-        """Of the largest reply that a request can have."""
+    def submit(self, work: Work, /) -> None:
+        """``work.taken`` is to be given back with the reply."""
 
     def after_read(self) -> None:
         """Called once all that was read has been submitted."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """A request for which there is no room yet."""
-
-    request_id: int
-    request: Request
-    taken: int
-    arrived_at: float
 
 
 class Session(asyncio.Protocol):
@@ -89,7 +74,8 @@ class Session(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._outbox: Outbox | None = None
         self._taken = 0  # bytes of the requests under way, and of the replies that they can have
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Work] = deque()  # in the order they came
+        self._waiting_bytes = 0  # of these requests
         self._is_due = False  # waiting requests will be looked at
         self._unread_timer: asyncio.TimerHandle | None = None
         self._address = server.address
@@ -104,6 +90,19 @@ class Session(asyncio.Protocol):
         self._outbox.send(encode_frame(request_id, message))
         if self._waiting:
             self._look_soon()
+
+    def ask_again(self, work: Work) -> None:
+        """Lets a request wait whose reply would exceed ``reply_bytes``, now with more of them."""
+        self._taken -= work.taken
+        if self._transport is None:
+            return
+        reply_bytes = larger(work)
+        work.taken += reply_bytes - work.reply_bytes
+        work.reply_bytes = reply_bytes
+        before = sum(each.arrived_at <= work.arrived_at for each in self._waiting)
+        self._waiting.insert(before, work)
+        self._waiting_bytes += work.taken - reply_bytes
+        self._look_soon()
 
     def keep_alive(self) -> None:
         """Sends an empty keep-alive frame, if the router has proved that it knows the secret."""
@@ -141,6 +140,7 @@ class Session(asyncio.Protocol):
         if self._outbox is not None:
             self._outbox.clear()
         self._waiting.clear()
+        self._waiting_bytes = 0
         self._transport = None
         self._server.sessions.discard(self)
 
@@ -148,12 +148,10 @@ class Session(asyncio.Protocol):
         try:
             for request_id, payload in self._splitter.feed(data):
                 message = decode_payload(payload)
-                if not self._is_proven:
-                    self._greet(message)
-                elif type(message) in HANDLERS:
-                    self._take(request_id, cast(Request, message), len(payload))
+                if self._is_proven:
+                    self._take(self._server.work_for(self, request_id, message, len(payload)))
                 else:
-                    raise ProtocolError("not a request", got=type(message).__name__)
+                    self._greet(message)
         except ProtocolError as error:
             logger.warning("client %s broke the protocol: %s", self._peer(), error)
             self.abort()
@@ -177,22 +175,17 @@ class Session(asyncio.Protocol):
 
     # Inside
 
-    def _take(self, request_id: int, request: Request, size: int) -> None:
-        """Submits a request of ``size`` bytes, or lets it wait until there is room."""
-        taken = size + self._server.reply_bytes(request)
-        arrived_at = time.monotonic()
-        if self._waiting or not self._has_room(taken):
-            self._waiting.append(_Waiting(request_id, request, taken, arrived_at))
-            assert self._transport is not None
-            self._transport.pause_reading()
-            return
-        self._taken += taken
-        self._server.submit(self, request_id, request, taken, arrived_at)
-
-    def _has_room(self, taken: int) -> bool:
+    def _take(self, work: Work) -> None:
+        """Submits a request, or lets it wait until there is room."""
         assert self._outbox is not None
-        kept = self._taken + self._outbox.unsent
-        return kept == 0 or kept + taken <= MAX_KEPT_BYTES
+        under_way = self._taken + self._outbox.unsent
+        if self._waiting or (under_way and under_way + work.taken > MAX_KEPT_BYTES):
+            self._waiting.append(work)
+            self._waiting_bytes += work.taken - work.reply_bytes
+            self._look_soon()
+            return
+        self._taken += work.taken
+        self._server.submit(work)
 
     def _look_soon(self) -> None:
         if not self._is_due:
@@ -200,18 +193,29 @@ class Session(asyncio.Protocol):
             asyncio.get_running_loop().call_soon(self._look)
 
     def _look(self) -> None:
-        """Submits waiting requests for which there is room, and reads on when none waits."""
+        """Submits waiting requests for which there is room, and reads on when few wait."""
         self._is_due = False
-        while self._waiting and self._has_room(self._waiting[0].taken):
-            waiting = self._waiting.popleft()
-            self._taken += waiting.taken
-            self._server.submit(
-                self, waiting.request_id, waiting.request, waiting.taken, waiting.arrived_at
-            )
-        self._server.after_read()
         if self._transport is None or self._outbox is None:
             return
-        if not self._waiting and not self._outbox.is_paused:
+        waiting, self._waiting = self._waiting, deque()
+        while waiting:
+            work = waiting.popleft()
+            size = work.taken - work.reply_bytes
+            under_way = self._taken + self._outbox.unsent
+            kept = under_way + self._waiting_bytes - size
+            if not under_way or kept + work.taken <= MAX_KEPT_BYTES:
+                self._waiting_bytes -= size
+                self._taken += work.taken
+                self._server.submit(work)
+            else:
+                self._waiting.append(work)
+                if time.monotonic() - work.arrived_at > OVERTAKE_S:
+                    self._waiting += waiting
+                    break
+        self._server.after_read()
+        if len(self._waiting) >= MAX_WAITING or self._waiting_bytes > MAX_WAITING_BYTES:
+            self._transport.pause_reading()
+        elif not self._outbox.is_paused:
             self._transport.resume_reading()
 
     def _drop_unread(self) -> None:

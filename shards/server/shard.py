@@ -105,9 +105,10 @@ class ShardState:
         return found, self.main.reconstruct(rows)
 
     def attributes_of(
-        self, item_ids: IdArray, names: Sequence[str], deadline: float
-    ) -> tuple[IdArray, bytes]:
-        """Those of item_ids (n,) int64 that are here, and ``AttributesReply.values``.
+        self, item_ids: IdArray, names: Sequence[str], deadline: float, limit: int
+    ) -> tuple[IdArray, bytes] | None:
+        """Those of item_ids (n,) int64 that are here, and ``AttributesReply.values``; None if
+        these would have more than ``limit`` bytes.
 
         An item whose id was kept at its import is its own ``original_id``. deadline: on
         time.monotonic's clock.
@@ -128,6 +129,8 @@ class ShardState:
                 packed += msgpack.packb(values)
                 if len(packed) > MAX_RETURNED_BYTES:
                     raise too_much_returned(MAX_RETURNED_BYTES)
+                if len(packed) > limit:
+                    return None
                 if time.monotonic() > deadline:
                     raise DeadlineExceeded("the request's time ran out while attributes were read")
         return found, bytes(packed)
@@ -232,21 +235,25 @@ class Shard:
         return reply
 
     def attributes_batch(
-        self, requests: Sequence[AttributesRequest]
-    ) -> list[AttributesReply | ShardlineError]:
-        """A reply to each request, in order, or its error."""
+        self, requests: Sequence[AttributesRequest], limits: Sequence[int]
+    ) -> list[AttributesReply | ShardlineError | None]:
+        """A reply to each request, in order, or its error, or None if its values would have more
+        bytes than its limit."""
         state = self.state
-        return [self._attributes(state, request) for request in requests]
+        return [self._attributes(state, *each) for each in zip(requests, limits, strict=True)]
 
     def _attributes(
-        self, state: ShardState, request: AttributesRequest
-    ) -> AttributesReply | ShardlineError:
+        self, state: ShardState, request: AttributesRequest, limit: int
+    ) -> AttributesReply | ShardlineError | None:
         deadline = time.monotonic() + request.timeout_ms / 1e3
         try:
             ids = check_ids(request.item_ids)
-            item_ids, values = state.attributes_of(ids, request.names, deadline)
+            found = state.attributes_of(ids, request.names, deadline, limit)
         except (InvalidInput, DeadlineExceeded) as error:
             return error
+        if found is None:
+            return None
+        item_ids, values = found
         return AttributesReply(
             item_ids=item_ids, values=values, generation=self.generation, seq=state.seq
         )

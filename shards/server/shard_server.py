@@ -15,13 +15,15 @@ import asyncio
 import queue
 import socket
 import threading
+import time
+from typing import Any
 
-from shardline.shards.core.errors import InvalidInput, Overloaded, ShardlineError
+from shardline.shards.core.errors import InvalidInput, Overloaded, ProtocolError, ShardlineError
 from shardline.shards.core.messages import ReplicaKey
 from shardline.shards.core.metrics import QUEUE_DEPTH, Recorder
 from shardline.shards.index.main_index import set_search_threads
-from shardline.shards.server.answering import Answerer, ServerStats, Work, error_reply
-from shardline.shards.server.handlers import HANDLERS, Request
+from shardline.shards.server.answering import Answerer, ServerStats, error_reply
+from shardline.shards.server.handlers import HANDLERS, Work
 from shardline.shards.server.session import Session
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire import local_socket
@@ -32,7 +34,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 MAX_QUEUED_REQUESTS = 1024
 MAX_QUEUED_ROWS = 65_536  # queries plus ids to fetch: 32 MB at 128-d
 MAX_BATCH_ROWS = 1024  # so that one drained batch keeps nobody waiting for seconds
-FRAME_MARGIN_BYTES = 1024  # what a reply's frame holds beside its arrays
+MAX_REPLY_BYTES = MAX_FRAME_BYTES - 1024  # the rest is what a frame holds beside its arrays
 BACKLOG = 128
 # The longest search in the loop thread: nobody notices a handshake that waits this long.
 INLINE_MS = 2.0
@@ -69,6 +71,7 @@ class ShardServer:
         self.handshake_timeout_s = handshake_timeout_s
         self.sessions: set[Session] = set()
         self._answerer = Answerer(shard, self.key, self.recorder, self.stats)
+        self._dim = shard.dim
         self._host = host
         self._threads = threads
         self._max_queued_requests = max_queued_requests
@@ -174,26 +177,34 @@ class ShardServer:
             )
         return servers
 
-    def reply_bytes(self, request: Request) -> int:
-        """Of the largest reply that a request can have; it may be more than a frame holds."""
-        handler = HANDLERS[type(request)]
-        return handler.reply_bytes(request, len(handler.rows(request)), self.shard.dim)
+    def work_for(self, session: Session, request_id: int, message: Message, size: int) -> Work:
+        """What a session is to submit for a message of ``size`` bytes, once it has room.
 
-    def submit(
-        self, session: Session, request_id: int, request: Request, taken: int, arrived_at: float
-    ) -> None:
+        Raises:
+            ProtocolError: the message is no request.
+        """
+        handler = HANDLERS.get(type(message))
+        if handler is None:
+            raise ProtocolError("not a request", got=type(message).__name__)
+        request: Any = message  # of the handler's type
+        rows = len(handler.rows_of(request))
+        reply_bytes = handler.reply_bytes(request, rows, self._dim)
+        now = time.monotonic()
+        deadline, taken = now + request.timeout_ms / 1e3, size + reply_bytes
+        return Work(session, request_id, request, handler, rows, now, deadline, reply_bytes, taken)
+
+    def submit(self, work: Work) -> None:
         """Queues a request of a session, or answers it at once with an error."""
-        handler = HANDLERS[type(request)]
-        rows = len(handler.rows(request))
-        try:
-            self._admit(handler.reply_bytes(request, rows, self.shard.dim), rows)
-        except ShardlineError as error:
-            session.reply(request_id, error_reply(error), taken)
+        is_full = (
+            self._queued_rows + work.rows > MAX_QUEUED_ROWS and self._queued_rows > 0
+        ) or self._queued_requests >= self._max_queued_requests
+        if is_full or work.reply_bytes > MAX_REPLY_BYTES:
+            error = error_reply(self._refusal(work))
+            work.asker.reply(work.request_id, error, work.taken)
             return
-        self._queued_rows += rows
+        self._queued_rows += work.rows
         self._queued_requests += 1
-        deadline = arrived_at + request.timeout_ms / 1e3
-        self._arrived.append(Work(session, request_id, request, handler, rows, deadline, taken))
+        self._arrived.append(work)
 
     def after_read(self) -> None:
         """A session has been read. With others there may be more to read before the search."""
@@ -230,34 +241,35 @@ class ShardServer:
                 session.keep_alive()
             self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
 
-    def _admit(self, reply_bytes: int, rows: int) -> None:
-        """Raises Overloaded or InvalidInput for a request that must not be queued."""
-        if reply_bytes > MAX_FRAME_BYTES - FRAME_MARGIN_BYTES:
-            raise InvalidInput(
+    def _refusal(self, work: Work) -> ShardlineError:
+        """Why a request is not queued: it is too large, or the queue is full."""
+        if work.reply_bytes > MAX_REPLY_BYTES:
+            return InvalidInput(
                 "the reply would not fit a frame",
                 expected=f"<= {MAX_FRAME_BYTES} bytes",
-                got=f"{reply_bytes} bytes",
+                got=f"{work.reply_bytes} bytes",
                 hint="ask for less in one request",
             )
-        full = self._queued_rows > 0 and self._queued_rows + rows > MAX_QUEUED_ROWS
-        if full or self._queued_requests >= self._max_queued_requests:
-            self.stats.overloaded += 1
-            raise Overloaded(
-                "shard queue is full",
-                got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
-            )
+        self.stats.overloaded += 1
+        return Overloaded(
+            "shard queue is full",
+            got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
+        )
 
-    def _take_back(self, answered: list[tuple[Work, Message]]) -> None:
+    def _take_back(self, answered: list[tuple[Work, Message | None]]) -> None:
         self._handed_over -= len(answered)
         self._deliver(answered)
 
-    def _deliver(self, answered: list[tuple[Work, Message]]) -> None:
+    def _deliver(self, answered: list[tuple[Work, Message | None]]) -> None:
         answered.reverse()
         while answered:  # emptied on the way: a large reply is not kept beside its frame
             work, message = answered.pop()
             self._queued_rows -= work.rows
             self._queued_requests -= 1
-            work.asker.reply(work.request_id, message, work.taken)
+            if message is None:
+                work.asker.ask_again(work)
+            else:
+                work.asker.reply(work.request_id, message, work.taken)
 
     # Search thread
 

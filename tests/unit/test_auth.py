@@ -359,7 +359,7 @@ async def test_a_key_file_on_a_share_that_hangs_stops_no_router_and_is_said(
     path = tmp_path / "keys"
     write(path, SEARCH)
     monkeypatch.setattr("shardline.router.http.auth.RELOAD_S", 0.002)
-    monkeypatch.setattr("shardline.router.http.auth.LOOK_S", 0.02)
+    monkeypatch.setattr("shardline.router.http.auth.KEY_FILE_TIMEOUT_S", 0.02)
     answers, stuck, real = threading.Event(), threading.Semaphore(0), Path.stat
     answers.set()
 
@@ -411,7 +411,7 @@ def test_a_router_stops_while_its_key_file_hangs(
     The same for a process that ends."""
     path = tmp_path / "keys"
     write(path, SEARCH)
-    monkeypatch.setattr("shardline.router.http.auth.LOOK_S", 0.01)
+    monkeypatch.setattr("shardline.router.http.auth.KEY_FILE_TIMEOUT_S", 0.01)
     answers = threading.Event()
     monkeypatch.setattr(Path, "stat", lambda self, **options: answers.wait())
     before = set(threading.enumerate())

@@ -128,7 +128,7 @@ def stand(tmp_path: Path, router_port: int) -> Iterator[Stand]:
     try:
         until(lambda: status_of(stand.url) == 200)
         until(lambda: haproxy_watch._pid_behind(str(tmp_path / "a")) == stand.haproxy)
-        time.sleep(2 * haproxy_watch.LOOK_S)  # the watcher asks so often, and watches from then on
+        time.sleep(2 * haproxy_watch.POLL_S)  # the watcher asks so often, and watches from then on
         yield stand
     finally:
         end(stand.owner)
@@ -206,7 +206,7 @@ def test_it_is_replaced_again_and_again(stand: Stand, router_port: int) -> None:
                 os.kill(stand.manager, 9)
             stand = the_next_manager(stand, router_port)
             stack.callback(end, stand.owner)
-            time.sleep(2 * haproxy_watch.LOOK_S)
+            time.sleep(2 * haproxy_watch.POLL_S)
 
 
 def test_a_substitute_that_is_killed_is_replaced_as_well(stand: Stand) -> None:

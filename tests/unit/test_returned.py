@@ -25,6 +25,7 @@ from shardline.router.service import SearchService
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput
 from shardline.shards.core.messages import (
     MAX_RETURNED,
+    MAX_RETURNED_BYTES,
     AttributesRequest,
     ErrorReply,
     ReplicaRoute,
@@ -54,7 +55,7 @@ def shard_with(attributes: pa.Table | None, ids=IDS, vectors=VECTORS) -> Shard:
 
 def read(shard: Shard, ids: list[int], *names: str):
     request = AttributesRequest(item_ids=np.array(ids, np.int64), names=names, timeout_ms=1e4)
-    (reply,) = shard.attributes_batch([request])
+    (reply,) = shard.attributes_batch([request], [MAX_RETURNED_BYTES])
     if isinstance(reply, InvalidInput):
         raise reply
     return reply.item_ids.tolist(), _columns_of(reply, len(names))
@@ -151,7 +152,7 @@ def test_more_than_an_answer_may_hold_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_reading_ends_when_the_time_is_out() -> None:
     shard = shard_with(pa.table({"title": TITLES}))
     late = AttributesRequest(item_ids=IDS, names=("title",), timeout_ms=-1.0)
-    (reply,) = shard.attributes_batch([late])
+    (reply,) = shard.attributes_batch([late], [MAX_RETURNED_BYTES])
     assert isinstance(reply, DeadlineExceeded)
 
 

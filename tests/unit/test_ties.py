@@ -116,6 +116,21 @@ def test_a_tie_without_end_is_bounded(monkeypatch) -> None:
     assert (np.diff(found.ids) > 0).all()
 
 
+def test_a_long_tie_costs_few_searches(monkeypatch) -> None:
+    """Half of the rows are equal: far more than an answer, and than are looked at."""
+    vectors = np.random.default_rng(5).random((40_000, DIM), np.float32) - 1
+    vectors[::2] = 1
+    main = build_main(vectors, metric=Metric.DOT, kind="flat")
+    asked = []
+    inner = main._search
+    monkeypatch.setattr(
+        main, "_search", lambda q, k, fetch, *rest: asked.append(fetch) or inner(q, k, fetch, *rest)
+    )
+    found = main.search(vectors[:1], 10, SearchParams())
+    assert asked == [11, 44, 1408, main_index.MAX_TIED]
+    assert (found.scores == DIM).all()
+
+
 def test_no_tie_costs_no_second_search(monkeypatch) -> None:
     vectors = np.random.default_rng(4).random((ROWS, DIM), np.float32)
     main = build_main(vectors, metric=Metric.DOT, kind="flat")
