@@ -150,7 +150,7 @@ class Coalescer:
         return Merged(
             ranked=await _merge(frame, rows, [reply.ranked for reply in replies], key.k),
             coverage=coverage,
-            search_ms=max(reply.search_ms for reply in replies),
+            search_ms=max([reply.search_ms for reply in replies]),
         )
 
     # Lanes
@@ -243,6 +243,8 @@ class Coalescer:
 
 def _that_fit(waiting: list[_Member]) -> list[_Member]:
     """The first of ``waiting`` and whoever fits a frame with it."""
+    if len(waiting) == 1:  # as a rule
+        return waiting[:]
     sizes = itertools.accumulate(len(member.queries) for member in waiting)
     count = sum(size <= MAX_FRAME_ROWS for size in sizes)
     return waiting[: max(1, count)]
