@@ -20,7 +20,7 @@ from shardline.router.http.body_cost import COUNTED_FROM, UNCOUNTED_LENGTH, refu
 from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody
-from shardline.router.http.problems import from_validation, short, unknown_field, wrong_type
+from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
 from shardline.router.limits import check_batch, resolve
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer
 from shardline.router.router_config import RouterConfig
@@ -198,7 +198,7 @@ def _refuse_unknown_fields(content: dict[Any, Any]) -> None:
 
 
 def _other_than(known: tuple[str, ...], content: dict[Any, Any]) -> str:
-    return short(next(name for name in content if name not in known))
+    return short_name(next(name for name in content if name not in known))
 
 
 def _matrix(value: Any, max_batch: int) -> Any:
