@@ -35,23 +35,32 @@ OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIE
 _SEARCH_FIELDS = frozenset(SEARCH_FIELDS)
 PARAM_FIELDS = tuple(ParamsBody.model_fields)
 MANY_FIELDS = 16 << 10  # bytes of a body that could hold more unknown fields than are worth a look
+# Bytes of msgpack whose values are counted in the event loop: 15 ms where each is another token
+COUNTED_IN_LOOP = 32 << 10
 MAX_LISTED_DIM = 1 << 16
 ARRAY_AT_ONCE = 1 << 18  # numbers of lists that become an array in one step
 # SearchBody.model_validate without its layer of Python, a third of its time
 validate_search = TypeAdapter(SearchBody).validator.validate_python
 
 
-def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQuery:
+class TakesLong(Exception):
+    """A body that is to be decoded by another thread than the event loop's."""
+
+
+def decode_query(
+    body: bytes, media: Media, config: RouterConfig, *, in_loop: bool = False
+) -> ResolvedQuery:
     """A search request's body; its vectors and ids are numpy arrays, not yet checked one by one.
 
     Raises:
+        TakesLong: ``in_loop``, and its values must be counted first, for which it is too large.
         InvalidInput: does not parse, has an unknown field, a field of the wrong type, or one that
             is out of range.
         PayloadTooLarge: would take too much memory or time.
     """
     if len(body) > COUNTED_FROM:
         refuse_costly(body, media)
-    content = _load_json(body) if media is Media.JSON else _load_msgpack(body)
+    content = _load_json(body) if media is Media.JSON else _load_msgpack(body, in_loop)
     if not isinstance(content, dict):
         raise InvalidInput(
             "not an object",
@@ -147,7 +156,7 @@ def _load_json(body: bytes) -> Any:
         ) from error
 
 
-def _load_msgpack(body: bytes) -> Any:
+def _load_msgpack(body: bytes, in_loop: bool) -> Any:
     if len(body) > COUNTED_FROM:
         return _unpack(body, len(body))
     try:
@@ -155,6 +164,8 @@ def _load_msgpack(body: bytes) -> Any:
     except InvalidInput:
         if len(body) <= UNCOUNTED_LENGTH:
             raise
+    if in_loop and len(body) > COUNTED_IN_LOOP:
+        raise TakesLong
     refuse_costly(body, Media.MSGPACK)  # it may be for a longer list only
     return _unpack(body, len(body))
 
