@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import gzip
 import logging
-from dataclasses import replace
 from threading import get_ident
 
 import httpx
@@ -104,9 +103,9 @@ async def test_what_takes_long_to_decode_is_not_decoded_in_the_event_loop(
     size, elsewhere, monkeypatch
 ):
     """Large bodies, and smaller ones of msgpack whose values must be counted first."""
-    counted_by = []
+    counted_by, config = [], CONFIG.model_copy(update={"max_body_bytes": 1 << 20})
     monkeypatch.setattr(codec, "refuse_costly", lambda *_: counted_by.append(get_ident()))
-    async with api(config=replace(CONFIG, max_body_bytes=1 << 20)) as (http, _, _, vectors):
+    async with api(config=config) as (http, _, _, vectors):
         padding = {"features": [{"tags": ["a"] * size}]}
         response = await http.post("/v1/search", content=msgpack.packb(padding), headers=MSGPACK)
         assert response.json()["code"] == "invalid_input"
