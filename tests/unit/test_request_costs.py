@@ -7,6 +7,7 @@ resident memory, because orjson and numpy take memory that Python does not count
 import bisect
 import contextlib
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -174,6 +175,11 @@ def test_numbers_passed_over_at_once_count_like_those_walked_one_by_one(
         return bisect.bisect_left(range(1 << 14), True, key=fits)
 
     assert containers(body_cost.SHORT) == containers(1 << 60) > 0
+    each = [msgpack.packb(number, use_single_float=is_single) for number in few * times]
+    ends = [0, *itertools.accumulate(map(len, each))]
+    end, count = body_cost._past_numbers(b"".join(each), 0, len(each))
+    assert end == ends[count]
+    assert len(each) - count < body_cost.RUN
 
 
 @pytest.mark.parametrize("few", [[0], [0, 255], [-1, -127], [0.5, 1], [-5000, 2**40]])
