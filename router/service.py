@@ -76,6 +76,9 @@ logger = logging.getLogger(__name__)
 ENCODER_WAIT_S = 60.0
 SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
+# How long /readyz waits for the first answer: Kubernetes gives a probe a second by default. Without
+# one, what is known decides: a shard is late after late_after_ms.
+HEAR_S = 0.25
 HEARD_S = 0.1  # /readyz needs no key: however often it is asked, shards are asked so often
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
@@ -103,6 +106,7 @@ class SearchService:
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
         self._hearing: asyncio.Task[None] | None = None
+        self._heard = asyncio.Event()  # some shard has answered the question that goes on
         self._heard_at = -HEARD_S
         self._cache = ResultCache(config.cache_bytes)
 
@@ -251,20 +255,25 @@ class SearchService:
             )
 
     async def heard_ready(self) -> tuple[bool, dict[str, Any]]:
-        """``ready``, after every shard was asked whether it answers: at once, or when those that do
-        not are late. Callers share a question, and none is asked within HEARD_S of the last."""
+        """``ready``, after every shard was asked whether it answers: with the first that does, or
+        after HEAR_S. The question goes on until those that do not answer are known to be late.
+        Callers share one, and none is asked within HEARD_S of the last."""
         loop = asyncio.get_running_loop()
         if self._hearing is None and loop.time() - self._heard_at >= HEARD_S:
-            self._hearing = asyncio.create_task(self._hear())
+            self._heard = asyncio.Event()
+            self._hearing = asyncio.create_task(self._hear(self._heard))
         if self._hearing is not None:
-            await asyncio.shield(self._hearing)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEAR_S):
+                    await self._heard.wait()
         return self.ready()
 
-    async def _hear(self) -> None:
+    async def _hear(self, heard: asyncio.Event) -> None:
         try:
             with suppress(Unavailable), self._fanout.pin() as snapshot:
-                await self._fanout.hear(snapshot)
+                await self._fanout.hear(snapshot, heard)
         finally:
+            heard.set()
             self._heard_at = asyncio.get_running_loop().time()
             self._hearing = None
 
