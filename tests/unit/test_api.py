@@ -14,6 +14,7 @@ import pytest
 
 from shardline.router.http import body, codec
 from shardline.router.http.api import DECODE_IN_LOOP, create_app
+from shardline.router.http.problems import PROBLEMS
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.schema import Metric
@@ -640,6 +641,11 @@ def test_openapi_describes_what_the_code_checks():
     search = schema["paths"]["/v1/search"]["post"]
     assert set(search["requestBody"]["content"]) == {"application/json", "application/msgpack"}
     assert "422" not in search["responses"]
+    with_time, without = search["responses"]["503"]["description"].split("; ")
+    for code, kind in PROBLEMS.items():  # test_damaged_encoder holds the headers
+        if kind.status == 503 and code != "behind":  # of no router yet
+            assert code in (with_time if kind.retry else without)
+    assert "no Retry-After" in without
     body = schema["components"]["schemas"]["SearchBody"]
     assert set(body["properties"]) == {
         "vectors",
