@@ -1,4 +1,4 @@
-"""No body within the limit takes more than ten times its size in memory, or a second of processor.
+"""What a body may take in memory and processor time, as docs/SECURITY.md says it.
 
 ``bench.load.request_costs`` measures it: each body in a process of its own, by the peak of its
 resident memory, because orjson and numpy take memory that Python does not count.
