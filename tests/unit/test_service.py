@@ -11,8 +11,9 @@ from shardline.router.contract import Coverage, Reason, ReasonCode
 from shardline.router.fanout.snapshot import ENCODE_IN_LOOP
 from shardline.router.item_queries import drop_own
 from shardline.router.limits import resolve
+from shardline.router.readiness import HEAR_S, HEARD_S
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
-from shardline.router.service import HEAR_S, HEARD_S, SearchService
+from shardline.router.service import SearchService
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -432,7 +433,7 @@ async def test_readiness_waits_neither_for_the_last_shard_nor_for_long():
             ready, took_s = await asked()
             assert ready
             assert took_s < HEAR_S
-        await until(lambda: service._hearing is None)
+        await until(lambda: service._readiness._hearing is None)
         await asyncio.sleep(HEARD_S)
         shards[0].gate.clear()
         began_at = asyncio.get_running_loop().time()
