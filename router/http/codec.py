@@ -37,6 +37,9 @@ PARAM_FIELDS = tuple(ParamsBody.model_fields)
 MANY_FIELDS = 16 << 10  # bytes of a body that could hold more unknown fields than are worth a look
 # Bytes of msgpack whose values are counted in the event loop: 15 ms where each is another token
 COUNTED_IN_LOOP = 32 << 10
+# Lists, maps and timestamps of a larger body that is unpacked there: each takes up to a microsecond
+FEW = 4096
+TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
 MAX_LISTED_DIM = 1 << 16
 ARRAY_AT_ONCE = 1 << 18  # numbers of lists that become an array in one step
 # SearchBody.model_validate without its layer of Python, a third of its time
@@ -159,22 +162,46 @@ def _load_json(body: bytes) -> Any:
 def _load_msgpack(body: bytes, in_loop: bool) -> Any:
     if len(body) > COUNTED_FROM:
         return _unpack(body, len(body))
+    is_large = in_loop and len(body) > COUNTED_IN_LOOP
+    if is_large and sum(map(body.count, TIMESTAMPS)) > FEW:
+        raise TakesLong
     try:
-        return _unpack(body, UNCOUNTED_LENGTH)
+        return _unpack(body, UNCOUNTED_LENGTH, _FewContainers() if is_large else None)
     except InvalidInput:
         if len(body) <= UNCOUNTED_LENGTH:
             raise
-    if in_loop and len(body) > COUNTED_IN_LOOP:
+    if is_large:
         raise TakesLong
     refuse_costly(body, Media.MSGPACK)  # it may be for a longer list only
     return _unpack(body, len(body))
 
 
-def _unpack(body: bytes, max_length: int) -> Any:
+class _FewContainers:
+    """Hooks of msgpack that give up a body of many lists and maps."""
+
+    def __init__(self) -> None:
+        self._left = FEW
+
+    def pairs(self, pairs: list[tuple[str, Any]]) -> Any:
+        self._count()
+        return _unpack_map(pairs)
+
+    def items(self, items: list[Any]) -> list[Any]:
+        self._count()
+        return items
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise TakesLong
+
+
+def _unpack(body: bytes, max_length: int, few: _FewContainers | None = None) -> Any:
     try:
         return msgpack.unpackb(
             body,
-            object_pairs_hook=_unpack_map,
+            object_pairs_hook=_unpack_map if few is None else few.pairs,
+            list_hook=None if few is None else few.items,
             strict_map_key=True,
             ext_hook=_refuse_ext,
             max_array_len=max_length,

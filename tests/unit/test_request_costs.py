@@ -197,6 +197,13 @@ def test_counting_many_other_values_is_not_for_the_event_loop() -> None:
         decode_query(names, Media.MSGPACK, CONFIG, in_loop=True)
     with pytest.raises(InvalidInput, match="return"):
         decode_query(names, Media.MSGPACK, CONFIG)
+    time = msgpack.Timestamp(1)
+    for value in ({}, [], {"a": 0}, time, {"dtype": "<f4", "shape": [1], "data": bytes(4)}):
+        body = msgpack.packb({"features": [[value] * 4000] * 2 + [["a" * 30] * 1000]})
+        with pytest.raises(codec.TakesLong):
+            decode_query(body, Media.MSGPACK, CONFIG, in_loop=True)
+        with pytest.raises(InvalidInput):
+            decode_query(body, Media.MSGPACK, CONFIG)
     few = msgpack.packb({"return": ["a"] * (body_cost.UNCOUNTED_LENGTH + 1)})
     assert len(few) < codec.COUNTED_IN_LOOP
     with pytest.raises(InvalidInput, match="return"):
