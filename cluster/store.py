@@ -202,12 +202,12 @@ def _counter_in(path: Path) -> int:
         content = read_json(path, MAX_STATE_BYTES)
     except OSError as error:
         raise CorruptFile(f"{path}: not a counter", got=error.strerror) from error
-    found = content.get("counter") if isinstance(content, dict) else content
+    found = content.get("counter") if isinstance(content, dict) else None
     if type(found) is not int or not 0 <= found <= MAX_COUNTER:
         raise CorruptFile(
             f"{path}: not a counter",
             expected=f'{{"counter": n}}, n from 0 to {MAX_COUNTER}',
-            got=repr(found)[:40],
+            got=repr(content)[:40],
         )
     return found
 

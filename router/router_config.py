@@ -66,7 +66,8 @@ class RouterConfig(BaseModel):
         default=1,
         ge=1,
         le=3600,
-        description="Retry-After header of 429 and 503 answers, HAProxy's included.",
+        description="Retry-After header of 429 and 503 answers, HAProxy's included; "
+        "encoder_unavailable has none.",
     )
     cache_bytes: int = Field(
         default=64 << 20,

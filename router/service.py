@@ -10,7 +10,6 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from shardline.router.cache import ResultCache, cache_key
 from shardline.router.contract import ItemAnswer, Reason
+from shardline.router.encoder_loading import EncoderLoader
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import (
@@ -27,7 +27,6 @@ from shardline.router.fanout.snapshot import (
     UnusableEncoder,
     load_query_encoder,
 )
-from shardline.router.hanging import start
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
 from shardline.router.query import (
@@ -38,6 +37,7 @@ from shardline.router.query import (
     Returned,
     SearchAnswer,
 )
+from shardline.router.readiness import Readiness
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import (
     NotFound,
@@ -71,12 +71,8 @@ from shardline.shards.core.schema import (
 
 logger = logging.getLogger(__name__)
 
-# How long a new table waits for its encoder, which is verified byte by byte: 25 GB take 20 s and
-# more. After that it serves all but features, and the encoder once it is there.
-ENCODER_WAIT_S = 60.0
 SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
-HEARD_S = 0.1  # /readyz needs no key: however often it is asked, shards are asked so often
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
 
@@ -94,16 +90,14 @@ class SearchService:
         self.config = config
         self.recorder = Recorder()
         self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
-        self._load_encoder = load_encoder
-        self._loading: tuple[str, asyncio.Future[Encoder | None]] | None = None
+        self._encoders = EncoderLoader(load_encoder)
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
         # why the controller publishes no newer table; None: nothing hinders it
         self.controller_trouble: Absence | None = None
         # around bodies that come in pieces: slow ones must not take the places of work
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
-        self._hearing: asyncio.Task[None] | None = None
-        self._heard_at = -HEARD_S
+        self._readiness = Readiness(self._fanout)
         self._cache = ResultCache(config.cache_bytes)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -117,7 +111,7 @@ class SearchService:
         if current is not None and current.table.generation == table.generation:
             encoder = current.encoder
         else:
-            encoder = await self._loaded(table)
+            encoder = await self._encoders.loaded(table)
         applied = await self._fanout.apply(table, encoder)
         if applied and current is not None and current.table.generation != table.generation:
             self._cache.clear()
@@ -131,37 +125,15 @@ class SearchService:
         snapshot = self._fanout.snapshot
         if snapshot is None or not isinstance(snapshot.encoder, UnusableEncoder):
             return True
-        encoder = await self._loaded(snapshot.table)
+        encoder = await self._encoders.loaded(snapshot.table)
         current = self._fanout.snapshot
         if current is not None and current.table.generation == snapshot.table.generation:
             current.encoder = encoder
         return not isinstance(encoder, UnusableEncoder)
 
-    async def _loaded(self, table: RoutingTable) -> Encoder | UnusableEncoder | None:
-        """The table's encoder, or what stands for it. A load that hangs is not begun again."""
-        if self._loading is None or self._loading[0] != table.generation_dir:
-            work = start(lambda: self._load_encoder(table), "query encoder")
-            self._loading = table.generation_dir, work
-        _, loading = self._loading
-        await asyncio.wait([loading], timeout=ENCODER_WAIT_S)
-        if not loading.done():
-            reason = f"its files could not be read within {ENCODER_WAIT_S:g} s; it is awaited"
-            logger.error("the query encoder of generation %d: %s", table.generation, reason)
-            return UnusableEncoder(Absence(Unavailable.code, reason))
-        self._loading = None
-        try:
-            return loading.result()
-        except ShardlineError as error:
-            logger.error("the query encoder of generation %d: %s", table.generation, error)
-            return UnusableEncoder(Absence(error.code, str(error)))
-        except Exception as error:
-            logger.exception("the query encoder of generation %d", table.generation)
-            return UnusableEncoder(Absence(Unavailable.code, repr(error)))
-
     async def close(self) -> None:
         await self._fanout.close()
-        if self._hearing is not None:
-            await self._hearing
+        await self._readiness.ended()
 
     def admit(self) -> InFlightLimit:
         """Around all work on a request; ``InFlightLimit`` says when it raises."""
@@ -255,22 +227,9 @@ class SearchService:
             )
 
     async def heard_ready(self) -> tuple[bool, dict[str, Any]]:
-        """``ready``, after every shard was asked whether it answers: at once, or when those that do
-        not are late. Callers share a question, and none is asked within HEARD_S of the last."""
-        loop = asyncio.get_running_loop()
-        if self._hearing is None and loop.time() - self._heard_at >= HEARD_S:
-            self._hearing = asyncio.create_task(self._hear())
-        if self._hearing is not None:
-            await asyncio.shield(self._hearing)
+        """``ready``, after shards were asked whether they answer."""
+        await self._readiness.hear()
         return self.ready()
-
-    async def _hear(self) -> None:
-        try:
-            with suppress(Unavailable), self._fanout.pin() as snapshot:
-                await self._fanout.hear(snapshot)
-        finally:
-            self._heard_at = asyncio.get_running_loop().time()
-            self._hearing = None
 
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """Whether queries can be answered now, and why or how completely, for JSON.

@@ -17,7 +17,7 @@ class Method:
         self.plan: list[Any] = []
         self.calls = 0
 
-    def remote(self) -> Awaitable[Any]:
+    def remote(self, *_: object) -> Awaitable[Any]:
         self.calls += 1
         return self._outcome(self.plan.pop(0) if self.plan else None)
 

@@ -75,12 +75,12 @@ def _rows(unit: bytes, queries: int) -> Body:
     return body
 
 
-def _packed_rows(unit: bytes) -> Body:
-    """A legal batch of 1024 vectors as lists in msgpack."""
+def _packed_rows(unit: bytes, numbers: int = 1) -> Body:
+    """A legal batch of 1024 vectors as lists in msgpack; ``unit`` holds some numbers of them."""
 
     def body(size: int) -> bytes:
-        count = max(1, size // 1024 // len(unit) - 1)
-        row = b"\xdd" + count.to_bytes(4) + unit * count
+        units = max(1, size // 1024 // len(unit) - 1)
+        row = b"\xdd" + (units * numbers).to_bytes(4) + unit * units
         return b"\x81" + _pack("vectors") + b"\xdc\x04\0" + row * 1024
 
     return body
@@ -140,6 +140,10 @@ KINDS: dict[tuple[str, Media], Body] = {
     ("vectors of 1024 queries, lists of float32", Media.MSGPACK): _packed_rows(b"\xca?\x80\0\0"),
     ("vectors of 1024 queries, lists of float64", Media.MSGPACK): _packed_rows(
         b"\xcb?\xf0\0\0\0\0\0\0"
+    ),
+    ("vectors of 1024 queries, lists of small integers", Media.MSGPACK): _packed_rows(b"\x01"),
+    ("vectors of 1024 queries, zeros among float64", Media.MSGPACK): _packed_rows(
+        b"\0\xcb?\xf0\0\0\0\0\0\0", 2
     ),
     ("texts of 1024 queries", Media.JSON): _queries(b'{"text":"', b"ab ", b'"}', 1 << 21),
     ("texts of 1024 queries, ligatures", Media.JSON): _queries(

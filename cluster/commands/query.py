@@ -67,8 +67,6 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
         return
     for name in ("generation", "model_version", "index", "dim", "metric", "rows"):
         click.echo(f"{name:>14}  {report[name]}")
-    for warning in report.get("warnings", ()):  # none from a server of an older version
-        click.echo(f"warning: {warning['about']}: {warning['text']}")
     print_table(
         "shards",
         ("shard", "replica", "rows", "epoch", "address", "connected", "why not"),

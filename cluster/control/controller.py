@@ -73,7 +73,10 @@ class Controller:
         self._secret = settings.secret
         # Ray runs this again when it restarts the controller: another generation may be live then
         folder, manifest = _opened(store, settings.generation, is_restart=_is_restart())
-        notes = tuple(Absence(damage.code, str(damage)) for damage in store.damaged_state())
+        notes = tuple(
+            Absence(damage.code, f"found when the controller started: {damage}")
+            for damage in store.damaged_state()
+        )
         table = _empty_table(folder, manifest, notes)
         self._placement, places = open_generation(table, counter=store.counter() + 1)
         self._published: RoutingTable | None = None

@@ -4,10 +4,11 @@ Replies stay undecoded until somebody reads them, which is when the last one is 
 first ones earlier would take a core from the shards that still search.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shardline.router.contract import Coverage, Degraded
 from shardline.router.fanout.clock import Clock, Deadline
@@ -206,6 +207,21 @@ class Ask:
                 reply = _BadReply(f"broke the protocol ({error.message})")
             self._replies[position] = reply
         return reply
+
+
+class Hearing(Ask):
+    """A question whose replies nobody reads: ``heard`` is set by the first that comes."""
+
+    __slots__ = ("heard",)
+
+    def __init__(self, *arguments: Any, heard: asyncio.Event, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.heard = heard
+
+    def _put(self, position: int, reply: Payload | Unavailable) -> None:
+        if not isinstance(reply, Unavailable):
+            self.heard.set()
+        super()._put(position, reply)
 
 
 class _BadReply(Unavailable):

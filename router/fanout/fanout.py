@@ -9,8 +9,9 @@ import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -18,7 +19,7 @@ import msgpack
 import numpy as np
 
 from shardline.router.contract import Degraded
-from shardline.router.fanout.ask import Ask
+from shardline.router.fanout.ask import Ask, Hearing
 from shardline.router.fanout.clock import Attention, Clock, running_clock
 from shardline.router.fanout.coalesce import Coalescer, LaneKey
 from shardline.router.fanout.connection import ShardConnection
@@ -162,14 +163,16 @@ class Fanout:
             coverage=coverage,
         )
 
-    async def hear(self, snapshot: TableSnapshot) -> None:
+    async def hear(self, snapshot: TableSnapshot, heard: asyncio.Event) -> None:
         """Asks every shard for nothing, so that those that are silent are known to be.
 
-        Returns when all have answered, or are late: after ``late_after_ms`` and LATE_MS.
+        Sets ``heard`` with the first answer. Returns when all have answered, or are late: after
+        ``late_after_ms`` and LATE_MS.
         """
         wait_ms = self._config.late_after_ms + LATE_MS
         request = FetchRequest(item_ids=np.empty(0, np.int64), timeout_ms=wait_ms)
-        await self._asked(snapshot, [request], self._clock.time() + wait_ms / 1000)
+        kind = partial(Hearing, heard=heard)
+        await self._asked(snapshot, [request], self._clock.time() + wait_ms / 1000, kind)
 
     async def attributes(
         self, snapshot: TableSnapshot, item_ids: IdArray, names: tuple[str, ...], *, deadline: float
@@ -223,12 +226,13 @@ class Fanout:
         snapshot: TableSnapshot,
         requests: Sequence[FetchRequest] | Sequence[AttributesRequest],
         deadline: float,
+        kind: Callable[..., Ask] = Ask,
     ) -> Ask:
         """A question of one caller: a request to each shard, or one that all get. Nobody's answer
         is awaited any longer."""
         request_id = next(self._request_ids)
         done: asyncio.Event = asyncio.Event()
-        ask = Ask(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
+        ask = kind(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
         frames = [encode_frame(request_id, request) for request in requests]
         ask.send(frames if len(frames) > 1 else itertools.repeat(frames[0]))
         try:

@@ -10,6 +10,7 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any, TypeAlias
 
@@ -24,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shardline.router.contract import MethodNotAllowed
 from shardline.router.http.auth import Guard
 from shardline.router.http.body import IS_READ, closing, read_body
-from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
+from shardline.router.http.codec import TakesLong, decode_query, encode, encode_answer, encode_item
 from shardline.router.http.disconnect import ended_by_client
 from shardline.router.http.media import Media, answer_media, body_media
 from shardline.router.http.openapi import (
@@ -38,6 +39,7 @@ from shardline.router.http.openapi import (
     openapi_schema,
 )
 from shardline.router.http.problems import to_problem
+from shardline.router.query import ResolvedQuery
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
@@ -91,11 +93,7 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
             scope[IS_READ] = True
             with service.admit():  # from here on it costs more than patience
                 try:
-                    if len(body) <= DECODE_IN_LOOP:
-                        query = decode_query(body, media, config)
-                    else:
-                        client.pause()  # whoever leaves now counts as in flight while it decodes
-                        query = await asyncio.to_thread(decode_query, body, media, config)
+                    query = await _decoded(body, media, config, client)
                 except InvalidInput as error:
                     service.count_rejected(error)
                     raise
@@ -115,6 +113,16 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
         return Response(body, media_type=media)
 
     return answer
+
+
+async def _decoded(
+    body: bytes, media: Media, config: RouterConfig, client: ended_by_client
+) -> ResolvedQuery:
+    if len(body) <= DECODE_IN_LOOP:
+        with suppress(TakesLong):
+            return decode_query(body, media, config, in_loop=True)
+    client.pause()  # whoever leaves now counts as in flight while it decodes
+    return await asyncio.to_thread(decode_query, body, media, config)
 
 
 def _add_reads(app: FastAPI, service: SearchService, guard: Guard) -> None:

@@ -20,7 +20,7 @@ from shardline.router.http.body_cost import COUNTED_FROM, UNCOUNTED_LENGTH, refu
 from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody
-from shardline.router.http.problems import from_validation, short, unknown_field, wrong_type
+from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
 from shardline.router.limits import check_batch, resolve
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer
 from shardline.router.router_config import RouterConfig
@@ -35,23 +35,35 @@ OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIE
 _SEARCH_FIELDS = frozenset(SEARCH_FIELDS)
 PARAM_FIELDS = tuple(ParamsBody.model_fields)
 MANY_FIELDS = 16 << 10  # bytes of a body that could hold more unknown fields than are worth a look
+# Bytes of msgpack whose values are counted in the event loop: 15 ms where each is another token
+COUNTED_IN_LOOP = 32 << 10
+# Lists, maps and timestamps of a larger body that is unpacked there: each takes up to a microsecond
+FEW = 4096
+TIMESTAMPS = (b"\xd6\xff", b"\xd7\xff", b"\xc7\x0c\xff")
 MAX_LISTED_DIM = 1 << 16
 ARRAY_AT_ONCE = 1 << 18  # numbers of lists that become an array in one step
 # SearchBody.model_validate without its layer of Python, a third of its time
 validate_search = TypeAdapter(SearchBody).validator.validate_python
 
 
-def decode_query(body: bytes, media: Media, config: RouterConfig) -> ResolvedQuery:
+class TakesLong(Exception):
+    """A body that is to be decoded by another thread than the event loop's."""
+
+
+def decode_query(
+    body: bytes, media: Media, config: RouterConfig, *, in_loop: bool = False
+) -> ResolvedQuery:
     """A search request's body; its vectors and ids are numpy arrays, not yet checked one by one.
 
     Raises:
+        TakesLong: ``in_loop``, and its values must be counted first, for which it is too large.
         InvalidInput: does not parse, has an unknown field, a field of the wrong type, or one that
             is out of range.
         PayloadTooLarge: would take too much memory or time.
     """
     if len(body) > COUNTED_FROM:
         refuse_costly(body, media)
-    content = _load_json(body) if media is Media.JSON else _load_msgpack(body)
+    content = _load_json(body) if media is Media.JSON else _load_msgpack(body, in_loop)
     if not isinstance(content, dict):
         raise InvalidInput(
             "not an object",
@@ -147,23 +159,49 @@ def _load_json(body: bytes) -> Any:
         ) from error
 
 
-def _load_msgpack(body: bytes) -> Any:
+def _load_msgpack(body: bytes, in_loop: bool) -> Any:
     if len(body) > COUNTED_FROM:
         return _unpack(body, len(body))
+    is_large = in_loop and len(body) > COUNTED_IN_LOOP
+    if is_large and sum(map(body.count, TIMESTAMPS)) > FEW:
+        raise TakesLong
     try:
-        return _unpack(body, UNCOUNTED_LENGTH)
+        return _unpack(body, UNCOUNTED_LENGTH, _FewContainers() if is_large else None)
     except InvalidInput:
         if len(body) <= UNCOUNTED_LENGTH:
             raise
+    if is_large:
+        raise TakesLong
     refuse_costly(body, Media.MSGPACK)  # it may be for a longer list only
     return _unpack(body, len(body))
 
 
-def _unpack(body: bytes, max_length: int) -> Any:
+class _FewContainers:
+    """Hooks of msgpack that give up a body of many lists and maps."""
+
+    def __init__(self) -> None:
+        self._left = FEW
+
+    def pairs(self, pairs: list[tuple[str, Any]]) -> Any:
+        self._count()
+        return _unpack_map(pairs)
+
+    def items(self, items: list[Any]) -> list[Any]:
+        self._count()
+        return items
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise TakesLong
+
+
+def _unpack(body: bytes, max_length: int, few: _FewContainers | None = None) -> Any:
     try:
         return msgpack.unpackb(
             body,
-            object_pairs_hook=_unpack_map,
+            object_pairs_hook=_unpack_map if few is None else few.pairs,
+            list_hook=None if few is None else few.items,
             strict_map_key=True,
             ext_hook=_refuse_ext,
             max_array_len=max_length,
@@ -198,7 +236,7 @@ def _refuse_unknown_fields(content: dict[Any, Any]) -> None:
 
 
 def _other_than(known: tuple[str, ...], content: dict[Any, Any]) -> str:
-    return short(next(name for name in content if name not in known))
+    return short_name(next(name for name in content if name not in known))
 
 
 def _matrix(value: Any, max_batch: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shardline.router.contract import PayloadTooLarge
-from shardline.router.http.problems import short, wrong_type
+from shardline.router.http.problems import short_name, wrong_type
 from shardline.shards.core.errors import InvalidInput
 
 SCALARS = frozenset({int, float, bool, str, type(None)})
@@ -43,7 +43,10 @@ def checked_features(value: list[Any]) -> list[dict[str, Any]]:
                 size += item.size
                 _check_sizes(size, characters)  # before each number is an object
                 features[name] = item = item.tolist()
-                _check_list(row, name, item)
+                if type(item) is list:
+                    _check_list(row, name, item)
+                else:  # of an array without dimensions
+                    _check_scalar(row, name, item)
             else:
                 _check_scalar(row, name, item)
         _check_sizes(size, characters)
@@ -92,4 +95,4 @@ def _too_large(expected: str, got: int) -> PayloadTooLarge:
 
 
 def _field(row: int, name: Any) -> str:
-    return f"features[{row}].{short(str(name))}"
+    return f"features[{row}].{short_name(name)}"

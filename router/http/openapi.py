@@ -42,8 +42,8 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "payload_too_large",
         415: "unsupported_media_type",
         429: "overloaded: try again after Retry-After seconds",
-        503: "unavailable, encoder_unavailable or version_mismatch: try again after Retry-After "
-        "seconds, where there is one",
+        503: "unavailable or version_mismatch: try again after Retry-After seconds; "
+        "encoder_unavailable: no Retry-After, because waiting alone mends nothing",
         504: "deadline_exceeded: no shard answered in time",
     }
     content = _content("Problem", "application/problem+json")

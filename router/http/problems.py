@@ -121,7 +121,8 @@ class _Internal(ShardlineError):
 def from_validation(error: ValidationError, known: Sequence[str]) -> InvalidInput:
     """The first complaint of pydantic in our words; ``known`` are the fields there are."""
     first = error.errors(include_url=False, include_context=False)[0]
-    parts = [f"[{part}]" if isinstance(part, int) else f".{short(part)}" for part in first["loc"]]
+    location = first["loc"]
+    parts = [f"[{part}]" if isinstance(part, int) else f".{short_name(part)}" for part in location]
     path = "".join(parts).removeprefix(".")
     if first["type"] == "extra_forbidden":
         return unknown_field(path, known)
@@ -162,3 +163,8 @@ def wrong_type(field: str, expected: str, value: Any, hint: str | None = None) -
 def short(text: str) -> str:
     """A caller's own text as an error repeats it."""
     return text if len(text) <= MAX_TEXT else text[: MAX_TEXT - 1] + "…"
+
+
+def short_name(key: Any) -> str:
+    """A key of a caller's map as an error repeats it: in msgpack it may be bytes."""
+    return short(key if isinstance(key, str) else repr(key[:MAX_TEXT]))

@@ -6,7 +6,6 @@ controller; while the controller is away the replica serves on with the table it
 """
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -28,6 +27,7 @@ from shardline.shards.process.ray_metrics import RayExporter
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 30.0
+LATE_S = 5.0  # after the end of a poll: there will be no answer
 RETRY_S = 0.5
 SECRET_S = 30.0
 FIRST_TABLE_S = 300.0  # above ENCODER_WAIT_S
@@ -127,8 +127,9 @@ class RouterReplica:
             self._exporter.stop()
         for task in self._following:
             task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        for ended in await asyncio.gather(*self._following, return_exceptions=True):
+            if isinstance(ended, Exception):
+                logger.error("the router had ceased to follow something", exc_info=ended)
         await self._service.close()
 
     async def _connection_secret(self) -> bytes:
@@ -169,11 +170,16 @@ class RouterReplica:
             try:
                 controller = await asyncio.to_thread(self._find_controller)
                 while True:
-                    known = await controller.trouble_after.remote(known, POLL_TIMEOUT_S)
+                    # Ray keeps a call to an actor whose constructor is not done, and says nothing
+                    asked = controller.trouble_after.remote(known, POLL_TIMEOUT_S)
+                    known = await _in_time(asked, POLL_TIMEOUT_S + LATE_S)
                     self._service.controller_trouble = known
-            except (RayError, ValueError) as error:
+            except (RayError, ValueError, TimeoutError) as error:
                 text = f"the controller does not answer: {last_line(error)}"
                 known = self._service.controller_trouble = Absence(Unavailable.code, text)
+                await asyncio.sleep(RETRY_S)
+            except Exception:
+                logger.exception("the controller was not asked for its troubles")
                 await asyncio.sleep(RETRY_S)
 
     async def _mend_encoder(self) -> None:
@@ -181,9 +187,20 @@ class RouterReplica:
         pause = FIRST_MEND_S
         while True:
             await asyncio.sleep(pause)
-            is_whole = await self._service.mend_encoder()
+            try:
+                is_whole = await self._service.mend_encoder()
+            except Exception:
+                logger.exception("the query encoder was not looked at")
+                is_whole = False
             pause = FIRST_MEND_S if is_whole else min(LAST_MEND_S, 2 * pause)
 
     def _find_controller(self) -> Any:
         name, namespace = self._controller
         return ray.get_actor(name, namespace=namespace)
+
+
+async def _in_time(answer: Awaitable[Absence | None], seconds: float) -> Absence | None:
+    try:
+        return await asyncio.wait_for(answer, seconds)
+    except TimeoutError as error:
+        raise TimeoutError(f"nothing within {seconds:g} s") from error

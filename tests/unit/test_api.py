@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import logging
+from threading import get_ident
 
 import httpx
 import msgpack
@@ -11,8 +12,9 @@ import numpy as np
 import orjson
 import pytest
 
-from shardline.router.http import body
-from shardline.router.http.api import create_app
+from shardline.router.http import body, codec
+from shardline.router.http.api import DECODE_IN_LOOP, create_app
+from shardline.router.http.problems import PROBLEMS
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.schema import Metric
@@ -93,6 +95,26 @@ async def test_search_in_json():
 def test_k_is_the_default_of_the_configuration():
     response = one_request("POST", "/v1/search", json={"item_ids": [1]})
     assert [len(row) for row in response.json()["ids"]] == [10]
+
+
+@pytest.mark.parametrize(
+    ("size", "elsewhere"), [(10, False), (codec.COUNTED_IN_LOOP, True), (DECODE_IN_LOOP, True)]
+)
+async def test_what_takes_long_to_decode_is_not_decoded_in_the_event_loop(
+    size, elsewhere, monkeypatch
+):
+    """Large bodies, and smaller ones of msgpack whose values must be counted first."""
+    counted_by, config = [], CONFIG.model_copy(update={"max_body_bytes": 1 << 20})
+    monkeypatch.setattr(codec, "refuse_costly", lambda *_: counted_by.append(get_ident()))
+    async with api(config=config) as (http, _, _, vectors):
+        padding = {"features": [{"tags": ["a"] * size}]}
+        response = await http.post("/v1/search", content=msgpack.packb(padding), headers=MSGPACK)
+        assert response.json()["code"] == "invalid_input"
+        assert [thread != get_ident() for thread in counted_by] == [True] * elsewhere
+        array = {"dtype": "<f4", "shape": [1, DIM], "data": vectors[0].astype("<f4").tobytes()}
+        content = msgpack.packb({"vectors": array, "k": 4})
+        response = await http.post("/v1/search", content=content, headers=MSGPACK)
+        assert response.status_code == 200
 
 
 async def test_search_in_msgpack_both_ways():
@@ -619,6 +641,11 @@ def test_openapi_describes_what_the_code_checks():
     search = schema["paths"]["/v1/search"]["post"]
     assert set(search["requestBody"]["content"]) == {"application/json", "application/msgpack"}
     assert "422" not in search["responses"]
+    with_time, without = search["responses"]["503"]["description"].split("; ")
+    for code, kind in PROBLEMS.items():  # test_damaged_encoder holds the headers
+        if kind.status == 503 and code != "behind":  # of no router yet
+            assert code in (with_time if kind.retry else without)
+    assert "no Retry-After" in without
     body = schema["components"]["schemas"]["SearchBody"]
     assert set(body["properties"]) == {
         "vectors",

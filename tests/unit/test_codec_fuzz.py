@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardline.router.http.codec import SEARCH_FIELDS, decode_query
+from shardline.router.http.codec import MANY_FIELDS, PARAM_FIELDS, SEARCH_FIELDS, decode_query
 from shardline.router.http.media import Media
 from shardline.router.query import QueryKind, ResolvedQuery
 from shardline.router.router_config import RouterConfig
@@ -34,6 +34,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=8,
 )
+KEYS = st.text(max_size=3) | st.binary(max_size=3) | st.just(b"z" * 400)  # msgpack has both
 FIELDS = st.sampled_from([*SEARCH_FIELDS, "vector", ""])
 VECTORS = st.lists(st.lists(NUMBERS, max_size=3), max_size=3) | ARRAYS | VALUES
 BODIES = st.fixed_dictionaries(
@@ -81,6 +82,57 @@ def test_random_bytes_are_refused(media: Media, body: bytes) -> None:
 @settings(max_examples=500)
 def test_any_msgpack_value_is_refused_or_right(content: dict) -> None:
     accept(msgpack.packb(content), Media.MSGPACK)
+
+
+@given(
+    content=BODIES,
+    beside=st.fixed_dictionaries(
+        {},
+        optional={
+            "features": st.lists(st.dictionaries(KEYS, VALUES, max_size=3), max_size=2),
+            "params": st.dictionaries(KEYS | st.sampled_from(PARAM_FIELDS), NUMBERS, max_size=5),
+        },
+    )
+    | st.dictionaries(KEYS, VALUES, max_size=2),
+    size=st.sampled_from([0, MANY_FIELDS]),
+    padded=FIELDS | KEYS,
+)
+@settings(max_examples=500)
+def test_any_msgpack_key_is_refused_or_right(content, beside, size, padded) -> None:
+    """Also in bodies whose fields are looked at before all else."""
+    content = content | beside
+    if size:
+        content |= {padded: [0.5] * (size // 8)}
+    accept(msgpack.packb(content), Media.MSGPACK)
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({b"zz": 0, "x": "a" * 20000}, "b'zz'"),
+        ({"params": {b"z" * 30000: 0}}, None),
+        ({"params": {b"z" * 30000: 0, "a": 1, "b": 1, "c": 1}}, None),
+        ({b"z" * 30000: 0}, None),
+        ({b"k": 0}, "b'k'"),
+    ],
+)
+def test_a_key_of_bytes_is_named(content: dict, field: str | None) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        decode_query(msgpack.packb(content), Media.MSGPACK, CONFIG)
+    assert field is None or caught.value.field == field
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("shape", [[], [1]])
+@pytest.mark.parametrize("size", [0, MANY_FIELDS])
+def test_an_array_of_one_number_is_a_feature(shape: list[int], size: int) -> None:
+    array = {"dtype": "<f4", "shape": shape, "data": np.float32(0.5).tobytes()}
+    content = {"features": [{"a": array, "b": "b" * size}]}
+    (features,) = decode_query(msgpack.packb(content), Media.MSGPACK, CONFIG).values
+    assert features["a"] == ([0.5] if shape else 0.5)
+    array["data"] = np.float32(np.nan).tobytes()
+    with pytest.raises(InvalidInput, match="not finite"):
+        decode_query(msgpack.packb(content), Media.MSGPACK, CONFIG)
 
 
 @given(content=BODIES)

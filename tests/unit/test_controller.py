@@ -365,9 +365,10 @@ async def test_a_controller_comes_back_without_its_counter_and_routers_follow(
             assert newer is not None
             assert await service.apply(newer)
             assert store.counter() >= newer.version
-            assert [bool(note) for note in newer.notes] == [
-                True for _ in range(harm in ("damaged", "emptied", "a pipe"))
-            ]
+            is_told = harm in ("damaged", "emptied", "a pipe")
+            assert len(newer.notes) == int(is_told)
+            for note in newer.notes:  # it may have been written anew since
+                assert note.text.startswith("found when the controller started: ")
         await until(lambda: service.ready()[1].get("shards_connected") == SHARDS)
         query = resolve(FAST, vectors=VECTORS[:1].tolist(), k=3)
         answer = await service.search(query, arrived_at=asyncio.get_running_loop().time())

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 
-from shardline.router import service as module
+from shardline.router import encoder_loading as module
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.snapshot import load_query_encoder
 from shardline.router.http.api import create_app

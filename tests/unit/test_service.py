@@ -11,8 +11,9 @@ from shardline.router.contract import Coverage, Reason, ReasonCode
 from shardline.router.fanout.snapshot import ENCODE_IN_LOOP
 from shardline.router.item_queries import drop_own
 from shardline.router.limits import resolve
+from shardline.router.readiness import HEAR_S, HEARD_S
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
-from shardline.router.service import HEARD_S, SearchService
+from shardline.router.service import SearchService
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -388,6 +389,13 @@ async def test_ready_and_status_follow_table_and_connections():
 
 async def test_shards_that_keep_silent_do_not_count_as_ready():
     config = FAST.model_copy(update={"late_after_ms": 100.0, "stall_timeout_ms": 60_000.0})
+
+    async def connected(count):
+        """Once the question that goes on has found out who is late."""
+        while (found := await service.heard_ready())[1]["shards_connected"] != count:
+            await asyncio.sleep(0.01)
+        return found
+
     async with serving(config=config) as (service, shards, _, _):
         assert (await service.heard_ready())[0]
         asked = [len(shard.requests) for shard in shards]
@@ -396,16 +404,45 @@ async def test_shards_that_keep_silent_do_not_count_as_ready():
         for shard in shards[1:]:
             shard.gate.clear()
         await asyncio.sleep(HEARD_S)
-        ready, state = await service.heard_ready()
-        assert (ready, state["shards_connected"], state["rows_connected"]) == (True, 1, 15)
+        ready, state = await asyncio.wait_for(connected(1), 5)
+        assert (ready, state["rows_connected"]) == (True, 15)
         shards[0].gate.clear()
-        await asyncio.sleep(HEARD_S)
+        assert not (await asyncio.wait_for(connected(0), 5))[0]
         found = await asyncio.gather(*(service.heard_ready() for _ in range(50)))
         assert {ready for ready, _ in found} == {False}
         for shard in shards:
             shard.gate.set()
         await until(lambda: service.ready()[1]["shards_connected"] == 4)
         assert (await service.heard_ready())[0]
+
+
+async def test_readiness_waits_neither_for_the_last_shard_nor_for_long():
+    """Kubernetes gives a probe a second: one shard that answers is enough, and with none that does
+    what is known decides, until the question has found out more."""
+    config = FAST.model_copy(update={"late_after_ms": 600.0, "stall_timeout_ms": 60_000.0})
+
+    async def asked():
+        began_at = asyncio.get_running_loop().time()
+        ready, _ = await service.heard_ready()
+        return ready, asyncio.get_running_loop().time() - began_at
+
+    async with serving(config=config) as (service, shards, _, _):
+        for shard in shards[1:]:
+            shard.gate.clear()
+        for _ in range(3):
+            ready, took_s = await asked()
+            assert ready
+            assert took_s < HEAR_S
+        await until(lambda: service._readiness._hearing is None)
+        await asyncio.sleep(HEARD_S)
+        shards[0].gate.clear()
+        began_at = asyncio.get_running_loop().time()
+        ready, took_s = await asked()
+        assert ready, "not late yet"
+        assert HEAR_S <= took_s < 2 * HEAR_S
+        while (await asked())[0]:
+            pass
+        assert asyncio.get_running_loop().time() - began_at < 0.6 + 2 * HEAR_S
 
 
 def test_drop_own_moves_the_rest_up_and_leaves_other_rows_alone():

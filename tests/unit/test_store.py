@@ -98,6 +98,7 @@ DAMAGED = {
     "a text": b'{"counter": "x"}',
     "null": b'{"counter": null}',
     "a flipped brace": b'z"counter": 57}',
+    "a number alone": b"57",
     "negative": b'{"counter": -1}',
     "a float": b'{"counter": 1e300}',
     "too many digits": b'{"counter": ' + b"9" * 5000 + b"}",

@@ -1,0 +1,45 @@
+"""Loads the query encoder of a table, or gives what stands for one that does not load."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from shardline.router.fanout.snapshot import Encoder, UnusableEncoder
+from shardline.router.hanging import start
+from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.messages import Absence, RoutingTable
+
+logger = logging.getLogger(__name__)
+
+# How long a new table waits for its encoder, which is verified byte by byte: 25 GB take 20 s and
+# more. After that it serves all but features, and the encoder once it is there.
+ENCODER_WAIT_S = 60.0
+
+
+class EncoderLoader:
+    """``load`` runs in a thread of its own; a load that hangs is not begun again."""
+
+    def __init__(self, load: Callable[[RoutingTable], Encoder | None]) -> None:
+        self._load = load
+        self._loading: tuple[str, asyncio.Future[Encoder | None]] | None = None
+
+    async def loaded(self, table: RoutingTable) -> Encoder | UnusableEncoder | None:
+        """The table's encoder, what stands for it, or None where the generation has none."""
+        if self._loading is None or self._loading[0] != table.generation_dir:
+            work = start(lambda: self._load(table), "query encoder")
+            self._loading = table.generation_dir, work
+        _, loading = self._loading
+        await asyncio.wait([loading], timeout=ENCODER_WAIT_S)
+        if not loading.done():
+            reason = f"its files could not be read within {ENCODER_WAIT_S:g} s; it is awaited"
+            logger.error("the query encoder of generation %d: %s", table.generation, reason)
+            return UnusableEncoder(Absence(Unavailable.code, reason))
+        self._loading = None
+        try:
+            return loading.result()
+        except ShardlineError as error:
+            logger.error("the query encoder of generation %d: %s", table.generation, error)
+            return UnusableEncoder(Absence(error.code, str(error)))
+        except Exception as error:
+            logger.exception("the query encoder of generation %d", table.generation)
+            return UnusableEncoder(Absence(Unavailable.code, repr(error)))

@@ -1,0 +1,22 @@
+"""The largest bodies that a router takes: memory and processor time as docs/SECURITY.md says."""
+
+import json
+import subprocess
+import sys
+
+from shardline.bench.load.request_costs import DEFAULT_MIB, KINDS
+
+FACTOR = 10
+MOST_SECONDS = 1.0  # of a processor; 0.9 on one that has other work
+
+
+def test_no_large_body_costs_more_than_ten_times_its_size_or_a_second() -> None:
+    command = [sys.executable, "-m", "shardline.bench.load.request_costs", "--json"]
+    run = subprocess.run(command, check=True, capture_output=True, text=True)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == len(KINDS)
+    assert max(row["size"] for row in rows) > (DEFAULT_MIB - 1) * (1 << 20)
+    small = 8 << 20  # kinds whose own limits end sooner: tests/unit/test_request_costs.py
+    costly = [row for row in rows if row["size"] >= small and row["bytes"] > FACTOR * row["size"]]
+    assert not costly
+    assert not [row for row in rows if row["seconds"] > MOST_SECONDS]
