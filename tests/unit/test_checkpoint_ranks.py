@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,16 @@ def start(folder: Path, **changes: Any) -> Path:
 
 
 def one_rank(rank: int, world: int, run: Path, group: Path, dies_at: int | None) -> None:
+    """dies_at: the step before which the last rank is killed, once the checkpoint of the step
+    before, which the first rank writes, is there."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=world)
     honest, done = Step.run, iter(range(1, 1000))
 
     def until_killed(self: Step, *given: Any) -> Any:
         if next(done) == dies_at:
+            while (state := latest_state(run)) is None or state.step < dies_at - 1:
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return honest(self, *given)
 
