@@ -94,7 +94,7 @@ class SearchService:
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
         # why the controller publishes no newer table; None: nothing hinders it
         self.controller_trouble: Absence | None = None
-        # around bodies that come in pieces: slow ones must not take the places of work
+        # around bodies that come in pieces: slow ones must not count as requests in flight
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
         self._readiness = Readiness(self._fanout)

@@ -1,7 +1,7 @@
 """A request's body, read from the server piece by piece and never beyond its limit.
 
-Or not read at all: whoever is refused before may still be sending, and must not hold a place with
-that, here or in HAProxy.
+Or not read at all: whoever is refused before may still be sending, and must not count as a request
+in flight for that long, here or in HAProxy.
 """
 
 import asyncio

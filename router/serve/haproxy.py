@@ -161,8 +161,8 @@ def _bounded(text: str, limits: Limits) -> str:
             f"    use_backend {_arriving(name)} if is_{name} arriving\n"
             f"    use_backend {name} if is_{name}\n",
         )
-        places = limits.max_in_flight * len(SERVER.findall(section))
-        rules += _overload(name, places, limits)
+        most_in_flight = limits.max_in_flight * len(SERVER.findall(section))
+        rules += _overload(name, most_in_flight, limits)
     return text.replace(ROUTES, "".join(f"    {rule}\n" for rule in rules) + ROUTES, 1)
 
 
@@ -202,11 +202,11 @@ def _arrivals(limits: Limits) -> list[str]:
     ]
 
 
-def _overload(name: str, places: int, limits: Limits) -> list[str]:
+def _overload(name: str, most_in_flight: int, limits: Limits) -> list[str]:
     refused = f"http-request return {_problem(429, limits)} if !{{ path /healthz /readyz }}"
-    most = ARRIVING_PER_IN_FLIGHT * places
+    most = ARRIVING_PER_IN_FLIGHT * most_in_flight
     return [
-        f"{refused} !arriving {{ be_conn({name}) ge {places} }}",
+        f"{refused} !arriving {{ be_conn({name}) ge {most_in_flight} }}",
         f"{refused} arriving {{ be_conn({_arriving(name)}) ge {most} }}",
     ]
 
