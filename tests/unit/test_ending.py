@@ -83,7 +83,12 @@ class Script:
 
     def ends(self) -> tuple[int, str, str]:
         """Its exit code and what it has written since; nothing of the session is left."""
-        out, error = self.process.communicate(timeout=END_S)
+        try:
+            out, error = self.process.communicate(timeout=END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
         assert not self.session.exists()
         assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if mentions(p, self.session)]
         return self.process.returncode, out, error
