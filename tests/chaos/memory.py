@@ -1,11 +1,9 @@
 """Memory and open files of routers and shards, looked at all along in a thread."""
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Self
 
 import psutil
 
@@ -13,6 +11,7 @@ from shardline.bench.load.processes import tree
 from shardline.shards.core.errors import NotFound
 from tests.chaos.oracle import Finding, FindingKind
 from tests.chaos.served import Served
+from tests.chaos.watch import Watch
 
 LOOK_S = 1.0
 MIB = 1 << 20
@@ -23,7 +22,7 @@ OPEN_FILES = 60  # more than at the start, once all is quiet again
 
 
 @dataclass(slots=True)
-class Peaks:
+class Peaks(Watch):
     """The largest resident memory by role, in MiB, between entering and leaving the block, and when
     it was so large."""
 
@@ -31,18 +30,6 @@ class Peaks:
     clock: Callable[[], float]
     mib: dict[str, float] = field(default_factory=dict)
     at_s: dict[str, float] = field(default_factory=dict)
-    _stopped: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
 
     def _watch(self) -> None:
         while not self._stopped.wait(LOOK_S):

@@ -5,11 +5,10 @@ never is; beside other work a search may miss its deadline with no fault of Shar
 deadlines are excused, and the run prints how many such moments there were.
 """
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
 
+from tests.chaos.watch import Watch
 from tests.chaos.windows import DEADLINE, Allowance, Window
 
 TICK_S = 0.1
@@ -20,23 +19,11 @@ EXCUSED = Allowance(whole_within_s=0, errors=LATE, partial_for=LATE, answer_with
 
 
 @dataclass(slots=True)
-class Pauses:
+class Pauses(Watch):
     """windows: one per moment, between entering and leaving the block."""
 
     clock: Callable[[], float]
     windows: list[Window] = field(default_factory=list)
-    _stopped: threading.Event = field(default_factory=threading.Event)
-    _thread: threading.Thread | None = None
-
-    def __enter__(self) -> Self:
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
 
     def _watch(self) -> None:
         slept_at = self.clock()
