@@ -40,6 +40,9 @@ SERVING = (
     # of the metrics HAProxy sends a line per request to a Python process
     Variable("RAY_SERVE_HAPROXY_METRICS_ENABLED", "0", "they compete with the shards"),
     Variable("RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S", "30", "a client that reads nothing leaves"),
+    # 64 queries of 128 dimensions are 32 KiB: above 16 KiB their body would be counted and
+    # forwarded as one that is still arriving. A connection under way has two of these at most.
+    Variable("RAY_SERVE_HAPROXY_TUNE_BUFSIZE", "40960", "usual bodies are kept whole"),
     # three failed checks: a killed manager is replaced after 3 s, and not after 30
     Variable("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S", "1", "HAProxy's manager is missed sooner"),
     # three checks of a second: a router that stopped is left alone after 5 s, and not after 15;
