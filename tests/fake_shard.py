@@ -41,6 +41,7 @@ class FakeShard:
     ids: np.ndarray
     vectors: np.ndarray
     shard: int = 0
+    replica: int = 0
     generation: int = 1
     epoch: int = 1
     secret: bytes = SECRET
@@ -68,7 +69,7 @@ class FakeShard:
 
     @property
     def key(self) -> ReplicaKey:
-        return ReplicaKey(self.generation, self.shard)
+        return ReplicaKey(self.generation, self.shard, self.replica)
 
     @property
     def route(self) -> ReplicaRoute:
