@@ -15,9 +15,10 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.pace import HEADROOM, REFRESH
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput, Unavailable
-from shardline.shards.core.messages import ErrorReply
+from shardline.shards.core.messages import ErrorReply, SearchRequest
 from shardline.shards.core.metrics import HEDGES, HEDGES_WON, RESENT, Recorder
 from shardline.shards.wire.frames import HEADER, KEEP_ALIVE
+from shardline.shards.wire.search_layout import reply_start
 from tests.fake_shard import (
     SECRET,
     brute_force,
@@ -264,6 +265,26 @@ async def test_a_replica_that_refuses_or_answers_nonsense_is_replaced_by_the_oth
         assert made.counted(RESENT, "0", "refused") == 1
         assert len(good.requests) >= 1
         made.assert_nothing_is_pending()
+        if "error" not in fault:  # nonsense costs the connection
+            await until(lambda: bad.greeted == 2)
+        assert good.greeted == 1
+
+
+async def test_nonsense_behind_a_fitting_start_costs_its_own_connection():
+    async with cluster() as made:
+        await made.warm_up()
+        task, first, second = await held(made)
+        await made.clock.advance(1.1 * HEDGE_S)
+        await until(lambda: second.asked.is_set())
+        await second.kill()
+        await until(lambda: sum(each.connected for each in made.connections) == 1)
+        cut_short = reply_start(1, 5, 1)
+        first.garbage = HEADER.pack(len(cut_short), REFRESH + 1) + cut_short
+        let_go(first)
+        with pytest.raises(Unavailable, match="no shard answered") as caught:
+            await asyncio.wait_for(task, 5)
+        assert "broke the protocol" in caught.value.hint
+        await until(lambda: first.greeted == 2)
 
 
 async def test_what_is_wrong_with_the_request_is_asked_of_nobody_else():
@@ -313,6 +334,10 @@ async def test_a_slow_replica_is_overtaken_by_the_other():
         made.assert_nothing_is_pending()
         owed = {each.route.key.replica: each.link.owed for each in made.connections}
         assert owed == {first.replica: 1, second.replica: 0}
+        latency_s = {each.route.key.replica: each.latency_s for each in made.connections}
+        assert latency_s[first.replica] > latency_s[second.replica] == 0.0
+        pace = made.fanout.snapshot.redundancy.paces.of(SearchRequest, 1)
+        assert pace._recent[-1] >= HEDGE_S, "counted from the first request, not from the hedge"
         for _ in range(10):
             await made.whole(made.ask())
         assert len(first.requests) + len(second.requests) == REFRESH + 12
@@ -618,7 +643,7 @@ class Troublemaker:
 
     async def stall(self):
         self.shard.gate.clear()
-        await asyncio.sleep(self.rng.uniform(0, 0.15))
+        await asyncio.sleep(self.rng.uniform(0, 0.3))
         self.shard.gate.set()
 
     async def cut(self):
@@ -654,9 +679,7 @@ class Troublemaker:
 async def test_whatever_happens_to_the_others_one_replica_that_is_well_is_enough(seed):
     rng = random.Random(seed)
     copies = rng.choice([2, 3])
-    config = CONFIG.model_copy(
-        update={"hedge_min_ms": 5.0, "silent_after_ms": 40.0, "stall_timeout_ms": 100.0}
-    )
+    config = CONFIG.model_copy(update={"hedge_min_ms": 5.0, "silent_after_ms": 40.0})
     recorder = Recorder()
     async with running_replicas(IDS, VECTORS, 3, copies) as shards:
         fanout = Fanout(SECRET, config, random.Random(seed), recorder)
@@ -695,7 +718,7 @@ async def test_whatever_happens_to_the_others_one_replica_that_is_well_is_enough
         await asyncio.gather(*askers, *trouble)
         assert answered > 50
         resent = {of[1] for (each, of) in recorder._totals if each is RESENT}
-        assert resent == {"lost", "silent", "refused"}
+        assert resent >= {"lost", "refused"}  # a stall may be over before it is silence
         hedged = sum(n for (each, _), n in recorder._totals.items() if each is HEDGES)
         assert hedged > 0
         await until(lambda: not any(each.in_flight for each in fanout.snapshot.all_connections))
