@@ -335,7 +335,7 @@ async def test_a_slow_replica_is_overtaken_by_the_other():
         owed = {each.route.key.replica: each.link.owed for each in made.connections}
         assert owed == {first.replica: 1, second.replica: 0}
         latency_s = {each.route.key.replica: each.latency_s for each in made.connections}
-        assert latency_s[first.replica] > latency_s[second.replica] == 0.0
+        assert latency_s[first.replica] > 2 * latency_s[second.replica]
         pace = made.fanout.snapshot.redundancy.paces.of(SearchRequest, 1)
         assert pace._recent[-1] >= HEDGE_S, "counted from the first request, not from the hedge"
         for _ in range(10):
