@@ -219,7 +219,7 @@ def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> Non
             name="router",
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-            num_replicas=cluster.router_replicas,
+            num_replicas=cluster.routers_per_host,
             # the service refuses overload itself, early and with Retry-After
             max_ongoing_requests=config.router.max_in_flight * 2,
             ray_actor_options={"num_cpus": 0},
