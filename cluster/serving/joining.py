@@ -10,8 +10,9 @@ import socket
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
-from ray._raylet import Config
+import grpc
 from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import Config
 
 from shardline.shards.core.errors import ConfigError, Unavailable
 
@@ -19,6 +20,9 @@ ADDRESS_KEY = "cluster.address"
 RAY_CLIENT = "ray://"
 CONNECT_TIMEOUT_S = 5.0
 MODE_VARIABLE = "RAY_AUTH_MODE"
+TLS_VARIABLE = "RAY_USE_TLS"
+# any question to the head that changes nothing: it is answered in a millisecond
+QUESTION = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
 PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"
 
@@ -54,13 +58,26 @@ def check_answers(address: str) -> str:
         raise ConnectionError("none runs on this machine, and RAY_ADDRESS names none") from error
     if asked is None:
         raise ValueError("RAY_ADDRESS is 'local', which starts a Ray instead of joining one")
-    host, _, port = asked.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+        _connect(asked)
     except OSError as error:
         source = " (RAY_ADDRESS)" if address == "auto" and "RAY_ADDRESS" in os.environ else ""
         raise ConnectionError(f"no answer from {asked}{source}: {error}") from error
     return str(asked)
+
+
+def answers_at(head: str) -> bool:
+    """Whether anybody listens at HOST:PORT."""
+    try:
+        _connect(head)
+    except OSError:
+        return False
+    return True
+
+
+def _connect(head: str) -> None:
+    host, _, port = head.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
 
 
 def token_path(environ: Mapping[str, str] = os.environ) -> Path:
@@ -88,11 +105,48 @@ def use_token(environ: MutableMapping[str, str] = os.environ) -> None:
         )
 
 
-def without_token(environ: Mapping[str, str] = os.environ) -> str:
-    """What to do about a cluster that takes no process without a token, or with this one."""
-    path = token_path(environ)
+def check_token(head: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Asks the head whether it takes this process's token; without, Ray tries for 20 seconds.
+
+    Raises:
+        Unavailable: it does not, or it asks for one and there is none.
+    """
+    if environ.get(TLS_VARIABLE, "0") != "0":  # Ray's own start says what is wrong then
+        return
+    token = _token(environ)
+    with grpc.insecure_channel(head) as channel:
+        ask = channel.unary_unary(QUESTION)
+        try:
+            ask(b"", timeout=CONNECT_TIMEOUT_S, metadata=_proof(token))
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise Unavailable(
+                    f"the Ray cluster at {head} asks for another token than this process has",
+                    hint=_without_token(environ),
+                ) from error
+
+
+def _token(environ: Mapping[str, str]) -> str | None:
+    if environ.get(MODE_VARIABLE) != "token":
+        return None
+    try:
+        return environ.get(TOKEN_VARIABLE) or token_path(environ).read_text().strip()
+    except OSError as error:
+        raise Unavailable(
+            f"{token_path(environ)}: the token for Ray cannot be read", got=error.strerror
+        ) from error
+
+
+def _proof(token: str | None) -> tuple[tuple[str, str], ...]:
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def _without_token(environ: Mapping[str, str]) -> str:
+    if environ.get(MODE_VARIABLE) not in (None, "token"):
+        return f"set {MODE_VARIABLE}=token"
     if environ.get(TOKEN_VARIABLE):
-        return f"{TOKEN_VARIABLE} holds another token than the cluster's"
+        return f"{TOKEN_VARIABLE} is not the cluster's: copy the token of its head"
+    path = token_path(environ)
     if path.is_file():
-        return f"{path} holds another token than the cluster's: copy the head's file"
-    return f"{path}: no such file; copy it from the head of the cluster, mode 600"
+        return f"{path} is not the cluster's: copy the file of its head, mode 600"
+    return f"there is no {path}: copy the file of its head, mode 600"

@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import secrets
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -33,8 +32,8 @@ from shardline.cluster.serving.ending import Ending
 from shardline.cluster.serving.joining import (
     check_address,
     check_answers,
+    check_token,
     use_token,
-    without_token,
 )
 from shardline.cluster.serving.leftovers import SESSION_PREFIX, end_session, reap_orphans
 from shardline.cluster.serving.serving_keys import KEY_VARIABLES
@@ -102,8 +101,9 @@ def local_ray(
 @contextlib.contextmanager
 def attached_ray(
     address: str, *, verbose: bool = False, ending: Ending | None = None
-) -> Iterator[None]:
-    """Joins the Ray cluster at ``address`` ("auto": RAY_ADDRESS, or the one of this machine).
+) -> Iterator[str]:
+    """Joins the Ray cluster at ``address`` ("auto": RAY_ADDRESS, or the one of this machine);
+    yields HOST:PORT of its head.
 
     Raises:
         ConfigError: it is an address of Ray Client.
@@ -113,11 +113,12 @@ def attached_ray(
     check_address(address)
     use_token()
     try:
-        check_answers(address)
+        head = check_answers(address)
     except Exception as error:  # of any kind, as those of a start
         raise Unavailable(
             f"no Ray cluster at {address!r}", got=last_line(error), hint="start one with `ray up`"
         ) from error
+    check_token(head)
     ending = ending or Ending()
     try:
         with ending.held(), _handlers_kept(ending):
@@ -127,16 +128,12 @@ def attached_ray(
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
-    except ray.exceptions.AuthenticationError as error:
-        raise Unavailable(
-            f"the Ray cluster at {address!r} refuses this process", hint=without_token()
-        ) from error
     except Exception as error:
         raise Unavailable(
             f"the Ray cluster at {address!r} cannot be joined", got=last_line(error)
         ) from error
     try:
-        yield
+        yield head
     finally:
         ray.shutdown()
 
