@@ -26,7 +26,7 @@ def restart(settings: Settings, rolling: bool) -> None:
 
     A new process loads the shard and takes part before the old one ends, so a host needs room for
     one more shard than it holds. Use it after new code has been installed on the hosts.
-    Interrupting the command stops the display, not the restart; run again, it shows how far that is.
+    Interrupting the command stops the display, not the restart; run again, it goes on showing.
     """
     address = settings.config.cluster.address
     if address == "local":

@@ -45,6 +45,7 @@ from shardline.cluster.serving.launched import ask_controller, asked, controller
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.serving.stopping import stop_serving
+from shardline.cluster.serving.survey import survey
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound, Unavailable
 
@@ -122,10 +123,14 @@ def start_serving(
     had_serve = serve_runs()
     if had_serve:
         check_serve(port)
+    if config.cluster.address != "local":
+        on_stage("looking at the hosts")
+        for warning in enforce(survey(config, number, is_served=False, has_serve=had_serve)):
+            on_stage(f"warning: {warning}")
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     on_stage(f"loading generation {number} into its shards")
-    handle = start_controller(_settings(config, store, generation))
+    handle = start_controller(_settings(config, store, generation, port))
     try:
         # another generation than that checked above if one has become live since
         number = _wait_loaded(handle, store, number, config.cluster.start_timeout_s, on_stage)
@@ -156,7 +161,9 @@ def shard_reports() -> list[dict[str, Any]]:
     return reports
 
 
-def _settings(config: ShardlineConfig, store: Store, generation: int | None) -> ControllerSettings:
+def _settings(
+    config: ShardlineConfig, store: Store, generation: int | None, port: int
+) -> ControllerSettings:
     cluster = config.cluster
     return ControllerSettings(
         store=str(store.root),
@@ -167,6 +174,10 @@ def _settings(config: ShardlineConfig, store: Store, generation: int | None) -> 
         cpus_per_shard=cluster.cpus_per_shard,
         gpus_per_shard=cluster.gpus_per_shard,
         huge_pages=cluster.huge_pages,
+        replicas=cluster.replicas,
+        load_limit_s=cluster.start_timeout_s,
+        http_host=cluster.http_host,
+        http_port=port,
     )
 
 
