@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,26 +254,28 @@ class Controller:
             for key in self._shards.placed:
                 if key not in self._checked and key in self._placement.replicas:
                     self._checked.add(key)
-                    self._spawn(self._tried(self._check(key), f"check of replica {key}"))
+                    self._spawn(self._tried(partial(self._check, key)))
 
     async def _watch_hosts(self) -> None:
         """While Ray's head is away there is no event, and so nothing is decided about hosts."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            await self._tried(self._see_hosts(), "look at the hosts")
+            await self._tried(self._see_hosts)
 
     async def _see_hosts(self) -> None:
-        hosts = await asyncio.to_thread(fresh_hosts)  # blocks while the head is away
+        hosts = await asyncio.to_thread(
+            fresh_hosts, self._placement.hosts
+        )  # blocks while the head is away
         if hosts:
             self._known_hosts = with_known(self._known_hosts, hosts)
             await self._apply(HostsSeen(hosts=hosts, now_s=time.monotonic()))
             self._restart_note.keep(self._placement)
 
-    async def _tried(self, work: Awaitable[None], what: str) -> None:
+    async def _tried(self, look: Callable[[], Awaitable[None]]) -> None:
         try:
-            await work
+            await look()
         except Exception:  # a full disk, say: the next one is in a second
-            logger.exception("%s failed", what)
+            logger.exception("the controller could not look at a replica, or at the hosts")
 
     async def _check(self, key: ReplicaKey) -> None:
         """One health check; what it finds becomes an event."""

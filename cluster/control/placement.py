@@ -9,6 +9,7 @@ it to be old. Where the store's record is lost, or an older one was restored, sh
 tell what numbers they have, and the counter goes on from the largest of all.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -84,7 +85,8 @@ def open_generation(
         hosts=known,
         seen_since=dict.fromkeys(known, now_s),
         store_notes=table.notes,
-        opened_s=now_s,
+        # at the first start nothing is served yet, and so nothing is late
+        heard_by_s=now_s + HEAR_S if found else math.inf,
         now_s=now_s,
         restart=restart,
     )
@@ -97,7 +99,7 @@ def open_generation(
     if not found:  # the first start: a table with holes would be of no use to anybody
         states = (replace(state, unheard=True) for state in filled.replicas.values())
         filled = filled.with_states(*states)
-    shards = tuple(_shard_route(filled, shard) for shard in table.shards)
+    shards = _shard_routes(filled)
     notes = (*table.notes, *_notes(filled))
     return replace(filled, table=replace(filled.table, shards=shards, notes=notes)), (
         *asked,
@@ -186,7 +188,7 @@ def _published(
     before: Placement, changed: Placement, instructions: tuple[Instruction, ...]
 ) -> Outcome:
     """The placement under the next number, if routers are to know of what has changed."""
-    shards = tuple(_shard_route(changed, shard) for shard in before.table.shards)
+    shards = _shard_routes(changed)
     notes = (*changed.store_notes, *_notes(changed))
     settled = before.settled or _is_settled(changed)
     was = (before.table.shards, before.table.notes, before.settled, before.counter)
@@ -203,7 +205,7 @@ def _is_settled(placement: Placement) -> bool:
     if not unheard:
         return True
     answering = {state.key.shard for state in placement.staying() if state.answers}
-    return placement.now_s - placement.opened_s >= HEAR_S and unheard <= answering
+    return placement.now_s >= placement.heard_by_s and unheard <= answering
 
 
 def _found(key: ReplicaKey, node_id: str, hosts: Mapping[str, Host], now_s: float) -> ReplicaState:
@@ -212,34 +214,38 @@ def _found(key: ReplicaKey, node_id: str, hosts: Mapping[str, Host], now_s: floa
     return ReplicaState(route=route, node_id=node_id, since_s=now_s, unheard=True)
 
 
-def _shard_route(placement: Placement, shard: ShardRoute) -> ShardRoute:
-    routes = tuple(
-        state.route
-        for state in placement.replicas.values()
-        if state.key.shard == shard.shard and state.stage is not Stage.DRAINING
+def _shard_routes(placement: Placement) -> tuple[ShardRoute, ...]:
+    """As routers are to know them: without what drains."""
+    routes: dict[int, list[ReplicaRoute]] = defaultdict(list)
+    for state in placement.replicas.values():
+        if state.stage is not Stage.DRAINING:
+            routes[state.key.shard].append(state.route)
+    return tuple(
+        replace(shard, replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]))
+        for shard in placement.table.shards
     )
-    if not routes:
-        absence = Absence(Unavailable.code, "no living host has room for this shard")
-        number = placement.next_numbers[shard.shard]
-        key = ReplicaKey(placement.table.generation, shard.shard, number)
-        routes = (ReplicaRoute(key=key, epoch=0, address=None, absence=absence),)
-    return replace(shard, replicas=routes)
+
+
+def _no_replica(placement: Placement, shard: int) -> ReplicaRoute:
+    absence = Absence(Unavailable.code, "no living host has room for this shard")
+    number = placement.next_numbers[shard]
+    key = ReplicaKey(placement.table.generation, shard, number)
+    return ReplicaRoute(key=key, epoch=0, address=None, absence=absence)
 
 
 def _notes(placement: Placement) -> tuple[Absence, ...]:
     """What people should see to: replicas without a host, hosts where shards cannot be loaded."""
     notes = []
-    wanted, counts = placement.rules.replicas, defaultdict(list)
-    for shard in placement.table.shards:
-        counts[len(placement.staying(shard.shard))].append(shard.shard)
-    for count, shards in sorted(counts.items()):
-        if count < wanted and placement.hosts:
-            hosts = ", ".join(host.address for host in placement.hosts.values())
-            text = (
-                f"{count} instead of {wanted} replicas of {_names(shards)}: "
-                f"the living hosts have no room for more ({hosts})"
-            )
-            notes.append(Absence(Unavailable.code, text))
+    by_count: dict[int, list[int]] = defaultdict(list)
+    for shard, count in placement.shards_without_all():
+        by_count[count].append(shard)
+    hosts = ", ".join(host.address for host in placement.hosts.values())
+    for count, shards in sorted(by_count.items()):
+        text = (
+            f"{count} instead of {placement.rules.replicas} replicas of {_names(shards)}: "
+            f"the living hosts have no room for more ({hosts})"
+        )
+        notes.append(Absence(Unavailable.code, text))
     return (*notes, *_failure_notes(placement))
 
 

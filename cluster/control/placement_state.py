@@ -3,6 +3,7 @@
 Times are seconds of the controller's own clock, as ``HostsSeen`` brings them; no rule reads one.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -99,7 +100,8 @@ class Placement:
 
     table: its replicas are those not draining; a shard without any has one route that says why.
     counter: the largest number given out, as a table version or an epoch.
-    settled: what this controller found when it opened the generation has been heard of.
+    settled: what this controller found when it opened the generation has been heard of, or it is
+    heard_by_s and nothing is lost without the rest.
     hosts: the living ones by node id, by address; seen_since: since when each is known.
     next_numbers: of each shard, the number of its next replica.
     """
@@ -112,7 +114,7 @@ class Placement:
     hosts: Mapping[str, Host]
     seen_since: Mapping[str, float]
     store_notes: tuple[Absence, ...]
-    opened_s: float
+    heard_by_s: float
     now_s: float
     settled: bool = False
     failed: Mapping[Spot, Failure] = field(default_factory=dict)
@@ -121,9 +123,9 @@ class Placement:
     @property
     def ready(self) -> bool:
         """Every shard has its replicas, as many as the living hosts can have, and all answer."""
-        shards = {state.key.shard for state in self.staying()}
-        all_there = len(shards) == len(self.table.shards)
-        return all_there and all(state.answers for state in self.staying())
+        staying = self.staying()
+        all_there = len({state.key.shard for state in staying}) == len(self.table.shards)
+        return all_there and all(state.answers for state in staying)
 
     @property
     def room(self) -> dict[str, int]:
@@ -133,6 +135,11 @@ class Placement:
             node_id: host.room(cpus=rules.cpus, gpus=rules.gpus)
             for node_id, host in self.hosts.items()
         }
+
+    @property
+    def attainable(self) -> int:
+        """Replicas that a shard can have: as many as are wanted, one per host."""
+        return min(self.rules.replicas, sum(room > 0 for room in self.room.values()))
 
     def staying(self, shard: int | None = None) -> list[ReplicaState]:
         """Those that are to serve; of one shard or of all."""
@@ -144,6 +151,24 @@ class Placement:
             for state in self.replicas.values()
             if state.stage is stage and shard in (None, state.key.shard)
         ]
+
+    def shards_without_all(self) -> list[tuple[int, int]]:
+        """(shard, how many stay) where fewer replicas stay than are wanted."""
+        return [each for each in self._counts() if each[1] < self.rules.replicas]
+
+    def shards_with_more(self) -> list[tuple[int, int]]:
+        """(shard, how many stay) where more replicas stay than can be."""
+        return [each for each in self._counts() if each[1] > self.attainable]
+
+    def calm_shards(self) -> set[int]:
+        """Those whose replicas all answer."""
+        staying = self.staying()
+        troubled = {state.key.shard for state in staying if not state.answers}
+        return {state.key.shard for state in staying} - troubled
+
+    def _counts(self) -> list[tuple[int, int]]:
+        counts = Counter(state.key.shard for state in self.staying())
+        return [(route.shard, counts[route.shard]) for route in self.table.shards]
 
     def with_states(self, *states: ReplicaState) -> "Placement":
         """With these added, or in place of those of the same keys."""

@@ -146,8 +146,7 @@ def _give_up_stuck(placement: Placement) -> Outcome:
 def _fill(placement: Placement) -> Outcome:
     """Each shard has the replicas that are wanted, as far as there are hosts for them."""
     instructions: tuple[Instruction, ...] = ()
-    for route in placement.table.shards:
-        shard = route.shard
+    for shard, _ in placement.shards_without_all():
         while len(placement.staying(shard)) < placement.rules.replicas:
             nodes = {state.node_id for state in placement.staying(shard)}
             leaving = placement.at(Stage.LEAVING, shard)
@@ -164,15 +163,14 @@ def _fill(placement: Placement) -> Outcome:
 
 
 def _trim(placement: Placement) -> Outcome:
-    """A controller that was restarted finds one too many where a replica was being replaced."""
+    """There is one too many where a controller was restarted, or a host was lost, in the middle
+    of a replacement."""
     instructions: tuple[Instruction, ...] = ()
     if not placement.settled:
         return placement, instructions
-    for route in placement.table.shards:
-        staying = placement.staying(route.shard)
-        for state in sorted(staying, key=lambda state: _worth(placement, state)):
-            if len(placement.staying(route.shard)) <= placement.rules.replicas:
-                break
+    for shard, count in placement.shards_with_more():
+        staying = sorted(placement.staying(shard), key=lambda state: _worth(placement, state))
+        for state in staying[: count - placement.attainable]:
             if state.answers:
                 placement = placement.with_states(_at_stage(placement, state, "leaving"))
             else:
@@ -191,7 +189,8 @@ def _restart_next(placement: Placement) -> Outcome:
         return replace(placement, restart=replace(restart, is_over=True, trouble=None)), ()
     if _is_replacing(placement) or placement.now_s < restart.not_before_s:
         return placement, ()
-    calm = [state for state in waiting if _is_calm(placement, state.key.shard)]
+    calm_shards = placement.calm_shards() if placement.settled else set()
+    calm = [state for state in waiting if state.key.shard in calm_shards]
     if not calm:
         text = f"waits until all replicas of shard {waiting[0].key.shard} answer"
         return _in_trouble(placement, restart, text), ()
@@ -209,15 +208,12 @@ def _move_next(placement: Placement) -> Outcome:
     )
     is_loading = any(not state.answers and not state.failures for state in placement.staying())
     is_restarting = placement.restart is not None and not placement.restart.is_over
-    if not is_steady or is_loading or is_restarting or _is_replacing(placement):
+    is_busy = is_loading or is_restarting or _is_replacing(placement)
+    if not placement.settled or not is_steady or is_busy:
         return placement, ()
-    barred = [*placement.failed]
-    barred += [
-        Spot(route.shard, node_id)
-        for route in placement.table.shards
-        if not _is_calm(placement, route.shard)
-        for node_id in placement.hosts
-    ]
+    others = {route.shard for route in placement.table.shards} - placement.calm_shards()
+    barred = {Spot(shard, node_id) for shard in others for node_id in placement.hosts}
+    barred |= placement.failed.keys()
     spots = [state.spot for state in placement.staying()]
     move = better_spread(
         placement.room, spots, barred=barred, num_shards=len(placement.table.shards)
@@ -321,11 +317,6 @@ def _at_stage(placement: Placement, state: ReplicaState, stage: str) -> ReplicaS
 
 def _is_replacing(placement: Placement) -> bool:
     return any(state.stage is not Stage.STAYING for state in placement.replicas.values())
-
-
-def _is_calm(placement: Placement, shard: int) -> bool:
-    staying = placement.staying(shard)
-    return placement.settled and bool(staying) and all(state.answers for state in staying)
 
 
 def _worth(placement: Placement, state: ReplicaState) -> tuple[bool, bool, bool, int, int]:

@@ -136,6 +136,7 @@ class TableSnapshot:
             warnings.append((ENCODER_FOLDER, encoder.reason))
             encoder = None
         return {
+            "cluster_id": table.cluster_id,
             "version": table.version,
             "generation": table.generation,
             "model_version": table.model_version,
@@ -184,6 +185,7 @@ def _describe_replica(route: ReplicaRoute, connection: ShardConnection | None) -
         reason, code = route.absence.text, route.absence.code
     return {
         "replica": route.key.replica,
+        "host": route.host,
         "epoch": route.epoch,
         "address": address,
         "connected": connection is not None and connection.connected,
