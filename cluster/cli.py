@@ -68,9 +68,19 @@ COMMANDS = {
     "keys": ("shardline.cluster.commands.keys", "keys", "List, add and remove API keys."),
     "config": ("shardline.cluster.commands.config", "config", "Explain every configuration key."),
     "down": (
-        "shardline.cluster.commands.serve",
+        "shardline.cluster.commands.down",
         "down",
         "Stop the cluster that serves this store.",
+    ),
+    "restart": (
+        "shardline.cluster.commands.restart",
+        "restart",
+        "Replace every shard process, one after the other.",
+    ),
+    "cluster": (
+        "shardline.cluster.commands.cluster",
+        "cluster",
+        "Check the hosts of a launcher file before `ray up`.",
     ),
     "doctor": (
         "shardline.cluster.commands.doctor",
