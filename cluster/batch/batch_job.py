@@ -40,13 +40,14 @@ class Wanted:
 class BatchJob:
     """A job: its queries and generation by content, what is wanted, and how it is cut into blocks.
 
-    live: a running cluster answers, with the writes it has by then; two such jobs differ.
+    content: of the generation, the checksum of its manifest; of a live cluster, its model. live: a
+    running cluster answers, with the writes that it has by then.
     """
 
     queries: dict[str, Any]
     rows: int
     generation: int
-    generation_sha256: str
+    content: str
     wanted: Wanted
     block_rows: int
     live: bool = False
@@ -84,7 +85,7 @@ def job_of(
         queries=source.identity,
         rows=source.rows,
         generation=manifest.generation,
-        generation_sha256=sha256_of(folder / MANIFEST_NAME),
+        content=sha256_of(folder / MANIFEST_NAME),
         wanted=wanted,
         block_rows=block_rows,
     )

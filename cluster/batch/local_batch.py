@@ -6,11 +6,12 @@ faiss has the cores.
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from shardline.cluster.batch.batch_job import BatchJob
 from shardline.cluster.batch.generation_items import GenerationItems
+from shardline.cluster.batch.job_parts import Parts
 from shardline.cluster.batch.loaded_shards import (
     LoadedShards,
     block_bytes,
@@ -22,17 +23,14 @@ from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import PartWriter, ahead
 from shardline.cluster.batch.queries import Queries, QuerySource
 from shardline.cluster.batch.result_columns import ItemColumns
-from shardline.cluster.batch.spans import Span, spans_of, waves_of
+from shardline.cluster.batch.spans import Span, waves_of
 from shardline.cluster.batch.top_k import merge_parts
-from shardline.shards.core.files import FileEntry
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import Ranked
 from shardline.shards.storage.generation import GenerationManifest
 
 PARKED_SHARE = 0.5  # of the free disk space, for blocks between two passes
-
-SEARCH = "search"  # stages, for progress
-LOAD = "load shards"
+LOAD = "load shards"  # a stage, for progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,50 +42,12 @@ class BatchPlan:
     folder: Path
     manifest: GenerationManifest
 
-    @property
-    def spans(self) -> list[Span]:
-        return spans_of(self.job.rows, self.job.block_rows)
-
     def columns(self) -> ItemColumns | None:
         """What to add to results; None where nothing is. Raises as ``ItemColumns``."""
         wanted = self.job.wanted
         if not wanted.attributes and not wanted.original_ids:
             return None
         return ItemColumns(self.folder, self.manifest, wanted.attributes, wanted.original_ids)
-
-
-@dataclass(slots=True)
-class Parts:
-    """The parts of a job so far, those of an earlier run among them; tells the progress."""
-
-    plan: BatchPlan
-    progress: Progress
-    entries: dict[int, FileEntry] = field(default_factory=dict)
-    rows: int = 0
-    resumed: int = 0
-    searched: int = 0
-
-    def resume(self, output: OutputFolder) -> list[Span]:
-        """Takes what is there and whole; the blocks that are left to do, in order."""
-        spans = self.plan.spans
-        for span, entry in output.kept(spans):
-            self.add(span, entry)
-            self.progress("resume", self.rows, self.plan.job.rows)
-        self.resumed = len(self.entries)
-        return [span for span in spans if span.number not in self.entries]
-
-    def add(self, span: Span, entry: FileEntry) -> None:
-        self.entries[span.number] = entry
-        self.rows += len(span)
-
-    def written(self, span: Span, entry: FileEntry) -> None:
-        self.add(span, entry)
-        self.searched += len(span)
-        self.progress(SEARCH, self.rows, self.plan.job.rows)
-
-    @property
-    def ordered(self) -> list[FileEntry]:
-        return [self.entries[number] for number in sorted(self.entries)]
 
 
 def run_local(
@@ -113,11 +73,12 @@ def run_local(
             loaded = _load(plan, groups[0], threads, parts.progress)
             if isinstance(plan.source, GenerationItems):
                 plan.source.keep_vectors(loaded)
-            parts.progress(SEARCH, parts.rows, plan.job.rows)
+            parts.begin()
             for span, queries in ahead(plan.source.read(todo)):
                 writer.put(span, queries, _search(loaded, queries, plan))
             return 1
         _keep_item_vectors(plan, threads, parts.progress)
+        parts.begin()
         for wave in waves_of(todo, _blocks_per_wave(plan, output.work)):
             _answer_wave(plan, output, wave, groups, writer, parts.progress, threads)
     return len(groups)

@@ -6,7 +6,7 @@ Attributes are mapped files, read for the results alone; every process reads wha
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,18 @@ from shardline.shards.storage.generation import (
 
 QUERY_ID, IDS, SCORES, ORIGINAL_IDS = "query_id", "ids", "scores", "original_ids"
 OWN_COLUMNS = (QUERY_ID, IDS, SCORES, ORIGINAL_IDS)
+
+
+class Columns(Protocol):
+    """What a table has beside ids and scores."""
+
+    def of(self, item_ids: IdArray) -> dict[str, pa.Array]:
+        """Each column's values for the results item_ids (n,) int64 of a block."""
+
+
+def title_of(attribute: str) -> str:
+    """The column of an attribute."""
+    return f"attribute.{attribute}" if attribute in OWN_COLUMNS else attribute
 
 
 class ItemColumns:
@@ -57,8 +69,7 @@ class ItemColumns:
                 _column(tables, ORIGINAL_ID) if ORIGINAL_ID in known else None
             )
         for name in names:
-            title = f"attribute.{name}" if name in OWN_COLUMNS else name
-            self._columns[title] = _column(tables, name)
+            self._columns[title_of(name)] = _column(tables, name)
 
     def of(self, item_ids: IdArray) -> dict[str, pa.Array]:
         """Each column's values of item_ids (n,) int64, all of this generation."""
@@ -82,7 +93,7 @@ class ItemColumns:
         return rows
 
 
-def result_table(query_ids: pa.Array, ranked: Ranked, columns: ItemColumns | None) -> pa.Table:
+def result_table(query_ids: pa.Array, ranked: Ranked, columns: Columns | None) -> pa.Table:
     """One row per query: lists of what was found, best first; empty slots are left out."""
     kept = ranked.ids != EMPTY_ID
     if kept.all():

@@ -1,7 +1,6 @@
 """``batch``: many queries answered at once, from a generation's files or by a live cluster."""
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,12 +9,16 @@ from typing import Any
 import click
 
 from shardline.cluster.batch.batch_job import Wanted, checked_wanted, job_of
-from shardline.cluster.batch.batch_report import BatchReport, report_of
+from shardline.cluster.batch.batch_report import BatchReport, timed_job
+from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.loaded_shards import cores
-from shardline.cluster.batch.local_batch import SEARCH, BatchPlan, Parts, run_local, shard_groups
+from shardline.cluster.batch.local_batch import BatchPlan, run_local, shard_groups
 from shardline.cluster.batch.part_files import ClaimedFolder, claimed_folder
 from shardline.cluster.batch.spans import default_block_rows
 from shardline.cluster.cli import Settings
+from shardline.cluster.commands.address import address_of, key_file_option
+from shardline.cluster.commands.batch_live import answer_live
+from shardline.cluster.commands.batch_progress import NotedProgress, RateProgress
 from shardline.cluster.commands.batch_sources import Asked, generation_encoder, open_source
 from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.preflight.check import mib
@@ -68,6 +71,9 @@ LIMITS = {
     metavar="NAME=N",
     help=f"A search parameter, as in nprobe=32: {', '.join(LIMITS)}. Repeatable.",
 )
+@click.option("--live", is_flag=True, help="Ask this store's running cluster, yielding to others.")
+@click.option("--url", help="Ask the running cluster at this address, yielding to others.")
+@key_file_option
 @click.option("--generation", type=int, help="The generation.  [default: the live one]")
 @click.option("--cpus", type=click.IntRange(min=1), help="Cores to use.  [default: all]")
 @click.option(
@@ -91,6 +97,9 @@ def batch(
     returned: str | None,
     original_ids: bool,
     params: tuple[str, ...],
+    live: bool,
+    url: str | None,
+    key_file: Path | None,
     generation: int | None,
     cpus: int | None,
     memory: int | None,
@@ -114,37 +123,57 @@ def batch(
             drops_own=given.items,
         )
     )
-    number = servable_generation(settings.store, generation)
-    folder = settings.store.generation(number)
-    manifest = read_generation(folder)
-    with StageProgress() as progress, claimed_folder(out) as claimed:
-        for line in without_effect(wanted.params, str(manifest.index.kind)):
-            progress.note(line)
-        source = open_source(
-            *(given, manifest, folder, claimed.work),
-            lambda: generation_encoder(folder, manifest),
-            progress.note,
-        )
-        plan = BatchPlan(
-            job=job_of(
-                source, folder, manifest, wanted,
-                block_rows or default_block_rows(wanted.searched_k),
-            ),
-            source=source,
-            folder=folder,
-            manifest=manifest,
-        )  # fmt: skip
-        available = free_memory().available_bytes if memory is None else memory << 20
-        report = run_here(
-            plan, claimed, RateProgress(progress), threads=cpus or cores(), available=available
-        )
+    if url is not None or live:
+        if generation is not None:
+            raise InvalidInput("--generation and --live", hint="a cluster serves one: leave it out")
+        with StageProgress() as progress, claimed_folder(out) as claimed:
+            report = answer_live(
+                *(given, wanted, claimed, address_of(settings, url, key_file), settings.store),
+                RateProgress(progress),
+                block_rows=block_rows,
+            )
+    else:
+        number = servable_generation(settings.store, generation)
+        folder = settings.store.generation(number)
+        with StageProgress() as progress, claimed_folder(out) as claimed:
+            plan = offline_plan(given, wanted, folder, claimed, progress.note, block_rows)
+            available = free_memory().available_bytes if memory is None else memory << 20
+            report = answer_here(
+                plan, claimed, RateProgress(progress), threads=cpus or cores(), available=available
+            )
     print_report(report, as_json=as_json)
 
 
-def run_here(
+def offline_plan(
+    asked: Asked,
+    wanted: Wanted,
+    folder: Path,
+    claimed: ClaimedFolder,
+    note: Callable[[str], None],
+    block_rows: int | None,
+) -> BatchPlan:
+    """The job on the generation in ``folder``. Raises as ``open_source``."""
+    manifest = read_generation(folder)
+    for line in without_effect(wanted.params, str(manifest.index.kind)):
+        note(line)
+    source = open_source(
+        asked,
+        dim=manifest.dim,
+        metric=manifest.metric,
+        items=lambda: GenerationItems(folder, manifest, claimed.work),
+        encoder=lambda: generation_encoder(folder, manifest),
+        work=claimed.work,
+        note=note,
+    )
+    rows = block_rows or default_block_rows(wanted.searched_k)
+    job = job_of(source, folder, manifest, wanted, rows)
+    return BatchPlan(job=job, source=source, folder=folder, manifest=manifest)
+
+
+def answer_here(
     plan: BatchPlan,
     claimed: ClaimedFolder,
-    progress: "RateProgress",
+    progress: NotedProgress,
     *,
     threads: int,
     available: int,
@@ -157,40 +186,14 @@ def run_here(
             f"{len(plan.manifest.shards)} shards in {len(groups)} passes: {mib(available)} of "
             "memory do not hold all at once"
         )
-    started = time.monotonic()
-    output, parts = claimed.begin(plan.job), Parts(plan, progress)
-    todo, passes = parts.resume(output), 0
-    if todo:
-        passes = run_local(plan, output, todo, parts, threads=threads, available_bytes=available)
-    output.finish(parts.ordered)
-    seconds = time.monotonic() - started
-    return report_of(parts, str(output.path), way="local", passes=passes, seconds=seconds)
-
-
-class RateProgress:
-    """Progress with the rate of the running search, and the time that it leaves."""
-
-    def __init__(
-        self, progress: StageProgress, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._progress, self._clock = progress, clock
-        self._first: tuple[float, int] | None = None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        self._progress(stage, done, total)
-        if stage != SEARCH:
-            return
-        now = self._clock()
-        if self._first is None:
-            self._first = now, done
-        seconds, answered = now - self._first[0], done - self._first[1]
-        if seconds > 0 and answered:
-            left = (total - done) * seconds / answered
-            rate = answered / seconds
-            self._progress.detail(f"{rate:,.0f} queries/s, {left:,.0f} s left")
-
-    def note(self, line: str) -> None:
-        self._progress.note(line)
+    with timed_job(plan.job, claimed, progress, way="local") as run:
+        if run.todo:
+            run.passes = run_local(
+                *(plan, run.output, run.todo, run.parts),
+                threads=threads,
+                available_bytes=available,
+            )
+    return run.report
 
 
 def search_params(given: tuple[str, ...]) -> SearchParams:

@@ -9,13 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from shardline.cluster.batch.csv_queries import open_query_files
-from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.queries import Queries, QuerySource
 from shardline.cluster.batch.query_files import FeatureFiles, IdFiles, VectorFiles, encoded
 from shardline.cluster.batch.spans import Span
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import InvalidInput, NotFound
-from shardline.shards.core.schema import ORIGINAL_ID, IdArray
+from shardline.shards.core.schema import ORIGINAL_ID, IdArray, Metric
 from shardline.shards.storage.generation import GenerationManifest, verify_query_encoder
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.evaluation.user_queries import query_features
@@ -75,21 +74,23 @@ def generation_encoder(folder: Path, manifest: GenerationManifest) -> Encoder:
 
 def open_source(
     asked: Asked,
-    manifest: GenerationManifest,
-    folder: Path,
-    work: Path,
+    *,
+    dim: int,
+    metric: Metric,
+    items: Callable[[], QuerySource],
     encoder: Callable[[], Encoder],
+    work: Path,
     note: Callable[[str], None],
 ) -> QuerySource:
     """Everything that can be known of the queries without reading them all is checked.
 
-    folder: the generation's. work: for files that the job needs while it runs.
+    work: for files that the job needs while it runs. note: prints a line.
 
     Raises:
         NotFound, DataError, InvalidInput: as the sources.
     """
     if asked.items:
-        return GenerationItems(folder, manifest, work)
+        return items()
     files = open_query_files(asked.queries, work)
     if asked.users is not None:
         named = IdFiles(files, id_column=asked.id_column) if files else None
@@ -103,8 +104,8 @@ def open_source(
     else:
         source = VectorFiles(
             files,
-            dim=manifest.dim,
-            metric=manifest.metric,
+            dim=dim,
+            metric=metric,
             id_column=asked.id_column,
             vector_column=asked.vector_column,
         )

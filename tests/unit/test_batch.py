@@ -18,7 +18,7 @@ from shardline.cluster.batch.loaded_shards import block_bytes, loaded_bytes
 from shardline.cluster.batch.local_batch import BatchPlan
 from shardline.cluster.batch.part_files import claimed_folder, read_result
 from shardline.cluster.batch.query_files import VectorFiles
-from shardline.cluster.commands.batch import run_here
+from shardline.cluster.commands.batch import answer_here
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
 from shardline.shards.core.schema import Metric, normalise
 from shardline.shards.storage.generation import read_generation
@@ -99,7 +99,7 @@ def test_passes_give_the_bytes_of_one(made: BatchStore, tmp_path: Path, queries:
         )
         room = max(sizes, max(loaded_bytes(manifest)))
         with claimed_folder(tmp_path / name) as claimed:
-            report = run_here(
+            report = answer_here(
                 plan, claimed, Silent(), threads=1, available=int((room + needed) / 0.8) + 1
             )
         found.append((report.passes, contents(tmp_path / name)))

@@ -22,7 +22,8 @@ from shardline.cluster.batch.spans import (
     waves_of,
 )
 from shardline.cluster.batch.top_k import merge_parts, without_own
-from shardline.cluster.commands.batch import RateProgress, search_params
+from shardline.cluster.commands.batch import search_params
+from shardline.cluster.commands.batch_progress import RateProgress
 from shardline.shards.core.errors import DataError, InvalidInput, Unavailable
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.schema import MAX_K, Ranked
