@@ -65,6 +65,11 @@ COMMANDS = {
         "What a running cluster serves, and how well.",
     ),
     "query": ("shardline.cluster.commands.query", "query", "Ask a running cluster for the top K."),
+    "batch": (
+        "shardline.cluster.commands.batch",
+        "batch",
+        "Answer many queries at once, as Parquet files.",
+    ),
     "keys": ("shardline.cluster.commands.keys", "keys", "List, add and remove API keys."),
     "config": ("shardline.cluster.commands.config", "config", "Explain every configuration key."),
     "down": (
