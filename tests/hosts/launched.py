@@ -11,6 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,31 @@ class Launched:
         for host in self.rig.hosts[1:]:
             host.run(f"export RAY_HEAD_IP={self.head.address}; {self._start_command(head=False)}")
 
+    def report(self, host: Host) -> dict[str, Any]:
+        """What the controller tells `shardline status` there."""
+        told: dict[str, Any] = json.loads(self.shardline(host, "status --json").stdout)["cluster"]
+        return told
+
+    def is_whole(self, host: Host) -> bool:
+        """Whether every host lives and has a router, every shard as many replicas that answer as
+        are wanted, on different hosts, and hosts are evenly loaded; asked on that host."""
+        done = self.shardline(host, "status --json", check=False)
+        if done.returncode:
+            return False
+        told = json.loads(done.stdout)["cluster"]
+        on = Counter((r["shard"], r["host"]) for r in told["replicas"] if r["answers"])
+        per_shard = Counter(shard for shard, _ in on)
+        per_host = Counter(host for _, host in on)
+        hosts = [each["host"] for each in told["hosts"] if each["alive"] and each["router"]]
+        wanted = told["replicas_wanted"]
+        return (
+            len(hosts) == len(self.rig.hosts)
+            and set(on.values()) == {1}
+            and len(told["replicas"]) == sum(per_shard.values())
+            and set(per_shard.values()) == {wanted}
+            and max(per_host.values()) - min(per_host[host] for host in hosts) <= 1
+        )
+
     def shardline(
         self, host: Host, words: str, *, timeout_s: float = 120, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
@@ -108,13 +134,6 @@ class Launched:
         settings = " ".join(f"--set {setting}" for setting in SETTINGS)
         command = f"cd ~/shardline && shardline -c {CONFIG} {settings} {words}"
         return host.run(command, timeout_s=timeout_s, check=check)
-
-    def ask(self, host: Host, path: str, body: str | None = None, key: str | None = None) -> Any:
-        """What the HTTP front end of a host answers to curl there, as JSON."""
-        words = ["curl", "-sS", "--max-time", "5"]
-        words += ["-H", f"'Authorization: Bearer {key}'"] if key else []
-        words += ["-H", "'Content-Type: application/json'", "-d", f"'{body}'"] if body else []
-        return json.loads(host.run(f"{' '.join(words)} http://127.0.0.1:{HTTP_PORT}{path}").stdout)
 
     def _start_command(self, *, head: bool) -> str:
         name = "head_start_ray_commands" if head else "worker_start_ray_commands"
