@@ -73,7 +73,7 @@ class Setting:
     ) -> Cost:
         """Runs the load with these actions, writes the report, waits until all is whole."""
         hosts = self.served.rig.hosts
-        key = (self.served.rig.store / "keys").read_text().split()[-1]
+        key = self.served.shardline(self.served.head, "keys show").stdout.strip()
         records = under_load(hosts, self.corpus, key, actions, seconds=seconds)
         cost = cost_of(records, actions, away)
         whole_s = self.wait_whole()
