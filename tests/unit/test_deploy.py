@@ -44,24 +44,39 @@ def test_the_launcher_file_brings_all_the_code_and_no_more() -> None:
 
 @pytest.mark.parametrize("head", [True, False])
 def test_ray_starts_with_the_environment_of_the_table(head: bool, tmp_path: Path) -> None:
-    """The start command as bash runs it, with a `ray` that prints what it finds."""
-    config = launcher_file()
-    shutil.copytree(RAY, tmp_path / "shardline" / "deploy" / "ray")
-    ray = tmp_path / "shardline" / ".venv" / "bin" / "ray"
-    ray.parent.mkdir(parents=True)
-    ray.write_text('#!/bin/sh\necho "$@"; env\n')
-    ray.chmod(0o700)
-    line = config["head_start_ray_commands" if head else "worker_start_ray_commands"][-1]
-    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "10.0.0.1"}
-    done = subprocess.run(
-        ["bash", "-c", line], env=environ, capture_output=True, text=True, check=True, timeout=30
-    )
-    options, *found = done.stdout.splitlines()
+    options, *found = ray_calls(tmp_path, head=head, is_running=False)
     assert options.startswith("start --head" if head else "start --address=10.0.0.1:6379")
     assert ("--dashboard-host=127.0.0.1" in options) == head
     set_there = dict(each.split("=", 1) for each in found if each.startswith("RAY_"))
     assert set_there.pop("RAY_HEAD_IP") == "10.0.0.1"
     assert set_there == launched_environment(str(tmp_path), head=head)
+
+
+def test_ray_is_left_alone_on_a_worker_where_it_runs(tmp_path: Path) -> None:
+    """The autoscaler of a head that was lost starts the workers anew, which serve meanwhile."""
+    assert ray_calls(tmp_path, head=False, is_running=True) == []
+
+
+def ray_calls(home: Path, *, head: bool, is_running: bool) -> list[str]:
+    """What the last start command prints, run by bash with a ``ray`` that prints how it was called
+    and its environment, but for ``ray stop``."""
+    shutil.copytree(RAY, home / "shardline" / "deploy" / "ray")
+    programs = home / "shardline" / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "ray").write_text('#!/bin/sh\ntest "$1" = stop || { echo "$@"; env; }\n')
+    (programs / "pgrep").write_text(f"#!/bin/sh\nexit {0 if is_running else 1}\n")
+    for path in programs.iterdir():
+        path.chmod(0o700)
+    line = launcher_file()["head_start_ray_commands" if head else "worker_start_ray_commands"][-1]
+    environ = {
+        "HOME": str(home),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "RAY_HEAD_IP": "10.0.0.1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", line], env=environ, capture_output=True, text=True, check=True, timeout=30
+    )
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("login_file", [".bash_profile", ".bash_login", ".profile"])
