@@ -48,6 +48,7 @@ def rendered(
     servers: Sequence[int],
     others: Sequence[int] = (),
     *,
+    other_host: str = OTHER_HOST,
     inter: str = "5s",
 ) -> str:
     """What Ray writes for replicas that listen on these ports of HAProxy's host, and of another."""
@@ -75,7 +76,7 @@ def rendered(
             protocol=RequestProtocol.HTTP,
             servers=[
                 *(ServerConfig(f"r{each}", "127.0.0.1", each) for each in servers),
-                *(ServerConfig(f"o{each}", OTHER_HOST, each) for each in others),
+                *(ServerConfig(f"o{each}", other_host, each) for each in others),
             ],
             fallback_server=ServerConfig("fallback", "127.0.0.1", 9),
         )
@@ -91,12 +92,14 @@ def haproxy_before(
     limits: Limits = LIMITS,
     *,
     others: Sequence[int] = (),
+    other_host: str = OTHER_HOST,
     inter: str = "5s",
 ) -> Iterator[Front]:
     """HAProxy itself, corrected, in front of these ports; ended by its pid."""
     port = free_port()
     config = folder / "haproxy.cfg"
-    config.write_text(corrected(rendered(folder, port, servers, others, inter=inter), limits))
+    text = rendered(folder, port, servers, others, other_host=other_host, inter=inter)
+    config.write_text(corrected(text, limits))
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -35,8 +35,14 @@ HEADER_TIMEOUT_S = 10
 # second more: another try, at another replica, is sooner.
 CONNECT_TIMEOUT_MS = 500
 # A host that takes no packet for so long has vanished: without this, a request that was sent to it
-# on a kept connection would wait for the router's own time limit.
+# would wait for the router's own time limit. Where nothing is sent, the kernel asks every second.
 UNHEARD_MS = 2000
+KEPT_ALIVE = (
+    "option srvtcpka",
+    "srvtcpka-idle 1s",
+    "srvtcpka-intvl 1s",
+    "srvtcpka-cnt 2",
+)
 CHECK_TIMEOUT_S = 2  # of an answer to a health check; three that fail count as a replica's end
 # of the router's own time limits, after which it would have answered itself
 ANSWER_MARGIN_MS = 2000
@@ -196,7 +202,8 @@ def _own_host_first(section: str) -> str:
     another host, where opening one may take time, are not ended with it: what was sent to a host
     that has vanished fails after ``UNHEARD_MS``.
     """
-    has_both = 0 < _first_asked(section) < len(SERVER.findall(section))
+    own = [_is_own(address) for _, address in SERVER.findall(section)]
+    has_both = any(own) and not all(own)
 
     def server(found: re.Match[str]) -> str:
         line = OBSERVED.sub("", found[0]) + CHECKED_SOONER
@@ -204,8 +211,9 @@ def _own_host_first(section: str) -> str:
             return f"{line} on-marked-down {SHUT_DOWN}"
         return f"{line} tcp-ut {UNHEARD_MS}ms{' backup' if has_both else ''}"
 
+    options = [*(() if all(own) else KEPT_ALIVE), *(("option allbackups",) if has_both else ())]
     section = SERVER.sub(server, section)
-    return section.replace(SERVERS, f"    option allbackups\n{SERVERS}") if has_both else section
+    return section.replace(SERVERS, "".join(f"    {each}\n" for each in options) + SERVERS)
 
 
 def _first_asked(section: str) -> int:

@@ -148,4 +148,5 @@ def test_as_much_is_taken_as_the_routers_that_are_asked_can_do(
     assert "on-error mark-down" not in text
     assert text.count(" tcp-ut 2000ms") == 2 * len(others)
     assert text.count(" on-marked-down shutdown-sessions") == 2 * len(own)
+    assert text.count("    option srvtcpka\n") == (2 if others else 0)
     assert text.count("timeout connect ") == 1
