@@ -8,8 +8,8 @@ import pytest
 
 from tests.chaos.corpus import make_store
 from tests.chaos.oracle import Corpus
-from tests.hosts.launched import CHECKOUT, HTTP_PORT, Launched, wait_until
-from tests.hosts.rig import STORE, Host, environment_folders, raised
+from tests.hosts.launched import CHECKOUT, Launched, wait_until
+from tests.hosts.rig import Host, environment_folders, raised
 
 K = 10
 
@@ -35,7 +35,9 @@ def test_serve_query_from_both_hosts_down(launched: Launched, corpus: Corpus) ->
     expected = nearest(corpus, number)
     for host in launched.rig.hosts:
         assert asked(launched, host, int(corpus.ids[number])) == expected, host.name
-    assert sum(shards_on(host) for host in launched.rig.hosts) == len(corpus.rows)
+    per_host = len(corpus.rows) // 2
+    assert [shards_on(host) for host in launched.rig.hosts] == [per_host, per_host]
+    assert launched.is_whole(launched.rig.hosts[1])
     assert "stopped" in launched.shardline(launched.head, "down").stdout
     wait_until(
         lambda: not any(shards_on(host) for host in launched.rig.hosts),
@@ -45,9 +47,8 @@ def test_serve_query_from_both_hosts_down(launched: Launched, corpus: Corpus) ->
 
 
 def asked(launched: Launched, host: Host, item: int) -> list[int]:
-    """The ids that `shardline query` answers with on that host."""
-    where = f"--url http://{launched.head.address}:{HTTP_PORT} --key-file {STORE}/keys"
-    done = launched.shardline(host, f"query {where} --item {item} -k {K} --json")
+    """The ids that `shardline query` answers with on that host, which finds the cluster itself."""
+    done = launched.shardline(host, f"query --item {item} -k {K} --json")
     answer = json.loads(done.stdout)
     assert answer["coverage"]["shards_answered"] == answer["coverage"]["shards_asked"]
     return [each["item_id"] for each in answer["results"]]
