@@ -1,7 +1,7 @@
 """Asks every host of the attached Ray what it has, and judges whether a generation can be served
 there: room for the replicas, memory, one store, one version, the port.
 
-A small task is pinned to each host; the rules are in ``cluster.preflight.hosts``.
+A small task is pinned to each host; the rules are in ``cluster.preflight.host_checks``.
 """
 
 import logging
@@ -19,14 +19,14 @@ from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.hosts import Host, Spot, choose_host, fits
 from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.preflight.check import Check, failed, passed
-from shardline.cluster.preflight.host_facts import HostFacts, Question, host_facts
-from shardline.cluster.preflight.hosts import (
+from shardline.cluster.preflight.host_checks import (
     Answer,
     check_hosts,
     check_room,
     check_silent,
     on_host,
 )
+from shardline.cluster.preflight.host_facts import HostFacts, Question, host_facts
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ConfigError, Unavailable, last_line
