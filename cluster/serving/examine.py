@@ -1,4 +1,4 @@
-"""A launched cluster examined from one of its hosts, for `doctor`: Ray, hosts, replicas, routers."""
+"""A launched cluster examined from one of its hosts, for `doctor`: hosts, replicas, routers."""
 
 from collections import Counter
 

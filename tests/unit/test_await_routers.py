@@ -1,4 +1,4 @@
-"""Waiting for a cluster's own routers: which answers count, how long, and what is said at the end."""
+"""Waiting for a cluster's own routers: which answers count, how long, and what is said then."""
 
 from collections.abc import Callable
 from typing import Any

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,8 +215,6 @@ def test_doctor_names_what_is_missing() -> None:
 
 
 def test_joining_and_asking_go_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import nullcontext
-
     report = report_of(("10.0.0.1", 1.0))
     handle = SimpleNamespace(report=SimpleNamespace(remote=lambda: "reference"))
     context = SimpleNamespace(get_node_id=lambda: "node-10.0.0.1")
