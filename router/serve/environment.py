@@ -1,9 +1,10 @@
 """What the processes of Ray and Serve find in their environment, as a table: variable, value, why.
 
 Every process of Ray inherits it from the one that starts Ray, and reads it when it is imported: a
-runtime_env comes too late. ``SERVING`` holds on every cluster, and the launcher files in deploy/ray
-set the same; ``PRIVATE`` comes on top for a Ray of our own on this machine, where several may run
-side by side. Serve's other patches are ``router.serve.front`` and ``router.serve.haproxy_start``.
+runtime_env comes too late. ``SERVING`` holds on every cluster. ``PRIVATE`` comes on top for a Ray
+of our own on this machine, where several may run side by side; ``LAUNCHED`` on every host of a
+cluster of several, and ``HEAD`` on its head: the launcher files in deploy set the same. Serve's
+other patches are ``router.serve.front`` and ``router.serve.haproxy_start``.
 """
 
 import os
@@ -19,6 +20,7 @@ from shardline.router.serve.haproxy_start import BINARY, launcher
 
 # in a value: what ``private_environment`` fills in, because each session has its own
 SESSION = "{session}"
+HOME = "{home}"  # in the tables of launched clusters: the user's home folder on each host
 PORT = "{port}"
 CONNECTIONS = "{connections}"
 
@@ -49,6 +51,7 @@ SERVING = (
     # one that works for two seconds without a pause is not
     Variable("RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER", "1s", "a stopped router is left alone"),
     Variable("RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL", "3", "a busy router is not left alone"),
+    Variable("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1", "30 s lengthen every stop"),
     Variable("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0", "one loop halves the latency"),
     Variable("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0", "one loop halves the latency"),
     Variable(
@@ -75,15 +78,41 @@ PRIVATE = (
     Variable("RAY_SERVE_HAPROXY_STATS_PORT", PORT, "8404 is for one session only"),
     Variable("RAY_SERVE_HAPROXY_NBTHREAD", "1", "forwards far more than one router can answer"),
     Variable("RAY_SERVE_HAPROXY_MAXCONN", CONNECTIONS, "4096 need more open files than some have"),
-    Variable("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1", "30 s lengthen every stop"),
     Variable("RAY_SERVE_LOG_TO_STDERR", "0", "the terminal is the command's"),
     Variable("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60", "busy laptops need over 5 s to start"),
+)
+LAUNCHED = (
+    Variable("RAY_AUTH_MODE", "token", "else whoever reaches Ray's ports runs code on the hosts"),
+    Variable(
+        BINARY,
+        f"{HOME}/shardline/deploy/ray/haproxy.sh",
+        "starts HAProxy with a corrected configuration",
+        "test_haproxy.py::test_what_ray_writes_is_corrected",
+    ),
+    # three failed checks of two seconds, a second apart: a host that is silent counts as dead after
+    # 9 to 12 s, and not after 63; one that is busy for six seconds does not
+    Variable("RAY_health_check_period_ms", "1000", "a silent host is replaced after 12 s"),
+    Variable("RAY_health_check_timeout_ms", "2000", "a silent host is replaced after 12 s"),
+    Variable("RAY_health_check_failure_threshold", "3", "a busy host is not replaced"),
+    # after that time without the head every other host's Ray ends, and its shards with it
+    Variable("RAY_gcs_rpc_server_reconnect_timeout_s", "600", "hosts serve on without the head"),
+)
+HEAD = (
+    Variable("RAY_gcs_storage", "rocksdb", "a head that starts again knows what runs where"),
+    Variable("RAY_gcs_storage_path", f"{HOME}/shardline-gcs", "a head that starts again knows"),
+    Variable("RAY_enable_autoscaler_v2", "0", "with v2 `ray up` brings up one worker of two"),
 )
 
 
 def serving_environment() -> dict[str, str]:
     """What every process of a serving cluster needs, by name."""
     return {variable.name: variable.value for variable in SERVING}
+
+
+def launched_environment(home: str, *, head: bool) -> dict[str, str]:
+    """What Ray needs on a host of a launched cluster; home: the user's folder there."""
+    own = (*LAUNCHED, *HEAD) if head else LAUNCHED
+    return serving_environment() | {v.name: v.value.replace(HOME, home) for v in own}
 
 
 def private_environment(session: Path, ports: Iterator[int], connections: int) -> dict[str, str]:

@@ -1,31 +1,89 @@
 """The files in deploy/ are what Ray and our own configuration accept."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from shardline.cluster.config import load_config
-from shardline.router.serve.environment import limits_of, serving_environment
+from shardline.router.serve.environment import launched_environment, limits_of
 from shardline.router.serve.haproxy import Limits
 from shardline.shards.core.metrics import METRICS, Kind
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
 
-@pytest.mark.parametrize("path", sorted(DEPLOY.glob("ray/onprem*.yaml")), ids=lambda p: p.name)
-def test_ray_up_accepts_the_launcher_file(path: Path) -> None:
-    config = yaml.safe_load(path.read_text())
-    validate_config(prepare_config(config))
-    starts = config["head_start_ray_commands"] + config["worker_start_ray_commands"]
-    for line in (line for line in starts if "ray start" in line):
-        wanted = [f"{name}={value}" for name, value in serving_environment().items()]
-        assert [each for each in wanted if each not in line] == []
+ROOT = DEPLOY.parent
+RAY = DEPLOY / "ray"
+
+
+def test_ray_up_accepts_the_launcher_file() -> None:
+    validate_config(prepare_config(launcher_file()))
+
+
+def test_the_launcher_file_brings_all_the_code_and_no_more() -> None:
+    mounts = launcher_file()["file_mounts"]
+    assert all(host == f"~/shardline/{here}" for host, here in mounts.items() if here[0] != "~")
+    brought = {here for here in mounts.values() if here[0] != "~"}
+    assert all((ROOT / here).exists() for here in brought)
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    needed = {package.split(".")[1] for package in packages if "." in package}
+    assert needed <= brought
+    assert not brought & {".", ".venv", ".git", "tests", "docs", "shardline-store"}
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_ray_starts_with_the_environment_of_the_table(head: bool, tmp_path: Path) -> None:
+    """The start command as bash runs it, with a `ray` that prints what it finds."""
+    config = launcher_file()
+    shutil.copytree(RAY, tmp_path / "shardline" / "deploy" / "ray")
+    ray = tmp_path / "shardline" / ".venv" / "bin" / "ray"
+    ray.parent.mkdir(parents=True)
+    ray.write_text('#!/bin/sh\necho "$@"; env\n')
+    ray.chmod(0o700)
+    line = config["head_start_ray_commands" if head else "worker_start_ray_commands"][-1]
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "10.0.0.1"}
+    done = subprocess.run(
+        ["bash", "-c", line], env=environ, capture_output=True, text=True, check=True, timeout=30
+    )
+    options, *found = done.stdout.splitlines()
+    assert options.startswith("start --head" if head else "start --address=10.0.0.1:6379")
+    assert ("--dashboard-host=127.0.0.1" in options) == head
+    set_there = dict(each.split("=", 1) for each in found if each.startswith("RAY_"))
+    assert set_there.pop("RAY_HEAD_IP") == "10.0.0.1"
+    assert set_there == launched_environment(str(tmp_path), head=head)
+
+
+@pytest.mark.parametrize("login_file", [".bash_profile", ".bash_login", ".profile"])
+def test_a_login_shell_of_a_host_finds_the_commands(login_file: str, tmp_path: Path) -> None:
+    shutil.copytree(RAY, tmp_path / "shardline" / "deploy" / "ray")
+    if login_file != ".profile":
+        (tmp_path / login_file).touch()
+    environ = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    for _ in range(2):
+        subprocess.run(
+            ["bash", "-c", launcher_file()["setup_commands"][-1]], env=environ, check=True
+        )
+    assert (tmp_path / login_file).read_text().count("profile.sh") == 1
+    command = ["bash", "--login", "-c", "echo $PATH $RAY_AUTH_MODE"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{tmp_path}/shardline/.venv/bin:")
+    assert done.stdout.endswith(" token\n")
+
+
+def launcher_file() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load((RAY / "onprem.yaml").read_text())
+    return content
 
 
 def test_our_configuration_accepts_the_cluster_file() -> None:

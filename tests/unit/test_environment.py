@@ -11,10 +11,13 @@ import ray
 from shardline.cluster.serving import ray_session
 from shardline.router.router_config import RouterConfig
 from shardline.router.serve.environment import (
+    HEAD,
+    LAUNCHED,
     PORT,
     PRIVATE,
     SERVING,
     Variable,
+    launched_environment,
     private_environment,
     serving_environment,
     write_launcher,
@@ -23,7 +26,7 @@ from shardline.router.serve.haproxy import Limits
 from shardline.router.serve.haproxy_start import BINARY
 
 RAY = Path(ray.__file__).parent
-EVERY = (*SERVING, *PRIVATE)
+EVERY = (*SERVING, *PRIVATE, *LAUNCHED, *HEAD)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,16 @@ def test_no_variable_is_set_elsewhere_in_the_product() -> None:
     """But Ray's token, which is no setting."""
     source = inspect.getsource(ray_session)
     assert "RAY_SERVE" not in source
-    assert len({variable.name for variable in EVERY}) == len(EVERY)
+    for table in ((*SERVING, *PRIVATE), (*SERVING, *LAUNCHED, *HEAD)):
+        assert len({variable.name for variable in table}) == len(table)
+
+
+def test_the_head_has_more_than_the_other_hosts_and_paths_below_its_home() -> None:
+    head, other = (launched_environment("/home/u", head=head) for head in (True, False))
+    assert head.items() > other.items() > serving_environment().items()
+    assert head["RAY_gcs_storage_path"] == "/home/u/shardline-gcs"
+    assert other[BINARY] == "/home/u/shardline/deploy/ray/haproxy.sh"
+    assert not [value for value in head.values() if "{" in value]
 
 
 def test_a_private_ray_keeps_to_its_folder_and_its_ports(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""A cluster of several hosts, simulated on this machine."""
