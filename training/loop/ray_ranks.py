@@ -6,17 +6,19 @@ Expects the caller to be connected to Ray; ``training.loop.process_group`` joins
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train import get_context as get_rank_context
 from ray.train.torch import TorchTrainer, get_device
 
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
+from shardline.shards.core.files import MANIFEST_NAME
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.loop.process_group import HostTorchConfig
 from shardline.training.loop.run_rank import train_rank
@@ -31,8 +33,28 @@ def train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) -> 
         ShardlineError, OSError: what a rank raised of these. Unavailable: ranks died, failed
             otherwise or found no room, more often than max_failures.
     """
-    trainer = TorchTrainer(
-        _rank_entry,
+    trainer = build_ranks(_rank_entry, config, use_gpu, run_folder)
+    try:
+        with _interrupt_handler_kept():
+            trainer.fit()
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # which Ray makes an exit with its number
+            raise
+        # how Ray Train leaves after Ctrl-C, once it has ended the ranks: with 0, or 1 from a wait
+        raise KeyboardInterrupt from error
+    except TrainingFailedError as error:
+        raise _cause(error) from error
+
+
+def build_ranks(
+    entry: Callable[[dict[str, str]], None],
+    config: TrainingConfig,
+    use_gpu: bool,
+    run_folder: Path,
+) -> TorchTrainer:
+    """``entry`` on every rank, with {"run_folder": its path}, as this configuration places them."""
+    return TorchTrainer(
+        entry,
         train_loop_config={"run_folder": str(run_folder)},
         torch_config=HostTorchConfig(),
         scaling_config=ScalingConfig(
@@ -49,23 +71,35 @@ def train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) -> 
             ),
         ),
     )
-    try:
-        with _interrupt_handler_kept():
-            trainer.fit()
-    except SystemExit as error:
-        if error.code == signal.SIGTERM:  # which Ray makes an exit with its number
-            raise
-        # how Ray Train leaves after Ctrl-C, once it has ended the ranks: with 0, or 1 from a wait
-        raise KeyboardInterrupt from error
-    except TrainingFailedError as error:
-        raise _cause(error) from error
 
 
 def _rank_entry(settings: dict[str, str]) -> None:
     """What every Ray worker runs. The cores of a host are shared evenly by its ranks."""
+    run_folder = Path(settings["run_folder"])
+    check_shared(run_folder)
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // get_rank_context().get_local_world_size()))
-    train_rank(Path(settings["run_folder"]), get_device())
+    train_rank(run_folder, get_device())
+
+
+def check_shared(run_folder: Path) -> None:
+    """Whether this host has the run folder that the run was declared in, and may write there.
+
+    Raises:
+        Unavailable: it does not; names the host.
+    """
+    got = None
+    if not (run_folder / MANIFEST_NAME).exists():
+        got = "no such run there"
+    elif not os.access(run_folder, os.W_OK):
+        got = "a folder that cannot be written"
+    if got is not None:
+        raise Unavailable(
+            f"host {ray.util.get_node_ip_address()} does not share the run folder {run_folder}",
+            expected="the folder of the host that training was started on",
+            got=got,
+            hint="--run names a folder that every host mounts at the same path",
+        )
 
 
 def _cause(error: TrainingFailedError) -> Exception:
@@ -73,6 +107,7 @@ def _cause(error: TrainingFailedError) -> Exception:
     failures = list(getattr(error, "worker_failures", {}).values())
     failures.append(getattr(error, "controller_failure", None))  # ranks that did not start
     causes = [_original(failure) for failure in failures if failure is not None]
+    causes.sort(key=lambda cause: not isinstance(cause, RayActorError))  # others lost it only
     for cause in causes:
         if isinstance(cause, ShardlineError | OSError):  # a full disk, say
             return cause
