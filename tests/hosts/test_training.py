@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "RAY_health_check_failure_threshold": "3",
 }
 START = "ray start --num-cpus=2 --object-store-memory=100000000"
+HEAD = "--head --include-dashboard=false --port=6379"
 SHARDLINE = 'python -c "from shardline.cluster.cli import main; main()"'
 STEPS = 400
 GONE_WITHIN_S = 60.0  # 12 s until Ray counts the host as dead; the rest is starting and ending
@@ -38,10 +39,7 @@ GONE_WITHIN_S = 60.0  # 12 s until Ray counts the host as dead; the rest is star
 def rig() -> Iterator[Rig]:
     with raised(2, [*environment_folders(), CHECKOUT]) as rig:
         head, other = rig.hosts
-        here(
-            head,
-            f"{START} --head --include-dashboard=false --port=6379 --node-ip-address={head.address}",
-        )
+        here(head, f"{START} {HEAD} --node-ip-address={head.address}")
         join(head, other)
         yield rig
 
