@@ -65,12 +65,27 @@ COMMANDS = {
         "What a running cluster serves, and how well.",
     ),
     "query": ("shardline.cluster.commands.query", "query", "Ask a running cluster for the top K."),
+    "batch": (
+        "shardline.cluster.commands.batch",
+        "batch",
+        "Answer many queries at once, as Parquet files.",
+    ),
     "keys": ("shardline.cluster.commands.keys", "keys", "List, add and remove API keys."),
     "config": ("shardline.cluster.commands.config", "config", "Explain every configuration key."),
     "down": (
-        "shardline.cluster.commands.serve",
+        "shardline.cluster.commands.down",
         "down",
         "Stop the cluster that serves this store.",
+    ),
+    "restart": (
+        "shardline.cluster.commands.restart",
+        "restart",
+        "Replace every shard process, one after the other.",
+    ),
+    "cluster": (
+        "shardline.cluster.commands.cluster",
+        "cluster",
+        "Check the hosts of a launcher file before `ray up`.",
     ),
     "doctor": (
         "shardline.cluster.commands.doctor",

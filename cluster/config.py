@@ -31,6 +31,12 @@ class ClusterConfig(BaseModel):
     shards: int = Field(
         default=4, ge=1, le=4096, description="[shards] Shards of a new generation."
     )
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="[replicas] Replicas of each shard, on different hosts; not more than hosts.",
+    )
     threads_per_shard: int = Field(
         default=1, ge=1, le=256, description="[threads] faiss threads that one shard's search uses."
     )
@@ -68,12 +74,20 @@ class ClusterConfig(BaseModel):
         le=65535,
         description="[port] HTTP port; 0 picks a free one (local only).",
     )
-    router_replicas: int = Field(
-        default=1, ge=1, le=64, description="[processes] Router replicas behind HAProxy."
+    router_replicas: int | None = Field(
+        default=None,
+        ge=1,
+        le=64,
+        description="[processes] Router replicas behind HAProxy. null: one per host.",
     )
     start_timeout_s: float = Field(
         default=300, gt=0, description="Time limit for shards and routers to be ready at start."
     )
+
+    @property
+    def routers_per_host(self) -> int:
+        """Router replicas that one host must have room for."""
+        return self.router_replicas or 1
 
 
 class ShardlineConfig(BaseModel):

@@ -99,6 +99,29 @@ class RouterConfig(BaseModel):
     backoff_max_ms: float = Field(
         default=2000.0, gt=0, le=600_000, description="Longest pause between two reconnections."
     )
+    hedge_share: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="[share] Where shards have several replicas: most requests, per request, that "
+        "a router sends to a second replica because the first takes longer than its like. 0 sends "
+        "none.",
+    )
+    hedge_min_ms: float = Field(
+        default=5.0,
+        gt=0,
+        le=60_000,
+        description="Shortest time after which a second replica is asked; the usual one is 1.5 "
+        "times the 95th percentile of requests of the same size.",
+    )
+    silent_after_ms: float = Field(
+        default=300.0,
+        gt=0,
+        le=600_000,
+        description="Silence of a replica that owes answers, after which another replica is asked "
+        "for them and preferred to it until it sends again. Shards that are at work send something "
+        "every 100 ms.",
+    )
     late_after_ms: float = Field(
         default=1000.0,
         gt=0,

@@ -241,7 +241,8 @@ class SearchService:
         if snapshot is None:
             return False, {"ready": False, "reason": "no routing table yet"}
         connected = snapshot.connected_shards > 0
-        return connected, {"ready": connected, **snapshot.connectivity()}
+        cluster_id = snapshot.table.cluster_id
+        return connected, {"ready": connected, "cluster_id": cluster_id, **snapshot.connectivity()}
 
     def status(self) -> dict[str, Any]:
         """What is being served, for JSON.

@@ -16,9 +16,11 @@ class Method:
     def __init__(self) -> None:
         self.plan: list[Any] = []
         self.calls = 0
+        self.asked: list[tuple[object, ...]] = []
 
-    def remote(self, *_: object) -> Awaitable[Any]:
+    def remote(self, *arguments: object) -> Awaitable[Any]:
         self.calls += 1
+        self.asked.append(arguments)
         return self._outcome(self.plan.pop(0) if self.plan else None)
 
     async def _outcome(self, outcome: Any) -> Any:

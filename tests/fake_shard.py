@@ -41,6 +41,7 @@ class FakeShard:
     ids: np.ndarray
     vectors: np.ndarray
     shard: int = 0
+    replica: int = 0
     generation: int = 1
     epoch: int = 1
     secret: bytes = SECRET
@@ -68,7 +69,7 @@ class FakeShard:
 
     @property
     def key(self) -> ReplicaKey:
-        return ReplicaKey(self.generation, self.shard)
+        return ReplicaKey(self.generation, self.shard, self.replica)
 
     @property
     def route(self) -> ReplicaRoute:
@@ -216,6 +217,25 @@ async def running_shards(ids, vectors, num_shards: int, **options):
     finally:
         for shard in shards:
             await shard.kill()
+
+
+@contextlib.asynccontextmanager
+async def running_replicas(ids, vectors, num_shards: int, copies: int, **options):
+    """As ``running_shards``: of each shard a list of ``copies`` FakeShards with the same rows."""
+    async with contextlib.AsyncExitStack() as stack:
+        each = [
+            await stack.enter_async_context(
+                running_shards(ids, vectors, num_shards, replica=replica, **options)
+            )
+            for replica in range(copies)
+        ]
+        yield [list(replicas) for replicas in zip(*each, strict=True)]
+
+
+def replicated(replicas) -> ShardRoute:
+    """One shard, served by all these FakeShards."""
+    routes = tuple(each.route for each in replicas)
+    return ShardRoute(shard=replicas[0].shard, rows=len(replicas[0].ids), replicas=routes)
 
 
 def missing(answer) -> list[str]:

@@ -8,7 +8,7 @@ import click
 
 from shardline.bench.load.scenarios import SCENARIOS, Scenario, find_scenario
 from shardline.cluster.cli import Settings
-from shardline.cluster.commands.address import key_file_option
+from shardline.cluster.commands.address import address_of, key_file_option
 from shardline.cluster.commands.bench_options import (
     AT_LEAST_ONE,
     NOT_NEGATIVE,
@@ -152,7 +152,11 @@ def load(
     if url is not None and rows is not None:
         raise InvalidInput("--url and --rows exclude each other")
     chosen = find_scenario(scenario)
-    where = Where(url=url, key=client_key(key_file), rows=rows, dim=dim)
+    key = client_key(key_file)
+    if url is None and rows is None and settings.config.cluster.address != "local":
+        address = address_of(settings, url, key_file)
+        url, key = address.url, address.key
+    where = Where(url=url, key=key, rows=rows, dim=dim)
     options = Options(
         rate=rate,
         seconds=seconds,

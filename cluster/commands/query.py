@@ -10,7 +10,8 @@ import click
 import numpy as np
 
 from shardline.cluster.cli import Settings
-from shardline.cluster.commands.address import address_of, key_file_option
+from shardline.cluster.commands.address import address_of, key_file_option, launched_of
+from shardline.cluster.commands.status_text import print_launched, print_status
 from shardline.cluster.console import print_table
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.http1 import Server
@@ -59,38 +60,34 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @json_option
 @click.pass_obj
 def status(settings: Settings, url: str | None, key_file: Path | None, as_json: bool) -> None:
-    """Show what a running cluster serves: generation, shards, rows, coverage."""
-    with address_of(settings, url, key_file).client() as client:
-        report = client.status()
+    """Show what a running cluster serves: generation, shards, rows, coverage.
+
+    Of a launched cluster also its hosts and routers, and where each replica is. That is told by
+    the controller, also while no router answers.
+    """
+    launched = launched_of(settings, url)
+    told = None if launched is None else launched.report
+    try:
+        address = address_of(settings, url, key_file, launched)
+        with address.client() as client:
+            report = client.status()
+    except Unavailable:
+        if told is not None:
+            _show(as_json, None, told)
+        raise
+    _show(as_json, report, told)
+
+
+def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | None) -> None:
+    """report: a router's; told: the controller's."""
     if as_json:
-        click.echo(json.dumps(report, indent=2))
+        content = (report or {}) if told is None else {**(report or {}), "cluster": told}
+        click.echo(json.dumps(content, indent=2))
         return
-    for name in ("generation", "model_version", "index", "dim", "metric", "rows"):
-        click.echo(f"{name:>14}  {report[name]}")
-    print_table(
-        "shards",
-        ("shard", "replica", "rows", "epoch", "address", "connected", "why not"),
-        [
-            (
-                str(shard["shard"]),
-                str(replica["replica"]),
-                f"{shard['rows']:,}",
-                str(replica["epoch"]),
-                str(replica["address"] or "none"),
-                "yes" if replica["connected"] else "no",
-                str(replica["code"]),
-            )
-            for shard in report["shards"]
-            for replica in shard["replicas"]
-        ],
-    )
-    for shard in report["shards"]:
-        for replica in shard["replicas"]:
-            if replica["reason"]:  # a line of its own: a table would break a path
-                where = f"shard {shard['shard']}, replica {replica['replica']}"
-                click.echo(f"{where}: {replica['code']}: {replica['reason']}")
-    for warning in report.get("warnings", ()):  # routers before these have none
-        click.echo(f"warning: {warning['about']}: {warning['code']}: {warning['text']}")
+    if told is not None:
+        print_launched(told)
+    if report is not None:
+        print_status(report)
 
 
 @click.command()

@@ -1,13 +1,11 @@
-"""``serve`` and ``down``: start and stop a cluster."""
+"""``serve``: start a cluster."""
 
 import json
-import signal
-import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import click
-import psutil
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
@@ -16,25 +14,13 @@ from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_serving, check_store
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.preflight.servable import servable_generation
-from shardline.cluster.serving.deployment import serving, start_serving, stop_serving
-from shardline.cluster.serving.ending import ORDERLY_S
-from shardline.cluster.serving.endpoint import (
-    Endpoint,
-    find_endpoint,
-    refuse_if_served,
-    remove_note,
-    remove_own_note,
-)
+from shardline.cluster.serving.deployment import serving, start_serving
+from shardline.cluster.serving.endpoint import refuse_if_served, remove_own_note
 from shardline.cluster.serving.leftovers import reap_orphans
-from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
+from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.serving.serving_keys import serving_keys
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import NotFound, Unavailable
 from shardline.shards.storage.generation import read_generation
-
-STOP_TIMEOUT_S = ORDERLY_S + 5.0  # it ends itself sooner unless it hangs altogether
-KILL_TIMEOUT_S = 5.0
-STOP_POLL_S = 0.1
 
 
 @click.command()
@@ -88,82 +74,18 @@ def serve(
             in_flight=requests_in_flight(config),
         ) as ending:
             if address != "local":
-                endpoint = start_serving(
+                started = start_serving(
                     config, keys=keys, generation=generation, on_stage=progress.note
                 )
-                progress.note(_ready_line(endpoint))
+                progress.note(_ready_line(started.generation, started.urls))
                 return
             ending.also(partial(remove_own_note, settings.store))
             with serving(
                 config, keys=keys, generation=generation, on_stage=progress.note
             ) as endpoint:
-                ending.wait(partial(progress.note, _ready_line(endpoint)))
+                line = _ready_line(endpoint.generation, (endpoint.url,))
+                ending.wait(partial(progress.note, line))
                 progress.note("stopping")
-
-
-@click.command()
-@click.pass_obj
-def down(settings: Settings) -> None:
-    """Stop the cluster that serves this store, and clean up after ones that were killed."""
-    config = settings.config
-    for pid in reap_orphans():
-        click.echo(f"ended process {pid}, left by a session that was killed")
-    if config.cluster.address != "local":
-        with attached_ray(config.cluster.address, verbose=settings.verbose):
-            stop_serving()
-        click.echo("stopped")
-        return
-    try:
-        endpoint = find_endpoint(settings.store)
-    except NotFound:
-        click.echo("nothing is serving this store")
-        return
-    if _stop(endpoint):
-        click.echo(f"stopped {endpoint.url}")
-        return
-    reap_orphans()
-    remove_note(settings.store, endpoint)
-    click.echo(
-        f"process {endpoint.pid} did not stop within {STOP_TIMEOUT_S:.0f} s: killed, with all that "
-        f"it had started at {endpoint.url}"
-    )
-
-
-def _stop(endpoint: Endpoint) -> bool:
-    """Whether the serving process has ended in order; False: it had to be killed.
-
-    Raises:
-        Unavailable: it is another user's, or not even that ended it.
-    """
-    for number in (signal.SIGTERM, signal.SIGCONT):  # a stopped process acts on nothing else
-        _send(endpoint, number)
-    if _has_ended(endpoint, STOP_TIMEOUT_S):
-        return True
-    _send(endpoint, signal.SIGKILL)
-    if not _has_ended(endpoint, KILL_TIMEOUT_S):
-        raise Unavailable(
-            f"process {endpoint.pid} cannot be killed",
-            hint="it waits for a disk or a network share that does not answer",
-        )
-    return False
-
-
-def _send(endpoint: Endpoint, number: signal.Signals) -> None:
-    try:
-        psutil.Process(endpoint.pid).send_signal(number)
-    except psutil.NoSuchProcess:  # it has ended since
-        pass
-    except psutil.AccessDenied as error:
-        raise _not_ours(endpoint) from error
-
-
-def _has_ended(endpoint: Endpoint, within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while endpoint.is_alive:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(STOP_POLL_S)
-    return True
 
 
 def check_serving(config: ShardlineConfig, generation: int | None) -> int:
@@ -188,14 +110,6 @@ def check_serving(config: ShardlineConfig, generation: int | None) -> int:
     return number
 
 
-def _not_ours(endpoint: Endpoint) -> Unavailable:
-    owner = psutil.Process(endpoint.pid).username()
-    return Unavailable(
-        f"process {endpoint.pid} is another user's, who alone may stop {endpoint.url}",
-        hint=f"run `shardline down` as {owner}",
-    )
-
-
 def _warn_of_other_shards(
     settings: Settings, config: ShardlineConfig, generation: int | None
 ) -> None:
@@ -211,10 +125,11 @@ def _warn_of_other_shards(
         )
 
 
-def _ready_line(endpoint: Endpoint) -> str:
+def _ready_line(generation: int, urls: Sequence[str]) -> str:
+    first = urls[0]
     return (
-        f"serving generation {endpoint.generation} at {endpoint.url}  "
-        f"(POST {endpoint.url}/v1/search, docs at {endpoint.url}/docs)"
+        f"serving generation {generation} at {', '.join(urls)}  "
+        f"(POST {first}/v1/search, docs at {first}/docs)"
     )
 
 

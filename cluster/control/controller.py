@@ -3,14 +3,17 @@
 A thin shell: every rule is in ``cluster.control.placement``, and ``cluster.control.shard_actors``
 reaches the shards. It does not carry queries; while it is away, routers keep serving on the table
 they have. Both it and the shard actors are detached, so that a restarted controller finds the
-shards alive and learns their addresses from them.
+shards alive and learns their addresses from them. No decision is made from what Ray's head does not
+confirm: while it is away there are no events about hosts.
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +21,39 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from shardline.cluster.control.placement import (
+from shardline.cluster.control.cluster_report import (
+    Heard,
+    Http,
+    cluster_report,
+    restart_progress,
+    with_known,
+)
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.opening import cluster_id_of, empty_table, opened
+from shardline.cluster.control.placement import open_generation, step
+from shardline.cluster.control.placement_state import (
     Announce,
+    End,
     Event,
+    HostsSeen,
     Instruction,
     NumberSeen,
     Place,
     Publish,
     ReplicaFailed,
     ReplicaRegistered,
-    open_generation,
-    step,
+    RestartAsked,
+    Rules,
+    Stage,
 )
+from shardline.cluster.control.ray_hosts import fresh_hosts
+from shardline.cluster.control.reconcile import hopeless
+from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
 from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store
-from shardline.shards.core.encoder_files import CONFIG
-from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, error_of
-from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable, ShardRoute
-from shardline.shards.core.partition import Partitioning
-from shardline.shards.storage.generation import (
-    QUERY_ENCODER_FOLDER,
-    GenerationManifest,
-    read_generation,
-)
+from shardline.shards.core.errors import DataError, Unavailable, error_of
+from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +62,6 @@ WATCH_INTERVAL_S = 1.0
 # How long the shards of a replaced generation live on, for the queries that began on them: far
 # above the largest deadline that routers allow by default.
 RETIRE_AFTER_S = 60.0
-REOPEN_S = 2.0  # pause of a restarted controller before it looks again at a damaged generation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +69,16 @@ class ControllerSettings(ShardSettings):
     """What a controller is started with: the store, and how its shards are.
 
     generation: the only one that this cluster serves; None: the one that is live in the store
-    whenever the controller starts.
+    whenever the controller starts. replicas: wanted of each shard. load_limit_s: of a shard, before
+    another host is tried. http_host, http_port: where the front ends of all hosts listen.
     """
 
     store: str
     generation: int | None = None
+    replicas: int = 1
+    load_limit_s: float = 300.0
+    http_host: str = "127.0.0.1"
+    http_port: int = 8000
 
 
 class Controller:
@@ -71,20 +87,34 @@ class Controller:
     def __init__(self, settings: ControllerSettings) -> None:
         self._store = store = Store(Path(settings.store))
         self._secret = settings.secret
+        self._http = Http(host=settings.http_host, port=settings.http_port)
         # Ray runs this again when it restarts the controller: another generation may be live then
-        folder, manifest = _opened(store, settings.generation, is_restart=_is_restart())
-        notes = tuple(
-            Absence(damage.code, f"found when the controller started: {damage}")
-            for damage in store.damaged_state()
+        folder, manifest = opened(store, settings.generation, is_restart=_is_restart())
+        cluster_id = cluster_id_of(settings.secret)
+        self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
+        self._restart_note = RestartNote(store.root, cluster_id, manifest.generation)
+        self._placement, instructions = open_generation(
+            empty_table(store, folder, manifest, cluster_id),
+            counter=store.counter() + 1,
+            rules=Rules(
+                replicas=settings.replicas,
+                cpus=settings.cpus_per_shard,
+                gpus=settings.gpus_per_shard if self._shards.on_gpu else 0,
+                load_limit_s=settings.load_limit_s,
+            ),
+            hosts=_first_hosts(),
+            found=self._shards.found(),
+            now_s=time.monotonic(),
+            restart=self._restart_note.read(),
         )
-        table = _empty_table(folder, manifest, notes)
-        self._placement, places = open_generation(table, counter=store.counter() + 1)
+        self._known_hosts = with_known({}, self._placement.hosts.values())
+        self._routers: dict[tuple[str, int], Heard] = {}
         self._published: RoutingTable | None = None
         self._unsaved: Absence | None = None  # why the newest numbers are not on record
         self._changed = asyncio.Condition()
-        self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
+        self._checked: set[ReplicaKey] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._spawn(self._open(places))
+        self._spawn(self._open(instructions))
 
     async def connection_secret(self) -> bytes:
         """What proves a peer to a shard: for routers, batch jobs and tools of this cluster.
@@ -104,19 +134,25 @@ class Controller:
             Unavailable: the replica belongs to a generation that is not being served.
         """
         if key not in self._placement.replicas:
+            generation = self._placement.table.generation
             raise Unavailable(
                 "this replica is not being served",
-                expected=f"one of generation {self._placement.table.generation}",
+                expected=f"one of generation {generation} that is placed now",
                 got=str(key),
             )
         await self._apply(ReplicaRegistered(key=key, address=(address[0], address[1]), epoch=epoch))
         return self._placement.replicas[key].route.epoch
 
-    async def table_after(self, version: int, timeout_s: float) -> RoutingTable | None:
+    async def table_after(
+        self, version: int, timeout_s: float, router: RouterSeen | None = None
+    ) -> RoutingTable | None:
         """The routing table once it is newer than ``version``; None when the time is up first.
 
-        A version above all of ours was given out before the record of it was lost.
+        A version above all of ours was given out before the record of it was lost. router: who
+        asks; one that does not ask again within seconds is not reported any more.
         """
+        if router is not None:
+            self._routers[router.node_id, router.pid] = Heard(router, time.monotonic())
         await self._apply(NumberSeen(number=version))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
@@ -141,15 +177,20 @@ class Controller:
         """
 
         def is_over() -> bool:
-            return self._placement.ready or bool(self._failures()) or self._unsaved is not None
+            is_hopeless = bool(hopeless(self._placement))
+            return self._placement.ready or is_hopeless or self._unsaved is not None
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
                 await self._changed.wait_for(is_over)
                 if self._unsaved is not None:
                     raise error_of(self._unsaved.code, self._unsaved.text)
-                for key, reason in self._failures():
-                    raise error_of(reason.code, f"shard {key.shard}: {reason.text}")
+                for state in hopeless(self._placement):
+                    reason = state.route.absence or Absence(Unavailable.code, "it has failed")
+                    raise error_of(
+                        reason.code,
+                        f"shard {state.key.shard}{self._on(state.route.host)}: {reason.text}",
+                    )
                 return self._placement.table.generation
         return None
 
@@ -160,40 +201,105 @@ class Controller:
         """
         return list(await asyncio.gather(*map(self._report, self._placement.replicas)))
 
+    async def report(self) -> dict[str, Any]:
+        """The state of the cluster: ``cluster_report`` says what is in it."""
+        return cluster_report(
+            self._placement,
+            known_hosts=self._known_hosts.values(),
+            routers=self._routers.values(),
+            http=self._http,
+            now_s=time.monotonic(),
+        )
+
+    async def restart_rolling(self) -> dict[str, Any]:
+        """Begins to replace every replica, one after the other; its ``restart_progress``, as that
+        of one that is under way already.
+
+        Raises:
+            OSError: the store takes no note of it.
+        """
+        await self._apply(RestartAsked())
+        self._restart_note.keep(self._placement)
+        progress = restart_progress(self._placement)
+        assert progress is not None
+        return progress
+
+    async def restart_progress(self) -> dict[str, Any] | None:
+        """Of the newest rolling restart: ``cluster_report.restart_progress`` says what it is.
+
+        None, or of another number than ``restart_rolling`` gave: it was cut short.
+        """
+        return restart_progress(self._placement)
+
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
         for task in list(self._tasks):
             task.cancel()
         self._shards.end()
 
-    async def _open(self, places: tuple[Place, ...]) -> None:
-        for place in places:
-            self._carry_out(place)
-        self._spawn(self._watch())
+    async def _open(self, instructions: tuple[Instruction, ...]) -> None:
+        for instruction in instructions:
+            self._carry_out(instruction)
+        self._spawn(self._watch_replicas())
+        self._spawn(self._watch_hosts())
         async with self._changed:
             await self._changed.wait_for(lambda: self._placement.ready)
         await asyncio.sleep(RETIRE_AFTER_S)
-        self._shards.end_others()
+        await asyncio.to_thread(self._shards.end_others)
 
-    async def _watch(self) -> None:
+    async def _watch_replicas(self) -> None:
+        """Each on its own: one that does not answer must not hold up the others."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            checks = [self._check(key) for key in self._shards.placed]
-            for error in await asyncio.gather(*checks, return_exceptions=True):
-                if isinstance(error, Exception):  # a full disk, say: look again in a second
-                    logger.error("replica check failed", exc_info=error)
+            for key in self._shards.placed:
+                if key not in self._checked and key in self._placement.replicas:
+                    self._checked.add(key)
+                    self._spawn(self._tried(partial(self._check, key)))
+
+    async def _watch_hosts(self) -> None:
+        """While Ray's head is away there is no event, and so nothing is decided about hosts."""
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            await self._tried(self._see_hosts)
+
+    async def _see_hosts(self) -> None:
+        hosts = await asyncio.to_thread(
+            fresh_hosts, self._placement.hosts
+        )  # blocks while the head is away
+        if hosts:
+            self._known_hosts = with_known(self._known_hosts, hosts)
+            await self._apply(HostsSeen(hosts=hosts, now_s=time.monotonic()))
+            self._restart_note.keep(self._placement)
+
+    async def _tried(self, look: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await look()
+        except Exception:  # a full disk, say: the next one is in a second
+            logger.exception("the controller could not look at a replica, or at the hosts")
 
     async def _check(self, key: ReplicaKey) -> None:
         """One health check; what it finds becomes an event."""
-        epoch = self._placement.replicas[key].route.epoch
-        event = await self._shards.check(key, epoch, lambda: self._is_lost(key))
-        if event is not None:
-            await self._apply(event)
-            if isinstance(event, ReplicaFailed):  # not before: a full disk must not lose it
-                self._shards.forget(key)
+        try:
+            state = self._placement.replicas[key]
+            event: Event | None
+            if state.stage is Stage.DRAINING:
+                event = await self._shards.is_idle(key)
+            else:
+                event = await self._shards.check(key, state.route.epoch, lambda: self._is_lost(key))
+            if event is not None:
+                await self._apply(event)
+                if isinstance(event, ReplicaFailed):  # not before: a full disk must not lose it
+                    self._shards.forget(key)
+        finally:
+            self._checked.discard(key)
 
     def _is_lost(self, key: ReplicaKey) -> bool:
-        return self._placement.replicas[key].route.address is None
+        state = self._placement.replicas.get(key)
+        return state is not None and not state.answers
+
+    def _on(self, host: str | None) -> str:
+        """Names a host where there are several."""
+        return f" on {host}" if len(self._placement.hosts) > 1 else ""
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:
         state = self._placement.replicas[key]
@@ -210,11 +316,12 @@ class Controller:
         if changed is self._placement:
             return
         try:
-            self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+            if changed.counter != self._placement.counter:
+                self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+                self._unsaved = None
         except OSError as error:
             await self._cannot_save(error)
             raise
-        self._unsaved = None
         self._placement = changed
         for instruction in instructions:
             self._carry_out(instruction)
@@ -234,6 +341,8 @@ class Controller:
             self._published = instruction.table
         elif isinstance(instruction, Announce):
             self._spawn(self._shards.announce(instruction.key))
+        elif isinstance(instruction, End):
+            self._spawn(self._end(instruction))
         else:
             self._spawn(self._place(instruction))
 
@@ -243,22 +352,26 @@ class Controller:
     async def _place(self, place: Place) -> None:
         """Creates the replica's actor, or finds it alive if this controller is a restarted one."""
         await asyncio.sleep(place.after_s)
-        failed = self._shards.place(place.key)
+        state = self._placement.replicas.get(place.key)
+        if state is None or state.node_id != place.node_id:
+            return  # its host has gone since
+        failed = await asyncio.to_thread(self._shards.place, place.key, place.node_id)
+        if place.key not in self._placement.replicas:  # nobody wants it any more
+            await self._end(End(key=place.key, node_id=place.node_id))
+            return
         if failed is None:
             return
         try:
             await self._apply(failed)
         except OSError:
             logger.exception("the failure of replica %s is not on record yet", place.key)
-            self._spawn(self._place(Place(key=place.key, after_s=WATCH_INTERVAL_S)))
+            self._spawn(self._place(replace(place, after_s=WATCH_INTERVAL_S)))
 
-    def _failures(self) -> list[tuple[ReplicaKey, Absence]]:
-        replicas = self._placement.replicas.items()
-        return [
-            (key, state.route.absence)
-            for key, state in replicas
-            if state.failures and state.route.absence
-        ]
+    async def _end(self, end: End) -> None:
+        try:
+            await asyncio.to_thread(self._shards.end_replica, end.key, end.node_id)
+        except RayError as error:  # a later controller finds it by its name
+            logger.warning("replica %s was not ended: %s", end.key, error)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
@@ -326,48 +439,8 @@ def _is_restart() -> bool:
     return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
-def _opened(
-    store: Store, generation: int | None, *, is_restart: bool
-) -> tuple[Path, GenerationManifest]:
-    """Folder and manifest of the generation to serve; None: the one that is live.
-
-    Raises:
-        ShardlineError, OSError: it cannot be read, and this is the first start. A restarted
-            controller waits instead, because Ray starts none whose constructor has failed.
-    """
-    told = ""
-    while True:
-        try:
-            folder = store.generation(store.current() if generation is None else generation)
-            return folder, read_generation(folder)
-        except (ShardlineError, OSError) as error:
-            if not is_restart:
-                raise
-            if str(error) != told:
-                logger.error("the controller waits for what it is to serve: %s", error)
-            told = str(error)
-        time.sleep(REOPEN_S)
-
-
-def _empty_table(
-    folder: Path, manifest: GenerationManifest, notes: tuple[Absence, ...]
-) -> RoutingTable:
-    """The table before any shard is known."""
-    name = f"{QUERY_ENCODER_FOLDER}/{CONFIG}"
-    listed = {entry.name: entry.sha256 for entry in manifest.query_encoder}
-    return RoutingTable(
-        version=0,
-        generation=manifest.generation,
-        generation_dir=str(folder),
-        model_version=manifest.model_version,
-        dim=manifest.dim,
-        metric=manifest.metric,
-        index=manifest.index.kind,
-        partitioning=Partitioning(manifest.partitioning),
-        boundaries=manifest.boundaries,
-        shards=tuple(
-            ShardRoute(shard=entry.shard, rows=entry.rows, replicas=()) for entry in manifest.shards
-        ),
-        encoder_checksum=listed.get(name),
-        notes=notes,
-    )
+def _first_hosts() -> tuple[Host, ...]:
+    """The living hosts, once Ray's head tells them."""
+    while not (hosts := fresh_hosts()):
+        time.sleep(WATCH_INTERVAL_S)
+    return hosts

@@ -1,18 +1,46 @@
 """The controller's rules as a pure state machine: events in, a new state and instructions out.
 
 No Ray, no clock, no I/O: ``step`` is a function. The controller feeds it what happened and carries
-out what it answers. The first table is published once every replica has answered or failed: until
-then a restarted controller knows less than the routers do. One counter, which goes on from the last
-number that the store has given out, numbers both table versions and epochs: each rises whenever
-anything changes, across generations too, and a router that sees a lower number knows it to be old.
-Where the store's record is lost, or an older one was restored, shards and routers tell what numbers
-they have, and the counter goes on from the largest of all.
+out what it answers. The first table is published once every replica that was there has answered or
+failed: until then a restarted controller knows less than the routers do. One counter, which goes on
+from the last number that the store has given out, numbers both table versions and epochs: each
+rises whenever anything changes, across generations too, and a router that sees a lower number knows
+it to be old. Where the store's record is lost, or an older one was restored, shards and routers
+tell what numbers they have, and the counter goes on from the largest of all.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.placement_state import (
+    Announce,
+    Event,
+    HostsSeen,
+    Instruction,
+    NumberSeen,
+    Place,
+    Placement,
+    Publish,
+    ReplicaIdle,
+    ReplicaRegistered,
+    ReplicaState,
+    ReplicaUnreachable,
+    Restart,
+    RestartAsked,
+    Rules,
+    Stage,
+)
+from shardline.cluster.control.reconcile import (
+    FORGET_S,
+    Outcome,
+    after_failure,
+    after_idle,
+    reconcile,
+)
+from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.messages import (
     Absence,
     ReplicaKey,
@@ -21,190 +49,218 @@ from shardline.shards.core.messages import (
     ShardRoute,
 )
 
-FIRST_RETRY_S = 1.0
-LAST_RETRY_S = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaState:
-    """Where a replica answers, or why it does not; failures: how many without a success."""
-
-    route: ReplicaRoute
-    failures: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """The generation being served and the state of each replica of its shards, in key order.
-
-    counter: the largest number given out, as a table version or an epoch.
-    settled: every replica has been heard of since this controller opened the generation.
-    """
-
-    table: RoutingTable
-    replicas: Mapping[ReplicaKey, ReplicaState]
-    counter: int
-    settled: bool = False
-
-    @property
-    def ready(self) -> bool:
-        return all(state.route.address is not None for state in self.replicas.values())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaRegistered:
-    """A shard process loaded its range and listens; it is handed the epoch it must announce.
-
-    epoch: the one that it announces until then, 0 for none.
-    """
-
-    key: ReplicaKey
-    address: tuple[str, int]
-    epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaUnreachable:
-    """The process of that epoch is gone; Ray is restarting it."""
-
-    key: ReplicaKey
-    epoch: int
-    reason: Absence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaFailed:
-    """Ray gave up on the actor, or it could not load its range."""
-
-    key: ReplicaKey
-    reason: Absence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NumberSeen:
-    """A router has a table of this version."""
-
-    number: int
-
-
-Event: TypeAlias = ReplicaRegistered | ReplicaUnreachable | ReplicaFailed | NumberSeen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publish:
-    """Hand this table to the routers."""
-
-    table: RoutingTable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Create the replica's actor anew after a delay, in seconds."""
-
-    key: ReplicaKey
-    after_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announce:
-    """Have the replica's process register again: its epoch is below numbers given out earlier."""
-
-    key: ReplicaKey
-
-
-Instruction: TypeAlias = Publish | Place | Announce
+# A restarted controller publishes without a replica that it has found and not heard of by then,
+# if another of that shard answers: its host may have died, which Ray notices late.
+HEAR_S = 3.0
 
 
 def open_generation(
-    table: RoutingTable, *, counter: int, replicas: int = 1
-) -> tuple[Placement, tuple[Place, ...]]:
-    """The state in which no replica answers yet, and the order to place ``replicas`` per shard.
+    table: RoutingTable,
+    *,
+    counter: int,
+    rules: Rules,
+    hosts: Sequence[Host],
+    found: Mapping[ReplicaKey, str],
+    now_s: float = 0.0,
+    restart: Restart | None = None,
+) -> Outcome:
+    """The state in which no replica answers yet, and the order to place those that are wanted.
 
     table: the generation's; the replicas in its shards are replaced. counter: the number that its
-    first version takes.
+    first version takes. hosts: the living ones. found: replicas that have an actor already, and the
+    node id of its host. restart: one that a controller before this had not ended.
     """
-    shards = tuple(_unplaced(shard, table.generation, replicas) for shard in table.shards)
-    states = {route.key: ReplicaState(route=route) for shard in shards for route in shard.replicas}
-    opened = replace(table, version=counter, shards=shards)
-    placement = Placement(table=opened, replicas=states, counter=counter)
-    return placement, tuple(Place(key=key, after_s=0.0) for key in states)
+    numbers = {shard.shard: 0 for shard in table.shards}
+    for key in found:
+        numbers[key.shard] = max(numbers[key.shard], key.replica + 1)
+    known = {host.node_id: host for host in hosts}
+    opened = Placement(
+        rules=rules,
+        table=replace(table, version=counter),
+        replicas={
+            key: _found(key, node_id, known, now_s) for key, node_id in sorted(found.items())
+        },
+        counter=counter,
+        next_numbers=numbers,
+        hosts=known,
+        seen_since=dict.fromkeys(known, now_s),
+        store_notes=table.notes,
+        # at the first start nothing is served yet, and so nothing is late
+        heard_by_s=now_s + HEAR_S if found else math.inf,
+        now_s=now_s,
+        restart=restart,
+    )
+    asked = tuple(
+        Place(key=state.key, node_id=state.node_id)
+        for state in opened.replicas.values()
+        if state.node_id in known
+    )
+    filled, instructions = reconcile(opened)
+    if not found:  # the first start: a table with holes would be of no use to anybody
+        states = (replace(state, unheard=True) for state in filled.replicas.values())
+        filled = filled.with_states(*states)
+    shards = _shard_routes(filled)
+    notes = (*table.notes, *_notes(filled))
+    return replace(filled, table=replace(filled.table, shards=shards, notes=notes)), (
+        *asked,
+        *instructions,
+    )
 
 
-def step(placement: Placement, event: Event) -> tuple[Placement, tuple[Instruction, ...]]:
+def step(placement: Placement, event: Event) -> Outcome:
     """What the event changes: nothing if it is about a replaced epoch or another generation."""
+    changed, first = _taken(placement, event)
+    if changed is placement:
+        return placement, ()
+    changed, then = reconcile(changed)
+    return _published(placement, changed, (*first, *then))
+
+
+def _taken(placement: Placement, event: Event) -> Outcome:
+    """The event itself, without what follows from it."""
+    if isinstance(event, HostsSeen):
+        return _hosts_seen(placement, event), ()
     if isinstance(event, NumberSeen):
-        return _seen(placement, event.number)
+        return _number_seen(placement, event.number)
+    if isinstance(event, RestartAsked):
+        return _restart_asked(placement), ()
     state = placement.replicas.get(event.key)
     if state is None:
         return placement, ()
     if isinstance(event, ReplicaRegistered):
-        return _registered(placement, state, event)
+        return _registered(placement, state, event), ()
     if isinstance(event, ReplicaUnreachable):
-        return _unreachable(placement, state, event)
-    return _failed(placement, state, event)
+        return _unreachable(placement, state, event), ()
+    if isinstance(event, ReplicaIdle):
+        return after_idle(placement, state)
+    return after_failure(placement, state, event.reason)
 
 
-def retry_after_s(failures: int) -> float:
-    """1, 2, 4 ... 30 seconds: a range that cannot load must not be loaded in a tight loop."""
-    return float(min(LAST_RETRY_S, FIRST_RETRY_S * 2 ** max(0, failures - 1)))
+def _hosts_seen(placement: Placement, event: HostsSeen) -> Placement:
+    hosts = {host.node_id: host for host in event.hosts}
+    since = {node_id: placement.seen_since.get(node_id, event.now_s) for node_id in hosts}
+    failed = {
+        spot: failure
+        for spot, failure in placement.failed.items()
+        if spot.node_id in hosts and event.now_s - failure.last_s < FORGET_S
+    }
+    return replace(placement, hosts=hosts, seen_since=since, failed=failed, now_s=event.now_s)
 
 
-def _unplaced(shard: ShardRoute, generation: int, replicas: int) -> ShardRoute:
-    keys = (ReplicaKey(generation, shard.shard, replica) for replica in range(replicas))
-    routes = tuple(ReplicaRoute(key=key, epoch=0, address=None) for key in keys)
-    return replace(shard, replicas=routes)
-
-
-def _registered(
-    placement: Placement, state: ReplicaState, event: ReplicaRegistered
-) -> tuple[Placement, tuple[Instruction, ...]]:
-    placement = replace(placement, counter=max(placement.counter, event.epoch))
-    route = replace(state.route, epoch=placement.counter + 1, address=event.address, absence=None)
-    return _publish(placement, ReplicaState(route=route))
-
-
-def _seen(placement: Placement, number: int) -> tuple[Placement, tuple[Instruction, ...]]:
+def _number_seen(placement: Placement, number: int) -> Outcome:
     """Jumps beyond a number that this controller did not know to be given out."""
     if number <= placement.counter:
         return placement, ()
-    jumped = replace(placement, counter=number)
-    changed, published = _publish(jumped, *placement.replicas.values())
-    low = [state.route for state in placement.replicas.values() if state.route.address is not None]
-    return changed, (*published, *(Announce(key=route.key) for route in low))
+    low = [state.key for state in placement.replicas.values() if state.answers]
+    jumped = replace(placement, counter=number + 1)
+    return jumped, tuple(Announce(key=key) for key in low)
 
 
-def _unreachable(
-    placement: Placement, state: ReplicaState, event: ReplicaUnreachable
-) -> tuple[Placement, tuple[Instruction, ...]]:
-    if state.route.epoch != event.epoch or state.route.address is None:
-        return placement, ()
+def _restart_asked(placement: Placement) -> Placement:
+    """Begins one with the replicas of now; one that is under way goes on."""
+    if placement.restart is not None and not placement.restart.is_over:
+        return placement
+    begun = Restart(
+        number=placement.counter + 1,
+        below=placement.next_numbers,
+        total=len(placement.staying()),
+    )
+    return replace(placement, restart=begun, counter=placement.counter + 1)
+
+
+def _registered(placement: Placement, state: ReplicaState, event: ReplicaRegistered) -> Placement:
+    epoch = max(placement.counter, event.epoch) + 1
+    route = replace(state.route, epoch=epoch, address=event.address, absence=None)
+    since_s = state.since_s if state.route.address == event.address else placement.now_s
+    heard = replace(state, route=route, failures=0, since_s=since_s, unheard=False)
+    failed = {spot: each for spot, each in placement.failed.items() if spot != state.spot}
+    return replace(placement, counter=epoch, failed=failed).with_states(heard)
+
+
+def _unreachable(placement: Placement, state: ReplicaState, event: ReplicaUnreachable) -> Placement:
+    if state.route.epoch != event.epoch or not state.answers:
+        return placement
     route = replace(state.route, address=None, absence=event.reason)
-    return _publish(placement, replace(state, route=route))
+    return placement.with_states(replace(state, route=route, since_s=placement.now_s))
 
 
-def _failed(
-    placement: Placement, state: ReplicaState, event: ReplicaFailed
-) -> tuple[Placement, tuple[Instruction, ...]]:
-    failures = state.failures + 1
-    route = replace(state.route, address=None, absence=event.reason)
-    lost = ReplicaState(route=route, failures=failures)
-    changed, published = _publish(placement, lost)
-    return changed, (*published, Place(key=event.key, after_s=retry_after_s(failures)))
+def _published(
+    before: Placement, changed: Placement, instructions: tuple[Instruction, ...]
+) -> Outcome:
+    """The placement under the next number, if routers are to know of what has changed."""
+    shards = _shard_routes(changed)
+    notes = (*changed.store_notes, *_notes(changed))
+    settled = before.settled or _is_settled(changed)
+    was = (before.table.shards, before.table.notes, before.settled, before.counter)
+    if was == (shards, notes, settled, changed.counter):
+        return changed, instructions
+    counter = max(changed.counter, before.counter + 1)
+    table = replace(before.table, version=counter, shards=shards, notes=notes)
+    changed = replace(changed, table=table, counter=counter, settled=settled)
+    return changed, (*((Publish(table=table),) if settled else ()), *instructions)
 
 
-def _publish(
-    placement: Placement, *states: ReplicaState
-) -> tuple[Placement, tuple[Instruction, ...]]:
-    """The placement with the new states of some replicas, under the next number."""
-    counter = placement.counter + 1
-    replicas = {**placement.replicas, **{state.route.key: state for state in states}}
-    shards = tuple(
-        replace(shard, replicas=tuple(replicas[route.key].route for route in shard.replicas))
+def _is_settled(placement: Placement) -> bool:
+    unheard = {state.key.shard for state in placement.replicas.values() if state.unheard}
+    if not unheard:
+        return True
+    answering = {state.key.shard for state in placement.staying() if state.answers}
+    return placement.now_s >= placement.heard_by_s and unheard <= answering
+
+
+def _found(key: ReplicaKey, node_id: str, hosts: Mapping[str, Host], now_s: float) -> ReplicaState:
+    host = hosts[node_id].address if node_id in hosts else None
+    route = ReplicaRoute(key=key, epoch=0, address=None, host=host)
+    return ReplicaState(route=route, node_id=node_id, since_s=now_s, unheard=True)
+
+
+def _shard_routes(placement: Placement) -> tuple[ShardRoute, ...]:
+    """As routers are to know them: without what drains."""
+    routes: dict[int, list[ReplicaRoute]] = defaultdict(list)
+    for state in placement.replicas.values():
+        if state.stage is not Stage.DRAINING:
+            routes[state.key.shard].append(state.route)
+    return tuple(
+        replace(shard, replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]))
         for shard in placement.table.shards
     )
-    table = replace(placement.table, version=counter, shards=shards)
-    settled = placement.settled or all(
-        each.route.address is not None or each.failures for each in replicas.values()
-    )
-    changed = Placement(table=table, replicas=replicas, counter=counter, settled=settled)
-    return changed, (Publish(table=table),) if settled else ()
+
+
+def _no_replica(placement: Placement, shard: int) -> ReplicaRoute:
+    absence = Absence(Unavailable.code, "no living host has room for this shard")
+    number = placement.next_numbers[shard]
+    key = ReplicaKey(placement.table.generation, shard, number)
+    return ReplicaRoute(key=key, epoch=0, address=None, absence=absence)
+
+
+def _notes(placement: Placement) -> tuple[Absence, ...]:
+    """What people should see to: replicas without a host, hosts where shards cannot be loaded."""
+    notes = []
+    by_count: dict[int, list[int]] = defaultdict(list)
+    for shard, count in placement.shards_without_all():
+        by_count[count].append(shard)
+    hosts = ", ".join(host.address for host in placement.hosts.values())
+    for count, shards in sorted(by_count.items()):
+        text = (
+            f"{count} instead of {placement.rules.replicas} replicas of {_names(shards)}: "
+            f"the living hosts have no room for more ({hosts})"
+        )
+        notes.append(Absence(Unavailable.code, text))
+    return (*notes, *_failure_notes(placement))
+
+
+def _failure_notes(placement: Placement) -> list[Absence]:
+    """A replica that fails where it is says so in its route; this is of those placed elsewhere."""
+    used = {state.spot for state in placement.staying()}
+    by_reason: dict[tuple[str, Absence], list[int]] = defaultdict(list)
+    for spot, failure in sorted(placement.failed.items(), key=lambda item: item[0].shard):
+        if spot not in used:
+            by_reason[placement.address_of(spot.node_id), failure.reason].append(spot.shard)
+    return [
+        Absence(reason.code, f"{_names(shards)} could not be loaded on {host}: {reason.text}")
+        for (host, reason), shards in by_reason.items()
+    ]
+
+
+def _names(shards: list[int]) -> str:
+    return f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"

@@ -18,13 +18,20 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import (
     ActorDiedError,
+    ActorUnschedulableError,
     GetTimeoutError,
     RayActorError,
     RayError,
     RayTaskError,
 )
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shardline.cluster.control.placement import Event, ReplicaFailed, ReplicaUnreachable
+from shardline.cluster.control.placement_state import (
+    Event,
+    ReplicaFailed,
+    ReplicaIdle,
+    ReplicaUnreachable,
+)
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.messages import Absence, ReplicaKey
 from shardline.shards.index.spec import Device
@@ -50,6 +57,32 @@ class ShardSettings:
     huge_pages: bool
 
 
+@dataclass(frozen=True, slots=True)
+class ActorName:
+    """What the name of a shard actor says: replica, host, and cluster by a digest of its secret.
+
+    An actor stays on its host for life, so that a restarted controller knows from the list of
+    names alone what is where.
+    """
+
+    key: ReplicaKey
+    digest: str
+    node_id: str
+
+    def __str__(self) -> str:
+        return f"{SHARD_ACTOR_PREFIX}{self.key}-{self.digest}-{self.node_id}"
+
+    @classmethod
+    def parse(cls, name: str) -> "ActorName | None":
+        """None for a name that is not a shard actor's."""
+        parts = name.removeprefix(SHARD_ACTOR_PREFIX).split("-")
+        if not name.startswith(SHARD_ACTOR_PREFIX) or len(parts) != 5:
+            return None
+        if not all(part.isdecimal() for part in parts[:3]):
+            return None
+        return cls(ReplicaKey(*map(int, parts[:3])), *parts[3:])
+
+
 class ShardActors:
     """Handles by replica. ``controller`` is the name that the actors register with."""
 
@@ -64,15 +97,31 @@ class ShardActors:
         self._misses: Counter[ReplicaKey] = Counter()
 
     @property
+    def on_gpu(self) -> bool:
+        return self._manifest.index.device is Device.CUDA
+
+    @property
     def placed(self) -> tuple[ReplicaKey, ...]:
         """The replicas that have an actor, be it dead, which the next check finds out."""
         return tuple(self._handles)
 
-    def place(self, key: ReplicaKey) -> ReplicaFailed | None:
-        """Creates the replica's actor, or finds it alive; why Ray could not, else None."""
-        name = self._name(key)
+    def found(self) -> dict[ReplicaKey, str]:
+        """The replicas of the generation that have an actor, and the node id of its host.
+
+        Raises:
+            RayError: the head does not answer.
+        """
+        generation = self._manifest.generation
+        return {
+            name.key: name.node_id for name in self._names() if name.key.generation == generation
+        }
+
+    def place(self, key: ReplicaKey, node_id: str) -> ReplicaFailed | None:
+        """Creates the replica's actor on that host, or finds it alive; why Ray could not, else
+        None."""
+        name = ActorName(key, self._digest, node_id)
         try:
-            self._handles[key] = _existing(name) or self._create(name, key)
+            self._handles[key] = _existing(str(name)) or self._create(name)
         except (RayError, ValueError) as error:
             return ReplicaFailed(key=key, reason=reason_of(error))
         return None
@@ -82,14 +131,16 @@ class ShardActors:
 
         One that answers while ``is_lost`` says that nobody knows where is told to register.
         """
-        handle = self._handles[key]
+        handle = self._handles.get(key)
+        if handle is None:
+            return None
         try:
             await _answer(handle.ping.remote())
             self._misses[key] = 0
             if is_lost():
                 # alive, but we lost where: after our own restart, or after a passing failure
                 await _answer(handle.announce.remote())
-        except ActorDiedError as error:
+        except (ActorDiedError, ActorUnschedulableError) as error:  # the second: its host is gone
             if self._handles.get(key) is handle:
                 return ReplicaFailed(key=key, reason=reason_of(error))
         except RayActorError as error:
@@ -123,6 +174,20 @@ class ShardActors:
             return reason_of(error)
         return described
 
+    async def is_idle(self, key: ReplicaKey) -> ReplicaIdle | None:
+        """The event that no router is connected to a replica, if none is."""
+        described = await self.describe(key) if key in self._handles else None
+        is_idle = isinstance(described, dict) and described["connections"] == 0
+        return ReplicaIdle(key=key) if is_idle else None
+
+    def end_replica(self, key: ReplicaKey, node_id: str) -> None:
+        """Ends one actor for good; nothing if there is none."""
+        handle = self._handles.pop(key, None) or _existing(
+            str(ActorName(key, self._digest, node_id))
+        )
+        if handle is not None:
+            ray.kill(handle)
+
     def end(self) -> None:
         """Ends every shard actor of the generation, for good."""
         for handle in self._handles.values():
@@ -130,38 +195,36 @@ class ShardActors:
 
     def end_others(self) -> None:
         """Ends this cluster's shard actors of other generations, for good."""
-        for name in ray.util.list_named_actors():
-            handle = _existing(name) if self._is_other(name) else None
+        for name in self._names():
+            is_other = name.key.generation != self._manifest.generation
+            handle = _existing(str(name)) if is_other else None
             if handle is not None:
                 logger.info("ending %s, of a generation that is not served any more", name)
                 ray.kill(handle)
 
-    def _is_other(self, name: str) -> bool:
-        ours = f"{SHARD_ACTOR_PREFIX}{self._manifest.generation}-"
-        is_of_cluster = name.startswith(SHARD_ACTOR_PREFIX) and name.endswith(self._digest)
-        return is_of_cluster and not name.startswith(ours)
+    def _names(self) -> list[ActorName]:
+        """Of this cluster's shard actors, those of every generation."""
+        parsed = map(ActorName.parse, ray.util.list_named_actors())
+        return [name for name in parsed if name is not None and name.digest == self._digest]
 
     @property
     def _digest(self) -> str:
         """Tells the actors of this cluster from leftovers of an earlier one, by its secret."""
         return hashlib.sha256(self._settings.secret).hexdigest()[:8]
 
-    def _name(self, key: ReplicaKey) -> str:
-        return f"{SHARD_ACTOR_PREFIX}{key}-{self._digest}"
-
-    def _create(self, name: str, key: ReplicaKey) -> "ActorHandle[Any]":
+    def _create(self, name: ActorName) -> "ActorHandle[Any]":
         settings = self._settings
-        on_gpu = self._manifest.index.device is Device.CUDA
         actor = ray.remote(ShardActor).options(
-            name=name,
+            name=str(name),
             lifetime="detached",
             max_restarts=-1,
             num_cpus=settings.cpus_per_shard,
-            num_gpus=settings.gpus_per_shard if on_gpu else 0,
+            num_gpus=settings.gpus_per_shard if self.on_gpu else 0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(name.node_id, soft=False),
         )
         return actor.remote(
             folder=str(self._folder),
-            key=key,
+            key=name.key,
             controller=self._controller,
             secret=settings.secret,
             host=settings.shard_host,

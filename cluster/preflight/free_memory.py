@@ -54,7 +54,7 @@ def needed_memory(config: ShardlineConfig, manifest: GenerationManifest) -> Need
         for file in entry.files
         if not file.name.endswith(ATTRIBUTES_NAME)
     )
-    routers = config.cluster.router_replicas * (ROUTER_BYTES + config.router.cache_bytes)
+    routers = config.cluster.routers_per_host * (ROUTER_BYTES + config.router.cache_bytes)
     processes = len(manifest.shards) * SHARD_BYTES + routers + OTHER_BYTES
     return NeededMemory(loaded_bytes=loaded, process_bytes=processes, shards=len(manifest.shards))
 

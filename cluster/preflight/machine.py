@@ -55,7 +55,7 @@ def before_serving(
     checks += before_ray(requests_in_flight(config))
     if number is not None:
         manifest = read_generation(Store(config.store.resolve()).generation(number))
-        actors = len(manifest.shards) + config.cluster.router_replicas
+        actors = len(manifest.shards) + config.cluster.routers_per_host
         checks.append(check_processes(room_for_threads(), actors))
         checks.append(check_memory(needed_memory(config, manifest), free_memory()))
     return checks

@@ -30,7 +30,7 @@ def hard_limit() -> int:
 
 def requests_in_flight(config: ShardlineConfig) -> int:
     """What HAProxy lets through at once: the requests of all router replicas together."""
-    return config.router.max_in_flight * config.cluster.router_replicas
+    return config.router.max_in_flight * config.cluster.routers_per_host
 
 
 def haproxy_connections(in_flight: int, limit: int) -> int:

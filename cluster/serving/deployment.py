@@ -1,66 +1,67 @@
-"""Brings a generation up behind HTTP, and takes it down: controller, shards, router, in that order.
+"""Brings a generation up behind HTTP: controller, shards, routers, in that order.
 
 Ray must be running already (``cluster.serving.ray_session``). On a private Ray the serving process
-stays in the foreground and leaves a note in the store, so that other commands find it.
+stays in the foreground and leaves a note in the store, so that other commands find it; a launched
+cluster is found through its controller (``cluster.serving.launched``).
 """
 
-import logging
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import ray
-from ray import serve
 from ray.actor import ActorHandle
-from ray.serve.exceptions import RayServeException
 
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.controller import (
-    CONTROLLER_NAME,
     Controller,
     ControllerSettings,
     start_controller,
     wait_ready,
 )
-from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
+from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.preflight.check import enforce
-from shardline.cluster.preflight.http_address import LOOPBACK, literal_address, local_url
+from shardline.cluster.preflight.http_address import local_url
 from shardline.cluster.preflight.machine import before_start
 from shardline.cluster.preflight.servable import find_damage, servable_generation
+from shardline.cluster.serving.await_routers import Ready, asking, wait_for_routers
 from shardline.cluster.serving.endpoint import (
-    Address,
     Endpoint,
     leave_note,
     refuse_if_served,
     remove_note,
 )
-from shardline.cluster.serving.ray_session import NAMESPACE, free_port
-from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
-from shardline.cluster.store import Store
-from shardline.router.http.auth import AuthSettings
-from shardline.router.serve.environment import write_launcher
-from shardline.router.serve.replica import RouterReplica
-from shardline.shards.core.errors import (
-    CorruptFile,
-    NewerFormat,
-    NotFound,
-    ShardlineError,
-    Unavailable,
-    last_line,
+from shardline.cluster.serving.front_end import (
+    check_serve,
+    check_started,
+    routers_wanted,
+    serve_runs,
+    start_front_end,
 )
+from shardline.cluster.serving.launched import ask_controller, asked, controller
+from shardline.cluster.serving.ray_session import free_port
+from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
+from shardline.cluster.serving.stopping import stop_serving
+from shardline.cluster.serving.survey import survey
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound, Unavailable
 
-logger = logging.getLogger(__name__)
+REPORTS_TIMEOUT_S = 30.0
 
-APPLICATION = "shardline"
-READY_POLL_S = 0.05
-# How often Serve asks a replica whether it lives: a killed router is noticed so much later.
-HEALTH_CHECK_PERIOD_S = 1.0
-# Of an answer to that; three that fail, and Serve replaces a router that stopped or hangs.
-HEALTH_CHECK_TIMEOUT_S = 4.0
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """What is served, and where: the URLs of all routers, at least one.
+
+    key_file None: no key is required, or they came from the environment.
+    """
+
+    generation: int
+    urls: tuple[str, ...]
+    key_file: str | None
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def serving(
     generation: int | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> Iterator[Endpoint]:
-    """Serves a generation for the length of the block.
+    """Serves a generation from this process's private Ray for the length of the block.
 
     generation None: the live one, and after a restart of the controller the one that is live then.
     keys None: those that the configuration or the environment names, or the store's.
@@ -85,13 +86,20 @@ def serving(
     """
     store = Store(config.store.resolve())
     refuse_if_served(store)
-    endpoint = start_serving(config, keys=keys, generation=generation, on_stage=on_stage)
+    started = start_serving(config, keys=keys, generation=generation, on_stage=on_stage)
+    endpoint = Endpoint(
+        url=started.urls[0],
+        generation=started.generation,
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        key_file=started.key_file,
+    )
     try:
         leave_note(store, endpoint)
         yield endpoint
     finally:
         try:
-            stop_serving()
+            stop_serving(keep_serve=True)
         finally:
             remove_note(store, endpoint)
 
@@ -102,70 +110,43 @@ def start_serving(
     keys: ServingKeys | None = None,
     generation: int | None = None,
     on_stage: Callable[[str], None] = lambda stage: None,
-) -> Endpoint:
-    """Starts controller, shards and router; returns once all of them answer.
+) -> Started:
+    """Starts controller, shards and routers; returns once all of them answer.
 
-    What was started is stopped again when something fails. Raises as ``serving``.
+    What was started is stopped again when something fails, and nothing else: not a cluster that
+    was there before, nor Serve if that ran already. Raises as ``serving``.
     """
     store = Store(config.store.resolve())
     number = servable_generation(store, generation)
     enforce(before_start(config))
+    port = config.cluster.http_port or free_port()
+    had_serve = serve_runs()
+    if had_serve:
+        check_serve(port)
+    if config.cluster.address != "local":
+        on_stage("looking at the hosts")
+        for warning in enforce(survey(config, number, is_served=False, has_serve=had_serve)):
+            on_stage(f"warning: {warning}")
     keys = keys or serving_keys(config)
     on_stage(keys.note)
-    port = config.cluster.http_port or free_port()
     on_stage(f"loading generation {number} into its shards")
-    controller = start_controller(
-        ControllerSettings(
-            store=str(store.root),
-            generation=generation,
-            secret=secrets.token_bytes(32),
-            shard_host=config.cluster.shard_host,
-            threads_per_shard=config.cluster.threads_per_shard,
-            cpus_per_shard=config.cluster.cpus_per_shard,
-            gpus_per_shard=config.cluster.gpus_per_shard,
-            huge_pages=config.cluster.huge_pages,
-        )
-    )
+    handle = start_controller(_settings(config, store, generation, port))
     try:
         # another generation than that checked above if one has become live since
-        number = _wait_loaded(controller, store, number, config.cluster.start_timeout_s, on_stage)
+        number = _wait_loaded(handle, store, number, config.cluster.start_timeout_s, on_stage)
         on_stage("starting the HTTP front end")
-        _start_router(config, port, keys.auth)
-        url = local_url(config.cluster.http_host, port)
-        for warning in _wait_connected(Address(url, keys.own), config.cluster.start_timeout_s):
-            on_stage(f"warning: {warning['about']}: {warning['text']}")
+        hosts = len(living_hosts())
+        start_front_end(config, port, keys.auth, hosts=hosts)
+        ready = _wait_connected(config, port, keys.own, hosts)
+        for warning in ready.warnings:
+            on_stage(f"warning: {warning}")
+        urls = tuple(ready.statuses)
+        if config.cluster.address != "local":
+            urls = tuple(ask_controller().host_urls)
     except BaseException:
-        stop_serving()
+        stop_serving(keep_serve=had_serve)
         raise
-    return Endpoint(
-        url=url,
-        generation=number,
-        pid=os.getpid(),
-        started=psutil.Process().create_time(),
-        key_file=keys.auth.key_file,
-    )
-
-
-def stop_serving() -> None:
-    """Stops router, shards and controller of the Ray this process is attached to.
-
-    Other Serve applications of that Ray are left alone.
-    """
-    if not ray.is_initialized():
-        return
-    try:
-        serve.delete(APPLICATION)
-    except (ray.exceptions.RayError, RayServeException, RuntimeError) as error:
-        logger.warning("the HTTP front end did not stop in order: %s", error)
-    with suppress(ValueError):  # there is no controller: it never started, or is gone already
-        controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
-        with suppress(ray.exceptions.RayError):  # it died: its shards are ended just below
-            ray.get(controller.close.remote(), timeout=10)
-        ray.kill(controller)
-    for actor in ray.util.list_named_actors():
-        if actor.startswith(SHARD_ACTOR_PREFIX):
-            with suppress(ValueError):
-                ray.kill(ray.get_actor(actor, namespace=NAMESPACE))
+    return Started(generation=number, urls=urls, key_file=keys.auth.key_file)
 
 
 def shard_reports() -> list[dict[str, Any]]:
@@ -174,15 +155,30 @@ def shard_reports() -> list[dict[str, Any]]:
     Raises:
         Unavailable: no controller runs there, or it does not answer.
     """
-    try:
-        controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
-    except ValueError as error:
-        raise Unavailable("no controller runs in this Ray cluster") from error
-    try:
-        reports: list[dict[str, Any]] = ray.get(controller.shard_reports.remote(), timeout=30)
-    except ray.exceptions.RayError as error:
-        raise Unavailable("the controller does not answer", got=last_line(error)) from error
+    reports: list[dict[str, Any]] = asked(
+        controller().shard_reports.remote(), timeout_s=REPORTS_TIMEOUT_S
+    )
     return reports
+
+
+def _settings(
+    config: ShardlineConfig, store: Store, generation: int | None, port: int
+) -> ControllerSettings:
+    cluster = config.cluster
+    return ControllerSettings(
+        store=str(store.root),
+        generation=generation,
+        secret=secrets.token_bytes(32),
+        shard_host=cluster.shard_host,
+        threads_per_shard=cluster.threads_per_shard,
+        cpus_per_shard=cluster.cpus_per_shard,
+        gpus_per_shard=cluster.gpus_per_shard,
+        huge_pages=cluster.huge_pages,
+        replicas=cluster.replicas,
+        load_limit_s=cluster.start_timeout_s,
+        http_host=cluster.http_host,
+        http_port=port,
+    )
 
 
 def _wait_loaded(
@@ -206,60 +202,26 @@ def _wait_loaded(
         raise damage from error
 
 
-def _start_router(config: ShardlineConfig, port: int, auth: AuthSettings) -> None:
-    cluster = config.cluster
-    location, host = "EveryNode", cluster.http_host
-    if cluster.address == "local":
-        location, host = "HeadOnly", LOOPBACK
-        address = literal_address(cluster.http_host)
-        write_launcher(config.router, insecure=cluster.insecure, address=address)
-    application = (
-        serve.deployment(RouterReplica)
-        .options(
-            name="router",
-            health_check_period_s=HEALTH_CHECK_PERIOD_S,
-            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-            num_replicas=cluster.router_replicas,
-            # the service refuses overload itself, early and with Retry-After
-            max_ongoing_requests=config.router.max_in_flight * 2,
-            ray_actor_options={"num_cpus": 0},
-            # no access log: even a line that is not written costs 0.05 ms of the replica's loop
-            logging_config={"enable_access_log": False, "log_level": "WARNING"},
-        )
-        .bind(
-            config=config.router,
-            controller=CONTROLLER_NAME,
-            namespace=NAMESPACE,
-            auth=auth,
-            huge_pages=cluster.huge_pages,
-        )
-    )
-    try:
-        serve.start(proxy_location=location, http_options={"host": host, "port": port})
-        serve.run(application, name=APPLICATION, route_prefix="/")
-    except (RuntimeError, TimeoutError, RayServeException, ray.exceptions.RayError) as error:
-        raise Unavailable("the HTTP front end did not start", got=last_line(error)) from error
+def _wait_connected(config: ShardlineConfig, port: int, key: str | None, hosts: int) -> Ready:
+    """Once the routers answer, each connected to every shard; raises as ``serving``."""
+    wanted, _ = routers_wanted(config.cluster, hosts)
+    own = local_url(config.cluster.http_host, port)
+    is_local = config.cluster.address == "local"
 
+    def urls() -> list[str]:
+        if is_local:  # HAProxy is asked, whatever the number of routers behind it
+            return [own]
+        try:
+            return ask_controller().urls
+        except Unavailable:  # it restarts
+            return []
 
-def _wait_connected(address: Address, timeout_s: float) -> list[dict[str, str]]:
-    """Once the router answers and every shard is connected to it: the warnings of its status."""
-    deadline = time.monotonic() + timeout_s
-    with address.client() as client:
-        while True:
-            try:
-                status = client.status()
-                missing = [s["shard"] for s in status["shards"] if not s["connected"]]
-                reason = f"shards {missing} are not connected"
-            except ShardlineError as error:
-                missing, reason = [-1], str(error)
-            if not missing:
-                warnings: list[dict[str, str]] = status["warnings"]
-                return warnings
-            if time.monotonic() > deadline:
-                raise Unavailable(
-                    f"{address.url} did not become ready",
-                    expected=f"within {timeout_s:g} s",
-                    got=reason,
-                    hint=f"allow more with --set cluster.start_timeout_s={2 * timeout_s:g}",
-                )
-            time.sleep(READY_POLL_S)
+    with asking(key) as ask:
+        return wait_for_routers(
+            urls,
+            ask,
+            cluster_id=ask_controller().report["cluster_id"],
+            wanted=1 if is_local else min(wanted, hosts),
+            timeout_s=config.cluster.start_timeout_s,
+            check_started=check_started,
+        )

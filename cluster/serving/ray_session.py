@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import secrets
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants, services, utils
-from ray._private.services import canonicalize_bootstrap_address
 
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.folders import OBJECT_STORE_BYTES, temporary_root
@@ -31,6 +29,12 @@ from shardline.cluster.preflight.machine import before_ray
 from shardline.cluster.preflight.network import port_is_free
 from shardline.cluster.preflight.open_files import haproxy_connections, hard_limit
 from shardline.cluster.serving.ending import Ending
+from shardline.cluster.serving.joining import (
+    check_address,
+    check_answers,
+    check_token,
+    use_token,
+)
 from shardline.cluster.serving.leftovers import SESSION_PREFIX, end_session, reap_orphans
 from shardline.cluster.serving.serving_keys import KEY_VARIABLES
 from shardline.router.router_config import RouterConfig
@@ -43,7 +47,6 @@ NAMESPACE = "shardline"
 # Between Ray's workers (from 10002) and Serve's replicas (from 30000), below what Linux gives to
 # connections (from 32768): HAProxy binds its ports seconds after they were found free.
 QUIET_PORTS = range(20_000, 30_000)
-CONNECT_TIMEOUT_S = 5.0
 DEFAULT_IN_FLIGHT: int = RouterConfig.model_fields["max_in_flight"].default
 PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy", "grpc_proxy")
 # Variables that lead to another Ray, or carry the settings of a job in one: a private Ray's
@@ -98,23 +101,39 @@ def local_ray(
 @contextlib.contextmanager
 def attached_ray(
     address: str, *, verbose: bool = False, ending: Ending | None = None
-) -> Iterator[None]:
-    """Joins the Ray cluster at ``address`` ("auto": RAY_ADDRESS, or the one of this machine).
+) -> Iterator[str]:
+    """Joins the Ray cluster at ``address`` ("auto": RAY_ADDRESS, or the one of this machine);
+    yields HOST:PORT of its head.
 
     Raises:
-        Unavailable: no cluster answers there.
+        ConfigError: it is an address of Ray Client.
+        Unavailable: no cluster answers there, or it does not take this process: another token,
+            another version of Ray or Python.
     """
+    check_address(address)
+    use_token()
     try:
-        _check_answers(address)
-        ending = ending or Ending()
-        with ending.held(), _handlers_kept(ending):
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=verbose)
+        head = check_answers(address)
     except Exception as error:  # of any kind, as those of a start
         raise Unavailable(
             f"no Ray cluster at {address!r}", got=last_line(error), hint="start one with `ray up`"
         ) from error
+    check_token(head)
+    ending = ending or Ending()
     try:
-        yield
+        with ending.held(), _handlers_kept(ending):
+            ray.init(
+                address=address,
+                namespace=NAMESPACE,
+                log_to_driver=verbose,
+                logging_level=logging.INFO if verbose else logging.ERROR,
+            )
+    except Exception as error:
+        raise Unavailable(
+            f"the Ray cluster at {address!r} cannot be joined", got=last_line(error)
+        ) from error
+    try:
+        yield head
     finally:
         ray.shutdown()
 
@@ -153,27 +172,6 @@ def free_port() -> int:
     raise Unavailable(
         "no free port", expected=f"one of {QUIET_PORTS.start} to {QUIET_PORTS.stop - 1}"
     )
-
-
-def _check_answers(address: str) -> None:
-    """Whether anybody listens there: Ray itself writes to the terminal for over a minute, then ends
-    the process.
-
-    Raises:
-        OSError, ValueError: nobody does, or ``address`` is none; says which address was asked.
-    """
-    try:
-        asked = canonicalize_bootstrap_address(address.removeprefix("ray://"))
-    except ConnectionError as error:
-        raise ConnectionError("none runs on this machine, and RAY_ADDRESS names none") from error
-    if asked is None:
-        raise ValueError("RAY_ADDRESS is 'local', which starts a Ray instead of joining one")
-    host, _, port = asked.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        source = " (RAY_ADDRESS)" if address == "auto" and "RAY_ADDRESS" in os.environ else ""
-        raise ConnectionError(f"no answer from {asked}{source}: {error}") from error
 
 
 def _session_folder() -> Path:

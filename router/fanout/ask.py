@@ -5,16 +5,18 @@ first ones earlier would take a core from the shards that still search.
 """
 
 import asyncio
+import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from shardline.router.contract import Coverage, Degraded
+from shardline.router.fanout.attempts import Attempts, Reply, Request
 from shardline.router.fanout.clock import Clock, Deadline
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.link import Link
-from shardline.router.fanout.snapshot import TableSnapshot, preferred
+from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -29,7 +31,6 @@ from shardline.shards.core.messages import (
     ShardRoute,
 )
 from shardline.shards.wire.frames import Message, decode_payload, is_error
-from shardline.shards.wire.readers import Payload
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Ask:
 
     __slots__ = (
         "_asked",
+        "_attempts",
         "_clock",
         "_enough_rows",
         "_links",
@@ -62,6 +64,7 @@ class Ask:
         "_request_id",
         "_rows_in",
         "_timer",
+        "_waits_until",
         "deadline",
         "done",
         "missing",
@@ -85,19 +88,37 @@ class Ask:
         self._clock = clock
         self._on_done = on_done
         self._request_id = request_id
-        self._replies: list[Payload | Message | Unavailable | None]
+        self._replies: list[Reply | None]
         self._replies = [None] * len(snapshot.shards)
         self._missing = len(snapshot.shards)
         self._asked: list[ShardConnection] = []
         self._links: list[Link | None] = [None] * len(snapshot.shards)
+        self._attempts: Attempts | None = None  # None: no shard has more than one replica
         self._timer: Deadline | None = None
+        self._waits_until = deadline
         self._enough_rows = enough * snapshot.table.rows if 0 < enough < 1 else 0.0
         self._rows_in = 0
 
-    def send(self, frames: Iterable[bytes]) -> None:
-        """A frame to every shard, in order; those that cannot be asked are noted as missing."""
-        for position, (replicas, frame) in enumerate(zip(self.snapshot.shards, frames)):  # noqa: B905  one frame may be repeated for all
-            connection = replicas[0] if len(replicas) == 1 else preferred(replicas)
+    def send(self, frames: Sequence[bytes], request: Request) -> None:
+        """A frame to every shard, in order; those that cannot be asked are noted as missing.
+
+        frames: one per shard, or one for all; request: what they hold, or the first of them.
+        """
+        snapshot, look_s = self.snapshot, 0.0
+        if snapshot.redundancy is None:
+            self._send(itertools.repeat(frames[0]) if len(frames) == 1 else frames)
+        else:
+            self._attempts = Attempts(
+                *(snapshot.redundancy, snapshot.table, snapshot.shards),
+                *(self._links, self._put, self._request_id),
+            )
+            look_s = self._attempts.send(frames, request)
+        if not self.done:
+            self._wait(look_s)
+
+    def _send(self, frames: Iterable[bytes]) -> None:
+        """To the only replica of each shard."""
+        for position, (connection, frame) in enumerate(zip(self.snapshot.only, frames)):  # noqa: B905  one frame may be repeated for all
             if connection is None:
                 self._put(position, Unavailable("no process serves it"))
                 continue
@@ -108,8 +129,6 @@ class Ask:
                 self._put(position, error)
             else:
                 self._asked.append(connection)
-        if not self.done:
-            self._timer = Deadline(self._clock, self.deadline, self.close)
 
     def close(self) -> None:
         """Waits for nobody any longer: whoever has not answered by now is left out."""
@@ -119,6 +138,8 @@ class Ask:
         if self._timer is not None:
             self._timer.cancel()
         if self._missing:
+            if self._attempts is not None:
+                self._attempts.give_up()
             for connection in self._asked:
                 connection.abandon(self._request_id)
         self._on_done()
@@ -175,14 +196,14 @@ class Ask:
             hint="; ".join(map(str, coverage.degraded[:DEGRADED_IN_HINT])),
         )
 
-    def _put(self, position: int, reply: Payload | Unavailable) -> None:
+    def _put(self, position: int, reply: Reply) -> None:
         if self.done or self._replies[position] is not None:
             return
         self._replies[position] = reply
         self._missing -= 1
         if self._missing == 0:
             self.close()
-        elif self._enough_rows and not isinstance(reply, Unavailable) and not is_error(reply):
+        elif self._enough_rows and isinstance(reply, bytes | memoryview) and not is_error(reply):
             self._rows_in += self.snapshot.table.shards[position].rows
             if self._rows_in >= self._enough_rows:
                 self._enough_rows = 0.0
@@ -192,8 +213,26 @@ class Ask:
         if self._timer is not None:
             self._timer.cancel()
         now = self._clock.time()
-        late = now + LATE_SHARE * max(0.0, self.deadline - now)
-        self._timer = Deadline(self._clock, late, self.close)
+        self._waits_until = now + LATE_SHARE * max(0.0, self.deadline - now)
+        if self._attempts is None:
+            self._wait(0.0)
+        else:
+            self._look()
+
+    def _wait(self, look_s: float) -> None:
+        """For replies; with a look at the attempts in so many seconds, unless 0."""
+        if look_s:
+            look_at = self._clock.time() + look_s
+            if look_at < self._waits_until:
+                self._timer = Deadline(self._clock, look_at, self._look)
+                return
+        self._timer = Deadline(self._clock, self._waits_until, self.close)
+
+    def _look(self) -> None:
+        assert self._attempts is not None
+        look_s = self._attempts.look()
+        if not self.done:
+            self._wait(look_s)
 
     def _read(self, position: int) -> Message | Unavailable:
         """The reply, decoded once; a shard that has not answered counts as too late."""
@@ -218,7 +257,7 @@ class Hearing(Ask):
         super().__init__(*arguments, **named)
         self.heard = heard
 
-    def _put(self, position: int, reply: Payload | Unavailable) -> None:
+    def _put(self, position: int, reply: Reply) -> None:
         if not isinstance(reply, Unavailable):
             self.heard.set()
         super()._put(position, reply)

@@ -196,7 +196,7 @@ class Coalescer:
         )
         if lane.waiting:  # they did not fit
             self._limit_hold(key, lane, frame)
-        ask.send(itertools.repeat(encode_frame(request_id, request)))
+        ask.send([encode_frame(request_id, request)], request)
 
     def _limit_hold(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         """The frame under way lets those past who wait, once it has been under way for HOLD_MS."""

@@ -6,6 +6,7 @@ Deadlines belong to the caller, who abandons what it no longer waits for.
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Awaitable, Callable
 
@@ -19,6 +20,7 @@ from shardline.shards.wire.handshake import ServerAddress
 
 logger = logging.getLogger(__name__)
 
+LATENCY_WEIGHT = 0.1  # of the newest request in a replica's running mean
 OLDER_PROCESS_FAILURES = 3  # as many as its pauses grow with: it is about to learn its epoch
 
 
@@ -49,6 +51,9 @@ class ShardConnection:
         """clock is what a shard's silence is measured by; sleep is for tests; seconds."""
         assert route.address is not None
         self.route = route
+        self.link: Link | None = None  # the one that is up now
+        self.opened_at = -math.inf  # when it came up, on the clock
+        self.latency_s = 0.0  # running mean of what ``took`` was told
         self._address = route.address
         self._secret = secret
         self._config = config
@@ -57,23 +62,22 @@ class ShardConnection:
         self._sleep = sleep
         self._epoch = route.epoch
         self._keeps_to_tcp = False
-        self._link: Link | None = None
         self._reason = "not connected yet"
         self._task: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
 
     @property
     def connected(self) -> bool:
-        return self._link is not None and not self._link.lost.done()
+        return self.link is not None and not self.link.lost.done()
 
     @property
     def answers(self) -> bool:
         """Connected, and not silent about what it owes; a shard that is owed nothing may be."""
-        return self.connected and self._link is not None and not self._is_late(self._link)
+        return self.connected and self.link is not None and not self._is_late(self.link)
 
     @property
     def in_flight(self) -> int:
-        return 0 if self._link is None else self._link.in_flight
+        return 0 if self.link is None else self.link.in_flight
 
     @property
     def reason(self) -> str:
@@ -109,10 +113,10 @@ class ShardConnection:
             Unavailable: no connection now, or a shard so late that nothing more is asked of it.
             Overloaded: too many requests wait for this shard, or it does not read them.
         """
-        link = self._link
+        link = self.link
         if link is None:
             raise Unavailable(self._reason)
-        if link.owes_answers:
+        if link.waiting_since is not None:
             self._refuse_if_busy(link)
         if link.lost.done():
             raise Unavailable(link.lost.result())
@@ -123,11 +127,20 @@ class ShardConnection:
 
     def abandon(self, request_id: int) -> None:
         """The caller's deadline has passed: its reply is dropped, and a silent shard with it."""
-        link = self._link
+        link = self.link
         if link is None:
             return
         link.abandon(request_id)
         self._drop_if_silent(link)
+
+    def took(self, seconds: float) -> None:
+        """A request was answered after so long, or is not waited for any longer."""
+        self.latency_s += LATENCY_WEIGHT * (seconds - self.latency_s)
+
+    def drop_if_silent(self) -> None:
+        """Closes a link whose shard has long owed an answer, so that it is opened anew."""
+        if self.link is not None:
+            self._drop_if_silent(self.link)
 
     def _refuse_if_busy(self, link: Link) -> None:
         """For one that owes answers: too many of them, or for too long."""
@@ -169,7 +182,8 @@ class ShardConnection:
 
     async def _serve(self, link: Link) -> None:
         """Until the link is lost."""
-        self._link = link
+        self.link = link
+        self.opened_at = (self._clock or asyncio.get_running_loop()).time()
         self._settled.set()
         logger.info("replica %s at %s: connected", self.route.key, self._address)
         try:
@@ -177,7 +191,7 @@ class ShardConnection:
             self._reason = await asyncio.shield(link.lost)
             logger.warning("replica %s at %s: %s", self.route.key, self._address, self._reason)
         finally:
-            self._link = None
+            self.link = None
             link.close("closing")
 
     async def _connect(self) -> Link:

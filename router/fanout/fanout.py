@@ -20,12 +20,14 @@ import numpy as np
 
 from shardline.router.contract import Degraded
 from shardline.router.fanout.ask import Ask, Hearing
+from shardline.router.fanout.attempts import Redundancy
+from shardline.router.fanout.choice import Chooser, Replicas
 from shardline.router.fanout.clock import Attention, Clock, running_clock
 from shardline.router.fanout.coalesce import Coalescer, LaneKey
 from shardline.router.fanout.connection import ShardConnection
+from shardline.router.fanout.pace import Paces
 from shardline.router.fanout.snapshot import (
     Encoder,
-    Replicas,
     TableSnapshot,
     UnusableEncoder,
 )
@@ -68,9 +70,11 @@ class Fanout:
         self._given_clock = clock
         self._snapshot: TableSnapshot | None = None
         self._attention: Attention | None = None
+        self._redundancy: Redundancy | None = None
+        self._recorder = recorder or Recorder()
         self._holders: Counter[ShardConnection] = Counter()
         self._request_ids = itertools.count(1)
-        self._coalescer = Coalescer(self._request_ids, recorder or Recorder(), clock)
+        self._coalescer = Coalescer(self._request_ids, self._recorder, clock)
         self._applying = asyncio.Lock()
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -87,7 +91,8 @@ class Fanout:
         async with self._applying:
             if self._snapshot is not None and table.version <= self._snapshot.table.version:
                 return False
-            snapshot = TableSnapshot(table, encoder, self._connect(table))
+            shards = self._connect(table)
+            snapshot = TableSnapshot(table, encoder, shards, self._redundancy)
             self._holders.update(snapshot.all_connections)
             try:
                 await self._wait_settled(snapshot)
@@ -234,7 +239,7 @@ class Fanout:
         done: asyncio.Event = asyncio.Event()
         ask = kind(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
         frames = [encode_frame(request_id, request) for request in requests]
-        ask.send(frames if len(frames) > 1 else itertools.repeat(frames[0]))
+        ask.send(frames, requests[0])
         try:
             await done.wait()
         finally:
@@ -245,7 +250,7 @@ class Fanout:
         """Drops every connection; queries still running end as unavailable."""
         if self._attention is not None:
             self._attention.stop()
-            self._attention = None
+            self._attention = self._redundancy = None
         self._snapshot = None
         await asyncio.gather(*(connection.close() for connection in list(self._holders)))
         self._holders.clear()
@@ -267,7 +272,10 @@ class Fanout:
     def _connect(self, table: RoutingTable) -> tuple[Replicas, ...]:
         """Of every shard, the connections to its replicas; those to unchanged routes are kept."""
         current = {connection.route: connection for connection in self._holders}
-        attention = self._attention = self._attention or Attention(self._clock)
+        if self._attention is None:
+            self._attention = Attention(self._clock)
+            self._redundancy = self._new_redundancy(self._attention)
+        attention = self._attention
 
         def connect(route: ReplicaRoute) -> ShardConnection | None:
             if route.address is None or route in current:
@@ -283,6 +291,15 @@ class Fanout:
             return connection
 
         return tuple(tuple(map(connect, shard.replicas)) for shard in table.shards)
+
+    def _new_redundancy(self, clock: Attention) -> Redundancy:
+        config = self._config
+        return Redundancy(
+            chooser=Chooser(config.silent_after_ms / 1000, self._rng),
+            paces=Paces(config.hedge_share, config.hedge_min_ms / 1000),
+            recorder=self._recorder,
+            time=clock.time,
+        )
 
     async def _wait_settled(self, snapshot: TableSnapshot) -> None:
         waits = (connection.settled() for connection in snapshot.all_connections)

@@ -53,7 +53,10 @@ class Link(asyncio.Protocol):
         self._pending: dict[int, OnReply] = {}
         self._transport: asyncio.Transport | None = None
         self._greeting: tuple[Hello, bytes] | None = None
-        self._waiting_since: float | None = None
+        # When the shard last sent a byte while it owed an answer, or began to owe one; None: it
+        # owes none. On the clock. Read by whoever chooses a replica, for every query.
+        self.waiting_since: float | None = None
+        self.owed = 0  # replies that the shard has not sent yet, to abandoned requests included
         self.hello: asyncio.Future[Hello] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
         self.is_local = False
@@ -64,19 +67,16 @@ class Link(asyncio.Protocol):
     def in_flight(self) -> int:
         return len(self._pending)
 
-    @property
-    def owes_answers(self) -> bool:
-        return self._waiting_since is not None
-
     def stalled_for(self) -> float:
         """Seconds since the shard last sent a byte while it owed an answer; 0 when it owes none."""
-        return 0.0 if self._waiting_since is None else self._clock.time() - self._waiting_since
+        return 0.0 if self.waiting_since is None else self._clock.time() - self.waiting_since
 
     def send(self, request_id: int, frame: bytes, on_reply: OnReply) -> None:
         assert self._transport is not None
         self._pending[request_id] = on_reply
-        if self._waiting_since is None:
-            self._waiting_since = self._clock.time()
+        self.owed += 1
+        if self.waiting_since is None:
+            self.waiting_since = self._clock.time()
         self._transport.write(frame)
 
     def abandon(self, request_id: int) -> None:
@@ -102,15 +102,15 @@ class Link(asyncio.Protocol):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
-        self._waiting_since = None
+        self.waiting_since = None
         try:
             for request_id, payload in self._splitter.feed(data):
                 self._take(request_id, payload)
         except ProtocolError as error:
             logger.warning("shard at %s broke the protocol: %s", self._address, error)
             self.close(f"broke the protocol ({error.message})")
-        if self._pending and self._waiting_since is None:
-            self._waiting_since = self._clock.time()
+        if self._pending and self.waiting_since is None:
+            self.waiting_since = self._clock.time()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._finish("connection lost")
@@ -126,6 +126,8 @@ class Link(asyncio.Protocol):
     def _take(self, request_id: int, payload: Payload) -> None:
         if self.hello.done():
             self.answered = True
+            if request_id and self.owed:  # 0: a keep-alive frame
+                self.owed -= 1
             on_reply = self._pending.pop(request_id, None)
             if on_reply is not None:
                 on_reply(payload)

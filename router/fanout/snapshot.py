@@ -5,11 +5,13 @@ model versions. The encoder is known here by what the router needs of it.
 """
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.router.fanout.attempts import Redundancy
+from shardline.router.fanout.choice import Replicas
 from shardline.router.fanout.connection import ShardConnection
 from shardline.shards.core.errors import (
     EncoderUnavailable,
@@ -24,10 +26,6 @@ ENCODER_FOLDER = "query_encoder"
 # Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
 # health checks among them, are not held up.
 ENCODE_IN_LOOP = 64
-
-
-# The connections to the replicas of one shard, in the table's order; None where no process serves.
-Replicas: TypeAlias = tuple[ShardConnection | None, ...]
 
 
 class Encoder(Protocol):
@@ -58,7 +56,8 @@ class UnusableEncoder:
 
 @dataclass(eq=False, slots=True)
 class TableSnapshot:
-    """shards: of each of ``table.shards``, the connections to its replicas.
+    """shards: of each of ``table.shards``, the connections to its replicas; ``redundancy`` is None
+    where no shard has more than one, which is in ``only`` then.
 
     ``encoder`` None: the generation has none. ``running`` counts the queries that use the snapshot,
     so its connections outlive its replacement.
@@ -67,7 +66,15 @@ class TableSnapshot:
     table: RoutingTable
     encoder: Encoder | UnusableEncoder | None
     shards: tuple[Replicas, ...]
+    redundancy: Redundancy | None = None
     running: int = 0
+    only: tuple[ShardConnection | None, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        known = [[each for each in replicas if each is not None] for replicas in self.shards]
+        if all(len(replicas) < 2 for replicas in known):
+            self.redundancy = None
+        self.only = tuple(replicas[0] if replicas else None for replicas in known)
 
     @property
     def all_connections(self) -> list[ShardConnection]:
@@ -136,6 +143,7 @@ class TableSnapshot:
             warnings.append((ENCODER_FOLDER, encoder.reason))
             encoder = None
         return {
+            "cluster_id": table.cluster_id,
             "version": table.version,
             "generation": table.generation,
             "model_version": table.model_version,
@@ -154,12 +162,6 @@ class TableSnapshot:
                 {"about": about, "code": note.code, "text": note.text} for about, note in warnings
             ],
         }
-
-
-def preferred(replicas: Replicas) -> ShardConnection | None:
-    """The replica to ask: connected before not, then the one with the fewest requests in flight."""
-    known = [connection for connection in replicas if connection is not None]
-    return min(known, key=lambda c: (not c.connected, c.in_flight), default=None)
 
 
 def _answers(replicas: Replicas) -> bool:
@@ -184,6 +186,7 @@ def _describe_replica(route: ReplicaRoute, connection: ShardConnection | None) -
         reason, code = route.absence.text, route.absence.code
     return {
         "replica": route.key.replica,
+        "host": route.host,
         "epoch": route.epoch,
         "address": address,
         "connected": connection is not None and connection.connected,

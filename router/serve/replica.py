@@ -7,6 +7,7 @@ controller; while the controller is away the replica serves on with the table it
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,13 +21,14 @@ from shardline.router.router_config import RouterConfig
 from shardline.router.serve.front import Front
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import Unavailable, last_line
-from shardline.shards.core.messages import Absence
+from shardline.shards.core.messages import Absence, RouterSeen
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.process.ray_metrics import RayExporter
 
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 30.0
+ANNOUNCE_S = 5.0  # a poll for a table announces this router, too: it is not known without it
 LATE_S = 5.0  # after the end of a poll: there will be no answer
 RETRY_S = 0.5
 SECRET_S = 30.0
@@ -146,11 +148,12 @@ class RouterReplica:
         """Applies every newer table, for as long as the replica lives."""
         version = 0
         controller: Any = None
+        router = _who_this_is()
         while True:
             try:
                 if controller is None:  # blocks while Ray's head is away, so not in this loop
                     controller = await asyncio.to_thread(self._find_controller)
-                table = await controller.table_after.remote(version, POLL_TIMEOUT_S)
+                table = await controller.table_after.remote(version, ANNOUNCE_S, router)
                 if table is not None:
                     await self._service.apply(table)
                     version = table.version
@@ -197,6 +200,14 @@ class RouterReplica:
     def _find_controller(self) -> Any:
         name, namespace = self._controller
         return ray.get_actor(name, namespace=namespace)
+
+
+def _who_this_is() -> RouterSeen:
+    return RouterSeen(
+        host=ray.util.get_node_ip_address(),
+        node_id=ray.get_runtime_context().get_node_id(),
+        pid=os.getpid(),
+    )
 
 
 async def _in_time(answer: Awaitable[Absence | None], seconds: float) -> Absence | None:

@@ -195,21 +195,38 @@ class Absence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSeen:
+    """A router replica, as it announces itself to the controller.
+
+    host is the address by which Ray knows its host, node_id Ray's name for that host.
+    """
+
+    host: str
+    node_id: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaRoute:
     """Where one replica answers. address is None while no process serves it; absence says why.
 
     epoch rises each time the replica is placed anew: a router never goes back to a lower one.
+    host is the address by which Ray knows its host; None: not known.
     """
 
     key: ReplicaKey
     epoch: int
     address: tuple[str, int] | None
     absence: Absence | None = None
+    host: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRoute:
-    """The replicas of one shard, at least one, by replica number; each holds the same rows."""
+    """The replicas of one shard, at least one, by replica number; each holds the same rows.
+
+    While one is being replaced there is one more than ``cluster.replicas``.
+    """
 
     shard: int
     rows: int
@@ -225,7 +242,9 @@ class RoutingTable:
     boundaries are those of a ``Partition``: they say which shard an item id belongs to.
     encoder_checksum is the SHA-256 of the query encoder's encoder.json, which holds those of its
     other files, as the generation's manifest lists it; None: the generation has no encoder.
-    notes say what is wrong with the store's files of state, for people who look after it.
+    notes say what is wrong with the store's files of state, or where replicas are missing, for
+    people who look after it. cluster_id tells the cluster from every other; it is made from its
+    secret, so a restarted controller has the same.
     """
 
     version: int
@@ -240,6 +259,7 @@ class RoutingTable:
     shards: tuple[ShardRoute, ...]
     encoder_checksum: str | None = None
     notes: tuple[Absence, ...] = ()
+    cluster_id: str = ""
 
     @property
     def rows(self) -> int:

@@ -71,6 +71,29 @@ SHARD_MS = Metric(
 SHARD_MISSING = Metric(
     "shardline_shard_missing", _C, "answers", "Answers without the rows of a shard.", ("shard",)
 )
+HEDGES = Metric(
+    "shardline_hedges",
+    _C,
+    "requests",
+    "Requests to a shard that went to a second replica as well, because the first took longer than "
+    "is usual.",
+    ("shard",),
+)
+HEDGES_WON = Metric(
+    "shardline_hedges_won",
+    _C,
+    "requests",
+    "Of shardline_hedges, those that the second replica answered first.",
+    ("shard",),
+)
+RESENT = Metric(
+    "shardline_resent",
+    _C,
+    "requests",
+    "Requests to a shard that were sent to another replica, because the first one's connection "
+    "broke (lost), it was silent (silent), or it refused or answered nonsense (refused).",
+    ("shard", "why"),
+)
 COVERAGE = Metric(
     "shardline_coverage", _H, "share", "Share of all rows that an answer covers.", (), SHARE_BUCKETS
 )
@@ -124,6 +147,9 @@ METRICS = (
     STAGE_MS,
     SHARD_MS,
     SHARD_MISSING,
+    HEDGES,
+    HEDGES_WON,
+    RESENT,
     COVERAGE,
     REQUEST_QUERIES,
     FRAME_QUERIES,

@@ -40,8 +40,8 @@ BACKLOG = 128
 INLINE_MS = 2.0
 INLINE_ROWS = 8  # and the largest batch, because what a row costs is only estimated
 STOP_TIMEOUT_S = 10.0
-# While a search runs, routers hear so often that we live. Far below their ``late_after_ms``.
-KEEP_ALIVE_S = 0.25
+# While a search runs, routers hear so often that we live. Far below their ``silent_after_ms``.
+KEEP_ALIVE_S = 0.1
 
 
 class ShardServer:

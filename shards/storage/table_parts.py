@@ -61,40 +61,69 @@ class Part:
         """Whether there are no rows."""
         return not self.schema.names or not any(self.batches(self.schema.names[:1]))
 
-    def batches(self, columns: Sequence[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file.
+
+        Raises:
+            DataError: not readable.
+        """
+        with read_errors(self.path, BINARY_TABLES):
+            if self.form is TableFormat.PARQUET:
+                with self.location.open() as file:
+                    return int(pq.ParquetFile(file).metadata.num_rows)
+            return sum(batch.num_rows for _, batch in self._read([], 0))
+
+    def batches(
+        self, columns: Sequence[str], first: int = 0
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Each batch of these columns, in their order, and the row of the file it starts with.
 
-        No batch is empty, none has more than ROWS_PER_BATCH rows, and every value is valid.
+        From row ``first`` on. No batch is empty, none has more than ROWS_PER_BATCH rows, and every
+        value is valid.
 
         Raises:
             DataError: not readable, or a value that its type does not allow, such as text that is
                 not UTF-8.
         """
-        start = 0
         with read_errors(self.path, BINARY_TABLES):
-            for whole in self._read([c for c in columns if c not in self.folder_values]):
-                for first in range(0, whole.num_rows, ROWS_PER_BATCH):
-                    batch = whole.slice(first, ROWS_PER_BATCH)
+            stored = [c for c in columns if c not in self.folder_values]
+            for begin, whole in self._read(stored, first):
+                for cut in range(max(0, first - begin), whole.num_rows, ROWS_PER_BATCH):
+                    batch = whole.slice(cut, ROWS_PER_BATCH)
                     for name, value in self.folder_values.items():
                         batch = batch.append_column(name, pa.repeat(value, batch.num_rows))
                     batch = batch.select(columns)
-                    refuse_invalid(batch, self.path, start)
-                    yield start, batch
-                    start += batch.num_rows
+                    refuse_invalid(batch, self.path, begin + cut)
+                    yield begin + cut, batch
 
-    def _read(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    def _read(self, columns: list[str], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches with the row each starts with; some that end before row ``first`` are left out,
+        unread where the format allows it."""
         with self.location.open() as file:
+            start = 0
             if self.form is TableFormat.PARQUET:
                 parquet = pq.ParquetFile(file, page_checksum_verification=True)
-                yield from parquet.iter_batches(ROWS_PER_BATCH, columns=columns or None)
-                return
-            included = [self.schema.get_field_index(name) for name in columns]
-            options = pa.ipc.IpcReadOptions(included_fields=included or None)
-            if self.form is TableFormat.IPC_FILE:
-                reader = pa.ipc.open_file(file, options=options)
-                yield from map(reader.get_batch, range(reader.num_record_batches))
+                sizes = [
+                    parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)
+                ]
+                groups = list(range(len(sizes)))
+                while groups and start + sizes[groups[0]] <= first:
+                    start += sizes[groups.pop(0)]
+                batches = parquet.iter_batches(
+                    ROWS_PER_BATCH, row_groups=groups, columns=columns or None
+                )
             else:
-                yield from pa.ipc.open_stream(file, options=options)
+                included = [self.schema.get_field_index(name) for name in columns]
+                options = pa.ipc.IpcReadOptions(included_fields=included or None)
+                if self.form is TableFormat.IPC_FILE:
+                    reader = pa.ipc.open_file(file, options=options)
+                    batches = map(reader.get_batch, range(reader.num_record_batches))
+                else:
+                    batches = iter(pa.ipc.open_stream(file, options=options))
+            for batch in batches:
+                yield start, batch
+                start += batch.num_rows
 
 
 def open_parts(sources: Iterable[object], *, option: str) -> list[Part]:

@@ -40,6 +40,8 @@ REQUEST = struct.Struct("<IIIIdIIII")
 REPLY = struct.Struct("<IIIIQQQd")
 REQUEST_KIND = 4
 REPLY_KIND = 5
+_START = struct.Struct("<IIIIQ")  # of a reply: kind to generation
+REPLY_START_BYTES = _START.size
 FLOAT = np.dtype("<f4")
 INT = np.dtype("<i8")
 MAX_MS = 1e12  # a generation of people; NaN is not below it either
@@ -80,6 +82,11 @@ def pack_reply(reply: SearchReply) -> tuple[int, bytes, memoryview, memoryview]:
     head = REPLY.pack(REPLY_KIND, n, k, 0, reply.generation, reply.seq, reply.rows, reply.search_ms)
     ids, scores = np.ascontiguousarray(ids, INT), np.ascontiguousarray(scores, FLOAT)
     return REPLY.size + 12 * n * k, head, ids.data, scores.data
+
+
+def reply_start(n: int, k: int, generation: int) -> bytes:
+    """The first REPLY_START_BYTES of every reply of n x k results of that generation."""
+    return _START.pack(REPLY_KIND, n, k, 0, generation)
 
 
 def read_request(payload: Payload) -> SearchRequest:

@@ -299,7 +299,7 @@ async def test_a_shard_that_does_not_read_is_overloaded_instead_of_buffered_with
             refused += 1
         await asyncio.sleep(0)
     assert refused >= 10
-    unsent = connection._link._transport.get_write_buffer_size()
+    unsent = connection.link._transport.get_write_buffer_size()
     assert MAX_FRAME_BYTES < unsent <= MAX_UNSENT_BYTES + len(big)
     await connection.close()
     await shard.kill()
@@ -314,7 +314,7 @@ async def test_one_frame_of_any_size_is_no_overload(size):
     connection.request(1, HEADER.pack(size, 1) + bytes(size), lambda _reply: None)
     await asyncio.sleep(0)
     if size == MAX_FRAME_BYTES:  # more than the kernel takes
-        assert connection._link._transport.get_write_buffer_size() > MAX_FRAME_BYTES / 2
+        assert connection.link._transport.get_write_buffer_size() > MAX_FRAME_BYTES / 2
     ask(connection, 2)
     await connection.close()
     await shard.kill()
@@ -363,7 +363,7 @@ async def test_a_shard_at_work_is_not_taken_for_one_that_hangs():
     for _ in range(10):  # far beyond both limits in all
         await clock.advance(0.03)
         writer.write(KEEP_ALIVE)
-        await until(lambda: connection._link.stalled_for() == 0.0)
+        await until(lambda: connection.link.stalled_for() == 0.0)
         connection.abandon(99)
     second = ask(connection, 2)
     shard.gate.set()

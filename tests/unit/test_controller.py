@@ -1,7 +1,10 @@
 """The controller's shell over a store and stand-ins for its shard actors: no Ray runs here."""
 
 import asyncio
+import hashlib
+import json
 import os
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,8 +17,9 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from shardline.cluster.control import controller as module
-from shardline.cluster.control import placement
+from shardline.cluster.control import opening, reconcile
 from shardline.cluster.control.controller import Controller, ControllerSettings, wait_ready
+from shardline.cluster.control.hosts import Host
 from shardline.cluster.store import Store
 from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
@@ -23,7 +27,7 @@ from shardline.router.service import SearchService
 from shardline.shards.core import files
 from shardline.shards.core.encoder_files import CONFIG
 from shardline.shards.core.errors import CorruptFile, DataError, ShardlineError, Unavailable
-from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
+from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import write_generation
 from tests.engine import build_generation
@@ -31,6 +35,7 @@ from tests.fake_actor import Handle, raised_in_a_method, raised_in_the_construct
 from tests.fake_shard import SECRET, FakeShard, make_rows, running_shards, until
 
 SHARDS = 2
+HOSTS = (Host(node_id="na", address="10.0.0.1", cpus=2),)
 IDS, VECTORS = make_rows(20, 4)
 FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
 
@@ -64,10 +69,11 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> dict[str, Handle]:
     monkeypatch.setattr(ray, "get_actor", lambda name: found.setdefault(name, Handle()))
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: list(found))
     monkeypatch.setattr(ray, "kill", lambda handle: None)
+    monkeypatch.setattr(module, "fresh_hosts", lambda known=(): HOSTS)
     return found
 
 
-def settings(store: Store, generation: int | None = None) -> ControllerSettings:
+def settings(store: Store, generation: int | None, **changes: Any) -> ControllerSettings:
     return ControllerSettings(
         store=str(store.root),
         generation=generation,
@@ -77,13 +83,16 @@ def settings(store: Store, generation: int | None = None) -> ControllerSettings:
         cpus_per_shard=0,
         gpus_per_shard=0,
         huge_pages=False,
+        **changes,
     )
 
 
 @asynccontextmanager
-async def running(store: Store, generation: int | None = None) -> AsyncIterator[Controller]:
+async def running(
+    store: Store, generation: int | None = None, **changes: Any
+) -> AsyncIterator[Controller]:
     """A controller, from its constructor, which Ray runs again at a restart, to its end."""
-    controller = Controller(settings(store, generation))
+    controller = Controller(settings(store, generation, **changes))
     try:
         yield controller
     finally:
@@ -417,7 +426,7 @@ def test_a_restarted_controller_waits_for_what_it_is_to_serve(
     """Ray starts no actor again whose constructor has failed; the routers serve on meanwhile."""
     (store.root / "CURRENT").write_bytes(b"\x00")
     with pytest.raises(CorruptFile, match="CURRENT"):
-        module._opened(store, None, is_restart=False)
+        opening.opened(store, None, is_restart=False)
     pauses = []
 
     def sleep(seconds: float) -> None:
@@ -425,10 +434,10 @@ def test_a_restarted_controller_waits_for_what_it_is_to_serve(
         if len(pauses) == 3:
             store.set_current(57)
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
-    folder, manifest = module._opened(store, None, is_restart=True)
+    monkeypatch.setattr(opening.time, "sleep", sleep)
+    folder, manifest = opening.opened(store, None, is_restart=True)
     assert (folder, manifest.generation) == (store.generation(57), 57)
-    assert pauses == [module.REOPEN_S] * 3
+    assert pauses == [opening.REOPEN_S] * 3
     assert caplog.text.count("waits for what it is to serve") == 1
 
 
@@ -437,7 +446,7 @@ async def test_the_reason_stays_in_the_table_while_a_damaged_shard_starts_again_
 ) -> None:
     """Between two attempts, during one, and after a restart of the controller."""
     monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
-    monkeypatch.setattr(placement, "FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(reconcile, "FIRST_RETRY_S", 0.01)
     reason = Absence(CorruptFile.code, "index.faiss: wrong checksum")
     key = ReplicaKey(57, 1)
     for _ in range(2):
@@ -446,16 +455,211 @@ async def test_the_reason_stays_in_the_table_while_a_damaged_shard_starts_again_
             (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-0-"))
             alive[name].ping.plan = [raised_in_the_constructor(CorruptFile(reason.text))] * 500
             await controller.register_replica(key=ReplicaKey(57, 0), address=("127.0.0.1", 1000))
-            version, seen = 0, 0
-            while seen < 4:
-                table = await controller.table_after(version, 5)
+            for failures in (1, 2, 4):
+                await until(lambda: controller._placement.replicas[key].failures >= failures)  # noqa: B023
+                table = await controller.table_after(0, 5)
                 assert table is not None
-                version = table.version
                 (route,) = table.shards[1].replicas
                 assert (route.address, route.absence) == (None, reason)
-                seen = controller._placement.replicas[key].failures
             alive[name].ping.plan.clear()
             await controller.register_replica(key=key, address=("127.0.0.1", 1001))
-            table = await controller.table_after(version, 5)
+            table = await controller.table_after(table.version, 5)
             assert table is not None
             assert table.shards[1].replicas[0].absence is None
+
+
+def names_of(alive: dict[str, Handle], shard: int) -> list[str]:
+    """Actors of the shard, as "replica at node"."""
+    parts = [name.split("-") for name in alive if name.startswith(f"shardline-shard-57-{shard}-")]
+    return [f"{part[4]} at {part[6]}" for part in parts]
+
+
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> list[Host]:
+    """Of Ray, from now on; the list may be changed."""
+    hosts = [*HOSTS, Host(node_id="nb", address="10.0.0.2", cpus=2)]
+    monkeypatch.setattr(module, "fresh_hosts", lambda known=(): tuple(hosts))
+    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    return hosts
+
+
+async def register_placed(controller: Controller) -> None:
+    for key, state in list(controller._placement.replicas.items()):
+        if not state.answers:
+            await controller.register_replica(key=key, address=(state.route.host or "", 1))
+
+
+async def test_replicas_are_placed_on_hosts_and_anew_when_one_is_gone(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = two_hosts(monkeypatch)
+    async with running(store, replicas=2) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        assert [names_of(alive, shard) for shard in range(SHARDS)] == [["0 at na", "1 at nb"]] * 2
+        await register_placed(controller)
+        assert await controller.wait_ready(1) == 57
+        hosts[1] = Host(node_id="nc", address="10.0.0.3", cpus=2)
+        await until(lambda: len(alive) == 3 * SHARDS)
+        assert names_of(alive, 0) == ["0 at na", "1 at nb", "2 at nc"]
+        table = await controller.table_after(0, 1)
+        assert table is not None
+        hosts_of_0 = [(route.host, route.address) for route in table.shards[0].replicas]
+        assert hosts_of_0 == [("10.0.0.1", ("10.0.0.1", 1)), ("10.0.0.3", None)]
+
+
+async def test_while_rays_head_is_away_nothing_is_decided_about_hosts(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = two_hosts(monkeypatch)
+    async with running(store, replicas=2) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        await register_placed(controller)
+        before = controller._placement
+        asked: list[object] = []
+
+        def away(known: object) -> tuple[Host, ...]:
+            asked.append(known)
+            return ()
+
+        monkeypatch.setattr(module, "fresh_hosts", away)
+        await until(lambda: len(asked) > 3)
+        assert controller._placement.replicas == before.replicas
+        hosts.pop()
+
+
+async def test_a_controller_finds_actors_by_their_names_and_knows_their_hosts(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_hosts(monkeypatch)
+    async with running(store, replicas=2) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        await register_placed(controller)
+    before = list(alive)
+    async with running(store, replicas=2) as controller:
+        await until(lambda: all(handle.announce.calls for handle in alive.values()))
+        assert list(alive) == before
+        nodes = {str(key): state.node_id for key, state in controller._placement.replicas.items()}
+    assert nodes == {"57-0-0": "na", "57-0-1": "nb", "57-1-0": "na", "57-1-1": "nb"}
+
+
+async def test_a_rolling_restart_goes_on_after_a_restart_of_the_controller(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_hosts(monkeypatch)
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(reconcile, "OVERLAP_S", 0.0)
+    monkeypatch.setattr(reconcile, "DRAIN_S", 0.0)
+    async with running(store, replicas=2) as controller:
+        assert await controller.restart_progress() is None
+        await until(lambda: len(alive) == 2 * SHARDS)
+        await register_placed(controller)
+        begun = await controller.restart_rolling()
+        number = begun.pop("number")
+        assert begun == {"total": 4, "done": 0, "is_over": False, "trouble": None}
+        assert (await controller.restart_rolling())["number"] == number
+        await until(lambda: len(alive) == 2 * SHARDS + 1)
+    killed.clear()  # all: a controller that is closed ends its shards; of this one they live on
+    async with running(store, replicas=2) as controller:
+        while True:
+            await register_placed(controller)
+            progress = await controller.restart_progress()
+            assert progress is not None
+            assert progress["number"] == number
+            if progress["is_over"]:
+                break
+            await asyncio.sleep(0.01)
+        assert progress == {
+            "number": number,
+            "total": 4,
+            "done": 4,
+            "is_over": True,
+            "trouble": None,
+        }
+        await until(lambda: not (store.root / "restart.json").exists())
+        assert len(killed) == 4
+        assert {key.replica for key in controller._placement.replicas} >= {2}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"number": 1}'])
+async def test_a_rolling_restart_whose_note_is_damaged_is_cut_short(
+    store: Store, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (store.root / "restart.json").write_text(content)
+    async with running(store) as controller:
+        await register(controller, 57)
+        assert await controller.restart_progress() is None
+    assert "a rolling restart was cut short" in caplog.text
+
+
+async def test_a_rolling_restart_of_another_cluster_is_of_no_meaning(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = {"cluster_id": "f" * 16, "generation": 57, "number": 1, "below": {"0": 9}, "total": 2}
+    files.write_json(store.root / "restart.json", note)
+    async with running(store) as controller:
+        await register(controller, 57)
+        assert await controller.restart_progress() is None
+    assert caplog.text == ""
+
+
+async def test_the_report_tells_hosts_replicas_and_routers(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = two_hosts(monkeypatch)
+    async with running(store, replicas=2, http_host="0.0.0.0", http_port=81) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        await register_placed(controller)
+        seen = RouterSeen(host="10.0.0.2", node_id="nb", pid=7)
+        table = await controller.table_after(0, 1, router=seen)
+        report = await controller.report()
+        assert table is not None
+        assert report["cluster_id"] == table.cluster_id
+        assert (report["generation"], report["version"]) == (57, table.version)
+        assert (report["http_port"], report["replicas_wanted"]) == (81, 2)
+        assert report["hosts"] == [
+            {"host": "10.0.0.1", "node_id": "na", "alive": True, "replicas": ["0/0", "1/0"],
+             "router": False},
+            {"host": "10.0.0.2", "node_id": "nb", "alive": True, "replicas": ["0/1", "1/1"],
+             "router": True},
+        ]  # fmt: skip
+        assert report["replicas"][1] == {
+            "shard": 0, "replica": 1, "host": "10.0.0.2", "node_id": "nb",
+            "address": ("10.0.0.2", 1), "epoch": table.shards[0].replicas[1].epoch,
+            "answers": True, "stage": "staying", "failures": 0, "reason": None,
+        }  # fmt: skip
+        (router,) = report["routers"]
+        assert 0 <= router.pop("heard_s") < 5
+        assert router == {
+            "host": "10.0.0.2", "node_id": "nb", "pid": 7, "url": "http://10.0.0.2:81"
+        }  # fmt: skip
+        assert (report["notes"], report["restart"]) == ([], None)
+        hosts.pop()
+        await until(lambda: len(controller._placement.hosts) == 1)
+        report = await controller.report()
+        assert [host["alive"] for host in report["hosts"]] == [True, False]
+        assert report["routers"] == [], "its host is gone"
+        assert "1 instead of 2 replicas of shards 0, 1" in report["notes"][0]["text"]
+        assert json.loads(json.dumps(report))["hosts"] == report["hosts"]
+
+
+async def test_the_cluster_id_stays_and_does_not_tell_the_secret(store: Store) -> None:
+    ids = set()
+    for _ in range(2):
+        async with running(store) as controller:
+            ids.add((await register(controller, 57)).cluster_id)
+    (cluster_id,) = ids
+    assert re.fullmatch("[0-9a-f]{16}", cluster_id)
+    assert cluster_id not in (SECRET.hex(), hashlib.sha256(SECRET).hexdigest()[:16])
+    assert opening.cluster_id_of(b"another") != cluster_id
+
+
+async def test_a_replica_that_fails_on_one_host_is_named_with_its_host(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_hosts(monkeypatch)
+    async with running(store, replicas=2) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-1-"))
+        alive[name].ping.plan = [raised_in_the_constructor(CorruptFile("index.faiss: odd"))]
+        with pytest.raises(CorruptFile, match=r"^shard 1 on 10\.0\.0\.2: index\.faiss: odd$"):
+            await controller.wait_ready(5)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from shardline.cluster.cli import main
-from shardline.cluster.commands import serve
+from shardline.cluster.commands import down as command
 from shardline.cluster.serving.endpoint import NOTE_NAME, Endpoint, leave_note
 from shardline.cluster.store import Store
 
@@ -68,7 +68,7 @@ def test_one_that_does_not_end_is_killed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(serve, "STOP_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(command, "STOP_TIMEOUT_S", 0.3)
     process = stand_in(DEAF)
     assert down(tmp_path) == 0
     assert process.wait(1) == -signal.SIGKILL
@@ -84,7 +84,7 @@ def test_one_that_has_ended_meanwhile_has_stopped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process = stand_in(ORDERLY)
-    found = serve.find_endpoint
+    found = command.find_endpoint
 
     def find(store: Store) -> Endpoint:
         endpoint = found(store)
@@ -92,6 +92,6 @@ def test_one_that_has_ended_meanwhile_has_stopped(
         process.wait()
         return endpoint
 
-    monkeypatch.setattr(serve, "find_endpoint", find)
+    monkeypatch.setattr(command, "find_endpoint", find)
     assert down(tmp_path) == 0
     assert capsys.readouterr().out == f"stopped {URL}\n"

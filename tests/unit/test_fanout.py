@@ -264,7 +264,7 @@ async def test_a_cancelled_query_leaves_nothing_in_flight():
         with pytest.raises(asyncio.CancelledError):
             await running
         assert fanout.snapshot.running == 0
-        assert [c._link.in_flight for c in fanout.snapshot.all_connections] == [0, 0]
+        assert [c.link.in_flight for c in fanout.snapshot.all_connections] == [0, 0]
 
 
 async def test_only_a_higher_version_is_applied_and_unchanged_connections_are_kept():

@@ -45,6 +45,7 @@ BELOW = {
         *("loss", "mining", "model"),
     ),
     "training/synthetic": ("data", "evaluation"),
+    "cluster/batch": (),
     "cluster/control": (),
     "cluster/preflight": (),
     "cluster/serving": ("control", "preflight"),

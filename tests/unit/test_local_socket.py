@@ -55,7 +55,7 @@ async def fetched_over(address):
         frame = encode_frame(1, FetchRequest(item_ids=np.array([2, 7]), timeout_ms=1000.0))
         connection.request(1, frame, reply.set_result)
         found = decode_payload(await asyncio.wait_for(reply, 5))
-        family = connection._link._transport.get_extra_info("socket").family
+        family = connection.link._transport.get_extra_info("socket").family
         return family, found.item_ids.tolist()
     finally:
         await connection.close()

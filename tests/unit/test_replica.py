@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from shardline.router.http.auth import AuthSettings
 from shardline.router.router_config import RouterConfig
 from shardline.router.serve import replica as module
 from shardline.router.serve.replica import RouterReplica
-from shardline.shards.core.messages import Absence
+from shardline.shards.core.messages import Absence, RouterSeen
 from tests.fake_actor import HANG, Method
 from tests.fake_shard import until
 
@@ -56,7 +57,13 @@ async def following(
     """A replica that has started, but for Serve and the process's memory."""
     for name in ("RETRY_S", "FIRST_MEND_S", "LAST_MEND_S"):
         monkeypatch.setattr(module, name, 0.01)
-    monkeypatch.setattr(module, "ray", SimpleNamespace(get_actor=lambda *_, **__: controller))
+    node = SimpleNamespace(get_node_id=lambda: "na")
+    ray = SimpleNamespace(
+        get_actor=lambda *_, **__: controller,
+        get_runtime_context=lambda: node,
+        util=SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1"),
+    )
+    monkeypatch.setattr(module, "ray", ray)
     monkeypatch.setattr(module, "prepare_memory", lambda **_: None)
     exporter = SimpleNamespace(stop=lambda: None)
     monkeypatch.setattr(module, "RayExporter", lambda *_: exporter)
@@ -99,6 +106,16 @@ async def test_a_controller_that_never_answers_is_told_of(monkeypatch):
             "unavailable", "the controller does not answer: nothing within 0.05 s"
         )
         await until(lambda: service.controller_trouble == TROUBLE)
+
+
+async def test_it_announces_itself_with_every_poll_for_a_table(monkeypatch):
+    controller, service = Controller(), Service()
+    controller.table_after.plan = [None, ConnectionError("away"), None, HANG]
+    monkeypatch.setattr(module, "RayError", ConnectionError)
+    async with following(monkeypatch, controller, service):
+        await until(lambda: controller.table_after.calls == 4)
+    announced = {arguments[2] for arguments in controller.table_after.asked}
+    assert announced == {RouterSeen(host="10.0.0.1", node_id="na", pid=os.getpid())}
 
 
 async def test_stop_ends_everything_though_something_had_failed(monkeypatch, caplog):

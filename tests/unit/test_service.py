@@ -365,6 +365,7 @@ async def test_ready_and_status_follow_table_and_connections():
             True,
             {
                 "ready": True,
+                "cluster_id": "",
                 "shards_connected": 4,
                 "shards": 4,
                 "rows_connected": 60,

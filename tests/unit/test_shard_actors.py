@@ -9,11 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    RayError,
+)
 
 from shardline.cluster.control import shard_actors
-from shardline.cluster.control.placement import Event, ReplicaFailed, ReplicaUnreachable
-from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
+from shardline.cluster.control.placement_state import (
+    Event,
+    ReplicaFailed,
+    ReplicaIdle,
+    ReplicaUnreachable,
+)
+from shardline.cluster.control.shard_actors import (
+    ActorName,
+    ShardActors,
+    ShardSettings,
+    reason_of,
+)
 from shardline.shards.core.errors import CorruptFile, NewerFormat, ShardlineError, Unavailable
 from shardline.shards.core.messages import Absence, ReplicaKey
 from tests.engine import build_generation
@@ -22,6 +37,7 @@ from tests.fake_actor import HANG, Handle, raised_in_a_method, raised_in_the_con
 SECRET = b"0" * 32
 EPOCH = 7
 KEY = ReplicaKey(7, 1, 0)
+NODE = "a" * 56
 
 
 @pytest.fixture
@@ -50,7 +66,7 @@ def actors(tmp_path: Path, alive: dict[str, Handle]) -> ShardActors:
 @pytest.fixture
 def handle(actors: ShardActors, alive: dict[str, Handle]) -> Handle:
     """That of shard 1, the only one placed."""
-    assert actors.place(KEY) is None
+    assert actors.place(KEY, NODE) is None
     return next(iter(alive.values()))
 
 
@@ -62,7 +78,7 @@ def test_a_name_tells_the_replica_and_the_secret(
     actors: ShardActors, handle: Handle, alive: dict[str, Handle]
 ) -> None:
     digest = hashlib.sha256(SECRET).hexdigest()[:8]
-    assert list(alive) == [f"shardline-shard-7-1-0-{digest}"]
+    assert list(alive) == [f"shardline-shard-7-1-0-{digest}-{NODE}"]
     assert actors.placed == (KEY,)
 
 
@@ -70,12 +86,14 @@ def test_a_name_tells_the_replica_and_the_secret(
 def test_a_shard_that_ray_cannot_place_has_failed(
     actors: ShardActors, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def refuse(name: str, key: ReplicaKey) -> None:
+    def refuse(name: ActorName) -> None:
         raise error
 
     monkeypatch.setattr(shard_actors, "_existing", lambda name: None)
     monkeypatch.setattr(actors, "_create", refuse)
-    assert actors.place(KEY) == ReplicaFailed(key=KEY, reason=Absence("unavailable", "left here"))
+    assert actors.place(KEY, NODE) == ReplicaFailed(
+        key=KEY, reason=Absence("unavailable", "left here")
+    )
     assert actors.placed == ()
 
 
@@ -120,7 +138,7 @@ def test_a_dead_one_that_was_replaced_during_the_check_is_no_event(
         alive.clear()
         running = asyncio.ensure_future(actors.check(KEY, EPOCH, lambda: False))
         await asyncio.sleep(0)
-        assert actors.place(KEY) is None
+        assert actors.place(KEY, NODE) is None
         return await running
 
     handle.ping.plan = [ActorDiedError()]
@@ -162,6 +180,82 @@ def test_what_it_says_of_itself_or_why_it_does_not(actors: ShardActors, handle: 
     assert "restarting" in reason.text
 
 
+def test_a_name_that_is_no_shard_actors_is_none() -> None:
+    name = f"shardline-shard-7-1-0-abcdef01-{NODE}"
+    parsed = ActorName.parse(name)
+    assert parsed == ActorName(KEY, "abcdef01", NODE)
+    assert str(parsed) == name
+    for other in ("shardline-controller", name[:-57], f"{name}-x", name.replace("-7-", "-x-")):
+        assert ActorName.parse(other) is None
+
+
+def test_those_that_are_found_are_of_this_cluster_and_generation(
+    actors: ShardActors, handle: Handle, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (name,) = alive
+    others = [name.replace("-7-1-0-", "-3-1-0-"), name.replace(name.split("-")[5], "ffffffff")]
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda: [name, *others, "x"])
+    assert actors.found() == {KEY: NODE}
+
+
+def test_an_actor_stays_on_its_host(actors: ShardActors, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    class Remote:
+        def options(self, **options: Any) -> "Remote":
+            asked.update(options)
+            return self
+
+        def remote(self, **arguments: Any) -> str:
+            asked.update(arguments)
+            return "handle"
+
+    monkeypatch.setattr(ray, "remote", lambda kind: Remote())
+    assert actors._create(ActorName(KEY, "d", NODE)) == "handle"
+    strategy = asked["scheduling_strategy"]
+    assert (strategy.node_id, strategy.soft) == (NODE, False)
+    assert (asked["max_restarts"], asked["lifetime"], asked["num_cpus"]) == (-1, "detached", 0.5)
+    assert (asked["num_gpus"], asked["key"]) == (0, KEY)
+
+
+def test_one_whose_host_is_gone_has_failed(actors: ShardActors, handle: Handle) -> None:
+    handle.ping.plan = [ActorUnschedulableError("the node is dead")]
+    event = check(actors)
+    assert isinstance(event, ReplicaFailed)
+    assert "the node is dead" in event.reason.text
+
+
+@pytest.mark.parametrize(
+    ("described", "event"),
+    [
+        ({"connections": 0}, ReplicaIdle(key=KEY)),
+        ({"connections": 1}, None),
+        (ActorUnavailableError("restarting", None), None),
+    ],
+)
+def test_idle_is_one_that_says_so(
+    actors: ShardActors, handle: Handle, described: Any, event: Event | None
+) -> None:
+    handle.describe.plan = [described]
+    assert asyncio.run(actors.is_idle(KEY)) == event
+    actors.forget(KEY)
+    assert asyncio.run(actors.is_idle(KEY)) is None
+
+
+def test_one_is_ended_by_its_handle_or_its_name(
+    actors: ShardActors, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr(ray, "kill", killed.append)
+    for _ in range(2):  # the second time as a controller would that was restarted since
+        actors.end_replica(KEY, NODE)
+        assert actors.placed == ()
+    assert killed == [handle, handle]
+    monkeypatch.setattr(shard_actors, "_existing", lambda name: None)
+    actors.end_replica(KEY, NODE)
+    assert len(killed) == 2
+
+
 def test_ending_kills_every_placed_one(
     actors: ShardActors, handle: Handle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,8 +269,9 @@ def test_only_actors_of_other_generations_of_this_cluster_are_ended(
     actors: ShardActors, handle: Handle, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = hashlib.sha256(SECRET).hexdigest()[:8]
-    older = f"shardline-shard-3-0-0-{digest}"
-    names = [*alive, older, "shardline-shard-3-0-0-ffffffff", "shardline-controller", f"x-{digest}"]
+    older = f"shardline-shard-3-0-0-{digest}-{NODE}"
+    others = [f"shardline-shard-3-0-0-ffffffff-{NODE}", "shardline-controller", f"x-{digest}"]
+    names = [*alive, older, *others, f"shardline-shard-3-0-{digest}", f"shardline-shard-{digest}"]
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: names)

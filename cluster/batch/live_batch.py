@@ -1,0 +1,229 @@
+"""A job answered by the running cluster over HTTP: it sees what is live, and yields to others.
+
+One request is in flight (``pace``); only complete answers count, and one that is unavailable is
+asked again for a minute. Another generation than the one that the job began with ends it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shardline.cluster.batch.batch_job import BatchJob, Wanted
+from shardline.cluster.batch.job_parts import Parts
+from shardline.cluster.batch.pace import Pace
+from shardline.cluster.batch.part_files import OutputFolder
+from shardline.cluster.batch.pipeline import ahead
+from shardline.cluster.batch.queries import Queries, QuerySource
+from shardline.cluster.batch.result_columns import ORIGINAL_IDS, result_table, title_of
+from shardline.cluster.batch.spans import Span
+from shardline.router.client.answers import SearchAnswer
+from shardline.router.client.sync_client import Client
+from shardline.shards.core.errors import DataError, InvalidInput, Unavailable, VersionMismatch
+from shardline.shards.core.schema import EMPTY_ID, Metric, Ranked
+from shardline.shards.storage.column_types import LIBRARY_ERRORS, first_line
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_MS = 10_000.0  # the most a router grants by default
+WAITS_S = (0.5, 1, 2, 4, 8, 16, 30)  # before further attempts of a request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveCluster:
+    """What answers: a generation of a model, and what its queries must be."""
+
+    generation: int
+    model_version: str
+    dim: int
+    metric: Metric
+
+    @classmethod
+    def of(cls, status: dict[str, Any]) -> "LiveCluster":
+        """From ``Client.status``."""
+        return cls(
+            generation=int(status["generation"]),
+            model_version=str(status["model_version"]),
+            dim=int(status["dim"]),
+            metric=Metric(status["metric"]),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class LiveSearch:
+    """Asks the cluster, request by request. types: of the attributes that are wanted."""
+
+    client: Client
+    cluster: LiveCluster
+    wanted: Wanted
+    types: dict[str, pa.DataType]
+    pace: Pace = field(default_factory=Pace)
+    clock: Callable[[], float] = time.perf_counter
+    wait: Callable[[float], None] = time.sleep
+
+    def check(self, source: QuerySource) -> None:
+        """Asks the first query, so that what the cluster refuses is said before work starts.
+
+        Raises:
+            InvalidInput: k, a parameter or a column is none for this cluster. Unavailable: it
+                does not answer.
+        """
+        for _, queries in source.read([Span(0, 0, 1)]):
+            self._ask(queries)
+
+    def table(self, queries: Queries) -> pa.Table:
+        """The rows of a part.
+
+        Raises:
+            VersionMismatch: another generation or model answers. Unavailable: still no complete
+                answer after all attempts. DataError: attributes of other types than these items'
+                generation has.
+        """
+        answers, start = [], 0
+        while start < len(queries):
+            stop = min(start + self.pace.size, len(queries))
+            answers.append(self._timed(queries.rows(start, stop)))
+            start = stop
+        ranked = Ranked(
+            np.concatenate([answer.ids for answer in answers]),
+            np.concatenate([answer.scores for answer in answers]),
+        )
+        columns = _Answered(answers, self.wanted, self.types)
+        return result_table(queries.ids, ranked, columns)
+
+    def _timed(self, queries: Queries) -> SearchAnswer:
+        for wait_s in WAITS_S:
+            started = self.clock()
+            try:
+                answer = self._ask(queries)
+            except Unavailable as error:
+                logger.info("asked again in %s s: %s", wait_s, error)
+                self.pace.refused()
+                self.wait(wait_s)
+                continue
+            self.wait(self.pace.took(len(queries), self.clock() - started))
+            return answer
+        return self._ask(queries)
+
+    def _ask(self, queries: Queries) -> SearchAnswer:
+        answer = self.client.search(
+            vectors=queries.vectors,
+            features=queries.features,
+            item_ids=queries.own if queries.vectors is None else None,
+            k=self.wanted.k,
+            params=self.wanted.params,
+            min_coverage=1.0,
+            timeout_ms=TIMEOUT_MS,
+            return_=self.wanted.attributes or None,
+            return_original_ids=self.wanted.original_ids or None,
+        )
+        found = answer.generation, answer.model_version
+        if found != (self.cluster.generation, self.cluster.model_version):
+            raise VersionMismatch(
+                "the cluster serves something else than when the job began",
+                expected=f"generation {self.cluster.generation}, "
+                f"model {self.cluster.model_version}",
+                got=f"generation {found[0]}, model {found[1]}",
+                hint="start it again with a new output folder",
+            )
+        if answer.attributes_missing:
+            raise Unavailable(
+                "attributes are missing", got=", ".join(map(str, answer.attributes_missing))
+            )
+        return answer
+
+
+def live_job(
+    source: QuerySource, cluster: LiveCluster, wanted: Wanted, block_rows: int
+) -> BatchJob:
+    """The job of a source's queries for what a cluster serves now."""
+    return BatchJob(
+        queries=source.identity,
+        rows=source.rows,
+        generation=cluster.generation,
+        content=cluster.model_version,
+        wanted=wanted,
+        block_rows=block_rows,
+        live=True,
+    )
+
+
+def run_live(
+    source: QuerySource,
+    search: LiveSearch,
+    output: OutputFolder,
+    todo: Sequence[Span],
+    parts: Parts,
+) -> None:
+    """Answers the blocks ``todo``, one after the other. Raises as ``LiveSearch.table``."""
+    parts.begin()
+    for span, queries in ahead(source.read(todo)):
+        parts.written(span, output.write(span, search.table(queries)))
+
+
+class _Answered:
+    """The columns that answers bring, for ``result_table``: values in the order of the results."""
+
+    def __init__(
+        self, answers: Sequence[SearchAnswer], wanted: Wanted, types: dict[str, pa.DataType]
+    ) -> None:
+        self._answers, self._wanted, self._types = answers, wanted, types
+
+    def of(self, item_ids: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, pa.Array]:
+        """item_ids (n,) int64: of all results that are not empty."""
+        found: dict[str, pa.Array] = {}
+        if self._wanted.original_ids:
+            values = [
+                value
+                for answer in self._answers
+                for value in _kept(answer, answer.original_ids or [])
+            ]
+            found[ORIGINAL_IDS] = _array(ORIGINAL_IDS, values, self._types[ORIGINAL_IDS])
+        for name in self._wanted.attributes:
+            values = [
+                value
+                for answer in self._answers
+                for value in _kept(answer, answer.attributes[name])
+            ]
+            found[title_of(name)] = _array(name, values, self._types[name])
+        assert all(len(column) == len(item_ids) for column in found.values())
+        return found
+
+
+def _kept(answer: SearchAnswer, rows: list[list[Any]]) -> list[Any]:
+    """Values of the results that are not empty, which are first in each row."""
+    counts = (answer.ids != EMPTY_ID).sum(axis=1).tolist()
+    return [value for row, count in zip(rows, counts, strict=True) for value in row[:count]]
+
+
+def _array(name: str, values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Values of JSON in the type that the generation's files have."""
+    try:
+        try:
+            return pa.array(values, kind)
+        except LIBRARY_ERRORS:  # times are texts in JSON
+            return pa.array(values).cast(kind)
+    except LIBRARY_ERRORS as error:
+        raise DataError(
+            "an attribute that answers over HTTP do not bring in its own type",
+            field=name,
+            expected=str(kind),
+            got=first_line(error),
+            hint="leave it out, or run the job offline, without --live",
+        ) from error
+
+
+def refuse_unknown(names: Sequence[str], types: dict[str, pa.DataType]) -> None:
+    """Raises InvalidInput for an attribute that the generation does not have."""
+    for name in names:
+        if name not in types:
+            raise InvalidInput(
+                "no such attribute",
+                field="--return",
+                expected=f"one of {', '.join(types) or 'none: this generation has none'}",
+                got=name,
+            )

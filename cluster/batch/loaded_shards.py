@@ -1,0 +1,118 @@
+"""Some shards of a generation in this process, searched for blocks of queries on given threads.
+
+The indexes and ids alone: attributes are read from their files (``result_columns``).
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shardline.cluster.batch.batch_job import Wanted
+from shardline.cluster.batch.top_k import merge_parts
+from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked, normalise
+from shardline.shards.index.main_index import set_search_threads
+from shardline.shards.server.shard import Shard
+from shardline.shards.storage.generation import ATTRIBUTES_NAME, GenerationManifest
+
+# Of what is free, the share that indexes may take: blocks in flight, the merge and the libraries
+# need the rest.
+USABLE_SHARE = 0.8
+BLOCKS_IN_FLIGHT = 8  # read ahead, searched, merged and being written, with their copies
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedShards:
+    """Shards of one generation; one thread searches them."""
+
+    shards: tuple[Shard, ...]
+
+    @classmethod
+    def load(cls, folder: Path, numbers: Sequence[int], *, threads: int) -> "LoadedShards":
+        """Verifies and reads them; the calling thread is the one to search.
+
+        Raises:
+            NotFound, CorruptFile, NewerFormat: as ``Shard.load``.
+        """
+        set_search_threads(threads)
+        return cls(tuple(Shard.load(folder, number) for number in numbers))
+
+    @property
+    def dim(self) -> int:
+        return self.shards[0].dim
+
+    def search(self, vectors: FloatArray, wanted: Wanted) -> Ranked:
+        """(n, searched_k), the best of these shards, for vectors (n, dim) float32.
+
+        Raises:
+            InvalidInput: a search parameter out of range.
+        """
+        k, params = wanted.searched_k, wanted.params
+        return merge_parts([shard.state.search(vectors, k, params) for shard in self.shards])
+
+    def item_vectors(self, shard: int, start: int, stop: int, metric: Metric) -> FloatArray:
+        """The stored vectors of rows of one of these shards, as queries."""
+        state = next(each for each in self.shards if each.shard == shard).state
+        vectors = state.main.reconstruct(np.arange(start, stop, dtype=np.int64))
+        # an index without exact copies gives approximations, whose length is not quite one
+        return normalise(vectors) if metric is Metric.COSINE else vectors
+
+    def item_ids(self, shard: int) -> IdArray:
+        """(rows,) int64, ascending."""
+        state = next(each for each in self.shards if each.shard == shard).state
+        return state.ids_by_row[:-1]
+
+
+def cores() -> int:
+    """Cores this process may use, fewer than the machine has under taskset or in a container."""
+    return len(os.sched_getaffinity(0))
+
+
+def loaded_bytes(manifest: GenerationManifest) -> list[int]:
+    """Bytes that each shard takes when loaded: its files, without attributes."""
+    return [
+        sum(file.bytes for file in entry.files if not file.name.endswith(ATTRIBUTES_NAME))
+        for entry in manifest.shards
+    ]
+
+
+def block_bytes(block_rows: int, dim: int, k: int, shards: int) -> int:
+    """Bytes of the blocks that a job holds at once; the merge holds a part per shard."""
+    one = block_rows * (dim * 4 + k * 12)
+    return BLOCKS_IN_FLIGHT * one + 2 * block_rows * k * 12 * shards
+
+
+def groups_of(sizes: Sequence[int], available: int, needed: int) -> list[list[int]]:
+    """The shards that are in memory at once, as few groups as possible in their order.
+
+    sizes: bytes of each; available: bytes that are free; needed: of those, for blocks of queries.
+
+    Raises:
+        Unavailable: the largest shard does not fit by itself; with the arithmetic.
+    """
+    room = int(available * USABLE_SHARE) - needed
+    largest = max(sizes)
+    if largest > room:
+        raise Unavailable(
+            "not enough memory for one shard",
+            expected=f"{_mib(largest)} of its files and {_mib(needed)} of queries and results",
+            got=f"{USABLE_SHARE:.0%} of {_mib(available)} that are free",
+            hint="free memory, build more and smaller shards, or take smaller blocks "
+            "(--block-rows)",
+        )
+    groups: list[list[int]] = [[]]
+    taken = 0
+    for shard, size in enumerate(sizes):
+        if groups[-1] and taken + size > room:
+            groups.append([])
+            taken = 0
+        groups[-1].append(shard)
+        taken += size
+    return groups
+
+
+def _mib(number: int) -> str:
+    return f"{number / 2**20:,.0f} MiB"

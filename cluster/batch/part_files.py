@@ -1,0 +1,258 @@
+"""The output folder of a job: one Parquet part per block, complete or absent, and what the job is.
+
+    _job.json                           the job, written first; another job is refused
+    part-000012-5f0c2d9e8b7a6541.parquet  block 12 of the job with that fingerprint
+    _manifest.json                      all parts with their checksums; written last
+    _work/                              what a running job keeps; gone at its end
+
+Names that begin with ``_`` are passed over by Spark, DuckDB, Polars, pandas and Arrow.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shardline.cluster.batch.batch_job import BatchJob
+from shardline.cluster.batch.spans import Span
+from shardline.shards.core.errors import CorruptFile, DataError, NotFound, Unavailable
+from shardline.shards.core.files import (
+    MANIFEST_NAME,
+    FileEntry,
+    atomic_path,
+    describe_file,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from shardline.shards.core.small_files import MAX_MANIFEST_BYTES, read_json
+from shardline.shards.storage.column_types import LIBRARY_ERRORS
+
+KIND = "batch result"
+MANIFEST_VERSION = 1
+JOB_NAME = "_job.json"
+LOCK_NAME = "_lock"
+WORK_NAME = "_work"
+BLOCK_KEY = b"shardline.block"  # in the footer of a part: which block of which job it is
+NEW_FOLDER = "choose an empty or a new folder, or remove this one"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFolder:
+    """A folder that holds the parts of one job, locked for this process."""
+
+    path: Path
+    job: BatchJob
+
+    @property
+    def work(self) -> Path:
+        """For files of the running job; empty at its start."""
+        return self.path / WORK_NAME
+
+    def part_name(self, span: Span) -> str:
+        return f"part-{span.number:06d}-{self.job.fingerprint}.parquet"
+
+    def write(self, span: Span, table: pa.Table) -> FileEntry:
+        """The part of a block, atomically; its rows are those of the block, in order.
+
+        Raises:
+            OSError: the disk is full, say. What was written before stays.
+        """
+        assert table.num_rows == len(span)
+        name = self.part_name(span)
+        table = table.replace_schema_metadata({BLOCK_KEY: _mark(self.job, span)})
+        with atomic_path(self.path / name) as temporary:
+            # plain pages: ids do not repeat enough for a dictionary, and all readers know these
+            pq.write_table(
+                table,
+                temporary,
+                compression="snappy",
+                use_dictionary=False,
+                write_statistics=False,
+                write_page_checksum=True,
+                row_group_size=len(span),
+            )
+        return describe_file(self.path, name, rows=len(span))
+
+    def kept(self, spans: Sequence[Span]) -> Iterator[tuple[Span, FileEntry]]:
+        """The blocks whose parts are here and whole: every page is read. Others are removed."""
+        for span in spans:
+            path = self.path / self.part_name(span)
+            if not path.exists():
+                continue
+            if _is_whole(path, _mark(self.job, span), len(span)):
+                yield span, describe_file(self.path, path.name, rows=len(span))
+            else:
+                path.unlink()
+
+    def finish(self, entries: Sequence[FileEntry]) -> None:
+        """Declares the result complete. Call it last."""
+        shutil.rmtree(self.work, ignore_errors=True)
+        body = {
+            "fingerprint": self.job.fingerprint,
+            "job": self.job.described,
+            "rows": self.job.rows,
+            "parts": [asdict(entry) for entry in entries],
+        }
+        write_manifest(self.path, kind=KIND, version=MANIFEST_VERSION, body=body)
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimedFolder:
+    """A folder that is this process's alone, and new, empty, or a batch job's."""
+
+    path: Path
+
+    @property
+    def work(self) -> Path:
+        """For files of the running job; empty at its start, gone at its end."""
+        return self.path / WORK_NAME
+
+    def begin(self, job: BatchJob) -> OutputFolder:
+        """Notes the job, if it is not the one noted here already.
+
+        Raises:
+            DataError: it holds another job's result.
+        """
+        try:
+            found = read_json(self.path / JOB_NAME, MAX_MANIFEST_BYTES)
+        except FileNotFoundError:
+            write_json(self.path / JOB_NAME, {"kind": KIND, **job.described})
+            return OutputFolder(self.path, job)
+        # as JSON gives it back: tuples are lists there
+        wanted = json.loads(json.dumps({"kind": KIND, **job.described}))
+        differing = _differences(found, wanted)
+        if differing:
+            raise DataError(
+                f"{self.path}: the output of another job",
+                got="; ".join(differing),
+                hint=NEW_FOLDER,
+            )
+        return OutputFolder(self.path, job)
+
+
+@contextmanager
+def claimed_folder(path: Path) -> Iterator[ClaimedFolder]:
+    """The output folder of a job, made or found, for this process alone.
+
+    What a killed process has left unfinished is removed. A folder in which no job began is left as
+    it was found.
+
+    Raises:
+        DataError: it holds something else than a batch job's output. Unavailable: another process
+            works in it.
+    """
+    _check_folder(path)
+    is_new = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(path):
+            for left in path.glob(".*.tmp"):
+                left.unlink()
+            shutil.rmtree(path / WORK_NAME, ignore_errors=True)
+            (path / WORK_NAME).mkdir()
+            try:
+                yield ClaimedFolder(path)
+            finally:
+                shutil.rmtree(path / WORK_NAME, ignore_errors=True)
+                if not (path / JOB_NAME).exists():
+                    (path / LOCK_NAME).unlink()
+    finally:
+        if is_new and not any(path.iterdir()):
+            path.rmdir()
+
+
+def _check_folder(path: Path) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise DataError(f"{path}: a file, where the folder of results is needed", hint=NEW_FOLDER)
+    names = {each.name for each in path.iterdir()}
+    others = sorted(names - {LOCK_NAME, WORK_NAME})
+    if others and JOB_NAME not in names:
+        raise DataError(
+            f"{path}: not empty, and not the output of a batch job",
+            got=", ".join(others[:5]),
+            hint=NEW_FOLDER,
+        )
+
+
+def read_result(path: Path) -> list[FileEntry]:
+    """The parts of a complete result, in order.
+
+    Raises:
+        NotFound: it is not complete. CorruptFile: its manifest is damaged.
+    """
+    body = read_manifest(path, kind=KIND, version=MANIFEST_VERSION)
+    try:
+        return [FileEntry(**entry) for entry in body["parts"]]
+    except (KeyError, TypeError) as error:
+        raise CorruptFile(f"{path / MANIFEST_NAME}: a field is missing", got=repr(error)) from error
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a job has finished here."""
+    try:
+        read_result(path)
+    except NotFound:
+        return False
+    return True
+
+
+def _mark(job: BatchJob, span: Span) -> bytes:
+    return f"{job.fingerprint}-{span.number}".encode()
+
+
+def _is_whole(path: Path, mark: bytes, rows: int) -> bool:
+    try:
+        with pa.memory_map(str(path)) as file:
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            metadata = parquet.schema_arrow.metadata or {}
+            if metadata.get(BLOCK_KEY) != mark:
+                return False
+            found: int = sum(batch.num_rows for batch in parquet.iter_batches())
+            return found == rows
+    except LIBRARY_ERRORS:
+        return False
+
+
+def _differences(found: object, wanted: dict[str, object], prefix: str = "") -> list[str]:
+    """Where two jobs differ, as 'k: 10 there, 100 here'."""
+    if not isinstance(found, dict):
+        return [f"{prefix or 'the note of the job'}: not readable"]
+    texts: list[str] = []
+    for name in sorted({*found, *wanted}):
+        there, here = found.get(name), wanted.get(name)
+        if isinstance(here, dict) and isinstance(there, dict):
+            texts += _differences(there, here, f"{prefix}{name}.")
+        elif there != here:
+            texts.append(f"{prefix}{name}: {_short(there)} there, {_short(here)} here")
+    return texts
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Unavailable(
+                f"{folder}: another process writes its results here",
+                hint="wait until it has ended, or choose another folder",
+            ) from error
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,78 @@
+"""What ``status`` prints: a router's view of the shards, a controller's of hosts and routers."""
+
+from typing import Any
+
+import click
+
+from shardline.cluster.console import print_table
+
+
+def print_status(report: dict[str, Any]) -> None:
+    """A router's status: what is served, and which replicas it is connected to."""
+    for name in ("generation", "model_version", "index", "dim", "metric", "rows"):
+        click.echo(f"{name:>14}  {report[name]}")
+    print_table(
+        "shards",
+        ("shard", "replica", "rows", "epoch", "address", "connected", "why not"),
+        [
+            (
+                str(shard["shard"]),
+                str(replica["replica"]),
+                f"{shard['rows']:,}",
+                str(replica["epoch"]),
+                str(replica["address"] or "none"),
+                "yes" if replica["connected"] else "no",
+                str(replica["code"]),
+            )
+            for shard in report["shards"]
+            for replica in shard["replicas"]
+        ],
+    )
+    for shard in report["shards"]:
+        for replica in shard["replicas"]:
+            if replica["reason"]:  # a line of its own: a table would break a path
+                where = f"shard {shard['shard']}, replica {replica['replica']}"
+                click.echo(f"{where}: {replica['code']}: {replica['reason']}")
+    for warning in report.get("warnings", ()):  # routers before these have none
+        click.echo(f"warning: {warning['about']}: {warning['code']}: {warning['text']}")
+
+
+def print_launched(report: dict[str, Any]) -> None:
+    """The controller's report: hosts, routers, replicas, and what is amiss."""
+    click.echo(f"{'cluster':>14}  {report['cluster_id']}, routing table {report['version']}")
+    routers = {router["host"]: router for router in report["routers"]}
+    print_table(
+        "hosts",
+        ("host", "alive", "replicas", "router", "heard"),
+        [
+            (
+                str(host["host"]),
+                "yes" if host["alive"] else "no",
+                " ".join(host["replicas"]) or "none",
+                str(routers[host["host"]]["url"]) if host["host"] in routers else "none",
+                f"{routers[host['host']]['heard_s']:.1f} s ago" if host["host"] in routers else "",
+            )
+            for host in report["hosts"]
+        ],
+    )
+    print_table(
+        "replicas",
+        ("shard", "replica", "host", "epoch", "answers", "stage"),
+        [
+            (
+                str(replica["shard"]),
+                str(replica["replica"]),
+                str(replica["host"] or "none"),
+                str(replica["epoch"]),
+                "yes" if replica["answers"] else "no",
+                str(replica["stage"]),
+            )
+            for replica in report["replicas"]
+        ],
+    )
+    for replica in report["replicas"]:
+        if (reason := replica["reason"]) is not None:
+            where = f"shard {replica['shard']}, replica {replica['replica']}"
+            click.echo(f"{where}: {reason['code']}: {reason['text']}")
+    for note in report["notes"]:
+        click.echo(f"warning: {note['code']}: {note['text']}")

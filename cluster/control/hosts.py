@@ -1,0 +1,140 @@
+"""Which host a replica belongs on: pure functions of the living hosts and what they hold.
+
+The replicas of a shard are on different hosts, and hosts are loaded evenly. A host has room for a
+number of replicas, and what counts is how many more it could take: with equal hosts that is an even
+spread, and with unequal ones the spread that fits wherever any does.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+UNLIMITED = 1 << 20  # replicas that reserve nothing: more than there ever are
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A living host of the Ray cluster.
+
+    node_id: Ray's name for it, another one each time that Ray starts there; address: by which Ray
+    and the other hosts know it. cpus, gpus: what Ray may give to actors.
+    """
+
+    node_id: str
+    address: str
+    cpus: float
+    gpus: float = 0
+
+    def room(self, *, cpus: float, gpus: float = 0) -> int:
+        """Replicas that it has room for if each reserves so many CPUs and GPUs.
+
+        None where Ray has no CPUs at all: a head that is to hold nothing is started so.
+        """
+        if self.cpus <= 0:
+            return 0
+        rooms = [int(has // each) for has, each in ((self.cpus, cpus), (self.gpus, gpus)) if each]
+        return min(rooms, default=UNLIMITED)
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """A replica that is placed: the shard, the host."""
+
+    shard: int
+    node_id: str
+
+
+def fits(
+    hosts: Iterable[Host],
+    *,
+    shards: int,
+    replicas: int,
+    cpus_per_shard: float,
+    gpus_per_shard: float = 0,
+) -> str | None:
+    """Why so many replicas per shard have no room on these hosts, with the arithmetic; else None.
+
+    A host takes one replica of each shard at most. It fits if what the hosts take so is enough in
+    sum: giving each shard the hosts with the most room left then always succeeds (Gale, Ryser).
+    """
+    usable = {host.address: host.room(cpus=cpus_per_shard, gpus=gpus_per_shard) for host in hosts}
+    taking = {address: min(room, shards) for address, room in usable.items() if room > 0}
+    if replicas > len(taking):
+        return (
+            f"{replicas} replicas of each shard are on as many different hosts, and "
+            f"{len(taking)} of {len(usable)} hosts can hold a shard"
+            f"{_reserved(cpus_per_shard, gpus_per_shard)}"
+        )
+    room, needed = sum(taking.values()), shards * replicas
+    if room >= needed:
+        return None
+    each = ", ".join(f"{address} {count}" for address, count in sorted(taking.items()))
+    return (
+        f"{shards} shards x {replicas} replicas = {needed}"
+        f"{_reserved(cpus_per_shard, gpus_per_shard)}; there is room for {room}: {each}"
+    )
+
+
+def choose_host(
+    shard: int,
+    room: Mapping[str, int],
+    spots: Sequence[Spot],
+    *,
+    failures: Mapping[str, int],
+    num_shards: int,
+) -> str | None:
+    """The host for one more replica of the shard; None: no host without one has room.
+
+    room: of each living host, by node id, in the order in which equal ones are taken; spots: the
+    replicas that stay; failures: of this shard's replicas on a host, lately.
+    """
+    left = room_left(room, spots, num_shards)
+    taken = {spot.node_id for spot in spots if spot.shard == shard}
+    loads = Counter(spot.node_id for spot in spots)
+    free = [node for node in room if node not in taken and loads[node] < room[node]]
+    return min(free, key=lambda node: (failures.get(node, 0), -left[node]), default=None)
+
+
+def better_spread(
+    room: Mapping[str, int],
+    spots: Sequence[Spot],
+    *,
+    barred: Iterable[Spot],
+    num_shards: int,
+) -> tuple[Spot, str] | None:
+    """A replica to move, and the host it should be on; None: no move is a gain.
+
+    A move is a gain where two replicas of a shard share a host, or where its target could take at
+    least two more replicas than its origin: less would only swap the two. barred: hosts where a
+    shard has failed lately.
+    """
+    left, refused = room_left(room, spots, num_shards), set(barred)
+    seen = Counter(spots)
+    by_room = sorted(room, key=lambda node: -left[node])
+
+    def target(spot: Spot, gain: int) -> str | None:
+        for node in by_room:
+            there = Spot(spot.shard, node)
+            if left[node] - left[spot.node_id] < gain or left[node] <= 0:
+                return None
+            if node != spot.node_id and there not in seen and there not in refused:
+                return node
+        return None
+
+    for spot in sorted(seen, key=lambda spot: (-seen[spot], left[spot.node_id], spot.shard)):
+        node = target(spot, gain=2 if seen[spot] == 1 else -UNLIMITED)
+        if node is not None:
+            return spot, node
+    return None
+
+
+def room_left(room: Mapping[str, int], spots: Sequence[Spot], num_shards: int) -> dict[str, int]:
+    """Replicas that each host could take beside those it holds: one of each shard at most."""
+    loads = Counter(spot.node_id for spot in spots)
+    return {node: min(count, num_shards) - loads[node] for node, count in room.items()}
+
+
+def _reserved(cpus: float, gpus: float) -> str:
+    parts = [f"{cpus:g} CPUs"] if cpus else []
+    parts += [f"{gpus:g} GPUs"] if gpus else []
+    return f", each of which reserves {' and '.join(parts)}" if parts else ""

@@ -1,0 +1,77 @@
+"""What a controller opens when it starts: a generation, its first table, the cluster's identity."""
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+
+from shardline.cluster.store import Store
+from shardline.shards.core.encoder_files import CONFIG
+from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.messages import Absence, RoutingTable, ShardRoute
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.storage.generation import (
+    QUERY_ENCODER_FOLDER,
+    GenerationManifest,
+    read_generation,
+)
+
+logger = logging.getLogger(__name__)
+
+REOPEN_S = 2.0  # pause of a restarted controller before it looks again at a damaged generation
+
+
+def cluster_id_of(secret: bytes) -> str:
+    """16 hex digits that tell a cluster from every other and say nothing of its secret."""
+    return hashlib.sha256(b"shardline cluster id\0" + secret).hexdigest()[:16]
+
+
+def opened(
+    store: Store, generation: int | None, *, is_restart: bool
+) -> tuple[Path, GenerationManifest]:
+    """Folder and manifest of the generation to serve; None: the one that is live.
+
+    Raises:
+        ShardlineError, OSError: it cannot be read, and this is the first start. A restarted
+            controller waits instead, because Ray starts none whose constructor has failed.
+    """
+    told = ""
+    while True:
+        try:
+            folder = store.generation(store.current() if generation is None else generation)
+            return folder, read_generation(folder)
+        except (ShardlineError, OSError) as error:
+            if not is_restart:
+                raise
+            if str(error) != told:
+                logger.error("the controller waits for what it is to serve: %s", error)
+            told = str(error)
+        time.sleep(REOPEN_S)
+
+
+def empty_table(
+    store: Store, folder: Path, manifest: GenerationManifest, cluster: str
+) -> RoutingTable:
+    """The table before any shard is known; ``cluster`` is the cluster's id."""
+    name = f"{QUERY_ENCODER_FOLDER}/{CONFIG}"
+    listed = {entry.name: entry.sha256 for entry in manifest.query_encoder}
+    return RoutingTable(
+        version=0,
+        generation=manifest.generation,
+        generation_dir=str(folder),
+        model_version=manifest.model_version,
+        dim=manifest.dim,
+        metric=manifest.metric,
+        index=manifest.index.kind,
+        partitioning=Partitioning(manifest.partitioning),
+        boundaries=manifest.boundaries,
+        shards=tuple(
+            ShardRoute(shard=entry.shard, rows=entry.rows, replicas=()) for entry in manifest.shards
+        ),
+        encoder_checksum=listed.get(name),
+        notes=tuple(
+            Absence(damage.code, f"found when the controller started: {damage}")
+            for damage in store.damaged_state()
+        ),
+        cluster_id=cluster,
+    )

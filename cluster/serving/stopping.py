@@ -1,0 +1,154 @@
+"""Stops a cluster, or Ray itself on every host that it runs on."""
+
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
+from shardline.cluster.serving.front_end import stop_front_end
+from shardline.cluster.serving.joining import answers_at
+from shardline.cluster.serving.ray_session import NAMESPACE
+
+logger = logging.getLogger(__name__)
+
+CLOSE_TIMEOUT_S = 10.0
+HEAD_RESOURCE = "node:__internal_head__"
+# A worker process is started for it on a host that may have none left.
+ORDER_TIMEOUT_S = 30.0
+# `ray stop` itself waits up to 16 s for processes that do not end, and kills them then.
+STOPPED_WITHIN_S = 30.0
+POLL_S = 0.2
+# The process that runs it is a child of a process that it ends: so in a session of its own, as a
+# grandchild, and a moment later, when the order has been acknowledged.
+ORDER = "(sleep 1; exec \"$0\" -c 'from ray.scripts.scripts import main; main()' stop) &"
+
+
+def stop_serving(*, keep_serve: bool = False) -> bool:
+    """Stops routers, shards and controller of the Ray this process is attached to; whether there
+    was anything of them.
+
+    Serve ends too unless ``keep_serve``, or other applications run on it, which are left alone.
+    """
+    if not ray.is_initialized():
+        return False
+    stop_front_end(keep_serve=keep_serve)
+    found = False
+    with suppress(ValueError):  # there is no controller: it never started, or is gone already
+        controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
+        found = True
+        with suppress(ray.exceptions.RayError):  # it died: its shards are ended just below
+            ray.get(controller.close.remote(), timeout=CLOSE_TIMEOUT_S)
+        ray.kill(controller)
+    for actor in ray.util.list_named_actors():
+        if actor.startswith(SHARD_ACTOR_PREFIX):
+            found = True
+            with suppress(ValueError):
+                ray.kill(ray.get_actor(actor, namespace=NAMESPACE))
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayHosts:
+    """Addresses of a Ray cluster's hosts. missing: those that Ray has lost, and still may run."""
+
+    head: str
+    workers: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+def hosts_of(nodes: Sequence[dict[str, Any]]) -> tuple[RayHosts, dict[str, str]]:
+    """From what Ray says of its nodes; and the node id of each living host."""
+    ids = {node["NodeManagerAddress"]: node["NodeID"] for node in nodes if node["Alive"]}
+    heads = [
+        node["NodeManagerAddress"]
+        for node in nodes
+        if node["Alive"] and HEAD_RESOURCE in node["Resources"]
+    ]
+    head = heads[0] if heads else ""
+    known = {node["NodeManagerAddress"] for node in nodes}
+    hosts = RayHosts(
+        head=head,
+        workers=tuple(sorted(set(ids) - {head})),
+        missing=tuple(sorted(known - set(ids))),
+    )
+    return hosts, ids
+
+
+def end_ray(head: str, note: Callable[[str], None]) -> tuple[str, ...]:
+    """Ends Ray on every host, the head last; the addresses of hosts where it may still run.
+
+    head: HOST:PORT of the head. This process is attached to it, and no more afterwards.
+    """
+    hosts, ids = hosts_of(ray.nodes())
+    left = set(hosts.missing)
+    orders = {address: _order(ids[address]) for address in hosts.workers}
+    left |= _not_taken(orders)
+    ended = set(hosts.workers) - left
+    left |= _still_alive(ended)
+    for address in sorted(ended - left):
+        note(f"ended Ray on {address}")
+    if hosts.head:
+        left |= _not_taken({hosts.head: _order(ids[hosts.head])})
+    ray.shutdown()
+    deadline = time.monotonic() + STOPPED_WITHIN_S
+    while answers_at(head):
+        if time.monotonic() > deadline:
+            left.add(hosts.head or head)
+            break
+        time.sleep(POLL_S)
+    else:
+        note(f"ended Ray on {hosts.head or head}, the head")
+    return tuple(sorted(left))
+
+
+def _order(node_id: str) -> Any:
+    """Has a host end its Ray a second later; the reference to the acknowledgement."""
+    pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    task = ray.remote(_stop_here).options(
+        num_cpus=0, max_retries=0, scheduling_strategy=pinned, name="end Ray"
+    )
+    return task.remote(ORDER)
+
+
+def _stop_here(order: str) -> None:
+    """Runs on the host, in a worker process of Ray's."""
+    subprocess.run(
+        ["/bin/sh", "-c", order, sys.executable],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        check=True,
+    )
+
+
+def _not_taken(orders: dict[str, Any]) -> set[str]:
+    """The hosts that did not acknowledge."""
+    missing = set()
+    deadline = time.monotonic() + ORDER_TIMEOUT_S
+    for address, reference in orders.items():
+        try:
+            ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.RayError as error:
+            logger.warning("%s did not take the order to end Ray: %s", address, error)
+            missing.add(address)
+    return missing
+
+
+def _still_alive(addresses: set[str]) -> set[str]:
+    """Those of the hosts that Ray still counts as alive when the time is up."""
+    deadline = time.monotonic() + STOPPED_WITHIN_S
+    while True:
+        alive = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        if not addresses & alive or time.monotonic() > deadline:
+            return addresses & alive
+        time.sleep(POLL_S)

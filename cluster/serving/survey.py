@@ -1,0 +1,218 @@
+"""Asks every host of the attached Ray what it has, and judges whether a generation can be served
+there: room for the replicas, memory, one store, one version, the port.
+
+A small task is pinned to each host; the rules are in ``cluster.preflight.hosts``.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.control.hosts import Host, Spot, choose_host, fits
+from shardline.cluster.control.ray_hosts import living_hosts
+from shardline.cluster.preflight.check import Check, failed, passed
+from shardline.cluster.preflight.host_facts import HostFacts, Question, host_facts
+from shardline.cluster.preflight.hosts import (
+    Answer,
+    check_hosts,
+    check_room,
+    check_silent,
+    on_host,
+)
+from shardline.cluster.preflight.open_files import requests_in_flight
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import ConfigError, Unavailable, last_line
+from shardline.shards.index.spec import Device
+from shardline.shards.storage.generation import (
+    ATTRIBUTES_NAME,
+    GenerationManifest,
+    read_generation,
+)
+
+logger = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 60.0  # a worker process is started for it, and imports our code
+PROBE_PREFIX = ".shardline-probe-"
+# Serve's replicas and its fallback proxy listen there too, and HAProxy asks them on the loopback
+HTTP_HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
+
+
+def survey(
+    config: ShardlineConfig, number: int | None, *, is_served: bool, has_serve: bool
+) -> list[Check]:
+    """The checks of all hosts. number: the generation to serve, None where there is none.
+
+    is_served: its cluster runs, so its memory is in use; has_serve: Serve does, so the port is.
+    """
+    hosts = living_hosts()
+    checks = [check_http_options(config)]
+    manifest = None
+    if number is not None:
+        manifest = read_generation(Store(config.store.resolve()).generation(number))
+        checks.append(check_fits(config, manifest, hosts))
+    own_node = ray.get_runtime_context().get_node_id()
+    own_address = next((host.address for host in hosts if host.node_id == own_node), "this host")
+    root = config.store.resolve()
+    with probe_in(root) as probe:
+        question = Question(
+            store=str(root),
+            generation=number,
+            probe=probe,
+            http_host=config.cluster.http_host,
+            port=None if has_serve else config.cluster.http_port,
+        )
+        own = host_facts(own_address, question)
+        answers, silent = ask_hosts(hosts, question)
+    checks += check_silent(silent)
+    checks += check_hosts(answers, own, in_flight=requests_in_flight(config))
+    if manifest is not None and not is_served:
+        checks += check_rooms(config, manifest, hosts, [answer.facts for answer in answers])
+    return checks
+
+
+def check_http_options(config: ShardlineConfig) -> Check:
+    """What a launched cluster cannot listen on."""
+    cluster, name = config.cluster, "HTTP address"
+    if cluster.http_host not in HTTP_HOSTS:
+        return failed(
+            name,
+            ConfigError(
+                "a launched cluster listens on every address of its hosts, or on none but loopback",
+                field="cluster.http_host",
+                expected='"0.0.0.0", or "127.0.0.1" for a proxy of your own on the same host',
+                got=repr(cluster.http_host),
+            ),
+        )
+    if not cluster.http_port:
+        return failed(
+            name,
+            ConfigError(
+                "a launched cluster has the same port on every host",
+                field="cluster.http_port",
+                expected="1 to 65535",
+                got="0",
+            ),
+        )
+    return passed(name, f"{cluster.http_host}, port {cluster.http_port}, on every host")
+
+
+def check_fits(
+    config: ShardlineConfig, manifest: GenerationManifest, hosts: Sequence[Host]
+) -> Check:
+    """Whether Ray's hosts have room for every replica."""
+    cluster = config.cluster
+    reason = fits(
+        hosts,
+        shards=len(manifest.shards),
+        replicas=cluster.replicas,
+        cpus_per_shard=cluster.cpus_per_shard,
+        gpus_per_shard=_gpus(config, manifest),
+    )
+    if reason is None:
+        count = len(manifest.shards) * cluster.replicas
+        return passed("placement", f"{count} replicas on {len(hosts)} hosts")
+    error = Unavailable(
+        "the hosts have no room for the shards",
+        got=reason,
+        hint="lower cluster.replicas or cluster.cpus_per_shard, or add hosts",
+    )
+    return failed("placement", error)
+
+
+def check_rooms(
+    config: ShardlineConfig,
+    manifest: GenerationManifest,
+    hosts: Sequence[Host],
+    facts: Sequence[HostFacts],
+) -> Iterator[Check]:
+    """Each host's memory against the shards that the controller will place there."""
+    loaded = shard_bytes(manifest)
+    by_address = {each.address: each for each in facts}
+    for address, shards in first_placement(config, manifest, hosts).items():
+        if address in by_address:
+            sizes = [loaded[shard] for shard in shards]
+            yield on_host(
+                address,
+                check_room(by_address[address], sizes, cache_bytes=config.router.cache_bytes),
+            )
+
+
+def first_placement(
+    config: ShardlineConfig, manifest: GenerationManifest, hosts: Sequence[Host]
+) -> dict[str, list[int]]:
+    """The shards that each host gets at the first start, by its address: as the controller chooses,
+    shard by shard. What fits nowhere is left out."""
+    cluster, count = config.cluster, len(manifest.shards)
+    gpus = _gpus(config, manifest)
+    room = {host.node_id: host.room(cpus=cluster.cpus_per_shard, gpus=gpus) for host in hosts}
+    spots: list[Spot] = []
+    for shard in range(count):
+        for _ in range(cluster.replicas):
+            node_id = choose_host(shard, room, spots, failures={}, num_shards=count)
+            if node_id is not None:
+                spots.append(Spot(shard, node_id))
+    return {
+        host.address: [spot.shard for spot in spots if spot.node_id == host.node_id]
+        for host in hosts
+    }
+
+
+def shard_bytes(manifest: GenerationManifest) -> list[int]:
+    """What each shard loads; attributes are mapped files, so page cache."""
+    return [
+        sum(file.bytes for file in entry.files if not file.name.endswith(ATTRIBUTES_NAME))
+        for entry in manifest.shards
+    ]
+
+
+def ask_hosts(hosts: Sequence[Host], question: Question) -> tuple[list[Answer], dict[str, str]]:
+    """What the hosts say, and why others do not, by address."""
+    asked_s = time.time()
+    references = {host.address: _ask(host, question) for host in hosts}
+    answers, silent = [], {}
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    for address, reference in references.items():
+        try:
+            facts = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            silent[address] = f"nothing within {ANSWER_TIMEOUT_S:.0f} s"
+        except ray.exceptions.RayError as error:
+            silent[address] = last_line(error)
+        else:
+            answers.append(Answer(facts=facts, asked_s=asked_s, answered_s=time.time()))
+    return answers, silent
+
+
+@contextmanager
+def probe_in(root: Path) -> Iterator[str]:
+    """The name of a file that is in the folder for the length of the block.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = root / f"{PROBE_PREFIX}{secrets.token_hex(8)}"
+    path.write_text("whether every host sees the same store\n")
+    try:
+        yield path.name
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _ask(host: Host, question: Question) -> Any:
+    pinned = NodeAffinitySchedulingStrategy(host.node_id, soft=False)
+    task = ray.remote(host_facts).options(
+        num_cpus=0, max_retries=0, scheduling_strategy=pinned, name="look at the host"
+    )
+    return task.remote(host.address, question)
+
+
+def _gpus(config: ShardlineConfig, manifest: GenerationManifest) -> float:
+    return config.cluster.gpus_per_shard if manifest.index.device is Device.CUDA else 0

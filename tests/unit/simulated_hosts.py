@@ -1,0 +1,196 @@
+"""Hosts, shard processes and Ray as the placement rules see them, in ticks of a second."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.placement import open_generation, step
+from shardline.cluster.control.placement_state import (
+    End,
+    Event,
+    HostsSeen,
+    Instruction,
+    Place,
+    Placement,
+    Publish,
+    ReplicaFailed,
+    ReplicaIdle,
+    ReplicaRegistered,
+    ReplicaUnreachable,
+    Restart,
+    Rules,
+)
+from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
+
+GONE = Absence("unavailable", "gone")
+UNREADABLE = Absence("corrupt_file", "index.faiss: wrong checksum")
+
+
+@dataclass
+class Process:
+    """Of one replica; loads until ready_s, then answers."""
+
+    node_id: str
+    ready_s: float
+    address: tuple[str, int]
+    registered: bool = False
+
+
+@dataclass
+class World:
+    """What the controller acts on. ``tick`` lets a second pass.
+
+    unreadable: nodes where no shard can be loaded. stuck: nodes where loading never ends.
+    ray_knows: hosts as Ray's head sees them; it notices a death noticed_s later.
+    """
+
+    table: RoutingTable
+    rules: Rules
+    nodes: list[str]
+    load_s: int = 3
+    noticed_s: int = 0
+    room: dict[str, float] = field(default_factory=dict)
+    now: float = 100.0
+    unreadable: set[str] = field(default_factory=set)
+    stuck: set[str] = field(default_factory=set)
+    processes: dict[ReplicaKey, Process] = field(default_factory=dict)
+    ended: list[ReplicaKey] = field(default_factory=list)
+    placed: list[Place] = field(default_factory=list)
+    tables: list[RoutingTable] = field(default_factory=list)
+    waiting: list[tuple[float, Place]] = field(default_factory=list)
+    dead: dict[str, float] = field(default_factory=dict)
+    ports: int = 0
+    placement: Placement = None  # type: ignore[assignment]
+
+    def start(self, restart: Restart | None = None) -> "World":
+        """A controller begins, or begins again: what it knew is gone, the processes are not."""
+        self.waiting = []
+        counter = 1 + (self.placement.counter if self.placement is not None else 0)
+        found = {key: process.node_id for key, process in self.processes.items()}
+        for process in self.processes.values():
+            process.registered = False
+        self.placement, instructions = open_generation(
+            self.table,
+            counter=counter,
+            rules=self.rules,
+            hosts=self.hosts(),
+            found=found,
+            now_s=self.now,
+            restart=restart,
+        )
+        self._carry_out(instructions)
+        return self
+
+    def hosts(self) -> tuple[Host, ...]:
+        """As Ray's head knows them."""
+        known = [*self.nodes, *(n for n, at in self.dead.items() if self.now - at < self.noticed_s)]
+        return tuple(
+            Host(node_id=node, address=f"h{node}", cpus=self.room.get(node, 8))
+            for node in sorted(known)
+        )
+
+    def tick(self, seconds: int = 1) -> None:
+        for _ in range(seconds):
+            self.now += 1
+            self.apply(HostsSeen(hosts=self.hosts(), now_s=self.now))
+            for due, place in list(self.waiting):
+                if due <= self.now:
+                    self.waiting.remove((due, place))
+                    self._create(place)
+            for key in list(self.processes):
+                self._check(key)
+
+    def until_calm(self, limit: int = 2000) -> int:
+        """Ticks until nothing has been under way for longer than the rules wait for."""
+        quiet = 0
+        for ticks in range(limit):
+            before = (len(self.placed), len(self.ended))
+            self.tick()
+            stages = {str(state.stage) for state in self.placement.replicas.values()}
+            is_quiet = before == (len(self.placed), len(self.ended)) and stages == {"staying"}
+            quiet = quiet + 1 if is_quiet and self.placement.ready else 0
+            if quiet > 40:
+                return ticks
+        raise AssertionError("never calm")
+
+    def kill_host(self, node: str) -> None:
+        self.nodes.remove(node)
+        self.dead[node] = self.now
+
+    def kill_process(self, key: ReplicaKey) -> None:
+        """Ray starts it again in place."""
+        state = self.placement.replicas[key]
+        epoch = state.route.epoch
+        process = self.processes[key]
+        self.processes[key] = self._process(process.node_id)
+        self.apply(ReplicaUnreachable(key=key, epoch=epoch, reason=GONE))
+
+    def apply(self, event: Event) -> None:
+        self.placement, instructions = step(self.placement, event)
+        self._carry_out(instructions)
+
+    def spots(self) -> list[tuple[int, str]]:
+        return [(key.shard, process.node_id) for key, process in sorted(self.processes.items())]
+
+    def loads(self) -> dict[str, int]:
+        nodes = [process.node_id for process in self.processes.values()]
+        return {node: nodes.count(node) for node in self.nodes}
+
+    def answering(self, table: RoutingTable, shard: int) -> list[ReplicaKey]:
+        """Replicas of the table whose processes do answer there."""
+        found = []
+        for route in table.shards[shard].replicas:
+            process = self.processes.get(route.key)
+            if process is not None and self._lives(process) and route.address == process.address:
+                found.append(route.key)
+        return found
+
+    def _lives(self, process: Process) -> bool:
+        return process.node_id in self.nodes and self.now >= process.ready_s
+
+    def _carry_out(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, Publish):
+                self.tables.append(instruction.table)
+            elif isinstance(instruction, Place):
+                self.waiting.append((self.now + instruction.after_s, instruction))
+            elif isinstance(instruction, End):
+                self.ended.append(instruction.key)
+                self.processes.pop(instruction.key, None)
+
+    def _create(self, place: Place) -> None:
+        state = self.placement.replicas.get(place.key)
+        if state is None or state.node_id != place.node_id or place.key in self.processes:
+            return
+        self.placed.append(place)
+        self.processes[place.key] = self._process(place.node_id)
+
+    def _process(self, node_id: str) -> Process:
+        self.ports += 1
+        ready_s = self.now + (self.load_s if node_id not in self.stuck else 1e9)
+        return Process(node_id, ready_s, (f"h{node_id}", self.ports))
+
+    def _check(self, key: ReplicaKey) -> None:
+        process = self.processes[key]
+        if process.node_id in self.dead:
+            if self.now - self.dead[process.node_id] >= self.noticed_s:
+                self.processes.pop(key)
+                self.apply(ReplicaFailed(key=key, reason=GONE))
+        elif self.now >= process.ready_s and not process.registered:
+            if process.node_id in self.unreadable:
+                self.processes.pop(key)
+                self.apply(ReplicaFailed(key=key, reason=UNREADABLE))
+                return
+            process.registered = True
+            self.apply(ReplicaRegistered(key=key, address=process.address))
+        elif process.registered:
+            self.apply(ReplicaIdle(key=key))
+
+
+def a_choice(rng: random.Random, world: World) -> str:
+    """A fault, by name, that leaves a host."""
+    names = ["kill process", "restart controller", "nothing", "nothing"]
+    names += ["kill host"] if len(world.nodes) > 2 else []
+    names += ["new host"] if len(world.nodes) < 4 else []
+    return rng.choice(names)

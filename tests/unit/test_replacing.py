@@ -1,0 +1,385 @@
+"""Replicas on hosts that die and return, moved and restarted: the rules, in a simulated cluster."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from shardline.cluster.control.placement_state import RestartAsked, Rules, Stage
+from shardline.cluster.control.reconcile import FORGET_S, OVERLAP_S, STEADY_S, hopeless
+from shardline.shards.core.messages import ReplicaKey
+from tests.unit.simulated_hosts import UNREADABLE, World, a_choice
+from tests.unit.test_placement import GENERATION, a_table
+
+
+def world(
+    nodes: str = "abc", *, shards: int = 4, replicas: int = 2, load_limit_s: float = 1e6, **changes
+) -> World:
+    rules = Rules(replicas=replicas, load_limit_s=load_limit_s, cpus=changes.pop("cpus", 0))
+    return World(a_table(shards), rules, list(nodes), **changes).start()
+
+
+def key(shard: int, replica: int) -> ReplicaKey:
+    return ReplicaKey(GENERATION, shard, replica)
+
+
+def assert_whole(now: World) -> None:
+    """As wanted: every shard has its replicas, on different hosts, evenly, and they answer."""
+    wanted = min(now.rules.replicas, len(now.nodes))
+    for shard in range(len(now.table.shards)):
+        assert len(now.answering(now.tables[-1], shard)) == wanted
+        assert len(now.tables[-1].shards[shard].replicas) == wanted
+    spots = now.spots()
+    assert len(set(spots)) == len(spots) == wanted * len(now.table.shards)
+    loads = now.loads().values()
+    assert max(loads) - min(loads) <= 1
+
+
+def assert_never_fewer(now: World, since: int, wanted: int) -> None:
+    """By the tables themselves: what is not in one is not asked."""
+    for table in now.tables[since:]:
+        for shard in table.shards:
+            answering = [route for route in shard.replicas if route.address is not None]
+            assert len(answering) >= wanted
+            assert len(shard.replicas) <= wanted + 1
+
+
+def test_at_first_start_all_are_spread_and_published_once_all_answer() -> None:
+    now = world()
+    now.until_calm()
+    assert_whole(now)
+    assert len(now.tables) == 1
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_dead_hosts_replicas_are_placed_on_others_and_it_gets_its_share_when_back(
+    replicas: int,
+) -> None:
+    now = world(replicas=replicas)
+    now.until_calm()
+    lost = now.loads()["c"]
+    now.kill_host("c")
+    now.tick()
+    assert len(now.waiting) + len(now.placed) == 4 * replicas + lost, "at once"
+    now.until_calm()
+    assert_whole(now)
+    since = len(now.tables)
+    now.nodes.append("c2")
+    now.tick(int(STEADY_S) - 1)
+    assert "c2" not in {process.node_id for process in now.processes.values()}
+    now.until_calm()
+    assert_whole(now)
+    assert_never_fewer(now, since, replicas)
+
+
+@pytest.mark.parametrize("noticed_s", [0, 12])
+def test_a_host_that_ray_misses_late_moves_nothing_twice(noticed_s: int) -> None:
+    now = world(noticed_s=noticed_s)
+    now.until_calm()
+    lost, before = now.loads()["b"], len(now.placed)
+    now.kill_host("b")
+    now.until_calm()
+    assert len(now.placed) - before == lost
+    assert_whole(now)
+
+
+def test_with_fewer_hosts_than_replicas_there_are_fewer_and_the_table_says_so() -> None:
+    now = world("ab")
+    now.until_calm()
+    now.kill_host("b")
+    now.until_calm()
+    assert_whole(now)
+    (note,) = now.tables[-1].notes
+    assert note.text == (
+        "1 instead of 2 replicas of shards 0, 1, 2, 3: the living hosts have no room for more (ha)"
+    )
+    since = len(now.tables)
+    now.nodes.append("d")
+    now.until_calm()
+    assert_whole(now)
+    assert_never_fewer(now, since, 1)
+    assert now.tables[-1].notes == ()
+
+
+def test_the_last_host_gone_leaves_a_route_that_says_why() -> None:
+    now = world("a", replicas=1, shards=1)
+    now.until_calm()
+    now.kill_host("a")
+    now.nodes.append("z")
+    now.room["z"] = 0
+    now.tick(2)
+    (route,) = now.tables[-1].shards[0].replicas
+    assert route.address is None
+    assert route.absence is not None
+    assert route.absence.text == "no living host has room for this shard"
+    now.nodes.append("b")
+    now.until_calm()
+    assert len(now.answering(now.tables[-1], 0)) == 1
+
+
+def test_a_shard_that_one_host_cannot_load_is_tried_on_another_and_the_host_is_named() -> None:
+    now = world(unreadable={"c"})
+    now.until_calm()
+    spots = now.spots()
+    assert len(spots) == 8
+    assert "c" not in {node for _, node in spots}
+    assert hopeless(now.placement) == []
+    (note,) = now.tables[-1].notes
+    assert note.code == UNREADABLE.code
+    assert note.text.endswith(" could not be loaded on hc: index.faiss: wrong checksum")
+    placed = len(now.placed)
+    now.tick(int(FORGET_S) - 120)
+    assert len(now.placed) == placed, "not tried again before long"
+    since = len(now.tables)
+    now.unreadable.clear()
+    now.tick(200)
+    now.until_calm()
+    assert_whole(now)
+    assert_never_fewer(now, since, 2)
+
+
+def test_a_shard_that_cannot_be_loaded_anywhere_is_hopeless_once_all_were_tried() -> None:
+    now = world("ab", replicas=1, shards=1, unreadable={"a", "b"})
+    for _ in range(60):
+        now.tick()
+        tried = {place.node_id for place in now.placed}
+        if hopeless(now.placement):
+            break
+    assert tried == {"a", "b"}
+    assert hopeless(now.placement)[0].route.absence == UNREADABLE
+    assert {route.absence for route in now.tables[-1].shards[0].replicas} == {UNREADABLE}
+    now.tick(100)
+    assert len(now.placed) < 12, "later and later"
+    now.unreadable.clear()
+    now.until_calm()
+    assert_whole(now)
+
+
+def test_a_shard_that_does_not_finish_loading_is_tried_elsewhere() -> None:
+    now = world(stuck={"c"}, load_limit_s=30)
+    now.until_calm()
+    assert "c" not in {node for _, node in now.spots()}
+    assert all(len(now.answering(now.tables[-1], shard)) == 2 for shard in range(4))
+    assert "did not begin to answer on hc within 30 s" in now.tables[-1].notes[0].text
+
+
+def test_with_nowhere_else_to_go_loading_takes_as_long_as_it_takes() -> None:
+    now = world("a", replicas=1, load_s=500, load_limit_s=30)
+    now.until_calm()
+    assert_whole(now)
+    assert len(now.placed) == 4
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_rolling_restart_replaces_every_replica_and_none_is_missed(replicas: int) -> None:
+    now = world(replicas=replicas)
+    now.until_calm()
+    before, since = set(now.processes), len(now.tables)
+    spots = sorted(now.spots())
+    now.apply(RestartAsked())
+    together = 0
+    while not now.placement.restart.is_over:
+        now.tick()
+        together = max(together, len(now.processes) - 4 * replicas)
+        assert now.now < 5000
+    assert together == 1, "one after the other"
+    assert before.isdisjoint(now.processes)
+    assert sorted(now.ended) == sorted(before)
+    assert_never_fewer(now, since, replicas)
+    now.until_calm()
+    assert_whole(now)
+    assert sorted(now.spots()) == spots, "each on the host where it was"
+
+
+def test_the_old_one_serves_beside_the_new_one_before_it_leaves() -> None:
+    now = world("a", replicas=1, shards=1)
+    now.until_calm()
+    since = len(now.tables)
+    now.apply(RestartAsked())
+    now.until_calm()
+    loading, both, one = [
+        [(route.key.replica, route.address is not None) for route in table.shards[0].replicas]
+        for table in now.tables[since:]
+        if table.shards != now.tables[since - 1].shards
+    ]
+    assert loading == [(0, True), (1, False)]
+    assert both == [(0, True), (1, True)]
+    assert one == [(1, True)]
+    assert OVERLAP_S >= 1
+
+
+def test_a_rolling_restart_that_cannot_load_keeps_the_old_ones_and_goes_on_once_it_can() -> None:
+    now = world("ab")
+    now.until_calm()
+    since = len(now.tables)
+    now.unreadable = {"a"}
+    now.apply(RestartAsked())
+    now.tick(100)
+    restart = now.placement.restart
+    assert not restart.is_over
+    assert restart.trouble.code == UNREADABLE.code
+    assert restart.trouble.text == "shard 0: index.faiss: wrong checksum"
+    assert len(now.placed) < 8 + 10, "later and later"
+    now.unreadable = set()
+    now.until_calm()
+    assert now.placement.restart.is_over
+    assert now.placement.restart.trouble is None
+    assert_never_fewer(now, since, 2)
+    assert_whole(now)
+
+
+def test_a_rolling_restart_without_room_for_one_more_says_so() -> None:
+    now = world("ab", cpus=1, room={"a": 4, "b": 4})
+    now.until_calm()
+    now.apply(RestartAsked())
+    now.tick(5)
+    trouble = now.placement.restart.trouble
+    assert trouble.text == "no host has room for one more replica of shard 0"
+    now.nodes.append("c")
+    now.until_calm()
+    assert now.placement.restart.is_over
+    assert_whole(now)
+
+
+def test_a_rolling_restart_waits_for_a_shard_that_does_not_answer() -> None:
+    now = world("ab", shards=1)
+    now.until_calm()
+    now.kill_process(key(0, 1))
+    now.processes[key(0, 1)].ready_s = now.now + 30
+    now.apply(RestartAsked())
+    now.tick(20)
+    assert key(0, 0) in now.processes
+    assert "waits until all replicas of shard 0 answer" in now.placement.restart.trouble.text
+    now.until_calm()
+    assert now.placement.restart.is_over
+
+
+def test_asking_again_during_a_rolling_restart_changes_nothing() -> None:
+    now = world()
+    now.until_calm()
+    now.apply(RestartAsked())
+    now.tick(3)
+    placement = now.placement
+    now.apply(RestartAsked())
+    assert now.placement is placement
+
+
+@pytest.mark.parametrize("after_s", range(12))
+@pytest.mark.parametrize("kind", ["move", "rolling restart"])
+def test_a_controller_that_restarts_at_any_moment_of_a_replacement_goes_on(
+    kind: str, after_s: int
+) -> None:
+    now = world("ab", shards=3)
+    now.until_calm()
+    since = len(now.tables)
+    if kind == "move":
+        now.nodes.append("c")
+        now.tick(int(STEADY_S) - 1)
+    else:
+        now.apply(RestartAsked())
+    before = set(now.processes)
+    now.tick(after_s)
+    restart = now.placement.restart
+    now.start(restart=restart)
+    now.until_calm()
+    assert_never_fewer(now, since, 2)
+    assert_whole(now)
+    if kind == "rolling restart":
+        assert now.placement.restart.is_over
+        assert before.isdisjoint(now.processes)
+
+
+def test_a_restarted_controller_does_not_wait_for_a_dead_host() -> None:
+    now = world("abc", load_s=100)
+    now.until_calm()
+    now.kill_host("c")
+    now.start()
+    tables = len(now.tables)
+    now.tick(2)
+    assert len(now.tables) > tables, "not even for its replicas to load elsewhere"
+    assert all(now.answering(now.tables[-1], shard) for shard in range(4))
+
+
+def test_a_restarted_controller_waits_three_seconds_for_a_host_that_ray_thinks_alive() -> None:
+    now = world("abc", noticed_s=60)
+    now.until_calm()
+    now.kill_host("c")
+    tables = len(now.tables)
+    now.start()
+    now.tick(2)
+    assert len(now.tables) == tables
+    now.tick(2)
+    assert len(now.tables) > tables
+    assert all(now.answering(now.tables[-1], shard) for shard in range(4))
+
+
+def test_a_restarted_controller_without_news_of_a_whole_shard_publishes_nothing() -> None:
+    now = world("ab", replicas=1, noticed_s=60)
+    now.until_calm()
+    now.kill_host("b")
+    tables = len(now.tables)
+    now.start()
+    now.tick(30)
+    assert len(now.tables) == tables, "a table with holes would take shards from the routers"
+    now.until_calm()
+    assert_whole(now)
+
+
+def test_a_replacement_whose_host_dies_is_given_up_and_the_old_one_stays() -> None:
+    now = world("ab", shards=2, replicas=1, load_s=20)
+    now.until_calm()
+    now.kill_host("b")
+    now.until_calm()
+    since = len(now.tables)
+    now.nodes.append("c")
+    now.tick(int(STEADY_S) + 5)
+    assert [state.stage for state in now.placement.replicas.values()].count(Stage.LEAVING) == 1
+    now.kill_host("c")
+    now.until_calm()
+    assert_whole(now)
+    assert_never_fewer(now, since, 1)
+
+
+def test_no_news_of_hosts_is_no_news_of_replicas() -> None:
+    """While Ray's head is away nothing is placed, moved or ended, whatever shards say."""
+    now = world()
+    now.until_calm()
+    placed, ended = len(now.placed), len(now.ended)
+    now.nodes.remove("c")
+    now.kill_process(key(0, 0))
+    assert (len(now.placed), len(now.ended), now.waiting) == (placed, ended, [])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_after_any_history_of_faults_all_is_as_wanted_again(seed: int) -> None:
+    rng = random.Random(seed)
+    replicas = rng.choice([1, 2, 3])
+    now = world("abc", replicas=replicas, load_s=rng.choice([1, 5]), noticed_s=rng.choice([0, 12]))
+    numbers: set[int] = set()
+    for number in range(25):
+        kind = a_choice(rng, now)
+        if kind == "kill host":
+            now.kill_host(rng.choice(now.nodes))
+        elif kind == "new host":
+            now.nodes.append(f"n{number}")
+        elif kind == "restart controller":
+            now.start(restart=now.placement.restart)
+        elif kind == "kill process":
+            alive = [k for k in now.processes if k in now.placement.replicas]
+            if alive:
+                now.kill_process(rng.choice(alive))
+        if rng.random() < 0.1:
+            now.apply(RestartAsked())
+        now.tick(rng.randrange(15))
+        table = now.placement.table
+        assert all(shard.replicas for shard in table.shards)
+        assert table.version >= max(numbers, default=0)
+        numbers.add(table.version)
+    now.until_calm()
+    assert_whole(now)
+    versions = [table.version for table in now.tables]
+    assert versions == sorted(set(versions))
+    assert set(now.processes) == set(now.placement.replicas)
+    assert replace(now.tables[-1], version=0, shards=(), notes=()) == replace(
+        a_table(4), version=0, shards=(), notes=()
+    )
