@@ -31,7 +31,7 @@ ENVIRONMENT = {
 START = "ray start --num-cpus=2 --object-store-memory=100000000"
 HEAD = "--head --include-dashboard=false --port=6379"
 SHARDLINE = 'python -c "from shardline.cluster.cli import main; main()"'
-STEPS = 400
+STEPS = 100
 GONE_WITHIN_S = 60.0  # 12 s until Ray counts the host as dead; the rest is starting and ending
 
 
@@ -66,7 +66,7 @@ def train_command(*options: str) -> str:
 SETTINGS_OF_RUN = {
     **tiny_config().model_dump(mode="json", include={"dim", "batch_size", "seed", "towers"}),
     "epochs": STEPS // 10,
-    "validation": {"k": 10, "every_epochs": 20, "patience": 9},
+    "validation": {"k": 10, "every_epochs": 5, "patience": 9},
     "checkpoint_every_steps": 7,
     "log_every_steps": 1,
 }
@@ -121,7 +121,7 @@ def test_a_lost_host_ends_the_run_and_resume_goes_on_with_those_left(rig: Rig) -
     log = f"{STORE}/lost.txt"
     command = train_command(f"--run {STORE}/lost")
     here(head, f"({command}; echo ended $?) > {log} 2>&1 < /dev/null & disown; true")
-    wait_for_step(rig.store / "lost", 30)
+    wait_for_step(rig.store / "lost", 16)
     other.power_off()
     began = time.monotonic()
     printed = rig.store / "lost.txt"
