@@ -155,7 +155,7 @@ def test_files_are_read_again_only_where_a_shard_refused_them(
 
     monkeypatch.setattr(deployment, "wait_ready", wait_ready)
     with pytest.raises(CorruptFile if is_checked else Unavailable):
-        deployment._wait_loaded(None, store, 3, 60, stages.append)
+        deployment.wait_loaded(None, store, 3, 60, stages.append)
     told = "a shard refused its files: checking generation 3, then what can be served"
     assert stages == [told] * is_checked
 
