@@ -317,7 +317,7 @@ def main(**options: Any) -> None:
             rows.append((name, phase, f"{found['p50']:.2f}", f"{found['p99']:.2f}", more))
     title = f"{options['shards']} shards, {options['rate']:g}/s, {report['setup']['cores']} cores"
     print_table(title, ("one query, ms", "", "p50", "p99", "second requests"), rows)
-    rows = [
+    costs = [
         (
             name,
             f"{figures['sequential']['p50']:.3f}",
@@ -327,7 +327,7 @@ def main(**options: Any) -> None:
         for name, figures in report["routers"].items()
     ]
     header = ("sequential, all well", "p50, ms", "router's CPU, us", "hedge delay, ms")
-    print_table("what it costs", header, rows)
+    print_table("what it costs", header, costs)
     click.echo(json.dumps(report, indent=2))
 
 
