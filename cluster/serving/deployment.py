@@ -130,10 +130,10 @@ def start_serving(
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     on_stage(f"loading generation {number} into its shards")
-    handle = start_controller(_settings(config, store, generation, port))
+    handle = start_controller(controller_settings(config, store, generation, port))
     try:
         # another generation than that checked above if one has become live since
-        number = _wait_loaded(handle, store, number, config.cluster.start_timeout_s, on_stage)
+        number = wait_loaded(handle, store, number, config.cluster.start_timeout_s, on_stage)
         on_stage("starting the HTTP front end")
         hosts = len(living_hosts())
         start_front_end(config, port, keys.auth, hosts=hosts)
@@ -161,9 +161,10 @@ def shard_reports() -> list[dict[str, Any]]:
     return reports
 
 
-def _settings(
+def controller_settings(
     config: ShardlineConfig, store: Store, generation: int | None, port: int
 ) -> ControllerSettings:
+    """What the controller of a new cluster is started with; it gets a secret of its own."""
     cluster = config.cluster
     return ControllerSettings(
         store=str(store.root),
@@ -181,7 +182,7 @@ def _settings(
     )
 
 
-def _wait_loaded(
+def wait_loaded(
     controller: "ActorHandle[Controller]",
     store: Store,
     number: int,

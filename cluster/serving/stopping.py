@@ -41,6 +41,11 @@ def stop_serving(*, keep_serve: bool = False) -> bool:
     if not ray.is_initialized():
         return False
     stop_front_end(keep_serve=keep_serve)
+    return stop_shards()
+
+
+def stop_shards() -> bool:
+    """Stops the controller and its shards; whether there were any. Needs Ray attached."""
     found = False
     with suppress(ValueError):  # there is no controller: it never started, or is gone already
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)

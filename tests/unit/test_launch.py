@@ -23,8 +23,9 @@ from shardline.training.data.tables import open_dataset
 from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
 from shardline.training.evaluation.evaluate import evaluate_exact
 from shardline.training.export import export
-from shardline.training.loop import launch
-from shardline.training.loop.launch import _cause, check_folders, train
+from shardline.training.loop import ray_ranks
+from shardline.training.loop.launch import check_folders, train
+from shardline.training.loop.ray_ranks import _cause, train_under_ray
 from shardline.training.loop.runlog import _line_start, followed
 from shardline.training.mining.candidates import Mined
 from shardline.training.mining.hard_negatives import Origin, write_negatives
@@ -204,10 +205,10 @@ def test_the_exit_that_ray_train_makes_of_ctrl_c_is_an_interrupt(
             sys.exit(code)
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(launch, "TorchTrainer", Interrupted)
+    monkeypatch.setattr(ray_ranks, "TorchTrainer", Interrupted)
     try:
         with pytest.raises(expected):
-            launch._train_under_ray(tiny_config(num_workers=2), False, tmp_path)
+            train_under_ray(tiny_config(num_workers=2), False, tmp_path)
     finally:
         signal.signal(signal.SIGINT, before)
 

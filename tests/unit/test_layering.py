@@ -59,6 +59,8 @@ CONFINED = {
         "router/serve/",
         "shards/process/",
         "training/loop/launch.py",
+        "training/loop/process_group.py",
+        "training/loop/ray_ranks.py",
     ),
     "torch": ("training/", "bench/"),
     "fastapi": ("router/http/",),

@@ -16,7 +16,10 @@ from shardline.training.config.section import Section
 from shardline.training.config.tower_config import TowersConfig
 
 # settings of TrainingConfig that leave the weights as they are: a resumed run may change them
-PLACEMENT = {"num_workers", "device", "log_every_steps", "checkpoint_every_steps", "max_failures"}
+PLACEMENT = {
+    *("num_workers", "placement", "device"),
+    *("log_every_steps", "checkpoint_every_steps", "max_failures"),
+}
 
 
 class OptimiserConfig(Section):
@@ -162,6 +165,11 @@ class TrainingConfig(Section):
     )
     num_workers: int = Field(
         default=1, ge=1, le=4096, description="[ranks] Training processes; 1: this one, no Ray."
+    )
+    placement: Literal["spread", "pack"] = Field(
+        default="spread",
+        description="How ranks lie on hosts: spread evenly over as many as there are, or packed on "
+        "as few as hold them, for GPUs that are joined within a host.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto takes one GPU per rank if there are enough."

@@ -1,29 +1,21 @@
 """Starts a training run: in this process for one worker, under Ray Train for several.
 
-The only module of the training part that knows Ray, and it expects the caller to be connected.
+Several need a caller that is connected to Ray (``training.loop.ray_ranks``).
 Everything a rank needs lies in the run folder, which all nodes must be able to read and write;
 what a rank does is ``training.loop.run_rank.train_rank``.
 """
 
 import logging
-import os
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train import get_context as get_rank_context
-from ray.train.torch import TorchTrainer, get_device
 from safetensors.torch import save_file
 
-from shardline.shards.core.errors import ConfigError, ShardlineError, Unavailable, last_line
+from shardline.shards.core.errors import ConfigError, Unavailable
 from shardline.shards.core.files import MANIFEST_NAME, atomic_path
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
@@ -32,6 +24,7 @@ from shardline.training.features.fitted import fit
 from shardline.training.features.infer import infer_config
 from shardline.training.features.prepared import prepare, train_lists
 from shardline.training.loop.batches import check_batch
+from shardline.training.loop.ray_ranks import train_under_ray
 from shardline.training.loop.run_rank import HARD, given_lists, train_rank
 from shardline.training.loop.runlog import LOG, OnEvent, followed
 from shardline.training.loop.trainer import lists_to_tensors
@@ -49,8 +42,6 @@ from shardline.training.model.checkpoint import (
 )
 
 logger = logging.getLogger(__name__)
-
-RAY_FOLDER = "ray"  # inside the run folder: what Ray Train itself writes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +91,7 @@ def train(
         train_rank(run_folder, torch.device("cuda" if use_gpu else "cpu"), on_event)
     else:
         with followed(run_folder / LOG, on_event):
-            _train_under_ray(config, use_gpu, run_folder)
+            train_under_ray(config, use_gpu, run_folder)
     state = latest_state(run_folder)
     assert state is not None, "a finished run has a checkpoint"
     return TrainResult(
@@ -224,6 +215,8 @@ def _use_gpu(config: TrainingConfig) -> bool:
             field="num_workers",
             expected="a connection to a Ray cluster, or num_workers 1",
         )
+    if config.num_workers > 1:
+        _check_cpus(config.num_workers, int(ray.cluster_resources().get("CPU", 0)))
     if config.device == "cpu":
         return False
     if config.num_workers == 1:
@@ -241,58 +234,13 @@ def _use_gpu(config: TrainingConfig) -> bool:
     return found >= config.num_workers
 
 
-def _train_under_ray(config: TrainingConfig, use_gpu: bool, run_folder: Path) -> None:
-    trainer = TorchTrainer(
-        _rank_entry,
-        train_loop_config={"run_folder": str(run_folder)},
-        scaling_config=ScalingConfig(num_workers=config.num_workers, use_gpu=use_gpu),
-        run_config=RunConfig(
-            name=RAY_FOLDER,
-            storage_path=str(run_folder),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
-    )
-    try:
-        with _interrupt_handler_kept():
-            trainer.fit()
-    except SystemExit as error:
-        if error.code == signal.SIGTERM:  # which Ray makes an exit with its number
-            raise
-        # how Ray Train leaves after Ctrl-C, once it has ended the ranks: with 0, or 1 from a wait
-        raise KeyboardInterrupt from error
-    except TrainingFailedError as error:
-        raise _cause(error) from error
-
-
-def _rank_entry(settings: dict[str, str]) -> None:
-    """What every Ray worker runs. The cores of a host are shared evenly by its ranks."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // get_rank_context().get_local_world_size()))
-    train_rank(Path(settings["run_folder"]), get_device())
-
-
-def _cause(error: TrainingFailedError) -> Exception:
-    """One error for whatever the ranks reported: the first of ours, or of the system's."""
-    failures = list(getattr(error, "worker_failures", {}).values())
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-    for cause in causes:
-        if isinstance(cause, ShardlineError | OSError):  # a full disk, say
-            return cause
-    return Unavailable(
-        "training failed",
-        got=last_line(causes[0] if causes else error),
-        hint="--resume goes on from its newest checkpoint",
-    )
-
-
-@contextmanager
-def _interrupt_handler_kept() -> Iterator[None]:
-    """Ray Train puts its own handler on Ctrl-C and leaves it there."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _check_cpus(num_workers: int, found: int) -> None:
+    """Ray would wait for more hosts without end."""
+    if found < num_workers:
+        raise Unavailable(
+            "not enough CPUs in the Ray cluster",
+            field="num_workers",
+            expected=f"{num_workers}, one per worker",
+            got=str(found),
+            hint="fewer --workers, or more hosts",
+        )
