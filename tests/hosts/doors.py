@@ -7,6 +7,7 @@ Those to a host that is itself away fail whatever the cluster does, so they are 
 import json
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ QUIET_S = 10.0  # before the fault
 K = 10
 QUERIES = 500
 TIMEOUT_S = 15.0
+MARGIN_S = 1.0  # before an action
 START_S = 4.0  # of the client processes
 
 
@@ -43,12 +45,15 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What callers of the hosts that were not away saw. Seconds count from the first action.
+    """What callers of the hosts that were not away saw, of requests that left a second before the
+    first action or later. Seconds count from that action.
 
     failed: answered otherwise than with 200; partial: without the rows of some shard; last_harm_s:
-    when the last request left that failed or was partial; None: none was.
+    when the last request left that failed or was partial; None: none was. harmed_before: requests
+    that failed or were partial earlier than that, which the machine alone is to blame for.
     """
 
+    harmed_before: int
     asked: int
     failed: int
     partial: int
@@ -97,14 +102,15 @@ def cost_of(records: dict[str, Records], actions: Sequence[Action], away: Sequen
     coverage = np.concatenate([each.coverage for each in parts])
     took_ms = 1e3 * np.concatenate([each.done_s - each.intended_s for each in parts])
     failed, partial = status != OK, coverage < 1
-    harmed = intended[failed | partial]
-    before = took_ms[(intended < first_s) & ~failed & (intended > 1)]
-    after = took_ms[(intended >= first_s) & ~failed]
+    since = intended >= first_s - MARGIN_S  # what was in flight then may be the first to be harmed
+    harmed = intended[(failed | partial) & since]
+    before, after = took_ms[~since & ~failed], took_ms[since & ~failed]
     return Cost(
-        asked=len(intended),
-        failed=int(failed.sum()),
-        partial=int(partial.sum()),
-        failures=_failures(parts),
+        harmed_before=int(((failed | partial) & ~since).sum()),
+        asked=int(since.sum()),
+        failed=int((failed & since).sum()),
+        partial=int((partial & since).sum()),
+        failures=_failures(parts, first_s - MARGIN_S),
         last_harm_s=round(float(harmed.max() - first_s), 3) if harmed.size else None,
         p50_before_ms=round(float(np.percentile(before, 50)), 2),
         p99_before_ms=round(float(np.percentile(before, 99)), 2),
@@ -183,9 +189,12 @@ def _run(job: LoadJob, start: float) -> Records:
     return LoadClient(job).run(start)
 
 
-def _failures(parts: Sequence[Records]) -> dict[str, int]:
-    kinds: dict[str, int] = {}
-    for records in parts:
-        for kind in records.errors.values():
-            kinds[kind] = kinds.get(kind, 0) + 1
-    return kinds
+def _failures(parts: Sequence[Records], since_s: float) -> dict[str, int]:
+    return dict(
+        Counter(
+            kind
+            for records in parts
+            for number, kind in records.errors.items()
+            if records.intended_s[number] >= since_s
+        )
+    )
