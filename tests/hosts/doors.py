@@ -151,16 +151,15 @@ def _plot(
     """The p99 of each second, and the requests that failed or were partial, by host."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     latency, harmed = figure.subplots(2, 1, sharex=True)
-    for host, bins in seconds.items():
+    for number, (host, bins) in enumerate(seconds.items()):
+        look = {"color": f"C{number}", "drawstyle": "steps-post"}
         at = [each["at_s"] for each in bins]
         p99 = [np.nan if each["p99_ms"] is None else each["p99_ms"] for each in bins]
-        latency.plot(at, p99, label=host, drawstyle="steps-post")
-        harmed.plot(at, [s["failed"] for s in bins], label=f"{host} failed", drawstyle="steps-post")
-        least = [1 if s["coverage_min"] is None else s["coverage_min"] for s in bins]
-        harmed.plot(
-            at, [RATE * (1 - c) for c in least], label=f"{host} rows missing, %", linestyle=":",
-            drawstyle="steps-post",
-        )  # fmt: skip
+        least = [1 if each["coverage_min"] is None else each["coverage_min"] for each in bins]
+        latency.plot(at, p99, label=host, **look)
+        harmed.plot(at, [each["failed"] for each in bins], label=f"{host}: failed", **look)
+        missing = [100 * (1 - coverage) for coverage in least]
+        harmed.plot(at, missing, label=f"{host}: rows missing, %", linestyle=":", **look)
     latency.set(ylabel="p99, ms", yscale="log")
     harmed.set(ylabel="per second", xlabel="seconds")
     for axes in (latency, harmed):
