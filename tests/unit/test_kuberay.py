@@ -173,7 +173,8 @@ def test_the_shards_fit_the_workers_also_when_one_is_away(
     resources = container_of(pods["shards"])["resources"]
     assert resources["requests"] == resources["limits"]  # Ray takes its CPUs from the limit
     cpus, cluster = float(resources["limits"]["cpu"]), config.cluster
-    workers = [Host(str(n), f"10.0.0.{n}", cpus=cpus) for n in range(group["replicas"] - away)]
+    names = [f"worker{number}" for number in range(group["replicas"] - away)]
+    workers = [Host(node_id=name, address=name, cpus=cpus) for name in names]
     asked = {"shards": cluster.shards, "replicas": cluster.replicas}
     assert fits(workers, **asked, cpus_per_shard=cluster.cpus_per_shard, gpus_per_shard=0) is None
 
