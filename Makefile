@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-machines test-chaos lint format docs bench clean
+.PHONY: help install demo serve test test-machines test-chaos test-hosts lint format docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,9 +28,10 @@ serve: install ## the same, and stays up until Ctrl-C
 
 # one thread an OpenMP team: the tests start many processes, whose teams would spin on each other
 test: export OMP_NUM_THREADS = 1
-test: install lint ## lint, unit tests, then tests on a real local cluster
+test: install lint ## lint, unit tests, then tests on a real local cluster, then on two simulated hosts
 	$(BIN)/pytest --durations=10 tests/unit
 	$(BIN)/pytest --durations=10 tests/integration
+	$(BIN)/pytest --durations=10 tests/hosts/test_rig.py tests/hosts/test_two_hosts.py
 
 test-machines: export OMP_NUM_THREADS = 1
 test-machines: install ## real starts, ends and kills of the commands on this machine; minutes
@@ -41,6 +42,10 @@ test-chaos: export OMP_NUM_THREADS = 1
 test-chaos: export CHAOS_SECONDS ?= 600
 test-chaos: install ## ten minutes of random faults under load, every answer checked
 	$(BIN)/pytest -s --tb=short --show-capture=no tests/chaos
+
+test-hosts: export OMP_NUM_THREADS = 1
+test-hosts: install ## launch, faults and end of a cluster on three simulated hosts; as root, tens of minutes
+	$(BIN)/pytest --durations=10 --timeout=3000 tests/hosts
 
 lint: install ## ruff (format and rules) and mypy --strict
 	$(BIN)/ruff format --check .

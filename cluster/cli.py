@@ -104,7 +104,11 @@ COMMANDS = {
     ),
 }
 
-RAYS_WORKER_DIED = "^A worker died or was killed while executing a task"
+# What Ray prints of the ends that commands bring about: of shards, and of Serve's controller.
+RAYS_ENDS = (
+    "^A worker died or was killed while executing a task"
+    "|^Task ServeController.graceful_shutdown failed"
+)
 
 
 @dataclass
@@ -220,7 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not is_verbose:
         # Ray prints this for every shard that is killed, whatever log_to_driver says; the pattern
         # is read when Ray is imported. The controller says in one line what became of the shard.
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_WORKER_DIED)
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_ENDS)
     if any("\udc80" <= letter <= "\udcff" for argument in args for letter in argument):
         click.echo("error: an argument is not UTF-8; names of files and folders must be", err=True)
         sys.exit(2)

@@ -22,6 +22,7 @@ from shardline.router.serve.haproxy import Limits, corrected
 
 STARTS_WITHIN_S = 5.0
 BACKEND = "http-shardline"
+OTHER_HOST = "127.0.0.2"  # to HAProxy a host like any other
 LIMITS = Limits(
     max_in_flight=128,
     retry_after_s=7,
@@ -41,8 +42,15 @@ class Front:
     folder: Path
 
 
-def rendered(folder: Path, port: int, servers: Sequence[int], *, inter: str = "5s") -> str:
-    """What Ray writes for replicas that listen on these ports of the loopback interface."""
+def rendered(
+    folder: Path,
+    port: int,
+    servers: Sequence[int],
+    others: Sequence[int] = (),
+    *,
+    inter: str = "5s",
+) -> str:
+    """What Ray writes for replicas that listen on these ports of HAProxy's host, and of another."""
     config = HAProxyConfig(
         http_options=HTTPOptions(host="127.0.0.1", port=port),
         socket_path=str(folder / "a"),
@@ -59,13 +67,16 @@ def rendered(folder: Path, port: int, servers: Sequence[int], *, inter: str = "5
         health_check_fall=3,
     )
     api = HAProxyApi(config, {}, str(folder / "haproxy.cfg"))
-    if servers:
+    if servers or others:
         backend = BackendConfig(
             name=BACKEND,
             path_prefix="/",
             app_name="shardline",
             protocol=RequestProtocol.HTTP,
-            servers=[ServerConfig(f"r{each}", "127.0.0.1", each) for each in servers],
+            servers=[
+                *(ServerConfig(f"r{each}", "127.0.0.1", each) for each in servers),
+                *(ServerConfig(f"o{each}", OTHER_HOST, each) for each in others),
+            ],
             fallback_server=ServerConfig("fallback", "127.0.0.1", 9),
         )
         api.set_backend_configs({BACKEND: backend})
@@ -75,12 +86,17 @@ def rendered(folder: Path, port: int, servers: Sequence[int], *, inter: str = "5
 
 @contextlib.contextmanager
 def haproxy_before(
-    folder: Path, servers: Sequence[int], limits: Limits = LIMITS, *, inter: str = "5s"
+    folder: Path,
+    servers: Sequence[int],
+    limits: Limits = LIMITS,
+    *,
+    others: Sequence[int] = (),
+    inter: str = "5s",
 ) -> Iterator[Front]:
     """HAProxy itself, corrected, in front of these ports; ended by its pid."""
     port = free_port()
     config = folder / "haproxy.cfg"
-    config.write_text(corrected(rendered(folder, port, servers, inter=inter), limits))
+    config.write_text(corrected(rendered(folder, port, servers, others, inter=inter), limits))
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(

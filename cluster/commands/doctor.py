@@ -29,18 +29,26 @@ FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 @click.command()
 @click.pass_obj
 def doctor(settings: Settings) -> int:
-    """Check this machine, embeddings and generations; exit code 3 when something is wrong."""
+    """Check this machine, embeddings and generations; exit code 3 when something is wrong.
+
+    Of a launched cluster also its hosts, replicas and routers, from any of its hosts. Before
+    `ray up`, `shardline cluster check` looks at the hosts.
+    """
     config, store = settings.config, settings.store
     has_failed = False
-    for check in _checks(config, store):
+    for check in _checks(config, store, verbose=settings.verbose):
         click.echo(str(check))
         has_failed |= check.verdict is Verdict.FAIL
     return 3 if has_failed else 0
 
 
-def _checks(config: ShardlineConfig, store: Store) -> Iterator[Check]:
+def _checks(config: ShardlineConfig, store: Store, *, verbose: bool) -> Iterator[Check]:
     yield from map(_judged, _installation())
     yield from _machine_checks(config, store)
+    if config.cluster.address != "local":
+        from shardline.cluster.serving.examine import examine  # takes a second, for Serve
+
+        yield from examine(config, _servable(store), verbose=verbose)
     yield from map(_judged, _store_checks(store))
 
 

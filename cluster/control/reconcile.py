@@ -27,7 +27,7 @@ from shardline.shards.core.messages import Absence, ReplicaKey, ReplicaRoute
 
 FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 30.0
-OVERLAP_S = 1.0  # routers connect to the new replica meanwhile, which takes milliseconds
+OVERLAP_S = 2.0  # by a clock that ticks once per second; routers connect meanwhile, in milliseconds
 # What drains ends when no router is connected to it, or so late: far above the largest deadline
 # that routers allow by default.
 DRAIN_S = 60.0

@@ -69,6 +69,15 @@ def ask_controller() -> Launched:
     return Launched(report=report, node_id=ray.get_runtime_context().get_node_id())
 
 
+def is_served() -> bool:
+    """Whether this Ray has a controller of ours."""
+    try:
+        controller()
+    except Unavailable:
+        return False
+    return True
+
+
 def controller() -> Any:
     """The handle of this Ray's controller. Raises Unavailable: there is none."""
     try:

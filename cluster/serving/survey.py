@@ -1,14 +1,15 @@
 """Asks every host of the attached Ray what it has, and judges whether a generation can be served
 there: room for the replicas, memory, one store, one version, the port.
 
-A small task is pinned to each host; the rules are in ``cluster.preflight.hosts``.
+A small task is pinned to each host; the rules are in ``cluster.preflight.host_checks``.
 """
 
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.hosts import Host, Spot, choose_host, fits
 from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.preflight.check import Check, failed, passed
-from shardline.cluster.preflight.host_facts import HostFacts, Question, host_facts
-from shardline.cluster.preflight.hosts import (
+from shardline.cluster.preflight.free_memory import FreeMemory
+from shardline.cluster.preflight.host_checks import (
     Answer,
     check_hosts,
     check_room,
     check_silent,
     on_host,
 )
+from shardline.cluster.preflight.host_facts import Question, host_facts
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ConfigError, Unavailable, last_line
@@ -45,6 +47,26 @@ PROBE_PREFIX = ".shardline-probe-"
 HTTP_HOSTS = ("0.0.0.0", "127.0.0.1", "localhost")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """Replicas of each shard, and the CPUs and GPUs that each of them reserves in Ray."""
+
+    shards: int
+    replicas: int
+    cpus: float
+    gpus: float = 0
+
+
+def wanted_of(config: ShardlineConfig, manifest: GenerationManifest) -> Wanted:
+    cluster = config.cluster
+    return Wanted(
+        shards=len(manifest.shards),
+        replicas=cluster.replicas,
+        cpus=cluster.cpus_per_shard,
+        gpus=cluster.gpus_per_shard if manifest.index.device is Device.CUDA else 0,
+    )
+
+
 def survey(
     config: ShardlineConfig, number: int | None, *, is_served: bool, has_serve: bool
 ) -> list[Check]:
@@ -57,7 +79,7 @@ def survey(
     manifest = None
     if number is not None:
         manifest = read_generation(Store(config.store.resolve()).generation(number))
-        checks.append(check_fits(config, manifest, hosts))
+        checks.append(check_fits(hosts, wanted_of(config, manifest)))
     own_node = ray.get_runtime_context().get_node_id()
     own_address = next((host.address for host in hosts if host.node_id == own_node), "this host")
     root = config.store.resolve()
@@ -74,7 +96,9 @@ def survey(
     checks += check_silent(silent)
     checks += check_hosts(answers, own, in_flight=requests_in_flight(config))
     if manifest is not None and not is_served:
-        checks += check_rooms(config, manifest, hosts, [answer.facts for answer in answers])
+        memory = {answer.facts.address: answer.facts.memory for answer in answers}
+        loaded, cache = shard_bytes(manifest), config.router.cache_bytes
+        checks += check_rooms(hosts, wanted_of(config, manifest), memory, loaded, cache_bytes=cache)
     return checks
 
 
@@ -104,20 +128,17 @@ def check_http_options(config: ShardlineConfig) -> Check:
     return passed(name, f"{cluster.http_host}, port {cluster.http_port}, on every host")
 
 
-def check_fits(
-    config: ShardlineConfig, manifest: GenerationManifest, hosts: Sequence[Host]
-) -> Check:
+def check_fits(hosts: Sequence[Host], wanted: Wanted) -> Check:
     """Whether Ray's hosts have room for every replica."""
-    cluster = config.cluster
     reason = fits(
         hosts,
-        shards=len(manifest.shards),
-        replicas=cluster.replicas,
-        cpus_per_shard=cluster.cpus_per_shard,
-        gpus_per_shard=_gpus(config, manifest),
+        shards=wanted.shards,
+        replicas=wanted.replicas,
+        cpus_per_shard=wanted.cpus,
+        gpus_per_shard=wanted.gpus,
     )
     if reason is None:
-        count = len(manifest.shards) * cluster.replicas
+        count = wanted.shards * wanted.replicas
         return passed("placement", f"{count} replicas on {len(hosts)} hosts")
     error = Unavailable(
         "the hosts have no room for the shards",
@@ -128,35 +149,31 @@ def check_fits(
 
 
 def check_rooms(
-    config: ShardlineConfig,
-    manifest: GenerationManifest,
     hosts: Sequence[Host],
-    facts: Sequence[HostFacts],
+    wanted: Wanted,
+    memory: Mapping[str, FreeMemory],
+    loaded: Sequence[int],
+    *,
+    cache_bytes: int,
 ) -> Iterator[Check]:
-    """Each host's memory against the shards that the controller will place there."""
-    loaded = shard_bytes(manifest)
-    by_address = {each.address: each for each in facts}
-    for address, shards in first_placement(config, manifest, hosts).items():
-        if address in by_address:
+    """Each host's memory against the shards that the controller will place there.
+
+    memory: by the host's address; loaded: bytes of each shard.
+    """
+    for address, shards in first_placement(hosts, wanted).items():
+        if address in memory:
             sizes = [loaded[shard] for shard in shards]
-            yield on_host(
-                address,
-                check_room(by_address[address], sizes, cache_bytes=config.router.cache_bytes),
-            )
+            yield on_host(address, check_room(memory[address], sizes, cache_bytes=cache_bytes))
 
 
-def first_placement(
-    config: ShardlineConfig, manifest: GenerationManifest, hosts: Sequence[Host]
-) -> dict[str, list[int]]:
+def first_placement(hosts: Sequence[Host], wanted: Wanted) -> dict[str, list[int]]:
     """The shards that each host gets at the first start, by its address: as the controller chooses,
     shard by shard. What fits nowhere is left out."""
-    cluster, count = config.cluster, len(manifest.shards)
-    gpus = _gpus(config, manifest)
-    room = {host.node_id: host.room(cpus=cluster.cpus_per_shard, gpus=gpus) for host in hosts}
+    room = {host.node_id: host.room(cpus=wanted.cpus, gpus=wanted.gpus) for host in hosts}
     spots: list[Spot] = []
-    for shard in range(count):
-        for _ in range(cluster.replicas):
-            node_id = choose_host(shard, room, spots, failures={}, num_shards=count)
+    for shard in range(wanted.shards):
+        for _ in range(wanted.replicas):
+            node_id = choose_host(shard, room, spots, failures={}, num_shards=wanted.shards)
             if node_id is not None:
                 spots.append(Spot(shard, node_id))
     return {
@@ -212,7 +229,3 @@ def _ask(host: Host, question: Question) -> Any:
         num_cpus=0, max_retries=0, scheduling_strategy=pinned, name="look at the host"
     )
     return task.remote(host.address, question)
-
-
-def _gpus(config: ShardlineConfig, manifest: GenerationManifest) -> float:
-    return config.cluster.gpus_per_shard if manifest.index.device is Device.CUDA else 0

@@ -9,7 +9,7 @@ A shard's part goes to one replica, and to another as well
 No replica is asked twice. The first reply that fits counts; the others are dropped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -58,20 +58,22 @@ class Attempts:
 
     __slots__ = (
         "_delay_s",
+        "_first",
         "_frames",
         "_hedges",
         "_is_hedged",
+        "_later",
         "_links",
         "_over",
         "_pace",
         "_put",
         "_request_id",
+        "_sampled",
         "_sent_at",
         "_shards",
         "_shared",
         "_start",
         "_table",
-        "_waiting",
     )
 
     def __init__(
@@ -91,9 +93,11 @@ class Attempts:
         self._request_id = request_id
         self._sent_at = shared.time()
         self._is_hedged = False
-        # of each shard, the replicas that owe an answer, and since when; empty: not asked, or over
-        self._waiting: list[list[tuple[ShardConnection, float]]] = [[] for _ in shards]
-        self._over: dict[int, list[ShardConnection]] = {}  # those that failed or could not be asked
+        # of each shard, who was asked first, while it owes an answer; who was asked later, when,
+        # and owes one; and who has failed or could not be asked
+        self._first: list[ShardConnection | None] = [None] * len(shards)
+        self._later: dict[int, list[tuple[ShardConnection, float]]] = {}
+        self._over: dict[int, list[ShardConnection]] = {}
         self._hedges: dict[int, ShardConnection] = {}
 
     def send(self, frames: Sequence[bytes], request: Request) -> float:
@@ -107,59 +111,57 @@ class Attempts:
             self._start = reply_start(rows, request.k, self._table.generation)
         else:
             rows, self._start = len(request.item_ids), None
-        now, choose = self._sent_at, self._shared.chooser.choose
+        shards, now, choose = self._shards, self._sent_at, self._shared.chooser.choose
         self._frames = frames
-        self._pace = self._shared.paces.of(type(request), rows)
-        self._pace.sends(len(self._shards))
-        self._delay_s = self._pace.delay_s
-        for position, replicas in enumerate(self._shards):
+        self._sampled = self._request_id % len(shards)
+        self._pace = pace = self._shared.paces.of(type(request), rows)
+        pace.sends(len(shards))
+        self._delay_s = pace.delay_s
+        for position, replicas in enumerate(shards):
             connection = choose(replicas, now)
-            if connection is None or self._ask(position, connection, now) is not None:
-                error = self._ask_another(position, now)
-                if error is not None:
-                    self._put(position, error)
-        return min(self._delay_s, LOOK_S)
+            if connection is not None:
+                try:
+                    self._links[position] = connection.request(
+                        self._request_id,
+                        frames[position if len(frames) > 1 else 0],
+                        partial(self._first_replied, position),
+                    )
+                    self._first[position] = connection
+                    continue
+                except Unavailable:
+                    self._over[position] = [connection]
+            error = self._ask_another(position, now)
+            if error is not None:
+                self._put(position, error)
+        return min(pace.delay_s, LOOK_S)
 
     def look(self) -> float:
         """Asks another replica where one takes long or is silent; when to look again, in seconds"""
         now = self._shared.time()
         rest = self._delay_s - (now - self._sent_at)
-        if rest <= 0 and not self._is_hedged:
-            self._is_hedged = True
-            for position, waiting in enumerate(self._waiting):
-                if waiting:
-                    self._hedge(position, now)
+        is_due = rest <= 0 and not self._is_hedged
+        self._is_hedged |= is_due
         is_silent = self._shared.chooser.is_silent
-        for position, waiting in enumerate(self._waiting):
-            are_silent = waiting and all(is_silent(connection, now) for connection, _ in waiting)
-            if are_silent and self._ask_another(position, now) is None:
-                self._count_resent(position, "silent")
-        return min(LOOK_S, max(rest, SHORTEST_LOOK_S)) if not self._is_hedged else LOOK_S
+        for position in range(len(self._shards)):
+            owing = self._owing(position)
+            if not owing:
+                continue
+            if all(is_silent(connection, now) for connection, _ in owing):
+                if self._ask_another(position, now) is None:
+                    self._count_resent(position, "silent")
+            elif is_due:
+                self._hedge(position, now)
+        return LOOK_S if self._is_hedged else min(LOOK_S, max(rest, SHORTEST_LOOK_S))
 
     def give_up(self) -> None:
         """Nothing is awaited any longer; replies that still come are dropped."""
-        for position, waiting in enumerate(self._waiting):
-            if waiting:
-                self._waiting[position] = []
-                self._abandon(waiting)
+        for position in range(len(self._shards)):
+            self._abandon(self._settle(position))
 
     # Asking
 
-    def _ask(self, position: int, connection: ShardConnection, now: float) -> Unavailable | None:
-        """Why it could not be asked; None where it was."""
-        frames, request_id = self._frames, self._request_id
-        reply_to = partial(self._replied, position, connection, now)
-        frame = frames[position if len(frames) > 1 else 0]
-        try:
-            self._links[position] = connection.request(request_id, frame, reply_to)
-        except Unavailable as error:
-            self._over.setdefault(position, []).append(connection)
-            return error
-        self._waiting[position].append((connection, now))
-        return None
-
     def _ask_another(self, position: int, now: float) -> Unavailable | None:
-        """Whichever can be asked and has not been; None where one could."""
+        """Whichever can be asked and has not been; why, where none could."""
         error = Unavailable("no process serves it")
         replicas, choose = self._shards[position], self._shared.chooser.choose
         while True:
@@ -167,14 +169,24 @@ class Attempts:
             connection = choose(replicas, now, tried) or last_resort(replicas, tried)
             if connection is None:
                 return error
-            refusal = self._ask(position, connection, now)
+            refusal = self._ask_later(position, connection, now)
             if refusal is None:
                 return None
             error = refusal
 
-    def _tried(self, position: int) -> list[ShardConnection]:
-        waiting = [connection for connection, _ in self._waiting[position]]
-        return waiting + self._over.get(position, [])
+    def _ask_later(
+        self, position: int, connection: ShardConnection, now: float
+    ) -> Unavailable | None:
+        """Why it could not be asked; None where it was."""
+        frame = self._frames[position if len(self._frames) > 1 else 0]
+        reply_to = partial(self._replied, position, connection, now)
+        try:
+            self._links[position] = connection.request(self._request_id, frame, reply_to)
+        except Unavailable as error:
+            self._over.setdefault(position, []).append(connection)
+            return error
+        self._later.setdefault(position, []).append((connection, now))
+        return None
 
     def _hedge(self, position: int, now: float) -> None:
         """Asks a second replica as well, if one is fit and the budget allows it."""
@@ -182,11 +194,46 @@ class Attempts:
         connection = chooser.choose(replicas, now, self._tried(position))
         if connection is None or not self._pace.may_hedge():
             return
-        if self._ask(position, connection, now) is None:
+        if self._ask_later(position, connection, now) is None:
             self._hedges[position] = connection
             self._shared.recorder.count(HEDGES, self._label(position))
 
+    def _owing(self, position: int) -> list[tuple[ShardConnection, float]]:
+        """Whoever owes an answer, and since when."""
+        first, later = self._first[position], self._later.get(position, [])
+        return later if first is None else [(first, self._sent_at), *later]
+
+    def _tried(self, position: int) -> list[ShardConnection]:
+        owing = [connection for connection, _ in self._owing(position)]
+        return owing + self._over.get(position, [])
+
+    def _settle(self, position: int) -> list[tuple[ShardConnection, float]]:
+        """From now on nobody owes an answer; whoever did."""
+        owing = self._owing(position)
+        self._first[position] = None
+        self._later.pop(position, None)
+        return owing
+
     # Replies
+
+    def _first_replied(self, position: int, reply: Payload | Unavailable) -> None:
+        """As a rule the one that was asked first and alone, with a fitting reply."""
+        connection = self._first[position]
+        if connection is None:  # over: this one was told of its loss while others still were
+            return
+        if (
+            isinstance(reply, Unavailable)
+            or position in self._later
+            or reply[:REPLY_START_BYTES] != self._start
+        ):
+            self._replied(position, connection, self._sent_at, reply)
+            return
+        self._first[position] = None
+        if position == self._sampled:
+            took_s = self._shared.time() - self._sent_at
+            connection.took(took_s)
+            self._pace.took(took_s)
+        self._put(position, reply)
 
     def _replied(
         self,
@@ -196,8 +243,7 @@ class Attempts:
         reply: Payload | Unavailable,
     ) -> None:
         """What ``connection`` says: a payload, or why it is lost."""
-        waiting = self._waiting[position]
-        if not waiting:  # over: this one was told of its loss while others were still being told
+        if all(each is not connection for each, _ in self._owing(position)):  # as above: over
             return
         if isinstance(reply, Unavailable):
             self._fail(position, connection, reply, "lost")
@@ -210,11 +256,12 @@ class Attempts:
                 return
         now = self._shared.time()
         connection.took(now - asked_at)
-        self._pace.took(now - self._sent_at)
-        self._waiting[position] = []
+        if position == self._sampled:
+            self._pace.took(now - self._sent_at)
+        if self._hedges.get(position) is connection:
+            self._shared.recorder.count(HEDGES_WON, self._label(position))
         self._links[position] = connection.link
-        if len(waiting) > 1:
-            self._win(position, connection, waiting)
+        self._abandon(each for each in self._settle(position) if each[0] is not connection)
         self._put(position, answer)
 
     def _refuse(
@@ -225,8 +272,7 @@ class Attempts:
             if connection.link is not None:
                 connection.link.close(reply.message)
         elif reply.code == InvalidInput.code:  # every replica would say so
-            waiting, self._waiting[position] = self._waiting[position], []
-            self._abandon([each for each in waiting if each[0] is not connection])
+            self._abandon(each for each in self._settle(position) if each[0] is not connection)
             self._put(position, reply)
             return
         self._fail(position, connection, reply, "refused")
@@ -235,29 +281,22 @@ class Attempts:
         self, position: int, connection: ShardConnection, reply: ErrorReply | Unavailable, why: str
     ) -> None:
         """Asks another; ``reply`` is the answer when there is none and nobody else was asked."""
-        left = [each for each in self._waiting[position] if each[0] is not connection]
-        self._waiting[position] = left
+        if self._first[position] is connection:
+            self._first[position] = None
+        else:
+            self._later[position] = [
+                each for each in self._later[position] if each[0] is not connection
+            ]
         self._over.setdefault(position, []).append(connection)
         is_in_time = isinstance(reply, Unavailable) or reply.code != DeadlineExceeded.code
         if is_in_time and self._ask_another(position, self._shared.time()) is None:
             self._count_resent(position, why)
-        elif not left:
+        elif not self._owing(position):
             self._put(position, reply)
 
-    def _win(
-        self,
-        position: int,
-        winner: ShardConnection,
-        waiting: list[tuple[ShardConnection, float]],
-    ) -> None:
-        """The first of several to answer: the others are not waited for."""
-        if self._hedges.get(position) is winner:
-            self._shared.recorder.count(HEDGES_WON, self._label(position))
-        self._abandon([each for each in waiting if each[0] is not winner])
-
-    def _abandon(self, waiting: list[tuple[ShardConnection, float]]) -> None:
+    def _abandon(self, owing: Iterable[tuple[ShardConnection, float]]) -> None:
         now = self._shared.time()
-        for connection, asked_at in waiting:
+        for connection, asked_at in owing:
             connection.abandon(self._request_id)
             if now - asked_at > connection.latency_s:  # it would have taken longer still
                 connection.took(now - asked_at)

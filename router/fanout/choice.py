@@ -30,6 +30,7 @@ class Chooser:
     def __init__(self, silent_s: float, rng: random.Random) -> None:
         self._silent_s = silent_s
         self._random = rng.random
+        self._sample = rng.sample
 
     def is_silent(self, connection: ShardConnection, now: float) -> bool:
         """Whether it owes answers and has sent nothing for ``silent_s``; now on its clock."""
@@ -52,32 +53,33 @@ class Chooser:
             since = link.waiting_since
             if since is not None and since <= silent_since:
                 connection.drop_if_silent()  # nobody else would, where it is not asked any more
-            elif not link.lost.done():
-                ready.append(connection)
-        if len(ready) > 1:
-            return self._better(ready, now)
-        return ready[0] if ready else None
+            elif not link.is_lost:
+                ready.append((connection, link.owed))
+        if len(ready) < 2:
+            return ready[0][0] if ready else None
+        one, two = ready if len(ready) == 2 else self._sample(ready, 2)
+        return self._better(one, two, now)
 
-    def _better(self, ready: list[ShardConnection], now: float) -> ShardConnection:
-        """Of two at random: fewest requests owed, then latency, then chance."""
-        count, random = len(ready), self._random
-        first = int(random() * count)
-        second = (first + 1 + int(random() * (count - 1))) % count if count > 2 else 1 - first
-        best, other = ready[first], ready[second]
-        assert best.link is not None
-        assert other.link is not None
-        owed, others_owed = best.link.owed, other.link.owed
-        if owed > others_owed:
-            best, other = other, best
-        elif owed == others_owed:
-            if best.latency_s > SLOWER * other.latency_s + CLOCK_S:
+    def _better(
+        self, one: tuple[ShardConnection, int], two: tuple[ShardConnection, int], now: float
+    ) -> ShardConnection:
+        """Of two replicas and the answers that they owe: fewest owed, then latency, then chance."""
+        (best, owed), (other, others_owed) = one, two
+        if owed == others_owed:
+            latency_s, others_s = best.latency_s, other.latency_s
+            if latency_s > SLOWER * others_s + CLOCK_S:
+                best.latency_s = latency_s * (1 - FORGOTTEN)
                 best, other = other, best
-                other.latency_s *= 1 - FORGOTTEN
-            elif other.latency_s > SLOWER * best.latency_s + CLOCK_S:
-                other.latency_s *= 1 - FORGOTTEN
-        if best.opened_at + SLOW_START_S > now >= other.opened_at + SLOW_START_S:
+            elif others_s > SLOWER * latency_s + CLOCK_S:
+                other.latency_s = others_s * (1 - FORGOTTEN)
+            elif self._random() < 0.5:
+                best, other = other, best
+        elif owed > others_owed:
+            best, other = other, best
+        new_since = now - SLOW_START_S
+        if best.opened_at > new_since >= other.opened_at:
             share = FIRST_SHARE + (1 - FIRST_SHARE) * (now - best.opened_at) / SLOW_START_S
-            if random() > share:
+            if self._random() > share:
                 return other
         return best
 

@@ -68,7 +68,7 @@ class ShardConnection:
 
     @property
     def connected(self) -> bool:
-        return self.link is not None and not self.link.lost.done()
+        return self.link is not None and not self.link.is_lost
 
     @property
     def answers(self) -> bool:
@@ -118,7 +118,7 @@ class ShardConnection:
             raise Unavailable(self._reason)
         if link.waiting_since is not None:
             self._refuse_if_busy(link)
-        if link.lost.done():
+        if link.is_lost:
             raise Unavailable(link.lost.result())
         if not link.writable:
             raise Overloaded("overloaded")
@@ -145,7 +145,7 @@ class ShardConnection:
     def _refuse_if_busy(self, link: Link) -> None:
         """For one that owes answers: too many of them, or for too long."""
         self._drop_if_silent(link)
-        if link.lost.done():
+        if link.is_lost:
             return
         if self._is_late(link):
             raise Unavailable("silent, though it owes answers")

@@ -60,6 +60,7 @@ class Link(asyncio.Protocol):
         self.hello: asyncio.Future[Hello] = loop.create_future()
         self.lost: asyncio.Future[str] = loop.create_future()
         self.is_local = False
+        self.is_lost = False  # ``lost`` is done: read for every query
         self.writable = True
         self.answered = False
 
@@ -146,6 +147,7 @@ class Link(asyncio.Protocol):
     def _finish(self, reason: str) -> None:
         if self.lost.done():
             return
+        self.is_lost = True
         self.lost.set_result(reason)
         if not self.hello.done():
             self.hello.set_exception(Unavailable(f"{reason} during the handshake"))

@@ -37,9 +37,9 @@ class Replica:
 
     def __post_init__(self):
         if self.has_link:
-            lost = SimpleNamespace(done=lambda: self.is_lost)
-            since = self.waiting_since
-            self.link = SimpleNamespace(owed=self.owed, waiting_since=since, lost=lost)
+            self.link = SimpleNamespace(
+                owed=self.owed, waiting_since=self.waiting_since, is_lost=self.is_lost
+            )
 
     @property
     def connected(self):

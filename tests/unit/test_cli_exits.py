@@ -188,7 +188,7 @@ def test_a_command_that_fails_ends_in_one_line(
     ("arguments", "suggestion"),
     [
         (("buidl",), "Did you mean 'build'?"),
-        (("stauts",), "Did you mean 'status'?"),
+        (("qurey",), "Did you mean 'query'?"),
         (("keys", "lsit"), "Did you mean 'list'?"),
         (("query", "--itme", "3"), "Did you mean '--item'?"),
         (("query", "--store", "x"), "--store goes before the command: `shardline --store ... que"),

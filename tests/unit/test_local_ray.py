@@ -75,7 +75,7 @@ def test_an_address_where_nobody_listens_is_refused_before_ray_is_asked(
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["auto", "nonsense", "host.invalid:6379", "ray://127.0.0.1:1"])
+@pytest.mark.parametrize("address", ["auto", "nonsense", "host.invalid:6379"])
 def test_what_is_no_address_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(services, "find_gcs_addresses", frozenset)  # of other Rays on this machine
@@ -186,7 +186,8 @@ def test_whatever_joining_a_ray_raises_is_one_line(
         raise raised
 
     monkeypatch.setattr(launch.ray, "init", init)
-    monkeypatch.setattr(launch, "_check_answers", lambda address: None)
+    monkeypatch.setattr(launch, "check_answers", lambda address: "127.0.0.1:1")
+    monkeypatch.setattr(launch, "check_token", lambda head: None)
     with pytest.raises(Unavailable) as caught, launch.attached_ray("127.0.0.1:1"):
         pass
     assert "\n" not in str(caught.value)

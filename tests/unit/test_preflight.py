@@ -20,6 +20,7 @@ from shardline.cluster.config import load_config
 from shardline.cluster.preflight import network
 from shardline.cluster.preflight.servable import find_damage, servable_generation
 from shardline.cluster.serving import deployment
+from shardline.cluster.serving.deployment import Started
 from shardline.cluster.serving.endpoint import NOTE_NAME, Endpoint, leave_note
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.store import Store
@@ -173,13 +174,16 @@ def test_a_port_that_only_root_may_use_is_not_called_taken(
 
 @pytest.mark.parametrize("typed", [(), ("--generation", "1")])
 def test_serve_leaves_the_live_generation_open_until_ray_runs(
-    store: Store, monkeypatch: pytest.MonkeyPatch, typed: tuple[str, ...]
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    typed: tuple[str, ...],
 ) -> None:
     asked: list[object] = []
 
-    def start_serving(config: object, *, generation: int | None, **_: object) -> Endpoint:
+    def start_serving(config: object, *, generation: int | None, **_: object) -> Started:
         asked.append(generation)
-        return Endpoint(url="http://127.0.0.1:1", generation=0, pid=1, started=0)
+        return Started(generation=0, urls=("http://10.0.0.1:1", "http://10.0.0.2:1"), key_file=None)
 
     monkeypatch.setattr(serve_module, "ray_for", lambda *_, **__: nullcontext())
     monkeypatch.setattr(serve_module, "start_serving", start_serving)
@@ -187,6 +191,7 @@ def test_serve_leaves_the_live_generation_open_until_ray_runs(
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--insecure", *typed])
     assert (ended.value.code, asked) == (0, [1 if typed else None])
+    assert "at http://10.0.0.1:1, http://10.0.0.2:1 " in capsys.readouterr().err
 
 
 def test_a_running_cluster_is_named_before_its_port(store: Store, port: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from shardline.cluster.preflight.check import Check, failed, mib, passed, warned
 from shardline.cluster.preflight.folders import check_writable
-from shardline.cluster.preflight.free_memory import ROUTER_BYTES, SHARD_BYTES
+from shardline.cluster.preflight.free_memory import ROUTER_BYTES, SHARD_BYTES, FreeMemory
 from shardline.cluster.preflight.host_facts import HostFacts
 from shardline.cluster.preflight.open_files import check_open_files
 from shardline.shards.core.errors import DataError, ShardlineError, Unavailable
@@ -54,7 +54,7 @@ def check_hosts(answers: Sequence[Answer], own: HostFacts, *, in_flight: int) ->
             check_writable("store", facts.store),
             check_open_files(in_flight, facts.open_files),
             check_port(facts),
-            check_clock(answer),
+            check_clock(facts.clock_s, answer.asked_s, answer.answered_s),
         ]
         yield from (on_host(facts.address, check) for check in checks)
 
@@ -118,10 +118,9 @@ def check_port(facts: HostFacts) -> Check:
     return failed("HTTP port", Unavailable(facts.port_error, hint=hint))
 
 
-def check_clock(answer: Answer) -> Check:
+def check_clock(clock_s: float, asked_s: float, answered_s: float) -> Check:
     """Whether its clock lay between ours, before and after; never more than a warning."""
-    early = answer.asked_s - answer.facts.clock_s
-    late = answer.facts.clock_s - answer.answered_s
+    early, late = asked_s - clock_s, clock_s - answered_s
     off = max(early, late)
     if off <= CLOCKS_S:
         return passed("clock", "as here")
@@ -132,9 +131,9 @@ def check_clock(answer: Answer) -> Check:
     )
 
 
-def check_room(facts: HostFacts, loaded: Sequence[int], *, cache_bytes: int) -> Check:
+def check_room(free: FreeMemory, loaded: Sequence[int], *, cache_bytes: int) -> Check:
     """Whether the shards placed there fit into its memory. loaded: bytes of each."""
-    name, free = "memory", facts.memory
+    name = "memory"
     total = sum(loaded)
     sums = f"{len(loaded)} shards = {mib(total)}"
     has = f"{mib(free.available_bytes)} free by {free.limit}"

@@ -1,0 +1,73 @@
+"""A launched cluster examined from one of its hosts, for `doctor`: hosts, replicas, routers."""
+
+from collections import Counter
+
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.control.ray_hosts import living_hosts
+from shardline.cluster.preflight.check import Check, failed, passed, warned
+from shardline.cluster.serving.front_end import serve_runs
+from shardline.cluster.serving.launched import Report, ask_controller, is_served
+from shardline.cluster.serving.ray_session import attached_ray
+from shardline.cluster.serving.survey import survey
+from shardline.shards.core.errors import ShardlineError, Unavailable
+
+
+def examine(config: ShardlineConfig, number: int | None, *, verbose: bool = False) -> list[Check]:
+    """All checks. number: the live generation, None where there is none."""
+    address = config.cluster.address
+    try:
+        with attached_ray(address, verbose=verbose) as head:
+            hosts = ", ".join(host.address for host in living_hosts())
+            checks = [passed("Ray", f"joined at {head}; hosts {hosts}")]
+            served = is_served()
+            checks += survey(config, number, is_served=served, has_serve=serve_runs())
+            if not served:
+                return [*checks, passed("cluster", "nothing is served")]
+            return checks + check_report(ask_controller().report)
+    except ShardlineError as error:
+        return [failed("cluster", error)]
+
+
+def check_report(report: Report) -> list[Check]:
+    """What the controller says of replicas and routers."""
+    return [_replicas(report), _routers(report), *_notes(report)]
+
+
+def _replicas(report: Report) -> Check:
+    name, wanted = "replicas", report["replicas_wanted"]
+    answering = Counter(each["shard"] for each in report["replicas"] if each["answers"])
+    shards = sorted({each["shard"] for each in report["replicas"]})
+    missing = [shard for shard in shards if not answering[shard]]
+    if missing:
+        reasons = [
+            f"shard {each['shard']}: {each['reason']['text']}"
+            for each in report["replicas"]
+            if each["shard"] in missing and each["reason"] is not None
+        ]
+        error = Unavailable(
+            f"shards {missing} do not answer",
+            got="; ".join(reasons) or None,
+            hint="their rows are missing from answers; `shardline status` shows where they are",
+        )
+        return failed(name, error)
+    text = f"{len(shards)} shards, {sum(answering.values())} of {len(shards) * wanted} answer"
+    if any(answering[shard] < wanted for shard in shards):
+        return warned(name, f"{text}; others are placed as soon as hosts have room for them")
+    return passed(name, text)
+
+
+def _routers(report: Report) -> Check:
+    name, heard = "routers", len(report["routers"])
+    without = [host["host"] for host in report["hosts"] if host["alive"] and not host["router"]]
+    if not heard:
+        return failed(
+            name,
+            Unavailable("no router has been heard of", hint="Serve starts them within seconds"),
+        )
+    if without:
+        return warned(name, f"{heard}; none on {', '.join(without)}")
+    return passed(name, f"{heard}, one on every host")
+
+
+def _notes(report: Report) -> list[Check]:
+    return [warned("controller", f"{note['code']}: {note['text']}") for note in report["notes"]]

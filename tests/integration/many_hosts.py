@@ -1,0 +1,197 @@
+"""A Ray of several logical hosts on this machine, as a process of its own: hosts die and come back.
+
+Run with a folder: writes what was seen there as JSON lines, {"event": ..., ...}. Every process is a
+child of this one, and the folder holds all that Ray writes.
+"""
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+
+from shardline.cluster.control.controller import ControllerSettings, start_controller, wait_ready
+from shardline.cluster.serving.ray_session import NAMESPACE
+from shardline.cluster.store import Store
+from shardline.router.limits import resolve
+from shardline.router.router_config import RouterConfig
+from shardline.router.service import SearchService
+from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.messages import RouterSeen, RoutingTable
+from tests.engine import build_generation
+
+SHARDS, REPLICAS = 2, 2
+SECRET = b"s" * 32
+CONFIG = RouterConfig(backoff_base_ms=20, backoff_max_ms=100)
+NODE = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
+
+
+class Watched:
+    """What a router sees of the cluster: every table, and answers to queries without a pause."""
+
+    def __init__(self, out: Path, controller: Any, vectors: np.ndarray) -> None:
+        self._out = out
+        self._controller = controller
+        self._query = resolve(CONFIG, vectors=vectors[:1].tolist(), k=3)
+        self._service = SearchService(CONFIG, SECRET, load_encoder=lambda table: None)
+        self._phase = "start"
+        self.table: RoutingTable | None = None
+        self.answers = {"full": 0, "partial": 0, "failed": 0}
+
+    def tell(self, event: str, **rest: Any) -> None:
+        with self._out.open("a") as file:
+            line = {"event": event, "phase": self._phase, "at": round(time.monotonic(), 2)}
+            file.write(json.dumps(line | rest) + "\n")
+
+    @contextlib.asynccontextmanager
+    async def phase(self, name: str) -> AsyncIterator[None]:
+        """Counts the answers of the block."""
+        self._phase = name
+        self.answers = {"full": 0, "partial": 0, "failed": 0}
+        began = time.monotonic()
+        yield
+        self.tell("phase", seconds=round(time.monotonic() - began, 1), **self.answers)
+
+    @contextlib.asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        tasks = [asyncio.ensure_future(each()) for each in (self._follow, self._ask)]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._service.close()
+
+    async def until(self, condition: Callable[[RoutingTable, dict[str, Any]], bool]) -> None:
+        async with asyncio.timeout(60):
+            while True:
+                report = await self._controller.report.remote()
+                if self.table is not None and condition(self.table, report):
+                    return
+                await asyncio.sleep(0.1)
+
+    async def _follow(self) -> None:
+        seen = RouterSeen(host="10.9.9.9", node_id=ray.get_runtime_context().get_node_id(), pid=1)
+        version = 0
+        while True:
+            try:
+                table = await self._controller.table_after.remote(version, 5.0, seen)
+            except ray.exceptions.RayError:
+                await asyncio.sleep(0.2)
+                continue
+            if table is not None:
+                version, self.table = table.version, table
+                routes = [route for shard in table.shards for route in shard.replicas]
+                self.tell(
+                    "table",
+                    answering=[
+                        sum(route.address is not None for route in shard.replicas)
+                        for shard in table.shards
+                    ],
+                    replicas=[
+                        [*route.key.labels[1:], route.address is not None] for route in routes
+                    ],
+                )
+                await self._service.apply(table)
+
+    async def _ask(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if self.table is not None:
+                try:
+                    answer = await self._service.search(self._query, arrived_at=loop.time())
+                    share = answer.coverage.share
+                    self.answers["full" if share == 1.0 else "partial"] += 1
+                except ShardlineError:
+                    self.answers["failed"] += 1
+            await asyncio.sleep(0.02)
+
+
+def keys(report: dict[str, Any]) -> set[tuple[int, int]]:
+    return {(each["shard"], each["replica"]) for each in report["replicas"]}
+
+
+def is_whole(hosts: int) -> Callable[[RoutingTable, dict[str, Any]], bool]:
+    """All replicas answer, none is being replaced, and hosts differ by one replica at most."""
+
+    def holds(table: RoutingTable, report: dict[str, Any]) -> bool:
+        replicas = report["replicas"]
+        loads = [len(host["replicas"]) for host in report["hosts"] if host["alive"]]
+        is_quiet = all(each["answers"] and each["stage"] == "staying" for each in replicas)
+        counted = len(replicas) == SHARDS * min(REPLICAS, hosts) and len(loads) == hosts
+        return is_quiet and counted and max(loads) - min(loads) <= 1
+
+    return holds
+
+
+async def scenario(cluster: Cluster, out: Path, store: Store, vectors: np.ndarray) -> None:
+    second = cluster.add_node(**NODE)
+    settings = ControllerSettings(
+        store=str(store.root),
+        secret=SECRET,
+        shard_host="127.0.0.1",
+        threads_per_shard=1,
+        cpus_per_shard=0.5,
+        gpus_per_shard=0,
+        huge_pages=False,
+        replicas=REPLICAS,
+    )
+    controller = start_controller(settings)
+    await asyncio.to_thread(wait_ready, controller, 120)
+    now = Watched(out, controller, vectors)
+    async with now.following():
+        async with now.phase("two hosts"):
+            await now.until(is_whole(2))
+            await asyncio.sleep(1)
+            now.tell("report", report=await controller.report.remote())
+        async with now.phase("host killed"):
+            cluster.remove_node(second, allow_graceful=False)
+            await now.until(is_whole(1))
+            now.tell("report", report=await controller.report.remote())
+        async with now.phase("host added"):
+            cluster.add_node(**NODE)
+            await now.until(is_whole(2))
+        async with now.phase("rolling restart"):
+            before = await controller.report.remote()
+            begun = await controller.restart_rolling.remote()
+            await now.until(lambda table, report: report["restart"]["is_over"])
+            after = await controller.report.remote()
+            kept = len(keys(before) & keys(after))
+            now.tell("restarted", begun=begun, over=after["restart"], kept=kept)
+        async with now.phase("third host"):
+            cluster.add_node(**NODE)
+            await now.until(is_whole(3))
+        async with now.phase("controller killed"):
+            ray.kill(controller, no_restart=False)
+            version = now.table.version if now.table is not None else 0
+            await now.until(lambda table, report: table.version > version)
+            await now.until(is_whole(3))
+    await controller.close.remote()
+    ray.kill(controller)
+
+
+def main(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((200, 8)).astype(np.float32)
+    store = Store(folder / "store")
+    build_generation(store.generation(1), vectors, np.arange(200), SHARDS, kind="flat")
+    store.set_current(1)
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    try:
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+        asyncio.run(scenario(cluster, folder / "seen", store, vectors))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

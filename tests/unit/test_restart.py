@@ -1,0 +1,84 @@
+"""`shardline restart --rolling` follows what the controller says of it."""
+
+from typing import Any
+
+import pytest
+
+from shardline.cluster.cli import main
+from shardline.cluster.commands.restart import AWAY_S, follow
+from shardline.shards.core.errors import Unavailable
+
+
+def progress(done: int, *, number: int = 1, trouble: str | None = None) -> dict[str, Any]:
+    told = None if trouble is None else {"code": "unavailable", "text": trouble}
+    return {"number": number, "total": 3, "done": done, "is_over": done == 3, "trouble": told}
+
+
+class Told:
+    """Gives or raises one thing of its plan after the other, the last one for ever."""
+
+    def __init__(self, *plan: Any) -> None:
+        self.plan = list(plan)
+        self.now = 0.0
+        self.seen: list[tuple[int, int]] = []
+        self.notes: list[str] = []
+
+    def ask(self) -> Any:
+        outcome = self.plan.pop(0) if len(self.plan) > 1 else self.plan[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def follow(self, begun: dict[str, Any]) -> int:
+        return follow(
+            begun,
+            self.ask,
+            lambda stage, done, total: self.seen.append((done, total)),
+            self.notes.append,
+            clock=lambda: self.now,
+            sleep=self.sleep,
+        )
+
+
+def test_it_ends_when_all_are_replaced() -> None:
+    told = Told(progress(1), progress(1), progress(3))
+    assert told.follow(progress(0)) == 3
+    assert told.seen == [(0, 3), (1, 3), (1, 3), (3, 3)]
+
+
+def test_one_that_is_over_already_ends_at_once() -> None:
+    assert Told(AssertionError("asked")).follow(progress(3)) == 3
+
+
+def test_trouble_is_told_once() -> None:
+    told = Told(progress(1, trouble="no room"), progress(1, trouble="no room"), progress(3))
+    told.follow(progress(0))
+    assert told.notes == ["warning: no room"]
+
+
+@pytest.mark.parametrize("found", [None, progress(1, number=2)])
+def test_one_that_was_cut_short_is_an_error(found: dict[str, Any] | None) -> None:
+    with pytest.raises(Unavailable, match=r"was cut short; .*run the command again"):
+        Told(found).follow(progress(0))
+
+
+def test_a_controller_that_is_away_for_a_while_is_waited_for() -> None:
+    away = Unavailable("the controller does not answer")
+    assert Told(away, away, progress(3)).follow(progress(0)) == 3
+
+
+def test_a_controller_that_stays_away_is_an_error() -> None:
+    told = Told(Unavailable("the controller does not answer"))
+    with pytest.raises(Unavailable, match="does not answer"):
+        told.follow(progress(0))
+    assert AWAY_S < told.now < AWAY_S + 2
+
+
+def test_a_private_ray_has_no_rolling_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["restart", "--rolling"])
+    assert ended.value.code == 2
+    assert "for a launched cluster" in capsys.readouterr().err
