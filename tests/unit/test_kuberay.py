@@ -1,4 +1,4 @@
-"""deploy/kuberay/shardline.yaml: complete, of one piece, and of one mind with the rest of deploy/.
+"""deploy/kuberay: complete, of one piece, and of one mind with the rest of deploy/.
 
 Its RayService has been held against the schemas of KubeRay 1.6 and 1.7 (docs/DEPLOY.md).
 """
@@ -17,7 +17,8 @@ from shardline.cluster.serving.application import ServeArguments, build
 from shardline.router.serve.environment import HEAD, launched_environment, limits_of
 from tests.dockerfile import DOCKERFILE, ROOT, read_steps, steps_of
 
-PATH = ROOT / "deploy" / "kuberay" / "shardline.yaml"
+FOLDER = ROOT / "deploy" / "kuberay"
+PATHS = (FOLDER / "store.yaml", FOLDER / "shardline.yaml")
 REQUIRED = {"apiVersion", "kind", "metadata"}
 HOME = "/home/shardline"
 OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
@@ -26,7 +27,7 @@ OPERATOR = {"app.kubernetes.io/name": "kuberay-operator"}
 @pytest.fixture(scope="module")
 def parts() -> dict[tuple[str, str], dict[str, Any]]:
     """By kind and name."""
-    every = [part for part in yaml.safe_load_all(PATH.read_text()) if part]
+    every = [part for path in PATHS for part in yaml.safe_load_all(path.read_text())]
     named = {(part["kind"], part["metadata"]["name"]): part for part in every}
     assert len(named) == len(every)
     return named
@@ -44,6 +45,13 @@ def pods(service: dict) -> dict[str, dict[str, Any]]:
     cluster = service["rayClusterConfig"]
     (group,) = cluster["workerGroupSpecs"]
     return {"head": cluster["headGroupSpec"]["template"], "shards": group["template"]}
+
+
+@pytest.fixture(scope="module")
+def loader(parts: dict) -> dict[str, Any]:
+    """The pod that fills the store."""
+    pod: dict[str, Any] = parts["Pod", "shardline-loader"]
+    return pod
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +73,23 @@ def test_every_part_says_what_it_is(parts: dict) -> None:
         ("ray.io/v1", "RayService"),
         ("v1", "ConfigMap"),
         ("v1", "PersistentVolumeClaim"),
+        ("v1", "Pod"),
     ]
-    for part in parts.values():
+    for (kind, _), part in parts.items():
         assert part.keys() >= REQUIRED
-        assert part["metadata"]["labels"] == {"app": "shardline"}
+        # the network policy is about the pods of the cluster, and not about the loader
+        assert part["metadata"].get("labels") == (None if kind == "Pod" else {"app": "shardline"})
         assert "namespace" not in part["metadata"]  # the one it is applied in
 
 
 def test_no_secret_is_in_the_file(service: dict) -> None:
-    assert "kind: Secret" not in PATH.read_text()
+    assert sorted(FOLDER.glob("*.yaml")) == sorted(PATHS)
+    assert [path for path in PATHS if "kind: Secret" in path.read_text()] == []
     assert service["rayClusterConfig"]["authOptions"] == {
         "mode": "token",
         "secretName": "shardline-ray",
     }
-    assert "create secret generic shardline-ray --from-literal=auth_token=" in PATH.read_text()
+    assert "create secret generic shardline-ray --from-literal=auth_token=" in PATHS[1].read_text()
 
 
 def test_what_ray_finds_in_its_environment_is_the_table(parts: dict, pods: dict) -> None:
@@ -92,8 +103,8 @@ def test_what_ray_finds_in_its_environment_is_the_table(parts: dict, pods: dict)
     assert "env" not in container_of(pods["shards"])
 
 
-def test_what_it_refers_to_is_in_the_file(parts: dict, pods: dict) -> None:
-    for pod in pods.values():
+def test_what_it_refers_to_is_in_the_files(parts: dict, pods: dict, loader: dict) -> None:
+    for pod in (*pods.values(), loader):
         mounted = {each["name"] for each in container_of(pod)["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
         for kind, name in referred(pod["spec"]["volumes"]):
@@ -112,12 +123,13 @@ def referred(volumes: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
 
 
 def test_paths_are_those_of_the_image_and_of_the_configuration(
-    parts: dict, pods: dict, config: ShardlineConfig
+    parts: dict, pods: dict, loader: dict, config: ShardlineConfig
 ) -> None:
     (folder,) = steps_of(read_steps(DOCKERFILE.read_text()), "WORKDIR")
     assert folder.text == f"{HOME}/shardline"
     binary = parts["ConfigMap", "shardline-environment"]["data"]["RAY_SERVE_HAPROXY_BINARY_PATH"]
     assert (ROOT / Path(binary).relative_to(folder.text)).is_file()
+    assert mounts(container_of(loader)) == {"store": str(config.store)}
     paths = {name: mounts(container_of(pod)) for name, pod in pods.items()}
     for each in paths.values():
         assert each["store"] == str(config.store)
@@ -220,13 +232,16 @@ def test_ports_are_open_to_those_alone_who_need_them(
     assert 6379 not in [port["port"] for port in operator["ports"]]
 
 
-def test_pods_run_as_the_user_of_the_image_and_can_become_no_other(pods: dict) -> None:
+def test_pods_run_as_the_user_of_the_image_and_can_become_no_other(
+    pods: dict, loader: dict
+) -> None:
     (user,) = steps_of(read_steps(DOCKERFILE.read_text()), "USER")
-    for pod in pods.values():
+    for pod in (*pods.values(), loader):
         context = pod["spec"]["securityContext"]
         assert context["runAsNonRoot"]
         assert f"{context['runAsUser']}:{context['runAsGroup']}" == user.text
         assert context["fsGroup"] == context["runAsGroup"]
+        assert context["fsGroupChangePolicy"] == "OnRootMismatch"
         assert pod["spec"]["automountServiceAccountToken"] is False
         assert container_of(pod)["securityContext"] == {
             "allowPrivilegeEscalation": False,
@@ -234,11 +249,14 @@ def test_pods_run_as_the_user_of_the_image_and_can_become_no_other(pods: dict) -
         }
 
 
-def test_versions_are_those_of_the_tested_environment(service: dict, pods: dict) -> None:
+def test_versions_are_those_of_the_tested_environment(
+    service: dict, pods: dict, loader: dict
+) -> None:
     pins = dict(
         line.split("==")
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if "==" in line
     )
     assert service["rayClusterConfig"]["rayVersion"] == pins["ray"]
-    assert len({container_of(pod)["image"] for pod in pods.values()}) == 1
+    images = {container_of(pod)["image"] for pod in (*pods.values(), loader)}
+    assert len(images) == 1
