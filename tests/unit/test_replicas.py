@@ -410,6 +410,26 @@ async def test_a_loss_while_both_are_asked_leaves_the_other_and_asks_nobody_twic
         assert made.counted(RESENT) == 0
 
 
+@pytest.mark.parametrize("min_coverage", [0.0, 0.5])
+async def test_only_the_shard_that_is_slow_is_asked_twice(min_coverage):
+    """Be the wait for it cut short, because enough shards have answered, or not."""
+    async with cluster(num_shards=3) as made:
+        for _ in range(3 * REFRESH):
+            await made.whole(made.ask())
+        slow = made.shards[2]
+        for replica in slow:
+            replica.asked.clear()
+        hold(*slow)
+        task = made.ask(min_coverage=min_coverage)
+        first, second = await asked_first(slow)
+        others = [c for replicas in made.fanout.snapshot.shards[:2] for c in replicas]
+        await until(lambda: not any(each.in_flight for each in others))
+        let_go(second)
+        await made.clock.advance(1.1 * HEDGE_S)
+        await made.whole(task)
+        assert [made.counted(HEDGES, shard) for shard in "012"] == [0, 0, 1]
+
+
 async def test_a_third_replica_is_not_asked_because_the_second_takes_long_too():
     async with cluster(copies=3) as made:
         await made.warm_up()
