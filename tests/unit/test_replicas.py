@@ -421,7 +421,7 @@ async def test_only_the_shard_that_is_slow_is_asked_twice(min_coverage):
             replica.asked.clear()
         hold(*slow)
         task = made.ask(min_coverage=min_coverage)
-        first, second = await asked_first(slow)
+        _, second = await asked_first(slow)
         others = [c for replicas in made.fanout.snapshot.shards[:2] for c in replicas]
         await until(lambda: not any(each.in_flight for each in others))
         let_go(second)
