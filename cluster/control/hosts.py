@@ -5,6 +5,7 @@ number of replicas, and what counts is how many more it could take: with equal h
 spread, and with unequal ones the spread that fits wherever any does.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ class Host:
     def room(self, *, cpus: float, gpus: float = 0) -> int:
         """Replicas that it has room for if each reserves so many CPUs and GPUs.
 
-        None where Ray has no CPUs at all: a head that is to hold nothing is started so.
+        0 where Ray has no CPUs at all: a head that is to hold nothing is started so.
         """
         if self.cpus <= 0:
             return 0
-        rooms = [int(has // each) for has, each in ((self.cpus, cpus), (self.gpus, gpus)) if each]
+        wanted = ((self.cpus, cpus), (self.gpus, gpus))
+        # 1 / 0.1 are ten, though 1 // 0.1 is nine
+        rooms = [math.floor(has / each + 1e-6) for has, each in wanted if each]
         return min(rooms, default=UNLIMITED)
 
 

@@ -83,6 +83,11 @@ def test_a_host_without_cpus_holds_nothing_and_no_reservation_needs_none() -> No
     )
 
 
+@pytest.mark.parametrize(("cpus", "each", "room"), [(1, 0.1, 10), (3, 0.3, 10), (2, 0.75, 2)])
+def test_room_is_counted_as_ray_does(cpus: float, each: float, room: int) -> None:
+    assert hosts(cpus)[0].room(cpus=each) == room
+
+
 def test_what_does_not_fit_is_told_with_its_arithmetic() -> None:
     reason = fits(hosts(2, 2, 2), shards=4, replicas=2, cpus_per_shard=1)
     assert reason == (
