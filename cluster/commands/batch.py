@@ -137,6 +137,12 @@ def batch(
         folder = settings.store.generation(number)
         with StageProgress() as progress, claimed_folder(out) as claimed:
             plan = offline_plan(given, wanted, folder, claimed, progress.note, block_rows)
+            if settings.config.cluster.address != "local":
+                from shardline.cluster.commands.batch_ray import answer_on
+
+                report = answer_on(settings.config, plan, claimed, RateProgress(progress), cpus)
+                print_report(report, as_json=as_json)
+                return
             available = free_memory().available_bytes if memory is None else memory << 20
             report = answer_here(
                 plan, claimed, RateProgress(progress), threads=cpus or cores(), available=available
