@@ -34,6 +34,7 @@ from shardline.bench.load.pairs import order_of
 from shardline.cluster.batch.batch_job import Wanted
 from shardline.cluster.batch.job_parts import SEARCH
 from shardline.cluster.batch.loaded_shards import cores
+from shardline.cluster.batch.local_batch import Room
 from shardline.cluster.batch.part_files import claimed_folder
 from shardline.cluster.batch.spans import default_block_rows
 from shardline.cluster.build import run_here
@@ -148,7 +149,8 @@ def job_seconds(corpus: BatchCorpus, out: Path, k: int, threads: int) -> tuple[f
     with claimed_folder(out) as claimed:
         plan = offline_plan(asked, Wanted(k=k), corpus.folder, claimed, clock.note, None)
         available = free_memory().available_bytes
-        report = answer_here(plan, claimed, clock, threads=threads, available=available)
+        room = Room(cpus=threads, available_bytes=available)
+        report = answer_here(plan, claimed, clock, room)
     assert report.searched == report.queries
     ended = time.perf_counter()
     return ended - clock.began, ended - started
@@ -227,7 +229,9 @@ def main() -> None:
     if asked.memory:
         click.echo(json.dumps(memory(root, corpus, MEMORY_QUERIES, asked.k), indent=2))
         return
-    click.echo(json.dumps(compare(corpus, k=asked.k, rounds=asked.rounds, threads=asked.cpus), indent=2))
+    click.echo(
+        json.dumps(compare(corpus, k=asked.k, rounds=asked.rounds, threads=asked.cpus), indent=2)
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from shardline.cluster.batch.top_k import merge_parts
 from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, last_line
 from shardline.shards.core.files import FileEntry
 from shardline.shards.core.schema import Ranked
+from shardline.shards.index.main_index import set_search_threads
 
 NICENESS = 10  # of the stages: a shard that serves on the same host comes first
 SIDE_SHARE = 0.1  # of the CPUs, each for reading and for writing
@@ -98,7 +99,7 @@ def run_on_ray(
 def stage_memory(plan: BatchPlan) -> list[int]:
     """Bytes that the stage of each shard reserves."""
     k = plan.job.wanted.searched_k
-    blocks = block_bytes(plan.job.block_rows, plan.manifest.dim, k, 1)
+    blocks = block_bytes(plan.job.block_rows, plan.manifest.dim, k, 1, 1)
     return [int(ROOM * (size + blocks)) + LIBRARY_BYTES for size in loaded_bytes(plan.manifest)]
 
 
@@ -180,12 +181,13 @@ class _ShardStage:
 
     def __init__(self, plan: BatchPlan, shard: int, threads: int) -> None:
         os.nice(NICENESS)
-        self._wanted = plan.job.wanted
-        self._loaded = LoadedShards.load(plan.folder, [shard], threads=threads)
+        self._wanted, self._threads = plan.job.wanted, threads
+        self._loaded = LoadedShards.load(plan.folder, [shard])
 
     def __call__(self, table: pa.Table) -> pa.Table:
         span, queries, before = _parts_of(table)
         assert queries.vectors is not None
+        set_search_threads(self._threads)  # Ray may call from any thread
         found = self._loaded.search(queries.vectors, self._wanted)
         return _table(span, queries, found if before is None else merge_parts([before, found]))
 
@@ -273,7 +275,7 @@ def _keep_item_vectors(plan: BatchPlan, share: StageCpus, memory: Sequence[int])
 
 def _keep_vectors_of(plan: BatchPlan, shard: int) -> None:
     assert isinstance(plan.source, GenerationItems)
-    plan.source.keep_vectors(LoadedShards.load(plan.folder, [shard], threads=1))
+    plan.source.keep_vectors(LoadedShards.load(plan.folder, [shard]))
 
 
 def _reason_of(error: BaseException) -> BaseException:
