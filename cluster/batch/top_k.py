@@ -20,13 +20,18 @@ def merge_parts(parts: Sequence[Ranked]) -> Ranked:
     if len(parts) == 1:
         return parts[0]
     ids = np.stack([part.ids for part in parts])
-    scores = np.stack([part.scores for part in parts])
+    return merge_stacked(ids, np.stack([part.scores for part in parts]))
+
+
+def merge_stacked(ids: IdArray, scores: FloatArray) -> Ranked:
+    """``merge_parts`` of parts that lie in one array: ids and scores (parts, n, k)."""
+    if len(ids) == 1:
+        return Ranked(ids[0], scores[0])
     merged = merge_sorted(ids, scores)
     tied = np.flatnonzero(_has_ties(scores, merged.scores))
     if tied.size:
-        k = ids.shape[2]
-        again = merge_top_k([Ranked(part.ids[tied], part.scores[tied]) for part in parts], k)
-        merged.ids[tied], merged.scores[tied] = again
+        parts = [Ranked(*part) for part in zip(ids[:, tied], scores[:, tied], strict=True)]
+        merged.ids[tied], merged.scores[tied] = merge_top_k(parts, ids.shape[2])
     return merged
 
 

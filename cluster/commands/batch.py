@@ -12,7 +12,7 @@ from shardline.cluster.batch.batch_job import Wanted, checked_wanted, job_of
 from shardline.cluster.batch.batch_report import BatchReport, timed_job
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.loaded_shards import cores
-from shardline.cluster.batch.local_batch import BatchPlan, run_local, shard_groups
+from shardline.cluster.batch.local_batch import BatchPlan, Room, run_local, shard_groups
 from shardline.cluster.batch.part_files import ClaimedFolder, claimed_folder
 from shardline.cluster.batch.spans import default_block_rows
 from shardline.cluster.cli import Settings
@@ -137,10 +137,15 @@ def batch(
         folder = settings.store.generation(number)
         with StageProgress() as progress, claimed_folder(out) as claimed:
             plan = offline_plan(given, wanted, folder, claimed, progress.note, block_rows)
+            if settings.config.cluster.address != "local":
+                from shardline.cluster.commands.batch_ray import answer_on
+
+                report = answer_on(settings.config, plan, claimed, RateProgress(progress), cpus)
+                print_report(report, as_json=as_json)
+                return
             available = free_memory().available_bytes if memory is None else memory << 20
-            report = answer_here(
-                plan, claimed, RateProgress(progress), threads=cpus or cores(), available=available
-            )
+            room = Room(cpus=cpus or cores(), available_bytes=available)
+            report = answer_here(plan, claimed, RateProgress(progress), room)
     print_report(report, as_json=as_json)
 
 
@@ -171,28 +176,19 @@ def offline_plan(
 
 
 def answer_here(
-    plan: BatchPlan,
-    claimed: ClaimedFolder,
-    progress: NotedProgress,
-    *,
-    threads: int,
-    available: int,
+    plan: BatchPlan, claimed: ClaimedFolder, progress: NotedProgress, room: Room
 ) -> BatchReport:
     """The job in this process, from checks to the manifest of its result."""
     plan.columns()  # an unknown attribute is refused before anything is written
-    groups = shard_groups(plan, available)
+    groups = shard_groups(plan, room)
     if len(groups) > 1:
         progress.note(
-            f"{len(plan.manifest.shards)} shards in {len(groups)} passes: {mib(available)} of "
-            "memory do not hold all at once"
+            f"{len(plan.manifest.shards)} shards in {len(groups)} passes: "
+            f"{mib(room.available_bytes)} of memory do not hold all at once"
         )
     with timed_job(plan.job, claimed, progress, way="local") as run:
         if run.todo:
-            run.passes = run_local(
-                *(plan, run.output, run.todo, run.parts),
-                threads=threads,
-                available_bytes=available,
-            )
+            run.passes = run_local(plan, run.output, run.todo, run.parts, room)
     return run.report
 
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,13 @@ from shardline.cluster.control.cluster_report import (
     restart_progress,
     with_known,
 )
-from shardline.cluster.control.hosts import Host
-from shardline.cluster.control.opening import cluster_id_of, empty_table, opened
+from shardline.cluster.control.opening import (
+    cluster_id_of,
+    empty_table,
+    first_hosts,
+    is_restart,
+    opened,
+)
 from shardline.cluster.control.placement import open_generation, step
 from shardline.cluster.control.placement_state import (
     Announce,
@@ -50,6 +54,7 @@ from shardline.cluster.control.ray_hosts import fresh_hosts
 from shardline.cluster.control.reconcile import hopeless
 from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
+from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import DataError, Unavailable, error_of
@@ -89,7 +94,7 @@ class Controller:
         self._secret = settings.secret
         self._http = Http(host=settings.http_host, port=settings.http_port)
         # Ray runs this again when it restarts the controller: another generation may be live then
-        folder, manifest = opened(store, settings.generation, is_restart=_is_restart())
+        folder, manifest = opened(store, settings.generation, is_restart=is_restart())
         cluster_id = cluster_id_of(settings.secret)
         self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
         self._restart_note = RestartNote(store.root, cluster_id, manifest.generation)
@@ -102,7 +107,7 @@ class Controller:
                 gpus=settings.gpus_per_shard if self._shards.on_gpu else 0,
                 load_limit_s=settings.load_limit_s,
             ),
-            hosts=_first_hosts(),
+            hosts=first_hosts(),
             found=self._shards.found(),
             now_s=time.monotonic(),
             restart=self._restart_note.read(),
@@ -113,8 +118,8 @@ class Controller:
         self._unsaved: Absence | None = None  # why the newest numbers are not on record
         self._changed = asyncio.Condition()
         self._checked: set[ReplicaKey] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._spawn(self._open(instructions))
+        self._tasks = Tasks()
+        self._tasks.spawn(self._open(instructions))
 
     async def connection_secret(self) -> bytes:
         """What proves a peer to a shard: for routers, batch jobs and tools of this cluster.
@@ -177,8 +182,8 @@ class Controller:
         """
 
         def is_over() -> bool:
-            is_hopeless = bool(hopeless(self._placement))
-            return self._placement.ready or is_hopeless or self._unsaved is not None
+            is_lost = bool(hopeless(self._placement) or self._without_room())
+            return self._placement.ready or is_lost or self._unsaved is not None
 
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
@@ -190,6 +195,11 @@ class Controller:
                     raise error_of(
                         reason.code,
                         f"shard {state.key.shard}{self._on(state.route.host)}: {reason.text}",
+                    )
+                if shards := self._without_room():
+                    raise Unavailable(
+                        f"no host has room for a replica of shards {shards}",
+                        hint="lower cluster.cpus_per_shard, or add hosts",
                     )
                 return self._placement.table.generation
         return None
@@ -233,15 +243,14 @@ class Controller:
 
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
-        for task in list(self._tasks):
-            task.cancel()
+        self._tasks.cancel()
         self._shards.end()
 
     async def _open(self, instructions: tuple[Instruction, ...]) -> None:
         for instruction in instructions:
             self._carry_out(instruction)
-        self._spawn(self._watch_replicas())
-        self._spawn(self._watch_hosts())
+        self._tasks.spawn(self._watch_replicas())
+        self._tasks.spawn(self._watch_hosts())
         async with self._changed:
             await self._changed.wait_for(lambda: self._placement.ready)
         await asyncio.sleep(RETIRE_AFTER_S)
@@ -254,33 +263,28 @@ class Controller:
             for key in self._shards.placed:
                 if key not in self._checked and key in self._placement.replicas:
                     self._checked.add(key)
-                    self._spawn(self._tried(partial(self._check, key)))
+                    self._tasks.spawn(tried(partial(self._check, key)))
 
     async def _watch_hosts(self) -> None:
         """While Ray's head is away there is no event, and so nothing is decided about hosts."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            await self._tried(self._see_hosts)
+            await tried(self._see_hosts)
 
     async def _see_hosts(self) -> None:
-        hosts = await asyncio.to_thread(
-            fresh_hosts, self._placement.hosts
-        )  # blocks while the head is away
+        # in a thread: it blocks while the head is away
+        hosts = await asyncio.to_thread(fresh_hosts, self._placement.hosts)
         if hosts:
             self._known_hosts = with_known(self._known_hosts, hosts)
             await self._apply(HostsSeen(hosts=hosts, now_s=time.monotonic()))
             self._restart_note.keep(self._placement)
 
-    async def _tried(self, look: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await look()
-        except Exception:  # a full disk, say: the next one is in a second
-            logger.exception("the controller could not look at a replica, or at the hosts")
-
     async def _check(self, key: ReplicaKey) -> None:
         """One health check; what it finds becomes an event."""
         try:
-            state = self._placement.replicas[key]
+            state = self._placement.replicas.get(key)
+            if state is None:
+                return
             event: Event | None
             if state.stage is Stage.DRAINING:
                 event = await self._shards.is_idle(key)
@@ -296,6 +300,10 @@ class Controller:
     def _is_lost(self, key: ReplicaKey) -> bool:
         state = self._placement.replicas.get(key)
         return state is not None and not state.answers
+
+    def _without_room(self) -> list[int]:
+        """The shards without a replica, not even one that is still loading."""
+        return [shard for shard, count in self._placement.shards_without_all() if count == 0]
 
     def _on(self, host: str | None) -> str:
         """Names a host where there are several."""
@@ -340,11 +348,11 @@ class Controller:
         if isinstance(instruction, Publish):
             self._published = instruction.table
         elif isinstance(instruction, Announce):
-            self._spawn(self._shards.announce(instruction.key))
+            self._tasks.spawn(self._shards.announce(instruction.key))
         elif isinstance(instruction, End):
-            self._spawn(self._end(instruction))
+            self._tasks.spawn(self._end(instruction))
         else:
-            self._spawn(self._place(instruction))
+            self._tasks.spawn(self._place(instruction))
 
     def _newer_than(self, version: int) -> bool:
         return self._published is not None and self._published.version > version
@@ -365,23 +373,13 @@ class Controller:
             await self._apply(failed)
         except OSError:
             logger.exception("the failure of replica %s is not on record yet", place.key)
-            self._spawn(self._place(replace(place, after_s=WATCH_INTERVAL_S)))
+            self._tasks.spawn(self._place(replace(place, after_s=WATCH_INTERVAL_S)))
 
     async def _end(self, end: End) -> None:
         try:
             await asyncio.to_thread(self._shards.end_replica, end.key, end.node_id)
         except RayError as error:  # a later controller finds it by its name
             logger.warning("replica %s was not ended: %s", end.key, error)
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            logger.error("controller task failed", exc_info=task.exception())
 
 
 def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":
@@ -433,14 +431,3 @@ def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> int:
             hint="give it longer with --set cluster.start_timeout_s=..., or Ray more CPUs",
         )
     return generation
-
-
-def _is_restart() -> bool:
-    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
-
-
-def _first_hosts() -> tuple[Host, ...]:
-    """The living hosts, once Ray's head tells them."""
-    while not (hosts := fresh_hosts()):
-        time.sleep(WATCH_INTERVAL_S)
-    return hosts

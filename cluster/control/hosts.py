@@ -1,10 +1,12 @@
 """Which host a replica belongs on: pure functions of the living hosts and what they hold.
 
-The replicas of a shard are on different hosts, and hosts are loaded evenly. A host has room for a
-number of replicas, and what counts is how many more it could take: with equal hosts that is an even
-spread, and with unequal ones the spread that fits wherever any does.
+The replicas of a shard are on different hosts, in different zones if there are several, and hosts
+are loaded evenly. A host has room for a number of replicas, and what counts is how many more it
+could take: with equal hosts that is an even spread, and with unequal ones the spread that fits
+wherever any does. Where room is short zones do not count, for they could stand in its way.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,22 +19,26 @@ class Host:
     """A living host of the Ray cluster.
 
     node_id: Ray's name for it, another one each time that Ray starts there; address: by which Ray
-    and the other hosts know it. cpus, gpus: what Ray may give to actors.
+    and the other hosts know it. cpus, gpus: what Ray may give to actors. zone: what can fail as a
+    whole, by Ray's label; hosts of none are in one together.
     """
 
     node_id: str
     address: str
     cpus: float
     gpus: float = 0
+    zone: str = ""
 
     def room(self, *, cpus: float, gpus: float = 0) -> int:
         """Replicas that it has room for if each reserves so many CPUs and GPUs.
 
-        None where Ray has no CPUs at all: a head that is to hold nothing is started so.
+        0 where Ray has no CPUs at all: a head that is to hold nothing is started so.
         """
         if self.cpus <= 0:
             return 0
-        rooms = [int(has // each) for has, each in ((self.cpus, cpus), (self.gpus, gpus)) if each]
+        wanted = ((self.cpus, cpus), (self.gpus, gpus))
+        # 1 / 0.1 are ten, though 1 // 0.1 is nine
+        rooms = [math.floor(has / each + 1e-6) for has, each in wanted if each]
         return min(rooms, default=UNLIMITED)
 
 
@@ -82,17 +88,23 @@ def choose_host(
     *,
     failures: Mapping[str, int],
     num_shards: int,
+    zones: Mapping[str, str] | None = None,
 ) -> str | None:
     """The host for one more replica of the shard; None: no host without one has room.
 
     room: of each living host, by node id, in the order in which equal ones are taken; spots: the
-    replicas that stay; failures: of this shard's replicas on a host, lately.
+    replicas that stay; failures: of this shard's replicas on a host, lately; zones: of the hosts.
     """
     left = room_left(room, spots, num_shards)
     taken = {spot.node_id for spot in spots if spot.shard == shard}
     loads = Counter(spot.node_id for spot in spots)
     free = [node for node in room if node not in taken and loads[node] < room[node]]
-    return min(free, key=lambda node: (failures.get(node, 0), -left[node]), default=None)
+    crowd = _Crowd(zones, room, spots, num_shards)
+    return min(
+        free,
+        key=lambda node: (failures.get(node, 0), crowd.at(shard, node), -left[node]),
+        default=None,
+    )
 
 
 def better_spread(
@@ -101,31 +113,54 @@ def better_spread(
     *,
     barred: Iterable[Spot],
     num_shards: int,
+    zones: Mapping[str, str] | None = None,
 ) -> tuple[Spot, str] | None:
     """A replica to move, and the host it should be on; None: no move is a gain.
 
-    A move is a gain where two replicas of a shard share a host, or where its target could take at
-    least two more replicas than its origin: less would only swap the two. barred: hosts where a
-    shard has failed lately.
+    A move is a gain where it parts replicas of a shard that share a host or a zone, or where its
+    target could take at least two more replicas than its origin: less would only swap the two. No
+    move brings replicas of a shard together. barred: hosts where a shard has failed lately.
     """
     left, refused = room_left(room, spots, num_shards), set(barred)
-    seen = Counter(spots)
-    by_room = sorted(room, key=lambda node: -left[node])
+    seen, crowd = Counter(spots), _Crowd(zones, room, spots, num_shards)
+    by_room = sorted((node for node in room if left[node] > 0), key=lambda node: -left[node])
 
-    def target(spot: Spot, gain: int) -> str | None:
-        for node in by_room:
-            there = Spot(spot.shard, node)
-            if left[node] - left[spot.node_id] < gain or left[node] <= 0:
-                return None
-            if node != spot.node_id and there not in seen and there not in refused:
-                return node
-        return None
+    def is_gain(spot: Spot, node: str) -> bool:
+        there = Spot(spot.shard, node)
+        if node == spot.node_id or there in seen or there in refused:
+            return False
+        # it is not in its own way
+        here = crowd.at(spot.shard, spot.node_id) - 1
+        after = crowd.at(spot.shard, node) - crowd.is_same(spot.node_id, node)
+        is_even = left[node] - left[spot.node_id] >= 2
+        return after <= here and (after < here or is_even or seen[spot] > 1)
 
     for spot in sorted(seen, key=lambda spot: (-seen[spot], left[spot.node_id], spot.shard)):
-        node = target(spot, gain=2 if seen[spot] == 1 else -UNLIMITED)
+        node = next((node for node in by_room if is_gain(spot, node)), None)
         if node is not None:
             return spot, node
     return None
+
+
+class _Crowd:
+    """How many replicas of a shard are in a host's zone; in all, where zones do not count."""
+
+    def __init__(
+        self,
+        zones: Mapping[str, str] | None,
+        room: Mapping[str, int],
+        spots: Sequence[Spot],
+        num_shards: int,
+    ) -> None:
+        is_ample = all(count >= num_shards or count == 0 for count in room.values())
+        self._zones = zones if is_ample and zones is not None else {}
+        self._counts = Counter((spot.shard, self._zones.get(spot.node_id, "")) for spot in spots)
+
+    def at(self, shard: int, node_id: str) -> int:
+        return self._counts[shard, self._zones.get(node_id, "")]
+
+    def is_same(self, one: str, other: str) -> bool:
+        return self._zones.get(one, "") == self._zones.get(other, "")
 
 
 def room_left(room: Mapping[str, int], spots: Sequence[Spot], num_shards: int) -> dict[str, int]:

@@ -5,6 +5,10 @@ import logging
 import time
 from pathlib import Path
 
+import ray
+
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.ray_hosts import fresh_hosts
 from shardline.cluster.store import Store
 from shardline.shards.core.encoder_files import CONFIG
 from shardline.shards.core.errors import ShardlineError
@@ -18,7 +22,20 @@ from shardline.shards.storage.generation import (
 
 logger = logging.getLogger(__name__)
 
+HOSTS_S = 0.5  # pause before Ray's head is asked again
 REOPEN_S = 2.0  # pause of a restarted controller before it looks again at a damaged generation
+
+
+def is_restart() -> bool:
+    """Whether this process is an actor that Ray has started again."""
+    return ray.is_initialized() and bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def first_hosts() -> tuple[Host, ...]:
+    """The living hosts, once Ray's head tells them."""
+    while not (hosts := fresh_hosts()):
+        time.sleep(HOSTS_S)
+    return hosts
 
 
 def cluster_id_of(secret: bytes) -> str:

@@ -137,6 +137,10 @@ class Placement:
         }
 
     @property
+    def zones(self) -> dict[str, str]:
+        return {node_id: host.zone for node_id, host in self.hosts.items()}
+
+    @property
     def attainable(self) -> int:
         """Replicas that a shard can have: as many as are wanted, one per host."""
         return min(self.rules.replicas, sum(room > 0 for room in self.room.values()))

@@ -8,6 +8,7 @@ import ray
 
 from shardline.cluster.control.hosts import Host
 
+ZONE_LABEL = "ray.io/availability-zone"  # Ray sets it on clouds; elsewhere `ray start --labels`
 FRESH_S = 2.0  # an answer that took longer tells of a head that was away: the next one counts
 
 
@@ -46,4 +47,5 @@ def _host(node: dict[str, Any]) -> Host:
         address=node["NodeManagerAddress"],
         cpus=float(resources.get("CPU", 0)),
         gpus=float(resources.get("GPU", 0)),
+        zone=node.get("Labels", {}).get(ZONE_LABEL, ""),
     )

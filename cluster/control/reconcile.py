@@ -216,7 +216,11 @@ def _move_next(placement: Placement) -> Outcome:
     barred |= placement.failed.keys()
     spots = [state.spot for state in placement.staying()]
     move = better_spread(
-        placement.room, spots, barred=barred, num_shards=len(placement.table.shards)
+        placement.room,
+        spots,
+        barred=barred,
+        num_shards=len(placement.table.shards),
+        zones=placement.zones,
     )
     if move is None:
         return placement, ()
@@ -272,6 +276,7 @@ def _host_for(
         spots,
         failures=_failures_on(placement, shard),
         num_shards=len(placement.table.shards),
+        zones=placement.zones,
     )
 
 

@@ -35,13 +35,14 @@ from shardline.cluster.serving.endpoint import (
     remove_note,
 )
 from shardline.cluster.serving.front_end import (
+    already_served,
     check_serve,
     check_started,
     routers_wanted,
     serve_runs,
     start_front_end,
 )
-from shardline.cluster.serving.launched import ask_controller, asked, controller
+from shardline.cluster.serving.launched import ask_controller, asked, controller, is_served
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.serving.stopping import stop_serving
@@ -121,6 +122,8 @@ def start_serving(
     enforce(before_start(config))
     port = config.cluster.http_port or free_port()
     had_serve = serve_runs()
+    if is_served():
+        raise already_served()
     if had_serve:
         check_serve(port)
     if config.cluster.address != "local":

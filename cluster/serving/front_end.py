@@ -141,10 +141,7 @@ def check_serve(port: int) -> None:
     if running is None:
         return
     if APPLICATION in running:
-        raise Unavailable(
-            "a cluster of Shardline's is served on this Ray already",
-            hint="`shardline status` shows it, `shardline down` stops it",
-        )
+        raise already_served()
     client = _get_global_client(raise_if_no_controller_running=False)
     taken = None if client is None else client.http_config.port
     if taken not in (None, port):
@@ -155,6 +152,13 @@ def check_serve(port: int) -> None:
             got=str(taken),
             hint=f"`shardline serve --port {taken}` shares it, or end Serve with `serve shutdown`",
         )
+
+
+def already_served() -> Unavailable:
+    return Unavailable(
+        "a cluster of Shardline's is served on this Ray already",
+        hint="`shardline status` shows it, `shardline down` stops it",
+    )
 
 
 def stop_front_end(*, keep_serve: bool) -> None:

@@ -116,7 +116,9 @@ def attached_ray(
         head = check_answers(address)
     except Exception as error:  # of any kind, as those of a start
         raise Unavailable(
-            f"no Ray cluster at {address!r}", got=last_line(error), hint="start one with `ray up`"
+            f"no Ray cluster at {address!r}",
+            got=last_line(error),
+            hint="start one with `ray up`; while a head is away, routers still answer at --url",
         ) from error
     check_token(head)
     ending = ending or Ending()

@@ -142,6 +142,7 @@ class Ask:
                 self._attempts.give_up()
             for connection in self._asked:
                 connection.abandon(self._request_id)
+        self._attempts = None  # which refers to this: no work for the garbage collector
         self._on_done()
 
     def collect(

@@ -329,15 +329,17 @@ def _check_params(params: SearchParams) -> None:
 
 
 def _in_answer_order(rows: IdArray, scores: FloatArray) -> tuple[Ranked, bool]:
-    """With whether two scores are the same, those of padding included.
+    """With whether two rows have the same score.
 
     faiss sorts by score and pads at the end; only padding and ties need more than a look.
     """
+    is_same = scores[:, 1:] >= scores[:, :-1]
     if rows[:, -1].min() < 0:
         empty = rows < 0
         scores = np.where(empty, EMPTY_SCORE, scores)
         rows = np.where(empty, EMPTY_ID, rows)
-    has_ties = (scores[:, 1:] >= scores[:, :-1]).any(axis=1)
+        is_same = is_same & ~empty[:, 1:]
+    has_ties = is_same.any(axis=1)
     if not has_ties.any():
         return Ranked(rows, scores), False
     if has_ties.all():

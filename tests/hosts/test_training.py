@@ -1,6 +1,7 @@
 """Two ranks on two hosts whose names resolve to nothing: gradients of one process; a host lost."""
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -48,11 +49,14 @@ def join(head: Host, other: Host) -> None:
     here(other, f"{START} --address={head.address}:6379 --node-ip-address={other.address}")
 
 
-def here(host: Host, command: str, *, timeout_s: float = 240, check: bool = True) -> str:
+def here(host: Host, command: str, *, check: bool = True) -> str:
     """What a command of the checkout prints on a host, both streams."""
+    return host.run(line_of(command), timeout_s=240, check=check).stdout
+
+
+def line_of(command: str) -> str:
     exports = " ".join(f'{name}="{value}"' for name, value in ENVIRONMENT.items())
-    line = f"export {exports} && cd {CHECKOUT} && {command} 2>&1"
-    return host.run(line, timeout_s=timeout_s, check=check).stdout
+    return f"export {exports} && cd {CHECKOUT} && {command} 2>&1"
 
 
 def train_command(*options: str) -> str:
@@ -118,19 +122,14 @@ def test_a_lost_host_ends_the_run_and_resume_goes_on_with_those_left(rig: Rig) -
     here(head, train_command(f"--run {STORE}/whole"))
     whole = weights(rig.store / "whole")
 
-    log = f"{STORE}/lost.txt"
-    command = train_command(f"--run {STORE}/lost")
-    here(head, f"({command}; echo ended $?) > {log} 2>&1 < /dev/null & disown; true")
-    wait_for_step(rig.store / "lost", 16)
-    other.power_off()
-    began = time.monotonic()
-    printed = rig.store / "lost.txt"
-    while "ended" not in printed.read_text():
-        assert time.monotonic() < began + GONE_WITHIN_S, printed.read_text()
-        time.sleep(0.2)
-    assert "error: training failed" in printed.read_text()
-    assert "--resume goes on" in printed.read_text()
-    assert "ended 4" in printed.read_text()
+    command = head.ssh(line_of(train_command(f"--run {STORE}/lost")))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        wait_for_step(rig.store / "lost", 16)
+        other.power_off()
+        printed, _ = running.communicate(timeout=GONE_WITHIN_S)
+    assert "error: training failed" in printed
+    assert "--resume goes on" in printed
+    assert running.returncode == 4
 
     here(head, train_command(f"--run {STORE}/lost", "--resume"))
     for name, value in weights(rig.store / "lost").items():

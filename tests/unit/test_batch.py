@@ -15,7 +15,7 @@ import pytest
 from shardline.cluster.batch.batch_job import Wanted, job_of
 from shardline.cluster.batch.csv_queries import open_query_files
 from shardline.cluster.batch.loaded_shards import block_bytes, loaded_bytes
-from shardline.cluster.batch.local_batch import BatchPlan
+from shardline.cluster.batch.local_batch import BatchPlan, Room
 from shardline.cluster.batch.part_files import claimed_folder, read_result
 from shardline.cluster.batch.query_files import VectorFiles
 from shardline.cluster.commands.batch import answer_here
@@ -87,7 +87,7 @@ def test_results_are_those_of_brute_force(
 def test_passes_give_the_bytes_of_one(made: BatchStore, tmp_path: Path, queries: Path) -> None:
     manifest = read_generation(made.folder)
     wanted = Wanted(k=K)
-    needed = block_bytes(32, DIM, K, 3)
+    needed = block_bytes(32, DIM, K, 3, 1)
     found = []
     for name, sizes in (("whole", sum(loaded_bytes(manifest))), ("parts", 1)):
         source = VectorFiles(open_query_files([queries], tmp_path), dim=DIM, metric=Metric.COSINE)
@@ -99,9 +99,8 @@ def test_passes_give_the_bytes_of_one(made: BatchStore, tmp_path: Path, queries:
         )
         room = max(sizes, max(loaded_bytes(manifest)))
         with claimed_folder(tmp_path / name) as claimed:
-            report = answer_here(
-                plan, claimed, Silent(), threads=1, available=int((room + needed) / 0.8) + 1
-            )
+            available = int((room + needed) / 0.8) + 1
+            report = answer_here(plan, claimed, Silent(), Room(cpus=1, available_bytes=available))
         found.append((report.passes, contents(tmp_path / name)))
     assert [passes for passes, _ in found] == [1, 3]
     assert found[0][1] == found[1][1]

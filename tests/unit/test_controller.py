@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -69,21 +69,24 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> dict[str, Handle]:
     monkeypatch.setattr(ray, "get_actor", lambda name: found.setdefault(name, Handle()))
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: list(found))
     monkeypatch.setattr(ray, "kill", lambda handle: None)
-    monkeypatch.setattr(module, "fresh_hosts", lambda known=(): HOSTS)
+    ray_says(monkeypatch, HOSTS)
     return found
 
 
+def ray_says(monkeypatch: pytest.MonkeyPatch, hosts: Sequence[Host]) -> None:
+    """These hosts live, from now on."""
+    for user in (module, opening):
+        monkeypatch.setattr(user, "fresh_hosts", lambda known=(): tuple(hosts))
+
+
 def settings(store: Store, generation: int | None, **changes: Any) -> ControllerSettings:
+    plain = {"shard_host": "127.0.0.1", "threads_per_shard": 1, "huge_pages": False}
+    reserved = {"cpus_per_shard": 0, "gpus_per_shard": 0}
     return ControllerSettings(
         store=str(store.root),
         generation=generation,
         secret=SECRET,
-        shard_host="127.0.0.1",
-        threads_per_shard=1,
-        cpus_per_shard=0,
-        gpus_per_shard=0,
-        huge_pages=False,
-        **changes,
+        **(plain | reserved | changes),
     )
 
 
@@ -477,7 +480,7 @@ def names_of(alive: dict[str, Handle], shard: int) -> list[str]:
 def two_hosts(monkeypatch: pytest.MonkeyPatch) -> list[Host]:
     """Of Ray, from now on; the list may be changed."""
     hosts = [*HOSTS, Host(node_id="nb", address="10.0.0.2", cpus=2)]
-    monkeypatch.setattr(module, "fresh_hosts", lambda known=(): tuple(hosts))
+    ray_says(monkeypatch, hosts)
     monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
     return hosts
 
@@ -662,4 +665,10 @@ async def test_a_replica_that_fails_on_one_host_is_named_with_its_host(
         (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-1-"))
         alive[name].ping.plan = [raised_in_the_constructor(CorruptFile("index.faiss: odd"))]
         with pytest.raises(CorruptFile, match=r"^shard 1 on 10\.0\.0\.2: index\.faiss: odd$"):
+            await controller.wait_ready(5)
+
+
+async def test_a_shard_that_no_host_has_room_for_ends_the_wait(store: Store) -> None:
+    async with running(store, cpus_per_shard=2) as controller:
+        with pytest.raises(Unavailable, match=r"^no host has room .* of shards \[1\]; lower"):
             await controller.wait_ready(5)

@@ -83,6 +83,11 @@ def test_a_host_without_cpus_holds_nothing_and_no_reservation_needs_none() -> No
     )
 
 
+@pytest.mark.parametrize(("cpus", "each", "room"), [(1, 0.1, 10), (3, 0.3, 10), (2, 0.75, 2)])
+def test_room_is_counted_as_ray_does(cpus: float, each: float, room: int) -> None:
+    assert hosts(cpus)[0].room(cpus=each) == room
+
+
 def test_what_does_not_fit_is_told_with_its_arithmetic() -> None:
     reason = fits(hosts(2, 2, 2), shards=4, replicas=2, cpus_per_shard=1)
     assert reason == (
@@ -151,3 +156,47 @@ def test_two_replicas_on_one_host_are_parted_and_barred_hosts_left_alone() -> No
 
 def test_no_move_to_where_there_is_no_room() -> None:
     assert better_spread({"a": 3, "b": 0}, [Spot(0, "a")], barred=(), num_shards=1) is None
+
+
+def test_replicas_are_in_different_zones_where_room_is_ample() -> None:
+    zones = {"a": "z1", "b": "z1", "c": "z2"}
+    room = dict.fromkeys(zones, UNLIMITED)
+    spots: list[Spot] = []
+    for shard in range(4):
+        for _ in range(2):
+            node = choose_host(shard, room, spots, failures={}, num_shards=4, zones=zones)
+            assert node is not None
+            spots.append(Spot(shard, node))
+    for shard in range(4):
+        assert {zones[spot.node_id] for spot in spots if spot.shard == shard} == {"z1", "z2"}
+    assert loads(spots) == [2, 2, 4]
+    assert better_spread(room, spots, barred=(), num_shards=4, zones=zones) is None
+    tight = {"a": 2, "b": 2, "c": 1}
+    node = choose_host(0, tight, [Spot(0, "a")], failures={}, num_shards=4, zones=zones)
+    assert node == "b", "the zone would be c's"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_moves_part_what_shares_a_zone_and_end(seed: int) -> None:
+    rng = random.Random(seed)
+    zones = {node: rng.choice(["z1", "z2"]) for node in "abcd"}
+    room = dict.fromkeys(zones, UNLIMITED)
+    spots = [Spot(shard, node) for shard in range(5) for node in rng.sample("abcd", 2)]
+
+    def shared() -> int:
+        pairs = Counter((spot.shard, zones[spot.node_id]) for spot in spots)
+        return sum(count - 1 for count in pairs.values())
+
+    for _ in range(100):
+        move = better_spread(room, spots, barred=(), num_shards=5, zones=zones)
+        if move is None:
+            break
+        before = (shared(), sum(each**2 for each in loads(spots)))
+        spots.remove(move[0])
+        spots.append(Spot(move[0].shard, move[1]))
+        assert (shared(), sum(each**2 for each in loads(spots))) < before
+        assert len(set(spots)) == len(spots)
+    else:
+        pytest.fail("moves without end")
+    if len(set(zones.values())) == 2:
+        assert shared() == 0

@@ -410,6 +410,65 @@ async def test_a_loss_while_both_are_asked_leaves_the_other_and_asks_nobody_twic
         assert made.counted(RESENT) == 0
 
 
+@pytest.mark.parametrize("min_coverage", [0.0, 0.5])
+async def test_only_the_shard_that_is_slow_is_asked_twice(min_coverage):
+    """Be the wait for it cut short, because enough shards have answered, or not."""
+    async with cluster(num_shards=3) as made:
+        for _ in range(3 * REFRESH):
+            await made.whole(made.ask())
+        slow = made.shards[2]
+        for replica in slow:
+            replica.asked.clear()
+        hold(*slow)
+        task = made.ask(min_coverage=min_coverage)
+        _, second = await asked_first(slow)
+        others = [c for replicas in made.fanout.snapshot.shards[:2] for c in replicas]
+        await until(lambda: not any(each.in_flight for each in others))
+        let_go(second)
+        await made.clock.advance(1.1 * HEDGE_S)
+        await made.whole(task)
+        assert [made.counted(HEDGES, shard) for shard in "012"] == [0, 0, 1]
+
+
+async def test_a_third_replica_is_not_asked_because_the_second_takes_long_too():
+    async with cluster(copies=3) as made:
+        await made.warm_up()
+        (replicas,) = made.shards
+        for replica in replicas:
+            replica.asked.clear()
+        hold(*replicas)
+        task = made.ask()
+        await until(lambda: any(replica.asked.is_set() for replica in replicas))
+        await run_for(made.clock, 0.9 * SILENT_S)
+        await until(lambda: sum(replica.asked.is_set() for replica in replicas) == 2)
+        let_go(*replicas)
+        await made.whole(task)
+        assert sum(replica.asked.is_set() for replica in replicas) == 2
+        assert made.counted(HEDGES) == 1
+
+
+async def test_a_loss_that_is_told_after_the_end_asks_nobody():
+    """As when two links end at once, and what one of them owed was given up for the other."""
+    async with cluster(copies=3) as made:
+        await made.warm_up()
+        (replicas,) = made.shards
+        for replica in replicas:
+            replica.asked.clear()
+        hold(*replicas)
+        task = made.ask(timeout=0.2)
+        await run_for(made.clock, 0.1)
+        await until(lambda: sum(replica.asked.is_set() for replica in replicas) == 2)
+        told = [each for c in made.connections for each in c.link._pending.values()]
+        assert len(told) == 2
+        await run_for(made.clock, 0.15)
+        with pytest.raises(Unavailable):
+            await asyncio.wait_for(task, 5)
+        for tell in told:
+            tell(Unavailable("connection lost"))
+        assert sum(c.in_flight for c in made.connections) == 0
+        assert made.counted(RESENT) == 0
+
+
 async def test_without_a_token_nobody_is_asked_a_second_time():
     async with cluster(hedge_share=0.015625) as made:  # one for 64 requests
         await made.warm_up()

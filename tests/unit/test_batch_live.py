@@ -1,0 +1,193 @@
+"""``shardline batch --url``: complete answers only, of one generation, at a pace that yields."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from shardline.cluster.batch.batch_job import Wanted
+from shardline.cluster.batch.live_batch import WAITS_S, LiveCluster, LiveSearch
+from shardline.cluster.batch.pace import (
+    LEAST_DUTY,
+    MAX_PAUSE_S,
+    SIZES,
+    WINDOW,
+    Pace,
+)
+from shardline.cluster.batch.queries import Queries
+from shardline.cluster.cli import cli
+from shardline.router.client.answers import SearchAnswer
+from shardline.router.contract import Coverage
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.errors import (
+    DataError,
+    InvalidInput,
+    NotFound,
+    Overloaded,
+    Unavailable,
+    VersionMismatch,
+)
+from shardline.shards.core.schema import Metric
+from tests.batch_store import read_parts, write_queries
+from tests.fake_shard import make_rows
+from tests.live_router import DIM, NUM_ROWS, LiveRouter, running_router
+from tests.reference import brute_force
+
+K = 7
+
+
+@pytest.fixture(scope="module")
+def router() -> Iterator[LiveRouter]:
+    with running_router(RouterConfig()) as found:
+        yield found
+
+
+def batch(router: LiveRouter, tmp_path: Path, *arguments: object) -> str:
+    words = ["--store", str(tmp_path / "store"), "batch", "--url", router.url]
+    done = CliRunner().invoke(cli, [*words, *map(str, arguments)], standalone_mode=False)
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def test_a_live_cluster_gives_what_brute_force_gives(router: LiveRouter, tmp_path: Path) -> None:
+    ids, vectors = make_rows(NUM_ROWS, DIM)
+    queries = vectors[::2]
+    path = write_queries(tmp_path / "q.parquet", queries)
+    out = tmp_path / "out"
+    options = ("--queries", path, "--out", out, "-k", K, "--block-rows", 12)
+    batch(router, tmp_path, *options)
+    expected = brute_force(queries, vectors, ids, K, Metric.COSINE)
+    assert read_parts(out)["ids"].to_pylist() == expected.ids.tolist()
+    assert '"resumed_parts": 3' in batch(router, tmp_path, *options, "--json")
+
+
+def test_features_are_encoded_by_the_cluster(router: LiveRouter, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"slope": [0.5, 0.25], "id": ["a", "b"]}), tmp_path / "q.parquet")
+    out = tmp_path / "out"
+    batch(router, tmp_path, "--queries", tmp_path / "q.parquet", "--features", "--out", out)
+    table = read_parts(out)
+    assert table["query_id"].to_pylist() == ["a", "b"]
+    assert [len(each) for each in table["ids"].to_pylist()] == [NUM_ROWS] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        (("-k", 2000), None, ""),
+        (("--return", "title"), NotFound, "--return and --original-ids needs"),
+        (("--generation", 3), InvalidInput, "--live"),
+    ],
+)
+def test_what_a_cluster_refuses_is_said_first(
+    router: LiveRouter, tmp_path: Path, options: tuple[Any, ...], kind: Any, said: str
+) -> None:
+    path = write_queries(tmp_path / "q.parquet", make_rows(NUM_ROWS, DIM)[1][:3])
+    arguments = ("--queries", path, "--out", tmp_path / "out", *options)
+    if kind is None:
+        batch(router, tmp_path, *arguments)
+        return
+    with pytest.raises(kind, match=said):
+        batch(router, tmp_path, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_vectors_of_another_dimension(router: LiveRouter, tmp_path: Path) -> None:
+    path = write_queries(tmp_path / "q.parquet", np.ones((3, 5), np.float32))
+    with pytest.raises(DataError, match=r"embedding.*vectors of 8 numbers"):
+        batch(router, tmp_path, "--queries", path, "--out", tmp_path / "out")
+
+
+class Client:
+    """Gives answers and errors in order, the last one for ever."""
+
+    def __init__(self, *outcomes: Any) -> None:
+        self.outcomes = list(outcomes)
+        self.asked: list[int] = []
+
+    def search(self, **fields: Any) -> SearchAnswer:
+        self.asked.append(len(fields["vectors"]))
+        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        count = len(fields["vectors"])
+        return SearchAnswer(
+            ids=np.zeros((count, fields["k"]), np.int64),
+            scores=np.zeros((count, fields["k"]), np.float32),
+            generation=outcome,
+            model_version="m1",
+            coverage=Coverage(
+                rows_asked=1, rows_answered=1, shards_asked=1, shards_answered=1, degraded=()
+            ),
+            took_ms=1.0,
+            search_ms=1.0,
+            request_id="r",
+        )
+
+
+def search_of(client: Client, waited: list[float]) -> LiveSearch:
+    cluster = LiveCluster(generation=7, model_version="m1", dim=DIM, metric=Metric.DOT)
+    return LiveSearch(
+        client=client,  # type: ignore[arg-type]
+        cluster=cluster,
+        wanted=Wanted(k=1),
+        types={},
+        clock=iter(np.arange(1e6)).__next__,
+        wait=waited.append,
+    )
+
+
+def queries(count: int) -> Queries:
+    return Queries(ids=pa.array(range(count)), vectors=np.ones((count, DIM), np.float32))
+
+
+def test_what_is_unavailable_is_asked_again() -> None:
+    waited: list[float] = []
+    client = Client(Unavailable("one shard is away"), Overloaded("busy"), 7)
+    assert search_of(client, waited).table(queries(2)).num_rows == 2
+    assert waited[:2] == [0.5, 1]
+    gone = Client(Unavailable("for good"))
+    with pytest.raises(Unavailable, match="for good"):
+        search_of(gone, waited).table(queries(2))
+    assert len(gone.asked) == len(WAITS_S) + 1
+
+
+def test_another_generation_ends_the_job() -> None:
+    with pytest.raises(VersionMismatch, match=r"generation 7.*generation 8"):
+        search_of(Client(7, 7, 8), []).table(queries(5))
+
+
+def run_pace(pace: Pace, seconds: Any, windows: int) -> None:
+    """Requests that take seconds(size, number) each."""
+    for number in range(windows * WINDOW):
+        pace.took(pace.size, seconds(pace.size, number))
+
+
+def test_alone_a_job_reaches_its_full_rate() -> None:
+    pace = Pace()
+    run_pace(pace, lambda size, number: 0.001 + size * 1e-4, 12)
+    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
+    assert pace.took(64, 0.01) == 0
+
+
+def test_beside_others_it_slows_down_and_comes_back() -> None:
+    pace = Pace()
+    run_pace(pace, lambda size, number: 0.001, 12)
+    run_pace(pace, lambda size, number: 0.001 * (1 + number % 2), 15)
+    assert (pace.size, pace.duty) == (1, LEAST_DUTY)
+    assert pace.took(1, 0.001) == pytest.approx(0.063)
+    run_pace(pace, lambda size, number: 0.001, 15)
+    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
+
+
+def test_a_refusal_is_the_slowest_pace() -> None:
+    pace = Pace()
+    run_pace(pace, lambda size, number: 0.001, 12)
+    pace.refused()
+    assert (pace.size, pace.duty) == (1, LEAST_DUTY)
+    assert pace.took(1, 60.0) == MAX_PAUSE_S
