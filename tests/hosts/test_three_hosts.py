@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.chaos.corpus import make_store
 from tests.chaos.oracle import Corpus
 from tests.hosts.doors import QUIET_S, Action, Cost, cost_of, under_load, write_report
-from tests.hosts.launched import CHECKOUT, Launched, wait_until
-from tests.hosts.rig import Host, environment_folders, raised
+from tests.hosts.launched import CHECKOUT, CONFIG, Launched, wait_until
+from tests.hosts.rig import STORE, Host, environment_folders, raised
 from tests.hosts.test_two_hosts import K, nearest
 
 pytestmark = pytest.mark.timeout(900)
@@ -127,6 +128,17 @@ def test_every_host_answers_and_knows_the_cluster(setting: Setting) -> None:
     per_host = Counter(replica["host"] for replica in report["replicas"])
     assert max(per_host.values()) - min(per_host.values()) <= 1
     assert len(report["routers"]) == 3
+
+
+def test_a_batch_job_runs_on_the_heads_job_server(setting: Setting) -> None:
+    """Item-to-item for all items, by Ray Data over the hosts."""
+    words = f"-c {CONFIG} batch --items --out {STORE}/results -k {K}"
+    job = f"cd ~/shardline && shardline {words}"
+    setting.served.head.run(f"ray job submit -- bash --login -c '{job}'", timeout_s=300)
+    results = pq.read_table(setting.served.rig.store / "results")
+    assert results["query_id"].to_pylist() == setting.corpus.ids.tolist()
+    number = 11
+    assert results["ids"][number].as_py() == nearest(setting.corpus, number)
 
 
 @pytest.mark.parametrize(
