@@ -131,6 +131,12 @@ def serve_runs() -> bool:
     return any(each["name"] == SERVE_CONTROLLER_NAME for each in named)
 
 
+def serve_port() -> int | None:
+    """Where Serve's HTTP listens, on every host that has any; None: Serve does not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else int(client.http_config.port)
+
+
 def check_serve(port: int) -> None:
     """Whether routers can be started beside what Serve runs already.
 
@@ -142,8 +148,7 @@ def check_serve(port: int) -> None:
         return
     if APPLICATION in running:
         raise already_served()
-    client = _get_global_client(raise_if_no_controller_running=False)
-    taken = None if client is None else client.http_config.port
+    taken = serve_port()
     if taken not in (None, port):
         others = ", ".join(sorted(running)) or "none"
         raise Unavailable(

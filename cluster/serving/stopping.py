@@ -14,7 +14,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardline.cluster.control.controller import CONTROLLER_NAME
 from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
-from shardline.cluster.serving.front_end import stop_front_end
+from shardline.cluster.preflight.http_address import host_and_port
+from shardline.cluster.serving.front_end import serve_port, serve_runs, stop_front_end
 from shardline.cluster.serving.joining import answers_at
 from shardline.cluster.serving.ray_session import NAMESPACE
 
@@ -27,6 +28,8 @@ ORDER_TIMEOUT_S = 30.0
 # `ray stop` itself waits up to 16 s for processes that do not end, and kills them then.
 STOPPED_WITHIN_S = 30.0
 POLL_S = 0.2
+# Its watcher keeps a substitute until it is sure that no manager follows.
+HAPROXY_ENDS_WITHIN_S = 10.0
 # The process that runs it is a child of a process that it ends: so in a session of its own, as a
 # grandchild, and a moment later, when the order has been acknowledged.
 ORDER = "(sleep 1; exec \"$0\" -c 'from ray.scripts.scripts import main; main()' stop) &"
@@ -42,6 +45,26 @@ def stop_serving(*, keep_serve: bool = False) -> bool:
         return False
     stop_front_end(keep_serve=keep_serve)
     return stop_shards()
+
+
+def stop_launched() -> tuple[bool, tuple[str, ...]]:
+    """``stop_serving`` on a launched cluster; returns once no HAProxy listens any more, and where
+    one still does when the time is up. Where Serve goes on for others, it goes on listening."""
+    port = serve_port()
+    hosts = [host_and_port(node["NodeManagerAddress"], port or 0) for node in living_nodes()]
+    found = stop_serving()
+    if port is None or serve_runs():
+        return found, ()
+    deadline = time.monotonic() + HAPROXY_ENDS_WITHIN_S
+    while listening := tuple(filter(answers_at, hosts)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+    return found, listening
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def stop_shards() -> bool:
@@ -153,7 +176,7 @@ def _still_alive(addresses: set[str]) -> set[str]:
     """Those of the hosts that Ray still counts as alive when the time is up."""
     deadline = time.monotonic() + STOPPED_WITHIN_S
     while True:
-        alive = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        alive = {node["NodeManagerAddress"] for node in living_nodes()}
         if not addresses & alive or time.monotonic() > deadline:
             return addresses & alive
         time.sleep(POLL_S)

@@ -179,3 +179,35 @@ def test_what_is_not_there_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(stopping.ray, "get_actor", get_actor)
     assert not stop_serving()
+
+
+@pytest.mark.parametrize(
+    ("goes_on", "open_for", "said"),
+    [(False, 3, ()), (False, 10**6, ("10.0.0.1:8000", "10.0.0.2:8000")), (True, 10**6, ())],
+)
+def test_down_waits_for_haproxy_where_serve_has_ended(
+    monkeypatch: pytest.MonkeyPatch, goes_on: bool, open_for: int, said: tuple[str, ...]
+) -> None:
+    asked: list[str] = []
+
+    def answers(place: str) -> bool:
+        asked.append(place)
+        return len(asked) <= open_for
+
+    nodes = [node("10.0.0.1"), node("10.0.0.2"), node("10.0.0.3", alive=False)]
+    monkeypatch.setattr(stopping.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(stopping, "serve_port", lambda: 8000)
+    monkeypatch.setattr(stopping, "serve_runs", lambda: goes_on)
+    monkeypatch.setattr(stopping, "stop_serving", lambda: True)
+    monkeypatch.setattr(stopping, "answers_at", answers)
+    monkeypatch.setattr(stopping, "POLL_S", 0.001)
+    monkeypatch.setattr(stopping, "HAPROXY_ENDS_WITHIN_S", 0.05)
+    assert stopping.stop_launched() == (True, said)
+
+
+def test_down_does_not_wait_where_serve_did_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping.ray, "nodes", list)
+    monkeypatch.setattr(stopping, "serve_port", lambda: None)
+    monkeypatch.setattr(stopping, "stop_serving", lambda: False)
+    monkeypatch.setattr(stopping, "answers_at", lambda place: pytest.fail(f"asked {place}"))
+    assert stopping.stop_launched() == (False, ())
