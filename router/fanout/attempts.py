@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 from shardline.router.fanout.choice import Chooser, Replicas, last_resort
 from shardline.router.fanout.connection import ShardConnection
+from shardline.router.fanout.hedging import Paces
 from shardline.router.fanout.link import Link
-from shardline.router.fanout.pace import Paces
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, ProtocolError, Unavailable
 from shardline.shards.core.messages import (
     AttributesReply,

@@ -12,7 +12,7 @@ from shardline.router.fanout.attempts import LOOK_S
 from shardline.router.fanout.choice import SLOW_START_S
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
-from shardline.router.fanout.pace import HEADROOM, REFRESH
+from shardline.router.fanout.hedging import HEADROOM, REFRESH
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput, Unavailable
 from shardline.shards.core.messages import ErrorReply, SearchRequest
