@@ -87,7 +87,7 @@ LIMITS = {
 @click.option(
     "--block-rows",
     type=click.IntRange(min=1),
-    help="Queries per block and part.  [default: 16,384, fewer for k above 128]",
+    help="Queries per block and part.  [default: 8,192, fewer for k above 128]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
