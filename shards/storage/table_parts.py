@@ -100,7 +100,7 @@ class Part:
     def _read(self, columns: list[str], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Batches with the row each starts with; some that end before row ``first`` are left out,
         unread where the format allows it."""
-        # Parquet is decoded from buffers; pages of a mapped file would count as this process's memory
+        # Parquet is decoded from buffers; pages of a mapped file would count as our memory
         is_parquet = self.form is TableFormat.PARQUET
         location = self.location
         with location.system.open_input_file(self.path) if is_parquet else location.open() as file:
