@@ -16,8 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardline.cluster.control.controller import CONTROLLER_NAME
 from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
-from shardline.cluster.preflight.http_address import host_and_port
-from shardline.cluster.serving.front_end import serve_port, serve_runs, stop_front_end
+from shardline.cluster.preflight.http_address import EVERYWHERE, host_and_port
+from shardline.cluster.serving.front_end import serve_http, serve_runs, stop_front_end
 from shardline.cluster.serving.joining import answers_at
 from shardline.cluster.serving.ray_session import NAMESPACE
 
@@ -53,14 +53,17 @@ def stop_serving(*, keep_serve: bool = False) -> bool:
 def stop_launched() -> tuple[bool, tuple[str, ...]]:
     """``stop_serving`` on a launched cluster; returns once no HAProxy listens any more, and where
     one still does when the time is up. Where Serve goes on for others, it goes on listening."""
-    port = serve_port()
+    http = serve_http()
     found = stop_serving()
-    if port is None or serve_runs():
+    if http is None or serve_runs():
         return found, ()
+    host, port = http
     nodes = {
         host_and_port(node["NodeManagerAddress"], port): node["NodeID"] for node in living_nodes()
     }
-    left = _listening(set(nodes), HAPROXY_ENDS_BY_ITSELF_S)
+    left = set(nodes)
+    if host in EVERYWHERE:  # else it cannot be asked from another host
+        left = _listening(left, HAPROXY_ENDS_BY_ITSELF_S)
     if left:
         _not_taken({place: _task(end_haproxy, nodes[place], nodes[place]) for place in left})
         left = _listening(left, HAPROXY_IS_ENDED_S)

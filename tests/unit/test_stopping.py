@@ -166,7 +166,7 @@ def test_serve_on_another_port_is_named_before_the_wait(
     monkeypatch: pytest.MonkeyPatch, applications: set[str]
 ) -> None:
     with_serve(monkeypatch, applications)
-    client = SimpleNamespace(http_config=SimpleNamespace(port=8001))
+    client = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8001))
     monkeypatch.setattr(front_end, "_get_global_client", lambda **_: client)
     check_serve(8001)
     with pytest.raises(Unavailable, match=r"another port already.*expected port 8000.*got 8001"):
@@ -186,16 +186,18 @@ def test_what_is_not_there_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("goes_on", "frees_itself", "obeys", "told", "said"),
+    ("host", "goes_on", "frees_itself", "obeys", "told", "said"),
     [
-        (False, True, True, [], ()),
-        (False, False, True, ["node-10.0.0.2"], ()),
-        (False, False, False, ["node-10.0.0.2"], ("10.0.0.2:8000",)),
-        (True, False, False, [], ()),
+        ("0.0.0.0", False, True, True, [], ()),
+        ("0.0.0.0", False, False, True, ["node-10.0.0.2"], ()),
+        ("0.0.0.0", False, False, False, ["node-10.0.0.2"], ("10.0.0.2:8000",)),
+        ("0.0.0.0", True, False, False, [], ()),
+        ("127.0.0.1", False, True, True, ["node-10.0.0.1", "node-10.0.0.2"], ()),
     ],
 )
 def test_down_ends_haproxy_on_every_host_where_serve_has_ended(
     monkeypatch: pytest.MonkeyPatch,
+    host: str,
     goes_on: bool,
     frees_itself: bool,
     obeys: bool,
@@ -215,7 +217,7 @@ def test_down_ends_haproxy_on_every_host_where_serve_has_ended(
     nodes = [node("10.0.0.1"), node("10.0.0.2"), node("10.0.0.3", alive=False)]
     monkeypatch.setattr(stopping.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(stopping.ray, "get", lambda reference, timeout: None)
-    monkeypatch.setattr(stopping, "serve_port", lambda: 8000)
+    monkeypatch.setattr(stopping, "serve_http", lambda: (host, 8000))
     monkeypatch.setattr(stopping, "serve_runs", lambda: goes_on)
     monkeypatch.setattr(stopping, "stop_serving", lambda: True)
     monkeypatch.setattr(stopping, "answers_at", answers)
@@ -224,11 +226,11 @@ def test_down_ends_haproxy_on_every_host_where_serve_has_ended(
     monkeypatch.setattr(stopping, "HAPROXY_ENDS_BY_ITSELF_S", 0.02)
     monkeypatch.setattr(stopping, "HAPROXY_IS_ENDED_S", 0.02)
     assert stopping.stop_launched() == (True, said)
-    assert ended == told
+    assert sorted(ended) == told
 
 
 def test_down_does_not_wait_where_serve_did_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopping, "serve_port", lambda: None)
+    monkeypatch.setattr(stopping, "serve_http", lambda: None)
     monkeypatch.setattr(stopping, "stop_serving", lambda: False)
     monkeypatch.setattr(stopping, "answers_at", lambda place: pytest.fail(f"asked {place}"))
     assert stopping.stop_launched() == (False, ())
