@@ -36,11 +36,12 @@ def other() -> Iterator[Host]:
     """A host with a server on it; this machine's HAProxy is to have none of its own."""
     with raised(1, environment_folders()) as rig:
         host = rig.hosts[0]
-        subprocess.Popen(
+        with subprocess.Popen(
             host.entering(sys.executable, "-c", SERVER),
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        yield host
+        ) as process:  # fmt: skip
+            yield host
+            process.kill()
 
 
 def status(front: Front, path: str) -> tuple[int, float]:
