@@ -115,7 +115,7 @@ class Part:
                 while groups and start + sizes[groups[0]] <= first:
                     start += sizes[groups.pop(0)]
                 # one by one: a reader of several groups keeps all that it has read
-                batches = itertools.chain.from_iterable(
+                batches: Iterator[pa.RecordBatch] = itertools.chain.from_iterable(
                     parquet.iter_batches(
                         ROWS_PER_BATCH, row_groups=[group], columns=columns or None
                     )
