@@ -5,7 +5,7 @@ what it costs others is bounded by the length of a request, and how often by the
 in which one is under way (the duty cycle). Both follow what the job sees of others:
 
 - its own requests take longer when others are searched at the same time. ``floor`` is what a
-  request of a size takes undisturbed: the fastest quarter of those lately, which even a cluster
+  request of a size takes undisturbed: the fastest eighth of those lately, which even a cluster
   at half its capacity leaves alone;
 - a request above DISTURBED times its floor has met somebody. After WINDOW requests their share is
   looked at: above MOST_DISTURBED the job halves its requests, and then its duty cycle; below half

@@ -41,6 +41,7 @@ JOB_NAME = "_job.json"
 LOCK_NAME = "_lock"
 WORK_NAME = "_work"
 BLOCK_KEY = b"shardline.block"  # in the footer of a part: which block of which job it is
+UNFINISHED = ".*.tmp"  # what a killed process leaves of a file
 NEW_FOLDER = "choose an empty or a new folder, or remove this one"
 
 
@@ -154,7 +155,7 @@ def claimed_folder(path: Path) -> Iterator[ClaimedFolder]:
     path.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(path):
-            for left in path.glob(".*.tmp"):
+            for left in path.glob(UNFINISHED):
                 left.unlink()
             shutil.rmtree(path / WORK_NAME, ignore_errors=True)
             (path / WORK_NAME).mkdir()
@@ -174,7 +175,8 @@ def _check_folder(path: Path) -> None:
         return
     if not path.is_dir():
         raise DataError(f"{path}: a file, where the folder of results is needed", hint=NEW_FOLDER)
-    names = {each.name for each in path.iterdir()}
+    unfinished = {each.name for each in path.glob(UNFINISHED)}
+    names = {each.name for each in path.iterdir()} - unfinished
     others = sorted(names - {LOCK_NAME, WORK_NAME})
     if others and JOB_NAME not in names:
         raise DataError(

@@ -67,7 +67,7 @@ def run_on_ray(
 ) -> None:
     """Answers the blocks ``todo`` on the Ray that this process is connected to.
 
-    cpus: of all stages together; None: all that are free.
+    cpus: of all stages together; None: all that are free but one per host.
 
     Raises:
         Unavailable: too few CPUs or too little memory are free, or Ray failed. DataError: a query
@@ -104,9 +104,13 @@ def stage_memory(plan: BatchPlan) -> list[int]:
 
 
 def _checked_cpus(cpus: int | None) -> int:
-    """Raises Unavailable: fewer are free; the pipeline would wait for ever."""
+    """None: all that are free but one per host, where Serve may have to start a router again.
+
+    Raises Unavailable: fewer are free; the pipeline would wait for ever.
+    """
     free = math.floor(ray.available_resources().get("CPU", 0.0))
-    wanted = cpus or free
+    hosts = sum(node["Alive"] for node in ray.nodes())
+    wanted = cpus or min(free, max(1, free - hosts))
     if wanted > free or wanted < 1:
         raise Unavailable(
             "too few CPUs of the Ray cluster are free",

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from shardline.shards.core.errors import InvalidInput
 
-# Results of a block, in slots of 12 bytes. 2^21 of them are 25 MB: enough queries for faiss to
-# work at its full rate, few enough for several blocks to be in memory at once.
-SLOTS_PER_BLOCK = 1 << 21
-MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 256, 16_384
+# Results of a block, in slots of 12 bytes. 2^20 of them are 12 MB: enough queries for faiss to
+# work at its full rate, few enough for a block per core to be in memory, and for the arrays of a
+# merge to stay below 32 MB, above which the C library maps fresh pages for each.
+SLOTS_PER_BLOCK = 1 << 20
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 256, 8192
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -1,6 +1,7 @@
 """``batch``: many queries answered at once, from a generation's files or by a live cluster."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -35,6 +36,7 @@ from shardline.shards.core.name_lists import split_names
 from shardline.shards.index.resolve import FIELD_KINDS
 from shardline.shards.storage.generation import read_generation
 
+SLOT_BYTES = 12  # of a result: its id and score
 LIMITS = {
     "nprobe": MAX_NPROBE,
     "ef_search": MAX_EF_SEARCH,
@@ -85,7 +87,7 @@ LIMITS = {
 @click.option(
     "--block-rows",
     type=click.IntRange(min=1),
-    help="Queries per block and part.  [default: 16,384, fewer for k above 128]",
+    help="Queries per block and part.  [default: 8,192, fewer for k above 128]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
@@ -186,10 +188,22 @@ def answer_here(
             f"{len(plan.manifest.shards)} shards in {len(groups)} passes: "
             f"{mib(room.available_bytes)} of memory do not hold all at once"
         )
+    warn_of_space(plan, claimed.path, progress)
     with timed_job(plan.job, claimed, progress, way="local") as run:
         if run.todo:
             run.passes = run_local(plan, run.output, run.todo, run.parts, room)
     return run.report
+
+
+def warn_of_space(plan: BatchPlan, out: Path, progress: NotedProgress) -> None:
+    """Says where the disk may become full. How far ids and attributes compress is not known."""
+    size = plan.job.rows * plan.job.wanted.k * SLOT_BYTES
+    free = shutil.disk_usage(out).free
+    if size > free:
+        progress.note(
+            f"warning: about {mib(size)} of results before compression, and {mib(free)} free at "
+            f"{out}; a job that fills the disk can be started again once there is room"
+        )
 
 
 def search_params(given: tuple[str, ...]) -> SearchParams:

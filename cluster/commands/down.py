@@ -11,7 +11,7 @@ from shardline.cluster.serving.ending import ORDERLY_S
 from shardline.cluster.serving.endpoint import Endpoint, find_endpoint, remove_note
 from shardline.cluster.serving.leftovers import reap_orphans
 from shardline.cluster.serving.ray_session import attached_ray
-from shardline.cluster.serving.stopping import end_ray, stop_serving
+from shardline.cluster.serving.stopping import end_ray, stop_launched
 from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable
 
 STOP_TIMEOUT_S = ORDERLY_S + 5.0  # it ends itself sooner unless it hangs altogether
@@ -53,13 +53,19 @@ def _stop_launched(settings: Settings, everything: bool) -> None:
     """Raises Unavailable: there is no such Ray; or Ray may still run on some host."""
     left: tuple[str, ...] = ()
     with attached_ray(settings.config.cluster.address, verbose=settings.verbose) as head:
-        click.echo("stopped" if stop_serving() else "nothing was served on this Ray")
+        found, listening = stop_launched()
+        click.echo("stopped" if found else "nothing was served on this Ray")
         if everything:
             left = end_ray(head, click.echo)
     if left:
         raise Unavailable(
             f"Ray may still run on {', '.join(left)}: not reached, or not ended in time",
             hint="run `ray stop` there",
+        )
+    if listening and not everything:
+        raise Unavailable(
+            f"HAProxy still listens at {', '.join(listening)}",
+            hint="it ends within a minute; `shardline serve` finds the port taken until then",
         )
 
 

@@ -12,6 +12,7 @@ from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option
 from shardline.cluster.commands.budget import measure_budget, print_budget
 from shardline.cluster.commands.model import data_option, default_run, run_option, unfinished_option
+from shardline.cluster.commands.offline_search import OfflineGeneration, encoded_search
 from shardline.cluster.commands.remote import evaluate_cluster
 from shardline.cluster.commands.report import metric_rows, segment_rows
 from shardline.cluster.console import StageProgress, print_table
@@ -20,7 +21,7 @@ from shardline.shards.core.errors import InvalidInput
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
 from shardline.training.evaluation.cold import cold_baselines
-from shardline.training.evaluation.evaluate import evaluate_exact
+from shardline.training.evaluation.evaluate import evaluate_exact, evaluate_through
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, MetricResult
 from shardline.training.evaluation.user_queries import Candidates
 
@@ -63,7 +64,11 @@ class Task:
 @click.option(
     "--budget", is_flag=True, help="Recall lost by the model and by the index, stage by stage."
 )
-@click.option("--generation", type=int, help="The generation of --budget.  [default: the live one]")
+@click.option(
+    "--generation",
+    type=int,
+    help="Measure this generation's files instead; with --budget: of this one, not the live one.",
+)
 @click.option("--max-users", type=int, help="Measure only this many users.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -90,11 +95,16 @@ def evaluate(
     learnt from may then be in the split it is measured on.
 
     Exact by default: every test user against every item except the user's known ones. With
-    --url or --through-cluster the same users ask a running cluster. --budget searches a
-    generation's indexes in this process, with their approximations removed one by one.
+    --url or --through-cluster the same users ask a running cluster, with --generation the indexes
+    of that generation, in this process. --budget removes their approximations one by one.
     """
     through = bool(url or through_cluster)
-    _refuse_contradictions(budget, generation, candidates, segments, through, unfinished)
+    if generation is not None and not budget and (through or run is not None):
+        raise InvalidInput(
+            "a generation's files, a run, or a cluster", field="--generation", hint="choose one"
+        )
+    through_index = through or generation is not None
+    _refuse_contradictions(budget, candidates, segments, through_index, unfinished)
     dataset = open_dataset(data)
     cutoffs = ks or DEFAULT_KS
     cluster = address_of(settings, url, key_file) if through else None
@@ -111,7 +121,11 @@ def evaluate(
         with_segments=segments, candidates=candidates, unfinished=unfinished,
         other_data=run is not None,
     )  # fmt: skip
-    subject = cluster or run or default_run(settings, data)
+    subject: Address | Path | OfflineGeneration
+    if generation is not None:
+        subject = OfflineGeneration.open(settings.store, generation)
+    else:
+        subject = cluster or run or default_run(settings, data)
     with StageProgress() as progress:
         if isinstance(subject, Path):
             progress.note(f"run: {subject}")
@@ -125,8 +139,23 @@ def evaluate(
     print_columns(dataset, split, columns, ceilings)
 
 
-def measure(subject: Address | Path, task: Task, progress: StageProgress) -> Columns:
-    """The measured column: of the cluster at an address, or of the run in a folder."""
+def measure(
+    subject: Address | Path | OfflineGeneration, task: Task, progress: StageProgress
+) -> Columns:
+    """The measured column: of the cluster at an address, of a generation, or of a run's folder."""
+    if isinstance(subject, OfflineGeneration):
+        search = encoded_search(subject)
+        found = evaluate_through(
+            search,
+            task.dataset,
+            kinds=search.kinds,
+            split=task.split,
+            ks=task.ks,
+            max_users=task.max_users,
+            with_segments=task.with_segments,
+            progress=progress,
+        )
+        return {f"generation {subject.manifest.generation}": found}
     if isinstance(subject, Address):
         with subject.client() as client:
             found = evaluate_cluster(
@@ -207,23 +236,21 @@ def json_report(columns: Columns, ceilings: Mapping[str, Any]) -> dict[str, Any]
 
 def _refuse_contradictions(
     budget: bool,
-    generation: int | None,
     candidates: str,
     segments: bool,
     through: bool,
     unfinished: bool,
 ) -> None:
-    if generation is not None and not budget:
-        raise InvalidInput("--generation is for --budget", field="generation")
     if unfinished and (budget or through):
         raise InvalidInput(
             "--unfinished is for a run; a generation says in its model's version what it is",
-            field="unfinished", hint="leave out --budget, --url and --through-cluster",
+            field="unfinished",
+            hint="leave out --budget, --generation, --url and --through-cluster",
         )  # fmt: skip
     if budget and (segments or candidates != "all"):
         raise InvalidInput("--budget ranks all items, whole", field="budget")
     if candidates == "cold" and (segments or through):
         raise InvalidInput(
             "cold candidates are ranked exactly, from a run", field="candidates",
-            hint="leave out --segments, --url and --through-cluster",
+            hint="leave out --segments, --generation, --url and --through-cluster",
         )  # fmt: skip

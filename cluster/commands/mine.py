@@ -12,8 +12,11 @@ import click
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option
 from shardline.cluster.commands.model import data_option, default_run, run_option, unfinished_option
+from shardline.cluster.commands.offline_search import open_search
 from shardline.cluster.console import StageProgress
 from shardline.cluster.serving.endpoint import Address
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import EMPTY_ID
 from shardline.training.config.training_config import MiningConfig
@@ -56,6 +59,7 @@ class MiningReport:
 @click.option("--url", help="Search a running cluster, which must serve this run's model.")
 @click.option("--through-cluster", is_flag=True, help="Search this store's cluster.")
 @key_file_option
+@click.option("--generation", type=int, help="Search a generation's files in this process.")
 @click.option("--per-user", type=int, help="Negatives per user; fewer: starved.  [default: 10]")
 @click.option("--range-min", type=int, help="First rank used, without known items.  [default: 1]")
 @click.option("--range-max", type=int, help="Last rank used.  [default: 100]")
@@ -80,6 +84,7 @@ def mine(
     url: str | None,
     through_cluster: bool,
     key_file: Path | None,
+    generation: int | None,
     seed: int,
     overwrite: bool,
     as_json: bool,
@@ -88,9 +93,14 @@ def mine(
     """Find hard negatives for every training user, for `train --hard`.
 
     The users are embedded by the run's best model and the nearest items searched: exactly in this
-    process, or with --url or --through-cluster by a running cluster. Known items, ranks outside
-    the window and items too close to the known ones are dropped; of the rest a few are drawn.
+    process, with --generation by that generation's indexes, or with --url or --through-cluster by a
+    running cluster. Known items, ranks outside the window and items too close to the known ones are
+    dropped; of the rest a few are drawn.
     """
+    if generation is not None and (url or through_cluster):
+        raise InvalidInput(
+            "a generation's files, or a cluster", field="--generation", hint="choose one"
+        )
     for name, value in rules.items():
         if value is not None:
             settings.extra_overrides.append(f"training.mining.{name}={value}")
@@ -98,10 +108,11 @@ def mine(
     check_target(out, overwrite=overwrite)
     dataset, folder = open_dataset(data), run or default_run(settings, data)
     cluster = address_of(settings, url, key_file) if url or through_cluster else None
+    files = None if generation is None else (settings.store, generation)
     with StageProgress() as progress:
         mined, report = mine_run(
             folder, dataset, config, seed,
-            cluster=cluster, unfinished=unfinished, progress=progress,
+            cluster=cluster, files=files, unfinished=unfinished, progress=progress,
         )  # fmt: skip
     origin = Origin(
         model_version=report.model_version,
@@ -122,10 +133,12 @@ def mine_run(
     seed: int,
     *,
     cluster: Address | None,
+    files: tuple[Store, int] | None = None,
     unfinished: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Mined, MiningReport]:
-    """All training users of a run's best model, by a cluster or, where it is None, exactly here.
+    """All training users of a run's best model: by a cluster, by the generation of a store whose
+    ``files`` are searched here, or, where both are None, exactly here.
 
     Raises:
         NotFound: no trained run. CorruptFile: its prepared data is not as it was written.
@@ -142,7 +155,11 @@ def mine_run(
     miner = replace(miner, item_vectors=miner.item_vectors * lengths[:, None])
     generation: int | None = None
     started = time.perf_counter()
-    if cluster is None:
+    if files is not None:
+        offline = open_search(*files, dataset.item_ids, version)
+        started = time.perf_counter()  # loading is left out
+        mined, generation = mine_table(offline, miner, progress), files[1]
+    elif cluster is None:
         mined = mine_table(ExactSearch(miner.item_vectors), miner, progress)
     else:
         with cluster.client() as client:

@@ -376,10 +376,14 @@ class Controller:
             self._tasks.spawn(self._place(replace(place, after_s=WATCH_INTERVAL_S)))
 
     async def _end(self, end: End) -> None:
-        try:
-            await asyncio.to_thread(self._shards.end_replica, end.key, end.node_id)
-        except RayError as error:  # a later controller finds it by its name
-            logger.warning("replica %s was not ended: %s", end.key, error)
+        """Tries until it is done: an actor that nobody knows of would keep its memory for ever."""
+        while True:
+            try:
+                await asyncio.to_thread(self._shards.end_replica, end.key, end.node_id)
+                return
+            except RayError as error:
+                logger.warning("replica %s was not ended yet: %s", end.key, error)
+            await asyncio.sleep(WATCH_INTERVAL_S)
 
 
 def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":

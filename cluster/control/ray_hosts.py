@@ -47,5 +47,5 @@ def _host(node: dict[str, Any]) -> Host:
         address=node["NodeManagerAddress"],
         cpus=float(resources.get("CPU", 0)),
         gpus=float(resources.get("GPU", 0)),
-        zone=node.get("Labels", {}).get(ZONE_LABEL, ""),
+        zone=(node.get("Labels") or {}).get(ZONE_LABEL, ""),
     )

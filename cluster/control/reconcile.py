@@ -127,15 +127,15 @@ def _give_up_stuck(placement: Placement) -> Outcome:
     """Those that do not begin to answer, where another host may do better."""
     limit_s = placement.rules.load_limit_s
     instructions: tuple[Instruction, ...] = ()
-    for state in placement.staying():
+    late = [
+        state
+        for state in placement.staying()
+        if not state.answers and placement.now_s - state.since_s > limit_s
+    ]
+    for state in late:
         failures = _failures_on(placement, state.key.shard)
         other = _host_for(placement, state.key.shard, without=state, barred=state.node_id)
-        is_late = not state.answers and placement.now_s - state.since_s > limit_s
-        if (
-            is_late
-            and other is not None
-            and failures.get(other, 0) <= failures.get(state.node_id, 0)
-        ):
+        if other is not None and failures.get(other, 0) <= failures.get(state.node_id, 0):
             host = placement.address_of(state.node_id)
             text = f"did not begin to answer on {host} within {limit_s:g} s"
             placement, ordered = after_failure(placement, state, Absence(Unavailable.code, text))

@@ -170,7 +170,7 @@ class ShardActors:
         """What a placed replica says of itself, or why it does not."""
         try:
             described: dict[str, Any] = await _answer(self._handles[key].describe.remote())
-        except (RayActorError, TimeoutError, GetTimeoutError) as error:
+        except (RayError, TimeoutError) as error:  # a GetTimeoutError is one of both
             return reason_of(error)
         return described
 

@@ -45,7 +45,7 @@ from shardline.cluster.serving.front_end import (
 from shardline.cluster.serving.launched import ask_controller, asked, controller, is_served
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
-from shardline.cluster.serving.stopping import stop_serving
+from shardline.cluster.serving.stopping import stop_launched, stop_serving
 from shardline.cluster.serving.survey import survey
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound, Unavailable
@@ -147,7 +147,10 @@ def start_serving(
         if config.cluster.address != "local":
             urls = tuple(ask_controller().host_urls)
     except BaseException:
-        stop_serving(keep_serve=had_serve)
+        if had_serve or config.cluster.address == "local":
+            stop_serving(keep_serve=had_serve)
+        else:
+            stop_launched()
         raise
     return Started(generation=number, urls=urls, key_file=keys.auth.key_file)
 

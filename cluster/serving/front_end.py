@@ -131,6 +131,15 @@ def serve_runs() -> bool:
     return any(each["name"] == SERVE_CONTROLLER_NAME for each in named)
 
 
+def serve_http() -> tuple[str, int] | None:
+    """Address and port at which Serve's HTTP listens, on every host that has any; None: Serve does
+    not run."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    return str(client.http_config.host), int(client.http_config.port)
+
+
 def check_serve(port: int) -> None:
     """Whether routers can be started beside what Serve runs already.
 
@@ -142,9 +151,9 @@ def check_serve(port: int) -> None:
         return
     if APPLICATION in running:
         raise already_served()
-    client = _get_global_client(raise_if_no_controller_running=False)
-    taken = None if client is None else client.http_config.port
-    if taken not in (None, port):
+    found = serve_http()
+    taken = port if found is None else found[1]
+    if taken != port:
         others = ", ".join(sorted(running)) or "none"
         raise Unavailable(
             f"Ray Serve listens on another port already; its applications: {others}",

@@ -122,6 +122,8 @@ def attached_ray(
         ) from error
     check_token(head)
     ending = ending or Ending()
+    if not verbose:
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         with ending.held(), _handlers_kept(ending):
             ray.init(

@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardline.cluster.control.controller import CONTROLLER_NAME
 from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
-from shardline.cluster.serving.front_end import stop_front_end
+from shardline.cluster.preflight.http_address import EVERYWHERE, host_and_port
+from shardline.cluster.serving.front_end import serve_http, serve_runs, stop_front_end
 from shardline.cluster.serving.joining import answers_at
 from shardline.cluster.serving.ray_session import NAMESPACE
 
@@ -27,6 +30,9 @@ ORDER_TIMEOUT_S = 30.0
 # `ray stop` itself waits up to 16 s for processes that do not end, and kills them then.
 STOPPED_WITHIN_S = 30.0
 POLL_S = 0.2
+HAPROXY_START = "haproxy_start.py"  # the program that becomes HAProxy, or its watcher
+HAPROXY_ENDS_BY_ITSELF_S = 2.0
+HAPROXY_IS_ENDED_S = 5.0
 # The process that runs it is a child of a process that it ends: so in a session of its own, as a
 # grandchild, and a moment later, when the order has been acknowledged.
 ORDER = "(sleep 1; exec \"$0\" -c 'from ray.scripts.scripts import main; main()' stop) &"
@@ -42,6 +48,59 @@ def stop_serving(*, keep_serve: bool = False) -> bool:
         return False
     stop_front_end(keep_serve=keep_serve)
     return stop_shards()
+
+
+def stop_launched() -> tuple[bool, tuple[str, ...]]:
+    """``stop_serving`` on a launched cluster; returns once no HAProxy listens any more, and where
+    one still does when the time is up. Where Serve goes on for others, it goes on listening."""
+    http = serve_http()
+    found = stop_serving()
+    if http is None or serve_runs():
+        return found, ()
+    host, port = http
+    nodes = {
+        host_and_port(node["NodeManagerAddress"], port): node["NodeID"] for node in living_nodes()
+    }
+    left = set(nodes)
+    if host in EVERYWHERE:  # else it cannot be asked from another host
+        left = _listening(left, HAPROXY_ENDS_BY_ITSELF_S)
+    if left:
+        _not_taken({place: _task(end_haproxy, nodes[place], nodes[place]) for place in left})
+        left = _listening(left, HAPROXY_IS_ENDED_S)
+    return found, tuple(sorted(left))
+
+
+def _listening(places: set[str], within_s: float) -> set[str]:
+    """Those of the places, HOST:PORT, where somebody still listens when the time is up."""
+    deadline = time.monotonic() + within_s
+    while left := set(filter(answers_at, places)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_S)
+    return left
+
+
+def end_haproxy(node_id: str) -> None:
+    """Ends every HAProxy of a Ray node with its watcher; runs on that host.
+
+    A watcher takes an end by Serve for a crash where the manager is gone before it has looked, and
+    keeps a substitute for a minute.
+    """
+    for process in psutil.process_iter(["cmdline"]):
+        if is_haproxy_of(process.info["cmdline"] or [], node_id):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                process.kill()
+
+
+def is_haproxy_of(words: Sequence[str], node_id: str) -> bool:
+    """Whether a command line is of HAProxy or its watcher: Ray keeps their files in a folder that
+    is named like the node."""
+    is_one = any(Path(word).name in ("haproxy", HAPROXY_START) for word in words[:3])
+    return is_one and any(f"/{node_id}/" in word for word in words)
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def stop_shards() -> bool:
@@ -117,11 +176,14 @@ def end_ray(head: str, note: Callable[[str], None]) -> tuple[str, ...]:
 
 def _order(node_id: str) -> Any:
     """Has a host end its Ray a second later; the reference to the acknowledgement."""
+    return _task(_stop_here, node_id, ORDER)
+
+
+def _task(function: Callable[..., None], node_id: str, *arguments: str) -> Any:
+    """Runs a function on one host; the reference to its end."""
     pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(_stop_here).options(
-        num_cpus=0, max_retries=0, scheduling_strategy=pinned, name="end Ray"
-    )
-    return task.remote(ORDER)
+    task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned)
+    return task.remote(*arguments)
 
 
 def _stop_here(order: str) -> None:
@@ -144,7 +206,7 @@ def _not_taken(orders: dict[str, Any]) -> set[str]:
         try:
             ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
         except ray.exceptions.RayError as error:
-            logger.warning("%s did not take the order to end Ray: %s", address, error)
+            logger.warning("%s did not end what it was told to: %s", address, error)
             missing.add(address)
     return missing
 
@@ -153,7 +215,7 @@ def _still_alive(addresses: set[str]) -> set[str]:
     """Those of the hosts that Ray still counts as alive when the time is up."""
     deadline = time.monotonic() + STOPPED_WITHIN_S
     while True:
-        alive = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+        alive = {node["NodeManagerAddress"] for node in living_nodes()}
         if not addresses & alive or time.monotonic() > deadline:
             return addresses & alive
         time.sleep(POLL_S)

@@ -16,8 +16,8 @@ from typing import TypeAlias
 
 from shardline.router.fanout.choice import Chooser, Replicas, last_resort
 from shardline.router.fanout.connection import ShardConnection
+from shardline.router.fanout.hedging import Paces
 from shardline.router.fanout.link import Link
-from shardline.router.fanout.pace import Paces
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, ProtocolError, Unavailable
 from shardline.shards.core.messages import (
     AttributesReply,
@@ -51,7 +51,9 @@ class Redundancy:
 
 
 class Attempts:
-    """Calls ``put`` once per shard, with its position in ``shards``, unless given up before.
+    """One question: ``send`` once, then ``look`` now and then, until it is over or given up.
+
+    Calls ``put`` once per shard, with its position in ``shards``, unless given up before.
 
     links: of each shard the link that its reply came by; written here.
     """
@@ -136,7 +138,8 @@ class Attempts:
         return min(pace.delay_s, LOOK_S)
 
     def look(self) -> float:
-        """Asks another replica where one takes long or is silent; when to look again, in seconds"""
+        """Asks another replica where one takes long or is silent. Returns the seconds until the
+        next look."""
         now = self._shared.time()
         rest = self._delay_s - (now - self._sent_at)
         is_due = rest <= 0 and not self._is_hedged

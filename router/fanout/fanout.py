@@ -25,7 +25,7 @@ from shardline.router.fanout.choice import Chooser, Replicas
 from shardline.router.fanout.clock import Attention, Clock, running_clock
 from shardline.router.fanout.coalesce import Coalescer, LaneKey
 from shardline.router.fanout.connection import ShardConnection
-from shardline.router.fanout.pace import Paces
+from shardline.router.fanout.hedging import Paces
 from shardline.router.fanout.snapshot import (
     Encoder,
     TableSnapshot,

@@ -100,9 +100,12 @@ class Part:
     def _read(self, columns: list[str], first: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Batches with the row each starts with; some that end before row ``first`` are left out,
         unread where the format allows it."""
-        with self.location.open() as file:
+        # Parquet is decoded from buffers; pages of a mapped file would count as our memory
+        is_parquet = self.form is TableFormat.PARQUET
+        location = self.location
+        with location.system.open_input_file(self.path) if is_parquet else location.open() as file:
             start = 0
-            if self.form is TableFormat.PARQUET:
+            if is_parquet:
                 parquet = pq.ParquetFile(file, page_checksum_verification=True)
                 sizes = [
                     parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)

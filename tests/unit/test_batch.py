@@ -1,6 +1,7 @@
 """``shardline batch`` offline: results as by brute force, however a job is cut, or killed."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from shardline.cluster.batch.batch_job import Wanted, job_of
 from shardline.cluster.batch.csv_queries import open_query_files
+from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.loaded_shards import block_bytes, loaded_bytes
 from shardline.cluster.batch.local_batch import BatchPlan, Room
 from shardline.cluster.batch.part_files import claimed_folder, read_result
+from shardline.cluster.batch.queries import QuerySource
 from shardline.cluster.batch.query_files import VectorFiles
+from shardline.cluster.cli import cli
 from shardline.cluster.commands.batch import answer_here
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
 from shardline.shards.core.schema import Metric, normalise
@@ -84,21 +89,27 @@ def test_results_are_those_of_brute_force(
     assert [entry.rows for entry in read_result(tmp_path / "out")] == [64, 64, 22]
 
 
-def test_passes_give_the_bytes_of_one(made: BatchStore, tmp_path: Path, queries: Path) -> None:
+@pytest.mark.parametrize("items", [False, True], ids=["vectors", "items"])
+def test_passes_give_the_bytes_of_one(
+    made: BatchStore, tmp_path: Path, queries: Path, items: bool
+) -> None:
     manifest = read_generation(made.folder)
-    wanted = Wanted(k=K)
+    wanted = Wanted(k=K - items, drops_own=items, attributes=("title",))
     needed = block_bytes(32, DIM, K, 3, 1)
     found = []
     for name, sizes in (("whole", sum(loaded_bytes(manifest))), ("parts", 1)):
-        source = VectorFiles(open_query_files([queries], tmp_path), dim=DIM, metric=Metric.COSINE)
-        plan = BatchPlan(
-            job=job_of(source, made.folder, manifest, wanted, 32),
-            source=source,
-            folder=made.folder,
-            manifest=manifest,
-        )
         room = max(sizes, max(loaded_bytes(manifest)))
         with claimed_folder(tmp_path / name) as claimed:
+            source: QuerySource = GenerationItems(made.folder, manifest, claimed.work)
+            if not items:
+                files = open_query_files([queries], tmp_path)
+                source = VectorFiles(files, dim=DIM, metric=Metric.COSINE)
+            plan = BatchPlan(
+                job=job_of(source, made.folder, manifest, wanted, 32),
+                source=source,
+                folder=made.folder,
+                manifest=manifest,
+            )
             available = int((room + needed) / 0.8) + 1
             report = answer_here(plan, claimed, Silent(), Room(cpus=1, available_bytes=available))
         found.append((report.passes, contents(tmp_path / name)))
@@ -278,6 +289,20 @@ def test_a_full_disk_is_said_and_the_job_goes_on(made: BatchStore, tmp_path: Pat
     assert read_parts(tmp_path / "out").num_rows == 2000
 
 
+def test_a_job_that_was_killed_before_it_began(
+    made: BatchStore, tmp_path: Path, queries: Path
+) -> None:
+    out = tmp_path / "out"
+    (out / "_work").mkdir(parents=True)
+    for name in ("_lock", "._job.json.abcd.tmp", "_work/items-00000.npy"):
+        (out / name).write_bytes(b"cut")
+    made.batch("--queries", queries, "--out", out)
+    assert {path.name for path in out.iterdir()} == {
+        *("_job.json", "_lock", "_manifest.json"),
+        *(path.name for path in part_paths(out)),
+    }
+
+
 def test_an_output_that_is_something_else(made: BatchStore, tmp_path: Path, queries: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -441,3 +466,14 @@ def test_a_job_that_is_interrupted_ends_as_one_line(made: BatchStore, tmp_path: 
     assert process.returncode == 130
     assert not (out / "_work").exists()
     assert not (out / "_manifest.json").exists()
+
+
+def test_a_disk_that_may_become_full_is_warned_of(
+    made: BatchStore, tmp_path: Path, queries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = type(shutil.disk_usage("/"))(total=1 << 30, used=1 << 30, free=5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    words = ["--store", str(made.store.root), "batch", "--queries", str(queries)]
+    done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0
+    assert "of results before compression" in done.stderr

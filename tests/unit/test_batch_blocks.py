@@ -44,7 +44,7 @@ def test_spans_cover_every_row_once(rows: int, block: int) -> None:
 def test_blocks_are_smaller_for_more_results() -> None:
     sizes = [default_block_rows(k) for k in range(1, MAX_K + 1)]
     assert sizes == sorted(sizes, reverse=True)
-    assert (sizes[0], sizes[99], sizes[-1]) == (MAX_BLOCK_ROWS, MAX_BLOCK_ROWS, 1024)
+    assert (sizes[0], sizes[99], sizes[-1]) == (MAX_BLOCK_ROWS, MAX_BLOCK_ROWS, 512)
     assert min(sizes) >= MIN_BLOCK_ROWS
     with pytest.raises(InvalidInput):
         spans_of(0, 5)

@@ -282,7 +282,7 @@ def test_the_command_prints_a_waterfall(trained: tuple[Store, Path, Dataset]) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--generation", "1"), "--generation is for --budget"),
+        (("--generation", "1"), "a generation's files, a run, or a cluster"),  # --run is given
         (("--budget", "--segments"), "--budget ranks all items"),
         (("--candidates", "cold", "--segments"), "cold candidates are ranked exactly"),
     ],

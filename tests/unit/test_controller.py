@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from shardline.cluster.control import controller as module
 from shardline.cluster.control import opening, reconcile
@@ -672,3 +672,25 @@ async def test_a_shard_that_no_host_has_room_for_ends_the_wait(store: Store) -> 
     async with running(store, cpus_per_shard=2) as controller:
         with pytest.raises(Unavailable, match=r"^no host has room .* of shards \[1\]; lower"):
             await controller.wait_ready(5)
+
+
+async def test_an_actor_that_cannot_be_ended_is_tried_again(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = two_hosts(monkeypatch)
+    refusals = [RayError("the head is away")] * 3
+    killed: list[Any] = []
+
+    def kill(handle: Handle) -> None:
+        if refusals:
+            raise refusals.pop()
+        killed.append(handle)
+
+    async with running(store, replicas=2) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        await register_placed(controller)
+        monkeypatch.setattr(ray, "kill", kill)
+        hosts.pop()
+        await until(lambda: len(killed) == SHARDS)
+    gone = [handle for name, handle in alive.items() if name.endswith("-nb")]
+    assert set(map(id, killed[:SHARDS])) == set(map(id, gone))

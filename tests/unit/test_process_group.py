@@ -8,6 +8,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from shardline.shards.core.errors import ConfigError, Unavailable
 from shardline.training.loop import process_group, ray_ranks
@@ -142,6 +143,11 @@ def test_an_error_before_the_ranks_have_started_comes_back_as_itself() -> None:
     assert _cause(ControllerError(task.as_instanceof_cause())) is ours
     other = _cause(ControllerError(RuntimeError("first line\nno room")))
     assert str(other).startswith("training failed; got no room; --resume goes on")
+
+
+def test_ranks_that_find_no_room_are_told_what_they_need() -> None:
+    error = _cause(ControllerError(WorkerGroupStartupTimeoutError(6)))
+    assert "no room for the ranks; expected 6 CPUs, or GPUs, that nothing else" in str(error)
 
 
 def test_a_rank_that_died_says_more_than_those_that_lost_it() -> None:

@@ -23,7 +23,12 @@ from tests.fake_shard import make_table, until
 
 SHARDS, COPIES, DIM, K = 2, 2, 8, 5
 CONFIG = RouterConfig(  # patient, because other work may hold up the shards
-    hedge_share=0.0, silent_after_ms=500.0, backoff_base_ms=1.0, backoff_max_ms=20.0
+    hedge_share=0.0,
+    silent_after_ms=500.0,
+    backoff_base_ms=1.0,
+    backoff_max_ms=20.0,
+    connect_timeout_ms=10_000.0,
+    switch_wait_ms=10_000.0,
 )
 SILENT_S = CONFIG.silent_after_ms / 1000
 SEARCH_S = 0.003  # longer than what a shard searches in its event loop

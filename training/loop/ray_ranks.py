@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train import get_context as get_rank_context
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.files import MANIFEST_NAME
@@ -111,6 +112,12 @@ def _cause(error: TrainingFailedError) -> Exception:
     for cause in causes:
         if isinstance(cause, ShardlineError | OSError):  # a full disk, say
             return cause
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            return Unavailable(
+                "the Ray cluster has no room for the ranks",
+                expected=f"{cause.num_workers} CPUs, or GPUs, that nothing else reserves",
+                hint="fewer --workers, or a lower cluster.cpus_per_shard of what is served there",
+            )
     return Unavailable(
         "training failed",
         got=last_line(causes[0] if causes else error),

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from shardline.router.fanout.pace import (
+from shardline.router.fanout.hedging import (
     HEADROOM,
     MAX_TOKENS,
     PERCENTILE,

@@ -1,0 +1,151 @@
+"""Online latency beside a live batch job: what `shardline batch --live` costs those who ask too.
+
+    python -m shardline.bench.batch_live_bench [--rows 1000000] [--rate 100] [--pairs 5]
+
+Theory. A job has one request in flight, of a size and at a pace that follow from its own times
+(``cluster.batch.pace``). An online query that meets one waits for it at most. So the online p99
+with a job may be above the one without by no more than a request of the job takes, and the promise
+is 20 %. Single queries arrive at random (Poisson) at --rate; a measurement with the job and one
+without make a pair, in alternating order, and a ratio is taken within a pair. The job's own rate
+is the price: beside it stands its rate while nobody else asks.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow.parquet as pq
+
+from shardline.bench.batch_bench import BatchCorpus, make_corpus
+from shardline.bench.load.pairs import order_of
+from shardline.bench.load.scenarios import Step
+from shardline.bench.load.step import Options, StepRunner
+from shardline.bench.load.target import Target, open_target, vector_queries
+from shardline.cluster.config import load_config
+from shardline.cluster.serving.deployment import serving
+from shardline.cluster.serving.ray_session import cores, local_ray
+
+K = 100
+WARM_UP_S = 5.0  # of a measurement: the job reaches its pace, or its absence is forgotten
+JOB_QUERIES = 1_000_000  # more than any measurement leaves time for
+BLOCK_ROWS = 256  # so that parts show how far the job is
+NAMES = ("without", "with")
+
+
+@contextmanager
+def running_job(target: Target, queries: Path, out: Path) -> Iterator[list[float]]:
+    """The command beside the block, killed at its end; the list then holds its queries/s."""
+    rate: list[float] = []
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-c", "from shardline.cluster.cli import main; main()"]
+    command += ["--store", str(target.store.root), "batch", "--live", "-k", str(K)]
+    command += ["--queries", str(queries), "--out", str(out), "--block-rows", str(BLOCK_ROWS)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while not list(out.glob("part-*")):
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("the job does not run")
+            time.sleep(0.05)
+        started, before = time.monotonic(), len(list(out.glob("part-*")))
+        yield rate
+        if process.poll() is not None:
+            raise RuntimeError("the job has ended before the measurement")
+        written = len(list(out.glob("part-*"))) - before
+        rate.append(written * BLOCK_ROWS / (time.monotonic() - started))
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def measure(runner: StepRunner, rate: float, seconds: float) -> dict[str, Any]:
+    """Online figures at a rate."""
+    step = Step(label=f"{rate:g}/s", rate=rate, seconds=seconds, batch=1, ks=((K, 1.0),))
+    report = runner.measure(step)
+    found = report.figures
+    return {
+        "p50_ms": found.p50_ms,
+        "p99_ms": found.p99_ms,
+        "failed": found.failed,
+        "rejected": found.rejected,
+        "partial": found.partial,
+    }
+
+
+def compare(
+    target: Target, corpus: BatchCorpus, *, rate: float, seconds: float, pairs: int
+) -> dict[str, Any]:
+    """Pairs of measurements, with and without the job."""
+    options = Options(rate=rate, seconds=seconds, warm_up_s=WARM_UP_S, k=K)
+    rng = np.random.default_rng(0)
+    runner = StepRunner(
+        target=target,
+        queries=vector_queries(target, int(rate * (seconds + WARM_UP_S)) + 2000, rng),
+        options=options,
+        rng=rng,
+        note=lambda line: click.echo(line, err=True),
+    )
+    out = corpus.store.root / "live-out"
+    with running_job(target, corpus.queries, out) as alone:
+        time.sleep(seconds)
+    samples: list[dict[str, Any]] = []
+    for pair in range(pairs):
+        sample: dict[str, Any] = {}
+        for side in order_of(pair):
+            if side:
+                with running_job(target, corpus.queries, out) as rates:
+                    sample["with"] = measure(runner, rate, seconds)
+                sample["job_queries_per_s"] = rates[0]
+            else:
+                sample["without"] = measure(runner, rate, seconds)
+        for name in ("p50_ms", "p99_ms"):
+            sample[f"{name}_ratio"] = sample["with"][name] / sample["without"][name]
+        samples.append(sample)
+        click.echo(json.dumps(sample), err=True)
+    return {
+        "rate": rate,
+        "seconds": seconds,
+        "rows": corpus.manifest.rows,
+        "p99_ratio": statistics.median(each["p99_ms_ratio"] for each in samples),
+        "p50_ratio": statistics.median(each["p50_ms_ratio"] for each in samples),
+        "job_queries_per_s": statistics.median(each["job_queries_per_s"] for each in samples),
+        "job_alone_queries_per_s": alone[0],
+        "samples": samples,
+    }
+
+
+def main() -> None:
+    """Builds, serves, measures, and prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--store", type=Path, default=Path("bench-batch"))
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=100.0)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--queries", type=int, default=JOB_QUERIES)
+    asked = parser.parse_args()
+    root = asked.store.resolve()
+    corpus = make_corpus(root, asked.rows, asked.dim, asked.shards, asked.queries)
+    assert pq.read_metadata(corpus.queries).num_rows == asked.queries
+    config = load_config(None, [f"store={root}", "cluster.http_port=0"])
+    with local_ray(num_cpus=cores()), serving(config) as endpoint:
+        target = open_target(endpoint.address, endpoint.pid, [corpus.store])
+        report = compare(target, corpus, rate=asked.rate, seconds=asked.seconds, pairs=asked.pairs)
+    click.echo(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
