@@ -30,6 +30,7 @@ QUIET_S = 10.0  # before the fault
 K = 10
 QUERIES = 500
 TIMEOUT_S = 15.0
+KEPT = ("p99_ms", "failed", "coverage_min")  # of each second, in a report
 MARGIN_S = 1.0  # before an action
 START_S = 4.0  # of the client processes
 
@@ -126,7 +127,7 @@ def write_report(
     cost: Cost,
     more: dict[str, Any],
 ) -> None:
-    """NAME.json with the figures and every second of every host, and NAME.png."""
+    """NAME.json with the figures and some of every second of every host, and NAME.png."""
     seconds = {host: [asdict(s) for s in timeline(r, warm_up_s=0)] for host, r in records.items()}
     content = {
         "fault": name,
@@ -138,10 +139,15 @@ def write_report(
             for host, each in records.items()
         },
         **more,
-        "timeline": seconds,
+        "each_second": {
+            host: {
+                key: [each[key] for each in bins] for key in ("p99_ms", "failed", "coverage_min")
+            }
+            for host, bins in seconds.items()
+        },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(content) + "\n")
     _plot(folder / f"{name}.png", name, seconds, actions)
 
 
