@@ -88,7 +88,11 @@ class Setting:
 
     def wait_whole(self) -> float:
         host = self.served.rig.hosts[1]
-        return wait_until(lambda: self.served.is_whole(host), within_s=WHOLE_S, what="whole again")
+        try:
+            return wait_until(lambda: self.served.is_whole(host), within_s=WHOLE_S, what="whole")
+        except AssertionError as error:
+            said = self.served.shardline(host, "status", check=False)
+            raise AssertionError(f"{error}\n{said.stdout}{said.stderr}") from error
 
 
 @pytest.fixture
