@@ -4,6 +4,7 @@ The content of a file says its format, never its name. No exception of a library
 module: a file that cannot be read, and a value that its type does not allow, are named.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -113,8 +114,12 @@ class Part:
                 groups = list(range(len(sizes)))
                 while groups and start + sizes[groups[0]] <= first:
                     start += sizes[groups.pop(0)]
-                batches = parquet.iter_batches(
-                    ROWS_PER_BATCH, row_groups=groups, columns=columns or None
+                # one by one: a reader of several groups keeps all that it has read
+                batches: Iterator[pa.RecordBatch] = itertools.chain.from_iterable(
+                    parquet.iter_batches(
+                        ROWS_PER_BATCH, row_groups=[group], columns=columns or None
+                    )
+                    for group in groups
                 )
             else:
                 included = [self.schema.get_field_index(name) for name in columns]
