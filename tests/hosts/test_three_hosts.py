@@ -72,19 +72,27 @@ class Setting:
     def cost(
         self, name: str, actions: list[Action], *, seconds: float, away: tuple[Host, ...] = ()
     ) -> Cost:
-        """Runs the load with these actions, writes the report, waits until all is whole."""
+        """Runs the load with these actions, waits until all is whole, writes the report."""
         hosts = self.served.rig.hosts
         key = self.served.shardline(self.served.head, "keys show").stdout.strip()
         records = under_load(hosts, self.corpus, key, actions, seconds=seconds)
         cost = cost_of(records, actions, away)
-        whole_s = self.wait_whole()
-        write_report(self.out, name, records, actions, cost, {"whole_after_the_load_s": whole_s})
-        print(f"\n{name}: {cost}, whole {whole_s:.1f} s after the load")
+        whole_s = None
+        try:
+            whole_s = self.wait_whole()
+        finally:
+            print(f"\n{name}: {cost}, whole {whole_s} s after the load")
+            more = {"whole_after_the_load_s": whole_s}
+            write_report(self.out, name, records, actions, cost, more)
         return cost
 
     def wait_whole(self) -> float:
         host = self.served.rig.hosts[1]
-        return wait_until(lambda: self.served.is_whole(host), within_s=WHOLE_S, what="whole again")
+        try:
+            return wait_until(lambda: self.served.is_whole(host), within_s=WHOLE_S, what="whole")
+        except AssertionError as error:
+            said = self.served.shardline(host, "status", check=False)
+            raise AssertionError(f"{error}\n{said.stdout}{said.stderr}") from error
 
 
 @pytest.fixture
