@@ -616,7 +616,7 @@ async def test_ready_follows_the_shards_and_healthy_does_not():
     service = SearchService(CONFIG, SECRET)
     transport = httpx.ASGITransport(app=create_app(service, CONFIG))
     async with httpx.AsyncClient(transport=transport, base_url="http://router") as http:
-        assert (await http.get("/healthz")).json() == {"status": "ok"}
+        assert (await http.get("/healthz")).json() == {"status": "ok", "cluster_id": None}
         response = await http.get("/readyz")
         assert response.status_code == 503
         assert response.json()["reason"] == "no routing table yet"
