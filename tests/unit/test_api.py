@@ -703,7 +703,7 @@ def test_a_server_that_answered_head_goes_on_with_its_connection():
     with running_router(CONFIG) as router, httpx.Client(base_url=router.url) as http:
         for _ in range(2):
             assert http.head("/healthz").status_code == 200
-            assert http.get("/healthz").json() == {"status": "ok"}
+            assert http.get("/healthz").json()["status"] == "ok"
             assert http.head("/nowhere").status_code == 404
 
 
