@@ -6,9 +6,9 @@ from typing import Any
 
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.placement_state import Placement, ReplicaState, Stage
+from shardline.cluster.http_address import url_of
 from shardline.shards.core.messages import RouterSeen
 
-EVERY_ADDRESS = ("0.0.0.0", "::")
 EXPIRE_S = 15.0  # three of the polls with which a router announces itself
 
 
@@ -29,8 +29,7 @@ class Http:
 
     def url(self, host: str) -> str:
         """Of a host's own front end, by which others reach it if it listens for them."""
-        address = host if self.host in EVERY_ADDRESS else self.host
-        return f"http://{f'[{address}]' if ':' in address else address}:{self.port}"
+        return url_of(self.host, self.port, host)
 
 
 def cluster_report(

@@ -1,11 +1,14 @@
 """`shardline restart --rolling` follows what the controller says of it."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shardline.cluster.cli import main
-from shardline.cluster.commands.restart import AWAY_S, follow
+from shardline.cluster.commands import restart as module
+from shardline.cluster.commands.restart import AWAY_S, follow, stopped_line
 from shardline.shards.core.errors import Unavailable
 
 
@@ -82,3 +85,27 @@ def test_a_private_ray_has_no_rolling_restart(capsys: pytest.CaptureFixture[str]
         main(["restart", "--rolling"])
     assert ended.value.code == 2
     assert "for a launched cluster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "got"), [((), "neither"), (("--rolling", "--stop"), "both")])
+def test_one_thing_is_to_be_done(
+    options: tuple[str, ...], got: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["restart", *options])
+    assert ended.value.code == 2
+    assert f"expected --rolling or --stop; got {got}" in capsys.readouterr().err
+
+
+def test_a_restart_is_stopped_through_the_controller(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handle = SimpleNamespace(stop_restart=SimpleNamespace(remote=lambda: progress(1)))
+    monkeypatch.setattr(module, "attached_ray", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(module, "controller", lambda: handle)
+    monkeypatch.setattr(module, "asked", lambda reference, timeout_s: reference)
+    with pytest.raises(SystemExit) as ended:
+        main(["--set", "cluster.address=auto", "restart", "--stop"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "stopped: 1 of 3 replicas were replaced\n"
+    assert stopped_line(None) == "no restart is under way"
