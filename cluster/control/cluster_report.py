@@ -73,17 +73,18 @@ def cluster_report(
 
 
 def restart_progress(placement: Placement) -> dict[str, Any] | None:
-    """{"number", "total", "done", "is_over", "trouble": {"code", "text"} or None} of the newest
-    rolling restart; None: there was none since this controller started."""
+    """{"number", "total", "done", "is_over", "is_stopped", "trouble": {"code", "text"} or None} of
+    the newest rolling restart; None: there was none of this generation."""
     restart = placement.restart
     if restart is None:
         return None
-    left = sum(map(restart.concerns, placement.replicas))
+    left = sum(map(restart.is_old, placement.replicas))
     return {
         "number": restart.number,
         "total": restart.total,
         "done": max(0, restart.total - left),
         "is_over": restart.is_over,
+        "is_stopped": restart.is_stopped,
         "trouble": None if restart.trouble is None else asdict(restart.trouble),
     }
 

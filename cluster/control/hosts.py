@@ -95,16 +95,61 @@ def choose_host(
     room: of each living host, by node id, in the order in which equal ones are taken; spots: the
     replicas that stay; failures: of this shard's replicas on a host, lately; zones: of the hosts.
     """
-    left = room_left(room, spots, num_shards)
-    taken = {spot.node_id for spot in spots if spot.shard == shard}
-    loads = Counter(spot.node_id for spot in spots)
-    free = [node for node in room if node not in taken and loads[node] < room[node]]
-    crowd = _Crowd(zones, room, spots, num_shards)
-    return min(
-        free,
-        key=lambda node: (failures.get(node, 0), crowd.at(shard, node), -left[node]),
-        default=None,
-    )
+    return Spread(room, spots, num_shards=num_shards, zones=zones).choose(shard, failures)
+
+
+class Spread:
+    """What the hosts hold, as replicas are added and removed: each choice costs one look at the
+    hosts. The arguments are those of ``choose_host``."""
+
+    def __init__(
+        self,
+        room: Mapping[str, int],
+        spots: Iterable[Spot],
+        *,
+        num_shards: int,
+        zones: Mapping[str, str] | None = None,
+    ) -> None:
+        self._room = room
+        self._most = {node: min(count, num_shards) for node, count in room.items()}
+        self._held = Counter(spots)
+        self._loads: Counter[str] = Counter()
+        for spot, count in self._held.items():
+            self._loads[spot.node_id] += count
+        self._crowd = _Crowd(zones, room, self._held, num_shards)
+
+    def add(self, spot: Spot) -> None:
+        self._count(spot, 1)
+
+    def remove(self, spot: Spot) -> None:
+        self._count(spot, -1)
+
+    def holds(self, spot: Spot) -> bool:
+        """Whether a replica of that shard is on that host."""
+        return self._held[spot] > 0
+
+    def choose(self, shard: int, failures: Mapping[str, int]) -> str | None:
+        """As ``choose_host``."""
+        loads, most, crowd = self._loads, self._most, self._crowd
+        free = [
+            node
+            for node, count in self._room.items()
+            if loads[node] < count and not self.holds(Spot(shard, node))
+        ]
+        return min(
+            free,
+            key=lambda node: (
+                failures.get(node, 0),
+                crowd.at(shard, node),
+                loads[node] - most[node],
+            ),
+            default=None,
+        )
+
+    def _count(self, spot: Spot, change: int) -> None:
+        self._held[spot] += change
+        self._loads[spot.node_id] += change
+        self._crowd.count(spot, change)
 
 
 def better_spread(
@@ -121,8 +166,8 @@ def better_spread(
     target could take at least two more replicas than its origin: less would only swap the two. No
     move brings replicas of a shard together. barred: hosts where a shard has failed lately.
     """
-    left, refused = room_left(room, spots, num_shards), set(barred)
-    seen, crowd = Counter(spots), _Crowd(zones, room, spots, num_shards)
+    left, refused, seen = room_left(room, spots, num_shards), set(barred), Counter(spots)
+    crowd = _Crowd(zones, room, seen, num_shards)
     by_room = sorted((node for node in room if left[node] > 0), key=lambda node: -left[node])
 
     def is_gain(spot: Spot, node: str) -> bool:
@@ -149,12 +194,17 @@ class _Crowd:
         self,
         zones: Mapping[str, str] | None,
         room: Mapping[str, int],
-        spots: Sequence[Spot],
+        held: Mapping[Spot, int],
         num_shards: int,
     ) -> None:
         is_ample = all(count >= num_shards or count == 0 for count in room.values())
         self._zones = zones if is_ample and zones is not None else {}
-        self._counts = Counter((spot.shard, self._zones.get(spot.node_id, "")) for spot in spots)
+        self._counts: Counter[tuple[int, str]] = Counter()
+        for spot, count in held.items():
+            self.count(spot, count)
+
+    def count(self, spot: Spot, change: int) -> None:
+        self._counts[spot.shard, self._zones.get(spot.node_id, "")] += change
 
     def at(self, shard: int, node_id: str) -> int:
         return self._counts[shard, self._zones.get(node_id, "")]

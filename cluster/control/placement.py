@@ -28,18 +28,20 @@ from shardline.cluster.control.placement_state import (
     ReplicaRegistered,
     ReplicaState,
     ReplicaUnreachable,
-    Restart,
     RestartAsked,
+    RestartStopped,
     Rules,
     Stage,
 )
 from shardline.cluster.control.reconcile import (
     FORGET_S,
-    Outcome,
     after_failure,
     after_idle,
     reconcile,
 )
+from shardline.cluster.control.replacing import Outcome
+from shardline.cluster.control.restart_state import Restart
+from shardline.cluster.control.rolling_restart import restart_begun, restart_stopped
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.messages import (
     Absence,
@@ -52,6 +54,8 @@ from shardline.shards.core.messages import (
 # A restarted controller publishes without a replica that it has found and not heard of by then,
 # if another of that shard answers: its host may have died, which Ray notices late.
 HEAR_S = 3.0
+# Without news of hosts for so long, many times their interval, Ray's head was away.
+GAP_S = 10.0
 
 
 def open_generation(
@@ -68,9 +72,10 @@ def open_generation(
 
     table: the generation's; the replicas in its shards are replaced. counter: the number that its
     first version takes. hosts: the living ones. found: replicas that have an actor already, and the
-    node id of its host. restart: one that a controller before this had not ended.
+    node id of its host. restart: the newest one that a controller before this began.
     """
-    numbers = {shard.shard: 0 for shard in table.shards}
+    below = restart.below if restart is not None else {}  # a number may be that of one that ended
+    numbers = {shard.shard: below.get(shard.shard, 0) for shard in table.shards}
     for key in found:
         numbers[key.shard] = max(numbers[key.shard], key.replica + 1)
     known = {host.node_id: host for host in hosts}
@@ -123,7 +128,9 @@ def _taken(placement: Placement, event: Event) -> Outcome:
     if isinstance(event, NumberSeen):
         return _number_seen(placement, event.number)
     if isinstance(event, RestartAsked):
-        return _restart_asked(placement), ()
+        return restart_begun(placement), ()
+    if isinstance(event, RestartStopped):
+        return restart_stopped(placement), ()
     state = placement.replicas.get(event.key)
     if state is None:
         return placement, ()
@@ -138,13 +145,20 @@ def _taken(placement: Placement, event: Event) -> Outcome:
 
 def _hosts_seen(placement: Placement, event: HostsSeen) -> Placement:
     hosts = {host.node_id: host for host in event.hosts}
-    since = {node_id: placement.seen_since.get(node_id, event.now_s) for node_id in hosts}
+    is_gap = event.now_s - placement.now_s > GAP_S
+    seen = {} if is_gap else placement.seen_since
+    since = {node_id: seen.get(node_id, event.now_s) for node_id in hosts}
     failed = {
         spot: failure
         for spot, failure in placement.failed.items()
         if spot.node_id in hosts and event.now_s - failure.last_s < FORGET_S
     }
-    return replace(placement, hosts=hosts, seen_since=since, failed=failed, now_s=event.now_s)
+    placement = replace(placement, hosts=hosts, seen_since=since, failed=failed, now_s=event.now_s)
+    if not is_gap:
+        return placement
+    # what was to start could not, while Ray's head was away: that time is no sign of being stuck
+    late = [state for state in placement.replicas.values() if not state.answers]
+    return placement.with_states(*(replace(state, since_s=event.now_s) for state in late))
 
 
 def _number_seen(placement: Placement, number: int) -> Outcome:
@@ -156,22 +170,11 @@ def _number_seen(placement: Placement, number: int) -> Outcome:
     return jumped, tuple(Announce(key=key) for key in low)
 
 
-def _restart_asked(placement: Placement) -> Placement:
-    """Begins one with the replicas of now; one that is under way goes on."""
-    if placement.restart is not None and not placement.restart.is_over:
-        return placement
-    begun = Restart(
-        number=placement.counter + 1,
-        below=placement.next_numbers,
-        total=len(placement.staying()),
-    )
-    return replace(placement, restart=begun, counter=placement.counter + 1)
-
-
 def _registered(placement: Placement, state: ReplicaState, event: ReplicaRegistered) -> Placement:
     epoch = max(placement.counter, event.epoch) + 1
     route = replace(state.route, epoch=epoch, address=event.address, absence=None)
-    since_s = state.since_s if state.route.address == event.address else placement.now_s
+    is_known = state.route.address == event.address
+    since_s = state.since_s if is_known else max(placement.now_s, event.now_s)
     heard = replace(state, route=route, failures=0, since_s=since_s, unheard=False)
     failed = {spot: each for spot, each in placement.failed.items() if spot != state.spot}
     return replace(placement, counter=epoch, failed=failed).with_states(heard)
@@ -181,7 +184,8 @@ def _unreachable(placement: Placement, state: ReplicaState, event: ReplicaUnreac
     if state.route.epoch != event.epoch or not state.answers:
         return placement
     route = replace(state.route, address=None, absence=event.reason)
-    return placement.with_states(replace(state, route=route, since_s=placement.now_s))
+    since_s = max(placement.now_s, event.now_s)
+    return placement.with_states(replace(state, route=route, since_s=since_s))
 
 
 def _published(

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TypeAlias
 
 from shardline.cluster.control.hosts import Host, Spot
+from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, ReplicaRoute, RoutingTable
 
 
@@ -61,31 +62,12 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Restart:
-    """A rolling restart: every replica whose number is below that of its shard is replaced.
-
-    number: which restart it is. total: replicas to replace when it began. trouble: why the one
-    that is next cannot be replaced now; it is tried again at not_before_s.
-    """
-
-    number: int
-    below: Mapping[int, int]
-    total: int
-    is_over: bool = False
-    failures: int = 0
-    not_before_s: float = 0.0
-    trouble: Absence | None = None
-
-    def concerns(self, key: ReplicaKey) -> bool:
-        return not self.is_over and key.replica < self.below.get(key.shard, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """What stays the same for the life of a controller.
 
     replicas: wanted of each shard. cpus, gpus: what each reserves. load_limit_s: a replica that
-    has not begun to answer by then is tried on another host, if there is one for it.
+    has not begun to answer by then is tried on another host, if there is one for it; one that was
+    to take over from another is given up.
     """
 
     replicas: int = 1
@@ -126,6 +108,12 @@ class Placement:
         staying = self.staying()
         all_there = len({state.key.shard for state in staying}) == len(self.table.shards)
         return all_there and all(state.answers for state in staying)
+
+    @property
+    def covers(self) -> bool:
+        """Every shard has a replica that answers and is to stay."""
+        answering = {state.key.shard for state in self.staying() if state.answers}
+        return len(answering) == len(self.table.shards)
 
     @property
     def room(self) -> dict[str, int]:
@@ -202,21 +190,24 @@ class HostsSeen:
 class ReplicaRegistered:
     """A shard process loaded its range and listens; it is handed the epoch it must announce.
 
-    epoch: the one that it announces until then, 0 for none.
+    epoch: the one that it announces until then, 0 for none. now_s: 0 counts as the time of the last
+    ``HostsSeen``, which may lie long back while Ray's head is away.
     """
 
     key: ReplicaKey
     address: tuple[str, int]
     epoch: int = 0
+    now_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaUnreachable:
-    """The process of that epoch is gone; Ray is restarting it."""
+    """The process of that epoch is gone; Ray is restarting it. now_s: as of ReplicaRegistered."""
 
     key: ReplicaKey
     epoch: int
     reason: Absence
+    now_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +237,11 @@ class RestartAsked:
     """Every replica is to be replaced, one after the other."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestartStopped:
+    """No more replicas are to be replaced."""
+
+
 Event: TypeAlias = (
     HostsSeen
     | ReplicaRegistered
@@ -254,6 +250,7 @@ Event: TypeAlias = (
     | ReplicaIdle
     | NumberSeen
     | RestartAsked
+    | RestartStopped
 )
 
 

@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from shardline.cluster.control.placement_state import Placement, Restart
+from shardline.cluster.control.placement_state import Placement
+from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json

@@ -18,9 +18,9 @@ from shardline.cluster.control.placement_state import (
     ReplicaIdle,
     ReplicaRegistered,
     ReplicaUnreachable,
-    Restart,
     Rules,
 )
+from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 
 GONE = Absence("unavailable", "gone")
@@ -42,7 +42,10 @@ class World:
     """What the controller acts on. ``tick`` lets a second pass.
 
     unreadable: nodes where no shard can be loaded. stuck: nodes where loading never ends.
-    ray_knows: hosts as Ray's head sees them; it notices a death noticed_s later.
+    noticed_s: Ray's head notices the death of a host so late. free: processes that Ray
+    has CPUs for on a node, where others have taken some; what is placed beyond them waits.
+    connected_s: routers stay connected for so long to a replica that is out of the table.
+    is_head_away: nothing is known of hosts, and no actor is created.
     """
 
     table: RoutingTable
@@ -54,6 +57,12 @@ class World:
     now: float = 100.0
     unreadable: set[str] = field(default_factory=set)
     stuck: set[str] = field(default_factory=set)
+    free: dict[str, int] = field(default_factory=dict)
+    connected_s: float = 0.0
+    is_head_away: bool = False
+    published_s: list[float] = field(default_factory=list)
+    ended_s: dict[ReplicaKey, float] = field(default_factory=dict)
+    left_s: dict[ReplicaKey, float] = field(default_factory=dict)
     processes: dict[ReplicaKey, Process] = field(default_factory=dict)
     ended: list[ReplicaKey] = field(default_factory=list)
     placed: list[Place] = field(default_factory=list)
@@ -93,11 +102,12 @@ class World:
     def tick(self, seconds: int = 1) -> None:
         for _ in range(seconds):
             self.now += 1
-            self.apply(HostsSeen(hosts=self.hosts(), now_s=self.now))
-            for due, place in list(self.waiting):
-                if due <= self.now:
-                    self.waiting.remove((due, place))
-                    self._create(place)
+            if not self.is_head_away:
+                self.apply(HostsSeen(hosts=self.hosts(), now_s=self.now))
+                for due, place in list(self.waiting):
+                    if due <= self.now and self._has_cpus(place.node_id):
+                        self.waiting.remove((due, place))
+                        self._create(place)
             for key in list(self.processes):
                 self._check(key)
 
@@ -124,7 +134,7 @@ class World:
         epoch = state.route.epoch
         process = self.processes[key]
         self.processes[key] = self._process(process.node_id)
-        self.apply(ReplicaUnreachable(key=key, epoch=epoch, reason=GONE))
+        self.apply(ReplicaUnreachable(key=key, epoch=epoch, reason=GONE, now_s=self.now))
 
     def apply(self, event: Event) -> None:
         self.placement, instructions = step(self.placement, event)
@@ -152,12 +162,31 @@ class World:
     def _carry_out(self, instructions: Iterable[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, Publish):
-                self.tables.append(instruction.table)
+                self._publish(instruction.table)
             elif isinstance(instruction, Place):
                 self.waiting.append((self.now + instruction.after_s, instruction))
             elif isinstance(instruction, End):
                 self.ended.append(instruction.key)
+                self.ended_s[instruction.key] = self.now
                 self.processes.pop(instruction.key, None)
+
+    def _publish(self, table: RoutingTable) -> None:
+        self.tables.append(table)
+        self.published_s.append(self.now)
+        there = {route.key for shard in table.shards for route in shard.replicas}
+        for key in self.processes:
+            if key in there:
+                self.left_s.pop(key, None)
+            else:
+                self.left_s.setdefault(key, self.now)
+
+    def _is_connected(self, key: ReplicaKey) -> bool:
+        """Routers are, to what the newest table has, and to the rest for a while."""
+        return key not in self.left_s or self.now - self.left_s[key] < self.connected_s
+
+    def _has_cpus(self, node_id: str) -> bool:
+        held = sum(process.node_id == node_id for process in self.processes.values())
+        return held < self.free.get(node_id, held + 1)
 
     def _create(self, place: Place) -> None:
         state = self.placement.replicas.get(place.key)
@@ -183,8 +212,8 @@ class World:
                 self.apply(ReplicaFailed(key=key, reason=UNREADABLE))
                 return
             process.registered = True
-            self.apply(ReplicaRegistered(key=key, address=process.address))
-        elif process.registered:
+            self.apply(ReplicaRegistered(key=key, address=process.address, now_s=self.now))
+        elif process.registered and not self._is_connected(key):
             self.apply(ReplicaIdle(key=key))
 
 

@@ -20,7 +20,7 @@ from shardline.cluster.control.placement_state import (
     ReplicaUnreachable,
     Rules,
 )
-from shardline.cluster.control.reconcile import retry_after_s
+from shardline.cluster.control.replacing import retry_after_s
 from shardline.shards.core.messages import (
     Absence,
     ReplicaKey,
