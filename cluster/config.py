@@ -59,8 +59,8 @@ class ClusterConfig(BaseModel):
     http_host: str = Field(
         default="127.0.0.1",
         description="Address of the HTTP front end: any of this machine's, IPv4 or IPv6; 0.0.0.0 "
-        'is every one of IPv4, "::" of both. On a launched cluster only 0.0.0.0 or 127.0.0.1, with which a '
-        "host cannot ask the routers of others while its own is away.",
+        'is every one of IPv4, "::" of both. On a launched cluster only 0.0.0.0 or 127.0.0.1, '
+        "with which a host cannot ask the routers of others while its own is away.",
     )
     key_file: Path | None = Field(
         default=None,

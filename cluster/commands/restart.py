@@ -54,8 +54,9 @@ def restart(settings: Settings, rolling: bool, stop: bool) -> None:
 
 
 def stopped_line(progress: dict[str, Any] | None) -> str:
-    """What became of a restart that was to be stopped; None: there was none under way."""
-    if progress is None:
+    """What became of a restart that was to be stopped, from the progress of the newest; None: there
+    was none."""
+    if progress is None or not progress["is_stopped"]:
         return "no restart is under way"
     return f"stopped: {progress['done']} of {progress['total']} replicas were replaced"
 
@@ -74,7 +75,7 @@ def follow(
     ask: the progress of the newest restart, None if there was none; raises Unavailable.
 
     Raises:
-        Unavailable: it was cut short, or the controller has not answered for AWAY_S.
+        Unavailable: it was cut short or stopped, or the controller has not answered for AWAY_S.
     """
     found: dict[str, Any] | None = begun
     told: object = None
@@ -90,6 +91,12 @@ def follow(
         if found["trouble"] != told and found["trouble"] is not None:
             note(f"warning: {found['trouble']['text']}")
         told = found["trouble"]
+        if found["is_stopped"]:
+            raise Unavailable(
+                "the restart was stopped",
+                got=f"{found['done']} of {found['total']} replicas replaced",
+                hint="run the command again to replace them all",
+            )
         if found["is_over"]:
             return int(found["done"])
         sleep(POLL_S)

@@ -12,9 +12,18 @@ from shardline.cluster.commands.restart import AWAY_S, follow, stopped_line
 from shardline.shards.core.errors import Unavailable
 
 
-def progress(done: int, *, number: int = 1, trouble: str | None = None) -> dict[str, Any]:
+def progress(
+    done: int, *, number: int = 1, trouble: str | None = None, stopped: bool = False
+) -> dict[str, Any]:
     told = None if trouble is None else {"code": "unavailable", "text": trouble}
-    return {"number": number, "total": 3, "done": done, "is_over": done == 3, "trouble": told}
+    return {
+        "number": number,
+        "total": 3,
+        "done": done,
+        "trouble": told,
+        "is_over": done == 3 or stopped,
+        "is_stopped": stopped,
+    }
 
 
 class Told:
@@ -68,6 +77,11 @@ def test_one_that_was_cut_short_is_an_error(found: dict[str, Any] | None) -> Non
         Told(found).follow(progress(0))
 
 
+def test_one_that_was_stopped_by_another_command_is_an_error() -> None:
+    with pytest.raises(Unavailable, match=r"was stopped; got 1 of 3 replicas replaced"):
+        Told(progress(1, stopped=True)).follow(progress(0))
+
+
 def test_a_controller_that_is_away_for_a_while_is_waited_for() -> None:
     away = Unavailable("the controller does not answer")
     assert Told(away, away, progress(3)).follow(progress(0)) == 3
@@ -100,7 +114,7 @@ def test_one_thing_is_to_be_done(
 def test_a_restart_is_stopped_through_the_controller(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    handle = SimpleNamespace(stop_restart=SimpleNamespace(remote=lambda: progress(1)))
+    handle = SimpleNamespace(stop_restart=SimpleNamespace(remote=lambda: progress(1, stopped=True)))
     monkeypatch.setattr(module, "attached_ray", lambda *_, **__: nullcontext())
     monkeypatch.setattr(module, "controller", lambda: handle)
     monkeypatch.setattr(module, "asked", lambda reference, timeout_s: reference)
@@ -108,4 +122,4 @@ def test_a_restart_is_stopped_through_the_controller(
         main(["--set", "cluster.address=auto", "restart", "--stop"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == "stopped: 1 of 3 replicas were replaced\n"
-    assert stopped_line(None) == "no restart is under way"
+    assert stopped_line(None) == stopped_line(progress(3)) == "no restart is under way"
