@@ -168,7 +168,7 @@ def check_serve(cluster: ClusterConfig, port: int) -> None:
         f"Ray Serve listens elsewhere already; its applications: {others}",
         expected=f"{host_and_port(*wanted)}, as in cluster.http_host and cluster.http_port",
         got=host_and_port(host, taken),
-        hint=f"`shardline serve --port {taken} --set cluster.http_host={host}` shares it, or end "
+        hint=f"`shardline --set cluster.http_host={host} serve --port {taken}` shares it, or end "
         "Serve with `serve shutdown`",
     )
 

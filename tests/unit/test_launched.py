@@ -14,7 +14,8 @@ from shardline.cluster.cli import Settings
 from shardline.cluster.commands import address as module
 from shardline.cluster.commands.address import address_of
 from shardline.cluster.config import load_config
-from shardline.cluster.serving import launched
+from shardline.cluster.preflight.check import warned
+from shardline.cluster.serving import examine, launched
 from shardline.cluster.serving.examine import check_report
 from shardline.cluster.serving.launched import (
     Launched,
@@ -235,6 +236,23 @@ def test_doctor_names_what_is_missing() -> None:
     assert str(check_report(report)[0]).startswith("warn  replicas: 2 shards, 2 of 4 answer")
     report["routers"] = []
     assert str(check_report(report)[1]).startswith("FAIL  routers: no router has been heard of")
+
+
+def test_what_was_found_is_told_though_the_controller_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ask_controller() -> None:
+        raise Unavailable("the controller does not answer")
+
+    monkeypatch.setattr(examine, "attached_ray", lambda *_, **__: nullcontext("10.0.0.1:6379"))
+    monkeypatch.setattr(examine, "living_hosts", lambda: ())
+    monkeypatch.setattr(examine, "is_served", lambda: True)
+    monkeypatch.setattr(examine, "serve_runs", lambda: True)
+    monkeypatch.setattr(examine, "survey", lambda *_, **__: [warned("clock", "1.0 h ahead")])
+    monkeypatch.setattr(examine, "ask_controller", ask_controller)
+    assert [each.name for each in examine.examine(load_config(None), 1)] == [
+        *("Ray", "clock", "cluster")
+    ]
 
 
 def test_joining_and_asking_go_together(monkeypatch: pytest.MonkeyPatch) -> None:

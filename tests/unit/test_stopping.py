@@ -211,7 +211,7 @@ def test_serve_elsewhere_is_named_before_the_wait(
     client = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8001))
     monkeypatch.setattr(front_end, "_get_global_client", lambda **_: client)
     check_serve(EVERYWHERE, 8001)
-    said = r"elsewhere already.*expected 0\.0\.0\.0:8000,.*got 0\.0\.0\.0:8001; `shardline serve"
+    said = r"elsewhere already.*expected 0\.0\.0\.0:8000,.*got 0\.0\.0\.0:8001; `shardline --set"
     with pytest.raises(Unavailable, match=said):
         check_serve(EVERYWHERE, 8000)
     loopback = ClusterConfig(address="auto", http_host="127.0.0.1")
