@@ -60,6 +60,7 @@ from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound, Unavailable
 
 REPORTS_TIMEOUT_S = 30.0
+MOST_NAMED = 8  # replicas in one message
 LOAD_TRIES = 3  # hosts on which a shard that does not load is tried in the time of a start
 
 
@@ -229,13 +230,15 @@ def wait_loaded(
 
 
 def silent_replicas(report: Report) -> str:
-    """Names the replicas that do not answer, with their hosts and reasons; "" if all do."""
-    return "; ".join(
+    """Names the first replicas that do not answer, with their hosts and reasons; "" if all do."""
+    named = [
         f"shard {each['shard']} on {each['host']}: "
         + ("nothing yet" if each["reason"] is None else each["reason"]["text"])
         for each in report["replicas"]
         if not each["answers"]
-    )
+    ]
+    more = [f"{len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
+    return "; ".join(named[:MOST_NAMED] + more)
 
 
 def _silent_replicas() -> str:

@@ -11,7 +11,12 @@ from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.preflight.check import failed, warned
 from shardline.cluster.serving import deployment as module
 from shardline.cluster.serving.await_routers import Ready
-from shardline.cluster.serving.deployment import controller_settings, start_serving, wait_loaded
+from shardline.cluster.serving.deployment import (
+    controller_settings,
+    silent_replicas,
+    start_serving,
+    wait_loaded,
+)
 from shardline.cluster.serving.front_end import router_application, routers_wanted
 from shardline.cluster.store import Store
 from shardline.router.http.auth import INSECURE
@@ -174,6 +179,13 @@ def test_replicas_that_do_not_answer_in_time_are_named(
         wait_loaded(None, Store(tmp_path), 1, 0.0, print)  # type: ignore[arg-type]
     with pytest.raises(Unavailable, match="within 0 s; wait"):  # another reason: it is not late
         wait_loaded(None, Store(tmp_path), 1, 60.0, print)  # type: ignore[arg-type]
+
+
+def test_a_message_names_only_some_of_many_replicas() -> None:
+    report = {"replicas": [replica(shard, "h", answers=False) for shard in range(12)]}
+    said = silent_replicas(report).split("; ")
+    assert said[0] == "shard 0 on h: nothing yet"
+    assert (len(said), said[-1]) == (9, "4 more")
 
 
 def test_a_shard_may_be_tried_on_other_hosts_within_the_time_of_a_start(tmp_path: Path) -> None:
