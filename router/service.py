@@ -231,6 +231,12 @@ class SearchService:
         await self._readiness.hear()
         return self.ready()
 
+    @property
+    def cluster_id(self) -> str | None:
+        """Of the cluster whose routing table is served; None: none has come yet."""
+        snapshot = self._fanout.snapshot
+        return None if snapshot is None else snapshot.table.cluster_id
+
     def ready(self) -> tuple[bool, dict[str, Any]]:
         """Whether queries can be answered now, and why or how completely, for JSON.
 

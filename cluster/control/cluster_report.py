@@ -1,23 +1,12 @@
 """What the controller tells of the cluster, as plain data: hosts, replicas, routers, progress."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.news import Heard, News
 from shardline.cluster.control.placement_state import Placement, ReplicaState, Stage
 from shardline.cluster.http_address import url_of
-from shardline.shards.core.messages import RouterSeen
-
-EXPIRE_S = 15.0  # three of the polls with which a router announces itself
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """A router, and when it announced itself last, in seconds of the controller's clock."""
-
-    router: RouterSeen
-    at_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +24,7 @@ class Http:
 def cluster_report(
     placement: Placement,
     *,
-    known_hosts: Iterable[Host],
-    routers: Iterable[Heard],
+    news: News,
     http: Http,
     now_s: float,
 ) -> dict[str, Any]:
@@ -47,17 +35,19 @@ def cluster_report(
     "replicas": [{"shard", "replica", "host", "address", "epoch", "answers", "stage", "failures",
     "reason": {"code", "text"} or None}],
     "routers": [{"host", "node_id", "pid", "url", "heard_s"}], "notes": [{"code", "text"}],
-    "restart": as ``restart_progress``}. known_hosts: those that live, and those that did.
+    "restart": as ``restart_progress``}. A router is one that was heard of lately, on a living host.
     """
     table = placement.table
-    living = list(routers_alive(routers, placement, now_s))
+    living = [each for each in news.routers(now_s) if each.router.node_id in placement.hosts]
+    silence = news.silence(now_s)
+    notes = (*table.notes, *([] if silence is None else [silence]))
     return {
         "cluster_id": table.cluster_id,
         "generation": table.generation,
         "version": table.version,
         "http_port": http.port,
         "replicas_wanted": placement.rules.replicas,
-        "hosts": [_host(host, placement, living) for host in known_hosts],
+        "hosts": [_host(host, placement, living) for host in news.hosts()],
         "replicas": [_replica(state, placement) for state in placement.replicas.values()],
         "routers": [
             {
@@ -67,7 +57,7 @@ def cluster_report(
             }
             for heard in living
         ],
-        "notes": [asdict(note) for note in table.notes],
+        "notes": [asdict(note) for note in notes],
         "restart": restart_progress(placement),
     }
 
@@ -87,27 +77,6 @@ def restart_progress(placement: Placement) -> dict[str, Any] | None:
         "is_stopped": restart.is_stopped,
         "trouble": None if restart.trouble is None else asdict(restart.trouble),
     }
-
-
-def routers_alive(routers: Iterable[Heard], placement: Placement, now_s: float) -> Iterable[Heard]:
-    """Those that were heard of lately and whose hosts live."""
-    for heard in routers:
-        is_known = heard.router.node_id in placement.hosts
-        if is_known and now_s - heard.at_s < EXPIRE_S:
-            yield heard
-
-
-def with_known(known: Mapping[str, Host], living: Iterable[Host]) -> dict[str, Host]:
-    """Hosts by node id: the living ones, and those gone whose address no living one has."""
-    alive = {host.node_id: host for host in living}
-    addresses = {host.address for host in alive.values()}
-    gone = {
-        node_id: host
-        for node_id, host in known.items()
-        if node_id not in alive and host.address not in addresses
-    }
-    by_address = sorted({**gone, **alive}.values(), key=lambda host: (host.address, host.node_id))
-    return {host.node_id: host for host in by_address}
 
 
 def _host(host: Host, placement: Placement, routers: list[Heard]) -> dict[str, Any]:

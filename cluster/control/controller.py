@@ -11,28 +11,29 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from shardline.cluster.control.cluster_report import (
-    Heard,
-    Http,
-    cluster_report,
-    restart_progress,
-    with_known,
-)
+from shardline.cluster.control.cluster_report import Http, cluster_report, restart_progress
+from shardline.cluster.control.news import News
 from shardline.cluster.control.opening import (
     cluster_id_of,
     empty_table,
     first_hosts,
     is_restart,
     opened,
+)
+from shardline.cluster.control.outlook import (
+    hopeless,
+    not_ready,
+    raise_if_hopeless,
+    refuse_without_spare,
+    without_room,
 )
 from shardline.cluster.control.placement import open_generation, step
 from shardline.cluster.control.placement_state import (
@@ -46,18 +47,20 @@ from shardline.cluster.control.placement_state import (
     Publish,
     ReplicaFailed,
     ReplicaRegistered,
+    ReplicaUnreachable,
     RestartAsked,
+    RestartStopped,
     Rules,
     Stage,
 )
 from shardline.cluster.control.ray_hosts import fresh_hosts
-from shardline.cluster.control.reconcile import hopeless
 from shardline.cluster.control.restart_note import RestartNote
-from shardline.cluster.control.shard_actors import ShardActors, ShardSettings, reason_of
+from shardline.cluster.control.rolling_restart import is_restarting
+from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import DataError, Unavailable, error_of
+from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, error_of
 from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
 
 logger = logging.getLogger(__name__)
@@ -87,7 +90,7 @@ class ControllerSettings(ShardSettings):
 
 
 class Controller:
-    """The state machine's shell. Create it with ``start_controller``."""
+    """The state machine's shell. Create it with ``control.start``."""
 
     def __init__(self, settings: ControllerSettings) -> None:
         self._store = store = Store(Path(settings.store))
@@ -112,8 +115,7 @@ class Controller:
             now_s=time.monotonic(),
             restart=self._restart_note.read(),
         )
-        self._known_hosts = with_known({}, self._placement.hosts.values())
-        self._routers: dict[tuple[str, int], Heard] = {}
+        self._news = News(self._placement.hosts.values(), time.monotonic())
         self._published: RoutingTable | None = None
         self._unsaved: Absence | None = None  # why the newest numbers are not on record
         self._changed = asyncio.Condition()
@@ -145,25 +147,26 @@ class Controller:
                 expected=f"one of generation {generation} that is placed now",
                 got=str(key),
             )
-        await self._apply(ReplicaRegistered(key=key, address=(address[0], address[1]), epoch=epoch))
+        told = (address[0], address[1])
+        now_s = time.monotonic()
+        await self._apply(ReplicaRegistered(key=key, address=told, epoch=epoch, now_s=now_s))
         return self._placement.replicas[key].route.epoch
 
-    async def table_after(
-        self, version: int, timeout_s: float, router: RouterSeen | None = None
-    ) -> RoutingTable | None:
+    async def table_after(self, version: int, timeout_s: float) -> RoutingTable | None:
         """The routing table once it is newer than ``version``; None when the time is up first.
 
-        A version above all of ours was given out before the record of it was lost. router: who
-        asks; one that does not ask again within seconds is not reported any more.
+        A version above all of ours was given out before the record of it was lost.
         """
-        if router is not None:
-            self._routers[router.node_id, router.pid] = Heard(router, time.monotonic())
         await self._apply(NumberSeen(number=version))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._changed:
                 await self._changed.wait_for(lambda: self._newer_than(version))
                 return self._published
         return None
+
+    async def router_lives(self, router: RouterSeen) -> None:
+        """A router announces itself; one that does not again within seconds is not reported."""
+        self._news.heard(router, time.monotonic())
 
     async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
         """Why no newer table can be published, once that is another reason than ``known``, or when
@@ -173,16 +176,17 @@ class Controller:
                 await self._changed.wait_for(lambda: self._unsaved != known)
         return self._unsaved
 
-    async def wait_ready(self, timeout_s: float) -> int | None:
-        """The generation that is served, once every replica answers; None when the time is up.
+    async def wait_ready(self, timeout_s: float) -> int:
+        """The generation that is served, once every replica answers.
 
         Raises:
             ShardlineError: a replica cannot be placed, or the store takes no counter; of that
                 reason's code.
+            Unavailable: the time is up.
         """
 
         def is_over() -> bool:
-            is_lost = bool(hopeless(self._placement) or self._without_room())
+            is_lost = bool(hopeless(self._placement) or without_room(self._placement))
             return self._placement.ready or is_lost or self._unsaved is not None
 
         with contextlib.suppress(TimeoutError):
@@ -190,19 +194,9 @@ class Controller:
                 await self._changed.wait_for(is_over)
                 if self._unsaved is not None:
                     raise error_of(self._unsaved.code, self._unsaved.text)
-                for state in hopeless(self._placement):
-                    reason = state.route.absence or Absence(Unavailable.code, "it has failed")
-                    raise error_of(
-                        reason.code,
-                        f"shard {state.key.shard}{self._on(state.route.host)}: {reason.text}",
-                    )
-                if shards := self._without_room():
-                    raise Unavailable(
-                        f"no host has room for a replica of shards {shards}",
-                        hint="lower cluster.cpus_per_shard, or add hosts",
-                    )
+                raise_if_hopeless(self._placement)
                 return self._placement.table.generation
-        return None
+        raise not_ready(self._placement, timeout_s)
 
     async def shard_reports(self) -> list[dict[str, Any]]:
         """What each shard process says of itself, or why it does not, in the order of their keys.
@@ -213,26 +207,29 @@ class Controller:
 
     async def report(self) -> dict[str, Any]:
         """The state of the cluster: ``cluster_report`` says what is in it."""
-        return cluster_report(
-            self._placement,
-            known_hosts=self._known_hosts.values(),
-            routers=self._routers.values(),
-            http=self._http,
-            now_s=time.monotonic(),
-        )
+        now_s = time.monotonic()
+        return cluster_report(self._placement, news=self._news, http=self._http, now_s=now_s)
 
     async def restart_rolling(self) -> dict[str, Any]:
         """Begins to replace every replica, one after the other; its ``restart_progress``, as that
         of one that is under way already.
 
         Raises:
-            OSError: the store takes no note of it.
+            Unavailable: there is a replica that could not be replaced, for want of room.
+            ShardlineError: the store takes no counter.
         """
-        await self._apply(RestartAsked())
-        self._restart_note.keep(self._placement)
-        progress = restart_progress(self._placement)
+        if not is_restarting(self._placement):
+            refuse_without_spare(self._placement)
+        progress = await self._restart(RestartAsked())
         assert progress is not None
         return progress
+
+    async def stop_restart(self) -> dict[str, Any] | None:
+        """Begins no further replacement of a rolling restart; the ``restart_progress`` of then.
+
+        One that is under way is brought to its end. Raises ShardlineError: as ``restart_rolling``.
+        """
+        return await self._restart(RestartStopped())
 
     async def restart_progress(self) -> dict[str, Any] | None:
         """Of the newest rolling restart: ``cluster_report.restart_progress`` says what it is.
@@ -240,6 +237,17 @@ class Controller:
         None, or of another number than ``restart_rolling`` gave: it was cut short.
         """
         return restart_progress(self._placement)
+
+    async def _restart(self, event: Event) -> dict[str, Any] | None:
+        try:
+            await self._apply(event)
+        except OSError as error:
+            raise _known(error) from error
+        await tried(self._keep_note)  # else with the next look at the hosts
+        return restart_progress(self._placement)
+
+    async def _keep_note(self) -> None:
+        self._restart_note.keep(self._placement)
 
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
@@ -252,14 +260,19 @@ class Controller:
         self._tasks.spawn(self._watch_replicas())
         self._tasks.spawn(self._watch_hosts())
         async with self._changed:
-            await self._changed.wait_for(lambda: self._placement.ready)
+            await self._changed.wait_for(lambda: self._placement.covers)
         await asyncio.sleep(RETIRE_AFTER_S)
-        await asyncio.to_thread(self._shards.end_others)
+        await self._until_done(self._shards.end_others, "shards of other generations")
 
     async def _watch_replicas(self) -> None:
         """Each on its own: one that does not answer must not hold up the others."""
+        was_silent = False
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
+            silence = self._news.silence(time.monotonic())
+            if silence is not None and not was_silent:
+                logger.warning("%s", silence.text)
+            was_silent = silence is not None
             for key in self._shards.placed:
                 if key not in self._checked and key in self._placement.replicas:
                     self._checked.add(key)
@@ -274,10 +287,13 @@ class Controller:
     async def _see_hosts(self) -> None:
         # in a thread: it blocks while the head is away
         hosts = await asyncio.to_thread(fresh_hosts, self._placement.hosts)
-        if hosts:
-            self._known_hosts = with_known(self._known_hosts, hosts)
-            await self._apply(HostsSeen(hosts=hosts, now_s=time.monotonic()))
-            self._restart_note.keep(self._placement)
+        if not hosts:
+            return
+        self._news.saw_hosts(hosts, time.monotonic())
+        if self._unsaved is not None:
+            await self._save_again()
+        await self._apply(HostsSeen(hosts=hosts, now_s=time.monotonic()))
+        await self._keep_note()
 
     async def _check(self, key: ReplicaKey) -> None:
         """One health check; what it finds becomes an event."""
@@ -291,6 +307,8 @@ class Controller:
             else:
                 event = await self._shards.check(key, state.route.epoch, lambda: self._is_lost(key))
             if event is not None:
+                if isinstance(event, ReplicaUnreachable):
+                    event = replace(event, now_s=time.monotonic())
                 await self._apply(event)
                 if isinstance(event, ReplicaFailed):  # not before: a full disk must not lose it
                     self._shards.forget(key)
@@ -300,14 +318,6 @@ class Controller:
     def _is_lost(self, key: ReplicaKey) -> bool:
         state = self._placement.replicas.get(key)
         return state is not None and not state.answers
-
-    def _without_room(self) -> list[int]:
-        """The shards without a replica, not even one that is still loading."""
-        return [shard for shard, count in self._placement.shards_without_all() if count == 0]
-
-    def _on(self, host: str | None) -> str:
-        """Names a host where there are several."""
-        return f" on {host}" if len(self._placement.hosts) > 1 else ""
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:
         state = self._placement.replicas[key]
@@ -338,9 +348,21 @@ class Controller:
 
     async def _cannot_save(self, error: OSError) -> None:
         """Tells whoever waits; the event is tried again by whoever it came from."""
-        known = as_known(error) or DataError(str(error))
+        known = _known(error)
         text = f"the controller cannot save its counter, so nothing newer is published: {known}"
-        self._unsaved = Absence(known.code, text)
+        await self._say_unsaved(Absence(known.code, text))
+
+    async def _save_again(self) -> None:
+        """The event that could not be saved may never come again, and the store be well since."""
+        try:
+            self._store.raise_counter(self._placement.counter + 1)  # it writes no lower number
+        except OSError as error:
+            await self._cannot_save(error)
+        else:
+            await self._say_unsaved(None)
+
+    async def _say_unsaved(self, unsaved: Absence | None) -> None:
+        self._unsaved = unsaved
         async with self._changed:
             self._changed.notify_all()
 
@@ -376,62 +398,20 @@ class Controller:
             self._tasks.spawn(self._place(replace(place, after_s=WATCH_INTERVAL_S)))
 
     async def _end(self, end: End) -> None:
-        """Tries until it is done: an actor that nobody knows of would keep its memory for ever."""
+        """An actor that nobody knows of would keep its memory for ever."""
+        ending = partial(self._shards.end_replica, end.key, end.node_id)
+        await self._until_done(ending, f"replica {end.key}")
+
+    async def _until_done(self, end: Callable[[], None], what: str) -> None:
+        """Tries until Ray has taken the order."""
         while True:
             try:
-                await asyncio.to_thread(self._shards.end_replica, end.key, end.node_id)
+                await asyncio.to_thread(end)
                 return
             except RayError as error:
-                logger.warning("replica %s was not ended yet: %s", end.key, error)
+                logger.warning("%s: not ended yet: %s", what, error)
             await asyncio.sleep(WATCH_INTERVAL_S)
 
 
-def start_controller(settings: ControllerSettings) -> "ActorHandle[Controller]":
-    """Creates the controller actor, which places the shards of its generation at once.
-
-    Raises:
-        Unavailable: a controller runs already.
-    """
-    try:
-        handle = (
-            ray.remote(Controller)
-            .options(
-                name=CONTROLLER_NAME,
-                lifetime="detached",
-                max_restarts=-1,
-                max_task_retries=-1,
-                num_cpus=0,
-                max_concurrency=1000,  # every router replica parks one long poll here
-            )
-            .remote(settings)
-        )
-    except ValueError as error:
-        raise Unavailable(
-            "a controller is running already", hint="`shardline down` stops it"
-        ) from error
-    return handle
-
-
-def wait_ready(controller: "ActorHandle[Controller]", timeout_s: float) -> int:
-    """The generation that is served, once every replica answers.
-
-    Raises:
-        ShardlineError: a replica cannot be placed; the class says why.
-        Unavailable: the time is up, or the controller does not answer.
-    """
-    try:
-        generation: int | None = ray.get(
-            controller.wait_ready.remote(timeout_s), timeout=timeout_s + 5
-        )
-    except RayError as error:
-        reason = reason_of(error)
-        is_told = isinstance(error, RayTaskError) or reason.code != Unavailable.code
-        text = reason.text if is_told else f"the controller does not answer: {reason.text}"
-        raise error_of(reason.code, text) from error
-    if generation is None:
-        raise Unavailable(
-            "shards did not become ready",
-            expected=f"within {timeout_s:g} s",
-            hint="give it longer with --set cluster.start_timeout_s=..., or Ray more CPUs",
-        )
-    return generation
+def _known(error: OSError) -> ShardlineError:
+    return as_known(error) or DataError(str(error))

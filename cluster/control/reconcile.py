@@ -102,25 +102,6 @@ def after_idle(placement: Placement, state: ReplicaState) -> Outcome:
     return placement.without(state.key), (end_of(state),)
 
 
-def hopeless(placement: Placement) -> list[ReplicaState]:
-    """Those that failed wherever they could be: who waits for the start need not wait longer."""
-    marked = {spot for spot in placement.failed if spot.node_id in placement.hosts}
-    found = []
-    for state in placement.staying():
-        if state.answers or not state.failures:
-            continue
-        shard = state.key.shard
-        others = {other.node_id for other in placement.staying(shard) if other is not state}
-        untried = [
-            node_id
-            for node_id, room in placement.room.items()
-            if room and node_id not in others and Spot(shard, node_id) not in marked
-        ]
-        if not untried:
-            found.append(state)
-    return found
-
-
 # The rules, in the order in which they are applied
 
 

@@ -1,4 +1,5 @@
-"""A note in the store of a rolling restart that is under way: a restarted controller goes on."""
+"""A note in the store of the newest rolling restart: a restarted controller goes on with it, or
+tells how it ended."""
 
 import logging
 from pathlib import Path
@@ -20,23 +21,29 @@ class RestartNote:
     def __init__(self, root: Path, cluster_id: str, generation: int) -> None:
         self._path = root / NAME
         self._owner = {"cluster_id": cluster_id, "generation": generation}
-        self._saved: int | None = None
+        self._saved: tuple[int, bool] | None = None
 
     def read(self) -> Restart | None:
-        """The restart to go on with. One that cannot be read is logged and counts as ended: who
+        """The newest restart. One that cannot be read is logged and counts as ended: who
         waits for it is told that it was cut short."""
         try:
             found = read_json(self._path, MAX_STATE_BYTES)
             if any(found[name] != value for name, value in self._owner.items()):
                 return None
             below = {int(shard): int(number) for shard, number in found["below"].items()}
-            restart = Restart(number=int(found["number"]), below=below, total=int(found["total"]))
+            restart = Restart(
+                number=int(found["number"]),
+                below=below,
+                total=int(found["total"]),
+                is_over=found["is_over"] is True,
+                is_stopped=found["is_stopped"] is True,
+            )
         except FileNotFoundError:
             return None
         except (ShardlineError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             logger.error("a rolling restart was cut short: %s: %s", self._path, error)
             return None
-        self._saved = restart.number
+        self._saved = restart.number, restart.is_over
         return restart
 
     def keep(self, placement: Placement) -> None:
@@ -46,11 +53,14 @@ class RestartNote:
             OSError: it cannot be written; the restart goes on, and this is tried again.
         """
         restart = placement.restart
-        if restart is None or restart.is_over:
-            if self._saved is not None:
-                self._path.unlink(missing_ok=True)
-                self._saved = None
-        elif self._saved != restart.number:
-            said = {"number": restart.number, "below": restart.below, "total": restart.total}
-            files.write_json(self._path, self._owner | said)
-            self._saved = restart.number
+        if restart is None or self._saved == (restart.number, restart.is_over):
+            return
+        said = {
+            "number": restart.number,
+            "below": restart.below,
+            "total": restart.total,
+            "is_over": restart.is_over,
+            "is_stopped": restart.is_stopped,
+        }
+        files.write_json(self._path, self._owner | said)
+        self._saved = restart.number, restart.is_over

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from shardline.cluster.config import ShardlineConfig, load_config
-from shardline.cluster.control.controller import start_controller, wait_ready
 from shardline.cluster.control.ray_hosts import living_hosts
+from shardline.cluster.control.start import start_controller, wait_ready
 from shardline.cluster.exits import as_known
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_start

@@ -17,14 +17,10 @@ import psutil
 from ray.actor import ActorHandle
 
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.control.controller import (
-    Controller,
-    ControllerSettings,
-    start_controller,
-    wait_ready,
-)
+from shardline.cluster.control.controller import Controller, ControllerSettings
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.ray_hosts import living_hosts
+from shardline.cluster.control.start import start_controller, wait_ready
 from shardline.cluster.http_address import is_loopback, local_url
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_start

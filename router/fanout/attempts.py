@@ -96,7 +96,7 @@ class Attempts:
         self._sent_at = shared.time()
         self._is_hedged = False
         # of each shard, who was asked first, while it owes an answer; who was asked later, when,
-        # and owes one; and who has failed or could not be asked
+        # and owes one; and who was asked and has failed
         self._first: list[ShardConnection | None] = [None] * len(shards)
         self._later: dict[int, list[tuple[ShardConnection, float]]] = {}
         self._over: dict[int, list[ShardConnection]] = {}
@@ -121,7 +121,9 @@ class Attempts:
         self._delay_s = pace.delay_s
         for position, replicas in enumerate(shards):
             connection = choose(replicas, now)
-            if connection is not None:
+            if connection is None:
+                error = self._ask_another(position, now)
+            else:
                 try:
                     self._links[position] = connection.request(
                         self._request_id,
@@ -131,8 +133,7 @@ class Attempts:
                     self._first[position] = connection
                     continue
                 except Unavailable:
-                    self._over[position] = [connection]
-            error = self._ask_another(position, now)
+                    error = self._ask_another(position, now, (connection,))
             if error is not None:
                 self._put(position, error)
         return min(pace.delay_s, LOOK_S)
@@ -163,12 +164,18 @@ class Attempts:
 
     # Asking
 
-    def _ask_another(self, position: int, now: float) -> Unavailable | None:
-        """Whichever can be asked and has not been; why, where none could."""
+    def _ask_another(
+        self, position: int, now: float, refused: Sequence[ShardConnection] = ()
+    ) -> Unavailable | None:
+        """Whichever can be asked now and has not been; why, where none could.
+
+        One that is not connected at this look may be asked at a later one. refused: those found
+        so at this look.
+        """
         error = Unavailable("no process serves it")
         replicas, choose = self._shards[position], self._shared.chooser.choose
+        tried = [*self._tried(position), *refused]
         while True:
-            tried = self._tried(position)
             connection = choose(replicas, now, tried) or last_resort(replicas, tried)
             if connection is None:
                 return error
@@ -176,6 +183,7 @@ class Attempts:
             if refusal is None:
                 return None
             error = refusal
+            tried.append(connection)
 
     def _ask_later(
         self, position: int, connection: ShardConnection, now: float
@@ -186,7 +194,6 @@ class Attempts:
         try:
             self._links[position] = connection.request(self._request_id, frame, reply_to)
         except Unavailable as error:
-            self._over.setdefault(position, []).append(connection)
             return error
         self._later.setdefault(position, []).append((connection, now))
         return None

@@ -152,8 +152,8 @@ def _add_reads(app: FastAPI, service: SearchService, guard: Guard) -> None:
 def _add_health(app: FastAPI, service: SearchService) -> None:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> Response:
-        """200 while the process answers at all."""
-        return _json({"status": "ok"})
+        """200 while the process answers at all. `cluster_id`: null before the first routing table."""
+        return _json({"status": "ok", "cluster_id": service.cluster_id})
 
     @app.get("/readyz", **READY_DOC)
     async def readyz() -> Response:

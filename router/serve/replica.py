@@ -28,7 +28,7 @@ from shardline.shards.process.ray_metrics import RayExporter
 logger = logging.getLogger(__name__)
 
 POLL_TIMEOUT_S = 30.0
-ANNOUNCE_S = 5.0  # a poll for a table announces this router, too: it is not known without it
+ANNOUNCE_S = 5.0  # pause between two calls that announce this router
 LATE_S = 5.0  # after the end of a poll: there will be no answer
 RETRY_S = 0.5
 SECRET_S = 30.0
@@ -114,6 +114,7 @@ class RouterReplica:
         await self._guard.begin()
         follow = (
             self._follow_controller(),
+            self._announce(),
             self._follow_trouble(),
             self._guard.follow(),
             self._mend_encoder(),
@@ -148,12 +149,11 @@ class RouterReplica:
         """Applies every newer table, for as long as the replica lives."""
         version = 0
         controller: Any = None
-        router = _who_this_is()
         while True:
             try:
                 if controller is None:  # blocks while Ray's head is away, so not in this loop
                     controller = await asyncio.to_thread(self._find_controller)
-                table = await controller.table_after.remote(version, ANNOUNCE_S, router)
+                table = await controller.table_after.remote(version, POLL_TIMEOUT_S)
                 if table is not None:
                     await self._service.apply(table)
                     version = table.version
@@ -165,6 +165,22 @@ class RouterReplica:
             except Exception:
                 logger.exception("a table newer than %d could not be applied", version)
                 await asyncio.sleep(RETRY_S)
+
+    async def _announce(self) -> None:
+        """Tells the controller every few seconds that this router lives, also while it loads an
+        encoder for a new table."""
+        router = _who_this_is()
+        while True:
+            try:
+                controller = await asyncio.to_thread(self._find_controller)
+                await _in_time(controller.router_lives.remote(router), ANNOUNCE_S)
+            except (RayError, ValueError, TimeoutError) as error:
+                logger.warning("this router could not be announced: %s", last_line(error))
+                await asyncio.sleep(RETRY_S)
+                continue
+            except Exception:
+                logger.exception("this router could not be announced")
+            await asyncio.sleep(ANNOUNCE_S)
 
     async def _follow_trouble(self) -> None:
         """Has `status` say why the controller publishes no newer table, while it cannot."""
@@ -210,7 +226,7 @@ def _who_this_is() -> RouterSeen:
     )
 
 
-async def _in_time(answer: Awaitable[Absence | None], seconds: float) -> Absence | None:
+async def _in_time(answer: Awaitable[Any], seconds: float) -> Any:
     try:
         return await asyncio.wait_for(answer, seconds)
     except TimeoutError as error:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.corpus import make_store
+from tests.chaos.oracle import Corpus
 from tests.hosts.launched import CHECKOUT, Launched, wait_until
 from tests.hosts.rig import Host, environment_folders, raised
 
@@ -21,12 +22,16 @@ def launched() -> Iterator[Launched]:
     with raised(2, [*environment_folders(), CHECKOUT]) as rig:
         launched = Launched(rig)
         launched.up_by_ssh()
-        make_store(rig.store)
         yield launched
 
 
+@pytest.fixture(scope="module")
+def corpus(launched: Launched) -> Corpus:
+    return make_store(launched.rig.store)
+
+
 @pytest.mark.timeout(600)
-def test_loopback_is_served_and_ended_from_a_worker(launched: Launched) -> None:
+def test_loopback_is_served_and_ended_from_a_worker(launched: Launched, corpus: Corpus) -> None:
     head, worker = launched.rig.hosts
     refused = launched.shardline(head, "--set cluster.shard_host=127.0.0.1 serve", check=False)
     assert "cluster.shard_host" in refused.stderr, refused.stderr
@@ -39,7 +44,7 @@ def test_loopback_is_served_and_ended_from_a_worker(launched: Launched) -> None:
     assert " at http://127.0.0.1:8000  (POST" in said, said
     assert "a host whose router is away answers 503" in said, said
     for host in (head, worker):
-        launched.shardline(host, f"{LOOPBACK} query --item 1 -k 3")
+        launched.shardline(host, f"{LOOPBACK} query --item {int(corpus.ids[7])} -k 3")
     assert "no restart is under way" in launched.shardline(worker, "restart --stop").stdout
     assert "replaced " in launched.shardline(worker, "restart --rolling").stdout
 

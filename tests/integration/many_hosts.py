@@ -17,7 +17,8 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from shardline.cluster.control.controller import ControllerSettings, start_controller, wait_ready
+from shardline.cluster.control.controller import ControllerSettings
+from shardline.cluster.control.start import start_controller, wait_ready
 from shardline.cluster.serving.ray_session import NAMESPACE
 from shardline.cluster.store import Store
 from shardline.router.limits import resolve
@@ -83,7 +84,8 @@ class Watched:
         version = 0
         while True:
             try:
-                table = await self._controller.table_after.remote(version, 5.0, seen)
+                await self._controller.router_lives.remote(seen)
+                table = await self._controller.table_after.remote(version, 5.0)
             except ray.exceptions.RayError:
                 await asyncio.sleep(0.2)
                 continue

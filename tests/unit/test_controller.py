@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -17,9 +18,10 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from shardline.cluster.control import controller as module
-from shardline.cluster.control import opening, reconcile
-from shardline.cluster.control.controller import Controller, ControllerSettings, wait_ready
+from shardline.cluster.control import news, opening, reconcile, replacing, restart_note
+from shardline.cluster.control.controller import Controller, ControllerSettings
 from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.start import wait_ready
 from shardline.cluster.store import Store
 from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
@@ -301,9 +303,18 @@ def refuse_to_write(path: Path, value: object) -> None:
     raise OSError(30, "Read-only file system", "/s/counter.json")
 
 
-async def test_the_wait_ends_without_a_generation_when_the_time_is_up(store: Store) -> None:
+async def test_when_the_time_is_up_those_that_do_not_answer_are_named_with_their_hosts(
+    store: Store, alive: dict[str, Handle]
+) -> None:
     async with running(store) as controller:
-        assert await controller.wait_ready(0.01) is None
+        key = ReplicaKey(57, 0)
+        await controller.register_replica(key=key, address=("127.0.0.1", 1000))
+        with pytest.raises(Unavailable) as caught:
+            await controller.wait_ready(0.01)
+    assert str(caught.value).startswith(
+        "shards did not become ready; expected within 0.01 s; got no answer from shard 1, "
+        "replica 0 on 10.0.0.1; give it longer"
+    )
 
 
 async def test_the_secret_can_be_had_from_the_controller(store: Store) -> None:
@@ -319,12 +330,11 @@ async def test_the_secret_can_be_had_from_the_controller(store: Store) -> None:
         (raised_in_the_constructor(CorruptFile("y: cut")), CorruptFile, "y: cut"),
         (ActorDiedError(), Unavailable, "the controller does not answer: The actor died.*"),
         (GetTimeoutError("slow"), Unavailable, "the controller does not answer: slow"),
-        (None, Unavailable, "shards did not become ready; expected within 3 s; .*"),
     ],
 )
 def test_waiting_from_outside_raises_by_code(
     monkeypatch: pytest.MonkeyPatch,
-    raised: Exception | None,
+    raised: Exception,
     kind: type[ShardlineError],
     text: str,
 ) -> None:
@@ -334,8 +344,7 @@ def test_waiting_from_outside_raises_by_code(
 
     def get(reference: object, timeout: float) -> None:
         assert timeout > 3
-        if raised is not None:
-            raise raised
+        raise raised
 
     monkeypatch.setattr(ray, "get", get)
     with pytest.raises(ShardlineError, match=f"^{text}$") as caught:
@@ -449,7 +458,7 @@ async def test_the_reason_stays_in_the_table_while_a_damaged_shard_starts_again_
 ) -> None:
     """Between two attempts, during one, and after a restart of the controller."""
     monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
-    monkeypatch.setattr(reconcile, "FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(replacing, "FIRST_RETRY_S", 0.01)
     reason = Absence(CorruptFile.code, "index.faiss: wrong checksum")
     key = ReplicaKey(57, 1)
     for _ in range(2):
@@ -558,7 +567,9 @@ async def test_a_rolling_restart_goes_on_after_a_restart_of_the_controller(
         await register_placed(controller)
         begun = await controller.restart_rolling()
         number = begun.pop("number")
-        assert begun == {"total": 4, "done": 0, "is_over": False, "trouble": None}
+        assert begun == {
+            "total": 4, "done": 0, "is_over": False, "is_stopped": False, "trouble": None
+        }  # fmt: skip
         assert (await controller.restart_rolling())["number"] == number
         await until(lambda: len(alive) == 2 * SHARDS + 1)
     killed.clear()  # all: a controller that is closed ends its shards; of this one they live on
@@ -576,11 +587,125 @@ async def test_a_rolling_restart_goes_on_after_a_restart_of_the_controller(
             "total": 4,
             "done": 4,
             "is_over": True,
+            "is_stopped": False,
             "trouble": None,
         }
-        await until(lambda: not (store.root / "restart.json").exists())
+        await until(lambda: json.loads((store.root / "restart.json").read_text())["is_over"])
         assert len(killed) == 4
         assert {key.replica for key in controller._placement.replicas} >= {2}
+    async with running(store, replicas=2) as controller:
+        assert await controller.restart_progress() == progress, "it was not cut short"
+        await register_placed(controller)
+        assert await controller.restart_progress() == progress
+
+
+async def test_a_rolling_restart_is_stopped_and_stays_so(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two_hosts(monkeypatch)
+    async with running(store, replicas=2) as controller:
+        await until(lambda: len(alive) == 2 * SHARDS)
+        await register_placed(controller)
+        assert await controller.stop_restart() is None, "there was none"
+        begun = await controller.restart_rolling()
+        stopped = await controller.stop_restart()
+    assert stopped == begun | {"is_over": True, "is_stopped": True}
+    async with running(store, replicas=2) as controller:
+        assert await controller.restart_progress() == stopped
+        again = await controller.restart_rolling()
+    assert again["number"] > stopped["number"]
+
+
+async def test_a_rolling_restart_without_room_is_refused(
+    store: Store, alive: dict[str, Handle]
+) -> None:
+    async with running(store, cpus_per_shard=1) as controller:
+        await until(lambda: len(alive) == SHARDS)
+        await register(controller, 57)
+        with pytest.raises(Unavailable, match=r"no host has room for one more .*\[0, 1\]; .*down"):
+            await controller.restart_rolling()
+        assert await controller.restart_progress() is None
+
+
+async def test_a_rolling_restart_goes_on_where_the_store_takes_no_note_yet(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    async with running(store) as controller:
+        await register(controller, 57)
+        with monkeypatch.context() as disk:
+            disk.setattr(restart_note.files, "write_json", refuse_to_write)
+            with pytest.raises(DataError, match="read"):  # nor the counter
+                await controller.restart_rolling()
+            disk.setattr(Store, "raise_counter", lambda self, number: None)
+            begun = await controller.restart_rolling()
+            assert not begun["is_over"]
+            assert not (store.root / "restart.json").exists()
+        await until((store.root / "restart.json").exists)
+
+
+async def test_a_store_that_is_well_again_is_noticed_though_nothing_happens(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    async with running(store) as controller:
+        await register(controller, 57)
+        with monkeypatch.context() as disk:
+            disk.setattr(files, "write_json", refuse_to_write)
+            with pytest.raises(OSError, match="Read-only"):
+                await controller.register_replica(key=ReplicaKey(57, 1), address=("h", 9))
+            for _ in range(10):
+                await asyncio.sleep(0.01)
+            assert await controller.trouble_after(None, 1) is not None
+        await until(lambda: controller._unsaved is None)
+
+
+async def test_older_generations_end_though_one_replica_of_the_new_one_fails(
+    store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And though Ray does not take the first orders."""
+    two_hosts(monkeypatch)
+    refusals = [RayError("the head is away")] * 2
+    killed: list[Any] = []
+
+    def kill(handle: Handle) -> None:
+        if refusals:
+            raise refusals.pop()
+        killed.append(handle)
+
+    async with running(store) as controller:
+        await until(lambda: len(alive) == SHARDS)
+        await register(controller, 57)
+    old = [handle for name, handle in alive.items() if "shard-57-" in name]
+    monkeypatch.setattr(module, "RETIRE_AFTER_S", 0)
+    monkeypatch.setattr(ray, "kill", kill)
+    store.set_current(3)
+    async with running(store, replicas=2) as controller:
+        for shard in range(SHARDS):
+            key = ReplicaKey(3, shard, 0)
+            await controller.register_replica(key=key, address=("10.0.0.1", 1 + shard))
+        assert not controller._placement.ready
+        await until(lambda: killed[: len(old)] == old)
+
+
+async def test_silence_of_rays_head_is_reported_and_logged_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(news, "SILENT_S", 0.1)
+    async with running(store) as controller:
+        await register(controller, 57)
+        assert (await controller.report())["notes"] == []
+        ray_says(monkeypatch, ())
+        await until(lambda: "no news of hosts" in caplog.text)
+        (note,) = (await controller.report())["notes"]
+        assert (note["code"], note["text"][:20]) == ("unavailable", "no news of hosts for")
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        assert caplog.text.count("no news of hosts") == 1
+        ray_says(monkeypatch, HOSTS)
+        await asyncio.sleep(0.05)
+        await until(lambda: controller._news.silence(time.monotonic()) is None)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"number": 1}'])
@@ -612,8 +737,8 @@ async def test_the_report_tells_hosts_replicas_and_routers(
     async with running(store, replicas=2, http_host="0.0.0.0", http_port=81) as controller:
         await until(lambda: len(alive) == 2 * SHARDS)
         await register_placed(controller)
-        seen = RouterSeen(host="10.0.0.2", node_id="nb", pid=7)
-        table = await controller.table_after(0, 1, router=seen)
+        await controller.router_lives(RouterSeen(host="10.0.0.2", node_id="nb", pid=7))
+        table = await controller.table_after(0, 1)
         report = await controller.report()
         assert table is not None
         assert report["cluster_id"] == table.cluster_id
@@ -643,6 +768,24 @@ async def test_the_report_tells_hosts_replicas_and_routers(
         assert report["routers"] == [], "its host is gone"
         assert "1 instead of 2 replicas of shards 0, 1" in report["notes"][0]["text"]
         assert json.loads(json.dumps(report))["hosts"] == report["hosts"]
+
+
+def test_hosts_and_routers_are_forgotten_in_time() -> None:
+    a, b = (Host(node_id=f"n{name}", address=f"10.0.0.{name}", cpus=1) for name in (1, 2))
+    known = news.News([b, a], 100.0)
+    known.heard(RouterSeen(host="10.0.0.1", node_id="n1", pid=1), 100.0)
+    known.saw_hosts([a], 101.0)
+    assert known.hosts() == [a, b]
+    known.saw_hosts([a], 100.0 + news.FORGET_HOST_S)
+    assert known.hosts() == [a]
+    again = replace(a, node_id="n9")
+    known.saw_hosts([again], 4000.0)
+    assert known.hosts() == [again], "one address, one host"
+    later = 100.0 + news.EXPIRE_S
+    assert known.routers(later) == []
+    known.heard(RouterSeen(host="10.0.0.2", node_id="n2", pid=2), later)
+    assert [each.router.pid for each in known.routers(later)] == [2]
+    assert len(known._routers) == 1, "what expired takes no memory"
 
 
 async def test_the_cluster_id_stays_and_does_not_tell_the_secret(store: Store) -> None:

@@ -25,6 +25,7 @@ class Controller:
 
     def __init__(self, *troubles: Any) -> None:
         self.trouble_after, self.table_after, self.connection_secret = Method(), Method(), Method()
+        self.router_lives = Method()
         self.trouble_after.plan = [*troubles, HANG]
         self.table_after.plan = [HANG]
         self.connection_secret.plan = [b"s" * 32]
@@ -108,13 +109,26 @@ async def test_a_controller_that_never_answers_is_told_of(monkeypatch):
         await until(lambda: service.controller_trouble == TROUBLE)
 
 
-async def test_it_announces_itself_with_every_poll_for_a_table(monkeypatch):
+async def test_it_announces_itself_also_while_it_loads_an_encoder(monkeypatch):
+    """And again soon where the controller could not be told."""
+    monkeypatch.setattr(module, "ANNOUNCE_S", 0.02)
     controller, service = Controller(), Service()
-    controller.table_after.plan = [None, ConnectionError("away"), None, HANG]
+    loading = asyncio.Event()
+
+    async def apply(table):
+        loading.set()
+        await asyncio.sleep(3600)
+
+    service.apply = apply
+    controller.table_after.plan = [SimpleNamespace(version=1), HANG]
+    controller.router_lives.plan = [ConnectionError("away"), HANG, TypeError("a bug")]
     monkeypatch.setattr(module, "RayError", ConnectionError)
     async with following(monkeypatch, controller, service):
-        await until(lambda: controller.table_after.calls == 4)
-    announced = {arguments[2] for arguments in controller.table_after.asked}
+        await asyncio.wait_for(loading.wait(), 5)
+        before = controller.router_lives.calls
+        await until(lambda: controller.router_lives.calls > before + 4)
+        assert controller.table_after.calls == 1
+    announced = {arguments[0] for arguments in controller.router_lives.asked}
     assert announced == {RouterSeen(host="10.0.0.1", node_id="na", pid=os.getpid())}
 
 
