@@ -68,7 +68,8 @@ def restart_progress(placement: Placement) -> dict[str, Any] | None:
     restart = placement.restart
     if restart is None:
         return None
-    left = sum(map(restart.is_old, placement.replicas))
+    is_whole = restart.is_over and not restart.is_stopped
+    left = 0 if is_whole else sum(map(restart.is_old, placement.replicas))
     return {
         "number": restart.number,
         "total": restart.total,

@@ -152,7 +152,7 @@ def _add_reads(app: FastAPI, service: SearchService, guard: Guard) -> None:
 def _add_health(app: FastAPI, service: SearchService) -> None:
     @app.get("/healthz", tags=["health"])
     async def healthz() -> Response:
-        """200 while the process answers at all. `cluster_id`: null before the first routing table."""
+        """200 while the process answers at all; `cluster_id` is null before the first table."""
         return _json({"status": "ok", "cluster_id": service.cluster_id})
 
     @app.get("/readyz", **READY_DOC)

@@ -227,7 +227,10 @@ def _who_this_is() -> RouterSeen:
 
 
 async def _in_time(answer: Awaitable[Any], seconds: float) -> Any:
+    # not asyncio.wait_for: in Python 3.11 it swallows a cancellation that comes with the answer,
+    # and ``stop`` would wait for ever
     try:
-        return await asyncio.wait_for(answer, seconds)
+        async with asyncio.timeout(seconds):
+            return await answer
     except TimeoutError as error:
         raise TimeoutError(f"nothing within {seconds:g} s") from error

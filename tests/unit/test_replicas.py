@@ -230,6 +230,22 @@ async def test_no_replica_is_asked_twice_even_if_it_is_back():
         assert (len(first.requests), len(second.requests)) == (1, 1)
 
 
+async def test_a_replica_that_is_not_connected_at_one_look_is_asked_at_a_later_one():
+    async with cluster() as made:
+        task, first, second = await held(made, timeout=30.0)
+        other = next(each for each in made.connections if each.route.key == second.key)
+        link, other.link = other.link, None
+        await made.clock.advance(SILENT_S + 2 * LOOK_S)
+        assert not second.asked.is_set()
+        other.link = link
+        let_go(second)
+        await made.clock.advance(2 * LOOK_S)
+        await made.whole(task)
+        assert made.counted(RESENT, "0", "silent") == 1
+        assert (len(first.requests), len(second.requests)) == (1, 1)
+        let_go(first)
+
+
 async def test_a_replica_that_is_away_costs_nothing():
     async with cluster(num_shards=2) as made:
         for replicas in made.shards:
