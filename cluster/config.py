@@ -53,12 +53,14 @@ class ClusterConfig(BaseModel):
     )
     shard_host: str = Field(
         default="127.0.0.1",
-        description='Address shards listen on; "node": the address by which Ray knows the host.',
+        description='Address shards listen on; "node": the address by which Ray knows the host, '
+        "the only one for a cluster of several hosts.",
     )
     http_host: str = Field(
         default="127.0.0.1",
         description="Address of the HTTP front end: any of this machine's, IPv4 or IPv6; 0.0.0.0 "
-        'is every one of IPv4, "::" of both. On a launched cluster only 0.0.0.0 or 127.0.0.1.',
+        'is every one of IPv4, "::" of both. On a launched cluster only 0.0.0.0 or 127.0.0.1, '
+        "with which a host cannot ask the routers of others while its own is away.",
     )
     key_file: Path | None = Field(
         default=None,
@@ -81,7 +83,10 @@ class ClusterConfig(BaseModel):
         description="[processes] Router replicas behind HAProxy. null: one per host.",
     )
     start_timeout_s: float = Field(
-        default=300, gt=0, description="Time limit for shards and routers to be ready at start."
+        default=300,
+        gt=0,
+        description="Time limit for shards and routers to be ready at start. A shard that has not "
+        "loaded in a third of it is tried on another host, where there is one.",
     )
 
     @property

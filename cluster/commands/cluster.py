@@ -28,6 +28,7 @@ from shardline.cluster.serving.survey import (
     check_fits,
     check_http_options,
     check_rooms,
+    check_several,
 )
 from shardline.shards.core.errors import Unavailable
 
@@ -59,6 +60,7 @@ def check(settings: Settings, file: Path) -> int:
         *(_tool(name) for name in TOOLS),
         check_own_token(own, token_path, brings_token=launch.brings_token),
         check_http_options(config),
+        *check_several(config, len(launch.hosts)),
     ]
     answers = ask_hosts_by_ssh(
         launch,

@@ -1,4 +1,4 @@
-"""``restart --rolling``: every shard process is replaced by a new one, without a partial answer."""
+"""``restart``: every shard process is replaced by a new one, without a partial answer."""
 
 import time
 from collections.abc import Callable
@@ -19,26 +19,46 @@ AWAY_S = 60.0
 
 
 @click.command()
-@click.option("--rolling", is_flag=True, required=True, help="One replica after the other.")
+@click.option("--rolling", is_flag=True, help="One replica after the other.")
+@click.option("--stop", is_flag=True, help="End a restart that is under way; replicas stay.")
 @click.pass_obj
-def restart(settings: Settings, rolling: bool) -> None:
+def restart(settings: Settings, rolling: bool, stop: bool) -> None:
     """Replace every shard process of a launched cluster, without a partial answer.
 
     A new process loads the shard and takes part before the old one ends, so a host needs room for
     one more shard than it holds. Use it after new code has been installed on the hosts.
     Interrupting the command stops the display, not the restart; run again, it goes on showing.
+    --stop ends the restart itself, after the replica that is being replaced.
     """
+    if rolling == stop:
+        raise InvalidInput(
+            "restart does one thing",
+            expected="--rolling or --stop",
+            got="both" if rolling else "neither",
+        )
     address = settings.config.cluster.address
     if address == "local":
         raise InvalidInput(
-            "restart --rolling is for a launched cluster",
+            "restart is for a launched cluster",
             expected='cluster.address "auto" or HOST:PORT',
             got='"local": stop `shardline serve` and start it again',
         )
     with attached_ray(address, verbose=settings.verbose), StageProgress() as progress:
+        if stop:
+            stopped = asked(controller().stop_restart.remote(), timeout_s=ANSWERS_WITHIN_S)
+            click.echo(stopped_line(stopped))
+            return
         begun = asked(controller().restart_rolling.remote(), timeout_s=ANSWERS_WITHIN_S)
         replaced = follow(begun, _progress, progress, progress.note)
     click.echo(f"replaced {replaced} replicas")
+
+
+def stopped_line(progress: dict[str, Any] | None) -> str:
+    """What became of a restart that was to be stopped, from the progress of the newest; None: there
+    was none."""
+    if progress is None or not progress["is_stopped"]:
+        return "no restart is under way"
+    return f"stopped: {progress['done']} of {progress['total']} replicas were replaced"
 
 
 def follow(
@@ -55,7 +75,7 @@ def follow(
     ask: the progress of the newest restart, None if there was none; raises Unavailable.
 
     Raises:
-        Unavailable: it was cut short, or the controller has not answered for AWAY_S.
+        Unavailable: it was cut short or stopped, or the controller has not answered for AWAY_S.
     """
     found: dict[str, Any] | None = begun
     told: object = None
@@ -71,6 +91,12 @@ def follow(
         if found["trouble"] != told and found["trouble"] is not None:
             note(f"warning: {found['trouble']['text']}")
         told = found["trouble"]
+        if found["is_stopped"]:
+            raise Unavailable(
+                "the restart was stopped",
+                got=f"{found['done']} of {found['total']} replicas replaced",
+                hint="run the command again to replace them all",
+            )
         if found["is_over"]:
             return int(found["done"])
         sleep(POLL_S)

@@ -6,8 +6,7 @@ from typing import Any
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.news import Heard, News
 from shardline.cluster.control.placement_state import Placement, ReplicaState, Stage
-
-EVERY_ADDRESS = ("0.0.0.0", "::")
+from shardline.cluster.http_address import url_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +18,7 @@ class Http:
 
     def url(self, host: str) -> str:
         """Of a host's own front end, by which others reach it if it listens for them."""
-        address = host if self.host in EVERY_ADDRESS else self.host
-        return f"http://{f'[{address}]' if ':' in address else address}:{self.port}"
+        return url_of(self.host, self.port, host)
 
 
 def cluster_report(

@@ -6,7 +6,6 @@ them alive.
 """
 
 import asyncio
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -26,6 +25,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.placement_state import (
     Event,
     ReplicaFailed,
@@ -41,6 +41,7 @@ from shardline.shards.storage.generation import GenerationManifest
 logger = logging.getLogger(__name__)
 
 SHARD_ACTOR_PREFIX = "shardline-shard-"
+DIGEST_DIGITS = 8  # of the cluster's id, in an actor's name
 DESCRIBE_TIMEOUT_S = 5.0
 MISSES = 2  # failed checks, one after the other, before a replica is taken out of the table
 
@@ -210,7 +211,7 @@ class ShardActors:
     @property
     def _digest(self) -> str:
         """Tells the actors of this cluster from leftovers of an earlier one, by its secret."""
-        return hashlib.sha256(self._settings.secret).hexdigest()[:8]
+        return cluster_id_of(self._settings.secret)[:DIGEST_DIGITS]
 
     def _create(self, name: ActorName) -> "ActorHandle[Any]":
         settings = self._settings

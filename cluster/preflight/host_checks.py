@@ -89,8 +89,16 @@ def check_versions(facts: HostFacts, own: HostFacts) -> Check:
 def check_same_store(facts: HostFacts, own: HostFacts) -> Check:
     """Whether it sees what the host that asks has written just now, and reads the generation."""
     name = "shared store"
-    if not facts.sees_probe:
+    if facts.store_error is not None:
         error: ShardlineError = DataError(
+            "the store cannot be looked into",
+            expected="a folder that this user may read",
+            got=facts.store_error,
+            hint="mount the shared file system there again, or change its permissions",
+        )
+        return failed(name, error)
+    if facts.sees_probe is False:
+        error = DataError(
             f"another store than that of {own.address}",
             expected="the folder of `store` to be the same on every host",
             got=f"one without the file just written on {own.address}",
@@ -107,6 +115,8 @@ def check_same_store(facts: HostFacts, own: HostFacts) -> Check:
             hint="the file system there shows an old state: mount it again",
         )
         return failed(name, error)
+    if facts.sees_probe is None:
+        return warned(name, f"not compared with that of {own.address}, which takes no file")
     return passed(name, f"the same as on {own.address}")
 
 

@@ -24,14 +24,15 @@ DIGEST_DIGITS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What a host is asked. probe: a file that whoever asks has just written into the store.
+    """What a host is asked. probe: a file that whoever asks has just written into the store, None
+    where it could not be written.
 
     generation None: there is none yet. port None: it is known to be in use, and by whom.
     """
 
     store: str
     generation: int | None
-    probe: str
+    probe: str | None
     http_host: str
     port: int | None
 
@@ -41,8 +42,9 @@ class HostFacts:
     """One host. address: by which Ray knows it; clock_s: its wall clock, seconds since 1970.
 
     ray, shardline: versions, None where they are not installed; code: a digest of our sources.
-    sees_probe: whether its store is the one of who asked. manifest: the SHA-256 of the
-    generation's; manifest_error: why it cannot be read there. port_error: why it cannot listen.
+    sees_probe: whether its store is the one of who asked, None where there was nothing to see;
+    store_error: why it cannot tell. manifest: the SHA-256 of the generation's; manifest_error: why
+    it cannot be read there. port_error: why it cannot listen.
     """
 
     address: str
@@ -55,7 +57,8 @@ class HostFacts:
     memory: FreeMemory
     open_files: int
     store: Folder
-    sees_probe: bool
+    sees_probe: bool | None
+    store_error: str | None
     manifest: str | None
     manifest_error: str | None
     port_error: str | None
@@ -66,6 +69,7 @@ def host_facts(address: str, question: Question) -> HostFacts:
     """Of the host that this runs on. Reads the store and writes a small file into it."""
     store = Store(Path(question.store))
     manifest, manifest_error = _manifest(store, question.generation)
+    sees_probe, store_error = _probe(store.root, question.probe)
     return HostFacts(
         address=address,
         name=socket.gethostname(),
@@ -77,7 +81,8 @@ def host_facts(address: str, question: Question) -> HostFacts:
         memory=free_memory(),
         open_files=hard_limit(),
         store=look_at(store.root),
-        sees_probe=(store.root / question.probe).exists(),
+        sees_probe=sees_probe,
+        store_error=store_error,
         manifest=manifest,
         manifest_error=manifest_error,
         port_error=_port_error(question),
@@ -101,6 +106,15 @@ def code_digest() -> str:
         for path in sorted(folder.resolve().rglob("*.py")):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:DIGEST_DIGITS]
+
+
+def _probe(root: Path, name: str | None) -> tuple[bool | None, str | None]:
+    if name is None:
+        return None, None
+    try:
+        return (root / name).exists(), None
+    except OSError as error:  # a stale mount, or one that this user may not read
+        return None, str(error)
 
 
 def _manifest(store: Store, generation: int | None) -> tuple[str | None, str | None]:

@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from shardline.cluster.http_address import EVERYWHERE, LOOPBACK
 from shardline.cluster.preflight.check import Check, failed, passed, warned
 from shardline.cluster.preflight.folders import Folder, check_writable
 from shardline.cluster.preflight.host_checks import check_clock
@@ -23,7 +24,6 @@ PORTS = {
 }
 HEAD_PORTS = {8265: "Ray's dashboard and job server", 10001: "Ray's client server"}
 LOOPBACK_PORTS = (8265,)
-LOOPBACK, EVERYWHERE = "127.0.0.1", "0.0.0.0"
 RAYS = {"raylet", "gcs_server"}
 
 
@@ -48,10 +48,11 @@ def ports_of(
     launch: LaunchFile, http_host: str, http_port: int
 ) -> dict[str, list[tuple[str, int]]]:
     """What each host is going to listen on, by its address."""
-    every = [(http_host, http_port), *((EVERYWHERE, port) for port in PORTS)]
-    head = [(LOOPBACK if port in LOOPBACK_PORTS else EVERYWHERE, port) for port in HEAD_PORTS]
+    everywhere = EVERYWHERE[0]
+    every = [(http_host, http_port), *((everywhere, port) for port in PORTS)]
+    head = [(LOOPBACK if port in LOOPBACK_PORTS else everywhere, port) for port in HEAD_PORTS]
     return {
-        host: [*every, (EVERYWHERE, launch.ray_port), *head] if host == launch.head else every
+        host: [*every, (everywhere, launch.ray_port), *head] if host == launch.head else every
         for host in launch.hosts
     }
 
@@ -211,7 +212,7 @@ def _store(found: dict[str, Any], path: Path, *, is_writer: bool) -> Iterator[Ch
     refusal = None if found["errno"] is None else OSError(found["errno"], found["text"])
     folder = Folder(path=path, free_bytes=found["free"], can_execute=True, refusal=refusal)
     yield check_writable("store", folder)
-    if not is_writer and not found["sees"]:
+    if not is_writer and refusal is None and not found["sees"]:
         error = DataError(
             f"{path}: another folder than on the first host",
             expected="one store that every host mounts",

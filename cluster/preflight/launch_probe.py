@@ -117,21 +117,23 @@ def _running() -> list[str]:
 
 
 def _store(store: Path, probe: str, *, writes: bool) -> dict[str, Any]:
-    """exists; errno and text of a refused file, else None; free bytes; sees: whether the probe is
-    there; shards: bytes that each shard of the live generation loads, None where there is none."""
+    """exists: False where it certainly does not; errno and text of a refused look or file, else
+    None; free bytes; sees: whether the probe is there; shards: bytes that each shard of the live
+    generation loads, None where there is none."""
     answer: dict[str, Any] = {
-        "exists": store.is_dir(),
+        "exists": True,
         "errno": None,
         "text": None,
         "free": 0,
         "sees": False,
         "shards": None,
     }
-    if not answer["exists"]:
-        return answer
-    answer["sees"] = (store / probe).exists()
     own = store / (probe if writes else f"{probe}-{os.getpid()}")
     try:
+        answer["exists"] = store.is_dir()
+        if not answer["exists"]:
+            return answer
+        answer["sees"] = (store / probe).exists()
         answer["free"] = shutil.disk_usage(str(store)).free
         with own.open("w") as file:
             file.write("whether every host sees the same store\n")

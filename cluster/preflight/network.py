@@ -6,8 +6,8 @@ from typing import Any
 
 import psutil
 
+from shardline.cluster.http_address import literal_address
 from shardline.cluster.preflight.check import Check, failed, passed
-from shardline.cluster.preflight.http_address import literal_address
 from shardline.shards.core.errors import ConfigError, ShardlineError, Unavailable
 
 HOST_KEY = "cluster.http_host"

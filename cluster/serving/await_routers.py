@@ -90,6 +90,20 @@ def wait_for_routers(
         sleep(POLL_S)
 
 
+def wait_for_hosts(
+    count: Callable[[], int],
+    wanted: int,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
+    """How many hosts have a router, by ``count``: once there are ``wanted``, or after OTHERS_S."""
+    began = clock()
+    while (found := count()) < wanted and clock() - began < OTHERS_S:
+        sleep(POLL_S)
+    return found
+
+
 @contextmanager
 def asking(key: str | None) -> Iterator[Callable[[str], Status]]:
     """What ``wait_for_routers`` asks with; its connections are closed after the block."""

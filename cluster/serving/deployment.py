@@ -7,6 +7,7 @@ cluster is found through its controller (``cluster.serving.launched``).
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from ray.actor import ActorHandle
 
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.controller import Controller, ControllerSettings
+from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.control.start import start_controller, wait_ready
+from shardline.cluster.http_address import is_loopback, local_url
 from shardline.cluster.preflight.check import enforce
-from shardline.cluster.preflight.http_address import local_url
 from shardline.cluster.preflight.machine import before_start
 from shardline.cluster.preflight.servable import find_damage, servable_generation
-from shardline.cluster.serving.await_routers import Ready, asking, wait_for_routers
+from shardline.cluster.serving.await_routers import asking, wait_for_hosts, wait_for_routers
 from shardline.cluster.serving.endpoint import (
     Endpoint,
     leave_note,
@@ -38,7 +40,14 @@ from shardline.cluster.serving.front_end import (
     serve_runs,
     start_front_end,
 )
-from shardline.cluster.serving.launched import ask_controller, asked, controller, is_served
+from shardline.cluster.serving.launched import (
+    Report,
+    ask_controller,
+    asked,
+    by_host,
+    controller,
+    is_served,
+)
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
 from shardline.cluster.serving.stopping import stop_launched, stop_serving
@@ -47,6 +56,8 @@ from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound, Unavailable
 
 REPORTS_TIMEOUT_S = 30.0
+MOST_NAMED = 8  # replicas in one message
+LOAD_TRIES = 3  # hosts on which a shard that does not load is tried in the time of a start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +132,7 @@ def start_serving(
     if is_served():
         raise already_served()
     if had_serve:
-        check_serve(port)
+        check_serve(config.cluster, port)
     if config.cluster.address != "local":
         on_stage("looking at the hosts")
         for warning in enforce(survey(config, number, is_served=False, has_serve=had_serve)):
@@ -129,19 +140,19 @@ def start_serving(
     keys = keys or serving_keys(config)
     on_stage(keys.note)
     on_stage(f"loading generation {number} into its shards")
-    handle = start_controller(controller_settings(config, store, generation, port))
+    settings = controller_settings(config, store, generation, port)
+    handle = start_controller(settings)
     try:
         # another generation than that checked above if one has become live since
         number = wait_loaded(handle, store, number, config.cluster.start_timeout_s, on_stage)
         on_stage("starting the HTTP front end")
         hosts = len(living_hosts())
         start_front_end(config, port, keys.auth, hosts=hosts)
-        ready = _wait_connected(config, port, keys.own, hosts)
-        for warning in ready.warnings:
+        urls, warnings = _wait_connected(
+            config, port, keys.own, hosts=hosts, cluster_id=cluster_id_of(settings.secret)
+        )
+        for warning in warnings:
             on_stage(f"warning: {warning}")
-        urls = tuple(ready.statuses)
-        if config.cluster.address != "local":
-            urls = tuple(ask_controller().host_urls)
     except BaseException:
         if had_serve or config.cluster.address == "local":
             stop_serving(keep_serve=had_serve)
@@ -178,7 +189,7 @@ def controller_settings(
         gpus_per_shard=cluster.gpus_per_shard,
         huge_pages=cluster.huge_pages,
         replicas=cluster.replicas,
-        load_limit_s=cluster.start_timeout_s,
+        load_limit_s=cluster.start_timeout_s / LOAD_TRIES,
         http_host=cluster.http_host,
         http_port=port,
     )
@@ -192,8 +203,17 @@ def wait_loaded(
     on_stage: Callable[[str], None],
 ) -> int:
     """The generation that is served, once every shard answers; raises as ``serving``."""
+    began = time.monotonic()
     try:
         return wait_ready(controller, timeout_s)
+    except Unavailable as error:
+        is_late = time.monotonic() - began >= timeout_s
+        silent = _silent_replicas() if is_late else ""
+        if not silent:
+            raise
+        raise Unavailable(
+            error.message, expected=error.expected, got=silent, hint=error.hint
+        ) from error
     except (CorruptFile, NewerFormat, NotFound) as error:
         # a timeout or too few CPUs is no reason to read every byte; these are
         on_stage(
@@ -205,26 +225,69 @@ def wait_loaded(
         raise damage from error
 
 
-def _wait_connected(config: ShardlineConfig, port: int, key: str | None, hosts: int) -> Ready:
-    """Once the routers answer, each connected to every shard; raises as ``serving``."""
-    wanted, _ = routers_wanted(config.cluster, hosts)
-    own = local_url(config.cluster.http_host, port)
-    is_local = config.cluster.address == "local"
+def silent_replicas(report: Report) -> str:
+    """Names the first replicas that do not answer, with their hosts and reasons; "" if all do."""
+    named = [
+        f"shard {each['shard']} on {each['host']}: "
+        + ("nothing yet" if each["reason"] is None else each["reason"]["text"])
+        for each in report["replicas"]
+        if not each["answers"]
+    ]
+    more = [f"{len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
+    return "; ".join(named[:MOST_NAMED] + more)
+
+
+def _silent_replicas() -> str:
+    try:
+        return silent_replicas(ask_controller().report)
+    except Unavailable as error:
+        return str(error)
+
+
+def _wait_connected(
+    config: ShardlineConfig, port: int, key: str | None, *, hosts: int, cluster_id: str
+) -> tuple[tuple[str, ...], list[str]]:
+    """The URLs of the routers, once they answer, each connected to every shard, and what they warn
+    of; raises as ``serving``.
+
+    Where HAProxy listens on loopback, that of this host is asked, and the routers of the others are
+    counted by what the controller has heard.
+    """
+    cluster = config.cluster
+    wanted, _ = routers_wanted(cluster, hosts)
+    own = local_url(cluster.http_host, port)
+    is_local = cluster.address == "local"
+    asks_all = not is_local and not is_loopback(cluster.http_host)
+    shown = {own: own}
 
     def urls() -> list[str]:
         if is_local:  # HAProxy is asked, whatever the number of routers behind it
             return [own]
         try:
-            return ask_controller().urls
+            found = ask_controller().shown
         except Unavailable:  # it restarts
             return []
+        shown.update(found)
+        return list(found)
 
     with asking(key) as ask:
-        return wait_for_routers(
+        ready = wait_for_routers(
             urls,
             ask,
-            cluster_id=ask_controller().report["cluster_id"],
-            wanted=1 if is_local else min(wanted, hosts),
-            timeout_s=config.cluster.start_timeout_s,
+            cluster_id=cluster_id,
+            wanted=min(wanted, hosts) if asks_all else 1,
+            timeout_s=cluster.start_timeout_s,
             check_started=check_started,
         )
+    warnings = ready.warnings
+    if not is_local and not asks_all:
+        missing = min(wanted, hosts) - wait_for_hosts(_hosts_with_router, min(wanted, hosts))
+        warnings += [f"routers of {missing} hosts have not been heard of"] if missing > 0 else []
+    return by_host(shown[url] for url in ready.statuses), warnings
+
+
+def _hosts_with_router() -> int:
+    try:
+        return len({router["host"] for router in ask_controller().report["routers"]})
+    except Unavailable:  # it restarts
+        return 0

@@ -15,17 +15,18 @@ from shardline.shards.core.errors import ShardlineError, Unavailable
 def examine(config: ShardlineConfig, number: int | None, *, verbose: bool = False) -> list[Check]:
     """All checks. number: the live generation, None where there is none."""
     address = config.cluster.address
+    checks: list[Check] = []
     try:
         with attached_ray(address, verbose=verbose) as head:
             hosts = ", ".join(host.address for host in living_hosts())
-            checks = [passed("Ray", f"joined at {head}; hosts {hosts}")]
+            checks.append(passed("Ray", f"joined at {head}; hosts {hosts}"))
             served = is_served()
             checks += survey(config, number, is_served=served, has_serve=serve_runs())
             if not served:
                 return [*checks, passed("cluster", "nothing is served")]
             return checks + check_report(ask_controller().report)
     except ShardlineError as error:
-        return [failed("cluster", error)]
+        return [*checks, failed("cluster", error)]
 
 
 def check_report(report: Report) -> list[Check]:

@@ -17,7 +17,7 @@ from ray.serve.schema import ApplicationStatus
 
 from shardline.cluster.config import ClusterConfig, ShardlineConfig
 from shardline.cluster.control.controller import CONTROLLER_NAME
-from shardline.cluster.preflight.http_address import LOOPBACK, literal_address
+from shardline.cluster.http_address import LOOPBACK, host_and_port, literal_address
 from shardline.cluster.serving.ray_session import NAMESPACE
 from shardline.router.http.auth import AuthSettings
 from shardline.router.serve.environment import write_launcher
@@ -77,9 +77,9 @@ def start_front_end(config: ShardlineConfig, port: int, auth: AuthSettings, *, h
         Unavailable: it did not start.
     """
     cluster = config.cluster
-    location, host = "EveryNode", cluster.http_host
+    location, host = "EveryNode", _serve_host(cluster)
     if cluster.address == "local":
-        location, host = "HeadOnly", LOOPBACK
+        location = "HeadOnly"
         address = literal_address(cluster.http_host)
         write_launcher(config.router, insecure=cluster.insecure, address=address)
     target = serve.RunTarget(
@@ -122,7 +122,7 @@ def applications() -> set[str] | None:
     try:
         return set(serve.status().applications)
     except FAILURES as error:
-        raise Unavailable("Ray Serve does not answer", got=last_line(error)) from error
+        raise _no_answer(error) from error
 
 
 def serve_runs() -> bool:
@@ -133,34 +133,44 @@ def serve_runs() -> bool:
 
 def serve_http() -> tuple[str, int] | None:
     """Address and port at which Serve's HTTP listens, on every host that has any; None: Serve does
-    not run."""
-    client = _get_global_client(raise_if_no_controller_running=False)
+    not run.
+
+    Raises:
+        Unavailable: it does not answer.
+    """
+    try:
+        client = _get_global_client(raise_if_no_controller_running=False)
+    except FAILURES as error:
+        raise _no_answer(error) from error
     if client is None:
         return None
     return str(client.http_config.host), int(client.http_config.port)
 
 
-def check_serve(port: int) -> None:
+def check_serve(cluster: ClusterConfig, port: int) -> None:
     """Whether routers can be started beside what Serve runs already.
 
     Raises:
-        Unavailable: they run, or Serve has its HTTP on another port, which it keeps until it ends.
+        Unavailable: they run, Serve does not answer, or it has its HTTP at another address or port,
+            which it keeps until it ends.
     """
     running = applications()
     if running is None:
         return
     if APPLICATION in running:
         raise already_served()
-    found = serve_http()
-    taken = port if found is None else found[1]
-    if taken != port:
-        others = ", ".join(sorted(running)) or "none"
-        raise Unavailable(
-            f"Ray Serve listens on another port already; its applications: {others}",
-            expected=f"port {port}, as in cluster.http_port",
-            got=str(taken),
-            hint=f"`shardline serve --port {taken}` shares it, or end Serve with `serve shutdown`",
-        )
+    found, wanted = serve_http(), (_serve_host(cluster), port)
+    if found is None or found == wanted:
+        return
+    host, taken = found
+    others = ", ".join(sorted(running)) or "none"
+    raise Unavailable(
+        f"Ray Serve listens elsewhere already; its applications: {others}",
+        expected=f"{host_and_port(*wanted)}, as in cluster.http_host and cluster.http_port",
+        got=host_and_port(host, taken),
+        hint=f"`shardline --set cluster.http_host={host} serve --port {taken}` shares it, or end "
+        "Serve with `serve shutdown`",
+    )
 
 
 def already_served() -> Unavailable:
@@ -183,3 +193,12 @@ def stop_front_end(*, keep_serve: bool) -> None:
             serve.shutdown()
     except (*FAILURES, Unavailable) as error:
         logger.warning("the HTTP front end did not stop in order: %s", error)
+
+
+def _serve_host(cluster: ClusterConfig) -> str:
+    """The address that Serve is told; a private Ray's HAProxy listens at its own."""
+    return LOOPBACK if cluster.address == "local" else cluster.http_host
+
+
+def _no_answer(error: Exception) -> Unavailable:
+    return Unavailable("Ray Serve does not answer", got=last_line(error))

@@ -8,21 +8,21 @@ heard_s}], and ``notes`` [{code, text}].
 """
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import ray
 
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.controller import CONTROLLER_NAME
-from shardline.cluster.preflight.http_address import LOOPBACK, host_and_port
+from shardline.cluster.http_address import EVERYWHERE, LOOPBACK, url_of
 from shardline.cluster.serving.ray_session import NAMESPACE, attached_ray
 from shardline.cluster.serving.serving_keys import key_file_of, searching
 from shardline.router.http.api_keys import read_keys
-from shardline.shards.core.errors import Unavailable, last_line
+from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 
 REPORT_TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 1.0
@@ -43,9 +43,9 @@ class Launched:
         return ordered_urls(self.report, self.node_id)
 
     @property
-    def host_urls(self) -> list[str]:
-        """The routers' URLs by host, to be shown."""
-        return [router["url"] for router in sorted(self.report["routers"], key=_by_host)]
+    def shown(self) -> dict[str, str]:
+        """Of each of ``urls``, the one by which other hosts reach that router."""
+        return _shown_urls(self.report, self.node_id)
 
 
 def find_launched(address: str, *, verbose: bool = False) -> Launched:
@@ -90,7 +90,12 @@ def controller() -> Any:
 
 
 def asked(reference: Any, *, timeout_s: float) -> Any:
-    """What the controller answers. Raises Unavailable: nothing in time, or it has died."""
+    """What the controller answers.
+
+    Raises:
+        Unavailable: nothing in time, or it has died.
+        ShardlineError: what it raised itself.
+    """
     try:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
@@ -99,6 +104,10 @@ def asked(reference: Any, *, timeout_s: float) -> Any:
             expected=f"within {timeout_s:g} s",
             hint="routers go on meanwhile: name one with --url",
         ) from error
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ShardlineError):
+            raise error.cause from error
+        raise Unavailable("the controller failed at it", got=last_line(error)) from error
     except ray.exceptions.RayError as error:
         raise Unavailable("the controller does not answer", got=last_line(error)) from error
 
@@ -108,11 +117,16 @@ def ordered_urls(report: Report, node_id: str) -> list[str]:
 
     HAProxy of one's own host is asked at the loopback address, where it listens in any case.
     """
-    own = {host["host"] for host in report["hosts"] if host["node_id"] == node_id}
-    routers = sorted(report["routers"], key=lambda router: router["heard_s"])
-    first = [_on_loopback(router["url"]) for router in routers if router["host"] in own]
-    rest = [router["url"] for router in routers if router["host"] not in own]
-    return list(dict.fromkeys(first + rest))
+    return list(_shown_urls(report, node_id))
+
+
+def by_host(urls: Iterable[str]) -> tuple[str, ...]:
+    """Each once; that of 10.0.0.9 before that of 10.0.0.10."""
+
+    def key(url: str) -> list[str]:
+        return [part.zfill(3) for part in (urlsplit(url).hostname or "").split(".")]
+
+    return tuple(sorted(set(urls), key=key))
 
 
 def first_answering(urls: Sequence[str]) -> str:
@@ -147,12 +161,13 @@ def launched_key(config: ShardlineConfig) -> str | None:
     return searching(read_keys(path))
 
 
-def _on_loopback(url: str) -> str:
-    parts = urlsplit(url)
-    assert parts.port is not None
-    return urlunsplit(parts._replace(netloc=host_and_port(LOOPBACK, parts.port)))
-
-
-def _by_host(router: dict[str, Any]) -> list[str]:
-    """10.0.0.9 before 10.0.0.10."""
-    return [part.zfill(3) for part in str(router["host"]).split(".")]
+def _shown_urls(report: Report, node_id: str) -> dict[str, str]:
+    """From where a router is asked to where others ask it, in the order of ``ordered_urls``."""
+    own = {host["host"] for host in report["hosts"] if host["node_id"] == node_id}
+    routers = sorted(report["routers"], key=lambda router: router["heard_s"])
+    first = {
+        url_of(EVERYWHERE[0], report["http_port"], LOOPBACK): router["url"]
+        for router in routers
+        if router["host"] in own
+    }
+    return first | {router["url"]: router["url"] for router in routers if router["host"] not in own}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.preflight.http_address import host_and_port
+from shardline.cluster.http_address import host_and_port
 from shardline.router.http.api_keys import Key, Keyring, Scope, parse_keys, read_keys
 from shardline.router.http.auth import INSECURE, AuthSettings
 from shardline.shards.core.errors import ConfigError, NotFound

@@ -15,11 +15,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
-from shardline.cluster.preflight.http_address import EVERYWHERE, host_and_port
+from shardline.cluster.http_address import EVERYWHERE, host_and_port
 from shardline.cluster.serving.front_end import serve_http, serve_runs, stop_front_end
 from shardline.cluster.serving.joining import answers_at
 from shardline.cluster.serving.ray_session import NAMESPACE
+from shardline.shards.core.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +32,14 @@ ORDER_TIMEOUT_S = 30.0
 # `ray stop` itself waits up to 16 s for processes that do not end, and kills them then.
 STOPPED_WITHIN_S = 30.0
 POLL_S = 0.2
+SERVE_RETURNS_S = 10.0  # its controller, started again by Ray, takes about three
 HAPROXY_START = "haproxy_start.py"  # the program that becomes HAProxy, or its watcher
 HAPROXY_ENDS_BY_ITSELF_S = 2.0
 HAPROXY_IS_ENDED_S = 5.0
 # The process that runs it is a child of a process that it ends: so in a session of its own, as a
 # grandchild, and a moment later, when the order has been acknowledged.
-STOP = "from ray.scripts.scripts import main; main()"
-ORDER = f"(sleep 1; exec \"$0\" -c '{STOP}' stop) &"
-OWN_STOPS_WITHIN_S = 60.0
+STOP = "import sys; sys.argv = ['ray', 'stop']; from ray.scripts.scripts import main; main()"
+ORDER = f'(sleep 1; exec "$0" -c "{STOP}") &'
 
 
 def stop_serving(*, keep_serve: bool = False) -> bool:
@@ -55,14 +57,12 @@ def stop_serving(*, keep_serve: bool = False) -> bool:
 def stop_launched() -> tuple[bool, tuple[str, ...]]:
     """``stop_serving`` on a launched cluster; returns once no HAProxy listens any more, and where
     one still does when the time is up. Where Serve goes on for others, it goes on listening."""
-    http = serve_http()
+    http = _http_of_serve()
     found = stop_serving()
     if http is None or serve_runs():
         return found, ()
     host, port = http
-    nodes = {
-        host_and_port(node["NodeManagerAddress"], port): node["NodeID"] for node in living_nodes()
-    }
+    nodes = {host_and_port(each.address, port): each.node_id for each in living_hosts()}
     left = set(nodes)
     if host in EVERYWHERE:  # else it cannot be asked from another host
         left = _listening(left, HAPROXY_ENDS_BY_ITSELF_S)
@@ -70,6 +70,20 @@ def stop_launched() -> tuple[bool, tuple[str, ...]]:
         _not_taken({place: _task(end_haproxy, nodes[place], nodes[place]) for place in left})
         left = _listening(left, HAPROXY_IS_ENDED_S)
     return found, tuple(sorted(left))
+
+
+def _http_of_serve() -> tuple[str, int] | None:
+    """As ``serve_http``; a controller of Serve's that has died is waited for, and then logged: the
+    rest is stopped without it."""
+    deadline = time.monotonic() + SERVE_RETURNS_S
+    while True:
+        try:
+            return serve_http()
+        except Unavailable as error:
+            if time.monotonic() > deadline:
+                logger.warning("HAProxy may go on listening: %s", error)
+                return None
+        time.sleep(POLL_S)
 
 
 def _listening(places: set[str], within_s: float) -> set[str]:
@@ -99,10 +113,6 @@ def is_haproxy_of(words: Sequence[str], node_id: str) -> bool:
     is named like the node."""
     is_one = any(Path(word).name in ("haproxy", HAPROXY_START) for word in words[:3])
     return is_one and any(f"/{node_id}/" in word for word in words)
-
-
-def living_nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def stop_shards() -> bool:
@@ -150,41 +160,52 @@ def hosts_of(nodes: Sequence[dict[str, Any]]) -> tuple[RayHosts, dict[str, str]]
 
 
 def end_ray(head: str, note: Callable[[str], None]) -> tuple[str, ...]:
-    """Ends Ray on every host, the head last but for this host, through whose Ray the others are
-    told; the addresses of hosts where it may still run.
+    """Ends Ray on every host, the head after the other hosts; the addresses of hosts where it may
+    still run.
 
-    head: HOST:PORT of the head. This process is attached to it, and no more afterwards.
+    head: HOST:PORT of the head. This process is attached to it, and no more afterwards. Orders are
+    given through this host's Ray: so it ends last, if it is not the head.
     """
     hosts, ids = hosts_of(ray.nodes())
-    own_id = ray.get_runtime_context().get_node_id()
-    own = next((address for address, node_id in ids.items() if node_id == own_id), hosts.head)
-    told = [address for address in hosts.workers if address != own]
-    left = set(hosts.missing) | _not_taken({address: _order(ids[address]) for address in told})
-    left |= _still_alive(set(told) - left)
-    for address in sorted(set(told) - left):
+    here = ray.get_runtime_context().get_node_id()
+    own = {address for address in hosts.workers if ids[address] == here}
+    others = set(hosts.workers) - own
+    left = set(hosts.missing)
+    left |= _not_taken({address: _order(ids[address]) for address in sorted(others)})
+    ended = others - left
+    left |= _still_alive(ended)
+    for address in sorted(ended - left):
         note(f"ended Ray on {address}")
-    if hosts.head and hosts.head != own:
+    if hosts.head:
         left |= _not_taken({hosts.head: _order(ids[hosts.head])})
     ray.shutdown()
-    if _stop_own():
-        note(f"ended Ray on {own}, this host")
+    deadline = time.monotonic() + STOPPED_WITHIN_S
+    while answers_at(head):
+        if time.monotonic() > deadline:
+            left.add(hosts.head or head)
+            break
+        time.sleep(POLL_S)
     else:
-        left.add(own)
-    if _listening({head}, STOPPED_WITHIN_S):
-        left.add(hosts.head or head)
-    elif hosts.head != own:
         note(f"ended Ray on {hosts.head or head}, the head")
+    for address in own:
+        if _stop_own():
+            note(f"ended Ray on {address}, this host")
+        else:
+            left.add(address)
     return tuple(sorted(left))
 
 
 def _stop_own() -> bool:
-    """Ends Ray on this host, to which this process is attached no more; whether that worked."""
-    command = [sys.executable, "-c", STOP, "stop"]
+    """Ends this host's Ray, which has no head any more to take an order from; whether it has."""
     try:
         done = subprocess.run(
-            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=OWN_STOPS_WITHIN_S,
+            [sys.executable, "-c", STOP],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=STOPPED_WITHIN_S,
             check=False,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -231,7 +252,7 @@ def _still_alive(addresses: set[str]) -> set[str]:
     """Those of the hosts that Ray still counts as alive when the time is up."""
     deadline = time.monotonic() + STOPPED_WITHIN_S
     while True:
-        alive = {node["NodeManagerAddress"] for node in living_nodes()}
+        alive = {host.address for host in living_hosts()}
         if not addresses & alive or time.monotonic() > deadline:
             return addresses & alive
         time.sleep(POLL_S)

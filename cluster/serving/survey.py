@@ -8,8 +8,8 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.control.hosts import Host, Spot, choose_host, fits
+from shardline.cluster.control.hosts import Host, fits
+from shardline.cluster.control.placement import open_generation
+from shardline.cluster.control.placement_state import Rules
 from shardline.cluster.control.ray_hosts import living_hosts
-from shardline.cluster.preflight.check import Check, failed, passed
+from shardline.cluster.http_address import is_loopback
+from shardline.cluster.preflight.check import Check, failed, passed, warned
+from shardline.cluster.preflight.folders import Folder, check_writable
 from shardline.cluster.preflight.free_memory import FreeMemory
 from shardline.cluster.preflight.host_checks import (
     Answer,
@@ -32,7 +36,11 @@ from shardline.cluster.preflight.host_facts import Question, host_facts
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ConfigError, Unavailable, last_line
+from shardline.shards.core.messages import RoutingTable, ShardRoute
+from shardline.shards.core.partition import Partitioning
+from shardline.shards.core.schema import Metric
 from shardline.shards.index.spec import Device
+from shardline.shards.process.shard_actor import NODE_HOST
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
     GenerationManifest,
@@ -75,7 +83,7 @@ def survey(
     is_served: its cluster runs, so its memory is in use; has_serve: Serve does, so the port is.
     """
     hosts = living_hosts()
-    checks = [check_http_options(config)]
+    checks = [check_http_options(config), *check_several(config, len(hosts))]
     manifest = None
     if number is not None:
         manifest = read_generation(Store(config.store.resolve()).generation(number))
@@ -83,14 +91,19 @@ def survey(
     own_node = ray.get_runtime_context().get_node_id()
     own_address = next((host.address for host in hosts if host.node_id == own_node), "this host")
     root = config.store.resolve()
-    with probe_in(root) as probe:
-        question = Question(
-            store=str(root),
-            generation=number,
-            probe=probe,
-            http_host=config.cluster.http_host,
-            port=None if has_serve else config.cluster.http_port,
-        )
+    question = Question(
+        store=str(root),
+        generation=number,
+        probe=None,
+        http_host=config.cluster.http_host,
+        port=None if has_serve else config.cluster.http_port,
+    )
+    with ExitStack() as stack:
+        try:
+            question = replace(question, probe=stack.enter_context(probe_in(root)))
+        except OSError as error:
+            refused = Folder(path=root, free_bytes=0, can_execute=False, refusal=error)
+            checks.append(check_writable("store", refused))
         own = host_facts(own_address, question)
         answers, silent = ask_hosts(hosts, question)
     checks += check_silent(silent)
@@ -126,6 +139,39 @@ def check_http_options(config: ShardlineConfig) -> Check:
             ),
         )
     return passed(name, f"{cluster.http_host}, port {cluster.http_port}, on every host")
+
+
+def check_several(config: ShardlineConfig, hosts: int) -> Iterator[Check]:
+    """What only a cluster of one host can have: addresses that other hosts cannot reach."""
+    cluster = config.cluster
+    if hosts < 2:
+        return
+    if cluster.shard_host != NODE_HOST:
+        error = ConfigError(
+            f"routers reach the shards of {hosts} hosts at the addresses of those",
+            field="cluster.shard_host",
+            expected=f'"{NODE_HOST}"',
+            got=repr(cluster.shard_host),
+        )
+        yield failed("shard address", error)
+    if not is_loopback(cluster.http_host):
+        return
+    if cluster.router_replicas is not None and cluster.router_replicas < hosts:
+        error = ConfigError(
+            f"with cluster.http_host {cluster.http_host} a host's HTTP port reaches the router of "
+            "that host alone",
+            field="cluster.router_replicas",
+            expected=f"null, or at least {hosts}, the number of hosts",
+            got=str(cluster.router_replicas),
+            hint='or set cluster.http_host to "0.0.0.0"',
+        )
+        yield failed("HTTP address", error)
+    else:
+        yield warned(
+            "HTTP address",
+            f"with cluster.http_host {cluster.http_host} a host whose router is away answers 503: "
+            'routers of other hosts cannot be asked in its stead, as with "0.0.0.0"',
+        )
 
 
 def check_fits(hosts: Sequence[Host], wanted: Wanted) -> Check:
@@ -167,19 +213,32 @@ def check_rooms(
 
 
 def first_placement(hosts: Sequence[Host], wanted: Wanted) -> dict[str, list[int]]:
-    """The shards that each host gets at the first start, by its address: as the controller chooses,
-    shard by shard. What fits nowhere is left out."""
-    room = {host.node_id: host.room(cpus=wanted.cpus, gpus=wanted.gpus) for host in hosts}
-    spots: list[Spot] = []
-    for shard in range(wanted.shards):
-        for _ in range(wanted.replicas):
-            node_id = choose_host(shard, room, spots, failures={}, num_shards=wanted.shards)
-            if node_id is not None:
-                spots.append(Spot(shard, node_id))
+    """The shards that each host gets at the first start, by its address: by the controller's own
+    rules. What fits nowhere is left out."""
+    rules = Rules(replicas=wanted.replicas, cpus=wanted.cpus, gpus=wanted.gpus)
+    table = _table_of(wanted.shards)
+    placement, _ = open_generation(table, counter=1, rules=rules, hosts=hosts, found={})
+    placed = placement.staying()
     return {
-        host.address: [spot.shard for spot in spots if spot.node_id == host.node_id]
+        host.address: [state.key.shard for state in placed if state.node_id == host.node_id]
         for host in hosts
     }
+
+
+def _table_of(shards: int) -> RoutingTable:
+    """Of a generation of which nothing but the number of its shards matters."""
+    return RoutingTable(
+        version=0,
+        generation=1,
+        generation_dir="",
+        model_version="",
+        dim=1,
+        metric=Metric.DOT,
+        index="",
+        partitioning=Partitioning.RANGE,
+        boundaries=(),
+        shards=tuple(ShardRoute(shard=shard, rows=0, replicas=()) for shard in range(shards)),
+    )
 
 
 def shard_bytes(manifest: GenerationManifest) -> list[int]:

@@ -10,6 +10,7 @@ from shardline.cluster.serving.await_routers import (
     OTHERS_S,
     AnotherCluster,
     Ready,
+    wait_for_hosts,
     wait_for_routers,
 )
 from shardline.shards.core.errors import Unavailable
@@ -131,3 +132,13 @@ def test_a_start_that_serve_has_given_up_ends_the_wait(hosts: Hosts) -> None:
 def test_routers_that_nobody_has_heard_of_are_said_to_be(hosts: Hosts) -> None:
     with pytest.raises(Unavailable, match=r"no router has been heard of.*start_timeout_s=60"):
         hosts.wait(1)
+
+
+def test_hosts_are_counted_until_all_have_a_router_or_the_time_is_up(hosts: Hosts) -> None:
+    def wait(count: Callable[[], int]) -> int:
+        return wait_for_hosts(count, 3, clock=lambda: hosts.now, sleep=hosts.sleep)
+
+    assert wait(lambda: 3 if hosts.now > 105 else 1) == 3
+    assert 105 < hosts.now < 106
+    assert wait(lambda: 2) == 2
+    assert 105 + OTHERS_S < hosts.now < 107 + OTHERS_S

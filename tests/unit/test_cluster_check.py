@@ -100,7 +100,10 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
 @pytest.fixture
 def check(rig: Rig, capsys: pytest.CaptureFixture[str]):
     def run(path: Path, *settings: str) -> tuple[int, str]:
-        given = ["cluster.address=auto", "cluster.http_host=0.0.0.0", f"store={rig.store}"]
+        given = [
+            *("cluster.address=auto", "cluster.http_host=0.0.0.0", "cluster.shard_host=node"),
+            f"store={rig.store}",
+        ]
         options = [word for each in (*given, *settings) for word in ("--set", each)]
         with pytest.raises(SystemExit) as ended:
             main([*options, "cluster", "check", str(path)])
@@ -143,6 +146,11 @@ def test_the_host_and_the_step_that_fail_are_named(
     assert not re_found("FAIL +host 10.0.0.1", out)
 
 
+def raising(number: int, text: str) -> str:
+    """An expression for the program that raises this OSError."""
+    return f'(_ for _ in ()).throw(OSError({number}, "{text}"))'
+
+
 @pytest.mark.parametrize(
     ("first", "said"),
     [
@@ -164,6 +172,11 @@ def test_the_host_and_the_step_that_fail_are_named(
          r"FAIL +host 10.0.0.2: shared store: .*another folder than on the first host"),
         ("program = program.replace('store.is_dir()', 'False')",
          r"FAIL +host 10.0.0.2: store: .*no such folder.*mount the shared file system"),
+        (f"program = program.replace('store.is_dir()', '{raising(116, 'Stale file handle')}')",
+         r"FAIL +host 10.0.0.2: store: .*Stale file handle"),
+        ("program = program.replace('(store / probe).exists()', "
+         f"'{raising(13, 'Permission denied')}')",
+         r"FAIL +host 10.0.0.2: store: .*Permission denied"),
         ("program = program.replace('with own.open(\"w\")', "
          "'raise OSError(30, \"read-only\")\\n        with own.open(\"w\")')",
          r"FAIL +host 10.0.0.2: store: .*on a read-only file system"),
@@ -229,6 +242,14 @@ def test_cores_and_replicas_are_compared_with_the_hosts(rig: Rig, check) -> None
     code, out = check(path, "cluster.replicas=3")
     assert code == 3
     assert re_found("FAIL +placement: .*3 replicas.*2 of 2 hosts", out), out
+
+
+def test_shards_that_other_hosts_cannot_reach_are_refused(rig: Rig, check) -> None:
+    for address in ("10.0.0.1", "10.0.0.2"):
+        rig.host(address)
+    code, out = check(rig.launch_file("10.0.0.1", "10.0.0.2"), "cluster.shard_host=127.0.0.1")
+    assert code == 3
+    assert re_found(r"FAIL +shard address: cluster.shard_host: .*expected \"node\"", out), out
 
 
 def test_a_generation_too_large_for_a_host_is_refused_with_the_sum(rig: Rig, check) -> None:

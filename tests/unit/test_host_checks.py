@@ -1,11 +1,16 @@
 """What hosts say of themselves is judged, with the host and the arithmetic named."""
 
 import dataclasses
+import errno
 import hashlib
 import itertools
+import os
+import re
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +35,10 @@ from shardline.cluster.serving.survey import (
     check_fits,
     check_http_options,
     check_rooms,
+    check_several,
     first_placement,
     probe_in,
+    survey,
 )
 from shardline.shards.core.errors import ConfigError, DataError, ShardlineError, Unavailable
 
@@ -51,6 +58,7 @@ def facts_of(address: str = "10.0.0.2", **changes: Any) -> HostFacts:
         "open_files": 1 << 20,
         "store": Folder(path=Path("/s"), free_bytes=1 << 40, can_execute=True, refusal=None),
         "sees_probe": True,
+        "store_error": None,
         "manifest": "f" * 64,
         "manifest_error": None,
         "port_error": None,
@@ -79,6 +87,8 @@ def test_a_host_like_this_one_passes() -> None:
         ({"ray": "2.59.0"}, Unavailable, "another Ray than .*; expected 2.60.0; got 2.59.0"),
         ({"shardline": None}, Unavailable, "another Shardline .*; got none; install the same"),
         ({"sees_probe": False}, DataError, "another store than that of .*mount the shared"),
+        ({"store_error": "[Errno 116] Stale file handle: '/s'", "sees_probe": None}, DataError,
+         "the store cannot be looked into; .*Stale file handle.*mount"),
         ({"manifest_error": "gone"}, DataError, "the generation cannot be read; got gone"),
         ({"manifest": "e" * 64}, DataError, "its generation is not that of .*got eeee"),
         ({"open_files": 100}, Unavailable, "may open too few files here"),
@@ -104,6 +114,7 @@ def test_what_is_wrong_with_a_host_is_refused_with_its_name(
         ({"code": "def"}, "its code differs from that on 10.0.0.1: copy it there again"),
         ({"clock_s": 1001.0 + 3600}, "clock: 1.0 h ahead"),
         ({"clock_s": 999.0 - 50}, "clock: 50 s behind"),
+        ({"sees_probe": None}, "shared store: not compared with that of 10.0.0.1"),
     ],
 )
 def test_what_is_only_odd_is_a_warning(changes: dict[str, Any], said: str) -> None:
@@ -149,6 +160,17 @@ def test_shards_are_expected_where_the_controller_places_them() -> None:
     assert twice == {"10.0.0.1": [0, 1, 2], "10.0.0.2": [0, 1, 2]}
 
 
+def test_zones_count_as_they_do_for_the_controller() -> None:
+    """Two hosts in one zone, one in another: a shard's two replicas are never in one zone."""
+    hosts = [
+        Host(node_id=f"n{number}", address=f"10.0.0.{number}", cpus=2, zone=zone)
+        for number, zone in enumerate("aab", 1)
+    ]
+    placed = first_placement(hosts, Wanted(shards=4, replicas=2, cpus=0))
+    assert placed["10.0.0.3"] == [0, 1, 2, 3]
+    assert sorted(placed["10.0.0.1"] + placed["10.0.0.2"]) == [0, 1, 2, 3]
+
+
 def test_memory_is_compared_host_by_host() -> None:
     def memory(size: int, swap: int = 0) -> FreeMemory:
         return FreeMemory(available_bytes=size * MIB, swap_bytes=swap * MIB, limit="this machine")
@@ -185,6 +207,46 @@ def test_addresses_that_a_launched_cluster_cannot_have(setting: str, said: str) 
     assert enforce([check_http_options(load_config(None, ["cluster.http_host=0.0.0.0"]))]) == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "hosts", "said"),
+    [
+        (["cluster.shard_host=127.0.0.1"], 1, []),
+        (["cluster.shard_host=node", "cluster.http_host=0.0.0.0"], 3, []),
+        (
+            ["cluster.shard_host=127.0.0.1", "cluster.http_host=0.0.0.0"],
+            2,
+            [("FAIL", "cluster.shard_host: .*2 hosts.*expected \"node\"; got '127.0.0.1'")],
+        ),
+        (
+            ["cluster.shard_host=10.0.0.1", "cluster.http_host=0.0.0.0"],
+            2,
+            [("FAIL", "cluster.shard_host: .*got '10.0.0.1'")],
+        ),
+        (
+            ["cluster.shard_host=node", "cluster.http_host=127.0.0.1"],
+            2,
+            [("warn", 'a host whose router is away answers 503: .*"0.0.0.0"')],
+        ),
+        (
+            [
+                "cluster.shard_host=node",
+                "cluster.http_host=localhost",
+                "cluster.router_replicas=1",
+            ],
+            2,
+            [("FAIL", "cluster.router_replicas: .*at least 2, the number of hosts; got 1")],
+        ),
+    ],
+)
+def test_loopback_is_for_one_host(
+    settings: list[str], hosts: int, said: list[tuple[str, str]]
+) -> None:
+    checks = list(check_several(load_config(None, settings), hosts))
+    assert [check.verdict.value for check in checks] == [verdict for verdict, _ in said]
+    for check, (_, text) in zip(checks, said, strict=True):
+        assert re.search(text, check.text), check.text
+
+
 @pytest.fixture
 def taken() -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -200,6 +262,7 @@ def test_a_host_says_what_it_finds(tmp_path: Path, taken: int) -> None:
         assert facts.sees_probe
         elsewhere = host_facts("x", dataclasses.replace(question, store=str(tmp_path / "none")))
         assert not elsewhere.sees_probe
+    assert host_facts("x", dataclasses.replace(question, probe=None)).sees_probe is None
     assert list(tmp_path.iterdir()) == [], "neither the probe nor the file of the look is left"
     assert facts.store.refusal is None
     assert facts.port_error == f"port {taken} is taken by another program"
@@ -208,6 +271,47 @@ def test_a_host_says_what_it_finds(tmp_path: Path, taken: int) -> None:
     missing = host_facts("x", dataclasses.replace(question, generation=3, port=None))
     assert missing.manifest_error is not None
     assert missing.port_error is None
+
+
+def test_a_store_that_cannot_be_looked_into_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def stale(path: Path) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    question = Question(
+        store=str(tmp_path), generation=None, probe="p", http_host="127.0.0.1", port=None
+    )
+    monkeypatch.setattr(Path, "exists", stale)
+    facts = host_facts("10.0.0.9", question)
+    assert facts.sees_probe is None
+    assert "Stale file handle" in str(facts.store_error)
+    assert facts.store.refusal is not None
+
+
+def test_the_hosts_are_looked_at_though_the_probe_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    @contextmanager
+    def probe_in(root: Path) -> Iterator[str]:
+        raise OSError(errno.EROFS, "read-only")
+        yield ""
+
+    def ask(hosts: list[Host], question: Question) -> tuple[list[Answer], dict[str, str]]:
+        assert question.probe is None
+        facts = host_facts("10.0.0.2", question)
+        return [Answer(facts=facts, asked_s=facts.clock_s, answered_s=facts.clock_s)], {}
+
+    monkeypatch.setattr(module, "probe_in", probe_in)
+    monkeypatch.setattr(module, "living_hosts", lambda: hosts_of(2, 2))
+    monkeypatch.setattr(module, "ask_hosts", ask)
+    context = SimpleNamespace(get_node_id=lambda: "n1")
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: context)
+    config = load_config(None, [f"store={tmp_path}", "cluster.shard_host=node"])
+    found = [str(each) for each in survey(config, None, is_served=True, has_serve=True)]
+    assert f"FAIL  store: {tmp_path}: on a read-only file system" in "\n".join(found)
+    assert any(each.startswith("warn  host 10.0.0.2: shared store: not compared") for each in found)
+    assert any(each.startswith("ok    host 10.0.0.2: versions") for each in found)
 
 
 def test_the_digest_is_of_every_module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,8 +5,14 @@ from typing import Any
 
 import pytest
 
-from shardline.cluster.preflight import http_address
-from shardline.cluster.preflight.http_address import host_and_port, literal_address, local_url
+from shardline.cluster import http_address
+from shardline.cluster.http_address import (
+    host_and_port,
+    is_loopback,
+    literal_address,
+    local_url,
+    url_of,
+)
 from shardline.router.client.http1 import Server
 from shardline.shards.core.errors import ConfigError
 
@@ -50,3 +56,32 @@ def test_the_url_reaches_it_from_this_machine(host: str, url: str) -> None:
 def test_ipv6_stands_in_brackets_before_a_port() -> None:
     assert host_and_port("::", 1) == "[::]:1"
     assert host_and_port("0.0.0.0", 1) == "0.0.0.0:1"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://10.0.0.2:80"),
+        ("::", "http://10.0.0.2:80"),
+        ("127.0.0.1", "http://127.0.0.1:80"),
+        ("::1", "http://[::1]:80"),
+    ],
+)
+def test_who_listens_everywhere_is_asked_at_the_address_of_its_host(host: str, url: str) -> None:
+    assert url_of(host, 80, "10.0.0.2") == url
+
+
+@pytest.mark.parametrize(
+    ("host", "is_one"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("10.0.0.1", False),
+        ("node", False),
+    ],
+)
+def test_loopback_addresses_are_told_from_others(host: str, is_one: bool) -> None:
+    assert is_loopback(host) == is_one

@@ -8,17 +8,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands import address as module
 from shardline.cluster.commands.address import address_of
 from shardline.cluster.config import load_config
-from shardline.cluster.serving import launched
+from shardline.cluster.preflight.check import warned
+from shardline.cluster.serving import examine, launched
 from shardline.cluster.serving.examine import check_report
 from shardline.cluster.serving.launched import (
     Launched,
     asked,
+    by_host,
     controller,
     first_answering,
     launched_key,
@@ -26,7 +28,7 @@ from shardline.cluster.serving.launched import (
 )
 from shardline.cluster.serving.serving_keys import CLIENT_VARIABLE, make_key_file
 from shardline.router.http.api_keys import read_keys
-from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.errors import DataError, Unavailable
 
 
 def report_of(*heard: tuple[str, float], port: int = 8000, **changes: Any) -> dict[str, Any]:
@@ -78,8 +80,17 @@ def test_this_hosts_router_is_asked_first_then_those_heard_of_last() -> None:
 
 def test_urls_are_shown_in_the_order_of_the_hosts() -> None:
     report = report_of(("10.0.0.10", 1.0), ("10.0.0.2", 2.0))
-    found = Launched(report=report, node_id="x").host_urls
-    assert found == ["http://10.0.0.2:8000", "http://10.0.0.10:8000"]
+    shown = Launched(report=report, node_id="node-10.0.0.10").shown
+    assert list(shown) == ["http://127.0.0.1:8000", "http://10.0.0.2:8000"]
+    assert by_host(shown.values()) == ("http://10.0.0.2:8000", "http://10.0.0.10:8000")
+
+
+def test_a_url_that_all_hosts_share_is_shown_once() -> None:
+    report = report_of(("10.0.0.1", 1.0), ("10.0.0.2", 2.0))
+    for router in report["routers"]:
+        router["url"] = "http://127.0.0.1:8000"
+    shown = Launched(report=report, node_id="node-10.0.0.2").shown
+    assert shown == {"http://127.0.0.1:8000": "http://127.0.0.1:8000"}
 
 
 @pytest.fixture
@@ -117,6 +128,7 @@ def test_a_ray_without_a_controller_is_said_to_serve_nothing(
     [
         (GetTimeoutError("Get timed out"), "does not answer; expected within 3 s; .*--url"),
         (RayActorError(error_msg="it died"), "does not answer; got it died"),
+        (RayTaskError("report", "Traceback\nKeyError: 5", KeyError(5)), "failed at it; got .*: 5"),
     ],
 )
 def test_a_controller_that_does_not_answer_is_one_line(
@@ -127,6 +139,18 @@ def test_a_controller_that_does_not_answer_is_one_line(
 
     monkeypatch.setattr(launched.ray, "get", get)
     with pytest.raises(Unavailable, match=said):
+        asked("reference", timeout_s=3)
+
+
+def test_what_the_controller_raises_itself_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def get(reference: object, timeout: float) -> None:
+        cause = DataError("no space left", hint="make room")
+        raise RayTaskError("restart_rolling", "Traceback", cause)
+
+    monkeypatch.setattr(launched.ray, "get", get)
+    with pytest.raises(DataError, match="no space left; make room"):
         asked("reference", timeout_s=3)
 
 
@@ -212,6 +236,23 @@ def test_doctor_names_what_is_missing() -> None:
     assert str(check_report(report)[0]).startswith("warn  replicas: 2 shards, 2 of 4 answer")
     report["routers"] = []
     assert str(check_report(report)[1]).startswith("FAIL  routers: no router has been heard of")
+
+
+def test_what_was_found_is_told_though_the_controller_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ask_controller() -> None:
+        raise Unavailable("the controller does not answer")
+
+    monkeypatch.setattr(examine, "attached_ray", lambda *_, **__: nullcontext("10.0.0.1:6379"))
+    monkeypatch.setattr(examine, "living_hosts", lambda: ())
+    monkeypatch.setattr(examine, "is_served", lambda: True)
+    monkeypatch.setattr(examine, "serve_runs", lambda: True)
+    monkeypatch.setattr(examine, "survey", lambda *_, **__: [warned("clock", "1.0 h ahead")])
+    monkeypatch.setattr(examine, "ask_controller", ask_controller)
+    assert [each.name for each in examine.examine(load_config(None), 1)] == [
+        *("Ray", "clock", "cluster")
+    ]
 
 
 def test_joining_and_asking_go_together(monkeypatch: pytest.MonkeyPatch) -> None:

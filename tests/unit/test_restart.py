@@ -1,17 +1,29 @@
 """`shardline restart --rolling` follows what the controller says of it."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shardline.cluster.cli import main
-from shardline.cluster.commands.restart import AWAY_S, follow
+from shardline.cluster.commands import restart as module
+from shardline.cluster.commands.restart import AWAY_S, follow, stopped_line
 from shardline.shards.core.errors import Unavailable
 
 
-def progress(done: int, *, number: int = 1, trouble: str | None = None) -> dict[str, Any]:
+def progress(
+    done: int, *, number: int = 1, trouble: str | None = None, stopped: bool = False
+) -> dict[str, Any]:
     told = None if trouble is None else {"code": "unavailable", "text": trouble}
-    return {"number": number, "total": 3, "done": done, "is_over": done == 3, "trouble": told}
+    return {
+        "number": number,
+        "total": 3,
+        "done": done,
+        "trouble": told,
+        "is_over": done == 3 or stopped,
+        "is_stopped": stopped,
+    }
 
 
 class Told:
@@ -65,6 +77,11 @@ def test_one_that_was_cut_short_is_an_error(found: dict[str, Any] | None) -> Non
         Told(found).follow(progress(0))
 
 
+def test_one_that_was_stopped_by_another_command_is_an_error() -> None:
+    with pytest.raises(Unavailable, match=r"was stopped; got 1 of 3 replicas replaced"):
+        Told(progress(1, stopped=True)).follow(progress(0))
+
+
 def test_a_controller_that_is_away_for_a_while_is_waited_for() -> None:
     away = Unavailable("the controller does not answer")
     assert Told(away, away, progress(3)).follow(progress(0)) == 3
@@ -82,3 +99,27 @@ def test_a_private_ray_has_no_rolling_restart(capsys: pytest.CaptureFixture[str]
         main(["restart", "--rolling"])
     assert ended.value.code == 2
     assert "for a launched cluster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "got"), [((), "neither"), (("--rolling", "--stop"), "both")])
+def test_one_thing_is_to_be_done(
+    options: tuple[str, ...], got: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["restart", *options])
+    assert ended.value.code == 2
+    assert f"expected --rolling or --stop; got {got}" in capsys.readouterr().err
+
+
+def test_a_restart_is_stopped_through_the_controller(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handle = SimpleNamespace(stop_restart=SimpleNamespace(remote=lambda: progress(1, stopped=True)))
+    monkeypatch.setattr(module, "attached_ray", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(module, "controller", lambda: handle)
+    monkeypatch.setattr(module, "asked", lambda reference, timeout_s: reference)
+    with pytest.raises(SystemExit) as ended:
+        main(["--set", "cluster.address=auto", "restart", "--stop"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == "stopped: 1 of 3 replicas were replaced\n"
+    assert stopped_line(None) == stopped_line(progress(3)) == "no restart is under way"

@@ -1,7 +1,6 @@
 """What checks of shard actors amount to. The actors are stand-ins: there is no Ray here."""
 
 import asyncio
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ray.exceptions import (
 )
 
 from shardline.cluster.control import shard_actors
+from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.placement_state import (
     Event,
     ReplicaFailed,
@@ -77,7 +77,7 @@ def check(actors: ShardActors, *, lost: bool = False) -> Event | None:
 def test_a_name_tells_the_replica_and_the_secret(
     actors: ShardActors, handle: Handle, alive: dict[str, Handle]
 ) -> None:
-    digest = hashlib.sha256(SECRET).hexdigest()[:8]
+    digest = cluster_id_of(SECRET)[:8]
     assert list(alive) == [f"shardline-shard-7-1-0-{digest}-{NODE}"]
     assert actors.placed == (KEY,)
 
@@ -270,7 +270,7 @@ def test_ending_kills_every_placed_one(
 def test_only_actors_of_other_generations_of_this_cluster_are_ended(
     actors: ShardActors, handle: Handle, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = hashlib.sha256(SECRET).hexdigest()[:8]
+    digest = cluster_id_of(SECRET)[:8]
     older = f"shardline-shard-3-0-0-{digest}-{NODE}"
     others = [f"shardline-shard-3-0-0-ffffffff-{NODE}", "shardline-controller", f"x-{digest}"]
     names = [*alive, older, *others, f"shardline-shard-3-0-{digest}", f"shardline-shard-{digest}"]

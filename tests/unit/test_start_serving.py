@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 
 from shardline.cluster.config import load_config
+from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.preflight.check import failed, warned
 from shardline.cluster.serving import deployment as module
 from shardline.cluster.serving.await_routers import Ready
-from shardline.cluster.serving.deployment import start_serving
+from shardline.cluster.serving.deployment import (
+    controller_settings,
+    silent_replicas,
+    start_serving,
+    wait_loaded,
+)
 from shardline.cluster.serving.front_end import router_application, routers_wanted
+from shardline.cluster.store import Store
 from shardline.router.http.auth import INSECURE
 from shardline.shards.core.errors import Unavailable
 
@@ -26,7 +33,12 @@ class World:
         self.raises: dict[str, BaseException] = {}
         self.has_serve = self.has_cluster = False
         self.checks: list[Any] = []
-        launched = SimpleNamespace(host_urls=["http://10.0.0.1:8000", "http://10.0.0.2:8000"])
+        self.report = {"routers": [{"host": "10.0.0.1"}, {"host": "10.0.0.2"}], "replicas": []}
+        self.shown = {
+            "http://127.0.0.1:8000": "http://10.0.0.2:8000",
+            "http://10.0.0.1:8000": "http://10.0.0.1:8000",
+        }
+        self.waits: list[dict[str, Any]] = []
         parts = {
             "servable_generation": lambda *_: 1,
             "before_start": lambda *_: [],
@@ -34,17 +46,35 @@ class World:
             "is_served": lambda: self.has_cluster,
             "check_serve": self.part("check_serve"),
             "survey": lambda *_, **__: self.checks,
-            "start_controller": self.part("controller"),
+            "start_controller": self.start_controller,
             "wait_loaded": self.part("shards", 1),
             "living_hosts": lambda: (1, 2),
             "start_front_end": self.part("front end"),
-            "_wait_connected": self.part("routers", Ready(statuses={"u": {"warnings": []}})),
-            "ask_controller": lambda: launched,
+            "wait_for_routers": self.wait_for_routers,
+            "wait_for_hosts": lambda count, wanted: count(),
+            "ask_controller": self.ask_controller,
             "stop_serving": lambda keep_serve: self.done.append(f"stop, {keep_serve=}"),
             "stop_launched": lambda: self.done.append("stop, Serve too"),
         }
         for name, part in parts.items():
             monkeypatch.setattr(module, name, part)
+
+    def start_controller(self, settings: Any) -> None:
+        self.secret = settings.secret
+        self.part("controller")()
+
+    def wait_for_routers(self, find: Any, ask: Any, **wait: Any) -> Ready:
+        """All that are found answer; afterwards the controller is away."""
+        urls = find()
+        self.waits.append(wait)
+        self.part("routers")()
+        self.raises.setdefault("controller asked", Unavailable("the controller does not answer"))
+        return Ready(statuses={url: {"warnings": []} for url in urls})
+
+    def ask_controller(self) -> Any:
+        if "controller asked" in self.raises:
+            raise self.raises["controller asked"]
+        return SimpleNamespace(shown=self.shown, report=self.report)
 
     def part(self, name: str, result: Any = None) -> Any:
         def reached(*_: object, **__: object) -> Any:
@@ -61,8 +91,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
 
 
-def start(tmp_path: Path, said: list[str] | None = None) -> module.Started:
-    config = load_config(None, [f"store={tmp_path}", *LAUNCHED])
+def start(tmp_path: Path, said: list[str] | None = None, *settings: str) -> module.Started:
+    config = load_config(None, [f"store={tmp_path}", *LAUNCHED, *settings])
     return start_serving(config, on_stage=([] if said is None else said).append)
 
 
@@ -96,6 +126,71 @@ def test_hosts_that_cannot_serve_are_named_before_anything_starts(
     with pytest.raises(Unavailable, match="no room"):
         start(tmp_path)
     assert world.done == []
+
+
+def test_the_cluster_waited_for_is_the_one_just_started(world: World, tmp_path: Path) -> None:
+    """Its id comes from the secret: a controller that has just died need not be asked for it."""
+    start(tmp_path)
+    (wait,) = world.waits
+    assert wait["cluster_id"] == cluster_id_of(world.secret)
+    assert wait["wanted"] == 2
+
+
+def test_on_loopback_this_host_is_asked_and_the_others_are_counted(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.shown = {"http://127.0.0.1:8000": "http://127.0.0.1:8000"}
+    counted: list[int] = []
+
+    def wait_for_hosts(count: Any, wanted: int) -> int:
+        world.raises.pop("controller asked")
+        world.report["routers"] = [{"host": "10.0.0.1"}]
+        counted.append(wanted)
+        return int(count())
+
+    monkeypatch.setattr(module, "wait_for_hosts", wait_for_hosts)
+    said: list[str] = []
+    started = start(tmp_path, said, "cluster.http_host=127.0.0.1")
+    assert started.urls == ("http://127.0.0.1:8000",)
+    assert (world.waits[0]["wanted"], counted) == (1, [2])
+    assert said[-1] == "warning: routers of 1 hosts have not been heard of"
+
+
+def replica(shard: int, host: str, *, answers: bool, why: str | None = None) -> dict[str, Any]:
+    reason = None if why is None else {"code": "unavailable", "text": why}
+    return {"shard": shard, "host": host, "answers": answers, "reason": reason}
+
+
+def test_replicas_that_do_not_answer_in_time_are_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.report["replicas"] = [
+        replica(0, "10.0.0.1", answers=True),
+        replica(1, "10.0.0.2", answers=False),
+        replica(2, "10.0.0.3", answers=False, why="no memory"),
+    ]
+
+    def wait_ready(controller: object, timeout_s: float) -> int:
+        raise Unavailable("shards did not become ready", expected="within 0 s", hint="wait")
+
+    monkeypatch.setattr(module, "wait_ready", wait_ready)
+    said = "got shard 1 on 10.0.0.2: nothing yet; shard 2 on 10.0.0.3: no memory; wait"
+    with pytest.raises(Unavailable, match=said):
+        wait_loaded(None, Store(tmp_path), 1, 0.0, print)  # type: ignore[arg-type]
+    with pytest.raises(Unavailable, match="within 0 s; wait"):  # another reason: it is not late
+        wait_loaded(None, Store(tmp_path), 1, 60.0, print)  # type: ignore[arg-type]
+
+
+def test_a_message_names_only_some_of_many_replicas() -> None:
+    report = {"replicas": [replica(shard, "h", answers=False) for shard in range(12)]}
+    said = silent_replicas(report).split("; ")
+    assert said[0] == "shard 0 on h: nothing yet"
+    assert (len(said), said[-1]) == (9, "4 more")
+
+
+def test_a_shard_may_be_tried_on_other_hosts_within_the_time_of_a_start(tmp_path: Path) -> None:
+    config = load_config(None, ["cluster.start_timeout_s=90"])
+    assert controller_settings(config, Store(tmp_path), 1, 80).load_limit_s == 30
 
 
 @pytest.mark.parametrize("has_serve", [False, True])

@@ -8,15 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from shardline.cluster.cli import main
+from shardline.cluster.config import ClusterConfig
+from shardline.cluster.control.ray_hosts import _living
 from shardline.cluster.serving import front_end, stopping
 from shardline.cluster.serving.front_end import check_serve, stop_front_end
 from shardline.cluster.serving.stopping import RayHosts, end_ray, hosts_of, stop_serving
 from shardline.shards.core.errors import Unavailable
 
 HEAD = stopping.HEAD_RESOURCE
+EVERYWHERE = ClusterConfig(address="auto", http_host="0.0.0.0")
 
 
 def node(address: str, *, alive: bool = True, head: bool = False, name: str = "") -> dict[str, Any]:
@@ -48,7 +51,10 @@ class FakeRay:
         self.stubborn: set[str] = set()
         self.ended: list[str] = []
         self.is_attached = True
-        self.own = "10.0.0.1"
+        self.here = "node-10.0.0.1"
+
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: self.here)
 
     def nodes(self) -> list[dict[str, Any]]:
         return [
@@ -59,18 +65,7 @@ class FakeRay:
     def order(self, node_id: str) -> str:
         return node_id.removeprefix("node-")
 
-    def get_runtime_context(self) -> Any:
-        return SimpleNamespace(get_node_id=lambda: f"node-{self.own}")
-
-    def stop_own(self) -> bool:
-        assert not self.is_attached, "what it is attached to would end under it"
-        if self.own not in self.stubborn:
-            self.ended.append(self.own)
-        return self.own not in self.stubborn
-
     def get(self, address: str, timeout: float) -> None:
-        assert self.is_attached
-        assert self.own not in self.ended, "a host whose Ray has ended tells the others nothing"
         if address in self.deaf:
             raise GetTimeoutError("late")
         if address not in self.stubborn:
@@ -83,10 +78,10 @@ class FakeRay:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
-    for name in ("nodes", "get", "shutdown", "get_runtime_context"):
+    for name in ("nodes", "get", "get_runtime_context", "shutdown"):
         monkeypatch.setattr(stopping.ray, name, getattr(fake, name))
+    monkeypatch.setattr(stopping, "living_hosts", lambda: _living(fake.nodes()))
     monkeypatch.setattr(stopping, "_order", fake.order)
-    monkeypatch.setattr(stopping, "_stop_own", fake.stop_own)
     monkeypatch.setattr(stopping, "answers_at", lambda head: "10.0.0.1" not in fake.ended)
     monkeypatch.setattr(stopping, "STOPPED_WITHIN_S", 0.0)
     monkeypatch.setattr(stopping, "POLL_S", 0.001)
@@ -97,20 +92,42 @@ def test_ray_ends_on_every_host_the_head_last(fake: FakeRay) -> None:
     said: list[str] = []
     assert end_ray("10.0.0.1:6379", said.append) == ()
     assert fake.ended == ["10.0.0.2", "10.0.0.3", "10.0.0.1"]
-    assert said[-1] == "ended Ray on 10.0.0.1, this host"
+    assert said[-1] == "ended Ray on 10.0.0.1, the head"
     assert not fake.is_attached
 
 
-def test_the_host_of_the_command_ends_after_it_has_told_the_others(fake: FakeRay) -> None:
-    fake.own = "10.0.0.2"
+def test_the_worker_that_gives_the_orders_ends_last(
+    fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is attached to ends with it: no order can be given afterwards."""
+
+    def stop_own() -> bool:
+        assert not fake.is_attached
+        fake.ended.append("10.0.0.2")
+        return is_obeyed
+
+    fake.here, is_obeyed = "node-10.0.0.2", True
+    monkeypatch.setattr(stopping, "_stop_own", stop_own)
     said: list[str] = []
     assert end_ray("10.0.0.1:6379", said.append) == ()
     assert fake.ended == ["10.0.0.3", "10.0.0.1", "10.0.0.2"]
-    assert said == [
-        "ended Ray on 10.0.0.3",
-        "ended Ray on 10.0.0.2, this host",
-        "ended Ray on 10.0.0.1, the head",
-    ]
+    assert said[-1] == "ended Ray on 10.0.0.2, this host"
+    fake.ended, fake.is_attached, is_obeyed = [], True, False
+    assert end_ray("10.0.0.1:6379", said.append) == ("10.0.0.2",)
+
+
+@pytest.mark.parametrize(("code", "ended"), [("", True), ("raise SystemExit(1)", False)])
+def test_whether_this_hosts_ray_has_ended(
+    monkeypatch: pytest.MonkeyPatch, code: str, ended: bool
+) -> None:
+    monkeypatch.setattr(stopping, "STOP", code)
+    assert stopping._stop_own() == ended
+
+
+def test_a_ray_that_does_not_end_in_time_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "STOP", "import time; time.sleep(60)")
+    monkeypatch.setattr(stopping, "STOPPED_WITHIN_S", 0.1)
+    assert not stopping._stop_own()
 
 
 def test_hosts_that_are_not_reached_are_named(fake: FakeRay) -> None:
@@ -118,7 +135,7 @@ def test_hosts_that_are_not_reached_are_named(fake: FakeRay) -> None:
     said: list[str] = []
     assert end_ray("10.0.0.1:6379", said.append) == ("10.0.0.3",)
     assert fake.ended == ["10.0.0.2", "10.0.0.1"]
-    assert said == ["ended Ray on 10.0.0.2", "ended Ray on 10.0.0.1, this host"]
+    assert said == ["ended Ray on 10.0.0.2", "ended Ray on 10.0.0.1, the head"]
 
 
 def test_hosts_that_do_not_end_in_time_are_named(fake: FakeRay) -> None:
@@ -183,19 +200,42 @@ def test_serve_ends_where_it_runs_nothing_else(
 def test_a_running_cluster_is_not_started_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with_serve(monkeypatch, {"shardline"})
     with pytest.raises(Unavailable, match=r"is served on this Ray already; `shardline status`"):
-        check_serve(8000)
+        check_serve(EVERYWHERE, 8000)
 
 
 @pytest.mark.parametrize("applications", [set(), {"other"}])
-def test_serve_on_another_port_is_named_before_the_wait(
+def test_serve_elsewhere_is_named_before_the_wait(
     monkeypatch: pytest.MonkeyPatch, applications: set[str]
 ) -> None:
     with_serve(monkeypatch, applications)
     client = SimpleNamespace(http_config=SimpleNamespace(host="0.0.0.0", port=8001))
     monkeypatch.setattr(front_end, "_get_global_client", lambda **_: client)
-    check_serve(8001)
-    with pytest.raises(Unavailable, match=r"another port already.*expected port 8000.*got 8001"):
-        check_serve(8000)
+    check_serve(EVERYWHERE, 8001)
+    said = r"elsewhere already.*expected 0\.0\.0\.0:8000,.*got 0\.0\.0\.0:8001; `shardline --set"
+    with pytest.raises(Unavailable, match=said):
+        check_serve(EVERYWHERE, 8000)
+    loopback = ClusterConfig(address="auto", http_host="127.0.0.1")
+    with pytest.raises(Unavailable, match=r"expected 127\.0\.0\.1:8001.*got 0\.0\.0\.0:8001"):
+        check_serve(loopback, 8001)
+    client.http_config.host = "127.0.0.1"
+    check_serve(loopback, 8001)
+    check_serve(ClusterConfig(address="local", http_host="::1"), 8001)
+
+
+@pytest.mark.parametrize(
+    "error", [RayActorError(error_msg="it died"), RuntimeError("no"), TimeoutError("late")]
+)
+def test_a_serve_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    with_serve(monkeypatch, {"other"})
+
+    def client(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(front_end, "_get_global_client", client)
+    with pytest.raises(Unavailable, match="Ray Serve does not answer; got"):
+        check_serve(EVERYWHERE, 8000)
 
 
 def test_what_is_not_there_is_not_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +280,7 @@ def test_down_ends_haproxy_on_every_host_where_serve_has_ended(
         return node_id
 
     nodes = [node("10.0.0.1"), node("10.0.0.2"), node("10.0.0.3", alive=False)]
-    monkeypatch.setattr(stopping.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(stopping, "living_hosts", lambda: _living(nodes))
     monkeypatch.setattr(stopping.ray, "get", lambda reference, timeout: None)
     monkeypatch.setattr(stopping, "serve_http", lambda: (host, 8000))
     monkeypatch.setattr(stopping, "serve_runs", lambda: goes_on)
@@ -252,6 +292,35 @@ def test_down_ends_haproxy_on_every_host_where_serve_has_ended(
     monkeypatch.setattr(stopping, "HAPROXY_IS_ENDED_S", 0.02)
     assert stopping.stop_launched() == (True, said)
     assert sorted(ended) == told
+
+
+def test_all_else_is_stopped_where_serve_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def serve_http() -> None:
+        raise Unavailable("Ray Serve does not answer", got="it died")
+
+    monkeypatch.setattr(stopping, "serve_http", serve_http)
+    monkeypatch.setattr(stopping, "stop_serving", lambda: True)
+    monkeypatch.setattr(stopping, "SERVE_RETURNS_S", 0.01)
+    monkeypatch.setattr(stopping, "POLL_S", 0.001)
+    assert stopping.stop_launched() == (True, ())
+    assert "HAProxy may go on listening: Ray Serve does not answer; got it died" in caplog.text
+
+
+def test_a_serve_that_comes_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan: list[Any] = [Unavailable("died"), Unavailable("died"), ("0.0.0.0", 8000)]
+
+    def serve_http() -> Any:
+        if isinstance(plan[0], Unavailable):
+            raise plan.pop(0)
+        return plan[0]
+
+    monkeypatch.setattr(stopping, "serve_http", serve_http)
+    monkeypatch.setattr(stopping, "stop_serving", lambda: len(plan) == 1)
+    monkeypatch.setattr(stopping, "serve_runs", lambda: True)
+    monkeypatch.setattr(stopping, "POLL_S", 0.001)
+    assert stopping.stop_launched() == (True, ()), "stopped when it was there again"
 
 
 def test_down_does_not_wait_where_serve_did_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

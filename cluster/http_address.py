@@ -1,9 +1,10 @@
-"""Where HTTP is served, and by which URL it is reached from this machine.
+"""Where HTTP is served, and by which URL it is reached.
 
 On a private Ray only HAProxy listens at ``cluster.http_host``. What is behind it, Serve's replicas
 and its fallback proxy, stays on the loopback interface, where HAProxy asks for it.
 """
 
+import ipaddress
 import socket
 
 from shardline.shards.core.errors import ConfigError
@@ -36,7 +37,20 @@ def literal_address(host: str) -> str:
 
 def local_url(host: str, port: int) -> str:
     """The URL by which this machine reaches what listens at ``host``."""
-    return f"http://{host_and_port(LOOPBACK if host in EVERYWHERE else host, port)}"
+    return url_of(host, port, LOOPBACK)
+
+
+def url_of(host: str, port: int, address: str) -> str:
+    """The URL of what listens at ``host``, on a machine that is reached at ``address``."""
+    return f"http://{host_and_port(address if host in EVERYWHERE else host, port)}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or the name of one, is reached by processes of its own machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def host_and_port(host: str, port: int) -> str:
