@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardline.cluster.batch.batch_job import BatchJob
+from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.job_parts import Parts
 from shardline.cluster.batch.loaded_shards import (
@@ -44,11 +44,17 @@ class BatchPlan:
     manifest: GenerationManifest
 
     def columns(self) -> ItemColumns | None:
-        """What to add to results; None where nothing is. Raises as ``ItemColumns``."""
-        wanted = self.job.wanted
-        if not wanted.attributes and not wanted.original_ids:
-            return None
-        return ItemColumns(self.folder, self.manifest, wanted.attributes, wanted.original_ids)
+        """What to add to results, verified; None where nothing is. Raises as ``ItemColumns``."""
+        return columns_of(self.folder, self.manifest, self.job.wanted, verify=True)
+
+
+def columns_of(
+    folder: Path, manifest: GenerationManifest, wanted: Wanted, *, verify: bool
+) -> ItemColumns | None:
+    """What to add to results; None where nothing is. Raises as ``ItemColumns``."""
+    if not wanted.attributes and not wanted.original_ids:
+        return None
+    return ItemColumns(folder, manifest, wanted.attributes, wanted.original_ids, verify=verify)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
