@@ -145,17 +145,18 @@ def _taken(column: pa.ChunkedArray, rows: IdArray, name: str) -> pa.Array:
     ascending = rows[order]
     starts = [0, *accumulate(len(chunk) for chunk in column.chunks)]
     ends = np.searchsorted(ascending, starts)
-    pieces = [
-        chunk.take(pa.array(ascending[begin:end] - start))
-        for chunk, start, (begin, end) in zip(column.chunks, starts, pairwise(ends), strict=False)
-        if begin < end
-    ]
-    if not pieces:
-        return pa.array([], column.type)
     places = np.empty_like(order)
     places[order] = np.arange(len(order))
     try:
-        return pa.concat_arrays(pieces).take(pa.array(places))
+        pieces = [
+            chunk.take(pa.array(ascending[begin:end] - start))
+            for chunk, start, (begin, end) in zip(
+                column.chunks, starts, pairwise(ends), strict=False
+            )
+            if begin < end
+        ]
+        joined = pa.concat_arrays(pieces) if pieces else pa.array([], column.type)
+        return joined.take(pa.array(places))
     except pa.ArrowInvalid as error:  # lengths of texts and lists are counted in 32 bits
         raise InvalidInput(
             "too much to return in one block",
