@@ -211,11 +211,12 @@ def offline_plan(
     )
     # an unknown attribute is refused here, before anything is written
     columns = columns_of(folder, manifest, wanted, verify=False)
-    rows = block_rows or default_block_rows(
-        wanted.searched_k, columns.bytes_per_item if columns is not None else 0.0
-    )
+    added = columns.bytes_per_item if columns is not None else 0.0
+    rows = block_rows or default_block_rows(wanted.searched_k, added)
     job = job_of(source, folder, manifest, wanted, rows)
-    return BatchPlan(job=job, source=source, folder=folder, manifest=manifest)
+    return BatchPlan(
+        job=job, source=source, folder=folder, manifest=manifest, attribute_bytes=added
+    )
 
 
 def answer_here(
