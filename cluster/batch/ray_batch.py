@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray._private.state import available_resources_per_node  # no public call counts per host
@@ -30,13 +29,19 @@ from shardline.cluster.batch.loaded_shards import LoadedShards, block_bytes, loa
 from shardline.cluster.batch.local_batch import BatchPlan
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import finished_table
-from shardline.cluster.batch.queries import Queries
 from shardline.cluster.batch.ray_room import HostRoom, StageCpus, StageNeed, planned_stages
+from shardline.cluster.batch.ray_tables import (
+    NUMBER,
+    START,
+    STOP,
+    block_table,
+    parts_of,
+    spans_in,
+)
 from shardline.cluster.batch.spans import Span
 from shardline.cluster.batch.top_k import merge_parts
 from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, last_line
 from shardline.shards.core.files import FileEntry
-from shardline.shards.core.schema import Ranked
 from shardline.shards.index.main_index import set_search_threads
 
 NICENESS = 10  # of the stages: a shard that serves on the same host comes first
@@ -44,8 +49,6 @@ RESERVED_WITHIN_S = 60
 SEEN_WITHIN_S = 65.0  # NFS remembers for up to a minute what a folder held
 ROOM = 1.2  # memory that a stage reserves, as a multiple of what is counted
 LIBRARY_BYTES = 300 << 20  # of resident memory in each process of a stage
-NUMBER, START, STOP = "number", "start", "stop"
-QUERY_ID, VECTOR, OWN, ITEM_IDS, SCORES = "query_id", "vector", "own", "item_ids", "scores"
 
 
 def run_on_ray(
@@ -203,11 +206,11 @@ class _Reader:
         self._blocks = plan.source.read(iter(self._asked.popleft, None))
 
     def __call__(self, spans: pa.Table) -> pa.Table:
-        (span,) = _spans_of(spans)
+        (span,) = spans_in(spans)
         self._asked.append(span)
         found, queries = next(self._blocks)
         assert found == span
-        return _table(span, queries, None)
+        return block_table(span, queries, None)
 
 
 class _ShardStage:
@@ -219,11 +222,11 @@ class _ShardStage:
         self._loaded = LoadedShards.load(plan.folder, [shard])
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        span, queries, before = _parts_of(table)
+        span, queries, before = parts_of(table)
         assert queries.vectors is not None
         set_search_threads(self._threads)  # Ray may call from any thread
         found = self._loaded.search(queries.vectors, self._wanted)
-        return _table(span, queries, found if before is None else merge_parts([before, found]))
+        return block_table(span, queries, found if before is None else merge_parts([before, found]))
 
 
 class _Writer:
@@ -234,7 +237,7 @@ class _Writer:
         self._k, self._columns, self._output = plan.job.wanted.k, plan.columns(), output
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        span, queries, ranked = _parts_of(table)
+        span, queries, ranked = parts_of(table)
         assert ranked is not None
         rows = finished_table(queries, ranked, self._k, self._columns)
         entry = self._output.write(span, rows)
@@ -249,55 +252,6 @@ class _Writer:
                 "rows": [entry.rows],
             }
         )
-
-
-def _table(span: Span, queries: Queries, ranked: Ranked | None) -> pa.Table:
-    """One row per query; the span is in every row, where no stage can lose it."""
-    assert queries.vectors is not None
-    count = len(queries)
-    columns = {
-        NUMBER: pa.repeat(span.number, count),
-        START: pa.repeat(span.start, count),
-        STOP: pa.repeat(span.stop, count),
-        QUERY_ID: queries.ids,
-        VECTOR: _lists(queries.vectors),
-    }
-    if queries.own is not None:
-        columns[OWN] = pa.array(queries.own)
-    if ranked is not None:
-        columns |= {ITEM_IDS: _lists(ranked.ids), SCORES: _lists(ranked.scores)}
-    return pa.table(columns)
-
-
-def _parts_of(table: pa.Table) -> tuple[Span, Queries, Ranked | None]:
-    (span,) = set(_spans_of(table.slice(0, 1)))
-    assert table.num_rows == len(span), "Ray Data has cut a block"
-    names = table.column_names
-    own = _one(table, OWN).to_numpy() if OWN in names else None
-    queries = Queries(ids=_one(table, QUERY_ID), vectors=_matrix(table, VECTOR), own=own)
-    if ITEM_IDS not in names:
-        return span, queries, None
-    return span, queries, Ranked(_matrix(table, ITEM_IDS), _matrix(table, SCORES))
-
-
-def _spans_of(table: pa.Table) -> Iterator[Span]:
-    columns = [table.column(name).to_pylist() for name in (NUMBER, START, STOP)]
-    yield from (Span(*row) for row in zip(*columns, strict=True))
-
-
-def _lists(matrix: np.ndarray[Any, Any]) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(matrix).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1])
-
-
-def _one(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name).combine_chunks()
-    return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-
-
-def _matrix(table: pa.Table, name: str) -> Any:
-    column = _one(table, name)
-    return column.flatten().to_numpy().reshape(len(column), -1)
 
 
 def _keep_item_vectors(stages: _Stages) -> None:

@@ -14,7 +14,8 @@ import pytest
 from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.part_files import claimed_folder
 from shardline.cluster.batch.queries import Queries, cut
-from shardline.cluster.batch.ray_batch import _Reader, _spans_of, await_part
+from shardline.cluster.batch.ray_batch import _Reader, await_part
+from shardline.cluster.batch.ray_tables import spans_in
 from shardline.cluster.batch.spans import Span, spans_of
 from shardline.shards.core.errors import DataError
 
@@ -42,7 +43,7 @@ def test_a_reader_opens_its_files_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for span in asked:
         row = {"number": [span.number], "start": [span.start], "stop": [span.stop]}
         found = reader(pa.table(row))
-        assert set(_spans_of(found)) == {span}
+        assert set(spans_in(found)) == {span}
         assert found["query_id"].to_pylist() == list(range(span.start, span.stop))
     assert source.opened == 2
 
