@@ -85,6 +85,8 @@ def timed_job(
     started = time.monotonic()
     output, parts = claimed.begin(job), Parts(job, progress)
     run = RunningJob(output, parts, parts.resume(output), way, started)
+    if run.todo:
+        output.reopen()
     yield run
     output.finish(parts.ordered)
     run.ended = time.monotonic()

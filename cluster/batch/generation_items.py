@@ -4,7 +4,7 @@ Their vectors are in the indexes. They are written to the job's work folder firs
 so that reading a block never needs an index in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class GenerationItems:
                     stop = min(start + ROWS_AT_ONCE, rows)
                     file.write(loaded.item_vectors(shard.shard, start, stop, metric).tobytes())
 
-    def read(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Queries]]:
+    def read(self, spans: Iterable[Span]) -> Iterator[tuple[Span, Queries]]:
         yield from cut(spans, self._pieces)
 
     def _pieces(self, start: int) -> Iterator[Queries]:

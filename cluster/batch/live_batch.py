@@ -23,13 +23,17 @@ from shardline.cluster.batch.result_columns import ORIGINAL_IDS, result_table, t
 from shardline.cluster.batch.spans import Span
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.sync_client import Client
+from shardline.router.contract import PayloadTooLarge
+from shardline.router.limits import MAX_RETURNED_VALUES
+from shardline.router.query import QueryKind
 from shardline.shards.core.errors import DataError, InvalidInput, Unavailable, VersionMismatch
 from shardline.shards.core.schema import EMPTY_ID, Metric, Ranked
 from shardline.shards.storage.column_types import LIBRARY_ERRORS, first_line
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_MS = 10_000.0  # the most a router grants by default
+TIMEOUT_MS = 10_000.0  # the most a router grants by default; where it grants less, its own default
+SIZE_FIELDS = frozenset((*QueryKind, "return"))  # of a refusal that fewer queries may avoid
 WAITS_S = (0.5, 1, 2, 4, 8, 16, 30)  # before further attempts of a request
 
 
@@ -61,9 +65,14 @@ class LiveSearch:
     cluster: LiveCluster
     wanted: Wanted
     types: dict[str, pa.DataType]
-    pace: Pace = field(default_factory=Pace)
+    pace: Pace = field(init=False)
+    timeout_ms: float | None = TIMEOUT_MS
     clock: Callable[[], float] = time.perf_counter
     wait: Callable[[float], None] = time.sleep
+
+    def __post_init__(self) -> None:
+        columns = len(self.wanted.attributes) + self.wanted.original_ids
+        self.pace = Pace(MAX_RETURNED_VALUES // (self.wanted.k * max(1, columns)))
 
     def check(self, source: QuerySource) -> None:
         """Asks the first query, so that what the cluster refuses is said before work starts.
@@ -83,11 +92,23 @@ class LiveSearch:
                 answer after all attempts. DataError: attributes of other types than these items'
                 generation has.
         """
-        answers, start = [], 0
+        answers: list[SearchAnswer] = []
+        start = failures = 0
         while start < len(queries):
-            stop = min(start + self.pace.size, len(queries))
-            answers.append(self._timed(queries.rows(start, stop)))
-            start = stop
+            part = queries.rows(start, min(start + self.pace.size, len(queries)))
+            try:
+                answer = self._timed(part)
+            except Unavailable as error:
+                if failures == len(WAITS_S):
+                    raise
+                logger.info("asked again in %s s: %s", WAITS_S[failures], error)
+                self.pace.refused()
+                self.wait(WAITS_S[failures])
+                failures += 1
+                continue
+            if answer is not None:
+                answers.append(answer)
+                start, failures = start + len(part), 0
         ranked = Ranked(
             np.concatenate([answer.ids for answer in answers]),
             np.concatenate([answer.scores for answer in answers]),
@@ -95,21 +116,31 @@ class LiveSearch:
         columns = _Answered(answers, self.wanted, self.types)
         return result_table(queries.ids, ranked, columns)
 
-    def _timed(self, queries: Queries) -> SearchAnswer:
-        for wait_s in WAITS_S:
-            started = self.clock()
-            try:
-                answer = self._ask(queries)
-            except Unavailable as error:
-                logger.info("asked again in %s s: %s", wait_s, error)
-                self.pace.refused()
-                self.wait(wait_s)
-                continue
-            self.wait(self.pace.took(len(queries), self.clock() - started))
-            return answer
-        return self._ask(queries)
+    def _timed(self, queries: Queries) -> SearchAnswer | None:
+        """None: refused for its size; the next request is smaller."""
+        started = self.clock()
+        try:
+            answer = self._ask(queries)
+        except InvalidInput as error:
+            is_size = error.field in SIZE_FIELDS or isinstance(error, PayloadTooLarge)
+            if len(queries) == 1 or not is_size:
+                raise
+            logger.info("smaller requests from here on: %s", error)
+            self.pace.too_large(len(queries))
+            return None
+        self.wait(self.pace.took(len(queries), self.clock() - started))
+        return answer
 
     def _ask(self, queries: Queries) -> SearchAnswer:
+        try:
+            return self._asked(queries)
+        except InvalidInput as error:
+            if error.field != "timeout_ms" or self.timeout_ms is None:
+                raise
+            self.timeout_ms = None
+            return self._asked(queries)
+
+    def _asked(self, queries: Queries) -> SearchAnswer:
         answer = self.client.search(
             vectors=queries.vectors,
             features=queries.features,
@@ -117,7 +148,7 @@ class LiveSearch:
             k=self.wanted.k,
             params=self.wanted.params,
             min_coverage=1.0,
-            timeout_ms=TIMEOUT_MS,
+            timeout_ms=self.timeout_ms,
             return_=self.wanted.attributes or None,
             return_original_ids=self.wanted.original_ids or None,
         )

@@ -13,7 +13,7 @@ import numpy as np
 from shardline.cluster.batch.batch_job import Wanted
 from shardline.cluster.batch.top_k import merge_stacked
 from shardline.shards.core.errors import Unavailable
-from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked, normalise
+from shardline.shards.core.schema import FloatArray, Metric, Ranked, normalise
 from shardline.shards.server.shard import Shard
 from shardline.shards.storage.generation import ATTRIBUTES_NAME, GenerationManifest
 
@@ -64,11 +64,6 @@ class LoadedShards:
         vectors = state.main.reconstruct(np.arange(start, stop, dtype=np.int64))
         # an index without exact copies gives approximations, whose length is not quite one
         return normalise(vectors) if metric is Metric.COSINE else vectors
-
-    def item_ids(self, shard: int) -> IdArray:
-        """(rows,) int64, ascending."""
-        state = next(each for each in self.shards if each.shard == shard).state
-        return state.ids_by_row[:-1]
 
 
 def cores() -> int:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardline.cluster.batch.batch_job import BatchJob
+from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.job_parts import Parts
 from shardline.cluster.batch.loaded_shards import (
+    COPIES,
     LoadedShards,
     block_bytes,
     groups_of,
@@ -36,19 +37,37 @@ LOAD = "load shards"  # a stage, for progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchPlan:
-    """A job, its queries, and the generation that answers them."""
+    """A job, its queries, and the generation that answers them.
+
+    attribute_bytes: of all attributes of a result, on average.
+    """
 
     job: BatchJob
     source: QuerySource
     folder: Path
     manifest: GenerationManifest
+    attribute_bytes: float = 0.0
 
     def columns(self) -> ItemColumns | None:
-        """What to add to results; None where nothing is. Raises as ``ItemColumns``."""
-        wanted = self.job.wanted
-        if not wanted.attributes and not wanted.original_ids:
-            return None
-        return ItemColumns(self.folder, self.manifest, wanted.attributes, wanted.original_ids)
+        """What to add to results, verified; None where nothing is. Raises as ``ItemColumns``."""
+        return columns_of(self.folder, self.manifest, self.job.wanted, verify=True)
+
+    def needed_bytes(self, workers: int) -> int:
+        """Of memory, for the blocks of that many workers."""
+        job, shards = self.job, len(self.manifest.shards)
+        k = job.wanted.searched_k
+        attributes = COPIES * int(job.block_rows * job.wanted.k * self.attribute_bytes)
+        blocks = block_bytes(job.block_rows, self.manifest.dim, k, shards, workers)
+        return blocks + workers * attributes
+
+
+def columns_of(
+    folder: Path, manifest: GenerationManifest, wanted: Wanted, *, verify: bool
+) -> ItemColumns | None:
+    """What to add to results; None where nothing is. Raises as ``ItemColumns``."""
+    if not wanted.attributes and not wanted.original_ids:
+        return None
+    return ItemColumns(folder, manifest, wanted.attributes, wanted.original_ids, verify=verify)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +123,9 @@ def run_local(
 
 def shard_groups(plan: BatchPlan, room: Room) -> list[list[int]]:
     """The shards that are in memory at once. Raises Unavailable: one alone does not fit."""
-    sizes, k = loaded_bytes(plan.manifest), plan.job.wanted.searched_k
     workers, _ = _division(plan, room.cpus, room)
-    needed = block_bytes(plan.job.block_rows, plan.manifest.dim, k, len(sizes), workers)
-    return groups_of(sizes, room.available_bytes, needed)
+    needed = plan.needed_bytes(workers)
+    return groups_of(loaded_bytes(plan.manifest), room.available_bytes, needed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,11 +190,8 @@ def _division(plan: BatchPlan, blocks: int, room: Room) -> tuple[int, int]:
     """
     if plan.manifest.index.device is not Device.CPU:
         return 1, room.cpus
-    shards, k = len(plan.manifest.shards), plan.job.wanted.searched_k
-    both, one = (
-        block_bytes(plan.job.block_rows, plan.manifest.dim, k, shards, count) for count in (2, 1)
-    )
-    affordable = max(1, room.available_bytes // 4 // (both - one))
+    another = plan.needed_bytes(2) - plan.needed_bytes(1)
+    affordable = max(1, room.available_bytes // 4 // another)
     workers = max(1, min(room.cpus, blocks, affordable))
     return workers, max(1, room.cpus // workers)
 

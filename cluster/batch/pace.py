@@ -14,6 +14,7 @@ in which one is under way (the duty cycle). Both follow what the job sees of oth
 It starts slow. A job alone on a cluster reaches its full rate within a few seconds.
 """
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 
 WINDOW = 20  # requests between two decisions
@@ -28,8 +29,9 @@ MAX_PAUSE_S = 2.0
 class Pace:
     """``size``: queries of the next request; ``took`` says how long to wait after one."""
 
-    def __init__(self) -> None:
-        self._place = 0
+    def __init__(self, most: int = SIZES[-1]) -> None:
+        """most: queries that a request may have."""
+        self._place, self._last = 0, max(0, bisect_right(SIZES, most) - 1)
         self.duty = LEAST_DUTY * 8
         self._times: dict[int, deque[float]] = {}
         self._window: list[tuple[int, float]] = []
@@ -52,6 +54,12 @@ class Pace:
         self._place, self.duty = 0, LEAST_DUTY
         self._window.clear()
 
+    def too_large(self, size: int) -> None:
+        """A request of ``size`` queries was refused for its size: from here on they are smaller."""
+        self._last = max(0, bisect_left(SIZES, size) - 1)
+        self._place = min(self._place, self._last)
+        self._window.clear()
+
     def floor(self, size: int) -> float:
         """Seconds of an undisturbed request of a size that was asked before."""
         times = sorted(self._times[size])
@@ -70,4 +78,4 @@ class Pace:
             if self.duty < 1:
                 self.duty = min(1.0, self.duty * 2)
             else:
-                self._place = min(self._place + 1, len(SIZES) - 1)
+                self._place = min(self._place + 1, self._last)

@@ -11,9 +11,10 @@ Names that begin with ``_`` are passed over by Spark, DuckDB, Polars, pandas and
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,13 +23,13 @@ import pyarrow.parquet as pq
 
 from shardline.cluster.batch.batch_job import BatchJob
 from shardline.cluster.batch.spans import Span
-from shardline.shards.core.errors import CorruptFile, DataError, NotFound, Unavailable
+from shardline.shards.core.errors import DataError, Unavailable
 from shardline.shards.core.files import (
     MANIFEST_NAME,
     FileEntry,
     atomic_path,
     describe_file,
-    read_manifest,
+    fsync_folder,
     write_json,
     write_manifest,
 )
@@ -41,7 +42,10 @@ JOB_NAME = "_job.json"
 LOCK_NAME = "_lock"
 WORK_NAME = "_work"
 BLOCK_KEY = b"shardline.block"  # in the footer of a part: which block of which job it is
-UNFINISHED = ".*.tmp"  # what a killed process leaves of a file
+# what a killed process leaves of a file
+UNFINISHED = re.compile(
+    r"\.(_job\.json|_manifest\.json|part-\d{6,}-[0-9a-f]{16}\.parquet)\.\w+\.tmp"
+)
 NEW_FOLDER = "choose an empty or a new folder, or remove this one"
 
 
@@ -84,14 +88,22 @@ class OutputFolder:
 
     def kept(self, spans: Sequence[Span]) -> Iterator[tuple[Span, FileEntry]]:
         """The blocks whose parts are here and whole: every page is read. Others are removed."""
+        # one listing: a network disk remembers for half a minute that a name asked for was absent
+        present = {path.name for path in self.path.iterdir()}
         for span in spans:
             path = self.path / self.part_name(span)
-            if not path.exists():
+            if path.name not in present:
                 continue
             if _is_whole(path, _mark(self.job, span), len(span)):
                 yield span, describe_file(self.path, path.name, rows=len(span))
             else:
+                self.reopen()
                 path.unlink()
+
+    def reopen(self) -> None:
+        """No longer complete: call it before a part is removed or written."""
+        (self.path / MANIFEST_NAME).unlink(missing_ok=True)
+        fsync_folder(self.path)
 
     def finish(self, entries: Sequence[FileEntry]) -> None:
         """Declares the result complete. Call it last."""
@@ -134,7 +146,7 @@ class ClaimedFolder:
             raise DataError(
                 f"{self.path}: the output of another job",
                 got="; ".join(differing),
-                hint=NEW_FOLDER,
+                hint=_way_on(found, job),
             )
         return OutputFolder(self.path, job)
 
@@ -155,7 +167,7 @@ def claimed_folder(path: Path) -> Iterator[ClaimedFolder]:
     path.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(path):
-            for left in path.glob(UNFINISHED):
+            for left in _unfinished(path):
                 left.unlink()
             shutil.rmtree(path / WORK_NAME, ignore_errors=True)
             (path / WORK_NAME).mkdir()
@@ -164,10 +176,11 @@ def claimed_folder(path: Path) -> Iterator[ClaimedFolder]:
             finally:
                 shutil.rmtree(path / WORK_NAME, ignore_errors=True)
                 if not (path / JOB_NAME).exists():
-                    (path / LOCK_NAME).unlink()
+                    (path / LOCK_NAME).unlink(missing_ok=True)
     finally:
-        if is_new and not any(path.iterdir()):
-            path.rmdir()
+        if is_new:
+            with suppress(OSError):  # another process uses it by now
+                path.rmdir()
 
 
 def _check_folder(path: Path) -> None:
@@ -175,10 +188,12 @@ def _check_folder(path: Path) -> None:
         return
     if not path.is_dir():
         raise DataError(f"{path}: a file, where the folder of results is needed", hint=NEW_FOLDER)
-    unfinished = {each.name for each in path.glob(UNFINISHED)}
-    names = {each.name for each in path.iterdir()} - unfinished
-    others = sorted(names - {LOCK_NAME, WORK_NAME})
-    if others and JOB_NAME not in names:
+    names = {each.name for each in path.iterdir()}
+    if JOB_NAME in names:
+        return
+    ours = {LOCK_NAME, WORK_NAME, *(each.name for each in _unfinished(path))}
+    others = sorted(names - ours if LOCK_NAME in names else names)
+    if others:
         raise DataError(
             f"{path}: not empty, and not the output of a batch job",
             got=", ".join(others[:5]),
@@ -186,26 +201,8 @@ def _check_folder(path: Path) -> None:
         )
 
 
-def read_result(path: Path) -> list[FileEntry]:
-    """The parts of a complete result, in order.
-
-    Raises:
-        NotFound: it is not complete. CorruptFile: its manifest is damaged.
-    """
-    body = read_manifest(path, kind=KIND, version=MANIFEST_VERSION)
-    try:
-        return [FileEntry(**entry) for entry in body["parts"]]
-    except (KeyError, TypeError) as error:
-        raise CorruptFile(f"{path / MANIFEST_NAME}: a field is missing", got=repr(error)) from error
-
-
-def is_complete(path: Path) -> bool:
-    """Whether a job has finished here."""
-    try:
-        read_result(path)
-    except NotFound:
-        return False
-    return True
+def _unfinished(path: Path) -> list[Path]:
+    return [each for each in path.iterdir() if UNFINISHED.fullmatch(each.name)]
 
 
 def _mark(job: BatchJob, span: Span) -> bytes:
@@ -239,6 +236,15 @@ def _differences(found: object, wanted: dict[str, object], prefix: str = "") -> 
     return texts
 
 
+def _way_on(found: object, job: BatchJob) -> str:
+    """What to do where the folder holds the job ``found``: most often an earlier generation's."""
+    there = found.get("generation") if isinstance(found, dict) else None
+    is_offline = not job.live and isinstance(found, dict) and found.get("live") is False
+    if not is_offline or type(there) is not int or there == job.generation:
+        return NEW_FOLDER
+    return f"--generation {there} goes on with that one, while the store has it; else {NEW_FOLDER}"
+
+
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
@@ -246,15 +252,33 @@ def _short(value: object) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
+    handle = _lock_handle(folder)
     try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock_handle(folder: Path) -> int:
+    """The lock's file, locked. Raises Unavailable: another process has it."""
+    while True:
+        handle = os.open(folder / LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(handle)
             raise Unavailable(
                 f"{folder}: another process writes its results here",
                 hint="wait until it has ended, or choose another folder",
             ) from error
-        yield
-    finally:
-        os.close(handle)
+        if _is_at(handle, folder / LOCK_NAME):
+            return handle
+        os.close(handle)  # its holder removed it between our two calls: the name is free again
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

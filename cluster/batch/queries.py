@@ -57,8 +57,9 @@ class QuerySource(Protocol):
     def identity(self) -> dict[str, Any]:
         """What the queries are, by content: two sources of the same identity give the same."""
 
-    def read(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Queries]]:
-        """The queries of ascending spans, a few blocks in memory at most.
+    def read(self, spans: Iterable[Span]) -> Iterator[tuple[Span, Queries]]:
+        """The queries of ascending spans, a few blocks in memory at most. A span is taken when its
+        queries are asked for.
 
         Raises:
             DataError: a query that cannot be used; names file, row and column.

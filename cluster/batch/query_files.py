@@ -5,7 +5,7 @@ cannot be used is a DataError that names the file, the column and the row of the
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -93,9 +93,23 @@ class _FileQueries:
             "sha256": [file.sha256 for file in self._files],
             "id_column": self._id_column,
             "columns": self._columns,
+            "folder_values": self._folder_values(),
         }
 
-    def read(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Queries]]:
+    def _folder_values(self) -> dict[str, list[Any]]:
+        """Of each column that a folder brings: its value for each file, None for one without."""
+        used = [name for name in (self._id_column, *self._columns) if name is not None]
+        named = {name for file in self._files for name in file.part.folder_values}
+        return {
+            name: [
+                file.part.folder_values[name].as_py() if name in file.part.folder_values else None
+                for file in self._files
+            ]
+            for name in dict.fromkeys(used)
+            if name in named
+        }
+
+    def read(self, spans: Iterable[Span]) -> Iterator[tuple[Span, Queries]]:
         yield from cut(spans, self._pieces)
 
     def _pieces(self, start: int) -> Iterator[Queries]:
@@ -242,7 +256,7 @@ class FeatureFiles(_FileQueries):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_encoder": None}  # each process maps its own
 
-    def read(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Queries]]:
+    def read(self, spans: Iterable[Span]) -> Iterator[tuple[Span, Queries]]:
         if self._folder is not None and self._encoder is None:
             self._encoder = QueryEncoder.load(self._folder)
         for span, queries in super().read(spans):

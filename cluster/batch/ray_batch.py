@@ -8,15 +8,20 @@ serving. The store, the queries and the output folder must be the same on all ho
 """
 
 import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
+from ray._private.state import available_resources_per_node  # no public call counts per host
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.job_parts import Parts
@@ -24,37 +29,26 @@ from shardline.cluster.batch.loaded_shards import LoadedShards, block_bytes, loa
 from shardline.cluster.batch.local_batch import BatchPlan
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import finished_table
-from shardline.cluster.batch.queries import Queries
+from shardline.cluster.batch.ray_room import HostRoom, StageCpus, StageNeed, planned_stages
+from shardline.cluster.batch.ray_tables import (
+    NUMBER,
+    START,
+    STOP,
+    block_table,
+    parts_of,
+    spans_in,
+)
 from shardline.cluster.batch.spans import Span
 from shardline.cluster.batch.top_k import merge_parts
 from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, last_line
 from shardline.shards.core.files import FileEntry
-from shardline.shards.core.schema import Ranked
 from shardline.shards.index.main_index import set_search_threads
 
 NICENESS = 10  # of the stages: a shard that serves on the same host comes first
-SIDE_SHARE = 0.1  # of the CPUs, each for reading and for writing
+RESERVED_WITHIN_S = 60
+SEEN_WITHIN_S = 65.0  # NFS remembers for up to a minute what a folder held
 ROOM = 1.2  # memory that a stage reserves, as a multiple of what is counted
 LIBRARY_BYTES = 300 << 20  # of resident memory in each process of a stage
-NUMBER, START, STOP = "number", "start", "stop"
-QUERY_ID, VECTOR, OWN, ITEM_IDS, SCORES = "query_id", "vector", "own", "item_ids", "scores"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageCpus:
-    """What each stage reserves; ``threads`` of faiss in a shard's stage."""
-
-    shard: float
-    side: float
-    threads: int
-
-
-def stage_cpus(cpus: int, shards: int) -> StageCpus:
-    """The share of each stage in ``cpus``; more than one CPU is a whole number, as Ray asks."""
-    side = min(1.0, cpus * SIDE_SHARE)
-    each = (cpus - 2 * side) / shards
-    shard = float(math.floor(each)) if each >= 1 else math.floor(each * 1000) / 1000
-    return StageCpus(shard=shard, side=side, threads=max(1, math.floor(each)))
 
 
 def run_on_ray(
@@ -70,30 +64,61 @@ def run_on_ray(
     cpus: of all stages together; None: all that are free but one per host.
 
     Raises:
-        Unavailable: too few CPUs or too little memory are free, or Ray failed. DataError: a query
+        Unavailable: a stage has no room on any host, or Ray failed. DataError: a query
             that cannot be used, or a folder that is not shared by all hosts. OSError: the disk is
             full.
     """
-    share = stage_cpus(_checked_cpus(cpus), len(plan.manifest.shards))
     memory = stage_memory(plan)
-    _check_memory(memory)
+    share, needs = planned_stages(free_hosts(), memory, cpus)
     try:
-        if isinstance(plan.source, GenerationItems):
-            _keep_item_vectors(plan, share, memory)
-        parts.begin()
-        for row in _pipeline(plan, output, todo, share, memory).iter_rows():
-            entry = FileEntry(
-                name=row["name"], bytes=row["bytes"], sha256=row["sha256"], rows=row["rows"]
-            )
-            if not (output.path / entry.name).exists():
-                raise DataError(
-                    f"{output.path}: not the same folder on all hosts",
-                    got=f"{entry.name} was written on another host, and is not here",
-                    hint="choose a folder on a disk that all hosts share, as the store's",
+        with _reserved(needs) as places:
+            stages = _Stages(plan=plan, output=output, share=share, needs=needs, places=places)
+            if isinstance(plan.source, GenerationItems):
+                _keep_item_vectors(stages)
+            parts.begin()
+            for row in _pipeline(stages, todo).iter_rows():
+                entry = FileEntry(
+                    name=row["name"], bytes=row["bytes"], sha256=row["sha256"], rows=row["rows"]
                 )
-            parts.written(Span(row[NUMBER], row[START], row[STOP]), entry)
+                await_part(output.path / entry.name)
+                parts.written(Span(row[NUMBER], row[START], row[STOP]), entry)
     except (ray.exceptions.RayError, RuntimeError) as error:
         raise _reason_of(error) from error
+
+
+def free_hosts() -> list[HostRoom]:
+    """What is free on each host of the Ray that this process is connected to."""
+    free = available_resources_per_node()
+    return [
+        HostRoom(
+            name=node["NodeManagerHostname"],
+            cpus=free[node["NodeID"]].get("CPU", 0.0),
+            memory=int(free[node["NodeID"]].get("memory", 0.0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] in free
+    ]
+
+
+def await_part(
+    path: Path,
+    clock: Callable[[], float] = time.monotonic,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Waits until a part that another host has written is seen here.
+
+    Raises:
+        DataError: it does not come: the folder is another host's own.
+    """
+    until = clock() + SEEN_WITHIN_S
+    while not path.exists():
+        if clock() > until:
+            raise DataError(
+                f"{path.parent}: not the same folder on all hosts",
+                got=f"{path.name} was written on another host, and is not here",
+                hint="choose a folder on a disk that all hosts share, as the store's",
+            )
+        wait(1.0)
 
 
 def stage_memory(plan: BatchPlan) -> list[int]:
@@ -103,44 +128,50 @@ def stage_memory(plan: BatchPlan) -> list[int]:
     return [int(ROOM * (size + blocks)) + LIBRARY_BYTES for size in loaded_bytes(plan.manifest)]
 
 
-def _checked_cpus(cpus: int | None) -> int:
-    """None: all that are free but one per host, where Serve may have to start a router again.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stages:
+    """What a pipeline is made of. places: what ``needs`` have reserved, in their order."""
 
-    Raises Unavailable: fewer are free; the pipeline would wait for ever.
+    plan: BatchPlan
+    output: OutputFolder
+    share: StageCpus
+    needs: Sequence[StageNeed]
+    places: PlacementGroup
+
+    def options(self, place: int) -> dict[str, Any]:
+        """Of the task or actor of a stage, for Ray."""
+        need = self.needs[place]
+        inside = PlacementGroupSchedulingStrategy(self.places, placement_group_bundle_index=place)
+        options = {"num_cpus": need.cpus, "scheduling_strategy": inside}
+        return options | ({"memory": need.memory} if need.memory else {})
+
+
+@contextmanager
+def _reserved(needs: Sequence[StageNeed]) -> Iterator[PlacementGroup]:
+    """Room for all stages at once, or none.
+
+    Raises:
+        Unavailable: it was taken since it was counted.
     """
-    free = math.floor(ray.available_resources().get("CPU", 0.0))
-    hosts = sum(node["Alive"] for node in ray.nodes())
-    wanted = cpus or min(free, max(1, free - hosts))
-    if wanted > free or wanted < 1:
-        raise Unavailable(
-            "too few CPUs of the Ray cluster are free",
-            expected=f"{max(1, wanted)}",
-            got=f"{free}",
-            hint="give the job fewer with --cpus, add hosts, or lower cluster.cpus_per_shard",
-        )
-    return wanted
+    bundles = [
+        {"CPU": need.cpus} | ({"memory": float(need.memory)} if need.memory else {})
+        for need in needs
+    ]
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if not group.wait(RESERVED_WITHIN_S):
+            raise Unavailable(
+                "the Ray cluster did not give the job its CPUs and memory",
+                expected=f"{sum(need.cpus for need in needs):g} CPUs within {RESERVED_WITHIN_S} s",
+                got="others have taken them meanwhile, or they lie on too many hosts",
+                hint="start it again, or give it fewer with --cpus",
+            )
+        yield group
+    finally:
+        remove_placement_group(group)
 
 
-def _check_memory(needed: Sequence[int]) -> None:
-    """Raises Unavailable: the stages do not fit; with the arithmetic."""
-    free = int(ray.available_resources().get("memory", 0.0))
-    if sum(needed) > free:
-        raise Unavailable(
-            "the shards do not fit into the memory that Ray has free",
-            expected=f"{sum(needed) / 2**20:,.0f} MiB for {len(needed)} shards",
-            got=f"{free / 2**20:,.0f} MiB",
-            hint="add hosts, build a smaller index, or run the job on one host with "
-            "cluster.address=local, which takes the shards in passes",
-        )
-
-
-def _pipeline(
-    plan: BatchPlan,
-    output: OutputFolder,
-    todo: Sequence[Span],
-    share: StageCpus,
-    memory: Sequence[int],
-) -> Any:
+def _pipeline(stages: _Stages, todo: Sequence[Span]) -> Any:
     import ray.data  # takes a second, and needs the batch extra
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -151,19 +182,17 @@ def _pipeline(
     dataset = ray.data.from_items(spans, override_num_blocks=len(spans))
     one = ray.data.ActorPoolStrategy(size=1)
     whole = {"batch_size": None, "batch_format": "pyarrow", "compute": one}
+    plan, last = stages.plan, len(stages.needs) - 1
     dataset = dataset.map_batches(
-        _Reader, fn_constructor_args=(plan,), num_cpus=share.side, **whole
+        _Reader, fn_constructor_args=(plan,), **stages.options(0), **whole
     )
-    for shard, size in enumerate(memory):
+    for place in range(1, last):
+        arguments = (plan, place - 1, stages.share.threads)
         dataset = dataset.map_batches(
-            _ShardStage,
-            fn_constructor_args=(plan, shard, share.threads),
-            num_cpus=share.shard,
-            memory=size,
-            **whole,
+            _ShardStage, fn_constructor_args=arguments, **stages.options(place), **whole
         )
     return dataset.map_batches(
-        _Writer, fn_constructor_args=(plan, output), num_cpus=share.side, **whole
+        _Writer, fn_constructor_args=(plan, stages.output), **stages.options(last), **whole
     )
 
 
@@ -171,40 +200,44 @@ class _Reader:
     """Spans to queries: one row per query from here on."""
 
     def __init__(self, plan: BatchPlan) -> None:
-        os.nice(NICENESS)
-        self._plan = plan
+        give_way()
+        self._asked: deque[Span] = deque()
+        # one reader for all: a file is opened again only where a block was done before
+        self._blocks = plan.source.read(iter(self._asked.popleft, None))
 
     def __call__(self, spans: pa.Table) -> pa.Table:
-        (span,) = _spans_of(spans)
-        ((_, queries),) = self._plan.source.read([span])
-        return _table(span, queries, None)
+        (span,) = spans_in(spans)
+        self._asked.append(span)
+        found, queries = next(self._blocks)
+        assert found == span
+        return block_table(span, queries, None)
 
 
 class _ShardStage:
     """Queries, with the best of the shards before, to the best with this one."""
 
     def __init__(self, plan: BatchPlan, shard: int, threads: int) -> None:
-        os.nice(NICENESS)
+        give_way()
         self._wanted, self._threads = plan.job.wanted, threads
         self._loaded = LoadedShards.load(plan.folder, [shard])
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        span, queries, before = _parts_of(table)
+        span, queries, before = parts_of(table)
         assert queries.vectors is not None
         set_search_threads(self._threads)  # Ray may call from any thread
         found = self._loaded.search(queries.vectors, self._wanted)
-        return _table(span, queries, found if before is None else merge_parts([before, found]))
+        return block_table(span, queries, found if before is None else merge_parts([before, found]))
 
 
 class _Writer:
     """Results to parts on disk: one row per part from here on."""
 
     def __init__(self, plan: BatchPlan, output: OutputFolder) -> None:
-        os.nice(NICENESS)
+        give_way()
         self._k, self._columns, self._output = plan.job.wanted.k, plan.columns(), output
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        span, queries, ranked = _parts_of(table)
+        span, queries, ranked = parts_of(table)
         assert ranked is not None
         rows = finished_table(queries, ranked, self._k, self._columns)
         entry = self._output.write(span, rows)
@@ -221,65 +254,22 @@ class _Writer:
         )
 
 
-def _table(span: Span, queries: Queries, ranked: Ranked | None) -> pa.Table:
-    """One row per query; the span is in every row, where no stage can lose it."""
-    assert queries.vectors is not None
-    count = len(queries)
-    columns = {
-        NUMBER: pa.repeat(span.number, count),
-        START: pa.repeat(span.start, count),
-        STOP: pa.repeat(span.stop, count),
-        QUERY_ID: queries.ids,
-        VECTOR: _lists(queries.vectors),
-    }
-    if queries.own is not None:
-        columns[OWN] = pa.array(queries.own)
-    if ranked is not None:
-        columns |= {ITEM_IDS: _lists(ranked.ids), SCORES: _lists(ranked.scores)}
-    return pa.table(columns)
-
-
-def _parts_of(table: pa.Table) -> tuple[Span, Queries, Ranked | None]:
-    (span,) = set(_spans_of(table.slice(0, 1)))
-    assert table.num_rows == len(span), "Ray Data has cut a block"
-    names = table.column_names
-    own = _one(table, OWN).to_numpy() if OWN in names else None
-    queries = Queries(ids=_one(table, QUERY_ID), vectors=_matrix(table, VECTOR), own=own)
-    if ITEM_IDS not in names:
-        return span, queries, None
-    return span, queries, Ranked(_matrix(table, ITEM_IDS), _matrix(table, SCORES))
-
-
-def _spans_of(table: pa.Table) -> Iterator[Span]:
-    columns = [table.column(name).to_pylist() for name in (NUMBER, START, STOP)]
-    yield from (Span(*row) for row in zip(*columns, strict=True))
-
-
-def _lists(matrix: np.ndarray[Any, Any]) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(matrix).ravel())
-    return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1])
-
-
-def _one(table: pa.Table, name: str) -> pa.Array:
-    column = table.column(name).combine_chunks()
-    return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-
-
-def _matrix(table: pa.Table, name: str) -> Any:
-    column = _one(table, name)
-    return column.flatten().to_numpy().reshape(len(column), -1)
-
-
-def _keep_item_vectors(plan: BatchPlan, share: StageCpus, memory: Sequence[int]) -> None:
+def _keep_item_vectors(stages: _Stages) -> None:
     """Shard by shard, where there is room: the indexes are loaded once more for the search."""
     task = ray.remote(_keep_vectors_of)
-    for shard, size in enumerate(memory):
-        ray.get(task.options(num_cpus=share.shard, memory=size).remote(plan, shard))
+    for shard in range(len(stages.plan.manifest.shards)):
+        ray.get(task.options(**stages.options(shard + 1)).remote(stages.plan, shard))
 
 
 def _keep_vectors_of(plan: BatchPlan, shard: int) -> None:
+    give_way()
     assert isinstance(plan.source, GenerationItems)
     plan.source.keep_vectors(LoadedShards.load(plan.folder, [shard]))
+
+
+def give_way() -> None:
+    """Lowers the priority of this process, once however often it is called."""
+    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 def _reason_of(error: BaseException) -> BaseException:

@@ -4,7 +4,7 @@ Attributes are mapped files, read for the results alone; every process reads wha
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, IdArray, Ranked
+from shardline.shards.storage.column_types import first_line
 from shardline.shards.storage.generation import (
     ITEM_IDS_NAME,
     GenerationManifest,
@@ -38,14 +39,24 @@ def title_of(attribute: str) -> str:
 
 
 class ItemColumns:
-    """Attributes of a generation's items, looked up by item id; verified once, when opened."""
+    """Attributes of a generation's items, looked up by item id."""
 
     def __init__(
-        self, folder: Path, manifest: GenerationManifest, names: Sequence[str], original_ids: bool
+        self,
+        folder: Path,
+        manifest: GenerationManifest,
+        names: Sequence[str],
+        original_ids: bool,
+        *,
+        verify: bool,
     ) -> None:
-        """Raises InvalidInput: no such attribute. CorruptFile: a file is altered."""
+        """verify: read all of their files, which whoever looks values up must have done once.
+
+        Raises:
+            InvalidInput: no such attribute. CorruptFile: a file is altered.
+        """
         tables = [
-            read_attributes(folder, manifest, entry.shard, verify=bool(names or original_ids))
+            read_attributes(folder, manifest, entry.shard, verify=verify)
             for entry in manifest.shards
         ]
         known = [] if tables[0] is None else tables[0].column_names
@@ -71,8 +82,18 @@ class ItemColumns:
         for name in names:
             self._columns[title_of(name)] = _column(tables, name)
 
+    @property
+    def bytes_per_item(self) -> float:
+        """Of all columns together, on average over the items."""
+        sizes = (8 * self._starts[-1] if c is None else c.nbytes for c in self._columns.values())
+        return sum(sizes) / self._starts[-1]
+
     def of(self, item_ids: IdArray) -> dict[str, pa.Array]:
-        """Each column's values of item_ids (n,) int64, all of this generation."""
+        """Each column's values of item_ids (n,) int64, all of this generation.
+
+        Raises:
+            InvalidInput: the values of a column are more than one block can hold, 2 GiB.
+        """
         rows = None
         found: dict[str, pa.Array] = {}
         for name, column in self._columns.items():
@@ -80,7 +101,7 @@ class ItemColumns:
                 found[name] = pa.array(item_ids)
                 continue
             rows = self._rows(item_ids) if rows is None else rows
-            found[name] = column.take(pa.array(rows)).combine_chunks()
+            found[name] = _taken(column, rows, name)
         return found
 
     def _rows(self, item_ids: IdArray) -> IdArray:
@@ -113,3 +134,34 @@ def _column(tables: Sequence[pa.Table | None], name: str) -> pa.ChunkedArray:
     """An attribute of all shards, in their order."""
     parts = [table.column(name) for table in tables if table is not None]
     return pa.chunked_array([chunk for part in parts for chunk in part.chunks], parts[0].type)
+
+
+def _taken(column: pa.ChunkedArray, rows: IdArray, name: str) -> pa.Array:
+    """Rows (n,) of a column, in their order.
+
+    Chunk by chunk: ``ChunkedArray.take`` copies the whole column first, and fails above 2 GiB.
+    """
+    order = np.argsort(rows, kind="stable")
+    ascending = rows[order]
+    starts = [0, *accumulate(len(chunk) for chunk in column.chunks)]
+    ends = np.searchsorted(ascending, starts)
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    try:
+        pieces = [
+            chunk.take(pa.array(ascending[begin:end] - start))
+            for chunk, start, (begin, end) in zip(
+                column.chunks, starts, pairwise(ends), strict=False
+            )
+            if begin < end
+        ]
+        joined = pa.concat_arrays(pieces) if pieces else pa.array([], column.type)
+        return joined.take(pa.array(places))
+    except pa.ArrowInvalid as error:  # lengths of texts and lists are counted in 32 bits
+        raise InvalidInput(
+            "too much to return in one block",
+            field=f"--return {name}",
+            expected="at most 2 GiB of an attribute's values",
+            got=first_line(error),
+            hint="take smaller blocks (--block-rows), or fewer results",
+        ) from error

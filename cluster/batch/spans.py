@@ -9,6 +9,9 @@ from shardline.shards.core.errors import InvalidInput
 # work at its full rate, few enough for a block per core to be in memory, and for the arrays of a
 # merge to stay below 32 MB, above which the C library maps fresh pages for each.
 SLOTS_PER_BLOCK = 1 << 20
+# Attributes of a block's results: a worker holds them three times while it puts them in order and
+# writes them, and Arrow counts the characters of a column in 31 bits.
+ATTRIBUTE_BYTES_PER_BLOCK = 64 << 20
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 256, 8192
 
 
@@ -24,10 +27,15 @@ class Span:
         return self.stop - self.start
 
 
-def default_block_rows(k: int) -> int:
-    """Queries per block for k results: a power of two, so that every k has few sizes."""
+def default_block_rows(k: int, attribute_bytes: float = 0.0) -> int:
+    """Queries per block for k results: a power of two, so that every k has few sizes.
+
+    attribute_bytes: of all attributes of an item that are added, on average.
+    """
     rows = 1 << ((SLOTS_PER_BLOCK // k).bit_length() - 1)
-    return max(MIN_BLOCK_ROWS, min(rows, MAX_BLOCK_ROWS))
+    rows = max(MIN_BLOCK_ROWS, min(rows, MAX_BLOCK_ROWS))
+    fitting = int(ATTRIBUTE_BYTES_PER_BLOCK / max(1.0, k * attribute_bytes))
+    return min(rows, 1 << max(0, fitting.bit_length() - 1))
 
 
 def spans_of(rows: int, block_rows: int) -> list[Span]:

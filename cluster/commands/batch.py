@@ -13,7 +13,13 @@ from shardline.cluster.batch.batch_job import Wanted, checked_wanted, job_of
 from shardline.cluster.batch.batch_report import BatchReport, timed_job
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.loaded_shards import cores
-from shardline.cluster.batch.local_batch import BatchPlan, Room, run_local, shard_groups
+from shardline.cluster.batch.local_batch import (
+    BatchPlan,
+    Room,
+    columns_of,
+    run_local,
+    shard_groups,
+)
 from shardline.cluster.batch.part_files import ClaimedFolder, claimed_folder
 from shardline.cluster.batch.spans import default_block_rows
 from shardline.cluster.cli import Settings
@@ -87,7 +93,7 @@ LIMITS = {
 @click.option(
     "--block-rows",
     type=click.IntRange(min=1),
-    help="Queries per block and part.  [default: 8,192, fewer for k above 128]",
+    help="Queries per block and part.  [default: at most 8,192, see docs/BATCH.md]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
@@ -114,8 +120,15 @@ def batch(
     Queries are vectors or features in files, users of a data set, or all items. Started again
     with the same options, a job that was interrupted goes on where it was.
     """
-    given = Asked(**asked)
+    is_live, is_on_ray = url is not None or live, settings.config.cluster.address != "local"
+    refuse_unused(
+        generation=generation, key_file=key_file, cpus=cpus, memory=memory,
+        is_live=is_live, is_on_ray=is_on_ray,
+    )  # fmt: skip
+    given = Asked(**asked).on_all_hosts()
     given.check()
+    out = out.absolute()
+    given.refuse_inside(out)
     wanted = checked_wanted(
         Wanted(
             k=k,
@@ -125,9 +138,7 @@ def batch(
             drops_own=given.items,
         )
     )
-    if url is not None or live:
-        if generation is not None:
-            raise InvalidInput("--generation and --live", hint="a cluster serves one: leave it out")
+    if is_live:
         with StageProgress() as progress, claimed_folder(out) as claimed:
             report = answer_live(
                 *(given, wanted, claimed, address_of(settings, url, key_file), settings.store),
@@ -139,7 +150,7 @@ def batch(
         folder = settings.store.generation(number)
         with StageProgress() as progress, claimed_folder(out) as claimed:
             plan = offline_plan(given, wanted, folder, claimed, progress.note, block_rows)
-            if settings.config.cluster.address != "local":
+            if is_on_ray:
                 from shardline.cluster.commands.batch_ray import answer_on
 
                 report = answer_on(settings.config, plan, claimed, RateProgress(progress), cpus)
@@ -149,6 +160,32 @@ def batch(
             room = Room(cpus=cpus or cores(), available_bytes=available)
             report = answer_here(plan, claimed, RateProgress(progress), room)
     print_report(report, as_json=as_json)
+
+
+def refuse_unused(
+    *,
+    generation: int | None,
+    key_file: Path | None,
+    cpus: int | None,
+    memory: int | None,
+    is_live: bool,
+    is_on_ray: bool,
+) -> None:
+    """Raises InvalidInput for an option that changes nothing where the job runs."""
+    reasons = {
+        "--generation": "a cluster serves one" if is_live and generation is not None else None,
+        "--cpus": "the cluster's own are used" if is_live and cpus is not None else None,
+        "--key-file": "no cluster is asked without --live or --url"
+        if not is_live and key_file is not None
+        else None,
+        "--memory": "only a job in one process reads shards in passes"
+        if (is_live or is_on_ray) and memory is not None
+        else None,
+    }
+    for option, reason in reasons.items():
+        if reason is not None:
+            way = "--live" if is_live else "a job on Ray" if is_on_ray else "a job offline"
+            raise InvalidInput(f"{option} has no effect in {way}: {reason}", hint="leave it out")
 
 
 def offline_plan(
@@ -172,16 +209,20 @@ def offline_plan(
         work=claimed.work,
         note=note,
     )
-    rows = block_rows or default_block_rows(wanted.searched_k)
+    # an unknown attribute is refused here, before anything is written
+    columns = columns_of(folder, manifest, wanted, verify=False)
+    added = columns.bytes_per_item if columns is not None else 0.0
+    rows = block_rows or default_block_rows(wanted.searched_k, added)
     job = job_of(source, folder, manifest, wanted, rows)
-    return BatchPlan(job=job, source=source, folder=folder, manifest=manifest)
+    return BatchPlan(
+        job=job, source=source, folder=folder, manifest=manifest, attribute_bytes=added
+    )
 
 
 def answer_here(
     plan: BatchPlan, claimed: ClaimedFolder, progress: NotedProgress, room: Room
 ) -> BatchReport:
     """The job in this process, from checks to the manifest of its result."""
-    plan.columns()  # an unknown attribute is refused before anything is written
     groups = shard_groups(plan, room)
     if len(groups) > 1:
         progress.note(

@@ -20,7 +20,7 @@ from shardline.cluster.batch.result_columns import ORIGINAL_IDS
 from shardline.cluster.batch.spans import default_block_rows
 from shardline.cluster.commands.batch_progress import NotedProgress
 from shardline.cluster.commands.batch_sources import Asked, Encoder, open_source
-from shardline.cluster.commands.remote import encoder_kinds
+from shardline.cluster.commands.encoder_kinds import encoder_kinds
 from shardline.cluster.serving.endpoint import Address
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import NotFound

@@ -25,7 +25,6 @@ def answer_here(
     plan: BatchPlan, claimed: ClaimedFolder, progress: NotedProgress, cpus: int | None
 ) -> BatchReport:
     """The job on the Ray that this process is connected to."""
-    plan.columns()  # an unknown attribute is refused before anything is written
     with timed_job(plan.job, claimed, progress, way="ray") as run:
         if run.todo:
             run_on_ray(plan, run.output, run.todo, run.parts, cpus=cpus)

@@ -1,7 +1,7 @@
 """The queries that ``batch`` was given, as a source: files, users of a data set, or all items."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,40 @@ class Asked:
             )
         if self.features and not kinds["--queries"]:
             raise InvalidInput("--features says what is in --queries", hint="leave it out")
+        unread = {
+            "--id-column": self.id_column is not None and not self.queries,
+            "--vector-column": self.vector_column is not None
+            and (self.features or not kinds["--queries"]),
+        }
+        for option, given in unread.items():
+            if given:
+                raise InvalidInput(
+                    f"{option} names a column of --queries that is not read here",
+                    hint="leave it out",
+                )
+
+    def on_all_hosts(self) -> "Asked":
+        """With absolute paths: what reads them on another host has another working folder."""
+        queries = tuple(
+            each if "://" in each or not each else absolute(each) for each in self.queries
+        )
+        users = None if self.users is None else self.users.absolute()
+        return replace(self, queries=queries, users=users)
+
+    def refuse_inside(self, out: Path) -> None:
+        """Raises InvalidInput: results would be written among the queries, and be read as such."""
+        for each in self.queries:
+            if "://" not in each and out.resolve().is_relative_to(Path(each).resolve()):
+                raise InvalidInput(
+                    "the output folder lies in the folder of the queries",
+                    field="--out",
+                    got=f"{out} in {each}",
+                    hint="choose a folder elsewhere",
+                )
+
+
+def absolute(path: str) -> str:
+    return str(Path(path).absolute())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +125,7 @@ def open_source(
     """
     if asked.items:
         return items()
-    files = open_query_files(asked.queries, work)
+    files = open_query_files(asked.queries, work, asked.id_column)
     if asked.users is not None:
         named = IdFiles(files, id_column=asked.id_column) if files else None
         return DatasetUsers(asked.users, encoder(), named)
@@ -148,7 +182,7 @@ class DatasetUsers:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_dataset": None, "_encoder": None}  # each process opens its own
 
-    def read(self, spans: Sequence[Span]) -> Iterator[tuple[Span, Queries]]:
+    def read(self, spans: Iterable[Span]) -> Iterator[tuple[Span, Queries]]:
         dataset, folder = self._open(), self._encoding.folder
         if folder is not None and self._encoder is None:
             self._encoder = QueryEncoder.load(folder)

@@ -21,8 +21,9 @@ from shardline.cluster.commands.build import plan_of
 from shardline.cluster.commands.data import validated
 from shardline.cluster.commands.demo_report import TARGETS, print_report
 from shardline.cluster.commands.demo_text import stage_line, stay_lines
+from shardline.cluster.commands.encoder_kinds import encoder_kinds
 from shardline.cluster.commands.model import train_with_progress
-from shardline.cluster.commands.remote import encoder_kinds, evaluate_cluster
+from shardline.cluster.commands.remote import evaluate_cluster
 from shardline.cluster.commands.serve import serving_cpus
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress, print_warnings

@@ -295,7 +295,7 @@ def _item_ids(items: tuple[str, ...], data: Path | None) -> list[int]:
 
 
 def _features_of(client: Client, user: str, data: Path) -> dict[str, Any]:
-    from shardline.cluster.commands.remote import encoder_kinds
+    from shardline.cluster.commands.encoder_kinds import encoder_kinds
     from shardline.training.data.tables import open_dataset
     from shardline.training.evaluation.user_queries import query_features_of_user
 

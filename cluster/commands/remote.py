@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from shardline.cluster.commands.encoder_kinds import encoder_kinds
 from shardline.cluster.console import StageProgress
 from shardline.router.client.sync_client import Client
-from shardline.shards.core.errors import EncoderUnavailable, InvalidInput
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.schema import IdArray
 from shardline.training.data.tables import Dataset
@@ -36,23 +36,6 @@ def evaluate_cluster(
         with_segments=with_segments,
         progress=progress,
     )
-
-
-def encoder_kinds(client: Client) -> dict[str, str]:
-    """Name and kind of the features that a cluster's query encoder takes.
-
-    Raises:
-        InvalidInput: it serves imported vectors and has no encoder.
-        EncoderUnavailable: its encoder did not load.
-    """
-    status = client.status()
-    encoder = status["encoder"]
-    for warning in status.get("warnings", ()):  # routers before these have none
-        if warning["about"] == "query_encoder":
-            raise EncoderUnavailable("the cluster's query encoder", got=warning["text"])
-    if encoder is None:
-        raise InvalidInput("this cluster serves imported vectors: it has no query encoder")
-    return {feature["name"]: feature["kind"] for feature in encoder["features"]}
 
 
 def ask_features(

@@ -1,11 +1,13 @@
 """``shardline batch`` offline: results as by brute force, however a job is cut, or killed."""
 
+import fcntl
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,15 @@ from shardline.cluster.batch.csv_queries import open_query_files
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.loaded_shards import block_bytes, loaded_bytes
 from shardline.cluster.batch.local_batch import BatchPlan, Room
-from shardline.cluster.batch.part_files import claimed_folder, read_result
+from shardline.cluster.batch.part_files import claimed_folder
 from shardline.cluster.batch.queries import QuerySource
 from shardline.cluster.batch.query_files import VectorFiles
 from shardline.cluster.cli import cli
 from shardline.cluster.commands.batch import answer_here
+from shardline.cluster.commands.batch_sources import Asked
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
 from shardline.shards.core.schema import Metric, normalise
-from shardline.shards.storage.generation import read_generation
+from shardline.shards.storage.generation import read_generation, write_generation
 from tests.batch_store import (
     DIM,
     BatchStore,
@@ -86,7 +89,8 @@ def test_results_are_those_of_brute_force(
     report = json.loads(printed)
     assert (report["queries"], report["parts"], report["resumed_parts"]) == (NUM_QUERIES, 3, 0)
     assert report["bytes"] == sum(p.stat().st_size for p in part_paths(tmp_path / "out"))
-    assert [entry.rows for entry in read_result(tmp_path / "out")] == [64, 64, 22]
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert [entry["rows"] for entry in manifest["parts"]] == [64, 64, 22]
 
 
 @pytest.mark.parametrize("items", [False, True], ids=["vectors", "items"])
@@ -260,7 +264,8 @@ def test_a_killed_job_is_completed_to_the_same_bytes(
         finally:
             process.kill()
     assert not (out / "_manifest.json").exists()
-    (out / ".part-000003.abc.tmp").write_bytes(b"as a killed process leaves it")
+    left = f".part-000003-{'0' * 16}.parquet.abc.tmp"
+    (out / left).write_bytes(b"as a killed process leaves it")
     made.batch(*options, "--out", out)
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -272,21 +277,49 @@ def start(made: BatchStore, *arguments: object) -> "subprocess.Popen[bytes]":
 
 
 def test_a_full_disk_is_said_and_the_job_goes_on(made: BatchStore, tmp_path: Path) -> None:
-    drawn = np.random.default_rng(1).standard_normal((2000, DIM)).astype(np.float32)
-    path = write_queries(tmp_path / "q.parquet", drawn)
-    options = ("--queries", path, "-k", 100, "--block-rows", 500, "--out", tmp_path / "out")
+    rng = np.random.default_rng(1)
+    drawn = rng.standard_normal((2000, DIM)).astype(np.float32)
+    ids = [f"q{row}" if row < 1000 else rng.bytes(400).hex() for row in range(2000)]
+    path = write_queries(tmp_path / "q.parquet", drawn, pa.array(ids))  # later parts are larger
+    options = ("--queries", path, "-k", 20, "--block-rows", 500, "--out", tmp_path / "out")
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, -1));"
         "from shardline.cluster.cli import main; main()"
     )
-    words = [sys.executable, "-c", code, "--store", str(made.store.root), "batch"]
+    words = [sys.executable, "-c", code, "--store", str(made.store.root), "batch", "--cpus", "1"]
     done = subprocess.run([*words, *map(str, options)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 3
     assert "larger than a file may be here" in done.stderr
     assert "Traceback" not in done.stderr
-    assert part_paths(tmp_path / "out") == []
+    assert [path.name[:11] for path in part_paths(tmp_path / "out")] == [
+        "part-000000",
+        "part-000001",
+    ]
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+    report = json.loads(made.batch(*options, "--json"))
+    assert (report["resumed_parts"], report["searched"]) == (2, 1000)
+    assert lists(read_parts(tmp_path / "out"), "query_id") == ids
+
+
+@pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "absent"])
+def test_a_result_is_not_called_complete_while_a_part_is_missing(
+    made: BatchStore, tmp_path: Path, queries: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--queries", queries, "-k", K, "--block-rows", 50, "--out", tmp_path / "out")
     made.batch(*options)
-    assert read_parts(tmp_path / "out").num_rows == 2000
+    path = part_paths(tmp_path / "out")[1]
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        path.unlink()
+
+    def stopped(*arguments: object) -> None:
+        raise Unavailable("killed")
+
+    monkeypatch.setattr("shardline.cluster.commands.batch.run_local", stopped)
+    with pytest.raises(Unavailable, match="killed"):
+        made.batch(*options)
+    assert not (tmp_path / "out" / "_manifest.json").exists()
 
 
 def test_a_job_that_was_killed_before_it_began(
@@ -312,6 +345,42 @@ def test_an_output_that_is_something_else(made: BatchStore, tmp_path: Path, quer
     assert [path.name for path in out.iterdir()] == ["thesis.txt"]
     with pytest.raises(DataError, match="a file"):
         made.batch("--queries", queries, "--out", out / "thesis.txt")
+
+
+@pytest.mark.parametrize(
+    "name", ["_work/draft.txt", ".x.tmp", f".part-000001-{'0' * 16}.parquet.a.tmp"]
+)
+def test_nothing_of_a_folder_without_our_lock_is_removed(
+    made: BatchStore, tmp_path: Path, queries: Path, name: str
+) -> None:
+    kept = tmp_path / "out" / name
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    with pytest.raises(DataError, match="not empty"):
+        made.batch("--queries", queries, "--out", tmp_path / "out")
+    (tmp_path / "out" / "_lock").touch()
+    if name == ".x.tmp":
+        with pytest.raises(DataError, match="not empty"):
+            made.batch("--queries", queries, "--out", tmp_path / "out")
+    assert kept.read_text() == "mine"
+
+
+def test_after_a_publish_the_hint_names_the_generation_of_the_job(
+    tmp_path: Path, queries: Path
+) -> None:
+    made = make_store(tmp_path)
+    options = ("--queries", queries, "-k", K, "--block-rows", 50, "--out", tmp_path / "out")
+    made.batch(*options)
+    before = contents(tmp_path / "out")
+    shutil.copytree(made.store.generation(1), made.store.generation(2))
+    manifest = read_generation(made.store.generation(1))
+    write_generation(made.store.generation(2), replace(manifest, generation=2))
+    made.store.set_current(2)
+    with pytest.raises(DataError, match=r"another job.*--generation 1 goes on"):
+        made.batch(*options)
+    report = json.loads(made.batch(*options, "--generation", 1, "--json"))
+    assert report["resumed_parts"] == 3
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize(
@@ -346,12 +415,40 @@ def test_other_queries_are_another_job(
 def test_two_processes_do_not_share_a_folder(
     made: BatchStore, tmp_path: Path, queries: Path
 ) -> None:
-    with (
-        claimed_folder(tmp_path / "out"),
-        pytest.raises(Unavailable, match="another process writes"),
-    ):
-        made.batch("--queries", queries, "--out", tmp_path / "out")
+    code = (
+        "import sys; from pathlib import Path;"
+        "from shardline.cluster.batch.part_files import claimed_folder\n"
+        "with claimed_folder(Path(sys.argv[1])): print('held', flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(Unavailable, match="another process writes"):
+            made.batch("--queries", queries, "--out", tmp_path / "out")
+        other.communicate(b"\n", timeout=60)
+    assert other.returncode == 0
     assert not (tmp_path / "out").exists()
+
+
+def test_a_lock_removed_between_opening_and_locking_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when its holder ends without a job at that moment: else two would hold a lock each."""
+    out, locked = tmp_path / "out", fcntl.flock
+
+    def after_its_holder_ended(handle: int, how: int) -> None:
+        monkeypatch.undo()
+        (out / "_lock").unlink()
+        locked(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_its_holder_ended)
+    with (
+        claimed_folder(out),
+        pytest.raises(Unavailable, match="another process writes"),
+        claimed_folder(out),
+    ):
+        pass
 
 
 def bad(vectors: np.ndarray, row: int, value: float) -> np.ndarray:
@@ -362,7 +459,7 @@ def bad(vectors: np.ndarray, row: int, value: float) -> np.ndarray:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, None], ids=["NaN", "infinite", "short"])
 @pytest.mark.parametrize("row", [0, 33, 149])
-def test_a_wrong_vector_is_named_and_the_rest_can_be_resumed(
+def test_a_wrong_vector_is_named_and_what_was_done_before_it_stays(
     made: BatchStore,
     tmp_path: Path,
     vectors: np.ndarray,
@@ -375,13 +472,16 @@ def test_a_wrong_vector_is_named_and_the_rest_can_be_resumed(
         rows = vectors.tolist()
         rows[row] = rows[row][:-1]
         table = {"id": list(range(len(rows))), "embedding": pa.array(rows, pa.list_(pa.float32()))}
-        pq.write_table(pa.table(table), queries)
+        pq.write_table(pa.table(table), queries, row_group_size=37)
     else:
         write_queries(queries, bad(vectors, row, value))
     named = rf"queries\.parquet: embedding\[{row}\]"
     with pytest.raises(DataError, match=named):
-        made.batch(*options)
+        made.batch(*options, "--cpus", 1)
     assert not (tmp_path / "out" / "_manifest.json").exists()
+    # what was read with it, 37 rows at once, or ahead of the search may be lost with it
+    done = len(part_paths(tmp_path / "out"))
+    assert max(0, row // 37 * 37 // 16 - 4) <= done <= row // 16
 
 
 @pytest.mark.parametrize(
@@ -397,6 +497,10 @@ def test_a_wrong_vector_is_named_and_the_rest_can_be_resumed(
         (("--params", "speed=9"), InvalidInput, "nprobe, ef_search"),
         (("--generation", 9), NotFound, "no generation 9"),
         (("--items",), InvalidInput, "one of --queries"),
+        (("--features", "--vector-column", "v"), InvalidInput, "--vector-column names"),
+        (("--key-file", "k"), InvalidInput, "--key-file has no effect in a job offline"),
+        (("--live", "--cpus", 1), InvalidInput, "--cpus has no effect in --live"),
+        (("--live", "--memory", 1), InvalidInput, "--memory has no effect in --live"),
         (("--users", "here"), NotFound, "dataset"),
     ],
 )
@@ -411,6 +515,46 @@ def test_what_is_wrong_is_said_before_anything_is_written(
     with pytest.raises(kind, match=said):
         made.batch("--queries", queries, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_column_of_no_file_is_refused(made: BatchStore, tmp_path: Path) -> None:
+    for option in ("--id-column", "--vector-column"):
+        with pytest.raises(InvalidInput, match=f"{option} names a column"):
+            made.batch("--items", option, "id", "--out", tmp_path / "out")
+
+
+def test_results_among_the_queries_are_refused(
+    made: BatchStore, tmp_path: Path, vectors: np.ndarray
+) -> None:
+    folder = tmp_path / "queries"
+    folder.mkdir()
+    write_queries(folder / "q.parquet", vectors)
+    for out in (folder, folder / "out"):
+        with pytest.raises(InvalidInput, match="lies in the folder of the queries"):
+            made.batch("--queries", folder, "--out", out)
+    assert [path.name for path in folder.iterdir()] == ["q.parquet"]
+
+
+def test_paths_may_be_relative(
+    made: BatchStore, tmp_path: Path, queries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = json.loads(made.batch("--queries", queries.name, "--out", "out", "--json"))
+    assert report["output"] == str(tmp_path / "out")  # where other hosts look for it too
+    asked = Asked(
+        queries=("a.csv", "s3://b/c", "/d"),
+        features=False, users=Path("e"), items=False, id_column=None, vector_column=None,
+    ).on_all_hosts()  # fmt: skip
+    assert asked.queries == (str(tmp_path / "a.csv"), "s3://b/c", "/d")
+    assert asked.users == tmp_path / "e"
+
+
+def test_the_command_needs_no_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None;"
+        "import shardline.cluster.commands.batch, shardline.cluster.commands.offline_search"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_no_queries_at_all(made: BatchStore, tmp_path: Path, vectors: np.ndarray) -> None:

@@ -22,10 +22,13 @@ from shardline.cluster.batch.pace import (
 from shardline.cluster.batch.queries import Queries
 from shardline.cluster.cli import cli
 from shardline.router.client.answers import SearchAnswer
-from shardline.router.contract import Coverage
+from shardline.router.client.sync_client import Client as SyncClient
+from shardline.router.contract import Coverage, PayloadTooLarge
+from shardline.router.limits import MAX_RETURNED_VALUES
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import (
     DataError,
+    DeadlineExceeded,
     InvalidInput,
     NotFound,
     Overloaded,
@@ -44,6 +47,16 @@ K = 7
 @pytest.fixture(scope="module")
 def router() -> Iterator[LiveRouter]:
     with running_router(RouterConfig()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[LiveRouter]:
+    """With limits below those that a job begins with."""
+    config = RouterConfig(
+        max_k=50, default_k=50, max_batch=3, default_timeout_ms=4000, max_timeout_ms=5000
+    )
+    with running_router(config) as found:
         yield found
 
 
@@ -67,6 +80,26 @@ def test_a_live_cluster_gives_what_brute_force_gives(router: LiveRouter, tmp_pat
     assert '"resumed_parts": 3' in batch(router, tmp_path, *options, "--json")
 
 
+def test_smaller_limits_of_a_cluster_are_kept(narrow: LiveRouter) -> None:
+    """It refuses a time limit above 5 s and more than 3 queries per request."""
+    ids, vectors = make_rows(NUM_ROWS, DIM)
+    with SyncClient(narrow.url) as client:
+        search = LiveSearch(
+            client=client,
+            cluster=LiveCluster.of(client.status()),
+            wanted=Wanted(k=K),
+            types={},
+            clock=iter(np.arange(1e6)).__next__,
+            wait=lambda seconds: None,
+        )
+        run_pace(search.pace, lambda size, number: 1.0, 12)
+        assert search.pace.size == SIZES[-1]
+        table = search.table(Queries(ids=pa.array(ids), vectors=vectors))
+    expected = brute_force(vectors, vectors, ids, K, Metric.COSINE)
+    assert table["ids"].to_pylist() == expected.ids.tolist()
+    assert (search.pace.size, search.timeout_ms) == (2, None)
+
+
 def test_features_are_encoded_by_the_cluster(router: LiveRouter, tmp_path: Path) -> None:
     pq.write_table(pa.table({"slope": [0.5, 0.25], "id": ["a", "b"]}), tmp_path / "q.parquet")
     out = tmp_path / "out"
@@ -79,21 +112,18 @@ def test_features_are_encoded_by_the_cluster(router: LiveRouter, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "kind", "said"),
     [
-        (("-k", 2000), None, ""),
+        (("-k", 51), InvalidInput, "k.*1 to 50"),
         (("--return", "title"), NotFound, "--return and --original-ids needs"),
         (("--generation", 3), InvalidInput, "--live"),
     ],
 )
 def test_what_a_cluster_refuses_is_said_first(
-    router: LiveRouter, tmp_path: Path, options: tuple[Any, ...], kind: Any, said: str
+    narrow: LiveRouter, tmp_path: Path, options: tuple[Any, ...], kind: Any, said: str
 ) -> None:
     path = write_queries(tmp_path / "q.parquet", make_rows(NUM_ROWS, DIM)[1][:3])
     arguments = ("--queries", path, "--out", tmp_path / "out", *options)
-    if kind is None:
-        batch(router, tmp_path, *arguments)
-        return
     with pytest.raises(kind, match=said):
-        batch(router, tmp_path, *arguments)
+        batch(narrow, tmp_path, *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -155,6 +185,47 @@ def test_what_is_unavailable_is_asked_again() -> None:
     with pytest.raises(Unavailable, match="for good"):
         search_of(gone, waited).table(queries(2))
     assert len(gone.asked) == len(WAITS_S) + 1
+
+
+def test_a_request_that_failed_is_cut_anew() -> None:
+    client = Client(DeadlineExceeded("too slow"), 7)
+    search = search_of(client, [])
+    run_pace(search.pace, lambda size, number: 0.001, 8)
+    assert search.pace.size > 4
+    client.asked.clear()
+    assert search.table(queries(4)).num_rows == 4
+    assert client.asked == [4, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "refusal", [InvalidInput("too much", field="return"), PayloadTooLarge("too large")]
+)
+def test_a_size_that_was_refused_is_not_asked_again(refusal: Exception) -> None:
+    client = Client(refusal, 7)
+    search = search_of(client, [])
+    run_pace(search.pace, lambda size, number: 0.001, 12)
+    assert search.table(queries(130)).num_rows == 130
+    assert client.asked[:2] == [64, 32]
+    assert max(client.asked[1:]) == 32
+    run_pace(search.pace, lambda size, number: 0.001, 12)
+    assert search.pace.size == 32
+    with pytest.raises(type(refusal)):
+        search_of(Client(refusal), []).table(queries(3))
+
+
+def test_what_smaller_requests_do_not_cure_is_raised() -> None:
+    with pytest.raises(InvalidInput, match="k"):
+        search_of(Client(InvalidInput("out of range", field="k")), []).table(queries(3))
+
+
+@pytest.mark.parametrize(("k", "attributes", "size"), [(1000, 5, 32), (2048, 64, 2), (100, 0, 64)])
+def test_requests_stay_below_what_an_answer_may_bring(k: int, attributes: int, size: int) -> None:
+    wanted = Wanted(k=k, attributes=tuple(f"a{number}" for number in range(attributes)))
+    client, cluster = Client(7), search_of(Client(7), []).cluster
+    search = LiveSearch(client=client, cluster=cluster, wanted=wanted, types={})  # type: ignore[arg-type]
+    run_pace(search.pace, lambda size, number: 0.001, 12)
+    assert search.pace.size == size
+    assert size * k * attributes <= MAX_RETURNED_VALUES
 
 
 def test_another_generation_ends_the_job() -> None:

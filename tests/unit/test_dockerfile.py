@@ -78,12 +78,12 @@ def test_each_step_is_shell_that_stops_at_the_first_failure(step) -> None:
         assert "--no-cache-dir --constraint constraints.txt" in step.text
 
 
-def test_the_extras_are_those_that_serve() -> None:
+def test_the_extras_are_those_that_serve_and_run_batch_jobs() -> None:
     (argument,) = steps_of(STEPS, "ARG")
     name, _, value = argument.text.partition("=")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert name == "EXTRAS"
-    assert value.split(",") == ["cluster", "cpu"]
+    assert value.split(",") == ["cluster", "cpu", "batch"]
     assert set(value.split(",")) <= set(project["optional-dependencies"])
 
 
