@@ -48,7 +48,6 @@ def launcher_file(rig: Rig) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(ONPREM.read_text())
     config["provider"] |= {"head_ip": head.address, "worker_ips": [w.address for w in workers]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": "~/key"}
-    config["min_workers"] = config["max_workers"] = len(workers)
     *_, profile = config["setup_commands"]
     config["setup_commands"] = [" && ".join(BORROW), profile]
     for name in ("head_start_ray_commands", "worker_start_ray_commands"):
