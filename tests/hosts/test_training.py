@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 START = "ray start --num-cpus=2 --object-store-memory=100000000"
 HEAD = "--head --include-dashboard=false --port=6379"
-SHARDLINE = 'python -c "from shardline.cluster.cli import main; main()"'
+SHARDLINE = "python -m shardline.cluster.cli"
 STEPS = 100
 GONE_WITHIN_S = 60.0  # 12 s until Ray counts the host as dead; the rest is starting and ending
 
