@@ -24,7 +24,7 @@ STOP_POLL_S = 0.1
     "--all",
     "everything",
     is_flag=True,
-    help="On a launched cluster, end Ray on every host too, the head last: every Ray process that "
+    help="On a launched cluster, end Ray on every host too: every Ray process that "
     "this user runs there, other jobs and other Ray clusters included.",
 )
 @click.pass_obj

@@ -35,7 +35,9 @@ HAPROXY_ENDS_BY_ITSELF_S = 2.0
 HAPROXY_IS_ENDED_S = 5.0
 # The process that runs it is a child of a process that it ends: so in a session of its own, as a
 # grandchild, and a moment later, when the order has been acknowledged.
-ORDER = "(sleep 1; exec \"$0\" -c 'from ray.scripts.scripts import main; main()' stop) &"
+STOP = "from ray.scripts.scripts import main; main()"
+ORDER = f"(sleep 1; exec \"$0\" -c '{STOP}' stop) &"
+OWN_STOPS_WITHIN_S = 60.0
 
 
 def stop_serving(*, keep_serve: bool = False) -> bool:
@@ -148,30 +150,44 @@ def hosts_of(nodes: Sequence[dict[str, Any]]) -> tuple[RayHosts, dict[str, str]]
 
 
 def end_ray(head: str, note: Callable[[str], None]) -> tuple[str, ...]:
-    """Ends Ray on every host, the head last; the addresses of hosts where it may still run.
+    """Ends Ray on every host, the head last but for this host, through whose Ray the others are
+    told; the addresses of hosts where it may still run.
 
     head: HOST:PORT of the head. This process is attached to it, and no more afterwards.
     """
     hosts, ids = hosts_of(ray.nodes())
-    left = set(hosts.missing)
-    orders = {address: _order(ids[address]) for address in hosts.workers}
-    left |= _not_taken(orders)
-    ended = set(hosts.workers) - left
-    left |= _still_alive(ended)
-    for address in sorted(ended - left):
+    own_id = ray.get_runtime_context().get_node_id()
+    own = next((address for address, node_id in ids.items() if node_id == own_id), hosts.head)
+    told = [address for address in hosts.workers if address != own]
+    left = set(hosts.missing) | _not_taken({address: _order(ids[address]) for address in told})
+    left |= _still_alive(set(told) - left)
+    for address in sorted(set(told) - left):
         note(f"ended Ray on {address}")
-    if hosts.head:
+    if hosts.head and hosts.head != own:
         left |= _not_taken({hosts.head: _order(ids[hosts.head])})
     ray.shutdown()
-    deadline = time.monotonic() + STOPPED_WITHIN_S
-    while answers_at(head):
-        if time.monotonic() > deadline:
-            left.add(hosts.head or head)
-            break
-        time.sleep(POLL_S)
+    if _stop_own():
+        note(f"ended Ray on {own}, this host")
     else:
+        left.add(own)
+    if _listening({head}, STOPPED_WITHIN_S):
+        left.add(hosts.head or head)
+    elif hosts.head != own:
         note(f"ended Ray on {hosts.head or head}, the head")
     return tuple(sorted(left))
+
+
+def _stop_own() -> bool:
+    """Ends Ray on this host, to which this process is attached no more; whether that worked."""
+    command = [sys.executable, "-c", STOP, "stop"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, stdin=subprocess.DEVNULL, timeout=OWN_STOPS_WITHIN_S,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
 
 
 def _order(node_id: str) -> Any:

@@ -48,6 +48,7 @@ class FakeRay:
         self.stubborn: set[str] = set()
         self.ended: list[str] = []
         self.is_attached = True
+        self.own = "10.0.0.1"
 
     def nodes(self) -> list[dict[str, Any]]:
         return [
@@ -58,7 +59,18 @@ class FakeRay:
     def order(self, node_id: str) -> str:
         return node_id.removeprefix("node-")
 
+    def get_runtime_context(self) -> Any:
+        return SimpleNamespace(get_node_id=lambda: f"node-{self.own}")
+
+    def stop_own(self) -> bool:
+        assert not self.is_attached, "what it is attached to would end under it"
+        if self.own not in self.stubborn:
+            self.ended.append(self.own)
+        return self.own not in self.stubborn
+
     def get(self, address: str, timeout: float) -> None:
+        assert self.is_attached
+        assert self.own not in self.ended, "a host whose Ray has ended tells the others nothing"
         if address in self.deaf:
             raise GetTimeoutError("late")
         if address not in self.stubborn:
@@ -71,9 +83,10 @@ class FakeRay:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
-    for name in ("nodes", "get", "shutdown"):
+    for name in ("nodes", "get", "shutdown", "get_runtime_context"):
         monkeypatch.setattr(stopping.ray, name, getattr(fake, name))
     monkeypatch.setattr(stopping, "_order", fake.order)
+    monkeypatch.setattr(stopping, "_stop_own", fake.stop_own)
     monkeypatch.setattr(stopping, "answers_at", lambda head: "10.0.0.1" not in fake.ended)
     monkeypatch.setattr(stopping, "STOPPED_WITHIN_S", 0.0)
     monkeypatch.setattr(stopping, "POLL_S", 0.001)
@@ -84,8 +97,20 @@ def test_ray_ends_on_every_host_the_head_last(fake: FakeRay) -> None:
     said: list[str] = []
     assert end_ray("10.0.0.1:6379", said.append) == ()
     assert fake.ended == ["10.0.0.2", "10.0.0.3", "10.0.0.1"]
-    assert said[-1] == "ended Ray on 10.0.0.1, the head"
+    assert said[-1] == "ended Ray on 10.0.0.1, this host"
     assert not fake.is_attached
+
+
+def test_the_host_of_the_command_ends_after_it_has_told_the_others(fake: FakeRay) -> None:
+    fake.own = "10.0.0.2"
+    said: list[str] = []
+    assert end_ray("10.0.0.1:6379", said.append) == ()
+    assert fake.ended == ["10.0.0.3", "10.0.0.1", "10.0.0.2"]
+    assert said == [
+        "ended Ray on 10.0.0.3",
+        "ended Ray on 10.0.0.2, this host",
+        "ended Ray on 10.0.0.1, the head",
+    ]
 
 
 def test_hosts_that_are_not_reached_are_named(fake: FakeRay) -> None:
@@ -93,7 +118,7 @@ def test_hosts_that_are_not_reached_are_named(fake: FakeRay) -> None:
     said: list[str] = []
     assert end_ray("10.0.0.1:6379", said.append) == ("10.0.0.3",)
     assert fake.ended == ["10.0.0.2", "10.0.0.1"]
-    assert said == ["ended Ray on 10.0.0.2", "ended Ray on 10.0.0.1, the head"]
+    assert said == ["ended Ray on 10.0.0.2", "ended Ray on 10.0.0.1, this host"]
 
 
 def test_hosts_that_do_not_end_in_time_are_named(fake: FakeRay) -> None:
