@@ -261,3 +261,7 @@ def _with_place(error: click.ClickException) -> click.ClickException:
             text = f"{error.option_name} goes before the command: {place}."
             return click.UsageError(text, error.ctx)
     return error
+
+
+if __name__ == "__main__":
+    main()

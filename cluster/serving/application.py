@@ -2,7 +2,8 @@
 ``serve run``, KubeRay's RayService. ``build`` is what their ``import_path`` names.
 
 Serve starts and watches the routers alone. So ``build`` first brings up what they ask: it finds the
-controller and the shards of this Ray, or starts them and waits until every shard answers. What runs
+controller and the shards of this Ray, or waits for its hosts to join, starts them, and waits until
+every shard answers: neither Serve nor KubeRay tries again a deployment that failed. What runs
 already stays as it is, whatever the configuration says by now: ``shardline down`` ends it.
 
 Ray names actors per job, and Serve's jobs have a namespace of their own. Controller and shards are
@@ -27,19 +28,21 @@ from shardline.cluster.exits import as_known
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_start
 from shardline.cluster.preflight.servable import servable_generation
+from shardline.cluster.serving.await_hosts import wait_for_hosts
 from shardline.cluster.serving.deployment import controller_settings, wait_loaded
 from shardline.cluster.serving.front_end import router_application
 from shardline.cluster.serving.launched import controller
 from shardline.cluster.serving.ray_session import attached_ray
 from shardline.cluster.serving.serving_keys import serving_keys
 from shardline.cluster.serving.stopping import stop_shards
-from shardline.cluster.serving.survey import survey
+from shardline.cluster.serving.survey import survey, wanted_of
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ConfigError, Unavailable
+from shardline.shards.storage.generation import read_generation
 
 logger = logging.getLogger(__name__)
 
-START_MARGIN_S = 60.0  # beyond cluster.start_timeout_s: joining Ray, checksums, asking the hosts
+START_MARGIN_S = 60.0  # beyond hosts and shards: joining Ray, checksums, asking the hosts
 
 
 class ServeArguments(BaseModel):
@@ -55,6 +58,12 @@ class ServeArguments(BaseModel):
     )
     generation: int | None = Field(
         default=None, ge=1, description="Serve this one instead of the live one."
+    )
+    hosts: int | None = Field(
+        default=None,
+        ge=1,
+        description="Hosts with CPUs to wait for before the first start; null: until the shards "
+        "have room, and no further host has come for ten seconds.",
     )
 
     def load(self) -> ShardlineConfig:
@@ -81,14 +90,16 @@ def build(arguments: ServeArguments) -> serve.Application:
     config = arguments.load()
     if not ray.is_initialized():  # `serve build` runs on no cluster
         return router_application(config, serving_keys(config).auth, hosts=1)
-    hosts = _bring_up_apart(arguments, config.cluster.start_timeout_s + START_MARGIN_S)
+    # once for hosts to join, once for shards to load
+    hosts = _bring_up_apart(arguments, 2 * config.cluster.start_timeout_s + START_MARGIN_S)
     return router_application(config, serving_keys(config).auth, hosts=hosts)
 
 
-def bring_up(config: ShardlineConfig, generation: int | None) -> int:
+def bring_up(config: ShardlineConfig, generation: int | None, *, hosts: int | None = None) -> int:
     """Controller and shards, found or started; the number of living hosts. Needs Ray attached.
 
-    What was started is stopped again when something fails, and nothing else.
+    hosts: those to wait for before anything is started, as in ServeArguments. What was started is
+    stopped again when something fails, and nothing else.
 
     Raises:
         ShardlineError: as ``cluster.serving.deployment.start_serving``.
@@ -100,8 +111,12 @@ def bring_up(config: ShardlineConfig, generation: int | None) -> int:
         store = Store(config.store.resolve())
         number = servable_generation(store, generation)
         enforce(before_start(config))
-        for warning in enforce(survey(config, number, is_served=False, has_serve=True)):
-            logger.warning("%s", warning)
+        wanted = wanted_of(config, read_generation(store.generation(number)))
+        late = wait_for_hosts(living_hosts, wanted, count=hosts, timeout_s=timeout_s)
+        checks = survey(config, number, is_served=False, has_serve=True)
+        for warning in [late, *enforce(checks)]:
+            if warning is not None:
+                logger.warning("%s", warning)
         port = config.cluster.http_port
         handle = start_controller(controller_settings(config, store, generation, port))
         try:
@@ -120,7 +135,8 @@ def main(words: list[str]) -> None:
     answer: dict[str, int | str]
     try:
         with attached_ray(words[1]):
-            answer = {"hosts": bring_up(arguments.load(), arguments.generation)}
+            config = arguments.load()
+            answer = {"hosts": bring_up(config, arguments.generation, hosts=arguments.hosts)}
     except Exception as error:
         known = as_known(error)
         if known is None:

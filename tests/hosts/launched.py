@@ -48,7 +48,6 @@ def launcher_file(rig: Rig) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(ONPREM.read_text())
     config["provider"] |= {"head_ip": head.address, "worker_ips": [w.address for w in workers]}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": "~/key"}
-    config["min_workers"] = config["max_workers"] = len(workers)
     *_, profile = config["setup_commands"]
     config["setup_commands"] = [" && ".join(BORROW), profile]
     for name in ("head_start_ray_commands", "worker_start_ray_commands"):
@@ -85,6 +84,13 @@ class Launched:
     def up_by_ssh(self) -> None:
         """The same steps without ``ray up``, which takes half a minute: code, setup, start; without
         autoscaler and job server."""
+        self.set_up_by_ssh()
+        self.start_head()
+        for host in self.rig.hosts[1:]:
+            self.join(host)
+
+    def set_up_by_ssh(self) -> None:
+        """Code and environment to every host; starts nothing."""
         self.prepare_desk()
         token = self.rig.desk.home / ".ray" / "auth_token"
         for host in self.rig.hosts:
@@ -98,9 +104,13 @@ class Launched:
                 )
             for command in self.config["setup_commands"]:
                 host.run(command)
+
+    def start_head(self) -> None:
         self.head.run(self._start_command(head=True))
-        for host in self.rig.hosts[1:]:
-            host.run(f"export RAY_HEAD_IP={self.head.address}; {self._start_command(head=False)}")
+
+    def join(self, host: Host) -> None:
+        """Ray on a worker."""
+        host.run(f"export RAY_HEAD_IP={self.head.address}; {self._start_command(head=False)}")
 
     def report(self, host: Host) -> dict[str, Any]:
         """What the controller tells `shardline status` there."""

@@ -1,6 +1,7 @@
 """Two ranks on two hosts whose names resolve to nothing: gradients of one process; a host lost."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ ENVIRONMENT = {
 }
 START = "ray start --num-cpus=2 --object-store-memory=100000000"
 HEAD = "--head --include-dashboard=false --port=6379"
-SHARDLINE = 'python -c "from shardline.cluster.cli import main; main()"'
+SHARDLINE = "python -m shardline.cluster.cli"
 STEPS = 100
 GONE_WITHIN_S = 60.0  # 12 s until Ray counts the host as dead; the rest is starting and ending
 
@@ -39,14 +40,23 @@ GONE_WITHIN_S = 60.0  # 12 s until Ray counts the host as dead; the rest is star
 @pytest.fixture(scope="module")
 def rig() -> Iterator[Rig]:
     with raised(2, [*environment_folders(), CHECKOUT]) as rig:
+        tiny_dataset(rig.store / "data")
         head, other = rig.hosts
-        here(head, f"{START} {HEAD} --node-ip-address={head.address}")
+        here(head, f"{one_core(0)} {START} {HEAD} --node-ip-address={head.address}")
         join(head, other)
         yield rig
 
 
 def join(head: Host, other: Host) -> None:
-    here(other, f"{START} --address={head.address}:6379 --node-ip-address={other.address}")
+    options = f"--address={head.address}:6379 --node-ip-address={other.address}"
+    here(other, f"{one_core(1)} {START} {options}")
+
+
+def one_core(number: int) -> str:
+    """One core for all of a host. Its ranks share its cores evenly: of two, a rank has both alone,
+    and one beside another rank; with the number of threads the order of its sums changes."""
+    cores = sorted(os.sched_getaffinity(0))
+    return f"taskset -c {cores[number % len(cores)]}"
 
 
 def here(host: Host, command: str, *, check: bool = True) -> str:
@@ -103,7 +113,6 @@ def test_two_ranks_on_two_hosts_get_the_gradients_of_one_process(rig: Rig) -> No
 
 
 def test_a_run_folder_that_one_host_does_not_see_is_refused_by_name(rig: Rig) -> None:
-    tiny_dataset(rig.store / "data")
     head, other = rig.hosts
     said = here(head, train_command("--run /tmp/run"), check=False)
     assert f"error: host {other.address} does not share the run folder /tmp/run" in said

@@ -10,8 +10,11 @@ from pydantic import ValidationError
 from ray import serve
 
 from shardline.cluster.config import load_config
-from shardline.cluster.serving import application
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.preflight.check import Check
+from shardline.cluster.serving import application, await_hosts
 from shardline.cluster.serving.application import ServeArguments, bring_up, build
+from shardline.cluster.serving.survey import Wanted, check_fits
 from shardline.shards.core.errors import ConfigError, NotFound, Unavailable
 
 SETTINGS = ["cluster.address=auto", "cluster.insecure=true", "cluster.router_replicas=2"]
@@ -23,7 +26,7 @@ def arguments(*overrides: str) -> ServeArguments:
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"cofnig": "x"}, "cofnig"), ({"generation": 0}, "generation"), ({"overrides": 1}, "overr")],
+    [({"cofnig": "x"}, "cofnig"), ({"generation": 0}, "generation"), ({"hosts": 0}, "hosts")],
 )
 def test_arguments_that_nobody_knows_are_refused_by_name(given: dict, named: str) -> None:
     with pytest.raises(ValidationError, match=named):
@@ -108,6 +111,7 @@ def test_a_controller_that_runs_is_waited_for_and_nothing_is_started(
     monkeypatch.setattr(application, "wait_ready", lambda *given: waited.append(given))
     monkeypatch.setattr(application, "start_controller", lambda *_: pytest.fail("one runs"))
     monkeypatch.setattr(application, "living_hosts", lambda: ["one", "two"])
+    monkeypatch.setattr(application, "wait_for_hosts", lambda *_, **__: pytest.fail("it runs"))
     config = load_config(None, ["cluster.start_timeout_s=5"])
     assert bring_up(config, None) == 2
     assert waited == [("the controller", 5.0)]
@@ -118,15 +122,11 @@ def test_what_was_started_is_stopped_when_its_shards_do_not_load(
 ) -> None:
     stopped: list[bool] = []
 
-    def none_runs() -> None:
-        raise Unavailable("no cluster of Shardline's is served on this Ray")
-
     def fails(*_: object) -> None:
         raise Unavailable("shards did not become ready")
 
-    monkeypatch.setattr(application, "controller", none_runs)
-    monkeypatch.setattr(application, "servable_generation", lambda *_: 1)
-    monkeypatch.setattr(application, "before_start", lambda *_: [])
+    nothing_runs(monkeypatch)
+    monkeypatch.setattr(application, "wait_for_hosts", lambda *_, **__: None)
     monkeypatch.setattr(application, "survey", lambda *_, **__: [])
     monkeypatch.setattr(application, "start_controller", lambda *_: "new")
     monkeypatch.setattr(application, "wait_loaded", fails)
@@ -134,3 +134,51 @@ def test_what_was_started_is_stopped_when_its_shards_do_not_load(
     with pytest.raises(Unavailable, match="did not become ready"):
         bring_up(load_config(None, []), None)
     assert stopped == [True]
+
+
+def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_runs() -> None:
+        raise Unavailable("no cluster of Shardline's is served on this Ray")
+
+    monkeypatch.setattr(application, "controller", none_runs)
+    monkeypatch.setattr(application, "servable_generation", lambda *_: 1)
+    monkeypatch.setattr(application, "before_start", lambda *_: [])
+    monkeypatch.setattr(application, "read_generation", lambda _: "its manifest")
+    wanted = Wanted(shards=4, replicas=2, cpus=2)
+    monkeypatch.setattr(application, "wanted_of", lambda *_: wanted)
+
+
+def test_hosts_are_waited_for_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under KubeRay the head, which has no CPUs, deploys before the workers are there."""
+    cpus = (0, 8, 8)
+    head, *workers = [
+        Host(node_id=f"n{number}", address=f"10.0.0.{number}", cpus=has)
+        for number, has in enumerate(cpus)
+    ]
+    looks = [(head,), (head, workers[0]), (head, *workers)]
+    done: list[str] = []
+
+    def living() -> tuple[Host, ...]:
+        return looks.pop(0) if len(looks) > 1 else looks[0]
+
+    def surveyed(*_: object, **__: object) -> list[Check]:
+        done.append("survey")
+        return [check_fits(living(), Wanted(shards=4, replicas=2, cpus=2))]
+
+    nothing_runs(monkeypatch)
+    monkeypatch.setattr(application, "living_hosts", living)
+    monkeypatch.setattr(await_hosts, "POLL_S", 0.0)
+    monkeypatch.setattr(application, "survey", surveyed)
+    monkeypatch.setattr(application, "start_controller", lambda *_: done.append("controller"))
+    monkeypatch.setattr(application, "wait_loaded", lambda *_: 1)
+    assert bring_up(load_config(None, []), None, hosts=2) == 3
+    assert done == ["survey", "controller"]
+
+
+def test_nothing_is_started_where_the_hosts_do_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing_runs(monkeypatch)
+    monkeypatch.setattr(application, "living_hosts", tuple)
+    monkeypatch.setattr(application, "survey", lambda *_, **__: pytest.fail("no hosts"))
+    monkeypatch.setattr(application, "start_controller", lambda *_: pytest.fail("no hosts"))
+    with pytest.raises(Unavailable, match=r"have not joined Ray; expected within 0\.01 s"):
+        bring_up(load_config(None, ["cluster.start_timeout_s=0.01"]), None)

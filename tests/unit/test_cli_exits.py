@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,3 +211,13 @@ def test_a_word_like_no_command_gets_none(capsys: pytest.CaptureFixture[str]) ->
     assert "No such command 'xyzzy'." in err
     assert "Did you mean" not in err
     assert "xyzzy" not in COMMANDS
+
+
+def test_the_module_is_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the environment's programs are not on the PATH, as on a host over ssh."""
+    command = [sys.executable, "-m", command_line.__name__, "query", "--nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    code, _, said = ends(capsys, "query", "--nonsense")
+    assert done.returncode == code == 2
+    assert "--nonsense" in done.stderr
+    assert done.stderr.splitlines()[-1] == said.splitlines()[-1]

@@ -29,6 +29,17 @@ def test_ray_up_accepts_the_launcher_file() -> None:
     validate_config(prepare_config(launcher_file()))
 
 
+@pytest.mark.parametrize("workers", [0, 1, 5])
+def test_every_host_of_the_list_is_started(workers: int) -> None:
+    """Ray counts them where nothing else is said, and leaves hosts out where less is."""
+    content = launcher_file()
+    content["provider"]["worker_ips"] = [f"10.0.1.{number}" for number in range(workers)]
+    prepared = prepare_config(content)
+    validate_config(prepared)
+    (kind,) = prepared["available_node_types"].values()
+    assert (kind["min_workers"], kind["max_workers"], prepared["max_workers"]) == (workers,) * 3
+
+
 def test_the_launcher_file_brings_all_the_code_and_no_more() -> None:
     mounts = launcher_file()["file_mounts"]
     assert all(host == f"~/shardline/{here}" for host, here in mounts.items() if here[0] != "~")

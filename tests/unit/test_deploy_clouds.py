@@ -1,6 +1,7 @@
 """deploy/ray/aws.yaml and gcp.yaml: what Ray accepts, what their commands do on a new machine."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,32 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from shardline.cluster.config import load_config
 
-RAY = Path(__file__).parents[2] / "deploy" / "ray"
+ROOT = Path(__file__).parents[2]
+RAY = ROOT / "deploy" / "ray"
 CLOUDS = ("aws", "gcp")
+EDITED = [
+    *(RAY / f"{name}.yaml" for name in CLOUDS),
+    *sorted((ROOT / "deploy" / "kuberay").glob("*.yaml")),
+]
 ALSO_ON_YOUR_OWN_HOSTS = (
     "file_mounts",
     "rsync_exclude",
     "head_start_ray_commands",
     "worker_start_ray_commands",
 )
+# what stands for something of the user's: names and numbers of the cloud, the store, machine types
+PLACEHOLDER = re.compile(
+    r"0123456789abcdef|your-|REGISTRY/|\b10\.0\.0\.\d|\b(?:eu|europe)-\w+\d|\bm7i\.|\bn2-|\{CPU: "
+    r"|(?:min_|max_)workers: |[rR]eplicas: |\bhosts: \d|cpus_per_shard: "
+    r"|storageClassName: |storage: 100"
+)
 # programs of a new machine: each notes how it was called; the real ones work on files of a user
 FAKES = {
     "dpkg": "test -e $HOME/installed",
     "sudo": '"$@"',
-    "apt-get": 'case $1 in install) touch "$HOME/installed";; esac',
+    "cloud-init": "exit 2",  # as after a start with warnings
+    "sleep": "true",
+    "apt-get": 'case "$*" in *install*) touch "$HOME/installed";; esac',
     "mountpoint": "test -e $HOME/mounted",
     "mount": "touch $HOME/mounted",
     "chown": "true",
@@ -59,7 +73,7 @@ def test_ray_is_started_as_on_your_own_hosts(name: str, key: str) -> None:
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_the_code_is_installed_as_on_your_own_hosts(name: str) -> None:
-    assert launcher_file(name)["setup_commands"][3:] == launcher_file("onprem")["setup_commands"]
+    assert launcher_file(name)["setup_commands"][4:] == launcher_file("onprem")["setup_commands"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -74,9 +88,11 @@ def test_head_and_workers_are_alike_and_nothing_is_shared_between_them(name: str
 
 @pytest.mark.parametrize("name", CLOUDS)
 def test_a_new_machine_gets_the_store_once(name: str, tmp_path: Path) -> None:
-    first = machine_after(launcher_file(name)["setup_commands"][:3], tmp_path)
-    assert [line for line in first if line.startswith("apt-get install")] == [
-        "apt-get install -y -qq nfs-common python3-venv"
+    first = machine_after(launcher_file(name)["setup_commands"][:4], tmp_path)
+    assert first[0] == "cloud-init status --wait"
+    assert [line for line in first if line.startswith("apt-get")] == [
+        "apt-get update -qq",
+        "apt-get -o DPkg::Lock::Timeout=300 install -y -qq nfs-common python3-venv",
     ]
     store = str(load_config(RAY / "cluster-config.yaml").store)
     assert f"mkdir -p {store}" in first
@@ -90,7 +106,7 @@ def test_a_new_machine_gets_the_store_once(name: str, tmp_path: Path) -> None:
     assert "_netdev" in options.split(",")  # else the machine does not boot without the server
     assert "soft" not in options.split(",")
 
-    again = machine_after(launcher_file(name)["setup_commands"][:3], tmp_path)
+    again = machine_after(launcher_file(name)["setup_commands"][:4], tmp_path)
     assert not [line for line in again if line.startswith(("apt-get", "sudo"))]
     assert (tmp_path / "fstab").read_text().splitlines() == [line]
 
@@ -98,9 +114,43 @@ def test_a_new_machine_gets_the_store_once(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CLOUDS)
 def test_a_machine_that_cannot_mount_the_store_does_not_start(name: str, tmp_path: Path) -> None:
     """Its shards would find an empty folder; `ray up` stops at the first command that fails."""
-    mounting = launcher_file(name)["setup_commands"][2]
+    mounting = launcher_file(name)["setup_commands"][3]
     with pytest.raises(subprocess.CalledProcessError):
         machine_after([mounting], tmp_path, FAKES | {"mount": "exit 32"})
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_updates_that_the_machine_makes_by_itself_are_waited_for(name: str, tmp_path: Path) -> None:
+    """They hold the lock of the lists, for which `apt-get update` does not wait."""
+    busy = 'test "$1" != update || test "$(/usr/bin/grep -c "^apt-get update" "$HOME/calls")" = 3'
+    installing = launcher_file(name)["setup_commands"][1]
+    calls = machine_after([installing], tmp_path, FAKES | {"apt-get": busy})
+    names = [line.split()[0] for line in calls if not line.startswith(("sudo", "dpkg"))]
+    assert names == ["apt-get", "sleep", "apt-get", "sleep", "apt-get", "apt-get"]
+    with pytest.raises(subprocess.CalledProcessError):
+        machine_after([installing], tmp_path, FAKES | {"apt-get": "exit 100"})
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_a_machine_without_cloud_init_waits_for_nothing(name: str, tmp_path: Path) -> None:
+    fakes = {program: does for program, does in FAKES.items() if program != "cloud-init"}
+    assert machine_after(launcher_file(name)["setup_commands"][:1], tmp_path, fakes) == []
+
+
+@pytest.mark.parametrize("path", EDITED, ids=lambda path: path.name)
+def test_every_line_to_be_edited_is_marked(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    stand_ins = [line for line in lines if PLACEHOLDER.search(line)]
+    assert stand_ins
+    assert [line for line in stand_ins if "# yours" not in line] == []
+
+
+def test_the_page_names_every_line_to_be_edited() -> None:
+    page = (ROOT / "docs" / "DEPLOY.md").read_text()
+    for path in EDITED:
+        marked = [line for line in path.read_text().splitlines() if "# yours" in line]
+        names = {re.split(r"[:=]", line.lstrip(" -"))[0] for line in marked}
+        assert {name for name in names if f"`{name}" not in page} == set(), path.name
 
 
 def machine_after(commands: list[str], home: Path, fakes: dict[str, str] = FAKES) -> list[str]:

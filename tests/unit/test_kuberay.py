@@ -154,6 +154,8 @@ def test_serve_accepts_its_part_and_finds_the_builder(
     assert arguments.config is not None
     assert arguments.config.parent == mounted
     assert arguments.config.name in parts["ConfigMap", "shardline-config"]["data"]
+    (group,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert arguments.hosts == group["replicas"]  # each gets a router, also one that joins late
 
 
 def test_serves_own_file_is_the_same_application(service: dict) -> None:
