@@ -71,7 +71,7 @@ class Asked:
     def refuse_inside(self, out: Path) -> None:
         """Raises InvalidInput: results would be written among the queries, and be read as such."""
         for each in self.queries:
-            if "://" not in each and out.resolve().is_relative_to(Path(each).resolve()):
+            if each and "://" not in each and out.resolve().is_relative_to(Path(each).resolve()):
                 raise InvalidInput(
                     "the output folder lies in the folder of the queries",
                     field="--out",

@@ -523,6 +523,14 @@ def test_a_column_of_no_file_is_refused(made: BatchStore, tmp_path: Path) -> Non
             made.batch("--items", option, "id", "--out", tmp_path / "out")
 
 
+def test_memory_is_not_for_a_job_on_ray(made: BatchStore, tmp_path: Path) -> None:
+    words = ["--store", str(made.store.root), "--set", "cluster.address=auto", "batch", "--items"]
+    done = CliRunner().invoke(cli, [*words, "--out", str(tmp_path / "out"), "--memory", "9"])
+    assert isinstance(done.exception, InvalidInput)
+    assert "--memory has no effect in a job on Ray" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_among_the_queries_are_refused(
     made: BatchStore, tmp_path: Path, vectors: np.ndarray
 ) -> None:
