@@ -260,19 +260,18 @@ class Controller:
         self._tasks.spawn(self._watch_replicas())
         self._tasks.spawn(self._watch_hosts())
         async with self._changed:
-            await self._changed.wait_for(lambda: self._placement.covers)
+            # of a table that routers have: until then they ask the generation before
+            await self._changed.wait_for(
+                lambda: self._published is not None and self._placement.covers
+            )
         await asyncio.sleep(RETIRE_AFTER_S)
         await self._until_done(self._shards.end_others, "shards of other generations")
 
     async def _watch_replicas(self) -> None:
         """Each on its own: one that does not answer must not hold up the others."""
-        was_silent = False
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            silence = self._news.silence(time.monotonic())
-            if silence is not None and not was_silent:
-                logger.warning("%s", silence.text)
-            was_silent = silence is not None
+            self._news.log_silence(time.monotonic())
             for key in self._shards.placed:
                 if key not in self._checked and key in self._placement.replicas:
                     self._checked.add(key)

@@ -1,11 +1,14 @@
 """What the controller has heard of lately: hosts, routers, and whether Ray's head answers."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from shardline.cluster.control.hosts import Host
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.messages import Absence, RouterSeen
+
+logger = logging.getLogger(__name__)
 
 EXPIRE_S = 15.0  # three of the calls with which a router announces itself
 SILENT_S = 10.0  # hosts are looked at every second
@@ -25,6 +28,7 @@ class News:
 
     def __init__(self, hosts: Iterable[Host], now_s: float) -> None:
         self._hosts: dict[str, tuple[Host, float]] = {}
+        self._is_silence_logged = False
         self._routers: dict[tuple[str, int], Heard] = {}
         self.saw_hosts(hosts, now_s)
 
@@ -67,3 +71,10 @@ class News:
             "nothing is placed, moved or restarted until it does"
         )
         return Absence(Unavailable.code, text)
+
+    def log_silence(self, now_s: float) -> None:
+        """Once each time that it begins."""
+        silence = self.silence(now_s)
+        if silence is not None and not self._is_silence_logged:
+            logger.warning("%s", silence.text)
+        self._is_silence_logged = silence is not None

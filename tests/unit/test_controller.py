@@ -681,10 +681,15 @@ async def test_older_generations_end_though_one_replica_of_the_new_one_fails(
     monkeypatch.setattr(ray, "kill", kill)
     store.set_current(3)
     async with running(store, replicas=2) as controller:
-        for shard in range(SHARDS):
-            key = ReplicaKey(3, shard, 0)
-            await controller.register_replica(key=key, address=("10.0.0.1", 1 + shard))
-        assert not controller._placement.ready
+        await until(lambda: sum("shard-3-" in name for name in alive) == 2 * SHARDS)
+        (name,) = (name for name in alive if "shard-3-1-1-" in name)
+        for key in list(controller._placement.replicas)[:3]:
+            await controller.register_replica(key=key, address=("10.0.0.1", 1 + key.shard))
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        assert killed == [], "nothing is published yet"
+        alive[name].ping.plan = [ActorDiedError()] * 1000
+        await until(lambda: not controller._placement.ready)
         await until(lambda: killed[: len(old)] == old)
 
 
