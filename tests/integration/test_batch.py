@@ -22,8 +22,8 @@ from tests.batch_store import contents, read_parts, write_queries
 from tests.integration.conftest import NUM_ITEMS, Cluster
 from tests.unit.test_batch import Silent
 
-# Ray's own, when it makes the context of Ray Data
-pytestmark = pytest.mark.filterwarnings("ignore:`use_push_based_shuffle`:DeprecationWarning")
+# Ray Data's own: it sets its deprecated options when it makes its context
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.data")
 
 K = 20
 
