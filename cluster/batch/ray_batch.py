@@ -10,6 +10,7 @@ serving. The store, the queries and the output folder must be the same on all ho
 import logging
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray._private.state import available_resources_per_node  # no public call counts per host
+from ray.util.annotations import RayDeprecationWarning
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -76,7 +78,11 @@ def run_on_ray(
             if isinstance(plan.source, GenerationItems):
                 _keep_item_vectors(stages)
             parts.begin()
-            for row in _pipeline(stages, todo).iter_rows():
+            with warnings.catch_warnings():
+                # until Ray 2.64 stages get their place in a reservation this way
+                warnings.simplefilter("ignore", RayDeprecationWarning)
+                pipeline = _pipeline(stages, todo)
+            for row in pipeline.iter_rows():
                 entry = FileEntry(
                     name=row["name"], bytes=row["bytes"], sha256=row["sha256"], rows=row["rows"]
                 )
