@@ -9,6 +9,7 @@ serving. The store, the queries and the output folder must be the same on all ho
 
 import logging
 import os
+import pickle
 import time
 import warnings
 from collections import deque
@@ -49,6 +50,7 @@ from shardline.shards.index.main_index import set_search_threads
 NICENESS = 10  # of the stages: a shard that serves on the same host comes first
 RESERVED_WITHIN_S = 60
 SEEN_WITHIN_S = 65.0  # NFS remembers for up to a minute what a folder held
+FAILURE = "failure"  # the column of an error on its way to whoever waits for parts
 ROOM = 1.2  # memory that a stage reserves, as a multiple of what is counted
 LIBRARY_BYTES = 300 << 20  # of resident memory in each process of a stage
 
@@ -83,6 +85,8 @@ def run_on_ray(
                 warnings.simplefilter("ignore", RayDeprecationWarning)
                 pipeline = _pipeline(stages, todo)
             for row in pipeline.iter_rows():
+                if FAILURE in row:
+                    raise pickle.loads(row[FAILURE])
                 entry = FileEntry(
                     name=row["name"], bytes=row["bytes"], sha256=row["sha256"], rows=row["rows"]
                 )
@@ -202,7 +206,28 @@ def _pipeline(stages: _Stages, todo: Sequence[Span]) -> Any:
     )
 
 
-class _Reader:
+class _Stage:
+    """A stage gives what it raises as its result, which all stages after it hand on: Ray Data's own
+    error for a stage that raises is another one, with the text of ours at most.
+    """
+
+    _failed: pa.Table | None = None  # of the first failure: nothing comes after it
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        if FAILURE in table.column_names:
+            return table
+        if self._failed is None:
+            try:
+                return self.work(table)
+            except (ShardlineError, OSError) as error:
+                self._failed = pa.table({FAILURE: [pickle.dumps(error)]})
+        return self._failed
+
+    def work(self, table: pa.Table, /) -> pa.Table:
+        raise NotImplementedError
+
+
+class _Reader(_Stage):
     """Spans to queries: one row per query from here on."""
 
     def __init__(self, plan: BatchPlan) -> None:
@@ -211,7 +236,7 @@ class _Reader:
         # one reader for all: a file is opened again only where a block was done before
         self._blocks = plan.source.read(iter(self._asked.popleft, None))
 
-    def __call__(self, spans: pa.Table) -> pa.Table:
+    def work(self, spans: pa.Table) -> pa.Table:
         (span,) = spans_in(spans)
         self._asked.append(span)
         found, queries = next(self._blocks)
@@ -219,7 +244,7 @@ class _Reader:
         return block_table(span, queries, None)
 
 
-class _ShardStage:
+class _ShardStage(_Stage):
     """Queries, with the best of the shards before, to the best with this one."""
 
     def __init__(self, plan: BatchPlan, shard: int, threads: int) -> None:
@@ -227,7 +252,7 @@ class _ShardStage:
         self._wanted, self._threads = plan.job.wanted, threads
         self._loaded = LoadedShards.load(plan.folder, [shard])
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def work(self, table: pa.Table) -> pa.Table:
         span, queries, before = parts_of(table)
         assert queries.vectors is not None
         set_search_threads(self._threads)  # Ray may call from any thread
@@ -235,14 +260,14 @@ class _ShardStage:
         return block_table(span, queries, found if before is None else merge_parts([before, found]))
 
 
-class _Writer:
+class _Writer(_Stage):
     """Results to parts on disk: one row per part from here on."""
 
     def __init__(self, plan: BatchPlan, output: OutputFolder) -> None:
         give_way()
         self._k, self._columns, self._output = plan.job.wanted.k, plan.columns(), output
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def work(self, table: pa.Table) -> pa.Table:
         span, queries, ranked = parts_of(table)
         assert ranked is not None
         rows = finished_table(queries, ranked, self._k, self._columns)
