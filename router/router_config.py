@@ -103,8 +103,8 @@ class RouterConfig(BaseModel):
         default=0.05,
         ge=0,
         le=1,
-        description="[share] Where shards have several replicas: most requests, per request, that "
-        "a router sends to a second replica because the first takes longer than its like. 0 sends "
+        description="[share] Where shards have several replicas: most queries, per query, that a "
+        "router sends to a second replica because the first takes longer than is usual. 0 sends "
         "none.",
     )
     hedge_min_ms: float = Field(

@@ -9,6 +9,7 @@ A shard's part goes to one replica, and to another as well
 No replica is asked twice. The first reply that fits counts; the others are dropped.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,6 +71,7 @@ class Attempts:
         "_pace",
         "_put",
         "_request_id",
+        "_rows",
         "_sampled",
         "_sent_at",
         "_shards",
@@ -109,16 +111,18 @@ class Attempts:
         """
         self._start: bytes | None  # of every fitting reply; None where replies are decoded to tell
         if isinstance(request, SearchRequest):
-            rows = len(request.queries)
+            self._rows = rows = len(request.queries)
             self._start = reply_start(rows, request.k, self._table.generation)
         else:
-            rows, self._start = len(request.item_ids), None
+            self._rows = rows = max(1, len(request.item_ids))
+            self._start = None
         shards, now, choose = self._shards, self._sent_at, self._shared.chooser.choose
         self._frames = frames
         self._sampled = self._request_id % len(shards)
-        self._pace = pace = self._shared.paces.of(type(request), rows)
-        pace.sends(len(shards))
-        self._delay_s = pace.delay_s
+        paces, kind = self._shared.paces, type(request)
+        self._pace = pace = paces.of(kind, rows)
+        pace.budget.sends(rows * len(shards))
+        self._delay_s = pace.delay_s if pace.delay_s < math.inf else paces.guess_s(kind, rows)
         for position, replicas in enumerate(shards):
             connection = choose(replicas, now)
             if connection is None:
@@ -136,7 +140,7 @@ class Attempts:
                     error = self._ask_another(position, now, (connection,))
             if error is not None:
                 self._put(position, error)
-        return min(pace.delay_s, LOOK_S)
+        return min(self._delay_s, LOOK_S)
 
     def look(self) -> float:
         """Asks another replica where one takes long or is silent. Returns the seconds until the
@@ -202,7 +206,7 @@ class Attempts:
         """Asks a second replica as well, if one is fit and the budget allows it."""
         replicas, chooser = self._shards[position], self._shared.chooser
         connection = chooser.choose(replicas, now, self._tried(position))
-        if connection is None or not self._pace.may_hedge():
+        if connection is None or not self._pace.budget.allows(self._rows):
             return
         if self._ask_later(position, connection, now) is None:
             self._hedges[position] = connection

@@ -52,8 +52,8 @@ SERVING = (
     Variable("RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER", "1s", "a stopped router is left alone"),
     Variable("RAY_SERVE_HAPROXY_HEALTH_CHECK_FALL", "3", "a busy router is not left alone"),
     Variable("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1", "30 s lengthen every stop"),
-    # after the loss of the head routers were seen to answer its questions later than after 30 s, and
-    # all of them, which served well, were stopped at once
+    # after the loss of a head routers were seen to answer the new controller later than after 30 s,
+    # and all of them, which served well, were stopped at once
     Variable("RAY_SERVE_SLOW_STARTUP_WARNING_S", "600", "a new Serve controller keeps routers"),
     Variable("RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD", "0", "one loop halves the latency"),
     Variable("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", "0", "one loop halves the latency"),

@@ -11,6 +11,7 @@ from shardline.router.fanout.hedging import (
     PERCENTILE,
     REFRESH,
     WINDOW,
+    Budget,
     Pace,
     Paces,
 )
@@ -19,8 +20,8 @@ from shardline.shards.core.messages import FetchRequest, SearchRequest
 FLOOR_S = 0.005
 
 
-def fed(times, share=0.05):
-    pace = Pace(share, FLOOR_S)
+def fed(times, pace=None):
+    pace = pace or Pace(Budget(0.05), FLOOR_S)
     for seconds in times:
         pace.took(seconds)
     return pace
@@ -50,24 +51,28 @@ def test_a_few_slow_ones_do_not_move_it_and_there_is_a_floor():
 
 def test_the_budget_is_a_share_of_what_was_sent_and_bounded():
     rng = random.Random(1)
-    pace, sent, hedged = Pace(0.05, FLOOR_S), 0, 0
+    budget, sent, again = Budget(0.05), 0, 0
     for _ in range(3000):
         if rng.random() < 0.3:
-            pace.sends(4)
-            sent += 4
-        hedged += pace.may_hedge()
-        assert hedged <= 0.05 * sent
-    assert hedged >= 0.05 * sent - 2
-    for _ in range(1000):
-        pace.sends(4)
-    assert sum(pace.may_hedge() for _ in range(100)) == MAX_TOKENS
+            rows = 4 * rng.choice([1, 1, 16])
+            budget.sends(rows)
+            sent += rows
+        rows = rng.choice([1, 2, 64])
+        if budget.allows(rows):
+            again += rows
+        assert again <= 0.05 * sent
+    assert again >= 0.05 * sent - MAX_TOKENS
+    for _ in range(3000):
+        budget.sends(4)
+    assert not budget.allows(int(MAX_TOKENS) + 1)
+    assert sum(budget.allows(1) for _ in range(1000)) == MAX_TOKENS
 
 
 def test_a_share_of_nothing_hedges_nothing():
-    pace = fed([1.0] * WINDOW, share=0.0)
-    pace.sends(10_000)
-    assert pace.delay_s == float("inf")
-    assert not pace.may_hedge()
+    paces = Paces(0.0, FLOOR_S)
+    fed([1.0] * WINDOW, paces.of(SearchRequest, 1)).budget.sends(10_000)
+    assert paces.of(SearchRequest, 1).delay_s == paces.guess_s(SearchRequest, 1) == float("inf")
+    assert not paces.of(SearchRequest, 1).budget.allows(1)
 
 
 def test_frames_are_alike_by_kind_and_by_size_up_to_a_factor_of_two():
@@ -75,3 +80,26 @@ def test_frames_are_alike_by_kind_and_by_size_up_to_a_factor_of_two():
     assert paces.of(SearchRequest, 2) is paces.of(SearchRequest, 3)
     apart = [(SearchRequest, 1), (SearchRequest, 2), (SearchRequest, 4), (FetchRequest, 1)]
     assert len({id(paces.of(*each)) for each in apart}) == len(apart)
+
+
+def test_tokens_are_shared_by_the_sizes_of_a_kind_not_by_kinds():
+    paces = Paces(0.05, FLOOR_S)
+    paces.of(SearchRequest, 1).budget.sends(100)
+    assert not paces.of(FetchRequest, 1).budget.allows(1)
+    assert paces.of(SearchRequest, 4).budget.allows(4)
+    assert not paces.of(SearchRequest, 4).budget.allows(4)
+
+
+def test_a_size_of_which_little_is_known_goes_by_the_nearest_that_is_known():
+    paces = Paces(0.05, FLOOR_S)
+    assert paces.guess_s(SearchRequest, 1) == float("inf")
+    fed([0.1] * REFRESH, paces.of(SearchRequest, 4))
+    delay_s = HEADROOM * 0.1
+    assert paces.of(SearchRequest, 4).delay_s == delay_s
+    assert paces.guess_s(SearchRequest, 1) == delay_s, "smaller: not longer than a larger one"
+    assert paces.guess_s(SearchRequest, 8) == 2 * delay_s
+    assert paces.guess_s(SearchRequest, 64) == 16 * delay_s
+    assert paces.guess_s(FetchRequest, 4) == float("inf")
+    fed([0.2] * REFRESH, paces.of(SearchRequest, 64))
+    assert paces.guess_s(SearchRequest, 40) == HEADROOM * 0.2
+    assert paces.guess_s(SearchRequest, 8) == 2 * delay_s

@@ -574,6 +574,26 @@ async def test_a_large_frame_is_not_compared_with_small_ones():
         np.testing.assert_array_equal(answer.ranked.ids, brute_force(VECTORS, IDS, VECTORS, 5).ids)
 
 
+async def test_a_frame_of_a_size_that_is_new_goes_by_the_sizes_that_are_known():
+    async with cluster() as made:
+        await made.warm_up()
+        (replicas,) = made.shards
+        for replica in replicas:
+            replica.asked.clear()
+        hold(*replicas)
+        leading = made.ask()
+        await asked_first(replicas)
+        pair = [made.ask(1), made.ask(2)]  # they leave together, behind the first
+        await made.clock.advance(0.9 * HEDGE_S)
+        await until(lambda: sum(len(replica.requests) for replica in replicas) == REFRESH + 2)
+        await run_for(made.clock, 2.5 * HEDGE_S)
+        await until(lambda: made.counted(HEDGES) == 2)
+        let_go(*replicas)
+        await made.whole(leading)
+        for query, task in enumerate(pair, 1):
+            await made.whole(task, query)
+
+
 async def test_frames_that_usually_take_long_are_not_hedged_early():
     async with cluster() as made:
         usual_s = 0.1
