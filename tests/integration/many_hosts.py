@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
+from ray._private import ray_constants
 from ray.cluster_utils import Cluster
 
 from shardline.cluster.control.controller import ControllerSettings
@@ -29,6 +31,7 @@ from shardline.shards.core.messages import RouterSeen, RoutingTable
 from tests.engine import build_generation
 
 SHARDS, REPLICAS = 2, 2
+HEAD_AWAY_S = 8.0
 SECRET = b"s" * 32
 CONFIG = RouterConfig(backoff_base_ms=20, backoff_max_ms=100)
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
@@ -117,6 +120,12 @@ class Watched:
             await asyncio.sleep(0.02)
 
 
+def gcs_of(cluster: Cluster) -> psutil.Process:
+    """What Ray's head keeps its knowledge of hosts and actors in."""
+    (found,) = cluster.head_node.all_processes[ray_constants.PROCESS_TYPE_GCS_SERVER]
+    return psutil.Process(found.process.pid)
+
+
 def keys(report: dict[str, Any]) -> set[tuple[int, int]]:
     return {(each["shard"], each["replica"]) for each in report["replicas"]}
 
@@ -171,6 +180,16 @@ async def scenario(cluster: Cluster, out: Path, store: Store, vectors: np.ndarra
         async with now.phase("third host"):
             cluster.add_node(**NODE)
             await now.until(is_whole(3))
+        async with now.phase("head away"):
+            before = await controller.report.remote()
+            head = gcs_of(cluster)
+            head.suspend()
+            await asyncio.sleep(HEAD_AWAY_S)
+            head.resume()
+            await asyncio.sleep(3)
+            await now.until(is_whole(3))
+            after = await controller.report.remote()
+            now.tell("head", moved=len(keys(before) ^ keys(after)), hosts=after["hosts"])
         async with now.phase("controller killed"):
             ray.kill(controller, no_restart=False)
             version = now.table.version if now.table is not None else 0

@@ -69,7 +69,14 @@ def of(seen: list[dict[str, Any]], event: str, phase: str) -> list[dict[str, Any
     return [each for each in seen if each["event"] == event and each["phase"] == phase]
 
 
-CALM = ("two hosts", "host added", "rolling restart", "third host", "controller killed")
+CALM = (
+    "two hosts",
+    "host added",
+    "rolling restart",
+    "third host",
+    "head away",
+    "controller killed",
+)
 
 
 @pytest.mark.parametrize("phase", [*CALM, "host killed"])
@@ -102,6 +109,12 @@ def test_a_killed_host_is_out_of_the_table_in_seconds(seen: list[dict[str, Any]]
     (told,) = of(seen, "report", "host killed")
     assert [host["alive"] for host in told["report"]["hosts"]] in ([True], [True, False])
     assert "1 instead of 2 replicas of shards 0, 1" in told["report"]["notes"][0]["text"]
+
+
+def test_while_rays_head_is_away_nothing_is_placed_or_ended(seen: list[dict[str, Any]]) -> None:
+    (told,) = of(seen, "head", "head away")
+    assert told["moved"] == 0
+    assert [host["alive"] for host in told["hosts"]].count(True) == 3
 
 
 def test_replicas_of_a_shard_are_on_different_hosts(seen: list[dict[str, Any]]) -> None:
