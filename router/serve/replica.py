@@ -6,7 +6,6 @@ controller; while the controller is away the replica serves on with the table it
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -15,7 +14,6 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve._private.constants import SERVE_NAMESPACE
 
 from shardline.router.http.api import REQUEST_ID_HEADER, create_app
 from shardline.router.http.auth import AuthSettings, Guard
@@ -93,7 +91,6 @@ class RouterReplica:
         self._guard = Guard(auth)
         self._following: list[asyncio.Task[None]] = []
         self._has_table = asyncio.Event()
-        self._met: set[str] = set()  # names of Serve's actors
         self._exporter: RayExporter | None = None
 
     async def __serve_build_asgi_app__(self) -> ServeApp:
@@ -177,7 +174,6 @@ class RouterReplica:
             try:
                 controller = await asyncio.to_thread(self._find_controller)
                 await _in_time(controller.router_lives.remote(router), ANNOUNCE_S)
-                await asyncio.to_thread(self._meet_actors)
             except (RayError, ValueError, TimeoutError) as error:
                 logger.warning("this router could not be announced: %s", last_line(error))
                 await asyncio.sleep(RETRY_S)
@@ -216,19 +212,6 @@ class RouterReplica:
                 logger.exception("the query encoder was not looked at")
                 is_whole = False
             pause = FIRST_MEND_S if is_whole else min(LAST_MEND_S, 2 * pause)
-
-    def _meet_actors(self) -> None:
-        """Has Ray load the classes of Serve's actors, here in a thread.
-
-        Serve's controller sends handles of them. Ray loads a class that it does not know in the
-        event loop, from the GCS: after the loss of the head that held up every query for seconds.
-        """
-        for actor in ray.util.list_named_actors(all_namespaces=True):
-            name = actor["name"]
-            if actor["namespace"] == SERVE_NAMESPACE and name not in self._met:
-                with contextlib.suppress(ValueError):  # it has gone meanwhile
-                    ray.get_actor(name, namespace=SERVE_NAMESPACE)
-                self._met.add(name)
 
     def _find_controller(self) -> Any:
         name, namespace = self._controller

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-from collections import Counter
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +26,6 @@ class Controller:
     def __init__(self, *troubles: Any) -> None:
         self.trouble_after, self.table_after, self.connection_secret = Method(), Method(), Method()
         self.router_lives = Method()
-        self.found: Counter[tuple[str, str]] = Counter()  # names and namespaces asked for
         self.trouble_after.plan = [*troubles, HANG]
         self.table_after.plan = [HANG]
         self.connection_secret.plan = [b"s" * 32]
@@ -61,22 +59,10 @@ async def following(
     for name in ("RETRY_S", "FIRST_MEND_S", "LAST_MEND_S"):
         monkeypatch.setattr(module, name, 0.01)
     node = SimpleNamespace(get_node_id=lambda: "na")
-
-    def get_actor(name: str, namespace: str) -> Controller:
-        controller.found[name, namespace] += 1
-        if name == "gone":
-            raise ValueError("no such actor")
-        return controller
-
-    named = [{"name": "a", "namespace": "serve"}, {"name": "b", "namespace": "other"}]
-    named += [{"name": "gone", "namespace": "serve"}, {"name": "c", "namespace": "serve"}]
     ray = SimpleNamespace(
-        get_actor=get_actor,
+        get_actor=lambda *_, **__: controller,
         get_runtime_context=lambda: node,
-        util=SimpleNamespace(
-            get_node_ip_address=lambda: "10.0.0.1",
-            list_named_actors=lambda *, all_namespaces: named,
-        ),
+        util=SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1"),
     )
     monkeypatch.setattr(module, "ray", ray)
     monkeypatch.setattr(module, "prepare_memory", lambda **_: None)
@@ -144,17 +130,6 @@ async def test_it_announces_itself_also_while_it_loads_an_encoder(monkeypatch):
         assert controller.table_after.calls == 1
     announced = {arguments[0] for arguments in controller.router_lives.asked}
     assert announced == {RouterSeen(host="10.0.0.1", node_id="na", pid=os.getpid())}
-
-
-async def test_it_meets_each_actor_of_serve_once(monkeypatch):
-    """Ray would load their classes in the event loop, where it first hears of them."""
-    monkeypatch.setattr(module, "ANNOUNCE_S", 0.02)
-    controller = Controller()
-    async with following(monkeypatch, controller, Service()):
-        await until(lambda: controller.router_lives.calls > 4)
-    serve = {name: times for (name, space), times in controller.found.items() if space == "serve"}
-    assert serve == {"a": 1, "gone": 1, "c": 1}
-    assert ("b", "other") not in controller.found
 
 
 async def test_stop_ends_everything_though_something_had_failed(monkeypatch, caplog):
