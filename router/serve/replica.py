@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray._private.worker import global_worker
 from ray.exceptions import RayError
 
 from shardline.router.http.api import REQUEST_ID_HEADER, create_app
@@ -111,6 +112,7 @@ class RouterReplica:
         Raises:
             TimeoutError: there is none; Serve starts the replica again.
         """
+        _load_classes_from_here()
         await self._guard.begin()
         follow = (
             self._follow_controller(),
@@ -216,6 +218,16 @@ class RouterReplica:
     def _find_controller(self) -> Any:
         name, namespace = self._controller
         return ray.get_actor(name, namespace=namespace)
+
+
+def _load_classes_from_here() -> None:
+    """Has Ray import the classes of actors whose handles come here.
+
+    Else it asks the GCS for them, in the event loop. Every proxy of Serve sends its own handle when
+    it starts: after the loss of the head, when the GCS answers late, that held up all queries for
+    seconds, until Serve took the routers for dead.
+    """
+    global_worker.set_load_code_from_local(True)
 
 
 def _who_this_is() -> RouterSeen:

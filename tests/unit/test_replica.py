@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray._private.worker import global_worker
 
 from shardline.router.http.auth import AuthSettings
 from shardline.router.router_config import RouterConfig
@@ -26,6 +27,7 @@ class Controller:
     def __init__(self, *troubles: Any) -> None:
         self.trouble_after, self.table_after, self.connection_secret = Method(), Method(), Method()
         self.router_lives = Method()
+        self.loads_from_here: list[bool] = []
         self.trouble_after.plan = [*troubles, HANG]
         self.table_after.plan = [HANG]
         self.connection_secret.plan = [b"s" * 32]
@@ -65,6 +67,8 @@ async def following(
         util=SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1"),
     )
     monkeypatch.setattr(module, "ray", ray)
+    worker = SimpleNamespace(set_load_code_from_local=controller.loads_from_here.append)
+    monkeypatch.setattr(module, "global_worker", worker)
     monkeypatch.setattr(module, "prepare_memory", lambda **_: None)
     exporter = SimpleNamespace(stop=lambda: None)
     monkeypatch.setattr(module, "RayExporter", lambda *_: exporter)
@@ -130,6 +134,13 @@ async def test_it_announces_itself_also_while_it_loads_an_encoder(monkeypatch):
         assert controller.table_after.calls == 1
     announced = {arguments[0] for arguments in controller.router_lives.asked}
     assert announced == {RouterSeen(host="10.0.0.1", node_id="na", pid=os.getpid())}
+
+
+async def test_classes_of_handles_are_not_asked_of_ray_in_the_event_loop(monkeypatch):
+    controller = Controller()
+    async with following(monkeypatch, controller, Service()):
+        assert controller.loads_from_here == [True]
+    assert callable(global_worker.set_load_code_from_local)  # this Ray has the switch
 
 
 async def test_stop_ends_everything_though_something_had_failed(monkeypatch, caplog):
