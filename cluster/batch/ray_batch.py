@@ -12,6 +12,7 @@ import os
 import pickle
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -206,7 +207,7 @@ def _pipeline(stages: _Stages, todo: Sequence[Span]) -> Any:
     )
 
 
-class _Stage:
+class _Stage(ABC):
     """A stage gives what it raises as its result, which all stages after it hand on: Ray Data's own
     error for a stage that raises is another one, with the text of ours at most.
     """
@@ -223,8 +224,9 @@ class _Stage:
                 self._failed = pa.table({FAILURE: [pickle.dumps(error)]})
         return self._failed
 
+    @abstractmethod
     def work(self, table: pa.Table, /) -> pa.Table:
-        raise NotImplementedError
+        """What the stage makes of a block."""
 
 
 class _Reader(_Stage):
