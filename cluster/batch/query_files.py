@@ -5,6 +5,7 @@ cannot be used is a DataError that names the file, the column and the row of the
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,7 @@ class File:
         return self.part.num_rows
 
 
-class _FileQueries:
+class _FileQueries(ABC):
     """Rows of files, one query each; subclasses say what a row is."""
 
     drops_own = False
@@ -123,9 +124,9 @@ class _FileQueries:
             for row, batch in file.part.batches(columns, first):
                 yield self._queries(file, row, end - size, batch)
 
+    @abstractmethod
     def _queries(self, file: File, row: int, before: int, batch: pa.RecordBatch) -> Queries:
         """row: of the file, that the batch starts with; before: rows of the files before it."""
-        raise NotImplementedError
 
     def _ids(self, file: File, row: int, before: int, batch: pa.RecordBatch) -> pa.Array:
         if self._id_column is None:
