@@ -7,7 +7,8 @@ import sys
 from shardline.bench.load.request_costs import DEFAULT_MIB, KINDS
 
 FACTOR = 10
-MOST_SECONDS = 1.0  # of a processor; 0.9 on one that has other work
+MOST_SECONDS = 1.0  # of a processor; the costliest takes 0.9
+PROBE_SECONDS = 0.0035  # of the machine that figure is of
 
 
 def test_no_large_body_costs_more_than_ten_times_its_size_or_a_second() -> None:
@@ -19,4 +20,5 @@ def test_no_large_body_costs_more_than_ten_times_its_size_or_a_second() -> None:
     small = 8 << 20  # kinds whose own limits end sooner: tests/unit/test_request_costs.py
     costly = [row for row in rows if row["size"] >= small and row["bytes"] > FACTOR * row["size"]]
     assert not costly
-    assert not [row for row in rows if row["seconds"] > MOST_SECONDS]
+    seconds = [row["seconds"] * PROBE_SECONDS / row["probe_seconds"] for row in rows]
+    assert max(seconds) <= MOST_SECONDS

@@ -38,8 +38,9 @@ LEAST_BYTES = body_cost.LEAST_ALLOWED_BYTES + 4 * MIB  # and what the process it
 # Processor time grows with a body up to a second for 31 MiB. Texts stop growing sooner, at their
 # limit of characters, and values of msgpack that are counted one by one at a million of those.
 SECONDS_PER_MIB = 1 / 31
-ALLOWANCE_S = 0.2  # beside that: twice what the costliest takes, for a machine with other work
-BOUNDED_S = 0.75  # a million values take 0.5 s, the texts 0.4 s
+ALLOWANCE_S = 0.2  # beside that: twice what the costliest takes
+BOUNDED_S = 1.0  # as docs/SECURITY.md says; a million values take 0.5 s, the texts 0.4 s
+PROBE_S = 0.0035  # of the machine those figures are of; another, or a busy one, is slower at both
 BOUNDED = {
     "texts of 1024 queries, ligatures", "texts of 1024 queries", "short binary", "short texts",
     "times", "extension types",
@@ -72,7 +73,8 @@ def test_no_body_costs_more_than_ten_times_its_size(costs, kind) -> None:
     cost = costs[kind]
     assert cost["bytes"] <= max(FACTOR * cost["size"], LEAST_BYTES + cost["size"])
     growing_s = SECONDS_PER_MIB * cost["size"] / MIB + ALLOWANCE_S
-    assert cost["seconds"] <= (BOUNDED_S if kind[0] in BOUNDED else growing_s)
+    taken_s = cost["seconds"] * PROBE_S / cost["probe_seconds"]
+    assert taken_s <= (BOUNDED_S if kind[0] in BOUNDED else growing_s)
 
 
 def test_a_legal_batch_of_vectors_is_answered_in_either_form(costs) -> None:
@@ -303,7 +305,7 @@ def test_ngrams_of_an_endless_word_are_those_that_are_asked_for() -> None:
     word = "abcdefghij" * 200_000
     began = time.process_time()
     found = ngram_buckets(word, buckets=1000, words=(1, 2), chars=(3, 5), limit=64)
-    assert time.process_time() - began < 0.5
+    assert time.process_time() - began < 0.5  # all of its n-grams take 2 s
     assert (
         found[1:]
         == ngram_buckets(word[:500], buckets=1000, words=(1, 2), chars=(3, 5), limit=64)[1:]
