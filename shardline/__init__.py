@@ -19,12 +19,16 @@ if TYPE_CHECKING:
     from shardline.router.contract import Unauthenticated as Unauthenticated
     from shardline.shards.core.errors import Behind as Behind
     from shardline.shards.core.errors import DeadlineExceeded as DeadlineExceeded
+    from shardline.shards.core.errors import DeltaFull as DeltaFull
     from shardline.shards.core.errors import EncoderUnavailable as EncoderUnavailable
     from shardline.shards.core.errors import InvalidInput as InvalidInput
     from shardline.shards.core.errors import NotFound as NotFound
+    from shardline.shards.core.errors import NotPrimary as NotPrimary
     from shardline.shards.core.errors import Overloaded as Overloaded
     from shardline.shards.core.errors import ProtocolError as ProtocolError
+    from shardline.shards.core.errors import ReadOnly as ReadOnly
     from shardline.shards.core.errors import ShardlineError as ShardlineError
+    from shardline.shards.core.errors import StoreFull as StoreFull
     from shardline.shards.core.errors import Unavailable as Unavailable
     from shardline.shards.core.errors import VersionMismatch as VersionMismatch
     from shardline.shards.core.messages import SearchParams as SearchParams
@@ -42,13 +46,16 @@ else:
             *(
                 "Behind",
                 "DeadlineExceeded",
+                "DeltaFull",
                 "EncoderUnavailable",
                 "InvalidInput",
                 "NotFound",
+                "NotPrimary",
                 "Overloaded",
                 "ProtocolError",
+                "ReadOnly",
             ),
-            *("ShardlineError", "Unavailable", "VersionMismatch"),
+            *("ShardlineError", "StoreFull", "Unavailable", "VersionMismatch"),
         ),
         "shards.core.messages": ("SearchParams",),
     }

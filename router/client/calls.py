@@ -27,12 +27,16 @@ from shardline.router.contract import PROBLEM_TYPE, REFUSALS, ItemAnswer, pack_a
 from shardline.shards.core.errors import (
     Behind,
     DeadlineExceeded,
+    DeltaFull,
     EncoderUnavailable,
     InvalidInput,
     NotFound,
+    NotPrimary,
     Overloaded,
     ProtocolError,
+    ReadOnly,
     ShardlineError,
+    StoreFull,
     Unavailable,
     VersionMismatch,
 )
@@ -56,6 +60,10 @@ _KINDS: tuple[type[ShardlineError], ...] = (
     DeadlineExceeded,
     Overloaded,
     Behind,
+    DeltaFull,
+    NotPrimary,
+    ReadOnly,
+    StoreFull,
     EncoderUnavailable,
     *REFUSALS,
 )
@@ -80,7 +88,7 @@ class SearchFields(TypedDict, total=False):
     timeout_ms: float | None
     min_coverage: float | None
     params: "SearchParams | None"
-    min_seq: int | None
+    min_seq: "Sequence[int] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 

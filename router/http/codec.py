@@ -81,7 +81,7 @@ def decode_query(
     options = NO_OPTIONS
     if not parsed.model_fields_set.isdisjoint(OPTION_FIELDS):
         given = parsed.model_fields_set & OPTION_FIELDS
-        options = SearchOptions(**{name: getattr(parsed, name) for name in given})
+        options = SearchOptions(**{name: _hashable(getattr(parsed, name)) for name in given})
     return resolve(
         config,
         vectors=None if vectors is None else _matrix(vectors, config.max_batch),
@@ -320,3 +320,7 @@ def _complaint(error: ValidationError) -> InvalidInput:
     inside_params = error.errors(include_url=False, include_context=False)[0]["loc"][:1]
     known = PARAM_FIELDS if inside_params == ("params",) else SEARCH_FIELDS
     return from_validation(error, known)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

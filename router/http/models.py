@@ -15,6 +15,7 @@ from shardline.shards.core.messages import (
     MAX_NPROBE,
     MAX_RERANK_FACTOR,
     MAX_RETURNED,
+    MAX_SHARDS,
 )
 from shardline.shards.core.schema import MAX_K
 
@@ -77,11 +78,11 @@ class SearchBody(_Body):
         description="share of rows that must have answered, 0 to 1; below it the answer is 503",
     )
     params: ParamsBody | None = Field(default=None, description="search-time knobs")
-    min_seq: int = Field(
-        default=0,
-        ge=0,
-        lt=2**63,
-        description="shards that have applied fewer writes than this are left out of the answer",
+    min_seq: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
+        default=[],
+        max_length=MAX_SHARDS,
+        description="of each shard, by its number, as in the `seq` of an answer: one that has "
+        "applied fewer writes is left out of the answer",
     )
     returned: list[str] | None = Field(
         default=None,

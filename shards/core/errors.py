@@ -12,7 +12,11 @@
     └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded
         ├── Overloaded
+        │   └── DeltaFull   a shard takes no more rows before its next compaction
         ├── Behind          a shard has not yet applied the writes that a search asks for
+        ├── NotPrimary      this replica does not take writes: another does, or none yet
+        ├── ReadOnly        a shard's log cannot be written; searches go on
+        │   └── StoreFull   because the disk is full
         └── EncoderUnavailable  the generation's query encoder is damaged, or cannot be read
 
 Each error says what was expected, what was found and what to do. All of them can be pickled,
@@ -124,6 +128,22 @@ class Overloaded(Unavailable):
 
 class Behind(Unavailable):
     code = "behind"
+
+
+class DeltaFull(Overloaded):
+    code = "delta_full"
+
+
+class NotPrimary(Unavailable):
+    code = "not_primary"
+
+
+class ReadOnly(Unavailable):
+    code = "read_only"
+
+
+class StoreFull(ReadOnly):
+    code = "store_full"
 
 
 class EncoderUnavailable(Unavailable):

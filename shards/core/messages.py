@@ -16,6 +16,9 @@ MAX_EF_SEARCH = 16_384
 MAX_RERANK_FACTOR = 64
 MAX_RETURNED = 64  # attributes of one request
 MAX_RETURNED_BYTES = 16 << 20  # of the attributes in one answer, packed
+MAX_SHARDS = 4096
+MAX_WRITTEN_ROWS = 4096  # of one write to one shard
+MAX_WRITE_KEY_BYTES = 128
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -62,10 +65,14 @@ class SearchOptions:
     another's frames and cached answers, and is an optional field of the HTTP body of that name
     (``SearchBody`` describes it). Values must be hashable.
 
-    min_seq: a shard that has applied fewer writes than this does not answer.
+    min_seq: of each shard, by its number, how many writes it must have applied to answer; empty
+    for any number.
     """
 
-    min_seq: int = 0
+    min_seq: tuple[int, ...] = ()
+
+    def min_seq_of(self, shard: int) -> int:
+        return self.min_seq[shard] if shard < len(self.min_seq) else 0
 
 
 NO_OPTIONS = SearchOptions()
@@ -136,6 +143,44 @@ class AttributesReply:
 
     item_ids: IdArray
     values: bytes
+    generation: int
+    seq: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpsertRequest:
+    """Rows to add, or to put in the place of those of the same ids.
+
+    item_ids (n,) int64, each once; vectors (n, dim) float32, already checked and normalised.
+    attributes: a map from names to lists of n values of JSON, in msgpack; b"" for none. key makes a
+    repeated request one effect; "" for none.
+    """
+
+    item_ids: IdArray
+    vectors: FloatArray
+    attributes: bytes
+    key: str
+    timeout_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteRequest:
+    """item_ids (n,) int64, each once, existing or not; key: as of ``UpsertRequest``."""
+
+    item_ids: IdArray
+    key: str
+    timeout_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteReply:
+    """The write is durable, and part of every search from now on of who has applied ``seq`` writes.
+
+    rows: items that were named; existed: those of them that were there before.
+    """
+
+    rows: int
+    existed: int
     generation: int
     seq: int
 
@@ -225,12 +270,14 @@ class ReplicaRoute:
 class ShardRoute:
     """The replicas of one shard, at least one, by replica number; each holds the same rows.
 
-    While one is being replaced there is one more than ``cluster.replicas``.
+    While one is being replaced there is one more than ``cluster.replicas``. primary: the number of
+    the replica that takes writes; None: none does now.
     """
 
     shard: int
     rows: int
     replicas: tuple[ReplicaRoute, ...]
+    primary: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

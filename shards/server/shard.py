@@ -280,7 +280,7 @@ class Shard:
             check_k(first.k)
             if len(queries) == 0:
                 raise InvalidInput("empty batch", field="queries", expected="at least one query")
-            if state.seq < first.options.min_seq:
+            if state.seq < first.options.min_seq_of(self.shard):
                 raise Behind("writes are missing", got=f"{state.seq} applied")
             ranked = state.search(queries, first.k, first.params)
         except ShardlineError as error:

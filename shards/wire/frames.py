@@ -17,6 +17,7 @@ from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import (
     AttributesReply,
     AttributesRequest,
+    DeleteRequest,
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -24,12 +25,14 @@ from shardline.shards.core.messages import (
     Proof,
     SearchReply,
     SearchRequest,
+    UpsertRequest,
     Welcome,
+    WriteReply,
 )
 from shardline.shards.wire import search_layout
 from shardline.shards.wire.readers import Payload, pack_value, readers_of, unpack
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MAX_FRAME_BYTES = 64 << 20  # 2048 queries x k=2048 x 12 bytes is 50 MB: the largest legal answer
 HEADER = struct.Struct("<IQ")
 CHEAP_COPY_BYTES = 16 << 10  # up to here numpy's extra work for a memoryview costs more than a copy
@@ -43,6 +46,9 @@ Message: TypeAlias = (
     | FetchReply
     | AttributesRequest
     | AttributesReply
+    | UpsertRequest
+    | DeleteRequest
+    | WriteReply
     | ErrorReply
     | Hello
     | Proof
@@ -58,6 +64,9 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
     7: FetchReply,
     8: AttributesRequest,
     9: AttributesReply,
+    10: UpsertRequest,
+    11: DeleteRequest,
+    12: WriteReply,
 }
 _TAGS = {kind: tag for tag, kind in MESSAGE_TYPES.items()}
 _READERS = {kind: readers_of(kind) for kind in _TAGS}

@@ -104,6 +104,10 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return value
 
 
+def _counts(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(_ids(name, value).tolist())
+
+
 def _optional(read: Reader) -> Reader:
     return lambda name, value: None if value is None else read(name, value)
 
@@ -117,6 +121,7 @@ def _refuse_ext(code: int, data: bytes) -> Any:
 
 
 _text = _of_type(str, "text")
+_ids = _array("<i8", 1)
 READER_OF: dict[Any, Reader] = {
     int: _of_type(int, "an integer"),
     float: _number,
@@ -124,6 +129,7 @@ READER_OF: dict[Any, Reader] = {
     str: _text,
     str | None: _optional(_text),
     tuple[str, ...]: _texts,
-    IdArray: _array("<i8", 1),
+    tuple[int, ...]: _counts,
+    IdArray: _ids,
     FloatArray: _array("<f4", 2),
 }

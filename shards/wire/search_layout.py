@@ -19,7 +19,7 @@ know is refused: a filter that is ignored would be a wrong answer.
 import struct
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import msgpack
 import numpy as np
@@ -49,6 +49,7 @@ MAX_MS = 1e12  # a generation of people; NaN is not below it either
 Packed: TypeAlias = tuple[int, bytes, memoryview, bytes | memoryview]
 
 OPTION_READERS = dict(readers_of(SearchOptions))
+OPTION_TYPES = get_type_hints(SearchOptions)
 OPTION_DEFAULTS = tuple((field.name, field.default) for field in fields(SearchOptions))
 
 
@@ -139,7 +140,8 @@ def read_reply(payload: Payload) -> SearchReply:
 
 def _pack_options(options: SearchOptions) -> bytes:
     given = {
-        name: value
+        # integers as an array: there may be more of them than a frame's msgpack arrays may hold
+        name: np.array(value, INT) if OPTION_TYPES[name] == tuple[int, ...] else value
         for name, default in OPTION_DEFAULTS
         if (value := getattr(options, name)) != default
     }

@@ -18,11 +18,15 @@ from shardline.router.http.auth import AuthSettings, Guard
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import (
     DeadlineExceeded,
+    DeltaFull,
     EncoderUnavailable,
     InvalidInput,
     NotFound,
+    NotPrimary,
     Overloaded,
+    ReadOnly,
     ShardlineError,
+    StoreFull,
     Unavailable,
     VersionMismatch,
 )
@@ -32,7 +36,7 @@ from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import brute_force, make_rows
 from tests.live_router import DIM, running_router
 
-CONFIG = RouterConfig(default_k=10, max_k=50)
+CONFIG = RouterConfig(default_k=10, max_k=50, default_timeout_ms=10_000)
 KEY = "k" * 43
 GUARD = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.SEARCH, KEY)])))
 ONCE = Retry(attempts=1)
@@ -152,6 +156,10 @@ def test_problems_come_back_as_errors(client):
         ("version_mismatch", VersionMismatch),
         ("unavailable", Unavailable),
         ("encoder_unavailable", EncoderUnavailable),
+        ("delta_full", DeltaFull),
+        ("not_primary", NotPrimary),
+        ("read_only", ReadOnly),
+        ("store_full", StoreFull),
         ("overloaded", Overloaded),
         ("deadline_exceeded", DeadlineExceeded),
         ("internal", ShardlineError),

@@ -35,7 +35,7 @@ from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import SECRET, make_rows, make_table, running_shards, until
 
 DIM = 8
-FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
+FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, default_timeout_ms=10_000)
 IDS, VECTORS = make_rows(60, DIM)
 WEIGHTS, ROWS, PAST = "weights.safetensors", "history.rows.npy", "history.item_ids.npy"
 GOOD = {"country": "CA", "past": [3]}

@@ -42,7 +42,7 @@ from tests.engine import build_main
 from tests.fake_shard import SECRET, make_rows, make_table
 from tests.live_router import DIM, running_router
 
-CONFIG = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
+CONFIG = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, default_timeout_ms=10_000)
 IDS, VECTORS = make_rows(40, DIM)
 TITLES = [None if item == 3 else f"ü {item}" for item in range(40)]
 MOMENT = dt.datetime(2026, 3, 1, 12, 30, 0, 250)

@@ -20,7 +20,7 @@ from tests import reference
 from tests.fake_shard import SECRET, make_table, until
 
 DIM = 8
-FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
+FAST = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, default_timeout_ms=10_000)
 METRICS = {
     Metric.COSINE: faiss.IndexFlatIP,
     Metric.DOT: faiss.IndexFlatIP,

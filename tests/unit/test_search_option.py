@@ -46,7 +46,9 @@ def test_an_optional_field_touches_few_modules() -> None:
     assert len(naming) <= 5
 
 
-@pytest.mark.parametrize("options", [NO_OPTIONS, SearchOptions(min_seq=7), SearchOptions()])
+@pytest.mark.parametrize(
+    "options", [NO_OPTIONS, SearchOptions(min_seq=(7, 2**62)), SearchOptions()]
+)
 def test_options_travel_in_the_tail(options: SearchOptions) -> None:
     request = SearchRequest(queries=QUERY, k=3, timeout_ms=5.0, options=options)
     frame = encode_frame(1, request)
@@ -60,15 +62,19 @@ def test_options_travel_in_the_tail(options: SearchOptions) -> None:
 def test_a_body_without_it_shares_the_object_that_costs_nothing() -> None:
     body = {"vectors": QUERY.tolist()}
     assert decode_query(json.dumps(body).encode(), Media.JSON, CONFIG).options is NO_OPTIONS
-    query = decode_query(json.dumps(body | {"min_seq": 5}).encode(), Media.JSON, CONFIG)
-    assert query.options == SearchOptions(min_seq=5)
+    query = decode_query(json.dumps(body | {"min_seq": [5]}).encode(), Media.JSON, CONFIG)
+    assert query.options == SearchOptions(min_seq=(5,))
     with pytest.raises(InvalidInput) as caught:
-        decode_query(json.dumps(body | {"min_seq": -1}).encode(), Media.JSON, CONFIG)
-    assert caught.value.field == "min_seq"
+        decode_query(json.dumps(body | {"min_seq": [3, -1]}).encode(), Media.JSON, CONFIG)
+    assert caught.value.field == "min_seq[1]"
 
 
 def test_answers_of_other_options_are_not_taken_from_the_cache() -> None:
-    bodies = [{"item_ids": [1]}, {"item_ids": [1], "min_seq": 1}, {"item_ids": [1], "min_seq": 2}]
+    bodies = [
+        {"item_ids": [1]},
+        {"item_ids": [1], "min_seq": [1]},
+        {"item_ids": [1], "min_seq": [2]},
+    ]
     queries = [decode_query(json.dumps(body).encode(), Media.JSON, CONFIG) for body in bodies]
     assert len({cache_key(1, QUERY, 3, query) for query in queries}) == 3
 
@@ -76,7 +82,7 @@ def test_answers_of_other_options_are_not_taken_from_the_cache() -> None:
 def test_a_batch_is_grouped_by_options() -> None:
     shard = shard_at(seq=3)
     requests = [
-        SearchRequest(queries=QUERY, k=3, timeout_ms=1.0, options=SearchOptions(min_seq=seq))
+        SearchRequest(queries=QUERY, k=3, timeout_ms=1.0, options=SearchOptions(min_seq=(seq,)))
         for seq in (0, 3, 4, 3)
     ]
     replies = shard.search_batch(requests)
@@ -97,12 +103,16 @@ async def test_a_shard_that_is_behind_is_left_out_and_said_so() -> None:
     service = SearchService(CONFIG, SECRET, load_encoder=lambda _table: None)
     try:
         await service.apply(make_table(routes, 8, generation=7))
-        for min_seq, degraded in [(4, ()), (5, (Degraded(shard=1, code="behind", text="behind"),))]:
+        for min_seq, degraded in [
+            ([4, 4], ()),
+            ([5], ()),
+            ([4, 5], (Degraded(shard=1, code="behind", text="behind"),)),
+        ]:
             body = {"vectors": QUERY.tolist(), "k": 3, "min_seq": min_seq}
             query = decode_query(json.dumps(body).encode(), Media.JSON, CONFIG)
             now = asyncio.get_running_loop().time()
             assert (await service.search(query, arrived_at=now)).coverage.degraded == degraded
-        body = {"vectors": QUERY.tolist(), "min_seq": 6}
+        body = {"vectors": QUERY.tolist(), "min_seq": [6, 6]}
         query = decode_query(json.dumps(body).encode(), Media.JSON, CONFIG)
         with pytest.raises(Behind, match="no shard answered") as caught:
             await service.search(query, arrived_at=asyncio.get_running_loop().time())

@@ -13,6 +13,7 @@ from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import (
     AttributesReply,
     AttributesRequest,
+    DeleteRequest,
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -21,7 +22,9 @@ from shardline.shards.core.messages import (
     SearchParams,
     SearchReply,
     SearchRequest,
+    UpsertRequest,
     Welcome,
+    WriteReply,
 )
 from shardline.shards.core.schema import Ranked
 from shardline.shards.wire.frames import (
@@ -51,6 +54,9 @@ MESSAGES = [
     FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0], generation=57, seq=4),
     AttributesRequest(item_ids=IDS[0], names=("preis", "größe"), timeout_ms=3),
     AttributesReply(item_ids=IDS[0], values=msgpack.packb([[1], ["a"]]), generation=57, seq=4),
+    UpsertRequest(item_ids=IDS[0], vectors=FLOATS, attributes=b"\x80", key="k-1", timeout_ms=3),
+    DeleteRequest(item_ids=IDS[0], key="", timeout_ms=3),
+    WriteReply(rows=2, existed=1, generation=57, seq=2**40),
 ]
 
 
