@@ -14,7 +14,8 @@ from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexSpec
 from shardline.shards.index.template import train_template
-from shardline.shards.server.shard import Shard, ShardState
+from shardline.shards.live.state import ShardState
+from shardline.shards.server.shard import Shard
 from shardline.shards.storage.embedding_set import (
     EmbeddingSet,
     embedding_writer,

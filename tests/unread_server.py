@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pyarrow as pa
 
-from shardline.shards.server.item_attributes import ItemAttributes
-from shardline.shards.server.shard import Shard, ShardState
+from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.state import ShardState
+from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from tests.engine import build_main
 

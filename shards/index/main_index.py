@@ -69,7 +69,7 @@ class MainIndex:
     Defaults are good for MEASURED_K results; for other k they are adapted, while what a request
     gives is taken as it is.
 
-    rows and dim are its size, which never changes.
+    rows and dim are its size, which never changes, and metric how it compares vectors.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MainIndex:
         self._layers = layers_of(index)
         self.rows = int(self._layers.whole.ntotal)
         self.dim = int(self._layers.whole.d)
-        self._metric = metric
+        self.metric = metric
         self._defaults = defaults
         self._device = device
         self._searched, self._resources = self._layers.whole, None
@@ -128,7 +128,7 @@ class MainIndex:
             "class": type(self._layers.base).__name__,
             "rows": self.rows,
             "dim": self.dim,
-            "metric": str(self._metric),
+            "metric": str(self.metric),
             "device": str(self._device),
             "bytes_per_vector": round(self.bytes_per_vector, 1),
         }
@@ -190,7 +190,7 @@ class MainIndex:
             distances, rows = self._search(queries, k, fetch, params, selection)
         else:
             distances, rows = self._search_and_filter(queries, k, fetch, params, selection)
-        scores = -distances if self._metric is Metric.L2 else distances
+        scores = -distances if self.metric is Metric.L2 else distances
         return _in_answer_order(rows, scores)
 
     def _close_ties(

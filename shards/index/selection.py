@@ -2,7 +2,8 @@
 
 An immutable value, passed with every search. What faiss needs of it is made once, with the value,
 so a search costs the same with a selection as without, and two selections used alternately do not
-undo each other's preparations.
+undo each other's preparations. A selection that excludes further rows is made from a copy of the
+bits, one per row, not from a list of all that are excluded.
 """
 
 from dataclasses import dataclass, field
@@ -17,16 +18,20 @@ from shardline.shards.core.schema import IdArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Selection:
-    """live (rows,) bool; num_excluded of it are False. ``selector`` is faiss's form of it.
+    """bits (rows / 8,) uint8, rounded up: bit ``row % 8`` of byte ``row // 8`` is 1 where the row
+    may come back; num_excluded rows may not. ``selector`` is faiss's form of it, over the same
+    memory.
 
     prepared: the faiss parameters of searches with this selection, by k and search parameters;
     filled by ``MainIndex``.
     """
 
-    live: NDArray[np.bool_]
+    bits: NDArray[np.uint8]
+    rows: int
     num_excluded: int
     selector: Any
     prepared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _live: list[NDArray[np.bool_]] = field(default_factory=list)
 
     @classmethod
     def without(cls, excluded: IdArray, *, rows: int) -> "Selection | None":
@@ -36,5 +41,30 @@ class Selection:
             return None
         live = np.ones(rows, dtype=np.bool_)
         live[excluded] = False
-        selector = faiss.IDSelectorBitmap(np.packbits(live, bitorder="little"))
-        return cls(live, rows - int(live.sum()), selector)
+        bits = np.packbits(live, bitorder="little")
+        return cls(bits, rows, rows - int(live.sum()), faiss.IDSelectorBitmap(bits))
+
+    def excluding(self, more: IdArray) -> "Selection":
+        """Without ``more`` (m,) int64 as well, rows that may come back, each once."""
+        bits = self.bits.copy()
+        np.bitwise_and.at(bits, more >> 3, _without_bit(more))
+        excluded = self.num_excluded + more.size
+        return Selection(bits, self.rows, excluded, faiss.IDSelectorBitmap(bits))
+
+    def are_live(self, rows: IdArray) -> NDArray[np.bool_]:
+        """(m,) bool: which of rows (m,) int64 may come back."""
+        live: NDArray[np.bool_] = (self.bits[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 != 0
+        return live
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """(rows,) bool, made when it is first asked for: only some kinds of index need it."""
+        if not self._live:
+            unpacked = np.unpackbits(self.bits, count=self.rows, bitorder="little")
+            self._live.append(unpacked.view(np.bool_))
+        return self._live[0]
+
+
+def _without_bit(rows: IdArray) -> NDArray[np.uint8]:
+    """For each row the byte that has all bits but the row's."""
+    return ~np.left_shift(np.uint8(1), (rows & 7).astype(np.uint8))

@@ -1,147 +1,39 @@
-"""One shard: item ids over a main index; answers search, fetch and attribute requests.
+"""One shard: answers search, fetch and attribute requests from its state.
 
 No sockets, threads or Ray here. A shard is used by one thread at a time.
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from shardline.shards.core.errors import (
     Behind,
-    CorruptFile,
     DeadlineExceeded,
     InvalidInput,
     ShardlineError,
-    too_much_returned,
 )
 from shardline.shards.core.messages import (
-    MAX_RETURNED_BYTES,
     AttributesReply,
     AttributesRequest,
     FetchReply,
     FetchRequest,
-    SearchParams,
     SearchReply,
     SearchRequest,
 )
 from shardline.shards.core.schema import (
-    EMPTY_ID,
-    ORIGINAL_ID,
-    FloatArray,
-    IdArray,
-    Ranked,
     check_ids,
     check_k,
 )
-from shardline.shards.index.main_index import MainIndex
-from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
-from shardline.shards.server.item_attributes import ItemAttributes
+from shardline.shards.live.loading import load_state
+from shardline.shards.live.state import ShardState
 from shardline.shards.storage.generation import (
-    INDEX_NAME,
-    ITEM_IDS_NAME,
-    GenerationManifest,
-    read_attributes,
     read_generation,
-    read_item_ids,
-    shard_folder,
-    verify_shard,
 )
-
-NO_ATTRIBUTES = ItemAttributes()
-READ_ROWS = 64  # values of an attribute between two looks at the clock
-
-
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class ShardState:
-    """All that a search sees of a shard, swapped as one reference: a search uses one of them.
-
-    ids_by_row (rows + 1,) int64: the item of each local row of ``main``, ascending; the last slot
-    is the empty id, so that row -1 of an empty result reads it. selection: the rows that may come
-    back, None for all. seq: how many writes are in it.
-    """
-
-    main: MainIndex
-    ids_by_row: IdArray
-    selection: Selection | None = None
-    seq: int = 0
-    attributes: ItemAttributes = NO_ATTRIBUTES
-
-    @classmethod
-    def of(
-        cls, main: MainIndex, item_ids: IdArray, attributes: ItemAttributes = NO_ATTRIBUTES
-    ) -> "ShardState":
-        """item_ids (n,) int64, ascending: the item of each local row of ``main``."""
-        assert main.rows == item_ids.size
-        return cls(main=main, ids_by_row=np.append(item_ids, EMPTY_ID), attributes=attributes)
-
-    @property
-    def rows(self) -> int:
-        """Rows that may come back."""
-        excluded = 0 if self.selection is None else self.selection.num_excluded
-        return self.main.rows - excluded
-
-    def search(self, queries: FloatArray, k: int, params: SearchParams) -> Ranked:
-        """The k best items of queries (n, dim) float32.
-
-        Raises:
-            InvalidInput: wrong dimension, or a search parameter out of range.
-        """
-        rows, scores = self.main.search(queries, k, params, self.selection)
-        return Ranked(self.ids_by_row[rows], scores)
-
-    def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:
-        """Those of item_ids (n,) int64 that are here, and their vectors (m, dim) float32.
-
-        As exact as ``MainIndex.reconstruct``: an index without exact copies gives approximations.
-        """
-        found, rows = self._rows_of(item_ids)
-        return found, self.main.reconstruct(rows)
-
-    def attributes_of(
-        self, item_ids: IdArray, names: Sequence[str], deadline: float, limit: int
-    ) -> tuple[IdArray, bytes] | None:
-        """Those of item_ids (n,) int64 that are here, and ``AttributesReply.values``; None if
-        these would have more than ``limit`` bytes.
-
-        An item whose id was kept at its import is its own ``original_id``. deadline: on
-        time.monotonic's clock.
-
-        Raises:
-            InvalidInput: no such attribute, or more than MAX_RETURNED_BYTES.
-            DeadlineExceeded: it took too long.
-        """
-        found, rows = self._rows_of(item_ids)
-        packed = bytearray()
-        for name in names:
-            is_own = name == ORIGINAL_ID and name not in self.attributes.names
-            for start in range(0, max(1, len(rows)), READ_ROWS):
-                part = slice(start, start + READ_ROWS)
-                values = (
-                    found[part].tolist() if is_own else self.attributes.values(name, rows[part])
-                )
-                packed += msgpack.packb(values)
-                if len(packed) > MAX_RETURNED_BYTES:
-                    raise too_much_returned(MAX_RETURNED_BYTES)
-                if len(packed) > limit:
-                    return None
-                if time.monotonic() > deadline:
-                    raise DeadlineExceeded("the request's time ran out while attributes were read")
-        return found, bytes(packed)
-
-    def _rows_of(self, item_ids: IdArray) -> tuple[IdArray, IdArray]:
-        """Those of item_ids (n,) int64 that are here and may come back, and their rows."""
-        rows = np.searchsorted(self.ids_by_row[:-1], item_ids)
-        found = self.ids_by_row[rows] == item_ids
-        if self.selection is not None:
-            found[found] = self.selection.live[rows[found]]
-        return item_ids[found], rows[found].astype(np.int64)
 
 
 class Shard:
@@ -162,11 +54,7 @@ class Shard:
             NewerFormat: written by a version newer than this code.
         """
         manifest = read_generation(folder)
-        entry = verify_shard(folder, manifest, shard)
-        main = _load_main(folder, manifest, shard, device or manifest.index.device)
-        ids_path = folder / shard_folder(shard) / ITEM_IDS_NAME
-        attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))
-        state = ShardState.of(main, read_item_ids(ids_path, rows=entry.rows), attributes)
+        state = load_state(folder, manifest, shard, device=device)
         return cls(shard=shard, generation=manifest.generation, state=state)
 
     @property
@@ -301,16 +189,3 @@ class Shard:
             )
             start = end
         return replies
-
-
-def _load_main(folder: Path, manifest: GenerationManifest, shard: int, device: Device) -> MainIndex:
-    path = folder / shard_folder(shard) / INDEX_NAME
-    main = MainIndex.load(
-        path, metric=manifest.metric, defaults=manifest.index.search_params, device=device
-    )
-    rows = manifest.shard_entry(shard).rows
-    if main.rows != rows:
-        raise CorruptFile(f"{path}: wrong row count", expected=str(rows), got=str(main.rows))
-    if main.dim != manifest.dim:
-        raise CorruptFile(f"{path}: wrong dimension", expected=str(manifest.dim), got=str(main.dim))
-    return main

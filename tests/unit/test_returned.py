@@ -33,9 +33,10 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.index.main_index import MainIndex
-from shardline.shards.server import shard as shard_module
-from shardline.shards.server.item_attributes import ItemAttributes
-from shardline.shards.server.shard import Shard, ShardState
+from shardline.shards.live import state as state_module
+from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.state import ShardState
+from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.storage.vector_files import open_ipc, write_table
 from tests.engine import build_main
@@ -142,7 +143,7 @@ def test_a_value_that_python_cannot_hold_is_null() -> None:
 
 
 def test_more_than_an_answer_may_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "MAX_RETURNED_BYTES", 1_000)
+    monkeypatch.setattr(state_module, "MAX_RETURNED_BYTES", 1_000)
     shard = shard_with(pa.table({"title": ["x" * 600] * 40}))
     assert read(shard, [1], "title") == ([1], [["x" * 600]])
     with pytest.raises(InvalidInput, match="too much to return"):
@@ -265,7 +266,7 @@ async def test_as_many_attributes_as_are_allowed_come_from_a_shard() -> None:
 
 async def test_many_results_are_asked_for_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fanout_module, "IDS_AT_A_TIME", 7)
-    monkeypatch.setattr(shard_module, "READ_ROWS", 2)
+    monkeypatch.setattr(state_module, "READ_ROWS", 2)
     async with service_over(titled(3)) as (service, servers):
         answer = await ask(service, vectors=VECTORS[:2].tolist(), k=40, **{"return": ["title"]})
         assert answer["attributes"]["title"] == [[TITLES[i] for i in row] for row in answer["ids"]]

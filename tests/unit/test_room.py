@@ -16,10 +16,11 @@ from shardline.shards.core.messages import (
     ErrorReply,
     SearchReply,
 )
+from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.state import ShardState
 from shardline.shards.server import session as session_module
-from shardline.shards.server.item_attributes import ItemAttributes
 from shardline.shards.server.session import Session
-from shardline.shards.server.shard import Shard, ShardState
+from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from tests.engine import build_main
 from tests.unit.test_server import IDS, ROWS, SECRET, TIMEOUT_S, VECTORS, Client, search

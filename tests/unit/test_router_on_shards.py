@@ -14,7 +14,8 @@ from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import ReplicaRoute, SearchParams, ShardRoute
 from shardline.shards.core.schema import Metric, query_vectors
 from shardline.shards.index.main_index import MainIndex
-from shardline.shards.server.shard import Shard, ShardState
+from shardline.shards.live.state import ShardState
+from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from tests import reference
 from tests.fake_shard import SECRET, make_table, until

@@ -1,0 +1,247 @@
+"""A shard's state: an immutable value that searches use and writes replace.
+
+Main index, rows of it that are hidden, the rows written since (``Delta``), attributes, and how many
+writes all that contains. ``apply`` makes the next state of a state and some records of the log; the
+old one stays as it was, for the searches that use it.
+
+An item is in one of main and delta, never in both: writing it anew, or deleting it, hides the row
+that it had. So the newest version of an item is the only one that can be found.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from shardline.shards.core.errors import DeadlineExceeded, too_much_returned
+from shardline.shards.core.messages import MAX_RETURNED_BYTES, SearchParams
+from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, FloatArray, IdArray, Ranked
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.selection import Selection
+from shardline.shards.live.attributes import packed_rows
+from shardline.shards.live.delta import NOT_HERE, Delta
+from shardline.shards.live.delta_search import enter_delta
+from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.records import Record, Upsert
+
+NO_ATTRIBUTES = ItemAttributes()
+READ_ROWS = 64  # values of an attribute between two looks at the clock
+
+
+class Applied(NamedTuple):
+    """What one write did: rows items were named, and existed of them were there before."""
+
+    rows: int
+    existed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class ShardState:
+    """All that a search sees of a shard, swapped as one reference: a search uses one of them.
+
+    ids_by_row (rows + 1,) int64: the item of each local row of ``main``, ascending; the last slot
+    is the empty id, so that row -1 of an empty result reads it. selection: the rows of ``main``
+    that may come back, None for all. seq: how many writes are in it.
+    """
+
+    main: MainIndex
+    ids_by_row: IdArray
+    delta: Delta
+    selection: Selection | None = None
+    seq: int = 0
+    attributes: ItemAttributes = NO_ATTRIBUTES
+
+    @classmethod
+    def of(
+        cls,
+        main: MainIndex,
+        item_ids: IdArray,
+        attributes: ItemAttributes = NO_ATTRIBUTES,
+        *,
+        seq: int = 0,
+    ) -> "ShardState":
+        """item_ids (n,) int64, ascending: the item of each local row of ``main``. seq: how many
+        writes are in ``main`` already."""
+        assert main.rows == item_ids.size
+        return cls(
+            main=main,
+            ids_by_row=np.append(item_ids, EMPTY_ID),
+            delta=Delta.empty(main.dim, main.metric),
+            seq=seq,
+            attributes=attributes,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows that may come back."""
+        return self.main.rows - self.hidden + self.delta.num_live
+
+    @property
+    def hidden(self) -> int:
+        """Rows of ``main`` whose items have been deleted or written anew."""
+        return 0 if self.selection is None else self.selection.num_excluded
+
+    def search(self, queries: FloatArray, k: int, params: SearchParams) -> Ranked:
+        """The k best items of queries (n, dim) float32.
+
+        Raises:
+            InvalidInput: wrong dimension, or a search parameter out of range.
+        """
+        rows, scores = self.main.search(queries, k, params, self.selection)
+        return enter_delta(self.delta, queries, Ranked(self.ids_by_row[rows], scores))
+
+    def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:
+        """Those of item_ids (n,) int64 that are here, and their vectors (m, dim) float32.
+
+        As exact as ``MainIndex.reconstruct``: an index without exact copies gives approximations.
+        Of items written since it was made the vectors are exact.
+        """
+        found, rows, in_main = self._found(item_ids)
+        if in_main.all():
+            return found, self.main.reconstruct(rows)
+        vectors = np.empty((len(found), self.main.dim), np.float32)
+        vectors[in_main] = self.main.reconstruct(rows[in_main])
+        vectors[~in_main] = self.delta.vectors[rows[~in_main]]
+        return found, vectors
+
+    def attributes_of(
+        self, item_ids: IdArray, names: Sequence[str], deadline: float, limit: int
+    ) -> tuple[IdArray, bytes] | None:
+        """Those of item_ids (n,) int64 that are here, and ``AttributesReply.values``; None if
+        these would have more than ``limit`` bytes.
+
+        An item whose id was kept at its import is its own ``original_id``. deadline: on
+        time.monotonic's clock.
+
+        Raises:
+            InvalidInput: no such attribute, or more than MAX_RETURNED_BYTES.
+            DeadlineExceeded: it took too long.
+        """
+        found, rows, in_main = self._found(item_ids)
+        packed = bytearray()
+        for name in names:
+            is_own = name == ORIGINAL_ID and name not in self.attributes.names
+            for start in range(0, max(1, len(rows)), READ_ROWS):
+                part = slice(start, start + READ_ROWS)
+                values = (
+                    found[part].tolist()
+                    if is_own
+                    else self._values(name, rows[part], in_main[part])
+                )
+                packed += msgpack.packb(values)
+                if len(packed) > MAX_RETURNED_BYTES:
+                    raise too_much_returned(MAX_RETURNED_BYTES)
+                if len(packed) > limit:
+                    return None
+                if time.monotonic() > deadline:
+                    raise DeadlineExceeded("the request's time ran out while attributes were read")
+        return found, bytes(packed)
+
+    def _values(self, name: str, rows: IdArray, in_main: NDArray[np.bool_]) -> list[Any]:
+        """An attribute of rows (m,) of main, or of the delta where ``in_main`` (m,) is False."""
+        stored = iter(self.attributes.values(name, rows[in_main]))
+        if in_main.all():
+            return list(stored)
+        column = self.attributes.names.index(name)
+        return [
+            next(stored) if is_stored else self._written(row, column)
+            for row, is_stored in zip(rows.tolist(), in_main.tolist(), strict=True)
+        ]
+
+    def _written(self, row: int, column: int) -> Any:
+        packed = self.delta.attributes_of(row)
+        return msgpack.unpackb(packed, strict_map_key=False)[column] if packed else None
+
+    def _found(self, item_ids: IdArray) -> tuple[IdArray, IdArray, NDArray[np.bool_]]:
+        """Those of item_ids (n,) int64 that are here and may come back, their rows, and whether
+        these are rows of main, not of the delta."""
+        rows = self.main_rows_of(item_ids)
+        in_main = rows != NOT_HERE
+        if self.delta.num_live:
+            rows = np.where(in_main, rows, self.delta.rows_of(item_ids))
+        here = rows != NOT_HERE
+        return item_ids[here], rows[here], in_main[here]
+
+    def main_rows_of(self, item_ids: IdArray) -> IdArray:
+        """(n,) int64: the row of main of each of item_ids (n,) int64 that may come back, NOT_HERE
+        where there is none."""
+        rows = np.searchsorted(self.ids_by_row[:-1], item_ids)
+        rows[self.ids_by_row[rows] != item_ids] = NOT_HERE
+        if self.selection is not None:
+            known = np.flatnonzero(rows != NOT_HERE)
+            hidden = ~self.selection.are_live(rows[known])
+            rows[known[hidden]] = NOT_HERE
+        return rows
+
+
+def apply(state: ShardState, records: Sequence[Record]) -> tuple[ShardState, list[Applied]]:
+    """The state with these records in it, which follow on its ``seq`` without a gap, and what each
+    of them did. Attributes must have been checked when they were written (``check_attributes``).
+    """
+    change = _Change(state)
+    applied = [change.add(record) for record in records]
+    return (change.result() if applied else state), applied
+
+
+class _Change:
+    """What some records change of a state, collected to be made in one step."""
+
+    def __init__(self, state: ShardState) -> None:
+        self._state = state
+        self._seq = state.seq
+        self._next_row = state.delta.rows
+        self._rows_of: dict[int, int] = {}  # of items touched here: row of the delta, or NOT_HERE
+        self._hidden: list[int] = []  # rows of main
+        self._dead: list[int] = []  # rows of the delta, new ones included
+        self._upserts: list[Upsert] = []
+
+    def add(self, record: Record) -> Applied:
+        assert record.seq == self._seq + 1, f"record {record.seq} after {self._seq}"
+        self._seq = record.seq
+        ids = record.change.item_ids
+        is_upsert = isinstance(record.change, Upsert)
+        existed = 0
+        main_rows = self._state.main_rows_of(ids).tolist()
+        delta_rows = self._state.delta.rows_of(ids).tolist()
+        for place, item in enumerate(ids.tolist()):
+            row = self._rows_of.get(item)
+            if row is None:
+                row = delta_rows[place]
+                if main_rows[place] != NOT_HERE:
+                    self._hidden.append(main_rows[place])
+                    existed += 1
+            if row != NOT_HERE:
+                self._dead.append(row)
+                existed += 1
+            self._rows_of[item] = self._next_row + place if is_upsert else NOT_HERE
+        if isinstance(record.change, Upsert):
+            self._upserts.append(record.change)
+            self._next_row += len(ids)
+        return Applied(len(ids), existed)
+
+    def result(self) -> ShardState:
+        state = self._state
+        selection = state.selection
+        if self._hidden:
+            hidden = np.array(self._hidden, np.int64)
+            if selection is None:
+                selection = Selection.without(hidden, rows=state.main.rows)
+            else:
+                selection = selection.excluding(hidden)
+        names = state.attributes.names
+        delta = state.delta.changed(
+            [each.item_ids for each in self._upserts],
+            [each.vectors for each in self._upserts],
+            [
+                row
+                for each in self._upserts
+                for row in packed_rows(each.attributes, len(each.item_ids), names)
+            ],
+            self._dead,
+            self._rows_of,
+        )
+        return replace(state, delta=delta, selection=selection, seq=self._seq)
