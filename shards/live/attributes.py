@@ -1,15 +1,78 @@
-"""Attributes of written items: unpacked, checked, and packed by item.
+"""Attributes of written items: checked before they are logged, packed by item, made columns again.
 
 A write brings them as columns, a map from names to lists of one value per item, in msgpack. A
-state keeps them by item, as a list of values in the order of the shard's attribute names.
+state keeps them by item, as a list of values in the order of the shard's attribute names. The names
+and types are those of the generation: writes add no columns. A name that is left out is null.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import msgpack
+import numpy as np
+import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import IdArray
+from shardline.shards.live.attribute_values import Unfit, arrow_array, is_encoded
+from shardline.shards.live.item_attributes import ItemAttributes
+
+# types whose values are in the form of answers as they were written
+_UNCHANGED = (
+    pa.types.is_boolean,
+    pa.types.is_integer,
+    pa.types.is_string,
+    pa.types.is_large_string,
+)
+
+
+def check_attributes(attributes: bytes, item_ids: IdArray, schema: pa.Schema) -> bytes:
+    """``UpsertRequest.attributes`` of item_ids (n,) as they are logged: every value in the form
+    that answers give it, so that it reads the same before and after it becomes part of a column.
+    b"" where all are null.
+
+    Raises:
+        InvalidInput: not such a map, a name that ``schema`` lacks, or a value of another type than
+            its column's; with column, type and item.
+    """
+    if not attributes:
+        return b""
+    columns = unpacked(attributes, len(item_ids), schema.names)
+    checked = {}
+    for name, values in columns.items():
+        if all(value is None for value in values):
+            continue
+        try:
+            checked[name] = _as_answered(values, schema.field(name).type)
+        except Unfit as error:
+            raise InvalidInput(
+                f"attribute of item {item_ids[error.place]}",
+                field=f"attributes.{name}",
+                expected=error.expected,
+                got=error.shown,
+            ) from error
+    packed: bytes = msgpack.packb(checked) if checked else b""
+    return packed
+
+
+def _as_answered(values: list[Any], kind: pa.DataType) -> list[Any]:
+    """Raises Unfit."""
+    while is_encoded(kind):
+        kind = kind.value_type
+    made = arrow_array(values, kind)
+    if any(check(kind) for check in _UNCHANGED):
+        return values
+    return ItemAttributes(pa.table({"values": made})).values("values", np.arange(len(values)))
+
+
+def written_table(packed: Sequence[bytes], schema: pa.Schema) -> pa.Table:
+    """Items as ``packed_rows`` made them, as columns of ``schema``."""
+    rows = [msgpack.unpackb(each) if each else [None] * len(schema) for each in packed]
+    columns = zip(*rows, strict=True) if rows else [()] * len(schema)
+    arrays = [
+        arrow_array(values, field.type) for values, field in zip(columns, schema, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def packed_rows(attributes: bytes, rows: int, names: Sequence[str]) -> list[bytes]:

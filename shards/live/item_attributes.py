@@ -23,11 +23,15 @@ _PLAIN: tuple[Callable[[pa.DataType], bool], ...] = (
 
 
 class ItemAttributes:
-    """The attribute columns of a shard's rows, none where ``table`` is None."""
+    """The attribute columns of a shard's rows, none where ``table`` is None.
+
+    names and types of them are in ``schema``.
+    """
 
     def __init__(self, table: pa.Table | None = None) -> None:
         self._table = table
         self.names: tuple[str, ...] = () if table is None else tuple(table.column_names)
+        self.schema: pa.Schema = pa.schema([]) if table is None else table.schema
 
     def values(self, name: str, rows: IdArray) -> list[Any]:
         """The attribute of each of rows (m,) int64, in their order.

@@ -1,4 +1,4 @@
-"""States of a shard under writes, against a dict and brute force: every kind of index and metric."""
+"""States of a shard under writes, against a dict and brute force: every index kind and metric."""
 
 import faiss
 import numpy as np
@@ -7,10 +7,11 @@ import pytest
 from shardline.bench.vectors import manifold
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.schema import Metric, Ranked
-from shardline.shards.live.records import Delete, Record, Upsert
-from shardline.shards.live.state import Applied, ShardState, apply
+from shardline.shards.live.records import Record
+from shardline.shards.live.state import ShardState, apply
 from tests.engine import build_main
-from tests.reference import assert_answer_order, assert_same_answers, brute_force
+from tests.live_model import Model, delete, upsert
+from tests.reference import assert_answer_order, assert_same_answers
 
 ROWS, DIM = 400, 8
 FULL = SearchParams(nprobe=2048, ef_search=1024, rerank_factor=64)
@@ -45,40 +46,6 @@ def states() -> dict[tuple[str, Metric], ShardState]:
         for kind, fields in KINDS.items()
         for metric in Metric
     }
-
-
-def upsert(seq: int, ids, vectors, attributes: bytes = b"") -> Record:
-    change = Upsert(
-        item_ids=np.array(ids, np.int64),
-        vectors=np.array(vectors, np.float32).reshape(len(ids), -1),
-        attributes=attributes,
-    )
-    return Record(seq=seq, epoch=1, key="", change=change)
-
-
-def delete(seq: int, ids) -> Record:
-    return Record(seq=seq, epoch=1, key="", change=Delete(item_ids=np.array(ids, np.int64)))
-
-
-class Model:
-    """The slow, obvious state: a dict."""
-
-    def __init__(self, ids, vectors) -> None:
-        self.items = dict(zip(map(int, ids), vectors, strict=True))
-
-    def apply(self, record: Record) -> Applied:
-        ids = record.change.item_ids.tolist()
-        existed = sum(item in self.items for item in ids)
-        for place, item in enumerate(ids):
-            self.items.pop(item, None)
-            if isinstance(record.change, Upsert):
-                self.items[item] = record.change.vectors[place]
-        return Applied(len(ids), existed)
-
-    def answer(self, queries, k: int, metric: Metric) -> Ranked:
-        ids = np.array(list(self.items), np.int64)
-        vectors = np.array(list(self.items.values()), np.float32).reshape(len(ids), -1)
-        return brute_force(queries, vectors, ids, k, metric)
 
 
 def random_records(rng: np.random.Generator, count: int, first: int = 1) -> list[Record]:
