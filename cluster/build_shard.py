@@ -12,7 +12,7 @@ from shardline.shards.core.schema import FloatArray, Metric
 from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.main_index import MEASURED_K, MainIndex
 from shardline.shards.index.spec import ResolvedIndex
-from shardline.shards.index.template import build_shard_index
+from shardline.shards.index.template import build_shard_index, in_blocks
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
     INDEX_NAME,
@@ -70,7 +70,10 @@ def build_shard(job: ShardJob) -> ShardBuilt:
     folder = job.generation / shard_folder(job.shard)
     folder.mkdir(exist_ok=True)  # a task that Ray tries again finds it
     build_shard_index(
-        job.generation / TEMPLATE_NAME, own.vectors, folder / INDEX_NAME, threads=job.threads
+        job.generation / TEMPLATE_NAME,
+        in_blocks(own.vectors),
+        folder / INDEX_NAME,
+        threads=job.threads,
     )
     write_item_ids(folder / ITEM_IDS_NAME, own.item_ids)
     write_attributes(folder / ATTRIBUTES_NAME, own.attributes)

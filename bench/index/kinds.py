@@ -19,7 +19,12 @@ from shardline.shards.core.schema import FloatArray, IdArray, Metric
 from shardline.shards.index.main_index import MainIndex, set_search_threads
 from shardline.shards.index.resolve import IVF_KINDS, resolve
 from shardline.shards.index.spec import IndexKind, IndexSpec, ResolvedIndex
-from shardline.shards.index.template import build_shard_index, train_template, write_index
+from shardline.shards.index.template import (
+    build_shard_index,
+    in_blocks,
+    train_template,
+    write_index,
+)
 
 KINDS = (
     IndexKind.FLAT,
@@ -169,7 +174,7 @@ def _build(
     template, path = folder / f"{kind}-template.faiss", folder / f"{kind}.faiss"
     trained = train_template(resolved, vectors[chosen], metric=metric, seed=0, threads=threads)
     write_index(trained, template)
-    build_shard_index(template, vectors, path, threads=threads)
+    build_shard_index(template, in_blocks(vectors), path, threads=threads)
     seconds = time.perf_counter() - started
     index = MainIndex.load(path, metric=metric, defaults=resolved.search_params)
     template.unlink()

@@ -35,7 +35,7 @@ from shardline.shards.index import gpu
 from shardline.shards.index.layers import layers_of
 from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
-from shardline.shards.index.template import read_index
+from shardline.shards.index.template import FP16_MAX, keeps_fp16, read_index
 
 MEASURED_K = 100  # the k that builds choose the default parameters at
 # Where more rows have the score of the last result than fit, those of the lowest ids belong in the
@@ -93,6 +93,7 @@ class MainIndex:
             self._layers.base.make_direct_map()  # reconstruct needs to find a row's list
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
+        self._largest_value = FP16_MAX if keeps_fp16(self._layers) else float(np.finfo("f4").max)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         # The rows that may be asked for to see whether a tie goes on beyond an answer. Not with the
         # 8-bit scores of FastScan alone: nearly every answer ends in a tie that means nothing.
@@ -171,6 +172,28 @@ class MainIndex:
         if rows.size == 0:
             return np.empty((0, self.dim), dtype=np.float32)
         return np.asarray(self._layers.whole.reconstruct_batch(rows), dtype=np.float32)
+
+    def check_rows(self, vectors: FloatArray, rows: int) -> None:
+        """Returns if vectors (rows, dim) float32 could be rows of this index, for writes.
+
+        Raises:
+            InvalidInput: another shape, not finite, or too large for the index's fp16 copies.
+        """
+        if vectors.shape != (rows, self.dim):
+            raise InvalidInput(
+                "wrong shape",
+                field="vectors",
+                expected=f"{rows} x {self.dim} numbers",
+                got=" x ".join(map(str, vectors.shape)),
+            )
+        largest = float(np.abs(vectors).max(initial=0.0))
+        if not largest <= self._largest_value:  # NaN is not
+            raise InvalidInput(
+                "too large, or not finite",
+                field="vectors",
+                expected=f"values within ±{self._largest_value:g}",
+                got=f"{largest:g}",
+            )
 
     @property
     def _takes_selector(self) -> bool:

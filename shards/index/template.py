@@ -6,7 +6,7 @@ on one scale, and sharding changes no answer.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,20 @@ def read_index(path: Path) -> Any:
         raise CorruptFile(f"{path}: not a faiss index", got=reason[-200:]) from error
 
 
+def in_blocks(vectors: FloatArray) -> Iterator[FloatArray]:
+    """Of (n, dim), some rows at a time."""
+    return (vectors[at : at + ADD_BLOCK_ROWS] for at in range(0, len(vectors), ADD_BLOCK_ROWS))
+
+
 def build_shard_index(
     template: Path,
-    vectors: FloatArray,
+    blocks: Iterable[FloatArray],
     out: Path,
     *,
     threads: int,
 ) -> None:
-    """Writes the index of one shard: the template plus ``vectors`` (n, dim) float32, in row order.
+    """Writes the index of one shard: the template plus ``blocks``, each (n, dim) float32, in row
+    order.
 
     The vectors are checked already, and of unit length under cosine.
 
@@ -112,9 +118,8 @@ def build_shard_index(
     """
     faiss.omp_set_num_threads(threads)
     layers = layers_of(read_index(template))
-    is_fp16 = _keeps_fp16(layers)
-    for start in range(0, len(vectors), ADD_BLOCK_ROWS):
-        block = vectors[start : start + ADD_BLOCK_ROWS]
+    is_fp16 = keeps_fp16(layers)
+    for block in blocks:
         if is_fp16 and float(np.abs(block).max()) > FP16_MAX:
             raise InvalidInput(
                 "too large for fp16 copies",
@@ -167,7 +172,8 @@ def _train_transform_uncentred(layers: Layers, vectors: FloatArray) -> None:
         first.train(np.concatenate([vectors, -vectors]))
 
 
-def _keeps_fp16(layers: Layers) -> bool:
+def keeps_fp16(layers: Layers) -> bool:
+    """Whether vectors are kept in half precision."""
     outer = faiss.downcast_index(layers.refine.refine_index) if layers.refine else layers.base
     quantizer = getattr(outer, "sq", None)
     return quantizer is not None and quantizer.qtype == faiss.ScalarQuantizer.QT_fp16

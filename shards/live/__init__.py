@@ -1,1 +1,1 @@
-"""What changes in a shard while it serves: its state, the rows and deletions written to it."""
+"""Live writes of a shard: records and their durable log, and the state that they change."""

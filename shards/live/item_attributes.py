@@ -29,7 +29,7 @@ class ItemAttributes:
     """
 
     def __init__(self, table: pa.Table | None = None) -> None:
-        self._table = table
+        self.table = table
         self.names: tuple[str, ...] = () if table is None else tuple(table.column_names)
         self.schema: pa.Schema = pa.schema([]) if table is None else table.schema
 
@@ -39,14 +39,14 @@ class ItemAttributes:
         Raises:
             InvalidInput: no such attribute.
         """
-        if self._table is None or name not in self.names:
+        if self.table is None or name not in self.names:
             raise InvalidInput(
                 "no such attribute",
                 field="return",
                 expected=f"one of {', '.join(self.names) or 'none, as this generation has none'}",
                 got=name,
             )
-        column = self._table.column(name)
+        column = self.table.column(name)
         is_plain = any(check(column.type) for check in _PLAIN)
         # one by one: rows lie scattered, and ``take`` costs as much as some hundreds of them
         scalars = [column[row] for row in rows.tolist()]

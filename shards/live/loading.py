@@ -1,21 +1,72 @@
 """Reads a shard's state from the files of its generation."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from shardline.shards.core.errors import CorruptFile
+from shardline.shards.core.errors import CorruptFile, NotFound
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.spec import Device
 from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, read_main
 from shardline.shards.live.state import ShardState
+from shardline.shards.live.write_keys import WriteKeys
 from shardline.shards.storage.generation import (
+    ATTRIBUTES_NAME,
     INDEX_NAME,
     ITEM_IDS_NAME,
     GenerationManifest,
+    read_attribute_file,
     read_attributes,
     read_item_ids,
     shard_folder,
     verify_shard,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A shard as files have it. keys: of writes in it; main_seq: how many its main index has."""
+
+    state: ShardState
+    keys: WriteKeys
+    main_seq: int
+
+
+def load_newest(
+    folder: Path, manifest: GenerationManifest, shard: int, *, device: Device | None = None
+) -> Loaded:
+    """Verifies and reads the newest compaction of a shard, or without any the shard as it was
+    built; ``device`` None means the manifest's. The log has what came later.
+
+    Raises: as ``load_state``.
+    """
+    live = live_folder(folder, shard)
+    while True:
+        seqs = compacted_seqs(live)
+        if not seqs:
+            state = load_state(folder, manifest, shard, device=device)
+            return Loaded(state=state, keys=WriteKeys(), main_seq=0)
+        try:
+            return _load_compacted(folder, manifest, shard, seqs[-1], device)
+        except (CorruptFile, NotFound):
+            if compacted_seqs(live)[-1:] == seqs[-1:]:
+                raise
+            # a newer one is there, and what was being read has been removed
+
+
+def _load_compacted(
+    folder: Path, manifest: GenerationManifest, shard: int, seq: int, device: Device | None
+) -> Loaded:
+    live = live_folder(folder, shard)
+    made = read_main(live, seq, generation=manifest.generation, shard=shard)
+    path = main_folder(live, seq)
+    main = _load_main(path, manifest, made.rows, device or manifest.index.device)
+    item_ids = read_item_ids(path / ITEM_IDS_NAME, rows=made.rows)
+    table = read_attribute_file(path / ATTRIBUTES_NAME, rows=made.rows)
+    state = ShardState.of(main, item_ids, ItemAttributes(table), seq=seq)
+    keys = WriteKeys.unpack((path / KEYS_NAME).read_bytes(), path / KEYS_NAME)
+    return Loaded(state=state, keys=keys, main_seq=seq)
 
 
 def load_state(
@@ -29,18 +80,19 @@ def load_state(
         CorruptFile: a file is missing, altered, or contradicts the manifest; named.
     """
     entry = verify_shard(folder, manifest, shard)
-    main = _load_main(folder, manifest, shard, device or manifest.index.device)
+    main = _load_main(
+        folder / shard_folder(shard), manifest, entry.rows, device or manifest.index.device
+    )
     item_ids = read_item_ids(folder / shard_folder(shard) / ITEM_IDS_NAME, rows=entry.rows)
     attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))
     return ShardState.of(main, item_ids, attributes)
 
 
-def _load_main(folder: Path, manifest: GenerationManifest, shard: int, device: Device) -> MainIndex:
-    path = folder / shard_folder(shard) / INDEX_NAME
+def _load_main(folder: Path, manifest: GenerationManifest, rows: int, device: Device) -> MainIndex:
+    path = folder / INDEX_NAME
     main = MainIndex.load(
         path, metric=manifest.metric, defaults=manifest.index.search_params, device=device
     )
-    rows = manifest.shard_entry(shard).rows
     if main.rows != rows:
         raise CorruptFile(f"{path}: wrong row count", expected=str(rows), got=str(main.rows))
     if main.dim != manifest.dim:

@@ -1,14 +1,28 @@
-"""Records of a shard's log: one write request each, numbered from 1 per shard."""
+"""Records of live writes, and the bytes that a shard's log keeps of them.
 
+Bytes of a record, little-endian: a head of fixed size, then item ids, vectors, attributes and key
+without anything between them; the head says how long each is. Checksums are the log's.
+"""
+
+import struct
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
 
+import numpy as np
+
+from shardline.shards.core.errors import CorruptFile
 from shardline.shards.core.schema import FloatArray, IdArray
+
+# kind, bytes of the key, rows, dim, bytes of the attributes, seq, epoch
+_HEAD = struct.Struct("<HHIIIQQ")
+_UPSERT, _DELETE = 1, 2  # a number is never used for another kind
+_ID, _FLOAT = np.dtype("<i8"), np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upsert:
-    """item_ids (n,) int64, each once; vectors (n, dim) float32; attributes: as those of
-    ``UpsertRequest``."""
+    """item_ids (n,) int64, each once; vectors (n, dim) float32; attributes as in UpsertRequest."""
 
     item_ids: IdArray
     vectors: FloatArray
@@ -17,16 +31,74 @@ class Upsert:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delete:
-    """item_ids (n,) int64, each once, existing or not."""
+    """item_ids (n,) int64, each once."""
 
     item_ids: IdArray
 
 
+Change: TypeAlias = Upsert | Delete
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One write of one shard: seq counts them, epoch is that of its writer, key the request's."""
+    """One write to one shard; applied whole or not at all.
+
+    seq: 1 for the shard's first write, then without gaps. epoch: of the primary that took it.
+    key: what makes a repeated request one effect; "" for none.
+    """
 
     seq: int
     epoch: int
     key: str
-    change: Upsert | Delete
+    change: Change
+
+
+def encode_record(record: Record) -> bytes:
+    """The arrays are copied once."""
+    change = record.change
+    key = record.key.encode()
+    ids = np.ascontiguousarray(change.item_ids, dtype=_ID)
+    if isinstance(change, Delete):
+        head = _HEAD.pack(_DELETE, len(key), len(ids), 0, 0, record.seq, record.epoch)
+        return b"".join((head, ids.data, key))
+    vectors = np.ascontiguousarray(change.vectors, dtype=_FLOAT)
+    rows, dim = vectors.shape
+    assert rows == len(ids)
+    sizes = (len(key), rows, dim, len(change.attributes))
+    head = _HEAD.pack(_UPSERT, *sizes, record.seq, record.epoch)
+    # an empty array has no contiguous buffer of bytes
+    arrays = (ids.data, vectors.data) if vectors.size else (ids.tobytes(),)
+    return b"".join((head, *arrays, change.attributes, key))
+
+
+def decode_record(data: bytes | memoryview) -> Record:
+    """The record; its arrays are copies, so that they do not keep ``data`` alive.
+
+    Raises:
+        CorruptFile: not what ``encode_record`` makes.
+    """
+    view = memoryview(data)
+    if len(view) < _HEAD.size:
+        raise _nonsense(f"{_HEAD.size} bytes or more", f"{len(view)}")
+    kind, key_bytes, rows, dim, attribute_bytes, seq, epoch = _HEAD.unpack_from(view)
+    ends = np.cumsum((_HEAD.size, rows * 8, rows * dim * 4, attribute_bytes, key_bytes)).tolist()
+    if len(view) != ends[-1]:
+        raise _nonsense(f"{ends[-1]} bytes", f"{len(view)}")
+    ids, vectors, attributes, key = (view[start:end] for start, end in pairwise(ends))
+    item_ids = np.frombuffer(ids, dtype=_ID).astype(np.int64)
+    change: Change
+    if kind == _UPSERT:
+        values = np.frombuffer(vectors, dtype=_FLOAT).astype(np.float32).reshape(rows, dim)
+        change = Upsert(item_ids=item_ids, vectors=values, attributes=bytes(attributes))
+    elif kind == _DELETE and not dim and not attribute_bytes:
+        change = Delete(item_ids=item_ids)
+    else:
+        raise _nonsense("an upsert or a delete", f"kind {kind}")
+    try:
+        return Record(seq=seq, epoch=epoch, key=str(key, "utf-8"), change=change)
+    except UnicodeDecodeError as error:
+        raise _nonsense("a key in UTF-8", str(error)) from error
+
+
+def _nonsense(expected: str, got: str) -> CorruptFile:
+    return CorruptFile("not a record of a write", expected=expected, got=got)

@@ -15,6 +15,10 @@ import ray
 
 from shardline.shards.core.messages import ReplicaKey
 from shardline.shards.index.spec import Device
+from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.loading import load_newest
+from shardline.shards.live.writes import ShardWrites
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.process.ray_metrics import RayExporter
 from shardline.shards.server.shard import Shard
@@ -46,14 +50,29 @@ class ShardActor:
             ShardlineError: the generation cannot be loaded, or the controller refuses it.
         """
         started = time.perf_counter()
-        if read_generation(Path(folder)).index.device is Device.CPU:
+        generation = Path(folder)
+        manifest = read_generation(generation)
+        if manifest.index.device is Device.CPU:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor without one
-        self._shard = Shard.load(Path(folder), key.shard)
+        loaded = load_newest(generation, manifest, key.shard)
+        self._shard = Shard(shard=key.shard, generation=key.generation, state=loaded.state)
+        self._writes = ShardWrites(
+            self._shard, live_folder(generation, key.shard), keys=loaded.keys
+        )
+        # before anybody is answered: a shard that was written and starts again must know all of it
+        while self._writes.catch_up():
+            pass
         self._load_ms = (time.perf_counter() - started) * 1e3
         if host == NODE_HOST:
             host = ray.util.get_node_ip_address()
         self._server = ShardServer(
-            self._shard, secret=secret, host=host, replica=key.replica, threads=threads
+            self._shard,
+            secret=secret,
+            host=host,
+            replica=key.replica,
+            threads=threads,
+            writes=self._writes,
+            changeover=Changeover(generation, key.shard, main_seq=loaded.main_seq),
         )
         self._address = self._server.bind()
         prepare_memory(huge_pages=huge_pages)
@@ -72,6 +91,15 @@ class ShardActor:
         """Registers again: a restarted controller does not know this shard's address."""
         self._server.epoch = self._register()
 
+    def lead(self, epoch: int) -> int:
+        """Makes it the primary of its shard; the number of writes that it has applied then.
+
+        Raises:
+            NotPrimary: a later epoch has been given to another replica.
+            CorruptFile: the log is damaged. OSError: it cannot be read or written.
+        """
+        return self._server.lead(epoch)
+
     def ping(self) -> int:
         """The process id, as a sign of life."""
         return os.getpid()
@@ -81,6 +109,7 @@ class ShardActor:
         stats = self._server.stats
         return {
             **self._shard.describe(),
+            **self._writes.describe(),
             "replica": self._server.key.replica,
             "address": self._address,
             "pid": os.getpid(),

@@ -72,12 +72,13 @@ class Answerer:
     def _answer(self, handler: Handler, works: Sequence[Work]) -> list[Message | None]:
         """Of requests of one kind, in order."""
         started = time.perf_counter()
+        assert handler.answer is not None, "writes have a thread of their own"
         try:
             replies = handler.answer(self._shard, works)
         except Exception:  # a bug of ours must cost these answers, not the search thread
             logger.exception("a request failed")
             self._stats.failed += len(works)
-            return [_INTERNAL_ERROR] * len(works)
+            return [INTERNAL_ERROR] * len(works)
         took_ms = (time.perf_counter() - started) * 1e3
         messages: list[Message | None] = []
         rows, is_refused = 0, False
@@ -106,4 +107,4 @@ def error_reply(error: ShardlineError) -> ErrorReply:
     return ErrorReply(code=error.code, message=error.details, field=error.field)
 
 
-_INTERNAL_ERROR = ErrorReply(code=ShardlineError.code, message="internal error of the shard")
+INTERNAL_ERROR = ErrorReply(code=ShardlineError.code, message="internal error of the shard")

@@ -16,8 +16,10 @@ from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import (
     MAX_RETURNED_BYTES,
     AttributesRequest,
+    DeleteRequest,
     FetchRequest,
     SearchRequest,
+    UpsertRequest,
 )
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
@@ -25,6 +27,7 @@ from shardline.shards.wire.frames import Message
 ID_BYTES = 8
 BYTES_PER_RESULT = 12  # an id and a float32 score
 
+WRITE_REPLY_BYTES = 64  # four integers
 VALUE_BYTES = 256  # of an attribute's value, packed: titles and numbers have less
 LARGER = 16  # times the bound, for a reply that exceeds it: two more attempts at most
 
@@ -36,7 +39,8 @@ class Handler:
     """rows_of: the queries or ids of a request. reply_bytes: the bound of its reply to so many of
     them at ``dim``, frame left out.
 
-    answer: a reply to each of several requests, in order. may_expire: a request whose time has run
+    answer: a reply to each of several requests, in order; None: a write, which ``write_thread``
+    answers. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
     is_search: its time counts in the estimate of what a query costs. may_be_inline: what that
     estimate calls short may be answered by the loop thread.
@@ -44,7 +48,7 @@ class Handler:
 
     rows_of: Callable[[Any], Sized]
     reply_bytes: Callable[[Any, int, int], int]
-    answer: Callable[[Shard, "Sequence[Work]"], Sequence[Reply]]
+    answer: Callable[[Shard, "Sequence[Work]"], Sequence[Reply]] | None
     may_expire: bool
     is_search: bool = False
     may_be_inline: bool = True
@@ -94,6 +98,13 @@ def _attributes(shard: Shard, works: Sequence[Work]) -> Sequence[Reply]:
     return shard.attributes_batch([work.request for work in works], limits)
 
 
+_WRITE = Handler(
+    rows_of=attrgetter("item_ids"),
+    reply_bytes=lambda request, rows, dim: WRITE_REPLY_BYTES,
+    answer=None,
+    may_expire=False,  # who repeats it would wait for the same work again
+)
+
 HANDLERS: dict[type, Handler] = {
     SearchRequest: Handler(
         rows_of=attrgetter("queries"),
@@ -115,4 +126,6 @@ HANDLERS: dict[type, Handler] = {
         may_expire=True,
         may_be_inline=False,  # what a value costs depends on its type
     ),
+    UpsertRequest: _WRITE,
+    DeleteRequest: _WRITE,
 }

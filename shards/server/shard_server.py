@@ -2,6 +2,7 @@
 
     loop thread     accepts, parses frames, queues requests, writes replies
     search thread   takes whatever is queued as one batch, searches, hands the replies back
+    write thread    takes whatever writes wait as one group (``write_thread``)
 
 A batch of a few rows that will take less than INLINE_MS is searched by the loop thread itself
 while the search thread is idle: two hand-overs between threads cost more than such a search.
@@ -18,14 +19,23 @@ import threading
 import time
 from typing import Any
 
-from shardline.shards.core.errors import InvalidInput, Overloaded, ProtocolError, ShardlineError
+from shardline.shards.core.errors import (
+    InvalidInput,
+    NotPrimary,
+    Overloaded,
+    ProtocolError,
+    ShardlineError,
+)
 from shardline.shards.core.messages import ReplicaKey
 from shardline.shards.core.metrics import QUEUE_DEPTH, Recorder
 from shardline.shards.index.main_index import set_search_threads
+from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.answering import Answerer, ServerStats, error_reply
 from shardline.shards.server.handlers import HANDLERS, Work
 from shardline.shards.server.session import Session
 from shardline.shards.server.shard import Shard
+from shardline.shards.server.write_thread import WriteThread
 from shardline.shards.wire import local_socket
 from shardline.shards.wire.frames import MAX_FRAME_BYTES, Message
 from shardline.shards.wire.handshake import ServerAddress
@@ -47,7 +57,8 @@ KEEP_ALIVE_S = 0.1
 class ShardServer:
     """Serves one shard. ``bind``, then ``start`` with the epoch to announce, then ``stop``.
 
-    ``threads`` is the number of cores one search may use.
+    ``threads`` is the number of cores one search may use. writes: of the shard; None: it takes
+    none, and follows no log. changeover: to newer main indexes; None: it keeps the one it has.
     """
 
     def __init__(
@@ -58,6 +69,8 @@ class ShardServer:
         host: str = "127.0.0.1",
         replica: int = 0,
         threads: int = 1,
+        writes: ShardWrites | None = None,
+        changeover: Changeover | None = None,
         max_queued_requests: int = MAX_QUEUED_REQUESTS,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
@@ -82,10 +95,14 @@ class ShardServer:
         self._search_thread = threading.Thread(
             target=self._run_search, name="shard-search", daemon=True
         )
+        self._write_thread: WriteThread | None = None
+        if writes is not None:
+            self._write_thread = WriteThread(writes, self._deliver_writes, changeover=changeover)
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._arrived: list[Work] = []  # loop thread only: what came in since the last dispatch
         self._is_due = False  # loop thread only: a dispatch is scheduled
         self._handed_over = 0  # loop thread only: requests the search thread has not answered
+        self._writing = 0  # loop thread only: requests the write thread has not answered
         self._alive_timer: asyncio.TimerHandle | None = None  # loop thread only
         self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
         self._queued_requests = 0
@@ -120,12 +137,16 @@ class ShardServer:
         if self._failure is not None:
             self._queue.put(None)
             raise self._failure
+        if self._write_thread is not None:
+            self._write_thread.start()
 
     def stop(self) -> None:
         """Closes port and connections and ends both threads; may be called twice."""
         if self._stopped:
             return
         self._stopped = True
+        if self._write_thread is not None:
+            self._write_thread.stop()
         if self._loop_thread.is_alive():
             self._queue.put(None)
             self._search_thread.join(STOP_TIMEOUT_S)
@@ -136,6 +157,17 @@ class ShardServer:
         for listening in (self._socket, self._local_socket):
             if listening is not None:
                 listening.close()
+
+    def lead(self, epoch: int) -> int:
+        """Makes it the primary of its shard: ``ShardWrites.lead``.
+
+        Raises:
+            NotPrimary: it takes no writes, or a later epoch has been given to another.
+            CorruptFile, OSError: of the log.
+        """
+        if self._write_thread is None:
+            raise NotPrimary("this shard takes no writes")
+        return self._write_thread.lead(epoch).result()
 
     def refresh_metrics(self) -> None:
         """Sets gauges and counters for an export; any thread."""
@@ -204,7 +236,10 @@ class ShardServer:
             return
         self._queued_rows += work.rows
         self._queued_requests += 1
-        self._arrived.append(work)
+        if work.handler.answer is None:
+            self._submit_write(work)
+        else:
+            self._arrived.append(work)
 
     def after_read(self) -> None:
         """A session has been read. With others there may be more to read before the search."""
@@ -227,19 +262,31 @@ class ShardServer:
         if is_short and may_be_inline:
             self._deliver(self._answerer.answer(batch))
             return
-        if self._alive_timer is None:
-            self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
+        self._be_heard()
         self._handed_over += len(batch)
         for work in batch:
             self._queue.put(work)
 
+    def _submit_write(self, work: Work) -> None:
+        if self._write_thread is None:
+            self._deliver([(work, error_reply(NotPrimary("this shard takes no writes")))])
+            return
+        self._be_heard()
+        self._writing += 1
+        self._write_thread.submit(work)
+
+    def _be_heard(self) -> None:
+        if self._alive_timer is None:
+            self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
+
     def _keep_alive(self) -> None:
-        """Silence tells a router that the process hangs: a long search must not look like that."""
+        """Silence tells a router that the process hangs: a long search or fsync must not look like
+        that."""
         self._alive_timer = None
-        if self._handed_over:
+        if self._handed_over or self._writing:
             for session in self.sessions:
                 session.keep_alive()
-            self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
+            self._be_heard()
 
     def _refusal(self, work: Work) -> ShardlineError:
         """Why a request is not queued: it is too large, or the queue is full."""
@@ -255,6 +302,14 @@ class ShardServer:
             "shard queue is full",
             got=f"{self._queued_requests} requests, {self._queued_rows} rows waiting",
         )
+
+    def _deliver_writes(self, answered: list[tuple[Work, Message | None]]) -> None:
+        """Write thread."""
+        self._loop.call_soon_threadsafe(self._take_back_writes, answered)
+
+    def _take_back_writes(self, answered: list[tuple[Work, Message | None]]) -> None:
+        self._writing -= len(answered)
+        self._deliver(answered)
 
     def _take_back(self, answered: list[tuple[Work, Message | None]]) -> None:
         self._handed_over -= len(answered)

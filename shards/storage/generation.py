@@ -246,11 +246,20 @@ def read_attributes(
     if listed is None:
         return None
     path = verify_file(folder, listed) if verify else folder / listed.name
+    return read_attribute_file(path, rows=entry.rows)
+
+
+def read_attribute_file(path: Path, *, rows: int) -> pa.Table | None:
+    """What ``write_attributes`` wrote, mapped; None where there is no file.
+
+    Raises:
+        CorruptFile: not such a file, or another number of rows.
+    """
+    if not path.is_file():
+        return None
     table = open_ipc(path).read_all()
-    if table.num_rows != entry.rows:
-        raise CorruptFile(
-            f"{path}: wrong row count", expected=str(entry.rows), got=str(table.num_rows)
-        )
+    if table.num_rows != rows:
+        raise CorruptFile(f"{path}: wrong row count", expected=str(rows), got=str(table.num_rows))
     return table
 
 

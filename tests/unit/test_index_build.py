@@ -18,6 +18,7 @@ from shardline.shards.index.spec import IndexSpec, ResolvedIndex
 from shardline.shards.index.template import (
     build_shard_index,
     bytes_to_come,
+    in_blocks,
     read_index,
     train_template,
     write_index,
@@ -46,7 +47,7 @@ def make(
     template = train_template(resolved, vectors, metric=metric, seed=seed, threads=1)
     write_index(template, tmp_path / "template.faiss")
     out = tmp_path / "index.faiss"
-    build_shard_index(tmp_path / "template.faiss", vectors, out, threads=1)
+    build_shard_index(tmp_path / "template.faiss", in_blocks(vectors), out, threads=1)
     return resolved, out
 
 
@@ -133,7 +134,7 @@ def test_a_damaged_template_is_named(tmp_path: Path, damage: bytes | None) -> No
     template = tmp_path / "template.faiss"
     template.write_bytes(template.read_bytes()[:-40] if damage is None else damage)
     with pytest.raises(CorruptFile, match=r"template\.faiss"):
-        build_shard_index(template, vectors, tmp_path / "other.faiss", threads=1)
+        build_shard_index(template, in_blocks(vectors), tmp_path / "other.faiss", threads=1)
 
 
 def test_a_sample_too_small_to_train_is_a_config_error() -> None:

@@ -1,0 +1,165 @@
+"""Changes a shard over to a newer main index while it serves.
+
+The primary starts a compaction, a process of its own, when enough has been written. Any replica
+that sees a newer complete ``main-<seq>`` loads it beside the one in use, in a thread of its own,
+with what the log has had since; who writes then swaps it in (``ShardWrites.adopt``).
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shardline.shards.live.compaction import caught_up
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.loading import Loaded, load_newest
+from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.live.state import ShardState
+from shardline.shards.storage.generation import read_generation
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # between two looks for a newer main index
+PAUSE_S = 60.0  # after a compaction that failed
+ENDS_WITHIN_S = 5.0  # a compaction that is told to end; then it is killed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompactionRules:
+    """When a compaction is due: the rows written since the last one, dead ones included, and the
+    hidden rows of main are more than ``share`` of main's rows, and at least ``min_rows``."""
+
+    share: float = 0.05
+    min_rows: int = 1000
+
+    def is_due(self, state: ShardState) -> bool:
+        changed = state.delta.rows + state.hidden
+        return changed >= max(self.min_rows, self.share * state.main.rows)
+
+
+class Running(Protocol):
+    """A compaction that is under way; ``subprocess.Popen`` is one."""
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+def compaction_process(generation: Path, shard: int) -> Running:
+    command = [
+        sys.executable,
+        "-m",
+        "shardline.shards.live.compaction",
+        str(generation),
+        str(shard),
+    ]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+class Changeover:
+    """``turn`` is called again and again by the thread that writes; it never waits."""
+
+    def __init__(
+        self,
+        generation: Path,
+        shard: int,
+        *,
+        main_seq: int,
+        rules: CompactionRules | None = None,
+        start: Callable[[Path, int], Running] = compaction_process,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """main_seq: of the main index in use, 0 for the generation's own."""
+        self.main_seq = main_seq
+        self.trouble: str | None = None  # why the newest compaction or change failed
+        self._generation, self._shard = generation, shard
+        self._live = live_folder(generation, shard)
+        self._rules = rules or CompactionRules()
+        self._start, self._clock = start, clock
+        self._running: Running | None = None
+        self._not_before = self._looked_at = -float("inf")
+        self._loader: threading.Thread | None = None
+        self._loaded: Loaded | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self._running is not None or self._loader is not None
+
+    def turn(self, state: ShardState, *, leads: bool) -> Loaded | None:
+        """What is to be swapped in now, else None. A compaction is started by who ``leads``."""
+        now = self._clock()
+        self._see_process(now)
+        if self._loader is not None:
+            return self._loaded_by_now(now)
+        may_start = self._running is None and leads and now >= self._not_before
+        if may_start and self._rules.is_due(state):
+            self._running = self._start(self._generation, self._shard)
+            logger.info("shard %d: a compaction begins, at write %d", self._shard, state.seq)
+        if now >= self._looked_at + LOOK_S:
+            self._look(now)
+        return None
+
+    def stop(self) -> None:
+        """Ends what is under way."""
+        if self._running is not None:
+            self._running.terminate()
+            try:
+                self._running.wait(ENDS_WITHIN_S)
+            except subprocess.TimeoutExpired:
+                self._running.kill()
+                self._running.wait()
+            self._running = None
+        if self._loader is not None:
+            self._loader.join()
+
+    def _see_process(self, now: float) -> None:
+        if self._running is None or (code := self._running.poll()) is None:
+            return
+        self._running = None
+        self._looked_at = -float("inf")
+        if code:
+            self.trouble = f"a compaction ended with code {code}: the log of the shard says why"
+            self._not_before = now + PAUSE_S
+            logger.error("shard %d: %s", self._shard, self.trouble)
+
+    def _look(self, now: float) -> None:
+        self._looked_at = now
+        newest = compacted_seqs(self._live)[-1:]
+        if newest and newest[0] > self.main_seq:
+            self._loader = threading.Thread(target=self._load, name="shard-changeover", daemon=True)
+            self._loader.start()
+
+    def _load(self) -> None:
+        try:
+            manifest = read_generation(self._generation)
+            loaded = load_newest(self._generation, manifest, self._shard)
+            self._loaded = caught_up(loaded, self._live)
+        except Exception as error:  # whatever is wrong with the new one, the old one serves on
+            self.trouble = f"the newest main index cannot be used: {error}"
+            logger.exception("shard %d: the newest main index cannot be used", self._shard)
+
+    def _loaded_by_now(self, now: float) -> Loaded | None:
+        assert self._loader is not None
+        if self._loader.is_alive():
+            return None
+        self._loader = None
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            self._looked_at = now + PAUSE_S
+            return None
+        self.trouble = None
+        return loaded

@@ -1,0 +1,151 @@
+"""Compaction: a shard's main index and what was written since, as a new main index.
+
+    python -m shardline.shards.live.compaction <generation's folder> <shard>
+
+A function of files: it reads the newest main index and the log, and writes ``main-<seq>``
+(``mains``), seq being the last write that it has read. The template is not trained again: codes
+mean what they mean in every other shard. Whoever serves the shard goes on meanwhile, in a process
+of its own, and changes over when the folder is complete (``changeover``).
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from shardline.shards.core.errors import InvalidInput, ShardlineError
+from shardline.shards.core.files import staged_folder
+from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.index.template import ADD_BLOCK_ROWS, build_shard_index
+from shardline.shards.live.attributes import written_table
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.loading import Loaded, load_newest
+from shardline.shards.live.log_tail import LogTail
+from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, write_main
+from shardline.shards.live.state import ShardState, apply
+from shardline.shards.storage.generation import (
+    ATTRIBUTES_NAME,
+    INDEX_NAME,
+    ITEM_IDS_NAME,
+    TEMPLATE_NAME,
+    read_generation,
+    write_attributes,
+    write_item_ids,
+)
+
+NICENESS = 10  # of the process: searches come first
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """seq: of the folder that is complete now; rows in it."""
+
+    seq: int
+    rows: int
+
+
+def compact(generation: Path, shard: int, *, threads: int = 1) -> Compacted:
+    """Writes ``main-<seq>`` of a shard, of all that is in its log now.
+
+    Holds the shard's index, the new one, and the vectors of ADD_BLOCK_ROWS rows in memory.
+
+    Raises:
+        InvalidInput: no row is left: an index needs one.
+        CorruptFile, NotFound: of the shard's files or its log. OSError: of the disk.
+    """
+    manifest = read_generation(generation)
+    live = live_folder(generation, shard)
+    loaded = caught_up(load_newest(generation, manifest, shard), live)
+    state = loaded.state
+    rows = _rows_in_order(state)
+    if not len(rows.item_ids):
+        raise InvalidInput("every item of the shard is deleted: nothing to index")
+    if state.seq in compacted_seqs(live):
+        return Compacted(state.seq, len(rows.item_ids))
+    with staged_folder(main_folder(live, state.seq)) as folder:
+        build_shard_index(
+            generation / TEMPLATE_NAME,
+            _vectors(state, rows.item_ids),
+            folder / INDEX_NAME,
+            threads=threads,
+        )
+        write_item_ids(folder / ITEM_IDS_NAME, rows.item_ids)
+        write_attributes(folder / ATTRIBUTES_NAME, _attributes(state, rows))
+        (folder / KEYS_NAME).write_bytes(loaded.keys.pack())
+        write_main(
+            folder,
+            generation=manifest.generation,
+            shard=shard,
+            seq=state.seq,
+            rows=len(rows.item_ids),
+        )
+    return Compacted(state.seq, len(rows.item_ids))
+
+
+def caught_up(loaded: Loaded, live: Path) -> Loaded:
+    """With what the log has had since."""
+    tail = LogTail(live, after_seq=loaded.state.seq)
+    state = loaded.state
+    while records := tail.read_new():
+        state, applied = apply(state, records)
+        for record, outcome in zip(records, applied, strict=True):
+            loaded.keys.add(record, rows=outcome.rows, existed=outcome.existed)
+    return replace(loaded, state=state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Live items (n,) int64, ascending; the row of each in main (n,) or, where ``in_main`` (n,) is
+    False, in the delta."""
+
+    item_ids: IdArray
+    rows: IdArray
+    in_main: np.ndarray
+
+
+def _rows_in_order(state: ShardState) -> _Rows:
+    kept = np.arange(state.main.rows)
+    if state.selection is not None:
+        kept = np.flatnonzero(state.selection.live)
+    delta = state.delta
+    item_ids = np.concatenate((state.ids_by_row[kept], delta.ids))
+    rows = np.concatenate((kept, delta.rows_of_ids))
+    in_main = np.arange(len(rows)) < len(kept)
+    order = np.argsort(item_ids, kind="stable")
+    return _Rows(item_ids[order], rows[order], in_main[order])
+
+
+def _vectors(state: ShardState, item_ids: IdArray) -> Iterator[FloatArray]:
+    for start in range(0, len(item_ids), ADD_BLOCK_ROWS):
+        found, vectors = state.fetch(item_ids[start : start + ADD_BLOCK_ROWS])
+        assert len(found) == len(item_ids[start : start + ADD_BLOCK_ROWS])
+        yield vectors
+
+
+def _attributes(state: ShardState, rows: _Rows) -> pa.Table:
+    """The columns of ``rows``, in their order; none where the shard has no attributes."""
+    stored = state.attributes.table
+    if stored is None:
+        return pa.table({})
+    packed = [state.delta.attributes_of(row) for row in rows.rows[~rows.in_main].tolist()]
+    table = pa.concat_tables((stored, written_table(packed, stored.schema)))
+    at = rows.rows.copy()
+    at[~rows.in_main] = stored.num_rows + np.arange(len(packed))
+    return table.take(pa.array(at))
+
+
+def main() -> None:
+    generation, shard = sys.argv[1:]
+    os.nice(NICENESS)
+    try:
+        compact(Path(generation), int(shard))
+    except (ShardlineError, OSError) as error:
+        sys.exit(f"compaction of shard {shard}: {error}")
+
+
+if __name__ == "__main__":
+    main()

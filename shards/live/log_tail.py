@@ -1,0 +1,53 @@
+"""Following the log of a shard: what a replica reads that does not write it.
+
+A record is handed out only if no later primary can have missed it: its segment is the newest, and
+EPOCH holds that segment's number after the record was read. Then a successor raises EPOCH later,
+and reads the log after that. While EPOCH names a primary that has not begun a segment yet, nothing
+is handed out, because what its predecessor appends now may be void.
+
+There is no notification: the store may be a network mount, which has none. ``read_new`` is called
+again and again, and is cheap when nothing has changed.
+"""
+
+from pathlib import Path
+
+from shardline.shards.live.epoch_file import read_epoch
+from shardline.shards.live.log_files import FILES, LogFiles
+from shardline.shards.live.log_reader import Headers, Position, read_log
+from shardline.shards.live.log_segments import segment_names
+from shardline.shards.live.records import Record
+
+
+class LogTail:
+    """The records of a log after ``after_seq``, as they come; for one thread."""
+
+    def __init__(self, folder: Path, after_seq: int, files: LogFiles = FILES) -> None:
+        self._folder = folder
+        self._files = files
+        self._position = Position(next_seq=after_seq + 1)
+        self._headers: Headers = {}
+
+    @property
+    def seq(self) -> int:
+        """That of the last record handed out."""
+        return self._position.next_seq - 1
+
+    def read_new(self) -> list[Record]:
+        """Whole groups that have come since, in order of seq; nothing where there is no log yet.
+
+        Raises:
+            CorruptFile: damaged before the last group; or the log is not the one that was read
+            before, so that this replica must load the shard anew. NotFound: records have been
+            trimmed before they were read here: load the compacted files. OSError: not readable.
+        """
+        try:
+            names = segment_names(self._files.names(self._folder))
+            if not names or read_epoch(self._folder, self._files) != names[-1].epoch:
+                return []
+            found = read_log(self._folder, self._position, self._headers, self._files)
+        except FileNotFoundError:  # no folder yet; or a segment was trimmed: the next call knows
+            return []
+        if found.newest is None or read_epoch(self._folder, self._files) != found.newest.epoch:
+            return []
+        self._position = found.position
+        return found.records

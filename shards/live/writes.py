@@ -1,0 +1,342 @@
+"""The writes of one shard: taken as its primary, or followed as one of its other replicas.
+
+A write is acknowledged when it is in the log, fsynced, the epoch is still ours, and it is part of
+``holder.state``. Whatever becomes of the log, searches go on. No threads here: one thread at a time
+calls a ``ShardWrites``, while others read ``holder.state``.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from shardline.shards.core.errors import (
+    DeltaFull,
+    InvalidInput,
+    NotPrimary,
+    ReadOnly,
+    ShardlineError,
+)
+from shardline.shards.core.messages import (
+    MAX_WRITE_KEY_BYTES,
+    MAX_WRITTEN_ROWS,
+    DeleteRequest,
+    UpsertRequest,
+    WriteReply,
+)
+from shardline.shards.core.schema import check_ids
+from shardline.shards.live.attributes import check_attributes
+from shardline.shards.live.loading import Loaded
+from shardline.shards.live.log import Log
+from shardline.shards.live.log_tail import LogTail
+from shardline.shards.live.mains import remove_older
+from shardline.shards.live.records import Change, Delete, Record, Upsert
+from shardline.shards.live.state import Applied, ShardState, apply
+from shardline.shards.live.write_keys import WriteKeys, digest_of
+
+logger = logging.getLogger(__name__)
+
+HEAL_S = 1.0  # between two attempts to write a log again that could not be written
+
+WriteRequest: TypeAlias = UpsertRequest | DeleteRequest
+
+
+class Holder(Protocol):
+    """Of whose state the writes become part; read by other threads, so replaced in one step."""
+
+    generation: int
+    shard: int
+    state: ShardState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteLimits:
+    """max_delta_rows: rows of the delta, replaced ones included, beyond which upserts are refused
+    until a compaction."""
+
+    max_delta_rows: int = 65_536
+
+
+class ShardWrites:
+    """Follows the log in ``folder`` from the start; ``lead`` makes it the one who writes it."""
+
+    def __init__(
+        self,
+        holder: Holder,
+        folder: Path,
+        *,
+        keys: WriteKeys | None = None,
+        limits: WriteLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._holder = holder
+        self._folder = folder
+        self._keys = keys or WriteKeys()
+        self._limits = limits or WriteLimits()
+        self._clock = clock
+        self._log: Log | None = None
+        self._tail: LogTail | None = None
+        self._healed_at = 0.0
+        self.epoch = 0  # of this replica as primary; 0: it follows
+        # why writes are refused, or not followed, now; None: they are taken
+        self.trouble: ShardlineError | OSError | None = None
+
+    @property
+    def leads(self) -> bool:
+        return self._log is not None
+
+    @property
+    def state(self) -> ShardState:
+        return self._holder.state
+
+    @property
+    def seq(self) -> int:
+        return self._holder.state.seq
+
+    def lead(self, epoch: int) -> int:
+        """Becomes the primary; the number of writes that are part of its state then.
+
+        Raises:
+            NotPrimary: a later epoch has been given to another.
+            CorruptFile: the log is damaged. OSError: it cannot be read or written.
+        """
+        if self._log is not None and epoch <= self.epoch:
+            return self.seq
+        self._close_log()
+        try:
+            log, records = Log.open(self._folder, epoch, after_seq=self.seq)
+        except Exception as error:
+            if isinstance(error, ShardlineError | OSError):
+                self.trouble = error
+            raise
+        self._tail = None
+        self._log, self.epoch, self.trouble = log, epoch, None
+        self._apply(records)
+        logger.info("shard %d: writes are taken from %d on, epoch %d", *self._numbers, epoch)
+        return self.seq
+
+    def catch_up(self) -> int:
+        """Applies what the primary has written since; the number of records. None as primary.
+
+        Raises:
+            CorruptFile: the log is damaged. OSError: it cannot be read.
+        """
+        if self._log is not None:
+            return 0
+        if self._tail is None:
+            self._tail = LogTail(self._folder, after_seq=self.seq)
+        records = self._tail.read_new()
+        self._apply(records)
+        self.trouble = None
+        return len(records)
+
+    def write(self, requests: Sequence[WriteRequest]) -> list[WriteReply | ShardlineError]:
+        """A reply to each request, in order, all of them durable by one fsync; or its error.
+
+        After NotPrimary, ReadOnly and StoreFull a write may still turn out to be part of the log:
+        who repeats it with the same key has one effect.
+        """
+        try:
+            log = self._writable_log()
+        except ShardlineError as error:
+            return [error] * len(requests)
+        group = _Group(self._keys, self._holder, self.epoch, self._limits)
+        for request in requests:
+            group.add(request)
+        if group.records:
+            try:
+                log.append(group.records)
+            except (NotPrimary, ReadOnly) as error:
+                self._failed(error)
+                return group.replies([], error)
+        try:
+            applied = self._apply(group.records)
+        except Exception:  # a bug: the log is ahead of the state, so nothing may be added to it
+            self._close_log()
+            raise
+        return group.replies(applied, None)
+
+    def adopt(self, loaded: Loaded) -> bool:
+        """Takes a newer main index in place of the one in use, with all that is in the state;
+        whether it was taken. As primary, removes what the log need no longer keep.
+
+        Raises:
+            CorruptFile, OSError: of the log.
+        """
+        tail = LogTail(self._folder, after_seq=loaded.state.seq)
+        state, own = loaded.state, self.seq
+        while records := tail.read_new():
+            state, applied = apply(state, records)
+            for record, outcome in zip(records, applied, strict=True):
+                if record.seq > own:
+                    self._keys.add(record, rows=outcome.rows, existed=outcome.existed)
+        if state.seq < self.seq or (self._log is not None and state.seq > self.seq):
+            return False
+        self._holder.state = state
+        if self._log is None:
+            self._tail = tail
+        else:
+            self._log.roll()
+            self._log.trim(loaded.main_seq)
+            remove_older(self._folder)
+        return True
+
+    def heal(self) -> None:
+        """Tries to write a log again that could not be written; not more often than HEAL_S."""
+        if self._log is None or self.trouble is None or self._clock() < self._healed_at + HEAL_S:
+            return
+        self._healed_at = self._clock()
+        try:
+            self._apply(self._log.reopen())
+        except (NotPrimary, ReadOnly) as error:
+            self._failed(error)
+        else:
+            self.trouble = None
+            logger.info("shard %d: writes are taken again from %d on", *self._numbers)
+
+    def describe(self) -> dict[str, Any]:
+        """For status pages: ``leads`` is the epoch of the primary, None of others."""
+        trouble = self.trouble
+        return {
+            "leads": self.epoch if self.leads else None,
+            "seq": self.seq,
+            "trouble": None if trouble is None else str(trouble),
+        }
+
+    def close(self) -> None:
+        self._close_log()
+
+    @property
+    def _numbers(self) -> tuple[int, int]:
+        return self._holder.shard, self.seq + 1
+
+    def _writable_log(self) -> Log:
+        """Raises NotPrimary, ReadOnly."""
+        self.heal()
+        if self._log is None:
+            raise NotPrimary("another replica takes the writes of this shard")
+        if isinstance(self.trouble, ShardlineError):
+            raise self.trouble
+        return self._log
+
+    def _failed(self, error: ShardlineError) -> None:
+        if isinstance(error, NotPrimary):
+            logger.warning("shard %d: no longer the primary of epoch %d: %s",
+                           self._holder.shard, self.epoch, error)  # fmt: skip
+            self._close_log()
+            return
+        logger.error("shard %d: writes are refused: %s", self._holder.shard, error)
+        self.trouble, self._healed_at = error, self._clock()
+
+    def _close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log, self.epoch = None, 0
+
+    def _apply(self, records: Sequence[Record]) -> list[Applied]:
+        if not records:
+            return []
+        state, applied = apply(self._holder.state, records)
+        for record, outcome in zip(records, applied, strict=True):
+            self._keys.add(record, rows=outcome.rows, existed=outcome.existed)
+        self._holder.state = state
+        return applied
+
+
+class _Group:
+    """Requests that share an fsync. One that repeats a key, of this group too, is no new record."""
+
+    def __init__(self, keys: WriteKeys, holder: Holder, epoch: int, limits: WriteLimits) -> None:
+        self.records: list[Record] = []
+        self._keys, self._epoch, self._state = keys, epoch, holder.state
+        self._generation, self._seq = holder.generation, holder.state.seq
+        self._room = limits.max_delta_rows - holder.state.delta.rows
+        self._limits = limits
+        self._by_key: dict[str, int] = {}
+        # of each request: the index of its record, or what it is answered in any case
+        self._outcomes: list[int | WriteReply | ShardlineError] = []
+
+    def add(self, request: WriteRequest) -> None:
+        try:
+            self._outcomes.append(self._taken(request))
+        except ShardlineError as error:
+            self._outcomes.append(error)
+
+    def replies(
+        self, applied: Sequence[Applied], failure: ShardlineError | None
+    ) -> list[WriteReply | ShardlineError]:
+        """``failure``: why no record became part of the log."""
+        found: list[WriteReply | ShardlineError] = []
+        for outcome in self._outcomes:
+            if not isinstance(outcome, int):
+                found.append(outcome)
+            elif failure is not None:
+                found.append(failure)
+            else:
+                record, done = self.records[outcome], applied[outcome]
+                found.append(
+                    WriteReply(
+                        rows=done.rows,
+                        existed=done.existed,
+                        generation=self._generation,
+                        seq=record.seq,
+                    )
+                )
+        return found
+
+    def _taken(self, request: WriteRequest) -> int | WriteReply:
+        """Raises InvalidInput, DeltaFull."""
+        if len(request.key.encode()) > MAX_WRITE_KEY_BYTES:
+            raise InvalidInput("too long", field="key", expected=f"<= {MAX_WRITE_KEY_BYTES} bytes")
+        change = self._change_of(request)
+        if request.key:
+            known = self._by_key.get(request.key)
+            if known is not None and digest_of(self.records[known].change) == digest_of(change):
+                return known
+            written = self._keys.find(request.key, change)
+            if written is not None:
+                return WriteReply(
+                    rows=written.rows,
+                    existed=written.existed,
+                    generation=self._generation,
+                    seq=written.seq,
+                )
+        if isinstance(change, Upsert):
+            self._make_room(len(change.item_ids))
+        self._by_key[request.key] = number = len(self.records)
+        self.records.append(
+            Record(seq=self._seq + number + 1, epoch=self._epoch, key=request.key, change=change)
+        )
+        return number
+
+    def _change_of(self, request: WriteRequest) -> Change:
+        """What is logged: as an answer would show it. Raises InvalidInput."""
+        ids = check_ids(request.item_ids)
+        if not 0 < len(ids) <= MAX_WRITTEN_ROWS:
+            raise InvalidInput(
+                "too many items, or none",
+                field="item_ids",
+                expected=f"1 to {MAX_WRITTEN_ROWS}",
+                got=str(len(ids)),
+            )
+        if len(np.unique(ids)) < len(ids):
+            raise InvalidInput("an item comes twice", field="item_ids")
+        if isinstance(request, DeleteRequest):
+            return Delete(item_ids=ids)
+        self._state.main.check_rows(request.vectors, len(ids))
+        attributes = check_attributes(request.attributes, ids, self._state.attributes.schema)
+        return Upsert(item_ids=ids, vectors=request.vectors, attributes=attributes)
+
+    def _make_room(self, rows: int) -> None:
+        """Raises DeltaFull."""
+        if rows > self._room:
+            raise DeltaFull(
+                "too many rows are waiting for a compaction",
+                expected=f"<= {self._limits.max_delta_rows} rows in the shard's delta",
+                got=f"{self._state.delta.rows} and {rows} more",
+            )
+        self._room -= rows

@@ -1,0 +1,143 @@
+"""The thread in which a shard is written. What waits is written as one group: one fsync for all.
+
+While another replica is the primary, it follows that one's log instead, looking every POLL_S.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from shardline.shards.core.errors import ShardlineError
+from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.writes import ShardWrites
+from shardline.shards.server.answering import INTERNAL_ERROR, error_reply
+from shardline.shards.server.handlers import Work
+from shardline.shards.wire.frames import Message
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.01  # of a follower's look at the log: two calls of stat
+IDLE_S = 1.0  # of a primary's look at what is due: a compaction, a log that can be written again
+GROUP_ROWS = 16_384  # of one group: beyond that the fsync is no longer what it costs
+STOP_TIMEOUT_S = 10.0
+
+Deliver = Callable[[list[tuple[Work, Message | None]]], None]
+
+
+@dataclass(slots=True)
+class _Lead:
+    epoch: int
+    answer: Future[int]
+
+
+class WriteThread:
+    """``submit`` and ``lead`` may be called by any thread; ``deliver`` is called in this one."""
+
+    def __init__(
+        self,
+        writes: ShardWrites,
+        deliver: Deliver,
+        *,
+        changeover: Changeover | None = None,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self.writes = writes
+        self.changeover = changeover
+        self._deliver = deliver
+        self._poll_s = poll_s
+        self._queue: queue.SimpleQueue[Work | _Lead | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="shard-writes", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, work: Work) -> None:
+        self._queue.put(work)
+
+    def lead(self, epoch: int) -> "Future[int]":
+        """``ShardWrites.lead``, after what has been submitted before."""
+        answer: Future[int] = Future()
+        self._queue.put(_Lead(epoch, answer))
+        return answer
+
+    def stop(self) -> None:
+        """Writes what has been submitted, then ends."""
+        self._queue.put(None)
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
+        if self.changeover is not None:
+            self.changeover.stop()
+        self.writes.close()
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            works, leads, is_open = self._next()
+            if works:
+                self._deliver(self._written(works))
+            for lead in leads:
+                _lead(self.writes, lead)
+            try:
+                self.writes.catch_up()
+                self.writes.heal()
+                self._change_over()
+            except Exception as error:  # noqa: BLE001  whatever it is, searches go on
+                self._complain(error)
+
+    def _change_over(self) -> None:
+        if self.changeover is None:
+            return
+        loaded = self.changeover.turn(self.writes.state, leads=self.writes.leads)
+        if loaded is not None and self.writes.adopt(loaded):
+            self.changeover.main_seq = loaded.main_seq
+
+    def _next(self) -> tuple[list[Work], list[_Lead], bool]:
+        """Everything that waits, up to a bound and the first order to lead; False to stop."""
+        works: list[Work] = []
+        rows = 0
+        timeout_s = self._poll_s
+        if self.writes.leads and not (self.changeover and self.changeover.is_busy):
+            timeout_s = IDLE_S
+        with contextlib.suppress(queue.Empty):
+            item = self._queue.get(timeout=timeout_s)
+            while True:
+                if item is None:
+                    return works, [], False
+                if isinstance(item, _Lead):
+                    return works, [item], True
+                works.append(item)
+                rows += item.rows
+                if rows >= GROUP_ROWS:
+                    break
+                item = self._queue.get_nowait()
+        return works, [], True
+
+    def _written(self, works: list[Work]) -> list[tuple[Work, Message | None]]:
+        try:
+            replies = self.writes.write([work.request for work in works])
+        except Exception:  # a bug of ours must cost these answers, not the thread
+            logger.exception("writes failed")
+            return [(work, INTERNAL_ERROR) for work in works]
+        return [
+            (work, error_reply(reply) if isinstance(reply, ShardlineError) else reply)
+            for work, reply in zip(works, replies, strict=True)
+        ]
+
+    def _complain(self, error: Exception) -> None:
+        """Logs a trouble once."""
+        if str(error) != str(self.writes.trouble):
+            logger.error("the log is not followed: %s", error, exc_info=error)
+        known: Any = error if isinstance(error, ShardlineError | OSError) else None
+        self.writes.trouble = known or ShardlineError(f"the log is not followed: {error!r}")
+
+
+def _lead(writes: ShardWrites, order: _Lead) -> None:
+    try:
+        order.answer.set_result(writes.lead(order.epoch))
+    except Exception as error:  # noqa: BLE001  whoever ordered it is told
+        order.answer.set_exception(error)

@@ -1,0 +1,175 @@
+"""The log of a shard: what is appended is read again, by successors and by followers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shardline.shards.core.errors import CorruptFile, NotFound, NotPrimary
+from shardline.shards.live.epoch_file import raise_epoch, read_epoch
+from shardline.shards.live.log import Log
+from shardline.shards.live.log_tail import LogTail
+from shardline.shards.live.records import Delete, Record, Upsert, decode_record, encode_record
+from tests.live_writes import a_record, as_bytes, records, seqs
+
+
+def segments(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.seg"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Upsert(
+            item_ids=np.array([7, 2**62], dtype=np.int64),
+            vectors=np.array([[1, -2.5, 3], [0, np.inf, -0.0]], dtype=np.float32),
+            attributes=b"\x81\xa1a\x92\x01\x02",
+        ),
+        Upsert(
+            item_ids=np.empty(0, dtype=np.int64),
+            vectors=np.empty((0, 3), dtype=np.float32),
+            attributes=b"",
+        ),
+        Delete(item_ids=np.array([0, 5, 9], dtype=np.int64)),
+        Delete(item_ids=np.empty(0, dtype=np.int64)),
+    ],
+)
+def test_a_record_is_read_as_it_was_written(change: Upsert | Delete) -> None:
+    record = Record(seq=2**40, epoch=2**50, key="schlüssel", change=change)
+    found = decode_record(encode_record(record))
+    assert (found.seq, found.epoch, found.key) == (2**40, 2**50, "schlüssel")
+    assert type(found.change) is type(change)
+    assert found.change.item_ids.dtype == np.int64
+    np.testing.assert_array_equal(found.change.item_ids, change.item_ids)
+    if isinstance(change, Upsert):
+        assert isinstance(found.change, Upsert)
+        assert found.change.vectors.dtype == np.float32
+        assert found.change.vectors.shape == change.vectors.shape
+        np.testing.assert_array_equal(found.change.vectors, change.vectors)
+        assert found.change.attributes == change.attributes
+
+
+def test_what_is_no_record_is_refused() -> None:
+    whole = encode_record(a_record(1))
+    for size in range(len(whole)):
+        with pytest.raises(CorruptFile):
+            decode_record(whole[:size])
+    for wrong in (whole + b"x", b"\x09" + whole[1:], encode_record(a_record(3))[:-1] + b"\xff\xff"):
+        with pytest.raises(CorruptFile):
+            decode_record(wrong)
+
+
+def test_what_is_appended_is_there_for_the_next_primary(tmp_path: Path) -> None:
+    folder = tmp_path / "live" / "000001" / "shard-00000"
+    log, found = Log.open(folder, 1, after_seq=0)
+    assert (found, log.seq) == ([], 0)
+    written = records(1, 6)
+    log.append(written[:1])
+    log.append(written[1:4])
+    log.append([])
+    log.append(written[4:])
+    assert log.seq == 6
+    log.close()
+    for epoch, after_seq in ((2, 0), (3, 2), (4, 6)):
+        log, found = Log.open(folder, epoch, after_seq=after_seq)
+        assert as_bytes(found) == as_bytes(written[after_seq:])
+        assert (log.seq, read_epoch(folder)) == (6, epoch)
+        log.close()
+
+
+def test_a_primary_that_has_a_successor_acknowledges_nothing(tmp_path: Path) -> None:
+    old, _ = Log.open(tmp_path, 1, after_seq=0)
+    old.append(records(1, 2))
+    new, found = Log.open(tmp_path, 2, after_seq=0)
+    assert seqs(found) == [1, 2]
+    for refused in (old.append, old.append):
+        with pytest.raises(NotPrimary):
+            refused(records(3, 3))
+    with pytest.raises(NotPrimary):
+        old.reopen()
+    with pytest.raises(NotPrimary):
+        old.trim(1)
+    new.append(records(3, 4, epoch=2))
+    old.close()
+    new.close()
+    newest, found = Log.open(tmp_path, 3, after_seq=1)
+    newest.close()
+    assert as_bytes(found) == as_bytes([*records(2, 2), *records(3, 4, epoch=2)])
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_epoch_serves_once(tmp_path: Path, epoch: int) -> None:
+    log, _ = Log.open(tmp_path, 2, after_seq=0)
+    with pytest.raises(NotPrimary):
+        Log.open(tmp_path, epoch, after_seq=0)
+    log.append(records(1, 1, epoch=2))
+    log.close()
+
+
+def test_epochs(tmp_path: Path) -> None:
+    assert read_epoch(tmp_path) == 0
+    raise_epoch(tmp_path, 3)
+    raise_epoch(tmp_path, 10)
+    assert read_epoch(tmp_path) == 10
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["EPOCH", f"EPOCH-{10:020d}"]
+    (tmp_path / "EPOCH").write_bytes((tmp_path / "EPOCH").read_bytes().replace(b"10", b"11"))
+    with pytest.raises(CorruptFile, match="EPOCH: damaged"):
+        read_epoch(tmp_path)
+    raise_epoch(tmp_path, 12)
+    assert read_epoch(tmp_path) == 12
+
+
+def test_a_follower_reads_what_comes(tmp_path: Path) -> None:
+    tail = LogTail(tmp_path / "later", 0)
+    assert tail.read_new() == []
+    log, _ = Log.open(tmp_path / "later", 1, after_seq=0)
+    assert tail.read_new() == []
+    log.append(records(1, 2))
+    late = LogTail(tmp_path / "later", 1)
+    assert as_bytes(tail.read_new()) == as_bytes(records(1, 2))
+    assert tail.read_new() == []
+    assert seqs(late.read_new()) == [2]
+    successor, _ = Log.open(tmp_path / "later", 2, after_seq=0)
+    assert tail.read_new() == []
+    with pytest.raises(NotPrimary):
+        log.append(records(3, 3))
+    assert tail.read_new() == []
+    successor.append(records(3, 4, epoch=2))
+    for follower in (tail, late, LogTail(tmp_path / "later", 2)):
+        assert as_bytes(follower.read_new()) == as_bytes(records(3, 4, epoch=2))
+        assert follower.seq == 4
+    log.close()
+    successor.close()
+
+
+def test_segments_are_closed_at_their_size_and_trimmed(tmp_path: Path) -> None:
+    log, _ = Log.open(tmp_path, 1, after_seq=0, segment_bytes=1)
+    tail, behind = LogTail(tmp_path, 0), LogTail(tmp_path, 1)
+    for record in records(1, 6):
+        log.append([record])
+    assert len(segments(tmp_path)) == 6
+    assert seqs(tail.read_new()) == [1, 2, 3, 4, 5, 6]
+    log.trim(0)
+    assert len(segments(tmp_path)) == 6
+    log.trim(3)
+    assert len(segments(tmp_path)) == 3
+    with pytest.raises(NotFound, match="writes 2 to 3 are not in the log"):
+        behind.read_new()
+    log.trim(6)
+    assert len(segments(tmp_path)) == 1
+    log.append(records(7, 7))
+    assert seqs(tail.read_new()) == [7]
+    log.roll()
+    log.trim(7)
+    assert len(segments(tmp_path)) == 1
+    log.close()
+    log, found = Log.open(tmp_path, 2, after_seq=7)
+    assert found == []
+    log.append(records(8, 8, epoch=2))
+    log.close()
+    with pytest.raises(NotFound):
+        Log.open(tmp_path, 3, after_seq=5)
+    assert seqs(tail.read_new()) == []  # epoch 3 has begun nothing: what 2 has written may be void
+    log, found = Log.open(tmp_path, 4, after_seq=7)
+    log.close()
+    assert seqs(found) == seqs(tail.read_new()) == [8]

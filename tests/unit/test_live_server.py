@@ -1,0 +1,226 @@
+"""Live writes over real sockets: a primary, a follower, threads, and compactions as processes."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shardline.shards.core.errors import NotPrimary
+from shardline.shards.core.messages import (
+    ErrorReply,
+    FetchReply,
+    FetchRequest,
+    SearchReply,
+    SearchRequest,
+    WriteReply,
+)
+from shardline.shards.live.changeover import Changeover, CompactionRules
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.server.shard_server import ShardServer
+from tests.live_shard import NEW_ITEMS, built, contents, delete_request, opened, upsert_request
+from tests.unit.test_server import SECRET, Client
+
+SOON_S = 20.0  # a process that compacts takes a second to start
+
+
+class Replica:
+    """A shard as its process holds it."""
+
+    def __init__(self, generation: Path, replica: int, rules: CompactionRules | None) -> None:
+        self.shard, self.writes = opened(generation)
+        self.change = None
+        if rules is not None:
+            self.change = Changeover(generation, 0, main_seq=0, rules=rules)
+        self.server = ShardServer(
+            self.shard, secret=SECRET, replica=replica, writes=self.writes, changeover=self.change
+        )
+        self.address = self.server.bind()
+        self.server.start(1)
+
+    def ask(self, *requests):
+        """The reply to each of requests that are under way together."""
+        with closing(Client(self.address)) as client:
+            for number, request in enumerate(requests):
+                client.send(number + 1, request)
+            return [reply for _, reply in sorted(client.receive() for _ in requests)]
+
+
+@pytest.fixture
+def generation(tmp_path: Path) -> Path:
+    return built(tmp_path)
+
+
+@pytest.fixture
+def pair(generation: Path) -> Iterator[tuple[Replica, Replica]]:
+    replicas = Replica(generation, 0, None), Replica(generation, 1, None)
+    yield replicas
+    for replica in replicas:
+        replica.server.stop()
+
+
+def until(holds) -> None:
+    waited = threading.Event()
+    for _ in range(int(SOON_S / 0.02)):
+        if holds():
+            return
+        waited.wait(0.02)
+    raise AssertionError("it never came")
+
+
+def test_nobody_takes_writes_before_one_leads(pair) -> None:
+    for replica in pair:
+        (reply,) = replica.ask(delete_request([1]))
+        assert isinstance(reply, ErrorReply)
+        assert reply.code == NotPrimary.code
+    assert pair[0].server.lead(1) == 0
+    (reply,) = pair[0].ask(delete_request([1]))
+    assert reply == WriteReply(rows=1, existed=1, generation=7, seq=1)
+
+
+def test_a_shard_without_writes_refuses_them(generation: Path) -> None:
+    shard, _ = opened(generation)
+    server = ShardServer(shard, secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    try:
+        with closing(Client(address)) as client:
+            client.send(1, delete_request([1]))
+            received = client.receive()
+            assert received is not None
+            assert isinstance(received[1], ErrorReply)
+            assert received[1].code == NotPrimary.code
+        with pytest.raises(NotPrimary):
+            server.lead(1)
+    finally:
+        server.stop()
+
+
+def test_what_is_acknowledged_is_in_the_next_search(pair) -> None:
+    primary, follower = pair
+    primary.server.lead(1)
+    with closing(Client(primary.address)) as client:
+        for number in range(1, 30):
+            client.send(number, upsert_request([NEW_ITEMS + number], seed=number))
+            received = client.receive()
+            assert received is not None
+            assert received[1].seq == number
+            vectors = upsert_request([0], seed=number).vectors
+            client.send(99, SearchRequest(queries=vectors, k=1, timeout_ms=5e3))
+            found = client.receive()
+            assert found is not None
+            assert isinstance(found[1], SearchReply)
+            assert found[1].ranked.ids.tolist() == [[NEW_ITEMS + number]]
+    until(lambda: follower.writes.seq == primary.writes.seq)
+    assert contents(follower.shard) == contents(primary.shard)
+
+
+def test_many_writers_at_once(pair) -> None:
+    primary, follower = pair
+    primary.server.lead(1)
+
+    def write(writer: int) -> list[int]:
+        ids = [NEW_ITEMS + 100 * writer + each for each in range(20)]
+        replies = [primary.ask(upsert_request([item], seed=item))[0] for item in ids]
+        primary.ask(delete_request(ids[:5]))
+        return [reply.seq for reply in replies]
+
+    with ThreadPoolExecutor(4) as pool:
+        seqs = [seq for found in pool.map(write, range(4)) for seq in found]
+    assert len(set(seqs)) == 80
+    assert primary.writes.seq == 84
+    until(lambda: follower.writes.seq == 84)
+    assert contents(follower.shard) == contents(primary.shard)
+    expected = {NEW_ITEMS + 100 * w + each for w in range(4) for each in range(5, 20)}
+    assert {item for item in contents(primary.shard) if item >= NEW_ITEMS} == expected
+
+
+def test_another_takes_over_and_the_old_primary_follows(pair) -> None:
+    old, new = pair
+    old.server.lead(1)
+    old.ask(upsert_request([NEW_ITEMS]))
+    assert new.server.lead(2) == 1
+    (refused,) = old.ask(delete_request([NEW_ITEMS]))
+    assert isinstance(refused, ErrorReply)
+    assert refused.code == NotPrimary.code
+    new.ask(delete_request([NEW_ITEMS]))
+    until(lambda: old.writes.seq == 2)
+    (reply,) = old.ask(FetchRequest(item_ids=np.array([NEW_ITEMS, 3]), timeout_ms=5e3))
+    assert isinstance(reply, FetchReply)
+    assert reply.item_ids.tolist() == [3]
+
+
+def test_a_process_compacts_while_it_is_written_and_searched(generation: Path) -> None:
+    rules = CompactionRules(share=0.0, min_rows=30)
+    primary, follower = Replica(generation, 0, rules), Replica(generation, 1, rules)
+    live = live_folder(generation, 0)
+    try:
+        primary.server.lead(1)
+        for number in range(40):
+            item = NEW_ITEMS + number % 35
+            (reply,) = primary.ask(upsert_request([item], seed=number))
+            assert isinstance(reply, WriteReply)
+
+        def are_changed() -> bool:
+            (answer,) = primary.ask(delete_request([9]))
+            assert isinstance(answer, WriteReply)
+            seqs = {each.change.main_seq for each in (primary, follower)}
+            return seqs == set(compacted_seqs(live)[-1:])
+
+        until(are_changed)
+        until(lambda: follower.writes.seq == primary.writes.seq)
+        assert contents(primary.shard) == contents(follower.shard)
+        assert contents(opened(generation)[0]) == contents(primary.shard)
+        assert primary.shard.state.main.rows >= 30 + 60
+    finally:
+        primary.server.stop()
+        follower.server.stop()
+
+
+def test_a_compaction_that_is_killed_is_tried_again_later(generation: Path) -> None:
+    shard, writes = opened(generation)
+    now_s = [0.0]
+    change = Changeover(
+        generation,
+        0,
+        main_seq=0,
+        rules=CompactionRules(share=0.0, min_rows=1),
+        clock=lambda: now_s[0],
+    )
+    writes.lead(1)
+    writes.write([upsert_request([1])])
+    try:
+        change.turn(shard.state, leads=True)
+        running = change._running
+        assert running is not None
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        change.turn(shard.state, leads=True)
+        assert change.trouble is not None
+        assert change._running is None, "not at once"
+        now_s[0] += 100.0
+        change.turn(shard.state, leads=True)
+        until(lambda: change.turn(shard.state, leads=True) is not None)
+        assert change.trouble is None
+    finally:
+        change.stop()
+        writes.close()
+
+
+def test_stopping_writes_what_was_submitted(generation: Path) -> None:
+    replica = Replica(generation, 0, None)
+    replica.server.lead(1)
+    with closing(Client(replica.address)) as client:
+        for number in range(50):
+            client.send(number + 1, upsert_request([NEW_ITEMS + number]))
+        replies = [client.receive() for _ in range(10)]
+        replica.server.stop()
+    acknowledged = {reply[0] for reply in replies if reply is not None}
+    assert len(acknowledged) == 10
+    kept = contents(opened(generation)[0])
+    assert {NEW_ITEMS + number - 1 for number in acknowledged} <= kept.keys()

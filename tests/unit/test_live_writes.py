@@ -1,0 +1,333 @@
+"""Writes to one shard: as its primary, as a follower, and from one to the other."""
+
+import os
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import msgpack
+import numpy as np
+import pytest
+
+from shardline.shards.core.errors import (
+    DeltaFull,
+    InvalidInput,
+    NotPrimary,
+    ReadOnly,
+    ShardlineError,
+    StoreFull,
+)
+from shardline.shards.core.messages import MAX_WRITTEN_ROWS, NO_PARAMS, WriteReply
+from shardline.shards.live.changeover import Changeover, CompactionRules
+from shardline.shards.live.compaction import compact
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.live.writes import HEAL_S, ShardWrites
+from shardline.shards.server.shard import Shard
+from tests.live_shard import (
+    DIM,
+    NEW_ITEMS,
+    ROWS,
+    built,
+    contents,
+    delete_request,
+    opened,
+    unit_vectors,
+    upsert_request,
+    wrote,
+)
+from tests.manual_clock import ManualClock
+
+
+@pytest.fixture
+def generation(tmp_path: Path) -> Path:
+    return built(tmp_path)
+
+
+def leading(generation: Path, epoch: int = 1, **limits: int) -> tuple[Shard, ShardWrites]:
+    shard, writes = opened(generation, **limits)
+    writes.lead(epoch)
+    return shard, writes
+
+
+def test_what_is_acknowledged_is_found_and_survives(generation: Path) -> None:
+    shard, writes = leading(generation)
+    replies = wrote(
+        writes,
+        upsert_request([3, NEW_ITEMS], title=["new 3", None], price=[1.5, 2]),
+        delete_request([4, 5, NEW_ITEMS + 1]),
+    )
+    assert [(r.rows, r.existed, r.seq) for r in replies] == [(2, 1, 1), (3, 2, 2)]
+    query = unit_vectors(2, seed=1)[1:]
+    ids, _ = shard.state.search(query, 3, NO_PARAMS)
+    assert ids[0, 0] == NEW_ITEMS
+    found = shard.state.attributes_of(np.array([3, NEW_ITEMS]), ["title", "price"], np.inf, 1 << 20)
+    assert found is not None
+    titles, prices = msgpack.Unpacker(BytesIO(found[1]))
+    assert (titles, prices) == (["new 3", None], [1.5, 2.0])
+    before = contents(shard)
+    assert not before.keys() & {4, 5}
+    again, _ = opened(generation)
+    assert contents(again) == before
+    assert again.state.seq == 2
+
+
+def test_a_group_shares_an_fsync_and_each_gets_its_own_answer(generation: Path) -> None:
+    _, writes = leading(generation)
+    bad = replace(upsert_request([7]), vectors=np.zeros((1, DIM + 1), np.float32))
+    answers = writes.write(
+        [
+            upsert_request([1], key="a"),
+            bad,
+            upsert_request([1], key="a"),
+            upsert_request([2], price=["dear"]),
+            delete_request([1]),
+        ]
+    )
+    assert [getattr(each, "seq", None) for each in answers] == [1, None, 1, None, 2]
+    wrong = [each for each in answers if isinstance(each, ShardlineError)]
+    assert [(type(each), each.field) for each in wrong] == [
+        (InvalidInput, "vectors"),
+        (InvalidInput, "attributes.price"),
+    ]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_repeated_key_is_one_effect(generation: Path, restart: bool) -> None:
+    _, writes = leading(generation)
+    (first,) = wrote(writes, upsert_request([1, NEW_ITEMS], key="k"))
+    wrote(writes, delete_request([1]))
+    if restart:
+        _, writes = leading(generation, epoch=2)
+    (again,) = wrote(writes, upsert_request([1, NEW_ITEMS], key="k"))
+    assert again == first
+    assert writes.seq == 2
+    (refused,) = writes.write([upsert_request([1], key="k")])
+    assert isinstance(refused, InvalidInput)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        upsert_request([]),
+        delete_request([]),
+        delete_request([-1]),
+        delete_request([1, 1]),
+        delete_request(range(MAX_WRITTEN_ROWS + 1)),
+        upsert_request([1], key="ä" * 65),
+        upsert_request([1], colour=["red"]),
+        replace(upsert_request([1]), vectors=np.full((1, DIM), np.nan, np.float32)),
+        replace(upsert_request([1]), attributes=b"\xc1"),
+    ],
+)
+def test_bad_input_changes_nothing(generation: Path, request_) -> None:
+    shard, writes = leading(generation)
+    state = shard.state
+    (answer,) = writes.write([request_])
+    assert isinstance(answer, InvalidInput)
+    assert shard.state is state
+    assert opened(generation)[0].state.seq == 0
+
+
+def test_a_full_delta_refuses_upserts_and_takes_deletes(generation: Path) -> None:
+    _, writes = leading(generation, max_delta_rows=3)
+    first, refused, deleted = writes.write(
+        [upsert_request([1, 2], key="k"), upsert_request([3, 4]), delete_request([1])]
+    )
+    assert isinstance(first, WriteReply)
+    assert isinstance(refused, DeltaFull)
+    assert isinstance(deleted, WriteReply)
+    assert wrote(writes, upsert_request([1, 2], key="k")) == [first], "it was taken before"
+
+
+def test_a_follower_sees_what_the_primary_writes(generation: Path) -> None:
+    primary, writes = leading(generation)
+    replica, follower = opened(generation)
+    (answer,) = follower.write([delete_request([1])])
+    assert isinstance(answer, NotPrimary)
+    for round_ in range(3):
+        wrote(writes, upsert_request([round_, NEW_ITEMS + round_], seed=round_ + 2))
+        follower.catch_up()
+        assert contents(replica) == contents(primary)
+        assert follower.seq == writes.seq
+
+
+def test_the_primary_of_the_past_acknowledges_nothing(generation: Path) -> None:
+    old_shard, old = leading(generation, epoch=3)
+    wrote(old, upsert_request([NEW_ITEMS]))
+    new_shard, new = opened(generation)
+    assert new.lead(4) == 1
+    (answer,) = old.write([delete_request([NEW_ITEMS])])
+    assert isinstance(answer, NotPrimary)
+    assert not old.leads
+    wrote(new, upsert_request([NEW_ITEMS + 1]))
+    old.catch_up()
+    assert contents(old_shard) == contents(new_shard)
+    with pytest.raises(NotPrimary):
+        old.lead(3)
+    assert old.lead(5) == 2
+
+
+class FailingDisk:
+    """Makes the log's fsync fail while ``error`` is set."""
+
+    error: OSError | None = None
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        real = os.fdatasync
+
+        def fdatasync(descriptor: int) -> None:
+            if self.error is not None:
+                raise self.error
+            real(descriptor)
+
+        monkeypatch.setattr(os, "fdatasync", fdatasync)
+
+
+def test_a_full_disk_refuses_writes_until_there_is_room(generation, monkeypatch) -> None:
+    disk, now_s = FailingDisk(monkeypatch), [100.0]
+    shard, _ = opened(generation)
+    writes = ShardWrites(shard, live_folder(generation, 0), clock=lambda: now_s[0])
+    writes.lead(1)
+    wrote(writes, upsert_request([NEW_ITEMS]))
+    state, disk.error = shard.state, OSError(28, "No space left on device")
+    for _ in range(2):
+        (answer,) = writes.write([upsert_request([NEW_ITEMS + 1], key="k")])
+        assert isinstance(answer, StoreFull)
+    assert shard.state is state, "searches go on with what was acknowledged"
+    assert "No space left" in str(writes.describe()["trouble"])
+    disk.error = OSError(5, "Input/output error")
+    now_s[0] += HEAL_S
+    (answer,) = writes.write([delete_request([1])])
+    assert isinstance(answer, ReadOnly)
+    disk.error = None
+    (answer,) = writes.write([delete_request([1])])
+    assert isinstance(answer, ReadOnly), "not tried again so soon"
+    now_s[0] += HEAL_S
+    (answer,) = wrote(writes, upsert_request([NEW_ITEMS + 1], key="k"))
+    assert writes.describe()["trouble"] is None
+    assert contents(opened(generation)[0]) == contents(shard)
+
+
+def test_a_defect_of_ours_leaves_no_gap(generation: Path, monkeypatch) -> None:
+    shard, writes = leading(generation)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shardline.shards.live.writes.apply", broken)
+        with pytest.raises(ZeroDivisionError):
+            writes.write([delete_request([1])])
+    assert not writes.leads
+    writes.catch_up()
+    assert writes.seq == 1
+    assert 1 not in contents(shard)
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "ivfpq-fs", "sq8"])
+def test_a_compaction_changes_no_answer(tmp_path: Path, kind: str) -> None:
+    options = {"nlist": 2} if kind.startswith("ivf") else {}
+    generation = built(tmp_path, kind=kind, **options)
+    shard, writes = leading(generation)
+    wrote(
+        writes,
+        upsert_request(range(5, 15), seed=4, title=[f"t{n}" for n in range(10)]),
+        upsert_request(range(NEW_ITEMS, NEW_ITEMS + 20), seed=5, key="k"),
+        delete_request([0, 7, 59, NEW_ITEMS + 3]),
+    )
+    done = compact(generation, 0)
+    assert (done.seq, done.rows) == (3, ROWS + 20 - 4)
+    compacted, again = opened(generation)
+    assert compacted.state.main.rows == done.rows
+    assert not compacted.state.delta.rows
+    ids = np.array(sorted(contents(shard)))
+    assert sorted(contents(compacted)) == ids.tolist()
+    for name in ("title", "price"):
+        before, after = (
+            each.state.attributes_of(ids, [name], np.inf, 1 << 20) for each in (shard, compacted)
+        )
+        assert before is not None
+        assert after is not None
+        assert before[1] == after[1]
+    if kind in ("flat", "ivf", "hnsw"):
+        assert contents(compacted) == contents(shard)
+        query = unit_vectors(6, seed=9)
+        everything = replace(NO_PARAMS, nprobe=2) if kind == "ivf" else NO_PARAMS
+        before, after = (each.state.search(query, 10, everything) for each in (shard, compacted))
+        np.testing.assert_array_equal(before.ids, after.ids)
+    again.lead(2)
+    (reply,) = wrote(again, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 20), seed=5, key="k"))
+    assert reply.seq == 2, "keys outlive the compaction"
+
+
+def changing(generation: Path, writes: ShardWrites, *, leads: bool) -> Changeover:
+    """With a compaction that runs at once, here."""
+
+    class Done:
+        def poll(self) -> int:
+            return 0
+
+    def start(folder: Path, shard: int) -> Done:
+        compact(folder, shard)
+        return Done()
+
+    rules = CompactionRules(share=0.0, min_rows=10)
+    change = Changeover(
+        generation, 0, main_seq=0, rules=rules, start=start, clock=ManualClock().time
+    )
+    assert change.turn(writes.state, leads=leads) is None
+    return change
+
+
+def changed_over(change: Changeover, writes: ShardWrites, *, leads: bool) -> None:
+    loaded = change.turn(writes.state, leads=leads)
+    while loaded is None:
+        assert change.is_busy
+        loaded = change.turn(writes.state, leads=leads)
+    assert writes.adopt(loaded)
+    change.main_seq = loaded.main_seq
+
+
+def test_primary_and_follower_change_over_while_writes_go_on(generation: Path) -> None:
+    shard, writes = leading(generation)
+    replica, follower = opened(generation)
+    wrote(writes, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12)))
+    follower.catch_up()
+    before = shard.state
+    change = changing(generation, writes, leads=True)
+    wrote(writes, delete_request([NEW_ITEMS, 3]), upsert_request([4], seed=8))
+    expected = contents(shard)
+    changed_over(change, writes, leads=True)
+    assert shard.state.main is not before.main
+    assert (shard.state.delta.rows, shard.state.seq) == (1, 3)
+    assert contents(shard) == expected
+    wrote(writes, upsert_request([NEW_ITEMS + 50], seed=9))
+    other = changing(generation, follower, leads=False)
+    changed_over(other, follower, leads=False)
+    follower.catch_up()
+    assert contents(replica) == contents(shard) == contents(opened(generation)[0])
+
+
+def test_what_a_compaction_holds_leaves_the_log(generation: Path) -> None:
+    shard, writes = leading(generation)
+    folder = live_folder(generation, 0)
+    for round_ in range(3):
+        wrote(writes, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12), seed=round_))
+        changed_over(changing(generation, writes, leads=True), writes, leads=True)
+    assert compacted_seqs(folder) == [2, 3], "the one before may still be read"
+    size = sum(path.stat().st_size for path in folder.glob("log-*"))
+    assert size < 12 * DIM * 4, "no vector is left in the log"
+    assert contents(opened(generation)[0]) == contents(shard)
+
+
+def test_a_shard_whose_items_are_all_deleted_goes_on(generation: Path) -> None:
+    shard, writes = leading(generation)
+    wrote(writes, delete_request(range(ROWS)))
+    with pytest.raises(InvalidInput, match="every item"):
+        compact(generation, 0)
+    ids, _ = shard.state.search(unit_vectors(1), 3, NO_PARAMS)
+    assert ids.tolist() == [[-1, -1, -1]]
+    wrote(writes, upsert_request([NEW_ITEMS]))
+    assert compact(generation, 0).rows == 1
+    assert list(contents(opened(generation)[0])) == [NEW_ITEMS]
