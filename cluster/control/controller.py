@@ -20,6 +20,21 @@ from typing import Any
 from ray.exceptions import RayError
 
 from shardline.cluster.control.cluster_report import Http, cluster_report, restart_progress
+from shardline.cluster.control.events import (
+    Announce,
+    End,
+    Event,
+    HostsSeen,
+    Instruction,
+    NumberSeen,
+    Place,
+    Publish,
+    ReplicaFailed,
+    ReplicaRegistered,
+    ReplicaUnreachable,
+    RestartAsked,
+    RestartStopped,
+)
 from shardline.cluster.control.news import News
 from shardline.cluster.control.opening import (
     cluster_id_of,
@@ -36,23 +51,7 @@ from shardline.cluster.control.outlook import (
     without_room,
 )
 from shardline.cluster.control.placement import open_generation, step
-from shardline.cluster.control.placement_state import (
-    Announce,
-    End,
-    Event,
-    HostsSeen,
-    Instruction,
-    NumberSeen,
-    Place,
-    Publish,
-    ReplicaFailed,
-    ReplicaRegistered,
-    ReplicaUnreachable,
-    RestartAsked,
-    RestartStopped,
-    Rules,
-    Stage,
-)
+from shardline.cluster.control.placement_state import Rules, Stage
 from shardline.cluster.control.ray_hosts import fresh_hosts
 from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.rolling_restart import is_restarting

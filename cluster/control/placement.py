@@ -14,22 +14,24 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from shardline.cluster.control.hosts import Host
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     Announce,
     Event,
     HostsSeen,
     Instruction,
     NumberSeen,
     Place,
-    Placement,
     Publish,
     ReplicaIdle,
     ReplicaRegistered,
-    ReplicaState,
     ReplicaUnreachable,
     RestartAsked,
     RestartStopped,
+)
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.placement_state import (
+    Placement,
+    ReplicaState,
     Rules,
     Stage,
 )

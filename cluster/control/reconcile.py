@@ -11,11 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
+from shardline.cluster.control.events import (
+    Instruction,
+    Place,
+)
 from shardline.cluster.control.hosts import Spot, Spread, better_spread
 from shardline.cluster.control.placement_state import (
     Failure,
-    Instruction,
-    Place,
     Placement,
     ReplicaState,
     Stage,

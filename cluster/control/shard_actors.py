@@ -25,13 +25,13 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shardline.cluster.control.opening import cluster_id_of
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     Event,
     ReplicaFailed,
     ReplicaIdle,
     ReplicaUnreachable,
 )
+from shardline.cluster.control.opening import cluster_id_of
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.messages import Absence, ReplicaKey
 from shardline.shards.index.spec import Device

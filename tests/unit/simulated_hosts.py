@@ -4,22 +4,21 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shardline.cluster.control.hosts import Host
-from shardline.cluster.control.placement import open_generation, step
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     End,
     Event,
     HostsSeen,
     Instruction,
     Place,
-    Placement,
     Publish,
     ReplicaFailed,
     ReplicaIdle,
     ReplicaRegistered,
     ReplicaUnreachable,
-    Rules,
 )
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.placement import open_generation, step
+from shardline.cluster.control.placement_state import Placement, Rules
 from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 

@@ -16,13 +16,13 @@ from ray.exceptions import (
 )
 
 from shardline.cluster.control import shard_actors
-from shardline.cluster.control.opening import cluster_id_of
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     Event,
     ReplicaFailed,
     ReplicaIdle,
     ReplicaUnreachable,
 )
+from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.shard_actors import (
     ActorName,
     ShardActors,
