@@ -25,19 +25,20 @@ class HostsSeen:
 class ReplicaRegistered:
     """A shard process loaded its range and listens; it is handed the epoch it must announce.
 
-    epoch: the one that it announces until then, 0 for none. now_s: 0 counts as the time of the last
-    ``HostsSeen``, which may lie long back while Ray's head is away.
+    epoch: the one that it announces until then, 0 for none. leads: the epoch with which it takes
+    the writes of its shard; None: it does not.
     """
 
     key: ReplicaKey
     address: tuple[str, int]
     epoch: int = 0
+    leads: int | None = None
     now_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaUnreachable:
-    """The process of that epoch is gone; Ray is restarting it. now_s: as of ReplicaRegistered."""
+    """The process of that epoch is gone; Ray is restarting it."""
 
     key: ReplicaKey
     epoch: int
@@ -51,6 +52,7 @@ class ReplicaFailed:
 
     key: ReplicaKey
     reason: Absence
+    now_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,42 @@ class ReplicaIdle:
     """No router is connected to the replica any more; of interest while it drains."""
 
     key: ReplicaKey
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leading:
+    """The replica takes the writes of its shard, as it was asked to; seq: how many it has applied,
+    all that were ever acknowledged among them."""
+
+    key: ReplicaKey
+    epoch: int
+    seq: int
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeadFailed:
+    """The replica was asked to lead with that epoch, and refused, or did not answer in time."""
+
+    key: ReplicaKey
+    epoch: int
+    reason: Absence
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderSeen:
+    """What the leader of that epoch says when it is looked at.
+
+    leads: the epoch with which it takes writes; None: it does not any more. refused: why it cannot
+    take any now, a full disk for example, from which it recovers by itself.
+    """
+
+    key: ReplicaKey
+    epoch: int
+    leads: int | None
+    refused: Absence | None = None
+    now_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +121,9 @@ Event: TypeAlias = (
     | ReplicaUnreachable
     | ReplicaFailed
     | ReplicaIdle
+    | Leading
+    | LeadFailed
+    | LeaderSeen
     | NumberSeen
     | RestartAsked
     | RestartStopped
@@ -123,4 +164,12 @@ class End:
     node_id: str
 
 
-Instruction: TypeAlias = Publish | Place | Announce | End
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lead:
+    """Have the replica take the writes of its shard, with that epoch."""
+
+    key: ReplicaKey
+    epoch: int
+
+
+Instruction: TypeAlias = Publish | Place | Announce | End | Lead

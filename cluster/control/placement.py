@@ -19,6 +19,9 @@ from shardline.cluster.control.events import (
     Event,
     HostsSeen,
     Instruction,
+    LeaderSeen,
+    LeadFailed,
+    Leading,
     NumberSeen,
     Place,
     Publish,
@@ -29,6 +32,16 @@ from shardline.cluster.control.events import (
     RestartStopped,
 )
 from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.leading import (
+    after_lead_failed,
+    after_leader_seen,
+    after_leading,
+    after_registered,
+    elect,
+    names_of,
+    primary_of,
+    write_notes,
+)
 from shardline.cluster.control.placement_state import (
     Placement,
     ReplicaState,
@@ -120,7 +133,10 @@ def step(placement: Placement, event: Event) -> Outcome:
     if changed is placement:
         return placement, ()
     changed, then = reconcile(changed)
-    return _published(placement, changed, (*first, *then))
+    if not changed.settled:
+        changed = replace(changed, settled=_is_settled(changed))
+    changed, asked = elect(changed, _time_of(event))
+    return _published(placement, changed, (*first, *then, *asked))
 
 
 def _taken(placement: Placement, event: Event) -> Outcome:
@@ -142,6 +158,12 @@ def _taken(placement: Placement, event: Event) -> Outcome:
         return _unreachable(placement, state, event), ()
     if isinstance(event, ReplicaIdle):
         return after_idle(placement, state)
+    if isinstance(event, Leading):
+        return after_leading(placement, event), ()
+    if isinstance(event, LeadFailed):
+        return after_lead_failed(placement, event)
+    if isinstance(event, LeaderSeen):
+        return after_leader_seen(placement, event), ()
     return after_failure(placement, state, event.reason)
 
 
@@ -173,13 +195,14 @@ def _number_seen(placement: Placement, number: int) -> Outcome:
 
 
 def _registered(placement: Placement, state: ReplicaState, event: ReplicaRegistered) -> Placement:
-    epoch = max(placement.counter, event.epoch) + 1
+    epoch = max(placement.counter, event.epoch, event.leads or 0) + 1
     route = replace(state.route, epoch=epoch, address=event.address, absence=None)
     is_known = state.route.address == event.address
     since_s = state.since_s if is_known else max(placement.now_s, event.now_s)
     heard = replace(state, route=route, failures=0, since_s=since_s, unheard=False)
     failed = {spot: each for spot, each in placement.failed.items() if spot != state.spot}
-    return replace(placement, counter=epoch, failed=failed).with_states(heard)
+    placement = replace(placement, counter=epoch, failed=failed).with_states(heard)
+    return after_registered(placement, event, is_new=not is_known)
 
 
 def _unreachable(placement: Placement, state: ReplicaState, event: ReplicaUnreachable) -> Placement:
@@ -196,14 +219,13 @@ def _published(
     """The placement under the next number, if routers are to know of what has changed."""
     shards = _shard_routes(changed)
     notes = (*changed.store_notes, *_notes(changed))
-    settled = before.settled or _is_settled(changed)
     was = (before.table.shards, before.table.notes, before.settled, before.counter)
-    if was == (shards, notes, settled, changed.counter):
+    if was == (shards, notes, changed.settled, changed.counter):
         return changed, instructions
     counter = max(changed.counter, before.counter + 1)
     table = replace(before.table, version=counter, shards=shards, notes=notes)
-    changed = replace(changed, table=table, counter=counter, settled=settled)
-    return changed, (*((Publish(table=table),) if settled else ()), *instructions)
+    changed = replace(changed, table=table, counter=counter)
+    return changed, (*((Publish(table=table),) if changed.settled else ()), *instructions)
 
 
 def _is_settled(placement: Placement) -> bool:
@@ -212,6 +234,11 @@ def _is_settled(placement: Placement) -> bool:
         return True
     answering = {state.key.shard for state in placement.staying() if state.answers}
     return placement.now_s >= placement.heard_by_s and unheard <= answering
+
+
+def _time_of(event: Event) -> float:
+    """0: that of the last news of hosts."""
+    return float(getattr(event, "now_s", 0.0))
 
 
 def _found(key: ReplicaKey, node_id: str, hosts: Mapping[str, Host], now_s: float) -> ReplicaState:
@@ -227,7 +254,11 @@ def _shard_routes(placement: Placement) -> tuple[ShardRoute, ...]:
         if state.stage is not Stage.DRAINING:
             routes[state.key.shard].append(state.route)
     return tuple(
-        replace(shard, replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]))
+        replace(
+            shard,
+            replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]),
+            primary=primary_of(placement, shard.shard),
+        )
         for shard in placement.table.shards
     )
 
@@ -248,11 +279,11 @@ def _notes(placement: Placement) -> tuple[Absence, ...]:
     hosts = ", ".join(host.address for host in placement.hosts.values())
     for count, shards in sorted(by_count.items()):
         text = (
-            f"{count} instead of {placement.rules.replicas} replicas of {_names(shards)}: "
+            f"{count} instead of {placement.rules.replicas} replicas of {names_of(shards)}: "
             f"the living hosts have no room for more ({hosts})"
         )
         notes.append(Absence(Unavailable.code, text))
-    return (*notes, *_failure_notes(placement))
+    return (*notes, *_failure_notes(placement), *write_notes(placement))
 
 
 def _failure_notes(placement: Placement) -> list[Absence]:
@@ -263,10 +294,6 @@ def _failure_notes(placement: Placement) -> list[Absence]:
         if spot not in used:
             by_reason[placement.address_of(spot.node_id), failure.reason].append(spot.shard)
     return [
-        Absence(reason.code, f"{_names(shards)} could not be loaded on {host}: {reason.text}")
+        Absence(reason.code, f"{names_of(shards)} could not be loaded on {host}: {reason.text}")
         for (host, reason), shards in by_reason.items()
     ]
-
-
-def _names(shards: list[int]) -> str:
-    return f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from shardline.cluster.control.hosts import Host, Spot
+from shardline.cluster.control.leading_state import Leadership
 from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, ReplicaRoute, RoutingTable
 
@@ -66,13 +67,14 @@ class Rules:
 
     replicas: wanted of each shard. cpus, gpus: what each reserves. load_limit_s: a replica that
     has not begun to answer by then is tried on another host, if there is one for it; one that was
-    to take over from another is given up.
+    to take over from another is given up. writes: whether shards take any.
     """
 
     replicas: int = 1
     cpus: float = 0.0
     gpus: float = 0.0
     load_limit_s: float = 300.0
+    writes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,7 @@ class Placement:
     heard_by_s and nothing is lost without the rest.
     hosts: the living ones by node id, by address; seen_since: since when each is known.
     next_numbers: of each shard, the number of its next replica.
+    leading: of each shard, which replica takes writes; a shard that is missing has had none yet.
     """
 
     rules: Rules
@@ -100,6 +103,7 @@ class Placement:
     settled: bool = False
     failed: Mapping[Spot, Failure] = field(default_factory=dict)
     restart: Restart | None = None
+    leading: Mapping[int, Leadership] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import ray
 
-from shardline.shards.core.messages import ReplicaKey
+from shardline.shards.core.errors import NotPrimary
+from shardline.shards.core.messages import Pulse, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.process.ray_metrics import RayExporter
@@ -72,9 +73,20 @@ class ShardActor:
         """Registers again: a restarted controller does not know this shard's address."""
         self._server.epoch = self._register()
 
-    def ping(self) -> int:
-        """The process id, as a sign of life."""
-        return os.getpid()
+    def ping(self) -> Pulse:
+        """A sign of life, and whether it takes writes."""
+        return Pulse(pid=os.getpid(), seq=self._shard.state.seq)
+
+    def lead(self, epoch: int) -> int:
+        """Takes the writes of the shard from now on; how many it has applied.
+
+        Raises:
+            NotPrimary: the shard's log has a higher epoch.
+            ReadOnly: the log cannot be written.
+        """
+        raise NotPrimary(
+            "this shard takes no writes", expected="one that does", got=f"epoch {epoch}"
+        )
 
     def describe(self) -> dict[str, Any]:
         """The rows, the index and the counters of this shard, for `status`."""
@@ -98,7 +110,7 @@ class ShardActor:
 
     def _register(self) -> int:
         registration = ray.get_actor(self._controller).register_replica.remote(
-            key=self._server.key, address=self._address, epoch=self._server.epoch
+            key=self._server.key, address=self._address, epoch=self._server.epoch, leads=None
         )
         epoch: int = ray.get(registration)
         return epoch

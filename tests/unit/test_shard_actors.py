@@ -16,6 +16,7 @@ from ray.exceptions import (
 )
 
 from shardline.cluster.control import shard_actors
+from shardline.cluster.control.actor_name import ActorName
 from shardline.cluster.control.events import (
     Event,
     ReplicaFailed,
@@ -24,7 +25,6 @@ from shardline.cluster.control.events import (
 )
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.shard_actors import (
-    ActorName,
     ShardActors,
     ShardSettings,
     reason_of,
@@ -148,7 +148,7 @@ def test_a_dead_one_that_was_replaced_during_the_check_is_no_event(
 
 def test_only_the_second_miss_in_a_row_is_an_event(actors: ShardActors, handle: Handle) -> None:
     away = ActorUnavailableError("restarting", None)
-    handle.ping.plan = [away, None, away, away]
+    handle.ping.plan = [away, handle.ping.then, away, away]
     assert [check(actors) for _ in range(3)] == [None, None, None]
     event = check(actors)
     assert isinstance(event, ReplicaUnreachable)
