@@ -99,6 +99,15 @@ class LeaderSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeaderSilent:
+    """The leader of that epoch did not answer when it was looked at: dead, stopped or slow."""
+
+    key: ReplicaKey
+    epoch: int
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NumberSeen:
     """A router has a table of this version."""
 
@@ -124,6 +133,7 @@ Event: TypeAlias = (
     | Leading
     | LeadFailed
     | LeaderSeen
+    | LeaderSilent
     | NumberSeen
     | RestartAsked
     | RestartStopped

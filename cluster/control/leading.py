@@ -7,7 +7,6 @@ leave hands over before it does: it stays in the table as the leader until its s
 it leads, so that writes are refused for as long as that takes, and no longer.
 """
 
-from collections import defaultdict
 from dataclasses import replace
 
 from shardline.cluster.control.events import (
@@ -15,6 +14,7 @@ from shardline.cluster.control.events import (
     Instruction,
     Lead,
     LeaderSeen,
+    LeaderSilent,
     LeadFailed,
     Leading,
     ReplicaRegistered,
@@ -37,7 +37,7 @@ def primary_key(placement: Placement, shard: int) -> ReplicaKey | None:
     """The replica that takes the shard's writes; None: none does now."""
     if not placement.rules.writes:
         return None
-    leader = _leader(placement, placement.leading.get(shard, NOBODY))
+    leader = leader_of(placement, placement.leading.get(shard, NOBODY))
     return None if leader is None else leader.key
 
 
@@ -51,6 +51,17 @@ def epoch_of(placement: Placement, key: ReplicaKey) -> int | None:
     """That with which the replica leads its shard; None: it does not."""
     leader = placement.leading.get(key.shard, NOBODY).leader
     return leader.epoch if leader is not None and leader.key == key else None
+
+
+def leader_of(placement: Placement, known: Leadership) -> ReplicaState | None:
+    """The leader, if routers can ask it."""
+    state = None if known.leader is None else placement.replicas.get(known.leader.key)
+    return state if state is not None and _can_be_asked(state) else None
+
+
+def leads_on(leader: ReplicaState | None, known: Leadership) -> bool:
+    """Whether the leader is to lead on."""
+    return leader is not None and leader.stage is Stage.STAYING and not known.is_silent
 
 
 def elect(placement: Placement, now_s: float) -> Outcome:
@@ -99,7 +110,7 @@ def after_leading(placement: Placement, event: Leading) -> Placement:
     known = placement.leading.get(event.key.shard, NOBODY)
     if known.asked != Term(event.key, event.epoch):
         return placement
-    led = replace(known, leader=known.asked, asked=None, failed=None, refused=None)
+    led = replace(_led_by(known, known.asked), asked=None)
     return _with(placement, event.key.shard, led)
 
 
@@ -121,16 +132,21 @@ def after_leader_seen(placement: Placement, event: LeaderSeen) -> Placement:
     if known.leader != Term(event.key, event.epoch):
         return placement
     if event.leads == event.epoch:
-        if event.refused == known.refused:
-            return placement
-        return _with(placement, shard, replace(known, refused=event.refused))
-    lost = replace(known, leader=None, refused=None)
+        seen = replace(known, is_silent=False, refused=event.refused)
+        return placement if seen == known else _with(placement, shard, seen)
     if known.asked is None:  # else its successor has read the log, and is about to say so
         text = f"replica {event.key.replica} has lost the lead: its log has a higher epoch"
         reason = Absence(NotPrimary.code, text)
         placement = _failed(placement, event.key, reason, event.now_s)
-        lost = replace(placement.leading[shard], leader=None, refused=None)
-    return _with(placement, shard, lost)
+    return _with(placement, shard, _led_by(placement.leading[shard], None))
+
+
+def after_leader_silent(placement: Placement, event: LeaderSilent) -> Placement:
+    """Another is to lead, if there is one; until it does the silent one may go on."""
+    known = placement.leading.get(event.key.shard, NOBODY)
+    if known.is_silent or known.leader != Term(event.key, event.epoch):
+        return placement
+    return _with(placement, event.key.shard, replace(known, is_silent=True))
 
 
 def after_registered(placement: Placement, event: ReplicaRegistered, *, is_new: bool) -> Placement:
@@ -142,43 +158,13 @@ def after_registered(placement: Placement, event: ReplicaRegistered, *, is_new: 
     known = was = placement.leading.get(shard, NOBODY)
     led = known.leader is not None and known.leader.key == event.key
     if led and known.leader != Term(event.key, event.leads or 0):
-        known = replace(known, leader=None, refused=None)
+        known = _led_by(known, None)
     if is_new and known.asked is not None and known.asked.key == event.key:
         known = replace(known, asked=None)
     epochs = [term.epoch for term in (known.leader, known.asked) if term is not None]
     if event.leads is not None and event.leads > max(epochs, default=0):
-        known = replace(known, leader=Term(event.key, event.leads), failed=None, refused=None)
+        known = _led_by(known, Term(event.key, event.leads))
     return placement if known == was else _with(placement, shard, known)
-
-
-def write_notes(placement: Placement) -> list[Absence]:
-    """Which shards take no writes though they answer, or cannot be handed over, and why."""
-    if not placement.rules.writes:
-        return []
-    by_reason: dict[tuple[str, Absence], list[int]] = defaultdict(list)
-    for shard, known in sorted(placement.leading.items()):
-        leader = _leader(placement, known)
-        if leader is not None and known.refused is not None:
-            by_reason["are refused", known.refused].append(shard)
-        elif leader is None and known.failed is not None:
-            by_reason["are refused", known.failed].append(shard)
-        elif leader is not None and leader.stage is Stage.LEAVING and known.failed is not None:
-            by_reason["cannot be handed over to another replica", known.failed].append(shard)
-    return [
-        Absence(reason.code, f"writes to {names_of(shards)} {what}: {reason.text}")
-        for (what, reason), shards in by_reason.items()
-    ]
-
-
-def names_of(shards: list[int]) -> str:
-    """ "shard 1", "shards 1, 2"."""
-    return f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"
-
-
-def _leader(placement: Placement, known: Leadership) -> ReplicaState | None:
-    """The leader, if routers can ask it."""
-    state = None if known.leader is None else placement.replicas.get(known.leader.key)
-    return state if state is not None and _can_be_asked(state) else None
 
 
 def _can_be_asked(state: ReplicaState) -> bool:
@@ -191,8 +177,7 @@ def _is_open(placement: Placement, shard: int) -> bool:
     asked = None if known.asked is None else placement.replicas.get(known.asked.key)
     if asked is not None and _can_be_asked(asked):
         return False
-    leader = _leader(placement, known)
-    return known.asked is not None or leader is None or leader.stage is Stage.LEAVING
+    return known.asked is not None or not leads_on(leader_of(placement, known), known)
 
 
 def _open_shards(placement: Placement) -> dict[int, list[ReplicaState]]:
@@ -211,15 +196,15 @@ def _chosen(
     placement: Placement, known: Leadership, states: list[ReplicaState], now_s: float
 ) -> ReplicaState | None:
     """Who is to be asked now; None: nobody, because the leader stays, or no other can yet."""
-    leader = _leader(placement, known)
-    if leader is not None and leader.stage is Stage.STAYING:
+    leader = leader_of(placement, known)
+    if leads_on(leader, known):
         return None
-    staying = [state for state in states if state.stage is Stage.STAYING]
+    staying = [state for state in states if state.stage is Stage.STAYING and state is not leader]
     able = [state for state in staying if state.answers]
-    if leader is not None:  # it serves on until all are there, and hands over once
-        able = able if len(able) == len(staying) else []
-    else:
+    if leader is None:
         able = able or [state for state in states if _can_be_asked(state)]
+    elif not known.is_silent and len(able) < len(staying):
+        able = []  # it serves on until all are there, and hands over once
 
     def worth(state: ReplicaState) -> tuple[int, bool, int]:
         restart = placement.restart
@@ -231,6 +216,12 @@ def _chosen(
     if chosen is None or (is_early and chosen.key in known.failures):
         return None
     return chosen
+
+
+def _led_by(known: Leadership, leader: Term | None) -> Leadership:
+    """Nothing is known of another leader, or of why there was none; for none, that stays."""
+    failed = known.failed if leader is None else None
+    return replace(known, leader=leader, is_silent=False, failed=failed, refused=None)
 
 
 def _failed(placement: Placement, key: ReplicaKey, reason: Absence, now_s: float) -> Placement:

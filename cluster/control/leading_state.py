@@ -18,13 +18,15 @@ class Term:
 class Leadership:
     """Of one shard.
 
-    leader: who has said that it leads; it need not answer any more. asked: who was asked to lead
-    and has not said yet whether it does. failures: of each replica, how often it could not lead, or
-    lost the lead, lately. not_before_s: until then nobody with failures is asked again. failed: why
-    the newest attempt failed. refused: why the leader takes no writes now.
+    leader: who has said that it leads; it need not answer any more. is_silent: it did not when it
+    was last looked at. asked: who was asked to lead and has not said yet whether it does. failures:
+    of each replica, how often it could not lead, or lost the lead, lately. not_before_s: until then
+    nobody with failures is asked again. failed: why the newest attempt failed. refused: why the
+    leader takes no writes now.
     """
 
     leader: Term | None = None
+    is_silent: bool = False
     asked: Term | None = None
     failures: Mapping[ReplicaKey, int] = field(default_factory=dict)
     not_before_s: float = 0.0

@@ -20,6 +20,7 @@ from shardline.cluster.control.events import (
     HostsSeen,
     Instruction,
     LeaderSeen,
+    LeaderSilent,
     LeadFailed,
     Leading,
     NumberSeen,
@@ -35,13 +36,13 @@ from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.leading import (
     after_lead_failed,
     after_leader_seen,
+    after_leader_silent,
     after_leading,
     after_registered,
     elect,
-    names_of,
     primary_of,
-    write_notes,
 )
+from shardline.cluster.control.notes import notes_of
 from shardline.cluster.control.placement_state import (
     Placement,
     ReplicaState,
@@ -71,6 +72,7 @@ from shardline.shards.core.messages import (
 HEAR_S = 3.0
 # Without news of hosts for so long, many times their interval, Ray's head was away.
 GAP_S = 10.0
+ABOUT_LEADERS = (Leading, LeadFailed, LeaderSeen, LeaderSilent)
 
 
 def open_generation(
@@ -120,7 +122,7 @@ def open_generation(
         states = (replace(state, unheard=True) for state in filled.replicas.values())
         filled = filled.with_states(*states)
     shards = _shard_routes(filled)
-    notes = (*table.notes, *_notes(filled))
+    notes = (*table.notes, *notes_of(filled))
     return replace(filled, table=replace(filled.table, shards=shards, notes=notes)), (
         *asked,
         *instructions,
@@ -132,7 +134,9 @@ def step(placement: Placement, event: Event) -> Outcome:
     changed, first = _taken(placement, event)
     if changed is placement:
         return placement, ()
-    changed, then = reconcile(changed)
+    then: tuple[Instruction, ...] = ()
+    if not isinstance(event, ABOUT_LEADERS):  # nothing is placed or moved for those
+        changed, then = reconcile(changed)
     if not changed.settled:
         changed = replace(changed, settled=_is_settled(changed))
     changed, asked = elect(changed, _time_of(event))
@@ -164,6 +168,8 @@ def _taken(placement: Placement, event: Event) -> Outcome:
         return after_lead_failed(placement, event)
     if isinstance(event, LeaderSeen):
         return after_leader_seen(placement, event), ()
+    if isinstance(event, LeaderSilent):
+        return after_leader_silent(placement, event), ()
     return after_failure(placement, state, event.reason)
 
 
@@ -218,7 +224,7 @@ def _published(
 ) -> Outcome:
     """The placement under the next number, if routers are to know of what has changed."""
     shards = _shard_routes(changed)
-    notes = (*changed.store_notes, *_notes(changed))
+    notes = (*changed.store_notes, *notes_of(changed))
     was = (before.table.shards, before.table.notes, before.settled, before.counter)
     if was == (shards, notes, changed.settled, changed.counter):
         return changed, instructions
@@ -268,32 +274,3 @@ def _no_replica(placement: Placement, shard: int) -> ReplicaRoute:
     number = placement.next_numbers[shard]
     key = ReplicaKey(placement.table.generation, shard, number)
     return ReplicaRoute(key=key, epoch=0, address=None, absence=absence)
-
-
-def _notes(placement: Placement) -> tuple[Absence, ...]:
-    """What people should see to: replicas without a host, hosts where shards cannot be loaded."""
-    notes = []
-    by_count: dict[int, list[int]] = defaultdict(list)
-    for shard, count in placement.shards_without_all():
-        by_count[count].append(shard)
-    hosts = ", ".join(host.address for host in placement.hosts.values())
-    for count, shards in sorted(by_count.items()):
-        text = (
-            f"{count} instead of {placement.rules.replicas} replicas of {names_of(shards)}: "
-            f"the living hosts have no room for more ({hosts})"
-        )
-        notes.append(Absence(Unavailable.code, text))
-    return (*notes, *_failure_notes(placement), *write_notes(placement))
-
-
-def _failure_notes(placement: Placement) -> list[Absence]:
-    """A replica that fails where it is says so in its route; this is of those placed elsewhere."""
-    used = {state.spot for state in placement.staying()}
-    by_reason: dict[tuple[str, Absence], list[int]] = defaultdict(list)
-    for spot, failure in sorted(placement.failed.items(), key=lambda item: item[0].shard):
-        if spot not in used:
-            by_reason[placement.address_of(spot.node_id), failure.reason].append(spot.shard)
-    return [
-        Absence(reason.code, f"{names_of(shards)} could not be loaded on {host}: {reason.text}")
-        for (host, reason), shards in by_reason.items()
-    ]

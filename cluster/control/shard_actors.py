@@ -31,6 +31,7 @@ from shardline.cluster.control.applied import Applied, Look
 from shardline.cluster.control.events import (
     Event,
     LeaderSeen,
+    LeaderSilent,
     LeadFailed,
     Leading,
     ReplicaFailed,
@@ -137,12 +138,14 @@ class ShardActors:
             if is_lost():
                 # alive, but we lost where: after our own restart, or after a passing failure
                 await _answer(handle.announce.remote())
-            elif leads is not None:
-                seen = LeaderSeen(key=key, epoch=leads, leads=pulse.leads, now_s=now_s)
-                return replace(seen, refused=pulse.refused)
+            if leads is None:
+                return None
+            seen = LeaderSeen(key=key, epoch=leads, leads=pulse.leads, now_s=now_s)
+            return replace(seen, refused=pulse.refused)
         except (ActorDiedError, ActorUnschedulableError) as error:  # the second: its host is gone
             if self._handles.get(key) is handle:
                 return ReplicaFailed(key=key, reason=reason_of(error), now_s=time.monotonic())
+            return None
         except RayActorError as error:
             # A restarting actor registers a moment before Ray takes calls for it again.
             self._misses[key] += 1
@@ -152,7 +155,9 @@ class ShardActors:
         except (TimeoutError, GetTimeoutError):
             # Slow is not dead: the routers' own deadlines deal with slow shards.
             logger.warning("replica %s has not answered for %.0f s", key, DESCRIBE_TIMEOUT_S)
-        return None
+        if leads is None:
+            return None
+        return LeaderSilent(key=key, epoch=leads, now_s=time.monotonic())  # nobody else may write
 
     async def announce(self, key: ReplicaKey) -> None:
         """Has a replica register again; one that does not answer registers when it starts anew."""

@@ -11,6 +11,7 @@ from shardline.cluster.control.events import (
     Instruction,
     Lead,
     LeaderSeen,
+    LeaderSilent,
     LeadFailed,
     Leading,
     Place,
@@ -54,7 +55,8 @@ class World:
     connected_s: routers stay connected for so long to a replica that is out of the table.
     is_head_away: nothing is known of hosts, and no actor is created. unwritable: nodes that cannot
     write to the store. lead_s: a replica takes so long to lead. log_epochs: of each shard's log.
-    asked: all that were asked to lead; deaf: they do as they are asked, and nobody hears of it.
+    asked: all that were asked to lead. deaf: they do as they are asked, and nobody hears of it.
+    stopped: they do nothing, and live.
     """
 
     table: RoutingTable
@@ -75,6 +77,7 @@ class World:
     asked: list[Lead] = field(default_factory=list)
     asking: list[tuple[float, Lead]] = field(default_factory=list)
     deaf: set[ReplicaKey] = field(default_factory=set)
+    stopped: set[ReplicaKey] = field(default_factory=set)
     published_s: list[float] = field(default_factory=list)
     ended_s: dict[ReplicaKey, float] = field(default_factory=dict)
     left_s: dict[ReplicaKey, float] = field(default_factory=dict)
@@ -187,7 +190,7 @@ class World:
     def _led(self, lead: Lead) -> Absence | None:
         """Does what is asked; why it could not, or is not heard of."""
         process = self.processes.get(lead.key)
-        if process is None or not self._lives(process):
+        if process is None or not self._lives(process) or lead.key in self.stopped:
             return GONE
         if process.node_id in self.unwritable:
             return READ_ONLY
@@ -274,7 +277,7 @@ class World:
             if self.now - self.dead[process.node_id] >= self.noticed_s:
                 self.processes.pop(key)
                 self.apply(ReplicaFailed(key=key, reason=GONE))
-        elif self.now >= process.ready_s and not process.registered:
+        elif self.now >= process.ready_s and not process.registered and key not in self.stopped:
             if process.node_id in self.unreadable:
                 self.processes.pop(key)
                 self.apply(ReplicaFailed(key=key, reason=UNREADABLE))
@@ -289,6 +292,9 @@ class World:
             self.apply(ReplicaIdle(key=key))
         known = self.placement.leading.get(key.shard, NOBODY).leader
         if process.registered and known is not None and known.key == key:
+            if key in self.stopped:
+                self.apply(LeaderSilent(key=key, epoch=known.epoch, now_s=self.now))
+                return
             leads = process.leads if self.leads(key) else None
             self.apply(LeaderSeen(key=key, epoch=known.epoch, leads=leads, now_s=self.now))
 

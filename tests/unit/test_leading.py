@@ -114,6 +114,43 @@ def test_a_leader_that_returns_while_its_successor_is_asked_leads_until_that_ans
     assert_all_led(now)
 
 
+def test_a_stopped_leader_is_followed_by_another_if_there_is_one() -> None:
+    now = world()
+    now.until_calm()
+    now.stopped = {key(0, 0)}
+    now.tick(2)
+    assert now.primary(0) == key(0, 1)
+    assert_all_led(now)
+    now.stopped = set()
+    now.until_calm()
+    assert now.primary(0) == key(0, 1)
+    assert len(now.asked) == SHARDS + 1
+
+
+def test_a_stopped_leader_without_another_leads_on_when_it_wakes() -> None:
+    now = world("a", replicas=1)
+    now.until_calm()
+    now.stopped = {key(0, 0)}
+    now.tick(30)
+    assert now.primary(0) == key(0, 0)
+    now.stopped = set()
+    now.until_calm()
+    assert_all_led(now)
+    assert len(now.asked) == SHARDS
+
+
+def test_two_stopped_replicas_are_asked_later_and_later() -> None:
+    now = world("ab", shards=1, lead_s=30)
+    now.until_calm()
+    now.stopped = {key(0, 0), key(0, 1)}
+    asked = len(now.asked)
+    now.tick(600)
+    assert len(now.asked) - asked <= 600 / 30
+    now.stopped = set()
+    now.until_calm()
+    assert_all_led(now)
+
+
 def test_a_dead_hosts_shards_are_led_by_others() -> None:
     now = world()
     now.until_calm()
@@ -329,7 +366,7 @@ def test_in_any_history_of_faults_one_leads_and_after_it_every_shard_is_led(seed
         lead_s=rng.choice([0, 1, 4]),
     )
     for number in range(25):
-        kind = rng.choice([a_choice(rng, now), "lose", "unwritable", "deaf", "head"])
+        kind = rng.choice([a_choice(rng, now), "lose", "unwritable", "deaf", "head", "stop"])
         if kind == "kill host":
             now.kill_host(rng.choice(now.nodes))
         elif kind == "new host":
@@ -347,12 +384,14 @@ def test_in_any_history_of_faults_one_leads_and_after_it_every_shard_is_led(seed
             now.unwritable = {rng.choice(now.nodes)} if not now.unwritable else set()
         elif kind == "deaf":
             now.deaf = {rng.choice(list(now.placement.replicas))} if not now.deaf else set()
+        elif kind == "stop":
+            now.stopped = {rng.choice(list(now.placement.replicas))} if not now.stopped else set()
         elif kind == "head":
             now.is_head_away = not now.is_head_away
         if rng.random() < 0.1:
             now.apply(RestartAsked())
         now.tick(rng.randrange(15))
-    now.unwritable, now.deaf, now.is_head_away = set(), set(), False
+    now.unwritable, now.deaf, now.stopped, now.is_head_away = set(), set(), set(), False
     now.tick(60)
     assert_led_where_one_answers(now)
     now.until_calm()
