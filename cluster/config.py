@@ -37,6 +37,11 @@ class ClusterConfig(BaseModel):
         le=16,
         description="[replicas] Replicas of each shard, on different hosts; not more than hosts.",
     )
+    writes: bool = Field(
+        default=True,
+        description="Whether items may be written while they are served. false: for a store that "
+        "shards can only read.",
+    )
     threads_per_shard: int = Field(
         default=1, ge=1, le=256, description="[threads] faiss threads that one shard's search uses."
     )

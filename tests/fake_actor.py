@@ -2,18 +2,22 @@
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 from typing import Any
 
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
+from shardline.shards.core.messages import Pulse
+
 HANG = object()
 
 
 class Method:
-    """A remote method: each call gives, or raises, the next of its plan, and None after that."""
+    """A remote method: a call gives, or raises, the next of its plan, and after that ``then``."""
 
-    def __init__(self) -> None:
+    def __init__(self, then: Any = None) -> None:
+        self.then = then
         self.plan: list[Any] = []
         self.calls = 0
         self.asked: list[tuple[object, ...]] = []
@@ -21,7 +25,7 @@ class Method:
     def remote(self, *arguments: object) -> Awaitable[Any]:
         self.calls += 1
         self.asked.append(arguments)
-        return self._outcome(self.plan.pop(0) if self.plan else None)
+        return self._outcome(self.plan.pop(0) if self.plan else self.then)
 
     async def _outcome(self, outcome: Any) -> Any:
         if outcome is HANG:
@@ -32,10 +36,25 @@ class Method:
 
 
 class Handle:
-    """Of a shard actor."""
+    """Of a shard actor, which leads when it is asked to."""
 
     def __init__(self) -> None:
-        self.ping, self.announce, self.describe = Method(), Method(), Method()
+        self.ping = Method(Pulse(pid=1, seq=0))
+        self.announce, self.describe = Method(), Method()
+        self.lead = LeadMethod(self.ping)
+
+
+class LeadMethod(Method):
+    """What comes after its plan is that it leads, as the pings say from then on."""
+
+    def __init__(self, ping: Method) -> None:
+        super().__init__(0)
+        self._ping = ping
+
+    def remote(self, *arguments: object) -> Awaitable[Any]:
+        if not self.plan:
+            self._ping.then = replace(self._ping.then, leads=arguments[0])
+        return super().remote(*arguments)
 
 
 def raised_in_a_method(cause: Exception) -> RayTaskError:

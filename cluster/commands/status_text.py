@@ -55,9 +55,10 @@ def print_launched(report: dict[str, Any]) -> None:
             for host in report["hosts"]
         ],
     )
+    primaries = {shard["shard"]: shard["primary"] for shard in report["shards"]}
     print_table(
         "replicas",
-        ("shard", "replica", "host", "epoch", "answers", "stage"),
+        ("shard", "replica", "host", "epoch", "answers", "stage", "writes", "applied", "behind"),
         [
             (
                 str(replica["shard"]),
@@ -66,6 +67,9 @@ def print_launched(report: dict[str, Any]) -> None:
                 str(replica["epoch"]),
                 "yes" if replica["answers"] else "no",
                 str(replica["stage"]),
+                "primary" if replica["replica"] == primaries[replica["shard"]] else "",
+                _count(replica["seq"]),
+                _count(replica["lag"]),
             )
             for replica in report["replicas"]
         ],
@@ -76,3 +80,7 @@ def print_launched(report: dict[str, Any]) -> None:
             click.echo(f"{where}: {reason['code']}: {reason['text']}")
     for note in report["notes"]:
         click.echo(f"warning: {note['code']}: {note['text']}")
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"

@@ -3,7 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shardline.cluster.control.applied import Applied
 from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.leading import epoch_of, primary_key
 from shardline.cluster.control.news import Heard, News
 from shardline.cluster.control.placement_state import Placement, ReplicaState, Stage
 from shardline.cluster.http_address import url_of
@@ -25,17 +27,22 @@ def cluster_report(
     placement: Placement,
     *,
     news: News,
+    applied: Applied,
     http: Http,
     now_s: float,
 ) -> dict[str, Any]:
     """The state of the cluster, ready for JSON.
 
-    {"cluster_id", "generation", "version", "http_port", "replicas_wanted",
+    {"cluster_id", "generation", "version", "http_port", "replicas_wanted", "writes",
     "hosts": [{"host", "node_id", "alive", "replicas": ["shard/replica", ..], "router"}],
+    "shards": [{"shard", "primary", "primary_epoch"}],
     "replicas": [{"shard", "replica", "host", "address", "epoch", "answers", "stage", "failures",
-    "reason": {"code", "text"} or None}],
+    "seq", "lag", "reason": {"code", "text"} or None}],
     "routers": [{"host", "node_id", "pid", "url", "heard_s"}], "notes": [{"code", "text"}],
     "restart": as ``restart_progress``}. A router is one that was heard of lately, on a living host.
+    writes: whether shards take any. primary: the number of the replica that takes them, and its
+    epoch. seq: writes that a replica has applied; lag: how many fewer than its primary
+    (``Applied.lag``). Each is None where there is none, or it is not known.
     """
     table = placement.table
     living = [each for each in news.routers(now_s) if each.router.node_id in placement.hosts]
@@ -47,8 +54,13 @@ def cluster_report(
         "version": table.version,
         "http_port": http.port,
         "replicas_wanted": placement.rules.replicas,
+        "writes": placement.rules.writes,
         "hosts": [_host(host, placement, living) for host in news.hosts()],
-        "replicas": [_replica(state, placement) for state in placement.replicas.values()],
+        "shards": [_shard(shard.shard, placement) for shard in table.shards],
+        "replicas": [
+            _replica(state) | _applied(state, placement, applied)
+            for state in placement.replicas.values()
+        ],
         "routers": [
             {
                 **asdict(heard.router),
@@ -91,7 +103,24 @@ def _host(host: Host, placement: Placement, routers: list[Heard]) -> dict[str, A
     }
 
 
-def _replica(state: ReplicaState, placement: Placement) -> dict[str, Any]:
+def _shard(shard: int, placement: Placement) -> dict[str, Any]:
+    primary = primary_key(placement, shard)
+    return {
+        "shard": shard,
+        "primary": None if primary is None else primary.replica,
+        "primary_epoch": None if primary is None else epoch_of(placement, primary),
+    }
+
+
+def _applied(state: ReplicaState, placement: Placement, applied: Applied) -> dict[str, Any]:
+    if not state.answers:
+        return {"seq": None, "lag": None}
+    primary = primary_key(placement, state.key.shard)
+    lag = None if primary is None else applied.lag(state.key, primary)
+    return {"seq": applied.seq(state.key), "lag": lag}
+
+
+def _replica(state: ReplicaState) -> dict[str, Any]:
     route = state.route
     return {
         "shard": route.key.shard,

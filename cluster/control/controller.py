@@ -8,18 +8,26 @@ confirm: while it is away there are no events about hosts.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
-
 from shardline.cluster.control.cluster_report import Http, cluster_report, restart_progress
+from shardline.cluster.control.decisions import Decisions, known_error
+from shardline.cluster.control.events import (
+    Event,
+    HostsSeen,
+    Instruction,
+    NumberSeen,
+    ReplicaFailed,
+    ReplicaRegistered,
+    RestartAsked,
+    RestartStopped,
+)
+from shardline.cluster.control.leading import epoch_of
 from shardline.cluster.control.news import News
 from shardline.cluster.control.opening import (
     cluster_id_of,
@@ -28,6 +36,7 @@ from shardline.cluster.control.opening import (
     is_restart,
     opened,
 )
+from shardline.cluster.control.orders import Orders
 from shardline.cluster.control.outlook import (
     hopeless,
     not_ready,
@@ -35,32 +44,15 @@ from shardline.cluster.control.outlook import (
     refuse_without_spare,
     without_room,
 )
-from shardline.cluster.control.placement import open_generation, step
-from shardline.cluster.control.placement_state import (
-    Announce,
-    End,
-    Event,
-    HostsSeen,
-    Instruction,
-    NumberSeen,
-    Place,
-    Publish,
-    ReplicaFailed,
-    ReplicaRegistered,
-    ReplicaUnreachable,
-    RestartAsked,
-    RestartStopped,
-    Rules,
-    Stage,
-)
+from shardline.cluster.control.placement import open_generation
+from shardline.cluster.control.placement_state import Placement, Rules, Stage
 from shardline.cluster.control.ray_hosts import fresh_hosts
 from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.rolling_restart import is_restarting
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
-from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import DataError, ShardlineError, Unavailable, error_of
+from shardline.shards.core.errors import Unavailable, error_of
 from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
 
 logger = logging.getLogger(__name__)
@@ -78,13 +70,15 @@ class ControllerSettings(ShardSettings):
 
     generation: the only one that this cluster serves; None: the one that is live in the store
     whenever the controller starts. replicas: wanted of each shard. load_limit_s: of a shard, before
-    another host is tried. http_host, http_port: where the front ends of all hosts listen.
+    another host is tried. writes: whether shards take any. http_host, http_port: where the front
+    ends of all hosts listen.
     """
 
     store: str
     generation: int | None = None
     replicas: int = 1
     load_limit_s: float = 300.0
+    writes: bool = True
     http_host: str = "127.0.0.1"
     http_port: int = 8000
 
@@ -101,7 +95,7 @@ class Controller:
         cluster_id = cluster_id_of(settings.secret)
         self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
         self._restart_note = RestartNote(store.root, cluster_id, manifest.generation)
-        self._placement, instructions = open_generation(
+        placement, instructions = open_generation(
             empty_table(store, folder, manifest, cluster_id),
             counter=store.counter() + 1,
             rules=Rules(
@@ -109,19 +103,28 @@ class Controller:
                 cpus=settings.cpus_per_shard,
                 gpus=settings.gpus_per_shard if self._shards.on_gpu else 0,
                 load_limit_s=settings.load_limit_s,
+                writes=settings.writes,
             ),
             hosts=first_hosts(),
             found=self._shards.found(),
             now_s=time.monotonic(),
             restart=self._restart_note.read(),
         )
-        self._news = News(self._placement.hosts.values(), time.monotonic())
-        self._published: RoutingTable | None = None
-        self._unsaved: Absence | None = None  # why the newest numbers are not on record
-        self._changed = asyncio.Condition()
+        self._news = News(placement.hosts.values(), time.monotonic())
         self._checked: set[ReplicaKey] = set()
         self._tasks = Tasks()
+        self._orders = Orders(
+            self._shards, self._tasks, placement=lambda: self._placement, take=self._take
+        )
+        self._decisions = Decisions(store, placement, self._orders.carry_out)
         self._tasks.spawn(self._open(instructions))
+
+    @property
+    def _placement(self) -> Placement:
+        return self._decisions.placement
+
+    async def _take(self, event: Event) -> None:
+        await self._decisions.take(event)
 
     async def connection_secret(self) -> bytes:
         """What proves a peer to a shard: for routers, batch jobs and tools of this cluster.
@@ -131,11 +134,17 @@ class Controller:
         return self._secret
 
     async def register_replica(
-        self, *, key: ReplicaKey, address: tuple[str, int], epoch: int = 0
+        self,
+        *,
+        key: ReplicaKey,
+        address: tuple[str, int],
+        epoch: int = 0,
+        leads: int | None = None,
     ) -> int:
         """A shard process announces where it listens; the epoch it must say Hello with.
 
-        epoch: the one it says Hello with until then.
+        epoch: the largest that it knows, the one it says Hello with until then or that of its log.
+        leads: the one with which it takes writes.
 
         Raises:
             Unavailable: the replica belongs to a generation that is not being served.
@@ -147,9 +156,14 @@ class Controller:
                 expected=f"one of generation {generation} that is placed now",
                 got=str(key),
             )
-        told = (address[0], address[1])
-        now_s = time.monotonic()
-        await self._apply(ReplicaRegistered(key=key, address=told, epoch=epoch, now_s=now_s))
+        registered = ReplicaRegistered(
+            key=key,
+            address=(address[0], address[1]),
+            epoch=epoch,
+            leads=leads,
+            now_s=time.monotonic(),
+        )
+        await self._take(registered)
         return self._placement.replicas[key].route.epoch
 
     async def table_after(self, version: int, timeout_s: float) -> RoutingTable | None:
@@ -157,12 +171,11 @@ class Controller:
 
         A version above all of ours was given out before the record of it was lost.
         """
-        await self._apply(NumberSeen(number=version))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._newer_than(version))
-                return self._published
-        return None
+        await self._take(NumberSeen(number=version))
+        await self._decisions.until(
+            lambda: self._decisions.newer_than(version) is not None, timeout_s
+        )
+        return self._decisions.newer_than(version)
 
     async def router_lives(self, router: RouterSeen) -> None:
         """A router announces itself; one that does not again within seconds is not reported."""
@@ -171,10 +184,8 @@ class Controller:
     async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
         """Why no newer table can be published, once that is another reason than ``known``, or when
         the time is up; None: nothing hinders it."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(lambda: self._unsaved != known)
-        return self._unsaved
+        await self._decisions.until(lambda: self._decisions.unsaved != known, timeout_s)
+        return self._decisions.unsaved
 
     async def wait_ready(self, timeout_s: float) -> int:
         """The generation that is served, once every replica answers.
@@ -187,16 +198,14 @@ class Controller:
 
         def is_over() -> bool:
             is_lost = bool(hopeless(self._placement) or without_room(self._placement))
-            return self._placement.ready or is_lost or self._unsaved is not None
+            return self._placement.ready or is_lost or self._decisions.unsaved is not None
 
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s), self._changed:
-                await self._changed.wait_for(is_over)
-                if self._unsaved is not None:
-                    raise error_of(self._unsaved.code, self._unsaved.text)
-                raise_if_hopeless(self._placement)
-                return self._placement.table.generation
-        raise not_ready(self._placement, timeout_s)
+        if not await self._decisions.until(is_over, timeout_s):
+            raise not_ready(self._placement, timeout_s)
+        if (unsaved := self._decisions.unsaved) is not None:
+            raise error_of(unsaved.code, unsaved.text)
+        raise_if_hopeless(self._placement)
+        return self._placement.table.generation
 
     async def shard_reports(self) -> list[dict[str, Any]]:
         """What each shard process says of itself, or why it does not, in the order of their keys.
@@ -207,8 +216,13 @@ class Controller:
 
     async def report(self) -> dict[str, Any]:
         """The state of the cluster: ``cluster_report`` says what is in it."""
-        now_s = time.monotonic()
-        return cluster_report(self._placement, news=self._news, http=self._http, now_s=now_s)
+        return cluster_report(
+            self._placement,
+            news=self._news,
+            applied=self._shards.applied,
+            http=self._http,
+            now_s=time.monotonic(),
+        )
 
     async def restart_rolling(self) -> dict[str, Any]:
         """Begins to replace every replica, one after the other; its ``restart_progress``, as that
@@ -240,9 +254,9 @@ class Controller:
 
     async def _restart(self, event: Event) -> dict[str, Any] | None:
         try:
-            await self._apply(event)
+            await self._take(event)
         except OSError as error:
-            raise _known(error) from error
+            raise known_error(error) from error
         await tried(self._keep_note)  # else with the next look at the hosts
         return restart_progress(self._placement)
 
@@ -255,17 +269,15 @@ class Controller:
         self._shards.end()
 
     async def _open(self, instructions: tuple[Instruction, ...]) -> None:
-        for instruction in instructions:
-            self._carry_out(instruction)
+        self._decisions.order(instructions)
         self._tasks.spawn(self._watch_replicas())
         self._tasks.spawn(self._watch_hosts())
-        async with self._changed:
-            # of a table that routers have: until then they ask the generation before
-            await self._changed.wait_for(
-                lambda: self._published is not None and self._placement.covers
-            )
+        # of a table that routers have: until then they ask the generation before
+        await self._decisions.until(
+            lambda: self._decisions.published is not None and self._placement.covers
+        )
         await asyncio.sleep(RETIRE_AFTER_S)
-        await self._until_done(self._shards.end_others, "shards of other generations")
+        await self._orders.end_others()
 
     async def _watch_replicas(self) -> None:
         """Each on its own: one that does not answer must not hold up the others."""
@@ -289,9 +301,8 @@ class Controller:
         if not hosts:
             return
         self._news.saw_hosts(hosts, time.monotonic())
-        if self._unsaved is not None:
-            await self._save_again()
-        await self._apply(HostsSeen(hosts=hosts, now_s=time.monotonic()))
+        await self._decisions.save_again()
+        await self._take(HostsSeen(hosts=hosts, now_s=time.monotonic()))
         await self._keep_note()
 
     async def _check(self, key: ReplicaKey) -> None:
@@ -304,11 +315,14 @@ class Controller:
             if state.stage is Stage.DRAINING:
                 event = await self._shards.is_idle(key)
             else:
-                event = await self._shards.check(key, state.route.epoch, lambda: self._is_lost(key))
+                event = await self._shards.check(
+                    key,
+                    state.route.epoch,
+                    lambda: self._is_lost(key),
+                    leads=epoch_of(self._placement, key),
+                )
             if event is not None:
-                if isinstance(event, ReplicaUnreachable):
-                    event = replace(event, now_s=time.monotonic())
-                await self._apply(event)
+                await self._take(event)
                 if isinstance(event, ReplicaFailed):  # not before: a full disk must not lose it
                     self._shards.forget(key)
         finally:
@@ -327,90 +341,3 @@ class Controller:
             found = state.route.absence or Absence(Unavailable.code, "not placed")
         rest = {"reason": asdict(found)} if isinstance(found, Absence) else found
         return asdict(key) | {"failures": state.failures} | rest
-
-    async def _apply(self, event: Event) -> None:
-        changed, instructions = step(self._placement, event)
-        if changed is self._placement:
-            return
-        try:
-            if changed.counter != self._placement.counter:
-                self._store.raise_counter(changed.counter)  # before anyone sees a number of it
-                self._unsaved = None
-        except OSError as error:
-            await self._cannot_save(error)
-            raise
-        self._placement = changed
-        for instruction in instructions:
-            self._carry_out(instruction)
-        async with self._changed:
-            self._changed.notify_all()
-
-    async def _cannot_save(self, error: OSError) -> None:
-        """Tells whoever waits; the event is tried again by whoever it came from."""
-        known = _known(error)
-        text = f"the controller cannot save its counter, so nothing newer is published: {known}"
-        await self._say_unsaved(Absence(known.code, text))
-
-    async def _save_again(self) -> None:
-        """The event that could not be saved may never come again, and the store be well since."""
-        try:
-            self._store.raise_counter(self._placement.counter + 1)  # it writes no lower number
-        except OSError as error:
-            await self._cannot_save(error)
-        else:
-            await self._say_unsaved(None)
-
-    async def _say_unsaved(self, unsaved: Absence | None) -> None:
-        self._unsaved = unsaved
-        async with self._changed:
-            self._changed.notify_all()
-
-    def _carry_out(self, instruction: Instruction) -> None:
-        if isinstance(instruction, Publish):
-            self._published = instruction.table
-        elif isinstance(instruction, Announce):
-            self._tasks.spawn(self._shards.announce(instruction.key))
-        elif isinstance(instruction, End):
-            self._tasks.spawn(self._end(instruction))
-        else:
-            self._tasks.spawn(self._place(instruction))
-
-    def _newer_than(self, version: int) -> bool:
-        return self._published is not None and self._published.version > version
-
-    async def _place(self, place: Place) -> None:
-        """Creates the replica's actor, or finds it alive if this controller is a restarted one."""
-        await asyncio.sleep(place.after_s)
-        state = self._placement.replicas.get(place.key)
-        if state is None or state.node_id != place.node_id:
-            return  # its host has gone since
-        failed = await asyncio.to_thread(self._shards.place, place.key, place.node_id)
-        if place.key not in self._placement.replicas:  # nobody wants it any more
-            await self._end(End(key=place.key, node_id=place.node_id))
-            return
-        if failed is None:
-            return
-        try:
-            await self._apply(failed)
-        except OSError:
-            logger.exception("the failure of replica %s is not on record yet", place.key)
-            self._tasks.spawn(self._place(replace(place, after_s=WATCH_INTERVAL_S)))
-
-    async def _end(self, end: End) -> None:
-        """An actor that nobody knows of would keep its memory for ever."""
-        ending = partial(self._shards.end_replica, end.key, end.node_id)
-        await self._until_done(ending, f"replica {end.key}")
-
-    async def _until_done(self, end: Callable[[], None], what: str) -> None:
-        """Tries until Ray has taken the order."""
-        while True:
-            try:
-                await asyncio.to_thread(end)
-                return
-            except RayError as error:
-                logger.warning("%s: not ended yet: %s", what, error)
-            await asyncio.sleep(WATCH_INTERVAL_S)
-
-
-def _known(error: OSError) -> ShardlineError:
-    return as_known(error) or DataError(str(error))

@@ -14,22 +14,38 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from shardline.cluster.control.hosts import Host
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     Announce,
     Event,
     HostsSeen,
     Instruction,
+    LeaderSeen,
+    LeaderSilent,
+    LeadFailed,
+    Leading,
     NumberSeen,
     Place,
-    Placement,
     Publish,
     ReplicaIdle,
     ReplicaRegistered,
-    ReplicaState,
     ReplicaUnreachable,
     RestartAsked,
     RestartStopped,
+)
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.leading import (
+    after_lead_failed,
+    after_leader_seen,
+    after_leader_silent,
+    after_leading,
+    after_registered,
+    elect,
+    primary_of,
+)
+from shardline.cluster.control.notes import notes_of
+from shardline.cluster.control.placement_state import (
+    Placement,
+    ReplicaState,
     Rules,
     Stage,
 )
@@ -56,6 +72,7 @@ from shardline.shards.core.messages import (
 HEAR_S = 3.0
 # Without news of hosts for so long, many times their interval, Ray's head was away.
 GAP_S = 10.0
+ABOUT_LEADERS = (Leading, LeadFailed, LeaderSeen, LeaderSilent)
 
 
 def open_generation(
@@ -105,7 +122,7 @@ def open_generation(
         states = (replace(state, unheard=True) for state in filled.replicas.values())
         filled = filled.with_states(*states)
     shards = _shard_routes(filled)
-    notes = (*table.notes, *_notes(filled))
+    notes = (*table.notes, *notes_of(filled))
     return replace(filled, table=replace(filled.table, shards=shards, notes=notes)), (
         *asked,
         *instructions,
@@ -117,8 +134,13 @@ def step(placement: Placement, event: Event) -> Outcome:
     changed, first = _taken(placement, event)
     if changed is placement:
         return placement, ()
-    changed, then = reconcile(changed)
-    return _published(placement, changed, (*first, *then))
+    then: tuple[Instruction, ...] = ()
+    if not isinstance(event, ABOUT_LEADERS):  # nothing is placed or moved for those
+        changed, then = reconcile(changed)
+    if not changed.settled:
+        changed = replace(changed, settled=_is_settled(changed))
+    changed, asked = elect(changed, _time_of(event))
+    return _published(placement, changed, (*first, *then, *asked))
 
 
 def _taken(placement: Placement, event: Event) -> Outcome:
@@ -140,6 +162,14 @@ def _taken(placement: Placement, event: Event) -> Outcome:
         return _unreachable(placement, state, event), ()
     if isinstance(event, ReplicaIdle):
         return after_idle(placement, state)
+    if isinstance(event, Leading):
+        return after_leading(placement, event), ()
+    if isinstance(event, LeadFailed):
+        return after_lead_failed(placement, event)
+    if isinstance(event, LeaderSeen):
+        return after_leader_seen(placement, event), ()
+    if isinstance(event, LeaderSilent):
+        return after_leader_silent(placement, event), ()
     return after_failure(placement, state, event.reason)
 
 
@@ -171,13 +201,14 @@ def _number_seen(placement: Placement, number: int) -> Outcome:
 
 
 def _registered(placement: Placement, state: ReplicaState, event: ReplicaRegistered) -> Placement:
-    epoch = max(placement.counter, event.epoch) + 1
+    epoch = max(placement.counter, event.epoch, event.leads or 0) + 1
     route = replace(state.route, epoch=epoch, address=event.address, absence=None)
     is_known = state.route.address == event.address
     since_s = state.since_s if is_known else max(placement.now_s, event.now_s)
     heard = replace(state, route=route, failures=0, since_s=since_s, unheard=False)
     failed = {spot: each for spot, each in placement.failed.items() if spot != state.spot}
-    return replace(placement, counter=epoch, failed=failed).with_states(heard)
+    placement = replace(placement, counter=epoch, failed=failed).with_states(heard)
+    return after_registered(placement, event, is_new=not is_known)
 
 
 def _unreachable(placement: Placement, state: ReplicaState, event: ReplicaUnreachable) -> Placement:
@@ -193,15 +224,14 @@ def _published(
 ) -> Outcome:
     """The placement under the next number, if routers are to know of what has changed."""
     shards = _shard_routes(changed)
-    notes = (*changed.store_notes, *_notes(changed))
-    settled = before.settled or _is_settled(changed)
+    notes = (*changed.store_notes, *notes_of(changed))
     was = (before.table.shards, before.table.notes, before.settled, before.counter)
-    if was == (shards, notes, settled, changed.counter):
+    if was == (shards, notes, changed.settled, changed.counter):
         return changed, instructions
     counter = max(changed.counter, before.counter + 1)
     table = replace(before.table, version=counter, shards=shards, notes=notes)
-    changed = replace(changed, table=table, counter=counter, settled=settled)
-    return changed, (*((Publish(table=table),) if settled else ()), *instructions)
+    changed = replace(changed, table=table, counter=counter)
+    return changed, (*((Publish(table=table),) if changed.settled else ()), *instructions)
 
 
 def _is_settled(placement: Placement) -> bool:
@@ -210,6 +240,11 @@ def _is_settled(placement: Placement) -> bool:
         return True
     answering = {state.key.shard for state in placement.staying() if state.answers}
     return placement.now_s >= placement.heard_by_s and unheard <= answering
+
+
+def _time_of(event: Event) -> float:
+    """0: that of the last news of hosts."""
+    return float(getattr(event, "now_s", 0.0))
 
 
 def _found(key: ReplicaKey, node_id: str, hosts: Mapping[str, Host], now_s: float) -> ReplicaState:
@@ -225,7 +260,11 @@ def _shard_routes(placement: Placement) -> tuple[ShardRoute, ...]:
         if state.stage is not Stage.DRAINING:
             routes[state.key.shard].append(state.route)
     return tuple(
-        replace(shard, replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]))
+        replace(
+            shard,
+            replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]),
+            primary=primary_of(placement, shard.shard),
+        )
         for shard in placement.table.shards
     )
 
@@ -235,36 +274,3 @@ def _no_replica(placement: Placement, shard: int) -> ReplicaRoute:
     number = placement.next_numbers[shard]
     key = ReplicaKey(placement.table.generation, shard, number)
     return ReplicaRoute(key=key, epoch=0, address=None, absence=absence)
-
-
-def _notes(placement: Placement) -> tuple[Absence, ...]:
-    """What people should see to: replicas without a host, hosts where shards cannot be loaded."""
-    notes = []
-    by_count: dict[int, list[int]] = defaultdict(list)
-    for shard, count in placement.shards_without_all():
-        by_count[count].append(shard)
-    hosts = ", ".join(host.address for host in placement.hosts.values())
-    for count, shards in sorted(by_count.items()):
-        text = (
-            f"{count} instead of {placement.rules.replicas} replicas of {_names(shards)}: "
-            f"the living hosts have no room for more ({hosts})"
-        )
-        notes.append(Absence(Unavailable.code, text))
-    return (*notes, *_failure_notes(placement))
-
-
-def _failure_notes(placement: Placement) -> list[Absence]:
-    """A replica that fails where it is says so in its route; this is of those placed elsewhere."""
-    used = {state.spot for state in placement.staying()}
-    by_reason: dict[tuple[str, Absence], list[int]] = defaultdict(list)
-    for spot, failure in sorted(placement.failed.items(), key=lambda item: item[0].shard):
-        if spot not in used:
-            by_reason[placement.address_of(spot.node_id), failure.reason].append(spot.shard)
-    return [
-        Absence(reason.code, f"{_names(shards)} could not be loaded on {host}: {reason.text}")
-        for (host, reason), shards in by_reason.items()
-    ]
-
-
-def _names(shards: list[int]) -> str:
-    return f"shard{'s' if len(shards) > 1 else ''} {', '.join(map(str, shards))}"

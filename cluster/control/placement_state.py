@@ -1,15 +1,15 @@
-"""What the controller knows, what happens to it, and what it orders: plain data, no rules.
+"""What the controller knows: plain data, no rules.
 
-Times are seconds of the controller's own clock, as ``HostsSeen`` brings them; no rule reads one.
+Times are seconds of the controller's own clock, as events bring them; no rule reads one.
 """
 
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TypeAlias
 
 from shardline.cluster.control.hosts import Host, Spot
+from shardline.cluster.control.leading_state import Leadership
 from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, ReplicaRoute, RoutingTable
 
@@ -67,13 +67,14 @@ class Rules:
 
     replicas: wanted of each shard. cpus, gpus: what each reserves. load_limit_s: a replica that
     has not begun to answer by then is tried on another host, if there is one for it; one that was
-    to take over from another is given up.
+    to take over from another is given up. writes: whether shards take any.
     """
 
     replicas: int = 1
     cpus: float = 0.0
     gpus: float = 0.0
     load_limit_s: float = 300.0
+    writes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,7 @@ class Placement:
     heard_by_s and nothing is lost without the rest.
     hosts: the living ones by node id, by address; seen_since: since when each is known.
     next_numbers: of each shard, the number of its next replica.
+    leading: of each shard, which replica takes writes; a shard that is missing has had none yet.
     """
 
     rules: Rules
@@ -101,6 +103,7 @@ class Placement:
     settled: bool = False
     failed: Mapping[Spot, Failure] = field(default_factory=dict)
     restart: Restart | None = None
+    leading: Mapping[int, Leadership] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
@@ -173,119 +176,3 @@ class Placement:
     def address_of(self, node_id: str) -> str:
         """Of a living host; else its node id."""
         return self.hosts[node_id].address if node_id in self.hosts else node_id
-
-
-# Events
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostsSeen:
-    """All living hosts at this time. Comes every second, unless Ray's head is away."""
-
-    hosts: tuple[Host, ...]
-    now_s: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaRegistered:
-    """A shard process loaded its range and listens; it is handed the epoch it must announce.
-
-    epoch: the one that it announces until then, 0 for none. now_s: 0 counts as the time of the last
-    ``HostsSeen``, which may lie long back while Ray's head is away.
-    """
-
-    key: ReplicaKey
-    address: tuple[str, int]
-    epoch: int = 0
-    now_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaUnreachable:
-    """The process of that epoch is gone; Ray is restarting it. now_s: as of ReplicaRegistered."""
-
-    key: ReplicaKey
-    epoch: int
-    reason: Absence
-    now_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaFailed:
-    """Ray gave up on the actor, or it could not load its range."""
-
-    key: ReplicaKey
-    reason: Absence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaIdle:
-    """No router is connected to the replica any more; of interest while it drains."""
-
-    key: ReplicaKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NumberSeen:
-    """A router has a table of this version."""
-
-    number: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartAsked:
-    """Every replica is to be replaced, one after the other."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestartStopped:
-    """No more replicas are to be replaced."""
-
-
-Event: TypeAlias = (
-    HostsSeen
-    | ReplicaRegistered
-    | ReplicaUnreachable
-    | ReplicaFailed
-    | ReplicaIdle
-    | NumberSeen
-    | RestartAsked
-    | RestartStopped
-)
-
-
-# Instructions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publish:
-    """Hand this table to the routers."""
-
-    table: RoutingTable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Create the replica's actor on that host after a delay, in seconds, or find it alive there."""
-
-    key: ReplicaKey
-    node_id: str
-    after_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Announce:
-    """Have the replica's process register again: its epoch is below numbers given out earlier."""
-
-    key: ReplicaKey
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """End the replica's actor for good."""
-
-    key: ReplicaKey
-    node_id: str
-
-
-Instruction: TypeAlias = Publish | Place | Announce | End

@@ -11,11 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
-from shardline.cluster.control.hosts import Spot, Spread, better_spread
-from shardline.cluster.control.placement_state import (
-    Failure,
+from shardline.cluster.control.events import (
     Instruction,
     Place,
+)
+from shardline.cluster.control.hosts import Spot, Spread, better_spread
+from shardline.cluster.control.leading import is_to_hand_over
+from shardline.cluster.control.placement_state import (
+    Failure,
     Placement,
     ReplicaState,
     Stage,
@@ -245,12 +248,14 @@ def _move_next(placement: Placement) -> Outcome:
 
 
 def _retire(placement: Placement) -> Outcome:
-    """Those whose successors have answered for long enough leave the table."""
+    """Those leave the table whose successors have answered for long enough, and lead in their
+    stead."""
     for state in placement.at(Stage.LEAVING):
         staying = placement.staying(state.key.shard)
-        if staying and all(
+        can_leave = staying and all(
             other.answers and placement.now_s - other.since_s >= OVERLAP_S for other in staying
-        ):
+        )
+        if can_leave and not is_to_hand_over(placement, state):
             placement = placement.with_states(at_stage(placement, state, Stage.DRAINING))
             placement = after_replaced(placement, state.key)
     return placement, ()

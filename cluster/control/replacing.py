@@ -4,11 +4,13 @@ from collections import defaultdict
 from dataclasses import replace
 from typing import TypeAlias
 
-from shardline.cluster.control.hosts import choose_host
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     End,
     Instruction,
     Place,
+)
+from shardline.cluster.control.hosts import choose_host
+from shardline.cluster.control.placement_state import (
     Placement,
     ReplicaState,
     Stage,

@@ -7,9 +7,10 @@ them alive.
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +26,35 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shardline.cluster.control.opening import cluster_id_of
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.actor_name import ActorName
+from shardline.cluster.control.applied import Applied, Look
+from shardline.cluster.control.events import (
     Event,
+    LeaderSeen,
+    LeaderSilent,
+    LeadFailed,
+    Leading,
     ReplicaFailed,
     ReplicaIdle,
     ReplicaUnreachable,
 )
-from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
-from shardline.shards.core.messages import Absence, ReplicaKey
+from shardline.cluster.control.opening import cluster_id_of
+from shardline.shards.core.errors import (
+    DeadlineExceeded,
+    ShardlineError,
+    Unavailable,
+    last_line,
+)
+from shardline.shards.core.messages import Absence, Pulse, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.process.shard_actor import ShardActor
 from shardline.shards.storage.generation import GenerationManifest
 
 logger = logging.getLogger(__name__)
 
-SHARD_ACTOR_PREFIX = "shardline-shard-"
 DIGEST_DIGITS = 8  # of the cluster's id, in an actor's name
 DESCRIBE_TIMEOUT_S = 5.0
+LEAD_TIMEOUT_S = 30.0  # it may have a log to read first
 MISSES = 2  # failed checks, one after the other, before a replica is taken out of the table
 
 
@@ -58,32 +70,6 @@ class ShardSettings:
     huge_pages: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ActorName:
-    """What the name of a shard actor says: replica, host, and cluster by a digest of its secret.
-
-    An actor stays on its host for life, so that a restarted controller knows from the list of
-    names alone what is where.
-    """
-
-    key: ReplicaKey
-    digest: str
-    node_id: str
-
-    def __str__(self) -> str:
-        return f"{SHARD_ACTOR_PREFIX}{self.key}-{self.digest}-{self.node_id}"
-
-    @classmethod
-    def parse(cls, name: str) -> "ActorName | None":
-        """None for a name that is not a shard actor's."""
-        parts = name.removeprefix(SHARD_ACTOR_PREFIX).split("-")
-        if not name.startswith(SHARD_ACTOR_PREFIX) or len(parts) != 5:
-            return None
-        if not all(part.isdecimal() for part in parts[:3]):
-            return None
-        return cls(ReplicaKey(*map(int, parts[:3])), *parts[3:])
-
-
 class ShardActors:
     """Handles by replica. ``controller`` is the name that the actors register with."""
 
@@ -96,6 +82,7 @@ class ShardActors:
         self._controller = controller
         self._handles: dict[ReplicaKey, ActorHandle[Any]] = {}
         self._misses: Counter[ReplicaKey] = Counter()
+        self.applied = Applied()
 
     @property
     def on_gpu(self) -> bool:
@@ -127,32 +114,50 @@ class ShardActors:
             return ReplicaFailed(key=key, reason=reason_of(error))
         return None
 
-    async def check(self, key: ReplicaKey, epoch: int, is_lost: Callable[[], bool]) -> Event | None:
+    async def check(
+        self,
+        key: ReplicaKey,
+        epoch: int,
+        is_lost: Callable[[], bool],
+        leads: int | None = None,
+    ) -> Event | None:
         """One health check of a placed replica; the event that it amounts to, if to any.
 
-        One that answers while ``is_lost`` says that nobody knows where is told to register.
+        One that answers while ``is_lost`` says that nobody knows where is told to register. leads:
+        the epoch with which it leads its shard, as far as is known.
         """
         handle = self._handles.get(key)
         if handle is None:
             return None
         try:
-            await _answer(handle.ping.remote())
+            asked_s = time.monotonic()
+            pulse: Pulse = await _answer(handle.ping.remote())
+            now_s = time.monotonic()
             self._misses[key] = 0
+            self.applied.saw(key, Look(asked_s, now_s, pulse.seq))
             if is_lost():
                 # alive, but we lost where: after our own restart, or after a passing failure
                 await _answer(handle.announce.remote())
+            if leads is None:
+                return None
+            seen = LeaderSeen(key=key, epoch=leads, leads=pulse.leads, now_s=now_s)
+            return replace(seen, refused=pulse.refused)
         except (ActorDiedError, ActorUnschedulableError) as error:  # the second: its host is gone
             if self._handles.get(key) is handle:
-                return ReplicaFailed(key=key, reason=reason_of(error))
+                return ReplicaFailed(key=key, reason=reason_of(error), now_s=time.monotonic())
+            return None
         except RayActorError as error:
             # A restarting actor registers a moment before Ray takes calls for it again.
             self._misses[key] += 1
             if self._misses[key] >= MISSES:
-                return ReplicaUnreachable(key=key, epoch=epoch, reason=reason_of(error))
+                reason, now_s = reason_of(error), time.monotonic()
+                return ReplicaUnreachable(key=key, epoch=epoch, reason=reason, now_s=now_s)
         except (TimeoutError, GetTimeoutError):
             # Slow is not dead: the routers' own deadlines deal with slow shards.
             logger.warning("replica %s has not answered for %.0f s", key, DESCRIBE_TIMEOUT_S)
-        return None
+        if leads is None:
+            return None
+        return LeaderSilent(key=key, epoch=leads, now_s=time.monotonic())  # nobody else may write
 
     async def announce(self, key: ReplicaKey) -> None:
         """Has a replica register again; one that does not answer registers when it starts anew."""
@@ -163,9 +168,29 @@ class ShardActors:
         except (RayError, TimeoutError) as error:
             logger.warning("replica %s did not register again: %s", key, error)
 
+    async def lead(self, key: ReplicaKey, epoch: int) -> Leading | LeadFailed:
+        """Has a replica take the writes of its shard. One that does not answer in time may do so
+        all the same, later: until another is asked, with a higher epoch."""
+        try:
+            if key not in self._handles:
+                raise Unavailable("it has no process")
+            asked = self._handles[key].lead.remote(epoch)
+            seq: int = await _answer(asked, LEAD_TIMEOUT_S)
+        except TimeoutError:
+            text = f"replica {key.replica} did not take the lead within {LEAD_TIMEOUT_S:g} s"
+            reason = Absence(DeadlineExceeded.code, text)
+        except (RayError, ShardlineError) as error:
+            reason = reason_of(error)
+        else:
+            logger.info("replica %s leads with epoch %d, from write %d on", key, epoch, seq)
+            return Leading(key=key, epoch=epoch, seq=seq, now_s=time.monotonic())
+        logger.warning("replica %s does not lead: %s: %s", key, reason.code, reason.text)
+        return LeadFailed(key=key, epoch=epoch, reason=reason, now_s=time.monotonic())
+
     def forget(self, key: ReplicaKey) -> None:
         """The failure of its actor is on record: nothing is asked of it any more."""
         self._handles.pop(key, None)
+        self.applied.forget(key)
 
     async def describe(self, key: ReplicaKey) -> dict[str, Any] | Absence:
         """What a placed replica says of itself, or why it does not."""
@@ -186,6 +211,7 @@ class ShardActors:
         handle = self._handles.pop(key, None) or _existing(
             str(ActorName(key, self._digest, node_id))
         )
+        self.applied.forget(key)
         if handle is not None:
             ray.kill(handle)
 
@@ -256,8 +282,8 @@ def _existing(name: str) -> "ActorHandle[Any] | None":
         return None
 
 
-async def _answer(reference: Awaitable[Any]) -> Any:
-    return await asyncio.wait_for(_awaited(reference), DESCRIBE_TIMEOUT_S)
+async def _answer(reference: Awaitable[Any], timeout_s: float | None = None) -> Any:
+    return await asyncio.wait_for(_awaited(reference), timeout_s or DESCRIBE_TIMEOUT_S)
 
 
 async def _awaited(reference: Awaitable[Any]) -> Any:

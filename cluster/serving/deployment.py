@@ -189,6 +189,7 @@ def controller_settings(
         gpus_per_shard=cluster.gpus_per_shard,
         huge_pages=cluster.huge_pages,
         replicas=cluster.replicas,
+        writes=cluster.writes,
         load_limit_s=cluster.start_timeout_s / LOAD_TRIES,
         http_host=cluster.http_host,
         http_port=port,

@@ -30,8 +30,8 @@ def examine(config: ShardlineConfig, number: int | None, *, verbose: bool = Fals
 
 
 def check_report(report: Report) -> list[Check]:
-    """What the controller says of replicas and routers."""
-    return [_replicas(report), _routers(report), *_notes(report)]
+    """What the controller says of replicas, writes and routers."""
+    return [_replicas(report), _writes(report), _routers(report), *_notes(report)]
 
 
 def _replicas(report: Report) -> Check:
@@ -55,6 +55,18 @@ def _replicas(report: Report) -> Check:
     if any(answering[shard] < wanted for shard in shards):
         return warned(name, f"{text}; others are placed as soon as hosts have room for them")
     return passed(name, text)
+
+
+def _writes(report: Report) -> Check:
+    name, shards = "writes", report["shards"]
+    if not report["writes"]:
+        return passed(name, "none are taken: cluster.writes is false")
+    without = [shard["shard"] for shard in shards if shard["primary"] is None]
+    text = f"{len(shards) - len(without)} of {len(shards)} shards take them"
+    lag = max((each["lag"] or 0 for each in report["replicas"]), default=0)
+    if lag:
+        text += f"; a replica is {lag:,} writes behind its primary"
+    return warned(name, f"{text}; not shards {without}") if without else passed(name, text)
 
 
 def _routers(report: Report) -> Check:

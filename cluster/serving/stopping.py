@@ -14,9 +14,9 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from shardline.cluster.control.actor_name import SHARD_ACTOR_PREFIX
 from shardline.cluster.control.controller import CONTROLLER_NAME
 from shardline.cluster.control.ray_hosts import living_hosts
-from shardline.cluster.control.shard_actors import SHARD_ACTOR_PREFIX
 from shardline.cluster.http_address import EVERYWHERE, host_and_port
 from shardline.cluster.serving.front_end import serve_http, serve_runs, stop_front_end
 from shardline.cluster.serving.joining import answers_at

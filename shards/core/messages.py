@@ -240,6 +240,21 @@ class Absence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """A sign of life of a shard's process.
+
+    seq: the writes that it has applied. leads: the epoch with which it takes the writes of its
+    shard; None: it does not, because it was not asked to or its log has a higher epoch by now.
+    refused: why it takes none at present though it leads; it tries to by itself.
+    """
+
+    pid: int
+    seq: int
+    leads: int | None = None
+    refused: Absence | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSeen:
     """A router replica, as it announces itself to the controller.
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from shardline.shards.core.errors import (
+    CorruptFile,
     DeltaFull,
     InvalidInput,
     NotPrimary,
@@ -24,12 +25,14 @@ from shardline.shards.core.errors import (
 from shardline.shards.core.messages import (
     MAX_WRITE_KEY_BYTES,
     MAX_WRITTEN_ROWS,
+    Absence,
     DeleteRequest,
     UpsertRequest,
     WriteReply,
 )
 from shardline.shards.core.schema import check_ids
 from shardline.shards.live.attributes import check_attributes
+from shardline.shards.live.epoch_file import read_epoch
 from shardline.shards.live.loading import Loaded
 from shardline.shards.live.log import Log
 from shardline.shards.live.log_tail import LogTail
@@ -88,6 +91,26 @@ class ShardWrites:
     @property
     def leads(self) -> bool:
         return self._log is not None
+
+    @property
+    def leading_epoch(self) -> int | None:
+        """With which it is the primary; None: it is not."""
+        return self.epoch if self.leads else None
+
+    @property
+    def refused(self) -> Absence | None:
+        """Why a primary takes no writes now; None: it takes them, or is none."""
+        trouble = self.trouble
+        if trouble is None or not self.leads:
+            return None
+        return Absence(getattr(trouble, "code", ReadOnly.code), str(trouble))
+
+    def newest_epoch(self) -> int:
+        """Of all primaries of the shard; 0 if there was none, or its file cannot be read."""
+        try:
+            return read_epoch(self._folder)
+        except (CorruptFile, OSError):
+            return 0
 
     @property
     def state(self) -> ShardState:
@@ -202,7 +225,7 @@ class ShardWrites:
         """For status pages: ``leads`` is the epoch of the primary, None of others."""
         trouble = self.trouble
         return {
-            "leads": self.epoch if self.leads else None,
+            "leads": self.leading_epoch,
             "seq": self.seq,
             "trouble": None if trouble is None else str(trouble),
         }

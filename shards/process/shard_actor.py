@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import ray
 
-from shardline.shards.core.messages import ReplicaKey
+from shardline.shards.core.messages import Pulse, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.live_folder import live_folder
@@ -100,9 +100,14 @@ class ShardActor:
         """
         return self._server.lead(epoch)
 
-    def ping(self) -> int:
-        """The process id, as a sign of life."""
-        return os.getpid()
+    def ping(self) -> Pulse:
+        """A sign of life, and whether it takes writes."""
+        return Pulse(
+            pid=os.getpid(),
+            seq=self._writes.seq,
+            leads=self._writes.leading_epoch,
+            refused=self._writes.refused,
+        )
 
     def describe(self) -> dict[str, Any]:
         """The rows, the index and the counters of this shard, for `status`."""
@@ -127,7 +132,10 @@ class ShardActor:
 
     def _register(self) -> int:
         registration = ray.get_actor(self._controller).register_replica.remote(
-            key=self._server.key, address=self._address, epoch=self._server.epoch
+            key=self._server.key,
+            address=self._address,
+            epoch=max(self._server.epoch, self._writes.newest_epoch()),
+            leads=self._writes.leading_epoch,
         )
         epoch: int = ray.get(registration)
         return epoch

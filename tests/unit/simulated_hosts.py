@@ -4,37 +4,45 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shardline.cluster.control.hosts import Host
-from shardline.cluster.control.placement import open_generation, step
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     End,
     Event,
     HostsSeen,
     Instruction,
+    Lead,
+    LeaderSeen,
+    LeaderSilent,
+    LeadFailed,
+    Leading,
     Place,
-    Placement,
     Publish,
     ReplicaFailed,
     ReplicaIdle,
     ReplicaRegistered,
     ReplicaUnreachable,
-    Rules,
 )
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.leading_state import NOBODY
+from shardline.cluster.control.placement import open_generation, step
+from shardline.cluster.control.placement_state import Placement, Rules
 from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 
 GONE = Absence("unavailable", "gone")
+READ_ONLY = Absence("read_only", "the store is mounted read-only")
+FENCED = Absence("not_primary", "the log has a higher epoch")
 UNREADABLE = Absence("corrupt_file", "index.faiss: wrong checksum")
 
 
 @dataclass
 class Process:
-    """Of one replica; loads until ready_s, then answers."""
+    """Of one replica; loads until ready_s, then answers. leads: the epoch that it leads with."""
 
     node_id: str
     ready_s: float
     address: tuple[str, int]
     registered: bool = False
+    leads: int | None = None
 
 
 @dataclass
@@ -45,7 +53,10 @@ class World:
     noticed_s: Ray's head notices the death of a host so late. free: processes that Ray
     has CPUs for on a node, where others have taken some; what is placed beyond them waits.
     connected_s: routers stay connected for so long to a replica that is out of the table.
-    is_head_away: nothing is known of hosts, and no actor is created.
+    is_head_away: nothing is known of hosts, and no actor is created. unwritable: nodes that cannot
+    write to the store. lead_s: a replica takes so long to lead. log_epochs: of each shard's log.
+    asked: all that were asked to lead. deaf: they do as they are asked, and nobody hears of it.
+    stopped: they do nothing, and live.
     """
 
     table: RoutingTable
@@ -60,6 +71,13 @@ class World:
     free: dict[str, int] = field(default_factory=dict)
     connected_s: float = 0.0
     is_head_away: bool = False
+    unwritable: set[str] = field(default_factory=set)
+    lead_s: float = 0.0
+    log_epochs: dict[int, int] = field(default_factory=dict)
+    asked: list[Lead] = field(default_factory=list)
+    asking: list[tuple[float, Lead]] = field(default_factory=list)
+    deaf: set[ReplicaKey] = field(default_factory=set)
+    stopped: set[ReplicaKey] = field(default_factory=set)
     published_s: list[float] = field(default_factory=list)
     ended_s: dict[ReplicaKey, float] = field(default_factory=dict)
     left_s: dict[ReplicaKey, float] = field(default_factory=dict)
@@ -74,7 +92,7 @@ class World:
 
     def start(self, restart: Restart | None = None) -> "World":
         """A controller begins, or begins again: what it knew is gone, the processes are not."""
-        self.waiting = []
+        self.waiting, self.asking = [], []
         counter = 1 + (self.placement.counter if self.placement is not None else 0)
         found = {key: process.node_id for key, process in self.processes.items()}
         for process in self.processes.values():
@@ -109,7 +127,9 @@ class World:
                         self.waiting.remove((due, place))
                         self._create(place)
             for key in list(self.processes):
-                self._check(key)
+                if key in self.processes:  # else the check of another has ended it
+                    self._check(key)
+            self.answer_asked()
 
     def until_calm(self, limit: int = 2000) -> int:
         """Ticks until nothing has been under way for longer than the rules wait for."""
@@ -135,6 +155,49 @@ class World:
         process = self.processes[key]
         self.processes[key] = self._process(process.node_id)
         self.apply(ReplicaUnreachable(key=key, epoch=epoch, reason=GONE, now_s=self.now))
+
+    def lose(self, key: ReplicaKey, seconds: float) -> None:
+        """Its process lives on, unheard of for so long."""
+        self.processes[key].registered = False
+        self.processes[key].ready_s = self.now + seconds
+        epoch = self.placement.replicas[key].route.epoch
+        self.apply(ReplicaUnreachable(key=key, epoch=epoch, reason=GONE, now_s=self.now))
+
+    def answer_asked(self) -> None:
+        """Those who were asked to lead do, or say why not."""
+        due = [lead for at, lead in self.asking if at <= self.now]
+        self.asking = [(at, lead) for at, lead in self.asking if at > self.now]
+        for lead in due:
+            reason = self._led(lead)
+            told = {"key": lead.key, "epoch": lead.epoch, "now_s": self.now}
+            self.apply(
+                Leading(seq=0, **told) if reason is None else LeadFailed(reason=reason, **told)
+            )
+
+    def primary(self, shard: int) -> ReplicaKey | None:
+        """By the newest table."""
+        route = self.tables[-1].shards[shard]
+        named = [each.key for each in route.replicas if each.key.replica == route.primary]
+        return named[0] if named else None
+
+    def leads(self, key: ReplicaKey | None) -> bool:
+        """Whether it takes writes: its log has no higher epoch than its own."""
+        process = None if key is None else self.processes.get(key)
+        if process is None or key is None or not self._lives(process):
+            return False
+        return process.leads is not None and process.leads == self.log_epochs[key.shard]
+
+    def _led(self, lead: Lead) -> Absence | None:
+        """Does what is asked; why it could not, or is not heard of."""
+        process = self.processes.get(lead.key)
+        if process is None or not self._lives(process) or lead.key in self.stopped:
+            return GONE
+        if process.node_id in self.unwritable:
+            return READ_ONLY
+        if lead.epoch <= self.log_epochs.get(lead.key.shard, 0):
+            return FENCED
+        self.log_epochs[lead.key.shard] = process.leads = lead.epoch
+        return GONE if lead.key in self.deaf else None
 
     def apply(self, event: Event) -> None:
         self.placement, instructions = step(self.placement, event)
@@ -169,10 +232,18 @@ class World:
                 self.ended.append(instruction.key)
                 self.ended_s[instruction.key] = self.now
                 self.processes.pop(instruction.key, None)
+            elif isinstance(instruction, Lead):
+                assert all(before.epoch < instruction.epoch for before in self.asked[-1:])
+                self.asked.append(instruction)
+                self.asking.append((self.now + self.lead_s, instruction))
 
     def _publish(self, table: RoutingTable) -> None:
         self.tables.append(table)
         self.published_s.append(self.now)
+        for shard in table.shards:
+            named = [each for each in shard.replicas if each.key.replica == shard.primary]
+            assert len(named) == (shard.primary is not None)
+            assert all(each.address is not None for each in named)
         there = {route.key for shard in table.shards for route in shard.replicas}
         for key in self.processes:
             if key in there:
@@ -206,15 +277,26 @@ class World:
             if self.now - self.dead[process.node_id] >= self.noticed_s:
                 self.processes.pop(key)
                 self.apply(ReplicaFailed(key=key, reason=GONE))
-        elif self.now >= process.ready_s and not process.registered:
+        elif self.now >= process.ready_s and not process.registered and key not in self.stopped:
             if process.node_id in self.unreadable:
                 self.processes.pop(key)
                 self.apply(ReplicaFailed(key=key, reason=UNREADABLE))
                 return
             process.registered = True
-            self.apply(ReplicaRegistered(key=key, address=process.address, now_s=self.now))
-        elif process.registered and not self._is_connected(key):
+            leads = process.leads if self.leads(key) else None
+            self.apply(
+                ReplicaRegistered(key=key, address=process.address, leads=leads, now_s=self.now)
+            )
+            return
+        if process.registered and not self._is_connected(key):
             self.apply(ReplicaIdle(key=key))
+        known = self.placement.leading.get(key.shard, NOBODY).leader
+        if process.registered and known is not None and known.key == key:
+            if key in self.stopped:
+                self.apply(LeaderSilent(key=key, epoch=known.epoch, now_s=self.now))
+                return
+            leads = process.leads if self.leads(key) else None
+            self.apply(LeaderSeen(key=key, epoch=known.epoch, leads=leads, now_s=self.now))
 
 
 def a_choice(rng: random.Random, world: World) -> str:

@@ -106,6 +106,7 @@ async def running(
 
 async def register(controller: Controller, generation: int) -> RoutingTable:
     """Every shard announces itself; the table that is published then."""
+    await until(lambda: len(controller._shards.placed) >= SHARDS)
     for shard in range(SHARDS):
         key = ReplicaKey(generation, shard)
         epoch = await controller.register_replica(key=key, address=("127.0.0.1", 1000 + shard))
@@ -657,7 +658,7 @@ async def test_a_store_that_is_well_again_is_noticed_though_nothing_happens(
             for _ in range(10):
                 await asyncio.sleep(0.01)
             assert await controller.trouble_after(None, 1) is not None
-        await until(lambda: controller._unsaved is None)
+        await until(lambda: controller._decisions.unsaved is None)
 
 
 async def test_older_generations_end_though_one_replica_of_the_new_one_fails(
@@ -759,6 +760,7 @@ async def test_the_report_tells_hosts_replicas_and_routers(
             "shard": 0, "replica": 1, "host": "10.0.0.2", "node_id": "nb",
             "address": ("10.0.0.2", 1), "epoch": table.shards[0].replicas[1].epoch,
             "answers": True, "stage": "staying", "failures": 0, "reason": None,
+            "seq": report["replicas"][1]["seq"], "lag": report["replicas"][1]["lag"],
         }  # fmt: skip
         (router,) = report["routers"]
         assert 0 <= router.pop("heard_s") < 5

@@ -39,6 +39,7 @@ def report_of(*heard: tuple[str, float], port: int = 8000, **changes: Any) -> di
         "version": 5,
         "http_port": port,
         "replicas_wanted": 1,
+        "writes": True,
         "hosts": [
             {
                 "host": host,
@@ -49,6 +50,7 @@ def report_of(*heard: tuple[str, float], port: int = 8000, **changes: Any) -> di
             }
             for host in hosts
         ],
+        "shards": [],
         "replicas": [],
         "routers": [
             {
@@ -199,16 +201,23 @@ def test_a_url_needs_no_ray_and_gets_no_key_of_the_store(
 
 def replica(shard: int, number: int, *, answers: bool, why: str | None = None) -> dict[str, Any]:
     reason = None if why is None else {"code": "unavailable", "text": why}
-    return {"shard": shard, "replica": number, "answers": answers, "reason": reason}
+    return {"shard": shard, "replica": number, "answers": answers, "reason": reason, "lag": None}
+
+
+def led_by(*primaries: int | None) -> list[dict[str, Any]]:
+    """The shards, each with its primary."""
+    return [{"shard": shard, "primary": primary} for shard, primary in enumerate(primaries)]
 
 
 def test_doctor_judges_what_the_controller_reports() -> None:
     everywhere = report_of(
         ("10.0.0.1", 0.1), ("10.0.0.2", 0.1), ("10.0.0.10", 0.1),
         replicas=[replica(0, 0, answers=True), replica(1, 0, answers=True)],
+        shards=led_by(0, 0),
     )  # fmt: skip
     assert [str(each) for each in check_report(everywhere)] == [
         "ok    replicas: 2 shards, 2 of 2 answer",
+        "ok    writes: 2 of 2 shards take them",
         "ok    routers: 3, one on every host",
     ]
 
@@ -222,6 +231,7 @@ def test_doctor_names_what_is_missing() -> None:
             replica(1, 0, answers=False, why="no such file"),
             replica(1, 1, answers=False),
         ],
+        shards=led_by(0, None),
         notes=[{"code": "unavailable", "text": "a host is gone"}],
     )
     texts = [str(each) for each in check_report(report)]
@@ -229,13 +239,24 @@ def test_doctor_names_what_is_missing() -> None:
         "FAIL  replicas: shards [1] do not answer; got shard 1: no such file"
     )
     assert texts[1:] == [
+        "warn  writes: 1 of 2 shards take them; not shards [1]",
         "warn  routers: 1; none on 10.0.0.2, 10.0.0.10",
         "warn  controller: unavailable: a host is gone",
     ]
     report["replicas"][1]["answers"] = True
     assert str(check_report(report)[0]).startswith("warn  replicas: 2 shards, 2 of 4 answer")
     report["routers"] = []
-    assert str(check_report(report)[1]).startswith("FAIL  routers: no router has been heard of")
+    assert str(check_report(report)[2]).startswith("FAIL  routers: no router has been heard of")
+
+
+def test_doctor_tells_that_a_replica_lags_and_that_no_writes_are_taken() -> None:
+    report = report_of(replicas=[replica(0, 0, answers=True)], shards=led_by(0))
+    report["replicas"][0]["lag"] = 1200
+    assert str(check_report(report)[1]) == (
+        "ok    writes: 1 of 1 shards take them; a replica is 1,200 writes behind its primary"
+    )
+    report["writes"] = False
+    assert str(check_report(report)[1]) == "ok    writes: none are taken: cluster.writes is false"
 
 
 def test_what_was_found_is_told_though_the_controller_does_not_answer(

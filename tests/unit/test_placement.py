@@ -5,21 +5,20 @@ from dataclasses import replace
 
 import pytest
 
-from shardline.cluster.control.hosts import Host
-from shardline.cluster.control.placement import open_generation, step
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.events import (
     Announce,
     Event,
     Instruction,
     NumberSeen,
     Place,
-    Placement,
     Publish,
     ReplicaFailed,
     ReplicaRegistered,
     ReplicaUnreachable,
-    Rules,
 )
+from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.placement import open_generation, step
+from shardline.cluster.control.placement_state import Placement, Rules
 from shardline.cluster.control.replacing import retry_after_s
 from shardline.shards.core.messages import (
     Absence,

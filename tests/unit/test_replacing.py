@@ -8,10 +8,14 @@ from dataclasses import replace
 import pytest
 
 from shardline.cluster.control.cluster_report import restart_progress
+from shardline.cluster.control.events import (
+    RestartAsked,
+    RestartStopped,
+)
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.outlook import hopeless
 from shardline.cluster.control.placement import open_generation
-from shardline.cluster.control.placement_state import RestartAsked, RestartStopped, Rules, Stage
+from shardline.cluster.control.placement_state import Rules, Stage
 from shardline.cluster.control.reconcile import DRAIN_S, FORGET_S, OVERLAP_S, STEADY_S
 from shardline.cluster.control.restart_state import Restart
 from shardline.cluster.control.rolling_restart import shards_without_spare

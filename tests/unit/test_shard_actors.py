@@ -16,21 +16,32 @@ from ray.exceptions import (
 )
 
 from shardline.cluster.control import shard_actors
-from shardline.cluster.control.opening import cluster_id_of
-from shardline.cluster.control.placement_state import (
+from shardline.cluster.control.actor_name import ActorName
+from shardline.cluster.control.events import (
     Event,
+    LeaderSeen,
+    LeaderSilent,
+    LeadFailed,
+    Leading,
     ReplicaFailed,
     ReplicaIdle,
     ReplicaUnreachable,
 )
+from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.shard_actors import (
-    ActorName,
     ShardActors,
     ShardSettings,
     reason_of,
 )
-from shardline.shards.core.errors import CorruptFile, NewerFormat, ShardlineError, Unavailable
-from shardline.shards.core.messages import Absence, ReplicaKey
+from shardline.shards.core.errors import (
+    CorruptFile,
+    NewerFormat,
+    NotPrimary,
+    ReadOnly,
+    ShardlineError,
+    Unavailable,
+)
+from shardline.shards.core.messages import Absence, Pulse, ReplicaKey
 from tests.engine import build_generation
 from tests.fake_actor import HANG, Handle, raised_in_a_method, raised_in_the_constructor
 
@@ -148,7 +159,7 @@ def test_a_dead_one_that_was_replaced_during_the_check_is_no_event(
 
 def test_only_the_second_miss_in_a_row_is_an_event(actors: ShardActors, handle: Handle) -> None:
     away = ActorUnavailableError("restarting", None)
-    handle.ping.plan = [away, None, away, away]
+    handle.ping.plan = [away, handle.ping.then, away, away]
     assert [check(actors) for _ in range(3)] == [None, None, None]
     event = check(actors)
     assert isinstance(event, ReplicaUnreachable)
@@ -169,6 +180,76 @@ def test_a_slow_one_is_not_dead(
     assert check(actors) is None
     assert "replica 7-1-0 has not answered" in caplog.text
     assert actors.placed == (KEY,)
+
+
+def checked_as_leader(actors: ShardActors) -> Event | None:
+    return asyncio.run(actors.check(KEY, EPOCH, lambda: False, leads=70))
+
+
+def test_a_leader_that_is_looked_at_says_whether_it_leads(
+    actors: ShardActors, handle: Handle
+) -> None:
+    full = Absence("store_full", "no space left")
+    handle.ping.plan = [
+        Pulse(pid=1, seq=5, leads=70, refused=full),
+        Pulse(pid=1, seq=6),
+    ]
+    first, second = checked_as_leader(actors), checked_as_leader(actors)
+    assert isinstance(first, LeaderSeen)
+    assert isinstance(second, LeaderSeen)
+    assert (first.key, first.epoch, first.leads, first.refused) == (KEY, 70, 70, full)
+    assert (second.epoch, second.leads, second.refused) == (70, None, None)
+    assert actors.applied.seq(KEY) == 6
+
+
+@pytest.mark.parametrize("outcome", [HANG, ActorUnavailableError("restarting", None)])
+def test_a_leader_that_does_not_answer_once_is_silent(
+    actors: ShardActors, handle: Handle, monkeypatch: pytest.MonkeyPatch, outcome: object
+) -> None:
+    monkeypatch.setattr(shard_actors, "DESCRIBE_TIMEOUT_S", 0.01)
+    handle.ping.plan = [outcome]
+    event = checked_as_leader(actors)
+    assert isinstance(event, LeaderSilent)
+    assert (event.key, event.epoch) == (KEY, 70)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "text"),
+    [
+        (raised_in_a_method(ReadOnly("no log")), "read_only", "no log"),
+        (raised_in_a_method(NotPrimary("above")), "not_primary", "above"),
+        (ActorDiedError(), "unavailable", "The actor died"),
+        (HANG, "deadline_exceeded", "replica 0 did not take the lead within 0.05 s"),
+    ],
+)
+def test_one_that_does_not_lead_says_why(
+    actors: ShardActors,
+    handle: Handle,
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: object,
+    code: str,
+    text: str,
+) -> None:
+    monkeypatch.setattr(shard_actors, "LEAD_TIMEOUT_S", 0.05)
+    handle.lead.plan = [outcome]
+    event = asyncio.run(actors.lead(KEY, 8))
+    assert isinstance(event, LeadFailed)
+    assert (event.key, event.epoch, event.reason.code) == (KEY, 8, code)
+    assert event.reason.text.startswith(text)
+
+
+def test_one_that_leads_says_what_it_has_applied(actors: ShardActors, handle: Handle) -> None:
+    handle.lead.plan = [41]
+    event = asyncio.run(actors.lead(KEY, 8))
+    assert isinstance(event, Leading)
+    assert (event.key, event.epoch, event.seq) == (KEY, 8, 41)
+    assert handle.lead.asked == [(8,)]
+
+
+def test_one_that_has_no_process_is_not_asked_to_lead(actors: ShardActors) -> None:
+    event = asyncio.run(actors.lead(KEY, 8))
+    assert isinstance(event, LeadFailed)
+    assert event.reason == Absence("unavailable", "it has no process")
 
 
 def test_what_it_says_of_itself_or_why_it_does_not(actors: ShardActors, handle: Handle) -> None:

@@ -20,6 +20,8 @@ REPLICA = {
     "answers": False,
     "stage": "staying",
     "failures": 1,
+    "seq": 1200,
+    "lag": 34,
     "reason": {"code": "not_found", "text": "no such folder"},
 }
 
@@ -51,6 +53,7 @@ def status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     report = report_of(
         ("10.0.0.2", 0.25),
         replicas=[REPLICA],
+        shards=[{"shard": 0, "primary": 3, "primary_epoch": 18}],
         notes=[{"code": "unavailable", "text": "fewer hosts than replicas"}],
     )
     report["hosts"][2]["alive"] = False
@@ -75,7 +78,7 @@ def test_hosts_routers_and_replicas_are_shown(status) -> None:
     assert "10.0.0.1 yes none none" in lines
     assert "10.0.0.2 yes none http://10.0.0.2:8000 0.2 s ago" in lines
     assert "10.0.0.10 no none none" in lines
-    assert "0 3 10.0.0.2 17 no staying" in lines
+    assert "0 3 10.0.0.2 17 no staying primary 1,200 34" in lines
     assert "shard 0, replica 3: not_found: no such folder" in lines
     assert "warning: unavailable: fewer hosts than replicas" in lines
     assert "generation 1" in lines

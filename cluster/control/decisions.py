@@ -1,0 +1,103 @@
+"""What the controller has decided until now: each event makes the next state, and orders.
+
+Numbers are saved before anyone sees one. Whoever waits for a change is told of each, and of the
+store that takes no numbers.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from shardline.cluster.control.events import Event, Instruction, Publish
+from shardline.cluster.control.placement import step
+from shardline.cluster.control.placement_state import Placement
+from shardline.cluster.exits import as_known
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import DataError, ShardlineError
+from shardline.shards.core.messages import Absence, RoutingTable
+
+
+class Decisions:
+    """The placement of now, and the newest table that routers may have.
+
+    carry_out: told every instruction but ``Publish``, in order, once what led to it is saved.
+    """
+
+    def __init__(
+        self, store: Store, placement: Placement, carry_out: Callable[[Instruction], None]
+    ) -> None:
+        self._store = store
+        self._carry_out = carry_out
+        self._changed = asyncio.Condition()
+        self.placement = placement
+        self.published: RoutingTable | None = None
+        self.unsaved: Absence | None = None  # why the newest numbers are not on record
+
+    async def take(self, event: Event) -> None:
+        """Decides what follows from the event.
+
+        Raises:
+            OSError: the store takes no numbers. Nothing was decided: whoever the event came from
+                tries again.
+        """
+        changed, instructions = step(self.placement, event)
+        if changed is self.placement:
+            return
+        try:
+            if changed.counter != self.placement.counter:
+                self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+                self.unsaved = None
+        except OSError as error:
+            await self._cannot_save(error)
+            raise
+        self.placement = changed
+        self.order(instructions)
+        await self._tell()
+
+    def order(self, instructions: tuple[Instruction, ...]) -> None:
+        """Has them carried out."""
+        for instruction in instructions:
+            if isinstance(instruction, Publish):
+                self.published = instruction.table
+            else:
+                self._carry_out(instruction)
+
+    async def save_again(self) -> None:
+        """The event that could not be saved may never come again, and the store be well since."""
+        if self.unsaved is None:
+            return
+        try:
+            self._store.raise_counter(self.placement.counter + 1)  # it writes no lower number
+        except OSError as error:
+            await self._cannot_save(error)
+        else:
+            self.unsaved = None
+            await self._tell()
+
+    async def until(self, is_so: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Waits until it is so after some event; False: the time was up first."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait_for(is_so)
+                return True
+        return False
+
+    def newer_than(self, version: int) -> RoutingTable | None:
+        """The newest table, if it is newer than that."""
+        is_newer = self.published is not None and self.published.version > version
+        return self.published if is_newer else None
+
+    async def _cannot_save(self, error: OSError) -> None:
+        known = known_error(error)
+        text = f"the controller cannot save its counter, so nothing newer is published: {known}"
+        self.unsaved = Absence(known.code, text)
+        await self._tell()
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def known_error(error: OSError) -> ShardlineError:
+    """As one of ours."""
+    return as_known(error) or DataError(str(error))
