@@ -163,13 +163,17 @@ def check_batch(kind: QueryKind, size: int, limit: int) -> None:
             "empty batch", field=kind, expected="at least one query", got="0 queries"
         )
     if size > limit:
-        raise InvalidInput(
-            "batch too large",
-            field=kind,
-            expected=f"<= {limit} queries",
-            got=f"{size} queries",
-            hint="send them in several requests",
-        )
+        raise too_many(kind, size, limit)
+
+
+def too_many(field: str, size: int, limit: int, what: str = "queries") -> InvalidInput:
+    return InvalidInput(
+        "batch too large",
+        field=field,
+        expected=f"<= {limit} {what}",
+        got=f"{size} {what}",
+        hint="send them in several requests",
+    )
 
 
 def _out_of_range(field: str, value: float, expected: str) -> InvalidInput:

@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shardline.router.contract import MethodNotAllowed
 from shardline.router.http.auth import Guard
 from shardline.router.http.body import IS_READ, closing, read_body
-from shardline.router.http.codec import TakesLong, decode_query, encode, encode_answer, encode_item
+from shardline.router.http.body_values import TakesLong
+from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
 from shardline.router.http.disconnect import ended_by_client
 from shardline.router.http.media import Media, answer_media, body_media
 from shardline.router.http.openapi import (
