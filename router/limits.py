@@ -131,6 +131,14 @@ def default_timeout_ms(config: RouterConfig, queries: int) -> float:
     return min(longer, config.max_timeout_ms)
 
 
+def write_timeout_ms(config: RouterConfig, timeout_ms: float | None) -> float:
+    """Of a request to write; None: it names none. Raises as ``check_timeout_ms``."""
+    if timeout_ms is None:
+        return min(config.write_timeout_ms, config.max_timeout_ms)
+    check_timeout_ms(config, timeout_ms)
+    return timeout_ms
+
+
 def check_size(vectors: FloatArray, kind: str) -> None:
     """Raises InvalidInput for more vectors (n, dim) than one frame to a shard can carry."""
     if vectors.nbytes > MAX_QUERY_BYTES:

@@ -40,6 +40,7 @@ from shardline.router.http.openapi import (
     openapi_schema,
 )
 from shardline.router.http.problems import to_problem
+from shardline.router.http.write_api import Endpoint, add_writes
 from shardline.router.query import ResolvedQuery
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
@@ -57,7 +58,6 @@ TIMEOUT_TEXT = (
 )
 POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
 
-Endpoint: TypeAlias = Callable[[Scope, Receive], Awaitable[tuple[bytes, Media]]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 
@@ -75,6 +75,7 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
         redirect_slashes=False,
     )
     direct = {("POST", "/v1/search"): _add_search(app, service, config)}
+    direct |= add_writes(app, service, config)
     guard = guard or Guard()
     _add_reads(app, service, guard)
     _add_health(app, service)

@@ -85,8 +85,8 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
         "generation": answer.generation,
         "model_version": answer.model_version,
         "coverage": coverage,
-        "took_ms": _to_microseconds(answer.took_ms),
-        "search_ms": _to_microseconds(answer.search_ms),
+        "took_ms": to_microseconds(answer.took_ms),
+        "search_ms": to_microseconds(answer.search_ms),
         "request_id": answer.request_id,
     }
     if answer.reasons:
@@ -118,7 +118,7 @@ def encode(content: Mapping[str, Any], media: Media) -> bytes:
     return body
 
 
-def _to_microseconds(ms: float) -> float:
+def to_microseconds(ms: float) -> float:
     """Milliseconds >= 0 to three digits; ``round``, which is right to the last bit of every
     float, takes ten times as long."""
     return int(ms * 1000 + 0.5) / 1000

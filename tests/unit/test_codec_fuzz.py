@@ -75,7 +75,7 @@ def accept(body: bytes, media: Media) -> ResolvedQuery | None:
 @given(body=st.binary(max_size=200))
 @settings(max_examples=300)
 def test_random_bytes_are_refused(media: Media, body: bytes) -> None:
-    # hypothesis tries literals that it finds in the modules loaded, bodies of other tests among them
+    # hypothesis tries literals of the modules loaded, which may be bodies of other tests
     assume(not any(kind.encode() in body for kind in QueryKind))
     assert accept(body, media) is None, "no random bytes are a query"
 
