@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.errors import InvalidInput, VersionMismatch
 from shardline.shards.core.schema import FloatArray
 
 MSGPACK_TYPE = "application/msgpack"
@@ -28,6 +28,9 @@ ARRAY_KEYS = {"dtype", "shape", "data"}
 ARRAY_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "<i4", "<i8")}
 ARRAY_NAMES = {dtype: name for name, dtype in ARRAY_DTYPES.items()}  # dtype.str builds it anew
 MAX_NDIM = 2
+MAX_WRITE_ITEMS = 10_000  # of one request to write
+WRITE_KEY = re.compile(r"[!-~]{1,128}")  # what an Idempotency-Key may be
+WRITE_KEY_HEADER = "Idempotency-Key"
 PLAIN_KINDS = "biufU"  # numpy kinds whose values JSON and msgpack have: bool, numbers, text
 
 
@@ -56,7 +59,17 @@ class Unauthenticated(InvalidInput):
 
 
 class Forbidden(InvalidInput):
+    """``scope``: that of a key which would be let in; empty where that is not known."""
+
     code = "forbidden"
+
+    def __init__(self, message: str, *, scope: str = "", **details: str | None) -> None:
+        super().__init__(message, **details)
+        self.scope = scope
+
+
+class OtherModel(VersionMismatch):
+    """A write names another model version than the generation's."""
 
 
 REFUSALS = (
@@ -138,6 +151,29 @@ class ItemAnswer:
     shard: int
     generation: int
     model_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedPart:
+    """Items of a write that their shard has not acknowledged; ``code`` as of ``Degraded``."""
+
+    shard: int
+    code: str
+    text: str
+    items: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteParts:
+    """``parts`` of the error of a write that not every shard has acknowledged.
+
+    applied_items: those that were. The same request with the same idempotency_key applies what is
+    missing, and nothing twice.
+    """
+
+    failed: tuple[FailedPart, ...]
+    applied_items: int
+    idempotency_key: str
 
 
 def pack_array(value: Any) -> Any:

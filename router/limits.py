@@ -131,6 +131,14 @@ def default_timeout_ms(config: RouterConfig, queries: int) -> float:
     return min(longer, config.max_timeout_ms)
 
 
+def write_timeout_ms(config: RouterConfig, timeout_ms: float | None) -> float:
+    """Of a request to write; None: it names none. Raises as ``check_timeout_ms``."""
+    if timeout_ms is None:
+        return min(config.write_timeout_ms, config.max_timeout_ms)
+    check_timeout_ms(config, timeout_ms)
+    return timeout_ms
+
+
 def check_size(vectors: FloatArray, kind: str) -> None:
     """Raises InvalidInput for more vectors (n, dim) than one frame to a shard can carry."""
     if vectors.nbytes > MAX_QUERY_BYTES:
@@ -163,13 +171,17 @@ def check_batch(kind: QueryKind, size: int, limit: int) -> None:
             "empty batch", field=kind, expected="at least one query", got="0 queries"
         )
     if size > limit:
-        raise InvalidInput(
-            "batch too large",
-            field=kind,
-            expected=f"<= {limit} queries",
-            got=f"{size} queries",
-            hint="send them in several requests",
-        )
+        raise too_many(kind, size, limit)
+
+
+def too_many(field: str, size: int, limit: int, what: str = "queries") -> InvalidInput:
+    return InvalidInput(
+        "batch too large",
+        field=field,
+        expected=f"<= {limit} {what}",
+        got=f"{size} {what}",
+        hint="send them in several requests",
+    )
 
 
 def _out_of_range(field: str, value: float, expected: str) -> InvalidInput:

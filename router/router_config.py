@@ -62,6 +62,21 @@ class RouterConfig(BaseModel):
         "second line by the replica itself. At 1500 answers per second the last of 128 waits "
         "85 ms. On a launched cluster HAProxy takes it from deploy/ray/haproxy.sh.",
     )
+    max_writes_in_flight: int = Field(
+        default=64,
+        ge=1,
+        le=65536,
+        description="[requests] Requests to write items that each router replica works on at once, "
+        "apart from max_in_flight; more are refused with 429. HAProxy counts both together.",
+    )
+    write_timeout_ms: float = Field(
+        default=5000.0,
+        gt=0,
+        le=600_000,
+        description="Time limit of a request to write items that names no timeout_ms; at most "
+        "max_timeout_ms. It is longer than a search's, because a shard whose primary fails has "
+        "another one within it.",
+    )
     retry_after_s: int = Field(
         default=1,
         ge=1,

@@ -39,6 +39,7 @@ from shardline.router.query import (
 )
 from shardline.router.readiness import Readiness
 from shardline.router.router_config import RouterConfig
+from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
     NotFound,
     ShardlineError,
@@ -99,6 +100,7 @@ class SearchService:
         self._searches = 0
         self._readiness = Readiness(self._fanout)
         self._cache = ResultCache(config.cache_bytes)
+        self.writes = WriteService(config, self._fanout, self.recorder, self._wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
         """Switches to a newer table and its encoder in one step; False when not newer.
@@ -279,6 +281,9 @@ class SearchService:
             recorder.set(SHARDS_CONNECTED, snapshot.connected_shards)
 
     # Steps
+
+    def _wrote(self, generation: int, shard: int, seq: int) -> None:
+        """A write of this router's was acknowledged."""
 
     async def _answer(
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float, began_at: float

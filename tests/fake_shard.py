@@ -11,6 +11,7 @@ from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import (
     AttributesReply,
     AttributesRequest,
+    DeleteRequest,
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -20,6 +21,8 @@ from shardline.shards.core.messages import (
     SearchReply,
     SearchRequest,
     ShardRoute,
+    UpsertRequest,
+    WriteReply,
 )
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, Metric, Ranked, in_order
@@ -35,7 +38,11 @@ class FakeShard:
 
     Faults, to be set at any time: ``gate`` cleared holds every answer back; ``garbage`` is sent
     instead of the next answers; ``error`` is answered, to fetches only ``fetch_error``; ``short``
-    answers with too few columns; ``answers_as`` is the generation that replies claim.
+    answers with too few columns; ``answers_as`` is the generation that replies claim;
+    ``write_error`` is answered to writes only; ``drops`` so many writes: the connection is reset
+    before they are applied, or after it (``drops_after``).
+
+    Writes are applied at once, each to new arrays; a key that came before gets its answer again.
     """
 
     ids: np.ndarray
@@ -51,6 +58,13 @@ class FakeShard:
     short: bool = False
     answers_as: int | None = None
     bad_values: bytes | None = None  # instead of attributes
+    seq: int = 0
+    attributes: dict = field(default_factory=dict)  # of items that were written: item -> its own
+    write_error: ErrorReply | None = None
+    drops: int = 0
+    drops_after: int = 0
+    takes_writes: bool = True  # as its route says
+    written: dict = field(default_factory=dict)  # key -> its answer
     requests: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -77,7 +91,12 @@ class FakeShard:
 
     @property
     def shard_route(self) -> ShardRoute:
-        return ShardRoute(shard=self.shard, rows=len(self.ids), replicas=(self.route,))
+        return ShardRoute(
+            shard=self.shard,
+            rows=len(self.ids),
+            replicas=(self.route,),
+            primary=self.replica if self.takes_writes else None,
+        )
 
     @property
     def connections(self) -> int:
@@ -129,6 +148,16 @@ class FakeShard:
 
     async def _answer(self, writer, request_id, message) -> None:
         await self.gate.wait()
+        is_write = isinstance(message, UpsertRequest | DeleteRequest)
+        if is_write and self.drops:
+            self.drops -= 1
+            writer.transport.abort()
+            return
+        if is_write and self.drops_after:
+            self.drops_after -= 1
+            self.reply(message)
+            writer.transport.abort()
+            return
         if self.garbage is not None:
             writer.write(self.garbage)
         else:
@@ -136,7 +165,36 @@ class FakeShard:
         with contextlib.suppress(OSError):
             await writer.drain()
 
+    def write(self, message):
+        """Applied at once, and once per key."""
+        if self.write_error is not None:
+            return self.write_error
+        if message.key in self.written:
+            return self.written[message.key]
+        existed = int(np.isin(message.item_ids, self.ids).sum())
+        kept = ~np.isin(self.ids, message.item_ids)
+        ids, vectors = self.ids[kept], self.vectors[kept]
+        for item in message.item_ids.tolist():
+            self.attributes.pop(item, None)
+        if isinstance(message, UpsertRequest):
+            ids = np.concatenate([ids, message.item_ids])
+            vectors = np.concatenate([vectors, message.vectors])
+            columns = msgpack.unpackb(message.attributes) if message.attributes else {}
+            for row, item in enumerate(message.item_ids.tolist()):
+                self.attributes[item] = {name: values[row] for name, values in columns.items()}
+        self.ids, self.vectors, self.seq = ids, vectors, self.seq + 1
+        reply = WriteReply(
+            rows=len(message.item_ids),
+            existed=existed,
+            generation=self.answers_as or self.generation,
+            seq=self.seq,
+        )
+        self.written[message.key] = reply
+        return reply
+
     def reply(self, message):
+        if isinstance(message, UpsertRequest | DeleteRequest):
+            return self.write(message)
         if isinstance(message, FetchRequest):
             if self.fetch_error is not None:
                 return self.fetch_error
@@ -145,7 +203,7 @@ class FakeShard:
                 item_ids=self.ids[mine],
                 vectors=self.vectors[mine],
                 generation=self.answers_as or self.generation,
-                seq=0,
+                seq=self.seq,
             )
         if isinstance(message, AttributesRequest):
             if self.fetch_error is not None:
@@ -156,7 +214,7 @@ class FakeShard:
                 item_ids=np.array(mine, dtype=np.int64),
                 values=self.bad_values or b"".join(map(msgpack.packb, values)),
                 generation=self.answers_as or self.generation,
-                seq=0,
+                seq=self.seq,
             )
         assert isinstance(message, SearchRequest)
         ranked = brute_force(message.queries, self.ids, self.vectors, message.k)
@@ -166,7 +224,7 @@ class FakeShard:
             ranked=ranked,
             rows=len(self.ids),
             generation=self.answers_as or self.generation,
-            seq=0,
+            seq=self.seq,
             search_ms=0.25,
         )
 
@@ -235,7 +293,10 @@ async def running_replicas(ids, vectors, num_shards: int, copies: int, **options
 def replicated(replicas) -> ShardRoute:
     """One shard, served by all these FakeShards."""
     routes = tuple(each.route for each in replicas)
-    return ShardRoute(shard=replicas[0].shard, rows=len(replicas[0].ids), replicas=routes)
+    primary = next((each.replica for each in replicas if each.takes_writes), None)
+    return ShardRoute(
+        shard=replicas[0].shard, rows=len(replicas[0].ids), replicas=routes, primary=primary
+    )
 
 
 def missing(answer) -> list[str]:

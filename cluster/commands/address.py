@@ -9,6 +9,7 @@ import click
 from shardline.cluster.cli import Settings
 from shardline.cluster.serving.endpoint import Address, find_endpoint
 from shardline.cluster.serving.serving_keys import client_key
+from shardline.router.http.api_keys import Scope
 from shardline.shards.core.errors import NotFound, Unavailable
 
 if TYPE_CHECKING:
@@ -26,11 +27,13 @@ def address_of(
     url: str | None,
     key_file: Path | None,
     launched: "Launched | None" = None,
+    scope: Scope = Scope.SEARCH,
 ) -> Address:
     """The cluster at ``url``; when None, the one that serves the store, which with a
     ``cluster.address`` is found through Ray: the router of this host, or else another.
 
-    launched: what ``launched_of`` has found already, where it was asked.
+    launched: what ``launched_of`` has found already, where it was asked. scope: what the key is to
+    be good for.
 
     The store's own key goes to the store's own cluster only, never to an address given by --url.
 
@@ -38,17 +41,17 @@ def address_of(
         Unavailable: no cluster serves the store, or no router of it can be connected to.
         NotFound: there is no such key file. ConfigError: it is not safe, or holds no key.
     """
-    key = client_key(key_file)
+    key = client_key(key_file, scope=scope)
     if url is not None:
         return Address(url, key)
     launched = launched or launched_of(settings, url)
     if launched is not None:
-        return _address_in(launched, settings, key)
+        return _address_in(launched, settings, key, scope)
     try:
         endpoint = find_endpoint(settings.store)
     except NotFound as error:
         raise Unavailable(error.message, hint=error.hint) from error
-    return endpoint.address if key is None else Address(endpoint.url, key)
+    return endpoint.address_for(scope) if key is None else Address(endpoint.url, key)
 
 
 def launched_of(settings: Settings, url: str | None) -> "Launched | None":
@@ -65,7 +68,7 @@ def launched_of(settings: Settings, url: str | None) -> "Launched | None":
     return find_launched(address, verbose=settings.verbose)
 
 
-def _address_in(launched: "Launched", settings: Settings, key: str | None) -> Address:
+def _address_in(launched: "Launched", settings: Settings, key: str | None, scope: Scope) -> Address:
     """A router of the cluster that can be connected to. key None: the store's.
 
     Raises:
@@ -73,4 +76,4 @@ def _address_in(launched: "Launched", settings: Settings, key: str | None) -> Ad
     """
     from shardline.cluster.serving.launched import first_answering, launched_key
 
-    return Address(first_answering(launched.urls), key or launched_key(settings.config))
+    return Address(first_answering(launched.urls), key or launched_key(settings.config, scope))

@@ -10,8 +10,12 @@ from shardline.cluster.serving.serving_keys import add_key, key_file_of, remove_
 from shardline.router.http.api_keys import Scope, read_keys
 from shardline.shards.core.errors import NotFound
 
-scope_argument = click.argument(
-    "scope", type=click.Choice([each.value for each in Scope]), default=Scope.SEARCH.value
+scope_option = click.option(
+    "--scope",
+    type=click.Choice([each.value for each in Scope]),
+    default=Scope.SEARCH.value,
+    show_default=True,
+    help="What the key is good for: to search and read; to write items too; for all.",
 )
 
 
@@ -33,7 +37,7 @@ def list_keys(settings: Settings) -> None:
 
 
 @keys.command()
-@scope_argument
+@scope_option
 @click.pass_obj
 def show(settings: Settings, scope: str) -> None:
     """Print the first key of a scope."""
@@ -42,11 +46,11 @@ def show(settings: Settings, scope: str) -> None:
         if key.scope.value == scope:
             click.echo(key.secret)
             return
-    raise NotFound(f"{path}: no key of scope {scope}", hint=f"shardline keys add {scope}")
+    raise NotFound(f"{path}: no key of scope {scope}", hint=f"shardline keys add --scope {scope}")
 
 
 @keys.command()
-@scope_argument
+@scope_option
 @click.pass_obj
 def add(settings: Settings, scope: str) -> None:
     """Add a new key, and print it."""

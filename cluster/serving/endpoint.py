@@ -15,6 +15,7 @@ import psutil
 from shardline.cluster.serving.serving_keys import client_key
 from shardline.cluster.store import Store
 from shardline.router.client.sync_client import Client
+from shardline.router.http.api_keys import Scope
 from shardline.shards.core import files
 from shardline.shards.core.errors import CorruptFile, NotFound, Unavailable
 from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json
@@ -57,8 +58,12 @@ class Endpoint:
 
     @property
     def address(self) -> Address:
+        """As ``address_for`` searches."""
+        return self.address_for(Scope.SEARCH)
+
+    def address_for(self, scope: Scope) -> Address:
         """The cluster with a key of its file. Raises NotFound, ConfigError: no usable key file."""
-        key = None if self.key_file is None else client_key(Path(self.key_file))
+        key = None if self.key_file is None else client_key(Path(self.key_file), scope=scope)
         return Address(self.url, key)
 
     @property

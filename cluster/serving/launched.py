@@ -20,8 +20,8 @@ from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.controller import CONTROLLER_NAME
 from shardline.cluster.http_address import EVERYWHERE, LOOPBACK, url_of
 from shardline.cluster.serving.ray_session import NAMESPACE, attached_ray
-from shardline.cluster.serving.serving_keys import key_file_of, searching
-from shardline.router.http.api_keys import read_keys
+from shardline.cluster.serving.serving_keys import key_file_of, key_for
+from shardline.router.http.api_keys import Scope, read_keys
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 
 REPORT_TIMEOUT_S = 10.0
@@ -148,9 +148,10 @@ def first_answering(urls: Sequence[str]) -> str:
     raise Unavailable("none of the cluster's routers can be connected to", got=", ".join(urls))
 
 
-def launched_key(config: ShardlineConfig) -> str | None:
-    """The key for requests to a launched cluster, from the file that it was served with: the store
-    is there on every host. None: it asks for none, or took its keys from an environment.
+def launched_key(config: ShardlineConfig, scope: Scope = Scope.SEARCH) -> str | None:
+    """The key for requests of this scope to a launched cluster, from the file that it was served
+    with: the store is there on every host. None: it asks for none, or took its keys from an
+    environment.
 
     Raises:
         ConfigError: the file may be read by others, or has a line that is no key.
@@ -158,7 +159,7 @@ def launched_key(config: ShardlineConfig) -> str | None:
     path = key_file_of(config)
     if config.cluster.insecure or not path.exists():
         return None
-    return searching(read_keys(path))
+    return key_for(read_keys(path), scope)
 
 
 def _shown_urls(report: Report, node_id: str) -> dict[str, str]:

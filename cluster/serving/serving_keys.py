@@ -27,7 +27,8 @@ KEY_VARIABLES = (SERVER_VARIABLE, CLIENT_VARIABLE)
 KEY_BYTES = 32
 HEAD = """\
 # The API keys of this store's cluster, one per line: scope:key. Nobody else may read this file.
-# search: may search and read. admin: may also write and control. Changes apply within seconds.
+# search: may search and read. write: may also write items. admin: may do all. Changes apply within
+# seconds.
 """
 
 
@@ -87,28 +88,35 @@ def _serve_with(keys: list[Key], source: str, path: Path | None, note: str) -> S
     if not keys:
         raise ConfigError(
             f"{source}: no key in it",
-            hint="`shardline keys add search` makes one; --insecure serves without",
+            hint="`shardline keys add` makes one; --insecure serves without",
         )
     key_file = None if path is None else str(path)
     auth = AuthSettings(keyring=Keyring.of(keys), key_file=key_file)
-    return ServingKeys(auth=auth, own=searching(keys), note=note)
+    return ServingKeys(auth=auth, own=key_for(keys), note=note)
 
 
-def searching(keys: list[Key]) -> str | None:
-    """The key to search with: the first of scope ``search``, else the first of all."""
-    chosen = sorted(keys, key=lambda key: key.scope is not Scope.SEARCH)
+def key_for(keys: list[Key], scope: Scope = Scope.SEARCH) -> str | None:
+    """The first of those keys that are good for the scope and the least beyond it; else of all."""
+    scopes = list(Scope)
+    chosen = sorted(keys, key=lambda k: (not k.scope.covers(scope), scopes.index(k.scope)))
     return chosen[0].secret if chosen else None
 
 
-def client_key(key_file: Path | None, environ: Mapping[str, str] = os.environ) -> str | None:
-    """The key that the user of a command named: from a file, else from the environment.
+def client_key(
+    key_file: Path | None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    scope: Scope = Scope.SEARCH,
+) -> str | None:
+    """The key that the user of a command named, for ``scope``: from a file, else from the
+    environment.
 
     Raises:
         NotFound, ConfigError: the file is not there, is not safe, or has no key.
     """
     if key_file is None:
         return environ.get(CLIENT_VARIABLE, "").strip() or None
-    key = searching(read_keys(key_file))
+    key = key_for(read_keys(key_file), scope)
     if key is None:
         raise ConfigError(f"{key_file}: no key in it")
     return key

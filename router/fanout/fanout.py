@@ -177,7 +177,7 @@ class Fanout:
         wait_ms = self._config.late_after_ms + LATE_MS
         request = FetchRequest(item_ids=np.empty(0, np.int64), timeout_ms=wait_ms)
         kind = partial(Hearing, heard=heard)
-        await self._asked(snapshot, [request], self._clock.time() + wait_ms / 1000, kind)
+        await self._asked(snapshot, [request], self.clock.time() + wait_ms / 1000, kind)
 
     async def attributes(
         self, snapshot: TableSnapshot, item_ids: IdArray, names: tuple[str, ...], *, deadline: float
@@ -237,7 +237,7 @@ class Fanout:
         is awaited any longer."""
         request_id = next(self._request_ids)
         done: asyncio.Event = asyncio.Event()
-        ask = kind(snapshot, request_id, deadline=deadline, clock=self._clock, on_done=done.set)
+        ask = kind(snapshot, request_id, deadline=deadline, clock=self.clock, on_done=done.set)
         frames = [encode_frame(request_id, request) for request in requests]
         ask.send(frames, requests[0])
         try:
@@ -257,12 +257,17 @@ class Fanout:
         await asyncio.gather(*self._closing)
 
     @property
-    def _clock(self) -> Clock:
+    def clock(self) -> Clock:
+        """Deadlines are on it."""
         return self._given_clock or running_clock()
+
+    def next_request_id(self) -> int:
+        """Of a frame, and unique among all that this router sends."""
+        return next(self._request_ids)
 
     def _remaining_ms(self, deadline: float) -> float:
         """Raises DeadlineExceeded when nothing remains."""
-        remaining = deadline - self._clock.time()
+        remaining = deadline - self.clock.time()
         if remaining <= 0:
             raise DeadlineExceeded("deadline exceeded before the shards were asked")
         return remaining * 1000
@@ -273,7 +278,7 @@ class Fanout:
         """Of every shard, the connections to its replicas; those to unchanged routes are kept."""
         current = {connection.route: connection for connection in self._holders}
         if self._attention is None:
-            self._attention = Attention(self._clock)
+            self._attention = Attention(self.clock)
             self._redundancy = self._new_redundancy(self._attention)
         attention = self._attention
 

@@ -25,7 +25,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shardline.router.contract import MethodNotAllowed
 from shardline.router.http.auth import Guard
 from shardline.router.http.body import IS_READ, closing, read_body
-from shardline.router.http.codec import TakesLong, decode_query, encode, encode_answer, encode_item
+from shardline.router.http.body_values import TakesLong
+from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
 from shardline.router.http.disconnect import ended_by_client
 from shardline.router.http.media import Media, answer_media, body_media
 from shardline.router.http.openapi import (
@@ -39,6 +40,7 @@ from shardline.router.http.openapi import (
     openapi_schema,
 )
 from shardline.router.http.problems import to_problem
+from shardline.router.http.write_api import Endpoint, add_writes
 from shardline.router.query import ResolvedQuery
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
@@ -56,7 +58,6 @@ TIMEOUT_TEXT = (
 )
 POLICY_VIOLATION = 1008  # RFC 6455, 7.4.1: why a websocket was closed
 
-Endpoint: TypeAlias = Callable[[Scope, Receive], Awaitable[tuple[bytes, Media]]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 
@@ -74,6 +75,7 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
         redirect_slashes=False,
     )
     direct = {("POST", "/v1/search"): _add_search(app, service, config)}
+    direct |= add_writes(app, service, config)
     guard = guard or Guard()
     _add_reads(app, service, guard)
     _add_health(app, service)

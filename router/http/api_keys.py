@@ -24,10 +24,17 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 class Scope(StrEnum):
-    """What a key is good for: search reads; admin reads, writes and controls."""
+    """What a key is good for, each for all that those before it are: to search and read, to write
+    items, to control."""
 
     SEARCH = "search"
+    WRITE = "write"
     ADMIN = "admin"
+
+    def covers(self, needed: "Scope") -> bool:
+        """Whether a key of this scope is good for what needs the other."""
+        scopes = list(Scope)
+        return scopes.index(self) >= scopes.index(needed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Who may ask what: the check that every request passes before anything else is done with it.
 
-Reading and searching need the scope search; whatever else there is, or may be one day, needs
-admin, so a route that somebody forgets to list here is closed, not open.
+Reading and searching need the scope search, writing items the scope write; whatever else there is,
+or may be one day, needs admin, so a route that somebody forgets to list here is closed, not open.
 """
 
 import asyncio
@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 SEARCHES = frozenset({"/v1/search"})
+WRITES = frozenset({("PUT", "/v1/items"), ("DELETE", "/v1/items")})
 ADMIN_PREFIX = "/v1/admin"
+# what a key of too small a scope is good for
+MAY = {Scope.SEARCH: "search", Scope.WRITE: "search and write items", Scope.ADMIN: "do all"}
 HEADER = b"authorization"
 SCHEME = b"bearer"
 # how often a key file is looked at: the longest that a key taken out of it goes on working
@@ -61,7 +64,7 @@ def needed_scope(method: str, path: str) -> Scope | None:
         return Scope.ADMIN
     if method in READING or (method == "POST" and path in SEARCHES):
         return Scope.SEARCH
-    return Scope.ADMIN
+    return Scope.WRITE if (method, path) in WRITES else Scope.ADMIN
 
 
 class Guard:
@@ -106,9 +109,10 @@ class Guard:
                 field="Authorization",
                 hint="see `shardline keys`, or ask who runs the cluster",
             )
-        if needed is Scope.ADMIN and scope is not Scope.ADMIN:
+        if not scope.covers(needed):
             raise Forbidden(
-                "this key may only search",
+                f"this key may only {MAY[scope]}",
+                scope=needed.value,
                 field="Authorization",
                 expected=f"a key of scope {needed.value}",
                 got=f"scope {scope.value}",

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
 from shardline.router.contract import ReasonCode
+from shardline.router.http.write_models import FailedPartBody
 from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
@@ -175,3 +176,14 @@ class Problem(BaseModel):
     expected: str | None = None
     got: str | None = None
     hint: str | None = None
+    failed: list[FailedPartBody] | None = Field(
+        default=None, description="of a write: the parts that their shards have not acknowledged"
+    )
+    applied_items: int | None = Field(
+        default=None, description="of a write with failed parts: items that were acknowledged"
+    )
+    idempotency_key: str | None = Field(
+        default=None,
+        description="of a write with failed parts: the whole request, repeated with this "
+        "Idempotency-Key, applies what is missing, and nothing twice",
+    )

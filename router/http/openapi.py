@@ -12,8 +12,15 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from shardline.router.contract import WRITE_KEY_HEADER
 from shardline.router.http.auth import needed_scope
 from shardline.router.http.models import ItemResponse, Problem, SearchBody, SearchResponse
+from shardline.router.http.write_models import (
+    DeleteBody,
+    DeleteResponse,
+    UpsertBody,
+    UpsertResponse,
+)
 
 TITLE = "Shardline"
 VERSION = "1"
@@ -39,6 +46,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         404: "not_found",
         406: "not_acceptable",
         408: "body_timeout",
+        409: "version_mismatch: the vectors are of another model than the index",
         413: "payload_too_large",
         415: "unsupported_media_type",
         429: "overloaded: try again after Retry-After seconds",
@@ -58,6 +66,48 @@ SEARCH_DOC: dict[str, Any] = {
         **_problems(400, 401, 406, 408, 413, 415, 429, 503, 504),
     },
 }
+_WRITE_PROBLEMS: dict[int | str, dict[str, Any]] = {
+    **_problems(400, 401, 403, 406, 408, 413, 415),
+    **{
+        status: {"description": text, "content": _content("Problem", "application/problem+json")}
+        for status, text in (
+            (429, "overloaded, or delta_full: try again after Retry-After seconds"),
+            (
+                503,
+                "not_primary, read_only or unavailable: not all items are written; try again after "
+                "Retry-After seconds, with the idempotency_key of the answer",
+            ),
+            (504, "deadline_exceeded: whether all items are written is not known"),
+            (507, "store_full: the disk of a shard is full; searches go on"),
+        )
+    },
+}
+_KEY_HEADER = {
+    "name": WRITE_KEY_HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "maxLength": 128, "pattern": "^[!-~]+$"},
+    "description": "makes a repeated request one effect; left out, the router makes one",
+}
+
+
+def _write_doc(body: str, response: str, description: str, *problems: int) -> dict[str, Any]:
+    return {
+        "tags": ["items"],
+        "openapi_extra": {
+            "parameters": [_KEY_HEADER],
+            "requestBody": {"required": True, "content": _content(body)},
+        },
+        "responses": {
+            200: {"description": description, "content": _content(response)},
+            **_WRITE_PROBLEMS,
+            **_problems(*problems),
+        },
+    }
+
+
+UPSERT_DOC = _write_doc("UpsertBody", "UpsertResponse", "every item is written", 409)
+DELETE_DOC = _write_doc("DeleteBody", "DeleteResponse", "every item is gone")
 ITEM_DOC: dict[str, Any] = {
     "tags": ["items"],
     "responses": {
@@ -75,7 +125,10 @@ READY_DOC: dict[str, Any] = {
 def openapi_schema(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI document of an app whose routes are all there."""
     schema = get_openapi(title=TITLE, version=VERSION, description=DESCRIPTION, routes=app.routes)
-    bodies = (SearchBody, SearchResponse, ItemResponse, Problem)
+    bodies = (
+        *(SearchBody, SearchResponse, ItemResponse, Problem),
+        *(UpsertBody, UpsertResponse, DeleteBody, DeleteResponse),
+    )
     _, definitions = models_json_schema(
         [(model, "validation") for model in bodies], ref_template=REF
     )
@@ -87,6 +140,8 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)  # FastAPI's own; ours are 400
             scope = needed_scope(method.upper(), path)
             operation["security"] = [] if scope is None else [{"key": []}]
+            if scope is not None:
+                operation["x-scope"] = scope.value
     return schema
 
 
@@ -131,7 +186,9 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
 
 
 def _key(operation: dict[str, Any]) -> str:
-    return "Needs an API key." if operation["security"] else "Open: needs no key."
+    if not operation["security"]:
+        return "Open: needs no key."
+    return f"Needs an API key of scope {escape(operation['x-scope'])}."
 
 
 def _refs(content: dict[str, Any]) -> str:

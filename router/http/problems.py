@@ -8,7 +8,7 @@ for callers become 500 ``internal`` without details; the details go to the log.
 import difflib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import orjson
@@ -20,9 +20,11 @@ from shardline.router.contract import (
     Forbidden,
     MethodNotAllowed,
     NotAcceptable,
+    OtherModel,
     PayloadTooLarge,
     Unauthenticated,
     UnsupportedMediaType,
+    WriteParts,
 )
 from shardline.shards.core.errors import (
     Behind,
@@ -49,11 +51,7 @@ INSTEAD = dict.fromkeys(
     ("user", "users", "user_id", "user_ids"),
     "users are asked for by their features, which /v1/status lists: use features",
 )
-# RFC 6750, section 3: how to ask again
-CHALLENGES = {
-    Unauthenticated.code: b'Bearer realm="shardline"',
-    Forbidden.code: b'Bearer realm="shardline", error="insufficient_scope", scope="admin"',
-}
+CHALLENGE = b'Bearer realm="shardline"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +84,8 @@ PROBLEMS: dict[str, _Kind] = {
     DeadlineExceeded.code: _Kind(504, "Deadline exceeded"),
 }
 
+OTHER_MODEL = _Kind(409, "Vectors of another model")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProblemAnswer:
@@ -101,8 +101,8 @@ def to_problem(error: Exception, *, request_id: str, retry_after_s: int) -> Prob
     if not isinstance(error, ShardlineError) or error.code not in PROBLEMS:
         logger.error("request %s failed", request_id, exc_info=error)
         error = _Internal("something went wrong in the server", hint="its log has the details")
-    kind = PROBLEMS[error.code]
-    body = {
+    kind = OTHER_MODEL if isinstance(error, OtherModel) else PROBLEMS[error.code]
+    body: dict[str, Any] = {
         "type": f"urn:shardline:problem:{error.code}",
         "title": kind.title,
         "status": kind.status,
@@ -114,12 +114,21 @@ def to_problem(error: Exception, *, request_id: str, retry_after_s: int) -> Prob
         text = getattr(error, name)
         if text is not None:
             body[name] = short(text)
+    if isinstance(error.parts, WriteParts):
+        body |= asdict(error.parts)
     headers = [(b"content-type", PROBLEM_TYPE.encode()), (b"cache-control", b"no-store")]
     if kind.retry:
         headers.append((b"retry-after", str(retry_after_s).encode()))
-    if error.code in CHALLENGES:
-        headers.append((b"www-authenticate", CHALLENGES[error.code]))
+    if isinstance(error, Unauthenticated | Forbidden):
+        headers.append((b"www-authenticate", _challenge(error)))
     return ProblemAnswer(status=kind.status, headers=headers, body=orjson.dumps(body))
+
+
+def _challenge(error: Unauthenticated | Forbidden) -> bytes:
+    """How to ask again: RFC 6750, section 3."""
+    if isinstance(error, Unauthenticated):
+        return CHALLENGE
+    return CHALLENGE + f', error="insufficient_scope", scope="{error.scope}"'.encode()
 
 
 class _Internal(ShardlineError):

@@ -34,6 +34,9 @@ class ShardlineError(Exception):
     """Base of the tree. ``code`` is stable and machine-readable; the message is for people."""
 
     code: ClassVar[str] = "error"
+    # of a write that some shards have not acknowledged: what is known of its parts, as
+    # router.contract.WriteParts; it does not survive pickling
+    parts: Any = None
 
     def __init__(
         self,

@@ -115,6 +115,25 @@ CACHE_HITS = Metric(
 )
 CACHE_MISSES = Metric("shardline_cache_misses", _C, "requests", "Not in the result cache.")
 CACHE_BYTES = Metric("shardline_cache_bytes", _G, "bytes", "Answers kept in the result cache.")
+WRITES = Metric(
+    "shardline_writes",
+    _C,
+    "requests",
+    "Requests to write whose body was read, by kind (upsert, delete) and the code of their answer; "
+    "ok where every shard has acknowledged its part.",
+    ("kind", "code"),
+)
+WRITTEN_ROWS = Metric(
+    "shardline_written_rows", _C, "rows", "Items of acknowledged writes.", ("kind",)
+)
+WRITE_MS = Metric(
+    "shardline_write_ms",
+    _H,
+    "ms",
+    "From the arrival of a write to its acknowledgement by every shard.",
+    ("kind",),
+    MS_BUCKETS,
+)
 SEARCH_MS = Metric(
     "shardline_search_ms", _H, "ms", "Time of one batch in a shard's index.", REPLICA, MS_BUCKETS
 )
@@ -159,6 +178,9 @@ METRICS = (
     CACHE_HITS,
     CACHE_MISSES,
     CACHE_BYTES,
+    WRITES,
+    WRITTEN_ROWS,
+    WRITE_MS,
     SEARCH_MS,
     BATCH_QUERIES,
     QUEUE_DEPTH,

@@ -12,7 +12,7 @@ import numpy as np
 import orjson
 import pytest
 
-from shardline.router.http import body, codec
+from shardline.router.http import body, body_values
 from shardline.router.http.api import DECODE_IN_LOOP, create_app
 from shardline.router.http.problems import PROBLEMS
 from shardline.router.router_config import RouterConfig
@@ -98,14 +98,15 @@ def test_k_is_the_default_of_the_configuration():
 
 
 @pytest.mark.parametrize(
-    ("size", "elsewhere"), [(10, False), (codec.COUNTED_IN_LOOP, True), (DECODE_IN_LOOP, True)]
+    ("size", "elsewhere"),
+    [(10, False), (body_values.COUNTED_IN_LOOP, True), (DECODE_IN_LOOP, True)],
 )
 async def test_what_takes_long_to_decode_is_not_decoded_in_the_event_loop(
     size, elsewhere, monkeypatch
 ):
     """Large bodies, and smaller ones of msgpack whose values must be counted first."""
     counted_by, config = [], CONFIG.model_copy(update={"max_body_bytes": 1 << 20})
-    monkeypatch.setattr(codec, "refuse_costly", lambda *_: counted_by.append(get_ident()))
+    monkeypatch.setattr(body_values, "refuse_costly", lambda *_: counted_by.append(get_ident()))
     async with api(config=config) as (http, _, _, vectors):
         padding = {"features": [{"tags": ["a"] * size}]}
         response = await http.post("/v1/search", content=msgpack.packb(padding), headers=MSGPACK)

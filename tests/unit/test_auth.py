@@ -23,8 +23,9 @@ from tests.fake_shard import make_table
 
 SEARCH = Key(Scope.SEARCH, "s" * 40)
 ADMIN = Key(Scope.ADMIN, "a" * 40)
+WRITE = Key(Scope.WRITE, "w" * 40)
 SECOND = Key(Scope.SEARCH, "t" * 40)
-RING = Keyring.of([SEARCH, ADMIN])
+RING = Keyring.of([SEARCH, WRITE, ADMIN])
 ROUTES = [
     ("GET", "/", None),
     ("HEAD", "/docs", None),
@@ -39,8 +40,10 @@ ROUTES = [
     ("GET", "/nowhere", Scope.SEARCH),
     ("GET", "/docs/../v1/status", Scope.SEARCH),
     ("GET", "/healthz/", Scope.SEARCH),
-    ("PUT", "/v1/items", Scope.ADMIN),
-    ("DELETE", "/v1/items", Scope.ADMIN),
+    ("PUT", "/v1/items", Scope.WRITE),
+    ("DELETE", "/v1/items", Scope.WRITE),
+    ("PUT", "/v1/items/", Scope.ADMIN),
+    ("DELETE", "/v1/items/7", Scope.ADMIN),
     ("POST", "/v1/items", Scope.ADMIN),
     ("PATCH", "/v1/search", Scope.ADMIN),
     ("POST", "/v1/search/", Scope.ADMIN),
@@ -66,11 +69,14 @@ def test_what_is_not_listed_as_reading_needs_the_admin_scope(method, path, scope
         guard.check(method, path, [])
     with pytest.raises(Unauthenticated):
         guard.check(method, path, bearer(SECOND))
-    if scope is Scope.ADMIN:
-        with pytest.raises(Forbidden, match="may only search; expected a key of scope admin"):
-            guard.check(method, path, bearer(SEARCH))
-    else:
-        guard.check(method, path, bearer(SEARCH))
+    for key, may in ((SEARCH, "search"), (WRITE, "search and write items")):
+        if key.scope is scope or scope is Scope.SEARCH:
+            guard.check(method, path, bearer(key))
+        elif key.scope is not scope and not key.scope.covers(scope):
+            expected = f"may only {may}; expected a key of scope {scope}; got scope {key.scope}"
+            with pytest.raises(Forbidden, match=expected) as caught:
+                guard.check(method, path, bearer(key))
+            assert caught.value.scope == scope
 
 
 @pytest.mark.parametrize(
@@ -150,9 +156,9 @@ def test_401_says_how_to_ask_and_403_what_is_missing() -> None:
         assert (problem["code"], problem["field"]) == ("unauthenticated", "Authorization")
         assert problem["request_id"] == response.headers["x-request-id"]
     assert forbidden.status_code == 403
-    assert 'error="insufficient_scope", scope="admin"' in forbidden.headers["www-authenticate"]
+    assert 'error="insufficient_scope", scope="write"' in forbidden.headers["www-authenticate"]
     assert forbidden.json()["code"] == "forbidden"
-    assert in_vain.status_code == 404, "let in, and there is no such route"
+    assert in_vain.status_code == 415, "let in, and there is no body"
     assert health.status_code == 200
     assert (root.status_code, root.headers["location"]) == (307, "/docs")
     assert searched.status_code == 503, "let in, and there is no routing table"

@@ -5,7 +5,7 @@ import json
 import msgpack
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from shardline.router.http.codec import MANY_FIELDS, PARAM_FIELDS, SEARCH_FIELDS, decode_query
@@ -75,6 +75,8 @@ def accept(body: bytes, media: Media) -> ResolvedQuery | None:
 @given(body=st.binary(max_size=200))
 @settings(max_examples=300)
 def test_random_bytes_are_refused(media: Media, body: bytes) -> None:
+    # hypothesis tries literals of the modules loaded, which may be bodies of other tests
+    assume(not any(kind.encode() in body for kind in QueryKind))
     assert accept(body, media) is None, "no random bytes are a query"
 
 

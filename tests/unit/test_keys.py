@@ -23,6 +23,7 @@ from shardline.router.http.api_keys import Key, Keyring, Scope, digest_of, parse
 from shardline.shards.core.errors import ConfigError, NotFound, ShardlineError
 
 SEARCH = "s" * 32
+WRITE = "w" * 32
 ADMIN = "a" * 40 + "=="
 
 
@@ -46,7 +47,7 @@ def test_a_file_holds_a_key_a_line_and_comments() -> None:
     [
         "search",
         SEARCH,
-        f"write:{SEARCH}",
+        f"read:{SEARCH}",
         f"Search:{SEARCH}",
         "search:",
         f"search:{'x' * 31}",
@@ -142,9 +143,9 @@ def test_a_key_file_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     assert f"made {path}, mode 600" in keys.note
     made = read_keys(path)
-    assert [key.scope for key in made] == [Scope.SEARCH, Scope.ADMIN]
+    assert [key.scope for key in made] == [Scope.SEARCH, Scope.WRITE, Scope.ADMIN]
     assert all(len(key.secret) >= 43 for key in made)
-    assert len({key.secret for key in made}) == 2
+    assert len({key.secret for key in made}) == 3
     assert keys.auth.key_file == str(path)
     assert keys.auth.keyring == Keyring.of(made)
     assert not any(key.secret in keys.note for key in made)
@@ -195,11 +196,11 @@ def test_insecure_says_so_loudly_and_makes_no_file(tmp_path: Path) -> None:
 def test_keys_are_replaced_without_a_gap(tmp_path: Path) -> None:
     path = tmp_path / "store" / "keys"
     make_key_file(path)
-    old, admin = read_keys(path)
+    old, *others = read_keys(path)
     added = add_key(path, Scope.SEARCH)
-    assert read_keys(path) == [old, admin, added]
+    assert read_keys(path) == [old, *others, added]
     remove_key(path, old.fingerprint[:6])
-    assert read_keys(path) == [admin, added]
+    assert read_keys(path) == [*others, added]
     assert path.stat().st_mode & 0o777 == 0o600
     assert path.read_text().startswith("# The API keys")
     for fingerprint in ("", "zz", old.fingerprint):
@@ -223,6 +224,9 @@ def test_a_client_takes_the_key_it_is_told_and_the_weakest_that_will_do(tmp_path
     assert client_key(None, environ) == ADMIN
     assert client_key(None, {CLIENT_VARIABLE: ""}) is None
     assert client_key(None, {}) is None
+    assert client_key(path, environ, scope=Scope.WRITE) == ADMIN
+    more = write(tmp_path / "more", f"admin:{ADMIN}\nwrite:{WRITE}\nsearch:{SEARCH}\n")
+    assert client_key(more, {}, scope=Scope.WRITE) == WRITE
     only = write(tmp_path / "admin", f"admin:{ADMIN}\n")
     assert client_key(only, {}) == ADMIN
     with pytest.raises(ShardlineError, match="no key in it"):

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from shardline.bench.load.request_costs import KINDS
 from shardline.router.contract import PayloadTooLarge
-from shardline.router.http import body_cost, codec, feature_values
+from shardline.router.http import body_cost, body_values, feature_values
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
 from shardline.router.router_config import RouterConfig
@@ -194,20 +194,20 @@ def test_lists_of_numbers_are_not_walked_in_python(few: list[float], monkeypatch
 
 def test_counting_many_other_values_is_not_for_the_event_loop() -> None:
     names = msgpack.packb({"return": ["ab"] * 3 * body_cost.UNCOUNTED_LENGTH})
-    assert len(names) > codec.COUNTED_IN_LOOP
-    with pytest.raises(codec.TakesLong):
+    assert len(names) > body_values.COUNTED_IN_LOOP
+    with pytest.raises(body_values.TakesLong):
         decode_query(names, Media.MSGPACK, CONFIG, in_loop=True)
     with pytest.raises(InvalidInput, match="return"):
         decode_query(names, Media.MSGPACK, CONFIG)
     time = msgpack.Timestamp(1)
     for value in ({}, [], {"a": 0}, time, {"dtype": "<f4", "shape": [1], "data": bytes(4)}):
         body = msgpack.packb({"features": [[value] * 4000] * 2 + [["a" * 30] * 1000]})
-        with pytest.raises(codec.TakesLong):
+        with pytest.raises(body_values.TakesLong):
             decode_query(body, Media.MSGPACK, CONFIG, in_loop=True)
         with pytest.raises(InvalidInput):
             decode_query(body, Media.MSGPACK, CONFIG)
     few = msgpack.packb({"return": ["a"] * (body_cost.UNCOUNTED_LENGTH + 1)})
-    assert len(few) < codec.COUNTED_IN_LOOP
+    assert len(few) < body_values.COUNTED_IN_LOOP
     with pytest.raises(InvalidInput, match="return"):
         decode_query(few, Media.MSGPACK, CONFIG, in_loop=True)
 
@@ -270,7 +270,7 @@ def test_one_of_many_unknown_fields_is_named(content) -> None:
 
 
 def test_small_bodies_are_not_counted(monkeypatch) -> None:
-    monkeypatch.setattr(codec, "refuse_costly", None)
+    monkeypatch.setattr(body_values, "refuse_costly", None)
     vectors = np.random.default_rng(0).random((64, 128), np.float32)
     array = {"dtype": "<f4", "shape": [64, 128], "data": vectors.tobytes()}
     decode_query(msgpack.packb({"vectors": array}), Media.MSGPACK, CONFIG)

@@ -1,0 +1,180 @@
+"""One write on its way to the primary of its shard, and to nobody else.
+
+It is never hedged and never sent to another replica. It is sent again, with the same key, which
+makes both one effect,
+
+- once, when the connection breaks after it was sent, to the primary of then;
+- when the replica says that it is not the primary, and a newer table has come.
+
+While a shard has no primary, or none that can be reached, the write waits for one a moment.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from shardline.router.fanout.clock import Clock, Deadline
+from shardline.router.fanout.connection import ShardConnection
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.fanout.snapshot import TableSnapshot
+from shardline.shards.core.errors import (
+    DeadlineExceeded,
+    InvalidInput,
+    NotPrimary,
+    Overloaded,
+    ProtocolError,
+    ShardlineError,
+    Unavailable,
+    error_of,
+)
+from shardline.shards.core.messages import DeleteRequest, ErrorReply, UpsertRequest, WriteReply
+from shardline.shards.wire.frames import decode_payload, encode_frame
+from shardline.shards.wire.readers import Payload
+
+PRIMARY_WAIT_S = 1.0  # for a primary: an election among replicas that answer takes a fraction of it
+LOOK_S = 0.01  # between two looks at the table and the connection, while a write waits for them
+
+
+class Delivery:
+    """One part of a write. ``table`` and connections are looked at anew for each attempt; the
+    generation is that of the table which the write was split by."""
+
+    def __init__(self, fanout: Fanout, generation: int, shard: int, deadline: float) -> None:
+        self._fanout = fanout
+        self._generation = generation
+        self._shard = shard
+        self._deadline = deadline
+        self._waits_until = 0.0
+        self._is_resent = False
+        self._refused_by = 0  # version of the table whose primary said that it is none
+
+    async def send(self, message: UpsertRequest | DeleteRequest) -> WriteReply:
+        """The primary's acknowledgement. The time in ``message`` is replaced by what is left.
+
+        Raises:
+            InvalidInput: the shard says that the write is wrong.
+            DeadlineExceeded: no answer in time; it may have been applied.
+            Unavailable: and its subclasses: as the shard says; or there is no primary, or none
+                that can be reached, or the connection broke twice.
+        """
+        self._waits_until = min(self._deadline, self._clock.time() + PRIMARY_WAIT_S)
+        while True:
+            with self._fanout.pin() as snapshot:
+                reply = await self._attempt(snapshot, message)
+            if isinstance(reply, WriteReply):
+                return reply
+            if self._clock.time() >= self._waits_until:
+                raise reply
+            await asyncio.sleep(LOOK_S)
+
+    async def _attempt(
+        self, snapshot: TableSnapshot, message: UpsertRequest | DeleteRequest
+    ) -> WriteReply | Unavailable:
+        """The acknowledgement, or why another attempt is worth while."""
+        version = snapshot.table.version
+        if snapshot.table.generation != self._generation:
+            raise Unavailable("another generation went live meanwhile")
+        if version == self._refused_by:
+            return NotPrimary("no replica takes writes now")
+        connection = primary_of(snapshot, self._shard)
+        if connection is None:
+            return NotPrimary("no replica takes writes now")
+        reply = await self._ask(connection, message)
+        if isinstance(reply, WriteReply | Unavailable):
+            return reply
+        error = _error_of(reply)
+        if not isinstance(error, NotPrimary):
+            raise error
+        self._refused_by = version
+        return NotPrimary("the replica that took writes no longer does")
+
+    async def _ask(
+        self, connection: ShardConnection, message: UpsertRequest | DeleteRequest
+    ) -> WriteReply | ErrorReply | Unavailable:
+        """What the replica says; Unavailable where it may be asked again."""
+        left = self._deadline - self._clock.time()
+        if left <= 0:
+            raise DeadlineExceeded("no answer in time")
+        request_id = self._fanout.next_request_id()
+        frame = encode_frame(request_id, replace(message, timeout_ms=left * 1000))
+        answer: asyncio.Future[Payload | Unavailable] = asyncio.get_running_loop().create_future()
+        try:
+            link = connection.request(request_id, frame, _settling(answer))
+        except Overloaded:
+            raise
+        except Unavailable as error:
+            return error
+        late = DeadlineExceeded("no answer in time: it may have been applied")
+        timer = Deadline(self._clock, self._deadline, lambda: _settling(answer)(late))
+        try:
+            reply = await answer
+        finally:
+            timer.cancel()
+            connection.abandon(request_id)
+        if reply is late:
+            raise late
+        if isinstance(reply, Unavailable):
+            return self._lost(reply)
+        answered = _read(reply, message, self._generation)
+        if isinstance(answered, Unavailable):
+            link.close(answered.message)
+            return self._lost(answered)
+        return answered
+
+    def _lost(self, reason: Unavailable) -> Unavailable:
+        """Of a write that was sent: whether it was applied is not known."""
+        if self._is_resent:
+            raise Unavailable(f"{reason.message}, twice: it may have been applied")
+        self._is_resent = True
+        self._waits_until = self._deadline
+        return Unavailable(f"{reason.message}: it may have been applied")
+
+    @property
+    def _clock(self) -> Clock:
+        return self._fanout.clock
+
+
+def primary_of(snapshot: TableSnapshot, shard: int) -> ShardConnection | None:
+    """The connection to the replica that takes a shard's writes; None: none does, or it is served
+    by no process."""
+    for route, connections in zip(snapshot.table.shards, snapshot.shards, strict=True):
+        if route.shard == shard:
+            for replica, connection in zip(route.replicas, connections, strict=True):
+                if replica.key.replica == route.primary:
+                    return connection
+    return None
+
+
+def _settling(
+    answer: asyncio.Future[Payload | Unavailable],
+) -> Callable[[Payload | Unavailable], None]:
+    return lambda reply: None if answer.done() else answer.set_result(reply)
+
+
+def _read(
+    payload: Payload, message: UpsertRequest | DeleteRequest, generation: int
+) -> WriteReply | ErrorReply | Unavailable:
+    """A reply, decoded; Unavailable: it is none to this write."""
+    try:
+        reply = decode_payload(payload)
+    except ProtocolError as error:
+        return Unavailable(f"broke the protocol ({error.message})")
+    if isinstance(reply, ErrorReply):
+        return reply
+    if (
+        isinstance(reply, WriteReply)
+        and reply.generation == generation
+        and 0 <= reply.existed <= reply.rows == len(message.item_ids)
+        and reply.seq > 0
+    ):
+        return reply
+    return Unavailable("broke the protocol (wrong reply)")
+
+
+def _error_of(reply: ErrorReply) -> ShardlineError:
+    """What a shard refuses a write with; an error of its own making is no caller's business."""
+    error = error_of(reply.code, reply.message)
+    if isinstance(error, InvalidInput):
+        error.field = reply.field
+        return error
+    return error if isinstance(error, Unavailable) else Unavailable(f"failed ({reply.code})")

@@ -1,0 +1,157 @@
+"""The life of a write without HTTP: check, split by shard, deliver every part, sum up.
+
+All parts acknowledged, or the whole write is an error that says which are not: writes have no
+partial success. One deadline for all, counted from the arrival. Writes beyond
+``max_writes_in_flight`` are refused before any work is done on them; they count apart from
+searches, because they wait for disks.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from shardline.router.contract import OtherModel
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.fanout.primary import Delivery
+from shardline.router.limits import InFlightLimit
+from shardline.router.router_config import RouterConfig
+from shardline.router.written import (
+    Deletes,
+    Part,
+    Upserts,
+    WriteAnswer,
+    WriteKind,
+    delete_parts,
+    failure,
+    newest,
+    upsert_parts,
+)
+from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.messages import RoutingTable, WriteReply
+from shardline.shards.core.metrics import WRITE_MS, WRITES, WRITTEN_ROWS, Recorder
+
+# Items checked and split in the event loop, some milliseconds; more go to a thread.
+SPLIT_IN_LOOP = 256
+
+OnSeq = Callable[[int, int, int], None]  # generation, shard, its sequence number
+
+
+class WriteService:
+    """All methods run in one event loop."""
+
+    def __init__(
+        self, config: RouterConfig, fanout: Fanout, recorder: Recorder, on_seq: OnSeq
+    ) -> None:
+        """on_seq is told of every acknowledged part, before the answer."""
+        self._fanout = fanout
+        self._recorder = recorder
+        self._on_seq = on_seq
+        self._in_flight = InFlightLimit(config.max_writes_in_flight, recorder)
+
+    def admit(self) -> InFlightLimit:
+        """Around all work on a write; ``InFlightLimit`` says when it raises."""
+        return self._in_flight
+
+    @property
+    def taken(self) -> int:
+        """Writes being worked on."""
+        return self._in_flight.taken
+
+    async def upsert(
+        self, given: Upserts, key: str, *, arrived_at: float, began_at: float, request_id: str = ""
+    ) -> WriteAnswer:
+        """As ``delete``. Raises also OtherModel: the table is of another model version."""
+
+        def split(table: RoutingTable) -> list[Part]:
+            if given.model_version not in (None, table.model_version):
+                raise OtherModel(
+                    "the vectors are of another model than the index",
+                    field="model_version",
+                    expected=table.model_version,
+                    got=given.model_version,
+                    hint="encode the items with the model that is served, see /v1/status",
+                )
+            return upsert_parts(given, table, key)
+
+        return await self._write(
+            WriteKind.UPSERT, given, split, key, arrived_at, began_at, request_id
+        )
+
+    async def delete(
+        self, given: Deletes, key: str, *, arrived_at: float, began_at: float, request_id: str = ""
+    ) -> WriteAnswer:
+        """Every part is durable, and in every search from now on that asks for its ``seq``.
+
+        key makes a repeated write one effect. The deadline is counted from arrived_at, on the event
+        loop's clock; took_ms from began_at, on time.perf_counter's.
+
+        Raises:
+            InvalidInput: the write breaks a rule; field names where. With ``parts``, a shard says
+                so, and others may have applied theirs.
+            DeadlineExceeded, Unavailable and its subclasses: the gravest of the reasons why parts
+                are not acknowledged; ``parts`` has all.
+        """
+
+        def split(table: RoutingTable) -> list[Part]:
+            return delete_parts(given, table, key)
+
+        return await self._write(
+            WriteKind.DELETE, given, split, key, arrived_at, began_at, request_id
+        )
+
+    async def _write(
+        self,
+        kind: WriteKind,
+        given: Upserts | Deletes,
+        split: Callable[[RoutingTable], list[Part]],
+        key: str,
+        arrived_at: float,
+        began_at: float,
+        request_id: str,
+    ) -> WriteAnswer:
+        try:
+            with self._fanout.pin() as snapshot:
+                table = snapshot.table
+            is_small = len(given.item_ids) <= SPLIT_IN_LOOP
+            parts = split(table) if is_small else await asyncio.to_thread(split, table)
+            deadline = arrived_at + given.timeout_ms / 1000
+            replies = await self._delivered(parts, table.generation, key, deadline)
+        except ShardlineError as error:
+            self._recorder.count(WRITES, kind, error.code)
+            raise
+        rows = sum(part.items for part in parts)
+        took_ms = (time.perf_counter() - began_at) * 1000
+        self._recorder.count(WRITES, kind, "ok")
+        self._recorder.count(WRITTEN_ROWS, kind, by=rows)
+        self._recorder.observe(WRITE_MS, took_ms, kind)
+        return WriteAnswer(
+            kind=kind,
+            rows=rows,
+            existed=sum(reply.existed for reply in replies),
+            duplicates=len(given.item_ids) - rows,
+            seq=newest(parts, replies, len(table.shards)),
+            generation=table.generation,
+            model_version=table.model_version,
+            took_ms=took_ms,
+            request_id=request_id,
+        )
+
+    async def _delivered(
+        self, parts: Sequence[Part], generation: int, key: str, deadline: float
+    ) -> list[WriteReply]:
+        """The acknowledgement of every part, all under way at once."""
+
+        async def deliver(part: Part) -> WriteReply | ShardlineError:
+            try:
+                delivery = Delivery(self._fanout, generation, part.shard, deadline)
+                reply = await delivery.send(part.message)
+            except ShardlineError as error:
+                return error
+            self._on_seq(generation, part.shard, reply.seq)
+            return reply
+
+        outcomes = await asyncio.gather(*map(deliver, parts))
+        error = failure(parts, outcomes, key)
+        if error is not None:
+            raise error
+        return [outcome for outcome in outcomes if isinstance(outcome, WriteReply)]

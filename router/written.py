@@ -1,0 +1,264 @@
+"""A write on its way through the router: what a body asks for, parts per shard, what came of it.
+
+Upserts or Deletes -> Parts, a request per shard -> WriteReplies -> WriteAnswer, or an error with
+``WriteParts``. Pure: no sockets here.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from shardline.router.contract import FailedPart, PayloadTooLarge, WriteParts
+from shardline.shards.core.errors import (
+    DeadlineExceeded,
+    DeltaFull,
+    InvalidInput,
+    NotPrimary,
+    Overloaded,
+    ReadOnly,
+    ShardlineError,
+    StoreFull,
+)
+from shardline.shards.core.messages import (
+    MAX_WRITTEN_ROWS,
+    DeleteRequest,
+    RoutingTable,
+    UpsertRequest,
+    WriteReply,
+)
+from shardline.shards.core.schema import FloatArray, IdArray, check_ids, query_vectors
+
+PART_BYTES = (
+    16 << 20
+)  # of vectors, and of attributes: a frame, and a shard's log, take both at once
+KEY_BYTES = 16  # of the digest that is a part's key
+# an error's class, the gravest first: where parts fail differently, the request fails so
+GRAVEST: tuple[type[ShardlineError], ...] = (
+    InvalidInput,
+    StoreFull,
+    ReadOnly,
+    NotPrimary,
+    DeadlineExceeded,
+    DeltaFull,
+    Overloaded,
+)
+
+
+class WriteKind(StrEnum):
+    UPSERT = "upsert"
+    DELETE = "delete"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upserts:
+    """Items of a body: values that are not yet looked at one by one, in the order they came.
+
+    item_ids: n ids; vectors (n, d) numbers; attributes: of each name n values of JSON, null where
+    an item has none. id_field and vector_field are what errors name them by, with the row after it
+    and the row's own field, if it has one: ("items", "vector") names ``items[3].vector``.
+    """
+
+    item_ids: Any
+    vectors: Any
+    attributes: dict[str, list[Any]]
+    timeout_ms: float
+    model_version: str | None = None
+    id_field: tuple[str, str] = ("item_ids", "")
+    vector_field: tuple[str, str] = ("vectors", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletes:
+    """item_ids: n ids, existing or not, not yet looked at one by one."""
+
+    item_ids: Any
+    timeout_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What one shard gets at once; ``message`` lacks the time that is left."""
+
+    shard: int
+    message: UpsertRequest | DeleteRequest
+
+    @property
+    def items(self) -> int:
+        return len(self.message.item_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteAnswer:
+    """rows: different items written; existed: those of them that were there before. duplicates:
+    items of the request that a later one of the same id has replaced. seq: of each shard, how many
+    writes it has applied with this one; None for a shard that had no part in it."""
+
+    kind: WriteKind
+    rows: int
+    existed: int
+    duplicates: int
+    seq: tuple[int | None, ...]
+    generation: int
+    model_version: str
+    took_ms: float
+    request_id: str
+
+
+def upsert_parts(given: Upserts, table: RoutingTable, key: str) -> list[Part]:
+    """Requests that write every item once, the last of those with the same id.
+
+    Raises:
+        InvalidInput: ids or vectors that are none; the error names the first.
+        PayloadTooLarge: attributes that take more than PART_BYTES of one part.
+    """
+    with _named(*given.id_field):
+        item_ids = check_ids(given.item_ids, field=given.id_field[0])
+    with _named(*given.vector_field):
+        vectors = query_vectors(
+            given.vectors, dim=table.dim, metric=table.metric, field=given.vector_field[0]
+        )
+    rows_at_once = max(1, min(MAX_WRITTEN_ROWS, PART_BYTES // (4 * table.dim)))
+    parts = []
+    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
+        attributes = _packed(given.attributes, rows)
+        part_key = _part_key(key, item_ids[rows], vectors[rows], attributes)
+        message = UpsertRequest(
+            item_ids=item_ids[rows],
+            vectors=vectors[rows],
+            attributes=attributes,
+            key=part_key,
+            timeout_ms=0.0,
+        )
+        parts.append(Part(shard=shard, message=message))
+    return parts
+
+
+def delete_parts(given: Deletes, table: RoutingTable, key: str) -> list[Part]:
+    """Requests that name every item once. Raises InvalidInput: ids that are none."""
+    item_ids = check_ids(given.item_ids)
+    parts = []
+    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, MAX_WRITTEN_ROWS):
+        part_key = _part_key(key, item_ids[rows])
+        message = DeleteRequest(item_ids=item_ids[rows], key=part_key, timeout_ms=0.0)
+        parts.append(Part(shard=shard, message=message))
+    return parts
+
+
+def last_of_each(item_ids: IdArray) -> IdArray:
+    """Where each different id stands for the last time, ascending."""
+    _, from_end = np.unique(item_ids[::-1], return_index=True)
+    found: IdArray = np.sort(len(item_ids) - 1 - from_end).astype(np.int64)
+    return found
+
+
+def newest(
+    parts: Sequence[Part], replies: Sequence[WriteReply], num_shards: int
+) -> tuple[int | None, ...]:
+    """Of each shard the highest sequence number of its replies; None where it has none."""
+    seq: list[int | None] = [None] * num_shards
+    for part, reply in zip(parts, replies, strict=True):
+        seq[part.shard] = max(reply.seq, seq[part.shard] or 0)
+    return tuple(seq)
+
+
+def failure(
+    parts: Sequence[Part], outcomes: Sequence[WriteReply | ShardlineError], key: str
+) -> ShardlineError | None:
+    """The error of a request, some of whose parts have failed; None: none has."""
+    failed = [
+        (part, outcome)
+        for part, outcome in zip(parts, outcomes, strict=True)
+        if isinstance(outcome, ShardlineError)
+    ]
+    if not failed:
+        return None
+    gravest = min((error for _, error in failed), key=_gravity)
+    shards = ", ".join(str(shard) for shard in dict.fromkeys(part.shard for part, _ in failed))
+    items = sum(part.items for part, _ in failed)
+    applied = sum(part.items for part in parts) - items
+    error = type(gravest)(
+        f"{items} items of shard {shards} not acknowledged: {gravest.message}",
+        field=gravest.field,
+        expected=gravest.expected,
+        got=gravest.got,
+        hint="once mended, send all of it again: with the same Idempotency-Key that is safe",
+    )
+    error.parts = WriteParts(
+        failed=tuple(
+            FailedPart(shard=part.shard, code=error.code, text=error.message, items=part.items)
+            for part, error in failed
+        ),
+        applied_items=applied,
+        idempotency_key=key,
+    )
+    return error
+
+
+def _gravity(error: ShardlineError) -> int:
+    kinds = [place for place, kind in enumerate(GRAVEST) if isinstance(error, kind)]
+    return kinds[0] if kinds else GRAVEST.index(NotPrimary)
+
+
+class _named:  # noqa: N801  reads as what it does, like contextlib's own
+    """Errors of a row name its own field too."""
+
+    def __init__(self, field: str, within: str) -> None:
+        self._start = f"{field}["
+        self._within = within
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        if not self._within or not isinstance(error, InvalidInput):
+            return
+        if (error.field or "").startswith(self._start):
+            error.field = f"{error.field}.{self._within}"
+
+
+def _by_shard(
+    item_ids: IdArray, rows: IdArray, table: RoutingTable, at_once: int
+) -> Iterator[tuple[int, IdArray]]:
+    """Each shard with ``at_once`` of its rows at most, in their order."""
+    homes = table.partition.shard_of(item_ids[rows])
+    for shard in np.unique(homes).tolist():
+        mine = rows[homes == shard]
+        for start in range(0, len(mine), at_once):
+            yield shard, mine[start : start + at_once]
+
+
+def _packed(attributes: dict[str, list[Any]], rows: IdArray) -> bytes:
+    if not attributes:
+        return b""
+    chosen = rows.tolist()
+    columns = {name: [values[row] for row in chosen] for name, values in attributes.items()}
+    packed: bytes = msgpack.packb(columns)
+    if len(packed) > PART_BYTES:
+        raise PayloadTooLarge(
+            "attributes too large",
+            field="attributes",
+            expected=f"<= {PART_BYTES} bytes of those that one shard gets",
+            got=f"{len(packed)} bytes",
+            hint="send the items in several requests",
+        )
+    return packed
+
+
+def _part_key(
+    key: str, item_ids: IdArray, vectors: FloatArray | None = None, rest: bytes = b""
+) -> str:
+    """Of the caller's key and of all that the part says: the same key with other items is another
+    write, which no shard may take for done."""
+    digest = hashlib.blake2b(key.encode(), digest_size=KEY_BYTES)
+    kind = WriteKind.DELETE if vectors is None else WriteKind.UPSERT
+    digest.update(f"\0{kind}\0{len(item_ids)}\0".encode())
+    digest.update(item_ids.tobytes())
+    if vectors is not None:
+        digest.update(vectors.tobytes())
+    digest.update(rest)
+    return digest.hexdigest()
