@@ -232,8 +232,10 @@ class Log:
     def _remove_unfinished(self) -> None:
         """What earlier primaries have left of segments that they did not finish."""
         for name in self._files.names(self.folder):
-            if name.startswith(".log-") and name.endswith(".tmp"):
-                self._files.remove(self.folder / name)
+            if name.startswith(".") and name.endswith(".tmp"):
+                unfinished = segment_names([name[1 : -len(".tmp")]])
+                if unfinished and unfinished[0].epoch < self.epoch:
+                    self._files.remove(self.folder / name)
 
     def _check_epoch(self) -> None:
         try:
@@ -251,6 +253,17 @@ class Log:
         if self._refusal is not None:
             raise copy.copy(self._refusal)  # an exception collects the trace of every raise
 
+    def _refusal_after(self, error: OSError) -> NotPrimary | ReadOnly:
+        has_led = self._descriptor is not None
+        if has_led:  # a successor may have removed the file that is missed
+            with suppress(OSError, ReadOnly):
+                try:
+                    self._check_epoch()
+                except NotPrimary as lost:
+                    return lost
+        kind = StoreFull if error.errno in _FULL else ReadOnly
+        return kind(f"{self.folder}: {error.strerror or error}")
+
     @contextmanager
     def _failures(self) -> Iterator[None]:
         """Whatever fails inside: from then on the log refuses writes, and errors are ours."""
@@ -260,8 +273,7 @@ class Log:
             self._refusal = error
             raise
         except OSError as error:
-            kind = StoreFull if error.errno in _FULL else ReadOnly
-            self._refusal = kind(f"{self.folder}: {error.strerror or error}")
+            self._refusal = self._refusal_after(error)
             raise self._refusal from error
         except BaseException as error:
             self._refusal = ReadOnly(f"{self.folder}: {error}")
