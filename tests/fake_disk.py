@@ -92,7 +92,7 @@ class FailingCalls:
         self.call, self.number, self.part = call, number, part
 
     def __call__(self, call: int, name: str) -> int | None:
-        if name in ("close", "names", "read", "remove") or call < self.call:
+        if name in ("close", "names", "size", "read", "remove") or call < self.call:
             return None
         if call == self.call and name == "write" and self.part is not None:
             return self.part
@@ -177,6 +177,10 @@ class ProcessFiles(LogFiles):
         folder = self.disk.folders[path.parent]
         if path.name in folder.files:
             folder.change(path.name, None, None)
+
+    def size(self, path: Path) -> int:
+        self._call("size")
+        return len(self.disk.file(path).content)
 
     def read(self, path: Path, offset: int = 0, size: int = -1) -> bytes:
         self._call("read")

@@ -14,6 +14,7 @@ from shardline.shards.core.small_files import open_regular
 # A segment is closed at 64 MiB; it may begin with a copy of the largest group and end with another.
 MAX_READ_BYTES = 512 << 20
 _NEW = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+_LOOK = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class LogFiles:
@@ -61,6 +62,14 @@ class LogFiles:
     def remove(self, path: Path) -> None:
         """Does nothing where it is gone."""
         path.unlink(missing_ok=True)
+
+    def size(self, path: Path) -> int:
+        """In bytes. The file is opened for it, as by ``read``."""
+        descriptor = os.open(path, _LOOK)
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def read(self, path: Path, offset: int = 0, size: int = -1) -> bytes:
         """At most ``size`` bytes from ``offset`` on, -1 for all; fewer where the file ends.
