@@ -147,6 +147,10 @@ class ProcessFiles(LogFiles):
         self.disk.open_files[descriptor] = file
         return descriptor
 
+    def reserve(self, descriptor: int, offset: int, size: int) -> None:
+        self._call("reserve")
+        assert offset >= len(self.disk.open_files[descriptor].content)
+
     def write(self, descriptor: int, data: bytes | memoryview) -> int:
         part = bytes(data)[: self._call("write")]
         self.disk.open_files[descriptor].content += part
