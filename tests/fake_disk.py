@@ -43,9 +43,13 @@ def _change(
 
 
 class FakeDisk:
-    """Files by folder and name; descriptors are never used again."""
+    """Files by folder and name; descriptors are never used again.
 
-    def __init__(self) -> None:
+    is_network: what a process writes reaches the others with its fsync, as from another host.
+    """
+
+    def __init__(self, *, is_network: bool = False) -> None:
+        self.is_network = is_network
         self.folders: dict[Path, FakeFolder] = {}
         self.open_files: dict[int, FakeFile] = {}
 
@@ -115,6 +119,7 @@ class ProcessFiles(LogFiles):
         self.before = before
         self.calls = 0
         self._stopped = False
+        self._unsent: dict[int, bytearray] = {}  # by the file's identity, on a network disk
 
     def _call(self, name: str) -> int | None:
         self.calls += 1
@@ -153,12 +158,17 @@ class ProcessFiles(LogFiles):
 
     def write(self, descriptor: int, data: bytes | memoryview) -> int:
         part = bytes(data)[: self._call("write")]
-        self.disk.open_files[descriptor].content += part
+        file = self.disk.open_files[descriptor]
+        if self.disk.is_network:
+            self._unsent.setdefault(id(file), bytearray()).extend(part)
+        else:
+            file.content += part
         return len(part)
 
     def sync(self, descriptor: int) -> None:
         self._call("sync")
         file = self.disk.open_files[descriptor]
+        file.content += self._unsent.pop(id(file), b"")
         file.durable = bytes(file.content)
 
     def close(self, descriptor: int) -> None:
@@ -184,9 +194,13 @@ class ProcessFiles(LogFiles):
 
     def size(self, path: Path) -> int:
         self._call("size")
-        return len(self.disk.file(path).content)
+        return len(self._seen(path))
 
     def read(self, path: Path, offset: int = 0, size: int = -1) -> bytes:
         self._call("read")
-        content = bytes(self.disk.file(path).content)
+        content = self._seen(path)
         return content[offset:] if size < 0 else content[offset : offset + size]
+
+    def _seen(self, path: Path) -> bytes:
+        file = self.disk.file(path)
+        return bytes(file.content + self._unsent.get(id(file), b""))

@@ -82,9 +82,11 @@ def check(disk: FakeDisk, writers: Sequence[Writer], followers: Sequence[Followe
     assert last.given == log
 
 
-def began(counts: Sequence[int]) -> tuple[FakeDisk, Writer, Callable[[ProcessFiles], None]]:
+def began(
+    counts: Sequence[int], *, is_network: bool = False
+) -> tuple[FakeDisk, Writer, Callable[[ProcessFiles], None]]:
     """A writer that leads already; what it does from here on is to be paused."""
-    disk, writer = FakeDisk(), Writer(1, counts)
+    disk, writer = FakeDisk(is_network=is_network), Writer(1, counts)
     files = ProcessFiles(disk)
     log = writer.start(files)
 
@@ -101,7 +103,8 @@ def calls_of(work: Callable[[ProcessFiles], None], disk: FakeDisk) -> int:
     return files.calls
 
 
-def test_paused_before_every_call_while_a_successor_takes_over() -> None:
+@pytest.mark.parametrize("is_network", [False, True])
+def test_paused_before_every_call_while_a_successor_takes_over(is_network: bool) -> None:
     """For every pair of calls: the writer stops, the successor comes so far, the writer goes on."""
     disk, _, work = began((1, 2, 1, 1))
     writer_calls = calls_of(work, disk)
@@ -110,7 +113,7 @@ def test_paused_before_every_call_while_a_successor_takes_over() -> None:
     fenced = 0
     for paused_at in range(writer_calls + 1):
         for interrupted_at in range(successor_calls + 1):
-            disk, old, work = began((1, 2, 1, 1))
+            disk, old, work = began((1, 2, 1, 1), is_network=is_network)
             new = Writer(2, (1, 2))
             with paused(disk, work, new) as (first, second):
                 first.advance(paused_at)
@@ -124,11 +127,12 @@ def test_paused_before_every_call_while_a_successor_takes_over() -> None:
     assert fenced > 100
 
 
-def test_followers_poll_after_every_call_of_a_takeover() -> None:
+@pytest.mark.parametrize("is_network", [False, True])
+def test_followers_poll_after_every_call_of_a_takeover(is_network: bool) -> None:
     disk, _, work = began((1, 2, 1))
     writer_calls = calls_of(work, disk)
     for paused_at in range(writer_calls + 1):
-        disk, old, work = began((1, 2, 1))
+        disk, old, work = began((1, 2, 1), is_network=is_network)
         new = Writer(2, (1, 1))
         given: list[bytes] = []
         tail = LogTail(FOLDER, 0, ProcessFiles(disk))
@@ -191,9 +195,12 @@ def test_two_successors_at_every_pair_of_calls(epochs: tuple[int, int]) -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=25),
     st.lists(st.integers(2, 9), min_size=3, max_size=3, unique=True),
+    st.booleans(),
 )
-def test_any_order_of_calls(schedule: list[tuple[int, int]], epochs: list[int]) -> None:
-    disk, old, work = began((1, 3, 1, 2, 1))
+def test_any_order_of_calls(
+    schedule: list[tuple[int, int]], epochs: list[int], is_network: bool
+) -> None:
+    disk, old, work = began((1, 3, 1, 2, 1), is_network=is_network)
     writers = [Writer(epoch, (2, 1, 1)) for epoch in epochs]
     followers = [Follower(12), Follower(12)]
     with paused(disk, work, *writers, *followers) as processes:
