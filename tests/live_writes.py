@@ -1,12 +1,14 @@
 """Writes for tests of the log: small records that differ, and how to compare them."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
 from shardline.shards.live.records import Delete, Record, Upsert, encode_record
 
 
+@cache
 def a_record(seq: int, *, epoch: int = 1, rows: int = 2, dim: int = 3, key: str = "") -> Record:
     """Another content for every seq, epoch and key; every third is a delete."""
     rng = np.random.default_rng((seq, epoch, len(key)))

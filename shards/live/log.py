@@ -35,6 +35,7 @@ from shardline.shards.live.records import Record, encode_record
 logger = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 64 << 20  # a segment is closed above this
+RESERVED_BYTES = 4 << 20  # of the disk, ahead of what is written
 GROUP_BYTES = 32 << 20  # records of one append beyond this are made durable in several steps
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -52,6 +53,7 @@ class Log:
         self._descriptor: int | None = None
         self._name: SegmentName | None = None
         self._bytes = 0  # of the segment
+        self._reserved = 0  # bytes of the disk for it
         self._seq = 0
         self._chain = 0  # checksum of the group that ends with _seq
 
@@ -160,12 +162,22 @@ class Log:
             self._begin_segment(self._seq + 1, self._chain, b"", self._name)
         assert self._descriptor is not None
         data, checksum = encode_group(records, first_seq=self._seq + 1, chain=self._chain)
+        self._reserve(len(data))
         write_all(self._files, self._descriptor, data)
         self._files.sync(self._descriptor)
         self._check_epoch()
         self._seq += len(records)
         self._chain = checksum
         self._bytes += len(data)
+
+    def _reserve(self, size: int) -> None:
+        assert self._descriptor is not None
+        if self._bytes + size > self._reserved:
+            self._reserved = self._bytes + size + RESERVED_BYTES
+            with suppress(
+                OSError
+            ):  # only appends take longer then; if the disk is full, they say so
+                self._files.reserve(self._descriptor, self._bytes, self._reserved - self._bytes)
 
     def _take_over(self, after_seq: int) -> list[Record]:
         """Reads what is there and begins a segment that continues it."""
@@ -201,7 +213,8 @@ class Log:
         path = self.folder / str(name)
         descriptor = write_new(self._files, path, content, f".{name}.tmp")
         self._close_segment()
-        self._descriptor, self._name, self._bytes = descriptor, name, len(content)
+        self._descriptor, self._name = descriptor, name
+        self._bytes, self._reserved = len(content), 0
 
     def _close_segment(self) -> None:
         if self._descriptor is not None:
@@ -232,8 +245,10 @@ class Log:
     def _remove_unfinished(self) -> None:
         """What earlier primaries have left of segments that they did not finish."""
         for name in self._files.names(self.folder):
-            if name.startswith(".log-") and name.endswith(".tmp"):
-                self._files.remove(self.folder / name)
+            if name.startswith(".") and name.endswith(".tmp"):
+                unfinished = segment_names([name[1 : -len(".tmp")]])
+                if unfinished and unfinished[0].epoch < self.epoch:
+                    self._files.remove(self.folder / name)
 
     def _check_epoch(self) -> None:
         try:
@@ -251,6 +266,17 @@ class Log:
         if self._refusal is not None:
             raise copy.copy(self._refusal)  # an exception collects the trace of every raise
 
+    def _refusal_after(self, error: OSError) -> NotPrimary | ReadOnly:
+        has_led = self._descriptor is not None
+        if has_led:  # a successor may have removed the file that is missed
+            with suppress(OSError, ReadOnly):
+                try:
+                    self._check_epoch()
+                except NotPrimary as lost:
+                    return lost
+        kind = StoreFull if error.errno in _FULL else ReadOnly
+        return kind(f"{self.folder}: {error.strerror or error}")
+
     @contextmanager
     def _failures(self) -> Iterator[None]:
         """Whatever fails inside: from then on the log refuses writes, and errors are ours."""
@@ -260,8 +286,7 @@ class Log:
             self._refusal = error
             raise
         except OSError as error:
-            kind = StoreFull if error.errno in _FULL else ReadOnly
-            self._refusal = kind(f"{self.folder}: {error.strerror or error}")
+            self._refusal = self._refusal_after(error)
             raise self._refusal from error
         except BaseException as error:
             self._refusal = ReadOnly(f"{self.folder}: {error}")

@@ -48,6 +48,7 @@ class Found:
     needed. end_seq: first seq that the log does not hold; end_chain: checksum of the group
     before it. last_group: bytes of the newest segment's last group, with its first seq and the
     checksum before it; None: it holds none, or it was not read this time. tail: bytes behind it.
+    size: bytes of the newest segment.
     """
 
     records: list[Record]
@@ -57,6 +58,7 @@ class Found:
     end_chain: int = FIRST_CHAIN
     last_group: tuple[int, int, bytes] | None = None
     tail: bytes = b""
+    size: int = 0
 
     @property
     def newest(self) -> SegmentName | None:
@@ -115,6 +117,7 @@ class _Reading:
         self._end_chain = FIRST_CHAIN
         self._last: tuple[int, int, bytes] | None = None
         self._tail = b""
+        self._size = 0
 
     def found(self, history: tuple[SegmentHeader, ...]) -> Found:
         return Found(
@@ -125,6 +128,7 @@ class _Reading:
             end_chain=self._end_chain,
             last_group=self._last,
             tail=self._tail,
+            size=self._size,
         )
 
     def segment(self, header: SegmentHeader, end: int | None, files: LogFiles) -> None:
@@ -148,6 +152,7 @@ class _Reading:
             self._last = group.first_seq, group.before, data[group.start : group.end]
             seq, chain, offset = group.last_seq + 1, group.checksum, group.end
         self._end_seq, self._end_chain, self._tail = seq, chain, data[offset:]
+        self._size = start + len(data)
         if end is not None:
             is_damaged = seq < end
         else:

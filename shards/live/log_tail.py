@@ -26,6 +26,10 @@ class LogTail:
         self._files = files
         self._position = Position(next_seq=after_seq + 1)
         self._headers: Headers = {}
+        # the folder's names when all was read last; the newest segment then, and its size
+        self._names: list[str] = []
+        self._newest = folder
+        self._size = 0
 
     @property
     def seq(self) -> int:
@@ -41,13 +45,22 @@ class LogTail:
             trimmed before they were read here: load the compacted files. OSError: not readable.
         """
         try:
-            names = segment_names(self._files.names(self._folder))
-            if not names or read_epoch(self._folder, self._files) != names[-1].epoch:
+            names = self._files.names(self._folder)
+            if names == self._names and self._files.size(self._newest) == self._size:
                 return []
-            found = read_log(self._folder, self._position, self._headers, self._files)
+            return self._read(names)
         except FileNotFoundError:  # no folder yet; or a segment was trimmed: the next call knows
             return []
+
+    def _read(self, names: list[str]) -> list[Record]:
+        segments = segment_names(names)
+        if not segments or read_epoch(self._folder, self._files) != segments[-1].epoch:
+            return []
+        found = read_log(self._folder, self._position, self._headers, self._files)
         if found.newest is None or read_epoch(self._folder, self._files) != found.newest.epoch:
             return []
         self._position = found.position
+        # with bytes behind the last group nothing is kept: on NFS they may change, not their number
+        self._names = [] if found.tail else names
+        self._newest, self._size = self._folder / str(found.newest), found.size
         return found.records

@@ -8,13 +8,18 @@ import pytest
 from shardline.shards.core.errors import CorruptFile, NotFound, NotPrimary
 from shardline.shards.live.epoch_file import raise_epoch, read_epoch
 from shardline.shards.live.log import Log
+from shardline.shards.live.log_files import FILES, LogFiles, write_new
+from shardline.shards.live.log_segments import segment_names
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.records import Delete, Record, Upsert, decode_record, encode_record
+from tests.fake_disk import FakeDisk, ProcessFiles
 from tests.live_writes import a_record, as_bytes, records, seqs
 
 
-def segments(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*.seg"))
+@pytest.fixture(params=["disk", "memory"])
+def files(request: pytest.FixtureRequest) -> LogFiles:
+    """The real calls, and those that the tests of faults use: one suite for both."""
+    return FILES if request.param == "disk" else ProcessFiles(FakeDisk())
 
 
 @pytest.mark.parametrize(
@@ -59,9 +64,9 @@ def test_what_is_no_record_is_refused() -> None:
             decode_record(wrong)
 
 
-def test_what_is_appended_is_there_for_the_next_primary(tmp_path: Path) -> None:
+def test_what_is_appended_is_there_for_the_next_primary(files: LogFiles, tmp_path: Path) -> None:
     folder = tmp_path / "live" / "000001" / "shard-00000"
-    log, found = Log.open(folder, 1, after_seq=0)
+    log, found = Log.open(folder, 1, after_seq=0, files=files)
     assert (found, log.seq) == ([], 0)
     written = records(1, 6)
     log.append(written[:1])
@@ -71,16 +76,16 @@ def test_what_is_appended_is_there_for_the_next_primary(tmp_path: Path) -> None:
     assert log.seq == 6
     log.close()
     for epoch, after_seq in ((2, 0), (3, 2), (4, 6)):
-        log, found = Log.open(folder, epoch, after_seq=after_seq)
+        log, found = Log.open(folder, epoch, after_seq=after_seq, files=files)
         assert as_bytes(found) == as_bytes(written[after_seq:])
-        assert (log.seq, read_epoch(folder)) == (6, epoch)
+        assert (log.seq, read_epoch(folder, files)) == (6, epoch)
         log.close()
 
 
-def test_a_primary_that_has_a_successor_acknowledges_nothing(tmp_path: Path) -> None:
-    old, _ = Log.open(tmp_path, 1, after_seq=0)
+def test_a_primary_that_has_a_successor_is_refused(files: LogFiles, tmp_path: Path) -> None:
+    old, _ = Log.open(tmp_path, 1, after_seq=0, files=files)
     old.append(records(1, 2))
-    new, found = Log.open(tmp_path, 2, after_seq=0)
+    new, found = Log.open(tmp_path, 2, after_seq=0, files=files)
     assert seqs(found) == [1, 2]
     for refused in (old.append, old.append):
         with pytest.raises(NotPrimary):
@@ -92,84 +97,87 @@ def test_a_primary_that_has_a_successor_acknowledges_nothing(tmp_path: Path) -> 
     new.append(records(3, 4, epoch=2))
     old.close()
     new.close()
-    newest, found = Log.open(tmp_path, 3, after_seq=1)
+    newest, found = Log.open(tmp_path, 3, after_seq=1, files=files)
     newest.close()
     assert as_bytes(found) == as_bytes([*records(2, 2), *records(3, 4, epoch=2)])
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_an_epoch_serves_once(tmp_path: Path, epoch: int) -> None:
-    log, _ = Log.open(tmp_path, 2, after_seq=0)
+def test_an_epoch_serves_once(files: LogFiles, tmp_path: Path, epoch: int) -> None:
+    log, _ = Log.open(tmp_path, 2, after_seq=0, files=files)
     with pytest.raises(NotPrimary):
-        Log.open(tmp_path, epoch, after_seq=0)
+        Log.open(tmp_path, epoch, after_seq=0, files=files)
     log.append(records(1, 1, epoch=2))
     log.close()
 
 
-def test_epochs(tmp_path: Path) -> None:
-    assert read_epoch(tmp_path) == 0
-    raise_epoch(tmp_path, 3)
-    raise_epoch(tmp_path, 10)
-    assert read_epoch(tmp_path) == 10
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["EPOCH", f"EPOCH-{10:020d}"]
-    (tmp_path / "EPOCH").write_bytes((tmp_path / "EPOCH").read_bytes().replace(b"10", b"11"))
+def test_epochs(files: LogFiles, tmp_path: Path) -> None:
+    files.make_folder(tmp_path)
+    assert read_epoch(tmp_path, files) == 0
+    raise_epoch(tmp_path, 3, files)
+    raise_epoch(tmp_path, 10, files)
+    assert read_epoch(tmp_path, files) == 10
+    assert sorted(files.names(tmp_path)) == ["EPOCH", f"EPOCH-{10:020d}"]
+    damaged = files.read(tmp_path / "EPOCH").replace(b"10", b"11")
+    files.remove(tmp_path / "EPOCH")
+    files.close(write_new(files, tmp_path / "EPOCH", damaged, "temporary"))
     with pytest.raises(CorruptFile, match="EPOCH: damaged"):
-        read_epoch(tmp_path)
-    raise_epoch(tmp_path, 12)
-    assert read_epoch(tmp_path) == 12
+        read_epoch(tmp_path, files)
+    raise_epoch(tmp_path, 12, files)
+    assert read_epoch(tmp_path, files) == 12
 
 
-def test_a_follower_reads_what_comes(tmp_path: Path) -> None:
-    tail = LogTail(tmp_path / "later", 0)
+def test_a_follower_reads_what_comes(files: LogFiles, tmp_path: Path) -> None:
+    tail = LogTail(tmp_path / "later", 0, files)
     assert tail.read_new() == []
-    log, _ = Log.open(tmp_path / "later", 1, after_seq=0)
+    log, _ = Log.open(tmp_path / "later", 1, after_seq=0, files=files)
     assert tail.read_new() == []
     log.append(records(1, 2))
-    late = LogTail(tmp_path / "later", 1)
+    late = LogTail(tmp_path / "later", 1, files)
     assert as_bytes(tail.read_new()) == as_bytes(records(1, 2))
     assert tail.read_new() == []
     assert seqs(late.read_new()) == [2]
-    successor, _ = Log.open(tmp_path / "later", 2, after_seq=0)
+    successor, _ = Log.open(tmp_path / "later", 2, after_seq=0, files=files)
     assert tail.read_new() == []
     with pytest.raises(NotPrimary):
         log.append(records(3, 3))
     assert tail.read_new() == []
     successor.append(records(3, 4, epoch=2))
-    for follower in (tail, late, LogTail(tmp_path / "later", 2)):
+    for follower in (tail, late, LogTail(tmp_path / "later", 2, files)):
         assert as_bytes(follower.read_new()) == as_bytes(records(3, 4, epoch=2))
         assert follower.seq == 4
     log.close()
     successor.close()
 
 
-def test_segments_are_closed_at_their_size_and_trimmed(tmp_path: Path) -> None:
-    log, _ = Log.open(tmp_path, 1, after_seq=0, segment_bytes=1)
-    tail, behind = LogTail(tmp_path, 0), LogTail(tmp_path, 1)
+def test_segments_are_closed_at_their_size_and_trimmed(files: LogFiles, tmp_path: Path) -> None:
+    log, _ = Log.open(tmp_path, 1, after_seq=0, files=files, segment_bytes=1)
+    tail, behind = LogTail(tmp_path, 0, files), LogTail(tmp_path, 1, files)
     for record in records(1, 6):
         log.append([record])
-    assert len(segments(tmp_path)) == 6
+    assert len(segment_names(files.names(tmp_path))) == 6
     assert seqs(tail.read_new()) == [1, 2, 3, 4, 5, 6]
     log.trim(0)
-    assert len(segments(tmp_path)) == 6
+    assert len(segment_names(files.names(tmp_path))) == 6
     log.trim(3)
-    assert len(segments(tmp_path)) == 3
+    assert len(segment_names(files.names(tmp_path))) == 3
     with pytest.raises(NotFound, match="writes 2 to 3 are not in the log"):
         behind.read_new()
     log.trim(6)
-    assert len(segments(tmp_path)) == 1
+    assert len(segment_names(files.names(tmp_path))) == 1
     log.append(records(7, 7))
     assert seqs(tail.read_new()) == [7]
     log.roll()
     log.trim(7)
-    assert len(segments(tmp_path)) == 1
+    assert len(segment_names(files.names(tmp_path))) == 1
     log.close()
-    log, found = Log.open(tmp_path, 2, after_seq=7)
+    log, found = Log.open(tmp_path, 2, after_seq=7, files=files)
     assert found == []
     log.append(records(8, 8, epoch=2))
     log.close()
     with pytest.raises(NotFound):
-        Log.open(tmp_path, 3, after_seq=5)
+        Log.open(tmp_path, 3, after_seq=5, files=files)
     assert seqs(tail.read_new()) == []  # epoch 3 has begun nothing: what 2 has written may be void
-    log, found = Log.open(tmp_path, 4, after_seq=7)
+    log, found = Log.open(tmp_path, 4, after_seq=7, files=files)
     log.close()
     assert seqs(found) == seqs(tail.read_new()) == [8]
