@@ -11,13 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.schema import (
-    EMPTY_ID,
-    EMPTY_SCORE,
     FloatArray,
     IdArray,
     Metric,
     Ranked,
-    in_order,
 )
 from shardline.shards.live.delta import Delta
 
@@ -26,9 +23,10 @@ BLOCK_QUERIES, BLOCK_ROWS = 128, 1024
 # Entering rows are collected up to so many per query. More enter only while answers have empty
 # slots; merged early, they raise what the next rows have to reach.
 COLLECTED = 64
-PADDING = 4  # times the entering rows: queries are merged together if filling up costs no more
+COMPARED = 1 << 22  # pairs of an entering row and a result that are compared at once
+DIFFERENCES = 1 << 20  # numbers of which squared distances are made at once
 EPSILON = float(np.finfo(np.float32).eps)
-LARGEST = 1e38  # beyond, squares of float32 are not to be relied on
+LARGEST = 1e37  # of squares whose sums and products float32 still holds
 
 
 def enter_delta(delta: Delta, queries: FloatArray, ranked: Ranked) -> Ranked:
@@ -37,40 +35,39 @@ def enter_delta(delta: Delta, queries: FloatArray, ranked: Ranked) -> Ranked:
     """
     if not delta.num_live:
         return ranked
-    if len(queries) == 1:
-        rows, scores = _reaching(delta, queries[0], float(ranked.scores[0, -1]))
-        if not rows.size:
-            return ranked
-        return _merge_one(ranked, 0, delta.item_ids[rows], scores)
-    parts = [
-        _enter_block(delta, queries[part], ranked.rows(part))
-        for part in (
-            slice(start, start + BLOCK_QUERIES) for start in range(0, len(queries), BLOCK_QUERIES)
-        )
-    ]
+    with np.errstate(over="ignore", invalid="ignore"):  # as faiss: a score may be infinite
+        if len(queries) == 1:
+            return _enter_one(delta, queries[0], ranked)
+        parts = []
+        for start in range(0, len(queries), BLOCK_QUERIES):
+            part = slice(start, start + BLOCK_QUERIES)
+            parts.append(_enter_block(delta, queries[part], ranked.rows(part)))
     if len(parts) == 1:
         return parts[0]
     return Ranked(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
+def _enter_one(delta: Delta, query: FloatArray, ranked: Ranked) -> Ranked:
+    """As ``enter_delta`` for query (dim,) and ranked (1, k)."""
+    ids, scores = ranked.ids[0], ranked.scores[0]
+    rows, theirs = _reaching(delta, query, float(scores[-1]))
+    if not rows.size:
+        return ranked
+    one = _merge_one(ids, scores, delta.item_ids[rows], theirs)
+    return Ranked(one.ids[None], one.scores[None])
+
+
 def _reaching(delta: Delta, query: FloatArray, least: float) -> tuple[IdArray, FloatArray]:
     """Live rows that score ``least`` or more for query (dim,), and their scores."""
     scores: FloatArray = np.dot(delta.vectors, query)
-    if delta.metric is not Metric.L2:
-        rows = _live(delta, np.flatnonzero(scores >= least))
-        return rows, scores[rows]
-    square = float(np.dot(query, query))
-    bound = least + square - _margin(delta, square)
-    if abs(bound) < LARGEST or bound == -np.inf:
-        scores *= 2
-        scores -= delta.squares
-        rows = np.flatnonzero(scores >= bound)
-    else:
-        rows = np.arange(delta.rows)
+    if delta.metric is Metric.L2:
+        _, rows, distances = _near(delta, query[None], slice(0, delta.rows), scores[None], least)
+        return rows, distances
+    (rows,) = (scores >= least).nonzero()
+    if not rows.size:
+        return rows, scores[:0]
     rows = _live(delta, rows)
-    exact = _distances(delta.vectors[rows], query)
-    reaches = exact >= least
-    return rows[reaches], exact[reaches]
+    return rows, scores[rows]
 
 
 def _enter_block(delta: Delta, queries: FloatArray, ranked: Ranked) -> Ranked:
@@ -83,12 +80,20 @@ def _enter_block(delta: Delta, queries: FloatArray, ranked: Ranked) -> Ranked:
         at, rows, scores = _block_reaching(delta, queries, part, ranked.scores[:, -1], memory)
         if not rows.size:
             continue
-        collected.append((at, rows, scores))
+        collected.append((at, delta.item_ids[rows], scores))
         count += rows.size
         if count > COLLECTED * len(queries):
-            ranked = _merge(delta, ranked, collected)
-            collected, count = [], 0
-    return _merge(delta, ranked, collected) if collected else ranked
+            ranked = _merge(ranked, *_joined(collected))
+            collected.clear()
+            count = 0
+    return _merge(ranked, *_joined(collected)) if collected else ranked
+
+
+def _joined(
+    parts: list[tuple[IdArray, IdArray, FloatArray]],
+) -> tuple[IdArray, IdArray, FloatArray]:
+    at, ids, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return at, ids, scores
 
 
 def _block_reaching(
@@ -98,85 +103,109 @@ def _block_reaching(
     shape = len(queries), part.stop - part.start
     scores = memory[: shape[0] * shape[1]].reshape(shape)
     np.dot(queries, delta.vectors[part].T, out=scores)
-    if delta.metric is not Metric.L2:
-        at, rows = _pairs(scores >= least[:, None])
-        is_live = delta.live[part][rows]
-        at, rows = at[is_live], rows[is_live]
-        return at, rows + part.start, scores[at, rows]
-    squares = np.array([np.dot(query, query) for query in queries])
-    bounds = least + squares - np.array([_margin(delta, square) for square in squares.tolist()])
-    is_unsure = ~(np.abs(bounds) < LARGEST) & ~(bounds == -np.inf)
-    scores *= 2
-    scores -= delta.squares[part]
-    reaches = scores >= bounds[:, None]
-    reaches[is_unsure] = True
-    at, rows = _pairs(reaches)
-    is_live = delta.live[part][rows]
-    at, rows = at[is_live], rows[is_live] + part.start
-    exact = _distances(delta.vectors[rows], queries[at])
-    kept = exact >= least[at]
-    return at[kept], rows[kept], exact[kept]
+    if delta.metric is Metric.L2:
+        return _near(delta, queries, part, scores, least)
+    at, rows = _live_pairs(delta, scores >= least[:, None], part)
+    return at, rows, scores[at, rows - part.start]
 
 
-def _pairs(reaches: NDArray[np.bool_]) -> tuple[IdArray, IdArray]:
-    """Queries and rows of the True ones of (n, m), query by query."""
+def _near(
+    delta: Delta,
+    queries: FloatArray,
+    part: slice,
+    products: FloatArray,
+    least: FloatArray | float,
+) -> tuple[IdArray, IdArray, FloatArray]:
+    """As ``_block_reaching`` for l2, of products (n, rows of ``part``), which are overwritten.
+
+    A squared distance from a product and two squares is off by their rounding. So pairs that come
+    near ``least`` are found by it, and their distances made of differences, as faiss does: a copy
+    of a query has distance zero.
+    """
+    squares = np.vecdot(queries, queries)
+    margins = 4 * queries.shape[1] * EPSILON * (squares + delta.largest)
+    products *= 2
+    products -= delta.squares[part]
+    reaches = products >= (least + squares - margins)[:, None]
+    reaches[squares + delta.largest > LARGEST] = True
+    at, rows = _live_pairs(delta, reaches, part)
+    distances = np.empty(len(at), np.float32)
+    step = max(1, DIFFERENCES // queries.shape[1])
+    for start in range(0, len(at), step):
+        some = slice(start, start + step)
+        away = delta.vectors[rows[some]] - queries[at[some]]
+        distances[some] = -np.vecdot(away, away)
+    kept = distances >= np.broadcast_to(least, len(queries))[at]
+    return at[kept], rows[kept], distances[kept]
+
+
+def _live_pairs(delta: Delta, reaches: NDArray[np.bool_], part: slice) -> tuple[IdArray, IdArray]:
+    """Queries and rows of the True ones of (n, rows of ``part``), query by query."""
     at, rows = np.divmod(np.flatnonzero(reaches), reaches.shape[1])
-    return at, rows
+    rows += part.start
+    if delta.num_live == delta.rows:
+        return at, rows
+    is_live = delta.live[rows]
+    return at[is_live], rows[is_live]
 
 
 def _live(delta: Delta, rows: IdArray) -> IdArray:
     return rows if delta.num_live == delta.rows else rows[delta.live[rows]]
 
 
-def _margin(delta: Delta, square: float) -> float:
-    """What a squared distance may be wrong by that is made of a product and two squares."""
-    dim: int = delta.vectors.shape[1]
-    return 4 * dim * EPSILON * (square + delta.largest)
-
-
-def _distances(vectors: FloatArray, queries: FloatArray) -> FloatArray:
-    """(m,) float32, minus the squared distances of vectors (m, dim) and queries (m, dim) or (dim,).
-
-    By differences, as faiss computes them: a copy of a query has distance zero.
-    """
-    with np.errstate(over="ignore"):
-        away = vectors - queries
-        distances: FloatArray = -np.vecdot(away, away)
-    return distances
-
-
-def _merge_one(ranked: Ranked, at: int, ids: IdArray, scores: FloatArray) -> Ranked:
-    """(1, k), the best of query ``at``'s answer and of further items."""
-    k = ranked.ids.shape[1]
-    all_ids = np.concatenate((ranked.ids[at], ids))
-    all_scores = np.concatenate((ranked.scores[at], scores))
+def _merge_one(ids: IdArray, scores: FloatArray, more: IdArray, theirs: FloatArray) -> Ranked:
+    """(k,) each: the best of an answer (k,) and of further items (m,) with their scores."""
+    all_ids, all_scores = np.concatenate((ids, more)), np.concatenate((scores, theirs))
     # an empty slot, whose id is the lowest, stays before an item of score -inf, as in MainIndex
-    order = np.lexsort((all_ids, -all_scores))[:k]
-    return Ranked(all_ids[order][None], all_scores[order][None])
+    order = np.lexsort((all_ids, -all_scores))[: len(ids)]
+    return Ranked(all_ids[order], all_scores[order])
 
 
-def _merge(
-    delta: Delta, ranked: Ranked, collected: list[tuple[IdArray, IdArray, FloatArray]]
-) -> Ranked:
-    """``ranked`` (n, k) with collected pairs: queries, rows of the delta, scores (m,) each."""
-    at, rows, scores = (np.concatenate(each) for each in zip(*collected, strict=True))
-    order = np.argsort(at, kind="stable")
-    at, ids, scores = at[order], delta.item_ids[rows[order]], scores[order]
+def _merge(ranked: Ranked, at: IdArray, ids: IdArray, scores: FloatArray) -> Ranked:
+    """``ranked`` (n, k) with further items: at (m,) says which query's each is."""
+    order = np.lexsort((ids, -scores, at))
+    at, ids, scores = at[order], ids[order], scores[order]
     counts = np.bincount(at, minlength=len(ranked.ids))
-    touched, starts = np.flatnonzero(counts), np.cumsum(counts) - counts
+    starts = counts.cumsum() - counts
     merged = Ranked(ranked.ids.copy(), ranked.scores.copy())
-    k, widest = ranked.ids.shape[1], int(counts.max())
-    if len(touched) * widest > PADDING * (len(at) + len(touched) * k):
-        for query in touched.tolist():
-            part = slice(starts[query], starts[query] + counts[query])
-            one = _merge_one(ranked, query, ids[part], scores[part])
-            merged.ids[query], merged.scores[query] = one.ids[0], one.scores[0]
+    if len(at) * ranked.ids.shape[1] <= COMPARED:
+        _insert(ranked, at, ids, scores, np.arange(len(at)) - starts[at], merged)
         return merged
-    wide_ids = np.full((len(touched), k + widest), EMPTY_ID)
-    wide_scores = np.full(wide_ids.shape, EMPTY_SCORE)
-    wide_ids[:, :k], wide_scores[:, :k] = ranked.ids[touched], ranked.scores[touched]
-    places = np.searchsorted(touched, at), k + np.arange(len(at)) - starts[at]
-    wide_ids[places], wide_scores[places] = ids, scores
-    best = in_order(wide_ids, wide_scores)
-    merged.ids[touched], merged.scores[touched] = best.ids[:, :k], best.scores[:, :k]
+    for query in np.flatnonzero(counts).tolist():
+        part = slice(starts[query], starts[query] + counts[query])
+        one = _merge_one(ranked.ids[query], ranked.scores[query], ids[part], scores[part])
+        merged.ids[query], merged.scores[query] = one
     return merged
+
+
+def _insert(
+    ranked: Ranked,
+    at: IdArray,
+    ids: IdArray,
+    scores: FloatArray,
+    nth: IdArray,
+    merged: Ranked,
+) -> None:
+    """Writes to ``merged`` (n, k) what ``_merge`` makes, by counting instead of sorting: an item's
+    place is the number of better results plus that of better items, which is ``nth`` (m,).
+    """
+    k = ranked.ids.shape[1]
+    theirs = ranked.scores[at]
+    better = (theirs > scores[:, None]).sum(axis=1)
+    tied = np.flatnonzero((theirs == scores[:, None]).any(axis=1))
+    if tied.size:
+        is_tied = theirs[tied] == scores[tied, None]
+        better[tied] += (is_tied & (ranked.ids[at[tied]] < ids[tied, None])).sum(axis=1)
+    is_touched = np.bincount(at, minlength=len(ranked.ids)) > 0
+    touched, which = np.flatnonzero(is_touched), (is_touched.cumsum() - 1)[at]
+    # a result moves back by the items that come before it
+    moved = np.bincount(which * (k + 1) + better, minlength=len(touched) * (k + 1))
+    places = moved.reshape(len(touched), k + 1)[:, :k].cumsum(axis=1) + np.arange(k)
+    rows, columns = np.nonzero(places < k)
+    to = touched[rows], places[rows, columns]
+    merged.ids[to] = ranked.ids[touched[rows], columns]
+    merged.scores[to] = ranked.scores[touched[rows], columns]
+    place = better + nth
+    inside = place < k
+    merged.ids[at[inside], place[inside]] = ids[inside]
+    merged.scores[at[inside], place[inside]] = scores[inside]

@@ -74,6 +74,8 @@ class Shard:
             **described,
             "rows": self.rows,
             "seq": self.state.seq,
+            "delta_rows": self.state.delta.rows,
+            "hidden_rows": self.state.hidden,
         }
 
     def search(self, request: SearchRequest) -> SearchReply:

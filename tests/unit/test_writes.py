@@ -1,19 +1,14 @@
 """Writes through the whole ASGI app: real codec, real service, fake shards on sockets."""
 
-import asyncio
 import contextlib
-from dataclasses import replace
 
 import httpx
 import msgpack
-import numpy as np
-import pytest
 
 from shardline.router.http.api import create_app
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
-from shardline.shards.core.messages import DeleteRequest, ErrorReply, UpsertRequest
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.messages import DeleteRequest, UpsertRequest
 from tests.fake_shard import SECRET, make_rows, make_table, running_shards
 from tests.http_bodies import packed, unpacked
 
