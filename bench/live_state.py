@@ -92,7 +92,7 @@ def states_of(base: ShardState, new: FloatArray) -> dict[str, ShardState]:
 def time_searches(
     states: dict[str, ShardState], queries: FloatArray, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Microseconds of processor time per call, single and in batches, and the ratios to the first state."""
+    """Microseconds of processor per call, single and in batches; ratios to the first state."""
 
     def asked_by(width: int) -> Callable[[ShardState], list[float]]:
         parts = [queries[at : at + width] for at in range(0, len(queries), width)]
