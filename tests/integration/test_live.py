@@ -1,0 +1,128 @@
+"""Items are written while the cluster serves, and its processes are killed meanwhile."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.serving.deployment import shard_reports
+from shardline.router.client.sync_client import Client
+from shardline.router.http.api_keys import Scope
+from shardline.shards.core.errors import Forbidden, NotFound, ShardlineError, Unavailable
+from tests.integration.conftest import Cluster
+
+NEW_ITEMS = 1_000_000  # ids from here on are nobody else's in the session's cluster
+BACK_S = 60.0
+
+
+@pytest.fixture
+def writer(cluster: Cluster) -> Iterator[Client]:
+    """Deletes what it may have written: other tests use the same cluster."""
+    with cluster.endpoint.address_for(Scope.WRITE).client() as client:
+        yield client
+        until(lambda: is_deleted(client, range(NEW_ITEMS, NEW_ITEMS + 500)))
+
+
+def is_deleted(client: Client, ids: range) -> bool:
+    try:
+        client.delete(list(ids))
+    except Unavailable:
+        return False
+    return True
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + BACK_S
+    while not holds():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.1)
+
+
+def vectors_of(rows: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).standard_normal((rows, 128)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_an_item_is_found_once_it_is_acknowledged_and_not_once_it_is_deleted(writer) -> None:
+    ids, vectors = np.arange(NEW_ITEMS, NEW_ITEMS + 30), vectors_of(30, seed=1)
+    written = writer.upsert(item_ids=ids, vectors=vectors)
+    assert (written.rows, written.created) == (30, 30)
+    answer = writer.search(vectors=vectors, k=5)
+    assert answer.ids[:, 0].tolist() == ids.tolist()
+    assert answer.coverage.share == 1.0
+    similar = writer.search(item_ids=ids[:2], k=5)
+    assert (similar.ids >= 0).all()
+    np.testing.assert_allclose(writer.item(NEW_ITEMS).vector, vectors[0], rtol=1e-6)
+    assert writer.delete(ids[:10]).deleted == 10
+    again = writer.search(vectors=vectors, k=5)
+    assert not np.isin(again.ids, ids[:10]).any()
+    assert again.ids[10:, 0].tolist() == ids[10:].tolist()
+    with pytest.raises(NotFound):
+        writer.item(NEW_ITEMS)
+
+
+def test_a_key_that_only_searches_writes_nothing(cluster: Cluster, client: Client) -> None:
+    with pytest.raises(Forbidden, match="write"):
+        client.upsert(item_ids=[NEW_ITEMS], vectors=vectors_of(1, seed=2))
+    with pytest.raises(NotFound):
+        client.item(NEW_ITEMS)
+
+
+def primary_pids(cluster: Cluster) -> list[int]:
+    """Processes that lead a shard; all do, with one replica per shard."""
+    return [report["pid"] for report in shard_reports(cluster.config) if report.get("leads")]
+
+
+@pytest.mark.parametrize("victim", ["shard", "controller", "stopped shard"])
+def test_nothing_acknowledged_is_lost_when_processes_die(
+    cluster: Cluster, writer: Client, victim: str
+) -> None:
+    acknowledged: dict[int, int] = {}
+    errors: list[ShardlineError] = []
+    done = threading.Event()
+
+    def write() -> None:
+        with cluster.endpoint.address_for(Scope.WRITE).client() as client:
+            for number in range(10_000):
+                if done.is_set():
+                    return
+                item = NEW_ITEMS + number % 300
+                try:
+                    client.upsert(item_ids=[item], vectors=vectors_of(1, seed=number))
+                    acknowledged[item] = number
+                except ShardlineError as error:
+                    acknowledged.pop(item, None)  # it may have been written or not
+                    errors.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        until(lambda: len(acknowledged) > 40)
+        if victim == "controller":
+            ray.kill(ray.get_actor(CONTROLLER_NAME), no_restart=False)
+        else:
+            pid = primary_pids(cluster)[-1]  # the last shard: new ids are above all ranges
+            os.kill(pid, signal.SIGKILL if victim == "shard" else signal.SIGSTOP)
+            if victim != "shard":
+                time.sleep(1.0)
+                psutil.Process(pid).send_signal(signal.SIGCONT)
+        before = len(acknowledged)
+        until(lambda: len(acknowledged) > before + 40)
+    finally:
+        done.set()
+        thread.join()
+    assert all(isinstance(error, Unavailable) for error in errors), errors
+    if victim == "controller":
+        assert not errors, "writes do not need it"
+    assert len(acknowledged) > 40
+    for item, number in acknowledged.items():
+        np.testing.assert_allclose(
+            writer.item(item).vector, vectors_of(1, seed=number)[0], rtol=1e-6
+        )
