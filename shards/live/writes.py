@@ -44,6 +44,7 @@ from shardline.shards.live.write_keys import WriteKeys, digest_of
 logger = logging.getLogger(__name__)
 
 HEAL_S = 1.0  # between two attempts to write a log again that could not be written
+LOOK_S = 1.0  # between two looks of an idle primary at who leads
 
 WriteRequest: TypeAlias = UpsertRequest | DeleteRequest
 
@@ -84,6 +85,7 @@ class ShardWrites:
         self._log: Log | None = None
         self._tail: LogTail | None = None
         self._healed_at = 0.0
+        self._looked_at = 0.0
         self.epoch = 0  # of this replica as primary; 0: it follows
         # why writes are refused, or not followed, now; None: they are taken
         self.trouble: ShardlineError | OSError | None = None
@@ -141,6 +143,17 @@ class ShardWrites:
         self._apply(records)
         logger.info("shard %d: writes are taken from %d on, epoch %d", *self._numbers, epoch)
         return self.seq
+
+    def notice_successor(self) -> None:
+        """A primary that nobody asks to write learns from the log's epoch that another leads, and
+        follows that one from then on: its searches would go on without the other's writes. Reads
+        the epoch not more often than LOOK_S."""
+        if self._log is None or self._clock() < self._looked_at + LOOK_S:
+            return
+        self._looked_at = self._clock()
+        newest = self.newest_epoch()
+        if newest > self.epoch:
+            self._failed(NotPrimary(f"epoch {newest} leads"))
 
     def catch_up(self) -> int:
         """Applies what the primary has written since; the number of records. None as primary.

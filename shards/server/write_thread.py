@@ -83,6 +83,7 @@ class WriteThread:
             for lead in leads:
                 _lead(self.writes, lead)
             try:
+                self.writes.notice_successor()
                 self.writes.catch_up()
                 self.writes.heal()
                 self._change_over()

@@ -155,6 +155,18 @@ def test_another_takes_over_and_the_old_primary_follows(pair) -> None:
     assert reply.item_ids.tolist() == [3]
 
 
+def test_an_old_primary_that_nobody_writes_to_follows_too(pair) -> None:
+    """It was stopped, say, or cut off: routers write to the new one, and search both."""
+    old, new = pair
+    old.server.lead(1)
+    old.ask(upsert_request([NEW_ITEMS]))
+    assert new.server.lead(2) == 1
+    new.ask(delete_request([NEW_ITEMS]))
+    until(lambda: old.writes.seq == 2)
+    assert old.writes.leading_epoch is None
+    assert contents(old.shard) == contents(new.shard)
+
+
 def test_a_process_compacts_while_it_is_written_and_searched(generation: Path) -> None:
     rules = CompactionRules(share=0.0, min_rows=30)
     primary, follower = Replica(generation, 0, rules), Replica(generation, 1, rules)
