@@ -16,6 +16,7 @@ from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
 from shardline.shards.core.small_files import MAX_TEXT_BYTES, read_small
 from shardline.shards.index.spec import IndexSpec
+from shardline.shards.live.live_config import LiveConfig
 from shardline.training.config.training_config import TrainingConfig
 
 
@@ -113,6 +114,7 @@ class ShardlineConfig(BaseModel):
     index: IndexSpec = Field(default_factory=IndexSpec)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
+    live: LiveConfig = Field(default_factory=LiveConfig)
 
 
 def load_config(

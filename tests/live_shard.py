@@ -8,9 +8,10 @@ import pyarrow as pa
 
 from shardline.cluster.build import check_plan, fill_generation, run_here
 from shardline.shards.core.messages import DeleteRequest, UpsertRequest, WriteReply
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_newest
-from shardline.shards.live.writes import ShardWrites, WriteLimits
+from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.shard import Shard
 from shardline.shards.storage.generation import read_generation
 from tests.engine import plan_of, write_set
@@ -45,7 +46,7 @@ def opened(generation: Path, **limits: int) -> tuple[Shard, ShardWrites]:
     loaded = load_newest(generation, read_generation(generation), 0)
     shard = Shard(shard=0, generation=7, state=loaded.state)
     writes = ShardWrites(
-        shard, live_folder(generation, 0), keys=loaded.keys, limits=WriteLimits(**limits)
+        shard, live_folder(generation, 0), keys=loaded.keys, config=LiveConfig(**limits)
     )
     while writes.catch_up():
         pass

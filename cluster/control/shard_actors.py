@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from shardline.shards.core.errors import (
 )
 from shardline.shards.core.messages import Absence, Pulse, ReplicaKey
 from shardline.shards.index.spec import Device
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.process.shard_actor import ShardActor
 from shardline.shards.storage.generation import GenerationManifest
 
@@ -68,6 +69,7 @@ class ShardSettings:
     cpus_per_shard: float
     gpus_per_shard: float
     huge_pages: bool
+    live: LiveConfig = field(default_factory=LiveConfig)
 
 
 class ShardActors:
@@ -257,6 +259,7 @@ class ShardActors:
             host=settings.shard_host,
             threads=settings.threads_per_shard,
             huge_pages=settings.huge_pages,
+            live=settings.live,
         )
 
 

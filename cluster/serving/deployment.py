@@ -188,6 +188,7 @@ def controller_settings(
         cpus_per_shard=cluster.cpus_per_shard,
         gpus_per_shard=cluster.gpus_per_shard,
         huge_pages=cluster.huge_pages,
+        live=config.live,
         replicas=cluster.replicas,
         writes=cluster.writes,
         load_limit_s=cluster.start_timeout_s / LOAD_TRIES,

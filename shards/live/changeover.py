@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from shardline.shards.live.compaction import caught_up
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_newest
 from shardline.shards.live.mains import compacted_seqs
@@ -28,19 +28,6 @@ logger = logging.getLogger(__name__)
 LOOK_S = 1.0  # between two looks for a newer main index
 PAUSE_S = 60.0  # after a compaction that failed
 ENDS_WITHIN_S = 5.0  # a compaction that is told to end; then it is killed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CompactionRules:
-    """When a compaction is due: the rows written since the last one, dead ones included, and the
-    hidden rows of main are more than ``share`` of main's rows, and at least ``min_rows``."""
-
-    share: float = 0.05
-    min_rows: int = 1000
-
-    def is_due(self, state: ShardState) -> bool:
-        changed = state.delta.rows + state.hidden
-        return changed >= max(self.min_rows, self.share * state.main.rows)
 
 
 class Running(Protocol):
@@ -79,7 +66,7 @@ class Changeover:
         shard: int,
         *,
         main_seq: int,
-        rules: CompactionRules | None = None,
+        config: LiveConfig | None = None,
         start: Callable[[Path, int], Running] = compaction_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -88,7 +75,7 @@ class Changeover:
         self.trouble: str | None = None  # why the newest compaction or change failed
         self._generation, self._shard = generation, shard
         self._live = live_folder(generation, shard)
-        self._rules = rules or CompactionRules()
+        self._config = config or LiveConfig()
         self._start, self._clock = start, clock
         self._running: Running | None = None
         self._not_before = self._looked_at = -float("inf")
@@ -106,7 +93,7 @@ class Changeover:
         if self._loader is not None:
             return self._loaded_by_now(now)
         may_start = self._running is None and leads and now >= self._not_before
-        if may_start and self._rules.is_due(state):
+        if may_start and self._config.is_due(state.delta.rows + state.hidden, state.main.rows):
             self._running = self._start(self._generation, self._shard)
             logger.info("shard %d: a compaction begins, at write %d", self._shard, state.seq)
         if now >= self._looked_at + LOOK_S:

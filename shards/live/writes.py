@@ -8,7 +8,6 @@ calls a ``ShardWrites``, while others read ``holder.state``.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -33,6 +32,7 @@ from shardline.shards.core.messages import (
 from shardline.shards.core.schema import check_ids
 from shardline.shards.live.attributes import check_attributes
 from shardline.shards.live.epoch_file import read_epoch
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.loading import Loaded
 from shardline.shards.live.log import Log
 from shardline.shards.live.log_tail import LogTail
@@ -57,14 +57,6 @@ class Holder(Protocol):
     state: ShardState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteLimits:
-    """max_delta_rows: rows of the delta, replaced ones included, beyond which upserts are refused
-    until a compaction."""
-
-    max_delta_rows: int = 65_536
-
-
 class ShardWrites:
     """Follows the log in ``folder`` from the start; ``lead`` makes it the one who writes it."""
 
@@ -74,13 +66,13 @@ class ShardWrites:
         folder: Path,
         *,
         keys: WriteKeys | None = None,
-        limits: WriteLimits | None = None,
+        config: LiveConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._holder = holder
         self._folder = folder
         self._keys = keys or WriteKeys()
-        self._limits = limits or WriteLimits()
+        self._config = config or LiveConfig()
         self._clock = clock
         self._log: Log | None = None
         self._tail: LogTail | None = None
@@ -180,7 +172,7 @@ class ShardWrites:
             log = self._writable_log()
         except ShardlineError as error:
             return [error] * len(requests)
-        group = _Group(self._keys, self._holder, self.epoch, self._limits)
+        group = _Group(self._keys, self._holder, self.epoch, self._config.max_delta_rows)
         for request in requests:
             group.add(request)
         if group.records:
@@ -286,12 +278,12 @@ class ShardWrites:
 class _Group:
     """Requests that share an fsync. One that repeats a key, of this group too, is no new record."""
 
-    def __init__(self, keys: WriteKeys, holder: Holder, epoch: int, limits: WriteLimits) -> None:
+    def __init__(self, keys: WriteKeys, holder: Holder, epoch: int, most: int) -> None:
         self.records: list[Record] = []
         self._keys, self._epoch, self._state = keys, epoch, holder.state
         self._generation, self._seq = holder.generation, holder.state.seq
-        self._room = limits.max_delta_rows - holder.state.delta.rows
-        self._limits = limits
+        self._room = most - holder.state.delta.rows
+        self._most = most
         self._by_key: dict[str, int] = {}
         # of each request: the index of its record, or what it is answered in any case
         self._outcomes: list[int | WriteReply | ShardlineError] = []
@@ -372,7 +364,7 @@ class _Group:
         if rows > self._room:
             raise DeltaFull(
                 "too many rows are waiting for a compaction",
-                expected=f"<= {self._limits.max_delta_rows} rows in the shard's delta",
+                expected=f"<= {self._most} rows in the shard's delta",
                 got=f"{self._state.delta.rows} and {rows} more",
             )
         self._room -= rows

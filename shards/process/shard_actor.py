@@ -16,6 +16,7 @@ import ray
 from shardline.shards.core.messages import Pulse, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_newest
 from shardline.shards.live.writes import ShardWrites
@@ -43,6 +44,7 @@ class ShardActor:
         host: str,
         threads: int,
         huge_pages: bool,
+        live: LiveConfig,
     ) -> None:
         """``controller``: name of the actor to register with; ``threads``: faiss threads per batch.
 
@@ -57,7 +59,7 @@ class ShardActor:
         loaded = load_newest(generation, manifest, key.shard)
         self._shard = Shard(shard=key.shard, generation=key.generation, state=loaded.state)
         self._writes = ShardWrites(
-            self._shard, live_folder(generation, key.shard), keys=loaded.keys
+            self._shard, live_folder(generation, key.shard), keys=loaded.keys, config=live
         )
         # before anybody is answered: a shard that was written and starts again must know all of it
         while self._writes.catch_up():
@@ -72,7 +74,7 @@ class ShardActor:
             replica=key.replica,
             threads=threads,
             writes=self._writes,
-            changeover=Changeover(generation, key.shard, main_seq=loaded.main_seq),
+            changeover=Changeover(generation, key.shard, main_seq=loaded.main_seq, config=live),
         )
         self._address = self._server.bind()
         prepare_memory(huge_pages=huge_pages)

@@ -75,9 +75,9 @@ def test_a_key_that_only_searches_writes_nothing(cluster: Cluster, client: Clien
         client.item(NEW_ITEMS)
 
 
-def primary_pids(cluster: Cluster) -> list[int]:
+def primary_pids() -> list[int]:
     """Processes that lead a shard; all do, with one replica per shard."""
-    return [report["pid"] for report in shard_reports(cluster.config) if report.get("leads")]
+    return [report["pid"] for report in shard_reports() if report.get("leads")]
 
 
 @pytest.mark.parametrize("victim", ["shard", "controller", "stopped shard"])
@@ -108,7 +108,7 @@ def test_nothing_acknowledged_is_lost_when_processes_die(
         if victim == "controller":
             ray.kill(ray.get_actor(CONTROLLER_NAME), no_restart=False)
         else:
-            pid = primary_pids(cluster)[-1]  # the last shard: new ids are above all ranges
+            pid = primary_pids()[-1]  # the last shard: new ids are above all ranges
             os.kill(pid, signal.SIGKILL if victim == "shard" else signal.SIGSTOP)
             if victim != "shard":
                 time.sleep(1.0)

@@ -19,7 +19,8 @@ from shardline.shards.core.messages import (
     SearchRequest,
     WriteReply,
 )
-from shardline.shards.live.changeover import Changeover, CompactionRules
+from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.mains import compacted_seqs
 from shardline.shards.server.shard_server import ShardServer
@@ -32,11 +33,11 @@ SOON_S = 20.0  # a process that compacts takes a second to start
 class Replica:
     """A shard as its process holds it."""
 
-    def __init__(self, generation: Path, replica: int, rules: CompactionRules | None) -> None:
+    def __init__(self, generation: Path, replica: int, config: LiveConfig | None) -> None:
         self.shard, self.writes = opened(generation)
         self.change = None
-        if rules is not None:
-            self.change = Changeover(generation, 0, main_seq=0, rules=rules)
+        if config is not None:
+            self.change = Changeover(generation, 0, main_seq=0, config=config)
         self.server = ShardServer(
             self.shard, secret=SECRET, replica=replica, writes=self.writes, changeover=self.change
         )
@@ -168,8 +169,8 @@ def test_an_old_primary_that_nobody_writes_to_follows_too(pair) -> None:
 
 
 def test_a_process_compacts_while_it_is_written_and_searched(generation: Path) -> None:
-    rules = CompactionRules(share=0.0, min_rows=30)
-    primary, follower = Replica(generation, 0, rules), Replica(generation, 1, rules)
+    config = LiveConfig(compact_share=1e-9, compact_min_rows=30)
+    primary, follower = Replica(generation, 0, config), Replica(generation, 1, config)
     live = live_folder(generation, 0)
     try:
         primary.server.lead(1)
@@ -201,7 +202,7 @@ def test_a_compaction_that_is_killed_is_tried_again_later(generation: Path) -> N
         generation,
         0,
         main_seq=0,
-        rules=CompactionRules(share=0.0, min_rows=1),
+        config=LiveConfig(compact_share=1e-9, compact_min_rows=1),
         clock=lambda: now_s[0],
     )
     writes.lead(1)

@@ -18,8 +18,9 @@ from shardline.shards.core.errors import (
     StoreFull,
 )
 from shardline.shards.core.messages import MAX_WRITTEN_ROWS, NO_PARAMS, WriteReply
-from shardline.shards.live.changeover import Changeover, CompactionRules
+from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.compaction import compact
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.mains import compacted_seqs
 from shardline.shards.live.writes import HEAL_S, ShardWrites
@@ -272,9 +273,9 @@ def changing(generation: Path, writes: ShardWrites, *, leads: bool) -> Changeove
         compact(folder, shard)
         return Done()
 
-    rules = CompactionRules(share=0.0, min_rows=10)
+    config = LiveConfig(compact_share=1e-9, compact_min_rows=10)
     change = Changeover(
-        generation, 0, main_seq=0, rules=rules, start=start, clock=ManualClock().time
+        generation, 0, main_seq=0, config=config, start=start, clock=ManualClock().time
     )
     assert change.turn(writes.state, leads=leads) is None
     return change
