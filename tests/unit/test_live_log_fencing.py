@@ -168,14 +168,14 @@ def test_a_follower_paused_before_every_call_while_the_primary_changes() -> None
 
 
 @pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
-def test_two_successors_at_every_pair_of_calls(epochs: tuple[int, int]) -> None:
-    """Whichever is the higher: never do both acknowledge, and one of them can."""
+def test_two_successors_at_pairs_of_calls(epochs: tuple[int, int]) -> None:
+    """Whichever is the higher: never do both acknowledge, and one of them can. Half of the pairs."""
     disk, old, work = began((1, 2))
     work(ProcessFiles(disk))
     calls = calls_of(Writer(epochs[0], (1, 1)), disk) + 3
     acknowledged = 0
     for paused_at in range(calls):
-        for interrupted_at in range(calls):
+        for interrupted_at in range(paused_at % 2, calls, 2):
             disk, old, work = began((1, 2))
             work(ProcessFiles(disk))
             writers = [Writer(epoch, (1, 1)) for epoch in epochs]
@@ -188,7 +188,7 @@ def test_two_successors_at_every_pair_of_calls(epochs: tuple[int, int]) -> None:
                 assert process.error is None or isinstance(process.error, NotPrimary | ReadOnly)
             acknowledged += any(len(writer.acknowledged) > 3 for writer in writers)
             check(disk, [old, *writers], [])
-    assert acknowledged > calls * calls / 2
+    assert acknowledged > calls * calls / 4
 
 
 @settings(max_examples=300, deadline=None)
