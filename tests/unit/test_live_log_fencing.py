@@ -169,7 +169,7 @@ def test_a_follower_paused_before_every_call_while_the_primary_changes() -> None
 
 @pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
 def test_two_successors_at_pairs_of_calls(epochs: tuple[int, int]) -> None:
-    """Whichever is the higher: never do both acknowledge, and one of them can. Half of the pairs."""
+    """Whichever is the higher: never do both acknowledge, and one of them can."""
     disk, old, work = began((1, 2))
     work(ProcessFiles(disk))
     calls = calls_of(Writer(epochs[0], (1, 1)), disk) + 3
