@@ -150,21 +150,22 @@ def test_followers_poll_after_every_call_of_a_takeover(is_network: bool) -> None
 
 
 def test_a_follower_paused_before_every_call_while_the_primary_changes() -> None:
-    """It has read bytes of the old primary, and is stopped until a successor has written."""
-    for written in range(20):
-        for read in range(7):
-            disk, old, work = began((1, 2, 1, 1))
-            new, follower = Writer(2, (2,)), Follower(2)
-            with paused(disk, work, new, follower) as (first, second, third):
-                first.advance(written)
-                third.advance(read)
-                second.advance(8)  # EPOCH is claimed, or raised already
-                first.finish()
-                third.advance(1)
-                second.finish()
-                third.finish()
-            assert third.error is None
-            check(disk, [old, new], [follower])
+    """A successor has read the log, the old primary writes then, and the follower reads that."""
+    successor_calls = calls_of(Writer(2, (2,)), began((1,))[0])
+    for written in range(6):
+        for read in range(8):
+            for taken_over in range(successor_calls + 1):
+                disk, old, work = began((1, 2))
+                new, follower = Writer(2, (2,)), Follower(2)
+                with paused(disk, work, new, follower) as (first, second, third):
+                    first.advance(written)
+                    third.advance(read)
+                    second.advance(taken_over)
+                    first.finish()
+                    third.finish()
+                    second.finish()
+                assert third.error is None
+                check(disk, [old, new], [follower])
 
 
 @pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
