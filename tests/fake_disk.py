@@ -51,7 +51,8 @@ class FakeDisk:
     def __init__(self, *, is_network: bool = False) -> None:
         self.is_network = is_network
         self.folders: dict[Path, FakeFolder] = {}
-        self.open_files: dict[int, FakeFile] = {}
+        self.open_files: dict[int, FakeFile] = {}  # closed ones too
+        self.open_descriptors: set[int] = set()
 
     def power_cut(self, rng: random.Random | None) -> "FakeDisk":
         """What is there after the restart; without a generator exactly what was durable."""
@@ -150,6 +151,7 @@ class ProcessFiles(LogFiles):
         folder.change(None, path.name, file)
         descriptor = len(self.disk.open_files)
         self.disk.open_files[descriptor] = file
+        self.disk.open_descriptors.add(descriptor)
         return descriptor
 
     def reserve(self, descriptor: int, offset: int, size: int) -> None:
@@ -173,7 +175,7 @@ class ProcessFiles(LogFiles):
 
     def close(self, descriptor: int) -> None:
         self._call("close")
-        assert descriptor in self.disk.open_files
+        self.disk.open_descriptors.remove(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
         self._call("rename")

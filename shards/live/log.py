@@ -77,11 +77,15 @@ class Log:
             does not take writes, or cannot be read.
         """
         log = cls(folder, epoch, files, segment_bytes)
-        with log._lock, log._failures():
-            files.make_folder(folder)
-            raise_epoch(folder, epoch, files)
-            records = log._take_over(after_seq)
-            log._remove_unfinished()
+        try:
+            with log._failures():
+                files.make_folder(folder)
+                raise_epoch(folder, epoch, files)
+                records = log._take_over(after_seq)
+                log._remove_unfinished()
+        except BaseException:
+            log._close_segment()
+            raise
         return log, records
 
     @property
@@ -248,7 +252,8 @@ class Log:
             if name.startswith(".") and name.endswith(".tmp"):
                 unfinished = segment_names([name[1 : -len(".tmp")]])
                 if unfinished and unfinished[0].epoch < self.epoch:
-                    self._files.remove(self.folder / name)
+                    with suppress(OSError):  # the next primary tries again
+                        self._files.remove(self.folder / name)
 
     def _check_epoch(self) -> None:
         try:

@@ -6,7 +6,6 @@ without anything between them; the head says how long each is. Checksums are the
 
 import struct
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -81,21 +80,26 @@ def decode_record(data: bytes | memoryview) -> Record:
     if len(view) < _HEAD.size:
         raise _nonsense(f"{_HEAD.size} bytes or more", f"{len(view)}")
     kind, key_bytes, rows, dim, attribute_bytes, seq, epoch = _HEAD.unpack_from(view)
-    ends = np.cumsum((_HEAD.size, rows * 8, rows * dim * 4, attribute_bytes, key_bytes)).tolist()
-    if len(view) != ends[-1]:
-        raise _nonsense(f"{ends[-1]} bytes", f"{len(view)}")
-    ids, vectors, attributes, key = (view[start:end] for start, end in pairwise(ends))
-    item_ids = np.frombuffer(ids, dtype=_ID).astype(np.int64)
+    vectors_at = _HEAD.size + rows * _ID.itemsize
+    attributes_at = vectors_at + rows * dim * _FLOAT.itemsize
+    key_at = attributes_at + attribute_bytes
+    if len(view) != key_at + key_bytes:
+        raise _nonsense(f"{key_at + key_bytes} bytes", f"{len(view)}")
+    item_ids = np.frombuffer(view, _ID, rows, _HEAD.size).astype(np.int64)
     change: Change
     if kind == _UPSERT:
-        values = np.frombuffer(vectors, dtype=_FLOAT).astype(np.float32).reshape(rows, dim)
-        change = Upsert(item_ids=item_ids, vectors=values, attributes=bytes(attributes))
+        values = np.frombuffer(view, _FLOAT, rows * dim, vectors_at).astype(np.float32)
+        change = Upsert(
+            item_ids=item_ids,
+            vectors=values.reshape(rows, dim),
+            attributes=bytes(view[attributes_at:key_at]),
+        )
     elif kind == _DELETE and not dim and not attribute_bytes:
         change = Delete(item_ids=item_ids)
     else:
         raise _nonsense("an upsert or a delete", f"kind {kind}")
     try:
-        return Record(seq=seq, epoch=epoch, key=str(key, "utf-8"), change=change)
+        return Record(seq=seq, epoch=epoch, key=str(view[key_at:], "utf-8"), change=change)
     except UnicodeDecodeError as error:
         raise _nonsense("a key in UTF-8", str(error)) from error
 

@@ -203,6 +203,23 @@ def test_an_unreadable_epoch_is_no_permission() -> None:
     assert seqs(LogTail(FOLDER, 0, files).read_new()) == [1, 2, 3]
 
 
+def test_whatever_fails_while_a_log_is_opened_no_file_stays_open() -> None:
+    opening = ProcessFiles(FakeDisk())
+    Log.open(FOLDER, 1, after_seq=0, files=opening)
+    for call in range(1, opening.calls + 1):
+        disk = FakeDisk()
+        Log.open(FOLDER, 1, after_seq=0, files=ProcessFiles(disk))[0].close()
+        assert disk.open_descriptors == set()
+        try:
+            log, _ = Log.open(
+                FOLDER, 2, after_seq=0, files=ProcessFiles(disk, FailingCalls(call, errno.EIO))
+            )
+            log.close()
+        except ReadOnly:
+            pass
+        assert disk.open_descriptors == set()
+
+
 def test_an_interrupted_append_is_not_continued() -> None:
     disk = FakeDisk()
     files = ProcessFiles(disk)

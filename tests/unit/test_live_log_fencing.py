@@ -150,32 +150,33 @@ def test_followers_poll_after_every_call_of_a_takeover(is_network: bool) -> None
 
 
 def test_a_follower_paused_before_every_call_while_the_primary_changes() -> None:
-    """It has read bytes of the old primary, and is stopped until a successor has written."""
-    for written in range(20):
-        for read in range(7):
-            disk, old, work = began((1, 2, 1, 1))
-            new, follower = Writer(2, (2,)), Follower(2)
-            with paused(disk, work, new, follower) as (first, second, third):
-                first.advance(written)
-                third.advance(read)
-                second.advance(8)  # EPOCH is claimed, or raised already
-                first.finish()
-                third.advance(1)
-                second.finish()
-                third.finish()
-            assert third.error is None
-            check(disk, [old, new], [follower])
+    """A successor has read the log, the old primary writes then, and the follower reads that."""
+    successor_calls = calls_of(Writer(2, (2,)), began((1,))[0])
+    for written in range(6):
+        for read in range(8):
+            for taken_over in range(successor_calls + 1):
+                disk, old, work = began((1, 2))
+                new, follower = Writer(2, (2,)), Follower(2)
+                with paused(disk, work, new, follower) as (first, second, third):
+                    first.advance(written)
+                    third.advance(read)
+                    second.advance(taken_over)
+                    first.finish()
+                    third.finish()
+                    second.finish()
+                assert third.error is None
+                check(disk, [old, new], [follower])
 
 
 @pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
-def test_two_successors_at_every_pair_of_calls(epochs: tuple[int, int]) -> None:
+def test_two_successors_at_pairs_of_calls(epochs: tuple[int, int]) -> None:
     """Whichever is the higher: never do both acknowledge, and one of them can."""
     disk, old, work = began((1, 2))
     work(ProcessFiles(disk))
     calls = calls_of(Writer(epochs[0], (1, 1)), disk) + 3
     acknowledged = 0
     for paused_at in range(calls):
-        for interrupted_at in range(calls):
+        for interrupted_at in range(paused_at % 2, calls, 2):
             disk, old, work = began((1, 2))
             work(ProcessFiles(disk))
             writers = [Writer(epoch, (1, 1)) for epoch in epochs]
@@ -188,7 +189,7 @@ def test_two_successors_at_every_pair_of_calls(epochs: tuple[int, int]) -> None:
                 assert process.error is None or isinstance(process.error, NotPrimary | ReadOnly)
             acknowledged += any(len(writer.acknowledged) > 3 for writer in writers)
             check(disk, [old, *writers], [])
-    assert acknowledged > calls * calls / 2
+    assert acknowledged > calls * calls / 4
 
 
 @settings(max_examples=300, deadline=None)
