@@ -29,7 +29,12 @@ from shardline.shards.core.schema import FloatArray, IdArray, Metric
 from shardline.shards.index.main_index import MainIndex, set_search_threads
 from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexKind, IndexSpec
-from shardline.shards.index.template import build_shard_index, train_template, write_index
+from shardline.shards.index.template import (
+    build_shard_index,
+    in_blocks,
+    train_template,
+    write_index,
+)
 from shardline.shards.live.records import Delete, Record, Upsert
 from shardline.shards.live.state import ShardState, apply
 
@@ -55,7 +60,7 @@ def load_main(folder: Path, rows: int) -> MainIndex:
         chosen = np.random.default_rng(0).permutation(rows)[: resolved.train_rows]
         trained = train_template(resolved, vectors[chosen], metric=Metric.COSINE, seed=0, threads=1)
         write_index(trained, template)
-        build_shard_index(template, vectors, path, threads=1)
+        build_shard_index(template, in_blocks(vectors), path, threads=1)
     return MainIndex.load(path, metric=Metric.COSINE, defaults=resolved.search_params)
 
 
@@ -92,7 +97,7 @@ def states_of(base: ShardState, new: FloatArray) -> dict[str, ShardState]:
 def time_searches(
     states: dict[str, ShardState], queries: FloatArray, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Microseconds of processor per call, single and in batches; ratios to the first state."""
+    """Microseconds of processor time per call, single and in batches, and ratios to the first."""
 
     def asked_by(width: int) -> Callable[[ShardState], list[float]]:
         parts = [queries[at : at + width] for at in range(0, len(queries), width)]
@@ -162,7 +167,7 @@ def time_second_tier(folder: Path, new: FloatArray, queries: FloatArray) -> dict
     found = {}
     for count in DELTAS:
         path = folder / "live-state-tier.faiss"
-        build_shard_index(folder / TEMPLATE, new[:count], path, threads=1)
+        build_shard_index(folder / TEMPLATE, in_blocks(new[:count]), path, threads=1)
         tier = MainIndex.load(path, metric=Metric.COSINE, defaults=SearchParams(rerank_factor=1))
         path.unlink()
         for name, width in (("single", 1), (f"batch of {BATCH}", BATCH)):

@@ -57,6 +57,17 @@ def arrow_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
         return _encoded(arrow_array(values, kind.value_type), kind)
     if all(value is None for value in values):
         return pa.nulls(len(values), kind)
+    taken = taken_values(values, kind)
+    is_extension = isinstance(kind, pa.BaseExtensionType)
+    try:
+        made = pa.array(taken, kind.storage_type if is_extension else kind)
+    except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
+        raise Unfit(str(kind), str(error)) from error
+    return pa.ExtensionArray.from_storage(kind, made) if is_extension else made
+
+
+def taken_values(values: Sequence[Any], kind: pa.DataType) -> list[Any]:
+    """Values of JSON as pa.array takes them. Raises as ``arrow_array``."""
     take = taker_of(kind)
     taken = []
     for place, value in enumerate(values):
@@ -64,12 +75,7 @@ def arrow_array(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
             taken.append(None if value is None else take(value))
         except Unfit as error:
             raise Unfit(error.expected, error.got, place) from None
-    is_extension = isinstance(kind, pa.BaseExtensionType)
-    try:
-        made = pa.array(taken, kind.storage_type if is_extension else kind)
-    except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
-        raise Unfit(str(kind), str(error)) from error
-    return pa.ExtensionArray.from_storage(kind, made) if is_extension else made
+    return taken
 
 
 def is_encoded(kind: pa.DataType) -> bool:
@@ -123,14 +129,13 @@ def _take_integer(kind: pa.DataType) -> Taker:
 
 def _take_float(kind: pa.DataType) -> Taker:
     to_width = _FLOATS[kind.bit_width]
+    largest = float(np.finfo(to_width).max)
 
-    def take(value: Any) -> Any:
+    def take(value: Any) -> float:
         number = _number(value, str(kind))
-        with np.errstate(over="ignore"):
-            taken = to_width(number)
-        if not math.isfinite(taken):
-            raise Unfit(f"a finite number that fits {kind}", value)
-        return taken
+        if abs(number) > largest:
+            raise Unfit(f"{kind}: a number within ±{largest:g}", value)
+        return float(to_width(number))
 
     return take
 

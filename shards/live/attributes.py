@@ -14,15 +14,18 @@ import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import IdArray
-from shardline.shards.live.attribute_values import Unfit, arrow_array, is_encoded
+from shardline.shards.live.attribute_values import (
+    Unfit,
+    arrow_array,
+    is_encoded,
+    taken_values,
+)
 from shardline.shards.live.item_attributes import ItemAttributes
 
-# types whose values are in the form of answers as they were written
-_UNCHANGED = (
-    pa.types.is_boolean,
-    pa.types.is_integer,
-    pa.types.is_string,
-    pa.types.is_large_string,
+# types of which answers have what Arrow takes
+_AS_TAKEN = (
+    *(pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating),
+    *(pa.types.is_string, pa.types.is_large_string),
 )
 
 
@@ -59,9 +62,9 @@ def _as_answered(values: list[Any], kind: pa.DataType) -> list[Any]:
     """Raises Unfit."""
     while is_encoded(kind):
         kind = kind.value_type
+    if any(check(kind) for check in _AS_TAKEN):
+        return taken_values(values, kind)
     made = arrow_array(values, kind)
-    if any(check(kind) for check in _UNCHANGED):
-        return values
     return ItemAttributes(pa.table({"values": made})).values("values", np.arange(len(values)))
 
 

@@ -43,13 +43,23 @@ class _Buffer:
         made.used = rows
         return made
 
+    def append(self, item_ids: IdArray, vectors: FloatArray, attributes: Sequence[bytes]) -> None:
+        """item_ids (n,), vectors (n, dim), attributes one per row; there is room for them."""
+        part = slice(self.used, self.used + len(item_ids))
+        self.vectors[part] = vectors
+        self.item_ids[part] = item_ids
+        with np.errstate(over="ignore"):
+            self.squares[part] = np.vecdot(vectors, vectors)
+        self.attributes.extend(attributes)
+        self.used = part.stop
+
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Delta:
     """One version. item_ids (rows,) int64 by row; live (rows,) bool, num_live of them True.
 
     ids (num_live,) int64, ascending: the items of the live rows; rows_of_ids their rows.
-    squares (rows,) float32: of the vectors' lengths, for l2 only; largest: of them, 0 for none.
+    squares (rows,) float32: of the vectors' lengths; largest: of them, 0 without rows.
     """
 
     metric: Metric
@@ -101,30 +111,20 @@ class Delta:
 
     def changed(
         self,
-        item_ids: Sequence[IdArray],
-        vectors: Sequence[FloatArray],
-        attributes: Sequence[bytes],
+        written: Sequence[tuple[IdArray, FloatArray, Sequence[bytes]]],
         dead: Sequence[int],
         rows_of: dict[int, int],
     ) -> "Delta":
-        """With the rows of item_ids (each (n,) int64) and vectors (each (n, dim)) appended.
+        """With rows appended: item_ids (n,) int64, vectors (n, dim) and attributes, several times.
 
-        attributes: one per appended row. dead: rows, old or appended, that no longer come back.
-        rows_of: the live row of each item that was written, NOT_HERE for the deleted ones.
+        dead: rows, old or appended, that no longer come back. rows_of: the live row of each item
+        that was written, NOT_HERE for the deleted ones.
         """
-        start, more = self.rows, sum(map(len, item_ids))
+        start, more = self.rows, sum(len(ids) for ids, _, _ in written)
         buffer = self.buffer.with_room(start, more)
-        end, is_l2 = start, self.metric is Metric.L2
-        for ids, rows in zip(item_ids, vectors, strict=True):
-            part = slice(end, end + len(ids))
-            buffer.item_ids[part] = ids
-            buffer.vectors[part] = rows
-            if is_l2:
-                with np.errstate(over="ignore"):
-                    buffer.squares[part] = np.vecdot(rows, rows)
-            end = part.stop
-        buffer.attributes.extend(attributes)
-        buffer.used = end
+        for part in written:
+            buffer.append(*part)
+        end = start + more
         live = np.ones(end, np.bool_)
         live[:start] = self.live
         live[dead] = False
@@ -134,7 +134,7 @@ class Delta:
             buffer=buffer,
             vectors=buffer.vectors[:end],
             squares=buffer.squares[:end],
-            largest=max([self.largest, *buffer.squares[start:end].tolist()]) if is_l2 else 0.0,
+            largest=float(buffer.squares[start:end].max(initial=self.largest)),
             item_ids=buffer.item_ids[:end],
             live=live,
             ids=ids,

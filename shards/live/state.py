@@ -233,15 +233,9 @@ class _Change:
             else:
                 selection = selection.excluding(hidden)
         names = state.attributes.names
-        delta = state.delta.changed(
-            [each.item_ids for each in self._upserts],
-            [each.vectors for each in self._upserts],
-            [
-                row
-                for each in self._upserts
-                for row in packed_rows(each.attributes, len(each.item_ids), names)
-            ],
-            self._dead,
-            self._rows_of,
-        )
+        written = []
+        for each in self._upserts:
+            packed = packed_rows(each.attributes, len(each.item_ids), names)
+            written.append((each.item_ids, each.vectors, packed))
+        delta = state.delta.changed(written, self._dead, self._rows_of)
         return replace(state, delta=delta, selection=selection, seq=self._seq)
