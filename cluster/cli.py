@@ -65,6 +65,16 @@ COMMANDS = {
         "What a running cluster serves, and how well.",
     ),
     "query": ("shardline.cluster.commands.query", "query", "Ask a running cluster for the top K."),
+    "upsert": (
+        "shardline.cluster.commands.upsert",
+        "upsert",
+        "Write items to a running cluster.",
+    ),
+    "delete": (
+        "shardline.cluster.commands.delete",
+        "delete",
+        "Delete items of a running cluster.",
+    ),
     "batch": (
         "shardline.cluster.commands.batch",
         "batch",

@@ -1,13 +1,15 @@
 """The result cache: whole answers to queries asked before, least recently used out first.
 
 Only complete answers are kept: an answer that missed a shard must not outlive the fault. The
-generation is part of the key, so an answer never outlives its index either.
+generation is part of the key, so an answer never outlives its index either; nor the rows that it
+was found in: ``freshness`` says which sequence numbers it must have to be given again.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from shardline.router.freshness import Seq
 from shardline.router.query import Merged, ResolvedQuery
 from shardline.shards.core.messages import SearchOptions, SearchParams
 from shardline.shards.core.schema import FloatArray, Ranked
@@ -46,10 +48,13 @@ class ResultCache:
     def enabled(self) -> bool:
         return self._max_bytes > 0
 
-    def get(self, key: CacheKey) -> Merged | None:
-        """The answer kept for the key. Its arrays are shared: nobody may write to them."""
+    def get(self, key: CacheKey, seq: Seq | None) -> Merged | None:
+        """The answer kept for the key, if it is of these sequence numbers; None: of no use are all.
+
+        Its arrays are shared: nobody may write to them.
+        """
         kept = self._found.get(key)
-        if kept is None:
+        if kept is None or seq is None or kept[0].seq != seq:
             self.stats.misses += 1
             return None
         self.stats.hits += 1

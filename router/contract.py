@@ -7,6 +7,7 @@ arrays in msgpack bodies:
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -144,11 +145,16 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemAnswer:
-    """One item's stored vector (dim,) float32, and the shard that holds it."""
+    """One item's stored vector (dim,) float32, its attributes, and the shard that holds it.
+
+    seq: how many writes that shard had applied.
+    """
 
     item_id: int
     vector: FloatArray
+    attributes: Mapping[str, Any]
     shard: int
+    seq: int
     generation: int
     model_version: str
 

@@ -35,6 +35,7 @@ class ItemQueries:
     num_queries: int
     coverage: Coverage
     reasons: tuple[Reason, ...]
+    seq: tuple[int | None, ...]
 
     def spread(self, merged: Merged | None, k: int) -> Merged:
         """The answer to all queries, (num_queries, k), from what was found for ``vectors``, or
@@ -51,7 +52,8 @@ class ItemQueries:
             if self.reasons and self.coverage.degraded:
                 coverage = coverage.joined(self.coverage)
         search_ms = 0.0 if merged is None else merged.search_ms
-        return Merged(ranked=Ranked(ids, scores), coverage=coverage, search_ms=search_ms)
+        seq = self.seq if merged is None else merged.seq
+        return Merged(ranked=Ranked(ids, scores), coverage=coverage, search_ms=search_ms, seq=seq)
 
 
 def item_queries(item_ids: IdArray, found: FoundItems, metric: Metric) -> ItemQueries:
@@ -75,6 +77,7 @@ def item_queries(item_ids: IdArray, found: FoundItems, metric: Metric) -> ItemQu
         live=live,
         num_queries=len(item_ids),
         coverage=found.coverage,
+        seq=found.seq,
         reasons=tuple(
             Reason(query=int(row), code=code, text=f"item {item_ids[row]} not found{where}")
             for row in missing

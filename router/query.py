@@ -44,17 +44,22 @@ class ResolvedQuery:
 class Merged:
     """The k best of all shards that answered; search_ms is the longest search any of them reported.
 
-    Its arrays may be shared: nobody writes to them.
+    seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
+    may be shared: nobody writes to them.
     """
 
     ranked: Ranked
     coverage: Coverage
     search_ms: float
+    seq: tuple[int | None, ...]
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
 class SearchAnswer:
-    """ranked: a row per query. took_ms is the time from the request's arrival to its answer."""
+    """ranked: a row per query. took_ms is the time from the request's arrival to its answer.
+
+    seq: as of ``Merged``.
+    """
 
     ranked: Ranked
     generation: int
@@ -65,6 +70,7 @@ class SearchAnswer:
     reasons: tuple[Reason, ...]
     request_id: str
     returned: "Returned | None" = None
+    seq: tuple[int | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +88,16 @@ class Returned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundItems:
-    """The items that were found, in no order: item_ids (m,), vectors (m, dim), shards (m,)."""
+    """The items that were found, in no order: item_ids (m,), vectors (m, dim), shards (m,).
+
+    seq: as of ``Merged``.
+    """
 
     item_ids: IdArray
     vectors: FloatArray
     shards: IdArray
     coverage: Coverage
+    seq: tuple[int | None, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

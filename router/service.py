@@ -27,6 +27,7 @@ from shardline.router.fanout.snapshot import (
     UnusableEncoder,
     load_query_encoder,
 )
+from shardline.router.freshness import Freshness
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
 from shardline.router.query import (
@@ -100,6 +101,7 @@ class SearchService:
         self._searches = 0
         self._readiness = Readiness(self._fanout)
         self._cache = ResultCache(config.cache_bytes)
+        self._freshness = Freshness()  # of the generation served
         self.writes = WriteService(config, self._fanout, self.recorder, self._wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -117,6 +119,7 @@ class SearchService:
         applied = await self._fanout.apply(table, encoder)
         if applied and current is not None and current.table.generation != table.generation:
             self._cache.clear()
+            self._freshness = Freshness()
         return applied
 
     async def mend_encoder(self) -> bool:
@@ -180,6 +183,7 @@ class SearchService:
         self.recorder.observe(COVERAGE, merged.coverage.share)
         return SearchAnswer(
             ranked=merged.ranked,
+            seq=merged.seq,
             generation=table.generation,
             model_version=table.model_version,
             coverage=merged.coverage,
@@ -197,12 +201,13 @@ class SearchService:
     async def item(
         self, item_id: int, *, arrived_at: float, timeout_ms: float | None = None
     ) -> ItemAnswer:
-        """The stored vector of one item; timeout_ms None stands for the default.
+        """The stored vector and the attributes of one item; timeout_ms None stands for the default.
 
         Raises:
             InvalidInput: timeout_ms is out of range.
             NotFound: no shard holds it, and every shard answered.
-            Unavailable: it was not found, but a shard that might hold it did not answer.
+            Unavailable: it was not found, but a shard that might hold it did not answer; or it was,
+                and its shard did not bring its attributes.
         """
         (checked,) = check_ids([item_id], field="item_id")
         if timeout_ms is None:
@@ -220,10 +225,24 @@ class SearchService:
                         hint="; ".join(map(str, found.coverage.degraded)),
                     )
                 raise NotFound("no such item", field="item_id", got=str(checked))
+            beside = await self._fanout.attributes(snapshot, found.item_ids, (), deadline=deadline)
+            if beside.missing:
+                raise Unavailable(
+                    "its attributes did not come",
+                    field="item_id",
+                    hint="; ".join(map(str, beside.missing)),
+                )
+            shard = int(found.shards[0])
             return ItemAnswer(
-                item_id=int(found.item_ids[0]),
+                item_id=checked,
                 vector=found.vectors[0],
-                shard=int(found.shards[0]),
+                attributes={
+                    name: values[checked]
+                    for name, values in beside.values.items()
+                    if checked in values
+                },
+                shard=shard,
+                seq=found.seq[shard] or 0,
                 generation=snapshot.table.generation,
                 model_version=snapshot.table.model_version,
             )
@@ -284,6 +303,9 @@ class SearchService:
 
     def _wrote(self, generation: int, shard: int, seq: int) -> None:
         """A write of this router's was acknowledged."""
+        snapshot = self._fanout.snapshot
+        if snapshot is not None and snapshot.table.generation == generation:
+            self._freshness.wrote(shard, seq)
 
     async def _answer(
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float, began_at: float
@@ -374,8 +396,9 @@ class SearchService:
         """From the cache, or from the shards; k as the shards are asked."""
         merged: Merged | None = None
         if self._cache.enabled:
+            asked_at, freshness = asyncio.get_running_loop().time(), self._freshness
             key = cache_key(snapshot.table.generation, vectors, k, query)
-            merged = self._cache.get(key)
+            merged = self._cache.get(key, freshness.seq_at(asked_at))
         if merged is None:
             lane = LaneKey(
                 snapshot=snapshot,
@@ -385,7 +408,7 @@ class SearchService:
                 options=query.options,
             )
             merged = await self._fanout.search(vectors, lane, deadline=deadline)
-            if self._cache.enabled:
+            if self._cache.enabled and freshness.heard(merged.seq, asked_at):
                 self._cache.put(key, merged)
         return merged
 

@@ -209,9 +209,14 @@ class FakeShard:
             if self.fetch_error is not None:
                 return self.fetch_error
             mine = self.ids[np.isin(self.ids, message.item_ids)].tolist()
-            values = [[f"{name} of {item}" for item in mine] for name in message.names]
+            names = message.names or ("title",)
+            values = [
+                [self.attributes.get(item, {}).get(name, f"{name} of {item}") for item in mine]
+                for name in names
+            ]
             return AttributesReply(
                 item_ids=np.array(mine, dtype=np.int64),
+                names=names,
                 values=self.bad_values or b"".join(map(msgpack.packb, values)),
                 generation=self.answers_as or self.generation,
                 seq=self.seq,

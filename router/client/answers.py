@@ -5,8 +5,8 @@ Fields that this version does not know are ignored, so that a newer server can b
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 Answer = TypeVar("Answer")
+# what several requests of one write add up to
+COUNTS = ("rows", "duplicates", "took_ms", "created", "updated", "deleted", "missing")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,7 +31,8 @@ class SearchAnswer:
 
     The arrays are read-only. attributes and original_ids hold what ``return_`` and
     ``return_original_ids`` asked for: a list per query, with a value per result; None
-    where a shard did not bring them, and attributes_missing says why. took_ms is the
+    where a shard did not bring them, and attributes_missing says why. seq: of each shard, how many
+    writes were in what it searched; None for one that did not answer. took_ms is the
     time from the request's arrival at the server to its answer, search_ms the longest search of
     any shard, both in milliseconds.
     """
@@ -42,6 +45,7 @@ class SearchAnswer:
     took_ms: float
     search_ms: float
     request_id: str
+    seq: tuple[int | None, ...] = ()
     reasons: tuple[Reason, ...] = ()
     attributes: Mapping[str, list[list[Any]]] = field(default_factory=dict)
     original_ids: list[list[Any]] | None = None
@@ -88,6 +92,59 @@ class SearchAnswer:
         return columns
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteAnswer:
+    """Of one write, however many requests it took: all of it is on disk, and in every search from
+    now on.
+
+    rows: different items of each request; duplicates: items that a later one of the same request
+    has replaced. seq: of each shard, how many writes it has applied with this one, None where it
+    had no part in it; as ``min_seq`` of a search it leaves out replicas that lack the write.
+    took_ms: milliseconds of the server, all requests together. request_id: the last one's.
+    """
+
+    rows: int
+    duplicates: int
+    seq: tuple[int | None, ...]
+    generation: int
+    model_version: str
+    took_ms: float
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpsertAnswer(WriteAnswer):
+    """created, updated: items that were not there before, and that were."""
+
+    created: int
+    updated: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteAnswer(WriteAnswer):
+    """deleted, missing: items that were there, and that were not."""
+
+    deleted: int
+    missing: int
+
+
+Written = TypeVar("Written", UpsertAnswer, DeleteAnswer)
+
+
+def together(first: Written | None, second: Written) -> Written:
+    """Both as one: counts added, of each shard the newer number, the rest the second's."""
+    if first is None:
+        return second
+    sums = {
+        each.name: getattr(first, each.name) + getattr(second, each.name)
+        for each in fields(second)
+        if each.name in COUNTS
+    }
+    pairs = zip_longest(first.seq, second.seq)
+    seq = tuple(max((n for n in pair if n is not None), default=None) for pair in pairs)
+    return replace(second, seq=seq, **sums)
+
+
 def _arrow_column(values: Any) -> Any:
     """An array, or values of JSON: where no Arrow type holds them all, their texts in JSON."""
     import pyarrow as pa
@@ -108,6 +165,33 @@ def read_search(body: bytes) -> SearchAnswer:
 def read_item(body: bytes) -> ItemAnswer:
     """An item's answer. Raises ProtocolError: the body is none."""
     return _read(body, "item", _item_of)
+
+
+def read_upsert(body: bytes) -> UpsertAnswer:
+    """The answer to a request to write items. Raises ProtocolError: the body is none."""
+    return _read(
+        body,
+        "write answer",
+        lambda content: UpsertAnswer(
+            created=content["created"], updated=content["updated"], **_written(content)
+        ),
+    )
+
+
+def read_delete(body: bytes) -> DeleteAnswer:
+    """The answer to a request to delete items. Raises ProtocolError: the body is none."""
+    return _read(
+        body,
+        "write answer",
+        lambda content: DeleteAnswer(
+            deleted=content["deleted"], missing=content["missing"], **_written(content)
+        ),
+    )
+
+
+def _written(content: Mapping[str, Any]) -> dict[str, Any]:
+    names = (each.name for each in fields(WriteAnswer))
+    return {name: content[name] for name in names} | {"seq": tuple(content["seq"])}
 
 
 def _read(body: bytes, name: str, build: Callable[[dict[str, Any]], Answer]) -> Answer:
@@ -137,6 +221,7 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         took_ms=content["took_ms"],
         search_ms=content["search_ms"],
         request_id=content["request_id"],
+        seq=tuple(content.get("seq") or ()),
         reasons=tuple(map(_reason, content.get("reasons") or ())),
         attributes=content.get("attributes") or {},
         original_ids=content.get("original_ids"),
@@ -156,7 +241,9 @@ def _item_of(content: dict[str, Any]) -> ItemAnswer:
     return ItemAnswer(
         item_id=content["item_id"],
         vector=array_of(content["vector"]).astype(np.float32, copy=False),
+        attributes=content.get("attributes") or {},
         shard=content["shard"],
+        seq=content.get("seq", 0),
         generation=content["generation"],
         model_version=content["model_version"],
     )

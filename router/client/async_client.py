@@ -12,14 +12,31 @@ import contextlib
 import os
 import socket
 from collections import deque
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from shardline.router.client.answers import Answer, SearchAnswer
+from shardline.router.client.answers import (
+    Answer,
+    DeleteAnswer,
+    SearchAnswer,
+    UpsertAnswer,
+    Written,
+    together,
+)
 from shardline.router.client.calls import Call, ClientCore, SearchFields
 from shardline.router.client.http1 import Response, ResponseReader
 from shardline.router.client.retries import CONNECT_TIMEOUT_S, Attempts, Outcome
+from shardline.router.client.write_calls import (
+    DeleteFields,
+    DeleteOptions,
+    UpsertFields,
+    UpsertOptions,
+)
 from shardline.router.contract import ItemAnswer
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 MAX_CONNECTIONS = 100  # more only queue in the server; a file descriptor each
 
@@ -123,6 +140,29 @@ class AsyncClient(ClientCore):
     async def search(self, **fields: Unpack[SearchFields]) -> SearchAnswer:
         """As ``Client.search``."""
         return await self._send(self._search_call(**fields))
+
+    async def upsert(self, items: Any = None, **fields: Unpack[UpsertOptions]) -> UpsertAnswer:
+        """As ``Client.upsert``."""
+        given: UpsertFields = {**fields, "items": items}
+        return await self._written(self._upsert_calls(given), fields.get("progress"))
+
+    async def delete(self, item_ids: "ArrayLike", **fields: Unpack[DeleteOptions]) -> DeleteAnswer:
+        """As ``Client.delete``."""
+        given: DeleteFields = {**fields, "item_ids": item_ids}
+        return await self._written(self._delete_calls(given), fields.get("progress"))
+
+    async def _written(
+        self, calls: Iterable[tuple[int, Call[Written]]], progress: Callable[[int], None] | None
+    ) -> Written:
+        total: Written | None = None
+        done = 0
+        for items, call in calls:  # one after the other: of two with the same id the last one wins
+            total = together(total, await self._send(call))
+            done += items
+            if progress is not None:
+                progress(done)
+        assert total is not None  # there is at least one request
+        return total
 
     async def item(self, item_id: int, *, timeout_ms: float | None = None) -> ItemAnswer:
         """As ``Client.item``."""

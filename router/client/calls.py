@@ -6,24 +6,49 @@ raised: same class, field, expected, got and hint.
 
 import json
 import random
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
-from datetime import time as time_of_day
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack
-from uuid import UUID
 
-import msgpack
-import numpy as np
-
-from shardline.router.client.answers import Answer, SearchAnswer, read_item, read_search
+from shardline.router.client.answers import (
+    Answer,
+    DeleteAnswer,
+    SearchAnswer,
+    UpsertAnswer,
+    read_delete,
+    read_item,
+    read_search,
+    read_upsert,
+)
+from shardline.router.client.conversions import (
+    MAX_GOT,
+    listed,
+    milliseconds,
+    packed,
+    records,
+    to_ids,
+    to_json,
+    to_matrix,
+)
 from shardline.router.client.http1 import Response, Server
 from shardline.router.client.retries import Attempts, Outcome, Retry
-from shardline.router.contract import PROBLEM_TYPE, REFUSALS, ItemAnswer, pack_array
+from shardline.router.client.write_calls import (
+    DeleteFields,
+    UpsertFields,
+    WriteRequest,
+    delete_requests,
+    upsert_requests,
+)
+from shardline.router.contract import (
+    PROBLEM_TYPE,
+    REFUSALS,
+    WRITE_KEY_HEADER,
+    FailedPart,
+    ItemAnswer,
+    WriteParts,
+)
 from shardline.shards.core.errors import (
     Behind,
     DeadlineExceeded,
@@ -40,7 +65,7 @@ from shardline.shards.core.errors import (
     Unavailable,
     VersionMismatch,
 )
-from shardline.shards.core.schema import FloatArray, IdArray, check_ids
+from shardline.shards.core.schema import check_ids
 
 if TYPE_CHECKING:
     import ssl
@@ -51,7 +76,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TIMEOUT_S = 30.0
 MAX_TIMEOUT_S = 1e6  # sockets take no more than about 9e9
-MAX_GOT = 100  # characters of a refused value that an error shows
 _KINDS: tuple[type[ShardlineError], ...] = (
     InvalidInput,
     NotFound,
@@ -88,7 +112,7 @@ class SearchFields(TypedDict, total=False):
     timeout_ms: float | None
     min_coverage: float | None
     params: "SearchParams | None"
-    min_seq: "Sequence[int] | None"
+    min_seq: "Sequence[int | None] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -107,7 +131,7 @@ def search_body(**fields: Unpack[SearchFields]) -> bytes:
         if value is not None:
             given[name.rstrip("_")] = _converted(name, value)  # return is a word of Python
     try:
-        return _packed(given)
+        return packed(given)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput("not to be sent", field=_culprit(given), got=str(error)) from error
 
@@ -121,40 +145,11 @@ def _converted(name: str, value: Any) -> Any:
         raise InvalidInput("not to be sent", field=name, got=repr(value)[:MAX_GOT]) from error
 
 
-def _milliseconds(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(
-            "not to be sent", field="timeout_ms", got=repr(value)[:MAX_GOT]
-        ) from error
-
-
-def _packed(value: Any) -> bytes:
-    body: bytes = msgpack.packb(value, default=_plain)
-    return body
-
-
-def _plain(value: Any) -> Any:
-    """As ``pack_array``; dates and times as ISO 8601 text, which time features take."""
-    if isinstance(value, np.datetime64):
-        return None if np.isnat(value) else str(value)
-    if isinstance(value, date):  # a pandas Timestamp too, and NaT, which no time is equal to
-        return value.isoformat() if value == value else None
-    if type(value).__name__ == "NAType":  # pandas.NA
-        return None
-    if hasattr(value, "to_numpy"):  # a Series
-        value = value.to_numpy()
-    if isinstance(value, np.ndarray) and value.dtype == object:
-        return value.tolist()
-    return pack_array(value)
-
-
 def _culprit(fields: Mapping[str, Any]) -> str:
     """The innermost field that cannot be packed."""
     for name, value in fields.items():
         try:
-            _packed(value)
+            packed(value)
         except (TypeError, ValueError, OverflowError):
             if name != "features":
                 return name
@@ -165,83 +160,15 @@ def _culprit(fields: Mapping[str, Any]) -> str:
     raise AssertionError("every field can be packed")
 
 
-def _ids(values: "ArrayLike") -> IdArray:
-    _refuse_hidden("item_ids", values)
-    kinds = set(map(type, values)) if isinstance(values, list | tuple) else set()
-    if kinds & {bool, np.bool_}:  # numpy would make them 1
-        raise InvalidInput(
-            "not an array of integers", field="item_ids", expected="1-d int64", got="a bool"
-        )
-    return check_ids(values).astype("<i8", copy=False)
-
-
-def _refuse_hidden(field: str, values: "ArrayLike") -> None:
-    """A masked value would be sent as what lies under its mask."""
-    # who has a masked array has loaded the module, which takes time that others need not pay
-    if "numpy.ma" in sys.modules and np.ma.is_masked(values):
-        raise InvalidInput("masked values", field=field, expected="values that are all there")
-
-
-def _matrix(values: "ArrayLike") -> FloatArray:
-    _refuse_hidden("vectors", values)
-    try:
-        array = np.asarray(values)
-        if array.ndim == 1 and array.dtype == object:  # rows of a Series or of an Arrow array
-            array = np.array([np.asarray(row) for row in array])
-    except (ValueError, OverflowError) as error:
-        raise InvalidInput(
-            "not a matrix of numbers", field="vectors", expected="rows of equal length"
-        ) from error
-    if array.ndim != 2 or array.dtype.kind not in "fiu":
-        raise InvalidInput(
-            "not a matrix of numbers",
-            field="vectors",
-            expected="2-d float32, one row per query",
-            got=f"{array.ndim}-d {array.dtype}",
-        )
-    with np.errstate(over="ignore"):  # becomes infinity, which the server refuses by its row
-        return array.astype("<f4", copy=False)
-
-
-def _records(rows: Any) -> "Iterable[Mapping[str, Any]]":
-    """A map per query; of a frame of polars or pandas, or a table of pyarrow, a map per row."""
-    for name, arguments in (("to_dicts", ()), ("to_pylist", ()), ("to_dict", ("records",))):
-        if hasattr(rows, name):
-            records: list[dict[str, Any]] = getattr(rows, name)(*arguments)
-            return records
-    found: Iterable[Mapping[str, Any]] = rows
-    return found
-
-
-def _listed(values: Any) -> list[Any]:
-    found: list[Any] = values.to_pylist() if hasattr(values, "to_pylist") else list(values)
-    return found
-
-
-def _feature(value: Any) -> Any:
-    """As an import reads it: NaN, which is how frames write a missing number, as None; decimals as
-    numbers, times of day and durations as seconds, a UUID as text."""
-    if isinstance(value, float | np.floating):
-        return None if value != value else value
-    if isinstance(value, Decimal):
-        return float(value)
-    if isinstance(value, time_of_day):
-        return (value.hour * 60 + value.minute) * 60 + value.second + value.microsecond / 1e6
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, np.timedelta64):
-        return None if np.isnat(value) else float(value / np.timedelta64(1, "s"))
-    return str(value) if isinstance(value, UUID) else value
-
-
 # fields that are sent in another form than they are given
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
-    "vectors": _matrix,
+    "vectors": to_matrix,
     "features": lambda rows: [
-        {name: _feature(value) for name, value in dict(row).items()} for row in _records(rows)
+        {name: to_json(value) for name, value in dict(row).items()} for row in records(rows)
     ],
-    "item_ids": _ids,
-    "return_": lambda names: names if isinstance(names, str) else _listed(names),
+    "item_ids": to_ids,
+    "return_": lambda names: names if isinstance(names, str) else listed(names),
+    "min_seq": listed,
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },
@@ -270,7 +197,9 @@ def as_error(response: Response) -> ShardlineError:
     details = {name: None if value is None else str(value) for name, value in given.items()}
     kind = _ERRORS.get(problem["code"])
     if kind is not None:
-        return kind(problem["detail"], **details)
+        error = kind(problem["detail"], **details)
+        error.parts = _write_parts(problem)
+        return error
     details["hint"] = f"the server's log has more under request {problem.get('request_id')}"
     return ShardlineError(problem["detail"], **details)
 
@@ -286,6 +215,23 @@ def _problem_of(response: Response) -> dict[str, Any] | None:
         return None
     is_ours = all(isinstance(problem.get(name), str) for name in ("code", "detail"))
     return problem if is_ours else None
+
+
+def _write_parts(problem: Mapping[str, Any]) -> WriteParts | None:
+    """What a problem says of the parts of a write; None: nothing that is to be understood."""
+    try:
+        return WriteParts(
+            failed=tuple(
+                FailedPart(
+                    shard=each["shard"], code=each["code"], text=each["text"], items=each["items"]
+                )
+                for each in problem["failed"]
+            ),
+            applied_items=problem["applied_items"],
+            idempotency_key=problem["idempotency_key"],
+        )
+    except (KeyError, TypeError):
+        return None
 
 
 def _system_tls() -> "ssl.SSLContext":
@@ -345,11 +291,26 @@ class ClientCore:
         (number,) = check_ids([item_id], field="item_id").tolist()
         path = f"/v1/items/{number}"
         if timeout_ms is not None:
-            path += f"?timeout_ms={_milliseconds(timeout_ms)}"
+            path += f"?timeout_ms={milliseconds(timeout_ms)}"
         return Call(self._server.message("GET", path), read_item)
 
     def _get_call(self, path: str) -> Call[dict[str, Any]]:
         return Call(self._server.message("GET", path), _read_json)
+
+    def _upsert_calls(self, fields: UpsertFields) -> Iterator[tuple[int, Call[UpsertAnswer]]]:
+        return self._write_calls("PUT", upsert_requests(**fields), read_upsert)
+
+    def _delete_calls(self, fields: DeleteFields) -> Iterator[tuple[int, Call[DeleteAnswer]]]:
+        return self._write_calls("DELETE", delete_requests(**fields), read_delete)
+
+    def _write_calls(
+        self, method: str, requests: Iterable[WriteRequest], read: Callable[[bytes], Answer]
+    ) -> Iterator[tuple[int, Call[Answer]]]:
+        """Each with the number of its items."""
+        for request in requests:
+            header = f"{WRITE_KEY_HEADER}: {request.key}"
+            message = self._server.message(method, "/v1/items", request.body, header)
+            yield request.items, Call(message, read)
 
     def _finish(self, call: Call[Answer], outcome: Outcome) -> Answer:
         """The answer. Raises ShardlineError: there is none."""

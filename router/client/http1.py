@@ -50,10 +50,11 @@ class Server:
             headers="".join(f"{line}\r\n" for line in lines).encode(),
         )
 
-    def message(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """A request as it goes over the socket; a body is msgpack."""
+    def message(self, method: str, path: str, body: bytes = b"", header: str = "") -> bytes:
+        """A request as it goes over the socket; a body is msgpack. header: one more, if any."""
         kind = f"content-type: {MSGPACK_TYPE}\r\ncontent-length: {len(body)}\r\n" if body else ""
-        line = f"{method} {self.prefix}{path} HTTP/1.1\r\n{kind}"
+        more = f"{header}\r\n" if header else ""
+        line = f"{method} {self.prefix}{path} HTTP/1.1\r\n{kind}{more}"
         return b"".join((line.encode(), self.headers, b"\r\n", body))
 
 

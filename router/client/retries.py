@@ -1,8 +1,9 @@
 """When a call is tried again, and when it is given up: decided here, without a socket.
 
-Only calls that read are made, so each may be repeated. Repeated are failures of the connection
-(refused, reset, no connection within ``CONNECT_TIMEOUT_S``) and the statuses of ``RETRIED``. An
-answer that does not come within the call's time is not waited for again: the time is used up.
+Calls read, or write with an idempotency key, so each may be repeated. Repeated are failures of the
+connection (refused, reset, no connection within ``CONNECT_TIMEOUT_S``) and the statuses of
+``RETRIED``. An answer that does not come within the call's time is not waited for again: the time
+is used up.
 """
 
 from collections.abc import Callable

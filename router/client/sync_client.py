@@ -13,20 +13,35 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
-from shardline.router.client.answers import Answer, SearchAnswer
+from shardline.router.client.answers import (
+    Answer,
+    DeleteAnswer,
+    SearchAnswer,
+    UpsertAnswer,
+    Written,
+    together,
+)
 from shardline.router.client.calls import Call, ClientCore, SearchFields
 from shardline.router.client.http1 import Response, ResponseReader, Server
 from shardline.router.client.retries import CONNECT_TIMEOUT_S, Attempts, Outcome
+from shardline.router.client.write_calls import (
+    DeleteFields,
+    DeleteOptions,
+    UpsertFields,
+    UpsertOptions,
+)
 from shardline.router.contract import ItemAnswer
 
 if TYPE_CHECKING:
     import ssl
+
+    from numpy.typing import ArrayLike
 
 RECEIVE_BYTES = 1 << 16
 
@@ -129,8 +144,49 @@ class Client(ClientCore):
         """
         return self._send(self._search_call(**fields))
 
+    def upsert(self, items: Any = None, **fields: Unpack[UpsertOptions]) -> UpsertAnswer:
+        """Writes items: adds them, or replaces the whole of those that are there.
+
+        Either ``items``, which are maps with item_id, vector and maybe attributes, or a table of
+        pyarrow, pandas or polars with columns item_id and vector, the others being attributes; or
+        by name item_ids (n,), vectors (n, dim) and attributes, a map of names to lists, or a table.
+        More than a server takes at once is sent in several requests, in order. A request is sent
+        again where no answer comes, with an idempotency key, so that it has one effect; ``key`` is
+        what the keys begin with, where a program repeats a whole call. model_version: refused where
+        the index is of another. timeout_ms: of each request. progress is called with the
+        number of items whose requests are answered.
+
+        Raises:
+            InvalidInput: a field is wrong; field names which. Requests before it are written.
+            VersionMismatch: the index is of another model.
+            NotPrimary, ReadOnly, StoreFull, DeltaFull, DeadlineExceeded, Unavailable: not all items
+                of a request were acknowledged; ``parts`` of the error says which shards failed.
+        """
+        given: UpsertFields = {**fields, "items": items}
+        return self._written(self._upsert_calls(given), fields.get("progress"))
+
+    def delete(self, item_ids: "ArrayLike", **fields: Unpack[DeleteOptions]) -> DeleteAnswer:
+        """Deletes items (n,); those that do not exist are counted. key, timeout_ms, progress and
+        errors as of ``upsert``."""
+        given: DeleteFields = {**fields, "item_ids": item_ids}
+        return self._written(self._delete_calls(given), fields.get("progress"))
+
+    def _written(
+        self, calls: Iterable[tuple[int, Call[Written]]], progress: Callable[[int], None] | None
+    ) -> Written:
+        total: Written | None = None
+        done = 0
+        for items, call in calls:
+            total = together(total, self._send(call))
+            done += items
+            if progress is not None:
+                progress(done)
+        assert total is not None  # there is at least one request
+        return total
+
     def item(self, item_id: int, *, timeout_ms: float | None = None) -> ItemAnswer:
-        """One item's stored vector (dim,) float32. Raises NotFound, or as ``search``."""
+        """One item's stored vector (dim,) float32, and attributes. Raises NotFound, or as
+        ``search``."""
         return self._send(self._item_call(item_id, timeout_ms))
 
     def status(self) -> dict[str, Any]:

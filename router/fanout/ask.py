@@ -68,6 +68,7 @@ class Ask:
         "deadline",
         "done",
         "missing",
+        "seq",
         "snapshot",
     )
 
@@ -85,6 +86,7 @@ class Ask:
         self.deadline = deadline
         self.done = False
         self.missing: list[int] = []  # shards that the last ``collect`` went without
+        self.seq: list[int | None] = []  # of each shard, as its reply to that has it
         self._clock = clock
         self._on_done = on_done
         self._request_id = request_id
@@ -156,6 +158,7 @@ class Ask:
         answered: list[tuple[ShardRoute, R]] = []
         degraded = []
         self.missing.clear()
+        self.seq.clear()
         rows_asked = rows_answered = 0
         for position, route in enumerate(self.snapshot.table.shards):
             reply = self._read(position)
@@ -166,6 +169,7 @@ class Ask:
                 and well_formed(reply)
             ):
                 answered.append((route, reply))
+                self.seq.append(reply.seq)
                 rows_answered += rows
                 rows_asked += rows
                 continue
@@ -173,6 +177,7 @@ class Ask:
             if self._replies[position] is not None:
                 self._replies[position] = error
             self.missing.append(route.shard)
+            self.seq.append(None)
             degraded.append(Degraded(shard=route.shard, code=error.code, text=error.message))
             rows_asked += route.rows
         return answered, Coverage(

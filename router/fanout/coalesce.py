@@ -143,6 +143,7 @@ class Coalescer:
         answered, coverage = frame.ask.collect(
             SearchReply, lambda reply: reply.ranked.ids.shape == shape
         )
+        seq = tuple(frame.ask.seq)  # before others of the frame collect again
         for shard in frame.ask.missing:
             self._recorder.count(SHARD_MISSING, str(shard))
         frame.ask.require(coverage, key.min_coverage)
@@ -151,6 +152,7 @@ class Coalescer:
             ranked=await _merge(frame, rows, [reply.ranked for reply in replies], key.k),
             coverage=coverage,
             search_ms=max([reply.search_ms for reply in replies]),
+            seq=seq,
         )
 
     # Lanes

@@ -166,6 +166,7 @@ class Fanout:
                 [np.full(len(reply.item_ids), route.shard) for route, reply in answered]
             ),
             coverage=coverage,
+            seq=tuple(ask.seq),
         )
 
     async def hear(self, snapshot: TableSnapshot, heard: asyncio.Event) -> None:
@@ -182,7 +183,8 @@ class Fanout:
     async def attributes(
         self, snapshot: TableSnapshot, item_ids: IdArray, names: tuple[str, ...], *, deadline: float
     ) -> FoundAttributes:
-        """The named attributes of those of item_ids (n,) int64 that their shards bring in time.
+        """The named attributes of those of item_ids (n,) int64 that their shards bring in time; no
+        names stand for all.
 
         Some ids at a time, so that a large answer does not hold up the searches of others.
 
@@ -195,9 +197,12 @@ class Fanout:
 
         def taken(reply: AttributesReply) -> bool:
             nonlocal size
-            columns = _columns_of(reply, len(names))
-            for name, column in zip(names, columns or (), strict=columns is not None):
-                values[name].update(zip(reply.item_ids.tolist(), column, strict=True))
+            columns = _columns_of(reply, len(reply.names))
+            if names and reply.names != names:
+                return False
+            for name, column in zip(reply.names, columns or (), strict=columns is not None):
+                found = zip(reply.item_ids.tolist(), column, strict=True)
+                values.setdefault(name, {}).update(found)
             size += len(reply.values)
             return columns is not None
 

@@ -82,6 +82,7 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
     content: dict[str, Any] = {
         "ids": ids,
         "scores": scores,
+        "seq": answer.seq,
         "generation": answer.generation,
         "model_version": answer.model_version,
         "coverage": coverage,
@@ -152,4 +153,4 @@ def _complaint(error: ValidationError) -> InvalidInput:
 
 
 def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple([each or 0 for each in value]) if isinstance(value, list) else value

@@ -79,11 +79,11 @@ class SearchBody(_Body):
         description="share of rows that must have answered, 0 to 1; below it the answer is 503",
     )
     params: ParamsBody | None = Field(default=None, description="search-time knobs")
-    min_seq: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
+    min_seq: list[Annotated[int, Field(ge=0, lt=2**63)] | None] = Field(
         default=[],
         max_length=MAX_SHARDS,
         description="of each shard, by its number, as in the `seq` of an answer: one that has "
-        "applied fewer writes is left out of the answer",
+        "applied fewer writes is left out of the answer; null and 0 ask for nothing",
     )
     returned: list[str] | None = Field(
         default=None,
@@ -129,6 +129,10 @@ class SearchResponse(_Body):
 
     ids: list[list[int]] = Field(description="item ids, best first, one row per query")
     scores: list[list[float]] = Field(description="higher is better, for every metric")
+    seq: list[int | None] = Field(
+        description="of each shard, by its number, how many writes were in what it searched; null "
+        "for one that did not answer. As min_seq it asks for nothing older"
+    )
     generation: int
     model_version: str
     coverage: CoverageBody
@@ -158,7 +162,11 @@ class ItemResponse(_Body):
 
     item_id: int
     vector: list[float]
+    attributes: dict[str, Any] = Field(
+        description=f"the catalogue's columns, the first {MAX_RETURNED} of them"
+    )
     shard: int
+    seq: int = Field(description="how many writes the shard had applied")
     generation: int
     model_version: str
 

@@ -5,7 +5,7 @@ checked once it is known what index they are for. Attributes are values of JSON,
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ FEATURES = "features"  # what an item may be written by one day
 MAX_NAMES = 1024  # attributes of one request
 MAX_CELLS = 1 << 20  # items x attributes: as many slots of lists, however few are filled
 MAX_DEPTH = 16  # of lists and maps in an attribute
-PLAIN = frozenset({bool, str, type(None)})
+PLAIN = frozenset({bool, int, str, type(None)})  # both formats have integers of 64 bits only
 _validate_upsert = TypeAdapter(UpsertBody).validator.validate_python
 _validate_delete = TypeAdapter(DeleteBody).validator.validate_python
 
@@ -254,8 +254,6 @@ def _json_values(values: list[Any], field: str) -> list[Any]:
     types = set(map(type, values))
     if types <= PLAIN:  # as a rule, and then none is looked at
         return values
-    if types <= PLAIN | {int} and _fit(each for each in values if type(each) is int):
-        return values
     return [_json_value(value, f"{field}[{row}]") for row, value in enumerate(values)]
 
 
@@ -263,10 +261,6 @@ def _json_value(value: Any, field: str, depth: int = 0) -> Any:
     """The value, arrays in it made lists. Raises InvalidInput: it is none of JSON."""
     kind = type(value)
     if kind in PLAIN:
-        return value
-    if kind is int:
-        if not _fit([value]):
-            raise InvalidInput("integer too large", field=field, expected="64 bits", got=str(value))
         return value
     if kind is float:
         if not math.isfinite(value):
@@ -287,8 +281,3 @@ def _json_value(value: Any, field: str, depth: int = 0) -> Any:
 
 def _listed(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
-
-
-def _fit(numbers: Iterable[int]) -> bool:
-    """Whether msgpack has them."""
-    return all(-(2**63) <= number < 2**64 for number in numbers)

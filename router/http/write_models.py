@@ -83,7 +83,7 @@ class _WriteResponse(_Body):
     duplicates: int = Field(description="items of the request that a later one has replaced")
     seq: list[int | None] = Field(
         description="of each shard, by its number, how many writes it has applied with this one; "
-        "null where it had no part in it. As min_seq of a search it brings what was written"
+        "null where it had no part in it; a search that asks for these numbers sees the items"
     )
     generation: int
     model_version: str

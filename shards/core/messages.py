@@ -127,7 +127,10 @@ class FetchReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttributesRequest:
-    """Asks for named attributes of item_ids (n,) int64, those of other shards included."""
+    """Asks for named attributes of item_ids (n,) int64, those of other shards included.
+
+    No names stand for all attributes, the first MAX_RETURNED of them.
+    """
 
     item_ids: IdArray
     names: tuple[str, ...]
@@ -136,12 +139,13 @@ class AttributesRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttributesReply:
-    """Of the subset that this shard holds, item_ids (m,) int64: for each name asked for, in order,
-    m values of JSON. ``values`` are lists in msgpack, one after the other, each of values of the
+    """Of the subset that this shard holds, item_ids (m,) int64: for each of names, in order, m
+    values of JSON. ``values`` are lists in msgpack, one after the other, each of values of the
     next items; bytes, because the wire bounds what it unpacks itself.
     """
 
     item_ids: IdArray
+    names: tuple[str, ...]
     values: bytes
     generation: int
     seq: int

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias
 
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import (
+    MAX_RETURNED,
     MAX_RETURNED_BYTES,
     AttributesRequest,
     DeleteRequest,
@@ -84,7 +85,7 @@ class Work:
 
 def attributes_bytes(request: AttributesRequest, rows: int) -> int:
     """The first bound of a reply, arrays of values and their headers included."""
-    values = len(request.names) * (rows + 1) * VALUE_BYTES
+    values = (len(request.names) or MAX_RETURNED) * (rows + 1) * VALUE_BYTES
     return rows * ID_BYTES + min(values, MAX_RETURNED_BYTES)
 
 

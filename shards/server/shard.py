@@ -17,6 +17,7 @@ from shardline.shards.core.errors import (
     ShardlineError,
 )
 from shardline.shards.core.messages import (
+    MAX_RETURNED,
     AttributesReply,
     AttributesRequest,
     FetchReply,
@@ -138,14 +139,19 @@ class Shard:
         deadline = time.monotonic() + request.timeout_ms / 1e3
         try:
             ids = check_ids(request.item_ids)
-            found = state.attributes_of(ids, request.names, deadline, limit)
+            names = request.names or state.attributes.names[:MAX_RETURNED]
+            found = state.attributes_of(ids, names, deadline, limit)
         except (InvalidInput, DeadlineExceeded) as error:
             return error
         if found is None:
             return None
         item_ids, values = found
         return AttributesReply(
-            item_ids=item_ids, values=values, generation=self.generation, seq=state.seq
+            item_ids=item_ids,
+            names=names,
+            values=values,
+            generation=self.generation,
+            seq=state.seq,
         )
 
     def _fetch(self, state: ShardState, request: FetchRequest) -> FetchReply | ShardlineError:

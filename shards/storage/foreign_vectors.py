@@ -118,12 +118,17 @@ def read_foreign_queries(
 
 
 def _source(part: Part, id_column: str | None, vector_column: str | None) -> _Source:
-    id_name = _find_column(part, (id_column,) if id_column else ID_COLUMNS)
+    id_name = id_column_of(part, id_column)
     vector_name = _find_column(part, (vector_column,) if vector_column else VECTOR_COLUMNS)
     unused = {id_name, vector_name, *pandas_index(part.schema)}
     source = _Source(part, id_name, vector_name, [n for n in part.schema.names if n not in unused])
     _refuse_names(RESERVED, [source], "Shardline calls a column of its own so")
     return source
+
+
+def id_column_of(part: Part, id_column: str | None) -> str:
+    """The column of that name, or the first of ID_COLUMNS. Raises DataError: there is none."""
+    return _find_column(part, (id_column,) if id_column else ID_COLUMNS)
 
 
 def _find_column(part: Part, known: tuple[str, ...]) -> str:

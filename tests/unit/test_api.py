@@ -572,6 +572,8 @@ async def test_item_gives_its_vector():
         assert body == {
             "item_id": 16,
             "vector": vectors[16].tolist(),
+            "attributes": {"title": "title of 16"},
+            "seq": 0,
             "shard": 1,
             "generation": 1,
             "model_version": "m1",
@@ -634,6 +636,7 @@ def test_openapi_describes_what_the_code_checks():
     schema = one_request("GET", "/openapi.json").json()
     assert set(schema["paths"]) == {
         "/v1/search",
+        "/v1/items",
         "/v1/items/{item_id}",
         "/v1/status",
         "/healthz",

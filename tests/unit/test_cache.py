@@ -19,6 +19,8 @@ from shardline.shards.core.schema import Ranked
 DIM = 4
 SIZE = ENTRY_BYTES + 12 * 3 + DIM * 4  # of an answer of three results to one query
 
+SEQ = (3, 0)
+
 
 def key(number: int, generation: int = 1, k: int = 3, params: SearchParams | None = None):
     query = resolve(RouterConfig(), item_ids=[1], params=params or SearchParams())
@@ -38,6 +40,7 @@ def found(number: int, degraded: tuple[Degraded, ...] = ()) -> Merged:
             degraded=degraded,
         ),
         search_ms=2.5,
+        seq=SEQ,
     )
 
 
@@ -45,10 +48,10 @@ def test_what_was_put_comes_back_until_others_are_used_more_recently() -> None:
     cache = ResultCache(20 * SIZE)
     for number in range(20):
         cache.put(key(number), found(number))
-    assert cache.get(key(0)).ranked.ids.tolist() == [[0, 0, 0]]
+    assert cache.get(key(0), SEQ).ranked.ids.tolist() == [[0, 0, 0]]
     cache.put(key(20), found(20))
-    assert cache.get(key(1)) is None  # the least recently used, since 0 was asked for
-    assert cache.get(key(0)) is not None
+    assert cache.get(key(1), SEQ) is None  # the least recently used, since 0 was asked for
+    assert cache.get(key(0), SEQ) is not None
     assert cache.stats.bytes == 20 * SIZE
     assert (cache.stats.hits, cache.stats.misses, cache.stats.evicted) == (2, 1, 1)
 
@@ -64,7 +67,7 @@ def test_it_is_a_bounded_lru(steps: list[tuple[bool, int]]) -> None:
             if len(model) > 16:
                 model.popitem(last=False)
         else:
-            got = cache.get(key(number))
+            got = cache.get(key(number), SEQ)
             assert (got is not None) == (number in model)
             if got is not None:
                 assert got.ranked.scores[0, 0] == number
@@ -85,7 +88,7 @@ def test_it_is_a_bounded_lru(steps: list[tuple[bool, int]]) -> None:
 def test_another_question_is_another_key(other) -> None:
     cache = ResultCache(1 << 20)
     cache.put(key(1), found(1))
-    assert cache.get(key(**({"number": 1} | other))) is None
+    assert cache.get(key(**({"number": 1} | other)), SEQ) is None
 
 
 def test_two_short_queries_are_not_one_long_one() -> None:
@@ -100,7 +103,7 @@ def test_a_partial_answer_and_a_huge_one_are_not_kept() -> None:
     assert cache.stats.entries == 0
     cache = ResultCache(1 << 20)
     cache.put(key(1), found(1, (Degraded(shard=0, code="unavailable", text="connection lost"),)))
-    assert cache.get(key(1)) is None
+    assert cache.get(key(1), SEQ) is None
 
 
 def test_kept_arrays_are_its_own_and_read_only() -> None:
@@ -109,7 +112,7 @@ def test_kept_arrays_are_its_own_and_read_only() -> None:
     answer = found(1)
     cache.put(key(1), replace(answer, ranked=Ranked(frame[:1], answer.ranked.scores)))
     frame[:] = -5
-    kept = cache.get(key(1))
+    kept = cache.get(key(1), SEQ)
     assert kept.ranked.ids.tolist() == [[0, 1, 2]]
     assert kept.ranked.ids.base is None
     assert kept.search_ms == 0.0
@@ -121,12 +124,12 @@ def test_no_bytes_means_no_cache() -> None:
     cache = ResultCache(0)
     assert not cache.enabled
     cache.put(key(1), found(1))
-    assert cache.get(key(1)) is None
+    assert cache.get(key(1), SEQ) is None
 
 
 def test_clearing_forgets_all() -> None:
     cache = ResultCache(1 << 20)
     cache.put(key(1), found(1))
     cache.clear()
-    assert cache.get(key(1)) is None
+    assert cache.get(key(1), SEQ) is None
     assert (cache.stats.entries, cache.stats.bytes) == (0, 0)

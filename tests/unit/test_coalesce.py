@@ -40,7 +40,7 @@ async def cluster(num_shards=2, clock=None, **config):
 
 
 async def search(fanout, queries, k=5, *, timeout=5.0, min_coverage=0.0, params=None):
-    deadline = fanout._clock.time() + timeout
+    deadline = fanout.clock.time() + timeout
     with fanout.pin() as snapshot:
         key = LaneKey(
             snapshot=snapshot, k=k, min_coverage=min_coverage, params=params or SearchParams()

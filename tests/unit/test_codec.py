@@ -54,6 +54,7 @@ def make_answer(**changes):
         "search_ms": 0.5,
         "reasons": (),
         "request_id": "r",
+        "seq": (12, None),
     }
     return SearchAnswer(**(content | changes))
 
@@ -260,6 +261,7 @@ def test_json_answers_are_cut_to_live_results():
     assert content == {
         "ids": [[4, 2], [7, 8, 9]],
         "scores": [[0.1, -3.5], [3.0, 2.0, 1.0]],
+        "seq": [12, None],
         "generation": 3,
         "model_version": "m",
         "coverage": {
@@ -325,13 +327,21 @@ def test_what_is_no_answer_is_a_protocol_error(body, read):
 
 def test_item_in_both_formats():
     answer = ItemAnswer(
-        item_id=5, vector=np.array([0.1, 2], np.float32), shard=1, generation=2, model_version="m"
+        item_id=5,
+        vector=np.array([0.1, 2], np.float32),
+        attributes={"title": "a", "tags": [None, 1]},
+        shard=1,
+        seq=7,
+        generation=2,
+        model_version="m",
     )
     content = orjson.loads(encode_item(answer, Media.JSON))
     assert content == {
         "item_id": 5,
         "vector": [0.1, 2.0],
+        "attributes": {"title": "a", "tags": [None, 1]},
         "shard": 1,
+        "seq": 7,
         "generation": 2,
         "model_version": "m",
     }
@@ -340,3 +350,4 @@ def test_item_in_both_formats():
     again = read_item(body)
     assert again.vector.tolist() == answer.vector.tolist()
     assert (again.item_id, again.shard, again.generation, again.model_version) == (5, 1, 2, "m")
+    assert (again.attributes, again.seq) == (answer.attributes, 7)

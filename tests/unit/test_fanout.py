@@ -43,7 +43,7 @@ async def cluster(num_rows=60, num_shards=4, config=FAST, clock=None, **options)
 
 
 async def search(fanout, queries, k=5, *, timeout=2.0, **options):
-    deadline = fanout._clock.time() + timeout
+    deadline = fanout.clock.time() + timeout
     with fanout.pin() as snapshot:
         key = LaneKey(snapshot=snapshot, k=k, **{"min_coverage": 0.0, **options})
         return await fanout.search(queries, key, deadline=deadline)

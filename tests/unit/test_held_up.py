@@ -28,7 +28,7 @@ IDS, VECTORS = make_rows(60, DIM)
 
 
 async def search(fanout: Fanout, timeout_s: float) -> Merged:
-    deadline = fanout._clock.time() + timeout_s
+    deadline = fanout.clock.time() + timeout_s
     with fanout.pin() as snapshot:
         key = LaneKey(snapshot=snapshot, k=5, min_coverage=0.0)
         return await fanout.search(VECTORS[:1], key, deadline=deadline)
