@@ -14,8 +14,9 @@ import ray
 from shardline.cluster.control.controller import CONTROLLER_NAME
 from shardline.cluster.serving.deployment import shard_reports
 from shardline.router.client.sync_client import Client
+from shardline.router.contract import Forbidden
 from shardline.router.http.api_keys import Scope
-from shardline.shards.core.errors import Forbidden, NotFound, ShardlineError, Unavailable
+from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
 from tests.integration.conftest import Cluster
 
 NEW_ITEMS = 1_000_000  # ids from here on are nobody else's in the session's cluster
