@@ -7,6 +7,7 @@ squared distance*; only this module changes that sign. Not thread-safe: only one
 """
 
 import math
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,23 @@ PARAMETER_CACHE = 64  # (k, params) whose faiss objects are kept; callers use a 
 OVERFETCH_START = 32  # extra candidates of the first attempt where faiss cannot exclude rows itself
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Prepared:
-    """faiss parameter objects of one kind of request; ``parts`` keeps the inner ones alive."""
+    """faiss parameter objects of one kind of request; ``parts`` keeps the inner ones alive.
+
+    The innermost, ``parts[0]``, points to ``selector``, None without a selection.
+    """
 
     top: Any | None
     parts: tuple[Any, ...]
+    selector: Any | None
+
+
+class _Selecting(threading.local):
+    """The parameters of searches with a selection, of the thread that asks."""
+
+    def __init__(self) -> None:
+        self.prepared: dict[tuple[Any, ...], _Prepared] = {}
 
 
 def set_search_threads(threads: int) -> None:
@@ -95,6 +107,7 @@ class MainIndex:
             gpu.self_test(self._layers.whole, self._searched)
         self._largest_value = FP16_MAX if keeps_fp16(self._layers) else float(np.finfo("f4").max)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
+        self._selecting = _Selecting()
         # The rows that may be asked for to see whether a tie goes on beyond an answer. Not with the
         # 8-bit scores of FastScan alone: nearly every answer ends in a tie that means nothing.
         can_tie = self._layers.refine is not None or not self._layers.is_fastscan
@@ -275,8 +288,12 @@ class MainIndex:
     def _prepare(
         self, k: int, fetch: int, params: SearchParams, selection: Selection | None
     ) -> _Prepared:
-        """The faiss parameters of a request, made once per (k, fetch, params)."""
-        cache = self._prepared if selection is None else selection.prepared
+        """The faiss parameters of a request, made once per (k, fetch, params).
+
+        Those of searches with a selection are made for all of them, and point to that of the last:
+        new selections come with writes, and making parameters takes as long as half a search.
+        """
+        cache = self._prepared if selection is None else self._selecting.prepared
         key = (k, fetch, params.nprobe, params.ef_search, params.rerank_factor)
         prepared: _Prepared | None = cache.get(key)
         if prepared is None:
@@ -284,6 +301,8 @@ class MainIndex:
                 cache.clear()
             selector = None if selection is None else selection.selector
             prepared = cache[key] = self._make_parameters(k, fetch, params, selector)
+        elif selection is not None and prepared.selector is not selection.selector:
+            prepared.selector = prepared.parts[0].sel = selection.selector
         return prepared
 
     def _make_parameters(
@@ -314,7 +333,7 @@ class MainIndex:
                 outer.base_index_params = inner
             parts.append(outer)
             inner = outer
-        return _Prepared(inner, (*parts, selector))
+        return _Prepared(inner, tuple(parts), selector)
 
     def _base_parameters(
         self, candidates: int, widening: float, params: SearchParams, selector: Any

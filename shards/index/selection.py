@@ -1,9 +1,8 @@
 """Which rows of a main index may come back: all but those that are excluded.
 
 An immutable value, passed with every search. What faiss needs of it is made once, with the value,
-so a search costs the same with a selection as without, and two selections used alternately do not
-undo each other's preparations. A selection that excludes further rows is made from a copy of the
-bits, one per row, not from a list of all that are excluded.
+so a search costs the same with a selection as without. A selection that excludes further rows is
+made from a copy of the bits, one per row, not from a list of all that are excluded.
 """
 
 from dataclasses import dataclass, field
@@ -21,16 +20,12 @@ class Selection:
     """bits (rows / 8,) uint8, rounded up: bit ``row % 8`` of byte ``row // 8`` is 1 where the row
     may come back; num_excluded rows may not. ``selector`` is faiss's form of it, over the same
     memory.
-
-    prepared: the faiss parameters of searches with this selection, by k and search parameters;
-    filled by ``MainIndex``.
     """
 
     bits: NDArray[np.uint8]
     rows: int
     num_excluded: int
     selector: Any
-    prepared: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     _live: list[NDArray[np.bool_]] = field(default_factory=list)
 
     @classmethod
