@@ -5,6 +5,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import uvicorn
@@ -61,8 +62,13 @@ def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             state["router"] = LiveRouter(url, service, shards)
+            # both threads start here, and none within a test, where it would look left behind
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+            stopped = asyncio.create_task(asyncio.to_thread(stop.wait))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(int)
             ready.set()
-            await asyncio.to_thread(stop.wait)
+            await stopped
             server.should_exit = True
             await serving
             await service.close()

@@ -1,6 +1,7 @@
 """``upsert``: writes the items of files to a running cluster, by vector."""
 
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -14,6 +15,10 @@ from shardline.router.client.answers import UpsertAnswer, together
 from shardline.router.http.api_keys import Scope
 from shardline.shards.core.errors import DataError, ShardlineError
 from shardline.shards.core.schema import ORIGINAL_ID
+
+
+def _shown(progress: StageProgress, before: int, rows: int, items: int) -> None:
+    progress("upsert", before + items, rows)
 
 
 @click.command()
@@ -67,9 +72,9 @@ def upsert(
                         zip(batch.attributes.schema.names, batch.attributes.columns, strict=True)
                     ),
                     model_version=model_version,
+                    progress=partial(_shown, progress, done, rows),
                 )
                 total, done = together(total, answer), done + len(batch.item_ids)
-                progress("upsert", done, rows)
     except ShardlineError as error:
         raise written_before(error, done) from error
     if total is None:

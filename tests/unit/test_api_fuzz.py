@@ -26,11 +26,11 @@ from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import AuthSettings, Guard
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
-from tests.live_router import NUM_ROWS, NUM_SHARDS, LiveRouter, running_router
+from tests.live_router import NUM_SHARDS, LiveRouter, running_router
 
 load_all_checks()
 KEY = "k" * 43
-GUARD = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.SEARCH, KEY)])))
+GUARD = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.WRITE, KEY)])))
 HEADERS = {"authorization": f"Bearer {KEY}"}
 CONFIG = RouterConfig(max_body_bytes=64 << 10, body_timeout_ms=1000, max_batch=64)
 EXAMPLES = 80  # of each operation, besides those that cover its description
@@ -78,7 +78,11 @@ def router() -> Iterator[LiveRouter]:
         with httpx.Client(base_url=router.url, headers=HEADERS) as http:
             assert http.get("/v1/status").json()["in_flight"] == 0
             answer = http.post("/v1/search", json={"item_ids": [1], "k": 3})
-            assert answer.json()["coverage"]["rows_answered"] == NUM_ROWS
+            coverage = answer.json()["coverage"]
+            assert coverage["shards_answered"] == NUM_SHARDS
+            assert coverage["rows_answered"] == sum(len(shard.ids) for shard in router.shards)
+        written = [each for shard in router.shards for each in shard.written]
+        assert written, "no write got through"
 
 
 seen: Counter[int] = Counter()  # answers by status

@@ -18,14 +18,16 @@ KEY = "k" * 43
 
 def test_examples_run() -> None:
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(examples) == 7
-    guard = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.SEARCH, KEY)])))
+    assert len(examples) == 8
+    guard = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.WRITE, KEY)])))
     with running_router(RouterConfig(), guard) as router:
         names: dict[str, Any] = {"key": KEY}
         for example in examples:
             here = example.replace("http://localhost:8000", router.url).replace("128", str(DIM))
             exec(compile(here, "docs/CLIENT.md", "exec"), names)
     assert len(names["best"]) == 4
+    assert (names["written"].created, names["gone"].deleted) == (2, 2)
+    assert names["found"].ids.tolist() == [[7000001]] or names["found"].seq[-1] == 1
     assert [reason.query for reason in names["answer"].reasons] == [1]
 
 
