@@ -88,9 +88,11 @@ def test_a_primary_that_has_a_successor_is_refused(files: LogFiles, tmp_path: Pa
     old.append(records(1, 2))
     new, found = Log.open(tmp_path, 2, after_seq=0, files=files)
     assert seqs(found) == [1, 2]
-    for refused in (old.append, old.append):
+    for _ in range(2):
         with pytest.raises(NotPrimary):
-            refused(records(3, 3))
+            old.append(records(3, 3))
+    with pytest.raises(NotPrimary):
+        old.check()
     with pytest.raises(NotPrimary):
         old.reopen()
     with pytest.raises(NotPrimary):
@@ -110,6 +112,19 @@ def test_an_epoch_serves_once(files: LogFiles, tmp_path: Path, epoch: int) -> No
         Log.open(tmp_path, epoch, after_seq=0, files=files)
     log.append(records(1, 1, epoch=2))
     log.close()
+
+
+def test_a_primary_without_writes_learns_that_it_has_a_successor(
+    files: LogFiles, tmp_path: Path
+) -> None:
+    old, _ = Log.open(tmp_path, 1, after_seq=0, files=files)
+    old.check()
+    new, _ = Log.open(tmp_path, 2, after_seq=0, files=files)
+    with pytest.raises(NotPrimary, match="another primary has come; expected epoch 1; got 2"):
+        old.check()
+    new.check()
+    old.close()
+    new.close()
 
 
 def test_epochs(files: LogFiles, tmp_path: Path) -> None:
