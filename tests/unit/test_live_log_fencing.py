@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardline.shards.core.errors import NotPrimary, ReadOnly
+from shardline.shards.core.errors import NotFound, NotPrimary, ReadOnly
 from shardline.shards.live.epoch_file import raise_epoch, read_epoch
 from shardline.shards.live.log import Log
 from shardline.shards.live.log_tail import LogTail
@@ -52,14 +52,15 @@ class Writer:
 
 
 class Follower:
-    """Polls so many times; ``given``: all that it was given."""
+    """Polls so many times; ``given``: all that it was given, after ``start``."""
 
-    def __init__(self, polls: int) -> None:
+    def __init__(self, polls: int, start: int = 0) -> None:
         self.polls = polls
+        self.start = start
         self.given: list[bytes] = []
 
     def __call__(self, files: ProcessFiles) -> None:
-        tail = LogTail(FOLDER, 0, files)
+        tail = LogTail(FOLDER, self.start, files)
         for _ in range(self.polls):
             self.given += as_bytes(tail.read_new())
 
@@ -166,6 +167,38 @@ def test_a_follower_paused_before_every_call_while_the_primary_changes() -> None
                     second.finish()
                 assert third.error is None
                 check(disk, [old, new], [follower])
+
+
+def trimming(log: Log, seq: int) -> Callable[[ProcessFiles], None]:
+    def work(pausing: ProcessFiles) -> None:
+        log._files = pausing
+        log.trim(seq)
+
+    return work
+
+
+@pytest.mark.parametrize("start", [0, 3, 6])
+def test_a_follower_paused_before_every_call_of_a_trim(start: int) -> None:
+    """It goes on if it has read what is trimmed; otherwise it is told, or reads it in time."""
+    for read in range(12):
+        for trimmed in range(12):
+            disk = FakeDisk()
+            files = ProcessFiles(disk)
+            log, _ = Log.open(FOLDER, 1, after_seq=0, files=files, segment_bytes=1)
+            for seq in range(1, 9):
+                log.append(records(seq, seq))
+            follower = Follower(2, start)
+            with paused(disk, trimming(log, 6), follower) as (first, second):
+                second.advance(read)
+                first.advance(trimmed)
+                second.finish()
+                first.finish()
+            assert first.error is None
+            if isinstance(second.error, NotFound):
+                assert start < 6 and follower.given == []
+            else:
+                assert second.error is None
+                assert follower.given == as_bytes(records(start + 1, 8))
 
 
 @pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
