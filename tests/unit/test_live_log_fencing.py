@@ -31,7 +31,6 @@ class Writer:
         self.counts = counts
         self.found: list[bytes] = []
         self.acknowledged: dict[int, bytes] = {}
-        self.fail_at_write = 0
 
     def start(self, files: ProcessFiles) -> Log:
         log, found = Log.open(
@@ -84,10 +83,10 @@ def check(disk: FakeDisk, writers: Sequence[Writer], followers: Sequence[Followe
 
 
 def began(
-    counts: Sequence[int], *, is_network: bool = False
+    counts: Sequence[int], *, is_network: bool = False, kind: type[Writer] = Writer
 ) -> tuple[FakeDisk, Writer, Callable[[ProcessFiles], None]]:
     """A writer that leads already; what it does from here on is to be paused."""
-    disk, writer = FakeDisk(is_network=is_network), Writer(1, counts)
+    disk, writer = FakeDisk(is_network=is_network), kind(1, counts)
     files = ProcessFiles(disk)
     log = writer.start(files)
 
@@ -126,6 +125,48 @@ def test_paused_before_every_call_while_a_successor_takes_over(is_network: bool)
             fenced += first.error is not None
             check(disk, [old, new], [])
     assert fenced > 100
+
+
+class Healing(Writer):
+    """Its second append fails at the fsync; what ``reopen`` finds counts as acknowledged."""
+
+    def go_on(self, log: Log) -> None:
+        super().go_on(log)
+        files = log._files
+        assert isinstance(files, ProcessFiles)
+        files.fail_at_sync = files.syncs + 1
+        group = records(log.seq + 1, log.seq + 2, epoch=self.epoch)
+        with pytest.raises(ReadOnly):
+            log.append(group)
+        self.acknowledged |= {record.seq: as_bytes([record])[0] for record in log.reopen()}
+        super().go_on(log)
+
+
+@pytest.mark.parametrize("is_network", [False, True])
+def test_paused_before_every_call_of_a_reopen_while_a_successor_takes_over(
+    is_network: bool,
+) -> None:
+    def began_healing() -> tuple[FakeDisk, Writer, Callable[[ProcessFiles], None]]:
+        return began((1,), is_network=is_network, kind=Healing)
+
+    disk, _, work = began_healing()
+    writer_calls = calls_of(work, disk)
+    successor_calls = calls_of(Writer(2, (1,)), disk)
+    adopted = 0
+    for paused_at in range(4, writer_calls + 1):
+        for interrupted_at in range(successor_calls + 1):
+            disk, old, work = began_healing()
+            new = Writer(2, (1,))
+            with paused(disk, work, new) as (first, second):
+                first.advance(paused_at)
+                second.advance(interrupted_at)
+                first.finish()
+                second.finish()
+            assert second.error is None
+            assert first.error is None or isinstance(first.error, NotPrimary)
+            adopted += len(old.acknowledged) >= 3
+            check(disk, [old, new], [])
+    assert adopted > 50
 
 
 @pytest.mark.parametrize("is_network", [False, True])
