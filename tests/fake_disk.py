@@ -119,6 +119,8 @@ class ProcessFiles(LogFiles):
         self.disk = disk
         self.before = before
         self.calls = 0
+        self.syncs = 0
+        self.fail_at_sync = 0  # this one of the files' fsyncs fails, and changes nothing; 0: none
         self._stopped = False
         self._unsent: dict[int, bytearray] = {}  # by the file's identity, on a network disk
 
@@ -169,6 +171,9 @@ class ProcessFiles(LogFiles):
 
     def sync(self, descriptor: int) -> None:
         self._call("sync")
+        self.syncs += 1
+        if self.syncs == self.fail_at_sync:
+            raise OSError(errno.EIO, "injected")
         file = self.disk.open_files[descriptor]
         file.content += self._unsent.pop(id(file), b"")
         file.durable = bytes(file.content)

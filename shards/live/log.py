@@ -127,6 +127,16 @@ class Log:
                 self._check_epoch()
                 return self._take_over(self._seq)
 
+    def check(self) -> None:
+        """For a primary that has nothing to write: whether it still leads.
+
+        Raises: as ``append``.
+        """
+        with self._lock:
+            self._refuse()
+            with self._failures():
+                self._check_epoch()
+
     def roll(self) -> None:
         """Begins another segment, so that all records until now can be trimmed.
 

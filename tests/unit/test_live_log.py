@@ -1,11 +1,12 @@
 """The log of a shard: what is appended is read again, by successors and by followers."""
 
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from shardline.shards.core.errors import CorruptFile, NotFound, NotPrimary
+from shardline.shards.core.errors import CorruptFile, NotFound, NotPrimary, ReadOnly
 from shardline.shards.live.epoch_file import raise_epoch, read_epoch
 from shardline.shards.live.log import Log
 from shardline.shards.live.log_files import FILES, LogFiles, write_new
@@ -87,9 +88,11 @@ def test_a_primary_that_has_a_successor_is_refused(files: LogFiles, tmp_path: Pa
     old.append(records(1, 2))
     new, found = Log.open(tmp_path, 2, after_seq=0, files=files)
     assert seqs(found) == [1, 2]
-    for refused in (old.append, old.append):
+    for _ in range(2):
         with pytest.raises(NotPrimary):
-            refused(records(3, 3))
+            old.append(records(3, 3))
+    with pytest.raises(NotPrimary):
+        old.check()
     with pytest.raises(NotPrimary):
         old.reopen()
     with pytest.raises(NotPrimary):
@@ -109,6 +112,19 @@ def test_an_epoch_serves_once(files: LogFiles, tmp_path: Path, epoch: int) -> No
         Log.open(tmp_path, epoch, after_seq=0, files=files)
     log.append(records(1, 1, epoch=2))
     log.close()
+
+
+def test_a_primary_without_writes_learns_that_it_has_a_successor(
+    files: LogFiles, tmp_path: Path
+) -> None:
+    old, _ = Log.open(tmp_path, 1, after_seq=0, files=files)
+    old.check()
+    new, _ = Log.open(tmp_path, 2, after_seq=0, files=files)
+    with pytest.raises(NotPrimary, match="another primary has come; expected epoch 1; got 2"):
+        old.check()
+    new.check()
+    old.close()
+    new.close()
 
 
 def test_epochs(files: LogFiles, tmp_path: Path) -> None:
@@ -181,3 +197,24 @@ def test_segments_are_closed_at_their_size_and_trimmed(files: LogFiles, tmp_path
     log, found = Log.open(tmp_path, 4, after_seq=7, files=files)
     log.close()
     assert seqs(found) == seqs(tail.read_new()) == [8]
+
+
+def test_a_file_that_may_not_grow_refuses_writes_until_it_may(tmp_path: Path) -> None:
+    """On the real disk: the write is cut short, then fails."""
+    log, _ = Log.open(tmp_path, 1, after_seq=0)
+    log.append(records(1, 2))
+    name = segment_names(FILES.names(tmp_path))[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILES.size(tmp_path / str(name)) + 50, hard))
+    try:
+        with pytest.raises(ReadOnly, match="File too large"):
+            log.append(records(3, 4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(ReadOnly):
+        log.append(records(3, 4))
+    assert log.reopen() == []
+    assert len(FILES.read(tmp_path / f"{name}.torn")) == 50
+    log.append(records(3, 4))
+    log.close()
+    assert as_bytes(LogTail(tmp_path, 0).read_new()) == as_bytes(records(1, 4))

@@ -221,6 +221,19 @@ def test_moving_damaged_segments_away_gives_up_what_they_held() -> None:
     assert opened(renamed(disk, remove), 60) == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_segment_that_the_newest_does_not_continue_does_not_matter() -> None:
+    """A primary that was paused may finish one long after its successor has read the log."""
+    late = FakeDisk()
+    early, _ = Log.open(FOLDER, 1, after_seq=0, files=ProcessFiles(late))
+    early.append(WRITES[:1])
+    Log.open(FOLDER, 2, after_seq=0, files=ProcessFiles(late))
+    disk = a_log()
+    Log.open(FOLDER, 3, after_seq=0, files=ProcessFiles(disk))
+    name = str(segment_names(list(late.folders[FOLDER].files))[-1])
+    disk.folders[FOLDER].files[name] = late.file(FOLDER / name)
+    assert followed(disk) == opened(disk) == [1, 2, 3, 4, 5, 6]
+
+
 def test_other_files_in_the_folder_do_not_matter() -> None:
     disk = a_log()
     for name in ("LIVE", "log-1-2-3.seg", "log-x.seg.torn", ".log.tmp", "EPOCH-7", "main-1"):

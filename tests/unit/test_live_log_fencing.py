@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardline.shards.core.errors import NotPrimary, ReadOnly
+from shardline.shards.core.errors import NotFound, NotPrimary, ReadOnly
 from shardline.shards.live.epoch_file import raise_epoch, read_epoch
 from shardline.shards.live.log import Log
 from shardline.shards.live.log_tail import LogTail
@@ -31,7 +31,6 @@ class Writer:
         self.counts = counts
         self.found: list[bytes] = []
         self.acknowledged: dict[int, bytes] = {}
-        self.fail_at_write = 0
 
     def start(self, files: ProcessFiles) -> Log:
         log, found = Log.open(
@@ -52,14 +51,15 @@ class Writer:
 
 
 class Follower:
-    """Polls so many times; ``given``: all that it was given."""
+    """Polls so many times; ``given``: all that it was given, after ``start``."""
 
-    def __init__(self, polls: int) -> None:
+    def __init__(self, polls: int, start: int = 0) -> None:
         self.polls = polls
+        self.start = start
         self.given: list[bytes] = []
 
     def __call__(self, files: ProcessFiles) -> None:
-        tail = LogTail(FOLDER, 0, files)
+        tail = LogTail(FOLDER, self.start, files)
         for _ in range(self.polls):
             self.given += as_bytes(tail.read_new())
 
@@ -83,10 +83,10 @@ def check(disk: FakeDisk, writers: Sequence[Writer], followers: Sequence[Followe
 
 
 def began(
-    counts: Sequence[int], *, is_network: bool = False
+    counts: Sequence[int], *, is_network: bool = False, kind: type[Writer] = Writer
 ) -> tuple[FakeDisk, Writer, Callable[[ProcessFiles], None]]:
     """A writer that leads already; what it does from here on is to be paused."""
-    disk, writer = FakeDisk(is_network=is_network), Writer(1, counts)
+    disk, writer = FakeDisk(is_network=is_network), kind(1, counts)
     files = ProcessFiles(disk)
     log = writer.start(files)
 
@@ -125,6 +125,48 @@ def test_paused_before_every_call_while_a_successor_takes_over(is_network: bool)
             fenced += first.error is not None
             check(disk, [old, new], [])
     assert fenced > 100
+
+
+class Healing(Writer):
+    """Its second append fails at the fsync; what ``reopen`` finds counts as acknowledged."""
+
+    def go_on(self, log: Log) -> None:
+        super().go_on(log)
+        files = log._files
+        assert isinstance(files, ProcessFiles)
+        files.fail_at_sync = files.syncs + 1
+        group = records(log.seq + 1, log.seq + 2, epoch=self.epoch)
+        with pytest.raises(ReadOnly):
+            log.append(group)
+        self.acknowledged |= {record.seq: as_bytes([record])[0] for record in log.reopen()}
+        super().go_on(log)
+
+
+@pytest.mark.parametrize("is_network", [False, True])
+def test_paused_before_every_call_of_a_reopen_while_a_successor_takes_over(
+    is_network: bool,
+) -> None:
+    def began_healing() -> tuple[FakeDisk, Writer, Callable[[ProcessFiles], None]]:
+        return began((1,), is_network=is_network, kind=Healing)
+
+    disk, _, work = began_healing()
+    writer_calls = calls_of(work, disk)
+    successor_calls = calls_of(Writer(2, (1,)), disk)
+    adopted = 0
+    for paused_at in range(4, writer_calls + 1):
+        for interrupted_at in range(successor_calls + 1):
+            disk, old, work = began_healing()
+            new = Writer(2, (1,))
+            with paused(disk, work, new) as (first, second):
+                first.advance(paused_at)
+                second.advance(interrupted_at)
+                first.finish()
+                second.finish()
+            assert second.error is None
+            assert first.error is None or isinstance(first.error, NotPrimary)
+            adopted += len(old.acknowledged) >= 3
+            check(disk, [old, new], [])
+    assert adopted > 50
 
 
 @pytest.mark.parametrize("is_network", [False, True])
@@ -166,6 +208,38 @@ def test_a_follower_paused_before_every_call_while_the_primary_changes() -> None
                     second.finish()
                 assert third.error is None
                 check(disk, [old, new], [follower])
+
+
+def trimming(log: Log, seq: int) -> Callable[[ProcessFiles], None]:
+    def work(pausing: ProcessFiles) -> None:
+        log._files = pausing
+        log.trim(seq)
+
+    return work
+
+
+@pytest.mark.parametrize("start", [0, 3, 6])
+def test_a_follower_paused_before_every_call_of_a_trim(start: int) -> None:
+    """It goes on if it has read what is trimmed; otherwise it is told, or reads it in time."""
+    for read in range(12):
+        for trimmed in range(12):
+            disk = FakeDisk()
+            files = ProcessFiles(disk)
+            log, _ = Log.open(FOLDER, 1, after_seq=0, files=files, segment_bytes=1)
+            for seq in range(1, 9):
+                log.append(records(seq, seq))
+            follower = Follower(2, start)
+            with paused(disk, trimming(log, 6), follower) as (first, second):
+                second.advance(read)
+                first.advance(trimmed)
+                second.finish()
+                first.finish()
+            assert first.error is None
+            if isinstance(second.error, NotFound):
+                assert start < 6 and follower.given == []
+            else:
+                assert second.error is None
+                assert follower.given == as_bytes(records(start + 1, 8))
 
 
 @pytest.mark.parametrize("epochs", [(2, 3), (3, 2)])
