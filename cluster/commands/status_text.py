@@ -13,7 +13,7 @@ def print_status(report: dict[str, Any]) -> None:
         click.echo(f"{name:>14}  {report[name]}")
     print_table(
         "shards",
-        ("shard", "replica", "rows", "epoch", "address", "connected", "why not"),
+        ("shard", "replica", "rows", "epoch", "address", "connected", "writes", "why not"),
         [
             (
                 str(shard["shard"]),
@@ -22,6 +22,7 @@ def print_status(report: dict[str, Any]) -> None:
                 str(replica["epoch"]),
                 str(replica["address"] or "none"),
                 "yes" if replica["connected"] else "no",
+                _role(shard, replica),
                 str(replica["code"]),
             )
             for shard in report["shards"]
@@ -55,7 +56,7 @@ def print_launched(report: dict[str, Any]) -> None:
             for host in report["hosts"]
         ],
     )
-    primaries = {shard["shard"]: shard["primary"] for shard in report["shards"]}
+    shards = {shard["shard"]: shard for shard in report["shards"]}
     print_table(
         "replicas",
         ("shard", "replica", "host", "epoch", "answers", "stage", "writes", "applied", "behind"),
@@ -67,7 +68,7 @@ def print_launched(report: dict[str, Any]) -> None:
                 str(replica["epoch"]),
                 "yes" if replica["answers"] else "no",
                 str(replica["stage"]),
-                "primary" if replica["replica"] == primaries[replica["shard"]] else "",
+                _role(shards[replica["shard"]], replica),
                 _count(replica["seq"]),
                 _count(replica["lag"]),
             )
@@ -80,6 +81,11 @@ def print_launched(report: dict[str, Any]) -> None:
             click.echo(f"{where}: {reason['code']}: {reason['text']}")
     for note in report["notes"]:
         click.echo(f"warning: {note['code']}: {note['text']}")
+
+
+def _role(shard: dict[str, Any], replica: dict[str, Any]) -> str:
+    # routers before those that take writes name none
+    return "primary" if replica["replica"] == shard.get("primary") else ""
 
 
 def _count(number: int | None) -> str:

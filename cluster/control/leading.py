@@ -1,6 +1,6 @@
 """The rules by which one replica of each shard leads, that is, takes its writes: pure.
 
-Two replicas may believe to lead at the same time, for one that is lost may live on. The epoch tells
+Two replicas may both act as leader for a while, for one that is lost may live on. The epoch tells
 them apart, and the shard's log holds the older one back (``shards.live``); here no epoch is given
 out twice, each is above all before it, and a table names one leader or none. A leader that is to
 leave hands over before it does: it stays in the table as the leader until its successor says that

@@ -169,10 +169,12 @@ def _answers(replicas: Replicas) -> bool:
 
 
 def _describe_shard(route: ShardRoute, replicas: Replicas) -> dict[str, Any]:
-    """The shard, as its best replica is, and every replica."""
+    """The shard, as its best replica is, and every replica; ``primary``: the number of the one that
+    takes writes, None: none does."""
     described = list(map(_describe_replica, route.replicas, replicas))
     best = max(described, key=lambda replica: bool(replica["connected"]))
-    return {"shard": route.shard, "rows": route.rows, **best, "replicas": described}
+    about = {"shard": route.shard, "rows": route.rows, "primary": route.primary}
+    return {**about, **best, "replicas": described}
 
 
 def _describe_replica(route: ReplicaRoute, connection: ShardConnection | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ child of this one, and the folder holds all that Ray writes.
 
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 import time
@@ -26,19 +27,22 @@ from shardline.cluster.store import Store
 from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
+from shardline.router.written import Upserts
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import RouterSeen, RoutingTable
 from tests.engine import build_generation
 
 SHARDS, REPLICAS = 2, 2
 HEAD_AWAY_S = 8.0
+WRITE_TIMEOUT_MS = 2000.0
 SECRET = b"s" * 32
 CONFIG = RouterConfig(backoff_base_ms=20, backoff_max_ms=100)
 NODE = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
 
 
 class Watched:
-    """What a router sees of the cluster: every table, and answers to queries without a pause."""
+    """What a router sees of the cluster: every table, and answers to queries and writes without a
+    pause."""
 
     def __init__(self, out: Path, controller: Any, vectors: np.ndarray) -> None:
         self._out = out
@@ -48,6 +52,9 @@ class Watched:
         self._phase = "start"
         self.table: RoutingTable | None = None
         self.answers = {"full": 0, "partial": 0, "failed": 0}
+        self.writes: dict[str, float] = {}
+        self._vectors = vectors
+        self._written_at = 0.0
 
     def tell(self, event: str, **rest: Any) -> None:
         with self._out.open("a") as file:
@@ -59,13 +66,15 @@ class Watched:
         """Counts the answers of the block."""
         self._phase = name
         self.answers = {"full": 0, "partial": 0, "failed": 0}
+        self.writes = {"written": 0, "refused": 0, "pause_s": 0.0}
         began = time.monotonic()
         yield
-        self.tell("phase", seconds=round(time.monotonic() - began, 1), **self.answers)
+        seconds = round(time.monotonic() - began, 1)
+        self.tell("phase", seconds=seconds, **self.answers, **self.writes)
 
     @contextlib.asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        tasks = [asyncio.ensure_future(each()) for each in (self._follow, self._ask)]
+        tasks = [asyncio.ensure_future(each()) for each in (self._follow, self._ask, self._write)]
         try:
             yield
         finally:
@@ -119,6 +128,41 @@ class Watched:
                     self.answers["failed"] += 1
             await asyncio.sleep(0.02)
 
+    async def _write(self) -> None:
+        """An item of each shard, again and again; pause_s: the longest time without a success."""
+        loop = asyncio.get_running_loop()
+        for number in itertools.count():
+            if self.table is not None:
+                rows = [number % 50, 150 + number % 50]
+                given = Upserts(
+                    item_ids=rows,
+                    vectors=self._vectors[rows].tolist(),
+                    attributes={},
+                    timeout_ms=WRITE_TIMEOUT_MS,
+                )
+                try:
+                    await self._service.writes.upsert(
+                        given, f"w{number}", arrived_at=loop.time(), began_at=time.perf_counter()
+                    )
+                except ShardlineError as error:
+                    self.writes["refused"] += 1
+                    self.tell("refused", code=error.code, text=str(error))
+                else:
+                    self.writes["written"] += 1
+                    self._written_at = loop.time()
+                if self._written_at:
+                    pause_s = round(loop.time() - self._written_at, 2)
+                    self.writes["pause_s"] = max(self.writes["pause_s"], pause_s)
+            await asyncio.sleep(0.05)
+
+
+async def primary_process(controller: Any, report: dict[str, Any]) -> psutil.Process:
+    """Of shard 0."""
+    primary = report["shards"][0]["primary"]
+    described = await controller.shard_reports.remote()
+    (pid,) = (each["pid"] for each in described if (each["shard"], each["replica"]) == (0, primary))
+    return psutil.Process(pid)
+
 
 def gcs_of(cluster: Cluster) -> psutil.Process:
     """What Ray's head keeps its knowledge of hosts and actors in."""
@@ -143,6 +187,12 @@ def is_whole(hosts: int) -> Callable[[RoutingTable, dict[str, Any]], bool]:
     return holds
 
 
+def is_level(table: RoutingTable, report: dict[str, Any]) -> bool:
+    """Every shard has a primary, and every replica keeps up with it."""
+    has_all = all(shard["primary"] is not None for shard in report["shards"])
+    return has_all and all(each["lag"] == 0 for each in report["replicas"])
+
+
 async def scenario(cluster: Cluster, out: Path, store: Store, vectors: np.ndarray) -> None:
     second = cluster.add_node(**NODE)
     settings = ControllerSettings(
@@ -163,6 +213,22 @@ async def scenario(cluster: Cluster, out: Path, store: Store, vectors: np.ndarra
             await now.until(is_whole(2))
             await asyncio.sleep(1)
             now.tell("report", report=await controller.report.remote())
+        async with now.phase("primary killed"):
+            report = await controller.report.remote()
+            (await primary_process(controller, report)).kill()
+            await now.until(lambda table, later: later["shards"] != report["shards"])
+            await now.until(is_whole(2))
+            await now.until(is_level)
+            now.tell("report", report=await controller.report.remote())
+        async with now.phase("primary stopped"):
+            report = await controller.report.remote()
+            process = await primary_process(controller, report)
+            process.suspend()
+            await now.until(lambda table, later: later["shards"] != report["shards"])
+            await asyncio.sleep(2)
+            process.resume()
+            await now.until(is_level)
+            await now.until(is_whole(2))
         async with now.phase("host killed"):
             cluster.remove_node(second, allow_graceful=False)
             await now.until(is_whole(1))
@@ -195,6 +261,8 @@ async def scenario(cluster: Cluster, out: Path, store: Store, vectors: np.ndarra
             version = now.table.version if now.table is not None else 0
             await now.until(lambda table, report: table.version > version)
             await now.until(is_whole(3))
+            await now.until(is_level)
+            now.tell("report", report=await controller.report.remote())
     await controller.close.remote()
     ray.kill(controller)
 

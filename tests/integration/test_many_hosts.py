@@ -79,13 +79,32 @@ CALM = (
 )
 
 
-@pytest.mark.parametrize("phase", [*CALM, "host killed"])
+@pytest.mark.parametrize("phase", [*CALM, "primary killed", "host killed"])
 def test_no_answer_is_partial_whatever_befalls_one_host(
     seen: list[dict[str, Any]], phase: str
 ) -> None:
     (counts,) = of(seen, "phase", phase)
     assert counts["full"] > 20
     assert (counts["partial"], counts["failed"]) == (0, 0)
+
+
+@pytest.mark.parametrize("phase", CALM)
+def test_no_write_is_refused_while_replicas_come_and_go(
+    seen: list[dict[str, Any]], phase: str
+) -> None:
+    """A leader that leaves hands over first, and a controller that is away changes nothing."""
+    (counts,) = of(seen, "phase", phase)
+    assert of(seen, "refused", phase) == []
+    assert counts["written"] > 10
+
+
+@pytest.mark.parametrize("phase", ["primary killed", "primary stopped", "host killed"])
+def test_another_replica_takes_writes_within_seconds(
+    seen: list[dict[str, Any]], phase: str
+) -> None:
+    (counts,) = of(seen, "phase", phase)
+    assert counts["written"] > 10
+    assert counts["pause_s"] < 25
 
 
 def test_no_table_is_without_an_address_of_a_shard(seen: list[dict[str, Any]]) -> None:

@@ -148,12 +148,14 @@ class World:
         self.nodes.remove(node)
         self.dead[node] = self.now
 
-    def kill_process(self, key: ReplicaKey) -> None:
-        """Ray starts it again in place."""
+    def kill_process(self, key: ReplicaKey, *, is_noticed: bool = True) -> None:
+        """Ray starts it again in place; sooner than it is missed, if that is not noticed."""
         state = self.placement.replicas[key]
         epoch = state.route.epoch
         process = self.processes[key]
         self.processes[key] = self._process(process.node_id)
+        if not is_noticed:
+            return
         self.apply(ReplicaUnreachable(key=key, epoch=epoch, reason=GONE, now_s=self.now))
 
     def lose(self, key: ReplicaKey, seconds: float) -> None:

@@ -301,3 +301,24 @@ def test_status_says_why_a_shard_cannot_load_and_what_else_is_wrong(
         CORRUPT.code,
         CORRUPT.text,
     )
+
+
+def test_status_shows_which_replica_takes_writes(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    routes = tuple(
+        ReplicaRoute(key=ReplicaKey(4, 0, number), epoch=9, address=("h", number))
+        for number in (3, 4)
+    )
+    shards = [ShardRoute(shard=0, rows=10, replicas=routes, primary=4)]
+    snapshot = TableSnapshot(make_table(shards, 8), None, ((None, None),))
+    cluster.report = json.loads(json.dumps(snapshot.describe()))
+    assert cluster.report["shards"][0]["primary"] == 4
+    with pytest.raises(SystemExit):
+        main(["status"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "h:" in line]
+    assert ["primary" in line for line in lines] == [False, True]
+    del cluster.report["shards"][0]["primary"]  # a router of before
+    with pytest.raises(SystemExit):
+        main(["status"])
+    assert "primary" not in capsys.readouterr().out

@@ -91,6 +91,19 @@ def test_the_only_replica_leads_again_with_a_new_epoch_when_its_process_is_anoth
     assert now.asked[-1].epoch > before.epoch
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_leader_that_was_restarted_before_it_was_missed_is_known_not_to_lead(
+    replicas: int,
+) -> None:
+    now = world("ab"[:replicas], replicas=replicas, shards=1)
+    now.until_calm()
+    asked = len(now.asked)
+    now.kill_process(key(0, 0), is_noticed=False)
+    now.until_calm()
+    assert_all_led(now)
+    assert len(now.asked) == asked + 1
+
+
 def test_a_leader_that_only_was_not_heard_of_leads_on() -> None:
     now = world("a", replicas=1, shards=1)
     now.until_calm()
@@ -379,7 +392,7 @@ def test_in_any_history_of_faults_one_leads_and_after_it_every_shard_is_led(seed
             if alive and kind == "lose":
                 now.lose(rng.choice(alive), rng.randrange(1, 9))
             elif alive:
-                now.kill_process(rng.choice(alive))
+                now.kill_process(rng.choice(alive), is_noticed=rng.random() < 0.7)
         elif kind == "unwritable":
             now.unwritable = {rng.choice(now.nodes)} if not now.unwritable else set()
         elif kind == "deaf":
