@@ -53,6 +53,9 @@ from shardline.shards.storage.generation import GenerationManifest
 
 logger = logging.getLogger(__name__)
 
+# numpy's products of a delta with queries take less than a millisecond: a second thread of OpenBLAS
+# that waits for a busy core makes twenty of it
+SHARD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 DIGEST_DIGITS = 8  # of the cluster's id, in an actor's name
 DESCRIBE_TIMEOUT_S = 5.0
 LEAD_TIMEOUT_S = 30.0  # it may have a log to read first
@@ -249,6 +252,7 @@ class ShardActors:
             max_restarts=-1,
             num_cpus=settings.cpus_per_shard,
             num_gpus=settings.gpus_per_shard if self.on_gpu else 0,
+            runtime_env={"env_vars": SHARD_ENVIRONMENT},
             scheduling_strategy=NodeAffinitySchedulingStrategy(name.node_id, soft=False),
         )
         return actor.remote(
