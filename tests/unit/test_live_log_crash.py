@@ -12,6 +12,7 @@ import pytest
 from shardline.shards.core.errors import NotPrimary, ReadOnly, StoreFull
 from shardline.shards.live.epoch_file import read_epoch
 from shardline.shards.live.log import Log
+from shardline.shards.live.log_segments import SegmentName
 from shardline.shards.live.log_tail import LogTail
 from tests.fake_disk import FailingCalls, FakeDisk, ProcessFiles, Stopped
 from tests.live_writes import as_bytes, records, seqs
@@ -218,6 +219,18 @@ def test_whatever_fails_while_a_log_is_opened_no_file_stays_open() -> None:
         except ReadOnly:
             pass
         assert disk.open_descriptors == set()
+
+
+def test_unfinished_segments_of_earlier_primaries_are_removed() -> None:
+    """Those alone: a later one may be about to give its own a name."""
+    disk = FakeDisk()
+    files = ProcessFiles(disk)
+    files.make_folder(FOLDER)
+    unfinished = {epoch: f".{SegmentName(epoch, 1, 1)}.tmp" for epoch in (1, 2, 3, 4)}
+    for name in unfinished.values():
+        files.close(files.create(FOLDER / name))
+    Log.open(FOLDER, 3, after_seq=0, files=files)
+    assert {name for name in files.names(FOLDER) if name.endswith(".tmp")} == {unfinished[4]}
 
 
 def test_an_interrupted_append_is_not_continued() -> None:
