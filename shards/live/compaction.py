@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput, ShardlineError
-from shardline.shards.core.files import staged_folder
+from shardline.shards.core.files import remove_abandoned, staged_folder
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.index.template import ADD_BLOCK_ROWS, build_shard_index
 from shardline.shards.live.attributes import written_table
@@ -66,6 +66,7 @@ def compact(generation: Path, shard: int, *, threads: int = 1) -> Compacted:
         raise InvalidInput("every item of the shard is deleted: nothing to index")
     if state.seq in compacted_seqs(live):
         return Compacted(state.seq, len(rows.item_ids))
+    remove_abandoned(live, "main-*")  # by compactions that were killed
     with staged_folder(main_folder(live, state.seq)) as folder:
         build_shard_index(
             generation / TEMPLATE_NAME,
