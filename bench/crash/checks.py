@@ -1,6 +1,6 @@
 """What a shard must hold, from the journal alone, and whether it does."""
 
-from shardline.bench.crash.replica import Contents
+from shardline.bench.crash.trapped_replica import Contents
 from shardline.bench.crash.writers import Journal, Write, vectors_of
 
 SHOWN = 5  # differences of one kind that are named

@@ -14,8 +14,8 @@ import pyarrow as pa
 from shardline.bench.crash.checks import Expected
 from shardline.bench.crash.kills import Kills
 from shardline.bench.crash.points import POINTS
-from shardline.bench.crash.replica import SHARD, TITLE, Contents
 from shardline.bench.crash.shard_cluster import Cluster, Ended
+from shardline.bench.crash.trapped_replica import SHARD, TITLE, Contents
 from shardline.bench.crash.writers import BUILT_ITEMS, DIM, Journal, Writer, paused
 from shardline.cluster.build import BuildPlan, check_plan, fill_generation, run_here
 from shardline.shards.core.partition import Partitioning

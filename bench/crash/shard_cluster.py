@@ -15,14 +15,14 @@ from typing import Any
 
 import psutil
 
-from shardline.bench.crash import compactor, replica
-from shardline.bench.crash.replica import Contents, Setup
+from shardline.bench.crash import compactor, trapped_replica
+from shardline.bench.crash.trapped_replica import Contents, Setup
 from shardline.shards.wire.handshake import ServerAddress
 
 START_S = 60.0  # of a process, on a busy machine
 ANSWER_S = 30.0
 POLL_S = 0.01
-PRELOAD = ["shardline.bench.crash.replica", "shardline.bench.crash.compactor"]
+PRELOAD = ["shardline.bench.crash.trapped_replica", "shardline.bench.crash.compactor"]
 
 
 class Ended(Exception):
@@ -45,7 +45,9 @@ class ReplicaProcess:
         context = get_context("forkserver")
         self.number = setup.replica
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=replica.serve, args=(theirs, setup), daemon=True)
+        self._process = context.Process(
+            target=trapped_replica.serve, args=(theirs, setup), daemon=True
+        )
         self._process.start()
         theirs.close()
         self._asked = 0
@@ -232,7 +234,7 @@ class Cluster:
         """Of the shard as a new process loads it, which does not lead; or why it cannot."""
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=replica.fresh, args=(theirs, str(self.generation)), daemon=True
+            target=trapped_replica.fresh, args=(theirs, str(self.generation)), daemon=True
         )
         process.start()
         theirs.close()

@@ -4,6 +4,7 @@ The same parts as in ``shards.process.shard_actor``, without Ray, with points (`
 what they do. Orders come over a pipe.
 """
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -199,6 +200,7 @@ def _removals(trap: Trap) -> Iterator[None]:
 def serve(pipe: Connection, setup: Setup) -> None:
     """A replica's process; ends with its parent's end of the pipe."""
     changeover.PAUSE_S, changeover.LOOK_S = PAUSE_S, LOOK_S
+    logging.getLogger("shardline").setLevel(logging.CRITICAL)  # kills are what it is there for
     trap = Trap()
     generation = Path(setup.generation)
     shard, writes, main_seq = load(generation, trap)
