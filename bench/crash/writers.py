@@ -199,7 +199,8 @@ class Writer:
         write.reply = reply
         self._newest = max(self._newest, reply.seq)
         self._journal.acknowledge(write, reply)
-        if self._random.random() < 0.1:
+        is_newest = reply.seq == self._newest  # else later writes may have changed its items
+        if is_newest and self._random.random() < 0.1:
             self._read(write)
         if self._random.random() < 0.05:
             self._repeat(write)
