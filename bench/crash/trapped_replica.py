@@ -22,7 +22,8 @@ from shardline.bench.crash.points import Order, Trap, TrappedFiles
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import WriteReply
 from shardline.shards.live import changeover
-from shardline.shards.live.changeover import Changeover, CompactionRules
+from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_newest
 from shardline.shards.live.state import ShardState
@@ -209,7 +210,7 @@ def serve(pipe: Connection, setup: Setup) -> None:
         generation,
         SHARD,
         main_seq=main_seq,
-        rules=CompactionRules(share=0.0, min_rows=setup.min_rows),
+        config=LiveConfig(compact_share=1e-6, compact_min_rows=setup.min_rows),
         start=compactions.start,
     )
     server = TrappedServer(
