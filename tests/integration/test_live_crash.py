@@ -1,4 +1,4 @@
-"""Processes of a written shard are killed at points and at any moment; nothing acknowledged is lost.
+"""Processes of a written shard are killed at points and at any moment; nothing is lost.
 
 The long form is ``python -m shardline.bench.crash``; what it reports of each kind is in its report.
 """
