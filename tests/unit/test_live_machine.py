@@ -366,6 +366,16 @@ class LiveMachine(RuleBasedStateMachine):
         except (NotPrimary, ReadOnly):
             assert replica is not self.leader or replica.writes.trouble is not None
 
+    @precondition(lambda self: self.leader is not None and self.leader.writes.trouble is None)
+    @rule(ids=st.lists(st.sampled_from(POOL), min_size=2, max_size=2), writes=st.integers(0, 2))
+    def compact_while_it_is_written(self, ids: list[int], writes: int) -> None:
+        """As in service: the primary changes over after some more writes, and trims its log."""
+        assert self.leader is not None
+        self.compact()
+        for item in ids[:writes]:
+            self.write(self.upsert([item], True, True))
+        self.leader.change_over()
+
     # Reading
 
     @rule(which=st.integers(0, REPLICAS - 1))
