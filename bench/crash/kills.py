@@ -85,7 +85,8 @@ class Kills:
         action = self._random.choice((Action.KILL, Action.KILL, Action.STOP))
         if point == "write.write.segment.before" and self._random.random() < 0.7:
             action = Action.TEAR
-        self._armed(leader, Order(point=point, action=action, count=times))
+        if not self._armed(leader, Order(point=point, action=action, count=times)):
+            return
         timeout_s = COMPACTED_WITHIN_S if point in ADOPT_POINTS else REACHED_WITHIN_S
         if action is Action.STOP:
             self._stopped(leader, point, leader.stops_within(timeout_s))
@@ -99,12 +100,14 @@ class Kills:
         torn = point in TORN_POINTS
         ending = Order(point="write.write.segment.before", action=Action.TEAR)
         if torn:
-            self._armed(leader, ending)
+            if not self._armed(leader, ending):
+                return
             self._ended(leader, ending.point, leader.ends_within(REACHED_WITHIN_S), Action.TEAR)
         elif self._random.random() < 0.5 or point.startswith("lead.swap"):
             self._now(leader)
         action = self._random.choice((Action.KILL, Action.KILL, Action.STOP))
-        self._armed(successor, Order(point=point, action=action))
+        if not self._armed(successor, Order(point=point, action=action)):
+            return
         epoch = self._cluster.next_epoch()
         try:
             outcome = successor.ask("lead", epoch)
@@ -121,7 +124,8 @@ class Kills:
 
     def _follower(self, point: str) -> None:
         follower = self._follower_process()
-        self._armed(follower, Order(point=point, count=self._random.randint(1, 5)))
+        if not self._armed(follower, Order(point=point, count=self._random.randint(1, 5))):
+            return
         self._ended(follower, point, follower.ends_within(REACHED_WITHIN_S), Action.KILL)
 
     def _compaction(self, point: str) -> None:
@@ -173,7 +177,9 @@ class Kills:
         leader = self._cluster.leader()
         place = self._random.choice(("write.write.segment.before", "write.sync.segment.before"))
         action = self._random.choice((Action.FULL, Action.IO_ERROR))
-        self._armed(leader, Order(point=place, action=action, count=self._random.randint(1, 5)))
+        order = Order(point=place, action=action, count=self._random.randint(1, 5))
+        if not self._armed(leader, order):
+            return
         self.disk_errors[f"{place} {action}"] += 1
         try:
             seq = leader.ask("state")["seq"]
@@ -183,11 +189,13 @@ class Kills:
         except Ended:
             return
 
-    def _armed(self, process: ReplicaProcess, order: Order) -> None:
+    def _armed(self, process: ReplicaProcess, order: Order) -> bool:
         try:
             process.ask("arm", order)
         except Ended:
             self.missed[order.point] += 1
+            return False
+        return True
 
     def _now(self, process: ReplicaProcess) -> None:
         process.signal(signal.SIGKILL)

@@ -51,11 +51,14 @@ class ReplicaProcess:
         self._process.start()
         theirs.close()
         self._asked = 0
-        try:
-            self.address, self.first_seq = self._answer(0, START_S)
-        except BaseException:
-            self.kill()
-            raise
+        self._address: ServerAddress | None = None
+
+    @property
+    def address(self) -> ServerAddress:
+        """Once it has loaded the shard. Raises Ended."""
+        if self._address is None:
+            self._address = self._answer(0, START_S)
+        return self._address
 
     @property
     def pid(self) -> int:
@@ -83,6 +86,7 @@ class ReplicaProcess:
 
     def order(self, name: str, argument: Any = None) -> int:
         """Its number, for ``answer``. Raises Ended."""
+        assert self.address
         self._asked += 1
         try:
             self._pipe.send((self._asked, name, argument))
@@ -165,7 +169,7 @@ class Cluster:
             self._compactor.join()
 
     def replica(self, number: int) -> ReplicaProcess:
-        """Started anew if it has been killed, woken if it has been stopped."""
+        """Started anew if it has been killed, woken if it has been stopped; it may be loading."""
         process = self._replicas[number]
         if process is not None and not process.is_alive:
             process.kill()

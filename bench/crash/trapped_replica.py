@@ -219,7 +219,7 @@ def serve(pipe: Connection, setup: Setup) -> None:
     server.trap = trap
     address = server.bind()
     server.start(1)
-    pipe.send((0, (address, writes.seq)))
+    pipe.send((0, address))
     with suppress(EOFError, OSError):  # the parent has ended
         while (order := pipe.recv()) is not None:
             number, name, argument = order
