@@ -38,5 +38,7 @@ class Model:
 
     def answer(self, queries, k: int, metric: Metric) -> Ranked:
         ids = np.array(list(self.items), np.int64)
-        vectors = np.array(list(self.items.values()), np.float32).reshape(len(ids), -1)
+        vectors = np.array(list(self.items.values()), np.float32).reshape(
+            len(ids), queries.shape[1]
+        )
         return brute_force(queries, vectors, ids, k, metric)

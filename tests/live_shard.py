@@ -1,5 +1,7 @@
 """A shard of a small generation on disk, with what writes it, for tests of live writes."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgpack
@@ -8,9 +10,11 @@ import pyarrow as pa
 
 from shardline.cluster.build import check_plan, fill_generation, run_here
 from shardline.shards.core.messages import DeleteRequest, UpsertRequest, WriteReply
+from shardline.shards.core.schema import Metric
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_newest
+from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.shard import Shard
 from shardline.shards.storage.generation import read_generation
@@ -25,7 +29,7 @@ def unit_vectors(rows: int, seed: int = 0) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def built(store: Path, **fields) -> Path:
+def built(store: Path, *, metric: Metric = Metric.COSINE, **fields) -> Path:
     """A generation of ROWS items with the attributes title and price, in one shard; its folder."""
     folder = store / "generations" / "000007"
     folder.mkdir(parents=True)
@@ -35,18 +39,29 @@ def built(store: Path, **fields) -> Path:
             "price": pa.array(np.arange(ROWS) / 2, pa.float64()),
         }
     )
-    corpus = write_set(store / "set", unit_vectors(ROWS), attributes=attributes)
+    corpus = write_set(store / "set", unit_vectors(ROWS), attributes=attributes, metric=metric)
     plan = check_plan(corpus.folder, plan_of(1, **{"kind": "flat", **fields}))
     fill_generation(folder, 7, plan, run_jobs=run_here, progress=lambda stage, done, total: None)
     return folder
 
 
-def opened(generation: Path, **limits: int) -> tuple[Shard, ShardWrites]:
+def opened(
+    generation: Path,
+    *,
+    files: LogFiles = FILES,
+    clock: Callable[[], float] = time.monotonic,
+    **limits: int,
+) -> tuple[Shard, ShardWrites]:
     """As a process that starts: the newest files, then the log."""
     loaded = load_newest(generation, read_generation(generation), 0)
     shard = Shard(shard=0, generation=7, state=loaded.state)
     writes = ShardWrites(
-        shard, live_folder(generation, 0), keys=loaded.keys, config=LiveConfig(**limits)
+        shard,
+        live_folder(generation, 0),
+        keys=loaded.keys,
+        config=LiveConfig(**limits),
+        files=files,
+        clock=clock,
     )
     while writes.catch_up():
         pass

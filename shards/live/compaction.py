@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput, ShardlineError
-from shardline.shards.core.files import staged_folder
+from shardline.shards.core.files import remove_abandoned, staged_folder
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.index.template import ADD_BLOCK_ROWS, build_shard_index
 from shardline.shards.live.attributes import written_table
@@ -32,6 +32,7 @@ from shardline.shards.storage.generation import (
     INDEX_NAME,
     ITEM_IDS_NAME,
     TEMPLATE_NAME,
+    GenerationManifest,
     read_generation,
     write_attributes,
     write_item_ids,
@@ -66,24 +67,41 @@ def compact(generation: Path, shard: int, *, threads: int = 1) -> Compacted:
         raise InvalidInput("every item of the shard is deleted: nothing to index")
     if state.seq in compacted_seqs(live):
         return Compacted(state.seq, len(rows.item_ids))
-    with staged_folder(main_folder(live, state.seq)) as folder:
-        build_shard_index(
-            generation / TEMPLATE_NAME,
-            _vectors(state, rows.item_ids),
-            folder / INDEX_NAME,
-            threads=threads,
-        )
-        write_item_ids(folder / ITEM_IDS_NAME, rows.item_ids)
-        write_attributes(folder / ATTRIBUTES_NAME, _attributes(state, rows))
-        (folder / KEYS_NAME).write_bytes(loaded.keys.pack())
-        write_main(
-            folder,
-            generation=manifest.generation,
-            shard=shard,
-            seq=state.seq,
-            rows=len(rows.item_ids),
-        )
+    remove_abandoned(live, "main-*")  # by compactions that were killed
+    try:
+        with staged_folder(main_folder(live, state.seq)) as folder:
+            _write(folder, generation, manifest, loaded, rows, shard=shard, threads=threads)
+    except OSError:
+        if state.seq not in compacted_seqs(live):
+            raise
+        # another compaction, begun by the primary before, has ended at the same write meanwhile
     return Compacted(state.seq, len(rows.item_ids))
+
+
+def _write(
+    folder: Path,
+    generation: Path,
+    manifest: GenerationManifest,
+    loaded: Loaded,
+    rows: "_Rows",
+    *,
+    shard: int,
+    threads: int,
+) -> None:
+    """All files of a main index, the manifest last."""
+    state, item_ids = loaded.state, rows.item_ids
+    template, vectors = generation / TEMPLATE_NAME, _vectors(state, item_ids)
+    build_shard_index(template, vectors, folder / INDEX_NAME, threads=threads)
+    write_item_ids(folder / ITEM_IDS_NAME, item_ids)
+    write_attributes(folder / ATTRIBUTES_NAME, _attributes(state, rows))
+    (folder / KEYS_NAME).write_bytes(loaded.keys.pack())
+    write_main(
+        folder,
+        generation=manifest.generation,
+        shard=shard,
+        seq=state.seq,
+        rows=len(item_ids),
+    )
 
 
 def caught_up(loaded: Loaded, live: Path) -> Loaded:

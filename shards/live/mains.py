@@ -51,12 +51,7 @@ def main_folder(live: Path, seq: int) -> Path:
 
 def compacted_seqs(live: Path) -> list[int]:
     """Of all complete ``main-<seq>`` in ``live``, ascending."""
-    try:
-        names = [path.name for path in live.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match is not None)
-    return [seq for seq in found if (main_folder(live, seq) / MANIFEST_NAME).is_file()]
+    return [seq for seq in _seqs(live) if (main_folder(live, seq) / MANIFEST_NAME).is_file()]
 
 
 def write_main(folder: Path, *, generation: int, shard: int, seq: int, rows: int) -> None:
@@ -93,8 +88,22 @@ def read_main(live: Path, seq: int, *, generation: int, shard: int) -> MainManif
 
 
 def remove_older(live: Path, kept: int = KEPT) -> None:
-    """Removes all but the newest ``kept`` of the complete folders."""
-    for seq in compacted_seqs(live)[:-kept]:
-        folder = main_folder(live, seq)
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half a folder is not complete
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes all but the newest ``kept`` of the complete folders, and what a process that was
+    killed has left of older ones."""
+    complete = compacted_seqs(live)
+    if len(complete) < kept:
+        return
+    for seq in _seqs(live):
+        if seq < complete[-kept]:
+            folder = main_folder(live, seq)
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _seqs(live: Path) -> list[int]:
+    """Of all ``main-<seq>``, complete or not, ascending."""
+    try:
+        names = [path.name for path in live.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match is not None)

@@ -35,6 +35,7 @@ from shardline.shards.live.epoch_file import read_epoch
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.loading import Loaded
 from shardline.shards.live.log import Log
+from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import remove_older
 from shardline.shards.live.records import Change, Delete, Record, Upsert
@@ -67,13 +68,14 @@ class ShardWrites:
         *,
         keys: WriteKeys | None = None,
         config: LiveConfig | None = None,
+        files: LogFiles = FILES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._holder = holder
         self._folder = folder
         self._keys = keys or WriteKeys()
         self._config = config or LiveConfig()
-        self._clock = clock
+        self._files, self._clock = files, clock
         self._log: Log | None = None
         self._tail: LogTail | None = None
         self._healed_at = 0.0
@@ -125,7 +127,7 @@ class ShardWrites:
             return self.seq
         self._close_log()
         try:
-            log, records = Log.open(self._folder, epoch, after_seq=self.seq)
+            log, records = Log.open(self._folder, epoch, after_seq=self.seq, files=self._files)
         except Exception as error:
             if isinstance(error, ShardlineError | OSError):
                 self.trouble = error
@@ -156,7 +158,7 @@ class ShardWrites:
         if self._log is not None:
             return 0
         if self._tail is None:
-            self._tail = LogTail(self._folder, after_seq=self.seq)
+            self._tail = LogTail(self._folder, self.seq, self._files)
         records = self._tail.read_new()
         self._apply(records)
         self.trouble = None
@@ -195,7 +197,7 @@ class ShardWrites:
         Raises:
             CorruptFile, OSError: of the log.
         """
-        tail = LogTail(self._folder, after_seq=loaded.state.seq)
+        tail = LogTail(self._folder, loaded.state.seq, self._files)
         state, own = loaded.state, self.seq
         while records := tail.read_new():
             state, applied = apply(state, records)
