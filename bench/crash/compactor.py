@@ -50,9 +50,11 @@ def stop(address: str) -> None:
 class Compaction:
     """One that is under way: a ``changeover.Running``."""
 
-    def __init__(self, address: str, generation: Path, shard: int, order: Order | None) -> None:
+    def __init__(
+        self, address: str, generation: Path, shard: int, until: int, order: Order | None
+    ) -> None:
         self._asker = Client(address, "AF_UNIX")
-        self._asker.send((str(generation), shard, order))
+        self._asker.send((str(generation), shard, until, order))
         self._pid: int | None = None
         self._code: int | None = None
 
@@ -85,13 +87,13 @@ class Compaction:
             self._asker.close()
 
 
-def _run(asker: Connection, generation: str, shard: int, order: Order | None) -> None:
+def _run(asker: Connection, generation: str, shard: int, until: int, order: Order | None) -> None:
     """Does not return."""
     code = 1
     try:
         asker.send((os.getpid(), None))
         with trapped(order):
-            compact(Path(generation), shard)
+            compact(Path(generation), shard, until=until)
         code = 0
     except BaseException as error:  # noqa: BLE001  it is the end of this process
         print(f"compaction: {error!r}", flush=True)  # noqa: T201

@@ -149,9 +149,9 @@ class Compactions:
         self.killed = 0
         self._address = address
 
-    def start(self, generation: Path, shard: int) -> "_Counted":
+    def start(self, generation: Path, shard: int, until: int) -> "_Counted":
         order, self.order = self.order, None
-        return _Counted(self, self._address, generation, shard, order)
+        return _Counted(self, self._address, generation, shard, until, order)
 
 
 class _Counted(Compaction):
@@ -161,9 +161,10 @@ class _Counted(Compaction):
         address: str,
         generation: Path,
         shard: int,
+        until: int,
         order: Order | None,
     ) -> None:
-        super().__init__(address, generation, shard, order)
+        super().__init__(address, generation, shard, until, order)
         self._compactions = compactions
 
     def poll(self) -> int | None:

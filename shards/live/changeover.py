@@ -42,14 +42,9 @@ class Running(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-def compaction_process(generation: Path, shard: int) -> Running:
-    command = [
-        sys.executable,
-        "-m",
-        "shardline.shards.live.compaction",
-        str(generation),
-        str(shard),
-    ]
+def compaction_process(generation: Path, shard: int, until: int) -> Running:
+    module = "shardline.shards.live.compaction"
+    command = [sys.executable, "-m", module, str(generation), str(shard), str(until)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=_environment())
 
 
@@ -67,7 +62,7 @@ class Changeover:
         *,
         main_seq: int,
         config: LiveConfig | None = None,
-        start: Callable[[Path, int], Running] = compaction_process,
+        start: Callable[[Path, int, int], Running] = compaction_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """main_seq: of the main index in use, 0 for the generation's own."""
@@ -94,7 +89,7 @@ class Changeover:
             return self._loaded_by_now(now)
         may_start = self._running is None and leads and now >= self._not_before
         if may_start and self._config.is_due(state.delta.rows + state.hidden, state.main.rows):
-            self._running = self._start(self._generation, self._shard)
+            self._running = self._start(self._generation, self._shard, state.seq)
             logger.info("shard %d: a compaction begins, at write %d", self._shard, state.seq)
         if now >= self._looked_at + LOOK_S:
             self._look(now)

@@ -1,6 +1,6 @@
 """Compaction: a shard's main index and what was written since, as a new main index.
 
-    python -m shardline.shards.live.compaction <generation's folder> <shard>
+    python -m shardline.shards.live.compaction <generation's folder> <shard> <last write>
 
 A function of files: it reads the newest main index and the log, and writes ``main-<seq>``
 (``mains``), seq being the last write that it has read. The template is not trained again: codes
@@ -8,7 +8,9 @@ mean what they mean in every other shard. Whoever serves the shard goes on meanw
 of its own, and changes over when the folder is complete (``changeover``).
 """
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,6 +40,7 @@ from shardline.shards.storage.generation import (
     write_item_ids,
 )
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 10  # of the process: searches come first
 
 
@@ -49,8 +52,11 @@ class Compacted:
     rows: int
 
 
-def compact(generation: Path, shard: int, *, threads: int = 1) -> Compacted:
-    """Writes ``main-<seq>`` of a shard, of all that is in its log now.
+def compact(
+    generation: Path, shard: int, *, until: int | None = None, threads: int = 1
+) -> Compacted:
+    """Writes ``main-<seq>`` of a shard, of all that is in its log now; ``until``: the last write
+    that has been acknowledged, beyond which nothing of the log is certain to stay.
 
     Holds the shard's index, the new one, and the vectors of ADD_BLOCK_ROWS rows in memory.
 
@@ -60,7 +66,7 @@ def compact(generation: Path, shard: int, *, threads: int = 1) -> Compacted:
     """
     manifest = read_generation(generation)
     live = live_folder(generation, shard)
-    loaded = caught_up(load_newest(generation, manifest, shard), live)
+    loaded = caught_up(load_newest(generation, manifest, shard), live, until=until)
     state = loaded.state
     rows = _rows_in_order(state)
     if not len(rows.item_ids):
@@ -104,11 +110,13 @@ def _write(
     )
 
 
-def caught_up(loaded: Loaded, live: Path) -> Loaded:
-    """With what the log has had since."""
+def caught_up(loaded: Loaded, live: Path, *, until: int | None = None) -> Loaded:
+    """With what the log has had since; up to write ``until``, None for all."""
     tail = LogTail(live, after_seq=loaded.state.seq)
     state = loaded.state
     while records := tail.read_new():
+        if until is not None:
+            records = [record for record in records if record.seq <= until]
         state, applied = apply(state, records)
         for record, outcome in zip(records, applied, strict=True):
             loaded.keys.add(record, rows=outcome.rows, existed=outcome.existed)
@@ -156,11 +164,21 @@ def _attributes(state: ShardState, rows: _Rows) -> pa.Table:
     return table.take(pa.array(at))
 
 
+def _end_with_parent() -> None:
+    """The kernel kills this process when the thread that started it ends: nobody else would."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() == 1:
+        sys.exit("whoever started the compaction has ended")
+
+
 def main() -> None:
-    generation, shard = sys.argv[1:]
+    generation, shard, until = sys.argv[1:]
     os.nice(NICENESS)
+    _end_with_parent()
     try:
-        compact(Path(generation), int(shard))
+        compact(Path(generation), int(shard), until=int(until))
     except (ShardlineError, OSError) as error:
         sys.exit(f"compaction of shard {shard}: {error}")
 

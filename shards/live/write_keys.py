@@ -44,12 +44,8 @@ class WriteKeys:
             InvalidInput: the key was used for another change.
         """
         written = self._written.get(key)
-        if written is not None and written.digest != digest_of(change):
-            raise InvalidInput(
-                "the key has been used for another write",
-                field="idempotency_key",
-                hint="repeat a request with its own key, and take a new key for a new request",
-            )
+        if written is not None:
+            refuse_another(change, written.digest)
         return written
 
     def add(self, record: Record, *, rows: int, existed: int) -> None:
@@ -87,6 +83,16 @@ class WriteKeys:
         while len(keys) > window:
             keys._written.popitem(last=False)
         return keys
+
+
+def refuse_another(change: Change, digest: int) -> None:
+    """Raises InvalidInput unless the change has this digest, that of another with the same key."""
+    if digest_of(change) != digest:
+        raise InvalidInput(
+            "the key has been used for another write",
+            field="idempotency_key",
+            hint="repeat a request with its own key, and take a new key for a new request",
+        )
 
 
 def digest_of(change: Change) -> int:

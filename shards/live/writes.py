@@ -17,6 +17,7 @@ from shardline.shards.core.errors import (
     CorruptFile,
     DeltaFull,
     InvalidInput,
+    NotFound,
     NotPrimary,
     ReadOnly,
     ShardlineError,
@@ -40,7 +41,7 @@ from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import remove_older
 from shardline.shards.live.records import Change, Delete, Record, Upsert
 from shardline.shards.live.state import Applied, ShardState, apply
-from shardline.shards.live.write_keys import WriteKeys, digest_of
+from shardline.shards.live.write_keys import WriteKeys, digest_of, refuse_another
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,8 @@ class ShardWrites:
         """
         if self._log is not None and epoch <= self.epoch:
             return self.seq
+        if self._log is None:
+            self.catch_up()  # which notices a log that is not the one followed until now
         self._close_log()
         try:
             log, records = Log.open(self._folder, epoch, after_seq=self.seq, files=self._files)
@@ -210,10 +213,19 @@ class ShardWrites:
         if self._log is None:
             self._tail = tail
         else:
-            self._log.roll()
-            self._log.trim(loaded.main_seq)
-            remove_older(self._folder)
+            self._trim(self._log, loaded.main_seq)
         return True
+
+    def _trim(self, log: Log, seq: int) -> None:
+        """Removes what a durable main index has; what is left over goes with the next one."""
+        try:
+            log.roll()
+            log.trim(seq)
+            remove_older(self._folder)
+        except (NotPrimary, ReadOnly) as error:
+            self._failed(error)
+        except OSError as error:
+            logger.warning("shard %d: the log is not trimmed: %s", self._holder.shard, error)
 
     def heal(self) -> None:
         """Tries to write a log again that could not be written; not more often than HEAL_S."""
@@ -222,7 +234,7 @@ class ShardWrites:
         self._healed_at = self._clock()
         try:
             self._apply(self._log.reopen())
-        except (NotPrimary, ReadOnly) as error:
+        except (NotPrimary, ReadOnly, CorruptFile, NotFound) as error:
             self._failed(error)
         else:
             self.trouble = None
@@ -325,7 +337,8 @@ class _Group:
         change = self._change_of(request)
         if request.key:
             known = self._by_key.get(request.key)
-            if known is not None and digest_of(self.records[known].change) == digest_of(change):
+            if known is not None:
+                refuse_another(self.records[known].change, digest_of(change))
                 return known
             written = self._keys.find(request.key, change)
             if written is not None:

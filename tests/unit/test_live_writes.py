@@ -12,6 +12,7 @@ import pytest
 from shardline.shards.core.errors import (
     DeltaFull,
     InvalidInput,
+    NotFound,
     NotPrimary,
     ReadOnly,
     ShardlineError,
@@ -226,6 +227,35 @@ def test_a_defect_of_ours_leaves_no_gap(generation: Path, monkeypatch) -> None:
     assert 1 not in contents(shard)
 
 
+def test_a_compaction_ends_with_the_last_write_that_was_acknowledged(generation: Path) -> None:
+    _, writes = leading(generation)
+    wrote(writes, upsert_request([NEW_ITEMS]))
+    wrote(writes, delete_request([1]))
+    assert compact(generation, 0, until=1).seq == 1
+    assert opened(generation)[0].state.seq == 2
+
+
+def test_a_group_does_not_take_one_key_for_two_writes(generation: Path) -> None:
+    _, writes = leading(generation)
+    first, second = writes.write([delete_request([1], key="k"), delete_request([2], key="k")])
+    assert isinstance(first, WriteReply)
+    assert isinstance(second, InvalidInput)
+    assert writes.seq == 1
+
+
+def test_a_replica_that_fell_behind_a_trim_goes_on_with_the_newest_main(generation: Path) -> None:
+    shard, writes = leading(generation)
+    replica, follower = opened(generation)
+    for round_ in range(2):
+        wrote(writes, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12), seed=round_))
+        changed_over(changing(generation, writes, leads=True), writes, leads=True)
+    with pytest.raises(NotFound):
+        follower.catch_up()
+    changed_over(changing(generation, follower, leads=False), follower, leads=False)
+    follower.catch_up()
+    assert contents(replica) == contents(shard)
+
+
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "ivfpq-fs", "sq8"])
 def test_a_compaction_changes_no_answer(tmp_path: Path, kind: str) -> None:
     options = {"nlist": 2} if kind.startswith("ivf") else {}
@@ -269,8 +299,8 @@ def changing(generation: Path, writes: ShardWrites, *, leads: bool) -> Changeove
         def poll(self) -> int:
             return 0
 
-    def start(folder: Path, shard: int) -> Done:
-        compact(folder, shard)
+    def start(folder: Path, shard: int, until: int) -> Done:
+        compact(folder, shard, until=until)
         return Done()
 
     config = LiveConfig(compact_share=1e-9, compact_min_rows=10)
