@@ -21,7 +21,7 @@ TEXT = (".csv", ".txt")
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILES | --ids IDS")
-@click.option("--ids", "are_ids", is_flag=True, help="The arguments are ids, as in --ids 1 2 3.")
+@click.option("--ids", "are_ids", is_flag=True, help="The arguments are ids: --ids 1 2, or 1,2.")
 @click.option("--id-column", help="The id column of files, if not id, idx or item_id.")
 @url_option
 @key_file_option
@@ -54,6 +54,7 @@ def delete(
 
 
 def _typed(words: tuple[str, ...]) -> IdArray:
+    words = tuple(word for each in words for word in each.split(",") if word)
     for word in words:
         if not (word.isascii() and word.isdigit()):
             raise click.BadParameter(

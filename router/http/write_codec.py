@@ -251,8 +251,7 @@ def _check_names(names: int, items: int) -> None:
 
 
 def _json_values(values: list[Any], field: str) -> list[Any]:
-    types = set(map(type, values))
-    if types <= PLAIN:  # as a rule, and then none is looked at
+    if _are_plain(values):
         return values
     return [_json_value(value, f"{field}[{row}]") for row, value in enumerate(values)]
 
@@ -273,10 +272,22 @@ def _json_value(value: Any, field: str, depth: int = 0) -> Any:
         expected = f"null, a boolean, number or text, lists and maps of these {MAX_DEPTH} deep"
         raise wrong_type(field, expected, value)
     if type(value) is list:
+        if _are_plain(value):
+            return value
         return [_json_value(each, field, depth + 1) for each in value]
     for name in value:
         _check_name(name, field)
     return {name: _json_value(each, field, depth + 1) for name, each in value.items()}
+
+
+def _are_plain(values: list[Any]) -> bool:
+    """Whether nothing is wrong with any of them, at a tenth of the cost of a look at each."""
+    types = set(map(type, values))
+    if types <= PLAIN:
+        return True
+    if not types <= PLAIN | {float}:
+        return False
+    return all(map(math.isfinite, [each for each in values if type(each) is float]))
 
 
 def _listed(value: Any) -> Any:

@@ -95,7 +95,7 @@ def test_items_of_files_are_deleted(
 
 
 def test_ids_on_the_command_line_are_deleted(run: Run) -> None:
-    code, out, _ = run("delete", "--json", "--ids", "1", "2", "2")
+    code, out, _ = run("delete", "--json", "--ids", "1,2", "2")
     report = json.loads(out)
     assert code == 0
     assert (report["deleted"], report["missing"], report["duplicates"]) == (2, 0, 1)
