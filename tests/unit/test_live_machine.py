@@ -376,6 +376,18 @@ class LiveMachine(RuleBasedStateMachine):
             self.write(self.upsert([item], True, True))
         self.leader.change_over()
 
+    @precondition(lambda self: self.leader is not None and self.leader.writes.trouble is None)
+    @rule(ids=ITEMS, which=st.integers(0, REPLICAS - 1))
+    def one_that_was_behind_takes_over(self, ids: list[int], which: int) -> None:
+        """What it missed has been trimmed; it knows keys from the main index alone."""
+        self.write(self.upsert(ids, True, True))
+        self.compact_while_it_is_written([], 0)
+        replica = self.replicas[which]
+        if replica.change_over():
+            self.fail_over(which)
+        if self.sent:
+            self.repeat(len(self.sent) - 1)
+
     # Reading
 
     @rule(which=st.integers(0, REPLICAS - 1))
