@@ -82,13 +82,16 @@ class WriteThread:
                 self._deliver(self._written(works))
             for lead in leads:
                 _lead(self.writes, lead)
-            try:
-                self.writes.notice_successor()
-                self.writes.catch_up()
-                self.writes.heal()
-                self._change_over()
-            except Exception as error:  # noqa: BLE001  whatever it is, searches go on
-                self._complain(error)
+            for step in (
+                self.writes.notice_successor,
+                self.writes.catch_up,
+                self.writes.heal,
+                self._change_over,  # also after an error: a log that was trimmed asks for it
+            ):
+                try:
+                    step()
+                except Exception as error:  # noqa: BLE001  whatever it is, searches go on
+                    self._complain(error)
 
     def _change_over(self) -> None:
         if self.changeover is None:
