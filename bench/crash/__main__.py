@@ -12,6 +12,7 @@ not fsynced is tested with a disk that forgets it, in tests/unit/test_live_log_c
 
 import argparse
 import json
+import math
 import os
 import secrets
 import sys
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--writers", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="at most")
     parser.add_argument("--points", default="", help="beginnings of names, comma-separated")
     parser.add_argument("--store", type=Path, help="empty folder, kept; default: temporary")
     args = parser.parse_args()
@@ -39,6 +41,7 @@ def main() -> None:
         replicas=args.replicas,
         writers=args.writers,
         points=points,
+        seconds=args.seconds,
     )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     say(f"seed {options.seed}, {len(points)} points, {options.replicas} replicas")

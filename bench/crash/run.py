@@ -42,6 +42,7 @@ class Options:
     points: Sequence[str] = tuple(POINTS)
     min_rows: int = 150
     check_every: int = 20
+    seconds: float = float("inf")  # then it ends, with fewer kills
 
 
 def build(store: Path, rows: int, seed: int) -> Path:
@@ -86,10 +87,12 @@ def run(store: Path, options: Options, progress: Callable[[str], None]) -> dict[
         checks, checked_at = 0, 0
         try:
             while not journal.violations:
-                is_last = kills.total >= options.kills
+                is_late = time.monotonic() - started > options.seconds
+                is_last = is_late or kills.total >= options.kills
                 if is_last or kills.total >= checked_at + options.check_every:
                     check(cluster, writers, journal, expected)
                     checks, checked_at = checks + 1, kills.total
+                    journal.violations += cluster.defects
                     progress(
                         f"{kills.total} kills, {kills.stops.total()} stops, {journal.writes} "
                         f"writes acknowledged, {len(journal.violations)} violations"

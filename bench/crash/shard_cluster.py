@@ -70,6 +70,10 @@ class ReplicaProcess:
         return self._process.is_alive()
 
     @property
+    def ended_by_itself(self) -> bool:
+        return self._process.exitcode not in (None, -signal.SIGKILL)
+
+    @property
     def is_stopped(self) -> bool:
         try:
             return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
@@ -110,6 +114,9 @@ class ReplicaProcess:
         return True
 
     def kill(self) -> None:
+        """The end of it; may be called twice."""
+        if self._pipe.closed:
+            return
         self.signal(signal.SIGKILL)
         self._process.join()
         self._process.close()
@@ -139,6 +146,7 @@ class Cluster:
         self.secret = secrets.token_bytes(16)
         self.epoch = 0
         self.refusals: list[str] = []  # why somebody did not become the primary
+        self.defects: list[str] = []
         self.generation = generation
         self._min_rows = min_rows
         self._compactor_address = str(generation.parents[1] / "compactor")
@@ -172,6 +180,8 @@ class Cluster:
         """Started anew if it has been killed, woken if it has been stopped; it may be loading."""
         process = self._replicas[number]
         if process is not None and not process.is_alive:
+            if process.ended_by_itself:
+                self.defects.append(f"replica {number} ended, and nobody had killed it")
             process.kill()
             process = None
         if process is None:

@@ -25,7 +25,7 @@ from shardline.shards.live import changeover
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import Loaded, load_newest
+from shardline.shards.live.loading import Loaded, load_caught_up
 from shardline.shards.live.state import ShardState
 from shardline.shards.live.writes import ShardWrites, WriteRequest
 from shardline.shards.server.shard import Shard
@@ -78,11 +78,9 @@ def contents_of(state: ShardState) -> Contents:
 def load(generation: Path, trap: Trap) -> tuple["TrappedShard", "TrappedWrites", int]:
     """As a process that starts; the last is the seq of the main index."""
     manifest = read_generation(generation)
-    loaded = load_newest(generation, manifest, SHARD)
+    loaded = load_caught_up(generation, manifest, SHARD)
     shard = TrappedShard(trap, manifest.generation, loaded.state)
     writes = TrappedWrites(trap, shard, live_folder(generation, SHARD), loaded)
-    while writes.catch_up():
-        pass
     return shard, writes, loaded.main_seq
 
 

@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from shardline.shards.live.compaction import caught_up
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import Loaded, load_newest
+from shardline.shards.live.loading import Loaded, load_caught_up
 from shardline.shards.live.mains import compacted_seqs
 from shardline.shards.live.state import ShardState
 from shardline.shards.storage.generation import read_generation
@@ -128,8 +127,7 @@ class Changeover:
     def _load(self) -> None:
         try:
             manifest = read_generation(self._generation)
-            loaded = load_newest(self._generation, manifest, self._shard)
-            self._loaded = caught_up(loaded, self._live)
+            self._loaded = load_caught_up(self._generation, manifest, self._shard)
         except Exception as error:  # whatever is wrong with the new one, the old one serves on
             self.trouble = f"the newest main index cannot be used: {error}"
             logger.exception("shard %d: the newest main index cannot be used", self._shard)

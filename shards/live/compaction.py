@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,9 @@ from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.index.template import ADD_BLOCK_ROWS, build_shard_index
 from shardline.shards.live.attributes import written_table
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import Loaded, load_newest
-from shardline.shards.live.log_tail import LogTail
+from shardline.shards.live.loading import Loaded, load_caught_up
 from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, write_main
-from shardline.shards.live.state import ShardState, apply
+from shardline.shards.live.state import ShardState
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
     INDEX_NAME,
@@ -66,7 +65,7 @@ def compact(
     """
     manifest = read_generation(generation)
     live = live_folder(generation, shard)
-    loaded = caught_up(load_newest(generation, manifest, shard), live, until=until)
+    loaded = load_caught_up(generation, manifest, shard, until=until)
     state = loaded.state
     rows = _rows_in_order(state)
     if not len(rows.item_ids):
@@ -108,19 +107,6 @@ def _write(
         seq=state.seq,
         rows=len(item_ids),
     )
-
-
-def caught_up(loaded: Loaded, live: Path, *, until: int | None = None) -> Loaded:
-    """With what the log has had since; up to write ``until``, None for all."""
-    tail = LogTail(live, after_seq=loaded.state.seq)
-    state = loaded.state
-    while records := tail.read_new():
-        if until is not None:
-            records = [record for record in records if record.seq <= until]
-        state, applied = apply(state, records)
-        for record, outcome in zip(records, applied, strict=True):
-            loaded.keys.add(record, rows=outcome.rows, existed=outcome.existed)
-    return replace(loaded, state=state)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Reads a shard's state from the files of its generation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardline.shards.core.errors import CorruptFile, NotFound
@@ -8,8 +8,9 @@ from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.spec import Device
 from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, read_main
-from shardline.shards.live.state import ShardState
+from shardline.shards.live.state import ShardState, apply
 from shardline.shards.live.write_keys import WriteKeys
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
@@ -53,6 +54,43 @@ def load_newest(
             if compacted_seqs(live)[-1:] == seqs[-1:]:
                 raise
             # a newer one is there, and what was being read has been removed
+
+
+def load_caught_up(
+    folder: Path,
+    manifest: GenerationManifest,
+    shard: int,
+    *,
+    device: Device | None = None,
+    until: int | None = None,
+) -> Loaded:
+    """``load_newest``, with what the log has had since; up to write ``until``, None for all.
+
+    Raises:
+        NotFound: also if the log does not go back to the newest compaction. Else as ``load_state``.
+    """
+    live = live_folder(folder, shard)
+    while True:
+        loaded = load_newest(folder, manifest, shard, device=device)
+        try:
+            return caught_up(loaded, live, until=until)
+        except NotFound:
+            if compacted_seqs(live)[-1:] in ([], [loaded.main_seq]):
+                raise
+            # a newer one has come since, and the primary has trimmed its log
+
+
+def caught_up(loaded: Loaded, live: Path, *, until: int | None = None) -> Loaded:
+    """With what the log has had since; up to write ``until``, None for all."""
+    tail = LogTail(live, after_seq=loaded.state.seq)
+    state = loaded.state
+    while records := tail.read_new():
+        if until is not None:
+            records = [record for record in records if record.seq <= until]
+        state, applied = apply(state, records)
+        for record, outcome in zip(records, applied, strict=True):
+            loaded.keys.add(record, rows=outcome.rows, existed=outcome.existed)
+    return replace(loaded, state=state)
 
 
 def _load_compacted(

@@ -202,13 +202,17 @@ class ShardWrites:
         """
         tail = LogTail(self._folder, loaded.state.seq, self._files)
         state, own = loaded.state, self.seq
+        newer: list[tuple[Record, Applied]] = []
         while records := tail.read_new():
             state, applied = apply(state, records)
-            for record, outcome in zip(records, applied, strict=True):
-                if record.seq > own:
-                    self._keys.add(record, rows=outcome.rows, existed=outcome.existed)
+            newer += zip(records, applied, strict=True)
         if state.seq < self.seq or (self._log is not None and state.seq > self.seq):
             return False
+        if own < loaded.state.seq:  # a replica that was behind has not seen what lies between
+            self._keys = loaded.keys
+        for record, outcome in newer:
+            if record.seq > own:
+                self._keys.add(record, rows=outcome.rows, existed=outcome.existed)
         self._holder.state = state
         if self._log is None:
             self._tail = tail

@@ -18,7 +18,7 @@ from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import load_newest
+from shardline.shards.live.loading import load_caught_up
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.process.memory import prepare_memory
 from shardline.shards.process.ray_metrics import RayExporter
@@ -56,14 +56,12 @@ class ShardActor:
         manifest = read_generation(generation)
         if manifest.index.device is Device.CPU:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor without one
-        loaded = load_newest(generation, manifest, key.shard)
+        # before anybody is answered: a shard that was written and starts again must know all of it
+        loaded = load_caught_up(generation, manifest, key.shard)
         self._shard = Shard(shard=key.shard, generation=key.generation, state=loaded.state)
         self._writes = ShardWrites(
             self._shard, live_folder(generation, key.shard), keys=loaded.keys, config=live
         )
-        # before anybody is answered: a shard that was written and starts again must know all of it
-        while self._writes.catch_up():
-            pass
         self._load_ms = (time.perf_counter() - started) * 1e3
         if host == NODE_HOST:
             host = ray.util.get_node_ip_address()

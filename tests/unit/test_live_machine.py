@@ -31,9 +31,9 @@ from hypothesis.stateful import (
 from shardline.shards.core.errors import InvalidInput, NotFound, NotPrimary, ReadOnly
 from shardline.shards.core.messages import NO_PARAMS, SearchParams, WriteReply
 from shardline.shards.core.schema import Metric
-from shardline.shards.live.compaction import caught_up, compact
+from shardline.shards.live.compaction import compact
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import load_newest
+from shardline.shards.live.loading import load_caught_up
 from shardline.shards.live.log_files import LogFiles
 from shardline.shards.live.mains import compacted_seqs
 from shardline.shards.live.records import Delete, Record, Upsert
@@ -132,7 +132,7 @@ class Replica:
         newest = (compacted_seqs(live) or [0])[-1]
         if newest <= self.main_seq:
             return False
-        loaded = caught_up(load_newest(self.generation, read_generation(self.generation), 0), live)
+        loaded = load_caught_up(self.generation, read_generation(self.generation), 0)
         if self.writes.adopt(loaded):
             self.main_seq = loaded.main_seq
         return True
@@ -375,6 +375,18 @@ class LiveMachine(RuleBasedStateMachine):
         for item in ids[:writes]:
             self.write(self.upsert([item], True, True))
         self.leader.change_over()
+
+    @precondition(lambda self: self.leader is not None and self.leader.writes.trouble is None)
+    @rule(ids=ITEMS, which=st.integers(0, REPLICAS - 1))
+    def one_that_was_behind_takes_over(self, ids: list[int], which: int) -> None:
+        """What it missed has been trimmed; it knows keys from the main index alone."""
+        self.write(self.upsert(ids, True, True))
+        self.compact_while_it_is_written([], 0)
+        replica = self.replicas[which]
+        if replica.change_over():
+            self.fail_over(which)
+        if self.sent:
+            self.repeat(len(self.sent) - 1)
 
     # Reading
 

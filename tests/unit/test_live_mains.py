@@ -3,20 +3,30 @@
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from shardline.shards.core.errors import NotFound
 from shardline.shards.core.files import HOST
-from shardline.shards.live import compaction
+from shardline.shards.live import compaction, loading
+from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.compaction import Compacted, compact
 from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.loading import Loaded, load_caught_up
 from shardline.shards.live.mains import compacted_seqs, main_folder, remove_older
-from tests.live_shard import NEW_ITEMS, ROWS, built, opened, upsert_request, wrote
+from shardline.shards.live.writes import ShardWrites
+from shardline.shards.server.write_thread import WriteThread
+from shardline.shards.storage.generation import read_generation
+from tests.live_shard import NEW_ITEMS, ROWS, built, delete_request, opened, upsert_request, wrote
 
 KILLED_WHILE_STAGING = """
 import os, signal, sys
 from pathlib import Path
-from shardline.shards.live import compaction
+from shardline.shards.live import compaction, loading
+from shardline.shards.live.changeover import Changeover
 compaction.write_main = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 compaction.compact(Path(sys.argv[1]), 0)
 """
@@ -40,6 +50,79 @@ def test_a_removal_that_was_killed_is_finished_by_the_next(tmp_path: Path) -> No
     assert compacted_seqs(live) == [2, 3]
     remove_older(live)
     assert compacted_seqs(live) == [2, 3]
+
+
+def test_a_replica_that_was_behind_learns_the_keys_of_writes_with_the_main_index(
+    tmp_path: Path,
+) -> None:
+    generation = built(tmp_path)
+    live = live_folder(generation, 0)
+    _, writes = opened(generation)
+    _, follower = opened(generation)
+    writes.lead(1)
+    request = upsert_request([NEW_ITEMS], key="k")
+    replies = wrote(writes, request, upsert_request([NEW_ITEMS + 1], key="l"))
+    compact(generation, 0)
+    writes.adopt(_newest(generation))
+    wrote(writes, delete_request([NEW_ITEMS]))
+    writes.close()
+    with pytest.raises(NotFound):
+        follower.catch_up()
+    assert follower.adopt(_newest(generation))
+    follower.lead(2)
+    assert wrote(follower, request) == replies[:1]
+    assert follower.seq == 3
+    follower.close()
+    assert compacted_seqs(live) == [2]
+
+
+def test_a_replica_that_was_behind_a_trim_changes_over_by_itself(tmp_path: Path) -> None:
+    generation = built(tmp_path)
+    _, writes = opened(generation)
+    _, follower = opened(generation)
+    trimmed(generation, writes)
+    change = Changeover(generation, 0, main_seq=0)
+    thread = WriteThread(follower, lambda answered: None, changeover=change)
+    thread.start()
+    try:
+        waited = threading.Event()
+        for _ in range(2000):
+            if follower.seq == writes.seq and follower.trouble is None:
+                break
+            waited.wait(0.02)
+        assert (follower.seq, follower.trouble, change.main_seq) == (2, None, 2)
+    finally:
+        thread.stop()
+        writes.close()
+
+
+def test_a_log_that_is_trimmed_while_a_shard_is_loaded(tmp_path: Path, monkeypatch) -> None:
+    generation = built(tmp_path)
+    _, writes = opened(generation)
+    inner = loading.load_newest
+
+    def slow(*args: Any, **kwargs: Any) -> Loaded:
+        loaded = inner(*args, **kwargs)
+        monkeypatch.setattr(loading, "load_newest", inner)
+        trimmed(generation, writes)
+        return loaded
+
+    monkeypatch.setattr(loading, "load_newest", slow)
+    loaded = _newest(generation)
+    assert (loaded.state.seq, loaded.main_seq) == (2, 2)
+    writes.close()
+
+
+def trimmed(generation: Path, writes: ShardWrites) -> None:
+    """Two writes, which the log does not hold any more."""
+    writes.lead(1)
+    wrote(writes, upsert_request([NEW_ITEMS], key="k"), upsert_request([NEW_ITEMS + 1]))
+    compact(generation, 0)
+    assert writes.adopt(_newest(generation))
+
+
+def _newest(generation: Path) -> Loaded:
+    return load_caught_up(generation, read_generation(generation), 0)
 
 
 def test_two_compactions_at_the_same_write_are_one(tmp_path: Path, monkeypatch) -> None:
