@@ -93,6 +93,11 @@ def _files_of(location: Location, source: object) -> list[_Source]:
     if not location.is_folder:
         raise NotFound(f"{location.path}: no such file or folder")
     files = location.files()
+    if not files:
+        raise NotFound(
+            f"{location.path}: no file in it",
+            hint="files and folders whose names begin with _ or . are passed over",
+        )
     texts = [each for each in files if _is_text(each)]
     if not texts:
         return [_Source(part.location, part, {}) for part in open_parts([source], option=OPTION)]

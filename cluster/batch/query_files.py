@@ -56,7 +56,8 @@ class _FileQueries(ABC):
         if self._id_column is not None:
             name = self._id_column
             kinds = unified_types(
-                (file.name, pa.schema([file.part.schema.field(name)])) for file in files
+                ((file.name, pa.schema([file.part.schema.field(name)])) for file in files),
+                hint="write the ids of all files with one type",
             )
             self.id_type = _decoded(kinds[name])
 

@@ -12,7 +12,7 @@ import pytest
 from shardline.cluster.batch.csv_queries import open_query_files
 from shardline.cluster.batch.query_files import VectorFiles
 from shardline.cluster.batch.spans import spans_of
-from shardline.shards.core.errors import DataError
+from shardline.shards.core.errors import DataError, NotFound
 from shardline.shards.core.schema import Metric
 from tests.batch_store import write_queries
 
@@ -118,3 +118,19 @@ def test_values_of_folders_are_part_of_what_the_queries_are(tmp_path: Path, kind
     assert found[0] != found[1]
     assert found[0]["sha256"] == found[1]["sha256"]
     json.dumps(found)
+
+
+def test_a_folder_without_files_names_what_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "queries"
+    folder.mkdir()
+    write_csv(folder / "_a.csv", ["4"])
+    with pytest.raises(NotFound, match=r"queries: no file in it; .*begin with _ or \."):
+        opened(tmp_path / "work", folder)
+
+
+def test_ids_of_other_types_name_no_option_of_another_command(tmp_path: Path) -> None:
+    vectors = np.ones((3, DIM), np.float32)
+    one = write_queries(tmp_path / "a.parquet", vectors, pa.array([1, 2, 3]))
+    other = write_queries(tmp_path / "b.parquet", vectors)
+    with pytest.raises(DataError, match=r"b\.parquet: id: part files disagree; .*with one type$"):
+        opened(tmp_path / "work", one, other)
