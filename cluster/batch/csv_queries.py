@@ -7,7 +7,8 @@ lists becomes one of lists.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -34,6 +35,8 @@ from shardline.shards.storage.table_parts import (
     refuse_repeated,
 )
 
+logger = logging.getLogger(__name__)
+
 OPTION = "--queries"
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".gz")
 DELIMITERS = ",\t;|"
@@ -54,11 +57,15 @@ class _Source:
 
 
 def open_query_files(
-    sources: Iterable[object], scratch: Path, id_column: str | None = None
+    sources: Iterable[object],
+    scratch: Path,
+    id_column: str | None = None,
+    note: Callable[[str], None] = logger.info,
 ) -> list[File]:
     """The files of paths and URLs, those of a folder by path; text is converted in ``scratch``.
 
-    id_column: None: the first of ID_COLUMNS that a text file has.
+    id_column: None: the first of ID_COLUMNS that a text file has. note: prints a line before each
+    text, because its rows are parsed one by one.
 
     Raises:
         NotFound: no such file, or a folder without one. DataError: of no known format, or damaged,
@@ -74,6 +81,7 @@ def open_query_files(
     for place, (each, name, version) in enumerate(zip(found, ids, versions, strict=True)):
         given, part = each.location.path, each.part
         if part is None:
+            note(f"reading text: {given}")
             target = scratch / f"text-{place:05d}.arrow"
             part = _converted(each, target, {} if name is None else {name: kind})
         sha256 = each.location.sha256()

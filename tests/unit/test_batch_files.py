@@ -134,3 +134,11 @@ def test_ids_of_other_types_name_no_option_of_another_command(tmp_path: Path) ->
     other = write_queries(tmp_path / "b.parquet", vectors)
     with pytest.raises(DataError, match=r"b\.parquet: id: part files disagree; .*with one type$"):
         opened(tmp_path / "work", one, other)
+
+
+def test_text_is_said_to_be_read_because_that_takes_time(tmp_path: Path) -> None:
+    text = write_csv(tmp_path / "a.csv", ["4"])
+    table = write_queries(tmp_path / "b.parquet", np.ones((3, DIM), np.float32))
+    lines: list[str] = []
+    open_query_files([table, text], tmp_path, note=lines.append)
+    assert lines == [f"reading text: {text}"]
