@@ -202,9 +202,21 @@ class IdFiles(_FileQueries):
         return self._identity("ids")
 
     def texts(self) -> Iterator[str | None]:
-        """Each id as text."""
+        """Each id as text.
+
+        Raises:
+            DataError: ids that are no numbers and no texts, such as lists, or bytes that are none.
+        """
         for piece in self._pieces(0):
-            yield from piece.ids.cast(pa.string()).to_pylist()
+            try:
+                yield from piece.ids.cast(pa.string()).to_pylist()
+            except LIBRARY_ERRORS as error:
+                raise DataError(
+                    "not usable as ids of users",
+                    field=", ".join(f"{file.name}: {self._id_column}" for file in self._files),
+                    expected="numbers or texts",
+                    got=f"{self.id_type}: {first_line(error)}",
+                ) from error
 
     def name_of(self, row: int) -> str:
         """The user's name for the id of a query."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shardline.cluster.batch.csv_queries import open_query_files
-from shardline.cluster.batch.query_files import VectorFiles
+from shardline.cluster.batch.query_files import IdFiles, VectorFiles
 from shardline.cluster.batch.spans import spans_of
 from shardline.shards.core.errors import DataError, NotFound
 from shardline.shards.core.schema import Metric
@@ -142,3 +142,22 @@ def test_text_is_said_to_be_read_because_that_takes_time(tmp_path: Path) -> None
     lines: list[str] = []
     open_query_files([table, text], tmp_path, note=lines.append)
     assert lines == [f"reading text: {text}"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    {
+        "lists": (pa.array([[1], [2]]), "list"),
+        "maps": (pa.array([{"a": 1}]), "struct"),
+        "bytes": (pa.array([b"\xff"]), "binary"),
+    }.values(),
+    ids=["lists", "maps", "bytes"],
+)
+def test_ids_of_users_that_are_no_texts_are_refused(
+    tmp_path: Path, ids: pa.Array, kind: str
+) -> None:
+    path = tmp_path / "q.parquet"
+    pq.write_table(pa.table({"user_id": ids}), path)
+    named = IdFiles(open_query_files([path], tmp_path))
+    with pytest.raises(DataError, match=rf"user_id: not usable as ids of users; .*got {kind}"):
+        list(named.texts())
