@@ -185,6 +185,9 @@ def claimed_folder(path: Path) -> Iterator[ClaimedFolder]:
 
 def _check_folder(path: Path) -> None:
     if not path.exists():
+        if path.is_symlink():
+            hint = "make that folder, or choose another path"
+            raise DataError(f"{path}: a link to {path.readlink()}, which does not exist", hint=hint)
         return
     if not path.is_dir():
         raise DataError(f"{path}: a file, where the folder of results is needed", hint=NEW_FOLDER)

@@ -416,6 +416,15 @@ def test_a_live_job_and_one_offline_are_not_compared_field_by_field(
             claimed.begin(replace(job, content="b", block_rows=4, live=not first))
 
 
+def test_a_link_to_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"out: a link to .*gone, which does not exist; make"):
+        claimed_folder(tmp_path / "out").__enter__()
+    (tmp_path / "gone").mkdir()
+    with claimed_folder(tmp_path / "out") as claimed:
+        assert claimed.work.is_dir()
+
+
 def test_other_queries_are_another_job(
     made: BatchStore, tmp_path: Path, vectors: np.ndarray, queries: Path
 ) -> None:
