@@ -190,7 +190,7 @@ class LazyGroup(click.Group):
     "config_path",
     type=click.Path(path_type=Path),
     envvar="SHARDLINE_CONFIG",
-    help="YAML file over the defaults.",
+    help="YAML file over the defaults.  [default: $SHARDLINE_CONFIG]",
 )
 @click.option(
     "--set",
@@ -204,7 +204,8 @@ class LazyGroup(click.Group):
     "store_path",
     type=click.Path(path_type=Path),
     envvar="SHARDLINE_STORE",
-    help="Folder of runs, embeddings and generations.  [default: shardline-store]",
+    help="Folder of runs, embeddings and generations.  [default: $SHARDLINE_STORE; else "
+    "shardline-store]",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Logs, and tracebacks of errors.")
 @click.version_option(package_name="shardline")

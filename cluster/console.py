@@ -89,12 +89,17 @@ def print_warnings(texts: Iterable[str]) -> None:
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on standard output; first column left, the others right."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table on standard output; first column left, the others right.
+
+    The title is a line of its own, which may be wider than the table.
+    """
+    table = Table()
     for place, name in enumerate(header):
         table.add_column(name, justify="left" if place == 0 else "right")
     for row in rows:
         table.add_row(*row)
     # a pipe has no width: wide enough never to cut a figure
     width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(table)
+    console = Console(width=width)
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
+    console.print(table)

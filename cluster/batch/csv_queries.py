@@ -7,8 +7,9 @@ lists becomes one of lists.
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 
-from shardline.cluster.batch.query_files import ID_COLUMNS, File
+from shardline.cluster.batch.query_files import ID_COLUMNS
+from shardline.cluster.batch.unchanged_file import File, refuse_changed
 from shardline.shards.core.errors import DataError, NotFound
-from shardline.shards.storage.column_types import first_line, read_errors
+from shardline.shards.core.files import disk_errors
+from shardline.shards.storage.column_types import LIBRARY_ERRORS, first_line, read_errors
 from shardline.shards.storage.locations import Location
 from shardline.shards.storage.table_parts import (
     PEEKED_BYTES,
@@ -31,6 +34,8 @@ from shardline.shards.storage.table_parts import (
     open_parts,
     refuse_repeated,
 )
+
+logger = logging.getLogger(__name__)
 
 OPTION = "--queries"
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".gz")
@@ -52,30 +57,38 @@ class _Source:
 
 
 def open_query_files(
-    sources: Iterable[object], scratch: Path, id_column: str | None = None
+    sources: Iterable[object],
+    scratch: Path,
+    id_column: str | None = None,
+    note: Callable[[str], None] = logger.info,
 ) -> list[File]:
     """The files of paths and URLs, those of a folder by path; text is converted in ``scratch``.
 
-    id_column: None: the first of ID_COLUMNS that a text file has.
+    id_column: None: the first of ID_COLUMNS that a text file has. note: prints a line before each
+    text, because its rows are parsed one by one.
 
     Raises:
         NotFound: no such file, or a folder without one. DataError: of no known format, or damaged,
             or a folder of text and binary tables. InvalidInput: a URL of an unknown kind.
     """
     found = [each for source in sources for each in _files_of(Location.of(source, OPTION), source)]
-    ids = [
-        _id_column(each, (id_column,) if id_column else ID_COLUMNS) if each.part is None else None
-        for each in found
-    ]
+    versions = [each.location.version() for each in found]
+    names = (id_column,) if id_column else ID_COLUMNS
+    ids = [_id_column(each, names) if each.part is None else None for each in found]
     named = [(each.location, name) for each, name in zip(found, ids, strict=True) if name]
     kind = pa.int64() if all(_are_integers(*each) for each in named) else pa.string()
     files: list[File] = []
-    for place, (each, name) in enumerate(zip(found, ids, strict=True)):
-        part = each.part
+    for place, (each, name, version) in enumerate(zip(found, ids, versions, strict=True)):
+        given, part = each.location.path, each.part
         if part is None:
+            note(f"reading text: {given}")
             target = scratch / f"text-{place:05d}.arrow"
             part = _converted(each, target, {} if name is None else {name: kind})
-        files.append(File(part, each.location.path, each.location.sha256()))
+        sha256 = each.location.sha256()
+        if each.part is None:  # only the converted copy is read from here on
+            refuse_changed(each.location, version, given)
+            version = part.location.version()
+        files.append(File(part=part, name=given, sha256=sha256, version=version))
     return files
 
 
@@ -88,6 +101,11 @@ def _files_of(location: Location, source: object) -> list[_Source]:
     if not location.is_folder:
         raise NotFound(f"{location.path}: no such file or folder")
     files = location.files()
+    if not files:
+        raise NotFound(
+            f"{location.path}: no file in it",
+            hint="files and folders whose names begin with _ or . are passed over",
+        )
     texts = [each for each in files if _is_text(each)]
     if not texts:
         return [_Source(part.location, part, {}) for part in open_parts([source], option=OPTION)]
@@ -170,17 +188,18 @@ def _reader_of(location: Location, options: pa.csv.ConvertOptions) -> Iterator[A
     header = start.partition("\n")[0]
     if not header.strip():
         raise DataError(f"{location.path}: empty", expected="a line with the names of the columns")
-    with read_errors(location.path), location.stream(compression) as stream:
-        reader = pa.csv.open_csv(
-            stream,
-            read_options=pa.csv.ReadOptions(block_size=INFERRED_BYTES),
-            parse_options=pa.csv.ParseOptions(
-                delimiter=max(DELIMITERS, key=header.count), newlines_in_values=True
-            ),
-            convert_options=options,
-        )
-        refuse_repeated(reader.schema.names, location.path)
-        yield reader
+    with ExitStack() as stack:
+        with read_errors(location.path):
+            reader = pa.csv.open_csv(
+                stack.enter_context(location.stream(compression)),
+                read_options=pa.csv.ReadOptions(block_size=INFERRED_BYTES),
+                parse_options=pa.csv.ParseOptions(
+                    delimiter=max(DELIMITERS, key=header.count), newlines_in_values=True
+                ),
+                convert_options=options,
+            )
+            refuse_repeated(reader.schema.names, location.path)
+        yield reader  # what goes wrong while it is used may be another file's
 
 
 def _write(location: Location, reader: Any, target: Path, types: Collection[str]) -> pa.Schema:
@@ -193,12 +212,13 @@ def _write(location: Location, reader: Any, target: Path, types: Collection[str]
     lists = [name for name in inferred if _holds_lists(first.column(name))]
     first = _with_lists(first, lists, location, 0)
     row = first.num_rows
-    with pa.ipc.new_file(str(target), first.schema) as writer:
+    with disk_errors(target.parent), pa.ipc.new_file(str(target), first.schema) as writer:
         writer.write_batch(first)
         for batch in batches:
             batch = _with_lists(batch, lists, location, row)
             with read_errors(location.path):
-                writer.write_batch(batch.cast(first.schema))
+                batch = batch.cast(first.schema)
+            writer.write_batch(batch)
             row += batch.num_rows
     return first.schema
 
@@ -216,16 +236,10 @@ def _with_lists(
 def _batches(location: Location, reader: Any) -> Iterator[pa.RecordBatch]:
     while True:
         try:
-            batch = reader.read_next_batch()
+            with read_errors(location.path, "values of the types that the start of the file has"):
+                batch = reader.read_next_batch()
         except StopIteration:
             return
-        except pa.ArrowInvalid as error:
-            raise DataError(
-                f"{location.path}: not readable",
-                expected="values of the types that the start of the file has",
-                got=first_line(error),
-                hint="write the table as Parquet, which keeps types",
-            ) from error
         if batch.num_rows:
             yield batch
 
@@ -242,7 +256,7 @@ def _parsed(column: pa.Array, location: Location, name: str, start: int) -> pa.A
     for row, text in enumerate(column.to_pylist()):
         try:
             values.append(json.loads(text) if text else None)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 "not a list",
                 field=f"{location.path}: {name}[{start + row}]",
@@ -253,7 +267,7 @@ def _parsed(column: pa.Array, location: Location, name: str, start: int) -> pa.A
         return (
             pa.array(values, pa.list_(pa.float64())) if _are_numbers(values) else pa.array(values)
         )
-    except (pa.ArrowException, TypeError) as error:
+    except LIBRARY_ERRORS as error:
         raise DataError(
             "lists of mixed values", field=f"{location.path}: {name}", got=first_line(error)
         ) from error

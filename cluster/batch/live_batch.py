@@ -59,7 +59,8 @@ class LiveCluster:
 
 @dataclass(slots=True, kw_only=True)
 class LiveSearch:
-    """Asks the cluster, request by request. types: of the attributes that are wanted."""
+    """Asks the cluster, request by request. types: of the attributes that are wanted; note: prints
+    a line."""
 
     client: Client
     cluster: LiveCluster
@@ -67,6 +68,7 @@ class LiveSearch:
     types: dict[str, pa.DataType]
     pace: Pace = field(init=False)
     timeout_ms: float | None = TIMEOUT_MS
+    note: Callable[[str], None] = logger.info
     clock: Callable[[], float] = time.perf_counter
     wait: Callable[[float], None] = time.sleep
 
@@ -100,13 +102,20 @@ class LiveSearch:
                 answer = self._timed(part)
             except Unavailable as error:
                 if failures == len(WAITS_S):
-                    raise
-                logger.info("asked again in %s s: %s", WAITS_S[failures], error)
+                    raise Unavailable(
+                        f"no complete answer to {failures + 1} requests in {sum(WAITS_S):g} s",
+                        got=str(error),
+                        hint="what is written stays: the same command goes on once it answers",
+                    ) from error
+                if not failures:
+                    self.note(f"no complete answer, asking again: {error}")
                 self.pace.refused()
                 self.wait(WAITS_S[failures])
                 failures += 1
                 continue
             if answer is not None:
+                if failures:
+                    self.note("answered again")
                 answers.append(answer)
                 start, failures = start + len(part), 0
         ranked = Ranked(

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from shardline.cluster.batch.queries import Queries
 from shardline.cluster.batch.spans import Span
+from shardline.shards.core.files import disk_errors
 from shardline.shards.core.schema import Ranked
 
 IDS = "query_id"
@@ -20,14 +21,15 @@ class ParkedBlocks:
     folder: Path
 
     def park(self, span: Span, queries: Queries) -> None:
-        """Keeps the queries of a block."""
+        """Keeps the queries of a block. Raises OSError: the disk is full."""
         assert queries.vectors is not None
         ids = pa.record_batch({IDS: queries.ids})
-        with pa.ipc.new_file(str(self._path(span, "ids.arrow")), ids.schema) as writer:
-            writer.write_batch(ids)
-        np.save(self._path(span, "vectors.npy"), queries.vectors)
-        if queries.own is not None:
-            np.save(self._path(span, "own.npy"), queries.own)
+        with disk_errors(self.folder):
+            with pa.ipc.new_file(str(self._path(span, "ids.arrow")), ids.schema) as writer:
+                writer.write_batch(ids)
+            np.save(self._path(span, "vectors.npy"), queries.vectors)
+            if queries.own is not None:
+                np.save(self._path(span, "own.npy"), queries.own)
 
     def queries(self, span: Span) -> Queries:
         """Those of a parked block."""
@@ -41,9 +43,10 @@ class ParkedBlocks:
         )
 
     def keep(self, span: Span, ranked: Ranked) -> None:
-        """Keeps the best results so far, instead of those kept before."""
-        np.save(self._path(span, "item-ids.npy"), ranked.ids)
-        np.save(self._path(span, "scores.npy"), ranked.scores)
+        """Keeps the best results so far, instead of those kept before. Raises as ``park``."""
+        with disk_errors(self.folder):
+            np.save(self._path(span, "item-ids.npy"), ranked.ids)
+            np.save(self._path(span, "scores.npy"), ranked.scores)
 
     def kept(self, span: Span) -> Ranked:
         """What ``keep`` was given last."""

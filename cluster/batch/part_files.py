@@ -141,7 +141,7 @@ class ClaimedFolder:
             return OutputFolder(self.path, job)
         # as JSON gives it back: tuples are lists there
         wanted = json.loads(json.dumps({"kind": KIND, **job.described}))
-        differing = _differences(found, wanted)
+        differing = _way_differs(found, wanted) or _differences(found, wanted)
         if differing:
             raise DataError(
                 f"{self.path}: the output of another job",
@@ -185,6 +185,9 @@ def claimed_folder(path: Path) -> Iterator[ClaimedFolder]:
 
 def _check_folder(path: Path) -> None:
     if not path.exists():
+        if path.is_symlink():
+            hint = "make that folder, or choose another path"
+            raise DataError(f"{path}: a link to {path.readlink()}, which does not exist", hint=hint)
         return
     if not path.is_dir():
         raise DataError(f"{path}: a file, where the folder of results is needed", hint=NEW_FOLDER)
@@ -234,6 +237,13 @@ def _differences(found: object, wanted: dict[str, object], prefix: str = "") -> 
         elif there != here:
             texts.append(f"{prefix}{name}: {_short(there)} there, {_short(here)} here")
     return texts
+
+
+def _way_differs(found: object, wanted: dict[str, object]) -> list[str]:
+    """Of a job by a running cluster and one offline, whose other fields mean different things."""
+    if not isinstance(found, dict) or found.get("live") == wanted["live"]:
+        return []
+    return ["one by a running cluster" if found.get("live") else "one offline"]
 
 
 def _way_on(found: object, job: BatchJob) -> str:

@@ -7,7 +7,6 @@ cannot be used is a DataError that names the file, the column and the row of the
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 
 from shardline.cluster.batch.queries import Queries, cut
 from shardline.cluster.batch.spans import Span
+from shardline.cluster.batch.unchanged_file import File
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import DataError, InvalidInput
 from shardline.shards.core.schema import FloatArray, Metric, check_vectors, normalise
@@ -30,25 +30,12 @@ from shardline.shards.storage.column_types import (
     vector_column,
 )
 from shardline.shards.storage.embedding_set import as_data_error
-from shardline.shards.storage.table_parts import Part, unified_types
+from shardline.shards.storage.table_parts import unified_types
 
 ID_COLUMNS = ("query_id", "user_id", "item_id", "id", "idx")  # names looked for, in this order
 VECTOR_COLUMNS = ("embedding", "emb", "vector")
 ENCODED_ROWS = 1024  # features encoded at once: their Python values take a kilobyte per query
 FIELD = re.compile(r"features\[(\d+)\](?:\.(.*))?")  # as QueryEncoder names what it refuses
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A part with the name the user knows it by, and its checksum."""
-
-    part: Part
-    name: str
-    sha256: str
-
-    @property
-    def rows(self) -> int:
-        return self.part.num_rows
 
 
 class _FileQueries(ABC):
@@ -69,7 +56,8 @@ class _FileQueries(ABC):
         if self._id_column is not None:
             name = self._id_column
             kinds = unified_types(
-                (file.name, pa.schema([file.part.schema.field(name)])) for file in files
+                ((file.name, pa.schema([file.part.schema.field(name)])) for file in files),
+                hint="write the ids of all files with one type",
             )
             self.id_type = _decoded(kinds[name])
 
@@ -121,7 +109,7 @@ class _FileQueries(ABC):
             if end <= start:
                 continue
             first = max(0, start - (end - size))
-            for row, batch in file.part.batches(columns, first):
+            for row, batch in file.batches(columns, first):
                 yield self._queries(file, row, end - size, batch)
 
     @abstractmethod
@@ -214,9 +202,21 @@ class IdFiles(_FileQueries):
         return self._identity("ids")
 
     def texts(self) -> Iterator[str | None]:
-        """Each id as text."""
+        """Each id as text.
+
+        Raises:
+            DataError: ids that are no numbers and no texts, such as lists, or bytes that are none.
+        """
         for piece in self._pieces(0):
-            yield from piece.ids.cast(pa.string()).to_pylist()
+            try:
+                yield from piece.ids.cast(pa.string()).to_pylist()
+            except LIBRARY_ERRORS as error:
+                raise DataError(
+                    "not usable as ids of users",
+                    field=", ".join(f"{file.name}: {self._id_column}" for file in self._files),
+                    expected="numbers or texts",
+                    got=f"{self.id_type}: {first_line(error)}",
+                ) from error
 
     def name_of(self, row: int) -> str:
         """The user's name for the id of a query."""

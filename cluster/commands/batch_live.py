@@ -64,7 +64,11 @@ def answer_live(
             note=progress.note,
         )
         search = LiveSearch(
-            client=client, cluster=cluster, wanted=wanted, types=_types(local, wanted, store)
+            client=client,
+            cluster=cluster,
+            wanted=wanted,
+            types=_types(local, wanted, store),
+            note=progress.note,
         )
         search.check(source)
         rows = block_rows or min(LIVE_BLOCK_ROWS, default_block_rows(wanted.k))

@@ -125,7 +125,7 @@ def open_source(
     """
     if asked.items:
         return items()
-    files = open_query_files(asked.queries, work, asked.id_column)
+    files = open_query_files(asked.queries, work, asked.id_column, note)
     if asked.users is not None:
         named = IdFiles(files, id_column=asked.id_column) if files else None
         return DatasetUsers(asked.users, encoder(), named)

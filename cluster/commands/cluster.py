@@ -11,7 +11,7 @@ from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import print_table
 from shardline.cluster.control.hosts import Host
-from shardline.cluster.preflight.check import Check, Verdict, failed, passed
+from shardline.cluster.preflight.check import Check, Verdict, failed, passed, warned
 from shardline.cluster.preflight.free_memory import FreeMemory
 from shardline.cluster.preflight.host_checks import on_host
 from shardline.cluster.preflight.launch_checks import (
@@ -84,8 +84,12 @@ def check(settings: Settings, file: Path) -> int:
 def check_together(
     config: ShardlineConfig, answers: Sequence[ProbeAnswer | NoAnswer]
 ) -> Iterable[Check]:
-    """Whether the hosts that answered have the cores and the memory for what is to be served."""
+    """Whether the hosts have the cores and the memory for what is to be served, if all answered."""
     found = [answer for answer in answers if isinstance(answer, ProbeAnswer)]
+    if len(found) < len(answers):
+        lost = f"{len(answers) - len(found)} of {len(answers)} hosts did not answer"
+        yield warned("placement", f"cores and memory are not compared: {lost}")
+        return
     hosts = [
         Host(node_id=each.address, address=each.address, cpus=each.content["cores"])
         for each in found

@@ -35,7 +35,7 @@ def print_status(report: dict[str, Any]) -> None:
                 where = f"shard {shard['shard']}, replica {replica['replica']}"
                 click.echo(f"{where}: {replica['code']}: {replica['reason']}")
     for warning in report.get("warnings", ()):  # routers before these have none
-        click.echo(f"warning: {warning['about']}: {warning['code']}: {warning['text']}")
+        click.echo(f"warning: {warning['about']}: {warning['text']}")
 
 
 def print_launched(report: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def print_launched(report: dict[str, Any]) -> None:
             where = f"shard {replica['shard']}, replica {replica['replica']}"
             click.echo(f"{where}: {reason['code']}: {reason['text']}")
     for note in report["notes"]:
-        click.echo(f"warning: {note['code']}: {note['text']}")
+        click.echo(f"warning: {note['text']}")
 
 
 def _role(shard: dict[str, Any], replica: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+NAMED = 8  # hosts that an error lists
 UNLIMITED = 1 << 20  # replicas that reserve nothing: more than there ever are
 
 
@@ -63,13 +64,14 @@ def fits(
     A host takes one replica of each shard at most. It fits if what the hosts take so is enough in
     sum: giving each shard the hosts with the most room left then always succeeds (Gale, Ryser).
     """
+    hosts = list(hosts)
     usable = {host.address: host.room(cpus=cpus_per_shard, gpus=gpus_per_shard) for host in hosts}
     taking = {address: min(room, shards) for address, room in usable.items() if room > 0}
     if replicas > len(taking):
         return (
             f"{replicas} replicas of each shard are on as many different hosts, and "
             f"{len(taking)} of {len(usable)} hosts can hold a shard"
-            f"{_reserved(cpus_per_shard, gpus_per_shard)}"
+            f"{_reserved(cpus_per_shard, gpus_per_shard)}{_too_small(hosts, taking)}"
         )
     room, needed = sum(taking.values()), shards * replicas
     if room >= needed:
@@ -217,6 +219,17 @@ def room_left(room: Mapping[str, int], spots: Sequence[Spot], num_shards: int) -
     """Replicas that each host could take beside those it holds: one of each shard at most."""
     loads = Counter(spot.node_id for spot in spots)
     return {node: min(count, num_shards) - loads[node] for node, count in room.items()}
+
+
+def _too_small(hosts: Iterable[Host], taking: Mapping[str, int]) -> str:
+    """What the hosts have that can hold no shard."""
+    found = [
+        f"{host.address} {host.cpus:g}" + (f" and {host.gpus:g} GPUs" if host.gpus else "")
+        for host in hosts
+        if host.address not in taking
+    ]
+    more = f", and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f"; CPUs of the others: {', '.join(found[:NAMED])}{more}" if found else ""
 
 
 def _reserved(cpus: float, gpus: float) -> str:

@@ -15,11 +15,14 @@ def notes_of(placement: Placement) -> tuple[Absence, ...]:
     for shard, count in placement.shards_without_all():
         by_count[count].append(shard)
     hosts = ", ".join(host.address for host in placement.hosts.values())
+    wanted, living = placement.rules.replicas, len(placement.hosts)
+    reason = (
+        f"replicas of a shard are on different hosts, and {living} live{'s' * (living == 1)}"
+        if living < wanted
+        else "the living hosts have no room for more"
+    )
     for count, shards in sorted(by_count.items()):
-        text = (
-            f"{count} instead of {placement.rules.replicas} replicas of {_names(shards)}: "
-            f"the living hosts have no room for more ({hosts})"
-        )
+        text = f"{count} instead of {wanted} replicas of {_names(shards)}: {reason} ({hosts})"
         notes.append(Absence(Unavailable.code, text))
     return (*notes, *_failure_notes(placement), *_write_notes(placement))
 

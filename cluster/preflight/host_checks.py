@@ -29,18 +29,17 @@ class Answer:
 
 def on_host(address: str, check: Check) -> Check:
     """The same check with the host in its name and, if it failed, in its error."""
+    named = error = check.error
+    if error is not None:
+        named = type(error)(
+            f"host {address}: {error.message}",
+            field=error.field,
+            expected=error.expected,
+            got=error.got,
+            hint=error.hint,
+        )
     name = f"host {address}: {check.name}"
-    error = check.error
-    if error is None:
-        return Check(name=name, verdict=check.verdict, text=check.text)
-    named = type(error)(
-        f"host {address}: {error.message}",
-        field=error.field,
-        expected=error.expected,
-        got=error.got,
-        hint=error.hint,
-    )
-    return failed(name, named)
+    return Check(name=name, verdict=check.verdict, text=check.text, error=named)
 
 
 def check_hosts(answers: Sequence[Answer], own: HostFacts, *, in_flight: int) -> Iterable[Check]:

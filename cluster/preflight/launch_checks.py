@@ -65,7 +65,7 @@ def check_own_token(token: Token | None, path: Path, *, brings_token: bool) -> C
     if token is None:
         error = Unavailable(
             f"{path}: no token for Ray on this machine, where `ray up` copies it from",
-            hint="`ray get-auth-token --generate` makes one",
+            hint="`(umask 077; ray get-auth-token --generate > /dev/null)` makes one",
         )
         return failed(name, error)
     if token.mode & 0o077:

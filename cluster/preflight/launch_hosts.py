@@ -7,6 +7,7 @@ there: no known-hosts file, no password.
 import json
 import subprocess
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def ask_hosts_by_ssh(
 ) -> list[ProbeAnswer | NoAnswer]:
     """One answer per host, in the order of the file. ports: that each host is to listen on.
 
-    The first host that can writes the file ``probe`` into the store, the others look for it.
+    The first host that can writes the file ``probe`` into the store, the others look for it. Hosts
+    that do not answer cost the time of one, however many they are.
     """
 
     def ask(address: str, *, writes: bool) -> ProbeAnswer | NoAnswer:
@@ -66,23 +68,29 @@ def ask_hosts_by_ssh(
         }
         return ask_by_ssh(launch, address, question)
 
+    removal = {"store": str(store), "probe": probe, "writes": False, "removes": True}
     answers: dict[str, ProbeAnswer | NoAnswer] = {}
     writer: str | None = None
-    try:
-        for address in launch.hosts:
-            answers[address] = answer = ask(address, writes=True)
-            if isinstance(answer, ProbeAnswer) and answer.content["store"]["exists"]:
-                writer = address
-                if answer.content["store"]["errno"] is None:
-                    break
-        rest = [address for address in launch.hosts if address not in answers]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = pool.map(lambda address: ask(address, writes=False), rest)
-            answers.update(zip(rest, found, strict=True))
-    finally:
-        if writer is not None:
-            question = {"store": str(store), "probe": probe, "writes": False, "removes": True}
-            ask_by_ssh(launch, writer, question)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        # first whether they answer at all, together: one by one each silent host costs its time-out
+        found = pool.map(lambda address: ask_by_ssh(launch, address, removal), launch.hosts)
+        for address, answer in zip(launch.hosts, found, strict=True):
+            if isinstance(answer, NoAnswer):
+                answers[address] = answer
+        left = deque(address for address in launch.hosts if address not in answers)
+        try:
+            while left:
+                address = left.popleft()
+                answers[address] = answer = ask(address, writes=True)
+                if isinstance(answer, ProbeAnswer) and answer.content["store"]["exists"]:
+                    writer = address
+                    if answer.content["store"]["errno"] is None:
+                        break
+            found = pool.map(lambda address: ask(address, writes=False), left)
+            answers.update(zip(left, found, strict=True))
+        finally:
+            if writer is not None:
+                ask_by_ssh(launch, writer, removal)
     return [answers[address] for address in launch.hosts]
 
 

@@ -142,7 +142,10 @@ def find_endpoint(store: Store) -> Endpoint:
         NotFound: none does, or the process that did is gone.
         CorruptFile: the note is damaged; the hint says how the cluster is found without it.
     """
-    hint = "start one with `shardline serve`, or name one with --url"
+    hint = (
+        "start one with `shardline serve`, or name one with --url; one on a launched Ray is found "
+        "with its configuration, -c"
+    )
     note = _read_note(store)
     if note is None:
         raise NotFound(f"{store.root}: no cluster is serving this store", hint=hint)

@@ -81,7 +81,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with _disk_errors(target.parent):
+        with disk_errors(target.parent):
             yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -210,7 +210,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     with _locked(made):
         staging = made.rename(f"{made}.tmp")  # locked by now, so that nobody takes it for abandoned
         try:
-            with _disk_errors(target.parent):
+            with disk_errors(target.parent):
                 yield staging
             if target.exists():
                 raise FileExistsError(target)
@@ -259,22 +259,25 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Around what libraries write below ``folder``: a full disk is an OSError with its number.
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Around what is written below ``folder``: a full disk is an OSError with number and path.
 
-    Those in C++ and Rust say it in words of their own and lose the number. So the system is asked,
-    by a small write to the same disk.
+    Libraries in C++ and Rust say it in words of their own and lose the number. So the system is
+    asked, by a small write to the same disk. Many, and Python's own writes, lose the path: it is
+    ``folder`` then.
     """
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) or error.errno is None:
+        told = error if isinstance(error, OSError) and error.errno is not None else None
+        if told is None:
             try:
                 _probe(folder)
-            except OSError as told:
-                if told.errno in DISK_ERRORS:
-                    raise told from error
-        raise
+            except OSError as answer:
+                told = answer
+        if told is None or told.errno not in DISK_ERRORS or told.filename is not None:
+            raise
+        raise OSError(told.errno, os.strerror(told.errno), str(folder)) from error
 
 
 def _probe(folder: Path) -> None:

@@ -10,6 +10,8 @@ from pyarrow import fs
 from shardline.shards.core.errors import DataError, InvalidInput
 from shardline.shards.storage.column_types import first_line, read_errors
 
+Version = tuple[int, int | None] | None  # size, time of change in ns; None: there is no file
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
@@ -59,6 +61,11 @@ class Location:
         """
         with read_errors(self.path), self.stream() as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def version(self) -> Version:
+        """Size in bytes and time of the last change, which another content does not share."""
+        info = self._info()
+        return (info.size, info.mtime_ns) if info.type == fs.FileType.File else None
 
     @property
     def name(self) -> str:

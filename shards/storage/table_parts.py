@@ -29,6 +29,7 @@ BINARY_TABLES = "Parquet, or an Arrow IPC file or stream"
 SUFFIXES = ("", ".parquet", ".arrow", ".feather", ".arrows", ".ipc")
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,16})")
 HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+TYPES_HINT = "in CSV and JSON, --types gives a column one type in all parts"
 
 
 class TableFormat(Enum):
@@ -223,7 +224,9 @@ def _steps(folder: Location, part: Location) -> dict[str, str | None]:
     return found
 
 
-def unified_types(parts: Iterable[tuple[str, pa.Schema]]) -> dict[str, pa.DataType]:
+def unified_types(
+    parts: Iterable[tuple[str, pa.Schema]], hint: str = TYPES_HINT
+) -> dict[str, pa.DataType]:
     """The type that holds each column of all parts, given with their paths; numbers widen.
 
     Raises:
@@ -242,7 +245,7 @@ def unified_types(parts: Iterable[tuple[str, pa.Schema]]) -> dict[str, pa.DataTy
                     field=f"{path}: {each.name}",
                     expected=f"{first.type}, as in {where}",
                     got=str(each.type),
-                    hint="in CSV and JSON, --types gives a column one type in all parts",
+                    hint=hint,
                 ) from error
             known[each.name] = (widened, where)
     return {name: field.type for name, (field, _) in known.items()}

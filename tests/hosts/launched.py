@@ -74,7 +74,7 @@ class Launched:
         (home / "onprem.yaml").write_text(yaml.safe_dump(self.config))
         (home / "key").write_bytes((self.rig.folder / "keys" / "user").read_bytes())
         (home / "key").chmod(0o600)
-        self.rig.desk.run(self._ray("get-auth-token --generate > /dev/null"))
+        self.rig.desk.run(f"umask 077; {self._ray('get-auth-token --generate > /dev/null')}")
 
     def up(self, *options: str, timeout_s: float = 300) -> str:
         """``ray up``; what it printed."""

@@ -89,7 +89,7 @@ def test_a_store_that_one_host_mounts_read_only_is_named(rig: Rig) -> None:
         done = check(rig, ROOM)
     finally:
         enter(other, f"mount -o remount,rw,bind {STORE}")
-    expected = f"host {other.address}: store: host {other.address}: {STORE}: on a read-only file"
+    expected = f"host {other.address}: store: {STORE}: on a read-only file"
     assert any(expected in line for line in failures(done)), done.stdout
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from shardline.cluster.batch.batch_job import Wanted, job_of
+from shardline.cluster.batch.batch_job import BatchJob, Wanted, job_of
 from shardline.cluster.batch.csv_queries import open_query_files
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.loaded_shards import block_bytes, loaded_bytes
@@ -401,6 +401,28 @@ def test_the_output_of_another_job(
     with pytest.raises(DataError, match=named):
         made.batch(*first, *options)
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(("first", "got"), [(True, "one by a running cluster"), (False, "one off")])
+def test_a_live_job_and_one_offline_are_not_compared_field_by_field(
+    tmp_path: Path, first: bool, got: str
+) -> None:
+    job = BatchJob(
+        queries={}, rows=5, generation=1, content="a", wanted=Wanted(k=3), block_rows=9, live=first
+    )
+    with claimed_folder(tmp_path / "out") as claimed:
+        claimed.begin(job)
+        with pytest.raises(DataError, match=rf"another job; got {got}\w*; choose"):
+            claimed.begin(replace(job, content="b", block_rows=4, live=not first))
+
+
+def test_a_link_to_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"out: a link to .*gone, which does not exist; make"):
+        claimed_folder(tmp_path / "out").__enter__()
+    (tmp_path / "gone").mkdir()
+    with claimed_folder(tmp_path / "out") as claimed:
+        assert claimed.work.is_dir()
 
 
 def test_other_queries_are_another_job(

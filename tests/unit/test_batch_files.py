@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from shardline.cluster.batch.csv_queries import open_query_files
-from shardline.cluster.batch.query_files import VectorFiles
+from shardline.cluster.batch.query_files import IdFiles, VectorFiles
 from shardline.cluster.batch.spans import spans_of
-from shardline.shards.core.errors import DataError
+from shardline.shards.core.errors import DataError, NotFound
 from shardline.shards.core.schema import Metric
 from tests.batch_store import write_queries
 
@@ -118,3 +118,46 @@ def test_values_of_folders_are_part_of_what_the_queries_are(tmp_path: Path, kind
     assert found[0] != found[1]
     assert found[0]["sha256"] == found[1]["sha256"]
     json.dumps(found)
+
+
+def test_a_folder_without_files_names_what_is_passed_over(tmp_path: Path) -> None:
+    folder = tmp_path / "queries"
+    folder.mkdir()
+    write_csv(folder / "_a.csv", ["4"])
+    with pytest.raises(NotFound, match=r"queries: no file in it; .*begin with _ or \."):
+        opened(tmp_path / "work", folder)
+
+
+def test_ids_of_other_types_name_no_option_of_another_command(tmp_path: Path) -> None:
+    vectors = np.ones((3, DIM), np.float32)
+    one = write_queries(tmp_path / "a.parquet", vectors, pa.array([1, 2, 3]))
+    other = write_queries(tmp_path / "b.parquet", vectors)
+    with pytest.raises(DataError, match=r"b\.parquet: id: part files disagree; .*with one type$"):
+        opened(tmp_path / "work", one, other)
+
+
+def test_text_is_said_to_be_read_because_that_takes_time(tmp_path: Path) -> None:
+    text = write_csv(tmp_path / "a.csv", ["4"])
+    table = write_queries(tmp_path / "b.parquet", np.ones((3, DIM), np.float32))
+    lines: list[str] = []
+    open_query_files([table, text], tmp_path, note=lines.append)
+    assert lines == [f"reading text: {text}"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind"),
+    {
+        "lists": (pa.array([[1], [2]]), "list"),
+        "maps": (pa.array([{"a": 1}]), "struct"),
+        "bytes": (pa.array([b"\xff"]), "binary"),
+    }.values(),
+    ids=["lists", "maps", "bytes"],
+)
+def test_ids_of_users_that_are_no_texts_are_refused(
+    tmp_path: Path, ids: pa.Array, kind: str
+) -> None:
+    path = tmp_path / "q.parquet"
+    pq.write_table(pa.table({"user_id": ids}), path)
+    named = IdFiles(open_query_files([path], tmp_path))
+    with pytest.raises(DataError, match=rf"user_id: not usable as ids of users; .*got {kind}"):
+        list(named.texts())

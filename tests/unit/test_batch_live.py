@@ -181,9 +181,20 @@ def test_what_is_unavailable_is_asked_again() -> None:
     client = Client(Unavailable("one shard is away"), Overloaded("busy"), 7)
     assert search_of(client, waited).table(queries(2)).num_rows == 2
     assert waited[:2] == [0.5, 1]
+
+
+def test_people_hear_of_an_interruption_once() -> None:
+    lines: list[str] = []
+    search = search_of(Client(Unavailable("a shard is away"), Overloaded("busy"), 7), [])
+    search.note = lines.append
+    search.table(queries(3))
+    assert lines == ["no complete answer, asking again: a shard is away", "answered again"]
+
+
+def test_what_stays_unavailable_ends_the_job_which_can_go_on() -> None:
     gone = Client(Unavailable("for good"))
-    with pytest.raises(Unavailable, match="for good"):
-        search_of(gone, waited).table(queries(2))
+    with pytest.raises(Unavailable, match=r"61.5 s; got for good; .*the same command goes on"):
+        search_of(gone, []).table(queries(2))
     assert len(gone.asked) == len(WAITS_S) + 1
 
 

@@ -26,6 +26,13 @@ case $host in
 10.0.0.7) echo "ssh: connect to host 10.0.0.7 port 22: No route to host" >&2; exit 255;;
 10.0.0.8) echo "sh: 1: python3: not found" >&2; exit 127;;
 10.0.0.9) echo "no JSON"; exit 0;;
+10.0.1.*) # silent hosts, which give up once three of them are asked
+    touch %(homes)s/asked-$host
+    for each in $(seq 200); do
+        test $(ls %(homes)s | grep -c asked-) -lt 3 || { echo "timed out" >&2; exit 255; }
+        sleep 0.1
+    done
+    echo "asked alone" >&2; exit 255;;
 esac
 export HOME=%(homes)s/$host
 exec %(python)s -S -c "
@@ -121,8 +128,9 @@ def test_hosts_that_have_everything_are_ready(rig: Rig, check) -> None:
     assert "FAIL" not in out
     assert "2 hosts are ready for `ray up" in out
     assert list(rig.store.iterdir()) == [], "the probe is removed"
-    words = rig.log.read_text().splitlines()[0].split()
-    assert words[-3:] == ["me@10.0.0.1", "python3", "-"]
+    asked = [line.split() for line in rig.log.read_text().splitlines()]
+    words = next(line for line in asked if line[-3] == "me@10.0.0.1")
+    assert words[-2:] == ["python3", "-"]
     assert words[words.index("-i") + 1] == str(rig.own / "key")
     assert "StrictHostKeyChecking=no" in words
     assert "BatchMode=yes" in words
@@ -144,6 +152,19 @@ def test_the_host_and_the_step_that_fail_are_named(
     assert code == 3
     assert re_found(f"FAIL +{said}", out), out
     assert not re_found("FAIL +host 10.0.0.1", out)
+
+
+def test_silent_hosts_are_asked_together_and_nothing_is_concluded_from_the_others(
+    rig: Rig, check
+) -> None:
+    rig.host("10.0.0.1", "program = program.replace('len(os.sched_getaffinity(0))', '1')")
+    silent = [f"10.0.1.{number}" for number in range(1, 4)]
+    code, out = check(rig.launch_file(*silent, "10.0.0.1"), "cluster.cpus_per_shard=2")
+    assert code == 3
+    for address in silent:
+        assert re_found(f"FAIL +host {address}: ssh: ssh does not work; got timed out", out), out
+    assert re_found("warn +placement: .*3 of 4 hosts did not answer", out), out
+    assert not re_found("FAIL +(placement|host 10.0.0.1)", out), out
 
 
 def raising(number: int, text: str) -> str:
@@ -226,7 +247,7 @@ def test_without_a_token_here_ray_up_cannot_bring_one(rig: Rig, check) -> None:
     shutil.rmtree(rig.own / ".ray")
     code, out = check(rig.launch_file("10.0.0.1"))
     assert code == 3
-    assert re_found("FAIL +token here: .*no token.*`ray get-auth-token --generate`", out)
+    assert re_found("FAIL +token here: .*no token.*umask 077; ray get-auth-token --generate", out)
 
 
 def test_cores_and_replicas_are_compared_with_the_hosts(rig: Rig, check) -> None:
@@ -238,7 +259,8 @@ def test_cores_and_replicas_are_compared_with_the_hosts(rig: Rig, check) -> None
     assert code == 0, out
     code, out = check(path, "cluster.shards=4", "cluster.cpus_per_shard=4")
     assert code == 3
-    assert re_found("FAIL +placement: .*each of which reserves 4 CPUs", out), out
+    small = "reserves 4 CPUs; CPUs of the others: 10.0.0.1 2, 10.0.0.2 2"
+    assert re_found(f"FAIL +placement: .*each of which {small}", out), out
     code, out = check(path, "cluster.replicas=3")
     assert code == 3
     assert re_found("FAIL +placement: .*3 replicas.*2 of 2 hosts", out), out

@@ -109,7 +109,7 @@ def test_what_the_disk_refuses_has_its_number_whoever_writes(
         else:
             with staged_folder(target) as staging:
                 write(staging / "file")
-    assert raised.value.errno == errno.EFBIG
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(tmp_path))
     assert names(tmp_path) == []
 
 

@@ -131,7 +131,7 @@ def test_a_clock_is_compared_with_the_times_before_and_after() -> None:
 
 def test_a_host_that_says_nothing_is_named() -> None:
     (check,) = check_silent({"10.0.0.3": "nothing within 60 s"})
-    assert "host 10.0.0.3: no process could be started there; got nothing" in str(check)
+    assert "host 10.0.0.3: reachable: no process could be started there; got nothing" in str(check)
     assert check.verdict is Verdict.FAIL
 
 
@@ -181,11 +181,11 @@ def test_memory_is_compared_host_by_host() -> None:
     def verdicts(*sizes: FreeMemory) -> list[tuple[Verdict, str]]:
         named = {f"10.0.0.{number}": size for number, size in enumerate(sizes, 1)}
         checks = check_rooms(hosts_of(2, 2), wanted, named, loaded, cache_bytes=0)
-        return [(check.verdict, check.text) for check in checks]
+        return [(check.verdict, str(check)) for check in checks]
 
     (first, _), (second, text) = verdicts(memory(8000), memory(500))
     assert (first, second) == (Verdict.OK, Verdict.FAIL)
-    assert "host 10.0.0.2: the shards placed there do not fit" in text
+    assert "host 10.0.0.2: memory: the shards placed there do not fit" in text
     assert "expected at least 2 shards = 600 MiB; got 500 MiB free" in text
     (_, _), (second, text) = verdicts(memory(8000), memory(700))
     assert second is Verdict.WARN

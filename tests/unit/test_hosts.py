@@ -80,6 +80,7 @@ def test_a_host_without_cpus_holds_nothing_and_no_reservation_needs_none() -> No
     reason = fits(hosts(0, 2), shards=4, replicas=2, cpus_per_shard=0)
     assert reason == (
         "2 replicas of each shard are on as many different hosts, and 1 of 2 hosts can hold a shard"
+        "; CPUs of the others: 10.0.0.0 0"
     )
 
 

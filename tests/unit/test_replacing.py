@@ -103,7 +103,8 @@ def test_with_fewer_hosts_than_replicas_there_are_fewer_and_the_table_says_so() 
     assert_whole(now)
     (note,) = now.tables[-1].notes
     assert note.text == (
-        "1 instead of 2 replicas of shards 0, 1, 2, 3: the living hosts have no room for more (ha)"
+        "1 instead of 2 replicas of shards 0, 1, 2, 3: "
+        "replicas of a shard are on different hosts, and 1 lives (ha)"
     )
     since = len(now.tables)
     now.nodes.append("d")

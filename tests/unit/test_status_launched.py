@@ -80,7 +80,7 @@ def test_hosts_routers_and_replicas_are_shown(status) -> None:
     assert "10.0.0.10 no none none" in lines
     assert "0 3 10.0.0.2 17 no staying primary 1,200 34" in lines
     assert "shard 0, replica 3: not_found: no such folder" in lines
-    assert "warning: unavailable: fewer hosts than replicas" in lines
+    assert "warning: fewer hosts than replicas" in lines
     assert "generation 1" in lines
 
 
