@@ -1,6 +1,6 @@
 """A job in this process: all shards in memory if they fit, else pass by pass over groups of them.
 
-A thread reads ahead; every core answers a block of its own, from its search to its part.
+A thread reads ahead; every core searches a block of its own, and others write what was found.
 """
 
 import shutil
@@ -20,7 +20,7 @@ from shardline.cluster.batch.loaded_shards import (
 )
 from shardline.cluster.batch.parked_blocks import ParkedBlocks, parked_bytes
 from shardline.cluster.batch.part_files import OutputFolder
-from shardline.cluster.batch.pipeline import BlockWorkers, Result, ahead, finished_table
+from shardline.cluster.batch.pipeline import BlockWorkers, ahead, finished_table
 from shardline.cluster.batch.queries import Queries, QuerySource
 from shardline.cluster.batch.result_columns import ItemColumns
 from shardline.cluster.batch.spans import Span, waves_of
@@ -58,7 +58,7 @@ class BatchPlan:
         k = job.wanted.searched_k
         attributes = COPIES * int(job.block_rows * job.wanted.k * self.attribute_bytes)
         blocks = block_bytes(job.block_rows, self.manifest.dim, k, shards, workers)
-        return blocks + workers * attributes
+        return blocks + workers * attributes  # read by the workers that write
 
 
 def columns_of(
@@ -99,12 +99,15 @@ def run_local(
             plan.source.keep_vectors(loaded)
         parts.begin()
 
-        def answer(span: Span, queries: Queries) -> FileEntry:
-            return write(span, queries, _search(loaded, queries, plan))
+        def search(span: Span, queries: Queries) -> Ranked:
+            return _search(loaded, queries, plan)
 
-        with _workers(plan, len(todo), room, answer, parts.written) as workers:
+        workers, threads = _division(plan, len(todo), room)
+        with BlockWorkers(
+            workers, threads, search=search, finish=write, done=parts.written
+        ) as blocks:
             for span, queries in ahead(plan.source.read(todo)):
-                workers.put(span, queries)
+                blocks.put(span, queries)
         return 1
     _keep_item_vectors(plan, parts.progress)
     parts.begin()
@@ -148,8 +151,10 @@ class _Wave:
         """Every block by one group of shards; the last group's results are parts."""
         loaded = _load(self.plan, self.groups[place], self.parts.progress)
 
-        def answer(span: Span, queries: Queries) -> FileEntry | None:
-            ranked = _search(loaded, queries, self.plan)
+        def search(span: Span, queries: Queries) -> Ranked:
+            return _search(loaded, queries, self.plan)
+
+        def finish(span: Span, queries: Queries, ranked: Ranked) -> FileEntry | None:
             if place:
                 ranked = merge_parts([self.parked.kept(span), ranked])
             if place < len(self.groups) - 1:
@@ -166,20 +171,10 @@ class _Wave:
             stage, at = f"pass {place + 1} of {len(self.groups)}", self.spans.index(span) + 1
             self.parts.progress(stage, at, len(self.spans))
 
-        with _workers(self.plan, len(self.spans), self.room, answer, done) as workers:
+        workers, threads = _division(self.plan, len(self.spans), self.room)
+        with BlockWorkers(workers, threads, search=search, finish=finish, done=done) as blocks:
             for span, queries in ahead(_blocks(self.plan, self.spans, self.parked, place)):
-                workers.put(span, queries)
-
-
-def _workers(
-    plan: BatchPlan,
-    blocks: int,
-    room: Room,
-    work: Callable[[Span, Queries], Result],
-    done: Callable[[Span, Result], None],
-) -> BlockWorkers[Result]:
-    workers, threads = _division(plan, blocks, room)
-    return BlockWorkers(workers, threads, work, done)
+                blocks.put(span, queries)
 
 
 def _division(plan: BatchPlan, blocks: int, room: Room) -> tuple[int, int]:

@@ -1,17 +1,18 @@
 """How fast a job asks a cluster that others use: from the times of its own requests. Pure.
 
-One request is in flight at any time, so an online query that meets one waits for that one at most:
-what it costs others is bounded by the length of a request, and how often by the share of the time
-in which one is under way (the duty cycle). Both follow what the job sees of others:
+One request is in flight at any time. What a job costs others is then a matter of the share of the
+time in which one is under way, its duty cycle: an online query that meets one shares the cores
+with it, or waits for it. Alone on a cluster a job takes all of the time, with large requests;
+beside others, LEAST_DUTY of it, with requests that take at most SHARED_LENGTH single queries.
 
-- its own requests take longer when others are searched at the same time. ``floor`` is what a
-  request of a size takes undisturbed: the fastest eighth of those lately, which even a cluster
-  at half its capacity leaves alone;
-- a request above DISTURBED times its floor has met somebody. After WINDOW requests their share is
-  looked at: above MOST_DISTURBED the job halves its requests, and then its duty cycle; below half
-  of that it doubles, the duty cycle first.
+Others are seen by what they add to the job's own requests. ``floor`` is what a request of a size
+takes undisturbed: the fastest eighth of those lately. A request has met somebody if it took longer
+than its floor by half of a single query's, and by what the floor itself is uncertain. After WINDOW
+requests their share is looked at: above MOST_DISTURBED the duty cycle is halved, below half of that
+it is doubled, and once it is whole, so is the size.
 
-It starts slow. A job alone on a cluster reaches its full rate within a few seconds.
+It starts slow. A job alone on a cluster reaches its full rate within a few seconds. Others who ask
+so rarely that a window hardly ever meets one are not seen, and each of their queries meets the job.
 """
 
 from bisect import bisect_left, bisect_right
@@ -19,10 +20,12 @@ from collections import deque
 
 WINDOW = 20  # requests between two decisions
 FLOOR_WINDOW = 200  # requests of a size that its floor is taken from
-DISTURBED = 1.5
-MOST_DISTURBED = 0.2  # of a window; an undisturbed machine shows about a tenth
+MET = 0.5  # of a single query's floor, which a request takes longer that has met another
+UNCERTAIN = 0.1  # of a floor: requests that meet nobody differ by that much
+MOST_DISTURBED = 0.1  # of a window
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # queries per request
-LEAST_DUTY = 1 / 64  # a job goes on, however busy the cluster is
+LEAST_DUTY = 1 / 16  # a job goes on, however busy the cluster is
+SHARED_LENGTH = 2.0  # single queries that a request takes beside others
 MAX_PAUSE_S = 2.0
 
 
@@ -32,7 +35,7 @@ class Pace:
     def __init__(self, most: int = SIZES[-1]) -> None:
         """most: queries that a request may have."""
         self._place, self._last = 0, max(0, bisect_right(SIZES, most) - 1)
-        self.duty = LEAST_DUTY * 8
+        self.duty = LEAST_DUTY
         self._times: dict[int, deque[float]] = {}
         self._window: list[tuple[int, float]] = []
 
@@ -66,16 +69,29 @@ class Pace:
         return times[len(times) // 8]
 
     def _decide(self) -> None:
-        disturbed = sum(seconds > DISTURBED * self.floor(size) for size, seconds in self._window)
-        share = disturbed / len(self._window)
+        met = sum(map(self._has_met, self._window)) / len(self._window)
         self._window.clear()
-        if share > MOST_DISTURBED:
-            if self._place:
-                self._place -= 1
-            else:
-                self.duty = max(LEAST_DUTY, self.duty / 2)
-        elif share <= MOST_DISTURBED / 2:
+        if met > MOST_DISTURBED:
+            self.duty = max(LEAST_DUTY, self.duty / 2)
+            self._place = min(self._place, self._shared_place)
+        elif met <= MOST_DISTURBED / 2:
             if self.duty < 1:
                 self.duty = min(1.0, self.duty * 2)
             else:
                 self._place = min(self._place + 1, self._last)
+
+    @property
+    def _single(self) -> float:
+        """The floor of a single query, or of the least that was asked."""
+        return self.floor(min(self._times))
+
+    @property
+    def _shared_place(self) -> int:
+        """Of the largest size for beside others, among those that were asked."""
+        limit = SHARED_LENGTH * self._single
+        fitting = (size for size in self._times if self.floor(size) <= limit)
+        return SIZES.index(max(fitting))
+
+    def _has_met(self, request: tuple[int, float]) -> bool:
+        size, seconds = request
+        return seconds > (1 + UNCERTAIN) * self.floor(size) + MET * self._single

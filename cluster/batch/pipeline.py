@@ -1,4 +1,4 @@
-"""Threads of a job in one process: one reads ahead, each of the others answers a block."""
+"""Threads of a job in one process: one reads ahead, others search and write a block each."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ from typing import Generic, Self, TypeVar
 
 import pyarrow as pa
 
-from shardline.cluster.batch.loaded_shards import READ_AHEAD
+from shardline.cluster.batch.loaded_shards import READ_AHEAD, blocks_in_flight
 from shardline.cluster.batch.queries import Queries
 from shardline.cluster.batch.result_columns import Columns, result_table
 from shardline.cluster.batch.spans import Span
@@ -17,6 +17,7 @@ from shardline.shards.core.schema import Ranked
 from shardline.shards.index.main_index import set_search_threads
 
 Item = TypeVar("Item")
+Found = TypeVar("Found")
 Result = TypeVar("Result")
 
 
@@ -33,11 +34,11 @@ def ahead(items: Iterator[Item], depth: int = READ_AHEAD) -> Iterator[Item]:
             yield item  # type: ignore[misc]  # ``end`` is told apart by identity
 
 
-class BlockWorkers(Generic[Result]):
-    """Threads that answer a block each, from its search to what becomes of it.
-
-    A thread per block, and not all threads for one block: then nobody waits for the slowest at the
-    end of each search, nor while a part is written.
+class BlockWorkers(Generic[Found, Result]):
+    """Threads that search a block each, and as many that finish one: merge with what is parked,
+    write and fsync. A thread per block, and not all threads for one block: then nobody waits for
+    the slowest at the end of each search. Two kinds of threads: then no core is idle while a disk
+    is waited for.
 
     Use as a context manager: at its end all that was put is done. An error of a block is raised by
     a later ``put`` or at the end.
@@ -47,16 +48,20 @@ class BlockWorkers(Generic[Result]):
         self,
         workers: int,
         threads: int,
-        work: Callable[[Span, Queries], Result],
+        *,
+        search: Callable[[Span, Queries], Found],
+        finish: Callable[[Span, Queries, Found], Result],
         done: Callable[[Span, Result], None],
     ) -> None:
-        """threads: of faiss, per worker."""
-        self._work, self._done = work, done
-        self._most = workers + 1  # one waits, so that no worker does
-        self._pool = ThreadPoolExecutor(
+        """workers: of each kind. threads: of faiss, per worker. done: called in the thread of
+        ``put``, in the order of the blocks."""
+        self._search, self._finish, self._done = search, finish, done
+        self._most = blocks_in_flight(workers)
+        self._searchers = ThreadPoolExecutor(
             workers, initializer=set_search_threads, initargs=(threads,)
         )
-        self._pending: deque[tuple[Span, Future[Result]]] = deque()
+        self._finishers = ThreadPoolExecutor(workers)
+        self._pending: deque[tuple[Span, Future[Future[Result]]]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -71,17 +76,22 @@ class BlockWorkers(Generic[Result]):
             while self._pending and error is None:
                 self._collect()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._searchers.shutdown(cancel_futures=True)
+            self._finishers.shutdown(cancel_futures=True)
 
     def put(self, span: Span, queries: Queries) -> None:
-        """The next block; waits while all workers are busy."""
+        """The next block; waits while too many are under way."""
         while len(self._pending) >= self._most:
             self._collect()
-        self._pending.append((span, self._pool.submit(self._work, span, queries)))
+        self._pending.append((span, self._searchers.submit(self._answer, span, queries)))
+
+    def _answer(self, span: Span, queries: Queries) -> Future[Result]:
+        found = self._search(span, queries)
+        return self._finishers.submit(self._finish, span, queries, found)
 
     def _collect(self) -> None:
         span, future = self._pending.popleft()
-        self._done(span, future.result())
+        self._done(span, future.result().result())
 
 
 def finished_table(queries: Queries, ranked: Ranked, k: int, columns: Columns | None) -> pa.Table:

@@ -75,6 +75,11 @@ def set_search_threads(threads: int) -> None:
     faiss.omp_set_num_threads(threads)
 
 
+def search_threads() -> int:
+    """How many threads a search of the calling thread uses."""
+    return int(faiss.omp_get_max_threads())
+
+
 class MainIndex:
     """One faiss index, on a CPU or a GPU; ``defaults`` fill what a request leaves open.
 
@@ -207,6 +212,18 @@ class MainIndex:
                 expected=f"values within ±{self._largest_value:g}",
                 got=f"{largest:g}",
             )
+
+    def by_list(self, queries: FloatArray) -> IdArray | None:
+        """An order (n,) of queries (n, dim) in which those of one nearest list follow each other;
+        None where the index has no lists on a CPU, or transforms queries before it chooses one.
+
+        Searched in this order, queries find the codes and the copies that they share in a cache.
+        """
+        layers = self._layers
+        if not layers.is_ivf or layers.transform is not None or self._device is not Device.CPU:
+            return None
+        nearest = layers.base.quantizer.assign(queries, 1)[:, 0]
+        return np.argsort(nearest, kind="stable")
 
     @property
     def _takes_selector(self) -> bool:

@@ -257,14 +257,34 @@ def test_alone_a_job_reaches_its_full_rate() -> None:
     assert pace.took(64, 0.01) == 0
 
 
+def undisturbed(size: int, number: int) -> float:
+    return 0.001 + size * 1e-4
+
+
 def test_beside_others_it_slows_down_and_comes_back() -> None:
     pace = Pace()
-    run_pace(pace, lambda size, number: 0.001, 12)
-    run_pace(pace, lambda size, number: 0.001 * (1 + number % 2), 15)
-    assert (pace.size, pace.duty) == (1, LEAST_DUTY)
-    assert pace.took(1, 0.001) == pytest.approx(0.063)
-    run_pace(pace, lambda size, number: 0.001, 15)
+    run_pace(pace, undisturbed, 12)
     assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
+    # every third request meets a query, which adds the same however large the request is
+    run_pace(pace, lambda size, number: undisturbed(size, number) + 0.002 * (number % 3 == 0), 15)
+    assert (pace.size, pace.duty) == (8, LEAST_DUTY)  # .0018 s, below two single queries
+    assert pace.took(8, 0.002) == pytest.approx(0.002 * (1 / LEAST_DUTY - 1))
+    run_pace(pace, undisturbed, 15)
+    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
+
+
+def test_requests_that_differ_a_little_have_met_nobody() -> None:
+    pace = Pace()
+    run_pace(pace, lambda size, number: undisturbed(size, number) * (1 + number % 2 / 10), 12)
+    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
+
+
+def test_a_size_that_was_never_asked_has_no_floor() -> None:
+    pace = Pace()
+    for number in range(20 * WINDOW):  # blocks of two queries
+        pace.took(min(pace.size, 2), 0.001 if number < 15 * WINDOW else 0.002 * (1 + number % 2))
+    assert pace.duty == LEAST_DUTY
+    assert pace.size <= 2
 
 
 def test_a_refusal_is_the_slowest_pace() -> None:
