@@ -6,7 +6,9 @@ a watcher, a process that does nothing until
 
 - HAProxy dies, by itself, by a signal, or because its manager has died: then the watcher starts
   HAProxy again, with the same configuration but another admin socket. Ray's own check goes on
-  failing, the manager is replaced, and the next HAProxy takes over from the substitute.
+  failing, the manager is replaced, and the next HAProxy takes over from the substitute. The watcher
+  holds copies of HAProxy's listening sockets (``haproxy_sockets``): nobody is refused meanwhile,
+  new connections wait for the substitute.
 - the raylet dies, and with it everything that could answer: then HAProxy ends as well.
 
 HAProxy itself ends with its manager, and a substitute with its watcher (PR_SET_PDEATHSIG), so
@@ -20,6 +22,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardline.router.serve.haproxy import ADMIN_SOCKET, BIND, has_servers
+from shardline.router.serve.haproxy_sockets import ListeningSockets, offering
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PF_EXITING = 0x4  # linux/sched.h
@@ -41,8 +45,9 @@ POLL_S = 0.1
 ANSWERS_WITHIN_S = 5.0  # as long as Ray waits for an answer from the admin socket
 RESTART_S = 0.2  # between two substitutes, should they end too
 # Files beside the configuration, where only this session's HAProxy looks. One letter for the
-# socket, as long as Ray's own: HAProxy takes paths of 97 bytes.
+# sockets, as long as Ray's own: HAProxy takes paths of 97 bytes.
 SUBSTITUTE_SOCKET = "h"
+HANDED_OVER_SOCKET = "l"
 SUBSTITUTE_CONFIG = "substitute.cfg"
 SUBSTITUTE_PID = "substitute.pid"
 NEWEST_PID = "newest.pid"
@@ -113,12 +118,13 @@ class Watched:
         """Returns when there is nothing left to watch over."""
         if not self._serves():
             return  # whoever started it is told why by HAProxy itself
+        sockets = self._listening_sockets()
         ended = _wait(self.process, self.owner)
         if self.owner in ended:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.process, signal.SIGKILL)
         elif not self._is_followed() and has_servers(self.text):
-            self._replace()
+            self._replace(sockets)
 
     def _serves(self) -> bool:
         """Waits until HAProxy answers on its admin socket; False if it ends before.
@@ -131,18 +137,26 @@ class Watched:
                 return True
         return False
 
+    def _listening_sockets(self) -> ListeningSockets:
+        """Copies of HAProxy's; none if it does not give them: a substitute then opens its own."""
+        try:
+            return ListeningSockets.of(_admin_socket(self.text))
+        except OSError as error:
+            _report("connections will be refused while HAProxy is replaced", error)
+            return ListeningSockets()
+
     def _is_followed(self) -> bool:
         """Whether a reload has started another HAProxy, which lives."""
         newest = _noted(self.config.parent / NEWEST_PID, self.config)
         return newest not in (None, self.pid)
 
-    def _replace(self) -> None:
+    def _replace(self, sockets: ListeningSockets) -> None:
         """Runs substitutes until HAProxy is there again, or is wanted no more."""
         since = time.monotonic()
         manager_lived = not (_wait(self.manager, for_s=0) or _is_ending(self.manager_pid))
         note = self.config.parent / SUBSTITUTE_PID
         while (left_s := since + REPLACED_WITHIN_S - time.monotonic()) > 0:
-            with self._substitute() as (pid, process):
+            with self._substitute(sockets) as (pid, process):
                 _note(note, pid)
                 watched = [process, self.owner]
                 if manager_lived:
@@ -159,20 +173,19 @@ class Watched:
             _wait(self.owner, for_s=RESTART_S)
 
     @contextlib.contextmanager
-    def _substitute(self) -> Iterator[tuple[int, int]]:
+    def _substitute(self, sockets: ListeningSockets) -> Iterator[tuple[int, int]]:
         """HAProxy as a child; (pid, descriptor). Ended at the end, softly if it was followed."""
         folder = self.config.parent
         config = folder / SUBSTITUTE_CONFIG
         config.write_text(_with_admin_socket(self.text, str(folder / SUBSTITUTE_SOCKET)))
-        watcher = os.getpid()
-        pid = os.fork()
-        if pid == 0:
+        path = folder / HANDED_OVER_SOCKET
+        with offering(path) as offer:
+            pid = self._start("-db", "-dR", "-f", str(config), "-x", str(path))
+            process = os.pidfd_open(pid)
             try:
-                _end_with_parent(signal.SIGKILL, watcher)
-                os.execv(self.binary, ["haproxy", "-db", "-dR", "-f", str(config)])
-            finally:
-                os._exit(1)
-        process = os.pidfd_open(pid)
+                sockets.hand_over(offer, process)
+            except OSError as error:  # then HAProxy ends, and the next one is started
+                _report("the substitute of HAProxy got no sockets", error)
         try:
             yield pid, process
         finally:
@@ -182,11 +195,28 @@ class Watched:
             os.close(process)
             os.waitpid(pid, 0)
 
+    def _start(self, *arguments: str) -> int:
+        """HAProxy as a child that ends with this process; its pid."""
+        watcher = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _end_with_parent(signal.SIGKILL, watcher)
+                os.execv(self.binary, ["haproxy", *arguments])
+            finally:
+                os._exit(1)
+        return pid
+
 
 def _wait(*processes: int, for_s: float | None = None) -> list[int]:
     """Those of the descriptors whose process has ended; returns once there is one, or in time."""
     ended, _, _ = select.select(processes, [], [], for_s)
     return ended
+
+
+def _report(what: str, error: OSError) -> None:
+    """To where Ray has HAProxy write."""
+    sys.stderr.write(f"{what}: {error}\n")
 
 
 def _is_ending(pid: int) -> bool:
