@@ -29,7 +29,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardline.router.serve.haproxy import ADMIN_SOCKET, BIND, has_servers
+from shardline.router.serve.haproxy import has_servers
+from shardline.router.serve.haproxy_follow import (
+    NEWEST_PID,
+    SUBSTITUTE_CONFIG,
+    SUBSTITUTE_PID,
+    SUBSTITUTE_SOCKET,
+    admin_socket,
+    note_pid,
+    noted_pid,
+    with_admin_socket,
+)
 from shardline.router.serve.haproxy_sockets import ListeningSockets, offering
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -44,29 +54,7 @@ STARTS_WITHIN_S = 30.0  # as long as Ray gives HAProxy
 POLL_S = 0.1
 ANSWERS_WITHIN_S = 5.0  # as long as Ray waits for an answer from the admin socket
 RESTART_S = 0.2  # between two substitutes, should they end too
-# Files beside the configuration, where only this session's HAProxy looks. One letter for the
-# sockets, as long as Ray's own: HAProxy takes paths of 97 bytes.
-SUBSTITUTE_SOCKET = "h"
-HANDED_OVER_SOCKET = "l"
-SUBSTITUTE_CONFIG = "substitute.cfg"
-SUBSTITUTE_PID = "substitute.pid"
-NEWEST_PID = "newest.pid"
-
-
-def taken_over(config: Path, text: str) -> tuple[str, list[str]]:
-    """The configuration to start with and HAProxy's arguments for it, where a substitute runs.
-
-    The substitute's configuration as long as Ray knows no server, if it listens where this one
-    does.
-    """
-    folder = config.parent
-    pid = _noted(folder / SUBSTITUTE_PID, folder / SUBSTITUTE_CONFIG)
-    if pid is None:
-        return text, []
-    known = (folder / SUBSTITUTE_CONFIG).read_text()
-    if not has_servers(text) and BIND.findall(text) == BIND.findall(known):
-        text = _with_admin_socket(known, _admin_socket(text))
-    return text, ["-sf", str(pid), "-x", str(folder / SUBSTITUTE_SOCKET)]
+HANDED_OVER_SOCKET = "l"  # as short as those of haproxy_follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +91,7 @@ class Watched:
         Raises:
             OSError: the manager has ended already.
         """
-        _note(self.config.parent / NEWEST_PID, self.pid)
+        note_pid(self.config.parent / NEWEST_PID, self.pid)
         if os.fork() == 0:
             os.setsid()  # out of reach of signals to Ray's process groups
             try:
@@ -133,21 +121,21 @@ class Watched:
         """
         deadline = time.monotonic() + STARTS_WITHIN_S
         while not _wait(self.process, self.owner, for_s=POLL_S):
-            if _pid_behind(_admin_socket(self.text)) == self.pid or time.monotonic() > deadline:
+            if _pid_behind(admin_socket(self.text)) == self.pid or time.monotonic() > deadline:
                 return True
         return False
 
     def _listening_sockets(self) -> ListeningSockets:
         """Copies of HAProxy's; none if it does not give them: a substitute then opens its own."""
         try:
-            return ListeningSockets.of(_admin_socket(self.text))
+            return ListeningSockets.of(admin_socket(self.text))
         except OSError as error:
             _report("connections will be refused while HAProxy is replaced", error)
             return ListeningSockets()
 
     def _is_followed(self) -> bool:
         """Whether a reload has started another HAProxy, which lives."""
-        newest = _noted(self.config.parent / NEWEST_PID, self.config)
+        newest = noted_pid(self.config.parent / NEWEST_PID, self.config)
         return newest not in (None, self.pid)
 
     def _replace(self, sockets: ListeningSockets) -> None:
@@ -157,7 +145,7 @@ class Watched:
         note = self.config.parent / SUBSTITUTE_PID
         while (left_s := since + REPLACED_WITHIN_S - time.monotonic()) > 0:
             with self._substitute(sockets) as (pid, process):
-                _note(note, pid)
+                note_pid(note, pid)
                 watched = [process, self.owner]
                 if manager_lived:
                     ended = _wait(*watched, self.manager, for_s=ORDERLY_S)
@@ -177,7 +165,7 @@ class Watched:
         """HAProxy as a child; (pid, descriptor). Ended at the end, softly if it was followed."""
         folder = self.config.parent
         config = folder / SUBSTITUTE_CONFIG
-        config.write_text(_with_admin_socket(self.text, str(folder / SUBSTITUTE_SOCKET)))
+        config.write_text(with_admin_socket(self.text, str(folder / SUBSTITUTE_SOCKET)))
         path = folder / HANDED_OVER_SOCKET
         with offering(path) as offer:
             pid = self._start("-db", "-dR", "-f", str(config), "-x", str(path))
@@ -259,23 +247,12 @@ def _parent(pid: int) -> int:
     return int(status.split("\nPPid:")[1].split("\n")[0])
 
 
-def _admin_socket(text: str) -> str:
-    found = ADMIN_SOCKET.search(text)
-    if found is None:
-        raise ValueError("Ray's HAProxy configuration has changed: no line 'stats socket'")
-    return found[1]
-
-
-def _with_admin_socket(text: str, path: str) -> str:
-    return text.replace(f" stats socket {_admin_socket(text)} ", f" stats socket {path} ", 1)
-
-
-def _pid_behind(admin_socket: str) -> int | None:
+def _pid_behind(path: str) -> int | None:
     """The process that answers on HAProxy's admin socket; None where none does."""
     with socket.socket(socket.AF_UNIX) as opened:
         opened.settimeout(ANSWERS_WITHIN_S)
         try:
-            opened.connect(admin_socket)
+            opened.connect(path)
             opened.sendall(b"show info\n")
             answer = b""
             while part := opened.recv(1 << 16):
@@ -286,19 +263,3 @@ def _pid_behind(admin_socket: str) -> int | None:
         if line.startswith("Pid: "):
             return int(line.removeprefix("Pid: "))
     return None
-
-
-def _note(path: Path, pid: int) -> None:
-    temporary = path.with_suffix(f".{pid}")
-    temporary.write_text(str(pid))
-    temporary.replace(path)
-
-
-def _noted(path: Path, config: Path) -> int | None:
-    """The process noted there, if it lives and is a HAProxy of this configuration."""
-    try:
-        pid = int(path.read_text())
-        named = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError):
-        return None
-    return pid if os.fsencode(config) in named else None

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import pytest
 
 from shardline.cluster.serving.ray_session import free_port
 from shardline.router.router_config import RouterConfig
-from shardline.router.serve import haproxy_watch
+from shardline.router.serve import haproxy_follow, haproxy_watch
 from shardline.router.serve.haproxy_start import launcher
 from tests.haproxy_in_front import LIMITS, rendered
 from tests.live_router import running_router
@@ -290,5 +290,36 @@ def test_a_reload_leaves_one_haproxy_and_nobody_is_refused(stand: Stand) -> None
             until(lambda: [p.pid for p in processes_of(stand.folder, "haproxy")] == [stand.haproxy])
         time.sleep(0.3)
     assert stand.haproxy != first
-    assert not (stand.folder / haproxy_watch.SUBSTITUTE_PID).exists()
+    assert not (stand.folder / haproxy_follow.SUBSTITUTE_PID).exists()
     assert not_connected == []
+
+
+def reloaded(stand: Stand, servers: Sequence[int], *, application: bool) -> None:
+    """Once HAProxy has followed itself, on a configuration of Ray's for these."""
+    port = int(stand.url.rpartition(":")[2])
+    rendered(stand.folder, port, servers, inter="1s", application=application)
+    stand.reload()
+    until(lambda: haproxy_watch._pid_behind(str(stand.folder / "a")) == stand.haproxy)
+    until(lambda: [p.pid for p in processes_of(stand.folder, "haproxy")] == [stand.haproxy])
+
+
+def test_routers_that_ray_has_lost_are_asked_as_long_as_they_answer(stand: Stand) -> None:
+    """A new controller of Serve may announce the application before it has found its replicas."""
+    with running_router(RouterConfig()) as router:
+        reloaded(stand, [int(router.url.rpartition(":")[2])], application=True)
+        until(lambda: status_of(stand.url) == 200)
+        with probing(stand.url) as prober:
+            for _ in range(2):
+                reloaded(stand, [], application=True)
+                time.sleep(0.2)
+        assert {status for _, status in prober.seen} == {200}
+    until(lambda: status_of(stand.url) == 503)
+
+
+def test_an_application_that_has_ended_is_not_kept(stand: Stand, router_port: int) -> None:
+    reloaded(stand, [], application=False)
+    assert status_of(stand.url) == 503
+    reloaded(stand, [], application=True)
+    assert status_of(stand.url) == 503
+    reloaded(stand, [router_port], application=True)
+    until(lambda: status_of(stand.url) == 200)
