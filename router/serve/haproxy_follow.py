@@ -28,7 +28,8 @@ from shardline.router.serve.haproxy import (
 SUBSTITUTE_SOCKET = "h"
 SUBSTITUTE_CONFIG = "substitute.cfg"
 SUBSTITUTE_PID = "substitute.pid"
-NEWEST_PID = "newest.pid"
+NEWEST_PID = "newest.pid"  # started last
+SERVING_PID = "serving.pid"  # the last that has served
 NEWEST_CONFIG = "newest.cfg"
 CHECK_TIMES = re.compile(r"^(    default-server .*) fall \d+( .*) inter \S+", re.MULTILINE)
 # Of a server that Ray does not name: one that Serve stops fails its checks for a second before it

@@ -32,6 +32,7 @@ from pathlib import Path
 from shardline.router.serve.haproxy import has_servers
 from shardline.router.serve.haproxy_follow import (
     NEWEST_PID,
+    SERVING_PID,
     SUBSTITUTE_CONFIG,
     SUBSTITUTE_PID,
     SUBSTITUTE_SOCKET,
@@ -106,6 +107,7 @@ class Watched:
         """Returns when there is nothing left to watch over."""
         if not self._serves():
             return  # whoever started it is told why by HAProxy itself
+        note_pid(self.config.parent / SERVING_PID, self.pid)
         sockets = self._listening_sockets()
         ended = _wait(self.process, self.owner)
         if self.owner in ended:
@@ -134,9 +136,14 @@ class Watched:
             return ListeningSockets()
 
     def _is_followed(self) -> bool:
-        """Whether a reload has started another HAProxy, which lives."""
-        newest = noted_pid(self.config.parent / NEWEST_PID, self.config)
-        return newest not in (None, self.pid)
+        """Whether another HAProxy has served since, or has been started and lives.
+
+        Should that one die, it has a watcher of its own.
+        """
+        folder = self.config.parent
+        newest = noted_pid(folder / NEWEST_PID, self.config)
+        has_served = int((folder / SERVING_PID).read_text()) != self.pid
+        return has_served or newest not in (None, self.pid)
 
     def _replace(self, sockets: ListeningSockets) -> None:
         """Runs substitutes until HAProxy is there again, or is wanted no more."""

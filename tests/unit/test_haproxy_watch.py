@@ -294,6 +294,25 @@ def test_a_reload_leaves_one_haproxy_and_nobody_is_refused(stand: Stand) -> None
     assert not_connected == []
 
 
+def test_one_that_still_answers_after_a_reload_gets_no_substitute(stand: Stand) -> None:
+    """The one that followed it is killed, and has its own."""
+    first = stand.haproxy
+    with socket.create_connection(("127.0.0.1", int(stand.url.rpartition(":")[2]))) as unfinished:
+        unfinished.sendall(b"GET /healthz HTTP/1.1\r\n")
+        time.sleep(0.2)
+        stand.reload()
+        until(lambda: haproxy_watch._pid_behind(str(stand.folder / "a")) == stand.haproxy)
+        time.sleep(2 * haproxy_watch.POLL_S)
+        assert psutil.pid_exists(first)
+        os.kill(stand.haproxy, 9)
+        until(lambda: (stand.folder / haproxy_follow.SUBSTITUTE_PID).exists())
+        substitute = int((stand.folder / haproxy_follow.SUBSTITUTE_PID).read_text())
+    until(lambda: [p.pid for p in processes_of(stand.folder, "haproxy")] == [substitute])
+    time.sleep(haproxy_watch.POLL_S)
+    assert [p.pid for p in processes_of(stand.folder, "haproxy")] == [substitute]
+    assert status_of(stand.url) == 200
+
+
 def reloaded(stand: Stand, servers: Sequence[int], *, application: bool) -> None:
     """Once HAProxy has followed itself, on a configuration of Ray's for these."""
     port = int(stand.url.rpartition(":")[2])
