@@ -50,21 +50,29 @@ class ListeningSockets:
             said, given, *_ = socket.recv_fds(
                 asked, MOST * SAID_BYTES, MOST, flags=socket.MSG_CMSG_CLOEXEC
             )
-            asked.sendall(COUNT.pack(len(given)))
+            sockets = cls._tcp_only(given, said)
+            try:
+                if len(given) != count or len(said) != count * SAID_BYTES:
+                    raise OSError(
+                        f"HAProxy gave {len(given)} of {count} sockets, with {len(said)} bytes on "
+                        f"them; expected all, with {SAID_BYTES} bytes on each"
+                    )
+                asked.sendall(COUNT.pack(len(given)))
+            except OSError:
+                sockets.close()
+                raise
+        return sockets
+
+    @classmethod
+    def _tcp_only(cls, given: list[int], said: bytes) -> Self:
+        """Closes the others."""
         kept = [number for number, each in enumerate(given) if _is_tcp(each)]
-        for each in set(given) - {given[number] for number in kept}:
-            os.close(each)
-        sockets = cls(
+        for number in set(range(len(given))) - set(kept):
+            os.close(given[number])
+        return cls(
             tuple(given[number] for number in kept),
             tuple(said[number * SAID_BYTES :][:SAID_BYTES] for number in kept),
         )
-        if len(given) != count or len(said) != count * SAID_BYTES:
-            sockets.close()
-            raise OSError(
-                f"HAProxy gave {len(given)} of {count} sockets, with {len(said)} bytes on them; "
-                f"expected all, with {SAID_BYTES} bytes on each"
-            )
-        return sockets
 
     def hand_over(self, offer: socket.socket, process: int) -> None:
         """Gives copies to the HAProxy that asks on this socket; process: its descriptor
