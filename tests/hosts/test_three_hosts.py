@@ -168,6 +168,7 @@ def test_a_killed_process_costs_what_it_was_answering(
     cost = setting.cost(name, actions, seconds=QUIET_S + 20)
     assert cost.failed <= may_fail
     assert cost.partial == 0
+    assert "ConnectionRefusedError" not in cost.failures
 
 
 @pytest.mark.parametrize("name", ["host-without-power", "host-cut-off"])
