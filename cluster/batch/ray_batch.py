@@ -14,7 +14,8 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import pyarrow as pa
 import ray
 from ray._private.state import available_resources_per_node  # no public call counts per host
 from ray.util.annotations import RayDeprecationWarning
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from shardline.cluster.batch.generation_items import GenerationItems
@@ -32,7 +33,6 @@ from shardline.cluster.batch.loaded_shards import LoadedShards, block_bytes, loa
 from shardline.cluster.batch.local_batch import BatchPlan
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import finished_table
-from shardline.cluster.batch.ray_reservation import reserved
 from shardline.cluster.batch.ray_room import HostRoom, StageCpus, StageNeed, planned_stages
 from shardline.cluster.batch.ray_tables import (
     NUMBER,
@@ -49,6 +49,7 @@ from shardline.shards.core.files import FileEntry
 from shardline.shards.index.main_index import set_search_threads
 
 NICENESS = 10  # of the stages: a shard that serves on the same host comes first
+RESERVED_WITHIN_S = 60
 SEEN_WITHIN_S = 65.0  # NFS remembers for up to a minute what a folder held
 FAILURE = "failure"  # the column of an error on its way to whoever waits for parts
 ROOM = 1.2  # memory that a stage reserves, as a multiple of what is counted
@@ -68,42 +69,32 @@ def run_on_ray(
     cpus: of all stages together; None: all that are free but one per host.
 
     Raises:
-        Unavailable: a stage has no room on any host, or lost the host that it had, or Ray failed.
-            DataError: a query that cannot be used, or a folder that is not shared by all hosts.
-            OSError: the disk is full.
+        Unavailable: a stage has no room on any host, or Ray failed. DataError: a query
+            that cannot be used, or a folder that is not shared by all hosts. OSError: the disk is
+            full.
     """
-    from ray.data.exceptions import ExecutionTimeoutError  # takes a second, needs the batch extra
-
     memory = stage_memory(plan)
     share, needs = planned_stages(free_hosts(), memory, cpus)
-    with reserved(needs) as reservation:
-        stages = _Stages(
-            plan=plan, output=output, share=share, needs=needs, places=reservation.group
-        )
-        try:
-            _answer(stages, todo, parts)
-        except (ray.exceptions.RayError, RuntimeError, ExecutionTimeoutError) as error:
-            if reservation.lost is not None:
-                raise reservation.lost from error
-            raise _reason_of(error) from error
-
-
-def _answer(stages: "_Stages", todo: Sequence[Span], parts: Parts) -> None:
-    if isinstance(stages.plan.source, GenerationItems):
-        _keep_item_vectors(stages)
-    parts.begin()
-    with warnings.catch_warnings():
-        # until Ray 2.64 stages get their place in a reservation this way
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        pipeline = _pipeline(stages, todo)
-    for row in pipeline.iter_rows():
-        if FAILURE in row:
-            raise pickle.loads(row[FAILURE])
-        entry = FileEntry(
-            name=row["name"], bytes=row["bytes"], sha256=row["sha256"], rows=row["rows"]
-        )
-        await_part(stages.output.path / entry.name)
-        parts.written(Span(row[NUMBER], row[START], row[STOP]), entry)
+    try:
+        with _reserved(needs) as places:
+            stages = _Stages(plan=plan, output=output, share=share, needs=needs, places=places)
+            if isinstance(plan.source, GenerationItems):
+                _keep_item_vectors(stages)
+            parts.begin()
+            with warnings.catch_warnings():
+                # until Ray 2.64 stages get their place in a reservation this way
+                warnings.simplefilter("ignore", RayDeprecationWarning)
+                pipeline = _pipeline(stages, todo)
+            for row in pipeline.iter_rows():
+                if FAILURE in row:
+                    raise pickle.loads(row[FAILURE])
+                entry = FileEntry(
+                    name=row["name"], bytes=row["bytes"], sha256=row["sha256"], rows=row["rows"]
+                )
+                await_part(output.path / entry.name)
+                parts.written(Span(row[NUMBER], row[START], row[STOP]), entry)
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise _reason_of(error) from error
 
 
 def free_hosts() -> list[HostRoom]:
@@ -166,8 +157,33 @@ class _Stages:
         return options | ({"memory": need.memory} if need.memory else {})
 
 
+@contextmanager
+def _reserved(needs: Sequence[StageNeed]) -> Iterator[PlacementGroup]:
+    """Room for all stages at once, or none.
+
+    Raises:
+        Unavailable: it was taken since it was counted.
+    """
+    bundles = [
+        {"CPU": need.cpus} | ({"memory": float(need.memory)} if need.memory else {})
+        for need in needs
+    ]
+    group = placement_group(bundles, strategy="PACK")
+    try:
+        if not group.wait(RESERVED_WITHIN_S):
+            raise Unavailable(
+                "the Ray cluster did not give the job its CPUs and memory",
+                expected=f"{sum(need.cpus for need in needs):g} CPUs within {RESERVED_WITHIN_S} s",
+                got="others have taken them meanwhile, or they lie on too many hosts",
+                hint="start it again, or give it fewer with --cpus",
+            )
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
 def _pipeline(stages: _Stages, todo: Sequence[Span]) -> Any:
-    import ray.data  # as in run_on_ray
+    import ray.data  # takes a second, and needs the batch extra
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()

@@ -27,13 +27,13 @@ NOT_RAYS = {
 }
 
 
-@contextlib.contextmanager
-def run_scenario(module: str) -> Iterator[Path]:
-    """The folder in which a module has run that starts a Ray of its own. Nothing of it is left."""
+@pytest.fixture(scope="module")
+def seen() -> Iterator[list[dict[str, Any]]]:
+    """What the scenario tells, in order. Nothing of it is left behind."""
     folder = Path(tempfile.mkdtemp(prefix="mh-"))  # short: Ray's sockets are below it
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     here = {"TMPDIR": str(folder), "RAY_TMPDIR": str(folder)}
-    command = [sys.executable, "-m", module, str(folder)]
+    command = [sys.executable, "-m", "tests.integration.many_hosts", str(folder)]
     try:
         with (folder / "output").open("wb") as output:
             done = subprocess.run(
@@ -47,19 +47,12 @@ def run_scenario(module: str) -> Iterator[Path]:
             )
         told = (folder / "output").read_text(errors="replace")[-3000:]
         assert done.returncode == 0, told
-        yield folder
+        yield [json.loads(line) for line in (folder / "seen").read_text().splitlines()]
         assert [process.cmdline() for process in processes_of(folder)] == []
     finally:
         for process in processes_of(folder):
             process.kill()
         shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def seen() -> Iterator[list[dict[str, Any]]]:
-    """What the scenario tells, in order."""
-    with run_scenario("tests.integration.many_hosts") as folder:
-        yield [json.loads(line) for line in (folder / "seen").read_text().splitlines()]
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

@@ -11,12 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shardline.cluster.batch import ray_reservation
 from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.part_files import claimed_folder
 from shardline.cluster.batch.queries import Queries, cut
 from shardline.cluster.batch.ray_batch import _Reader, await_part
-from shardline.cluster.batch.ray_reservation import Loss, Reservation
 from shardline.cluster.batch.ray_tables import spans_in
 from shardline.cluster.batch.spans import Span, spans_of
 from shardline.shards.core.errors import DataError
@@ -78,45 +76,6 @@ def test_parts_are_found_by_one_listing(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(Path, "exists", lambda path: asked.append(path.name) or exists(path))
         assert [span for span, _ in output.kept(spans)] == [spans[2]]
         assert asked == []
-
-
-def test_a_reservation_is_lost_when_it_was_not_whole_for_long() -> None:
-    loss = Loss()
-    looks = [
-        (True, 0),
-        (False, 5),
-        (False, 64),
-        (True, 70),
-        (False, 80),
-        (False, 139),
-        (False, 140),
-    ]
-    assert [loss.is_lost(is_whole, float(now)) for is_whole, now in looks] == [False] * 6 + [True]
-
-
-def test_a_watched_reservation_is_given_back_once_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    states, given_back = iter(["CREATED", *["RESCHEDULING"] * 9]), []
-    monkeypatch.setattr(
-        ray_reservation, "placement_group_table", lambda group: {"state": next(states)}
-    )
-    monkeypatch.setattr(ray_reservation, "remove_placement_group", given_back.append)
-    reservation = Reservation("the group")  # type: ignore[arg-type]
-    clock = iter(np.arange(0.0, 1000.0, 20.0).tolist())
-    reservation.watch(lambda seconds: False, clock.__next__)
-    assert given_back == ["the group"]
-    assert reservation.lost is not None
-    assert next(states) == "RESCHEDULING"  # five looks: at 0, 20, 40, 60 and 80 seconds
-
-
-def test_a_job_that_ends_is_no_longer_watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        ray_reservation, "placement_group_table", lambda group: {"state": "CREATED"}
-    )
-    waits = iter([False, False, True])
-    reservation = Reservation("the group")  # type: ignore[arg-type]
-    reservation.watch(lambda seconds: next(waits), lambda: 0.0)
-    assert reservation.lost is None
-    assert list(waits) == []
 
 
 def test_giving_way_twice_is_giving_way_once() -> None:
