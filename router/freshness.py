@@ -17,9 +17,10 @@ Seq: TypeAlias = tuple[int | None, ...]  # by shard; None: not known
 
 
 class Freshness:
-    """Of one generation. Times are seconds of any one clock."""
+    """Of one generation; None: none is served yet. Times are seconds of any one clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, generation: int | None) -> None:
+        self.generation = generation
         self._newest: Seq = ()
         self._confirmed_at = float("-inf")
 

@@ -101,7 +101,7 @@ class SearchService:
         self._searches = 0
         self._readiness = Readiness(self._fanout)
         self._cache = ResultCache(config.cache_bytes)
-        self._freshness = Freshness()  # of the generation served
+        self._freshness = Freshness(None)
         self.writes = WriteService(config, self._fanout, self.recorder, self._wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -117,9 +117,9 @@ class SearchService:
         else:
             encoder = await self._encoders.loaded(table)
         applied = await self._fanout.apply(table, encoder)
-        if applied and current is not None and current.table.generation != table.generation:
+        if applied and self._freshness.generation != table.generation:
             self._cache.clear()
-            self._freshness = Freshness()
+            self._freshness = Freshness(table.generation)
         return applied
 
     async def mend_encoder(self) -> bool:
@@ -303,8 +303,7 @@ class SearchService:
 
     def _wrote(self, generation: int, shard: int, seq: int) -> None:
         """A write of this router's was acknowledged."""
-        snapshot = self._fanout.snapshot
-        if snapshot is not None and snapshot.table.generation == generation:
+        if self._freshness.generation == generation:
             self._freshness.wrote(shard, seq)
 
     async def _answer(
@@ -395,8 +394,11 @@ class SearchService:
     ) -> Merged:
         """From the cache, or from the shards; k as the shards are asked."""
         merged: Merged | None = None
-        if self._cache.enabled:
-            asked_at, freshness = asyncio.get_running_loop().time(), self._freshness
+        freshness = self._freshness
+        # a query that began before another generation went live is answered by the old one's shards
+        is_current = freshness.generation == snapshot.table.generation
+        if self._cache.enabled and is_current:
+            asked_at = asyncio.get_running_loop().time()
             key = cache_key(snapshot.table.generation, vectors, k, query)
             merged = self._cache.get(key, freshness.seq_at(asked_at))
         if merged is None:
@@ -408,8 +410,10 @@ class SearchService:
                 options=query.options,
             )
             merged = await self._fanout.search(vectors, lane, deadline=deadline)
-            if self._cache.enabled and freshness.heard(merged.seq, asked_at):
-                self._cache.put(key, merged)
+            if self._cache.enabled and is_current:
+                is_newest = freshness.heard(merged.seq, asked_at)
+                if is_newest and freshness is self._freshness:  # else another generation is live
+                    self._cache.put(key, merged)
         return merged
 
 

@@ -99,7 +99,7 @@ class WriteAnswer:
 
     rows: different items of each request; duplicates: items that a later one of the same request
     has replaced. seq: of each shard, how many writes it has applied with this one, None where it
-    had no part in it; as ``min_seq`` of a search it leaves out replicas that lack the write.
+    had no part in it; a search that asks for these numbers goes to no replica that lacks the write.
     took_ms: milliseconds of the server, all requests together. request_id: the last one's.
     """
 

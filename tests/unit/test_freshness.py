@@ -7,11 +7,11 @@ from shardline.router.freshness import FRESH_S, Freshness
 
 
 def test_nothing_is_known_before_the_first_answer() -> None:
-    assert Freshness().seq_at(0.0) is None
+    assert Freshness(1).seq_at(0.0) is None
 
 
 def test_an_answer_confirms_the_numbers_for_a_while() -> None:
-    freshness = Freshness()
+    freshness = Freshness(1)
     assert freshness.heard((3, 4), asked_at=10.0)
     assert freshness.seq_at(10.0 + FRESH_S) == (3, 4)
     assert freshness.seq_at(10.1 + FRESH_S) is None
@@ -20,7 +20,7 @@ def test_an_answer_confirms_the_numbers_for_a_while() -> None:
 
 
 def test_an_answer_that_lacks_a_shard_or_is_behind_confirms_nothing() -> None:
-    freshness = Freshness()
+    freshness = Freshness(1)
     assert freshness.heard((3, 4), asked_at=0.0)
     assert not freshness.heard((3, None), asked_at=1.0)
     assert not freshness.heard((2, 4), asked_at=1.0)
@@ -29,7 +29,7 @@ def test_an_answer_that_lacks_a_shard_or_is_behind_confirms_nothing() -> None:
 
 
 def test_a_write_makes_older_answers_useless_at_once() -> None:
-    freshness = Freshness()
+    freshness = Freshness(1)
     assert freshness.heard((3, 4), asked_at=0.0)
     freshness.wrote(1, 5)
     assert freshness.seq_at(0.0) == (3, 5)
@@ -40,7 +40,7 @@ def test_a_write_makes_older_answers_useless_at_once() -> None:
 
 
 def test_a_write_before_any_answer() -> None:
-    freshness = Freshness()
+    freshness = Freshness(1)
     freshness.wrote(2, 1)
     assert freshness.seq_at(0.0) is None
     assert freshness.heard((0, 0, 1), asked_at=0.0)
@@ -49,7 +49,7 @@ def test_a_write_before_any_answer() -> None:
 
 @given(st.lists(st.tuples(*[st.none() | st.integers(0, 3)] * 2), max_size=20))
 def test_what_is_required_is_the_highest_of_each_shard(heard: list[tuple]) -> None:
-    freshness = Freshness()
+    freshness = Freshness(1)
     highest: tuple = (None, None)
     for seq in heard:
         pairs = zip(highest, seq, strict=True)

@@ -509,3 +509,24 @@ async def test_an_item_brings_its_attributes() -> None:
         shards[0].bad_values = b"\xc1"
         response = await http.get("/v1/items/1")
         assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+
+
+async def test_a_query_of_an_older_generation_leaves_the_numbers_of_the_new_one_alone() -> None:
+    async with api() as (http, shards, service):
+        for shard in shards:
+            shard.seq = 7
+            shard.gate.clear()
+        ask = {"vectors": [VECTOR], "timeout_ms": 10_000}
+        task = asyncio.create_task(http.post("/v1/search", json=ask))
+        await until(lambda: all(shard.requests for shard in shards))
+        ids, vectors = make_rows(ROWS, DIM)
+        async with running_shards(ids, vectors, SHARDS, generation=2) as successors:
+            await service.apply(make_table(successors, DIM, version=2, generation=2))
+            for shard in shards:
+                shard.gate.set()
+            old = (await task).json()
+            assert (old["generation"], old["seq"]) == (1, [7, 7, 7, 7])
+            for _ in range(2):
+                new = (await http.post("/v1/search", json=ask)).json()
+                assert (new["generation"], new["seq"]) == (2, [0, 0, 0, 0])
+            assert service.status()["cache"]["hits"] == 1
