@@ -12,7 +12,6 @@ not fsynced is tested with a disk that forgets it, in tests/unit/test_live_log_c
 
 import argparse
 import json
-import math
 import os
 import secrets
 import sys
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 31))
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--writers", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="at most")
+    parser.add_argument("--seconds", type=float, help="at most")
     parser.add_argument("--points", default="", help="beginnings of names, comma-separated")
     parser.add_argument("--store", type=Path, help="empty folder, kept; default: temporary")
     args = parser.parse_args()
