@@ -14,10 +14,11 @@ from shardline.cluster.commands.build import plan_of
 from shardline.cluster.config import load_config
 from shardline.cluster.console import StageProgress
 from shardline.cluster.store import Store
+from shardline.shards.core.files import LIVE_FOLDER
 from shardline.shards.core.messages import UpsertRequest
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.live.live_config import LiveConfig
-from shardline.shards.live.live_folder import LIVE_FOLDER, live_folder
+from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_newest
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.shard import Shard

@@ -52,6 +52,10 @@ class Store:
         """The folder of a generation, existing or to come."""
         return self.generations / f"{number:0{GENERATION_DIGITS}d}"
 
+    def writes(self, number: int) -> Path:
+        """The folder of what was written to a generation's shards, existing or to come."""
+        return self.root / files.LIVE_FOLDER / self.generation(number).name
+
     def counter(self) -> int:
         """The largest number on record as a table version or an epoch, of any generation; 0: none.
 

@@ -19,6 +19,7 @@ from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, NotFound, ShardlineError
+from shardline.shards.live.loading import last_write
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import read_generation, verify_generation
 
@@ -134,6 +135,8 @@ def _store_checks(store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
         yield f"embeddings {manifest.parent.name}", partial(_embeddings, manifest.parent)
     for number in store.generation_numbers():
         yield f"generation {number}", partial(_generation, store.generation(number))
+        if store.writes(number).is_dir():
+            yield f"writes to generation {number}", partial(_writes, store.generation(number))
     if store.generation_numbers():
         yield "live generation", lambda: _live(store)
     yield "state", lambda: _state(store)
@@ -168,6 +171,14 @@ def _generation(folder: Path) -> str:
     manifest = read_generation(folder)
     verify_generation(folder, manifest)
     return f"{manifest.rows:,} rows in {len(manifest.shards)} shards, every checksum right"
+
+
+def _writes(folder: Path) -> str:
+    """Reads every log from its newest compaction on, as a replica that starts does."""
+    manifest = read_generation(folder)
+    counts = [last_write(folder, manifest, entry.shard) for entry in manifest.shards]
+    total = sum(counts)
+    return f"{total:,} writes to {sum(map(bool, counts))} shards, every checksum right"
 
 
 def _unfinished(folders: list[Path]) -> str:

@@ -60,7 +60,7 @@ def list_generations(settings: Settings, as_json: bool) -> None:
 @click.argument("number", type=click.IntRange(min=1))
 @click.pass_obj
 def delete(settings: Settings, number: int) -> None:
-    """Delete a generation that is neither live nor served."""
+    """Delete a generation that is neither live nor served, and what was written to it."""
     store = settings.store
     folder = store.generation(number)
     if not (folder / MANIFEST_NAME).is_file():
@@ -72,10 +72,13 @@ def delete(settings: Settings, number: int) -> None:
             f"generation {number} is {what}",
             hint="build or publish another one and change over to it first",
         )
-    size = _bytes_of(folder)
+    writes = store.writes(number)
+    size = _bytes_of(folder) + _bytes_of(writes)
     store.remember_generation(number)  # one from before `build` did so
     (folder / MANIFEST_NAME).unlink()  # from here on nobody takes it for a complete one
     shutil.rmtree(folder)
+    if writes.exists():
+        shutil.rmtree(writes)
     click.echo(f"{folder}: deleted, {size / MIB:,.1f} MiB")
 
 
@@ -114,7 +117,7 @@ def _described(store: Store, number: int, live: int | None, served: int | None) 
         "shards": None,
         "index": "",
         "model_version": "",
-        "bytes": _bytes_of(folder),
+        "bytes": _bytes_of(folder) + _bytes_of(store.writes(number)),
     }
     try:
         manifest = read_generation(folder)

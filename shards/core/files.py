@@ -26,6 +26,7 @@ from shardline.shards.core.small_files import MAX_MANIFEST_BYTES, open_regular, 
 
 MANIFEST_NAME = "_manifest.json"
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of staged folders
+LIVE_FOLDER = "live"  # of a store: what was written to its generations while they were served
 MAX_DIGITS = 18  # of a number in a name: it fits int64
 PROBE_BYTES = 1 << 20
 # what a disk says of itself: full, the user's share of it used up, a file too long, unreadable

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
+from shardline.shards.core.files import LIVE_FOLDER
 from shardline.shards.storage.generation import shard_folder
-
-LIVE_FOLDER = "live"
 
 
 def live_folder(generation: Path, shard: int) -> Path:

@@ -34,6 +34,30 @@ class Loaded:
     main_seq: int
 
 
+def last_write(folder: Path, manifest: GenerationManifest, shard: int) -> int:
+    """How many writes a shard's files hold: its newest compaction and its log, verified; no index
+    is loaded.
+
+    Raises:
+        CorruptFile, NotFound: a file is damaged or missing; named.
+    """
+    live = live_folder(folder, shard)
+    while True:
+        seq = (compacted_seqs(live) or [0])[-1]
+        try:
+            if seq:
+                read_main(live, seq, generation=manifest.generation, shard=shard)
+            tail = LogTail(live, after_seq=seq)
+            while tail.read_new():
+                pass
+        except (CorruptFile, NotFound):
+            if compacted_seqs(live)[-1:] in ([], [seq]):
+                raise
+            # a newer one has come since, and its primary has removed what was being read
+        else:
+            return tail.seq
+
+
 def load_newest(
     folder: Path, manifest: GenerationManifest, shard: int, *, device: Device | None = None
 ) -> Loaded:

@@ -15,6 +15,7 @@ from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.files import HOST
 from shardline.shards.core.schema import normalise
 from tests.engine import build_generation
+from tests.live_shard import delete_request, opened, wrote
 
 VECTORS = normalise(np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32))
 
@@ -49,6 +50,35 @@ def test_the_list(store: Store) -> None:
         path.stat().st_size for path in store.generation(7).rglob("*") if path.is_file()
     )
     assert "live" in run(store, "list")
+
+
+def test_what_was_written_to_a_generation_counts_and_goes_with_it(store: Store) -> None:
+    before = json.loads(run(store, "list", "--json"))[0]["bytes"]
+    _, writes = opened(store.generation(7))
+    writes.lead(1)
+    wrote(writes, delete_request([1]))
+    writes.close()
+    assert store.writes(7).is_dir()
+    assert json.loads(run(store, "list", "--json"))[0]["bytes"] > before
+    run(store, "delete", "7")
+    assert not store.writes(7).exists()
+    assert not store.generation(7).exists()
+
+
+def test_doctor_reads_what_was_written(store: Store) -> None:
+    _, writes = opened(store.generation(8))
+    writes.lead(1)
+    wrote(writes, delete_request([1]), delete_request([2]))
+    writes.close()
+    command = ["--store", str(store.root), "doctor"]
+    told = CliRunner().invoke(cli, command, standalone_mode=False).output
+    assert "2 writes to 1 shards" in " ".join(told.split())
+    (segment,) = sorted((store.writes(8) / "shard-00000").glob("log-*"))
+    damaged = bytearray(segment.read_bytes())
+    damaged[20] ^= 1
+    segment.write_bytes(damaged)
+    told = CliRunner().invoke(cli, command, standalone_mode=False).output
+    assert segment.name in "".join(told.split())
 
 
 def test_a_generation_that_cannot_be_read_is_listed(store: Store) -> None:
