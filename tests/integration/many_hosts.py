@@ -63,12 +63,14 @@ class Watched:
 
     @contextlib.asynccontextmanager
     async def phase(self, name: str) -> AsyncIterator[None]:
-        """Counts the answers of the block."""
+        """Counts the answers of the block, until one more write has succeeded after it."""
         self._phase = name
         self.answers = {"full": 0, "partial": 0, "failed": 0}
         self.writes = {"written": 0, "refused": 0, "pause_s": 0.0}
         began = time.monotonic()
         yield
+        written = self.writes["written"]
+        await self.until(lambda table, report: self.writes["written"] > written)
         seconds = round(time.monotonic() - began, 1)
         self.tell("phase", seconds=seconds, **self.answers, **self.writes)
 
@@ -102,7 +104,7 @@ class Watched:
                 await asyncio.sleep(0.2)
                 continue
             if table is not None:
-                version, self.table = table.version, table
+                version = table.version
                 routes = [route for shard in table.shards for route in shard.replicas]
                 self.tell(
                     "table",
@@ -115,6 +117,7 @@ class Watched:
                     ],
                 )
                 await self._service.apply(table)
+                self.table = table
 
     async def _ask(self) -> None:
         loop = asyncio.get_running_loop()
@@ -124,12 +127,14 @@ class Watched:
                     answer = await self._service.search(self._query, arrived_at=loop.time())
                     share = answer.coverage.share
                     self.answers["full" if share == 1.0 else "partial"] += 1
-                except ShardlineError:
+                except ShardlineError as error:
                     self.answers["failed"] += 1
+                    self.tell("failed", code=error.code, text=str(error))
             await asyncio.sleep(0.02)
 
     async def _write(self) -> None:
-        """An item of each shard, again and again; pause_s: the longest time without a success."""
+        """An item of each shard, again and again; pause_s: the longest time between two successes,
+        the second of which is of the phase."""
         loop = asyncio.get_running_loop()
         for number in itertools.count():
             if self.table is not None:
@@ -148,11 +153,10 @@ class Watched:
                     self.writes["refused"] += 1
                     self.tell("refused", code=error.code, text=str(error))
                 else:
+                    pause_s = round(loop.time() - (self._written_at or loop.time()), 2)
+                    self.writes["pause_s"] = max(self.writes["pause_s"], pause_s)
                     self.writes["written"] += 1
                     self._written_at = loop.time()
-                if self._written_at:
-                    pause_s = round(loop.time() - self._written_at, 2)
-                    self.writes["pause_s"] = max(self.writes["pause_s"], pause_s)
             await asyncio.sleep(0.05)
 
 
