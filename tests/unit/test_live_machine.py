@@ -367,7 +367,10 @@ class LiveMachine(RuleBasedStateMachine):
             assert replica is not self.leader or replica.writes.trouble is not None
 
     @precondition(lambda self: self.leader is not None and self.leader.writes.trouble is None)
-    @rule(ids=st.lists(st.sampled_from(POOL), min_size=2, max_size=2), writes=st.sampled_from([1, 2, 0]))
+    @rule(
+        ids=st.lists(st.sampled_from(POOL), min_size=2, max_size=2),
+        writes=st.sampled_from([1, 2, 0]),
+    )
     def compact_while_it_is_written(self, ids: list[int], writes: int) -> None:
         """As in service: the primary changes over after some more writes, and trims its log."""
         assert self.leader is not None
