@@ -10,6 +10,7 @@ process's resident size after the log was applied, less that before; keys of wri
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
@@ -108,11 +109,11 @@ def start(generation: Path) -> dict[str, float]:
     began = time.perf_counter()
     shard, writes, _ = opened(generation)
     loaded = time.perf_counter()
-    before = psutil.Process().memory_info().rss
+    before, cpu_before = resident_bytes(), time.process_time()
     while writes.catch_up():
         pass
-    caught_up = time.perf_counter()
-    memory = psutil.Process().memory_info().rss - before
+    caught_up, cpu_s = time.perf_counter(), time.process_time() - cpu_before
+    memory = resident_bytes() - before
     epoch = 1 + read_epoch(live_folder(generation, SHARD))
     asked = time.perf_counter()
     writes.lead(epoch)
@@ -120,6 +121,7 @@ def start(generation: Path) -> dict[str, float]:
     found = {
         "load_s": loaded - began,
         "log_s": caught_up - loaded,
+        "log_cpu_s": cpu_s,
         "lead_s": led - asked,
         "total_s": caught_up - began + led - asked,
         "log_memory_bytes": float(memory),
@@ -127,6 +129,12 @@ def start(generation: Path) -> dict[str, float]:
     }
     writes.close()
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def resident_bytes() -> int:
+    """What the process holds, without what malloc keeps for later."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
 
 
 def main() -> None:

@@ -61,6 +61,7 @@ ALL_LISTS = SearchParams(nprobe=2)
 # few enough that writes often meet: of the generation, and new ones
 POOL = [*range(0, ROWS, 4), *range(NEW_ITEMS, NEW_ITEMS + 20)]
 ITEMS = st.lists(st.sampled_from(POOL), min_size=1, max_size=8, unique=True)
+TWO_ITEMS = st.lists(st.sampled_from(POOL), min_size=2, max_size=2)
 
 Titles = dict[int, str | None]
 
