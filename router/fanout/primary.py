@@ -31,7 +31,9 @@ from shardline.shards.core.messages import DeleteRequest, ErrorReply, UpsertRequ
 from shardline.shards.wire.frames import decode_payload, encode_frame
 from shardline.shards.wire.readers import Payload
 
-PRIMARY_WAIT_S = 1.0  # for a primary: an election among replicas that answer takes a fraction of it
+# For a primary: a killed one is missed within a second or two, and another replica elected in a
+# fraction of one. A process that restarts takes longer than a caller should be held.
+PRIMARY_WAIT_S = 4.0
 LOOK_S = 0.01  # between two looks at the table and the connection, while a write waits for them
 
 
