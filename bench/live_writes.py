@@ -7,7 +7,8 @@ fsync per write, so it cannot be faster than the disk; many writers share an fsy
 is left is the work per row. Each measurement stands beside appends of the same number of bytes to
 a file in the same folder with fdatasync after each, made just before. The shard is a process as in
 service, with compactions; the clients are one loop in this process, each with one request under
-way (closed loop), half of its rows new items, half in the place of others.
+way (closed loop), half of its rows new items, half in the place of others. The bound of the delta is
+raised: by default, writes that come faster than compactions take them are refused.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from shardline.bench.live_corpus import SHARD, one_shard, opened, setup, upsert,
 from shardline.bench.shard_link import ShardLink
 from shardline.shards.core.messages import ErrorReply, WriteReply
 from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.storage.generation import read_generation
 from shardline.shards.wire.handshake import ServerAddress
@@ -38,6 +40,7 @@ SECRET = b"of this benchmark"
 TIMEOUT_S = 60.0
 FSYNCS_S = 1.0
 RECORD_BYTES = 88  # of a record and its group, beside ids and vectors
+MAX_DELTA_ROWS = 1 << 20
 POOL_ROWS = 20_000  # different vectors that are written
 
 
@@ -175,8 +178,9 @@ def one(
 def serve(pipe: Connection, folder: str) -> None:
     """The shard's process, until it is killed."""
     generation = Path(folder)
-    shard, writes, main_seq = opened(generation)
-    change = Changeover(generation, SHARD, main_seq=main_seq)
+    config = LiveConfig(max_delta_rows=MAX_DELTA_ROWS)
+    shard, writes, main_seq = opened(generation, config)
+    change = Changeover(generation, SHARD, main_seq=main_seq, config=config)
     server = ShardServer(shard, secret=SECRET, writes=writes, changeover=change)
     address = server.bind()
     server.start(1)
