@@ -7,8 +7,8 @@ fsync per write, so it cannot be faster than the disk; many writers share an fsy
 is left is the work per row. Each measurement stands beside appends of the same number of bytes to
 a file in the same folder with fdatasync after each, made just before. The shard is a process as in
 service, with compactions; the clients are one loop in this process, each with one request under
-way (closed loop), half of its rows new items, half in the place of others. The bound of the delta is
-raised: by default, writes that come faster than compactions take them are refused.
+way (closed loop), half of its rows new items, half in the place of others. The bound of the delta
+is raised: by default, writes that come faster than compactions take them are refused.
 """
 
 import argparse
