@@ -34,6 +34,7 @@ from shardline.shards.live.records import Record, encode_record
 
 logger = logging.getLogger(__name__)
 
+TORN = ".torn"  # after a segment's name: a copy of the bytes behind its last whole group
 SEGMENT_BYTES = 64 << 20  # a segment is closed above this
 RESERVED_BYTES = 4 << 20  # of the disk, ahead of what is written
 GROUP_BYTES = 32 << 20  # records of one append beyond this are made durable in several steps
@@ -149,7 +150,8 @@ class Log:
                 self._check_epoch()
 
     def trim(self, seq: int) -> None:
-        """Removes the segments that hold no record after ``seq``; never the newest.
+        """Removes the segments that hold no record after ``seq``, never the newest, and torn ends
+        that were kept aside of segments that are gone.
 
         Raises:
             NotPrimary, ReadOnly: as ``append``. OSError: the next ``trim`` goes on.
@@ -157,12 +159,15 @@ class Log:
         with self._lock:
             self._refuse()
             self._check_epoch()
-            names = segment_names(self._files.names(self.folder))
+            listed = self._files.names(self.folder)
+            names = segment_names(listed)
             oldest = history_of(self.folder, names, seq + 1, {}, self._files)[0].name
             void = [name for name in names if name < oldest] if oldest.first_seq <= seq + 1 else []
-            for name in void:
-                self._files.remove(self.folder / str(name))
-            if void:
+            kept = {f"{name}{TORN}" for name in names if name not in void}
+            torn = [name for name in listed if name.endswith(TORN) and name not in kept]
+            for each in (*map(str, void), *torn):
+                self._files.remove(self.folder / each)
+            if void or torn:
                 self._files.sync_folder(self.folder)
 
     def close(self) -> None:
@@ -240,7 +245,7 @@ class Log:
         """A copy of the bytes behind the last whole group, for people; readers pass over them."""
         if not found.tail:
             return
-        path = self.folder / f"{found.newest}.torn"
+        path = self.folder / f"{found.newest}{TORN}"
         logger.warning(
             "%s: its last %d bytes are no whole write; it was not acknowledged; they are kept in "
             "%s", found.newest, len(found.tail), path.name,
