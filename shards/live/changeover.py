@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
@@ -48,7 +48,7 @@ def compaction_process(generation: Path, shard: int, until: int) -> Running:
 
 
 def _environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Changeover:
@@ -72,6 +72,7 @@ class Changeover:
         self._config = config or LiveConfig()
         self._start, self._clock = start, clock
         self._running: Running | None = None
+        self._newest = main_seq  # of the main indexes on disk, when they were last looked at
         self._not_before = self._looked_at = -float("inf")
         self._loader: threading.Thread | None = None
         self._loaded: Loaded | None = None
@@ -86,13 +87,30 @@ class Changeover:
         self._see_process(now)
         if self._loader is not None:
             return self._loaded_by_now(now)
-        may_start = self._running is None and leads and now >= self._not_before
-        if may_start and self._config.is_due(state.delta.rows + state.hidden, state.main.rows):
-            self._running = self._start(self._generation, self._shard, state.seq)
-            logger.info("shard %d: a compaction begins, at write %d", self._shard, state.seq)
         if now >= self._looked_at + LOOK_S:
             self._look(now)
+        # not while a newer one waits to be swapped in: what is due may be in it already
+        is_free = self._running is None and self._loader is None and self._newest <= self.main_seq
+        if leads and is_free and now >= self._not_before and self._is_due(state):
+            self._running = self._start(self._generation, self._shard, state.seq)
+            logger.info("shard %d: a compaction begins, at write %d", self._shard, state.seq)
         return None
+
+    def put_off(self, error: Exception | None = None) -> None:
+        """What was loaded could not be swapped in now, or ``error`` came of it: it is tried again
+        after PAUSE_S."""
+        self._looked_at = self._not_before = self._clock() + PAUSE_S
+        if error is not None:
+            self.trouble = f"no change to a newer main index: {error}"
+            logger.error("shard %d: %s", self._shard, self.trouble, exc_info=error)
+
+    def describe(self) -> dict[str, Any]:
+        """For status pages."""
+        return {
+            "main_seq": self.main_seq,
+            "compacting": self._running is not None,
+            "compaction_trouble": self.trouble,
+        }
 
     def stop(self) -> None:
         """Ends what is under way."""
@@ -107,6 +125,14 @@ class Changeover:
         if self._loader is not None:
             self._loader.join()
 
+    def _is_due(self, state: ShardState) -> bool:
+        return self._config.is_due(
+            written=state.delta.rows,
+            hidden=state.hidden,
+            rows=state.main.rows,
+            writes=state.seq - self.main_seq,
+        )
+
     def _see_process(self, now: float) -> None:
         if self._running is None or (code := self._running.poll()) is None:
             return
@@ -119,8 +145,8 @@ class Changeover:
 
     def _look(self, now: float) -> None:
         self._looked_at = now
-        newest = compacted_seqs(self._live)[-1:]
-        if newest and newest[0] > self.main_seq:
+        self._newest = (compacted_seqs(self._live) or [0])[-1]
+        if self._newest > self.main_seq:
             self._loader = threading.Thread(target=self._load, name="shard-changeover", daemon=True)
             self._loader.start()
 

@@ -22,6 +22,7 @@ import pyarrow as pa
 from shardline.shards.core.errors import InvalidInput, ShardlineError
 from shardline.shards.core.files import remove_abandoned, staged_folder
 from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.index.spec import Device
 from shardline.shards.index.template import ADD_BLOCK_ROWS, build_shard_index
 from shardline.shards.live.attributes import written_table
 from shardline.shards.live.live_folder import live_folder
@@ -57,7 +58,8 @@ def compact(
     """Writes ``main-<seq>`` of a shard, of all that is in its log now; ``until``: the last write
     that has been acknowledged, beyond which nothing of the log is certain to stay.
 
-    Holds the shard's index, the new one, and the vectors of ADD_BLOCK_ROWS rows in memory.
+    Holds the shard's index, the new one, the vectors of ADD_BLOCK_ROWS rows and all attributes in
+    memory. Works on the CPU, whatever the shard is served from.
 
     Raises:
         InvalidInput: no row is left: an index needs one.
@@ -65,7 +67,7 @@ def compact(
     """
     manifest = read_generation(generation)
     live = live_folder(generation, shard)
-    loaded = load_caught_up(generation, manifest, shard, until=until)
+    loaded = load_caught_up(generation, manifest, shard, device=Device.CPU, until=until)
     state = loaded.state
     rows = _rows_in_order(state)
     if not len(rows.item_ids):

@@ -28,6 +28,19 @@ class LiveConfig(BaseModel):
         "beyond that upserts are refused with delta_full.",
     )
 
-    def is_due(self, changed: int, rows: int) -> bool:
-        """Whether a compaction is to begin: ``changed`` of ``rows`` were written or hidden."""
-        return changed >= max(self.compact_min_rows, self.compact_share * rows)
+    compact_writes: int = Field(
+        default=100_000,
+        ge=1,
+        description="[writes] Writes since the last compaction from which the next one begins, "
+        "whatever they changed: until then the log keeps them.",
+    )
+
+    def is_due(self, *, written: int, hidden: int, rows: int, writes: int) -> bool:
+        """Whether a compaction is to begin: rows of the delta, hidden ones of ``rows`` in the main
+        index, and writes since it was made.
+
+        In any case before half of the room for written rows is used, whatever the main index has.
+        """
+        changed = max(self.compact_min_rows, self.compact_share * rows)
+        is_filling = written >= max(1, self.max_delta_rows // 2)
+        return is_filling or written + hidden >= changed or writes >= self.compact_writes

@@ -32,6 +32,7 @@ KEYS_NAME = "keys.msgpack"
 # Replicas may still be loading the one before the newest.
 KEPT = 2
 _NAME = re.compile(r"main-(\d{20})")
+_STAGED = re.compile(r"\.main-(\d{20})\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +99,10 @@ def remove_older(live: Path, kept: int = KEPT) -> None:
             folder = main_folder(live, seq)
             (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
             shutil.rmtree(folder, ignore_errors=True)
+    for staged in live.glob(".main-*"):  # of processes on any host
+        match = _STAGED.match(staged.name)
+        if match is not None and int(match[1]) < complete[-kept]:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def _seqs(live: Path) -> list[int]:

@@ -65,6 +65,7 @@ class ShardActor:
         self._load_ms = (time.perf_counter() - started) * 1e3
         if host == NODE_HOST:
             host = ray.util.get_node_ip_address()
+        self._changeover = Changeover(generation, key.shard, main_seq=loaded.main_seq, config=live)
         self._server = ShardServer(
             self._shard,
             secret=secret,
@@ -72,7 +73,7 @@ class ShardActor:
             replica=key.replica,
             threads=threads,
             writes=self._writes,
-            changeover=Changeover(generation, key.shard, main_seq=loaded.main_seq, config=live),
+            changeover=self._changeover,
         )
         self._address = self._server.bind()
         prepare_memory(huge_pages=huge_pages)
@@ -115,6 +116,7 @@ class ShardActor:
         return {
             **self._shard.describe(),
             **self._writes.describe(),
+            **self._changeover.describe(),
             "replica": self._server.key.replica,
             "address": self._address,
             "pid": os.getpid(),

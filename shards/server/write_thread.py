@@ -7,6 +7,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from shardline.shards.wire.frames import Message
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.01  # of a follower's look at the log: two calls of stat
+PAUSE_S = 1.0  # of a follower that could not read the log
 IDLE_S = 1.0  # of a primary's look at what is due: a compaction, a log that can be written again
 GROUP_ROWS = 16_384  # of one group: beyond that the fsync is no longer what it costs
 STOP_TIMEOUT_S = 10.0
@@ -50,6 +52,7 @@ class WriteThread:
         self.changeover = changeover
         self._deliver = deliver
         self._poll_s = poll_s
+        self._follows_at = 0.0
         self._queue: queue.SimpleQueue[Work | _Lead | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="shard-writes", daemon=True)
 
@@ -85,7 +88,7 @@ class WriteThread:
             # each by itself: a log that cannot be followed any more ends with a newer main index
             for step in (
                 self.writes.notice_successor,
-                self.writes.catch_up,
+                self._follow,
                 self.writes.heal,
                 self._change_over,
             ):
@@ -94,12 +97,32 @@ class WriteThread:
                 except Exception as error:  # noqa: BLE001  whatever it is, searches go on
                     self._complain(error)
 
-    def _change_over(self) -> None:
-        if self.changeover is None:
+    def _follow(self) -> None:
+        """Not again for a second after an error: reading what is damaged would hold up searches."""
+        now = time.monotonic()
+        if now < self._follows_at:
             return
-        loaded = self.changeover.turn(self.writes.state, leads=self.writes.leads)
-        if loaded is not None and self.writes.adopt(loaded):
-            self.changeover.main_seq = loaded.main_seq
+        try:
+            self.writes.catch_up()
+        except Exception:
+            self._follows_at = now + PAUSE_S
+            raise
+
+    def _change_over(self) -> None:
+        """Its own troubles are none of the log's."""
+        change = self.changeover
+        if change is None:
+            return
+        try:
+            loaded = change.turn(self.writes.state, leads=self.writes.leads)
+            if loaded is None:
+                return
+            if self.writes.adopt(loaded):
+                change.main_seq = loaded.main_seq
+            else:
+                change.put_off()
+        except Exception as error:  # noqa: BLE001  whatever it is, the main index in use serves on
+            change.put_off(error)
 
     def _next(self) -> tuple[list[Work], list[_Lead], bool]:
         """Everything that waits, up to a bound and the first order to lead; False to stop."""

@@ -248,7 +248,8 @@ def test_a_replica_that_fell_behind_a_trim_goes_on_with_the_newest_main(generati
     replica, follower = opened(generation)
     for round_ in range(2):
         wrote(writes, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12), seed=round_))
-        changed_over(changing(generation, writes, leads=True), writes, leads=True)
+        change = changing(generation, writes, leads=True, main_seq=round_)
+        changed_over(change, writes, leads=True)
     with pytest.raises(NotFound):
         follower.catch_up()
     changed_over(changing(generation, follower, leads=False), follower, leads=False)
@@ -292,7 +293,9 @@ def test_a_compaction_changes_no_answer(tmp_path: Path, kind: str) -> None:
     assert reply.seq == 2, "keys outlive the compaction"
 
 
-def changing(generation: Path, writes: ShardWrites, *, leads: bool) -> Changeover:
+def changing(
+    generation: Path, writes: ShardWrites, *, leads: bool, main_seq: int = 0
+) -> Changeover:
     """With a compaction that runs at once, here."""
 
     class Done:
@@ -340,12 +343,75 @@ def test_primary_and_follower_change_over_while_writes_go_on(generation: Path) -
     assert contents(replica) == contents(shard) == contents(opened(generation)[0])
 
 
+@pytest.mark.parametrize(
+    ("counts", "due"),
+    [
+        ({"written": 900, "hidden": 99, "rows": 100}, False),  # fewer than compact_min_rows
+        ({"written": 900, "hidden": 100, "rows": 100}, True),
+        ({"written": 4999, "hidden": 0, "rows": 100_000}, False),
+        ({"written": 0, "hidden": 5000, "rows": 100_000}, True),
+        ({"written": 32_767, "hidden": 0, "rows": 10**8}, False),
+        ({"written": 32_768, "hidden": 0, "rows": 10**8}, True),  # or upserts were refused for good
+        ({"written": 0, "hidden": 0, "rows": 10**6, "writes": 99_999}, False),
+        ({"written": 0, "hidden": 0, "rows": 10**6, "writes": 100_000}, True),  # of absent items
+    ],
+)
+def test_when_a_compaction_is_due(counts: dict[str, int], due: bool) -> None:
+    assert LiveConfig().is_due(**{"writes": 0, **counts}) is due
+
+
+def test_upserts_are_never_refused_before_a_compaction_is_due() -> None:
+    config = LiveConfig(compact_min_rows=10**6, max_delta_rows=1)
+    assert config.is_due(written=1, hidden=0, rows=10**9, writes=1)
+
+
+def test_no_second_compaction_begins_before_the_first_is_swapped_in(generation: Path) -> None:
+    _, writes = leading(generation)
+    started: list[int] = []
+
+    class Ended:
+        def poll(self) -> int:
+            return 0
+
+    def start(folder: Path, shard: int, until: int) -> Ended:
+        started.append(until)
+        compact(folder, shard, until=until)
+        return Ended()
+
+    config = LiveConfig(compact_share=1e-9, compact_min_rows=10)
+    now = ManualClock().time
+    change = Changeover(generation, 0, main_seq=0, config=config, start=start, clock=now)
+    wrote(writes, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12)))
+    assert change.turn(writes.state, leads=True) is None
+    wrote(writes, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12), seed=3))
+    changed_over(change, writes, leads=True)
+    assert started == [1]
+    change.turn(writes.state, leads=True)
+    assert started == [1, 2], "what came since is due again"
+
+
+def test_what_cannot_be_swapped_in_is_put_off(generation: Path) -> None:
+    now_s = [0.0]
+    _, writes = leading(generation)
+    change = Changeover(generation, 0, main_seq=0, clock=lambda: now_s[0])
+    wrote(writes, delete_request([1]))
+    compact(generation, 0)
+    change.put_off(OSError("no such luck"))
+    assert "no such luck" in change.describe()["compaction_trouble"]
+    change.turn(writes.state, leads=True)
+    assert not change.is_busy
+    now_s[0] += 61.0
+    changed_over(change, writes, leads=True)
+    assert change.describe() == {"main_seq": 1, "compacting": False, "compaction_trouble": None}
+
+
 def test_what_a_compaction_holds_leaves_the_log(generation: Path) -> None:
     shard, writes = leading(generation)
     folder = live_folder(generation, 0)
     for round_ in range(3):
         wrote(writes, upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12), seed=round_))
-        changed_over(changing(generation, writes, leads=True), writes, leads=True)
+        change = changing(generation, writes, leads=True, main_seq=round_)
+        changed_over(change, writes, leads=True)
     assert compacted_seqs(folder) == [2, 3], "the one before may still be read"
     size = sum(path.stat().st_size for path in folder.glob("log-*"))
     assert size < 12 * DIM * 4, "no vector is left in the log"
