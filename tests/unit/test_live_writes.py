@@ -308,7 +308,7 @@ def changing(
 
     config = LiveConfig(compact_share=1e-9, compact_min_rows=10)
     change = Changeover(
-        generation, 0, main_seq=0, config=config, start=start, clock=ManualClock().time
+        generation, 0, main_seq=main_seq, config=config, start=start, clock=ManualClock().time
     )
     assert change.turn(writes.state, leads=leads) is None
     return change
