@@ -163,7 +163,8 @@ def after_registered(placement: Placement, event: ReplicaRegistered, *, is_new: 
         known = replace(known, asked=None)
     epochs = [term.epoch for term in (known.leader, known.asked) if term is not None]
     if event.leads is not None and event.leads > max(epochs, default=0):
-        known = _led_by(known, Term(event.key, event.leads))
+        # whoever was asked with a lower epoch is fenced by now
+        known = replace(_led_by(known, Term(event.key, event.leads)), asked=None)
     return placement if known == was else _with(placement, shard, known)
 
 

@@ -116,7 +116,7 @@ class ShardActors:
         try:
             self._handles[key] = _existing(str(name)) or self._create(name)
         except (RayError, ValueError) as error:
-            return ReplicaFailed(key=key, reason=reason_of(error))
+            return ReplicaFailed(key=key, reason=reason_of(error), now_s=time.monotonic())
         return None
 
     async def check(

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 
+from shardline.shards.core.errors import CorruptFile
 from shardline.shards.core.messages import Pulse, ReplicaKey
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
@@ -74,6 +75,7 @@ class ShardActor:
             threads=threads,
             writes=self._writes,
             changeover=self._changeover,
+            on_damage=_end,
         )
         self._address = self._server.bind()
         prepare_memory(huge_pages=huge_pages)
@@ -146,3 +148,10 @@ class ShardActor:
         """Closes port and connections; the process stays until Ray ends it."""
         self._exporter.stop()
         self._server.stop()
+
+
+def _end(error: CorruptFile) -> None:
+    """A replica that cannot follow its log would answer without writes for good. Ray starts it
+    again: it reads all files anew, or the reason why it cannot is known to whoever asks."""
+    logger.critical("this replica ends, to be loaded anew: %s", error)
+    os._exit(1)

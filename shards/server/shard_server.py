@@ -17,9 +17,11 @@ import queue
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from shardline.shards.core.errors import (
+    CorruptFile,
     InvalidInput,
     NotPrimary,
     Overloaded,
@@ -59,6 +61,7 @@ class ShardServer:
 
     ``threads`` is the number of cores one search may use. writes: of the shard; None: it takes
     none, and follows no log. changeover: to newer main indexes; None: it keeps the one it has.
+    on_damage: as of ``WriteThread``.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ShardServer:
         threads: int = 1,
         writes: ShardWrites | None = None,
         changeover: Changeover | None = None,
+        on_damage: Callable[[CorruptFile], None] | None = None,
         max_queued_requests: int = MAX_QUEUED_REQUESTS,
         handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
     ) -> None:
@@ -97,7 +101,9 @@ class ShardServer:
         )
         self._write_thread: WriteThread | None = None
         if writes is not None:
-            self._write_thread = WriteThread(writes, self._deliver_writes, changeover=changeover)
+            self._write_thread = WriteThread(
+                writes, self._deliver_writes, changeover=changeover, on_damage=on_damage
+            )
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._arrived: list[Work] = []  # loop thread only: what came in since the last dispatch
         self._is_due = False  # loop thread only: a dispatch is scheduled

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.errors import CorruptFile, ShardlineError
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.answering import INTERNAL_ERROR, error_reply
@@ -46,10 +46,14 @@ class WriteThread:
         deliver: Deliver,
         *,
         changeover: Changeover | None = None,
+        on_damage: Callable[[CorruptFile], None] | None = None,
         poll_s: float = POLL_S,
     ) -> None:
+        """on_damage: what is to be done if the log that is followed is damaged, or is not the one
+        that was followed until then: the state would stay as it is for good."""
         self.writes = writes
         self.changeover = changeover
+        self._on_damage = on_damage
         self._deliver = deliver
         self._poll_s = poll_s
         self._follows_at = 0.0
@@ -104,8 +108,10 @@ class WriteThread:
             return
         try:
             self.writes.catch_up()
-        except Exception:
+        except Exception as error:
             self._follows_at = now + PAUSE_S
+            if isinstance(error, CorruptFile) and self._on_damage is not None:
+                self._on_damage(error)
             raise
 
     def _change_over(self) -> None:

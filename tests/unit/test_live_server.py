@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardline.shards.core.errors import NotPrimary
+from shardline.shards.core.errors import CorruptFile, NotPrimary
 from shardline.shards.core.messages import (
     ErrorReply,
     FetchReply,
@@ -22,7 +22,9 @@ from shardline.shards.core.messages import (
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.live.records import Record
 from shardline.shards.server.shard_server import ShardServer
 from tests.live_shard import NEW_ITEMS, built, contents, delete_request, opened, upsert_request
 from tests.unit.test_server import SECRET, Client
@@ -223,6 +225,26 @@ def test_a_compaction_that_is_killed_is_tried_again_later(generation: Path) -> N
     finally:
         change.stop()
         writes.close()
+
+
+def test_a_replica_whose_log_is_damaged_says_so(generation: Path, monkeypatch) -> None:
+    shard, writes = opened(generation)
+    told: list[CorruptFile] = []
+    server = ShardServer(shard, secret=SECRET, writes=writes, on_damage=told.append)
+    server.bind()
+    damage = CorruptFile("log-1: damaged")
+
+    def read_new(tail: LogTail) -> list[Record]:
+        raise damage
+
+    monkeypatch.setattr(LogTail, "read_new", read_new)
+    server.start(1)
+    try:
+        until(lambda: bool(told))
+        assert told[0] is damage
+        assert "log-1: damaged" in str(writes.describe()["trouble"])
+    finally:
+        server.stop()
 
 
 def test_stopping_writes_what_was_submitted(generation: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,10 @@ def test_a_shard_that_ray_cannot_place_has_failed(
 
     monkeypatch.setattr(shard_actors, "_existing", lambda name: None)
     monkeypatch.setattr(actors, "_create", refuse)
-    assert actors.place(KEY, NODE) == ReplicaFailed(
+    failed = actors.place(KEY, NODE)
+    assert failed is not None
+    assert failed.now_s > 0, "its time, as of events that elect a primary"
+    assert replace(failed, now_s=0.0) == ReplicaFailed(
         key=KEY, reason=Absence("unavailable", "left here")
     )
     assert actors.placed == ()
