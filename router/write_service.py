@@ -30,7 +30,8 @@ from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import RoutingTable, WriteReply
 from shardline.shards.core.metrics import WRITE_MS, WRITES, WRITTEN_ROWS, Recorder
 
-# Items checked and split in the event loop, some milliseconds; more go to a thread.
+# Items of a small body checked and split in the event loop, some milliseconds; more, and those of a
+# large body, go to a thread.
 SPLIT_IN_LOOP = 256
 
 OnSeq = Callable[[int, int, int], None]  # generation, shard, its sequence number
@@ -58,7 +59,14 @@ class WriteService:
         return self._in_flight.taken
 
     async def upsert(
-        self, given: Upserts, key: str, *, arrived_at: float, began_at: float, request_id: str = ""
+        self,
+        given: Upserts,
+        key: str,
+        *,
+        arrived_at: float,
+        began_at: float,
+        request_id: str = "",
+        in_loop: bool = True,
     ) -> WriteAnswer:
         """As ``delete``. Raises also OtherModel: the table is of another model version."""
 
@@ -74,16 +82,24 @@ class WriteService:
             return upsert_parts(given, table, key)
 
         return await self._write(
-            WriteKind.UPSERT, given, split, key, arrived_at, began_at, request_id
+            WriteKind.UPSERT, given, split, key, arrived_at, began_at, request_id, in_loop
         )
 
     async def delete(
-        self, given: Deletes, key: str, *, arrived_at: float, began_at: float, request_id: str = ""
+        self,
+        given: Deletes,
+        key: str,
+        *,
+        arrived_at: float,
+        began_at: float,
+        request_id: str = "",
+        in_loop: bool = True,
     ) -> WriteAnswer:
         """Every part is durable, and in every search from now on that asks for its ``seq``.
 
         key makes a repeated write one effect. The deadline is counted from arrived_at, on the event
-        loop's clock; took_ms from began_at, on time.perf_counter's.
+        loop's clock; took_ms from began_at, on time.perf_counter's. in_loop: the body is small
+        enough for work on all of it in the event loop; that of others is done in threads.
 
         Raises:
             InvalidInput: the write breaks a rule; field names where. With ``parts``, a shard says
@@ -96,7 +112,7 @@ class WriteService:
             return delete_parts(given, table, key)
 
         return await self._write(
-            WriteKind.DELETE, given, split, key, arrived_at, began_at, request_id
+            WriteKind.DELETE, given, split, key, arrived_at, began_at, request_id, in_loop
         )
 
     async def _write(
@@ -108,14 +124,15 @@ class WriteService:
         arrived_at: float,
         began_at: float,
         request_id: str,
+        in_loop: bool,
     ) -> WriteAnswer:
         try:
             with self._fanout.pin() as snapshot:
                 table = snapshot.table
-            is_small = len(given.item_ids) <= SPLIT_IN_LOOP
+            is_small = in_loop and len(given.item_ids) <= SPLIT_IN_LOOP
             parts = split(table) if is_small else await asyncio.to_thread(split, table)
             deadline = arrived_at + given.timeout_ms / 1000
-            replies = await self._delivered(parts, table.generation, key, deadline)
+            replies = await self._delivered(parts, table.generation, key, deadline, in_loop)
         except ShardlineError as error:
             self._recorder.count(WRITES, kind, error.code)
             raise
@@ -137,13 +154,13 @@ class WriteService:
         )
 
     async def _delivered(
-        self, parts: Sequence[Part], generation: int, key: str, deadline: float
+        self, parts: Sequence[Part], generation: int, key: str, deadline: float, in_loop: bool
     ) -> list[WriteReply]:
         """The acknowledgement of every part, all under way at once."""
 
         async def deliver(part: Part) -> WriteReply | ShardlineError:
             try:
-                delivery = Delivery(self._fanout, generation, part.shard, deadline)
+                delivery = Delivery(self._fanout, generation, part.shard, deadline, in_loop=in_loop)
                 reply = await delivery.send(part.message)
             except ShardlineError as error:
                 return error

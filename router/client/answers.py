@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 
 from shardline.router.contract import Coverage, Degraded, ItemAnswer, Reason, array_of
-from shardline.shards.core.errors import InvalidInput, ProtocolError
+from shardline.shards.core.errors import InvalidInput, ProtocolError, VersionMismatch
 from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, FloatArray, IdArray
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class SearchAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteAnswer:
-    """Of one write, however many requests it took: all of it is on disk, and in every search from
-    now on.
+    """Of one write, however many requests it took: all of it is durable on the store; in searches
+    that ask for its ``seq`` at once, in all others within about a second.
 
     rows: different items of each request; duplicates: items that a later one of the same request
     has replaced. seq: of each shard, how many writes it has applied with this one, None where it
@@ -132,9 +132,22 @@ Written = TypeVar("Written", UpsertAnswer, DeleteAnswer)
 
 
 def together(first: Written | None, second: Written) -> Written:
-    """Both as one: counts added, of each shard the newer number, the rest the second's."""
+    """Both as one: counts added, of each shard the newer number, the rest the second's.
+
+    Raises:
+        VersionMismatch: another generation went live between them, which lacks what the first
+            has written, and whose shards count anew.
+    """
     if first is None:
         return second
+    if first.generation != second.generation:
+        items = first.rows + first.duplicates
+        raise VersionMismatch(
+            f"another generation went live: {items} items of this call were written to the old one",
+            expected=f"generation {first.generation}",
+            got=f"generation {second.generation}",
+            hint="make the whole call again: the new generation lacks these items",
+        )
     sums = {
         each.name: getattr(first, each.name) + getattr(second, each.name)
         for each in fields(second)

@@ -158,7 +158,8 @@ class Client(ClientCore):
 
         Raises:
             InvalidInput: a field is wrong; field names which. Requests before it are written.
-            VersionMismatch: the index is of another model.
+            VersionMismatch: the index is of another model; or another generation went live between
+                two requests, which lacks what those before have written: make the call again.
             NotPrimary, ReadOnly, StoreFull, DeltaFull, DeadlineExceeded, Unavailable: not all items
                 of a request were acknowledged; ``parts`` of the error says which shards failed.
         """

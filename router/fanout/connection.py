@@ -114,6 +114,16 @@ class ShardConnection:
             Overloaded: too many requests wait for this shard, or it does not read them.
         """
         link = self.link
+        # what ``usable_link`` looks at, without its call: most queries find an idle shard
+        if link is None or link.waiting_since is not None or link.is_lost or not link.writable:
+            link = self.usable_link()
+        link.send(request_id, frame, on_reply)
+        return link
+
+    def usable_link(self) -> Link:
+        """The link that takes a request now. Raises as ``request``, which a caller whose frame is
+        expensive to encode asks here before."""
+        link = self.link
         if link is None:
             raise Unavailable(self._reason)
         if link.waiting_since is not None:
@@ -122,7 +132,6 @@ class ShardConnection:
             raise Unavailable(link.lost.result())
         if not link.writable:
             raise Overloaded("overloaded")
-        link.send(request_id, frame, on_reply)
         return link
 
     def abandon(self, request_id: int) -> None:

@@ -6,7 +6,9 @@ makes both one effect,
 - once, when the connection breaks after it was sent, to the primary of then;
 - when the replica says that it is not the primary, and a newer table has come.
 
-While a shard has no primary, or none that can be reached, the write waits for one a moment.
+While a shard has no primary, or none that can be reached, the write waits for one a moment. One
+that was sent, and is given up before it is acknowledged, is an error that says that it may have
+been applied.
 """
 
 import asyncio
@@ -34,20 +36,25 @@ from shardline.shards.wire.readers import Payload
 # For a primary: a killed one is missed within a second or two, and another replica elected in a
 # fraction of one. A process that restarts takes longer than a caller should be held.
 PRIMARY_WAIT_S = 4.0
-LOOK_S = 0.01  # between two looks at the table and the connection, while a write waits for them
+LOOK_S = 0.05  # between two looks at the table and the connection, while a write waits for them
 
 
 class Delivery:
     """One part of a write. ``table`` and connections are looked at anew for each attempt; the
     generation is that of the table which the write was split by."""
 
-    def __init__(self, fanout: Fanout, generation: int, shard: int, deadline: float) -> None:
+    def __init__(
+        self, fanout: Fanout, generation: int, shard: int, deadline: float, *, in_loop: bool
+    ) -> None:
+        """deadline: on the event loop's clock. in_loop: the frame is small enough to be encoded in
+        the event loop; else it is in a thread."""
         self._fanout = fanout
         self._generation = generation
         self._shard = shard
         self._deadline = deadline
+        self._in_loop = in_loop
         self._waits_until = 0.0
-        self._is_resent = False
+        self._is_in_doubt = False  # it was sent, and the connection broke before the answer
         self._refused_by = 0  # version of the table whose primary said that it is none
 
     async def send(self, message: UpsertRequest | DeleteRequest) -> WriteReply:
@@ -55,7 +62,8 @@ class Delivery:
 
         Raises:
             InvalidInput: the shard says that the write is wrong.
-            DeadlineExceeded: no answer in time; it may have been applied.
+            DeadlineExceeded: no answer in time; or it was sent, the connection broke, and it could
+                not be sent again: it may have been applied.
             Unavailable: and its subclasses: as the shard says; or there is no primary, or none
                 that can be reached, or the connection broke twice.
         """
@@ -65,9 +73,10 @@ class Delivery:
                 reply = await self._attempt(snapshot, message)
             if isinstance(reply, WriteReply):
                 return reply
-            if self._clock.time() >= self._waits_until:
-                raise reply
-            await asyncio.sleep(LOOK_S)
+            left = self._waits_until - self._clock.time()
+            if left <= 0:
+                raise self._given_up(reply)
+            await asyncio.sleep(min(LOOK_S, left))
 
     async def _attempt(
         self, snapshot: TableSnapshot, message: UpsertRequest | DeleteRequest
@@ -75,7 +84,7 @@ class Delivery:
         """The acknowledgement, or why another attempt is worth while."""
         version = snapshot.table.version
         if snapshot.table.generation != self._generation:
-            raise Unavailable("another generation went live meanwhile")
+            raise self._given_up(Unavailable("another generation went live meanwhile"))
         if version == self._refused_by:
             return NotPrimary("no replica takes writes now")
         connection = primary_of(snapshot, self._shard)
@@ -94,16 +103,19 @@ class Delivery:
         self, connection: ShardConnection, message: UpsertRequest | DeleteRequest
     ) -> WriteReply | ErrorReply | Unavailable:
         """What the replica says; Unavailable where it may be asked again."""
-        left = self._deadline - self._clock.time()
-        if left <= 0:
-            raise DeadlineExceeded("no answer in time")
         request_id = self._fanout.next_request_id()
-        frame = encode_frame(request_id, replace(message, timeout_ms=left * 1000))
         answer: asyncio.Future[Payload | Unavailable] = asyncio.get_running_loop().create_future()
         try:
+            connection.usable_link()  # a frame of megabytes is not encoded in vain at each look
+            frame = await self._encoded(request_id, message)
+            self._left_s()  # a thread may have been long in coming
             link = connection.request(request_id, frame, _settling(answer))
-        except Overloaded:
+        except DeadlineExceeded:
             raise
+        except Overloaded as error:
+            if not self._is_in_doubt:
+                raise
+            return error
         except Unavailable as error:
             return error
         late = DeadlineExceeded("no answer in time: it may have been applied")
@@ -123,13 +135,32 @@ class Delivery:
             return self._lost(answered)
         return answered
 
+    async def _encoded(self, request_id: int, message: UpsertRequest | DeleteRequest) -> bytes:
+        """The frame, with the time that is left. Raises DeadlineExceeded: none is."""
+        timed = replace(message, timeout_ms=self._left_s() * 1000)
+        if self._in_loop:
+            return encode_frame(request_id, timed)
+        return await asyncio.to_thread(encode_frame, request_id, timed)
+
+    def _left_s(self) -> float:
+        left = self._deadline - self._clock.time()
+        if left <= 0:
+            raise self._given_up(DeadlineExceeded("no answer in time"))
+        return left
+
     def _lost(self, reason: Unavailable) -> Unavailable:
         """Of a write that was sent: whether it was applied is not known."""
-        if self._is_resent:
+        if self._is_in_doubt:
             raise Unavailable(f"{reason.message}, twice: it may have been applied")
-        self._is_resent = True
+        self._is_in_doubt = True
         self._waits_until = self._deadline
-        return Unavailable(f"{reason.message}: it may have been applied")
+        return reason
+
+    def _given_up(self, reason: Unavailable) -> Unavailable:
+        """The error of a write that is not tried again."""
+        if not self._is_in_doubt:
+            return reason
+        return DeadlineExceeded(f"{reason.message}: it may have been applied")
 
     @property
     def _clock(self) -> Clock:

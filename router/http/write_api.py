@@ -25,7 +25,8 @@ from shardline.router.service import SearchService
 from shardline.router.written import Deletes, Upserts, WriteAnswer
 from shardline.shards.core.errors import InvalidInput
 
-# Bytes of a body decoded in the event loop: items are walked one by one, some milliseconds of them
+# Bytes of a body decoded, split and encoded for the shards in the event loop: items are walked one
+# by one, some milliseconds of them
 DECODE_IN_LOOP = 64 << 10
 KEY_BITS = 128
 
@@ -43,7 +44,14 @@ class Decode(Protocol[T_co]):
 
 class Write(Protocol[T_contra]):
     def __call__(
-        self, given: T_contra, key: str, *, arrived_at: float, began_at: float, request_id: str
+        self,
+        given: T_contra,
+        key: str,
+        *,
+        arrived_at: float,
+        began_at: float,
+        request_id: str,
+        in_loop: bool,
     ) -> Awaitable[WriteAnswer]: ...
 
 
@@ -93,6 +101,7 @@ def _endpoint(
                 arrived_at=scope["shardline.arrived_at"],
                 began_at=scope["shardline.began_at"],
                 request_id=scope["shardline.request_id"],
+                in_loop=len(body) <= DECODE_IN_LOOP,
             )
             return encode_written(written, accepted), accepted
 

@@ -92,14 +92,16 @@ class _WriteResponse(_Body):
 
 
 class UpsertResponse(_WriteResponse):
-    """Every item is on disk, and part of searches from now on."""
+    """Every item is durable on the store; in searches that ask for its `seq` at once, in all others
+    within about a second."""
 
     created: int
     updated: int
 
 
 class DeleteResponse(_WriteResponse):
-    """Every item is gone, on disk and for searches from now on."""
+    """The deletes are durable on the store; in searches that ask for their `seq` at once, in all
+    others within about a second."""
 
     deleted: int
     missing: int = Field(description="items that did not exist")

@@ -1,6 +1,7 @@
 """Writes of both clients against a real HTTP server over fake shards."""
 
 import datetime as dt
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -15,6 +16,7 @@ from shardline.router.client import write_calls
 from shardline.router.client.answers import UpsertAnswer, together
 from shardline.router.client.retries import Retry
 from shardline.router.client.write_calls import WriteRequest, delete_requests, upsert_requests
+from shardline.router.http import write_api
 from shardline.router.http.media import Media
 from shardline.router.http.write_codec import decode_delete, decode_upsert
 from shardline.router.router_config import RouterConfig
@@ -191,6 +193,25 @@ def test_answers_add_up():
     total = together(together(None, one), two)
     assert (total.rows, total.created, total.updated, total.took_ms) == (5, 2, 3, 4.0)
     assert (total.seq, total.request_id) == ((4, 7, None), "2")
+
+
+@pytest.mark.parametrize("verb", ["upsert", "delete"])
+def test_a_call_that_two_generations_answer_is_an_error(client, monkeypatch, verb):
+    monkeypatch.setattr(write_calls, "MAX_WRITE_ITEMS", 1)
+    encode = write_api.encode_written
+
+    def goes_live(done: int) -> None:
+        if done == 2:
+            monkeypatch.setattr(
+                write_api,
+                "encode_written",
+                lambda answer, media: encode(replace(answer, generation=2), media),
+            )
+
+    fields = {"vectors": ROWS} if verb == "upsert" else {}
+    with pytest.raises(VersionMismatch, match="2 items of this call") as caught:
+        getattr(client, verb)(item_ids=IDS, progress=goes_live, **fields)
+    assert (caught.value.expected, caught.value.got) == ("generation 1", "generation 2")
 
 
 def test_an_overloaded_shard_is_asked_again_and_nothing_is_written_twice(client, router):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from dataclasses import replace
 
 import httpx
@@ -9,6 +10,8 @@ import msgpack
 import numpy as np
 import pytest
 
+from shardline.router import write_service
+from shardline.router.fanout import primary
 from shardline.router.http.api import create_app
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
@@ -471,6 +474,65 @@ async def test_a_write_does_not_cross_to_another_generation() -> None:
         response = await task
         assert response.status_code == 503
         assert "another generation" in response.json()["failed"][0]["text"]
+
+
+async def test_a_write_that_waits_for_a_connection_is_not_encoded_in_vain(monkeypatch) -> None:
+    encoded = []
+    encode_frame = primary.encode_frame
+
+    def counted(request_id, message):
+        encoded.append(message)
+        return encode_frame(request_id, message)
+
+    monkeypatch.setattr(primary, "encode_frame", counted)
+    async with api() as (http, shards, service):
+        await shards[0].kill()
+        await until(lambda: service._fanout.snapshot.connected_shards == SHARDS - 1)
+        task = asyncio.create_task(http.put("/v1/items", json=item() | {"timeout_ms": 9000}))
+        await until(lambda: service.writes.taken == 1)
+        await asyncio.sleep(0.2)
+        assert encoded == []
+        await shards[0].start(shards[0].port)
+        assert (await task).status_code == 200
+        assert len(encoded) == 1
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+async def test_a_write_that_was_sent_and_cannot_be_sent_again_is_of_unknown_outcome(
+    generation,
+) -> None:
+    async with api() as (http, shards, service):
+        shards[0].gate.clear()
+        body = item() | {"timeout_ms": 600 if generation == 1 else 9000}
+        task = asyncio.create_task(http.put("/v1/items", json=body))
+        await until(lambda: writes_of(shards[0]))
+        routes = [replace(moved(shard), primary=None) for shard in shards]
+        table = make_table(routes, DIM, version=2, generation=generation, boundaries=(15, 30, 45))
+        await service.apply(table)
+        await shards[0].kill()
+        response = await task
+        assert (response.status_code, response.json()["code"]) == (504, "deadline_exceeded")
+        assert "it may have been applied" in response.json()["failed"][0]["text"]
+
+
+@pytest.mark.parametrize(("text", "in_loop"), [("x", True), ("x" * (100 << 10), False)])
+async def test_few_but_large_items_are_worked_on_in_threads(monkeypatch, text, in_loop) -> None:
+    threads = []
+
+    def noted(function):
+        def call(*args):
+            threads.append(threading.current_thread())
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(write_service, "upsert_parts", noted(write_service.upsert_parts))
+    monkeypatch.setattr(primary, "encode_frame", noted(primary.encode_frame))
+    async with api() as (http, shards, _):
+        response = await http.put("/v1/items", json=item(attributes={"title": text}))
+        assert response.status_code == 200
+        assert shards[0].attributes[1] == {"title": text}
+    assert [each is threading.main_thread() for each in threads] == [in_loop, in_loop]
 
 
 # What searches see of writes
