@@ -131,7 +131,7 @@ class LogMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         assert self.leader is not None
         try:
-            self.adopt(as_bytes(self.leader.reopen()), len(self.truth))
+            self.adopt(as_bytes(self.leader.reopen(len(self.truth))), len(self.truth))
         except NotPrimary:
             self.leader = None
 
@@ -150,7 +150,7 @@ class LogMachine(RuleBasedStateMachine):
     def a_former_primary_reopens(self, which: int) -> None:
         log = self.former[which % len(self.former)]
         try:
-            assert log.reopen() == []
+            assert log.reopen(log.seq) == []
         except NotPrimary:
             return
         assert log._refusal is None
