@@ -13,7 +13,7 @@ from shardline.shards.core.messages import DeleteRequest, UpsertRequest, WriteRe
 from shardline.shards.core.schema import Metric
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import load_newest
+from shardline.shards.live.loading import load_caught_up
 from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.shard import Shard
@@ -52,8 +52,8 @@ def opened(
     clock: Callable[[], float] = time.monotonic,
     **limits: int,
 ) -> tuple[Shard, ShardWrites]:
-    """As a process that starts: the newest files, then the log."""
-    loaded = load_newest(generation, read_generation(generation), 0)
+    """As a process that starts: the newest files and the log."""
+    loaded = load_caught_up(generation, read_generation(generation), 0)
     shard = Shard(shard=0, generation=7, state=loaded.state)
     writes = ShardWrites(
         shard,
@@ -63,8 +63,6 @@ def opened(
         files=files,
         clock=clock,
     )
-    while writes.catch_up():
-        pass
     return shard, writes
 
 

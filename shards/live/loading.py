@@ -36,7 +36,8 @@ class Loaded:
 
 def last_write(folder: Path, manifest: GenerationManifest, shard: int) -> int:
     """How many writes a shard's files hold: its newest compaction and its log, verified; no index
-    is loaded.
+    is loaded. The log's last group is not counted while nobody can tell whether it holds:
+    ``LogTail.read_proven``.
 
     Raises:
         CorruptFile, NotFound: a file is damaged or missing; named.
@@ -48,8 +49,7 @@ def last_write(folder: Path, manifest: GenerationManifest, shard: int) -> int:
             if seq:
                 read_main(live, seq, generation=manifest.generation, shard=shard)
             tail = LogTail(live, after_seq=seq)
-            while tail.read_new():
-                pass
+            tail.read_proven()
         except (CorruptFile, NotFound):
             if compacted_seqs(live)[-1:] in ([], [seq]):
                 raise
@@ -105,15 +105,18 @@ def load_caught_up(
 
 
 def caught_up(loaded: Loaded, live: Path, *, until: int | None = None) -> Loaded:
-    """With what the log has had since; up to write ``until``, None for all."""
-    tail = LogTail(live, after_seq=loaded.state.seq)
-    state = loaded.state
-    while records := tail.read_new():
-        if until is not None:
-            records = [record for record in records if record.seq <= until]
-        state, applied = apply(state, records)
-        for record, outcome in zip(records, applied, strict=True):
-            loaded.keys.add(record, rows=outcome.rows, existed=outcome.existed)
+    """With what the log had when it was read, once; up to write ``until``, None for all. Writes
+    may go on meanwhile: who follows the log reads those.
+
+    Raises:
+        CorruptFile, NotFound, OSError: as ``LogTail.read_proven``.
+    """
+    records = LogTail(live, after_seq=loaded.state.seq).read_proven()
+    if until is not None:
+        records = [record for record in records if record.seq <= until]
+    state, applied = apply(loaded.state, records)
+    for record, outcome in zip(records, applied, strict=True):
+        loaded.keys.add(record, rows=outcome.rows, existed=outcome.existed)
     return replace(loaded, state=state)
 
 

@@ -112,9 +112,13 @@ class Log:
                 for group in groups:
                     self._append_group(group)
 
-    def reopen(self) -> list[Record]:
-        """Accepts writes again after a failure. Returns the records of failed appends that are in
-        the log nevertheless, durable now; does nothing if there was no failure.
+    def reopen(self, after_seq: int) -> list[Record]:
+        """Accepts writes again after a failure. Returns the records after ``after_seq``, the last
+        that the caller has applied: those of failed appends that are in the log nevertheless,
+        durable now. Does nothing if there was no failure.
+
+        ``seq`` may be later than ``after_seq``: an append that failed in its second group has
+        moved it behind the first.
 
         Raises:
             NotPrimary, CorruptFile, NotFound, ReadOnly, StoreFull: as ``open``.
@@ -126,7 +130,7 @@ class Log:
                 self._refuse()
             with self._failures():
                 self._check_epoch()
-                return self._take_over(self._seq)
+                return self._take_over(after_seq)
 
     def check(self) -> None:
         """For a primary that has nothing to write: whether it still leads.
@@ -211,9 +215,9 @@ class Log:
                 hint="restore the log from a copy; or, to go on with what the shard's files hold, "
                 "stop the cluster and move the segments away",
             )
-        self._keep_aside(found)
         first_seq, chain, prefix = found.last_group or (found.end_seq, found.end_chain, b"")
         self._begin_segment(first_seq, chain, prefix, found.newest)
+        self._keep_aside(found)  # after the segment, which needs the room on a full disk
         self._check_epoch()
         self._seq, self._chain = found.end_seq - 1, found.end_chain
         self._refusal = None
@@ -260,6 +264,8 @@ class Log:
             return
         except OSError as error:
             logger.warning("%s cannot be written: %s", path, error)
+            with suppress(OSError):  # a part of it would pass for the whole, and takes room
+                self._files.remove(path)
 
     def _remove_unfinished(self) -> None:
         """What earlier primaries have left of segments that they did not finish."""
@@ -299,15 +305,19 @@ class Log:
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
-        """Whatever fails inside: from then on the log refuses writes, and errors are ours."""
+        """Whatever fails inside: from then on the log refuses writes, and errors are ours.
+
+        Copies are kept: the trace of what is raised keeps alive what was to be written.
+        """
         try:
             yield
         except (NotPrimary, ReadOnly) as error:
-            self._refusal = error
+            self._refusal = copy.copy(error)
             raise
         except OSError as error:
-            self._refusal = self._refusal_after(error)
-            raise self._refusal from error
+            refusal = self._refusal_after(error)
+            self._refusal = copy.copy(refusal)
+            raise refusal from error
         except BaseException as error:
             self._refusal = ReadOnly(f"{self.folder}: {error}")
             raise

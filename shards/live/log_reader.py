@@ -65,8 +65,17 @@ class Found:
         return self.history[-1].name if self.history else None
 
 
-def read_log(folder: Path, position: Position, headers: Headers, files: LogFiles) -> Found:
+def read_log(
+    folder: Path,
+    position: Position,
+    headers: Headers,
+    files: LogFiles,
+    *,
+    proven_only: bool = False,
+) -> Found:
     """``headers`` are those read before, and takes those read now.
+
+    proven_only: the last group of the newest segment is checked, and is not among the records.
 
     Raises:
         CorruptFile: damaged before the last group, or another history than the position's.
@@ -84,7 +93,7 @@ def read_log(folder: Path, position: Position, headers: Headers, files: LogFiles
             "the log any more",
             hint="load the shard's compacted files, which hold them",
         )
-    reading = _Reading(folder, position)
+    reading = _Reading(folder, position, proven_only)
     for header, following in zip(history, (*history[1:], None), strict=True):
         reading.segment(header, None if following is None else following.name.first_seq, files)
     return reading.found(history)
@@ -109,8 +118,9 @@ def history_of(
 class _Reading:
     """One call of ``read_log``: goes through segments from old to new, and keeps what it finds."""
 
-    def __init__(self, folder: Path, position: Position) -> None:
+    def __init__(self, folder: Path, position: Position, proven_only: bool) -> None:
         self._folder = folder
+        self._proven_only = proven_only
         self._position = position
         self._records: list[Record] = []
         self._end_seq = position.next_seq
@@ -143,14 +153,19 @@ class _Reading:
         data = files.read(path, start)
         offset = 0
         self._last = None
+        before: Group | None = None  # the group before, not taken yet
         for group in _groups(data, end):
             if group.first_seq != seq or group.before != chain:
                 raise damaged(path, start + group.start, seq, "another write than expected")
             if end is not None and group.last_seq >= end:
                 raise damaged(path, start + group.start, seq, "more writes than expected")
-            self._take(header.name, path, start, data, group)
+            if before is not None:
+                self._take(header.name, path, start, data, before)
+            before = group
             self._last = group.first_seq, group.before, data[group.start : group.end]
             seq, chain, offset = group.last_seq + 1, group.checksum, group.end
+        if before is not None and not (end is None and self._proven_only):
+            self._take(header.name, path, start, data, before)
         self._end_seq, self._end_chain, self._tail = seq, chain, data[offset:]
         self._size = start + len(data)
         if end is not None:

@@ -5,17 +5,24 @@ EPOCH holds that segment's number after the record was read. Then a successor ra
 and reads the log after that. While EPOCH names a primary that has not begun a segment yet, nothing
 is handed out, because what its predecessor appends now may be void.
 
+A replica that starts has no state to go on with meanwhile, and that primary may be dead: it takes
+all but the last group of the newest segment (``read_proven``). Each of these is proven: its writer
+has appended another one, so it was durable while its writer led, and every successor reads it.
+
 There is no notification: the store may be a network mount, which has none. ``read_new`` is called
 again and again, and is cheap when nothing has changed.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from shardline.shards.live.epoch_file import read_epoch
 from shardline.shards.live.log_files import FILES, LogFiles
-from shardline.shards.live.log_reader import Headers, Position, read_log
+from shardline.shards.live.log_reader import Found, Headers, Position, read_log
 from shardline.shards.live.log_segments import segment_names
 from shardline.shards.live.records import Record
+
+TRIES = 20  # of a read from which files vanish; each time a primary has trimmed the log meanwhile
 
 
 class LogTail:
@@ -52,6 +59,35 @@ class LogTail:
         except FileNotFoundError:  # no folder yet; or a segment was trimmed: the next call knows
             return []
 
+    def read_proven(self) -> list[Record]:
+        """For a replica that starts: all that comes after, one complete read of the log. Empty
+        only if there is nothing; every acknowledged write is among it, except that the last group
+        is missing while EPOCH names a primary that has not begun a segment.
+
+        Raises:
+            CorruptFile, NotFound, OSError: as ``read_new``; FileNotFoundError too: files have
+            vanished from every one of TRIES reads.
+        """
+        for _ in range(TRIES - 1):
+            with suppress(FileNotFoundError):
+                return self._read_proven()
+        return self._read_proven()
+
+    def _read_proven(self) -> list[Record]:
+        try:
+            names = self._files.names(self._folder)
+        except FileNotFoundError:
+            return []  # no folder yet
+        if not segment_names(names):
+            return []
+        found = read_log(self._folder, self._position, self._headers, self._files)
+        if found.newest is None or read_epoch(self._folder, self._files) != found.newest.epoch:
+            found = read_log(
+                self._folder, self._position, self._headers, self._files, proven_only=True
+            )
+            names = []  # its last group is still to be read
+        return self._moved(found, names)
+
     def _read(self, names: list[str]) -> list[Record]:
         segments = segment_names(names)
         if not segments or read_epoch(self._folder, self._files) != segments[-1].epoch:
@@ -59,6 +95,10 @@ class LogTail:
         found = read_log(self._folder, self._position, self._headers, self._files)
         if found.newest is None or read_epoch(self._folder, self._files) != found.newest.epoch:
             return []
+        return self._moved(found, names)
+
+    def _moved(self, found: Found, names: list[str]) -> list[Record]:
+        """Behind what was found in the folder with these names."""
         self._position = found.position
         # with bytes behind the last group nothing is kept: on NFS they may change, not their number
         self._names = [] if found.tail else names

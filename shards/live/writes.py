@@ -5,6 +5,7 @@ A write is acknowledged when it is in the log, fsynced, the epoch is still ours,
 calls a ``ShardWrites``, while others read ``holder.state``.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -122,7 +123,8 @@ class ShardWrites:
 
         Raises:
             NotPrimary: a later epoch has been given to another.
-            CorruptFile: the log is damaged. OSError: it cannot be read or written.
+            CorruptFile: the log is damaged. NotFound: it was trimmed behind this state, so a newer
+            main index is to be adopted first. OSError: it cannot be read or written.
         """
         if self._log is not None and epoch <= self.epoch:
             return self.seq
@@ -133,11 +135,11 @@ class ShardWrites:
             log, records = Log.open(self._folder, epoch, after_seq=self.seq, files=self._files)
         except Exception as error:
             if isinstance(error, ShardlineError | OSError):
-                self.trouble = error
+                self.trouble = copy.copy(error)
             raise
         self._tail = None
         self._log, self.epoch, self.trouble = log, epoch, None
-        self._apply(records)
+        self._apply_logged(records)
         logger.info("shard %d: writes are taken from %d on, epoch %d", *self._numbers, epoch)
         return self.seq
 
@@ -186,12 +188,10 @@ class ShardWrites:
             except (NotPrimary, ReadOnly) as error:
                 self._failed(error)
                 return group.replies([], error)
-        try:
-            applied = self._apply(group.records)
-        except Exception:  # a bug: the log is ahead of the state, so nothing may be added to it
-            self._close_log()
-            raise
-        return group.replies(applied, None)
+            except Exception:  # a bug: nothing can be said of the log, so another is to lead
+                self._close_log()
+                raise
+        return group.replies(self._apply_logged(group.records), None)
 
     def adopt(self, loaded: Loaded) -> bool:
         """Takes a newer main index in place of the one in use, with all that is in the state;
@@ -202,10 +202,10 @@ class ShardWrites:
         """
         tail = LogTail(self._folder, loaded.state.seq, self._files)
         state, own = loaded.state, self.seq
-        newer: list[tuple[Record, Applied]] = []
-        while records := tail.read_new():
-            state, applied = apply(state, records)
-            newer += zip(records, applied, strict=True)
+        # once: all that this replica has applied was in the log before; catch_up reads the rest
+        records = tail.read_new()
+        state, applied = apply(state, records)
+        newer: list[tuple[Record, Applied]] = list(zip(records, applied, strict=True))
         if state.seq < self.seq or (self._log is not None and state.seq > self.seq):
             return False
         if own < loaded.state.seq:  # a replica that was behind has not seen what lies between
@@ -237,7 +237,7 @@ class ShardWrites:
             return
         self._healed_at = self._clock()
         try:
-            self._apply(self._log.reopen())
+            self._apply_logged(self._log.reopen(self.seq))
         except (NotPrimary, ReadOnly, CorruptFile, NotFound) as error:
             self._failed(error)
         else:
@@ -266,7 +266,7 @@ class ShardWrites:
         if self._log is None:
             raise NotPrimary("another replica takes the writes of this shard")
         if isinstance(self.trouble, ShardlineError):
-            raise self.trouble
+            raise copy.copy(self.trouble)  # an exception collects the trace of every raise
         return self._log
 
     def _failed(self, error: ShardlineError) -> None:
@@ -275,13 +275,22 @@ class ShardWrites:
                            self._holder.shard, self.epoch, error)  # fmt: skip
             self._close_log()
             return
-        logger.error("shard %d: writes are refused: %s", self._holder.shard, error)
-        self.trouble, self._healed_at = error, self._clock()
+        kept = copy.copy(error)  # the trace of what was raised keeps the requests alive
+        logger.error("shard %d: writes are refused: %s", self._holder.shard, kept)
+        self.trouble, self._healed_at = kept, self._clock()
 
     def _close_log(self) -> None:
         if self._log is not None:
             self._log.close()
             self._log, self.epoch = None, 0
+
+    def _apply_logged(self, records: Sequence[Record]) -> list[Applied]:
+        """Of the log that this replica writes: it is ahead of the state until this is done."""
+        try:
+            return self._apply(records)
+        except Exception:  # a bug: nothing may be added to a log that is ahead of the state
+            self._close_log()
+            raise
 
     def _apply(self, records: Sequence[Record]) -> list[Applied]:
         if not records:

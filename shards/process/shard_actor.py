@@ -99,7 +99,8 @@ class ShardActor:
 
         Raises:
             NotPrimary: a later epoch has been given to another replica.
-            CorruptFile: the log is damaged. OSError: it cannot be read or written.
+            CorruptFile: the log is damaged. NotFound: it was trimmed behind this replica's state.
+            OSError: it cannot be read or written.
         """
         return self._server.lead(epoch)
 

@@ -169,7 +169,7 @@ class ShardServer:
 
         Raises:
             NotPrimary: it takes no writes, or a later epoch has been given to another.
-            CorruptFile, OSError: of the log.
+            CorruptFile, NotFound, OSError: of the log.
         """
         if self._write_thread is None:
             raise NotPrimary("this shard takes no writes")

@@ -4,6 +4,7 @@ While another replica is the primary, it follows that one's log instead, looking
 """
 
 import contextlib
+import copy
 import logging
 import queue
 import threading
@@ -166,7 +167,8 @@ class WriteThread:
         """Logs a trouble once."""
         if str(error) != str(self.writes.trouble):
             logger.error("the log is not followed: %s", error, exc_info=error)
-        known: Any = error if isinstance(error, ShardlineError | OSError) else None
+        # a copy: the trace of what was raised keeps alive what its frames hold
+        known: Any = copy.copy(error) if isinstance(error, ShardlineError | OSError) else None
         self.writes.trouble = known or ShardlineError(f"the log is not followed: {error!r}")
 
 

@@ -94,7 +94,7 @@ def test_a_primary_that_has_a_successor_is_refused(files: LogFiles, tmp_path: Pa
     with pytest.raises(NotPrimary):
         old.check()
     with pytest.raises(NotPrimary):
-        old.reopen()
+        old.reopen(old.seq)
     with pytest.raises(NotPrimary):
         old.trim(1)
     new.append(records(3, 4, epoch=2))
@@ -213,7 +213,7 @@ def test_a_file_that_may_not_grow_refuses_writes_until_it_may(tmp_path: Path) ->
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with pytest.raises(ReadOnly):
         log.append(records(3, 4))
-    assert log.reopen() == []
+    assert log.reopen(log.seq) == []
     torn = tmp_path / f"{name}.torn"
     assert len(FILES.read(torn)) == 50
     log.append(records(3, 4))

@@ -148,13 +148,13 @@ def test_the_disk_fails_at_every_call_and_heals(number: int, part: int | None) -
                     log.append(records(log.seq + 1, log.seq + 1, epoch=log.epoch))
                 assert len(life.acknowledged) == log.seq
                 with pytest.raises(kind):
-                    log.reopen()
+                    log.reopen(log.seq)
                 failing.heal()
-                found = as_bytes(log.reopen())
+                found = as_bytes(log.reopen(log.seq))
                 assert found in ([], life.attempted)
                 life.acknowledged += found
                 life.attempted = []
-                assert log.reopen() == []
+                assert log.reopen(log.seq) == []
             followed += follower.read_new()
         assert as_bytes(followed) == life.acknowledged
         life.lead(ProcessFiles(disk.power_cut(random.Random(call))), 9)
@@ -197,9 +197,9 @@ def test_an_unreadable_epoch_is_no_permission() -> None:
         log.append(records(1, 2))
     assert log.seq == 0
     with pytest.raises(ReadOnly):
-        log.reopen()
+        log.reopen(log.seq)
     content[:] = kept
-    assert seqs(log.reopen()) == [1, 2]
+    assert seqs(log.reopen(log.seq)) == [1, 2]
     log.append(records(3, 3))
     assert seqs(LogTail(FOLDER, 0, files).read_new()) == [1, 2, 3]
 
@@ -252,10 +252,53 @@ def test_an_interrupted_append_is_not_continued() -> None:
     files.before = None
     with pytest.raises(ReadOnly):
         log.append(records(2, 2))
-    assert log.reopen() == []
+    assert log.reopen(log.seq) == []
     log.append(records(2, 2))
     log.close()
     with pytest.raises(NotPrimary, match="closed"):
         log.append(records(3, 3))
     assert seqs(Log.open(FOLDER, 2, after_seq=0, files=files)[1]) == [1, 2]
     assert read_epoch(FOLDER, files) == 2
+
+
+def test_a_group_of_a_failed_append_that_is_durable_is_found_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An append of two groups whose second fails: the caller has applied neither."""
+    monkeypatch.setattr("shardline.shards.live.log.GROUP_BYTES", 1)
+    files = ProcessFiles(FakeDisk())
+    log, _ = Log.open(FOLDER, 1, after_seq=0, files=files)
+    log.append(records(1, 1))
+    files.fail_at_sync = files.syncs + 2
+    with pytest.raises(ReadOnly):
+        log.append(records(2, 4))
+    found = log.reopen(1)
+    assert as_bytes(found) == as_bytes(records(2, log.seq))
+    assert log.seq in (2, 3)
+    log.append(records(log.seq + 1, log.seq + 2))
+
+
+def test_a_torn_end_is_copied_when_the_next_segment_has_its_room() -> None:
+    created: list[str] = []
+
+    class Recording(ProcessFiles):
+        def create(self, path: Path) -> int:
+            created.append(path.name)
+            return super().create(path)
+
+    files = Recording(FakeDisk())
+    log, _ = Log.open(FOLDER, 1, after_seq=0, files=files)
+    log.append(records(1, 1))
+    files.before = failing = FailingCalls(files.calls + 1, errno.ENOSPC, 10)
+    with pytest.raises(StoreFull):
+        log.append(records(2, 2))
+    created.clear()
+    failing.heal()
+    files.fail_at_sync = files.syncs + 1
+    with pytest.raises(ReadOnly):
+        log.reopen(1)
+    assert [name for name in created if name.endswith(".torn")] == []
+    assert log.reopen(1) == []
+    first, second = SegmentName(1, 1, 1), SegmentName(1, 2, 1)
+    assert created == [f".{second}.tmp", f".{second}.tmp", f"{first}.torn"]
+    assert len(files.read(FOLDER / created[-1])) == 10

@@ -138,7 +138,7 @@ class Healing(Writer):
         group = records(log.seq + 1, log.seq + 2, epoch=self.epoch)
         with pytest.raises(ReadOnly):
             log.append(group)
-        self.acknowledged |= {record.seq: as_bytes([record])[0] for record in log.reopen()}
+        self.acknowledged |= {record.seq: as_bytes([record])[0] for record in log.reopen(log.seq)}
         super().go_on(log)
 
 

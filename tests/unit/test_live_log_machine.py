@@ -9,13 +9,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from shardline.shards.core.errors import NotFound, NotPrimary, ReadOnly
+from shardline.shards.live.epoch_file import read_epoch
 from shardline.shards.live.log import Log
+from shardline.shards.live.log_segments import segment_names
 from shardline.shards.live.log_tail import LogTail
 from tests.fake_disk import FailingCalls, FakeDisk, ProcessFiles
 from tests.live_writes import as_bytes, records
 
 FOLDER = Path("live")
 SEGMENT_BYTES = 400  # a few groups
+MOST_RECORDS = 3  # of a group
 
 
 class Following:
@@ -25,6 +28,9 @@ class Following:
         self.start = start
         self.given: list[bytes] = []
         self._tail = LogTail(FOLDER, start, ProcessFiles(disk))
+
+    def start_up(self) -> None:
+        self.given += as_bytes(self._tail.read_proven())
 
     def poll(self) -> None:
         self.given += as_bytes(self._tail.read_new())
@@ -91,13 +97,13 @@ class LogMachine(RuleBasedStateMachine):
         self.leader = log
 
     @precondition(lambda self: self.leader is not None)
-    @rule(count=st.integers(1, 3))
+    @rule(count=st.integers(1, MOST_RECORDS))
     def append(self, count: int) -> None:
         self.try_to_append(count)
 
     @precondition(lambda self: self.leader is not None)
     @rule(
-        count=st.integers(1, 3),
+        count=st.integers(1, MOST_RECORDS),
         call=st.integers(1, 9),
         number=st.sampled_from([errno.EIO, errno.ENOSPC]),
         part=st.sampled_from([None, 0, 1, 33, 90]),
@@ -131,7 +137,7 @@ class LogMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         assert self.leader is not None
         try:
-            self.adopt(as_bytes(self.leader.reopen()), len(self.truth))
+            self.adopt(as_bytes(self.leader.reopen(len(self.truth))), len(self.truth))
         except NotPrimary:
             self.leader = None
 
@@ -150,7 +156,7 @@ class LogMachine(RuleBasedStateMachine):
     def a_former_primary_reopens(self, which: int) -> None:
         log = self.former[which % len(self.former)]
         try:
-            assert log.reopen() == []
+            assert log.reopen(log.seq) == []
         except NotPrimary:
             return
         assert log._refusal is None
@@ -184,6 +190,20 @@ class LogMachine(RuleBasedStateMachine):
     def follow(self) -> None:
         if len(self.followers) < 4:
             self.followers.append(Following(self.disk, self.compacted))
+
+    @rule()
+    def start(self) -> None:
+        """A replica that starts now must know what was acknowledged, but for one group at most."""
+        following = Following(self.disk, self.compacted)
+        following.start_up()
+        files = ProcessFiles(self.disk)
+        names = segment_names(files.names(FOLDER)) if self.disk.folders else []
+        if names:
+            leads = read_epoch(FOLDER, files) == names[-1].epoch
+            known = self.compacted + len(following.given)
+            assert known >= len(self.truth) - (0 if leads else MOST_RECORDS)
+        if len(self.followers) < 4:
+            self.followers.append(following)
 
     @rule()
     def poll(self) -> None:

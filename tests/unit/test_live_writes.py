@@ -1,6 +1,10 @@
 """Writes to one shard: as its primary, as a follower, and from one to the other."""
 
+import errno
+import gc
 import os
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -21,11 +25,19 @@ from shardline.shards.core.errors import (
 from shardline.shards.core.messages import MAX_WRITTEN_ROWS, NO_PARAMS, WriteReply
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.compaction import compact
+from shardline.shards.live.epoch_file import raise_epoch
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.loading import last_write, load_caught_up
+from shardline.shards.live.log import Log
+from shardline.shards.live.log_files import LogFiles
+from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.live.records import Record
 from shardline.shards.live.writes import HEAL_S, ShardWrites
 from shardline.shards.server.shard import Shard
+from shardline.shards.server.write_thread import WriteThread
+from shardline.shards.storage.generation import read_generation
 from tests.live_shard import (
     DIM,
     NEW_ITEMS,
@@ -225,6 +237,133 @@ def test_a_defect_of_ours_leaves_no_gap(generation: Path, monkeypatch) -> None:
     writes.catch_up()
     assert writes.seq == 1
     assert 1 not in contents(shard)
+
+
+def test_a_full_disk_in_the_second_group_of_an_append(generation: Path, monkeypatch) -> None:
+    """The first group is durable: it becomes part of the state, and writes go on behind it."""
+    monkeypatch.setattr("shardline.shards.live.log.GROUP_BYTES", 1)
+    files, now_s = SecondSyncFails(), [100.0]
+    shard, writes = opened(generation, files=files, clock=lambda: now_s[0])
+    writes.lead(1)
+    files.left = 2
+    requests = [upsert_request([NEW_ITEMS + n], key=f"k{n}") for n in range(3)]
+    answers = writes.write(requests)
+    assert all(isinstance(answer, StoreFull) for answer in answers)
+    assert writes.seq == 0
+    now_s[0] += HEAL_S
+    replies = wrote(writes, *requests)
+    assert [reply.seq for reply in replies] == [1, 2, 3]
+    assert contents(opened(generation)[0]) == contents(shard)
+    assert writes.adopt(load_caught_up(generation, read_generation(generation), 0))
+
+
+class SecondSyncFails(LogFiles):
+    """The ``left``-th fsync from now finds no room."""
+
+    left = 0
+
+    def sync(self, descriptor: int) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().sync(descriptor)
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_who_cannot_say_what_is_in_its_log_leads_no_more(
+    generation: Path, monkeypatch, is_before: bool
+) -> None:
+    shard, writes = leading(generation)
+    inner = Log.append
+
+    def broken(log: Log, records: Sequence[Record]) -> None:
+        if not is_before:
+            inner(log, records)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "append", broken)
+        with pytest.raises(ZeroDivisionError):
+            writes.write([delete_request([1])])
+    assert not writes.leads
+    writes.catch_up()
+    assert writes.lead(2) == (0 if is_before else 1)
+    wrote(writes, delete_request([2]))
+    assert contents(opened(generation)[0]) == contents(shard)
+
+
+def test_a_refusal_keeps_no_request_alive(generation: Path, monkeypatch) -> None:
+    disk = FailingDisk(monkeypatch)
+    _, writes = leading(generation)
+    disk.error = OSError(28, "No space left on device")
+    request = upsert_request([NEW_ITEMS])
+    alive = weakref.ref(request.vectors)
+    answers = [*writes.write([request]), *writes.write([request])]
+    assert all(isinstance(answer, StoreFull) for answer in answers)
+    assert answers[0] is not answers[1]
+    del request, answers
+    disk.error = None  # whose trace the test itself would keep
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_trouble_of_the_write_thread_keeps_no_trace(generation: Path) -> None:
+    _, writes = opened(generation)
+    thread = WriteThread(writes, lambda answered: None)
+    for kind in (NotFound, OSError):
+        try:
+            raise kind("gone")
+        except kind as error:
+            thread._complain(error)
+        assert isinstance(writes.trouble, kind)
+        assert str(writes.trouble) == "gone"
+        assert writes.trouble.__traceback__ is None
+
+
+def test_a_replica_that_starts_while_nobody_leads_has_the_writes(generation: Path) -> None:
+    """The successor has raised the epoch, and died before its first segment."""
+    _, writes = leading(generation)
+    for number in range(3):
+        wrote(writes, upsert_request([NEW_ITEMS + number]))
+    raise_epoch(live_folder(generation, 0), 2)
+    started, starting = opened(generation)
+    assert starting.seq == 2, "the last group is not proven"
+    assert NEW_ITEMS + 1 in contents(started)
+    assert last_write(generation, read_generation(generation), 0) == 2
+    assert starting.lead(3) == 3
+
+
+def test_a_replica_starts_while_writes_go_on(generation: Path, monkeypatch) -> None:
+    """It does not wait for a moment without writes."""
+    _, writes = leading(generation)
+    wrote(writes, upsert_request([NEW_ITEMS]))
+    reads = []
+
+    class Chased(LogTail):
+        def read_proven(self) -> list[Record]:
+            return self._chased(super().read_proven())
+
+        def read_new(self) -> list[Record]:
+            return self._chased(super().read_new())
+
+        def _chased(self, found: list[Record]) -> list[Record]:
+            reads.append(len(found))
+            if len(reads) < 20:
+                wrote(writes, upsert_request([NEW_ITEMS + len(reads)]))
+            return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shardline.shards.live.loading.LogTail", Chased)
+        loaded = load_caught_up(generation, read_generation(generation), 0)
+    assert (loaded.state.seq, reads) == (1, [1])
+    _, follower = opened(generation)
+    reads.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("shardline.shards.live.writes.LogTail", Chased)
+        assert follower.adopt(loaded)
+    assert (follower.seq, reads) == (2, [1])
+    follower.catch_up()
+    assert follower.seq == 3, "it goes on behind what it has read"
 
 
 def test_a_compaction_ends_with_the_last_write_that_was_acknowledged(generation: Path) -> None:
