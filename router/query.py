@@ -104,9 +104,10 @@ class FoundItems:
 class FoundAttributes:
     """Of each attribute asked for, the values by item id; items that were not found have none.
 
-    size: bytes of the values, packed.
+    item_ids: those that were found, in no order. size: bytes of the values, packed.
     """
 
+    item_ids: IdArray
     values: dict[str, dict[int, Any]]
     size: int
     missing: tuple[Degraded, ...]

@@ -66,7 +66,6 @@ from shardline.shards.core.schema import (
     EMPTY_ID,
     ORIGINAL_ID,
     FloatArray,
-    IdArray,
     check_ids,
     query_vectors,
 )
@@ -173,7 +172,7 @@ class SearchService:
                     until = arrived_at + SEARCH_SHARE * (deadline - arrived_at)
                 merged, reasons = await self._answer(snapshot, query, until, began_at)
                 if wants_more:
-                    returned = await self._returned(snapshot, merged.ranked.ids, query, deadline)
+                    returned = await self._returned(snapshot, merged, query, deadline)
         except ShardlineError as error:
             self.count_rejected(error)
             raise
@@ -225,13 +224,17 @@ class SearchService:
                         hint="; ".join(map(str, found.coverage.degraded)),
                     )
                 raise NotFound("no such item", field="item_id", got=str(checked))
-            beside = await self._fanout.attributes(snapshot, found.item_ids, (), deadline=deadline)
+            beside = await self._fanout.attributes(
+                snapshot, found.item_ids, (), deadline=deadline, seen=found.seq
+            )
             if beside.missing:
                 raise Unavailable(
                     "its attributes did not come",
                     field="item_id",
                     hint="; ".join(map(str, beside.missing)),
                 )
+            if not beside.item_ids.size:  # deleted since its vector was read
+                raise NotFound("no such item", field="item_id", got=str(checked))
             shard = int(found.shards[0])
             return ItemAnswer(
                 item_id=checked,
@@ -345,18 +348,22 @@ class SearchService:
             np.unique(item_ids),
             deadline=now + LOOK_UP_SHARE * (deadline - now),
             min_coverage=query.min_coverage,
+            min_seq=query.options.min_seq,
         )
         return item_queries(item_ids, found, snapshot.table.metric)
 
     async def _returned(
-        self, snapshot: TableSnapshot, ids: IdArray, query: ResolvedQuery, deadline: float
+        self, snapshot: TableSnapshot, merged: Merged, query: ResolvedQuery, deadline: float
     ) -> Returned:
-        """What the query wants beside its results ``ids`` (n, k)."""
+        """What the query wants beside its results, from states no older than theirs."""
+        ids = merged.ranked.ids
         began_at = time.perf_counter()
         original = (ORIGINAL_ID,) if query.original_ids else ()
         names = tuple(dict.fromkeys(query.returned + original))
         wanted = np.unique(ids[ids != EMPTY_ID])
-        found = await self._fanout.attributes(snapshot, wanted, names, deadline=deadline)
+        found = await self._fanout.attributes(
+            snapshot, wanted, names, deadline=deadline, seen=merged.seq
+        )
         rows = [[item for item in row if item != EMPTY_ID] for row in ids.tolist()]
 
         if found.size * len(rows) > MAX_RETURNED_BYTES:

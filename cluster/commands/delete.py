@@ -2,6 +2,7 @@
 
 import csv
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -10,13 +11,15 @@ import numpy as np
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option
 from shardline.cluster.commands.query import json_option, url_option
-from shardline.cluster.commands.write_report import say_written
+from shardline.cluster.commands.write_report import say_written, written_before
 from shardline.cluster.console import StageProgress
 from shardline.router.http.api_keys import Scope
-from shardline.shards.core.errors import DataError, InvalidInput
+from shardline.shards.core.errors import DataError, ShardlineError
 from shardline.shards.core.schema import IdArray, check_ids
 
 TEXT = (".csv", ".txt")
+MAX_ID = 2**63 - 1  # ids are int64
+SHOWN = 60  # characters of a wrong word in an error
 
 
 @click.command()
@@ -46,21 +49,41 @@ def delete(
     if not len(item_ids):
         raise DataError("no items", field=", ".join(files), expected="at least one id")
     address = address_of(settings, url, key_file, scope=Scope.WRITE)
+    done = 0
     with address.client() as client, StageProgress() as progress:
-        answer = client.delete(
-            item_ids, progress=lambda done: progress("delete", done, len(item_ids))
-        )
+
+        def deleted(items: int) -> None:
+            nonlocal done
+            done = items
+            progress("delete", items, len(item_ids))
+
+        try:
+            answer = client.delete(item_ids, progress=deleted)
+        except ShardlineError as error:
+            raise written_before(error, done, "deleted") from error
     say_written(answer, time.perf_counter() - began, as_json)
 
 
 def _typed(words: tuple[str, ...]) -> IdArray:
-    words = tuple(word for each in words for word in each.split(",") if word)
-    for word in words:
-        if not (word.isascii() and word.isdigit()):
+    ids = []
+    for word in (word for each in words for word in each.split(",") if word):
+        number = _id_of(word)
+        if number is None:
             raise click.BadParameter(
-                f"{word!r} is not an id, an integer from 0 up", param_hint="IDS"
+                f"{word[:SHOWN]!r} is not an id, an integer from 0 to {MAX_ID}", param_hint="IDS"
             )
-    return check_ids(list(map(int, words)), field="IDS")
+        ids.append(number)
+    return check_ids(ids, field="IDS")
+
+
+def _id_of(word: str) -> int | None:
+    """None where the word is no integer from 0 to MAX_ID."""
+    # the length first: Python refuses to read some thousands of digits
+    digits = word.lstrip("0") or word[:1]
+    if not (word.isascii() and word.isdigit()) or len(digits) > len(str(MAX_ID)):
+        return None
+    number = int(digits)
+    return number if number <= MAX_ID else None
 
 
 def _ids_of(files: tuple[str, ...], id_column: str | None) -> IdArray:
@@ -85,30 +108,41 @@ def _ids_of_tables(files: list[str], id_column: str | None) -> IdArray:
 
 
 def _ids_of_text(path: Path, id_column: str | None) -> IdArray:
-    """One id per line, or the id column of a CSV file, which is named in its first line."""
+    """One id per line, or the id column of a CSV file, which is named in its first line.
+
+    UTF-8, with a byte order mark or without.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return check_ids(_ids_of_rows(csv.reader(file), path, id_column))
+    except UnicodeDecodeError as error:
+        raise DataError("not UTF-8", field=str(path), got=str(error)) from error
+    except csv.Error as error:
+        raise DataError("not CSV", field=str(path), got=str(error)) from error
+
+
+def _ids_of_rows(rows: Iterable[list[str]], path: Path, id_column: str | None) -> list[int]:
     from shardline.shards.storage.foreign_vectors import ID_COLUMNS
 
     known = (id_column,) if id_column else ID_COLUMNS
     place = 0
     ids = []
-    with path.open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), start=1):
-            if not row:
-                continue
-            names = [name for name in known if name in row]
-            if number == 1 and names:
-                place = row.index(names[0])
-                continue
-            word = row[place].strip() if place < len(row) else ""
-            if not (word.isascii() and word.isdigit()):
-                raise DataError(
-                    "not an id",
-                    field=f"{path}:{number}",
-                    expected=f"an integer from 0 up, or a header with {' or '.join(known)}",
-                    got=repr(word[:60]),
-                )
-            ids.append(int(word))
-    try:
-        return check_ids(ids)
-    except InvalidInput as error:
-        raise DataError(error.message, field=str(path), got=error.got) from error
+    for number, row in enumerate(rows, start=1):
+        if not row:
+            continue
+        names = [name for name in known if name in row]
+        if number == 1 and names:
+            place = row.index(names[0])
+            continue
+        word = row[place].strip() if place < len(row) else ""
+        item_id = _id_of(word)
+        if item_id is None:
+            header = f"or a header with {' or '.join(known)}"
+            raise DataError(
+                "not an id",
+                field=f"{path}:{number}",
+                expected=f"an integer from 0 to {MAX_ID}, {header}",
+                got=repr(word[:SHOWN]),
+            )
+        ids.append(item_id)
+    return ids

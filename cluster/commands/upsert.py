@@ -1,7 +1,6 @@
 """``upsert``: writes the items of files to a running cluster, by vector."""
 
 import time
-from functools import partial
 from pathlib import Path
 
 import click
@@ -15,10 +14,6 @@ from shardline.router.client.answers import UpsertAnswer, together
 from shardline.router.http.api_keys import Scope
 from shardline.shards.core.errors import DataError, ShardlineError
 from shardline.shards.core.schema import ORIGINAL_ID
-
-
-def _shown(progress: StageProgress, before: int, rows: int, items: int) -> None:
-    progress("upsert", before + items, rows)
 
 
 @click.command()
@@ -51,13 +46,19 @@ def upsert(
     from shardline.shards.storage.foreign_vectors import read_foreign
     from shardline.shards.storage.table_parts import open_parts
 
-    began, done = time.perf_counter(), 0
+    began, before, done = time.perf_counter(), 0, 0
     total: UpsertAnswer | None = None
     rows = sum(part.num_rows for part in open_parts(files, option="FILES"))
     batches = read_foreign(files, id_column=id_column, vector_column=vector_column)
     address = address_of(settings, url, key_file, scope=Scope.WRITE)
     try:
         with address.client() as client, StageProgress() as progress:
+
+            def written(items: int) -> None:
+                nonlocal done
+                done = before + items
+                progress("upsert", done, rows)
+
             for batch in batches:
                 if ORIGINAL_ID in batch.attributes.schema.names:
                     raise DataError(
@@ -72,9 +73,9 @@ def upsert(
                         zip(batch.attributes.schema.names, batch.attributes.columns, strict=True)
                     ),
                     model_version=model_version,
-                    progress=partial(_shown, progress, done, rows),
+                    progress=written,
                 )
-                total, done = together(total, answer), done + len(batch.item_ids)
+                total, before = together(total, answer), done
     except ShardlineError as error:
         raise written_before(error, done) from error
     if total is None:

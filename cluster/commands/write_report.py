@@ -26,9 +26,9 @@ def say_written(answer: UpsertAnswer | DeleteAnswer, seconds: float, as_json: bo
     )
 
 
-def written_before(error: ShardlineError, done: int) -> ShardlineError:
-    """The error, with what was written before it."""
+def written_before(error: ShardlineError, done: int, how: str = "written") -> ShardlineError:
+    """The error, with the number of items whose requests were answered before it."""
     if done:
-        before = f"{done:,} items were written before"
+        before = f"{done:,} items were {how} before"
         error.hint = before if error.hint is None else f"{error.hint}; {before}"
     return error

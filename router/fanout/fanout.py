@@ -142,16 +142,21 @@ class Fanout:
         *,
         deadline: float,
         min_coverage: float = 0.0,
+        min_seq: tuple[int, ...] = (),
     ) -> FoundItems:
         """The stored vectors of those of item_ids (n,) int64 that some shard holds.
 
         min_coverage holds when some item is not found: what is found is whole in any case.
+        min_seq: as of ``SearchOptions``.
 
         Raises:
-            DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
+            DeadlineExceeded, Overloaded, Behind, Unavailable: no answer, or less coverage than
+                asked for.
         """
         dim = snapshot.table.dim
-        request = FetchRequest(item_ids=item_ids, timeout_ms=self._remaining_ms(deadline))
+        request = FetchRequest(
+            item_ids=item_ids, timeout_ms=self._remaining_ms(deadline), min_seq=min_seq
+        )
         ask = await self._asked(snapshot, [request], deadline)
         answered, coverage = ask.collect(
             FetchReply, lambda r: r.vectors.shape == (len(r.item_ids), dim)
@@ -181,10 +186,19 @@ class Fanout:
         await self._asked(snapshot, [request], self.clock.time() + wait_ms / 1000, kind)
 
     async def attributes(
-        self, snapshot: TableSnapshot, item_ids: IdArray, names: tuple[str, ...], *, deadline: float
+        self,
+        snapshot: TableSnapshot,
+        item_ids: IdArray,
+        names: tuple[str, ...],
+        *,
+        deadline: float,
+        seen: tuple[int | None, ...] = (),
     ) -> FoundAttributes:
         """The named attributes of those of item_ids (n,) int64 that their shards bring in time; no
         names stand for all.
+
+        seen: of each shard, as of ``Merged``, the writes of what the items were found in. No older
+        state answers, on whichever replica.
 
         Some ids at a time, so that a large answer does not hold up the searches of others.
 
@@ -193,6 +207,8 @@ class Fanout:
         """
         values: dict[str, dict[int, Any]] = {name: {} for name in names}
         missing: dict[Degraded, None] = {}
+        held: list[IdArray] = [item_ids[:0]]
+        min_seq = tuple(seq or 0 for seq in seen)
         homes, size = snapshot.table.partition.shard_of(item_ids), 0
 
         def taken(reply: AttributesReply) -> bool:
@@ -204,6 +220,7 @@ class Fanout:
                 found = zip(reply.item_ids.tolist(), column, strict=True)
                 values.setdefault(name, {}).update(found)
             size += len(reply.values)
+            held.append(reply.item_ids)
             return columns is not None
 
         for start in range(0, max(1, len(item_ids)), IDS_AT_A_TIME):
@@ -220,6 +237,7 @@ class Fanout:
                     item_ids=item_ids[part][homes[part] == route.shard],
                     names=names,
                     timeout_ms=timeout_ms,
+                    min_seq=min_seq,
                 )
                 for route in snapshot.table.shards
             ]
@@ -229,7 +247,9 @@ class Fanout:
             missing |= {each: None for each in coverage.degraded if each.shard in asked}
             if size > MAX_RETURNED_BYTES:
                 raise too_much_returned(MAX_RETURNED_BYTES)
-        return FoundAttributes(values=values, size=size, missing=tuple(missing))
+        return FoundAttributes(
+            item_ids=np.concatenate(held), values=values, size=size, missing=tuple(missing)
+        )
 
     async def _asked(
         self,

@@ -71,9 +71,6 @@ class SearchOptions:
 
     min_seq: tuple[int, ...] = ()
 
-    def min_seq_of(self, shard: int) -> int:
-        return self.min_seq[shard] if shard < len(self.min_seq) else 0
-
 
 NO_OPTIONS = SearchOptions()
 
@@ -109,10 +106,14 @@ class SearchReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchRequest:
-    """Asks for the stored vectors of item_ids (n,) int64, those of other shards included."""
+    """Asks for the stored vectors of item_ids (n,) int64, those of other shards included.
+
+    min_seq: as of ``SearchOptions``.
+    """
 
     item_ids: IdArray
     timeout_ms: float
+    min_seq: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +130,14 @@ class FetchReply:
 class AttributesRequest:
     """Asks for named attributes of item_ids (n,) int64, those of other shards included.
 
-    No names stand for all attributes, the first MAX_RETURNED of them.
+    No names stand for all attributes, the first MAX_RETURNED of them. min_seq: as of
+    ``SearchOptions``.
     """
 
     item_ids: IdArray
     names: tuple[str, ...]
     timeout_ms: float
+    min_seq: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -139,9 +139,10 @@ class Shard:
         deadline = time.monotonic() + request.timeout_ms / 1e3
         try:
             ids = check_ids(request.item_ids)
+            self._check_seq(state, request.min_seq)
             names = request.names or state.attributes.names[:MAX_RETURNED]
             found = state.attributes_of(ids, names, deadline, limit)
-        except (InvalidInput, DeadlineExceeded) as error:
+        except (InvalidInput, Behind, DeadlineExceeded) as error:
             return error
         if found is None:
             return None
@@ -156,12 +157,19 @@ class Shard:
 
     def _fetch(self, state: ShardState, request: FetchRequest) -> FetchReply | ShardlineError:
         try:
-            item_ids, vectors = state.fetch(check_ids(request.item_ids))
-        except InvalidInput as error:
+            ids = check_ids(request.item_ids)
+            self._check_seq(state, request.min_seq)
+            item_ids, vectors = state.fetch(ids)
+        except (InvalidInput, Behind) as error:
             return error
         return FetchReply(
             item_ids=item_ids, vectors=vectors, generation=self.generation, seq=state.seq
         )
+
+    def _check_seq(self, state: ShardState, min_seq: tuple[int, ...]) -> None:
+        """Raises Behind where the state lacks writes that the request asks for."""
+        if self.shard < len(min_seq) and state.seq < min_seq[self.shard]:
+            raise Behind("writes are missing", got=f"{state.seq} applied")
 
     def _search_group(
         self, state: ShardState, group: Sequence[SearchRequest]
@@ -176,8 +184,7 @@ class Shard:
             check_k(first.k)
             if len(queries) == 0:
                 raise InvalidInput("empty batch", field="queries", expected="at least one query")
-            if state.seq < first.options.min_seq_of(self.shard):
-                raise Behind("writes are missing", got=f"{state.seq} applied")
+            self._check_seq(state, first.options.min_seq)
             ranked = state.search(queries, first.k, first.params)
         except ShardlineError as error:
             return [error] * len(group)

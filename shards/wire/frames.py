@@ -9,7 +9,7 @@ so that a router need not decode before all answers are in. How a connection beg
 """
 
 import struct
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgpack
 
@@ -30,7 +30,14 @@ from shardline.shards.core.messages import (
     WriteReply,
 )
 from shardline.shards.wire import search_layout
-from shardline.shards.wire.readers import Payload, pack_value, readers_of, unpack
+from shardline.shards.wire.readers import (
+    Payload,
+    counts_of,
+    pack_value,
+    packed_counts,
+    readers_of,
+    unpack,
+)
 
 PROTOCOL_VERSION = 7
 MAX_FRAME_BYTES = 64 << 20  # 2048 queries x k=2048 x 12 bytes is 50 MB: the largest legal answer
@@ -70,6 +77,7 @@ MESSAGE_TYPES: dict[int, type[Message]] = {
 }
 _TAGS = {kind: tag for tag, kind in MESSAGE_TYPES.items()}
 _READERS = {kind: readers_of(kind) for kind in _TAGS}
+_COUNTS = {kind: counts_of(kind) for kind in _TAGS}
 # msgpack's header of an array of so many items, then the tag
 _ERROR_START = bytes([0x90 | (1 + len(_READERS[ErrorReply])), _TAGS[ErrorReply]])
 
@@ -83,7 +91,10 @@ def encode_frame(request_id: int, message: Message) -> bytes:
     kind = type(message)
     pack = search_layout.PACK.get(kind)
     if pack is None:
-        values = [_TAGS[kind], *(getattr(message, name) for name, _ in _READERS[kind])]
+        values: list[Any] = [_TAGS[kind]]
+        for name, _ in _READERS[kind]:
+            value = getattr(message, name)
+            values.append(packed_counts(value) if name in _COUNTS[kind] else value)
         payload: bytes = msgpack.packb(values, default=pack_value)
         if len(payload) > MAX_FRAME_BYTES:
             raise _too_large(len(payload))

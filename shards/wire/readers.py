@@ -18,6 +18,7 @@ from shardline.shards.core.schema import FloatArray, IdArray
 
 Payload: TypeAlias = bytes | memoryview
 Reader: TypeAlias = Callable[[str, Any], Any]
+Counts: TypeAlias = tuple[int, ...]
 
 # msgpack's own arrays: a message's fields, a shape's sizes, names of attributes and the original id
 MAX_ARRAY_ITEMS = MAX_RETURNED + 1
@@ -28,6 +29,16 @@ def readers_of(kind: type) -> tuple[tuple[str, Reader], ...]:
     """The fields of a dataclass in their order, each with what reads it."""
     hints = get_type_hints(kind)
     return tuple((field.name, READER_OF[hints[field.name]]) for field in fields(kind))
+
+
+def counts_of(kind: type) -> frozenset[str]:
+    """The fields of a dataclass that are tuples of integers: ``packed_counts`` is their form."""
+    return frozenset(name for name, hint in get_type_hints(kind).items() if hint == Counts)
+
+
+def packed_counts(counts: Counts) -> IdArray:
+    """An array, because there may be more of them than MAX_ARRAY_ITEMS."""
+    return np.array(counts, dtype="<i8")
 
 
 def unpack(payload: Payload, *, max_map_len: int = 0) -> Any:
@@ -104,7 +115,7 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     return value
 
 
-def _counts(name: str, value: Any) -> tuple[int, ...]:
+def _counts(name: str, value: Any) -> Counts:
     return tuple(_ids(name, value).tolist())
 
 
@@ -129,7 +140,7 @@ READER_OF: dict[Any, Reader] = {
     str: _text,
     str | None: _optional(_text),
     tuple[str, ...]: _texts,
-    tuple[int, ...]: _counts,
+    Counts: _counts,
     IdArray: _ids,
     FloatArray: _array("<f4", 2),
 }

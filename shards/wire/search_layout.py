@@ -19,7 +19,7 @@ know is refused: a filter that is ignored would be a wrong answer.
 import struct
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias
 
 import msgpack
 import numpy as np
@@ -34,7 +34,14 @@ from shardline.shards.core.messages import (
     SearchRequest,
 )
 from shardline.shards.core.schema import Ranked
-from shardline.shards.wire.readers import Payload, pack_value, readers_of, unpack
+from shardline.shards.wire.readers import (
+    Payload,
+    counts_of,
+    pack_value,
+    packed_counts,
+    readers_of,
+    unpack,
+)
 
 REQUEST = struct.Struct("<IIIIdIIII")
 REPLY = struct.Struct("<IIIIQQQd")
@@ -49,7 +56,7 @@ MAX_MS = 1e12  # a generation of people; NaN is not below it either
 Packed: TypeAlias = tuple[int, bytes, memoryview, bytes | memoryview]
 
 OPTION_READERS = dict(readers_of(SearchOptions))
-OPTION_TYPES = get_type_hints(SearchOptions)
+OPTION_COUNTS = counts_of(SearchOptions)
 OPTION_DEFAULTS = tuple((field.name, field.default) for field in fields(SearchOptions))
 
 
@@ -140,8 +147,7 @@ def read_reply(payload: Payload) -> SearchReply:
 
 def _pack_options(options: SearchOptions) -> bytes:
     given = {
-        # integers as an array: there may be more of them than a frame's msgpack arrays may hold
-        name: np.array(value, INT) if OPTION_TYPES[name] == tuple[int, ...] else value
+        name: packed_counts(value) if name in OPTION_COUNTS else value
         for name, default in OPTION_DEFAULTS
         if (value := getattr(options, name)) != default
     }

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from shardline.cluster.cli import main
+from shardline.router.client import write_calls
 from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import AuthSettings, Guard
 from shardline.router.router_config import RouterConfig
@@ -105,24 +106,37 @@ def test_ids_on_the_command_line_are_deleted(run: Run) -> None:
     ("text", "told"),
     [
         ("1\nx\n", "lines.csv:2: not an id"),
-        ("name\n1\n", "lines.csv:1: not an id; expected an integer from 0 up, or a header with"),
+        ("name\n1\n", "lines.csv:1: not an id; expected an integer from 0 to 9223372036854775807, or a"),
         ("item_id,a\n,1\n", "lines.csv:2: not an id"),
-        (f"{2**63}\n", "id too large"),
+        (f"{2**63}\n", "lines.csv:1: not an id; expected an integer from 0 to 9223372036854775807"),
+        ("9" * 5_000, "lines.csv:1: not an id"),
+        ("9" * 200_000, "lines.csv: not CSV"),
+        ("\xfc,item_id\na,1\n", "lines.csv: not UTF-8"),
         ("", "no items"),
         ("-1\n", "lines.csv:1: not an id"),
     ],
 )
 def test_texts_that_hold_no_ids(run: Run, tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "lines.csv"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     code, _, err = run("delete", str(path))
     assert code == 3
     assert told in err
 
 
+@pytest.mark.parametrize("text", ["1\n2\n", "item_id\n1\n2\n", "0" * 5_000 + "1\n2\n"])
+def test_texts_may_begin_with_a_byte_order_mark(run: Run, tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lines.csv"
+    path.write_text(text, encoding="utf-8-sig")
+    code, out, _ = run("delete", str(path))
+    assert code == 0
+    assert out.startswith("2 items deleted, 0 were not there")
+
+
 def test_what_is_wrong_ends_with_its_code(run: Run, router: LiveRouter, tmp_path: Path) -> None:
     path = items(tmp_path / "items.parquet")
     assert run("delete", "--ids", "one")[0] == 2
+    assert run("delete", "--ids", "9" * 5_000)[0] == 2
     assert run("upsert", str(tmp_path / "nothing.parquet"))[0] == 3
     code, _, err = run("upsert", path, "--model-version", "m0")
     assert code == 3
@@ -155,3 +169,18 @@ def test_an_error_says_what_was_written_before(
     assert code == 4
     assert "not acknowledged: no space" in err
     assert "10 items were written before" in err
+
+
+@pytest.mark.parametrize("command", ["upsert", "delete"])
+def test_requests_answered_before_the_one_that_failed_are_counted(
+    run: Run, router: LiveRouter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """One file, of which the last of three requests is refused."""
+    monkeypatch.setattr(write_calls, "MAX_WRITE_ITEMS", 10)
+    path = items(tmp_path / "items.parquet", 25, 30)
+    router.shards[3].write_error = ErrorReply(code="store_full", message="no space")
+    code, _, err = run(command, path)
+    assert code == 4
+    assert "not acknowledged: no space" in err
+    how = {"upsert": "written", "delete": "deleted"}[command]
+    assert f"20 items were {how} before" in err

@@ -50,6 +50,7 @@ MESSAGES = [
     SearchRequest(queries=FLOATS, k=7, timeout_ms=12.5, params=SearchParams(nprobe=4)),
     SearchReply(ranked=Ranked(IDS, FLOATS), rows=10, generation=57, seq=2**40, search_ms=0.25),
     FetchRequest(item_ids=IDS[0], timeout_ms=3),
+    FetchRequest(item_ids=IDS[0], timeout_ms=3, min_seq=(4, 0)),
     FetchReply(item_ids=IDS[0], vectors=FLOATS, generation=57, seq=4),
     FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0], generation=57, seq=4),
     AttributesRequest(item_ids=IDS[0], names=("preis", "größe"), timeout_ms=3),
@@ -110,6 +111,7 @@ def test_an_oversized_frame_is_not_sent() -> None:
 
 def request(**changes: object) -> bytes:
     content = {"item_ids": ["<i8", [1], bytes(8)], "timeout_ms": 1.0}
+    content |= {"min_seq": ["<i8", [0], b""]}
     assert list(content) == [field.name for field in fields(FetchRequest)]
     return msgpack.packb([6, *(content | changes).values()])
 
@@ -195,6 +197,10 @@ def array(dtype: object, shape: object, data: object) -> dict:
         request(**array("<i8", [2**63, 0], b"")),
         request(**array("<i8", [0] * 80, b"")),
         request(**array("<f4", [2], bytes(8))),
+        request(min_seq=None),
+        request(min_seq=[1, 2]),
+        request(min_seq=["<f8", [1], bytes(8)]),
+        request(min_seq=["<i8", [2], bytes(8)]),
         search()[:-1],
         search()[: REQUEST.size],
         search()[: REQUEST.size - 1],
