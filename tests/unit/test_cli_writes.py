@@ -106,7 +106,7 @@ def test_ids_on_the_command_line_are_deleted(run: Run) -> None:
     ("text", "told"),
     [
         ("1\nx\n", "lines.csv:2: not an id"),
-        ("name\n1\n", "lines.csv:1: not an id; expected an integer from 0 to 9223372036854775807, or a"),
+        ("name\n1\n", "lines.csv:1: not an id; expected an integer from 0 to"),
         ("item_id,a\n,1\n", "lines.csv:2: not an id"),
         (f"{2**63}\n", "lines.csv:1: not an id; expected an integer from 0 to 9223372036854775807"),
         ("9" * 5_000, "lines.csv:1: not an id"),
