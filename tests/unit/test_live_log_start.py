@@ -96,19 +96,21 @@ def test_a_file_that_always_vanishes_ends_the_read() -> None:
     assert len(lost) == TRIES
 
 
+@pytest.mark.parametrize("dies", [False, True])
 @pytest.mark.parametrize("is_network", [False, True])
-def test_replicas_start_after_every_call_of_a_takeover(is_network: bool) -> None:
-    """And at every call at which the successor dies: what they are given holds for good."""
+def test_replicas_start_after_every_call_of_a_takeover(is_network: bool, dies: bool) -> None:
+    """What they are given holds for good, whether the successor, which has stopped after any of
+    its calls, goes on later or is never heard of again."""
     successor_calls = 40
     starts = without = 0
     for paused_at in (0, 3, 7, 100):
-        for dies_at in range(0, successor_calls, 3):
+        for stops_at in range(successor_calls):
             disk, old, work = began((1, 2, 1, 2), is_network=is_network)
             new, given = Writer(2, (1, 1)), []
             with paused(disk, work, new) as (first, second):
                 first.advance(paused_at)
-                for turn in range(dies_at + 30):
-                    running: Paused = second if turn < dies_at else first
+                for turn in range(stops_at + 30):
+                    running: Paused = second if turn < stops_at else first
                     running.advance(1)
                     files = ProcessFiles(disk)
                     found = as_bytes(LogTail(FOLDER, 0, files).read_proven())
@@ -118,6 +120,8 @@ def test_replicas_start_after_every_call_of_a_takeover(is_network: bool) -> None
                     leads = read_epoch(FOLDER, files) == names[-1].epoch
                     assert len(found) >= acknowledged - (0 if leads else 2)
                     starts, without = starts + 1, without + (not leads)
-                log = final_log(disk, 1000)  # the two are never heard of again
+                if not dies:
+                    second.finish()
+                log = final_log(disk, 1000)
             assert all(found == log[: len(found)] for found in given)
     assert starts > without > 100
