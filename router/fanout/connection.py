@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from shardline.router.fanout.clock import TimeSource
 from shardline.router.fanout.link import Link, OnReply
+from shardline.router.fanout.write_room import WriteRoom
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import Overloaded, ProtocolError, Unavailable
 from shardline.shards.core.messages import Hello, ReplicaRoute
@@ -54,6 +55,7 @@ class ShardConnection:
         self.link: Link | None = None  # the one that is up now
         self.opened_at = -math.inf  # when it came up, on the clock
         self.latency_s = 0.0  # running mean of what ``took`` was told
+        self.write_room = WriteRoom()
         self._address = route.address
         self._secret = secret
         self._config = config

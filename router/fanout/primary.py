@@ -6,9 +6,10 @@ makes both one effect,
 - once, when the connection breaks after it was sent, to the primary of then;
 - when the replica says that it is not the primary, and a newer table has come.
 
-While a shard has no primary, or none that can be reached, the write waits for one a moment. One
-that was sent, and is given up before it is acknowledged, is an error that says that it may have
-been applied.
+While a shard has no primary, or none that can be reached, the write waits for one a moment; and for
+its turn, while as much is under way to the shard as that takes on one connection. One that was
+sent, and is given up before it is acknowledged, is an error that says that it may have been
+applied.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from shardline.router.fanout.clock import Clock, Deadline
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import TableSnapshot
+from shardline.router.fanout.write_room import bytes_of
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -90,10 +92,18 @@ class Delivery:
         connection = primary_of(snapshot, self._shard)
         if connection is None:
             return NotPrimary("no replica takes writes now")
-        reply = await self._ask(connection, message)
+        size = bytes_of(message)
+        if not await connection.write_room.enter(size, self._clock, self._deadline):
+            raise self._given_up(DeadlineExceeded("other writes took all the time"))
+        try:
+            reply = await self._ask(connection, message)
+        finally:
+            connection.write_room.leave(size)
         if isinstance(reply, WriteReply | Unavailable):
             return reply
         error = _error_of(reply)
+        if isinstance(error, Overloaded):  # it was not looked at: an earlier one may be applied
+            raise self._given_up(error)
         if not isinstance(error, NotPrimary):
             raise error
         self._refused_by = version

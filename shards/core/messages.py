@@ -18,6 +18,8 @@ MAX_RETURNED = 64  # attributes of one request
 MAX_RETURNED_BYTES = 16 << 20  # of the attributes in one answer, packed
 MAX_SHARDS = 4096
 MAX_WRITTEN_ROWS = 4096  # of one write to one shard
+# Of the writes under way on one connection, which a single one may exceed: more are refused.
+WRITE_ROOM_BYTES = 8 << 20
 MAX_WRITE_KEY_BYTES = 128
 
 

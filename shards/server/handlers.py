@@ -60,6 +60,8 @@ class Asker(Protocol):
 
     def reply(self, request_id: int, message: Message, taken: int = 0, /) -> None: ...
 
+    def reply_to_write(self, request_id: int, message: Message, taken: int, /) -> None: ...
+
     def ask_again(self, work: "Work", /) -> None:
         """Its reply would exceed ``reply_bytes``: it is to be submitted with more of them."""
 

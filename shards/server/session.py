@@ -7,6 +7,9 @@ under way, the largest replies they can have, and the replies that are not sent 
 which there is no room in MAX_KEPT_BYTES waits here; smaller ones overtake it for OVERTAKE_S. While
 many or large ones wait nothing more is read, so that a peer that asks and does not read stops
 itself.
+
+Writes have room of their own, WRITE_ROOM_BYTES, and never wait here: a disk may keep them for long,
+and what came behind them would wait too. One for which there is no room is refused.
 """
 
 import asyncio
@@ -17,7 +20,7 @@ from collections import deque
 from typing import Protocol, cast
 
 from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.messages import ReplicaKey
+from shardline.shards.core.messages import WRITE_ROOM_BYTES, ReplicaKey
 from shardline.shards.server.handlers import Work, larger
 from shardline.shards.server.outbox import Outbox
 from shardline.shards.wire import local_socket
@@ -34,9 +37,10 @@ from shardline.shards.wire.handshake import ServerAddress, new_hello, welcome
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_FRAME_BYTES = 1024  # a Proof has about 80; nobody unproven makes us buffer more
-# Of requests under way, their replies, and replies not sent, of one connection; a single request
-# may have more. While replies are made and encoded a connection takes two to four times this.
-MAX_KEPT_BYTES = 32 << 20
+# Of requests under way, their replies, and replies not sent, of one connection, writes apart; a
+# single request may have more. While replies are made and encoded a connection takes two to four
+# times this.
+MAX_KEPT_BYTES = (32 << 20) - WRITE_ROOM_BYTES
 MAX_WAITING = 64  # requests for which there is no room, and their bytes: beyond, nothing is read
 MAX_WAITING_BYTES = 4 << 20
 OVERTAKE_S = 0.1  # of the request that has waited longest: else small ones could pass it for ever
@@ -59,6 +63,12 @@ class Server(Protocol):
     def submit(self, work: Work, /) -> None:
         """``work.taken`` is to be given back with the reply."""
 
+    def submit_write(self, work: Work, /) -> None:
+        """``work.taken`` is to be given back with ``reply_to_write``."""
+
+    def refuse_write(self, work: Work, /) -> None:
+        """Answers it with ``reply``: nothing of it was counted."""
+
     def after_read(self) -> None:
         """Called once all that was read has been submitted."""
 
@@ -74,6 +84,7 @@ class Session(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._outbox: Outbox | None = None
         self._taken = 0  # bytes of the requests under way, and of the replies that they can have
+        self._written = 0  # bytes of the writes under way, which ``_taken`` leaves out
         self._waiting: deque[Work] = deque()  # in the order they came
         self._waiting_bytes = 0  # of these requests
         self._is_due = False  # waiting requests will be looked at
@@ -90,6 +101,11 @@ class Session(asyncio.Protocol):
         self._outbox.send(encode_frame(request_id, message))
         if self._waiting:
             self._look_soon()
+
+    def reply_to_write(self, request_id: int, message: Message, taken: int) -> None:
+        """As ``reply``, to a write."""
+        self._written -= taken
+        self.reply(request_id, message)
 
     def ask_again(self, work: Work) -> None:
         """Lets a request wait whose reply would exceed ``reply_bytes``, now with more of them."""
@@ -178,6 +194,9 @@ class Session(asyncio.Protocol):
     def _take(self, work: Work) -> None:
         """Submits a request, or lets it wait until there is room."""
         assert self._outbox is not None
+        if work.handler.answer is None:
+            self._take_write(work)
+            return
         under_way = self._taken + self._outbox.unsent
         if self._waiting or (under_way and under_way + work.taken > MAX_KEPT_BYTES):
             self._waiting.append(work)
@@ -186,6 +205,13 @@ class Session(asyncio.Protocol):
             return
         self._taken += work.taken
         self._server.submit(work)
+
+    def _take_write(self, work: Work) -> None:
+        if self._written and self._written + work.taken > WRITE_ROOM_BYTES:
+            self._server.refuse_write(work)
+            return
+        self._written += work.taken
+        self._server.submit_write(work)
 
     def _look_soon(self) -> None:
         if not self._is_due:

@@ -7,9 +7,10 @@
 A batch of a few rows that will take less than INLINE_MS is searched by the loop thread itself
 while the search thread is idle: two hand-overs between threads cost more than such a search.
 Never do both search at once. It never waits for a batch to fill. The queue is bounded: beyond it
-requests are refused at once as ``Overloaded``. A request whose budget has run out while it waited
-is dropped unsearched. A frame that breaks the protocol closes its own connection only; a request
-that is merely wrong is answered with an ``ErrorReply``. Independent of Ray.
+requests are refused at once as ``Overloaded``; writes have bounds of their own. A request whose
+budget has run out while it waited is dropped unsearched. A frame that breaks the protocol closes
+its own connection only; a request that is merely wrong is answered with an ``ErrorReply``.
+Independent of Ray.
 """
 
 import asyncio
@@ -37,6 +38,7 @@ from shardline.shards.server.answering import Answerer, ServerStats, error_reply
 from shardline.shards.server.handlers import HANDLERS, Work
 from shardline.shards.server.session import Session
 from shardline.shards.server.shard import Shard
+from shardline.shards.server.write_queue import WriteQueue
 from shardline.shards.server.write_thread import WriteThread
 from shardline.shards.wire import local_socket
 from shardline.shards.wire.frames import MAX_FRAME_BYTES, Message
@@ -104,11 +106,11 @@ class ShardServer:
             self._write_thread = WriteThread(
                 writes, self._deliver_writes, changeover=changeover, on_damage=on_damage
             )
+        self._writes = WriteQueue(self._write_thread, self.stats)
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._arrived: list[Work] = []  # loop thread only: what came in since the last dispatch
         self._is_due = False  # loop thread only: a dispatch is scheduled
         self._handed_over = 0  # loop thread only: requests the search thread has not answered
-        self._writing = 0  # loop thread only: requests the write thread has not answered
         self._alive_timer: asyncio.TimerHandle | None = None  # loop thread only
         self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
         self._queued_requests = 0
@@ -119,7 +121,7 @@ class ShardServer:
     @property
     def queue_depth(self) -> int:
         """Requests accepted and not yet answered."""
-        return self._queued_requests
+        return self._queued_requests + self._writes.requests
 
     def bind(self) -> tuple[str, int]:
         """Takes a free port and starts listening, there and on the Unix socket beside it.
@@ -232,7 +234,7 @@ class ShardServer:
         return Work(session, request_id, request, handler, rows, now, deadline, reply_bytes, taken)
 
     def submit(self, work: Work) -> None:
-        """Queues a request of a session, or answers it at once with an error."""
+        """Queues a request of a session that is no write, or answers it at once with an error."""
         is_full = (
             self._queued_rows + work.rows > MAX_QUEUED_ROWS and self._queued_rows > 0
         ) or self._queued_requests >= self._max_queued_requests
@@ -242,10 +244,16 @@ class ShardServer:
             return
         self._queued_rows += work.rows
         self._queued_requests += 1
-        if work.handler.answer is None:
-            self._submit_write(work)
-        else:
-            self._arrived.append(work)
+        self._arrived.append(work)
+
+    def submit_write(self, work: Work) -> None:
+        """As ``submit``; what becomes of it keeps no search waiting."""
+        self._writes.submit(work)
+        self._be_heard()
+
+    def refuse_write(self, work: Work) -> None:
+        """Answers a write for which its session has no room."""
+        work.asker.reply(work.request_id, self._writes.refusal())
 
     def after_read(self) -> None:
         """A session has been read. With others there may be more to read before the search."""
@@ -273,14 +281,6 @@ class ShardServer:
         for work in batch:
             self._queue.put(work)
 
-    def _submit_write(self, work: Work) -> None:
-        if self._write_thread is None:
-            self._deliver([(work, error_reply(NotPrimary("this shard takes no writes")))])
-            return
-        self._be_heard()
-        self._writing += 1
-        self._write_thread.submit(work)
-
     def _be_heard(self) -> None:
         if self._alive_timer is None:
             self._alive_timer = self._loop.call_later(KEEP_ALIVE_S, self._keep_alive)
@@ -289,7 +289,7 @@ class ShardServer:
         """Silence tells a router that the process hangs: a long search or fsync must not look like
         that."""
         self._alive_timer = None
-        if self._handed_over or self._writing:
+        if self._handed_over or self._writes.requests:
             for session in self.sessions:
                 session.keep_alive()
             self._be_heard()
@@ -311,11 +311,7 @@ class ShardServer:
 
     def _deliver_writes(self, answered: list[tuple[Work, Message | None]]) -> None:
         """Write thread."""
-        self._loop.call_soon_threadsafe(self._take_back_writes, answered)
-
-    def _take_back_writes(self, answered: list[tuple[Work, Message | None]]) -> None:
-        self._writing -= len(answered)
-        self._deliver(answered)
+        self._loop.call_soon_threadsafe(self._writes.take_back, answered)
 
     def _take_back(self, answered: list[tuple[Work, Message | None]]) -> None:
         self._handed_over -= len(answered)

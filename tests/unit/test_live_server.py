@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardline.shards.core.errors import CorruptFile, NotPrimary
+from shardline.shards.core.errors import CorruptFile, NotPrimary, Overloaded
 from shardline.shards.core.messages import (
+    MAX_WRITTEN_ROWS,
     ErrorReply,
     FetchReply,
     FetchRequest,
@@ -22,21 +23,38 @@ from shardline.shards.core.messages import (
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
 from shardline.shards.live.records import Record
+from shardline.shards.server.session import OVERTAKE_S
 from shardline.shards.server.shard_server import ShardServer
-from tests.live_shard import NEW_ITEMS, built, contents, delete_request, opened, upsert_request
+from tests.live_shard import (
+    NEW_ITEMS,
+    built,
+    contents,
+    delete_request,
+    opened,
+    unit_vectors,
+    upsert_request,
+)
 from tests.unit.test_server import SECRET, Client
 
+SEARCHED = 1 << 20  # the request id of a search among writes
 SOON_S = 20.0  # a process that compacts takes a second to start
 
 
 class Replica:
     """A shard as its process holds it."""
 
-    def __init__(self, generation: Path, replica: int, config: LiveConfig | None) -> None:
-        self.shard, self.writes = opened(generation)
+    def __init__(
+        self,
+        generation: Path,
+        replica: int,
+        config: LiveConfig | None,
+        files: LogFiles = FILES,
+    ) -> None:
+        self.shard, self.writes = opened(generation, files=files)
         self.change = None
         if config is not None:
             self.change = Changeover(generation, 0, main_seq=0, config=config)
@@ -259,3 +277,76 @@ def test_stopping_writes_what_was_submitted(generation: Path) -> None:
     assert len(acknowledged) == 10
     kept = contents(opened(generation)[0])
     assert {NEW_ITEMS + number - 1 for number in acknowledged} <= kept.keys()
+
+
+class HangingDisk(LogFiles):
+    """Its fsyncs return once ``works`` is set."""
+
+    def __init__(self) -> None:
+        self.works = threading.Event()
+        self.works.set()
+
+    def sync(self, descriptor: int) -> None:
+        assert self.works.wait(SOON_S)
+        super().sync(descriptor)
+
+
+FLOODS = {
+    "rows": lambda: delete_request(range(MAX_WRITTEN_ROWS)),
+    "bytes": lambda: upsert_request([NEW_ITEMS], title=["x" * (1 << 20)]),
+    "requests": lambda: delete_request([1]),
+}
+
+
+@pytest.mark.parametrize(("flood", "count"), [("rows", 30), ("bytes", 50), ("requests", 1100)])
+def test_searches_go_on_while_the_disk_hangs_under_many_writes(
+    generation: Path, flood: str, count: int
+) -> None:
+    disk = HangingDisk()
+    replica = Replica(generation, 0, None, disk)
+    replica.server.lead(1)
+    write = FLOODS[flood]()
+    disk.works.clear()
+    try:
+        with closing(Client(replica.address)) as one, closing(Client(replica.address)) as other:
+            refused = dict.fromkeys((one, other), 0)
+            for client in (one, other):
+                for number in range(count):
+                    client.send(number + 1, write)
+            for pause_s in (0.0, 2 * OVERTAKE_S):
+                threading.Event().wait(pause_s)
+                for client in (one, other):
+                    client.send(
+                        SEARCHED, SearchRequest(queries=unit_vectors(1), k=1, timeout_ms=5e3)
+                    )
+                    refused[client] += refusals_before_search(client)
+            admitted = {client: count - refused[client] for client in refused}
+            assert 0 < sum(admitted.values()) < 2 * count
+            assert replica.server.queue_depth == sum(admitted.values())
+            disk.works.set()
+            for client, waiting in admitted.items():
+                replies = [client.receive() for _ in range(waiting)]
+                assert all(reply and isinstance(reply[1], WriteReply) for reply in replies)
+            assert replica.server.queue_depth == 0
+            assert [session._written for session in replica.server.sessions] == [0, 0]
+            one.send(1, write)
+            taken = one.receive()
+            assert taken is not None
+            assert isinstance(taken[1], WriteReply)
+    finally:
+        disk.works.set()
+        replica.server.stop()
+
+
+def refusals_before_search(client: Client) -> int:
+    """Reads until the reply to the search has come; how many writes were refused before it."""
+    refused = 0
+    while True:
+        received = client.receive()
+        assert received is not None
+        if received[0] == SEARCHED:
+            assert isinstance(received[1], SearchReply)
+            return refused
+        assert isinstance(received[1], ErrorReply)
+        assert received[1].code == Overloaded.code
+        refused += 1

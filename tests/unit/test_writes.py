@@ -592,3 +592,21 @@ async def test_a_query_of_an_older_generation_leaves_the_numbers_of_the_new_one_
                 new = (await http.post("/v1/search", json=ask)).json()
                 assert (new["generation"], new["seq"]) == (2, [0, 0, 0, 0])
             assert service.status()["cache"]["hits"] == 1
+
+
+async def test_parts_of_one_shard_wait_their_turn_instead_of_being_refused(monkeypatch) -> None:
+    monkeypatch.setattr("shardline.router.written.MAX_WRITTEN_ROWS", 2)
+    monkeypatch.setattr("shardline.router.fanout.write_room.WRITE_ROOM_BYTES", 1)
+    async with api() as (http, shards, _):
+        shards[0].gate.clear()
+        asked = asyncio.create_task(delete(http, [1, 2, 3, 4, 5]))
+        await until(lambda: writes_of(shards[0]))
+        body = item() | {"timeout_ms": 50}
+        late = await http.put("/v1/items", json=body)
+        assert (late.status_code, late.json()["code"]) == (504, "deadline_exceeded")
+        assert "other writes took all the time" in late.json()["failed"][0]["text"]
+        assert len(writes_of(shards[0])) == 1
+        shards[0].gate.set()
+        response = await asked
+        assert (response.status_code, response.json()["deleted"]) == (200, 5)
+        assert len(writes_of(shards[0])) == 3
