@@ -27,7 +27,8 @@ from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_caught_up
 from shardline.shards.live.state import ShardState
-from shardline.shards.live.writes import ShardWrites, WriteRequest
+from shardline.shards.live.write_group import WriteRequest
+from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.storage.generation import read_generation
