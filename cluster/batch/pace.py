@@ -11,8 +11,9 @@ than its floor by half of a single query's, and by what the floor itself is unce
 requests their share is looked at: above MOST_DISTURBED the duty cycle is halved, below half of that
 it is doubled, and once it is whole, so is the size.
 
-It starts slow. A job alone on a cluster reaches its full rate within a few seconds. Others who ask
-so rarely that a window hardly ever meets one are not seen, and each of their queries meets the job.
+It starts slow. Others who ask so rarely that a window hardly ever meets one are not seen, and each
+of their queries meets the job. Where times scatter by more than UNCERTAIN though nobody else asks,
+which is usual on a shared machine, a job stays as slow as beside others: docs/BATCH.md has figures.
 """
 
 from bisect import bisect_left, bisect_right
