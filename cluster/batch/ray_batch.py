@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,28 @@ import pyarrow as pa
 import ray
 from ray._private.state import available_resources_per_node  # no public call counts per host
 from ray.util.annotations import RayDeprecationWarning
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from shardline.cluster.batch.awaited import awaited
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.job_parts import Parts
 from shardline.cluster.batch.loaded_shards import LoadedShards, block_bytes, loaded_bytes
 from shardline.cluster.batch.local_batch import BatchPlan
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import finished_table
-from shardline.cluster.batch.ray_room import HostRoom, StageCpus, StageNeed, planned_stages
+from shardline.cluster.batch.ray_room import (
+    HostRoom,
+    StageCpus,
+    StageNeed,
+    no_room_left,
+    planned_stages,
+)
 from shardline.cluster.batch.ray_tables import (
     NUMBER,
     START,
@@ -69,7 +82,8 @@ def run_on_ray(
     cpus: of all stages together; None: all that are free but one per host.
 
     Raises:
-        Unavailable: a stage has no room on any host, or Ray failed. DataError: a query
+        Unavailable: a stage has no room on any host, also because a host was lost, or Ray failed.
+            DataError: a query
             that cannot be used, or a folder that is not shared by all hosts. OSError: the disk is
             full.
     """
@@ -78,14 +92,16 @@ def run_on_ray(
     try:
         with _reserved(needs) as places:
             stages = _Stages(plan=plan, output=output, share=share, needs=needs, places=places)
+            trouble = partial(_lost_room, stages)
             if isinstance(plan.source, GenerationItems):
-                _keep_item_vectors(stages)
+                for _ in awaited(_item_vectors_kept(stages), trouble):
+                    pass
             parts.begin()
             with warnings.catch_warnings():
                 # until Ray 2.64 stages get their place in a reservation this way
                 warnings.simplefilter("ignore", RayDeprecationWarning)
                 pipeline = _pipeline(stages, todo)
-            for row in pipeline.iter_rows():
+            for row in awaited(pipeline.iter_rows(), trouble):
                 if FAILURE in row:
                     raise pickle.loads(row[FAILURE])
                 entry = FileEntry(
@@ -180,6 +196,17 @@ def _reserved(needs: Sequence[StageNeed]) -> Iterator[PlacementGroup]:
         yield group
     finally:
         remove_placement_group(group)
+
+
+def _lost_room(stages: _Stages) -> Unavailable | None:
+    """Why stages wait for room, if some do: Ray has not found any since their host was lost."""
+    table = placement_group_table(stages.places)
+    if table["state"] == "CREATED":
+        return None
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    hosts = table["bundles_to_node_id"]
+    lost = [need for place, need in enumerate(stages.needs) if hosts.get(place) not in alive]
+    return no_room_left(lost, free_hosts()) if lost else None
 
 
 def _pipeline(stages: _Stages, todo: Sequence[Span]) -> Any:
@@ -287,11 +314,13 @@ class _Writer(_Stage):
         )
 
 
-def _keep_item_vectors(stages: _Stages) -> None:
-    """Shard by shard, where there is room: the indexes are loaded once more for the search."""
+def _item_vectors_kept(stages: _Stages) -> Iterator[int]:
+    """Each shard once the vectors of its items are kept, one after the other where there is room:
+    the indexes are loaded once more for the search."""
     task = ray.remote(_keep_vectors_of)
     for shard in range(len(stages.plan.manifest.shards)):
         ray.get(task.options(**stages.options(shard + 1)).remote(stages.plan, shard))
+        yield shard
 
 
 def _keep_vectors_of(plan: BatchPlan, shard: int) -> None:

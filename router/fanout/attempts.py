@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 from shardline.router.fanout.choice import Chooser, Replicas, last_resort
 from shardline.router.fanout.connection import ShardConnection
-from shardline.router.fanout.hedging import Paces
+from shardline.router.fanout.hedging import Paces, kind_of
 from shardline.router.fanout.link import Link
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, ProtocolError, Unavailable
 from shardline.shards.core.messages import (
@@ -119,7 +119,7 @@ class Attempts:
         shards, now, choose = self._shards, self._sent_at, self._shared.chooser.choose
         self._frames = frames
         self._sampled = self._request_id % len(shards)
-        paces, kind = self._shared.paces, type(request)
+        paces, kind = self._shared.paces, kind_of(request)
         self._pace = pace = paces.of(kind, rows)
         pace.budget.sends(rows * len(shards))
         self._delay_s = pace.delay_s if pace.delay_s < math.inf else paces.guess_s(kind, rows)

@@ -153,6 +153,7 @@ class Coalescer:
             coverage=coverage,
             search_ms=max([reply.search_ms for reply in replies]),
             seq=seq,
+            others_share=max([reply.others_share for reply in replies]),
         )
 
     # Lanes

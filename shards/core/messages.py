@@ -68,10 +68,12 @@ class SearchOptions:
     (``SearchBody`` describes it). Values must be hashable.
 
     min_seq: of each shard, by its number, how many writes it must have applied to answer; empty
-    for any number.
+    for any number. background: nobody waits for it, a batch job's say: a shard searches it while
+    no other search waits.
     """
 
     min_seq: tuple[int, ...] = ()
+    background: bool = False
 
 
 NO_OPTIONS = SearchOptions()
@@ -97,6 +99,8 @@ class SearchReply:
     """The k best rows of each query; rows: live rows searched; search_ms: milliseconds it took.
 
     generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
+    others_share, of a background search: the share of the last seconds in which the shard searched
+    for others; 0 if nobody else asked.
     """
 
     ranked: Ranked
@@ -104,6 +108,7 @@ class SearchReply:
     generation: int
     seq: int
     search_ms: float
+    others_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
