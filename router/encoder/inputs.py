@@ -1,4 +1,4 @@
-"""The features of a query, one class per kind: values to their part of the query tower's input row.
+"""Features, one class per kind: values to their part of a tower's input row.
 
 Each is the twin of a class of ``training.features.columns`` or ``training.model.pooling``, in
 numpy. A value of the wrong type is refused; a category that training has not seen, or null, is the
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from shardline.router.encoder.history_rows import HistoryRows, PastItems, StoredRows
+from shardline.router.encoder.history_rows import HistoryRows, NewItems, PastItems, StoredRows
 from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
@@ -24,7 +24,7 @@ VALUE_TYPES: dict[str, type] = {"int": int, "string": str, "bool": bool}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureInfo:
-    """What a query must bring: ``value`` says it in words, for errors and API documents."""
+    """What a row must bring: ``value`` says it in words, for errors and API documents."""
 
     name: str
     kind: str  # id | categorical | multi_valued | text | numeric | history
@@ -74,6 +74,10 @@ class Category:
         self.info = FeatureInfo(
             name=config["column"], kind=config["kind"], value=f"{config['value_type']} or null"
         )
+
+    def knows(self, value: Any) -> bool:
+        """Whether the value has a row of its own."""
+        return value in self._places
 
     def rows(self, values: list[Any]) -> FloatArray:
         for row, value in enumerate(values):
@@ -216,11 +220,12 @@ class History:
             name=config["column"], kind="history", value="list of item ids, oldest first"
         )
 
-    def rows(self, values: list[Any]) -> FloatArray:
+    def rows(self, values: list[Any], new_items: NewItems | None = None) -> FloatArray:
+        """new_items: those that may be named besides the ones the encoder was exported with."""
         width = self._items.width
         out = np.zeros((len(values), width + self._extras), dtype=np.float32)
         for row, value in enumerate(values):
-            past = self._items.newest(_item_ids(row, value), self._max_length)
+            past = self._items.newest(_item_ids(row, value), self._max_length, new_items)
             count = len(past.rows)
             if count:
                 out[row, :width] = self._weights(past) @ past.rows
