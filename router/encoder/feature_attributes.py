@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 INTEGERS = ("int", "uint")  # what Arrow calls integer types
+MAX_INTEGER = 1 << 63  # beyond, a column of 64 bits has no such number, nor has msgpack
 
 
 class FeatureAttributes:
@@ -43,7 +44,8 @@ def _same(value: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    return int(value) if type(value) is float and value.is_integer() else value
+    is_whole = type(value) is float and value.is_integer() and abs(value) < MAX_INTEGER
+    return int(value) if is_whole else value
 
 
 def _with_offset(value: Any) -> Any:

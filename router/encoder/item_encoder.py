@@ -71,8 +71,9 @@ class ItemEncoder:
         Of unit length, except for catalogue items of a model that makes popular ones longer.
 
         Raises:
-            InvalidInput: a feature that is missing, unknown, of the wrong type or not finite; an
-                item that training has not seen, where the tower knows nothing but ids.
+            InvalidInput: a feature that is missing, unknown, of the wrong type or not finite; all
+                of an item's features say nothing; an item that training has not seen, where the
+                tower knows nothing but ids.
         """
         self._refuse_strangers(item_ids, field_of)
         vectors = np.empty((len(rows), self.dim), np.float32)
@@ -81,6 +82,13 @@ class ItemEncoder:
             named = _shifted(field_of, start)
             whole = self._with_ids(item_ids[part], rows[part], named)
             vectors[part] = self._tower.vectors(self._tower.parts(whole, named), named)
+        nothing = np.flatnonzero(~vectors.any(axis=1))
+        if len(nothing):
+            raise InvalidInput(
+                "the model makes a vector of zeros of these features",
+                field=field_of(int(nothing[0]), "", ""),
+                expected="features that say something of the item",
+            )
         if self._lengths is not None:
             vectors *= self._lengths.of(item_ids)[:, None]
         return vectors

@@ -137,6 +137,7 @@ BAD = [
     (by_features(ITEM_FEATURES | {"tags": ["x", 1]}), "items[0].features.tags[1]", "got int"),
     (by_features(ITEM_FEATURES | {"tags": {}}), "items[0].features.tags", "a list of them"),
     (by_features([1]), "items[0].features", "a map of features"),
+    (by_features(dict.fromkeys(ITEM_FEATURES) | {"released": 0}), "items[0].features", "of zeros"),
     (by_features(None), "items[0].features", "a map of features"),
     (by_features(ITEM_FEATURES, -1), "items[0].item_id", ""),
     (by_features(ITEM_FEATURES, 1.0), "items[0].item_id", ""),

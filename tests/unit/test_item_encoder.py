@@ -224,6 +224,7 @@ def test_features_are_what_attributes_take(trained: Exported, wide: Dataset) -> 
         ("timestamp[us]", 1e300, 1e300),
         ("int64", 3.0, 3),
         ("uint8", 3.5, 3.5),
+        ("int64", 2.0**64, 2.0**64),
         ("double", 3.0, 3.0),
         ("list<element: int64>", [1.0, None, 2], [1, None, 2]),
         ("fixed_size_list<item: float>[2]", [1.0, 2], [1.0, 2]),
