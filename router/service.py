@@ -32,6 +32,7 @@ from shardline.router.fanout.snapshot import (
 from shardline.router.freshness import Freshness
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.past_items import encoded
 from shardline.router.query import (
     FoundAttributes,
     Merged,
@@ -331,7 +332,7 @@ class SearchService:
         else:
             values = query.values
             if query.kind is QueryKind.FEATURES:
-                values = await snapshot.encode(values)
+                values = await encoded(self._fanout, snapshot, query, deadline)
             table = snapshot.table
             vectors = query_vectors(values, dim=table.dim, metric=table.metric, field=query.kind)
         check_size(vectors, query.kind)

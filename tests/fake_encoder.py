@@ -6,6 +6,7 @@ And an item encoder that is a real one, of weights whose results are known witho
 import numpy as np
 
 from shardline.router.encoder.item_encoder import ItemEncoder
+from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import InvalidInput
 
 
@@ -87,3 +88,23 @@ def item_vector(dim: int, *numbers: float) -> list[float]:
     vector = np.zeros(dim, np.float32)
     vector[: len(numbers)] = numbers
     return (vector / np.linalg.norm(vector)).tolist()
+
+
+def history_encoder(dim: int, known: np.ndarray, pooling: str = "mean") -> QueryEncoder:
+    """Of users who bring a history alone: the mean of past rows of ``small_item_encoder``'s width.
+
+    known (n, 6): the rows of items 0 to n - 1.
+    """
+    width = known.shape[1] + 2
+    history = {"kind": "history", "column": "history", "max_length": 4, "pooling": pooling}
+    skip = np.zeros((dim, width), np.float32)
+    skip[range(6), range(6)] = 1
+    config = {"model_version": "m1", "dim": dim, "projection": "linear", "features": [history]}
+    weights = {
+        "history.item_ids": np.arange(len(known)),
+        "history.rows": known.astype(np.float32),
+        "output.weight": np.zeros((dim, width), np.float32),
+        "output.bias": np.zeros(dim, np.float32),
+        "skip.weight": skip,
+    }
+    return QueryEncoder(config, weights)

@@ -7,14 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from shardline.shards.core.encoder_files import Weights, write_encoder
+from shardline.shards.core.encoder_files import MappedArrays, Weights, write_encoder
 from shardline.training.features.fitted import Block, Columns
 from shardline.training.model.checkpoint import Run
 from shardline.training.model.towers import InputRows, Inputs, TwoTower
+
+ITEM_ID = "item_id"
 
 
 def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) -> None:
@@ -42,6 +46,11 @@ def export_item_encoder(
     columns: the catalogue's, without the id.
     """
     weights = _tower_weights(model.item_tower, model.item_rows)
+    features = _features(run.space.item)
+    for place, feature in enumerate(features):
+        is_vocabulary = feature["kind"] in ("id", "categorical") and feature["values"]
+        if feature["column"] == ITEM_ID and is_vocabulary:
+            _map_ids(folder, feature, weights.pop(f"embedding.{place}"))
     if model.history.attends:
         arrays = {"key.weight": model.history.key.weight, "key.bias": model.history.key.bias}
         for name, tensor in (arrays | {"query": model.history.query}).items():
@@ -50,7 +59,7 @@ def export_item_encoder(
         "model_version": version,
         "dim": model.dim,
         "projection": run.config.towers.item.projection,
-        "features": _features(run.space.item),
+        "features": features,
         "attributes": {column.name: str(column.type) for column in columns},
     }
     write_encoder(folder, config, weights)
@@ -64,6 +73,15 @@ def history_rows(model: TwoTower, block: Block) -> Weights:
     if model.history.attends:
         arrays["history.item_scores"] = model.history.item_scores(rows).cpu().numpy()
     return arrays
+
+
+def _map_ids(folder: Path, feature: dict[str, Any], table: NDArray[Any]) -> None:
+    """Puts the vocabulary of item ids and its rows into files that readers map: there may be as
+    many as items."""
+    ids = np.array(feature["values"], dtype=np.int64)
+    MappedArrays(folder, len(ids)).write(0, {"ids.values": ids})
+    MappedArrays(folder, len(table)).write(0, {"ids.rows": table})
+    feature |= {"values": [], "mapped": True}
 
 
 def _features(columns: Columns) -> list[dict[str, Any]]:

@@ -13,6 +13,12 @@ from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.schema import FloatArray, IdArray
 
 
+def places_of(item_ids: IdArray, known: IdArray) -> tuple[IdArray, NDArray[np.bool_]]:
+    """Where each of item_ids (n,) stands in known (m,), ascending, m > 0; and whether it does."""
+    places = np.minimum(known.searchsorted(item_ids), len(known) - 1)
+    return places, known.take(places) == item_ids
+
+
 class PastItems(NamedTuple):
     """rows (m, width) float32; scores (m,) float32 where attention pools them, else None.
 
@@ -61,8 +67,7 @@ class StoredRows:
         self.width: int = self._rows.shape[1]
 
     def newest(self, item_ids: IdArray, limit: int, new_items: NewItems | None = None) -> PastItems:
-        places = np.minimum(self._ids.searchsorted(item_ids), len(self._ids) - 1)
-        is_known = self._ids.take(places) == item_ids
+        places, is_known = places_of(item_ids, self._ids)
         if new_items is not None and not is_known[-limit:].all():
             return self._with_new(item_ids, limit, places, is_known, new_items)
         return self._stored(places[is_known][-limit:])

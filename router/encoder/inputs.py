@@ -12,8 +12,15 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from shardline.router.encoder.history_rows import HistoryRows, NewItems, PastItems, StoredRows
+from shardline.router.encoder.history_rows import (
+    HistoryRows,
+    NewItems,
+    PastItems,
+    StoredRows,
+    places_of,
+)
 from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
@@ -58,6 +65,8 @@ def inputs_of(configs: list[dict[str, Any]], weights: Weights, *, summed: bool) 
             inputs.append(History(config, StoredRows(weights), recency=recency, extras=not summed))
         elif kind == "numeric":
             inputs.append(Number(config))
+        elif config.get("mapped"):
+            inputs.append(MappedIds(config, weights["ids.values"], weights["ids.rows"]))
         else:  # the embedded ones come first, so their place is that of their table
             table = weights[f"embedding.{len(inputs)}"]
             inputs.append(EMBEDDED[kind](config, table))
@@ -75,15 +84,32 @@ class Category:
             name=config["column"], kind=config["kind"], value=f"{config['value_type']} or null"
         )
 
-    def knows(self, value: Any) -> bool:
-        """Whether the value has a row of its own."""
-        return value in self._places
-
     def rows(self, values: list[Any]) -> FloatArray:
         for row, value in enumerate(values):
             if value is not None and not _is_of(value, self._type):
                 raise Refused(row, type(value).__name__)
         return self._table[[self._places.get(value, 0) for value in values]]
+
+
+class MappedIds:
+    """As a category, of integers >= 0 of which there may be as many as items: nothing is held.
+
+    values (n,) int64, ascending; table (n + 1, width): value i has row i + 1.
+    """
+
+    def __init__(self, config: dict[str, Any], values: IdArray, table: FloatArray) -> None:
+        self._values, self._table = values, table
+        self.info = FeatureInfo(name=config["column"], kind=config["kind"], value="int or null")
+
+    def knows(self, ids: IdArray) -> NDArray[np.bool_]:
+        """(n,) whether each of ids (n,) has a row of its own."""
+        return places_of(ids, self._values)[1]
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        ids = _item_ids(0, [-1 if value is None else value for value in values])
+        places, is_known = places_of(ids, self._values)
+        rows: FloatArray = self._table.take(np.where(is_known, places + 1, 0), axis=0)
+        return rows
 
 
 class MultiValued:

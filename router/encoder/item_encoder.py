@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.router.encoder.feature_attributes import FeatureAttributes
-from shardline.router.encoder.inputs import Category
+from shardline.router.encoder.history_rows import places_of
+from shardline.router.encoder.inputs import MappedIds
 from shardline.router.encoder.tower import ExportedTower, FieldOf
 from shardline.shards.core.encoder_files import Weights, read_encoder
 from shardline.shards.core.errors import CorruptFile, InvalidInput
@@ -38,7 +39,7 @@ class ItemEncoder:
         self._takes_id = any(each.info.name == ITEM_ID for each in inputs)
         # where there is nothing else, nothing tells two new items apart
         is_alone = self._takes_id and len(inputs) == 1
-        self._ids_alone = inputs[0] if is_alone and isinstance(inputs[0], Category) else None
+        self._ids_alone = inputs[0] if is_alone and isinstance(inputs[0], MappedIds) else None
 
     @property
     def features(self) -> list[dict[str, str]]:
@@ -131,15 +132,16 @@ class ItemEncoder:
     def _refuse_strangers(self, item_ids: IdArray, field_of: FieldOf) -> None:
         if self._ids_alone is None:
             return
-        for row, item in enumerate(item_ids.tolist()):
-            if not self._ids_alone.knows(item):
-                raise InvalidInput(
-                    "the model knows items by their ids alone, and has not seen this one",
-                    field=field_of(row, "", ""),
-                    expected="an item of its training data",
-                    got=f"item {item}",
-                    hint="send a vector, or train a model with features of items",
-                )
+        strangers = np.flatnonzero(~self._ids_alone.knows(item_ids))
+        if len(strangers):
+            row = int(strangers[0])
+            raise InvalidInput(
+                "the model knows items by their ids alone, and has not seen this one",
+                field=field_of(row, "", ""),
+                expected="an item of its training data",
+                got=f"item {item_ids[row]}",
+                hint="send a vector, or train a model with features of items",
+            )
 
 
 class _Lengths:
@@ -154,9 +156,8 @@ class _Lengths:
 
     def of(self, item_ids: IdArray) -> FloatArray:
         """(n,) float32, 1 for items that the catalogue lacked."""
-        places = np.minimum(self._ids.searchsorted(item_ids), len(self._ids) - 1)
-        known = self._ids.take(places) == item_ids
-        lengths: FloatArray = np.where(known, self._lengths.take(places), np.float32(1))
+        places, is_known = places_of(item_ids, self._ids)
+        lengths: FloatArray = np.where(is_known, self._lengths.take(places), np.float32(1))
         return lengths
 
 

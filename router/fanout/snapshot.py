@@ -6,10 +6,13 @@ model versions. The encoder is known here by what the router needs of it.
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardline.router.encoder.history_rows import NewItems
 from shardline.router.encoder.item_encoder import ItemEncoder
+from shardline.router.encoder.new_item_cache import NewItemCache
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.attempts import Redundancy
 from shardline.router.fanout.choice import Replicas
@@ -71,6 +74,7 @@ class TableSnapshot:
     running: int = 0
     items: ItemEncoder | UnusableEncoder | None = None
     only: tuple[ShardConnection | None, ...] = field(init=False)
+    new_items: NewItemCache = field(default_factory=NewItemCache, init=False)
 
     def __post_init__(self) -> None:
         known = [[each for each in replicas if each is not None] for replicas in self.shards]
@@ -87,8 +91,12 @@ class TableSnapshot:
         """Those that can be asked: a shard that is silent about what it owes is not."""
         return sum(map(_answers, self.shards))
 
-    async def encode(self, features: list[dict[str, Any]]) -> FloatArray:
+    async def encode(
+        self, features: list[dict[str, Any]], new_items: NewItems | None = None
+    ) -> FloatArray:
         """(n, dim) float32, by the encoder that belongs to the table.
+
+        new_items: where ``encoder_of_new_items`` gives an encoder, those that histories may name.
 
         Raises:
             InvalidInput: there is no encoder, or it does not take these features.
@@ -105,9 +113,24 @@ class TableSnapshot:
         if isinstance(encoder, UnusableEncoder):
             raise _unavailable("query", encoder, "send vectors or item_ids")
         self._check_model("query", encoder.model_version)
-        if len(features) <= ENCODE_IN_LOOP:
-            return encoder.encode(features)
-        return await asyncio.to_thread(encoder.encode, features)
+        encode = partial(encoder.encode, features)
+        if new_items is not None:
+            assert isinstance(encoder, QueryEncoder)
+            encode = partial(encoder.encode, features, new_items)
+        return encode() if len(features) <= ENCODE_IN_LOOP else await asyncio.to_thread(encode)
+
+    def encoder_of_new_items(self) -> ItemEncoder | None:
+        """What makes items that the query encoder does not know countable in histories.
+
+        None where there are no histories, or no item encoder of the same model that loaded, or
+        where it knows items by their ids alone.
+        """
+        items = self.items
+        has_history = isinstance(self.encoder, QueryEncoder) and self.encoder.has_history
+        if not has_history or not isinstance(items, ItemEncoder):
+            return None
+        is_of_model = items.model_version == self.table.model_version
+        return items if is_of_model and items.names else None
 
     def item_encoder(self) -> ItemEncoder:
         """The item encoder that belongs to the table.

@@ -16,6 +16,12 @@ Of the query tower with a history:
     history.rows.npy         (n, p) float32: their rows of the query tower's input
     history.item_scores.npy  (n,) float32, if attention pools the history
 
+Of the item tower, where the id of an item is one of its features (which says mapped, and has no
+values in encoder.json and no embedding.<i>):
+
+    ids.values.npy           (m,) int64, ascending: the items that training has seen
+    ids.rows.npy             (m + 1, d) float32: row 0 of the unknown, row i + 1 of ids.values[i]
+
 Of the item tower, where popular items have longer vectors:
 
     popularity.item_ids.npy  (n,) int64, ascending
