@@ -98,7 +98,7 @@ def _write(
     """All files of a main index, the manifest last."""
     state, item_ids = loaded.state, rows.item_ids
     source = np.where(rows.in_main, rows.rows, NEW)
-    new = state.delta.vectors[rows.rows[~rows.in_main]]
+    new = state.delta.vectors_of(rows.rows[~rows.in_main])
     build_compacted_index(
         generation / TEMPLATE_NAME, state.main, source, new, folder / INDEX_NAME, threads=threads
     )
