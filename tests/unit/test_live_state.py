@@ -13,7 +13,7 @@ from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import Behind
 from shardline.shards.core.messages import SearchOptions, SearchParams, SearchRequest
 from shardline.shards.core.schema import Metric, Ranked
-from shardline.shards.live import delta_search
+from shardline.shards.live import delta, delta_search
 from shardline.shards.live.records import Record
 from shardline.shards.live.state import Applied, ShardState, apply
 from shardline.shards.server.shard import Shard
@@ -250,15 +250,17 @@ def test_no_records_change_nothing(states) -> None:
 
 @pytest.mark.parametrize("metric", list(Metric))
 @pytest.mark.parametrize(
-    ("block_queries", "block_rows", "collected", "compared"),
-    [(3, 7, 1, 1 << 22), (100, 64, 2, 0), (2, 1, 0, 500)],
+    ("block_queries", "block_scores", "tile_rows", "collected", "singly", "compared"),
+    [(3, 40, 7, 1, 0, 1 << 22), (100, 1, 64, 2, 0, 0), (2, 7, 1, 0, 1, 500), (8, 999, 33, 9, 9, 1)],
 )
 def test_any_size_of_blocks_gives_the_same(
-    monkeypatch, metric, block_queries, block_rows, collected, compared
+    monkeypatch, metric, block_queries, block_scores, tile_rows, collected, singly, compared
 ) -> None:
     """With more rows in the delta than in main, so that answers have slots to fill."""
     monkeypatch.setattr(delta_search, "BLOCK_QUERIES", block_queries)
-    monkeypatch.setattr(delta_search, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(delta_search, "BLOCK_SCORES", block_scores)
+    monkeypatch.setattr(delta, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(delta_search, "SINGLY", singly)
     monkeypatch.setattr(delta_search, "COLLECTED", collected)
     monkeypatch.setattr(delta_search, "COMPARED", compared)
     monkeypatch.setattr(delta_search, "DIFFERENCES", 3 * DIM)
