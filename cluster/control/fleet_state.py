@@ -1,5 +1,7 @@
-"""The generations that are loaded: the live one, and one beside it. Plain data; ``fleet`` has the
-rules."""
+"""The generations that are loaded, the live one and one beside it: plain data.
+
+``fleet_rules`` has the rules.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping

@@ -315,8 +315,8 @@ class RoutingTable:
     other files, as the generation's manifest lists it; None: the generation has no encoder.
     notes say what is wrong with the store's files of state, or where replicas are missing, for
     people who look after it. cluster_id tells the cluster from every other; it is made from its
-    secret, so a restarted controller has the same. other_model is the model version of the
-    generation beside this one that writes are brought to, if it is another; None: there is none.
+    secret, so a restarted controller has the same. other_model: the model version of a generation
+    that is loaded beside this one and gets the same writes, if it is another; None: there is none.
     """
 
     version: int

@@ -24,7 +24,7 @@ from shardline.cluster.control.events import (
     Sealed,
     SealFailed,
 )
-from shardline.cluster.control.fleet import FleetEvent, fleet_step
+from shardline.cluster.control.fleet_rules import FleetEvent, fleet_step
 from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.leading_state import NOBODY

@@ -16,7 +16,7 @@ from shardline.cluster.control.events import (
     SealDropped,
     Switched,
 )
-from shardline.cluster.control.fleet import can_switch, fleet_step
+from shardline.cluster.control.fleet_rules import can_switch, fleet_step
 from shardline.cluster.control.fleet_state import Role
 from shardline.cluster.control.placement_state import Rules
 from shardline.cluster.control.publish_state import Noted, after_restart
