@@ -162,7 +162,9 @@ class UpsertRequest:
 
     item_ids (n,) int64, each once; vectors (n, dim) float32, already checked and normalised.
     attributes: a map from names to lists of n values of JSON, in msgpack; b"" for none. key makes a
-    repeated request one effect; "" for none.
+    repeated request one effect; "" for none. features: what the vectors were encoded from, a list
+    of n maps in msgpack, which the log keeps to encode them for another model; b"" for items that
+    were given by vector.
     """
 
     item_ids: IdArray
@@ -170,6 +172,7 @@ class UpsertRequest:
     attributes: bytes
     key: str
     timeout_ms: float
+    features: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
