@@ -8,6 +8,7 @@
     ├── NewerFormat         a file of the store written by a newer version of Shardline
     ├── NotFound            a file, generation, user or item that does not exist
     ├── VersionMismatch     query encoder and generation come from different models
+    ├── GateFailed          a generation that does not go live: a figure is outside its bound
     ├── ProtocolError       a peer broke the wire protocol, or failed to authenticate
     └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded
@@ -111,6 +112,10 @@ class NotFound(ShardlineError):
 
 class VersionMismatch(ShardlineError):
     code = "version_mismatch"
+
+
+class GateFailed(ShardlineError):
+    code = "gate_failed"
 
 
 class ProtocolError(ShardlineError):

@@ -16,7 +16,8 @@ import pytest
 import ray
 
 from shardline.bench.load.processes import router_process
-from shardline.cluster.control.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
+from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.watch import WATCH_INTERVAL_S
 from shardline.cluster.serving.deployment import serving, shard_reports
 from shardline.cluster.serving.endpoint import Address
 from shardline.cluster.store import Store
