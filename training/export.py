@@ -74,6 +74,7 @@ def export(
         dim=model.dim,
         metric=metric_of(exponent),
         created_at=created_at,
+        cut=dataset.cut,
     ) as writer:
         encoder_folder = writer.folder / ENCODER_FOLDER
         encoder_folder.mkdir()

@@ -205,6 +205,25 @@ def staged_folder(target: Path) -> Iterator[Path]:
         FileExistsError: the target already exists when the block ends.
         OSError: the block failed and the disk is why, whatever the block said.
     """
+    with scratch_folder(target) as staging:
+        yield staging
+        if target.exists():
+            raise FileExistsError(target)
+        staging.chmod(0o755)
+        _fsync_tree(staging)
+        staging.rename(target)
+        fsync_folder(target.parent)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside ``target`` that is removed when the block ends.
+
+    What a process that was killed has left of the same target is removed first.
+
+    Raises:
+        OSError: the block failed and the disk is why, whatever the block said.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, glob.escape(target.name))
     made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{HOST}-"))
@@ -213,12 +232,6 @@ def staged_folder(target: Path) -> Iterator[Path]:
         try:
             with disk_errors(target.parent):
                 yield staging
-            if target.exists():
-                raise FileExistsError(target)
-            staging.chmod(0o755)
-            _fsync_tree(staging)
-            staging.rename(target)
-            fsync_folder(target.parent)
         finally:
             with suppress(FileNotFoundError):
                 shutil.rmtree(staging)

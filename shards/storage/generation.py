@@ -33,6 +33,7 @@ from shardline.shards.core.files import (
 )
 from shardline.shards.core.schema import IdArray, Metric
 from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.shards.storage.vector_files import open_ipc, write_table
 
 KIND = "generation"
@@ -60,7 +61,8 @@ class GenerationManifest:
     """All that is known of a generation.
 
     spec is what was asked for, index what it resolved to. boundaries are the upper keys between
-    neighbouring shards, in the terms of ``partitioning``. quality is the report of the build.
+    neighbouring shards, in the terms of ``partitioning``. quality is the report of the build. cut:
+    what its rows contain of an earlier generation's writes; None where nobody has said it.
     """
 
     generation: int
@@ -77,10 +79,16 @@ class GenerationManifest:
     queries: FileEntry | None
     created_at: str
     quality: dict[str, Any]
+    cut: Cut | None = None
 
     @property
     def rows(self) -> int:
         return sum(entry.rows for entry in self.shards)
+
+    @property
+    def query_files(self) -> tuple[FileEntry, ...]:
+        """What its embedding set brought besides rows: encoders and sample queries."""
+        return (*self.query_encoder, *(() if self.queries is None else (self.queries,)))
 
     def shard_entry(self, shard: int) -> ShardEntry:
         """Raises NotFound when the generation has no such shard."""
@@ -116,6 +124,7 @@ def write_generation(folder: Path, manifest: GenerationManifest) -> None:
     body = asdict(manifest)
     body["spec"] = manifest.spec.model_dump(mode="json")
     body["index"] = manifest.index.model_dump(mode="json")
+    body["cut"] = None if manifest.cut is None else manifest.cut.to_json()
     write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=body)
 
 
@@ -282,6 +291,7 @@ def _from_json(body: dict[str, Any]) -> GenerationManifest:
         queries=FileEntry(**body["queries"]) if body.get("queries") else None,
         created_at=str(body["created_at"]),
         quality=dict(body["quality"]),
+        cut=cut_from_json(body.get("cut")),
     )
 
 
