@@ -71,15 +71,12 @@ def _append_rows(
     folder: Path, manifest: GenerationManifest, writer: EmbeddingWriter, progress: Progress
 ) -> tuple[int, ...]:
     """Of all shards, one after the other; how many writes of each are in its rows."""
-    schema = _common_schema(folder, manifest)
+    schema = common_schema(folder, manifest)
     seqs, rows = [], 0
     for entry in manifest.shards:
         shard = open_live_rows(folder, manifest, entry.shard)
         for block in shard.blocks():
-            attributes = block.attributes
-            if attributes.schema != schema:
-                attributes = attributes.cast(schema)
-            writer.append(block.item_ids, block.vectors, attributes)
+            writer.append(block.item_ids, block.vectors, in_schema(block.attributes, schema))
             rows += len(block.item_ids)
             progress(STAGE, rows, max(rows, manifest.rows))
         seqs.append(shard.seq)
@@ -87,7 +84,7 @@ def _append_rows(
     return tuple(seqs)
 
 
-def _common_schema(folder: Path, manifest: GenerationManifest) -> pa.Schema:
+def common_schema(folder: Path, manifest: GenerationManifest) -> pa.Schema:
     """Of the attributes of all shards: one with much text may have 64-bit offsets alone."""
     wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
     found: pa.Schema | None = None
@@ -104,6 +101,11 @@ def _common_schema(folder: Path, manifest: GenerationManifest) -> pa.Schema:
         found = schema
     assert found is not None
     return found
+
+
+def in_schema(attributes: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The columns of one shard as ``common_schema`` has those of all."""
+    return attributes if attributes.schema == schema else attributes.cast(schema)
 
 
 def _copy_beside(folder: Path, manifest: GenerationManifest, target: Path) -> None:

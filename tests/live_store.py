@@ -1,6 +1,7 @@
 """A store whose live generation has been written to, and what it must hold, for tests of what
 reads it from files."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,15 @@ class LiveStore:
         manifest = self.manifest
         keys = np.array(manifest.boundaries, np.uint64)
         return Partition(Partitioning(manifest.partitioning), keys).shard_of(ids)
+
+    def copied(self, root: Path) -> "LiveStore":
+        """The same in a folder of its own: building one takes longer."""
+        shutil.copytree(self.store.root, root / "store")
+        epochs = iter(range(1000, 100_000))
+        return LiveStore(Store(root / "store"), dict(self.expected), epochs, self.written)
+
+    def shards_of_item(self, item: int) -> int:
+        return int(self.shards_of(np.array([item]))[0])
 
     def upsert(self, ids: list[int], **attributes: list[Any]) -> None:
         """One request per shard; attributes are lists of one value per id."""

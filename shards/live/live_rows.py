@@ -91,7 +91,7 @@ def open_live_rows(
             expected=f"a main index of at most {until} writes, and a log that goes on to that",
             got=f"{state.seq} writes, of which the main index has {loaded.main_seq}",
         )
-    _make_durable(live_folder(generation, shard))
+    make_durable(live_folder(generation, shard))
     kept = np.arange(state.main.rows)
     if state.selection is not None:
         kept = np.flatnonzero(state.selection.live)
@@ -117,13 +117,16 @@ def newest_write(generation: Path, shard: int) -> int:
             if compacted_seqs(live)[-1:] in ([], [seq]):
                 raise
             continue  # a newer main index has come since, and the primary has trimmed its log
-        _make_durable(live)
+        make_durable(live)
         return tail.seq
 
 
-def _make_durable(live: Path) -> None:
-    """Of the newest segment a reader may see a group before its writer's fsync. Without this a
-    power cut could void it, and its number would be that of another write."""
+def make_durable(live: Path) -> None:
+    """What a reader of the log in ``live`` has seen is durable on return.
+
+    It may see a group before its writer's fsync. Without this a power cut could void that group,
+    and its number would be that of another write. Raises OSError.
+    """
     with suppress(FileNotFoundError):  # no write yet; or trimmed, so durable before
         newest = segment_names(os.listdir(live))[-1:]  # noqa: PTH208, as LogFiles.names
         for name in newest:

@@ -90,6 +90,16 @@ class GenerationManifest:
         """What its embedding set brought besides rows: encoders and sample queries."""
         return (*self.query_encoder, *(() if self.queries is None else (self.queries,)))
 
+    @property
+    def common_files(self) -> tuple[FileEntry, ...]:
+        """Those that belong to no shard."""
+        return (self.template, *self.query_files)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """All, the manifest excepted."""
+        return (*self.common_files, *(file for entry in self.shards for file in entry.files))
+
     def shard_entry(self, shard: int) -> ShardEntry:
         """Raises NotFound when the generation has no such shard."""
         if not 0 <= shard < len(self.shards):
@@ -121,11 +131,16 @@ def describe_shard(folder: Path, shard: int, item_ids: IdArray) -> ShardEntry:
 
 def write_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Declares the folder complete. Call it last."""
-    body = asdict(manifest)
-    body["spec"] = manifest.spec.model_dump(mode="json")
-    body["index"] = manifest.index.model_dump(mode="json")
-    body["cut"] = None if manifest.cut is None else manifest.cut.to_json()
-    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=body)
+    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=manifest_to_json(manifest))
+
+
+def manifest_to_json(manifest: GenerationManifest) -> dict[str, Any]:
+    """What ``manifest_from_json`` reads."""
+    return asdict(manifest) | {
+        "spec": manifest.spec.model_dump(mode="json"),
+        "index": manifest.index.model_dump(mode="json"),
+        "cut": None if manifest.cut is None else manifest.cut.to_json(),
+    }
 
 
 def read_generation(folder: Path) -> GenerationManifest:
@@ -141,7 +156,7 @@ def read_generation(folder: Path) -> GenerationManifest:
     """
     body = read_manifest(folder, kind=KIND, version=FORMAT_VERSION)
     try:
-        manifest = _from_json(body)
+        manifest = manifest_from_json(body)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(
             f"{folder / MANIFEST_NAME}: a field is missing or wrong", got=repr(error)
@@ -272,7 +287,8 @@ def read_attribute_file(path: Path, *, rows: int) -> pa.Table | None:
     return table
 
 
-def _from_json(body: dict[str, Any]) -> GenerationManifest:
+def manifest_from_json(body: dict[str, Any]) -> GenerationManifest:
+    """Raises KeyError, TypeError, ValueError: not the body of a generation's manifest."""
     return GenerationManifest(
         generation=int(body["generation"]),
         model_version=str(body["model_version"]),

@@ -31,15 +31,20 @@ FROM_LIVE = ("build", "--from-live", "--in-process")
 FLAT = ("--set", "index.kind=flat", "--set", "cluster.shards=2")
 
 
-@pytest.fixture
-def written(tmp_path: Path) -> LiveStore:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> LiveStore:
     """With items that were replaced, deleted and added, in one shard behind a compaction."""
-    made = live_store(tmp_path)
+    made = live_store(tmp_path_factory.mktemp("original"))
     made.upsert([4, 6, 7, 170, 1001], title=["a", "b", None, "d", "e"])
     made.delete([8, 10, 90, 5000])
     made.compact(0)
     made.upsert([3, 4], price=[1.5, 2.5])
     return made
+
+
+@pytest.fixture
+def written(original: LiveStore, tmp_path: Path) -> LiveStore:
+    return original.copied(tmp_path)
 
 
 def test_the_live_rows_become_the_next_generation(written: LiveStore) -> None:
