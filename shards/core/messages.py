@@ -162,7 +162,9 @@ class UpsertRequest:
 
     item_ids (n,) int64, each once; vectors (n, dim) float32, already checked and normalised.
     attributes: a map from names to lists of n values of JSON, in msgpack; b"" for none. key makes a
-    repeated request one effect; "" for none.
+    repeated request one effect; "" for none. features: what the vectors were encoded from, a list
+    of n maps in msgpack, which the log keeps to encode them for another model; b"" for items that
+    were given by vector.
     """
 
     item_ids: IdArray
@@ -170,6 +172,7 @@ class UpsertRequest:
     attributes: bytes
     key: str
     timeout_ms: float
+    features: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +318,8 @@ class RoutingTable:
     other files, as the generation's manifest lists it; None: the generation has no encoder.
     notes say what is wrong with the store's files of state, or where replicas are missing, for
     people who look after it. cluster_id tells the cluster from every other; it is made from its
-    secret, so a restarted controller has the same.
+    secret, so a restarted controller has the same. other_model: the model version of a generation
+    that is loaded beside this one and gets the same writes, if it is another; None: there is none.
     """
 
     version: int
@@ -331,6 +335,7 @@ class RoutingTable:
     encoder_checksum: str | None = None
     notes: tuple[Absence, ...] = ()
     cluster_id: str = ""
+    other_model: str | None = None
 
     @property
     def rows(self) -> int:

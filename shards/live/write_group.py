@@ -116,7 +116,12 @@ class WriteGroup:
             return Delete(item_ids=ids)
         self._state.main.check_rows(request.vectors, len(ids))
         attributes = check_attributes(request.attributes, ids, self._state.attributes.schema)
-        return Upsert(item_ids=ids, vectors=request.vectors, attributes=attributes)
+        return Upsert(
+            item_ids=ids,
+            vectors=request.vectors,
+            attributes=attributes,
+            features=request.features,
+        )
 
     def _make_room(self, rows: int) -> None:
         """Raises DeltaFull."""

@@ -104,6 +104,14 @@ class ShardActor:
         """
         return self._server.lead(epoch)
 
+    def seal(self, epoch: int) -> int:
+        """Ends the acknowledging of writes to its shard until a replica leads with a later epoch;
+        the number of writes that have been applied then, which all replicas follow up to.
+
+        Raises: as ``lead``.
+        """
+        return self._server.seal(epoch)
+
     def ping(self) -> Pulse:
         """A sign of life, and whether it takes writes."""
         return Pulse(

@@ -177,6 +177,15 @@ class ShardServer:
             raise NotPrimary("this shard takes no writes")
         return self._write_thread.lead(epoch).result()
 
+    def seal(self, epoch: int) -> int:
+        """Nobody acknowledges writes to its shard any more: ``ShardWrites.seal``.
+
+        Raises: as ``lead``.
+        """
+        if self._write_thread is None:
+            raise NotPrimary("this shard takes no writes")
+        return self._write_thread.seal(epoch).result()
+
     def refresh_metrics(self) -> None:
         """Sets gauges and counters for an export; any thread."""
         self.recorder.set(QUEUE_DEPTH, self.queue_depth, *self.key.labels)

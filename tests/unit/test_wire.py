@@ -58,6 +58,9 @@ MESSAGES = [
         item_ids=IDS[0], names=("a", "b"), values=msgpack.packb([[1], ["a"]]), generation=57, seq=4
     ),
     UpsertRequest(item_ids=IDS[0], vectors=FLOATS, attributes=b"\x80", key="k-1", timeout_ms=3),
+    UpsertRequest(
+        item_ids=IDS[0], vectors=FLOATS, attributes=b"", key="", timeout_ms=3, features=b"\x90"
+    ),
     DeleteRequest(item_ids=IDS[0], key="", timeout_ms=3),
     WriteReply(rows=2, existed=1, generation=57, seq=2**40),
 ]
