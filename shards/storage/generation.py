@@ -36,6 +36,7 @@ from shardline.shards.core.files import (
 )
 from shardline.shards.core.schema import IdArray, Metric
 from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.shards.storage.vector_files import open_ipc, write_table
 
 KIND = "generation"
@@ -62,7 +63,8 @@ class GenerationManifest:
     """All that is known of a generation.
 
     spec is what was asked for, index what it resolved to. boundaries are the upper keys between
-    neighbouring shards, in the terms of ``partitioning``. quality is the report of the build.
+    neighbouring shards, in the terms of ``partitioning``. quality is the report of the build. cut:
+    what its rows contain of an earlier generation's writes; None where nobody has said it.
     """
 
     generation: int
@@ -80,10 +82,26 @@ class GenerationManifest:
     created_at: str
     quality: dict[str, Any]
     item_encoder: tuple[FileEntry, ...] = ()
+    cut: Cut | None = None
 
     @property
     def rows(self) -> int:
         return sum(entry.rows for entry in self.shards)
+
+    @property
+    def query_files(self) -> tuple[FileEntry, ...]:
+        """What its embedding set brought besides rows: encoders and sample queries."""
+        return (*self.query_encoder, *(() if self.queries is None else (self.queries,)))
+
+    @property
+    def common_files(self) -> tuple[FileEntry, ...]:
+        """Those that belong to no shard."""
+        return (self.template, *self.query_files)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """All, the manifest excepted."""
+        return (*self.common_files, *(file for entry in self.shards for file in entry.files))
 
     def shard_entry(self, shard: int) -> ShardEntry:
         """Raises NotFound when the generation has no such shard."""
@@ -116,10 +134,16 @@ def describe_shard(folder: Path, shard: int, item_ids: IdArray) -> ShardEntry:
 
 def write_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Declares the folder complete. Call it last."""
-    body = asdict(manifest)
-    body["spec"] = manifest.spec.model_dump(mode="json")
-    body["index"] = manifest.index.model_dump(mode="json")
-    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=body)
+    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=manifest_to_json(manifest))
+
+
+def manifest_to_json(manifest: GenerationManifest) -> dict[str, Any]:
+    """What ``manifest_from_json`` reads."""
+    return asdict(manifest) | {
+        "spec": manifest.spec.model_dump(mode="json"),
+        "index": manifest.index.model_dump(mode="json"),
+        "cut": None if manifest.cut is None else manifest.cut.to_json(),
+    }
 
 
 def read_generation(folder: Path) -> GenerationManifest:
@@ -135,7 +159,7 @@ def read_generation(folder: Path) -> GenerationManifest:
     """
     body = read_manifest(folder, kind=KIND, version=FORMAT_VERSION)
     try:
-        manifest = _from_json(body)
+        manifest = manifest_from_json(body)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(
             f"{folder / MANIFEST_NAME}: a field is missing or wrong", got=repr(error)
@@ -283,7 +307,8 @@ def read_attribute_file(path: Path, *, rows: int) -> pa.Table | None:
     return table
 
 
-def _from_json(body: dict[str, Any]) -> GenerationManifest:
+def manifest_from_json(body: dict[str, Any]) -> GenerationManifest:
+    """Raises KeyError, TypeError, ValueError: not the body of a generation's manifest."""
     return GenerationManifest(
         generation=int(body["generation"]),
         model_version=str(body["model_version"]),
@@ -303,6 +328,7 @@ def _from_json(body: dict[str, Any]) -> GenerationManifest:
         created_at=str(body["created_at"]),
         quality=dict(body["quality"]),
         item_encoder=_file_entries(body.get("item_encoder", [])),
+        cut=cut_from_json(body.get("cut")),
     )
 
 

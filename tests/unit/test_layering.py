@@ -46,6 +46,7 @@ BELOW = {
         *("loss", "mining", "model"),
     ),
     "training/synthetic": ("data", "evaluation"),
+    "cluster/backup": (),
     "cluster/batch": (),
     "cluster/control": (),
     "cluster/preflight": (),
