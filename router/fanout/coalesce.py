@@ -210,7 +210,8 @@ class Coalescer:
     def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         if frame.lets_past is not None:
             frame.lets_past.cancel()
-        self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
+        if not key.options.exact:
+            self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
         for member in frame.members:
             member.wake()
         self._release(key, lane, frame)

@@ -68,10 +68,12 @@ class SearchOptions:
     (``SearchBody`` describes it). Values must be hashable.
 
     min_seq: of each shard, by its number, how many writes it must have applied to answer; empty
-    for any number.
+    for any number. exact: every row is scored with the best vector that the shard stores of it,
+    at low priority; the parameters say nothing then.
     """
 
     min_seq: tuple[int, ...] = ()
+    exact: bool = False
 
 
 NO_OPTIONS = SearchOptions()
