@@ -10,11 +10,12 @@ confirm: while it is away there are no events about hosts.
 import asyncio
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shardline.cluster.control.cluster_quality import ClusterQuality
 from shardline.cluster.control.cluster_report import Http, cluster_report, restart_progress
 from shardline.cluster.control.decisions import Decisions, known_error
 from shardline.cluster.control.events import (
@@ -46,6 +47,7 @@ from shardline.cluster.control.outlook import (
 )
 from shardline.cluster.control.placement import open_generation
 from shardline.cluster.control.placement_state import Placement, Rules, Stage
+from shardline.cluster.control.quality_config import QualityConfig
 from shardline.cluster.control.ray_hosts import fresh_hosts
 from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.rolling_restart import is_restarting
@@ -53,7 +55,13 @@ from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable, error_of
-from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
+from shardline.shards.core.messages import (
+    Absence,
+    ReplicaKey,
+    RouterNews,
+    RouterSeen,
+    RoutingTable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +79,7 @@ class ControllerSettings(ShardSettings):
     generation: the only one that this cluster serves; None: the one that is live in the store
     whenever the controller starts. replicas: wanted of each shard. load_limit_s: of a shard, before
     another host is tried. writes: whether shards take any. http_host, http_port: where the front
-    ends of all hosts listen.
+    ends of all hosts listen. quality: when an index needs repair.
     """
 
     store: str
@@ -81,6 +89,7 @@ class ControllerSettings(ShardSettings):
     writes: bool = True
     http_host: str = "127.0.0.1"
     http_port: int = 8000
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
 
 class Controller:
@@ -110,6 +119,7 @@ class Controller:
             now_s=time.monotonic(),
             restart=self._restart_note.read(),
         )
+        self._quality = ClusterQuality(settings.quality)
         self._news = News(placement.hosts.values(), time.monotonic())
         self._checked: set[ReplicaKey] = set()
         self._tasks = Tasks()
@@ -177,9 +187,16 @@ class Controller:
         )
         return self._decisions.newer_than(version)
 
-    async def router_lives(self, router: RouterSeen) -> None:
-        """A router announces itself; one that does not again within seconds is not reported."""
-        self._news.heard(router, time.monotonic())
+    async def router_lives(
+        self, router: RouterSeen, news: RouterNews | None = None
+    ) -> tuple[Absence, ...]:
+        """A router announces itself, and tells what it has found; one that does not again within
+        seconds is not reported. The repairs that are due: their codes and texts."""
+        now_s = time.monotonic()
+        self._news.heard(router, now_s)
+        if news is not None:
+            self._quality.heard((router.node_id, router.pid), news, now_s)
+        return self._quality.repairs(self._placement.table.generation, self._shards.health, now_s)
 
     async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
         """Why no newer table can be published, once that is another reason than ``known``, or when
@@ -215,14 +232,17 @@ class Controller:
         return list(await asyncio.gather(*map(self._report, self._placement.replicas)))
 
     async def report(self) -> dict[str, Any]:
-        """The state of the cluster: ``cluster_report`` says what is in it."""
-        return cluster_report(
+        """The state of the cluster: ``cluster_report`` and ``ClusterQuality.report`` say what is in
+        it."""
+        now_s, generation = time.monotonic(), self._placement.table.generation
+        told = cluster_report(
             self._placement,
             news=self._news,
             applied=self._shards.applied,
             http=self._http,
-            now_s=time.monotonic(),
+            now_s=now_s,
         )
+        return told | self._quality.report(generation, self._shards.health, now_s)
 
     async def restart_rolling(self) -> dict[str, Any]:
         """Begins to replace every replica, one after the other; its ``restart_progress``, as that

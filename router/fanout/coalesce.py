@@ -144,8 +144,9 @@ class Coalescer:
             SearchReply, lambda reply: reply.ranked.ids.shape == shape
         )
         seq = tuple(frame.ask.seq)  # before others of the frame collect again
-        for shard in frame.ask.missing:
-            self._recorder.count(SHARD_MISSING, str(shard))
+        if not key.options.exact:
+            for shard in frame.ask.missing:
+                self._recorder.count(SHARD_MISSING, str(shard))
         frame.ask.require(coverage, key.min_coverage)
         replies = [reply for _, reply in answered]
         return Merged(

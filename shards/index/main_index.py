@@ -114,6 +114,9 @@ class MainIndex:
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
         self._stored = StoredVectors(self._layers)
+        self._imbalance: float | None = None
+        if self._layers.is_ivf and self.rows:
+            self._imbalance = float(self._layers.base.invlists.imbalance_factor())
         self._largest_value = FP16_MAX if keeps_fp16(self._layers) else float(np.finfo("f4").max)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._selecting = _Selecting()
@@ -144,6 +147,12 @@ class MainIndex:
     def bytes_per_vector(self) -> float:
         """Stored bytes per row: codes, row numbers, links and re-rank copies, without centroids."""
         return self._layers.bytes_per_vector(self.rows)
+
+    @property
+    def imbalance(self) -> float | None:
+        """Rows that a search scans per inverted list, by chance, against lists of one length; 1 is
+        the best. None: the index has no lists."""
+        return self._imbalance
 
     def describe(self) -> dict[str, Any]:
         """Kind, size and parameters of the loaded index, for `status`."""

@@ -77,6 +77,7 @@ class Shard:
             "seq": self.state.seq,
             "delta_rows": self.state.delta.rows,
             "hidden_rows": self.state.hidden,
+            "imbalance": self.state.main.imbalance,
         }
 
     def search(self, request: SearchRequest) -> SearchReply:
