@@ -11,11 +11,12 @@ away there are no events about hosts.
 import asyncio
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shardline.cluster.control.beside import Opener, with_beside
+from shardline.cluster.control.cluster_quality import ClusterQuality
 from shardline.cluster.control.cluster_report import Http, cluster_report, restart_progress
 from shardline.cluster.control.decisions import Decisions, known_error
 from shardline.cluster.control.events import (
@@ -48,6 +49,7 @@ from shardline.cluster.control.publish_note import PublishNote
 from shardline.cluster.control.publish_state import PublishOptions, after_restart
 from shardline.cluster.control.publish_wiring import WiredParts
 from shardline.cluster.control.publishing import RETIRE_AFTER_S, Publishing
+from shardline.cluster.control.quality_config import QualityConfig
 from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.rolling_restart import is_restarting
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
@@ -55,7 +57,13 @@ from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.control.watch import Watch
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable, error_of
-from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
+from shardline.shards.core.messages import (
+    Absence,
+    ReplicaKey,
+    RouterNews,
+    RouterSeen,
+    RoutingTable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +79,7 @@ class ControllerSettings(ShardSettings):
     whenever the controller starts. replicas: wanted of each shard. load_limit_s: of a shard, before
     another host is tried. writes: whether shards take any. keep_s: for so long the generation
     before is kept after a publish, for a rollback. http_host, http_port: where the front
-    ends of all hosts listen.
+    ends of all hosts listen. quality: when an index needs repair.
     """
 
     store: str
@@ -82,6 +90,7 @@ class ControllerSettings(ShardSettings):
     keep_s: float = 3600.0
     http_host: str = "127.0.0.1"
     http_port: int = 8000
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
 
 def rules_of(settings: ControllerSettings) -> Rules:
@@ -121,6 +130,7 @@ class Controller:
         note = PublishNote(store.root, cluster_id)
         noted = after_restart(note.read(), manifest.generation)
         fleet, more = with_beside(Fleet(live=placement), noted, opener)
+        self._quality = ClusterQuality(settings.quality)
         self._news = News(placement.hosts.values(), time.monotonic())
         self._tasks = Tasks()
         self._orders = Orders(
@@ -224,9 +234,16 @@ class Controller:
         await self._decisions.until(lambda: newer() is not None, timeout_s)
         return newer()
 
-    async def router_lives(self, router: RouterSeen) -> None:
-        """A router announces itself; one that does not again within seconds is not reported."""
-        self._news.heard(router, time.monotonic())
+    async def router_lives(
+        self, router: RouterSeen, news: RouterNews | None = None
+    ) -> tuple[Absence, ...]:
+        """A router announces itself, and tells what it has found; one that does not again within
+        seconds is not reported. The repairs that are due: their codes and texts."""
+        now_s = time.monotonic()
+        self._news.heard(router, now_s)
+        if news is not None:
+            self._quality.heard((router.node_id, router.pid), news, now_s)
+        return self._quality.repairs(self._placement.table.generation, self._shards.health, now_s)
 
     async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
         """Why no newer table can be published, once that is another reason than ``known``, or when
@@ -264,15 +281,18 @@ class Controller:
         return list(await asyncio.gather(*map(self._report, keys)))
 
     async def report(self) -> dict[str, Any]:
-        """The state of the cluster: what ``cluster_report`` and ``Publishing.report`` say."""
-        found = cluster_report(
+        """The state of the cluster: what ``cluster_report``, ``ClusterQuality.report`` and
+        ``Publishing.report`` say."""
+        now_s, generation = time.monotonic(), self._placement.table.generation
+        told = cluster_report(
             self._placement,
             news=self._news,
             applied=self._shards.applied,
             http=self._http,
-            now_s=time.monotonic(),
+            now_s=now_s,
         )
-        return found | self._publishing.report()
+        quality = self._quality.report(generation, self._shards.health, now_s)
+        return told | quality | self._publishing.report()
 
     async def publish(self, options: PublishOptions) -> dict[str, Any]:
         """Begins to make a generation live: the progress at first. Raises: ``Publishing.begin``."""

@@ -114,6 +114,7 @@ class SearchFields(TypedDict, total=False):
     params: "SearchParams | None"
     min_seq: "Sequence[int | None] | None"
     background: bool | None
+    exact: bool | None
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 

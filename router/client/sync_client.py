@@ -134,8 +134,9 @@ class Client(ClientCore):
         the server's choice: k results per query, timeout_ms it may take, min_coverage (share of
         rows below which the answer is Unavailable), params (SearchParams) of the index, min_seq
         (of each shard, how many writes it must have applied to be asked), background (True: it
-        gives way to all other searches). return_ names attributes of items that the answer is to
-        bring, return_original_ids the ids they had before their import.
+        gives way to all other searches), exact (True: every item is scored, which takes long: for
+        measuring recall). return_ names attributes of items that the answer is to bring,
+        return_original_ids the ids they had before their import.
 
         Raises:
             InvalidInput: a field is wrong; field names which.

@@ -90,6 +90,13 @@ class SearchBody(_Body):
         description="nobody waits for the answer, as in a batch job: shards search it while no "
         "other search waits, and the answer says in others_share how busy they are with others",
     )
+    exact: bool = Field(
+        default=False,
+        description="score every item with the best vector that its shard stores: for measuring "
+        "recall, not for serving. Takes long, at low priority, one search at a time per shard; "
+        "params say nothing then. Indexes that keep codes only (pq, ivfpq, sq8 without a re-rank) "
+        "are exact over what the codes stand for",
+    )
     returned: list[str] | None = Field(
         default=None,
         alias="return",
