@@ -23,6 +23,7 @@ from shardline.cluster.batch.live_columns import AnsweredColumns
 from shardline.cluster.batch.pace import FULL_IN_FLIGHT, SIZES, Pace
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import ahead
+from shardline.cluster.batch.priority import give_way
 from shardline.cluster.batch.queries import Queries, QuerySource
 from shardline.cluster.batch.result_columns import result_table
 from shardline.cluster.batch.spans import Span
@@ -93,16 +94,15 @@ class LiveSearch:
         for _, queries in source.read([Span(0, 0, 1)]):
             self._ask(queries)
 
-    def table(self, queries: Queries) -> pa.Table:
-        """The rows of a part.
+    def answers(self, queries: Queries) -> list[SearchAnswer]:
+        """To all queries, in their order.
 
         Raises:
             VersionMismatch: another generation or model answers. Unavailable: still no complete
-                answer after all attempts. DataError: attributes of other types than these items'
-                generation has.
+                answer after all attempts.
         """
         block = _Block(queries)
-        with ThreadPoolExecutor(FULL_IN_FLIGHT) as pool:
+        with ThreadPoolExecutor(FULL_IN_FLIGHT, initializer=give_way) as pool:
             pending: dict[Future[_Timed], Rows] = {}
             while block.todo or pending:
                 while block.todo and len(pending) < self.pace.in_flight:
@@ -110,7 +110,11 @@ class LiveSearch:
                     pending[pool.submit(self._timed, queries.rows(*rows))] = rows
                 for done in futures.wait(pending, return_when=futures.FIRST_COMPLETED).done:
                     self._take(block, pending.pop(done), done)
-        answers = block.in_order()
+        return block.in_order()
+
+    def table(self, queries: Queries, answers: Sequence[SearchAnswer]) -> pa.Table:
+        """The rows of a part. Raises DataError: attributes of other types than these items'
+        generation has."""
         ranked = Ranked(
             np.concatenate([answer.ids for answer in answers]),
             np.concatenate([answer.scores for answer in answers]),
@@ -223,15 +227,19 @@ def run_live(
     parts: Parts,
 ) -> None:
     """Answers the blocks ``todo``, one after the other; each is written while the next one is
-    asked. Raises as ``LiveSearch.table``."""
+    asked. Raises as ``LiveSearch`` and ``OutputFolder.write``."""
+
+    def write(span: Span, queries: Queries, answers: Sequence[SearchAnswer]) -> FileEntry:
+        return output.write(span, search.table(queries, answers))
+
     parts.begin()
     writing: tuple[Span, Future[FileEntry]] | None = None
-    with ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1, initializer=give_way) as writer:
         for span, queries in ahead(source.read(todo)):
-            table = search.table(queries)
+            answers = search.answers(queries)
             if writing is not None:
                 parts.written(writing[0], writing[1].result())
-            writing = span, writer.submit(output.write, span, table)
+            writing = span, writer.submit(write, span, queries, answers)
         if writing is not None:
             parts.written(writing[0], writing[1].result())
 

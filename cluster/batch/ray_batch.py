@@ -8,7 +8,6 @@ serving. The store, the queries and the output folder must be the same on all ho
 """
 
 import logging
-import os
 import pickle
 import time
 import warnings
@@ -40,6 +39,7 @@ from shardline.cluster.batch.loaded_shards import LoadedShards, block_bytes, loa
 from shardline.cluster.batch.local_batch import BatchPlan
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import finished_table
+from shardline.cluster.batch.priority import give_way
 from shardline.cluster.batch.ray_room import (
     HostRoom,
     StageCpus,
@@ -61,7 +61,6 @@ from shardline.shards.core.errors import DataError, ShardlineError, Unavailable,
 from shardline.shards.core.files import FileEntry
 from shardline.shards.index.main_index import set_search_threads
 
-NICENESS = 10  # of the stages: a shard that serves on the same host comes first
 RESERVED_WITHIN_S = 60
 SEEN_WITHIN_S = 65.0  # NFS remembers for up to a minute what a folder held
 FAILURE = "failure"  # the column of an error on its way to whoever waits for parts
@@ -327,11 +326,6 @@ def _keep_vectors_of(plan: BatchPlan, shard: int) -> None:
     give_way()
     assert isinstance(plan.source, GenerationItems)
     plan.source.keep_vectors(LoadedShards.load(plan.folder, [shard]))
-
-
-def give_way() -> None:
-    """Lowers the priority of this process, once however often it is called."""
-    os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
 
 
 def _reason_of(error: BaseException) -> BaseException:

@@ -80,7 +80,7 @@ def test_parts_are_found_by_one_listing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_giving_way_twice_is_giving_way_once() -> None:
     code = (
-        "import os; from shardline.cluster.batch.ray_batch import NICENESS, give_way;"
+        "import os; from shardline.cluster.batch.priority import NICENESS, give_way;"
         "give_way(); give_way(); assert os.nice(0) == NICENESS"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
