@@ -56,7 +56,7 @@ class ItemQueries:
             coverage=coverage,
             search_ms=0.0 if merged is None else merged.search_ms,
             seq=self.seq if merged is None else merged.seq,
-            others_share=0.0 if merged is None else merged.others_share,
+            others_share=None if merged is None else merged.others_share,
         )
 
 

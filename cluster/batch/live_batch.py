@@ -19,21 +19,22 @@ import pyarrow as pa
 
 from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.job_parts import Parts
+from shardline.cluster.batch.live_columns import AnsweredColumns
 from shardline.cluster.batch.pace import FULL_IN_FLIGHT, SIZES, Pace
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import ahead
+from shardline.cluster.batch.priority import give_way
 from shardline.cluster.batch.queries import Queries, QuerySource
-from shardline.cluster.batch.result_columns import ORIGINAL_IDS, result_table, title_of
+from shardline.cluster.batch.result_columns import result_table
 from shardline.cluster.batch.spans import Span
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.sync_client import Client
 from shardline.router.contract import PayloadTooLarge
 from shardline.router.limits import MAX_RETURNED_VALUES
 from shardline.router.query import QueryKind
-from shardline.shards.core.errors import DataError, InvalidInput, Unavailable, VersionMismatch
+from shardline.shards.core.errors import InvalidInput, Unavailable, VersionMismatch
 from shardline.shards.core.files import FileEntry
-from shardline.shards.core.schema import EMPTY_ID, Metric, Ranked
-from shardline.shards.storage.column_types import LIBRARY_ERRORS, first_line
+from shardline.shards.core.schema import Metric, Ranked
 
 logger = logging.getLogger(__name__)
 
@@ -93,16 +94,15 @@ class LiveSearch:
         for _, queries in source.read([Span(0, 0, 1)]):
             self._ask(queries)
 
-    def table(self, queries: Queries) -> pa.Table:
-        """The rows of a part.
+    def answers(self, queries: Queries) -> list[SearchAnswer]:
+        """To all queries, in their order.
 
         Raises:
             VersionMismatch: another generation or model answers. Unavailable: still no complete
-                answer after all attempts. DataError: attributes of other types than these items'
-                generation has.
+                answer after all attempts.
         """
         block = _Block(queries)
-        with ThreadPoolExecutor(FULL_IN_FLIGHT) as pool:
+        with ThreadPoolExecutor(FULL_IN_FLIGHT, initializer=give_way) as pool:
             pending: dict[Future[_Timed], Rows] = {}
             while block.todo or pending:
                 while block.todo and len(pending) < self.pace.in_flight:
@@ -110,12 +110,16 @@ class LiveSearch:
                     pending[pool.submit(self._timed, queries.rows(*rows))] = rows
                 for done in futures.wait(pending, return_when=futures.FIRST_COMPLETED).done:
                     self._take(block, pending.pop(done), done)
-        answers = block.in_order()
+        return block.in_order()
+
+    def table(self, queries: Queries, answers: Sequence[SearchAnswer]) -> pa.Table:
+        """The rows of a part. Raises DataError: attributes of other types than these items'
+        generation has."""
         ranked = Ranked(
             np.concatenate([answer.ids for answer in answers]),
             np.concatenate([answer.scores for answer in answers]),
         )
-        columns = _Answered(answers, self.wanted, self.types)
+        columns = AnsweredColumns(answers, self.wanted, self.types)
         return result_table(queries.ids, ranked, columns)
 
     def _take(self, block: "_Block", rows: "Rows", done: "Future[_Timed]") -> None:
@@ -125,7 +129,7 @@ class LiveSearch:
             answer, seconds = done.result()
         except Unavailable as error:
             block.todo.appendleft(rows)
-            self._wait_for_others(error)
+            self._wait_to_ask_again(error)
             return
         except InvalidInput as error:
             is_size = error.field in SIZE_FIELDS or isinstance(error, PayloadTooLarge)
@@ -140,9 +144,9 @@ class LiveSearch:
             self.note("answered again")
         self._failures = 0
         block.answers[rows[0]] = answer
-        self.wait(self.pace.took(seconds, answer.others_share or 0.0))
+        self.wait(self.pace.took(seconds, answer.others_share))
 
-    def _wait_for_others(self, error: Unavailable) -> None:
+    def _wait_to_ask_again(self, error: Unavailable) -> None:
         """Before another try. Raises Unavailable: there have been enough."""
         if self._failures == len(WAITS_S):
             raise Unavailable(
@@ -223,15 +227,19 @@ def run_live(
     parts: Parts,
 ) -> None:
     """Answers the blocks ``todo``, one after the other; each is written while the next one is
-    asked. Raises as ``LiveSearch.table``."""
+    asked. Raises as ``LiveSearch`` and ``OutputFolder.write``."""
+
+    def write(span: Span, queries: Queries, answers: Sequence[SearchAnswer]) -> FileEntry:
+        return output.write(span, search.table(queries, answers))
+
     parts.begin()
     writing: tuple[Span, Future[FileEntry]] | None = None
-    with ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(1, initializer=give_way) as writer:
         for span, queries in ahead(source.read(todo)):
-            table = search.table(queries)
+            answers = search.answers(queries)
             if writing is not None:
                 parts.written(writing[0], writing[1].result())
-            writing = span, writer.submit(output.write, span, table)
+            writing = span, writer.submit(write, span, queries, answers)
         if writing is not None:
             parts.written(writing[0], writing[1].result())
 
@@ -258,67 +266,3 @@ class _Block:
 
     def in_order(self) -> list[SearchAnswer]:
         return [self.answers[start] for start in sorted(self.answers)]
-
-
-class _Answered:
-    """The columns that answers bring, for ``result_table``: values in the order of the results."""
-
-    def __init__(
-        self, answers: Sequence[SearchAnswer], wanted: Wanted, types: dict[str, pa.DataType]
-    ) -> None:
-        self._answers, self._wanted, self._types = answers, wanted, types
-
-    def of(self, item_ids: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, pa.Array]:
-        """item_ids (n,) int64: of all results that are not empty."""
-        found: dict[str, pa.Array] = {}
-        if self._wanted.original_ids:
-            values = [
-                value
-                for answer in self._answers
-                for value in _kept(answer, answer.original_ids or [])
-            ]
-            found[ORIGINAL_IDS] = _array(ORIGINAL_IDS, values, self._types[ORIGINAL_IDS])
-        for name in self._wanted.attributes:
-            values = [
-                value
-                for answer in self._answers
-                for value in _kept(answer, answer.attributes[name])
-            ]
-            found[title_of(name)] = _array(name, values, self._types[name])
-        assert all(len(column) == len(item_ids) for column in found.values())
-        return found
-
-
-def _kept(answer: SearchAnswer, rows: list[list[Any]]) -> list[Any]:
-    """Values of the results that are not empty, which are first in each row."""
-    counts = (answer.ids != EMPTY_ID).sum(axis=1).tolist()
-    return [value for row, count in zip(rows, counts, strict=True) for value in row[:count]]
-
-
-def _array(name: str, values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Values of JSON in the type that the generation's files have."""
-    try:
-        try:
-            return pa.array(values, kind)
-        except LIBRARY_ERRORS:  # times are texts in JSON
-            return pa.array(values).cast(kind)
-    except LIBRARY_ERRORS as error:
-        raise DataError(
-            "an attribute that answers over HTTP do not bring in its own type",
-            field=name,
-            expected=str(kind),
-            got=first_line(error),
-            hint="leave it out, or run the job offline, without --live",
-        ) from error
-
-
-def refuse_unknown(names: Sequence[str], types: dict[str, pa.DataType]) -> None:
-    """Raises InvalidInput for an attribute that the generation does not have."""
-    for name in names:
-        if name not in types:
-            raise InvalidInput(
-                "no such attribute",
-                field="--return",
-                expected=f"one of {', '.join(types) or 'none: this generation has none'}",
-                got=name,
-            )

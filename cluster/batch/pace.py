@@ -50,8 +50,9 @@ class Pace:
             return 1.0
         return max(LEAST_DUTY, SHARED_DUTY * (1 - (self._others_share or 0.0)))
 
-    def took(self, seconds: float, others_share: float) -> float:
-        """Seconds to wait before the next request, after one took so long."""
+    def took(self, seconds: float, others_share: float | None) -> float:
+        """Seconds to wait before the next request, after one took so long; others_share None: no
+        shard was asked."""
         self._others_share = others_share
         return min(MAX_PAUSE_S, seconds * (1 / self.duty - 1))
 

@@ -156,8 +156,8 @@ class SearchResponse(_Body):
     )
     others_share: float | None = Field(
         default=None,
-        description="only with background: the share of the last two seconds, 0 to 1, in which the "
-        "busiest shard searched for others; 0 if nobody else searched",
+        description="only with background, if shards were asked: the share of the last two "
+        "seconds, 0 to 1, in which the busiest shard searched for others; 0 if nobody else did",
     )
     attributes: dict[str, list[list[Any]]] | None = Field(
         default=None,

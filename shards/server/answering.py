@@ -90,7 +90,7 @@ class Answerer:
             return error_reply(reply)
         took_ms = (time.perf_counter() - started) * 1e3
         self._observe(took_ms, len(queries))
-        self.background_ms_per_row = learned(self.background_ms_per_row, took_ms / len(queries))
+        self.background_ms_per_row = followed(self.background_ms_per_row, took_ms / len(queries))
         search.done += len(queries)
         search.replies.append(reply)
         if search.done < work.rows:
@@ -135,6 +135,14 @@ class Answerer:
 def learned(ms_per_row: float, measured: float) -> float:
     """An estimate with a measurement taken in: it rises at once and falls slowly."""
     return measured if math.isinf(ms_per_row) else max(measured, ESTIMATE_DECAY * ms_per_row)
+
+
+def followed(ms_per_row: float, measured: float) -> float:
+    """An estimate that follows measurements by a factor of two at most: one search that was held up
+    must not make the next pieces tiny, which cost more per query."""
+    if math.isinf(ms_per_row):
+        return measured
+    return min(max(measured, ms_per_row / 2), ms_per_row * 2)
 
 
 def error_reply(error: ShardlineError) -> ErrorReply:

@@ -98,7 +98,7 @@ def test_smaller_limits_of_a_cluster_are_kept(narrow: LiveRouter) -> None:
         )
         search.pace.took(1.0, 0.0)
         assert search.pace.size == SIZES[-1]
-        table = search.table(Queries(ids=pa.array(ids), vectors=vectors))
+        table = answered(search, Queries(ids=pa.array(ids), vectors=vectors))
     expected = brute_force(vectors, vectors, ids, K, Metric.COSINE)
     assert table["ids"].to_pylist() == expected.ids.tolist()
     assert (search.pace.size, search.timeout_ms) == (2, None)
@@ -182,6 +182,10 @@ def search_of(client: Client, waited: list[float]) -> LiveSearch:
     )
 
 
+def answered(search: LiveSearch, queries: Queries) -> pa.Table:
+    return search.table(queries, search.answers(queries))
+
+
 def queries(count: int) -> Queries:
     numbers = np.arange(count, dtype=np.float32)
     return Queries(ids=pa.array(range(count)), vectors=np.repeat(numbers[:, None], DIM, axis=1))
@@ -190,7 +194,7 @@ def queries(count: int) -> Queries:
 def test_what_is_unavailable_is_asked_again() -> None:
     waited: list[float] = []
     client = Client(Unavailable("one shard is away"), Overloaded("busy"), 7)
-    assert search_of(client, waited).table(queries(2)).num_rows == 2
+    assert answered(search_of(client, waited), queries(2)).num_rows == 2
     assert waited[:2] == [0.5, 1]
 
 
@@ -198,14 +202,14 @@ def test_people_hear_of_an_interruption_once() -> None:
     lines: list[str] = []
     search = search_of(Client(Unavailable("a shard is away"), Overloaded("busy"), 7), [])
     search.note = lines.append
-    search.table(queries(3))
+    answered(search, queries(3))
     assert lines == ["no complete answer, asking again: a shard is away", "answered again"]
 
 
 def test_what_stays_unavailable_ends_the_job_which_can_go_on() -> None:
     gone = Client(Unavailable("for good"))
     with pytest.raises(Unavailable, match=r"61.5 s; got for good; .*the same command goes on"):
-        search_of(gone, []).table(queries(2))
+        answered(search_of(gone, []), queries(2))
     assert len(gone.asked) == len(WAITS_S) + 1
 
 
@@ -217,7 +221,7 @@ def test_a_request_that_failed_is_cut_anew() -> None:
     client = Client(DeadlineExceeded("too slow"), 7)
     search = search_of(client, [])
     search.pace.took(0.001, 0.0)
-    assert found(search.table(queries(40))) == list(range(40))
+    assert found(answered(search, queries(40))) == list(range(40))
     assert client.asked == [40, 16, 16, 8]
 
 
@@ -233,7 +237,7 @@ def test_rows_are_in_order_whatever_fails_or_is_too_large(seed: int) -> None:
     search.clock = lambda: 0.0
     count = rng.randint(300, 900)
     try:
-        assert found(search.table(queries(count))) == list(range(count))
+        assert found(answered(search, queries(count))) == list(range(count))
     except PayloadTooLarge:  # of a single query
         assert min(client.asked) == 1
 
@@ -244,17 +248,17 @@ def test_rows_are_in_order_whatever_fails_or_is_too_large(seed: int) -> None:
 def test_a_size_that_was_refused_is_not_asked_again(refusal: Exception) -> None:
     client = Client(refusal, 7, others_share=0.0)
     search = search_of(client, [])
-    assert search.table(queries(130)).num_rows == 130
+    assert answered(search, queries(130)).num_rows == 130
     assert client.asked[:2] == [16, 8]
     assert max(client.asked[1:]) == 8
     assert search.pace.size == 8
     with pytest.raises(type(refusal)):
-        search_of(Client(refusal), []).table(queries(3))
+        answered(search_of(Client(refusal), []), queries(3))
 
 
 def test_what_smaller_requests_do_not_cure_is_raised() -> None:
     with pytest.raises(InvalidInput, match="k"):
-        search_of(Client(InvalidInput("out of range", field="k")), []).table(queries(3))
+        answered(search_of(Client(InvalidInput("out of range", field="k")), []), queries(3))
 
 
 @pytest.mark.parametrize(("k", "attributes", "size"), [(1000, 5, 32), (2048, 64, 2), (100, 0, 64)])
@@ -269,14 +273,14 @@ def test_requests_stay_below_what_an_answer_may_bring(k: int, attributes: int, s
 
 def test_another_generation_ends_the_job() -> None:
     with pytest.raises(VersionMismatch, match=r"generation 7.*generation 8"):
-        search_of(Client(7, 7, 8), []).table(queries(40))
+        answered(search_of(Client(7, 7, 8), []), queries(40))
 
 
 def test_alone_a_job_has_several_large_requests_in_flight_and_no_pauses() -> None:
     waited: list[float] = []
     client = Client(7, others_share=0.0)
     search = search_of(client, waited)
-    assert found(search.table(queries(600))) == list(range(600))
+    assert found(answered(search, queries(600))) == list(range(600))
     assert client.asked[0] == SHARED_QUERIES
     assert client.asked[1:-1] == [SIZES[-1]] * (len(client.asked) - 2)
     assert sum(waited) == 0
@@ -286,7 +290,7 @@ def test_alone_a_job_has_several_large_requests_in_flight_and_no_pauses() -> Non
 def test_beside_others_it_has_one_small_request_in_flight_and_pauses() -> None:
     waited: list[float] = []
     client = Client(7, others_share=0.25)
-    assert search_of(client, waited).table(queries(64)).num_rows == 64
+    assert answered(search_of(client, waited), queries(64)).num_rows == 64
     assert client.asked == [SHARED_QUERIES] * 4
     # a request takes a second of this clock, and is under way in a share of the time that is left
     assert waited == pytest.approx([min(MAX_PAUSE_S, 1 / (SHARED_DUTY * 0.75) - 1)] * 4)

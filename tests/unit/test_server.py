@@ -26,7 +26,7 @@ from shardline.shards.core.messages import (
 from shardline.shards.core.schema import Metric
 from shardline.shards.server import answering
 from shardline.shards.server import shard_server as server_module
-from shardline.shards.server.answering import learned
+from shardline.shards.server.answering import followed, learned
 from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.wire.frames import (
     HEADER,
@@ -352,6 +352,13 @@ def test_the_estimate_rises_at_once_and_falls_slowly() -> None:
     ms_per_row = math.inf
     for measured, estimate in [(5.0, 5.0), (1.0, 2.5), (4.2, 4.2), (8.0, 8.0), (0.0, 4.0)]:
         ms_per_row = learned(ms_per_row, measured)
+        assert ms_per_row == pytest.approx(estimate)
+
+
+def test_the_estimate_of_pieces_follows_by_a_factor_of_two() -> None:
+    ms_per_row = math.inf
+    for measured, estimate in [(1.0, 1.0), (50.0, 2.0), (1.5, 1.5), (0.01, 0.75), (1.4, 1.4)]:
+        ms_per_row = followed(ms_per_row, measured)
         assert ms_per_row == pytest.approx(estimate)
 
 
