@@ -193,18 +193,16 @@ def measure(
 @click.command()
 @click.option("--rows", default=100_000, help="Of the shard.")
 @click.option("--dim", default=128, help="Of the vectors.")
-@click.option("--corpus", type=click.Choice(Corpus), default=Corpus.CLUSTERED)
-@click.option("--kind", type=click.Choice(IndexKind), default=IndexKind.IVFPQ_FS)
+@click.option("--corpus", type=click.Choice([*map(str, Corpus)]), default="clustered")
+@click.option("--kind", type=click.Choice([*map(str, IndexKind)]), default="ivfpq-fs")
 @click.option("--nprobe", default=16, help="Lists searched per query.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="File to write.")
-def main(
-    rows: int, dim: int, corpus: Corpus, kind: IndexKind, nprobe: int, report: Path | None
-) -> None:
+def main(rows: int, dim: int, corpus: str, kind: str, nprobe: int, report: Path | None) -> None:
     """Prints the table."""
     set_search_threads(1)
-    spec, params = IndexSpec(kind=kind), SearchParams(nprobe=nprobe, rerank_factor=4)
+    spec, params = IndexSpec(kind=IndexKind(kind)), SearchParams(nprobe=nprobe, rerank_factor=4)
     with tempfile.TemporaryDirectory() as folder:
-        lines = measure(Path(folder), corpus, rows, dim, spec, params)
+        lines = measure(Path(folder), Corpus(corpus), rows, dim, spec, params)
     click.echo(f"{corpus}, {rows:,} x {dim}, {kind}, {params}, {QUERIES} queries, recall@{K}")
     click.echo("moment                       rows     in delta  recall  fresh   imbalance  fresh")
     for line in lines:
