@@ -52,6 +52,16 @@ class Compacted:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class LiveRows:
+    """Live items (n,) int64, ascending; the row of each in main (n,) or, where ``in_main`` (n,) is
+    False, in the delta."""
+
+    item_ids: IdArray
+    rows: IdArray
+    in_main: np.ndarray
+
+
 def compact(
     generation: Path, shard: int, *, until: int | None = None, threads: int = 1
 ) -> Compacted:
@@ -69,7 +79,7 @@ def compact(
     live = live_folder(generation, shard)
     loaded = load_caught_up(generation, manifest, shard, device=Device.CPU, until=until)
     state = loaded.state
-    rows = _rows_in_order(state)
+    rows = live_rows(state)
     if not len(rows.item_ids):
         raise InvalidInput("every item of the shard is deleted: nothing to index")
     if state.seq in compacted_seqs(live):
@@ -90,18 +100,14 @@ def _write(
     generation: Path,
     manifest: GenerationManifest,
     loaded: Loaded,
-    rows: "_Rows",
+    rows: LiveRows,
     *,
     shard: int,
     threads: int,
 ) -> None:
     """All files of a main index, the manifest last."""
     state, item_ids = loaded.state, rows.item_ids
-    source = np.where(rows.in_main, rows.rows, NEW)
-    new = state.delta.vectors_of(rows.rows[~rows.in_main])
-    build_compacted_index(
-        generation / TEMPLATE_NAME, state.main, source, new, folder / INDEX_NAME, threads=threads
-    )
+    write_index_of(state, rows, generation / TEMPLATE_NAME, folder / INDEX_NAME, threads=threads)
     write_item_ids(folder / ITEM_IDS_NAME, item_ids)
     write_attributes(folder / ATTRIBUTES_NAME, _attributes(state, rows))
     (folder / KEYS_NAME).write_bytes(loaded.keys.pack())
@@ -114,17 +120,7 @@ def _write(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Live items (n,) int64, ascending; the row of each in main (n,) or, where ``in_main`` (n,) is
-    False, in the delta."""
-
-    item_ids: IdArray
-    rows: IdArray
-    in_main: np.ndarray
-
-
-def _rows_in_order(state: ShardState) -> _Rows:
+def live_rows(state: ShardState) -> LiveRows:
     kept = np.arange(state.main.rows)
     if state.selection is not None:
         kept = np.flatnonzero(state.selection.live)
@@ -133,10 +129,22 @@ def _rows_in_order(state: ShardState) -> _Rows:
     rows = np.concatenate((kept, delta.rows_of_ids))
     in_main = np.arange(len(rows)) < len(kept)
     order = np.argsort(item_ids, kind="stable")
-    return _Rows(item_ids[order], rows[order], in_main[order])
+    return LiveRows(item_ids[order], rows[order], in_main[order])
 
 
-def _attributes(state: ShardState, rows: _Rows) -> pa.Table:
+def write_index_of(
+    state: ShardState, rows: LiveRows, template: Path, out: Path, *, threads: int
+) -> None:
+    """Writes the index of ``rows`` of a state, in their order.
+
+    Raises: as ``build_compacted_index``.
+    """
+    source = np.where(rows.in_main, rows.rows, NEW)
+    new = state.delta.vectors_of(rows.rows[~rows.in_main])
+    build_compacted_index(template, state.main, source, new, out, threads=threads)
+
+
+def _attributes(state: ShardState, rows: LiveRows) -> pa.Table:
     """The columns of ``rows``, in their order; none where the shard has no attributes."""
     stored = state.attributes.table
     if stored is None:

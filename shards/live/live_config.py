@@ -1,4 +1,13 @@
-"""How a shard keeps what is written to it: the section ``live`` of the configuration."""
+"""How a shard keeps what is written to it: the section ``live`` of the configuration.
+
+The default share is for a shard of 250,000 x 128 that is asked 2,000 queries per second, while 125
+rows per second are written. With R rows in the delta before a compaction, half of them on average,
+and 5 us per query and 1,000 rows, the delta takes 5e-6 R of a core. A compaction, its change-over
+included, takes one second of a core, half of that at any size, and comes every R / 125 s, so that
+it takes 125 / R of a core. The sum is least at R = 5,000, which are 7,500 changes if half of them
+hide a row: 3 % of the shard. For small shards, with the fixed half second alone, it is at 3,500.
+Each compaction writes the whole main index again: 85 MB in 40 s, 33 rows per changed row.
+"""
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -9,14 +18,14 @@ class LiveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     compact_share: float = Field(
-        default=0.05,
+        default=0.03,
         gt=0,
         le=1,
         description="[share of the main index's rows] Rows written, and rows hidden, since the "
         "last compaction, from which the next one begins.",
     )
     compact_min_rows: int = Field(
-        default=1000,
+        default=4000,
         ge=1,
         description="[rows] Below so many of them none begins.",
     )

@@ -504,10 +504,10 @@ def test_primary_and_follower_change_over_while_writes_go_on(generation: Path) -
 @pytest.mark.parametrize(
     ("counts", "due"),
     [
-        ({"written": 900, "hidden": 99, "rows": 100}, False),  # fewer than compact_min_rows
-        ({"written": 900, "hidden": 100, "rows": 100}, True),
-        ({"written": 4999, "hidden": 0, "rows": 100_000}, False),
-        ({"written": 0, "hidden": 5000, "rows": 100_000}, True),
+        ({"written": 3900, "hidden": 99, "rows": 100}, False),  # fewer than compact_min_rows
+        ({"written": 3900, "hidden": 100, "rows": 100}, True),
+        ({"written": 5999, "hidden": 0, "rows": 200_000}, False),
+        ({"written": 0, "hidden": 6000, "rows": 200_000}, True),
         ({"written": 32_767, "hidden": 0, "rows": 10**8}, False),
         ({"written": 32_768, "hidden": 0, "rows": 10**8}, True),  # or upserts were refused for good
         ({"written": 0, "hidden": 0, "rows": 10**6, "writes": 99_999}, False),
