@@ -15,11 +15,12 @@ from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.build_space import build_bytes
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_ray, check_store
-from shardline.cluster.serving.endpoint import find_endpoint
-from shardline.cluster.serving.ray_session import cores, ray_for
+from shardline.cluster.serving.endpoint import serving_now
+from shardline.cluster.serving.launched import is_served
+from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
@@ -79,7 +80,10 @@ def build(
     in_process: bool,
     no_publish: bool,
 ) -> None:
-    """Turn an embedding set into index shards, and make them the live generation."""
+    """Turn an embedding set into index shards, and make them the live generation.
+
+    A cluster that serves this store goes on with the one it has until `shardline publish`.
+    """
     if embeddings is not None and vectors:
         raise InvalidInput("--embeddings and --vectors exclude each other")
     if queries and not vectors:
@@ -119,16 +123,25 @@ def build(
             address, verbose = config.cluster.address, settings.verbose
             with ray_for(address, num_cpus=cores(), verbose=verbose, in_flight=None):
                 manifest = build_checked(store, checked, run_jobs=run_on_ray, progress=progress)
-        if not no_publish:
+        running = running_cluster(config)
+        if not no_publish and running is None:
             store.set_current(manifest.generation)
     click.echo(describe(manifest))
-    with suppress(NotFound, CorruptFile):  # without a note of use there is nothing to say of it
-        running = find_endpoint(store)
-        number = "" if not no_publish else f" --generation {manifest.generation}"
-        click.echo(
-            f"the cluster at {running.url} goes on with generation {running.generation}; "
-            f"`shardline down`, then `shardline serve{number}` to change over"
-        )
+    if running is not None:  # a controller that is started again takes what is live, without a gate
+        click.echo(f"{running}; `shardline publish {manifest.generation}` to change over")
+
+
+def running_cluster(config: ShardlineConfig) -> str | None:
+    """That a cluster goes on with the generation before; None: none serves this store."""
+    store, address = Store(config.store.resolve()), config.cluster.address
+    if (endpoint := serving_now(store)) is not None:
+        return f"the cluster at {endpoint.url} goes on with generation {endpoint.generation}"
+    if address == "local":
+        return None
+    with suppress(Unavailable), attached_ray(address):
+        if is_served():
+            return "the cluster goes on with the generation before"
+    return None
 
 
 def plan_of(config: ShardlineConfig, partitioning: Partitioning = Partitioning.RANGE) -> BuildPlan:

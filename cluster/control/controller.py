@@ -255,13 +255,12 @@ class Controller:
         return self._placement.table.generation
 
     async def shard_reports(self) -> list[dict[str, Any]]:
-        """What each shard process says of itself, or why it does not, in the order of their keys;
-        those of the live generation first.
+        """What each shard process says of itself, or why it does not, in the order of their keys: of
+        the live generation.
 
         ``reason``, instead of the rest: {"code", "text"}.
         """
-        keys = [state.key for state in self._fleet.states]
-        return list(await asyncio.gather(*map(self._report, keys)))
+        return list(await asyncio.gather(*map(self._report, self._placement.replicas)))
 
     async def report(self) -> dict[str, Any]:
         """The state of the cluster: what ``cluster_report`` and ``Publishing.report`` say."""
