@@ -255,8 +255,8 @@ class Controller:
         return self._placement.table.generation
 
     async def shard_reports(self) -> list[dict[str, Any]]:
-        """What each shard process says of itself, or why it does not, in the order of their keys: of
-        the live generation.
+        """What each shard process says of itself, or why it does not, of the live generation, in
+        the order of their keys.
 
         ``reason``, instead of the rest: {"code", "text"}.
         """
