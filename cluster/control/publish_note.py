@@ -77,7 +77,7 @@ def told_in(root: Path) -> dict[str, Any] | None:
 def _noted(found: dict[str, Any]) -> Noted:
     if found["format"] != FORMAT:
         raise ValueError(f"format {found['format']!r} instead of {FORMAT}")
-    beside, publish = found["beside"], found["publish"]
+    beside, publish, before = found["beside"], found["publish"], found["before"]
     return Noted(
         live=int(found["live"]),
         beside=None if beside is None else int(beside),
@@ -85,4 +85,5 @@ def _noted(found: dict[str, Any]) -> Noted:
         is_mirrored=found["is_mirrored"] is True,
         since_s=float(found["since_s"]),
         publish=None if publish is None else PublishProgress.from_json(publish),
+        before=None if before is None else int(before),
     )

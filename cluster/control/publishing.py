@@ -221,6 +221,8 @@ class Publishing:
             await self._succeeded()
 
     async def _succeeded(self) -> None:
+        assert self._noted.publish is not None
+        self._noted = replace(self._noted, before=self._noted.publish.source)
         self._set_beside(self._kept, Role.KEPT)
         await self._told(stage=PublishStage.LIVE, text="", done=0, total=0)
         await tried(self.tend)
