@@ -68,6 +68,16 @@ COMMANDS = {
         "restore",
         "Make a generation of a snapshot.",
     ),
+    "publish": (
+        "shardline.cluster.commands.publish",
+        "publish",
+        "Make another generation live, without a failed query.",
+    ),
+    "rollback": (
+        "shardline.cluster.commands.publish",
+        "rollback",
+        "Make the generation live again that was before.",
+    ),
     "serve": ("shardline.cluster.commands.serve", "serve", "Serve the live generation over HTTP."),
     "status": (
         "shardline.cluster.commands.query",

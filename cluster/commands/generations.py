@@ -10,7 +10,8 @@ import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.console import print_table
-from shardline.cluster.serving.endpoint import find_endpoint
+from shardline.cluster.control.publish_note import beside_in
+from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NotFound, ShardlineError
 from shardline.shards.core.files import MANIFEST_NAME, abandoned_folders
@@ -66,11 +67,12 @@ def delete(settings: Settings, number: int) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         known = ", ".join(map(str, store.generation_numbers()))
         raise NotFound(f"{folder}: no such generation", expected=f"one of {known or 'none'}")
-    if number in (_live(store), _served(store)):
+    if number in (_live(store), _served(store), _beside(settings)):
         what = "live" if number == _live(store) else "being served"
         raise InvalidInput(
             f"generation {number} is {what}",
-            hint="build or publish another one and change over to it first",
+            hint="publish another one first; `shardline publish --finish` ends what is kept for a "
+            "rollback",
         )
     writes = store.writes(number)
     size = _bytes_of(folder) + _bytes_of(writes)
@@ -104,6 +106,13 @@ def _served(store: Store) -> int | None:
         return find_endpoint(store).generation
     except NotFound:
         return None
+
+
+def _beside(settings: Settings) -> int | None:
+    """The generation that a cluster of this store has loaded beside the live one; of a launched
+    cluster that has ended, had."""
+    store, is_launched = settings.store, settings.config.cluster.address != "local"
+    return beside_in(store.root) if is_launched or serving_now(store) is not None else None
 
 
 def _described(store: Store, number: int, live: int | None, served: int | None) -> dict[str, Any]:

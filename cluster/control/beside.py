@@ -2,14 +2,19 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from shardline.cluster.control.events import BesideOpened
 from shardline.cluster.control.fleet_rules import FleetOutcome, fleet_step
 from shardline.cluster.control.fleet_state import Fleet, Role
+from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.opening import empty_table
+from shardline.cluster.control.placement import open_generation
 from shardline.cluster.control.placement_state import Rules
 from shardline.cluster.control.publish_state import Noted
+from shardline.cluster.control.replacing import Outcome
+from shardline.cluster.control.restart_state import Restart
 from shardline.cluster.control.shard_actors import ShardActors
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ShardlineError
@@ -50,6 +55,25 @@ class Opener:
             gpus=self._gpus if on_gpu else 0,
             load_limit_s=rules.load_limit_s,
             writes=rules.writes,
+        )
+
+    def live(
+        self,
+        folder: Path,
+        manifest: GenerationManifest,
+        hosts: Sequence[Host],
+        restart: Restart | None,
+    ) -> Outcome:
+        """As ``open_generation``, from the last number that the store has given out. Raises
+        RayError: the head does not answer."""
+        return open_generation(
+            self.table(folder, manifest),
+            counter=self._store.counter() + 1,
+            rules=self.rules(manifest.generation),
+            hosts=hosts,
+            found=self._shards.found(manifest.generation),
+            now_s=time.monotonic(),
+            restart=restart,
         )
 
     def beside(self, generation: int, role: Role, *, is_mirrored: bool) -> BesideOpened:

@@ -17,15 +17,13 @@ from typing import Any
 
 from shardline.cluster.control.beside import Opener, with_beside
 from shardline.cluster.control.cluster_quality import ClusterQuality
-from shardline.cluster.control.cluster_report import Http, cluster_report, restart_progress
-from shardline.cluster.control.decisions import Decisions, known_error
+from shardline.cluster.control.cluster_report import Http, cluster_report
+from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.events import (
     Event,
     Instruction,
     NumberSeen,
     ReplicaRegistered,
-    RestartAsked,
-    RestartStopped,
 )
 from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.news import News
@@ -40,10 +38,8 @@ from shardline.cluster.control.outlook import (
     hopeless,
     not_ready,
     raise_if_hopeless,
-    refuse_without_spare,
     without_room,
 )
-from shardline.cluster.control.placement import open_generation
 from shardline.cluster.control.placement_state import Placement, Rules
 from shardline.cluster.control.publish_note import PublishNote
 from shardline.cluster.control.publish_state import PublishOptions, after_restart
@@ -51,7 +47,7 @@ from shardline.cluster.control.publish_wiring import WiredParts
 from shardline.cluster.control.publishing import RETIRE_AFTER_S, Publishing
 from shardline.cluster.control.quality_config import QualityConfig
 from shardline.cluster.control.restart_note import RestartNote
-from shardline.cluster.control.rolling_restart import is_restarting
+from shardline.cluster.control.restarts import Restarts
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.control.watch import Watch
@@ -117,16 +113,9 @@ class Controller:
         opener = Opener(
             store, self._shards, cluster_id, rules_of(settings), settings.gpus_per_shard
         )
-        self._restart_note = RestartNote(store.root, cluster_id, manifest.generation)
-        placement, instructions = open_generation(
-            opener.table(folder, manifest),
-            counter=store.counter() + 1,
-            rules=opener.rules(manifest.generation),
-            hosts=first_hosts(),
-            found=self._shards.found(manifest.generation),
-            now_s=time.monotonic(),
-            restart=self._restart_note.read(),
-        )
+        restart_note = RestartNote(store.root, cluster_id)
+        restart = restart_note.read(manifest.generation)
+        placement, instructions = opener.live(folder, manifest, first_hosts(), restart)
         note = PublishNote(store.root, cluster_id)
         noted = after_restart(note.read(), manifest.generation)
         fleet, more = with_beside(Fleet(live=placement), noted, opener)
@@ -152,6 +141,7 @@ class Controller:
             load_s=settings.load_limit_s * LOAD_TRIES,
             is_pinned=settings.generation is not None,
         )
+        self._restarts = Restarts(self._decisions, restart_note, self._publishing.refuse_restart)
         self._tasks.spawn(self._open((*instructions, *more)))
 
     @property
@@ -272,13 +262,12 @@ class Controller:
         return self._placement.table.generation
 
     async def shard_reports(self) -> list[dict[str, Any]]:
-        """What each shard process says of itself, or why it does not, in the order of their keys;
-        those of the live generation first.
+        """What each shard process says of itself, or why it does not, of the live generation, in
+        the order of their keys.
 
         ``reason``, instead of the rest: {"code", "text"}.
         """
-        keys = [state.key for state in self._fleet.states]
-        return list(await asyncio.gather(*map(self._report, keys)))
+        return list(await asyncio.gather(*map(self._report, self._placement.replicas)))
 
     async def report(self) -> dict[str, Any]:
         """The state of the cluster: what ``cluster_report``, ``ClusterQuality.report`` and
@@ -311,45 +300,20 @@ class Controller:
         return await self._publishing.finish()
 
     async def restart_rolling(self) -> dict[str, Any]:
-        """Begins to replace every replica, one after the other; its ``restart_progress``, as that
-        of one that is under way already.
-
-        Raises:
-            Unavailable: there is a replica that could not be replaced, for want of room; or a
-                publish is under way.
-            ShardlineError: the store takes no counter.
-        """
-        self._publishing.refuse_restart()
-        if not is_restarting(self._placement):
-            refuse_without_spare(self._placement)
-        progress = await self._restart(RestartAsked())
-        assert progress is not None
-        return progress
+        """Begins to replace every replica, one after the other. Raises: ``Restarts.begin``."""
+        return await self._restarts.begin()
 
     async def stop_restart(self) -> dict[str, Any] | None:
-        """Begins no further replacement of a rolling restart; the ``restart_progress`` of then.
-
-        One that is under way is brought to its end. Raises ShardlineError: as ``restart_rolling``.
-        """
-        return await self._restart(RestartStopped())
+        """Begins no further replacement of a rolling restart; one that is under way is brought to
+        its end. Raises: ``Restarts.stop``."""
+        return await self._restarts.stop()
 
     async def restart_progress(self) -> dict[str, Any] | None:
         """Of the newest rolling restart: ``cluster_report.restart_progress`` says what it is.
 
         None, or of another number than ``restart_rolling`` gave: it was cut short.
         """
-        return restart_progress(self._placement)
-
-    async def _restart(self, event: Event) -> dict[str, Any] | None:
-        try:
-            await self._take(event)
-        except OSError as error:
-            raise known_error(error) from error
-        await tried(self._keep_note)  # else with the next look at the hosts
-        return restart_progress(self._placement)
-
-    async def _keep_note(self) -> None:
-        self._restart_note.keep(self._placement)
+        return self._restarts.progress
 
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
@@ -370,7 +334,7 @@ class Controller:
         )
 
     async def _tend(self) -> None:
-        await tried(self._keep_note)
+        await tried(self._restarts.keep_note)
         await tried(self._publishing.tend)
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:

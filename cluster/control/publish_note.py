@@ -26,18 +26,21 @@ class PublishNote:
     def __init__(self, root: Path, cluster_id: str) -> None:
         self._path = root / NAME
         self._cluster_id = cluster_id
+        self.is_outdated = False  # there is one that says nothing of this cluster
 
     def read(self) -> Noted | None:
         """None: there is none of this cluster. One that cannot be read is logged, and counts as
         none: what is beside the live generation is ended then."""
         try:
             found = read_json(self._path, MAX_STATE_BYTES)
-            return _noted(found) if found["cluster_id"] == self._cluster_id else None
+            if found["cluster_id"] == self._cluster_id:
+                return _noted(found)
         except FileNotFoundError:
             return None
         except (ShardlineError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             logger.error("nothing is known of a publish: %s: %s", self._path, error)
-            return None
+        self.is_outdated = True
+        return None
 
     def keep(self, noted: Noted) -> None:
         """Writes it. Raises OSError: it cannot be written."""
@@ -61,10 +64,20 @@ def beside_in(root: Path) -> int | None:
     return beside if isinstance(beside, int) else None
 
 
+def told_in(root: Path) -> dict[str, Any] | None:
+    """``Noted`` as JSON, as the newest cluster of this store has left it, for people to read; None:
+    there is none, or it cannot be read."""
+    try:
+        found = read_json(root / NAME, MAX_STATE_BYTES)
+    except (OSError, ShardlineError):
+        return None
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+
+
 def _noted(found: dict[str, Any]) -> Noted:
     if found["format"] != FORMAT:
         raise ValueError(f"format {found['format']!r} instead of {FORMAT}")
-    beside, publish = found["beside"], found["publish"]
+    beside, publish, before = found["beside"], found["publish"], found["before"]
     return Noted(
         live=int(found["live"]),
         beside=None if beside is None else int(beside),
@@ -72,4 +85,5 @@ def _noted(found: dict[str, Any]) -> Noted:
         is_mirrored=found["is_mirrored"] is True,
         since_s=float(found["since_s"]),
         publish=None if publish is None else PublishProgress.from_json(publish),
+        before=None if before is None else int(before),
     )

@@ -3,7 +3,7 @@
 from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.fleet_state import reserved_by
 from shardline.cluster.control.hosts import fits
-from shardline.cluster.control.publish_state import Noted, PublishKind, PublishOptions, PublishStage
+from shardline.cluster.control.publish_state import Noted, PublishKind, PublishOptions
 from shardline.cluster.control.rolling_restart import is_restarting
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable
@@ -76,11 +76,8 @@ def check_room(store: Store, decisions: Decisions, generation: int) -> None:
 def rollback_options(decisions: Decisions, noted: Noted) -> PublishOptions:
     """Of the generation that was live before. Raises NotFound: none is known."""
     live, beside = decisions.placement.table.generation, decisions.fleet.beside
-    last = noted.publish
-    before = None if beside is None else beside.generation
-    if before is None and last is not None and last.stage is PublishStage.LIVE:
-        before = last.source if last.options.generation == live else None
-    if before is None:
+    before = noted.before if beside is None else beside.generation
+    if before is None or before == live:
         raise NotFound(
             f"nothing is known to have been live before generation {live}",
             hint="`shardline publish N` makes any complete generation live",

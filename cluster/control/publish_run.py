@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from ray.exceptions import RayError
+
 from shardline.cluster.control.beside import Opener
 from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.fleet_state import Beside, Role
@@ -20,10 +22,18 @@ from shardline.cluster.control.publish_parts import (
 )
 from shardline.cluster.control.publish_state import PublishOptions, PublishStage
 from shardline.cluster.control.publish_switch import switch
-from shardline.shards.core.errors import GateFailed, NotFound, Unavailable, error_of
+from shardline.shards.core.errors import (
+    GateFailed,
+    NotFound,
+    Unavailable,
+    error_of,
+    last_line,
+)
+from shardline.shards.core.messages import Absence
 
 LOOK_S = 0.2  # between two looks at how far it is
 FEW = 64  # writes: with no more to bring over, a switch need not wait for long
+ANSWER_S = 5.0  # within which a mirror says how far it is
 TROUBLE_S = 60.0  # of a mirror that does not go on
 
 
@@ -117,7 +127,7 @@ class PublishRun:
             text = "loading its shards beside the live ones"
             await self._tell(PublishStage.LOADING, text, answering, len(staying))
             if time.monotonic() > deadline:
-                raise not_ready(placement, self._tools.load_s)
+                raise _not_served(placement, self._tools.load_s)
             await asyncio.sleep(LOOK_S)
 
     async def _mirror(self) -> Mirror:
@@ -128,7 +138,7 @@ class PublishRun:
         """Once there is little left to bring over."""
         calm_at = time.monotonic()
         while True:
-            found = await mirror.progress()
+            found = await _looked_at(mirror)
             done, total = sum(found.positions), sum(found.ends)
             text = "bringing writes over" if found.trouble is None else found.trouble.text
             await self._tell(PublishStage.REPLAYING, text, done, total)
@@ -162,8 +172,30 @@ class PublishRun:
         await self._tools.tell(stage=stage, text=text, done=done, total=total)
 
 
+async def _looked_at(mirror: Mirror) -> MirrorProgress:
+    """How far it is; that it does not answer is a trouble, for it is started again."""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            return await mirror.progress()
+    except (TimeoutError, RayError, Unavailable) as error:
+        trouble = Absence(Unavailable.code, f"the mirror does not answer: {last_line(error)}")
+        return MirrorProgress(positions=(), ends=(), trouble=trouble)
+
+
 def _is_served(placement: Placement) -> bool:
     if not placement.ready or not placement.settled:
         return False
     shards = [route.shard for route in placement.table.shards]
     return not placement.rules.writes or all(primary_key(placement, shard) for shard in shards)
+
+
+def _not_served(placement: Placement, timeout_s: float) -> Unavailable:
+    """The error that the time is up: who does not answer, or why nobody takes writes."""
+    if not placement.ready:
+        return not_ready(placement, timeout_s)
+    failed = [known.failed.text for known in placement.leading.values() if known.failed is not None]
+    return Unavailable(
+        f"not every shard of generation {placement.table.generation} takes writes",
+        expected=f"within {timeout_s:g} s",
+        got=failed[0] if failed else None,
+    )

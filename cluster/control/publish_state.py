@@ -3,7 +3,7 @@
 ``publishing`` runs it, ``publish_note`` keeps it in the store, ``status`` shows it.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -107,7 +107,7 @@ class Noted:
     """What the store's note says: the generation beside the live one, and the newest publish.
 
     live: what was live then. beside: None: nothing was. since_s: when it got its role, in seconds
-    since 1970.
+    since 1970. before: what was live before the newest switch; None: nothing that is known of.
     """
 
     live: int
@@ -115,7 +115,8 @@ class Noted:
     role: Role = Role.CANDIDATE
     is_mirrored: bool = False
     since_s: float = 0.0
-    publish: PublishProgress | None = field(default=None)
+    publish: PublishProgress | None = None
+    before: int | None = None
 
 
 def after_restart(noted: Noted | None, live: int) -> Noted | None:

@@ -7,17 +7,20 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 
+from ray.exceptions import RayError
+
 from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.events import SealAsked, SealDropped, Switched
-from shardline.cluster.control.publish_parts import Mirror
+from shardline.cluster.control.publish_parts import Mirror, MirrorProgress
 from shardline.cluster.control.sealing import sealed_seqs
-from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.errors import Unavailable, last_line
 
 logger = logging.getLogger(__name__)
 
 SWITCH_S = 3.0  # of one attempt: routers hold a write for 4 s
 PAUSE_S = 5.0  # between two: the writes that were held are taken meanwhile
 TRIES = 3
+ANSWER_S = 0.5  # within which a mirror says how far it is, once its time is up
 RETRY_S = 0.5  # before the store is asked again for a number that the end of the seal needs
 
 
@@ -56,8 +59,7 @@ async def _attempt(decisions: Decisions, generation: int, mirror: Mirror | None)
     await decisions.take(SealAsked(now_s=time.monotonic()))
     seqs = await _sealed(decisions, SWITCH_S)
     if mirror is not None:
-        left_s = max(0.0, deadline - time.monotonic())
-        reached = await mirror.drain(seqs, left_s)
+        reached = await _drained(mirror, seqs, max(0.0, deadline - time.monotonic()))
         if any(has < wants for has, wants in zip(reached.positions, seqs, strict=True)):
             behind = sum(seqs) - sum(reached.positions)
             trouble = "" if reached.trouble is None else f": {reached.trouble.text}"
@@ -68,6 +70,15 @@ async def _attempt(decisions: Decisions, generation: int, mirror: Mirror | None)
     await decisions.take(Switched(generation=generation, now_s=now_s, is_mirrored=True))
     if decisions.placement.table.generation != generation:
         raise Unavailable("not every shard of it answers")
+
+
+async def _drained(mirror: Mirror, seqs: tuple[int, ...], timeout_s: float) -> MirrorProgress:
+    """Raises Unavailable: it does not answer."""
+    try:
+        async with asyncio.timeout(timeout_s + ANSWER_S):
+            return await mirror.drain(seqs, timeout_s)
+    except (TimeoutError, RayError) as error:
+        raise Unavailable("the mirror does not answer", got=last_line(error)) from error
 
 
 async def _sealed(decisions: Decisions, timeout_s: float) -> tuple[int, ...]:

@@ -69,7 +69,7 @@ class Publishing:
         self._tasks, self._wall = tasks, wall
         self._keep_s, self._is_pinned = keep_s, is_pinned
         self._noted = noted or Noted(live=self._live)
-        self._is_saved = noted is None
+        self._is_saved = not note.is_outdated
         self._finished: int | None = None  # which need not be kept any longer
         self._tools = RunTools(
             decisions=decisions,
@@ -146,8 +146,8 @@ class Publishing:
         return None if publish is None else publish.as_json()
 
     def report(self) -> dict[str, Any]:
-        """{"beside": {"generation", "role", "since_s", "ready", "replicas", "answering"} or None,
-        "publish": as ``progress``}."""
+        """{"store", "beside", "publish": as ``progress``}; beside is None, or {"generation",
+        "role", "since_s", "ready", "replicas", "answering"}."""
         beside = self._decisions.fleet.beside
         described = None
         if beside is not None:
@@ -160,7 +160,11 @@ class Publishing:
                 "replicas": len(staying),
                 "answering": sum(state.answers for state in staying),
             }
-        return {"beside": described, "publish": self.progress}
+        return {
+            "store": str(self._store.root),
+            "beside": described,
+            "publish": self.progress,
+        }
 
     async def tend(self) -> None:
         """What is due every second: ends what need not be kept any longer, has the writes of the
@@ -217,6 +221,8 @@ class Publishing:
             await self._succeeded()
 
     async def _succeeded(self) -> None:
+        assert self._noted.publish is not None
+        self._noted = replace(self._noted, before=self._noted.publish.source)
         self._set_beside(self._kept, Role.KEPT)
         await self._told(stage=PublishStage.LIVE, text="", done=0, total=0)
         await tried(self.tend)

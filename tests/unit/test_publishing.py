@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from shardline.cluster.control import controller as module
 from shardline.cluster.control import (
@@ -24,9 +25,9 @@ from shardline.cluster.control.publish_parts import GateReport, Mirror, MirrorPr
 from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.control.publish_wiring import NoWrites
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable
+from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
-from tests.fake_actor import Handle
+from tests.fake_actor import Handle, LeadMethod, Method, raised_in_a_method
 from tests.fake_shard import until
 from tests.unit.test_controller import (  # noqa: F401 - fixtures
     SHARDS,
@@ -365,10 +366,14 @@ async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
         assert all(name.startswith("shardline-shard-57-") for name in killed)
         assert (await controller.report())["beside"] is None
         await until(lambda: parts.mirrors[-1].is_stopped)
+        parts.failed = ("recall",)
+        await controller.publish(PublishOptions(generation=57))
+        assert (await ended(controller))["stage"] == "failed"
+        parts.judged.clear()
         begun = await controller.roll_back()
         assert begun["generation"] == 57, "it is loaded first"
         assert (await ended(controller))["stage"] == "live"
-        assert parts.judged == [(57, 3)]
+        assert parts.judged == []
     killed.clear()
     async with cluster(store, keep_s=0.0) as controller:
         await until(lambda: len(killed) == SHARDS, timeout=5)
@@ -417,6 +422,72 @@ async def test_writes_that_are_lost_to_the_mirror_fail_it_at_once(
         await controller.publish(PublishOptions(generation=3))
         done = await ended(controller)
         assert done["reason"]["text"] == "shard 1: the log begins at write 900, not at 12"
+
+
+async def test_a_mirror_that_dies_is_waited_for_and_then_given_up(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = FakeMirror.progress
+    deaths = [RayActorError(), Unavailable("not yet"), TimeoutError()]
+
+    async def dies(self: FakeMirror) -> MirrorProgress:
+        if deaths:
+            raise deaths.pop()
+        return await answers(self)
+
+    monkeypatch.setattr(FakeMirror, "progress", dies)
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        assert (await ended(controller))["stage"] == "live"
+        deaths += [RayActorError()] * 10_000
+        monkeypatch.setattr(publish_run, "TROUBLE_S", 0.05)
+        await controller.roll_back()
+        done = await ended(controller)
+        assert done["stage"] == "failed"
+        assert "the mirror does not answer" in done["reason"]["text"]
+        assert live(controller) == 3
+        report = await controller.report()
+        assert report["beside"]["generation"] == 57, "a rollback that fails ends nothing"
+
+
+async def test_one_that_dies_during_the_switch_costs_an_attempt(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drains = FakeMirror.drain
+    deaths: list[Exception] = [RayActorError()]
+
+    async def dies(self: FakeMirror, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
+        if deaths:
+            raise deaths.pop()
+        return await drains(self, final, timeout_s)
+
+    monkeypatch.setattr(FakeMirror, "drain", dies)
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        done = await ended(controller)
+        assert done["stage"] == "live"
+        assert deaths == []
+
+
+async def test_a_candidate_that_takes_no_writes_does_not_go_live(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+    alive: dict[str, Handle],  # noqa: F811
+) -> None:
+    refused = raised_in_a_method(ReadOnly("the store is mounted read-only"))
+    async with cluster(store, load_limit_s=0.2) as controller:
+        monkeypatch.setattr(
+            LeadMethod, "remote", lambda self, *arguments: Method._outcome(self, refused)
+        )
+        await controller.publish(PublishOptions(generation=3))
+        done = await ended(controller)
+        assert "not every shard of generation 3 takes writes" in done["reason"]["text"]
+        assert "read-only" in done["reason"]["text"]
 
 
 async def test_the_mirror_and_the_gate_get_the_tables_of_both(
