@@ -124,7 +124,7 @@ def upsert_parts(given: Upserts, table: RoutingTable, key: str) -> list[Part]:
         )
     rows_at_once = max(1, min(MAX_WRITTEN_ROWS, PART_BYTES // (4 * table.dim)))
     parts = []
-    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
+    for shard, rows in by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
         attributes = _packed(given.attributes, rows)
         part_key = _part_key(key, item_ids[rows], vectors[rows], attributes)
         message = UpsertRequest(
@@ -142,7 +142,7 @@ def delete_parts(given: Deletes, table: RoutingTable, key: str) -> list[Part]:
     """Requests that name every item once. Raises InvalidInput: ids that are none."""
     item_ids = check_ids(given.item_ids)
     parts = []
-    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, MAX_WRITTEN_ROWS):
+    for shard, rows in by_shard(item_ids, last_of_each(item_ids), table, MAX_WRITTEN_ROWS):
         part_key = _part_key(key, item_ids[rows])
         message = DeleteRequest(item_ids=item_ids[rows], key=part_key, timeout_ms=0.0)
         parts.append(Part(shard=shard, message=message))
@@ -221,7 +221,7 @@ class _named:  # noqa: N801  reads as what it does, like contextlib's own
             error.field = f"{error.field}.{self._within}"
 
 
-def _by_shard(
+def by_shard(
     item_ids: IdArray, rows: IdArray, table: RoutingTable, at_once: int
 ) -> Iterator[tuple[int, IdArray]]:
     """Each shard with ``at_once`` of its rows at most, in their order."""
