@@ -115,9 +115,11 @@ class Delivery:
             raise GenerationChanged(may_be_applied=self._is_in_doubt or self._may_be_applied)
         if version == self._refused_by:
             return NotPrimary("no replica takes writes now")
-        connection = primary_of(snapshot, self._shard)
+        connection, epoch = primary_of(snapshot, self._shard)
         if connection is None:
             return NotPrimary("no replica takes writes now")
+        # a replica that leads anew takes nothing by an older table: what that says may be over
+        message = replace(message, epoch=epoch)
         size = bytes_of(message)
         if not await connection.write_room.enter(size, self._clock, self._deadline):
             raise self._given_up(DeadlineExceeded("other writes took all the time"))
@@ -203,15 +205,15 @@ class Delivery:
         return self._fanout.clock
 
 
-def primary_of(snapshot: TableSnapshot, shard: int) -> ShardConnection | None:
-    """The connection to the replica that takes a shard's writes; None: none does, or it is served
-    by no process."""
+def primary_of(snapshot: TableSnapshot, shard: int) -> tuple[ShardConnection | None, int]:
+    """The connection to the replica that takes a shard's writes, and its epoch; None: none does,
+    or it is served by no process."""
     for route, connections in zip(snapshot.table.shards, snapshot.shards, strict=True):
         if route.shard == shard:
             for replica, connection in zip(route.replicas, connections, strict=True):
                 if replica.key.replica == route.primary:
-                    return connection
-    return None
+                    return connection, route.primary_epoch
+    return None, 0
 
 
 def _settling(

@@ -549,6 +549,15 @@ async def test_a_write_that_fails_elsewhere_does_not_cross() -> None:
         assert not any(writes_of(shard) for shard in after)
 
 
+async def test_a_write_names_the_epoch_of_the_primary_in_its_table() -> None:
+    async with api() as (http, shards, service):
+        routes = [replace(shard.shard_route, primary_epoch=9) for shard in shards]
+        await service.apply(make_table(routes, DIM, version=2, boundaries=(15, 30, 45)))
+        assert (await http.put("/v1/items", json=item())).status_code == 200
+        assert (await delete(http, [50])).status_code == 200
+        assert [writes_of(shards[n])[0].epoch for n in (0, 3)] == [9, 9]
+
+
 async def test_a_write_that_waits_for_a_connection_is_not_encoded_in_vain(monkeypatch) -> None:
     encoded = []
     encode_frame = primary.encode_frame
