@@ -68,6 +68,7 @@ COMMANDS = {
         "restore",
         "Make a generation of a snapshot.",
     ),
+    "gc": ("shardline.cluster.commands.gc", "gc", "Remove what a store no longer needs."),
     "serve": ("shardline.cluster.commands.serve", "serve", "Serve the live generation over HTTP."),
     "status": (
         "shardline.cluster.commands.query",

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shardline.cluster.housekeeping.housekeeping_config import HousekeepingConfig
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
 from shardline.shards.core.small_files import MAX_TEXT_BYTES, read_small
@@ -115,6 +116,7 @@ class ShardlineConfig(BaseModel):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     live: LiveConfig = Field(default_factory=LiveConfig)
+    housekeeping: HousekeepingConfig = Field(default_factory=HousekeepingConfig)
 
 
 def load_config(

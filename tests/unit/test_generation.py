@@ -10,6 +10,7 @@ from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import MANIFEST_NAME, write_manifest
 from shardline.shards.storage.generation import (
+    FORMAT_VERSION,
     GenerationManifest,
     read_generation,
     read_item_ids,
@@ -116,7 +117,7 @@ def rewrite(folder: Path, change, version: int = 1) -> None:
 
 
 def test_a_newer_format_is_refused(folder: Path, manifest: GenerationManifest) -> None:
-    rewrite(folder, lambda body: None, version=3)
+    rewrite(folder, lambda body: None, version=FORMAT_VERSION + 1)
     with pytest.raises(NewerFormat, match="newer than this program"):
         read_generation(folder)
 

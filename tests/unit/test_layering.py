@@ -49,6 +49,7 @@ BELOW = {
     "cluster/backup": (),
     "cluster/batch": (),
     "cluster/control": (),
+    "cluster/housekeeping": ("backup", "serving"),
     "cluster/preflight": (),
     "cluster/serving": ("control", "preflight"),
 }

@@ -1,0 +1,68 @@
+"""The generations of a store that may not be removed, and why."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardline.cluster.config import ShardlineConfig
+from shardline.cluster.serving.served import served_generation
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import CorruptFile, NotFound
+from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json
+
+LIVE, SERVED, BESIDE = "live", "being served", "kept for a rollback, or about to be published"
+PUBLISH_NOTE = "publish.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """live: what CURRENT names. served: by a cluster now. beside: what that has loaded besides."""
+
+    live: int | None
+    served: int | None
+    beside: int | None
+
+    @property
+    def reasons(self) -> dict[int, str]:
+        """Number -> why it may not be removed."""
+        found = {self.beside: BESIDE, self.served: SERVED, self.live: LIVE}
+        return {number: why for number, why in found.items() if number is not None}
+
+
+def held_generations(config: ShardlineConfig, *, verbose: bool = False) -> Held:
+    """The generations of a store that are in use.
+
+    Raises:
+        CorruptFile: CURRENT or a note is damaged, so that nobody can tell.
+        ConfigError, Unavailable: as ``served_generation``.
+    """
+    store = Store(config.store.resolve())
+    beside = beside_generation(store.root)
+    served = served_generation(config, verbose=verbose)
+    try:
+        live = store.current()
+    except NotFound:
+        live = None
+    return Held(live=live, served=served, beside=beside)
+
+
+def beside_generation(root: Path) -> int | None:
+    """The generation that a cluster of this store has loaded beside the live one, or had when it
+    ended; None: none.
+
+    Raises:
+        CorruptFile: there is a note that cannot be read.
+    """
+    path = root / PUBLISH_NOTE
+    try:
+        found = read_json(path, MAX_STATE_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    beside = found.get("beside") if isinstance(found, dict) else found
+    if beside is not None and type(beside) is not int:
+        raise CorruptFile(
+            f"{path}: not a note of ours",
+            expected="the number of a generation, or null, as beside",
+            got=repr(beside)[:40],
+            hint="remove it if no cluster serves this store",
+        )
+    return beside
