@@ -78,6 +78,7 @@ COMMANDS = {
         "rollback",
         "Make the generation live again that was before.",
     ),
+    "gc": ("shardline.cluster.commands.gc", "gc", "Remove what a store no longer needs."),
     "serve": ("shardline.cluster.commands.serve", "serve", "Serve the live generation over HTTP."),
     "status": (
         "shardline.cluster.commands.query",

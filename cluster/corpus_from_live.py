@@ -22,7 +22,6 @@ from shardline.shards.storage.generation import (
     GenerationManifest,
     read_attributes,
     read_generation,
-    shard_folder,
 )
 
 FOLDER = "live-rows"  # among the generations, while a build reads it
@@ -62,7 +61,7 @@ def live_corpus(store: Store, number: int, progress: Progress) -> Iterator[Path]
 def live_corpus_bytes(folder: Path, manifest: GenerationManifest) -> int:
     """About as much as ``live_corpus`` writes, by what the generation had when it was built."""
     rows = manifest.rows * (FLOAT_BYTES * manifest.dim + ID_BYTES)
-    kept = {f"{shard_folder(entry.shard)}/{ATTRIBUTES_NAME}" for entry in manifest.shards}
+    kept = {f"{entry.folder}/{ATTRIBUTES_NAME}" for entry in manifest.shards}
     beside = [file for entry in manifest.shards for file in entry.files if file.name in kept]
     return rows + sum(file.bytes for file in (*beside, *manifest.query_files))
 

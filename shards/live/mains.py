@@ -92,17 +92,24 @@ def read_main(
     return manifest
 
 
+def superseded(live: Path, kept: int = KEPT) -> list[Path]:
+    """All but the newest ``kept`` of the complete folders, and what a removal that was killed has
+    left of older ones."""
+    complete = compacted_seqs(live)
+    if len(complete) < kept:
+        return []
+    return [main_folder(live, seq) for seq in _seqs(live) if seq < complete[-kept]]
+
+
 def remove_older(live: Path, kept: int = KEPT) -> None:
     """Removes all but the newest ``kept`` of the complete folders, and what a process that was
     killed has left of older ones."""
+    for folder in superseded(live, kept):
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
+        shutil.rmtree(folder, ignore_errors=True)
     complete = compacted_seqs(live)
     if len(complete) < kept:
         return
-    for seq in _seqs(live):
-        if seq < complete[-kept]:
-            folder = main_folder(live, seq)
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
-            shutil.rmtree(folder, ignore_errors=True)
     for staged in live.glob(".main-*"):  # of processes on any host
         match = _STAGED.match(staged.name)
         if match is not None and int(match[1]) < complete[-kept]:

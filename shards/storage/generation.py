@@ -10,12 +10,14 @@
     shard-00000/item_ids.npy     (n,) int64, ascending: local row -> item id
     shard-00000/attributes.arrow attribute columns in local row order; absent where there are none
 
-Format 1 had neither attributes nor queries, and is still read. Nothing here needs faiss.
+Format 1 had neither attributes nor queries, and is still read. In format 3 a shard's files may lie
+in another folder, which the manifest names: those of a compaction, in place of the ones that were
+built (``cluster.housekeeping.rebase``). Nothing here needs faiss.
 Every checksum is verified before a file is used.
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,8 @@ from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.shards.storage.vector_files import open_ipc, write_table
 
 KIND = "generation"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+UNMOVED_VERSION = 2  # of one whose shards all lie where its build has put them
 TEMPLATE_NAME = "template.faiss"
 INDEX_NAME = "index.faiss"
 ITEM_IDS_NAME = "item_ids.npy"
@@ -56,6 +59,13 @@ class ShardEntry:
     id_max: int
     rows: int
     files: tuple[FileEntry, ...]
+
+    @property
+    def folder(self) -> str:
+        """Where the files lie in the generation's folder; all in one."""
+        if not self.files:
+            return shard_folder(self.shard)
+        return PurePosixPath(self.files[0].name).parent.as_posix()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +124,7 @@ class GenerationManifest:
 
 
 def shard_folder(shard: int) -> str:
-    """The name of a shard's folder inside its generation."""
+    """The name of a shard's folder inside its generation, as a build gives it."""
     return f"shard-{shard:05d}"
 
 
@@ -134,7 +144,9 @@ def describe_shard(folder: Path, shard: int, item_ids: IdArray) -> ShardEntry:
 
 def write_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Declares the folder complete. Call it last."""
-    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=manifest_to_json(manifest))
+    is_moved = any(entry.folder != shard_folder(entry.shard) for entry in manifest.shards)
+    version = FORMAT_VERSION if is_moved else UNMOVED_VERSION
+    write_manifest(folder, kind=KIND, version=version, body=manifest_to_json(manifest))
 
 
 def manifest_to_json(manifest: GenerationManifest) -> dict[str, Any]:
@@ -190,7 +202,7 @@ def verify_shard(folder: Path, manifest: GenerationManifest, shard: int) -> Shar
     entry = manifest.shard_entry(shard)
     listed = {file.name for file in entry.files}
     for name in (INDEX_NAME, ITEM_IDS_NAME):
-        if f"{shard_folder(shard)}/{name}" not in listed:
+        if f"{entry.folder}/{name}" not in listed:
             raise CorruptFile(
                 f"{folder / MANIFEST_NAME}: shard {shard} does not list {name}",
                 got=", ".join(sorted(listed)),
@@ -285,7 +297,8 @@ def read_attributes(
     Raises:
         NotFound: no such shard. CorruptFile: the file is altered, or has other rows.
     """
-    name, entry = f"{shard_folder(shard)}/{ATTRIBUTES_NAME}", manifest.shard_entry(shard)
+    entry = manifest.shard_entry(shard)
+    name = f"{entry.folder}/{ATTRIBUTES_NAME}"
     listed = next((file for file in entry.files if file.name == name), None)
     if listed is None:
         return None
