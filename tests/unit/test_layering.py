@@ -47,8 +47,9 @@ BELOW = {
     ),
     "training/synthetic": ("data", "evaluation"),
     "cluster/batch": (),
-    "cluster/control": (),
+    "cluster/control": ("rollover",),
     "cluster/preflight": (),
+    "cluster/rollover": ("batch",),
     "cluster/serving": ("control", "preflight"),
 }
 
