@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shardline.cluster.control.quality_config import QualityConfig
 from shardline.cluster.housekeeping.housekeeping_config import HousekeepingConfig
+from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
 from shardline.shards.core.small_files import MAX_TEXT_BYTES, read_small
@@ -119,6 +120,7 @@ class ShardlineConfig(BaseModel):
     live: LiveConfig = Field(default_factory=LiveConfig)
     quality: QualityConfig = Field(default_factory=QualityConfig)
     housekeeping: HousekeepingConfig = Field(default_factory=HousekeepingConfig)
+    publish: PublishConfig = Field(default_factory=PublishConfig)
 
 
 def load_config(

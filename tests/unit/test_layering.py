@@ -51,7 +51,7 @@ BELOW = {
     "cluster/control": ("rollover",),
     "cluster/housekeeping": ("backup", "control", "serving"),
     "cluster/preflight": (),
-    "cluster/rollover": (),
+    "cluster/rollover": ("batch",),
     "cluster/serving": ("control", "preflight", "rollover"),
 }
 
