@@ -30,10 +30,9 @@ from typing import Any
 
 import click
 import numpy as np
-from matplotlib.figure import Figure
 
 from shardline.bench.corpus import clustered_queries, clustered_set, generation_of
-from shardline.bench.plots import save
+from shardline.bench.plots import plot_changes
 from shardline.cluster.build import run_here
 from shardline.cluster.commands.build import plan_of
 from shardline.cluster.config import load_config
@@ -54,7 +53,6 @@ from shardline.shards.storage.embedding_set import (
 K = 100
 QUERIES = 1000
 SAME = 0.95  # share of the expected ids from which an answer counts as that generation's
-BIN_S = 0.5  # of the timeline
 COMMAND = "from shardline.cluster.cli import main; main()"
 
 Expected = dict[int, IdArray]  # by generation: (queries, k) ids
@@ -225,33 +223,6 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def plot(seen: Sequence[Seen], changes: Sequence[Change], title: str, path: Path) -> None:
-    """Latency, and answers per second by generation, over time."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    at = np.array([each.at_s for each in seen])
-    took = np.array([each.took_ms for each in seen])
-    bins = np.arange(0, at.max() + BIN_S, BIN_S)
-    where = np.digitize(at, bins) - 1
-    for percent in (50, 99):
-        values = [np.percentile(took[where == b], percent) for b in np.unique(where)]
-        top.step(bins[np.unique(where)], values, where="post", label=f"p{percent}")
-    generations = np.array([each.generation for each in seen])
-    for generation in sorted(set(generations.tolist()) - {0}):
-        counts = np.bincount(where[generations == generation], minlength=len(bins)) / BIN_S
-        bottom.step(bins, counts, where="post", label=f"generation {generation}")
-    for axes in (top, bottom):
-        for change in changes:
-            axes.axvspan(change.began_s, change.ended_s, alpha=0.12, color="black")
-        axes.legend(loc="upper right")
-    for change in changes:
-        top.annotate(change.what, (change.began_s, top.get_ylim()[1]), va="top", fontsize=8)
-    top.set(ylabel="ms, from the intended time", yscale="log")
-    bottom.set(ylabel="answers/s", xlabel="s")
-    figure.suptitle(title)
-    save(figure, path)
-
-
 def main() -> None:
     """Builds two generations, serves, changes between them under load, and prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -308,8 +279,12 @@ def main() -> None:
     }
     click.echo(json.dumps(report, indent=2))
     if asked.plot is not None:
-        title = f"publish and rollback: {asked.rows:,} x {asked.dim}, {asked.rate:g} requests/s"
-        plot(load.seen, changes, title, asked.plot)
+        plot_changes(
+            [(each.at_s, each.took_ms, each.generation) for each in load.seen],
+            [(each.what, each.began_s, each.ended_s) for each in changes],
+            f"publish and rollback: {asked.rows:,} x {asked.dim}, {asked.rate:g} requests/s",
+            asked.plot,
+        )
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
-from shardline.router.fanout.snapshot import ENCODER_FOLDER
 from shardline.router.query import Merged
 from shardline.router.router_config import RouterConfig
+from shardline.shards.core.encoder_files import QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.messages import RoutingTable, SearchOptions
 from shardline.shards.core.recall import count_matches
@@ -187,7 +187,7 @@ async def _held_out_of(
     def vectors() -> FloatArray:
         encoder = None
         if table.encoder_checksum is not None:
-            folder = Path(table.generation_dir) / ENCODER_FOLDER
+            folder = Path(table.generation_dir) / QUERY_ENCODER_FOLDER
             encoder = QueryEncoder.load(folder, table.encoder_checksum)
         return held_out.vectors(
             encoder, dim=table.dim, metric=table.metric, takes_vectors=is_same_model

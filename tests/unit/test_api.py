@@ -661,6 +661,7 @@ def test_openapi_describes_what_the_code_checks():
         "params",
         "min_seq",
         "background",
+        "exact",
         "return",
         "return_original_ids",
     }
