@@ -130,7 +130,7 @@ def test_same_model_same_version(trained: tuple[Path, Dataset], tmp_path: Path) 
 def test_a_set_of_before_item_encoders_is_not_taken_for_this_export(
     trained: tuple[Path, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else exporting again, which is what a router then says is to be done, would change nothing."""
+    """Else exporting again, which is what a router then asks for, would change nothing."""
     run_folder, dataset = trained
     with monkeypatch.context() as patch:
         patch.setattr("shardline.training.export.EXPORT_FORMAT", 1)
