@@ -4,9 +4,9 @@ The default share is for a shard of 250,000 x 128 that is asked 2,000 queries pe
 rows per second are written. With R rows in the delta before a compaction, half of them on average,
 and 10 us per query and 1,000 rows, the delta takes 1e-5 R of a core. A compaction, its change-over
 included, takes .9 s of a core, half of that at any size, and comes every R / 125 s, so that it
-takes 112 / R of a core. The sum is least at R = 3,350, which are 5,000 changes if half of them hide
-a row: 2 % of the shard. For small shards, with the fixed part alone, it is at 2,400. Each compaction
-writes the whole main index again: 85 MB in 27 s, 50 rows per changed row.
+takes 112 / R of a core. The sum is least at R = 3,350, which are 5,000 changes if half of them
+hide a row: 2 % of the shard. For small shards, with the fixed part alone, it is at 2,400. Each
+compaction writes the whole main index again: 85 MB in 27 s, 50 rows per changed row.
 """
 
 import math
