@@ -12,12 +12,13 @@ Every figure is recall@100 by score against the exact answer over the live rows,
 parameters on both sides. Queries are further rows of the distribution that came last. ``imbalance``
 is faiss's: so many times as many codes are scored per query as if all lists were of one length.
 
-    python -m shardline.bench.index.turnover [--rows 100000] [--corpus clustered] [--kind ivfpq-fs]
+    python -m shardline.bench.index.turnover [--rows 100000] [--corpus manifold] [--nprobe 32]
 """
 
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,10 +27,11 @@ import click
 import numpy as np
 
 from shardline.bench.corpus import SEED, clusters_of
+from shardline.bench.index.datasets import mnist_data
 from shardline.bench.vectors import clustered, manifold
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.recall import exact_scores, recall_at_k
-from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, Metric, normalise
 from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.main_index import MainIndex, set_search_threads
 from shardline.shards.index.resolve import resolve
@@ -50,11 +52,19 @@ REPLACED, DELETED = 0.2, 0.1
 TURNS = 4  # compactions in which all rows are replaced
 LATENT = 16  # dimensions of the surface of ``manifold``
 METRIC = Metric.COSINE
+MNIST = Path("../shared/data/mnist784")
+MNIST_STARTS = {0: 0, 2: 30_000, 3: 36_000, 4: 0}  # of the parts: each image is in one of 0, 2, 3
+QUERY_PARTS = (1, 5)  # vectors that are asked; parts 0, 2, 3 and 4 are written one after the other
+
+# (rows, part, drift) -> (rows, dim) float32 unit vectors: other ones of the same distribution for
+# another part, of another distribution for another drift
+Source = Callable[[int, int, int], FloatArray]
 
 
 class Corpus(StrEnum):
     CLUSTERED = "clustered"
     MANIFOLD = "manifold"
+    MNIST784 = "mnist784"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +81,38 @@ class Line:
     fresh_imbalance: float
 
 
-def vectors_of(
-    corpus: Corpus, rows: int, dim: int, whole: int, *, part: int, drift: int
-) -> FloatArray:
-    """(rows, dim) float32 unit vectors; other ones of the same distribution for another ``part``,
-    of another distribution for another ``drift``. whole: rows of the shard."""
-    if corpus is Corpus.CLUSTERED:
-        first_row = part * 2 * whole
-        return clustered(rows, dim, clusters_of(whole), SEED + drift, first_row=first_row)
-    return manifold(rows, dim, LATENT, SEED + drift, stream=part)
+def synthetic(corpus: Corpus, dim: int, whole: int) -> Source:
+    """whole: rows of the shard."""
+
+    def made(rows: int, part: int, drift: int) -> FloatArray:
+        if corpus is Corpus.CLUSTERED:
+            first_row = part * 2 * whole
+            return clustered(rows, dim, clusters_of(whole), SEED + drift, first_row=first_row)
+        return manifold(rows, dim, LATENT, SEED + drift, stream=part)
+
+    return made
+
+
+def mnist(folder: Path) -> Source:
+    """Images as unit vectors; their mirror images are another distribution. Of 60,000 images there
+    are enough for a shard of up to 26,000 rows.
+
+    Raises: as ``mnist_data``.
+    """
+    data = mnist_data(folder, 2 * QUERIES)
+    shuffled = data.vectors[np.random.default_rng(SEED).permutation(len(data.vectors))]
+
+    def made(rows: int, part: int, drift: int) -> FloatArray:
+        if part in QUERY_PARTS:
+            start = QUERY_PARTS.index(part) * QUERIES
+            chosen = data.queries[start : start + rows]
+        else:
+            start = MNIST_STARTS[part]
+            chosen = shuffled[start : start + rows]
+        images = chosen.reshape(rows, 28, 28)
+        return normalise((images[:, :, ::-1] if drift else images).reshape(rows, -1))
+
+    return made
 
 
 class Catalogue:
@@ -162,31 +195,27 @@ def _imbalance(main: MainIndex) -> float:
 
 
 def measure(
-    folder: Path, corpus: Corpus, rows: int, dim: int, spec: IndexSpec, params: SearchParams
+    folder: Path, source: Source, rows: int, spec: IndexSpec, params: SearchParams
 ) -> list[Line]:
     """After a change of some rows, before and after its compaction; then with all rows replaced,
     by those of the same distribution and by those of another."""
-
-    def made(count: int, part: int, drift: int = 0) -> FloatArray:
-        return vectors_of(corpus, count, dim, rows, part=part, drift=drift)
-
     rng = np.random.default_rng(SEED)
-    shard = Catalogue(folder, made(rows, 0), spec, params)
-    queries = made(QUERIES, 1)
+    shard = Catalogue(folder, source(rows, 0, 0), spec, params)
+    queries = source(QUERIES, QUERY_PARTS[0], 0)
     lines = [shard.measure("as built", queries)]
     chosen = rng.permutation(rows)
     replaced, deleted = np.split(chosen[: int((REPLACED + DELETED) * rows)], [int(REPLACED * rows)])
-    shard.write(replaced, made(len(replaced), 2), deleted)
+    shard.write(replaced, source(len(replaced), 2, 0), deleted)
     lines.append(shard.measure("20 % replaced, 10 % deleted", queries))
     shard.compact()
     lines.append(shard.measure("compacted", queries))
     for name, part, drift in (("all rows replaced", 3, 0), ("by another distribution", 4, 1)):
-        coming, order = made(len(shard.ids), part, drift), rng.permutation(len(shard.ids))
+        coming, order = source(len(shard.ids), part, drift), rng.permutation(len(shard.ids))
         ids = shard.ids[order]
         for turn in range(TURNS):
             shard.write(ids[turn::TURNS], coming[turn::TURNS], np.empty(0, np.int64))
             shard.compact()
-        lines.append(shard.measure(name, made(QUERIES, 5, drift)))
+        lines.append(shard.measure(name, source(QUERIES, QUERY_PARTS[1], drift)))
     return lines
 
 
@@ -194,16 +223,23 @@ def measure(
 @click.option("--rows", default=100_000, help="Of the shard.")
 @click.option("--dim", default=128, help="Of the vectors.")
 @click.option("--corpus", type=click.Choice([*map(str, Corpus)]), default="clustered")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), default=MNIST, help="Of mnist784's files."
+)
 @click.option("--kind", type=click.Choice([*map(str, IndexKind)]), default="ivfpq-fs")
 @click.option("--nprobe", default=16, help="Lists searched per query.")
 @click.option("--json", "report", type=click.Path(path_type=Path), help="File to write.")
-def main(rows: int, dim: int, corpus: str, kind: str, nprobe: int, report: Path | None) -> None:
+def main(
+    rows: int, dim: int, corpus: str, folder: Path, kind: str, nprobe: int, report: Path | None
+) -> None:
     """Prints the table."""
     set_search_threads(1)
     spec, params = IndexSpec(kind=IndexKind(kind)), SearchParams(nprobe=nprobe, rerank_factor=4)
-    with tempfile.TemporaryDirectory() as folder:
-        lines = measure(Path(folder), Corpus(corpus), rows, dim, spec, params)
-    click.echo(f"{corpus}, {rows:,} x {dim}, {kind}, {params}, {QUERIES} queries, recall@{K}")
+    chosen = Corpus(corpus)
+    source = mnist(folder) if chosen is Corpus.MNIST784 else synthetic(chosen, dim, rows)
+    with tempfile.TemporaryDirectory() as made_in:
+        lines = measure(Path(made_in), source, rows, spec, params)
+    click.echo(f"{corpus}, {rows:,} rows, {kind}, {params}, {QUERIES} queries, recall@{K}")
     click.echo("moment                       rows     in delta  recall  fresh   imbalance  fresh")
     for line in lines:
         click.echo(
@@ -211,7 +247,7 @@ def main(rows: int, dim: int, corpus: str, kind: str, nprobe: int, report: Path 
             f"{line.fresh:<7.4f} {line.imbalance:<10.2f} {line.fresh_imbalance:.2f}"
         )
     if report is not None:
-        setup = {"corpus": corpus, "rows": rows, "dim": dim, "kind": kind, "nprobe": nprobe}
+        setup = {"corpus": corpus, "rows": rows, "kind": kind, "nprobe": nprobe}
         found = {"setup": setup, "lines": [asdict(line) for line in lines]}
         report.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -133,6 +133,7 @@ class Changeover:
             hidden=state.hidden,
             rows=state.main.rows,
             writes=state.seq - self.main_seq,
+            shard=self._shard,
         )
 
     def _see_process(self, now: float) -> None:
