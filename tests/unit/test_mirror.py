@@ -277,6 +277,7 @@ def test_a_drain_that_is_too_late_says_how_far_it_is(tmp_path: Path) -> None:
 
     progress = asyncio.run(live())
     assert progress.positions == (0,) and not progress.has((2,))
+    assert progress.behind >= 1, "what has not been read is not taken for nothing"
     assert not note_path(tmp_path / "live" / "000001").exists(), "no way back is noted"
 
 
