@@ -170,6 +170,11 @@ def _corpus(
         manifest = read_generation(folder)
         enforce([check_store(store, live_corpus_bytes(folder, manifest))])
         progress.note(f"building from the live rows of generation {number}")
+        if not manifest.index.keeps_vectors:
+            progress.note(
+                f"warning: {manifest.index.factory} keeps approximations of vectors, and these are "
+                "what is built from; an exported embedding set has the vectors themselves"
+            )
         with live_corpus(store, number, progress) as rows:
             yield _Corpus(folder=rows, version=None, partitioning=manifest.partitioning)
         return

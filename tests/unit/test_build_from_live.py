@@ -18,14 +18,17 @@ from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME, read_manifest, write_manifest
 from shardline.shards.core.partition import Partitioning, partition
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexSpec
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import LiveRows, open_live_rows
 from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import QUERY_ENCODER_FOLDER, read_generation
 from shardline.training.data.tables import open_dataset
-from tests.engine import plan_of, write_set
-from tests.live_store import LiveStore, live_store, rows_of
+from tests.engine import build_main, plan_of, write_set
+from tests.live_store import LiveStore, live_store, rows_of, vectors_of
 
 FROM_LIVE = ("build", "--from-live", "--in-process")
 FLAT = ("--set", "index.kind=flat", "--set", "cluster.shards=2")
@@ -116,6 +119,28 @@ def test_it_keeps_the_partitioning_unless_another_is_asked_for(tmp_path: Path) -
     made.run(*FROM_LIVE, "--partitioning", "range", options=FLAT)
     assert read_generation(made.folder).partitioning == "range"
     assert made.number == 3
+
+
+@pytest.mark.parametrize(
+    ("index", "is_exact"),
+    [
+        ({"kind": "flat"}, True),
+        ({"kind": "ivf", "nlist": 4}, True),
+        ({"kind": "hnsw"}, True),
+        ({"kind": "ivfpq", "nlist": 4, "nbits": 4, "rerank": "fp32"}, True),
+        ({"kind": "factory", "factory": "IVF4_HNSW32,Flat"}, True),
+        ({"kind": "ivfpq-fs", "nlist": 4}, False),
+        ({"kind": "sq8"}, False),
+        ({"kind": "flat", "pca": 4}, False),
+    ],
+)
+def test_which_kinds_give_back_what_was_written(index: dict[str, Any], is_exact: bool) -> None:
+    rows = vectors_of(300, 7)
+    main = build_main(rows, **index)
+    spec = resolve(IndexSpec(**index), rows=300, dim=rows.shape[1], metric=Metric.COSINE)
+    given = main.reconstruct(np.arange(300))
+    assert spec.keeps_vectors is is_exact
+    assert (given.tobytes() == rows.tobytes()) is is_exact
 
 
 def test_what_cannot_be_built(written: LiveStore, tmp_path: Path) -> None:
