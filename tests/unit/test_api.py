@@ -660,6 +660,7 @@ def test_openapi_describes_what_the_code_checks():
         "min_coverage",
         "params",
         "min_seq",
+        "exact",
         "return",
         "return_original_ids",
     }
