@@ -30,6 +30,7 @@ from shardline.shards.storage.generation import read_generation
 
 logger = logging.getLogger(__name__)
 
+HEALTH_S = 5.0  # between two looks at the index, each some milliseconds of the GIL
 NODE_HOST = "node"  # in the configuration: the address by which Ray knows the machine
 
 
@@ -64,7 +65,9 @@ class ShardActor:
         self._writes = ShardWrites(
             self._shard, live_folder(generation, key.shard), keys=loaded.keys, config=live
         )
-        self._health = HealthLook(generation, key.shard)
+        self._health_look = HealthLook(generation, key.shard)
+        self._health: ShardHealth | None = None
+        self._health_at_s = 0.0  # when it is looked at again
         self._load_ms = (time.perf_counter() - started) * 1e3
         if host == NODE_HOST:
             host = ray.util.get_node_ip_address()
@@ -132,11 +135,14 @@ class ShardActor:
         )
 
     def _look_at_health(self) -> ShardHealth | None:
-        try:
-            return self._health.look(self._shard.state)
-        except (OSError, ValueError) as error:  # a sign of life must not depend on the store
-            logger.warning("the health of the index is not known: %s", error)
-            return None
+        now_s = time.monotonic()
+        if now_s >= self._health_at_s:
+            self._health_at_s = now_s + HEALTH_S
+            try:
+                self._health = self._health_look.look(self._shard.state)
+            except (OSError, ValueError) as error:  # a sign of life must not depend on the store
+                logger.warning("the health of the index is not known: %s", error)
+        return self._health
 
     def describe(self) -> dict[str, Any]:
         """The rows, the index and the counters of this shard, for `status`."""
