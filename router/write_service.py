@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from shardline.router.contract import OtherModel
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.primary import Delivery
+from shardline.router.fanout.snapshot import ENCODE_IN_LOOP, TableSnapshot
+from shardline.router.featured_writes import encoded
 from shardline.router.limits import InFlightLimit
 from shardline.router.router_config import RouterConfig
 from shardline.router.written import (
@@ -27,7 +29,7 @@ from shardline.router.written import (
     upsert_parts,
 )
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.messages import RoutingTable, WriteReply
+from shardline.shards.core.messages import WriteReply
 from shardline.shards.core.metrics import WRITE_MS, WRITES, WRITTEN_ROWS, Recorder
 
 # Items of a small body checked and split in the event loop, some milliseconds; more, and those of a
@@ -68,18 +70,27 @@ class WriteService:
         request_id: str = "",
         in_loop: bool = True,
     ) -> WriteAnswer:
-        """As ``delete``. Raises also OtherModel: the table is of another model version."""
+        """As ``delete``; items by features are encoded first.
 
-        def split(table: RoutingTable) -> list[Part]:
+        Raises also:
+            OtherModel: the table is of another model version.
+            InvalidInput: by features, and the generation has no item encoder.
+            EncoderUnavailable: it has one, which did not load.
+        """
+
+        def split(snapshot: TableSnapshot) -> list[Part]:
+            table = snapshot.table
             if given.model_version not in (None, table.model_version):
                 raise OtherModel(
-                    "the vectors are of another model than the index",
+                    "the items are for another model than the index",
                     field="model_version",
                     expected=table.model_version,
                     got=given.model_version,
                     hint="encode the items with the model that is served, see /v1/status",
                 )
-            return upsert_parts(given, table, key)
+            if given.features is None:
+                return upsert_parts(given, table, key)
+            return upsert_parts(encoded(given, snapshot.item_encoder()), table, key)
 
         return await self._write(
             WriteKind.UPSERT, given, split, key, arrived_at, began_at, request_id, in_loop
@@ -108,8 +119,8 @@ class WriteService:
                 are not acknowledged; ``parts`` has all.
         """
 
-        def split(table: RoutingTable) -> list[Part]:
-            return delete_parts(given, table, key)
+        def split(snapshot: TableSnapshot) -> list[Part]:
+            return delete_parts(given, snapshot.table, key)
 
         return await self._write(
             WriteKind.DELETE, given, split, key, arrived_at, began_at, request_id, in_loop
@@ -119,7 +130,7 @@ class WriteService:
         self,
         kind: WriteKind,
         given: Upserts | Deletes,
-        split: Callable[[RoutingTable], list[Part]],
+        split: Callable[[TableSnapshot], list[Part]],
         key: str,
         arrived_at: float,
         began_at: float,
@@ -129,8 +140,10 @@ class WriteService:
         try:
             with self._fanout.pin() as snapshot:
                 table = snapshot.table
-            is_small = in_loop and len(given.item_ids) <= SPLIT_IN_LOOP
-            parts = split(table) if is_small else await asyncio.to_thread(split, table)
+            by_features = isinstance(given, Upserts) and given.features is not None
+            at_most = ENCODE_IN_LOOP if by_features else SPLIT_IN_LOOP
+            is_small = in_loop and len(given.item_ids) <= at_most
+            parts = split(snapshot) if is_small else await asyncio.to_thread(split, snapshot)
             deadline = arrived_at + given.timeout_ms / 1000
             replies = await self._delivered(parts, table.generation, key, deadline, in_loop)
         except ShardlineError as error:

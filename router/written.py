@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 import numpy as np
@@ -31,7 +31,7 @@ from shardline.shards.core.messages import (
     UpsertRequest,
     WriteReply,
 )
-from shardline.shards.core.schema import FloatArray, IdArray, check_ids, query_vectors
+from shardline.shards.core.schema import IdArray, check_ids, query_vectors
 
 PART_BYTES = (
     16 << 20
@@ -49,6 +49,10 @@ GRAVEST: tuple[type[ShardlineError], ...] = (
 )
 
 
+# of an item that is written by features: an attribute that it does not name
+ABSENT: Final = object()
+
+
 class WriteKind(StrEnum):
     UPSERT = "upsert"
     DELETE = "delete"
@@ -58,15 +62,17 @@ class WriteKind(StrEnum):
 class Upserts:
     """Items of a body: values that are not yet looked at one by one, in the order they came.
 
-    item_ids: n ids; vectors (n, d) numbers; attributes: of each name n values of JSON, null where
-    an item has none. id_field and vector_field are what errors name them by, with the row after it
-    and the row's own field, if it has one: ("items", "vector") names ``items[3].vector``.
+    item_ids: n ids; vectors (n, d) numbers, or features: n maps, and vectors once these are
+    encoded; attributes: of each name n values of JSON, null where an item has none, or ABSENT where
+    features may fill it. id_field and vector_field are what errors name them by, with the row after
+    it and the row's own field, if it has one: ("items", "vector") names ``items[3].vector``.
     """
 
     item_ids: Any
-    vectors: Any
     attributes: dict[str, list[Any]]
     timeout_ms: float
+    vectors: Any = None
+    features: list[dict[str, Any]] | None = None
     model_version: str | None = None
     id_field: tuple[str, str] = ("item_ids", "")
     vector_field: tuple[str, str] = ("vectors", "")
@@ -116,17 +122,21 @@ def upsert_parts(given: Upserts, table: RoutingTable, key: str) -> list[Part]:
         InvalidInput: ids or vectors that are none; the error names the first.
         PayloadTooLarge: attributes that take more than PART_BYTES of one part.
     """
-    with _named(*given.id_field):
+    with naming(*given.id_field):
         item_ids = check_ids(given.item_ids, field=given.id_field[0])
-    with _named(*given.vector_field):
+    with naming(*given.vector_field):
         vectors = query_vectors(
             given.vectors, dim=table.dim, metric=table.metric, field=given.vector_field[0]
         )
     rows_at_once = max(1, min(MAX_WRITTEN_ROWS, PART_BYTES // (4 * table.dim)))
     parts = []
-    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
+    for shard, rows in by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
         attributes = _packed(given.attributes, rows)
-        part_key = _part_key(key, item_ids[rows], vectors[rows], attributes)
+        if given.features is None:
+            said = vectors[rows].tobytes()
+        else:  # two routers may make vectors of them that differ in the last bit
+            said = msgpack.packb([given.features[row] for row in rows.tolist()])
+        part_key = _part_key(key, WriteKind.UPSERT, item_ids[rows], said, attributes)
         message = UpsertRequest(
             item_ids=item_ids[rows],
             vectors=vectors[rows],
@@ -142,8 +152,8 @@ def delete_parts(given: Deletes, table: RoutingTable, key: str) -> list[Part]:
     """Requests that name every item once. Raises InvalidInput: ids that are none."""
     item_ids = check_ids(given.item_ids)
     parts = []
-    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, MAX_WRITTEN_ROWS):
-        part_key = _part_key(key, item_ids[rows])
+    for shard, rows in by_shard(item_ids, last_of_each(item_ids), table, MAX_WRITTEN_ROWS):
+        part_key = _part_key(key, WriteKind.DELETE, item_ids[rows])
         message = DeleteRequest(item_ids=item_ids[rows], key=part_key, timeout_ms=0.0)
         parts.append(Part(shard=shard, message=message))
     return parts
@@ -204,7 +214,7 @@ def _gravity(error: ShardlineError) -> int:
     return kinds[0] if kinds else GRAVEST.index(NotPrimary)
 
 
-class _named:  # noqa: N801  reads as what it does, like contextlib's own
+class naming:  # noqa: N801  reads as what it does, like contextlib's own
     """Errors of a row name its own field too."""
 
     def __init__(self, field: str, within: str) -> None:
@@ -221,7 +231,7 @@ class _named:  # noqa: N801  reads as what it does, like contextlib's own
             error.field = f"{error.field}.{self._within}"
 
 
-def _by_shard(
+def by_shard(
     item_ids: IdArray, rows: IdArray, table: RoutingTable, at_once: int
 ) -> Iterator[tuple[int, IdArray]]:
     """Each shard with ``at_once`` of its rows at most, in their order."""
@@ -249,16 +259,12 @@ def _packed(attributes: dict[str, list[Any]], rows: IdArray) -> bytes:
     return packed
 
 
-def _part_key(
-    key: str, item_ids: IdArray, vectors: FloatArray | None = None, rest: bytes = b""
-) -> str:
+def _part_key(key: str, kind: WriteKind, item_ids: IdArray, *rest: bytes) -> str:
     """Of the caller's key and of all that the part says: the same key with other items is another
     write, which no shard may take for done."""
     digest = hashlib.blake2b(key.encode(), digest_size=KEY_BYTES)
-    kind = WriteKind.DELETE if vectors is None else WriteKind.UPSERT
     digest.update(f"\0{kind}\0{len(item_ids)}\0".encode())
     digest.update(item_ids.tobytes())
-    if vectors is not None:
-        digest.update(vectors.tobytes())
-    digest.update(rest)
+    for each in rest:
+        digest.update(each)
     return digest.hexdigest()

@@ -316,6 +316,7 @@ class RoutingTable:
     boundaries are those of a ``Partition``: they say which shard an item id belongs to.
     encoder_checksum is the SHA-256 of the query encoder's encoder.json, which holds those of its
     other files, as the generation's manifest lists it; None: the generation has no encoder.
+    item_encoder_checksum is the same of the item encoder.
     notes say what is wrong with the store's files of state, or where replicas are missing, for
     people who look after it. cluster_id tells the cluster from every other; it is made from its
     secret, so a restarted controller has the same. other_model: the model version of a generation
@@ -333,6 +334,7 @@ class RoutingTable:
     boundaries: tuple[int, ...]
     shards: tuple[ShardRoute, ...]
     encoder_checksum: str | None = None
+    item_encoder_checksum: str | None = None
     notes: tuple[Absence, ...] = ()
     cluster_id: str = ""
     other_model: str | None = None

@@ -47,9 +47,10 @@ BELOW = {
     ),
     "training/synthetic": ("data", "evaluation"),
     "cluster/batch": (),
-    "cluster/control": (),
+    "cluster/control": ("rollover",),
     "cluster/preflight": (),
-    "cluster/serving": ("control", "preflight"),
+    "cluster/rollover": (),
+    "cluster/serving": ("control", "preflight", "rollover"),
 }
 
 # library -> the only places that may import it
