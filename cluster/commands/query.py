@@ -91,7 +91,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     if told is not None:
         print_launched(told)
     if report is not None:
-        print_status(report)
+        print_status(report, has_quality=told is None)
 
 
 @click.command()

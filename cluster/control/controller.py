@@ -11,11 +11,12 @@ away there are no events about hosts.
 import asyncio
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from shardline.cluster.control.beside import Opener, with_beside
+from shardline.cluster.control.cluster_quality import ClusterQuality
 from shardline.cluster.control.cluster_report import Http, cluster_report
 from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.events import (
@@ -44,14 +45,22 @@ from shardline.cluster.control.publish_note import PublishNote
 from shardline.cluster.control.publish_state import PublishOptions, after_restart
 from shardline.cluster.control.publish_wiring import WiredParts
 from shardline.cluster.control.publishing import RETIRE_AFTER_S, Publishing
+from shardline.cluster.control.quality_config import QualityConfig
 from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.restarts import Restarts
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.control.watch import Watch
+from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable, error_of
-from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
+from shardline.shards.core.messages import (
+    Absence,
+    ReplicaKey,
+    RouterNews,
+    RouterSeen,
+    RoutingTable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +74,9 @@ class ControllerSettings(ShardSettings):
 
     generation: the only one that this cluster serves; None: the one that is live in the store
     whenever the controller starts. replicas: wanted of each shard. load_limit_s: of a shard, before
-    another host is tried. writes: whether shards take any. keep_s: for so long the generation
-    before is kept after a publish, for a rollback. http_host, http_port: where the front
-    ends of all hosts listen.
+    another host is tried. writes: whether shards take any. http_host, http_port: where the front
+    ends of all hosts listen. quality: when an index needs repair. publish: what a generation must
+    reach to go live.
     """
 
     store: str
@@ -75,9 +84,10 @@ class ControllerSettings(ShardSettings):
     replicas: int = 1
     load_limit_s: float = 300.0
     writes: bool = True
-    keep_s: float = 3600.0
     http_host: str = "127.0.0.1"
     http_port: int = 8000
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
 
 def rules_of(settings: ControllerSettings) -> Rules:
@@ -110,6 +120,7 @@ class Controller:
         note = PublishNote(store.root, cluster_id)
         noted = after_restart(note.read(), manifest.generation)
         fleet, more = with_beside(Fleet(live=placement), noted, opener)
+        self._quality = ClusterQuality(settings.quality)
         self._news = News(placement.hosts.values(), time.monotonic())
         self._tasks = Tasks()
         self._orders = Orders(
@@ -123,11 +134,13 @@ class Controller:
             store,
             self._decisions,
             opener,
-            WiredParts(),
+            WiredParts(
+                store, settings.secret, settings.publish, CONTROLLER_NAME, self._quality.served
+            ),
             self._tasks,
             note,
             noted,
-            keep_s=settings.keep_s,
+            keep_s=settings.publish.keep_s,
             load_s=settings.load_limit_s * LOAD_TRIES,
             is_pinned=settings.generation is not None,
         )
@@ -214,9 +227,16 @@ class Controller:
         await self._decisions.until(lambda: newer() is not None, timeout_s)
         return newer()
 
-    async def router_lives(self, router: RouterSeen) -> None:
-        """A router announces itself; one that does not again within seconds is not reported."""
-        self._news.heard(router, time.monotonic())
+    async def router_lives(
+        self, router: RouterSeen, news: RouterNews | None = None
+    ) -> tuple[Absence, ...]:
+        """A router announces itself, and tells what it has found; one that does not again within
+        seconds is not reported. The repairs that are due: their codes and texts."""
+        now_s = time.monotonic()
+        self._news.heard(router, now_s)
+        if news is not None:
+            self._quality.heard((router.node_id, router.pid), news, now_s)
+        return self._quality.repairs(self._placement.table.generation, self._shards.health, now_s)
 
     async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
         """Why no newer table can be published, once that is another reason than ``known``, or when
@@ -253,15 +273,18 @@ class Controller:
         return list(await asyncio.gather(*map(self._report, self._placement.replicas)))
 
     async def report(self) -> dict[str, Any]:
-        """The state of the cluster: what ``cluster_report`` and ``Publishing.report`` say."""
-        found = cluster_report(
+        """The state of the cluster: what ``cluster_report``, ``ClusterQuality.report`` and
+        ``Publishing.report`` say."""
+        now_s, generation = time.monotonic(), self._placement.table.generation
+        told = cluster_report(
             self._placement,
             news=self._news,
             applied=self._shards.applied,
             http=self._http,
-            now_s=time.monotonic(),
+            now_s=now_s,
         )
-        return found | self._publishing.report()
+        quality = self._quality.report(generation, self._shards.health, now_s)
+        return told | quality | self._publishing.report()
 
     async def publish(self, options: PublishOptions) -> dict[str, Any]:
         """Begins to make a generation live: the progress at first. Raises: ``Publishing.begin``."""

@@ -4,28 +4,8 @@ in the tests."""
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from shardline.shards.core.messages import Absence, RoutingTable
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MirrorProgress:
-    """positions: of each shard of the source, how many of its writes the target has. ends: how many
-    there are. rows: items written. unreplayed: items that only a vector of another model is known
-    of; examples: some of their ids. trouble: why it does not go on now; None: it does.
-    """
-
-    positions: tuple[int, ...]
-    ends: tuple[int, ...]
-    rows: int = 0
-    unreplayed: int = 0
-    examples: tuple[int, ...] = ()
-    trouble: Absence | None = None
-
-    @property
-    def behind(self) -> int:
-        """Writes that the target does not have yet."""
-        pairs = zip(self.positions, self.ends, strict=True)
-        return sum(max(0, end - position) for position, end in pairs)
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.shards.core.messages import RoutingTable
 
 
 class Mirror(Protocol):

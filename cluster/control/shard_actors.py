@@ -47,7 +47,7 @@ from shardline.shards.core.errors import (
     Unavailable,
     last_line,
 )
-from shardline.shards.core.messages import Absence, Pulse, ReplicaKey
+from shardline.shards.core.messages import Absence, Pulse, ReplicaKey, ShardHealth
 from shardline.shards.index.spec import Device
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.process.shard_actor import ShardActor
@@ -88,6 +88,7 @@ class ShardActors:
         self._handles: dict[ReplicaKey, ActorHandle[Any]] = {}
         self._misses: Counter[ReplicaKey] = Counter()
         self.applied = Applied()
+        self.health: dict[ReplicaKey, ShardHealth] = {}  # by the last look at each
 
     def open(self, folder: Path, manifest: GenerationManifest) -> None:
         """Actors of this generation may be created from now on."""
@@ -142,6 +143,8 @@ class ShardActors:
             now_s = time.monotonic()
             self._misses[key] = 0
             self.applied.saw(key, Look(asked_s, now_s, pulse.seq))
+            if pulse.health is not None:
+                self.health[key] = pulse.health
             if is_lost():
                 # alive, but we lost where: after our own restart, or after a passing failure
                 await _answer(handle.announce.remote())
@@ -216,6 +219,7 @@ class ShardActors:
         """The failure of its actor is on record: nothing is asked of it any more."""
         self._handles.pop(key, None)
         self.applied.forget(key)
+        self.health.pop(key, None)
 
     async def describe(self, key: ReplicaKey) -> dict[str, Any] | Absence:
         """What a placed replica says of itself, or why it does not."""
@@ -237,6 +241,7 @@ class ShardActors:
             str(ActorName(key, self._digest, node_id))
         )
         self.applied.forget(key)
+        self.health.pop(key, None)
         if handle is not None:
             ray.kill(handle)
 

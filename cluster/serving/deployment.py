@@ -189,6 +189,8 @@ def controller_settings(
         gpus_per_shard=cluster.gpus_per_shard,
         huge_pages=cluster.huge_pages,
         live=config.live,
+        quality=config.quality,
+        publish=config.publish,
         replicas=cluster.replicas,
         writes=cluster.writes,
         load_limit_s=cluster.start_timeout_s / LOAD_TRIES,

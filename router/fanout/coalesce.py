@@ -144,8 +144,9 @@ class Coalescer:
             SearchReply, lambda reply: reply.ranked.ids.shape == shape
         )
         seq = tuple(frame.ask.seq)  # before others of the frame collect again
-        for shard in frame.ask.missing:
-            self._recorder.count(SHARD_MISSING, str(shard))
+        if not key.options.exact:
+            for shard in frame.ask.missing:
+                self._recorder.count(SHARD_MISSING, str(shard))
         frame.ask.require(coverage, key.min_coverage)
         replies = [reply for _, reply in answered]
         return Merged(
@@ -210,7 +211,8 @@ class Coalescer:
     def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         if frame.lets_past is not None:
             frame.lets_past.cancel()
-        self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
+        if not key.options.exact:
+            self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
         for member in frame.members:
             member.wake()
         self._release(key, lane, frame)

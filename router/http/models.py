@@ -85,6 +85,13 @@ class SearchBody(_Body):
         description="of each shard, by its number, as in the `seq` of an answer: one that has "
         "applied fewer writes is left out of the answer; null and 0 ask for nothing",
     )
+    exact: bool = Field(
+        default=False,
+        description="score every item with the best vector that its shard stores: for measuring "
+        "recall, not for serving. Takes long, at low priority, one search at a time per shard; "
+        "params say nothing then. Indexes that keep codes only (pq, ivfpq, sq8 without a re-rank) "
+        "are exact over what the codes stand for",
+    )
     returned: list[str] | None = Field(
         default=None,
         alias="return",

@@ -14,9 +14,10 @@ import psutil
 import ray
 
 from shardline.shards.core.errors import CorruptFile
-from shardline.shards.core.messages import Pulse, ReplicaKey
+from shardline.shards.core.messages import Pulse, ReplicaKey, ShardHealth
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.health import HealthLook
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up
@@ -63,6 +64,7 @@ class ShardActor:
         self._writes = ShardWrites(
             self._shard, live_folder(generation, key.shard), keys=loaded.keys, config=live
         )
+        self._health = HealthLook(generation, key.shard)
         self._load_ms = (time.perf_counter() - started) * 1e3
         if host == NODE_HOST:
             host = ray.util.get_node_ip_address()
@@ -119,7 +121,15 @@ class ShardActor:
             seq=self._writes.seq,
             leads=self._writes.leading_epoch,
             refused=self._writes.refused,
+            health=self._look_at_health(),
         )
+
+    def _look_at_health(self) -> ShardHealth | None:
+        try:
+            return self._health.look(self._shard.state)
+        except (OSError, ValueError) as error:  # a sign of life must not depend on the store
+            logger.warning("the health of the index is not known: %s", error)
+            return None
 
     def describe(self) -> dict[str, Any]:
         """The rows, the index and the counters of this shard, for `status`."""

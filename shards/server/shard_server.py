@@ -3,6 +3,7 @@
     loop thread     accepts, parses frames, queues requests, writes replies
     search thread   takes whatever is queued as one batch, searches, hands the replies back
     write thread    takes whatever writes wait as one group (``write_thread``)
+    exact thread    one exact search after the other (``exact_searches``)
 
 A batch of a few rows that will take less than INLINE_MS is searched by the loop thread itself
 while the search thread is idle: two hand-overs between threads cost more than such a search.
@@ -35,6 +36,7 @@ from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.answering import Answerer, ServerStats, error_reply
+from shardline.shards.server.exact_searches import ExactSearches, is_exact
 from shardline.shards.server.handlers import HANDLERS, Work
 from shardline.shards.server.session import Session
 from shardline.shards.server.shard import Shard
@@ -107,6 +109,7 @@ class ShardServer:
                 writes, self._deliver_writes, changeover=changeover, on_damage=on_damage
             )
         self._writes = WriteQueue(self._write_thread, self.stats)
+        self._exact = ExactSearches(shard, self.stats, self._deliver_exact)
         self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._arrived: list[Work] = []  # loop thread only: what came in since the last dispatch
         self._is_due = False  # loop thread only: a dispatch is scheduled
@@ -121,7 +124,7 @@ class ShardServer:
     @property
     def queue_depth(self) -> int:
         """Requests accepted and not yet answered."""
-        return self._queued_requests + self._writes.requests
+        return self._queued_requests + self._writes.requests + self._exact.requests
 
     def bind(self) -> tuple[str, int]:
         """Takes a free port and starts listening, there and on the Unix socket beside it.
@@ -158,6 +161,7 @@ class ShardServer:
         if self._loop_thread.is_alive():
             self._queue.put(None)
             self._search_thread.join(STOP_TIMEOUT_S)
+            self._exact.stop()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop_thread.join(STOP_TIMEOUT_S)
         else:
@@ -244,6 +248,10 @@ class ShardServer:
 
     def submit(self, work: Work) -> None:
         """Queues a request of a session that is no write, or answers it at once with an error."""
+        if is_exact(work) and work.reply_bytes <= MAX_REPLY_BYTES:
+            self._exact.submit(work)
+            self._be_heard()
+            return
         is_full = (
             self._queued_rows + work.rows > MAX_QUEUED_ROWS and self._queued_rows > 0
         ) or self._queued_requests >= self._max_queued_requests
@@ -298,7 +306,7 @@ class ShardServer:
         """Silence tells a router that the process hangs: a long search or fsync must not look like
         that."""
         self._alive_timer = None
-        if self._handed_over or self._writes.requests:
+        if self._handed_over or self._writes.requests or self._exact.requests:
             for session in self.sessions:
                 session.keep_alive()
             self._be_heard()
@@ -321,6 +329,10 @@ class ShardServer:
     def _deliver_writes(self, answered: list[tuple[Work, Message | None]]) -> None:
         """Write thread."""
         self._loop.call_soon_threadsafe(self._writes.take_back, answered)
+
+    def _deliver_exact(self, work: Work, message: Message) -> None:
+        """Exact thread."""
+        self._loop.call_soon_threadsafe(self._exact.take_back, work, message)
 
     def _take_back(self, answered: list[tuple[Work, Message | None]]) -> None:
         self._handed_over -= len(answered)

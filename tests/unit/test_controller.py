@@ -29,7 +29,14 @@ from shardline.router.service import SearchService
 from shardline.shards.core import files
 from shardline.shards.core.encoder_files import CONFIG
 from shardline.shards.core.errors import CorruptFile, DataError, ShardlineError, Unavailable
-from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
+from shardline.shards.core.messages import (
+    Absence,
+    Quality,
+    ReplicaKey,
+    RouterNews,
+    RouterSeen,
+    RoutingTable,
+)
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import write_generation
 from tests.engine import build_generation
@@ -743,9 +750,15 @@ async def test_the_report_tells_hosts_replicas_and_routers(
     async with running(store, replicas=2, http_host="0.0.0.0", http_port=81) as controller:
         await until(lambda: len(alive) == 2 * SHARDS)
         await register_placed(controller)
-        await controller.router_lives(RouterSeen(host="10.0.0.2", node_id="nb", pid=7))
+        seen = RouterSeen(host="10.0.0.2", node_id="nb", pid=7)
+        assert await controller.router_lives(seen) == (), "a router of before"
+        poor = Quality(generation=57, recall=0.5, queries=100, k=10, since=0.0)
+        (due,) = await controller.router_lives(seen, RouterNews(quality=poor))
+        assert due.code == "retrain_index"
         table = await controller.table_after(0, 1)
         report = await controller.report()
+        assert report["quality"]["recall"] == 0.5
+        assert [each["code"] for each in report["repairs"]] == ["retrain_index"]
         assert table is not None
         assert report["cluster_id"] == table.cluster_id
         assert (report["generation"], report["version"]) == (57, table.version)

@@ -49,7 +49,7 @@ BELOW = {
     "cluster/batch": (),
     "cluster/control": ("rollover",),
     "cluster/preflight": (),
-    "cluster/rollover": (),
+    "cluster/rollover": ("batch",),
     "cluster/serving": ("control", "preflight", "rollover"),
 }
 

@@ -21,9 +21,10 @@ from shardline.cluster.control import (
     watch,
 )
 from shardline.cluster.control.controller import Controller
-from shardline.cluster.control.publish_parts import GateReport, Mirror, MirrorProgress
+from shardline.cluster.control.publish_parts import GateReport, Mirror
 from shardline.cluster.control.publish_state import PublishOptions
-from shardline.cluster.control.publish_wiring import NoWrites
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
@@ -101,7 +102,7 @@ class FakeParts:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
     found = FakeParts()
-    monkeypatch.setattr(module, "WiredParts", lambda: found)
+    monkeypatch.setattr(module, "WiredParts", lambda *settings: found)
     return found
 
 
@@ -375,7 +376,7 @@ async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
         assert (await ended(controller))["stage"] == "live"
         assert parts.judged == []
     killed.clear()
-    async with cluster(store, keep_s=0.0) as controller:
+    async with cluster(store, publish=PublishConfig(keep_s=0.0)) as controller:
         await until(lambda: len(killed) == SHARDS, timeout=5)
         assert all(name.startswith("shardline-shard-3-") for name in killed)
 
@@ -528,10 +529,3 @@ async def test_a_note_that_is_damaged_is_logged_and_nothing_is_kept(
         assert controller._fleet.beside is None
         assert live(controller) == 3
     assert "nothing is known of a publish" in caplog.text
-
-
-async def test_a_mirror_of_no_writes_refuses_any() -> None:
-    mirror = NoWrites(2)
-    assert (await mirror.drain((0, 0), 1.0)).behind == 0
-    with pytest.raises(Unavailable, match="5 writes would be missing"):
-        await mirror.drain((5, 0), 1.0)

@@ -48,7 +48,14 @@ def test_an_optional_field_touches_few_modules() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [NO_OPTIONS, SearchOptions(min_seq=(7, 2**62)), SearchOptions()]
+    "options",
+    [
+        NO_OPTIONS,
+        SearchOptions(min_seq=(7, 2**62)),
+        SearchOptions(),
+        SearchOptions(exact=True),
+        SearchOptions(min_seq=(1,), exact=True),
+    ],
 )
 def test_options_travel_in_the_tail(options: SearchOptions) -> None:
     request = SearchRequest(queries=QUERY, k=3, timeout_ms=5.0, options=options)

@@ -44,7 +44,7 @@ from shardline.shards.core.errors import (
     ShardlineError,
     Unavailable,
 )
-from shardline.shards.core.messages import Absence, Pulse, ReplicaKey
+from shardline.shards.core.messages import Absence, Pulse, ReplicaKey, ShardHealth
 from tests.engine import build_generation
 from tests.fake_actor import HANG, Handle, raised_in_a_method, raised_in_the_constructor
 
@@ -148,6 +148,19 @@ def test_a_dead_one_has_failed_once(actors: ShardActors, handle: Handle) -> None
     assert actors.placed == (KEY,)  # until the failure is on disk
     actors.forget(KEY)
     assert actors.placed == ()
+
+
+def test_health_is_that_of_the_last_look_and_forgotten_with_the_actor(
+    actors: ShardActors, handle: Handle
+) -> None:
+    known = ShardHealth(rows=10, changed=3, unseen=1, imbalance=None)
+    handle.ping.plan = [Pulse(pid=1, seq=5, health=known), Pulse(pid=1, seq=6)]
+    assert actors.health == {}
+    for _ in range(2):  # the second one could not say
+        assert check(actors) is None
+        assert actors.health == {KEY: known}
+    actors.forget(KEY)
+    assert actors.health == {}
 
 
 def test_a_dead_one_that_was_replaced_during_the_check_is_no_event(
