@@ -85,6 +85,8 @@ class Publishing:
     def go_on(self) -> None:
         """With what the controller before this was at."""
         progress = self._noted.publish
+        if self._decisions.fleet.beside is None:
+            self._tasks.spawn(tried(self._mirrors.stop))  # one may be left
         if progress is None or progress.is_over:
             return
         if progress.options.generation == self._live:

@@ -86,9 +86,16 @@ class FakeParts:
         self.gate_open.set()
 
     async def start_mirror(self, source: RoutingTable, target: RoutingTable) -> Mirror:
+        assert all(
+            mirror.is_stopped for mirror in self.mirrors if mirror.source != source.generation
+        )
         mirror = FakeMirror(source.generation, target.generation, self.step, trouble=self.trouble)
         self.mirrors.append(mirror)
         return mirror
+
+    async def end_mirrors(self, but: tuple[int, int] | None) -> None:
+        for mirror in self.mirrors:
+            mirror.is_stopped |= (mirror.source, mirror.target) != but
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
@@ -318,6 +325,8 @@ async def test_a_controller_that_dies_in_the_middle_goes_on(
         beside = (await again.report())["beside"]
         assert (beside["generation"], beside["role"]) == (57, "kept")
         await until(lambda: is_written(again), timeout=5)
+        running = {(each.source, each.target) for each in parts.mirrors if not each.is_stopped}
+        assert running == {(3, 57)}, "with one in each direction writes would go round"
 
 
 KEEP = publish_note.PublishNote.keep
@@ -351,6 +360,7 @@ async def test_a_publish_that_kills_its_controllers_is_given_up(
         assert "the controller died 3 times" in done["reason"]["text"]
         assert live(controller) == 57
         assert controller._fleet.beside is None
+        assert all(each.is_stopped for each in parts.mirrors)
 
 
 async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
