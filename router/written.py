@@ -6,14 +6,14 @@ Upserts or Deletes -> Parts, a request per shard -> WriteReplies -> WriteAnswer,
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
 import msgpack
 import numpy as np
 
-from shardline.router.contract import FailedPart, PayloadTooLarge, WriteParts
+from shardline.router.contract import FailedPart, OtherModel, PayloadTooLarge, WriteParts
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     DeltaFull,
@@ -37,9 +37,11 @@ PART_BYTES = (
     16 << 20
 )  # of vectors, and of attributes: a frame, and a shard's log, take both at once
 KEY_BYTES = 16  # of the digest that is a part's key
+AGAIN = "once mended, send all of it again: with the same Idempotency-Key that is safe"
 # an error's class, the gravest first: where parts fail differently, the request fails so
 GRAVEST: tuple[type[ShardlineError], ...] = (
     InvalidInput,
+    OtherModel,
     StoreFull,
     ReadOnly,
     NotPrimary,
@@ -77,6 +79,18 @@ class Upserts:
     id_field: tuple[str, str] = ("item_ids", "")
     vector_field: tuple[str, str] = ("vectors", "")
 
+    def of(self, item_ids: IdArray) -> "Upserts":
+        """Those of the items that have one of these ids."""
+        rows = np.flatnonzero(np.isin(np.asarray(self.item_ids), item_ids)).tolist()
+        features = self.features
+        return replace(
+            self,
+            item_ids=[self.item_ids[row] for row in rows],
+            attributes={name: [of[row] for row in rows] for name, of in self.attributes.items()},
+            vectors=None if self.vectors is None else np.asarray(self.vectors)[rows],
+            features=None if features is None else [features[row] for row in rows],
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletes:
@@ -84,6 +98,11 @@ class Deletes:
 
     item_ids: Any
     timeout_ms: float
+
+    def of(self, item_ids: IdArray) -> "Deletes":
+        """Those of the items that have one of these ids."""
+        found = np.asarray(self.item_ids)
+        return replace(self, item_ids=found[np.isin(found, item_ids)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +139,7 @@ def upsert_parts(given: Upserts, table: RoutingTable, key: str) -> list[Part]:
 
     Raises:
         InvalidInput: ids or vectors that are none; the error names the first.
-        PayloadTooLarge: attributes that take more than PART_BYTES of one part.
+        PayloadTooLarge: attributes or features that take more than PART_BYTES of one part.
     """
     with naming(*given.id_field):
         item_ids = check_ids(given.item_ids, field=given.id_field[0])
@@ -132,15 +151,15 @@ def upsert_parts(given: Upserts, table: RoutingTable, key: str) -> list[Part]:
     parts = []
     for shard, rows in by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
         attributes = _packed(given.attributes, rows)
-        if given.features is None:
-            said = vectors[rows].tobytes()
-        else:  # two routers may make vectors of them that differ in the last bit
-            said = msgpack.packb([given.features[row] for row in rows.tolist()])
+        features = _packed_features(given, rows)
+        # two routers may make vectors of features that differ in the last bit
+        said = features or vectors[rows].tobytes()
         part_key = _part_key(key, WriteKind.UPSERT, item_ids[rows], said, attributes)
         message = UpsertRequest(
             item_ids=item_ids[rows],
             vectors=vectors[rows],
             attributes=attributes,
+            features=features,
             key=part_key,
             timeout_ms=0.0,
         )
@@ -167,12 +186,14 @@ def last_of_each(item_ids: IdArray) -> IdArray:
 
 
 def newest(
-    parts: Sequence[Part], replies: Sequence[WriteReply], num_shards: int
+    parts: Sequence[Part], replies: Sequence[WriteReply], table: RoutingTable
 ) -> tuple[int | None, ...]:
-    """Of each shard the highest sequence number of its replies; None where it has none."""
-    seq: list[int | None] = [None] * num_shards
+    """Of each shard of the table the highest sequence number of its replies; None where it has
+    none. Those of another generation count other writes."""
+    seq: list[int | None] = [None] * len(table.shards)
     for part, reply in zip(parts, replies, strict=True):
-        seq[part.shard] = max(reply.seq, seq[part.shard] or 0)
+        if reply.generation == table.generation:
+            seq[part.shard] = max(reply.seq, seq[part.shard] or 0)
     return tuple(seq)
 
 
@@ -196,7 +217,7 @@ def failure(
         field=gravest.field,
         expected=gravest.expected,
         got=gravest.got,
-        hint="once mended, send all of it again: with the same Idempotency-Key that is safe",
+        hint=gravest.hint if isinstance(gravest, OtherModel) else AGAIN,
     )
     error.parts = WriteParts(
         failed=tuple(
@@ -247,11 +268,21 @@ def _packed(attributes: dict[str, list[Any]], rows: IdArray) -> bytes:
         return b""
     chosen = rows.tolist()
     columns = {name: [values[row] for row in chosen] for name, values in attributes.items()}
-    packed: bytes = msgpack.packb(columns)
+    return _bounded("attributes", msgpack.packb(columns))
+
+
+def _packed_features(given: Upserts, rows: IdArray) -> bytes:
+    """As ``UpsertRequest`` has them; b"" for items that are given by vector."""
+    if given.features is None:
+        return b""
+    return _bounded("features", msgpack.packb([given.features[row] for row in rows.tolist()]))
+
+
+def _bounded(field: str, packed: bytes) -> bytes:
     if len(packed) > PART_BYTES:
         raise PayloadTooLarge(
-            "attributes too large",
-            field="attributes",
+            f"{field} too large",
+            field=field,
             expected=f"<= {PART_BYTES} bytes of those that one shard gets",
             got=f"{len(packed)} bytes",
             hint="send the items in several requests",

@@ -167,7 +167,8 @@ class UpsertRequest:
     attributes: a map from names to lists of n values of JSON, in msgpack; b"" for none. key makes a
     repeated request one effect; "" for none. features: what the vectors were encoded from, a list
     of n maps in msgpack, which the log keeps to encode them for another model; b"" for items that
-    were given by vector.
+    were given by vector. epoch: of the primary that it is meant for, which no other takes; 0 for
+    any.
     """
 
     item_ids: IdArray
@@ -176,15 +177,17 @@ class UpsertRequest:
     key: str
     timeout_ms: float
     features: bytes = b""
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteRequest:
-    """item_ids (n,) int64, each once, existing or not; key: as of ``UpsertRequest``."""
+    """item_ids (n,) int64, each once, existing or not; key, epoch: as of ``UpsertRequest``."""
 
     item_ids: IdArray
     key: str
     timeout_ms: float
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -346,13 +349,15 @@ class ShardRoute:
     """The replicas of one shard, at least one, by replica number; each holds the same rows.
 
     While one is being replaced there is one more than ``cluster.replicas``. primary: the number of
-    the replica that takes writes; None: none does now.
+    the replica that takes writes; None: none does now. primary_epoch: with which it leads; 0: not
+    known.
     """
 
     shard: int
     rows: int
     replicas: tuple[ReplicaRoute, ...]
     primary: int | None = None
+    primary_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

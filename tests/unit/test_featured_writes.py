@@ -1,5 +1,6 @@
 """Items written by features, through the whole ASGI app: what shards get, and what is refused."""
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -22,7 +23,7 @@ from shardline.router.service import SearchService
 from shardline.router.written import upsert_parts
 from shardline.shards.core.encoder_files import CONFIG, write_encoder
 from shardline.shards.core.files import sha256_of
-from shardline.shards.core.messages import UpsertRequest
+from shardline.shards.core.messages import ErrorReply, UpsertRequest
 from tests.fake_encoder import (
     ITEM_FEATURES,
     FakeEncoder,
@@ -30,7 +31,7 @@ from tests.fake_encoder import (
     item_vector,
     small_item_encoder,
 )
-from tests.fake_shard import SECRET, make_rows, make_table, running_shards
+from tests.fake_shard import SECRET, make_rows, make_table, running_shards, until
 from tests.http_bodies import packed, unpacked
 
 DIM = 8
@@ -291,3 +292,34 @@ def test_a_repeated_write_is_known_by_its_features_not_its_vectors() -> None:
         for part in upsert_parts(each, table, "mine")
     ]
     assert keys[0] == keys[1] != keys[2]
+
+
+async def test_a_write_under_way_is_encoded_by_the_model_that_goes_live() -> None:
+    """The log keeps the features, so that the next model can do the same with what is done."""
+
+    def load_items(table):
+        return small_item_encoder(DIM, model_version=table.model_version)
+
+    ids, vectors = make_rows(ROWS, DIM)
+    async with (
+        api(load_items) as (http, shards, service),
+        running_shards(ids, vectors, 1, generation=2) as after,
+    ):
+        shards[0].write_error = ErrorReply(code="not_primary", message="sealed")
+        items = [{"item_id": n, "features": ITEM_FEATURES} for n in (3, 70)]
+        task = asyncio.create_task(http.put("/v1/items", json={"items": items}))
+        await until(lambda: writes_of(shards[0]) and writes_of(shards[3]))
+        table = make_table(after, DIM, version=2, generation=2, model_version="m2")
+        await service.apply(table)
+        body = (await task).json()
+        assert (body["rows"], body["generation"], body["model_version"]) == (2, 2, "m2")
+        (acknowledged,), (crossed,) = writes_of(shards[3]), writes_of(after[0])
+        assert (acknowledged.item_ids.tolist(), crossed.item_ids.tolist()) == ([70], [3])
+        assert msgpack.unpackb(acknowledged.features) == [ITEM_FEATURES]
+        assert msgpack.unpackb(crossed.features) == [ITEM_FEATURES]
+        np.testing.assert_allclose(crossed.vectors, [EXPECTED], atol=1e-6)
+
+
+async def test_by_features_no_model_is_to_be_named_while_two_get_the_writes() -> None:
+    async with api(other_model="m2") as (http, _, _):
+        assert (await http.put("/v1/items", json=by_features())).status_code == 200
