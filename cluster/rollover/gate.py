@@ -68,9 +68,9 @@ class GateReport:
         return tuple(each for each in self.figures if not each.ok)
 
     @property
-    def reason(self) -> str:
-        """Why the generation does not pass, in one line; "" where it does."""
-        return "; ".join(
+    def reasons(self) -> tuple[str, ...]:
+        """Why the generation does not pass: a sentence for each figure that failed."""
+        return tuple(
             f"{each.figure} is {'unknown' if each.value is None else format(each.value, '.4g')}, "
             f"bound {each.bound}"
             for each in self.failed

@@ -33,7 +33,11 @@ class StoredVectors:
         self._index = layers.whole  # keeps the memory of its layers alive
         self._transform = None if layers.refine is not None else layers.transform
         outer = layers.base if layers.refine is None else layers.refine.refine_index
+        if layers.refine is None and layers.is_hnsw:
+            outer = layers.base.storage
         self._outer = faiss.downcast_index(outer)
+        # these decode a range at once, in a fraction of the time of one row after the other
+        self._has_ranges = isinstance(self._outer, faiss.IndexFlatCodes)
         self.rows = int(self._index.ntotal)
         self.dim = int(self._outer.d)
 
@@ -47,8 +51,12 @@ class StoredVectors:
         return queries
 
     def of(self, rows: IdArray) -> FloatArray:
-        """(m, dim) float32 of existing local rows (m,) int64."""
-        return np.asarray(self._outer.reconstruct_batch(rows), dtype=np.float32)
+        """(m, dim) float32 of existing local rows (m,) int64, ascending."""
+        if not self._has_ranges or not rows.size:
+            return np.asarray(self._outer.reconstruct_batch(rows), dtype=np.float32)
+        first, last = int(rows[0]), int(rows[-1])
+        vectors = np.asarray(self._outer.reconstruct_n(first, last - first + 1), dtype=np.float32)
+        return vectors if len(vectors) == len(rows) else np.take(vectors, rows - first, axis=0)
 
 
 def scan(

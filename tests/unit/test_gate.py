@@ -104,7 +104,7 @@ def test_each_figure_against_its_bound(changes, bounds, figures) -> None:
     report = judge(replace(GOOD, **changes), config)
     assert failed(report) == figures
     assert report.ok == (not figures)
-    assert bool(report.reason) == bool(figures)
+    assert len(report.reasons) == len(figures)
 
 
 def test_a_report_says_what_was_measured_and_what_failed() -> None:
@@ -122,9 +122,9 @@ def test_a_report_says_what_was_measured_and_what_failed() -> None:
         "ok": False,
         "text": "recall@100 of 64 sample queries, against exact answers; live 0.95",
     }
-    assert report.reason == (
-        "recall is 0.5, bound publish.min_recall >= 0.9; "
-        "overlap is unknown, bound publish.min_overlap >= 0.5"
+    assert report.reasons == (
+        "recall is 0.5, bound publish.min_recall >= 0.9",
+        "overlap is unknown, bound publish.min_overlap >= 0.5",
     )
     assert str(report.figures[0]).startswith("FAIL  recall 0.5, bound publish.min_recall >= 0.9: ")
     assert "needs publish.held_out" in str(report.figures[-1])
