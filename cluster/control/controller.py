@@ -321,6 +321,7 @@ class Controller:
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
         self._tasks.cancel()
+        await tried(self._publishing.close)
         self._shards.end()
 
     async def _open(self, instructions: tuple[Instruction, ...]) -> None:

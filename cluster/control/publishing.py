@@ -188,6 +188,13 @@ class Publishing:
         if not self._is_saved:
             self._save()
 
+    async def close(self) -> None:
+        """The cluster ends: nothing is beside the live generation any more. Raises OSError: that is
+        not noted."""
+        if self._noted.beside is not None:
+            self._noted = replace(self._noted, beside=None)
+            self._save()
+
     @property
     def _live(self) -> int:
         return self._decisions.placement.table.generation

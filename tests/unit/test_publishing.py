@@ -367,6 +367,7 @@ async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
     store: Store,  # noqa: F811
     parts: FakeParts,
     killed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with cluster(store) as controller:
         assert await controller.finish_publish() is None
@@ -385,6 +386,8 @@ async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
         assert begun["generation"] == 57, "it is loaded first"
         assert (await ended(controller))["stage"] == "live"
         assert parts.judged == []
+        controller._tasks.cancel()
+        monkeypatch.setattr(controller, "close", nothing)
     killed.clear()
     async with cluster(store, publish=PublishConfig(keep_s=0.0)) as controller:
         await until(lambda: len(killed) == SHARDS, timeout=5)
@@ -532,8 +535,8 @@ async def test_a_note_that_is_damaged_is_logged_and_nothing_is_kept(
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3))
         await ended(controller)
-        controller._tasks.cancel()
-    assert publish_note.beside_in(store.root) == 57
+        assert publish_note.beside_in(store.root) == 57
+    assert publish_note.beside_in(store.root) is None, "it has ended with the cluster"
     (store.root / publish_note.NAME).write_bytes(b"{")
     async with cluster(store) as controller:
         assert controller._fleet.beside is None
