@@ -298,6 +298,10 @@ class Controller:
         """Of the newest publish or rollback; None: there was none."""
         return self._publishing.progress
 
+    async def stop_publish(self) -> dict[str, Any] | None:
+        """Ends the publish that is under way: ``Publishing.stop``."""
+        return await self._publishing.stop()
+
     async def finish_publish(self) -> int | None:
         """Ends what is kept for a rollback: ``Publishing.finish``."""
         return await self._publishing.finish()

@@ -71,6 +71,7 @@ class Publishing:
         self._noted = noted or Noted(live=self._live)
         self._is_saved = not note.is_outdated
         self._finished: int | None = None  # which need not be kept any longer
+        self._running: asyncio.Task[None] | None = None
         self._tools = RunTools(
             decisions=decisions,
             opener=opener,
@@ -96,7 +97,7 @@ class Publishing:
             self._tasks.spawn(self._failed(Unavailable("the publish was cut short", got=text)))
         else:
             self._set(replace(progress, tries=progress.tries + 1))
-            self._tasks.spawn(self._run(progress.options))
+            self._running = self._tasks.spawn(self._run(progress.options))
 
     async def begin(self, options: PublishOptions) -> dict[str, Any]:
         """Its progress at first.
@@ -117,6 +118,16 @@ class Publishing:
         if self._decisions.fleet.of(options.generation) is None:
             check_room(self._store, self._decisions, options.generation)
         return await self._begun(options)
+
+    async def stop(self) -> dict[str, Any] | None:
+        """Ends the publish that is under way, if its generation is not live yet: its progress, or
+        that of the newest; None: there was none."""
+        if self._is_under_way and self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+            if self._is_under_way:
+                await self._stopped()
+        return self.progress
 
     async def finish(self) -> int | None:
         """Ends the generation that is kept for a rollback, once no query can be under way on it;
@@ -215,7 +226,7 @@ class Publishing:
             number=number, options=options, source=self._live, since_s=self._wall()
         )
         self._set(progress)
-        self._tasks.spawn(self._run(options))
+        self._running = self._tasks.spawn(self._run(options))
         return progress.as_json()
 
     async def _run(self, options: PublishOptions) -> None:
@@ -228,6 +239,13 @@ class Publishing:
             await self._failed(error)
         else:
             await self._succeeded()
+
+    async def _stopped(self) -> None:
+        publish = self._noted.publish
+        if publish is not None and self._live == publish.options.generation:  # it was too late
+            await self._succeeded()
+        else:
+            await self._failed(Unavailable("somebody stopped it"))
 
     async def _succeeded(self) -> None:
         assert self._noted.publish is not None

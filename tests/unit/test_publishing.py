@@ -394,6 +394,39 @@ async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
         assert all(name.startswith("shardline-shard-3-") for name in killed)
 
 
+@pytest.mark.parametrize("stage", ["checking", "gate", "switching"])
+async def test_one_that_is_stopped_leaves_the_live_generation_as_it_is(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    killed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    hangs = asyncio.Event()
+
+    async def drain(self: FakeMirror, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
+        await hangs.wait()
+        raise AssertionError
+
+    monkeypatch.setattr(FakeMirror, "drain", drain)
+    if stage == "gate":
+        parts.gate_open.clear()
+    async with cluster(store) as controller:
+        assert await controller.stop_publish() is None
+        await controller.publish(PublishOptions(generation=3))
+        await until(lambda: at(controller) == stage, timeout=5)
+        if stage == "switching":
+            await until(lambda: controller._placement.sealing is not None, timeout=5)
+        stopped = await controller.stop_publish()
+        assert stopped is not None
+        assert (stopped["stage"], stopped["reason"]["text"]) == ("failed", "somebody stopped it")
+        assert (live(controller), store.current()) == (57, 57)
+        await until(lambda: is_written(controller), timeout=5)
+        assert controller._fleet.beside is None
+        assert all(each.is_stopped for each in parts.mirrors)
+        assert await controller.stop_publish() == stopped
+
+
 async def test_what_cannot_begin_is_refused(store: Store, parts: FakeParts) -> None:  # noqa: F811
     async with cluster(store) as controller:
         with pytest.raises(InvalidInput, match="generation 57 is live already"):
