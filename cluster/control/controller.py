@@ -41,6 +41,7 @@ from shardline.cluster.control.outlook import (
     without_room,
 )
 from shardline.cluster.control.placement_state import Placement, Rules
+from shardline.cluster.control.publish_book import PublishBook
 from shardline.cluster.control.publish_note import PublishNote
 from shardline.cluster.control.publish_state import PublishOptions, after_restart
 from shardline.cluster.control.publish_wiring import WiredParts
@@ -138,8 +139,7 @@ class Controller:
                 store, settings.secret, settings.publish, CONTROLLER_NAME, self._quality.served
             ),
             self._tasks,
-            note,
-            noted,
+            PublishBook(note, noted, lambda: self._fleet),
             keep_s=settings.publish.keep_s,
             load_s=settings.load_limit_s * LOAD_TRIES,
             is_pinned=settings.generation is not None,

@@ -73,7 +73,7 @@ class PublishRun:
             await self._load()
         await self._wait_loaded()
         mirror, mirrored = None, None
-        if self._beside.is_mirrored:
+        if self._beside.is_mirrored and self._options.with_writes:
             mirror = await self._mirror()
             mirrored = await self._replayed(mirror)
         if self._options.has_gate:

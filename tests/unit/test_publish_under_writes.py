@@ -141,6 +141,7 @@ async def published(
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: list(handles))
     monkeypatch.setattr(publishing, "RETIRE_AFTER_S", 0.0)
     monkeypatch.setattr(publish_run, "LOOK_S", 0.02)
+    monkeypatch.setattr(publish_run, "ANSWER_S", 0.5)
     monkeypatch.setattr(module, "WiredParts", lambda *given: cluster)
     service = SearchService(CONFIG, SECRET, load_encoder=lambda table: None)
     cluster = Published(None, service, {}, first, [])  # type: ignore[arg-type]
