@@ -31,8 +31,12 @@ def generations() -> None:
 def list_generations(settings: Settings, as_json: bool) -> None:
     """Number, state, age, rows, shards, index, model and size of each, oldest first."""
     store = settings.store
-    live, served = _named(_live, store), _named(_served, store)
-    found = [_described(store, number, live, served) for number in store.generation_numbers()]
+    named = {
+        "live": _named(_live, store),
+        "served": _named(_served, store),
+        "beside": _named(lambda store: _beside(settings), store),
+    }
+    found = [_described(store, number, named) for number in store.generation_numbers()]
     for folder in abandoned_folders(store.generations):
         size = bytes_of(folder) / MIB
         click.echo(
@@ -111,9 +115,10 @@ def _beside(settings: Settings) -> int | None:
     return beside_in(store.root) if is_launched or serving_now(store) is not None else None
 
 
-def _described(store: Store, number: int, live: int | None, served: int | None) -> dict[str, Any]:
+def _described(store: Store, number: int, named: dict[str, int | None]) -> dict[str, Any]:
+    """named: from each state to the generation that is in it."""
     folder = store.generation(number)
-    states = [name for name, which in (("live", live), ("served", served)) if which == number]
+    states = [state for state, which in named.items() if which == number]
     described: dict[str, Any] = {
         "generation": number,
         "state": ", ".join(states),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from shardline.cluster.cli import Settings
-from shardline.cluster.commands.publish_text import print_publish
+from shardline.cluster.commands.publish_text import print_publish, publish_line
 from shardline.cluster.console import StageProgress
 from shardline.cluster.control.publish_state import PublishKind, PublishOptions
 from shardline.cluster.preflight.check import enforce
@@ -21,6 +21,7 @@ from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable, er
 
 POLL_S = 0.5
 ANSWERS_WITHIN_S = 10.0
+STOPPED_WITHIN_S = 40.0  # the mirror ends what it has under way first
 # A controller that dies is started again by Ray, and goes on with the publish.
 AWAY_S = 120.0
 
@@ -36,6 +37,7 @@ Progress = dict[str, Any]
 @click.option(
     "--finish", is_flag=True, help="End the generation that is kept for a rollback, and no more."
 )
+@click.option("--stop", is_flag=True, help="End the publish that is under way, and no more.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
 def publish(
@@ -44,6 +46,7 @@ def publish(
     without_writes: bool,
     skip_gate: str | None,
     finish: bool,
+    stop: bool,
     as_json: bool,
 ) -> None:
     """Make GENERATION live: by default the newest.
@@ -51,15 +54,16 @@ def publish(
     It is loaded beside the live one, which serves on. It gets what was written since its data were
     read, is measured, and takes over in one step if every figure is within its bound (section
     `publish` of the configuration). The generation before is kept for `shardline rollback`.
-    Interrupting the command stops the display, not the publish; run `shardline status` to see more.
+    Interrupting the command stops the display, not the publish: --stop does, and leaves the live
+    generation as it is; `shardline status` shows how far it is.
     Where no cluster serves the store, the next `shardline serve` takes the generation.
     """
     if skip_gate is not None and not skip_gate.strip():
         raise InvalidInput("no reason given", field="--skip-gate", expected="a few words")
     config = settings.config
     with reached(config, verbose=settings.verbose) as report:
-        if finish:
-            click.echo(_finished(report))
+        if finish or stop:
+            click.echo(_finished(report) if finish else _stopped(report))
             return
         number = generation or newest(settings.store)
         if report is None:
@@ -172,6 +176,13 @@ def _finished(report: Report | None) -> str:
     if ended is None:
         return "no generation is kept for a rollback"
     return f"generation {ended} ends as soon as no query can be under way on it"
+
+
+def _stopped(report: Report | None) -> str:
+    found: Progress | None = None
+    if report is not None:
+        found = asked(controller().stop_publish.remote(), timeout_s=STOPPED_WITHIN_S)
+    return "no publish is known of" if found is None else publish_line(found, time.time())
 
 
 def _progress() -> Progress | None:

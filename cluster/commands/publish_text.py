@@ -79,4 +79,6 @@ def age_of(seconds: float) -> str:
 
 
 def _value(value: object) -> str:
+    if value is None:
+        return "unknown"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -41,6 +41,7 @@ from shardline.cluster.control.outlook import (
     without_room,
 )
 from shardline.cluster.control.placement_state import Placement, Rules
+from shardline.cluster.control.publish_book import PublishBook
 from shardline.cluster.control.publish_note import PublishNote
 from shardline.cluster.control.publish_state import PublishOptions, after_restart
 from shardline.cluster.control.publish_wiring import WiredParts
@@ -51,6 +52,7 @@ from shardline.cluster.control.restarts import Restarts
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.control.watch import Watch
+from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable, error_of
 from shardline.shards.core.messages import (
@@ -73,9 +75,9 @@ class ControllerSettings(ShardSettings):
 
     generation: the only one that this cluster serves; None: the one that is live in the store
     whenever the controller starts. replicas: wanted of each shard. load_limit_s: of a shard, before
-    another host is tried. writes: whether shards take any. keep_s: for so long the generation
-    before is kept after a publish, for a rollback. http_host, http_port: where the front
-    ends of all hosts listen. quality: when an index needs repair.
+    another host is tried. writes: whether shards take any. http_host, http_port: where the front
+    ends of all hosts listen. quality: when an index needs repair. publish: what a generation must
+    reach to go live.
     """
 
     store: str
@@ -83,10 +85,10 @@ class ControllerSettings(ShardSettings):
     replicas: int = 1
     load_limit_s: float = 300.0
     writes: bool = True
-    keep_s: float = 3600.0
     http_host: str = "127.0.0.1"
     http_port: int = 8000
     quality: QualityConfig = field(default_factory=QualityConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
 
 
 def rules_of(settings: ControllerSettings) -> Rules:
@@ -133,11 +135,12 @@ class Controller:
             store,
             self._decisions,
             opener,
-            WiredParts(),
+            WiredParts(
+                store, settings.secret, settings.publish, CONTROLLER_NAME, self._quality.served
+            ),
             self._tasks,
-            note,
-            noted,
-            keep_s=settings.keep_s,
+            PublishBook(note, noted, lambda: self._fleet),
+            keep_s=settings.publish.keep_s,
             load_s=settings.load_limit_s * LOAD_TRIES,
             is_pinned=settings.generation is not None,
         )
@@ -295,6 +298,10 @@ class Controller:
         """Of the newest publish or rollback; None: there was none."""
         return self._publishing.progress
 
+    async def stop_publish(self) -> dict[str, Any] | None:
+        """Ends the publish that is under way: ``Publishing.stop``."""
+        return await self._publishing.stop()
+
     async def finish_publish(self) -> int | None:
         """Ends what is kept for a rollback: ``Publishing.finish``."""
         return await self._publishing.finish()
@@ -318,6 +325,7 @@ class Controller:
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
         self._tasks.cancel()
+        await tried(self._publishing.close)
         self._shards.end()
 
     async def _open(self, instructions: tuple[Instruction, ...]) -> None:

@@ -1,31 +1,14 @@
 """What a publish needs of others: the mirror of writes, and the gate. Behind protocols, with fakes
 in the tests."""
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from shardline.shards.core.messages import Absence, RoutingTable
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.shards.core.messages import RoutingTable
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MirrorProgress:
-    """positions: of each shard of the source, how many of its writes the target has. ends: how many
-    there are. rows: items written. unreplayed: items that only a vector of another model is known
-    of; examples: some of their ids. trouble: why it does not go on now; None: it does.
-    """
-
-    positions: tuple[int, ...]
-    ends: tuple[int, ...]
-    rows: int = 0
-    unreplayed: int = 0
-    examples: tuple[int, ...] = ()
-    trouble: Absence | None = None
-
-    @property
-    def behind(self) -> int:
-        """Writes that the target does not have yet."""
-        pairs = zip(self.positions, self.ends, strict=True)
-        return sum(max(0, end - position) for position, end in pairs)
+STOP_S = 20.0  # of a mirror: it ends a round first, which may take 15 s
 
 
 class Mirror(Protocol):
@@ -59,6 +42,14 @@ class PublishParts(Protocol):
             ShardlineError: there can be none; the text says why.
         """
 
+    async def end_mirrors(self, but: tuple[int, int] | None) -> None:
+        """Ends every mirror of the cluster, those too that a controller before this has started,
+        but the one between these generations.
+
+        Raises:
+            RayError: not all of them.
+        """
+
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
     ) -> GateReport:
@@ -70,7 +61,8 @@ class PublishParts(Protocol):
 
 
 class Mirrors:
-    """The mirror of this controller: there is one at most."""
+    """The mirror of the cluster: there is one at most. With one in each direction every write would
+    go round for ever, so no other is left when one is started."""
 
     def __init__(self, parts: PublishParts) -> None:
         self._parts = parts
@@ -83,16 +75,17 @@ class Mirrors:
         if self._mirror is not None and self._between != wanted:
             await self.stop()
         if self._mirror is None:
+            await self._parts.end_mirrors(but=wanted)
             self._mirror = await self._parts.start_mirror(source, target)
             self._between = wanted
         return self._mirror
 
-    @property
-    def is_running(self) -> bool:
-        return self._mirror is not None
-
     async def stop(self) -> None:
-        """Ends it; nothing if there is none."""
+        """Ends it, after the writes that it has under way."""
         mirror, self._mirror, self._between = self._mirror, None, None
-        if mirror is not None:
-            await mirror.stop()
+        try:
+            if mirror is not None:
+                async with asyncio.timeout(STOP_S):
+                    await mirror.stop()
+        finally:
+            await self._parts.end_mirrors(but=None)

@@ -16,12 +16,12 @@ from shardline.cluster.control.outlook import not_ready, raise_if_hopeless
 from shardline.cluster.control.placement_state import Placement
 from shardline.cluster.control.publish_parts import (
     Mirror,
-    MirrorProgress,
     Mirrors,
     PublishParts,
 )
 from shardline.cluster.control.publish_state import PublishOptions, PublishStage
 from shardline.cluster.control.publish_switch import switch
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.errors import (
     GateFailed,
     NotFound,
@@ -73,7 +73,7 @@ class PublishRun:
             await self._load()
         await self._wait_loaded()
         mirror, mirrored = None, None
-        if self._beside.is_mirrored:
+        if self._beside.is_mirrored and self._options.with_writes:
             mirror = await self._mirror()
             mirrored = await self._replayed(mirror)
         if self._options.has_gate:

@@ -11,8 +11,9 @@ from ray.exceptions import RayError
 
 from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.events import SealAsked, SealDropped, Switched
-from shardline.cluster.control.publish_parts import Mirror, MirrorProgress
+from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.sealing import sealed_seqs
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.errors import Unavailable, last_line
 
 logger = logging.getLogger(__name__)

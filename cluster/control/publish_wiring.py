@@ -1,49 +1,94 @@
 """Where a publish gets its mirror and its gate from: the two places that know how they are made."""
 
-from shardline.cluster.control.publish_parts import GateReport, Mirror, MirrorProgress
-from shardline.shards.core.errors import Unavailable
-from shardline.shards.core.messages import RoutingTable
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
-MIN_ROWS_RATIO, MAX_ROWS_RATIO = 0.8, 2.0
+import ray
+
+from shardline.cluster.control.opening import cluster_id_of
+from shardline.cluster.control.publish_parts import GateReport, Mirror
+from shardline.cluster.control.shard_actors import DIGEST_DIGITS
+from shardline.cluster.rollover.gate import GateFigure
+from shardline.cluster.rollover.gate_run import gate_of_tables
+from shardline.cluster.rollover.mirror_actor import MIRROR_PREFIX, start_mirror
+from shardline.cluster.rollover.mirror_opening import MirrorOrder
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.publish_config import PublishConfig
+from shardline.cluster.store import Store
+from shardline.shards.core.messages import RoutingTable
+from shardline.shards.core.schema import FloatArray
 
 
 class WiredParts:
-    """The ``PublishParts`` of a running cluster."""
+    """The ``PublishParts`` of a running cluster. secret: what proves a peer to shards. controller:
+    the name of its actor. served: vectors of queries lately served by a model."""
+
+    def __init__(
+        self,
+        store: Store,
+        secret: bytes,
+        config: PublishConfig,
+        controller: str,
+        served: Callable[[str], FloatArray | None],
+    ) -> None:
+        self._store = store
+        self._secret = secret
+        self._config = config
+        self._controller = controller
+        self._served = served
 
     async def start_mirror(self, source: RoutingTable, target: RoutingTable) -> Mirror:
-        """As ``PublishParts``: writes cannot be brought over yet, so there must be none."""
-        return NoWrites(len(source.shards))
+        """As ``PublishParts``: a detached actor, which is found again."""
+        order = MirrorOrder(
+            store=str(self._store.root),
+            source=source.generation,
+            target=target.generation,
+            controller=self._controller,
+            secret=self._secret,
+        )
+        return await asyncio.to_thread(start_mirror, order, self._digest)
+
+    async def end_mirrors(self, but: tuple[int, int] | None) -> None:
+        """As ``PublishParts``: found by their names."""
+        await asyncio.to_thread(self._end_mirrors, but)
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
     ) -> GateReport:
-        """As ``PublishParts``: compares the numbers of rows."""
-        ratio = candidate.rows / max(1, live.rows)
-        is_ok = MIN_ROWS_RATIO <= ratio <= MAX_ROWS_RATIO
-        bound = f"{MIN_ROWS_RATIO:g} to {MAX_ROWS_RATIO:g}"
-        figure = {"figure": "rows_ratio", "value": round(ratio, 4), "bound": bound, "ok": is_ok}
-        text = f"rows_ratio is {ratio:.3f}, must be {bound}"
-        return GateReport(figures=(figure,), failed=() if is_ok else (text,))
+        """As ``PublishParts``, with the bounds of the section ``publish``."""
+        report = await gate_of_tables(
+            candidate,
+            live,
+            self._config,
+            secret=self._secret,
+            served=self._served(live.model_version),
+            unreplayed=0 if mirrored is None else mirrored.unreplayed,
+        )
+        figures = tuple(report.as_json()["figures"])
+        return GateReport(figures=figures, failed=tuple(map(_sentence, report.failed)))
+
+    def _end_mirrors(self, but: tuple[int, int] | None) -> None:
+        kept = None if but is None else f"{MIRROR_PREFIX}{but[0]}-{but[1]}-{self._digest}"
+        for name in ray.util.list_named_actors():
+            is_ours = name.startswith(MIRROR_PREFIX) and name.endswith(f"-{self._digest}")
+            handle = _handle(name) if is_ours and name != kept else None
+            if handle is not None:
+                ray.kill(handle)
+
+    @property
+    def _digest(self) -> str:
+        return cluster_id_of(self._secret)[:DIGEST_DIGITS]
 
 
-class NoWrites:
-    """The mirror of a generation that has never been written to."""
+def _handle(name: str) -> Any:
+    """Of a named actor; None: it has just ended."""
+    with suppress(ValueError):
+        return ray.get_actor(name)
+    return None
 
-    def __init__(self, shards: int) -> None:
-        self._none = MirrorProgress(positions=(0,) * shards, ends=(0,) * shards)
 
-    async def progress(self) -> MirrorProgress:
-        return self._none
-
-    async def drain(self, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
-        """Raises Unavailable: there are writes."""
-        if any(final):
-            raise Unavailable(
-                f"{sum(final)} writes would be missing",
-                expected="a generation that has not been written to",
-                hint="--without-writes leaves them out",
-            )
-        return self._none
-
-    async def stop(self) -> None:
-        """There is nothing to end."""
+def _sentence(figure: GateFigure) -> str:
+    value = "unknown" if figure.value is None else f"{figure.value:.4g}"
+    return f"{figure.figure} is {value}, bound {figure.bound}"

@@ -3,7 +3,6 @@ restart. One is under way at most; ``publish_run`` has its stages."""
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from shardline.cluster.control.beside import Opener
 from shardline.cluster.control.decisions import Decisions, known_error
 from shardline.cluster.control.events import BesideEnded
 from shardline.cluster.control.fleet_state import Role
-from shardline.cluster.control.publish_note import PublishNote
+from shardline.cluster.control.publish_book import PublishBook
 from shardline.cluster.control.publish_parts import Mirrors, PublishParts
 from shardline.cluster.control.publish_refusals import (
     check_may_begin,
@@ -23,9 +22,7 @@ from shardline.cluster.control.publish_refusals import (
 )
 from shardline.cluster.control.publish_run import PublishRun, RunTools
 from shardline.cluster.control.publish_state import (
-    Noted,
     PublishOptions,
-    PublishProgress,
     PublishStage,
 )
 from shardline.cluster.control.tasks import Tasks, tried
@@ -43,7 +40,7 @@ RETRY_S = 0.5  # before the store is asked again for what must not be lost
 
 
 class Publishing:
-    """noted: what the controller before this has noted, as ``after_restart`` understands it.
+    """book: what is known of the publish before.
 
     keep_s: for so long the generation before is kept. load_s: in which one is to be loaded.
     is_pinned: the cluster serves one generation for life.
@@ -56,21 +53,18 @@ class Publishing:
         opener: Opener,
         parts: PublishParts,
         tasks: Tasks,
-        note: PublishNote,
-        noted: Noted | None,
+        book: PublishBook,
         *,
         keep_s: float,
         load_s: float,
         is_pinned: bool,
-        wall: Callable[[], float] = time.time,
     ) -> None:
-        self._store, self._decisions, self._note = store, decisions, note
+        self._store, self._decisions, self._book = store, decisions, book
         self._mirrors = Mirrors(parts)
-        self._tasks, self._wall = tasks, wall
+        self._tasks = tasks
         self._keep_s, self._is_pinned = keep_s, is_pinned
-        self._noted = noted or Noted(live=self._live)
-        self._is_saved = not note.is_outdated
         self._finished: int | None = None  # which need not be kept any longer
+        self._running: asyncio.Task[None] | None = None
         self._tools = RunTools(
             decisions=decisions,
             opener=opener,
@@ -78,23 +72,25 @@ class Publishing:
             mirrors=self._mirrors,
             load_s=load_s,
             ended=self._until_kept_is_idle,
-            opening=self._opening,
-            tell=self._told,
+            opening=book.opening,
+            tell=book.told,
         )
 
     def go_on(self) -> None:
         """With what the controller before this was at."""
-        progress = self._noted.publish
+        progress = self._book.noted.publish
+        if self._decisions.fleet.beside is None:
+            self._tasks.spawn(tried(self._mirrors.stop))  # one may be left
         if progress is None or progress.is_over:
             return
-        if progress.options.generation == self._live:
+        if progress.options.generation == self._book.live:
             self._tasks.spawn(self._succeeded())
         elif progress.tries >= CONTROLLERS:
             text = f"the controller died {progress.tries} times meanwhile"
             self._tasks.spawn(self._failed(Unavailable("the publish was cut short", got=text)))
         else:
-            self._set(replace(progress, tries=progress.tries + 1))
-            self._tasks.spawn(self._run(progress.options))
+            self._book.put(replace(progress, tries=progress.tries + 1))
+            self._running = self._tasks.spawn(self._run(progress.options))
 
     async def begin(self, options: PublishOptions) -> dict[str, Any]:
         """Its progress at first.
@@ -104,17 +100,27 @@ class Publishing:
             NotFound, CorruptFile, NewerFormat: there is no such generation that can be loaded.
             Unavailable: another publish is under way, or a restart; or no host has room.
         """
-        check_may_begin(self._decisions, self._noted, is_pinned=self._is_pinned)
+        check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
         check_room(self._store, self._decisions, options.generation)
-        return await self._begun(options)
+        return self._begun(options)
 
     async def roll_back(self) -> dict[str, Any]:
         """To the generation that was live before. Raises: as ``begin``; NotFound: there is none."""
-        check_may_begin(self._decisions, self._noted, is_pinned=self._is_pinned)
-        options = rollback_options(self._decisions, self._noted)
+        check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
+        options = rollback_options(self._decisions, self._book.noted)
         if self._decisions.fleet.of(options.generation) is None:
             check_room(self._store, self._decisions, options.generation)
-        return await self._begun(options)
+        return self._begun(options)
+
+    async def stop(self) -> dict[str, Any] | None:
+        """Ends the publish that is under way, if its generation is not live yet: its progress, or
+        that of the newest; None: there was none."""
+        if self._book.is_under_way and self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+            if self._book.is_under_way:
+                await self._stopped()
+        return self.progress
 
     async def finish(self) -> int | None:
         """Ends the generation that is kept for a rollback, once no query can be under way on it;
@@ -123,7 +129,7 @@ class Publishing:
         Raises:
             Unavailable: a publish is under way, or the store takes no note.
         """
-        check_may_begin(self._decisions, self._noted, is_pinned=False)
+        check_may_begin(self._decisions, self._book.noted, is_pinned=False)
         beside = self._decisions.fleet.beside
         if beside is None:
             return None
@@ -133,7 +139,7 @@ class Publishing:
 
     def refuse_restart(self) -> None:
         """Raises Unavailable: a publish is under way, which a restart would hinder."""
-        if self._is_under_way:
+        if self._book.is_under_way:
             raise Unavailable(
                 "a publish is under way",
                 hint="wait for its end: `shardline status` shows how far it is",
@@ -142,7 +148,7 @@ class Publishing:
     @property
     def progress(self) -> dict[str, Any] | None:
         """Of the newest publish, as ``PublishProgress.as_json``; None: there was none."""
-        publish = self._noted.publish
+        publish = self._book.noted.publish
         return None if publish is None else publish.as_json()
 
     def report(self) -> dict[str, Any]:
@@ -155,7 +161,7 @@ class Publishing:
             described = {
                 "generation": beside.generation,
                 "role": str(beside.role),
-                "since_s": self._noted.since_s,
+                "since_s": self._book.noted.since_s,
                 "ready": beside.placement.ready,
                 "replicas": len(staying),
                 "answering": sum(state.answers for state in staying),
@@ -173,40 +179,29 @@ class Publishing:
         Raises:
             OSError: the store takes no note, or no number. RayError, ShardlineError: no mirror.
         """
-        if self._is_under_way:
+        if self._book.is_under_way:
             return
         beside = self._decisions.fleet.beside
-        if beside is not None and self._wall() >= self._kept_until:
+        if beside is not None and self._book.age_s >= self._kept_s(beside.generation):
             await self._end_beside()
-        elif beside is None and self._noted.beside is not None:
+        elif beside is None and self._book.noted.beside is not None:
             await self._mirrors.stop()
-            self._set_beside(None, Role.KEPT)
+            self._book.put_beside()
         elif beside is not None and beside.is_mirrored and beside.placement.settled:
             await self._mirrors.between(self._decisions.placement.table, beside.placement.table)
-        if not self._is_saved:
-            self._save()
+        self._book.save_again()
 
-    @property
-    def _live(self) -> int:
-        return self._decisions.placement.table.generation
+    async def close(self) -> None:
+        """The cluster ends. Raises OSError: that is not noted."""
+        self._book.close()
 
-    @property
-    def _is_under_way(self) -> bool:
-        return self._noted.publish is not None and not self._noted.publish.is_over
+    def _kept_s(self, generation: int) -> float:
+        """So many seconds it is kept after a switch."""
+        return max(0.0 if self._finished == generation else self._keep_s, RETIRE_AFTER_S)
 
-    @property
-    def _kept_until(self) -> float:
-        keep_s = 0.0 if self._finished == self._kept else self._keep_s
-        return self._noted.since_s + max(keep_s, RETIRE_AFTER_S)
-
-    async def _begun(self, options: PublishOptions) -> dict[str, Any]:
-        last = self._noted.publish
-        number = 1 if last is None else last.number + 1
-        progress = PublishProgress(
-            number=number, options=options, source=self._live, since_s=self._wall()
-        )
-        self._set(progress)
-        self._tasks.spawn(self._run(options))
+    def _begun(self, options: PublishOptions) -> dict[str, Any]:
+        progress = self._book.begun(options)
+        self._running = self._tasks.spawn(self._run(options))
         return progress.as_json()
 
     async def _run(self, options: PublishOptions) -> None:
@@ -220,17 +215,17 @@ class Publishing:
         else:
             await self._succeeded()
 
-    async def _succeeded(self) -> None:
-        assert self._noted.publish is not None
-        self._noted = replace(self._noted, before=self._noted.publish.source)
-        self._set_beside(self._kept, Role.KEPT)
-        await self._told(stage=PublishStage.LIVE, text="", done=0, total=0)
-        await tried(self.tend)
+    async def _stopped(self) -> None:
+        publish = self._book.noted.publish
+        if publish is not None and self._book.live == publish.options.generation:  # it was too late
+            await self._succeeded()
+        else:
+            await self._failed(Unavailable("somebody stopped it"))
 
-    @property
-    def _kept(self) -> int | None:
-        beside = self._decisions.fleet.beside
-        return None if beside is None else beside.generation
+    async def _succeeded(self) -> None:
+        self._book.switched()
+        await self._book.told(stage=PublishStage.LIVE, text="", done=0, total=0)
+        await tried(self.tend)
 
     async def _failed(self, error: Exception) -> None:
         """The candidate is ended; a generation that was live before stays."""
@@ -240,73 +235,23 @@ class Publishing:
         if beside is not None and beside.role is Role.CANDIDATE:
             while not await _recorded(self._end_beside):
                 await asyncio.sleep(RETRY_S)
-        await self._told(stage=PublishStage.FAILED, text="", reason=reason)
+        await self._book.told(stage=PublishStage.FAILED, text="", reason=reason)
 
     async def _end_beside(self) -> None:
         await tried(self._mirrors.stop)
         await self._decisions.take(BesideEnded())
-        self._set_beside(None, Role.KEPT)
+        self._book.put_beside()
 
     async def _until_kept_is_idle(self) -> None:
         """What was live a moment ago answers queries that began on it."""
         beside = self._decisions.fleet.beside
         if beside is None:
             return
-        while (left_s := self._noted.since_s + RETIRE_AFTER_S - self._wall()) > 0:
+        while (left_s := RETIRE_AFTER_S - self._book.age_s) > 0:
             text = f"waiting {left_s:.0f} s for queries that began on the generation before"
-            await self._told(text=text)
+            await self._book.told(text=text)
             await asyncio.sleep(min(1.0, left_s))
         await self._end_beside()
-
-    async def _opening(self, options: PublishOptions) -> None:
-        """Noted before anything is loaded, else nobody would know whose the processes are."""
-        changed = replace(
-            self._noted,
-            live=self._live,
-            beside=options.generation,
-            role=Role.CANDIDATE,
-            is_mirrored=options.with_writes,
-            since_s=self._wall(),
-        )
-        self._note.keep(changed)
-        self._noted = changed
-
-    async def _told(self, **changes: Any) -> None:
-        """Changes of the progress; a new stage is noted, and has its time."""
-        progress = self._noted.publish
-        assert progress is not None
-        changed = replace(progress, **changes)
-        if changed.stage is not progress.stage:
-            self._set(replace(changed, since_s=self._wall()))
-        else:
-            self._noted = replace(self._noted, publish=changed)
-
-    def _set(self, progress: PublishProgress) -> None:
-        self._noted = replace(self._noted, publish=progress)
-        self._try_to_save()
-
-    def _set_beside(self, generation: int | None, role: Role) -> None:
-        fleet = self._decisions.fleet
-        self._noted = replace(
-            self._noted,
-            live=self._live,
-            beside=generation,
-            role=role,
-            is_mirrored=fleet.beside is not None and fleet.beside.is_mirrored,
-            since_s=self._wall(),
-        )
-        self._try_to_save()
-
-    def _try_to_save(self) -> None:
-        self._is_saved = False
-        try:
-            self._save()
-        except OSError as error:  # ``tend`` tries again
-            logger.warning("not noted yet: %s", error)
-
-    def _save(self) -> None:
-        self._note.keep(self._noted)
-        self._is_saved = True
 
 
 def _reason_of(error: Exception) -> Absence:

@@ -190,6 +190,7 @@ def controller_settings(
         huge_pages=cluster.huge_pages,
         live=config.live,
         quality=config.quality,
+        publish=config.publish,
         replicas=cluster.replicas,
         writes=cluster.writes,
         load_limit_s=cluster.start_timeout_s / LOAD_TRIES,

@@ -63,6 +63,10 @@ class Replica:
         return Remote(self, lambda epoch: asyncio.to_thread(self.server.lead, epoch))
 
     @property
+    def seal(self) -> "Remote":
+        return Remote(self, lambda epoch: asyncio.to_thread(self.server.seal, epoch))
+
+    @property
     def announce(self) -> "Remote":
         return Remote(self, self._announce)
 

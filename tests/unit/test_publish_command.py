@@ -61,6 +61,7 @@ class Cluster:
             roll_back=SimpleNamespace(remote=lambda: self._begin(None)),
             publish_progress=SimpleNamespace(remote=self._next),
             finish_publish=SimpleNamespace(remote=lambda: 1),
+            stop_publish=SimpleNamespace(remote=self._next),
         )
 
         @contextmanager
@@ -135,6 +136,19 @@ def test_a_gate_that_fails_is_told_by_its_figure_and_an_exit_code_of_its_own(
     Cluster(monkeypatch, store, failed)
     assert run(store, "publish", "2") == 5
     assert "0.9123" in capsys.readouterr().out
+
+
+def test_a_publish_is_stopped_or_what_is_kept_is_ended(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reason = Absence("unavailable", "somebody stopped it")
+    Cluster(monkeypatch, store, progress(stage=PublishStage.FAILED, reason=reason), None)
+    assert run(store, "publish", "--stop") == 0
+    assert "ago: somebody stopped it" in capsys.readouterr().out
+    assert run(store, "publish", "--stop") == 0
+    assert "no publish is known of" in capsys.readouterr().out
+    assert run(store, "publish", "--finish") == 0
+    assert "generation 1 ends as soon as" in capsys.readouterr().out
 
 
 def test_another_publish_in_its_place_ends_the_wait(

@@ -21,9 +21,10 @@ from shardline.cluster.control import (
     watch,
 )
 from shardline.cluster.control.controller import Controller
-from shardline.cluster.control.publish_parts import GateReport, Mirror, MirrorProgress
+from shardline.cluster.control.publish_parts import GateReport, Mirror
 from shardline.cluster.control.publish_state import PublishOptions
-from shardline.cluster.control.publish_wiring import NoWrites
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
@@ -85,9 +86,16 @@ class FakeParts:
         self.gate_open.set()
 
     async def start_mirror(self, source: RoutingTable, target: RoutingTable) -> Mirror:
+        assert all(
+            mirror.is_stopped for mirror in self.mirrors if mirror.source != source.generation
+        )
         mirror = FakeMirror(source.generation, target.generation, self.step, trouble=self.trouble)
         self.mirrors.append(mirror)
         return mirror
+
+    async def end_mirrors(self, but: tuple[int, int] | None) -> None:
+        for mirror in self.mirrors:
+            mirror.is_stopped |= (mirror.source, mirror.target) != but
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
@@ -101,7 +109,7 @@ class FakeParts:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
     found = FakeParts()
-    monkeypatch.setattr(module, "WiredParts", lambda: found)
+    monkeypatch.setattr(module, "WiredParts", lambda *settings: found)
     return found
 
 
@@ -317,6 +325,8 @@ async def test_a_controller_that_dies_in_the_middle_goes_on(
         beside = (await again.report())["beside"]
         assert (beside["generation"], beside["role"]) == (57, "kept")
         await until(lambda: is_written(again), timeout=5)
+        running = {(each.source, each.target) for each in parts.mirrors if not each.is_stopped}
+        assert running == {(3, 57)}, "with one in each direction writes would go round"
 
 
 KEEP = publish_note.PublishNote.keep
@@ -350,12 +360,14 @@ async def test_a_publish_that_kills_its_controllers_is_given_up(
         assert "the controller died 3 times" in done["reason"]["text"]
         assert live(controller) == 57
         assert controller._fleet.beside is None
+        assert all(each.is_stopped for each in parts.mirrors)
 
 
 async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
     store: Store,  # noqa: F811
     parts: FakeParts,
     killed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with cluster(store) as controller:
         assert await controller.finish_publish() is None
@@ -374,10 +386,45 @@ async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
         assert begun["generation"] == 57, "it is loaded first"
         assert (await ended(controller))["stage"] == "live"
         assert parts.judged == []
+        controller._tasks.cancel()
+        monkeypatch.setattr(controller, "close", nothing)
     killed.clear()
-    async with cluster(store, keep_s=0.0) as controller:
+    async with cluster(store, publish=PublishConfig(keep_s=0.0)) as controller:
         await until(lambda: len(killed) == SHARDS, timeout=5)
         assert all(name.startswith("shardline-shard-3-") for name in killed)
+
+
+@pytest.mark.parametrize("stage", ["checking", "gate", "switching"])
+async def test_one_that_is_stopped_leaves_the_live_generation_as_it_is(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    killed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+) -> None:
+    hangs = asyncio.Event()
+
+    async def drain(self: FakeMirror, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
+        await hangs.wait()
+        raise AssertionError
+
+    monkeypatch.setattr(FakeMirror, "drain", drain)
+    if stage == "gate":
+        parts.gate_open.clear()
+    async with cluster(store) as controller:
+        assert await controller.stop_publish() is None
+        await controller.publish(PublishOptions(generation=3))
+        await until(lambda: at(controller) == stage, timeout=5)
+        if stage == "switching":
+            await until(lambda: controller._placement.sealing is not None, timeout=5)
+        stopped = await controller.stop_publish()
+        assert stopped is not None
+        assert (stopped["stage"], stopped["reason"]["text"]) == ("failed", "somebody stopped it")
+        assert (live(controller), store.current()) == (57, 57)
+        await until(lambda: is_written(controller), timeout=5)
+        assert controller._fleet.beside is None
+        assert all(each.is_stopped for each in parts.mirrors)
+        assert await controller.stop_publish() == stopped
 
 
 async def test_what_cannot_begin_is_refused(store: Store, parts: FakeParts) -> None:  # noqa: F811
@@ -521,17 +568,10 @@ async def test_a_note_that_is_damaged_is_logged_and_nothing_is_kept(
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3))
         await ended(controller)
-        controller._tasks.cancel()
-    assert publish_note.beside_in(store.root) == 57
+        assert publish_note.beside_in(store.root) == 57
+    assert publish_note.beside_in(store.root) is None, "it has ended with the cluster"
     (store.root / publish_note.NAME).write_bytes(b"{")
     async with cluster(store) as controller:
         assert controller._fleet.beside is None
         assert live(controller) == 3
     assert "nothing is known of a publish" in caplog.text
-
-
-async def test_a_mirror_of_no_writes_refuses_any() -> None:
-    mirror = NoWrites(2)
-    assert (await mirror.drain((0, 0), 1.0)).behind == 0
-    with pytest.raises(Unavailable, match="5 writes would be missing"):
-        await mirror.drain((5, 0), 1.0)
