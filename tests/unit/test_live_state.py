@@ -218,10 +218,13 @@ def test_fetch_of_new_replaced_deleted_and_absent_items(states) -> None:
     assert state.fetch(np.array([deleted]))[1].shape == (0, DIM)
 
 
-def test_old_states_stay_as_they_were_and_may_go_two_ways(states) -> None:
+@pytest.mark.parametrize("tile_rows", [7, delta.TILE_ROWS])
+def test_old_states_stay_as_they_were_and_may_go_two_ways(states, monkeypatch, tile_rows) -> None:
     """A tree of states, each grown from a random earlier one, compared at the end."""
+    monkeypatch.setattr(delta, "TILE_ROWS", tile_rows)
+    main, ids = states["ivf", Metric.L2].main, states["ivf", Metric.L2].ids_by_row[:-1]
     rng = np.random.default_rng(8)
-    grown = [(states["ivf", Metric.L2], Model(IDS, VECTORS))]
+    grown = [(ShardState.of(main, ids), Model(IDS, VECTORS))]  # a delta with tiles of that size
     for _ in range(40):
         state, model = grown[rng.integers(max(0, len(grown) - 6), len(grown))]
         after = Model([], [])
