@@ -18,6 +18,7 @@ import numpy as np
 
 from shardline.router.cache import ResultCache, cache_key
 from shardline.router.contract import ItemAnswer, Reason
+from shardline.router.encoder.item_encoder import ItemEncoder
 from shardline.router.encoder_loading import EncoderLoader
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
@@ -25,11 +26,13 @@ from shardline.router.fanout.snapshot import (
     Encoder,
     TableSnapshot,
     UnusableEncoder,
+    load_item_encoder,
     load_query_encoder,
 )
 from shardline.router.freshness import Freshness
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.past_items import encoded
 from shardline.router.query import (
     FoundAttributes,
     Merged,
@@ -86,12 +89,14 @@ class SearchService:
         secret: bytes,
         *,
         load_encoder: Callable[[RoutingTable], Encoder | None] = load_query_encoder,
+        load_items: Callable[[RoutingTable], ItemEncoder | None] = load_item_encoder,
         rng: random.Random | None = None,
     ) -> None:
         self.config = config
         self.recorder = Recorder()
         self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
-        self._encoders = EncoderLoader(load_encoder)
+        self._encoders = EncoderLoader(load_encoder, "query encoder")
+        self._item_encoders = EncoderLoader(load_items, "item encoder")
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
         # why the controller publishes no newer table; None: nothing hinders it
         self.controller_trouble: Absence | None = None
@@ -104,36 +109,40 @@ class SearchService:
         self.writes = WriteService(config, self._fanout, self.recorder, self._wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
-        """Switches to a newer table and its encoder in one step; False when not newer.
+        """Switches to a newer table and its encoders in one step; False when not newer.
 
-        An encoder that does not load keeps no table from being served: queries by features fail.
+        An encoder that does not load keeps no table from being served: queries, or writes, by
+        features fail.
         """
         current = self._fanout.snapshot
         if current is not None and table.version <= current.table.version:
             return False
         if current is not None and current.table.generation == table.generation:
-            encoder = current.encoder
+            encoder, items = current.encoder, current.items
         else:
-            encoder = await self._encoders.loaded(table)
-        applied = await self._fanout.apply(table, encoder)
+            encoder, items = await asyncio.gather(
+                self._encoders.loaded(table), self._item_encoders.loaded(table)
+            )
+        applied = await self._fanout.apply(table, encoder, items)
         if applied and self._freshness.generation != table.generation:
             self._cache.clear()
             self._freshness = Freshness(table.generation)
         return applied
 
     async def mend_encoder(self) -> bool:
-        """Tries again to load an encoder that did not load; whether there is nothing to mend now.
+        """Tries again to load encoders that did not load; whether there is nothing to mend now.
 
-        Its files may have been restored meanwhile.
+        Their files may have been restored meanwhile.
         """
         snapshot = self._fanout.snapshot
-        if snapshot is None or not isinstance(snapshot.encoder, UnusableEncoder):
+        if snapshot is None:
             return True
-        encoder = await self._encoders.loaded(snapshot.table)
+        encoder = await self._encoders.mended(snapshot.encoder, snapshot.table)
+        items = await self._item_encoders.mended(snapshot.items, snapshot.table)
         current = self._fanout.snapshot
         if current is not None and current.table.generation == snapshot.table.generation:
-            current.encoder = encoder
-        return not isinstance(encoder, UnusableEncoder)
+            current.encoder, current.items = encoder, items
+        return not any(isinstance(each, UnusableEncoder) for each in (encoder, items))
 
     async def close(self) -> None:
         await self._fanout.close()
@@ -323,7 +332,7 @@ class SearchService:
         else:
             values = query.values
             if query.kind is QueryKind.FEATURES:
-                values = await snapshot.encode(values)
+                values = await encoded(self._fanout, snapshot, query, deadline)
             table = snapshot.table
             vectors = query_vectors(values, dim=table.dim, metric=table.metric, field=query.kind)
         check_size(vectors, query.kind)

@@ -47,6 +47,12 @@ def primary_of(placement: Placement, shard: int) -> int | None:
     return None if key is None else key.replica
 
 
+def primary_epoch_of(placement: Placement, shard: int) -> int:
+    """That with which it leads; 0: none does now."""
+    key = primary_key(placement, shard)
+    return 0 if key is None else epoch_of(placement, key) or 0
+
+
 def epoch_of(placement: Placement, key: ReplicaKey) -> int | None:
     """That with which the replica leads its shard; None: it does not."""
     leader = placement.leading.get(key.shard, NOBODY).leader

@@ -40,6 +40,7 @@ from shardline.cluster.control.leading import (
     after_leading,
     after_registered,
     elect,
+    primary_epoch_of,
     primary_of,
 )
 from shardline.cluster.control.notes import notes_of
@@ -264,6 +265,7 @@ def _shard_routes(placement: Placement) -> tuple[ShardRoute, ...]:
             shard,
             replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]),
             primary=primary_of(placement, shard.shard),
+            primary_epoch=primary_epoch_of(placement, shard.shard),
         )
         for shard in placement.table.shards
     )

@@ -18,6 +18,7 @@ from shardline.cluster.control.actor_name import SHARD_ACTOR_PREFIX
 from shardline.cluster.control.controller import CONTROLLER_NAME
 from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.http_address import EVERYWHERE, host_and_port
+from shardline.cluster.rollover.mirror_actor import MIRROR_PREFIX
 from shardline.cluster.serving.front_end import serve_http, serve_runs, stop_front_end
 from shardline.cluster.serving.joining import answers_at
 from shardline.cluster.serving.ray_session import NAMESPACE
@@ -125,7 +126,7 @@ def stop_shards() -> bool:
             ray.get(controller.close.remote(), timeout=CLOSE_TIMEOUT_S)
         ray.kill(controller)
     for actor in ray.util.list_named_actors():
-        if actor.startswith(SHARD_ACTOR_PREFIX):
+        if actor.startswith((SHARD_ACTOR_PREFIX, MIRROR_PREFIX)):
             found = True
             with suppress(ValueError):
                 ray.kill(ray.get_actor(actor, namespace=NAMESPACE))

@@ -7,6 +7,7 @@
     ├── CorruptFile         a file of the store: checksum, length or header does not match
     ├── NewerFormat         a file of the store written by a newer version of Shardline
     ├── NotFound            a file, generation, user or item that does not exist
+    │   └── WritesLost      writes that another generation lacks are not in the log any more
     ├── VersionMismatch     query encoder and generation come from different models
     ├── ProtocolError       a peer broke the wire protocol, or failed to authenticate
     └── Unavailable         cannot be answered now; a later attempt may succeed
@@ -107,6 +108,10 @@ class NewerFormat(ShardlineError):
 
 class NotFound(ShardlineError):
     code = "not_found"
+
+
+class WritesLost(NotFound):
+    pass
 
 
 class VersionMismatch(ShardlineError):

@@ -164,7 +164,8 @@ class UpsertRequest:
     attributes: a map from names to lists of n values of JSON, in msgpack; b"" for none. key makes a
     repeated request one effect; "" for none. features: what the vectors were encoded from, a list
     of n maps in msgpack, which the log keeps to encode them for another model; b"" for items that
-    were given by vector.
+    were given by vector. epoch: of the primary that it is meant for, which no other takes; 0 for
+    any.
     """
 
     item_ids: IdArray
@@ -173,15 +174,17 @@ class UpsertRequest:
     key: str
     timeout_ms: float
     features: bytes = b""
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteRequest:
-    """item_ids (n,) int64, each once, existing or not; key: as of ``UpsertRequest``."""
+    """item_ids (n,) int64, each once, existing or not; key, epoch: as of ``UpsertRequest``."""
 
     item_ids: IdArray
     key: str
     timeout_ms: float
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,13 +301,15 @@ class ShardRoute:
     """The replicas of one shard, at least one, by replica number; each holds the same rows.
 
     While one is being replaced there is one more than ``cluster.replicas``. primary: the number of
-    the replica that takes writes; None: none does now.
+    the replica that takes writes; None: none does now. primary_epoch: with which it leads; 0: not
+    known.
     """
 
     shard: int
     rows: int
     replicas: tuple[ReplicaRoute, ...]
     primary: int | None = None
+    primary_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,6 +321,7 @@ class RoutingTable:
     boundaries are those of a ``Partition``: they say which shard an item id belongs to.
     encoder_checksum is the SHA-256 of the query encoder's encoder.json, which holds those of its
     other files, as the generation's manifest lists it; None: the generation has no encoder.
+    item_encoder_checksum is the same of the item encoder.
     notes say what is wrong with the store's files of state, or where replicas are missing, for
     people who look after it. cluster_id tells the cluster from every other; it is made from its
     secret, so a restarted controller has the same. other_model: the model version of a generation
@@ -333,6 +339,7 @@ class RoutingTable:
     boundaries: tuple[int, ...]
     shards: tuple[ShardRoute, ...]
     encoder_checksum: str | None = None
+    item_encoder_checksum: str | None = None
     notes: tuple[Absence, ...] = ()
     cluster_id: str = ""
     other_model: str | None = None

@@ -4,6 +4,7 @@
     items-00000.arrow   item ids, vectors, attribute columns, as in ``vector_files``
     queries.arrow       sample queries that builds measure recall with; may be absent
     query_encoder/      present when a model of ours wrote the set
+    item_encoder/       likewise, unless it was written before items could be encoded elsewhere
 
 Vectors are checked when they are written and, because others may write such files, when they are
 read. Those of metric cosine have unit length on disk.
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput
 from shardline.shards.core.files import (
     FileEntry,
@@ -53,7 +55,6 @@ from shardline.shards.storage.vector_files import (
 KIND = "embedding set"
 VERSION = 1
 ROWS_PER_FILE = 1 << 20  # 512 MB at 128 dimensions
-ENCODER_FOLDER = "query_encoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +87,12 @@ class EmbeddingSet:
     @property
     def encoder_folder(self) -> Path | None:
         """Where the query encoder lies; None for foreign vectors, which have none."""
-        folder = self.folder / ENCODER_FOLDER
-        return folder if folder.is_dir() else None
+        return self._if_there(QUERY_ENCODER_FOLDER)
+
+    @property
+    def item_encoder_folder(self) -> Path | None:
+        """Where the item encoder lies; None for foreign vectors, and for an older export."""
+        return self._if_there(ITEM_ENCODER_FOLDER)
 
     @property
     def queries_file(self) -> Path | None:
@@ -143,6 +148,10 @@ class EmbeddingSet:
                     unit_vectors(vectors, self.metric),
                     batch.select(batch.schema.names[2:]),
                 )
+
+    def _if_there(self, name: str) -> Path | None:
+        folder = self.folder / name
+        return folder if folder.is_dir() else None
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         for entry in self.files:

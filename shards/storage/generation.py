@@ -3,6 +3,8 @@
     _manifest.json               written last; the folder is complete when it exists
     template.faiss               trained once; every shard's index is a copy of it plus rows
     query_encoder/...            what turns a user's features into a query
+    item_encoder/...             what turns a new item's features into its vector; absent before
+                                 exports had it, and where vectors are foreign
     queries.arrow                sample queries; absent where the embedding set has none
     shard-00000/index.faiss      dense local rows 0..n-1
     shard-00000/item_ids.npy     (n,) int64, ascending: local row -> item id
@@ -21,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import CorruptFile, NotFound
 from shardline.shards.core.files import (
     MANIFEST_NAME,
@@ -45,7 +48,6 @@ TEMPLATE_NAME = "template.faiss"
 INDEX_NAME = "index.faiss"
 ITEM_IDS_NAME = "item_ids.npy"
 ATTRIBUTES_NAME = "attributes.arrow"
-QUERY_ENCODER_FOLDER = "query_encoder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ class GenerationManifest:
     queries: FileEntry | None
     created_at: str
     quality: dict[str, Any]
+    item_encoder: tuple[FileEntry, ...] = ()
     cut: Cut | None = None
 
     @property
@@ -98,7 +101,8 @@ class GenerationManifest:
     @property
     def query_files(self) -> tuple[FileEntry, ...]:
         """What its embedding set brought besides rows: encoders and sample queries."""
-        return (*self.query_encoder, *(() if self.queries is None else (self.queries,)))
+        queries = () if self.queries is None else (self.queries,)
+        return (*self.query_encoder, *self.item_encoder, *queries)
 
     @property
     def common_files(self) -> tuple[FileEntry, ...]:
@@ -224,10 +228,27 @@ def verify_query_encoder(folder: Path, manifest: GenerationManifest) -> Path:
     return folder / QUERY_ENCODER_FOLDER
 
 
+def verify_item_encoder(folder: Path, manifest: GenerationManifest) -> Path:
+    """The item encoder's folder, its files verified.
+
+    Raises:
+        NotFound: the generation was built without one.
+        CorruptFile: a file is missing or altered.
+    """
+    if not manifest.item_encoder:
+        raise NotFound(
+            f"generation {manifest.generation} has no item encoder",
+            hint="export the model again and build; foreign embeddings have none",
+        )
+    verify_files(folder, manifest.item_encoder)
+    return folder / ITEM_ENCODER_FOLDER
+
+
 def verify_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Checks every file of the generation; raises CorruptFile for the first that is wrong."""
     verify_file(folder, manifest.template)
     verify_files(folder, manifest.query_encoder)
+    verify_files(folder, manifest.item_encoder)
     if manifest.queries is not None:
         verify_file(folder, manifest.queries)
     for entry in manifest.shards:
@@ -320,6 +341,7 @@ def manifest_from_json(body: dict[str, Any]) -> GenerationManifest:
         queries=FileEntry(**body["queries"]) if body.get("queries") else None,
         created_at=str(body["created_at"]),
         quality=dict(body["quality"]),
+        item_encoder=_file_entries(body.get("item_encoder", [])),
         cut=cut_from_json(body.get("cut")),
     )
 

@@ -22,10 +22,18 @@ from shardline.cluster.serving.deployment import shard_reports
 from shardline.cluster.store import Store
 from shardline.router.client.sync_client import Client
 from shardline.router.contract import Forbidden
+from shardline.router.encoder.item_encoder import ItemEncoder
+from shardline.router.encoder.new_item_cache import NewItemCache, NewItemLookup
+from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.http.api_keys import Scope
+from shardline.router.past_items import made_of
+from shardline.router.query import FoundAttributes
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
+from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.live_rows import open_live_rows
 from shardline.shards.storage.embedding_set import EmbeddingBatch, open_embedding_set
+from shardline.training.evaluation.user_queries import query_features
 from tests.integration.conftest import NUM_ITEMS, Cluster
 
 NEW_ITEMS = 1_000_000  # ids from here on are nobody else's in the session's cluster
@@ -76,6 +84,40 @@ def test_an_item_is_found_once_it_is_acknowledged_and_not_once_it_is_deleted(wri
     assert again.ids[10:, 0].tolist() == ids[10:].tolist()
     with pytest.raises(NotFound):
         writer.item(NEW_ITEMS)
+
+
+def test_items_written_by_features_are_encoded_and_count_in_histories(
+    cluster: Cluster, writer: Client
+) -> None:
+    """Copies of catalogue items under new ids: found as the item tower sees them, their attributes
+    those of the originals, and part of a user's history at once."""
+    encoder = ItemEncoder.load(cluster.generation / ITEM_ENCODER_FOLDER)
+    query = QueryEncoder.load(cluster.generation / QUERY_ENCODER_FOLDER)
+    items = ItemAttributes(cluster.dataset.items().drop_columns(["item_id"]))
+    ids, rows = np.arange(NEW_ITEMS, NEW_ITEMS + 6), np.arange(100, 106)
+    features = {name: items.values(name, rows) for name in encoder.names}
+    written = writer.upsert(item_ids=ids, features=features, model_version=encoder.model_version)
+    assert written.created == 6
+    given = [dict(zip(features, row, strict=True)) for row in zip(*features.values(), strict=True)]
+    vectors = encoder.encode(ids, given, lambda *_: "")
+    assert writer.search(vectors=vectors, k=5).ids[:, 0].tolist() == ids.tolist()
+    one = writer.item(int(ids[0]))
+    np.testing.assert_allclose(one.vector, vectors[0], atol=1e-5)
+    assert {name: one.attributes[name] for name in features} == given[0]
+
+    kinds = {each["name"]: each["kind"] for each in query.features}
+    (user,) = query_features(cluster.dataset, kinds, np.arange(1), ("train",))
+    (history,) = (name for name, kind in kinds.items() if kind == "history")
+    user[history] = ids.tolist()
+    lookup = NewItemLookup(NewItemCache(), 0.0)
+    values = {n: dict(zip(ids.tolist(), column, strict=True)) for n, column in features.items()}
+    brought = FoundAttributes(item_ids=ids, values=values, size=0, missing=())
+    lookup.found |= made_of(encoder, brought)
+    expected = writer.search(vectors=query.encode([user], lookup), k=20, min_seq=written.seq)
+    answer = writer.search(features=[user], k=20, min_seq=written.seq)
+    assert answer.ids.tolist() == expected.ids.tolist()
+    np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-4)
+    assert np.abs(query.encode([user], lookup) - query.encode([user])).max() > 1e-2
 
 
 def test_a_key_that_only_searches_writes_nothing(cluster: Cluster, client: Client) -> None:

@@ -48,10 +48,11 @@ BELOW = {
     "training/synthetic": ("data", "evaluation"),
     "cluster/backup": (),
     "cluster/batch": (),
-    "cluster/control": (),
+    "cluster/control": ("rollover",),
     "cluster/housekeeping": ("backup", "serving"),
     "cluster/preflight": (),
-    "cluster/serving": ("control", "preflight"),
+    "cluster/rollover": (),
+    "cluster/serving": ("control", "preflight", "rollover"),
 }
 
 # library -> the only places that may import it

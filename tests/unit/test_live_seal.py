@@ -1,5 +1,6 @@
 """A sealed shard: nobody acknowledges a write of it, and its seal counts all that were."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,20 @@ def test_a_seal_comes_after_what_was_submitted_before(generation: Path) -> None:
         assert writes.leads
     finally:
         thread.stop()
+
+
+def test_a_write_by_an_older_table_is_refused_by_who_leads_anew(generation: Path) -> None:
+    """As when a shard was sealed for a switch, leads again in the generation that was kept, and a
+    router has not heard of it."""
+    _, writes = opened(generation)
+    writes.lead(1)
+    stale = replace(delete_request([1]), epoch=1)
+    wrote(writes, stale)
+    writes.seal(2)
+    writes.lead(3)
+    (refused,) = writes.write([stale])
+    assert isinstance(refused, NotPrimary)
+    wrote(writes, replace(stale, epoch=3), replace(stale, epoch=0))
 
 
 def test_a_shard_without_any_write_is_sealed_at_zero(generation: Path) -> None:
