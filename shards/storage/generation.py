@@ -101,7 +101,8 @@ class GenerationManifest:
     @property
     def query_files(self) -> tuple[FileEntry, ...]:
         """What its embedding set brought besides rows: encoders and sample queries."""
-        return (*self.query_encoder, *(() if self.queries is None else (self.queries,)))
+        queries = () if self.queries is None else (self.queries,)
+        return (*self.query_encoder, *self.item_encoder, *queries)
 
     @property
     def common_files(self) -> tuple[FileEntry, ...]:
