@@ -29,7 +29,7 @@ serve: install ## the same, and stays up until Ctrl-C
 # one thread an OpenMP team: the tests start many processes, whose teams would spin on each other
 test: export OMP_NUM_THREADS = 1
 test: install lint ## lint, unit tests, then tests on a real local cluster, then on two simulated hosts
-	$(BIN)/pytest --durations=10 tests/unit
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=10 tests/unit
 	$(BIN)/pytest --durations=10 tests/integration
 	$(BIN)/pytest --durations=10 tests/hosts/test_rig.py tests/hosts/test_two_hosts.py
 

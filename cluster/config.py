@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shardline.cluster.control.quality_config import QualityConfig
+from shardline.cluster.housekeeping.housekeeping_config import HousekeepingConfig
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
@@ -118,6 +119,7 @@ class ShardlineConfig(BaseModel):
     router: RouterConfig = Field(default_factory=RouterConfig)
     live: LiveConfig = Field(default_factory=LiveConfig)
     quality: QualityConfig = Field(default_factory=QualityConfig)
+    housekeeping: HousekeepingConfig = Field(default_factory=HousekeepingConfig)
     publish: PublishConfig = Field(default_factory=PublishConfig)
 
 

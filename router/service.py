@@ -206,6 +206,7 @@ class SearchService:
             reasons=reasons,
             request_id=request_id,
             returned=returned,
+            others_share=merged.others_share if query.options.background else None,
         )
 
     def count_rejected(self, error: ShardlineError) -> None:
@@ -423,7 +424,9 @@ class SearchService:
         freshness = self._freshness
         # a query that began before another generation went live is answered by the old one's shards
         is_current = freshness.generation == snapshot.table.generation
-        if self._cache.enabled and is_current:
+        # the many answers of a background search would push out those that others ask for again
+        is_cached = self._cache.enabled and is_current and not query.options.background
+        if is_cached:
             asked_at = asyncio.get_running_loop().time()
             key = cache_key(snapshot.table.generation, vectors, k, query)
             merged = self._cache.get(key, freshness.seq_at(asked_at))
@@ -437,7 +440,7 @@ class SearchService:
             )
             merged = await self._fanout.search(vectors, lane, deadline=deadline)
             self.watch.offer(lane, vectors, merged)
-            if self._cache.enabled and is_current:
+            if is_cached:
                 is_newest = freshness.heard(merged.seq, asked_at)
                 if is_newest and freshness is self._freshness:  # else another generation is live
                     self._cache.put(key, merged)

@@ -1,6 +1,8 @@
 """Generations of one store, each with shards that are written without Ray and sockets."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -14,7 +16,9 @@ from shardline.router.written import Part, by_shard
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import (
     DeleteRequest,
+    ReplicaRoute,
     RoutingTable,
+    ShardRoute,
     UpsertRequest,
     WriteReply,
 )
@@ -23,8 +27,10 @@ from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.shard import Shard
+from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.storage.generation import read_generation
 from tests.engine import plan_of, write_set
+from tests.fake_shard import SECRET
 from tests.live_shard import contents
 
 ROWS, DIM = 60, 8
@@ -79,6 +85,31 @@ class Written:
     @property
     def table(self) -> RoutingTable:
         return empty_table(Store(self.folder.parents[1]), self.folder, self.manifest, "c")
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[RoutingTable]:
+        """On sockets, until the block ends; its table."""
+        servers, routes = [], []
+        for shard, writes in zip(self.shards, self.writes, strict=True):
+            server = ShardServer(shard, secret=SECRET, writes=writes)
+            address = server.bind()
+            server.start(1)
+            servers.append(server)
+            replica = ReplicaRoute(key=server.key, epoch=1, address=address)
+            routes.append(
+                ShardRoute(
+                    shard=shard.shard,
+                    rows=shard.rows,
+                    replicas=(replica,),
+                    primary=0,
+                    primary_epoch=writes.epoch,
+                )
+            )
+        try:
+            yield replace(self.table, version=1, shards=tuple(routes))
+        finally:
+            for server in servers:
+                server.stop()
 
     @property
     def seqs(self) -> tuple[int, ...]:

@@ -1,18 +1,13 @@
 """Where a publish gets its mirror and its gate from: the two places that know how they are made."""
 
-import asyncio
 from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
-
-import ray
 
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.publish_parts import GateReport, Mirror
 from shardline.cluster.control.shard_actors import DIGEST_DIGITS
 from shardline.cluster.rollover.gate import GateFigure
 from shardline.cluster.rollover.gate_run import gate_of_tables
-from shardline.cluster.rollover.mirror_actor import MIRROR_PREFIX, start_mirror
+from shardline.cluster.rollover.mirror_actor import end_mirror, start_mirror
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.publish_config import PublishConfig
@@ -48,11 +43,11 @@ class WiredParts:
             controller=self._controller,
             secret=self._secret,
         )
-        return await asyncio.to_thread(start_mirror, order, self._digest)
+        return await start_mirror(order, self._digest)
 
     async def end_mirrors(self, but: tuple[int, int] | None) -> None:
-        """As ``PublishParts``: found by their names."""
-        await asyncio.to_thread(self._end_mirrors, but)
+        """As ``PublishParts``: there is one at most."""
+        await end_mirror(self._digest, but)
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
@@ -69,24 +64,9 @@ class WiredParts:
         figures = tuple(report.as_json()["figures"])
         return GateReport(figures=figures, failed=tuple(map(_sentence, report.failed)))
 
-    def _end_mirrors(self, but: tuple[int, int] | None) -> None:
-        kept = None if but is None else f"{MIRROR_PREFIX}{but[0]}-{but[1]}-{self._digest}"
-        for name in ray.util.list_named_actors():
-            is_ours = name.startswith(MIRROR_PREFIX) and name.endswith(f"-{self._digest}")
-            handle = _handle(name) if is_ours and name != kept else None
-            if handle is not None:
-                ray.kill(handle)
-
     @property
     def _digest(self) -> str:
         return cluster_id_of(self._secret)[:DIGEST_DIGITS]
-
-
-def _handle(name: str) -> Any:
-    """Of a named actor; None: it has just ended."""
-    with suppress(ValueError):
-        return ray.get_actor(name)
-    return None
 
 
 def _sentence(figure: GateFigure) -> str:

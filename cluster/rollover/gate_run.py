@@ -27,7 +27,7 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.router.query import Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.encoder_files import QUERY_ENCODER_FOLDER
-from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.errors import DataError, Unavailable
 from shardline.shards.core.messages import RoutingTable, SearchOptions
 from shardline.shards.core.recall import count_matches
 from shardline.shards.core.schema import MAX_K, FloatArray, IdArray
@@ -100,20 +100,23 @@ async def run_gate(
     held_out = None
     if config.held_out is not None:
         held_out = await asyncio.to_thread(read_held_out, config.held_out, seed=seed)
-    sides = []
-    for fanout, table in zip((candidate, live), tables, strict=True):
-        sides.append(
-            GateSide(
-                fanout=fanout,
-                queries=await sample_of(fanout, table, config.queries, seed=seed),
-                held_out=await _held_out_of(held_out, table, is_same_model),
-            )
-        )
+    queries = await sample_of(candidate, tables[0], config.queries, seed=seed)
+    ours = GateSide(
+        fanout=candidate,
+        queries=queries,
+        held_out=await _held_out_of(held_out, tables[0], is_same_model),
+    )
     if is_same_model:  # the same queries, so that answers compare
-        sides[1] = GateSide(fanout=live, queries=sides[0].queries, held_out=sides[1].held_out)
+        theirs = GateSide(fanout=live, queries=queries, held_out=ours.held_out)
+    else:
+        theirs = GateSide(
+            fanout=live,
+            queries=await sample_of(live, tables[1], config.queries, seed=seed),
+            held_out=await _held_out_of_live(held_out, tables[1]),
+        )
     figures = await measure(
-        sides[0],
-        sides[1],
+        ours,
+        theirs,
         is_same_model=is_same_model,
         held_out=held_out,
         served=None if served is None or not is_same_model else served[-config.queries :],
@@ -194,6 +197,16 @@ async def _held_out_of(
         )
 
     return await asyncio.to_thread(vectors)
+
+
+async def _held_out_of_live(held_out: HeldOut | None, table: RoutingTable) -> FloatArray | None:
+    """As ``_held_out_of``, of another model than the candidate's. None, too, where its encoder
+    cannot take the file, made for the candidate's: then the live generation has no such figure."""
+    try:
+        return await _held_out_of(held_out, table, is_same_model=False)
+    except DataError as error:
+        logger.warning("the live generation is not asked the held-out queries: %s", error)
+        return None
 
 
 async def _asked(fanout: Fanout, queries: FloatArray, k: int, options: SearchOptions) -> Merged:

@@ -7,14 +7,16 @@ A thin shell around ``Mirror`` and the tables of the generation that it writes t
 import asyncio
 import logging
 import random
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from shardline.cluster.rollover.fanout_target import FanoutTarget
 from shardline.cluster.rollover.mirror import Mirror
-from shardline.cluster.rollover.mirror_opening import MirrorOrder, open_mirror
+from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder, open_mirror
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.router_config import RouterConfig
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 MIRROR_PREFIX = "shardline-mirror-"
 STOP_S = 15.0  # for the round that is under way
+ANSWER_S = 10.0  # of its process, which may be starting
+END_LOOK_S = 0.1  # between two looks for the name of an actor that was ended
 OPEN_PAUSE_S = 2.0  # before files that could not be read are tried again
 
 
@@ -43,6 +47,10 @@ class MirrorActor:
             asyncio.ensure_future(self._run()),
             asyncio.ensure_future(self._target.follow(self._table_after)),
         ]
+
+    async def between(self) -> tuple[int, int]:
+        """Source and target."""
+        return self._order.source, self._order.target
 
     async def progress(self) -> MirrorProgress:
         """How far it is.
@@ -78,7 +86,10 @@ class MirrorActor:
     async def _run(self) -> None:
         while self._mirror is None and not self._is_stopped:
             try:
-                self._mirror = await asyncio.to_thread(open_mirror, self._order, self._target, None)
+                encoder = await asyncio.to_thread(TargetEncoder.of, await self._target.table())
+                self._mirror = await asyncio.to_thread(
+                    open_mirror, self._order, self._target, encoder
+                )
                 self._has_tried.set()
                 await self._mirror.run()
             except (ShardlineError, OSError) as error:
@@ -102,33 +113,64 @@ class RunningMirror:
         self._handle = handle
 
     async def progress(self) -> MirrorProgress:
-        """As ``Mirror.progress``. Raises RayError: its process has ended; Ray restarts it."""
+        """As ``MirrorActor.progress``; waits where Ray restarts its process.
+
+        Raises:
+            RayError: with its error as the cause, or its process cannot be started.
+        """
         found: MirrorProgress = await self._handle.progress.remote()
         return found
 
     async def drain(self, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
-        """As ``Mirror.drain``. Raises RayError: as ``progress``."""
+        """As ``Mirror.drain``. Raises: as ``progress``."""
         found: MirrorProgress = await self._handle.drain.remote(final, timeout_s)
         return found
 
     async def stop(self) -> None:
-        """Ends it and its process."""
-        try:
-            await self._handle.stop.remote()
-        finally:
-            ray.kill(self._handle)
+        """Ends it and its process, whether it answers or not."""
+        with suppress(RayError, TimeoutError):
+            async with asyncio.timeout(STOP_S + ANSWER_S):
+                await self._handle.stop.remote()
+        ray.kill(self._handle)
 
 
-def start_mirror(order: MirrorOrder, digest: str) -> RunningMirror:
-    """The mirror of the cluster with this digest: the one that runs, if it is between the same
-    generations, or a new one."""
-    name = f"{MIRROR_PREFIX}{order.source}-{order.target}-{digest}"
+async def start_mirror(order: MirrorOrder, digest: str) -> RunningMirror:
+    """The mirror of the cluster with this digest: the one that runs, if it is between the same two
+    generations, or a new one. There are never two: one in each direction would go round in a
+    circle, and undo newer writes."""
+    while (running := await end_mirror(digest, but=(order.source, order.target))) is None:
+        if await asyncio.to_thread(_existing, digest) is None:
+            break
+        await asyncio.sleep(END_LOOK_S)
+    if running is not None:
+        return running
     actor = ray.remote(MirrorActor).options(
-        name=name,
+        name=f"{MIRROR_PREFIX}{digest}",
         lifetime="detached",
-        get_if_exists=True,
         max_restarts=-1,
+        max_task_retries=-1,
         max_concurrency=100,
         num_cpus=0,
     )
-    return RunningMirror(actor.remote(order))
+    return RunningMirror(await asyncio.to_thread(actor.remote, order))
+
+
+async def end_mirror(digest: str, but: tuple[int, int] | None) -> RunningMirror | None:
+    """Ends the mirror of the cluster with this digest, unless it is between these generations,
+    from the first to the second; that one, if it runs."""
+    running = await asyncio.to_thread(_existing, digest)  # blocks while Ray's head is away
+    if running is None:
+        return None
+    if but is not None:
+        with suppress(RayError, TimeoutError):
+            async with asyncio.timeout(ANSWER_S):
+                if await running.between.remote() == but:
+                    return RunningMirror(running)
+    await RunningMirror(running).stop()
+    return None
+
+
+def _existing(digest: str) -> "ActorHandle[Any] | None":
+    with suppress(ValueError):
+        return ray.get_actor(f"{MIRROR_PREFIX}{digest}")
+    return None

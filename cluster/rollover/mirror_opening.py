@@ -1,17 +1,24 @@
 """What a mirror reads of the two generations before its first round: from files alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
 from shardline.cluster.rollover.mirror_plan import ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
-from shardline.cluster.rollover.replayed_note import Cut, read_note, start_of
+from shardline.cluster.rollover.replayed_note import read_note, start_of
 from shardline.cluster.store import Store
+from shardline.router.encoder.item_encoder import ItemEncoder as Tower
+from shardline.router.fanout.snapshot import load_item_encoder
 from shardline.shards.core.errors import VersionMismatch
+from shardline.shards.core.messages import RoutingTable
+from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_attributes,
@@ -30,6 +37,26 @@ class MirrorOrder:
     controller: str
     secret: bytes
     cut: Cut | None = None
+
+
+class TargetEncoder:
+    """The item tower of the target generation, as ``mirror_plan.ItemEncoder``."""
+
+    def __init__(self, tower: Tower) -> None:
+        self._tower = tower
+
+    @classmethod
+    def of(cls, table: RoutingTable) -> "TargetEncoder | None":
+        """None: the generation has none, so what is written by features cannot be encoded for it.
+
+        Raises:
+            CorruptFile, NotFound, NewerFormat: it should be there and does not load.
+        """
+        tower = load_item_encoder(table)
+        return None if tower is None else cls(tower)
+
+    def encode(self, item_ids: IdArray, rows: Sequence[dict[str, Any]], /) -> FloatArray:
+        return self._tower.encode(item_ids, rows, lambda row, name, where: f"features.{name}")
 
 
 def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None) -> Mirror:

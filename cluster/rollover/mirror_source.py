@@ -15,6 +15,7 @@ from shardline.shards.live.records import Record, Upsert
 
 SEGMENT_AT_A_TIME = 1  # byte, after which a tail has read enough: it ends with a whole segment
 READ_AT_ONCE = 4  # shards whose segments, 64 MiB each, are in memory at the same time
+UNREAD_WRITES = 10_000  # counted for a segment that has not been read: it is not taken for empty
 RECORD_BYTES = 256  # of a record and of each of its rows, beside what it brings
 
 
@@ -33,8 +34,8 @@ class SourceShard:
 
     @property
     def end_seq(self) -> int:
-        """Of the last record that the log is known to hold."""
-        return self._tail.end_seq
+        """Of the last record of the log; an estimate while its newest segment has not been read."""
+        return self._tail.end_seq + (0 if self._tail.has_all else UNREAD_WRITES)
 
     @property
     def is_waiting(self) -> bool:

@@ -70,8 +70,8 @@ class PublishConfig(BaseModel):
     keep_s: float = Field(
         default=3600.0,
         ge=0,
-        description="Time that the generation before stays loaded after a switch, for a rollback "
-        "at once. It takes its memory.",
+        description="[s] Time that the generation before stays loaded after a switch, for a "
+        "rollback at once. It takes its memory.",
     )
 
     @model_validator(mode="after")

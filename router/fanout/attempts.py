@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from shardline.router.fanout.choice import Chooser, Replicas, last_resort
 from shardline.router.fanout.connection import ShardConnection
-from shardline.router.fanout.hedging import Paces
+from shardline.router.fanout.hedging import Paces, kind_of
 from shardline.router.fanout.link import Link
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, ProtocolError, Unavailable
 from shardline.shards.core.messages import (
@@ -112,9 +112,12 @@ class Attempts:
         frames: one per shard, or one for all; request: what they hold, or the first of them.
         """
         self._start: bytes | None  # of every fitting reply; None where replies are decoded to tell
+        kind = type(request)
         if isinstance(request, SearchRequest):
             self._rows = rows = len(request.queries)
             self._is_exact = request.options.exact
+            if request.options.background:
+                kind = kind_of(request)
             self._start = reply_start(rows, request.k, self._table.generation)
         else:
             self._rows = rows = max(1, len(request.item_ids))
@@ -123,7 +126,7 @@ class Attempts:
         shards, now, choose = self._shards, self._sent_at, self._shared.chooser.choose
         self._frames = frames
         self._sampled = self._request_id % len(shards)
-        paces, kind = self._shared.paces, type(request)
+        paces = self._shared.paces
         self._pace = pace = paces.of(kind, rows)
         if self._is_exact:
             self._delay_s = math.inf

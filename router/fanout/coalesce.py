@@ -149,11 +149,13 @@ class Coalescer:
                 self._recorder.count(SHARD_MISSING, str(shard))
         frame.ask.require(coverage, key.min_coverage)
         replies = [reply for _, reply in answered]
+        is_background = key.options.background
         return Merged(
             ranked=await _merge(frame, rows, [reply.ranked for reply in replies], key.k),
             coverage=coverage,
             search_ms=max([reply.search_ms for reply in replies]),
             seq=seq,
+            others_share=max([each.others_share for each in replies]) if is_background else None,
         )
 
     # Lanes

@@ -69,11 +69,13 @@ class SearchOptions:
     (``SearchBody`` describes it). Values must be hashable.
 
     min_seq: of each shard, by its number, how many writes it must have applied to answer; empty
-    for any number. exact: every row is scored with the best vector that the shard stores of it,
-    at low priority; the parameters say nothing then.
+    for any number. background: nobody waits for it, a batch job's say: a shard searches it while
+    no other search waits. exact: every row is scored with the best vector that the shard stores of
+    it, at low priority; the parameters say nothing then.
     """
 
     min_seq: tuple[int, ...] = ()
+    background: bool = False
     exact: bool = False
 
 
@@ -100,6 +102,8 @@ class SearchReply:
     """The k best rows of each query; rows: live rows searched; search_ms: milliseconds it took.
 
     generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
+    others_share, of a background search: the share of the last seconds in which the shard searched
+    for others; 0 if nobody else asked.
     """
 
     ranked: Ranked
@@ -107,6 +111,7 @@ class SearchReply:
     generation: int
     seq: int
     search_ms: float
+    others_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

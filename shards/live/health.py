@@ -1,6 +1,7 @@
-"""What writes have made of a shard's index: ``ShardHealth`` of its state, cheap enough to be asked
-every second."""
+"""What writes have made of a shard's index: ``ShardHealth`` of its state, by a look that is cheap
+enough to be taken every few seconds."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ class HealthLook:
     def __init__(self, generation: Path, shard: int) -> None:
         self._path = generation / shard_folder(shard) / ITEM_IDS_NAME
         self._built: IdArray | None = None
-        self._main: MainIndex | None = None
+        # weak: a main index that has been replaced must not live on until the next look
+        self._main: weakref.ref[MainIndex] | None = None
         self._unseen_bits: NDArray[np.uint8] = np.empty(0, np.uint8)  # of the rows of ``_main``
 
     def look(self, state: ShardState) -> ShardHealth:
@@ -29,10 +31,10 @@ class HealthLook:
         checksum has been verified."""
         if self._built is None:
             self._built = np.load(self._path, mmap_mode="r", allow_pickle=False)
-        if state.main is not self._main:
+        if self._main is None or self._main() is not state.main:
             unseen = ~are_in(self._built, state.ids_by_row[:-1])
             self._unseen_bits = np.packbits(unseen, bitorder="little")
-            self._main = state.main
+            self._main = weakref.ref(state.main)
         bits = self._unseen_bits
         if state.selection is not None:
             bits = bits & state.selection.bits

@@ -68,27 +68,35 @@ class WithKept(LogFiles):
 
     def __init__(self, files: LogFiles) -> None:
         self._files = files
+        # by folder, its names, and with those of the kept ones: listed again when it has changed,
+        # for a follower looks often, and there may be thousands
+        self._listed: dict[Path, tuple[list[str], list[str]]] = {}
 
     def names(self, folder: Path) -> list[str]:
         # in this order: what is put aside between the two is listed twice rather than never
         names = self._files.names(folder)
-        with suppress(FileNotFoundError):
-            present = set(names)
-            names += [each for each in self._files.names(_kept(folder)) if each not in present]
-        return names
+        if self._listed.get(folder, ([], []))[0] != names:
+            kept: list[str] = []
+            with suppress(FileNotFoundError):
+                kept = self._files.names(folder / KEPT_FOLDER)
+            self._listed[folder] = names, list(dict.fromkeys((*names, *kept)))
+        return list(self._listed[folder][1])
 
     def size(self, path: Path) -> int:
         try:
             return self._files.size(path)
         except FileNotFoundError:
-            return self._files.size(_kept(path.parent) / path.name)
+            return self._files.size(self._kept(path))
 
     def read(self, path: Path, offset: int = 0, size: int = -1) -> bytes:
         try:
             return self._files.read(path, offset, size)
         except FileNotFoundError:
-            return self._files.read(_kept(path.parent) / path.name, offset, size)
+            try:
+                return self._files.read(self._kept(path), offset, size)
+            except FileNotFoundError:
+                self._listed.clear()  # it has been removed meanwhile
+                raise
 
-
-def _kept(folder: Path) -> Path:
-    return folder / KEPT_FOLDER
+    def _kept(self, path: Path) -> Path:
+        return path.parent / KEPT_FOLDER / path.name

@@ -169,7 +169,7 @@ def test_probes_ask_once(kind: Any) -> None:
 
 
 def test_no_answer_in_time_is_a_missed_deadline_asked_once(kind: Any) -> None:
-    with scripted(HANG, OK) as server, kind(server.url, timeout=0.05) as client:
+    with scripted(HANG, OK) as server, kind(server.url, timeout=0.5) as client:
         with pytest.raises(DeadlineExceeded, match="in time"):
             client.status()
         server.release.set()

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,8 +73,12 @@ def test_health_is_as_counted_by_hand(tmp_path, monkeypatch) -> None:
     assert look.look(state) == ShardHealth(
         rows=498, changed=6, unseen=99 - 2 + 3, imbalance=main.imbalance
     )
-    sizes = np.array([main._layers.base.invlists.list_size(each) for each in range(4)])
-    assert main.imbalance == pytest.approx(4 * (sizes**2).sum() / sizes.sum() ** 2)
+    kept = weakref.ref(main)
+    state, imbalance, lists = None, main.imbalance, main._layers.base.invlists
+    sizes = np.array([lists.list_size(each) for each in range(4)])
+    assert imbalance == pytest.approx(4 * (sizes**2).sum() / sizes.sum() ** 2)
+    del main, lists
+    assert kept() is None, "a look keeps no main index alive"
 
 
 def test_health_after_random_writes(tmp_path) -> None:

@@ -48,6 +48,7 @@ def test_a_trimmed_log_is_read_from_any_write_on(tmp_path: Path, at_once: int | 
         while tail.seq < 9:
             new = tail.read_new()
             assert new and tail.end_seq >= tail.seq
+            assert tail.has_all == (tail.seq == 9)
             assert at_once != 1 or len(new) == 1, "a segment at a time"
             found += new
         assert as_bytes(found) == as_bytes(records(after + 1, 9))

@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 
 from shardline.cluster.rollover import mirror as mirror_module
+from shardline.cluster.rollover.fanout_target import FanoutTarget
 from shardline.cluster.rollover.mirror import Mirror
-from shardline.cluster.rollover.mirror_opening import MirrorOrder, open_mirror
+from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder, open_mirror
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.replayed_note import (
-    Cut,
     Replayed,
     note_path,
     read_note,
     start_of,
     write_note,
 )
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.router_config import RouterConfig
 from shardline.router.written import Part
+from shardline.shards.core.encoder_files import CONFIG, ITEM_ENCODER_FOLDER, write_encoder
 from shardline.shards.core.errors import (
     DeltaFull,
     InvalidInput,
@@ -31,11 +34,14 @@ from shardline.shards.core.errors import (
     NotPrimary,
     VersionMismatch,
 )
-from shardline.shards.core.files import MANIFEST_NAME
+from shardline.shards.core.files import MANIFEST_NAME, sha256_of
 from shardline.shards.core.messages import RoutingTable, WriteReply
 from shardline.shards.live.kept_segments import KEPT_FOLDER
+from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import read_generation, write_generation
-from tests.two_generations import ROWS, Written, build, unit_vectors
+from tests.fake_encoder import ITEM_FEATURES, item_encoder_parts, item_vector
+from tests.fake_shard import SECRET
+from tests.two_generations import DIM, ROWS, Written, build, unit_vectors
 
 LIFE_S = 20.0  # far above what a test takes, so that a mirror that hangs fails it
 
@@ -271,6 +277,7 @@ def test_a_drain_that_is_too_late_says_how_far_it_is(tmp_path: Path) -> None:
 
     progress = asyncio.run(live())
     assert progress.positions == (0,) and not progress.has((2,))
+    assert progress.behind >= 1, "what has not been read is not taken for nothing"
     assert not note_path(tmp_path / "live" / "000001").exists(), "no way back is noted"
 
 
@@ -450,3 +457,62 @@ def test_a_note_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog) -> No
     note_path(tmp_path).write_text("{}")
     assert read_note(tmp_path) is None
     assert "from the start" in caplog.text
+
+
+def test_over_sockets_while_writes_go_on_until_the_seal(tmp_path: Path) -> None:
+    """The target's table comes late, and the first one is of another generation."""
+    source = Written(build(tmp_path, 1, 2))
+    target = Written(build(tmp_path, 2, 3, partitioning="hash-range"))
+    rng = random.Random(1)
+
+    def write() -> None:
+        for seed in range(60):
+            ids = rng.sample([*range(ROWS), *range(1000, 1040)], 5)
+            if seed % 4:
+                source.upsert(ids, seed, title=[f"{seed}"] * 5)
+            else:
+                source.delete(ids)
+
+    async def live(table: RoutingTable) -> MirrorProgress:
+        tables = [replace(table, generation=9), None, table]
+
+        async def table_after(version: int, timeout_s: float) -> RoutingTable | None:
+            if not tables:
+                await asyncio.sleep(timeout_s)
+            return tables.pop(0)
+
+        config = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
+        over = FanoutTarget(2, Fanout(SECRET, config, random.Random(0)))
+        follow = asyncio.create_task(over.follow(table_after))
+        mirror = open_mirror(order(tmp_path), over, None)
+        run = asyncio.create_task(mirror.run())
+        await asyncio.to_thread(write)
+        progress = await mirror.drain(source.seal(2), LIFE_S)
+        await mirror.stop()
+        await run
+        follow.cancel()
+        await over.close()
+        return progress
+
+    with target.served() as table:
+        progress = asyncio.run(live(table))
+    assert progress.has(source.seqs) and progress.rows >= 100
+    assert target.contents() == source.contents()
+    assert target.column("title") == source.column("title")
+
+
+def test_features_are_encoded_by_the_tower_of_the_target(tmp_path: Path) -> None:
+    source, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    (folder / ITEM_ENCODER_FOLDER).mkdir()
+    write_encoder(folder / ITEM_ENCODER_FOLDER, *item_encoder_parts(DIM, "m2"))
+    target = Written(folder)
+    changed(folder, model_version="m2")
+    source.upsert([1, 2], 1, features=[ITEM_FEATURES, ITEM_FEATURES | {"size": "large"}])
+    checksum = sha256_of(folder / ITEM_ENCODER_FOLDER / CONFIG)
+    encoder = TargetEncoder.of(replace(target.table, item_encoder_checksum=checksum))
+    assert encoder is not None
+    progress = drained(order(tmp_path), FakeTarget(target), source.seqs, encoder)
+    assert (progress.unreplayed, progress.examples) == (1, (2,))
+    found = np.frombuffer(target.contents()[1], np.float32)
+    np.testing.assert_allclose(found, item_vector(DIM, 1, 0, 1, 2, 1), atol=1e-6)
+    assert TargetEncoder.of(replace(target.table, item_encoder_checksum=None)) is None
