@@ -58,6 +58,16 @@ COMMANDS = {
         "generations",
         "List and delete the generations of a store.",
     ),
+    "publish": (
+        "shardline.cluster.commands.publish",
+        "publish",
+        "Make another generation live, without a failed query.",
+    ),
+    "rollback": (
+        "shardline.cluster.commands.publish",
+        "rollback",
+        "Make the generation live again that was before.",
+    ),
     "snapshot": (
         "shardline.cluster.commands.snapshot",
         "snapshot",

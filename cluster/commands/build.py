@@ -26,12 +26,12 @@ from shardline.cluster.corpus_from_live import live_corpus, live_corpus_bytes
 from shardline.cluster.preflight.build_space import build_bytes
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_ray, check_store
-from shardline.cluster.serving.endpoint import find_endpoint
-from shardline.cluster.serving.ray_session import cores, ray_for
-from shardline.cluster.serving.served import served_generation
+from shardline.cluster.serving.endpoint import serving_now
+from shardline.cluster.serving.launched import is_served
+from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
@@ -85,7 +85,7 @@ READER_VERSION = 2  # of vectors made elsewhere: the same files may become anoth
 @click.option(
     "--no-publish",
     is_flag=True,
-    help="Leave the live generation as it is. With --from-live that is so while a cluster serves.",
+    help="Leave the live generation as it is, as is done while a cluster serves the store.",
 )
 @click.pass_obj
 def build(
@@ -101,15 +101,16 @@ def build(
     in_process: bool,
     no_publish: bool,
 ) -> None:
-    """Turn an embedding set into index shards, and make them the live generation."""
+    """Turn an embedding set into index shards, and make them the live generation.
+
+    A cluster that serves this store goes on with the one it has until `shardline publish`.
+    """
     if (embeddings is not None) + bool(vectors) + from_live > 1:
         raise InvalidInput("--embeddings, --vectors and --from-live exclude each other")
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
     config, store = settings.config, settings.store
     enforce([check_store(store)])
-    if from_live and not no_publish:
-        no_publish = served_generation(config, verbose=settings.verbose) is not None
     with StageProgress() as progress:
         if vectors:
             embeddings = import_vectors(
@@ -125,20 +126,25 @@ def build(
             cut = Partitioning(partitioning or corpus.partitioning)
             checked = check_plan(corpus.folder, plan_of(config, cut), corpus.version)
             manifest = _built(settings, checked, progress, in_process=in_process)
-        if not no_publish:
+        running = running_cluster(config)
+        if not no_publish and running is None:
             store.set_current(manifest.generation)
     click.echo(describe(manifest))
-    with suppress(NotFound, CorruptFile):  # without a note of use there is nothing to say of it
-        running = find_endpoint(store)
-        number = "" if not no_publish else f" --generation {manifest.generation}"
-        click.echo(
-            f"the cluster at {running.url} goes on with generation {running.generation}; "
-            + (
-                f"`shardline publish {manifest.generation}` to change over"
-                if from_live
-                else f"`shardline down`, then `shardline serve{number}` to change over"
-            )
-        )
+    if running is not None:  # a controller that is started again takes what is live, without a gate
+        click.echo(f"{running}; `shardline publish {manifest.generation}` to change over")
+
+
+def running_cluster(config: ShardlineConfig) -> str | None:
+    """That a cluster goes on with the generation before; None: none serves this store."""
+    store, address = Store(config.store.resolve()), config.cluster.address
+    if (endpoint := serving_now(store)) is not None:
+        return f"the cluster at {endpoint.url} goes on with generation {endpoint.generation}"
+    if address == "local":
+        return None
+    with suppress(Unavailable), attached_ray(address):
+        if is_served():
+            return "the cluster goes on with the generation before"
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,12 @@ def gc(
         held, is_served = in_use.reasons, in_use.served is not None
         erased: list[Erasure] = []
         if erase and not dry_run:
+            if is_served and in_use.is_publishing:
+                raise Unavailable(
+                    f"generation {in_use.beside} is being published, from the log that an erasure "
+                    "would cut",
+                    hint="wait for the end of the publish: `shardline status` shows it",
+                )
             with StageProgress() as progress:
                 erased = _erased(store, sorted(held), progress, is_served=is_served)
         policy = Policy(

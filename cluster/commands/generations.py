@@ -8,9 +8,10 @@ import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.console import print_table
-from shardline.cluster.housekeeping.held import BESIDE, LIVE, SERVED, beside_generation
+from shardline.cluster.control.publish_note import beside_in
+from shardline.cluster.housekeeping.held import BESIDE, LIVE, SERVED
 from shardline.cluster.housekeeping.removals import bytes_of, remove_generation
-from shardline.cluster.serving.endpoint import find_endpoint
+from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NotFound, ShardlineError
 from shardline.shards.core.files import MANIFEST_NAME, abandoned_folders
@@ -66,12 +67,13 @@ def delete(settings: Settings, number: int) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         known = ", ".join(map(str, store.generation_numbers()))
         raise NotFound(f"{folder}: no such generation", expected=f"one of {known or 'none'}")
-    held = {beside_generation(store.root): BESIDE, _served(store): SERVED, _live(store): LIVE}
+    held = {_beside(settings): BESIDE, _served(store): SERVED, _live(store): LIVE}
     if number in held:
         what = held[number]
         raise InvalidInput(
             f"generation {number} is {what}",
-            hint="build or publish another one and change over to it first",
+            hint="publish another one first; `shardline publish --finish` ends what is kept for a "
+            "rollback",
         )
     size = bytes_of(folder) + bytes_of(store.writes(number))
     remove_generation(store, number)
@@ -100,6 +102,13 @@ def _served(store: Store) -> int | None:
         return find_endpoint(store).generation
     except NotFound:
         return None
+
+
+def _beside(settings: Settings) -> int | None:
+    """The generation that a cluster of this store has loaded beside the live one; of a launched
+    cluster that has ended, had."""
+    store, is_launched = settings.store, settings.config.cluster.address != "local"
+    return beside_in(store.root) if is_launched or serving_now(store) is not None else None
 
 
 def _described(store: Store, number: int, live: int | None, served: int | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import click
 
+from shardline.cluster.commands.publish_text import print_generations
 from shardline.cluster.console import print_table
 
 
@@ -41,6 +42,7 @@ def print_status(report: dict[str, Any]) -> None:
 def print_launched(report: dict[str, Any]) -> None:
     """The controller's report: hosts, routers, replicas, and what is amiss."""
     click.echo(f"{'cluster':>14}  {report['cluster_id']}, routing table {report['version']}")
+    print_generations(report["generation"], report)
     routers = {router["host"]: router for router in report["routers"]}
     print_table(
         "hosts",

@@ -16,9 +16,12 @@ import pytest
 import ray
 
 from shardline.bench.load.processes import router_process
-from shardline.cluster.control.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
+from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.publish_state import PublishOptions
+from shardline.cluster.control.watch import WATCH_INTERVAL_S
 from shardline.cluster.serving.deployment import serving, shard_reports
 from shardline.cluster.serving.endpoint import Address
+from shardline.cluster.serving.launched import asked, controller
 from shardline.cluster.store import Store
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.router_config import RouterConfig
@@ -205,6 +208,52 @@ def test_a_restarted_controller_serves_the_generation_that_is_live(cluster: Clus
     assert all(is_full(answer) for _, answer in questions.answers)
     assert versions == sorted(set(versions))
     assert {report["generation"] for report in shard_reports()} == {first}
+
+
+def test_a_publish_and_a_rollback_cost_no_answer(cluster: Cluster) -> None:
+    """Every answer is of one generation, none fails, and writes are taken by the one after it."""
+    store, first = cluster.store, cluster.endpoint.generation
+    second = store.next_generation()
+    copy_generation(store, first, second)
+    told: list[dict[str, Any]] = []
+    try:
+        with Questions(cluster.endpoint.address) as questions:
+            questions.wait_for(is_full, since=0)
+            for number, begin in ((second, publish), (first, roll_back)):
+                begin(number)
+                told.append(publish_ended())
+                questions.wait_for(
+                    lambda answer, number=number: answer.generation == number,
+                    since=time.perf_counter(),
+                )
+    finally:
+        store.set_current(first)
+    assert [(each["stage"], each["reason"]) for each in told] == [("live", None)] * 2
+    assert questions.errors == []
+    assert all(is_full(answer) for _, answer in questions.answers)
+    seen = [answer.generation for _, answer in questions.answers]
+    assert set(seen) == {first, second}
+    assert (seen[0], seen[-1]) == (first, first)
+
+
+def publish(number: int) -> None:
+    options = PublishOptions(generation=number, with_writes=False)
+    asked(controller().publish.remote(options), timeout_s=10)
+
+
+def roll_back(number: int) -> None:
+    begun = asked(controller().roll_back.remote(), timeout_s=10)
+    assert begun["generation"] == number
+
+
+def publish_ended() -> dict[str, Any]:
+    deadline = time.perf_counter() + RECOVERY_S
+    while time.perf_counter() < deadline:
+        found: dict[str, Any] = asked(controller().publish_progress.remote(), timeout_s=10)
+        if found["is_over"]:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"the publish never ended: {found}")
 
 
 def copy_generation(store: Store, number: int, copied: int) -> None:

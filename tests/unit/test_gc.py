@@ -175,6 +175,16 @@ def test_what_is_being_made_stays(store: LiveStore) -> None:
     assert not store.store.writes(8).exists()
 
 
+def test_nothing_is_erased_under_a_publish(store: LiveStore) -> None:
+    """The candidate is brought writes from the log."""
+    serve(store, 5)
+    said = {"format": 1, "live": 5, "beside": 6, "role": "candidate"}
+    (store.store.root / "publish.json").write_text(json.dumps(said))
+    with pytest.raises(Unavailable, match="generation 6 is being published"):
+        store.run("gc", "--erase")
+    assert compacted_seqs(live_folder(store.folder, 1)) == []
+
+
 def test_one_at_a_time(store: LiveStore) -> None:
     with gc_command._alone(store.store), pytest.raises(Unavailable, match="at work"):
         store.run("gc")

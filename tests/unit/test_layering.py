@@ -49,7 +49,7 @@ BELOW = {
     "cluster/backup": (),
     "cluster/batch": (),
     "cluster/control": ("rollover",),
-    "cluster/housekeeping": ("backup", "serving"),
+    "cluster/housekeeping": ("backup", "control", "serving"),
     "cluster/preflight": (),
     "cluster/rollover": (),
     "cluster/serving": ("control", "preflight", "rollover"),

@@ -27,6 +27,8 @@ from shardline.cluster.control.events import (
     ReplicaFailed,
     ReplicaIdle,
     ReplicaUnreachable,
+    Sealed,
+    SealFailed,
 )
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.shard_actors import (
@@ -72,7 +74,9 @@ def actors(tmp_path: Path, alive: dict[str, Handle]) -> ShardActors:
         gpus_per_shard=1.0,
         huge_pages=True,
     )
-    return ShardActors(settings, tmp_path, manifest, "the-controller")
+    actors = ShardActors(settings, "the-controller")
+    actors.open(tmp_path, manifest)
+    return actors
 
 
 @pytest.fixture
@@ -282,7 +286,7 @@ def test_those_that_are_found_are_of_this_cluster_and_generation(
     (name,) = alive
     others = [name.replace("-7-1-0-", "-3-1-0-"), name.replace(name.split("-")[5], "ffffffff")]
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: [name, *others, "x"])
-    assert actors.found() == {KEY: NODE}
+    assert actors.found(KEY.generation) == {KEY: NODE}
 
 
 def test_an_actor_stays_on_its_host(actors: ShardActors, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,8 +366,27 @@ def test_only_actors_of_other_generations_of_this_cluster_are_ended(
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: names)
-    actors.end_others()
+    actors.end_others([KEY.generation, 3])
+    assert killed == []
+    actors.end_others([KEY.generation])
     assert killed == [alive[older]]
+
+
+def test_a_replica_seals_its_shard_or_says_why_not(
+    actors: ShardActors, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_actors, "SEAL_TIMEOUT_S", 0.01)
+    handle.ping.then = Pulse(pid=1, seq=41)
+    handle.seal.plan = [raised_in_a_method(NotPrimary("epoch 9 leads")), HANG]
+    outcomes = [asyncio.run(actors.seal(KEY, 8)) for _ in range(3)]
+    nobody = asyncio.run(actors.seal(ReplicaKey(7, 0, 0), 8))
+    assert isinstance(nobody, SealFailed)
+    assert nobody.reason.text == "it has no process"
+    refused, late, sealed = (replace(each, now_s=0.0) for each in outcomes)
+    assert refused == SealFailed(key=KEY, epoch=8, reason=Absence("not_primary", "epoch 9 leads"))
+    assert isinstance(late, SealFailed)
+    assert late.reason == Absence("deadline_exceeded", "replica 7-1-0 was not sealed within 0.01 s")
+    assert sealed == Sealed(key=KEY, epoch=8, seq=41)
 
 
 def refused_by_the_controller(cause: Exception) -> Exception:
