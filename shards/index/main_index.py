@@ -33,7 +33,7 @@ from shardline.shards.core.schema import (
     in_order,
 )
 from shardline.shards.index import gpu
-from shardline.shards.index.layers import layers_of
+from shardline.shards.index.layers import Layers, layers_of
 from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
 from shardline.shards.index.template import FP16_MAX, keeps_fp16, read_index
@@ -135,6 +135,11 @@ class MainIndex:
             ConfigError: device is cuda and there is none.
         """
         return cls(read_index(path), metric=metric, defaults=defaults, device=device)
+
+    @property
+    def layers(self) -> Layers:
+        """Of the index on the CPU; nobody else may change it."""
+        return self._layers
 
     @property
     def bytes_per_vector(self) -> float:

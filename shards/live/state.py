@@ -105,7 +105,7 @@ class ShardState:
             return found, self.main.reconstruct(rows)
         vectors = np.empty((len(found), self.main.dim), np.float32)
         vectors[in_main] = self.main.reconstruct(rows[in_main])
-        vectors[~in_main] = self.delta.vectors[rows[~in_main]]
+        vectors[~in_main] = self.delta.vectors_of(rows[~in_main])
         return found, vectors
 
     def attributes_of(
