@@ -86,8 +86,8 @@ def sum_config(pooling: str = "mean", own: bool = True, **changes: Any) -> Train
 
 
 def wide_dataset(folder: Path) -> Dataset:
-    """The rich dataset whose items also have a time and a boolean; some of each, and prices, are
-    missing."""
+    """The rich dataset whose items also have a column of every other type; some values of each, and
+    of prices, are missing."""
     rich = rich_dataset(folder)
     rng = np.random.default_rng(11)
 
@@ -100,6 +100,8 @@ def wide_dataset(folder: Path) -> Dataset:
         "released": pa.array(gaps((seconds * 1_000_000 + 250).tolist()), pa.timestamp("us")),
         "adult": pa.array(gaps((rng.random(NUM_ITEMS) < 0.5).tolist())),
         "year": pa.array(gaps(rng.integers(1950, 2000, NUM_ITEMS).tolist())),
+        "brand": pa.array(gaps(rng.choice(WORDS, NUM_ITEMS).tolist())).dictionary_encode(),
+        "codes": pa.array(gaps([rng.integers(0, 9, n % 4).tolist() for n in range(NUM_ITEMS)])),
     }.items():
         items = items.append_column(name, values)
     prices = pa.array(gaps(items["price"].to_pylist()))
@@ -116,5 +118,7 @@ def wide_config(pooling: str = "attention", **changes: Any) -> TrainingConfig:
         {"kind": "numeric", "column": "released", "log": True, "cycles": ["week", "year"]},
         {"kind": "numeric", "column": "attribute_vector"},
         {"kind": "numeric", "column": "year"},
+        {"kind": "categorical", "column": "brand", "dim": 3},
+        {"kind": "multi_valued", "column": "codes", "dim": 3, "max_length": 2},
     )
     return tiny_config(towers=towers, **changes)

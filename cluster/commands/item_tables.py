@@ -82,7 +82,7 @@ class ItemTable:
         others = [name for name in names if name != id_name and name not in kinds]
         for row, batch in self._record_batches(names):
             yield ItemBatch(
-                item_ids=self._ids(batch.column(id_name), f"{id_name}", row),
+                item_ids=self._ids(batch.column(id_name), id_name, row),
                 features={n: self._values(batch.column(n), n, row, kinds[n]) for n in kinds},
                 attributes={name: batch.column(name).to_pylist() for name in others},
             )

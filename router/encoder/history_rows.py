@@ -68,9 +68,10 @@ class StoredRows:
 
     def newest(self, item_ids: IdArray, limit: int, new_items: NewItems | None = None) -> PastItems:
         places, is_known = places_of(item_ids, self._ids)
-        if new_items is not None and not is_known[-limit:].all():
+        known = places[is_known]
+        if new_items is not None and len(known) < len(item_ids):
             return self._with_new(item_ids, limit, places, is_known, new_items)
-        return self._stored(places[is_known][-limit:])
+        return self._stored(known[-limit:])
 
     def _stored(self, known: IdArray) -> PastItems:
         scores = None if self._scores is None else self._scores.take(known)

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from shardline.shards.core.schema import FloatArray, IdArray
 
 PRESENT_S = 30.0
-ABSENT_S = 2.0  # of an id that no shard has, or that says nothing; most are of deleted items
+# Of an id that no shard has, or that says nothing. Most are of items deleted long ago, which would
+# cost every query a question to the shards; an id is seldom in a history before its item is written
+ABSENT_S = 10.0
 CACHE_BYTES = 16 << 20
 ENTRY_BYTES = 400  # of an entry besides the row's numbers: keys, tuples and the array's head
 

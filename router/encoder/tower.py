@@ -20,6 +20,8 @@ from shardline.shards.core.schema import FloatArray
 
 NORM_EPSILON = np.float32(1e-5)  # torch.nn.LayerNorm's default, which training uses
 
+MAX_SHOWN = 100  # characters of an unknown feature's name in an error
+
 # How an error names a value: its row, its feature ("" for the whole row), where inside the value
 FieldOf: TypeAlias = Callable[[int, str, str], str]
 
@@ -109,7 +111,7 @@ class ExportedTower:
         if unknown:
             raise InvalidInput(
                 "unknown feature",
-                field=field_of(row, unknown[0], ""),
+                field=field_of(row, str(unknown[0])[:MAX_SHOWN], ""),
                 expected=f"one of {expected}",
             )
         missing = next(name for name in sorted(self.names) if name not in features)

@@ -56,39 +56,7 @@ def decode_upsert(
     timeout_ms = write_timeout_ms(config, parsed.timeout_ms)
     if parsed.items is not None:
         return _of_items(parsed.items, timeout_ms, parsed.model_version)
-    item_ids = to_ids(parsed.item_ids, "item_ids", MAX_WRITE_ITEMS, "items")
-    count = _check_count("item_ids", len(item_ids))
-    attributes = attribute_columns({} if parsed.attributes is None else parsed.attributes, count)
-    if (parsed.vectors is None) == (parsed.features is None):
-        raise InvalidInput(
-            "one of vectors and features is needed",
-            field="vectors",
-            expected="a row per item, or features instead",
-            got="none" if parsed.vectors is None else "both",
-        )
-    if parsed.features is not None:
-        return Upserts(
-            item_ids=item_ids,
-            features=feature_columns(parsed.features, count),
-            attributes=attributes,
-            timeout_ms=timeout_ms,
-            model_version=parsed.model_version,
-        )
-    vectors = to_matrix(parsed.vectors, "vectors", MAX_WRITE_ITEMS, "items")
-    if len(vectors) != count:
-        raise InvalidInput(
-            "not as many vectors as ids",
-            field="vectors",
-            expected=f"{count} rows, as item_ids has",
-            got=f"{len(vectors)} rows",
-        )
-    return Upserts(
-        item_ids=item_ids,
-        vectors=vectors,
-        attributes=attributes,
-        timeout_ms=timeout_ms,
-        model_version=parsed.model_version,
-    )
+    return _of_columns(parsed, timeout_ms)
 
 
 def decode_delete(
@@ -153,6 +121,39 @@ def _check_count(field: str, count: int) -> int:
             hint="send them in several requests",
         )
     return count
+
+
+def _of_columns(parsed: UpsertBody, timeout_ms: float) -> Upserts:
+    item_ids = to_ids(parsed.item_ids, "item_ids", MAX_WRITE_ITEMS, "items")
+    count = _check_count("item_ids", len(item_ids))
+    attributes = attribute_columns({} if parsed.attributes is None else parsed.attributes, count)
+    if (parsed.vectors is None) == (parsed.features is None):
+        raise InvalidInput(
+            "one of vectors and features is needed",
+            field="vectors",
+            expected="a row per item, or features instead",
+            got="none" if parsed.vectors is None else "both",
+        )
+    vectors = features = None
+    if parsed.features is not None:
+        features = feature_columns(parsed.features, count)
+    else:
+        vectors = to_matrix(parsed.vectors, "vectors", MAX_WRITE_ITEMS, "items")
+        if len(vectors) != count:
+            raise InvalidInput(
+                "not as many vectors as ids",
+                field="vectors",
+                expected=f"{count} rows, as item_ids has",
+                got=f"{len(vectors)} rows",
+            )
+    return Upserts(
+        item_ids=item_ids,
+        vectors=vectors,
+        features=features,
+        attributes=attributes,
+        timeout_ms=timeout_ms,
+        model_version=parsed.model_version,
+    )
 
 
 def _of_items(items: Any, timeout_ms: float, model_version: str | None) -> Upserts:

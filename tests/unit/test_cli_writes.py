@@ -123,6 +123,18 @@ def test_items_without_vectors_are_written_by_features(
     }
 
 
+def test_a_cluster_without_an_item_encoder_needs_vectors(
+    run: Run, router: LiveRouter, tmp_path: Path
+) -> None:
+    router.service._fanout.snapshot.items = None
+    (tmp_path / "new.csv").write_text("item_id,category\n70,film\n")
+    code, _, err = run("upsert", str(tmp_path / "new.csv"))
+    told = " ".join(err.split())
+    assert code == 3
+    assert "new.csv: embedding | emb | vector: no such column; got item_id, category" in told
+    assert "the cluster has no item encoder" in told
+
+
 def test_features_that_do_not_fit_name_column_and_item(
     run: Run, router: LiveRouter, tmp_path: Path
 ) -> None:

@@ -419,18 +419,22 @@ async def test_a_damaged_encoder_keeps_no_controller_from_coming_back(
 ) -> None:
     store = Store(tmp_path)
     folder = store.generation(1)
-    build_generation(folder, VECTORS, IDS, SHARDS, kind="flat", query_encoder={CONFIG: b"{}"})
+    encoders = {"query_encoder": {CONFIG: b"{}"}, "item_encoder": {CONFIG: b"[]"}}
+    build_generation(folder, VECTORS, IDS, SHARDS, kind="flat", **encoders)
     store.set_current(1)
     checksum = files.sha256_of(folder / "query_encoder" / CONFIG)
     (folder / "query_encoder" / CONFIG).write_bytes(b"}{")
     async with running(store) as controller:
         table = await register(controller, 1)
     assert table.encoder_checksum == checksum, "the manifest's, which routers compare with"
+    of_items = files.sha256_of(folder / "item_encoder" / CONFIG)
+    assert table.item_encoder_checksum == of_items != checksum
 
 
 async def test_a_generation_without_an_encoder_has_no_checksum_of_one(store: Store) -> None:
     async with running(store) as controller:
-        assert (await register(controller, 57)).encoder_checksum is None
+        table = await register(controller, 57)
+        assert table.encoder_checksum is table.item_encoder_checksum is None
 
 
 def test_a_restarted_controller_waits_for_what_it_is_to_serve(

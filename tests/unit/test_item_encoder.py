@@ -141,6 +141,8 @@ def test_features_are_named_without_the_id(trained: Exported) -> None:
         "released": "numeric",
         "attribute_vector": "numeric",
         "year": "numeric",
+        "brand": "categorical",
+        "codes": "multi_valued",
     }
     assert encoder.model_version == trained.embeddings.model_version
 
