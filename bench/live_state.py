@@ -43,7 +43,7 @@ NLIST = 2048  # what a build chooses for the million rows of four such shards
 PARAMS = SearchParams(nprobe=16)
 DELTAS = (1_000, 5_000, 12_500)
 HIDDEN = (0.01, 0.05)  # of the rows
-BATCH = 64
+FEW, BATCH = 4, 64  # queries at once: as a busy router sends them, and as batch jobs do
 QUERIES = 512
 ROUNDS = 12
 RECORD_ROWS = 100
@@ -103,7 +103,7 @@ def time_searches(
         parts = [queries[at : at + width] for at in range(0, len(queries), width)]
         return lambda state: [timed(state, part) for part in parts]
 
-    asked = {"single": asked_by(1), "batch": asked_by(BATCH)}
+    asked = {"single": asked_by(1), "few": asked_by(FEW), "batch": asked_by(BATCH)}
     found: dict[str, dict[str, float]] = {name: {} for name in states}
     for kind, ask in asked.items():
         samples: dict[str, list[float]] = {name: [] for name in states}
@@ -201,10 +201,11 @@ def main(rows: int, rounds: int, folder: Path, report: Path | None) -> None:
     click.echo(f"numpy {np.__version__}, {platform.machine()}, {rows:,} x {DIM}, k {K}, {PARAMS}")
     memory = bytes_per_row(base, new)
     searches = time_searches(states_of(base, new), queries, rounds)
-    click.echo("search                  one, us  of none  64, us    of none")
+    click.echo("search                  one, us  of none  4, us    of none  64, us    of none")
     for name, line in searches.items():
         click.echo(
             f"{name:<23} {line['single_us']:<8.1f} {line['single_ratio']:<8.3f} "
+            f"{line['few_us']:<8.1f} {line['few_ratio']:<8.3f} "
             f"{line['batch_us']:<9.0f} {line['batch_ratio']:.3f}"
         )
     applies, tiers = time_apply(base, new), time_second_tier(folder, new, queries)

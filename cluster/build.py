@@ -170,6 +170,7 @@ def fill_generation(
             "build_seconds": round(seconds, 2),
             "rows_per_second": round(corpus.rows / seconds),
         },
+        cut=corpus.cut,
     )
     write_generation(staging, manifest)
     return manifest

@@ -42,6 +42,7 @@ from shardline.router.query import (
     SearchAnswer,
 )
 from shardline.router.readiness import Readiness
+from shardline.router.recall_watch import RecallWatch
 from shardline.router.router_config import RouterConfig
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
@@ -94,12 +95,16 @@ class SearchService:
     ) -> None:
         self.config = config
         self.recorder = Recorder()
-        self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
+        rng = rng or random.Random()
+        self._fanout = Fanout(secret, config, rng, self.recorder)
+        self.watch = RecallWatch(self._fanout, self.recorder, config.watch_interval_s, rng)
         self._encoders = EncoderLoader(load_encoder, "query encoder")
         self._item_encoders = EncoderLoader(load_items, "item encoder")
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
         # why the controller publishes no newer table; None: nothing hinders it
         self.controller_trouble: Absence | None = None
+        # what the index needs, by what the controller has heard of all routers and shards
+        self.repairs: tuple[Absence, ...] = ()
         # around bodies that come in pieces: slow ones must not count as requests in flight
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
@@ -145,6 +150,7 @@ class SearchService:
         return not any(isinstance(each, UnusableEncoder) for each in (encoder, items))
 
     async def close(self) -> None:
+        await self.watch.close()
         await self._fanout.close()
         await self._readiness.ended()
 
@@ -200,6 +206,7 @@ class SearchService:
             reasons=reasons,
             request_id=request_id,
             returned=returned,
+            others_share=merged.others_share if query.options.background else None,
         )
 
     def count_rejected(self, error: ShardlineError) -> None:
@@ -294,8 +301,11 @@ class SearchService:
             if self.controller_trouble is not None:
                 trouble = {"about": "controller", **asdict(self.controller_trouble)}
                 described["warnings"].append(trouble)
+            quality = self.watch.quality()
             return {
                 **described,
+                "quality": None if quality is None else asdict(quality),
+                "repairs": [asdict(repair) for repair in self.repairs],
                 "in_flight": self._in_flight.taken,
                 "cache": asdict(self._cache.stats) if self._cache.enabled else None,
             }
@@ -307,6 +317,7 @@ class SearchService:
         recorder.set(CACHE_BYTES, stats.bytes)
         recorder.total(CACHE_HITS, stats.hits)
         recorder.total(CACHE_MISSES, stats.misses)
+        self.watch.refresh_metrics()
         if snapshot is not None:
             recorder.set(GENERATION, snapshot.table.generation)
             recorder.set(SHARDS_CONNECTED, snapshot.connected_shards)
@@ -413,7 +424,9 @@ class SearchService:
         freshness = self._freshness
         # a query that began before another generation went live is answered by the old one's shards
         is_current = freshness.generation == snapshot.table.generation
-        if self._cache.enabled and is_current:
+        # the many answers of a background search would push out those that others ask for again
+        is_cached = self._cache.enabled and is_current and not query.options.background
+        if is_cached:
             asked_at = asyncio.get_running_loop().time()
             key = cache_key(snapshot.table.generation, vectors, k, query)
             merged = self._cache.get(key, freshness.seq_at(asked_at))
@@ -426,7 +439,8 @@ class SearchService:
                 options=query.options,
             )
             merged = await self._fanout.search(vectors, lane, deadline=deadline)
-            if self._cache.enabled and is_current:
+            self.watch.offer(lane, vectors, merged)
+            if is_cached:
                 is_newest = freshness.heard(merged.seq, asked_at)
                 if is_newest and freshness is self._freshness:  # else another generation is live
                     self._cache.put(key, merged)

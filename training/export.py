@@ -78,6 +78,7 @@ def export(
         dim=model.dim,
         metric=metric_of(exponent),
         created_at=created_at,
+        cut=dataset.cut,
     ) as writer:
         for name in (QUERY_ENCODER_FOLDER, ITEM_ENCODER_FOLDER):
             (writer.folder / name).mkdir()

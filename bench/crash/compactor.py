@@ -130,7 +130,7 @@ def trapped(order: Order | None) -> Iterator[None]:
         (os, "fsync"): step(os.fsync, "sync.file"),
     }
     for name, place in (
-        ("build_shard_index", "build.index"),
+        ("build_compacted_index", "build.index"),
         ("write_item_ids", "write.ids"),
         ("write_attributes", "write.attributes"),
         ("write_main", "write.manifest"),

@@ -138,24 +138,39 @@ async def start_mirror(order: MirrorOrder, digest: str) -> RunningMirror:
     """The mirror of the cluster with this digest: the one that runs, if it is between the same two
     generations, or a new one. There are never two: one in each direction would go round in a
     circle, and undo newer writes."""
-    name = f"{MIRROR_PREFIX}{digest}"
-    while True:
-        try:
-            running = ray.get_actor(name)
-        except ValueError:
+    while (running := await end_mirror(digest, but=(order.source, order.target))) is None:
+        if await asyncio.to_thread(_existing, digest) is None:
             break
-        with suppress(RayError, TimeoutError):
-            async with asyncio.timeout(ANSWER_S):
-                if await running.between.remote() == (order.source, order.target):
-                    return RunningMirror(running)
-        await RunningMirror(running).stop()
         await asyncio.sleep(END_LOOK_S)
+    if running is not None:
+        return running
     actor = ray.remote(MirrorActor).options(
-        name=name,
+        name=f"{MIRROR_PREFIX}{digest}",
         lifetime="detached",
         max_restarts=-1,
         max_task_retries=-1,
         max_concurrency=100,
         num_cpus=0,
     )
-    return RunningMirror(actor.remote(order))
+    return RunningMirror(await asyncio.to_thread(actor.remote, order))
+
+
+async def end_mirror(digest: str, but: tuple[int, int] | None) -> RunningMirror | None:
+    """Ends the mirror of the cluster with this digest, unless it is between these generations,
+    from the first to the second; that one, if it runs."""
+    running = await asyncio.to_thread(_existing, digest)  # blocks while Ray's head is away
+    if running is None:
+        return None
+    if but is not None:
+        with suppress(RayError, TimeoutError):
+            async with asyncio.timeout(ANSWER_S):
+                if await running.between.remote() == but:
+                    return RunningMirror(running)
+    await RunningMirror(running).stop()
+    return None
+
+
+def _existing(digest: str) -> "ActorHandle[Any] | None":
+    with suppress(ValueError):
+        return ray.get_actor(f"{MIRROR_PREFIX}{digest}")
+    return None

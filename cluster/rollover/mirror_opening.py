@@ -8,7 +8,7 @@ from typing import Any
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
 from shardline.cluster.rollover.mirror_plan import ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
-from shardline.cluster.rollover.replayed_note import Cut, read_note, start_of
+from shardline.cluster.rollover.replayed_note import read_note, start_of
 from shardline.cluster.store import Store
 from shardline.router.encoder.item_encoder import ItemEncoder as Tower
 from shardline.router.fanout.snapshot import load_item_encoder
@@ -18,6 +18,7 @@ from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_attributes,

@@ -16,6 +16,7 @@ from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, Unreplayed
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.small_files import read_json
+from shardline.shards.storage.cut import Cut
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +36,6 @@ class Replayed:
     sending: tuple[int, ...]
     rows: int = 0
     unreplayed: Unreplayed = NONE_UNREPLAYED
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """Of each shard of a generation, how many of its writes something contains."""
-
-    generation: int
-    seqs: tuple[int, ...]
 
 
 def note_path(live: Path) -> Path:

@@ -21,6 +21,7 @@ MAX_WRITTEN_ROWS = 4096  # of one write to one shard
 # Of the writes under way on one connection, which a single one may exceed: more are refused.
 WRITE_ROOM_BYTES = 8 << 20
 MAX_WRITE_KEY_BYTES = 128
+MAX_SERVED_AT_ONCE = 16  # queries of one announcement of a router
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,10 +69,14 @@ class SearchOptions:
     (``SearchBody`` describes it). Values must be hashable.
 
     min_seq: of each shard, by its number, how many writes it must have applied to answer; empty
-    for any number.
+    for any number. background: nobody waits for it, a batch job's say: a shard searches it while
+    no other search waits. exact: every row is scored with the best vector that the shard stores of
+    it, at low priority; the parameters say nothing then.
     """
 
     min_seq: tuple[int, ...] = ()
+    background: bool = False
+    exact: bool = False
 
 
 NO_OPTIONS = SearchOptions()
@@ -97,6 +102,8 @@ class SearchReply:
     """The k best rows of each query; rows: live rows searched; search_ms: milliseconds it took.
 
     generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
+    others_share, of a background search: the share of the last seconds in which the shard searched
+    for others; 0 if nobody else asked.
     """
 
     ranked: Ranked
@@ -104,6 +111,7 @@ class SearchReply:
     generation: int
     seq: int
     search_ms: float
+    others_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,18 +263,35 @@ class Absence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardHealth:
+    """What the writes to a shard have made of its index.
+
+    rows: that may come back. changed: rows written, and rows hidden, since its main index was made.
+    unseen: rows of items that the generation was built without. imbalance: of the inverted lists
+    of the main index, 1 where all are of one length; None: it has none.
+    """
+
+    rows: int
+    changed: int
+    unseen: int
+    imbalance: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pulse:
     """A sign of life of a shard's process.
 
     seq: the writes that it has applied. leads: the epoch with which it takes the writes of its
     shard; None: it does not, because it was not asked to or its log has a higher epoch by now.
-    refused: why it takes none at present though it leads; it tries to by itself.
+    refused: why it takes none at present though it leads; it tries to by itself. health: None: not
+    known yet.
     """
 
     pid: int
     seq: int
     leads: int | None = None
     refused: Absence | None = None
+    health: ShardHealth | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +304,34 @@ class RouterSeen:
     host: str
     node_id: str
     pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """recall@k of ``queries`` served queries of a generation, against exact answers; since: Unix
+    seconds of the oldest; k: the median of what they asked for."""
+
+    generation: int
+    recall: float
+    queries: int
+    k: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServedQueries:
+    """Vectors (n, dim) float32 as shards were asked with, n <= MAX_SERVED_AT_ONCE."""
+
+    model_version: str
+    vectors: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RouterNews:
+    """What a router has found since its last announcement. None: nothing."""
+
+    quality: Quality | None = None
+    served: ServedQueries | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,6 +112,14 @@ def build_shard_index(
     HNSW links depend on the order in which threads insert: only one thread gives the same graph
     twice. Every other kind is deterministic.
 
+    Raises: as ``filled``.
+    """
+    write_index(filled(template, blocks, threads=threads).whole, out)
+
+
+def filled(template: Path, blocks: Iterable[FloatArray], *, threads: int) -> Layers:
+    """What ``build_shard_index`` writes.
+
     Raises:
         CorruptFile: the template cannot be read.
         InvalidInput: a vector overflows fp16 copies.
@@ -129,7 +137,7 @@ def build_shard_index(
                 hint="set index.rerank to fp32",
             )
         layers.whole.add(block)
-    write_index(layers.whole, out)
+    return layers
 
 
 def _set_up(layers: Layers, resolved: ResolvedIndex, seed: int, rows: int) -> None:

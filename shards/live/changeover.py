@@ -62,15 +62,17 @@ class Changeover:
         main_seq: int,
         config: LiveConfig | None = None,
         start: Callable[[Path, int, int], Running] = compaction_process,
+        prepare: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """main_seq: of the main index in use, 0 for the generation's own."""
+        """main_seq: of the main index in use, 0 for the generation's own. prepare: called when a
+        newer one has been loaded, before it is searched, in the thread that loads."""
         self.main_seq = main_seq
         self.trouble: str | None = None  # why the newest compaction or change failed
         self._generation, self._shard = generation, shard
         self._live = live_folder(generation, shard)
         self._config = config or LiveConfig()
-        self._start, self._clock = start, clock
+        self._start, self._prepare, self._clock = start, prepare, clock
         self._running: Running | None = None
         self._newest = main_seq  # of the main indexes on disk, when they were last looked at
         self._not_before = self._looked_at = -float("inf")
@@ -131,6 +133,7 @@ class Changeover:
             hidden=state.hidden,
             rows=state.main.rows,
             writes=state.seq - self.main_seq,
+            shard=self._shard,
         )
 
     def _see_process(self, now: float) -> None:
@@ -153,7 +156,9 @@ class Changeover:
     def _load(self) -> None:
         try:
             manifest = read_generation(self._generation)
-            self._loaded = load_caught_up(self._generation, manifest, self._shard)
+            loaded = load_caught_up(self._generation, manifest, self._shard)
+            self._prepare()
+            self._loaded = loaded
         except Exception as error:  # whatever is wrong with the new one, the old one serves on
             self.trouble = f"the newest main index cannot be used: {error}"
             logger.exception("shard %d: the newest main index cannot be used", self._shard)

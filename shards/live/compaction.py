@@ -4,15 +4,15 @@
 
 A function of files: it reads the newest main index and the log, and writes ``main-<seq>``
 (``mains``), seq being the last write that it has read. The template is not trained again: codes
-mean what they mean in every other shard. Whoever serves the shard goes on meanwhile, in a process
-of its own, and changes over when the folder is complete (``changeover``).
+mean what they mean in every other shard, and those of rows that stay are copied. Whoever serves the
+shard goes on meanwhile, in a process of its own, and changes over when the folder is complete
+(``changeover``).
 """
 
 import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,9 @@ import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput, ShardlineError
 from shardline.shards.core.files import remove_abandoned, staged_folder
-from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.shards.core.schema import IdArray
+from shardline.shards.index.compacted import NEW, build_compacted_index
 from shardline.shards.index.spec import Device
-from shardline.shards.index.template import ADD_BLOCK_ROWS, build_shard_index
 from shardline.shards.live.attributes import written_table
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_caught_up
@@ -52,14 +52,24 @@ class Compacted:
     rows: int
 
 
+@dataclass(frozen=True, slots=True)
+class LiveRows:
+    """Live items (n,) int64, ascending; the row of each in main (n,) or, where ``in_main`` (n,) is
+    False, in the delta."""
+
+    item_ids: IdArray
+    rows: IdArray
+    in_main: np.ndarray
+
+
 def compact(
     generation: Path, shard: int, *, until: int | None = None, threads: int = 1
 ) -> Compacted:
     """Writes ``main-<seq>`` of a shard, of all that is in its log now; ``until``: the last write
     that has been acknowledged, beyond which nothing of the log is certain to stay.
 
-    Holds the shard's index, the new one, the vectors of ADD_BLOCK_ROWS rows and all attributes in
-    memory. Works on the CPU, whatever the shard is served from.
+    Holds the shard's index, the new one, the delta and all attributes in memory. Works on the CPU,
+    whatever the shard is served from.
 
     Raises:
         InvalidInput: no row is left: an index needs one.
@@ -69,7 +79,7 @@ def compact(
     live = live_folder(generation, shard)
     loaded = load_caught_up(generation, manifest, shard, device=Device.CPU, until=until)
     state = loaded.state
-    rows = _rows_in_order(state)
+    rows = live_rows(state)
     if not len(rows.item_ids):
         raise InvalidInput("every item of the shard is deleted: nothing to index")
     if state.seq in compacted_seqs(live):
@@ -90,15 +100,14 @@ def _write(
     generation: Path,
     manifest: GenerationManifest,
     loaded: Loaded,
-    rows: "_Rows",
+    rows: LiveRows,
     *,
     shard: int,
     threads: int,
 ) -> None:
     """All files of a main index, the manifest last."""
     state, item_ids = loaded.state, rows.item_ids
-    template, vectors = generation / TEMPLATE_NAME, _vectors(state, item_ids)
-    build_shard_index(template, vectors, folder / INDEX_NAME, threads=threads)
+    write_index_of(state, rows, generation / TEMPLATE_NAME, folder / INDEX_NAME, threads=threads)
     write_item_ids(folder / ITEM_IDS_NAME, item_ids)
     write_attributes(folder / ATTRIBUTES_NAME, _attributes(state, rows))
     (folder / KEYS_NAME).write_bytes(loaded.keys.pack())
@@ -111,17 +120,7 @@ def _write(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Live items (n,) int64, ascending; the row of each in main (n,) or, where ``in_main`` (n,) is
-    False, in the delta."""
-
-    item_ids: IdArray
-    rows: IdArray
-    in_main: np.ndarray
-
-
-def _rows_in_order(state: ShardState) -> _Rows:
+def live_rows(state: ShardState) -> LiveRows:
     kept = np.arange(state.main.rows)
     if state.selection is not None:
         kept = np.flatnonzero(state.selection.live)
@@ -130,17 +129,22 @@ def _rows_in_order(state: ShardState) -> _Rows:
     rows = np.concatenate((kept, delta.rows_of_ids))
     in_main = np.arange(len(rows)) < len(kept)
     order = np.argsort(item_ids, kind="stable")
-    return _Rows(item_ids[order], rows[order], in_main[order])
+    return LiveRows(item_ids[order], rows[order], in_main[order])
 
 
-def _vectors(state: ShardState, item_ids: IdArray) -> Iterator[FloatArray]:
-    for start in range(0, len(item_ids), ADD_BLOCK_ROWS):
-        found, vectors = state.fetch(item_ids[start : start + ADD_BLOCK_ROWS])
-        assert len(found) == len(item_ids[start : start + ADD_BLOCK_ROWS])
-        yield vectors
+def write_index_of(
+    state: ShardState, rows: LiveRows, template: Path, out: Path, *, threads: int
+) -> None:
+    """Writes the index of ``rows`` of a state, in their order.
+
+    Raises: as ``build_compacted_index``.
+    """
+    source = np.where(rows.in_main, rows.rows, NEW)
+    new = state.delta.vectors_of(rows.rows[~rows.in_main])
+    build_compacted_index(template, state.main, source, new, out, threads=threads)
 
 
-def _attributes(state: ShardState, rows: _Rows) -> pa.Table:
+def _attributes(state: ShardState, rows: LiveRows) -> pa.Table:
     """The columns of ``rows``, in their order; none where the shard has no attributes."""
     stored = state.attributes.table
     if stored is None:

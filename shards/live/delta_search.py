@@ -18,11 +18,13 @@ from shardline.shards.core.schema import (
 )
 from shardline.shards.live.delta import Delta
 
-# of a batch, so many scores are made at once: with the vectors they fit a core's cache
-BLOCK_QUERIES, BLOCK_ROWS = 128, 1024
+# Of a batch so many at once, and so many scores: these fit a core's cache beside a tile.
+BLOCK_QUERIES, BLOCK_SCORES = 128, 1 << 17
+PRODUCT_QUERIES = 8  # in one product of matrices: see TILE_ROWS
 # Entering rows are collected up to so many per query. More enter only while answers have empty
 # slots; merged early, they raise what the next rows have to reach.
 COLLECTED = 64
+SINGLY = 8  # answers that change: up to so many are merged one by one
 COMPARED = 1 << 22  # pairs of an entering row and a result that are compared at once
 DIFFERENCES = 1 << 20  # numbers of which squared distances are made at once
 EPSILON = float(np.finfo(np.float32).eps)
@@ -38,49 +40,53 @@ def enter_delta(delta: Delta, queries: FloatArray, ranked: Ranked) -> Ranked:
     with np.errstate(over="ignore", invalid="ignore"):  # as faiss: a score may be infinite
         if len(queries) == 1:
             return _enter_one(delta, queries[0], ranked)
+        if len(queries) <= BLOCK_QUERIES:
+            return _enter_block(delta, queries, ranked)
         parts = []
         for start in range(0, len(queries), BLOCK_QUERIES):
             part = slice(start, start + BLOCK_QUERIES)
             parts.append(_enter_block(delta, queries[part], ranked.rows(part)))
-    if len(parts) == 1:
-        return parts[0]
     return Ranked(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 def _enter_one(delta: Delta, query: FloatArray, ranked: Ranked) -> Ranked:
     """As ``enter_delta`` for query (dim,) and ranked (1, k)."""
-    ids, scores = ranked.ids[0], ranked.scores[0]
-    rows, theirs = _reaching(delta, query, float(scores[-1]))
+    rows, theirs = _reaching(delta, query, ranked.scores[0, -1])
     if not rows.size:
         return ranked
-    one = _merge_one(ids, scores, delta.item_ids[rows], theirs)
+    one = _merge_one(ranked.ids[0], ranked.scores[0], delta.item_ids[rows], theirs)
     return Ranked(one.ids[None], one.scores[None])
 
 
-def _reaching(delta: Delta, query: FloatArray, least: float) -> tuple[IdArray, FloatArray]:
+def _reaching(delta: Delta, query: FloatArray, least: np.float32) -> tuple[IdArray, FloatArray]:
     """Live rows that score ``least`` or more for query (dim,), and their scores."""
-    scores: FloatArray = np.dot(delta.vectors, query)
     if delta.metric is Metric.L2:
-        _, rows, distances = _near(delta, query[None], slice(0, delta.rows), scores[None], least)
-        return rows, distances
-    (rows,) = (scores >= least).nonzero()
-    if not rows.size:
-        return rows, scores[:0]
-    rows = _live(delta, rows)
+        memory = np.empty((len(delta.tiles), 1, delta.buffer.tile_rows), np.float32)
+        _, rows, theirs = _tiles_reaching(delta, query[None], 0, memory, np.array([least]))
+        return rows, theirs
+    tile_rows = delta.buffer.tile_rows
+    scores: FloatArray = np.empty(len(delta.tiles) * tile_rows, np.float32)
+    for number, tile in enumerate(delta.tiles):
+        np.dot(query, tile, out=scores[number * tile_rows : (number + 1) * tile_rows])
+    (rows,) = (scores[: delta.rows] >= least).nonzero()
+    if delta.num_live < delta.rows:
+        rows = rows[delta.live[rows]]
     return rows, scores[rows]
 
 
 def _enter_block(delta: Delta, queries: FloatArray, ranked: Ranked) -> Ranked:
     """As ``enter_delta``, for a few queries."""
-    memory = np.empty(len(queries) * min(BLOCK_ROWS, delta.rows), np.float32)
+    tile_rows, tiles = delta.buffer.tile_rows, len(delta.tiles)
+    step = max(1, BLOCK_SCORES // (len(queries) * tile_rows))
+    memory = np.empty((min(step, tiles), len(queries), tile_rows), np.float32)
     collected: list[tuple[IdArray, IdArray, FloatArray]] = []
     count = 0
-    for start in range(0, delta.rows, BLOCK_ROWS):
-        part = slice(start, min(start + BLOCK_ROWS, delta.rows))
-        at, rows, scores = _block_reaching(delta, queries, part, ranked.scores[:, -1], memory)
+    for first in range(0, tiles, step):
+        scores = memory[: min(step, tiles - first)]
+        at, rows, theirs = _tiles_reaching(delta, queries, first, scores, ranked.scores[:, -1])
         if not rows.size:
             continue
-        collected.append((at, delta.item_ids[rows], scores))
+        collected.append((at, delta.item_ids[rows], theirs))
         count += rows.size
         if count > COLLECTED * len(queries):
             ranked = _merge(ranked, *_joined(collected))
@@ -92,65 +98,77 @@ def _enter_block(delta: Delta, queries: FloatArray, ranked: Ranked) -> Ranked:
 def _joined(
     parts: list[tuple[IdArray, IdArray, FloatArray]],
 ) -> tuple[IdArray, IdArray, FloatArray]:
+    if len(parts) == 1:
+        return parts[0]
     at, ids, scores = (np.concatenate(each) for each in zip(*parts, strict=True))
     return at, ids, scores
 
 
-def _block_reaching(
-    delta: Delta, queries: FloatArray, part: slice, least: FloatArray, memory: FloatArray
+def _tiles_reaching(
+    delta: Delta, queries: FloatArray, first: int, scores: FloatArray, least: FloatArray
 ) -> tuple[IdArray, IdArray, FloatArray]:
-    """Of some rows the pairs that reach least (n,): queries (m,), rows (m,), scores (m,)."""
-    shape = len(queries), part.stop - part.start
-    scores = memory[: shape[0] * shape[1]].reshape(shape)
-    np.dot(queries, delta.vectors[part].T, out=scores)
+    """Of some tiles the pairs that reach least (n,): queries (m,), rows (m,), scores (m,).
+
+    scores (tiles, n, rows per tile) is memory to work in.
+    """
+    for number, of_tile in enumerate(scores, first):
+        _multiply(queries, delta.tiles[number], delta.rows - number * scores.shape[2], of_tile)
     if delta.metric is Metric.L2:
-        return _near(delta, queries, part, scores, least)
-    at, rows = _live_pairs(delta, scores >= least[:, None], part)
-    return at, rows, scores[at, rows - part.start]
+        return _near(delta, queries, first, scores, least)
+    at, rows, which = _live_pairs(delta, first, scores >= least[:, None])
+    return at, rows, scores.reshape(-1)[which]
+
+
+def _multiply(queries: FloatArray, tile: FloatArray, rows: int, scores: FloatArray) -> None:
+    """Fills scores (n, rows per tile); nan behind the tile's last row."""
+    for start in range(0, len(queries), PRODUCT_QUERIES):
+        some = slice(start, start + PRODUCT_QUERIES)
+        np.dot(queries[some], tile, out=scores[some])  # of a part of a tile numpy makes a copy
+    scores[:, rows:] = np.nan
 
 
 def _near(
-    delta: Delta,
-    queries: FloatArray,
-    part: slice,
-    products: FloatArray,
-    least: FloatArray | float,
+    delta: Delta, queries: FloatArray, first: int, products: FloatArray, least: FloatArray
 ) -> tuple[IdArray, IdArray, FloatArray]:
-    """As ``_block_reaching`` for l2, of products (n, rows of ``part``), which are overwritten.
+    """As ``_tiles_reaching`` for l2, of products (tiles, n, rows per tile), which are overwritten.
 
     A squared distance from a product and two squares is off by their rounding. So pairs that come
     near ``least`` are found by it, and their distances made of differences, as faiss does: a copy
     of a query has distance zero.
     """
+    tiles, _, tile_rows = products.shape
     squares = np.vecdot(queries, queries)
     margins = 4 * queries.shape[1] * EPSILON * (squares + delta.largest)
     products *= 2
-    products -= delta.squares[part]
+    theirs = delta.buffer.squares[first * tile_rows : (first + tiles) * tile_rows]
+    products -= theirs.reshape(tiles, 1, tile_rows)
     reaches = products >= (least + squares - margins)[:, None]
-    reaches[squares + delta.largest > LARGEST] = True
-    at, rows = _live_pairs(delta, reaches, part)
+    reaches[:, squares + delta.largest > LARGEST] = True
+    at, rows, _ = _live_pairs(delta, first, reaches)
     distances = np.empty(len(at), np.float32)
     step = max(1, DIFFERENCES // queries.shape[1])
     for start in range(0, len(at), step):
         some = slice(start, start + step)
-        away = delta.vectors[rows[some]] - queries[at[some]]
+        away = delta.vectors_of(rows[some]) - queries[at[some]]
         distances[some] = -np.vecdot(away, away)
-    kept = distances >= np.broadcast_to(least, len(queries))[at]
+    kept = distances >= least[at]
     return at[kept], rows[kept], distances[kept]
 
 
-def _live_pairs(delta: Delta, reaches: NDArray[np.bool_], part: slice) -> tuple[IdArray, IdArray]:
-    """Queries and rows of the True ones of (n, rows of ``part``), query by query."""
-    at, rows = np.divmod(np.flatnonzero(reaches), reaches.shape[1])
-    rows += part.start
-    if delta.num_live == delta.rows:
-        return at, rows
-    is_live = delta.live[rows]
-    return at[is_live], rows[is_live]
-
-
-def _live(delta: Delta, rows: IdArray) -> IdArray:
-    return rows if delta.num_live == delta.rows else rows[delta.live[rows]]
+def _live_pairs(
+    delta: Delta, first: int, reaches: NDArray[np.bool_]
+) -> tuple[IdArray, IdArray, IdArray]:
+    """Queries, live rows and positions of the True ones of (tiles, n, rows per tile)."""
+    _, queries, tile_rows = reaches.shape
+    which = np.flatnonzero(reaches)
+    if not which.size:
+        return which, which, which
+    lines, rows = np.divmod(which, tile_rows)
+    tiles, at = np.divmod(lines, queries)
+    rows += (tiles + first) * tile_rows
+    kept = rows < delta.rows  # behind the last row a tile holds anything
+    kept[kept] = delta.live[rows[kept]]
+    return at[kept], rows[kept], which[kept]
 
 
 def _merge_one(ids: IdArray, scores: FloatArray, more: IdArray, theirs: FloatArray) -> Ranked:
@@ -163,16 +181,19 @@ def _merge_one(ids: IdArray, scores: FloatArray, more: IdArray, theirs: FloatArr
 
 def _merge(ranked: Ranked, at: IdArray, ids: IdArray, scores: FloatArray) -> Ranked:
     """``ranked`` (n, k) with further items: at (m,) says which query's each is."""
-    order = np.lexsort((ids, -scores, at))
-    at, ids, scores = at[order], ids[order], scores[order]
     counts = np.bincount(at, minlength=len(ranked.ids))
-    starts = counts.cumsum() - counts
+    touched = np.flatnonzero(counts)
     merged = Ranked(ranked.ids.copy(), ranked.scores.copy())
-    if len(at) * ranked.ids.shape[1] <= COMPARED:
+    if len(touched) > SINGLY and len(at) * ranked.ids.shape[1] <= COMPARED:
+        order = np.lexsort((ids, -scores, at))
+        at, ids, scores = at[order], ids[order], scores[order]
+        starts = counts.cumsum() - counts
         _insert(ranked, at, ids, scores, np.arange(len(at)) - starts[at], merged)
         return merged
-    for query in np.flatnonzero(counts).tolist():
-        part = slice(starts[query], starts[query] + counts[query])
+    order = np.argsort(at, kind="stable")
+    ends = counts.cumsum()
+    for query in touched.tolist():
+        part = order[ends[query] - counts[query] : ends[query]]
         one = _merge_one(ranked.ids[query], ranked.scores[query], ids[part], scores[part])
         merged.ids[query], merged.scores[query] = one
     return merged

@@ -1,6 +1,6 @@
 """Embedding sets: item ids and vectors in Arrow files, from training or from elsewhere.
 
-    _manifest.json      model_version, dim, metric, normalised, rows, created_at, files; last
+    _manifest.json      model_version, dim, metric, normalised, rows, created_at, cut, files; last
     items-00000.arrow   item ids, vectors, attribute columns, as in ``vector_files``
     queries.arrow       sample queries that builds measure recall with; may be absent
     query_encoder/      present when a model of ours wrote the set
@@ -40,6 +40,7 @@ from shardline.shards.core.schema import (
     query_vectors,
     unit_vectors,
 )
+from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.shards.storage.vector_files import (
     MAX_SAMPLE_QUERIES,
     QUERIES_NAME,
@@ -67,7 +68,10 @@ class EmbeddingBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingSet:
-    """A complete set on disk. ``files`` are the item files, in order of their rows."""
+    """A complete set on disk. ``files`` are the item files, in order of their rows.
+
+    cut: what its rows contain of a live generation's writes; None where nobody has said it.
+    """
 
     folder: Path
     model_version: str
@@ -78,6 +82,7 @@ class EmbeddingSet:
     created_at: str
     files: tuple[FileEntry, ...]
     has_queries: bool
+    cut: Cut | None = None
 
     @property
     def encoder_folder(self) -> Path | None:
@@ -196,16 +201,23 @@ def open_embedding_set(
         created_at=manifest["created_at"],
         files=tuple(entry for entry in entries if entry.rows is not None),
         has_queries=any(entry.name == QUERIES_NAME for entry in entries),
+        cut=_cut_in(manifest, folder),
     )
 
 
 class EmbeddingWriter:
-    """Appends batches to a staged set; see ``embedding_writer``."""
+    """Appends batches to a staged set; see ``embedding_writer``.
 
-    def __init__(self, folder: Path, dim: int, metric: Metric, rows_per_file: int) -> None:
+    cut: as in ``EmbeddingSet``, until the block ends.
+    """
+
+    def __init__(
+        self, folder: Path, dim: int, metric: Metric, rows_per_file: int, cut: Cut | None = None
+    ) -> None:
         self.folder = folder
         self.dim = dim
         self.metric = metric
+        self.cut = cut
         self.files: list[FileEntry] = []
         self._rows_per_file = rows_per_file
         self._writer: Any = None
@@ -292,18 +304,19 @@ def embedding_writer(
     dim: int,
     metric: Metric,
     created_at: str,
+    cut: Cut | None = None,
     rows_per_file: int = ROWS_PER_FILE,
 ) -> Iterator[EmbeddingWriter]:
     """A writer whose set appears at ``target``, complete, when the block ends without an error.
 
     Whatever else the block puts into ``writer.folder`` is listed in the manifest too.
-    created_at: ISO 8601 time, the caller's clock.
+    created_at: ISO 8601 time, the caller's clock. cut: as in ``EmbeddingSet``.
 
     Raises:
         FileExistsError: the target exists already.
     """
     with staged_folder(target) as staging:
-        writer = EmbeddingWriter(staging, dim, metric, rows_per_file)
+        writer = EmbeddingWriter(staging, dim, metric, rows_per_file, cut)
         try:
             yield writer
             rows = writer.finish()
@@ -318,9 +331,17 @@ def embedding_writer(
             "normalised": metric is Metric.COSINE,
             "rows": rows,
             "created_at": created_at,
+            "cut": None if writer.cut is None else writer.cut.to_json(),
             "files": [asdict(entry) for entry in [*writer.files, *others]],
         }
         write_manifest(staging, kind=KIND, version=VERSION, body=body)
+
+
+def _cut_in(manifest: dict[str, Any], folder: Path) -> Cut | None:
+    try:
+        return cut_from_json(manifest.get("cut"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{folder}: the manifest's cut is none", got=repr(error)) from error
 
 
 def _columns(schema: pa.Schema) -> str:

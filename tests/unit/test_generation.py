@@ -136,7 +136,7 @@ def rewrite(folder: Path, change, version: int = 1) -> None:
 
 
 def test_a_newer_format_is_refused(folder: Path, manifest: GenerationManifest) -> None:
-    rewrite(folder, lambda body: None, version=3)
+    rewrite(folder, lambda body: None, version=FORMAT_VERSION + 1)
     with pytest.raises(NewerFormat, match="newer than this program"):
         read_generation(folder)
 

@@ -46,10 +46,12 @@ BELOW = {
         *("loss", "mining", "model"),
     ),
     "training/synthetic": ("data", "evaluation"),
+    "cluster/backup": (),
     "cluster/batch": (),
     "cluster/control": ("rollover",),
+    "cluster/housekeeping": ("backup", "control", "serving"),
     "cluster/preflight": (),
-    "cluster/rollover": (),
+    "cluster/rollover": ("batch",),
     "cluster/serving": ("control", "preflight", "rollover"),
 }
 

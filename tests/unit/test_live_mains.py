@@ -81,7 +81,8 @@ def test_a_replica_that_was_behind_a_trim_changes_over_by_itself(tmp_path: Path)
     _, writes = opened(generation)
     _, follower = opened(generation)
     trimmed(generation, writes)
-    change = Changeover(generation, 0, main_seq=0)
+    prepared: list[int] = []
+    change = Changeover(generation, 0, main_seq=0, prepare=lambda: prepared.append(change.main_seq))
     thread = WriteThread(follower, lambda answered: None, changeover=change)
     thread.start()
     try:
@@ -91,6 +92,7 @@ def test_a_replica_that_was_behind_a_trim_changes_over_by_itself(tmp_path: Path)
                 break
             waited.wait(0.02)
         assert (follower.seq, follower.trouble, change.main_seq) == (2, None, 2)
+        assert prepared == [0], "once, while the old one was in use"
     finally:
         thread.stop()
         writes.close()

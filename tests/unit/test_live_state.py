@@ -13,7 +13,7 @@ from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import Behind
 from shardline.shards.core.messages import SearchOptions, SearchParams, SearchRequest
 from shardline.shards.core.schema import Metric, Ranked
-from shardline.shards.live import delta_search
+from shardline.shards.live import delta, delta_search
 from shardline.shards.live.records import Record
 from shardline.shards.live.state import Applied, ShardState, apply
 from shardline.shards.server.shard import Shard
@@ -218,10 +218,13 @@ def test_fetch_of_new_replaced_deleted_and_absent_items(states) -> None:
     assert state.fetch(np.array([deleted]))[1].shape == (0, DIM)
 
 
-def test_old_states_stay_as_they_were_and_may_go_two_ways(states) -> None:
+@pytest.mark.parametrize("tile_rows", [7, delta.TILE_ROWS])
+def test_old_states_stay_as_they_were_and_may_go_two_ways(states, monkeypatch, tile_rows) -> None:
     """A tree of states, each grown from a random earlier one, compared at the end."""
+    monkeypatch.setattr(delta, "TILE_ROWS", tile_rows)
+    main, ids = states["ivf", Metric.L2].main, states["ivf", Metric.L2].ids_by_row[:-1]
     rng = np.random.default_rng(8)
-    grown = [(states["ivf", Metric.L2], Model(IDS, VECTORS))]
+    grown = [(ShardState.of(main, ids), Model(IDS, VECTORS))]  # a delta with tiles of that size
     for _ in range(40):
         state, model = grown[rng.integers(max(0, len(grown) - 6), len(grown))]
         after = Model([], [])
@@ -250,15 +253,17 @@ def test_no_records_change_nothing(states) -> None:
 
 @pytest.mark.parametrize("metric", list(Metric))
 @pytest.mark.parametrize(
-    ("block_queries", "block_rows", "collected", "compared"),
-    [(3, 7, 1, 1 << 22), (100, 64, 2, 0), (2, 1, 0, 500)],
+    ("block_queries", "block_scores", "tile_rows", "collected", "singly", "compared"),
+    [(3, 40, 7, 1, 0, 1 << 22), (100, 1, 64, 2, 0, 0), (2, 7, 1, 0, 1, 500), (8, 999, 33, 9, 9, 1)],
 )
 def test_any_size_of_blocks_gives_the_same(
-    monkeypatch, metric, block_queries, block_rows, collected, compared
+    monkeypatch, metric, block_queries, block_scores, tile_rows, collected, singly, compared
 ) -> None:
     """With more rows in the delta than in main, so that answers have slots to fill."""
     monkeypatch.setattr(delta_search, "BLOCK_QUERIES", block_queries)
-    monkeypatch.setattr(delta_search, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(delta_search, "BLOCK_SCORES", block_scores)
+    monkeypatch.setattr(delta, "TILE_ROWS", tile_rows)
+    monkeypatch.setattr(delta_search, "SINGLY", singly)
     monkeypatch.setattr(delta_search, "COLLECTED", collected)
     monkeypatch.setattr(delta_search, "COMPARED", compared)
     monkeypatch.setattr(delta_search, "DIFFERENCES", 3 * DIM)

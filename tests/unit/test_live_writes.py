@@ -504,10 +504,10 @@ def test_primary_and_follower_change_over_while_writes_go_on(generation: Path) -
 @pytest.mark.parametrize(
     ("counts", "due"),
     [
-        ({"written": 900, "hidden": 99, "rows": 100}, False),  # fewer than compact_min_rows
-        ({"written": 900, "hidden": 100, "rows": 100}, True),
-        ({"written": 4999, "hidden": 0, "rows": 100_000}, False),
-        ({"written": 0, "hidden": 5000, "rows": 100_000}, True),
+        ({"written": 2900, "hidden": 99, "rows": 100}, False),  # fewer than compact_min_rows
+        ({"written": 2900, "hidden": 100, "rows": 100}, True),
+        ({"written": 3999, "hidden": 0, "rows": 200_000}, False),
+        ({"written": 0, "hidden": 4000, "rows": 200_000}, True),
         ({"written": 32_767, "hidden": 0, "rows": 10**8}, False),
         ({"written": 32_768, "hidden": 0, "rows": 10**8}, True),  # or upserts were refused for good
         ({"written": 0, "hidden": 0, "rows": 10**6, "writes": 99_999}, False),
@@ -516,6 +516,21 @@ def test_primary_and_follower_change_over_while_writes_go_on(generation: Path) -
 )
 def test_when_a_compaction_is_due(counts: dict[str, int], due: bool) -> None:
     assert LiveConfig().is_due(**{"writes": 0, **counts}) is due
+
+
+def test_shards_that_are_written_alike_do_not_all_begin_at_once() -> None:
+    config = LiveConfig(compact_share=0.1, compact_min_rows=1)
+    begins = [
+        next(
+            count
+            for count in range(10**5)
+            if config.is_due(written=count, hidden=0, rows=10**4, writes=0, shard=shard)
+        )
+        for shard in range(8)
+    ]
+    assert max(begins) == begins[0] == 1000
+    assert min(begins) >= 700
+    assert np.diff(np.sort(begins)).min() >= 15
 
 
 def test_upserts_are_never_refused_before_a_compaction_is_due() -> None:

@@ -17,7 +17,6 @@ from shardline.cluster.rollover.mirror import Mirror
 from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder, open_mirror
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.replayed_note import (
-    Cut,
     Replayed,
     note_path,
     read_note,
@@ -38,6 +37,7 @@ from shardline.shards.core.errors import (
 from shardline.shards.core.files import MANIFEST_NAME, sha256_of
 from shardline.shards.core.messages import RoutingTable, WriteReply
 from shardline.shards.live.kept_segments import KEPT_FOLDER
+from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import read_generation, write_generation
 from tests.fake_encoder import ITEM_FEATURES, item_encoder_parts, item_vector
 from tests.fake_shard import SECRET
