@@ -42,9 +42,9 @@ from shardline.shards.storage.generation import (
 )
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# It runs while nothing else does (SCHED_IDLE). Beside a process that is merely nice, whoever wakes up
-# waits for the rest of its time slice, 1.3 ms instead of .1 ms in the middle, and a search wakes up
-# several processes, one after the other. On a machine that is never idle it would not end: after
+# It runs while nothing else does (SCHED_IDLE). Beside a process that is merely nice, whoever wakes
+# up waits for the rest of its time slice, 1.3 ms instead of .1 ms in the middle, and a search wakes
+# up several processes, one after the other. On a machine that is never idle it would not end: after
 # PATIENCE_S it is begun again at this niceness.
 NICENESS = 10
 PATIENCE_S = 30.0
