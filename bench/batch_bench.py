@@ -53,7 +53,6 @@ from shardline.shards.storage.generation import (
     INDEX_NAME,
     GenerationManifest,
     read_generation,
-    shard_folder,
 )
 
 MEMORY_QUERIES = (50_000, 200_000, 1_000_000)
@@ -93,8 +92,7 @@ class BareFaiss:
 
     def __init__(self, corpus: BatchCorpus, threads: int) -> None:
         faiss.omp_set_num_threads(threads)
-        shards = range(len(corpus.manifest.shards))
-        paths = [corpus.folder / shard_folder(shard) / INDEX_NAME for shard in shards]
+        paths = [corpus.folder / entry.folder / INDEX_NAME for entry in corpus.manifest.shards]
         self._indexes = [faiss.read_index(str(path)) for path in paths]
         params = corpus.manifest.index.search_params
         for index in self._indexes:

@@ -2,20 +2,23 @@
 
     python -m shardline.bench.batch_live_bench [--rows 1000000] [--rate 100] [--pairs 5]
 
-Theory. A job has one request in flight, of a size and at a pace that follow from its own times
-(``cluster.batch.pace``). An online query that meets one waits for it at most. So the online p99
-with a job may be above the one without by no more than a request of the job takes, and the promise
-is 20 %. Single queries arrive at random (Poisson) at --rate; a measurement with the job and one
-without make a pair, in alternating order, and a ratio is taken within a pair. The job's own rate
-is the price: beside it stands its rate while nobody else asks.
+Theory. A job's searches are background ones: in a shard an online query waits for a piece of one,
+about a millisecond, at most. What they take of the cores and of the router's event loop is bounded
+by the job's pace (``cluster.batch.pace``). The promise is that online p99 rises by 20 % at most.
+Single queries arrive at random (Poisson) at --rate; a measurement with the job and one without make
+a pair, in alternating order, and a ratio is taken within a pair. The job's own rate is the price:
+beside it stand its rate while nobody else asks, and what the endpoint gives, as its ceiling: to
+ENDPOINT_THREADS threads that send requests as large as the job's largest, one after the other.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,25 +34,28 @@ from shardline.bench.load.pairs import order_of
 from shardline.bench.load.scenarios import Step
 from shardline.bench.load.step import Options, StepRunner
 from shardline.bench.load.target import Target, open_target, vector_queries
+from shardline.cluster.batch.pace import SIZES
 from shardline.cluster.config import load_config
 from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.ray_session import cores, local_ray
+from shardline.shards.core.schema import FloatArray
 
 K = 100
 WARM_UP_S = 5.0  # of a measurement: the job reaches its pace, or its absence is forgotten
 JOB_QUERIES = 1_000_000  # more than any measurement leaves time for
-BLOCK_ROWS = 256  # so that parts show how far the job is
-NAMES = ("without", "with")
+BLOCK_ROWS, BLOCK_ROWS_ALONE = 256, 2048  # so that parts show how far the job is
+STARTS_WITHIN_S = 3.0  # the load generator, from its call to its first request
+ENDPOINT_THREADS = 4  # on two cores more make no difference
+ENDPOINT_QUERIES = 1 << 16
 
 
 @contextmanager
-def running_job(target: Target, queries: Path, out: Path) -> Iterator[list[float]]:
-    """The command beside the block, killed at its end; the list then holds its queries/s."""
-    rate: list[float] = []
+def running_job(target: Target, queries: Path, out: Path, block_rows: int) -> Iterator[None]:
+    """The command beside the block, killed at its end."""
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-c", "from shardline.cluster.cli import main; main()"]
     command += ["--store", str(target.store.root), "batch", "--live", "-k", str(K)]
-    command += ["--queries", str(queries), "--out", str(out), "--block-rows", str(BLOCK_ROWS)]
+    command += ["--queries", str(queries), "--out", str(out), "--block-rows", str(block_rows)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 60
@@ -57,16 +63,43 @@ def running_job(target: Target, queries: Path, out: Path) -> Iterator[list[float
             if process.poll() is not None or time.monotonic() > until:
                 raise RuntimeError("the job does not run")
             time.sleep(0.05)
-        started, before = time.monotonic(), len(list(out.glob("part-*")))
-        yield rate
+        yield
         if process.poll() is not None:
             raise RuntimeError("the job has ended before the measurement")
-        written = len(list(out.glob("part-*"))) - before
-        rate.append(written * BLOCK_ROWS / (time.monotonic() - started))
     finally:
         process.kill()
         process.wait()
-        shutil.rmtree(out, ignore_errors=True)
+
+
+def job_rate(out: Path, block_rows: int, start: float, stop: float) -> float:
+    """Queries/s of a job by the parts that it wrote between two times of time.time."""
+    times = sorted(path.stat().st_mtime for path in out.glob("part-*"))
+    written = [at for at in times if start <= at <= stop]
+    if len(written) < 2:
+        raise RuntimeError(f"the job wrote {len(written)} parts in {stop - start:.0f} s")
+    return (len(written) - 1) * block_rows / (written[-1] - written[0])
+
+
+def endpoint_rate(target: Target, queries: FloatArray, seconds: float) -> float:
+    """Queries/s that the endpoint answers to requests of the job's largest size, nobody else
+    asking."""
+    size, until = SIZES[-1], time.monotonic() + seconds
+    starts = itertools.cycle(range(0, len(queries) - size, size))
+    answered = [0] * ENDPOINT_THREADS
+
+    def ask(number: int) -> None:
+        with target.address.client() as client:
+            while time.monotonic() < until:
+                start = next(starts)
+                answer = client.search(vectors=queries[start : start + size], k=K)
+                answered[number] += len(answer.ids)
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(ENDPOINT_THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(answered) / seconds
 
 
 def measure(runner: StepRunner, rate: float, seconds: float) -> dict[str, Any]:
@@ -97,16 +130,24 @@ def compare(
         note=lambda line: click.echo(line, err=True),
     )
     out = corpus.store.root / "live-out"
-    with running_job(target, corpus.queries, out) as alone:
+    table = pq.read_table(corpus.queries, columns=["embedding"])["embedding"].combine_chunks()
+    vectors = table.slice(0, ENDPOINT_QUERIES).flatten().to_numpy().reshape(ENDPOINT_QUERIES, -1)
+    endpoint = endpoint_rate(target, vectors, seconds)
+    started = time.time()
+    with running_job(target, corpus.queries, out, BLOCK_ROWS_ALONE):
         time.sleep(seconds)
+    alone = job_rate(out, BLOCK_ROWS_ALONE, started, time.time())
     samples: list[dict[str, Any]] = []
     for pair in range(pairs):
         sample: dict[str, Any] = {}
         for side in order_of(pair):
             if side:
-                with running_job(target, corpus.queries, out) as rates:
+                with running_job(target, corpus.queries, out, BLOCK_ROWS):
+                    warm = time.time() + WARM_UP_S + STARTS_WITHIN_S
                     sample["with"] = measure(runner, rate, seconds)
-                sample["job_queries_per_s"] = rates[0]
+                # what the load generator does before and after its requests is left out
+                stop = warm - STARTS_WITHIN_S + seconds
+                sample["job_queries_per_s"] = job_rate(out, BLOCK_ROWS, warm, stop)
             else:
                 sample["without"] = measure(runner, rate, seconds)
         for name in ("p50_ms", "p99_ms"):
@@ -120,7 +161,9 @@ def compare(
         "p99_ratio": statistics.median(each["p99_ms_ratio"] for each in samples),
         "p50_ratio": statistics.median(each["p50_ms_ratio"] for each in samples),
         "job_queries_per_s": statistics.median(each["job_queries_per_s"] for each in samples),
-        "job_alone_queries_per_s": alone[0],
+        "job_alone_queries_per_s": alone,
+        "endpoint_queries_per_s": endpoint,
+        "job_alone_ratio": alone / endpoint,
         "samples": samples,
     }
 

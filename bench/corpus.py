@@ -21,7 +21,6 @@ from shardline.shards.storage.generation import (
     INDEX_NAME,
     GenerationManifest,
     read_generation,
-    shard_folder,
 )
 
 SEED = 7
@@ -126,7 +125,7 @@ def load_bare(store: Store, manifest: GenerationManifest) -> list[MainIndex]:
     folder = store.generation(manifest.generation)
     return [
         MainIndex.load(
-            folder / shard_folder(entry.shard) / INDEX_NAME,
+            folder / entry.folder / INDEX_NAME,
             metric=manifest.metric,
             defaults=manifest.index.search_params,
         )

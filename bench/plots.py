@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DPI = 120
 LINES = (("p50_ms", "p50"), ("p90_ms", "p90"), ("p99_ms", "p99"), ("p99_9_ms", "p99.9"))
+BIN_S = 0.5  # of a timeline of all requests
 NO_VALUE = float("nan")
 BINS = "steps-post"  # a bin's value holds from its beginning to the next one's
 
@@ -47,6 +49,40 @@ def plot_pareto(kinds: Sequence[dict[str, Any]], title: str, path: Path) -> None
     axes.plot(*zip(*front, strict=True), color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel=f"recall@{kinds[0]['k']}", ylabel="queries/s, one at a time", yscale="log")
     axes.legend(title="dotted: the best of all")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def plot_changes(
+    seen: Sequence[tuple[float, float, int]],
+    changes: Sequence[tuple[str, float, float]],
+    title: str,
+    path: Path,
+) -> None:
+    """Latency, and answers per second by generation, over time.
+
+    seen: of each request when it was to be sent (s), what it took (ms), the generation that
+    answered, 0 for none. changes: what, from, to (s): shaded.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    at, took, generations = (np.array(column) for column in zip(*seen, strict=True))
+    edges = np.arange(0, at.max() + BIN_S, BIN_S)
+    where = np.digitize(at, edges) - 1
+    for percent in (50, 99):
+        values = [np.percentile(took[where == each], percent) for each in np.unique(where)]
+        top.step(edges[np.unique(where)], values, where="post", label=f"p{percent}")
+    for generation in sorted(set(generations.tolist()) - {0}):
+        counts = np.bincount(where[generations == generation], minlength=len(edges)) / BIN_S
+        bottom.step(edges, counts, where="post", label=f"generation {generation}")
+    for axes in (top, bottom):
+        for _, start, stop in changes:
+            axes.axvspan(start, stop, alpha=0.12, color="black")
+        axes.legend(loc="upper right")
+    for what, start, _ in changes:
+        top.annotate(what, (start, top.get_ylim()[1]), va="top", fontsize=8)
+    top.set(ylabel="ms, from the intended time", yscale="log")
+    bottom.set(ylabel="answers/s", xlabel="s")
     figure.suptitle(title)
     save(figure, path)
 

@@ -23,6 +23,7 @@ from shardline.cluster.spread import Progress, Spread, spread_rows
 from shardline.cluster.store import Store
 from shardline.cluster.tuning import Measured, advice, choose, cost_us, ladder_of, measured
 from shardline.shards.core import files
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.partition import Partition, Partitioning, partition
 from shardline.shards.index.main_index import MEASURED_K
@@ -31,7 +32,6 @@ from shardline.shards.index.spec import IndexSpec, ResolvedIndex
 from shardline.shards.index.template import train_template, write_index
 from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
 from shardline.shards.storage.generation import (
-    QUERY_ENCODER_FOLDER,
     TEMPLATE_NAME,
     GenerationManifest,
     write_generation,
@@ -159,7 +159,8 @@ def fill_generation(
         boundaries=tuple(int(key) for key in checked.cut.upper_keys),
         shards=tuple(shard.entry for shard in built),
         template=files.describe_file(staging, TEMPLATE_NAME),
-        query_encoder=_copy_encoder(corpus, staging),
+        query_encoder=_copied(corpus.encoder_folder, staging / QUERY_ENCODER_FOLDER),
+        item_encoder=_copied(corpus.item_encoder_folder, staging / ITEM_ENCODER_FOLDER),
         queries=_copy_queries(corpus, staging),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         quality=quality
@@ -169,6 +170,7 @@ def fill_generation(
             "build_seconds": round(seconds, 2),
             "rows_per_second": round(corpus.rows / seconds),
         },
+        cut=corpus.cut,
     )
     write_generation(staging, manifest)
     return manifest
@@ -282,13 +284,12 @@ def _copy_queries(corpus: EmbeddingSet, staging: Path) -> files.FileEntry | None
     return files.describe_file(staging, QUERIES_NAME)
 
 
-def _copy_encoder(corpus: EmbeddingSet, staging: Path) -> tuple[files.FileEntry, ...]:
-    if corpus.encoder_folder is None:
+def _copied(encoder: Path | None, target: Path) -> tuple[files.FileEntry, ...]:
+    """The files of an encoder, copied into a folder of the staged generation; none, nothing."""
+    if encoder is None:
         return ()
-    copytree(corpus.encoder_folder, staging / QUERY_ENCODER_FOLDER)
+    copytree(encoder, target)
     names = sorted(
-        path.relative_to(staging).as_posix()
-        for path in (staging / QUERY_ENCODER_FOLDER).rglob("*")
-        if path.is_file()
+        path.relative_to(target.parent).as_posix() for path in target.rglob("*") if path.is_file()
     )
-    return tuple(files.describe_file(staging, name) for name in names)
+    return tuple(files.describe_file(target.parent, name) for name in names)

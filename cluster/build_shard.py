@@ -24,7 +24,7 @@ from shardline.shards.storage.generation import (
     write_attributes,
     write_item_ids,
 )
-from shardline.shards.storage.spill import read_spill
+from shardline.shards.storage.spill import ShardRows, read_spill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,16 +67,7 @@ def build_shard(job: ShardJob) -> ShardBuilt:
     """Writes one shard's folder and answers the sample queries; its own rows are held in memory."""
     started = time.perf_counter()
     own = read_spill(job.generation, job.shard, rows=job.rows, dim=job.queries.shape[1])
-    folder = job.generation / shard_folder(job.shard)
-    folder.mkdir(exist_ok=True)  # a task that Ray tries again finds it
-    build_shard_index(
-        job.generation / TEMPLATE_NAME,
-        in_blocks(own.vectors),
-        folder / INDEX_NAME,
-        threads=job.threads,
-    )
-    write_item_ids(folder / ITEM_IDS_NAME, own.item_ids)
-    write_attributes(folder / ATTRIBUTES_NAME, own.attributes)
+    folder = write_shard(job.generation, job.shard, own, threads=job.threads)
     built = time.perf_counter()
     main = MainIndex.load(folder / INDEX_NAME, metric=job.metric, defaults=job.index.search_params)
     exact = exact_top_k(job.queries, own.vectors, MEASURED_K, job.metric).scores
@@ -98,3 +89,14 @@ def build_shard(job: ShardJob) -> ShardBuilt:
         seconds=built - started,
         sweep_seconds=time.perf_counter() - built,
     )
+
+
+def write_shard(generation: Path, shard: int, rows: ShardRows, *, threads: int) -> Path:
+    """The folder of one shard with its files: the staged generation's template, and these rows."""
+    folder = generation / shard_folder(shard)
+    folder.mkdir(exist_ok=True)  # a task that Ray tries again finds it
+    template, vectors = generation / TEMPLATE_NAME, in_blocks(rows.vectors)
+    build_shard_index(template, vectors, folder / INDEX_NAME, threads=threads)
+    write_item_ids(folder / ITEM_IDS_NAME, rows.item_ids)
+    write_attributes(folder / ATTRIBUTES_NAME, rows.attributes)
+    return folder

@@ -58,6 +58,27 @@ COMMANDS = {
         "generations",
         "List and delete the generations of a store.",
     ),
+    "snapshot": (
+        "shardline.cluster.commands.snapshot",
+        "snapshot",
+        "Copy a generation and its writes to a folder or URL.",
+    ),
+    "restore": (
+        "shardline.cluster.commands.snapshot",
+        "restore",
+        "Make a generation of a snapshot.",
+    ),
+    "publish": (
+        "shardline.cluster.commands.publish",
+        "publish",
+        "Make another generation live, without a failed query.",
+    ),
+    "rollback": (
+        "shardline.cluster.commands.publish",
+        "rollback",
+        "Make the generation live again that was before.",
+    ),
+    "gc": ("shardline.cluster.commands.gc", "gc", "Remove what a store no longer needs."),
     "serve": ("shardline.cluster.commands.serve", "serve", "Serve the live generation over HTTP."),
     "status": (
         "shardline.cluster.commands.query",

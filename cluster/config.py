@@ -12,6 +12,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shardline.cluster.control.quality_config import QualityConfig
+from shardline.cluster.housekeeping.housekeeping_config import HousekeepingConfig
+from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
 from shardline.shards.core.small_files import MAX_TEXT_BYTES, read_small
@@ -115,6 +118,9 @@ class ShardlineConfig(BaseModel):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     live: LiveConfig = Field(default_factory=LiveConfig)
+    quality: QualityConfig = Field(default_factory=QualityConfig)
+    housekeeping: HousekeepingConfig = Field(default_factory=HousekeepingConfig)
+    publish: PublishConfig = Field(default_factory=PublishConfig)
 
 
 def load_config(

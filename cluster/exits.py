@@ -15,6 +15,7 @@ from shardline.shards.core.errors import (
     ConfigError,
     CorruptFile,
     DataError,
+    GateFailed,
     InvalidInput,
     NewerFormat,
     NotFound,
@@ -44,6 +45,7 @@ EXITS = (
         (DataError, CorruptFile, NewerFormat, NotFound, VersionMismatch),
     ),
     Exit(4, "something is not running, is busy, or did not answer in time", (Unavailable,)),
+    Exit(5, "a generation was not published: it did not pass the gate", (GateFailed,)),
     Exit(130, "interrupted"),
 )
 DEFECT = 1

@@ -20,7 +20,6 @@ from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
     read_item_ids,
-    shard_folder,
     verify_shard,
 )
 
@@ -30,7 +29,7 @@ class _LocalShard:
 
     def __init__(self, folder: Path, manifest: GenerationManifest, shard: int) -> None:
         entry = verify_shard(folder, manifest, shard)
-        place = folder / shard_folder(shard)
+        place = folder / entry.folder
         self._index = read_index(place / INDEX_NAME)
         self._item_ids = np.append(read_item_ids(place / ITEM_IDS_NAME, rows=entry.rows), EMPTY_ID)
         self.stages = stages_of(self._index, manifest.metric, manifest.index.search_params)

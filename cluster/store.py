@@ -110,6 +110,13 @@ class Store:
             logger.debug("CURRENT names no generation")
         return max([*taken, self._highest_generation()]) + 1
 
+    def claim_generation(self) -> int:
+        """As ``next_generation``, and nobody else gets this number from now on."""
+        with self._lock():
+            number = self.next_generation()
+            self._write_counter(GENERATIONS_NAME, number)
+        return number
+
     def remember_generation(self, number: int) -> None:
         """Keeps the number from being given out again once its folder is gone."""
         with self._lock():

@@ -1,10 +1,11 @@
-"""Loads the query encoder of a table, or gives what stands for one that does not load."""
+"""Loads the encoders of a table, or gives what stands for one that does not load."""
 
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from shardline.router.fanout.snapshot import Encoder, UnusableEncoder
+from shardline.router.fanout.snapshot import UnusableEncoder
 from shardline.router.hanging import start
 from shardline.shards.core.errors import ShardlineError, Unavailable
 from shardline.shards.core.messages import Absence, RoutingTable
@@ -15,31 +16,44 @@ logger = logging.getLogger(__name__)
 # more. After that it serves all but features, and the encoder once it is there.
 ENCODER_WAIT_S = 60.0
 
+Loaded = TypeVar("Loaded")
 
-class EncoderLoader:
-    """``load`` runs in a thread of its own; a load that hangs is not begun again."""
 
-    def __init__(self, load: Callable[[RoutingTable], Encoder | None]) -> None:
+class EncoderLoader(Generic[Loaded]):
+    """``load`` runs in a thread of its own; a load that hangs is not begun again.
+
+    name: how logs call it.
+    """
+
+    def __init__(self, load: Callable[[RoutingTable], Loaded | None], name: str) -> None:
         self._load = load
-        self._loading: tuple[str, asyncio.Future[Encoder | None]] | None = None
+        self._name = name
+        self._loading: tuple[str, asyncio.Future[Loaded | None]] | None = None
 
-    async def loaded(self, table: RoutingTable) -> Encoder | UnusableEncoder | None:
+    async def loaded(self, table: RoutingTable) -> Loaded | UnusableEncoder | None:
         """The table's encoder, what stands for it, or None where the generation has none."""
         if self._loading is None or self._loading[0] != table.generation_dir:
-            work = start(lambda: self._load(table), "query encoder")
+            work = start(lambda: self._load(table), self._name)
             self._loading = table.generation_dir, work
         _, loading = self._loading
         await asyncio.wait([loading], timeout=ENCODER_WAIT_S)
+        about = f"the {self._name} of generation {table.generation}"
         if not loading.done():
             reason = f"its files could not be read within {ENCODER_WAIT_S:g} s; it is awaited"
-            logger.error("the query encoder of generation %d: %s", table.generation, reason)
+            logger.error("%s: %s", about, reason)
             return UnusableEncoder(Absence(Unavailable.code, reason))
         self._loading = None
         try:
             return loading.result()
         except ShardlineError as error:
-            logger.error("the query encoder of generation %d: %s", table.generation, error)
+            logger.error("%s: %s", about, error)
             return UnusableEncoder(Absence(error.code, str(error)))
         except Exception as error:
-            logger.exception("the query encoder of generation %d", table.generation)
+            logger.exception("%s", about)
             return UnusableEncoder(Absence(Unavailable.code, repr(error)))
+
+    async def mended(
+        self, encoder: Loaded | UnusableEncoder | None, table: RoutingTable
+    ) -> Loaded | UnusableEncoder | None:
+        """The encoder, loaded again if it is one that did not load."""
+        return await self.loaded(table) if isinstance(encoder, UnusableEncoder) else encoder

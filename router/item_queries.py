@@ -51,9 +51,13 @@ class ItemQueries:
             coverage = merged.coverage
             if self.reasons and self.coverage.degraded:
                 coverage = coverage.joined(self.coverage)
-        search_ms = 0.0 if merged is None else merged.search_ms
-        seq = self.seq if merged is None else merged.seq
-        return Merged(ranked=Ranked(ids, scores), coverage=coverage, search_ms=search_ms, seq=seq)
+        return Merged(
+            ranked=Ranked(ids, scores),
+            coverage=coverage,
+            search_ms=0.0 if merged is None else merged.search_ms,
+            seq=self.seq if merged is None else merged.seq,
+            others_share=None if merged is None else merged.others_share,
+        )
 
 
 def item_queries(item_ids: IdArray, found: FoundItems, metric: Metric) -> ItemQueries:

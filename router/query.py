@@ -45,20 +45,22 @@ class Merged:
     """The k best of all shards that answered; search_ms is the longest search any of them reported.
 
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
-    may be shared: nobody writes to them.
+    may be shared: nobody writes to them. others_share: the largest of the replies; None
+    without any.
     """
 
     ranked: Ranked
     coverage: Coverage
     search_ms: float
     seq: tuple[int | None, ...]
+    others_share: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
 class SearchAnswer:
     """ranked: a row per query. took_ms is the time from the request's arrival to its answer.
 
-    seq: as of ``Merged``.
+    seq: as of ``Merged``. others_share: as of ``Merged``, of a background search, else None.
     """
 
     ranked: Ranked
@@ -71,6 +73,7 @@ class SearchAnswer:
     request_id: str
     returned: "Returned | None" = None
     seq: tuple[int | None, ...] = ()
+    others_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

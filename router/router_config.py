@@ -159,6 +159,15 @@ class RouterConfig(BaseModel):
         "replaces the old one, which serves until then.",
     )
 
+    watch_interval_s: float = Field(
+        default=5.0,
+        ge=0,
+        le=86_400,
+        description="Time between two served queries that each router asks again exactly, to watch "
+        "recall; 0 watches nothing. It is longer where an exact search takes more than a twentieth "
+        "of it.",
+    )
+
     @model_validator(mode="after")
     def _defaults_within_limits(self) -> Self:
         pairs = (

@@ -18,6 +18,7 @@ import numpy as np
 
 from shardline.router.cache import ResultCache, cache_key
 from shardline.router.contract import ItemAnswer, Reason
+from shardline.router.encoder.item_encoder import ItemEncoder
 from shardline.router.encoder_loading import EncoderLoader
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
@@ -25,11 +26,13 @@ from shardline.router.fanout.snapshot import (
     Encoder,
     TableSnapshot,
     UnusableEncoder,
+    load_item_encoder,
     load_query_encoder,
 )
 from shardline.router.freshness import Freshness
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.past_items import encoded
 from shardline.router.query import (
     FoundAttributes,
     Merged,
@@ -39,6 +42,7 @@ from shardline.router.query import (
     SearchAnswer,
 )
 from shardline.router.readiness import Readiness
+from shardline.router.recall_watch import RecallWatch
 from shardline.router.router_config import RouterConfig
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
@@ -86,15 +90,21 @@ class SearchService:
         secret: bytes,
         *,
         load_encoder: Callable[[RoutingTable], Encoder | None] = load_query_encoder,
+        load_items: Callable[[RoutingTable], ItemEncoder | None] = load_item_encoder,
         rng: random.Random | None = None,
     ) -> None:
         self.config = config
         self.recorder = Recorder()
-        self._fanout = Fanout(secret, config, rng or random.Random(), self.recorder)
-        self._encoders = EncoderLoader(load_encoder)
+        rng = rng or random.Random()
+        self._fanout = Fanout(secret, config, rng, self.recorder)
+        self.watch = RecallWatch(self._fanout, self.recorder, config.watch_interval_s, rng)
+        self._encoders = EncoderLoader(load_encoder, "query encoder")
+        self._item_encoders = EncoderLoader(load_items, "item encoder")
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
         # why the controller publishes no newer table; None: nothing hinders it
         self.controller_trouble: Absence | None = None
+        # what the index needs, by what the controller has heard of all routers and shards
+        self.repairs: tuple[Absence, ...] = ()
         # around bodies that come in pieces: slow ones must not count as requests in flight
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
@@ -104,38 +114,43 @@ class SearchService:
         self.writes = WriteService(config, self._fanout, self.recorder, self._wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
-        """Switches to a newer table and its encoder in one step; False when not newer.
+        """Switches to a newer table and its encoders in one step; False when not newer.
 
-        An encoder that does not load keeps no table from being served: queries by features fail.
+        An encoder that does not load keeps no table from being served: queries, or writes, by
+        features fail.
         """
         current = self._fanout.snapshot
         if current is not None and table.version <= current.table.version:
             return False
         if current is not None and current.table.generation == table.generation:
-            encoder = current.encoder
+            encoder, items = current.encoder, current.items
         else:
-            encoder = await self._encoders.loaded(table)
-        applied = await self._fanout.apply(table, encoder)
+            encoder, items = await asyncio.gather(
+                self._encoders.loaded(table), self._item_encoders.loaded(table)
+            )
+        applied = await self._fanout.apply(table, encoder, items)
         if applied and self._freshness.generation != table.generation:
             self._cache.clear()
             self._freshness = Freshness(table.generation)
         return applied
 
     async def mend_encoder(self) -> bool:
-        """Tries again to load an encoder that did not load; whether there is nothing to mend now.
+        """Tries again to load encoders that did not load; whether there is nothing to mend now.
 
-        Its files may have been restored meanwhile.
+        Their files may have been restored meanwhile.
         """
         snapshot = self._fanout.snapshot
-        if snapshot is None or not isinstance(snapshot.encoder, UnusableEncoder):
+        if snapshot is None:
             return True
-        encoder = await self._encoders.loaded(snapshot.table)
+        encoder = await self._encoders.mended(snapshot.encoder, snapshot.table)
+        items = await self._item_encoders.mended(snapshot.items, snapshot.table)
         current = self._fanout.snapshot
         if current is not None and current.table.generation == snapshot.table.generation:
-            current.encoder = encoder
-        return not isinstance(encoder, UnusableEncoder)
+            current.encoder, current.items = encoder, items
+        return not any(isinstance(each, UnusableEncoder) for each in (encoder, items))
 
     async def close(self) -> None:
+        await self.watch.close()
         await self._fanout.close()
         await self._readiness.ended()
 
@@ -191,6 +206,7 @@ class SearchService:
             reasons=reasons,
             request_id=request_id,
             returned=returned,
+            others_share=merged.others_share if query.options.background else None,
         )
 
     def count_rejected(self, error: ShardlineError) -> None:
@@ -285,8 +301,11 @@ class SearchService:
             if self.controller_trouble is not None:
                 trouble = {"about": "controller", **asdict(self.controller_trouble)}
                 described["warnings"].append(trouble)
+            quality = self.watch.quality()
             return {
                 **described,
+                "quality": None if quality is None else asdict(quality),
+                "repairs": [asdict(repair) for repair in self.repairs],
                 "in_flight": self._in_flight.taken,
                 "cache": asdict(self._cache.stats) if self._cache.enabled else None,
             }
@@ -298,6 +317,7 @@ class SearchService:
         recorder.set(CACHE_BYTES, stats.bytes)
         recorder.total(CACHE_HITS, stats.hits)
         recorder.total(CACHE_MISSES, stats.misses)
+        self.watch.refresh_metrics()
         if snapshot is not None:
             recorder.set(GENERATION, snapshot.table.generation)
             recorder.set(SHARDS_CONNECTED, snapshot.connected_shards)
@@ -323,7 +343,7 @@ class SearchService:
         else:
             values = query.values
             if query.kind is QueryKind.FEATURES:
-                values = await snapshot.encode(values)
+                values = await encoded(self._fanout, snapshot, query, deadline)
             table = snapshot.table
             vectors = query_vectors(values, dim=table.dim, metric=table.metric, field=query.kind)
         check_size(vectors, query.kind)
@@ -404,7 +424,9 @@ class SearchService:
         freshness = self._freshness
         # a query that began before another generation went live is answered by the old one's shards
         is_current = freshness.generation == snapshot.table.generation
-        if self._cache.enabled and is_current:
+        # the many answers of a background search would push out those that others ask for again
+        is_cached = self._cache.enabled and is_current and not query.options.background
+        if is_cached:
             asked_at = asyncio.get_running_loop().time()
             key = cache_key(snapshot.table.generation, vectors, k, query)
             merged = self._cache.get(key, freshness.seq_at(asked_at))
@@ -417,7 +439,8 @@ class SearchService:
                 options=query.options,
             )
             merged = await self._fanout.search(vectors, lane, deadline=deadline)
-            if self._cache.enabled and is_current:
+            self.watch.offer(lane, vectors, merged)
+            if is_cached:
                 is_newest = freshness.heard(merged.seq, asked_at)
                 if is_newest and freshness is self._freshness:  # else another generation is live
                     self._cache.put(key, merged)

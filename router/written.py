@@ -6,14 +6,14 @@ Upserts or Deletes -> Parts, a request per shard -> WriteReplies -> WriteAnswer,
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgpack
 import numpy as np
 
-from shardline.router.contract import FailedPart, PayloadTooLarge, WriteParts
+from shardline.router.contract import FailedPart, OtherModel, PayloadTooLarge, WriteParts
 from shardline.shards.core.errors import (
     DeadlineExceeded,
     DeltaFull,
@@ -31,15 +31,17 @@ from shardline.shards.core.messages import (
     UpsertRequest,
     WriteReply,
 )
-from shardline.shards.core.schema import FloatArray, IdArray, check_ids, query_vectors
+from shardline.shards.core.schema import IdArray, check_ids, query_vectors
 
 PART_BYTES = (
     16 << 20
 )  # of vectors, and of attributes: a frame, and a shard's log, take both at once
 KEY_BYTES = 16  # of the digest that is a part's key
+AGAIN = "once mended, send all of it again: with the same Idempotency-Key that is safe"
 # an error's class, the gravest first: where parts fail differently, the request fails so
 GRAVEST: tuple[type[ShardlineError], ...] = (
     InvalidInput,
+    OtherModel,
     StoreFull,
     ReadOnly,
     NotPrimary,
@@ -47,6 +49,10 @@ GRAVEST: tuple[type[ShardlineError], ...] = (
     DeltaFull,
     Overloaded,
 )
+
+
+# of an item that is written by features: an attribute that it does not name
+ABSENT: Final = object()
 
 
 class WriteKind(StrEnum):
@@ -58,18 +64,32 @@ class WriteKind(StrEnum):
 class Upserts:
     """Items of a body: values that are not yet looked at one by one, in the order they came.
 
-    item_ids: n ids; vectors (n, d) numbers; attributes: of each name n values of JSON, null where
-    an item has none. id_field and vector_field are what errors name them by, with the row after it
-    and the row's own field, if it has one: ("items", "vector") names ``items[3].vector``.
+    item_ids: n ids; vectors (n, d) numbers, or features: n maps, and vectors once these are
+    encoded; attributes: of each name n values of JSON, null where an item has none, or ABSENT where
+    features may fill it. id_field and vector_field are what errors name them by, with the row after
+    it and the row's own field, if it has one: ("items", "vector") names ``items[3].vector``.
     """
 
     item_ids: Any
-    vectors: Any
     attributes: dict[str, list[Any]]
     timeout_ms: float
+    vectors: Any = None
+    features: list[dict[str, Any]] | None = None
     model_version: str | None = None
     id_field: tuple[str, str] = ("item_ids", "")
     vector_field: tuple[str, str] = ("vectors", "")
+
+    def of(self, item_ids: IdArray) -> "Upserts":
+        """Those of the items that have one of these ids."""
+        rows = np.flatnonzero(np.isin(np.asarray(self.item_ids), item_ids)).tolist()
+        features = self.features
+        return replace(
+            self,
+            item_ids=[self.item_ids[row] for row in rows],
+            attributes={name: [of[row] for row in rows] for name, of in self.attributes.items()},
+            vectors=None if self.vectors is None else np.asarray(self.vectors)[rows],
+            features=None if features is None else [features[row] for row in rows],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +98,11 @@ class Deletes:
 
     item_ids: Any
     timeout_ms: float
+
+    def of(self, item_ids: IdArray) -> "Deletes":
+        """Those of the items that have one of these ids."""
+        found = np.asarray(self.item_ids)
+        return replace(self, item_ids=found[np.isin(found, item_ids)])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,23 +139,27 @@ def upsert_parts(given: Upserts, table: RoutingTable, key: str) -> list[Part]:
 
     Raises:
         InvalidInput: ids or vectors that are none; the error names the first.
-        PayloadTooLarge: attributes that take more than PART_BYTES of one part.
+        PayloadTooLarge: attributes or features that take more than PART_BYTES of one part.
     """
-    with _named(*given.id_field):
+    with naming(*given.id_field):
         item_ids = check_ids(given.item_ids, field=given.id_field[0])
-    with _named(*given.vector_field):
+    with naming(*given.vector_field):
         vectors = query_vectors(
             given.vectors, dim=table.dim, metric=table.metric, field=given.vector_field[0]
         )
     rows_at_once = max(1, min(MAX_WRITTEN_ROWS, PART_BYTES // (4 * table.dim)))
     parts = []
-    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
+    for shard, rows in by_shard(item_ids, last_of_each(item_ids), table, rows_at_once):
         attributes = _packed(given.attributes, rows)
-        part_key = _part_key(key, item_ids[rows], vectors[rows], attributes)
+        features = _packed_features(given, rows)
+        # two routers may make vectors of features that differ in the last bit
+        said = features or vectors[rows].tobytes()
+        part_key = _part_key(key, WriteKind.UPSERT, item_ids[rows], said, attributes)
         message = UpsertRequest(
             item_ids=item_ids[rows],
             vectors=vectors[rows],
             attributes=attributes,
+            features=features,
             key=part_key,
             timeout_ms=0.0,
         )
@@ -142,8 +171,8 @@ def delete_parts(given: Deletes, table: RoutingTable, key: str) -> list[Part]:
     """Requests that name every item once. Raises InvalidInput: ids that are none."""
     item_ids = check_ids(given.item_ids)
     parts = []
-    for shard, rows in _by_shard(item_ids, last_of_each(item_ids), table, MAX_WRITTEN_ROWS):
-        part_key = _part_key(key, item_ids[rows])
+    for shard, rows in by_shard(item_ids, last_of_each(item_ids), table, MAX_WRITTEN_ROWS):
+        part_key = _part_key(key, WriteKind.DELETE, item_ids[rows])
         message = DeleteRequest(item_ids=item_ids[rows], key=part_key, timeout_ms=0.0)
         parts.append(Part(shard=shard, message=message))
     return parts
@@ -157,12 +186,14 @@ def last_of_each(item_ids: IdArray) -> IdArray:
 
 
 def newest(
-    parts: Sequence[Part], replies: Sequence[WriteReply], num_shards: int
+    parts: Sequence[Part], replies: Sequence[WriteReply], table: RoutingTable
 ) -> tuple[int | None, ...]:
-    """Of each shard the highest sequence number of its replies; None where it has none."""
-    seq: list[int | None] = [None] * num_shards
+    """Of each shard of the table the highest sequence number of its replies; None where it has
+    none. Those of another generation count other writes."""
+    seq: list[int | None] = [None] * len(table.shards)
     for part, reply in zip(parts, replies, strict=True):
-        seq[part.shard] = max(reply.seq, seq[part.shard] or 0)
+        if reply.generation == table.generation:
+            seq[part.shard] = max(reply.seq, seq[part.shard] or 0)
     return tuple(seq)
 
 
@@ -186,7 +217,7 @@ def failure(
         field=gravest.field,
         expected=gravest.expected,
         got=gravest.got,
-        hint="once mended, send all of it again: with the same Idempotency-Key that is safe",
+        hint=gravest.hint if isinstance(gravest, OtherModel) else AGAIN,
     )
     error.parts = WriteParts(
         failed=tuple(
@@ -204,7 +235,7 @@ def _gravity(error: ShardlineError) -> int:
     return kinds[0] if kinds else GRAVEST.index(NotPrimary)
 
 
-class _named:  # noqa: N801  reads as what it does, like contextlib's own
+class naming:  # noqa: N801  reads as what it does, like contextlib's own
     """Errors of a row name its own field too."""
 
     def __init__(self, field: str, within: str) -> None:
@@ -221,7 +252,7 @@ class _named:  # noqa: N801  reads as what it does, like contextlib's own
             error.field = f"{error.field}.{self._within}"
 
 
-def _by_shard(
+def by_shard(
     item_ids: IdArray, rows: IdArray, table: RoutingTable, at_once: int
 ) -> Iterator[tuple[int, IdArray]]:
     """Each shard with ``at_once`` of its rows at most, in their order."""
@@ -237,11 +268,21 @@ def _packed(attributes: dict[str, list[Any]], rows: IdArray) -> bytes:
         return b""
     chosen = rows.tolist()
     columns = {name: [values[row] for row in chosen] for name, values in attributes.items()}
-    packed: bytes = msgpack.packb(columns)
+    return _bounded("attributes", msgpack.packb(columns))
+
+
+def _packed_features(given: Upserts, rows: IdArray) -> bytes:
+    """As ``UpsertRequest`` has them; b"" for items that are given by vector."""
+    if given.features is None:
+        return b""
+    return _bounded("features", msgpack.packb([given.features[row] for row in rows.tolist()]))
+
+
+def _bounded(field: str, packed: bytes) -> bytes:
     if len(packed) > PART_BYTES:
         raise PayloadTooLarge(
-            "attributes too large",
-            field="attributes",
+            f"{field} too large",
+            field=field,
             expected=f"<= {PART_BYTES} bytes of those that one shard gets",
             got=f"{len(packed)} bytes",
             hint="send the items in several requests",
@@ -249,16 +290,12 @@ def _packed(attributes: dict[str, list[Any]], rows: IdArray) -> bytes:
     return packed
 
 
-def _part_key(
-    key: str, item_ids: IdArray, vectors: FloatArray | None = None, rest: bytes = b""
-) -> str:
+def _part_key(key: str, kind: WriteKind, item_ids: IdArray, *rest: bytes) -> str:
     """Of the caller's key and of all that the part says: the same key with other items is another
     write, which no shard may take for done."""
     digest = hashlib.blake2b(key.encode(), digest_size=KEY_BYTES)
-    kind = WriteKind.DELETE if vectors is None else WriteKind.UPSERT
     digest.update(f"\0{kind}\0{len(item_ids)}\0".encode())
     digest.update(item_ids.tobytes())
-    if vectors is not None:
-        digest.update(vectors.tobytes())
-    digest.update(rest)
+    for each in rest:
+        digest.update(each)
     return digest.hexdigest()

@@ -35,6 +35,7 @@ def write_set(
     attributes: pa.RecordBatch | None = None,
     queries: np.ndarray | None = None,
     encoder: dict[str, bytes] | None = None,
+    item_encoder: dict[str, bytes] | None = None,
     rows_per_file: int = 1 << 20,
 ) -> EmbeddingSet:
     """An embedding set of model m1 over all vectors; ids are row numbers unless given."""
@@ -51,6 +52,8 @@ def write_set(
             writer.queries(queries)
         for name, content in (encoder or {}).items():
             write_bytes(writer.folder / "query_encoder" / name, content)
+        for name, content in (item_encoder or {}).items():
+            write_bytes(writer.folder / "item_encoder" / name, content)
     return open_embedding_set(target)
 
 
@@ -81,6 +84,7 @@ def build_generation(
     *,
     metric: Metric = Metric.COSINE,
     query_encoder: dict[str, bytes] | None = None,
+    item_encoder: dict[str, bytes] | None = None,
     **fields,
 ) -> GenerationManifest:
     """The generation of its folder's number, else 7, by the real builder; ids ascending, cut into
@@ -88,7 +92,12 @@ def build_generation(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         corpus = write_set(
-            Path(scratch) / "set", vectors, ids, metric=metric, encoder=query_encoder
+            Path(scratch) / "set",
+            vectors,
+            ids,
+            metric=metric,
+            encoder=query_encoder,
+            item_encoder=item_encoder,
         )
         return fill_generation(
             folder,

@@ -36,12 +36,13 @@ class Method:
 
 
 class Handle:
-    """Of a shard actor, which leads when it is asked to."""
+    """Of a shard actor, which leads, or seals, when it is asked to."""
 
     def __init__(self) -> None:
         self.ping = Method(Pulse(pid=1, seq=0))
         self.announce, self.describe = Method(), Method()
         self.lead = LeadMethod(self.ping)
+        self.seal = SealMethod(self.ping)
 
 
 class LeadMethod(Method):
@@ -54,6 +55,20 @@ class LeadMethod(Method):
     def remote(self, *arguments: object) -> Awaitable[Any]:
         if not self.plan:
             self._ping.then = replace(self._ping.then, leads=arguments[0])
+        return super().remote(*arguments)
+
+
+class SealMethod(Method):
+    """What comes after its plan is that it leads no more, as the pings say; the writes it has."""
+
+    def __init__(self, ping: Method) -> None:
+        super().__init__(0)
+        self._ping = ping
+
+    def remote(self, *arguments: object) -> Awaitable[Any]:
+        if not self.plan:
+            self._ping.then = replace(self._ping.then, leads=None)
+            self.then = self._ping.then.seq
         return super().remote(*arguments)
 
 

@@ -185,7 +185,11 @@ class ProcessFiles(LogFiles):
     def rename(self, source: Path, target: Path) -> None:
         self._call("rename")
         file = self.disk.file(source)
-        self.disk.folders[target.parent].change(source.name, target.name, file)
+        if source.parent == target.parent:
+            self.disk.folders[target.parent].change(source.name, target.name, file)
+        else:  # after a power cut it may be in both, or in neither
+            self.disk.folders[target.parent].change(None, target.name, file)
+            self.disk.folders[source.parent].change(source.name, None, None)
 
     def sync_folder(self, folder: Path) -> None:
         self._call("sync_folder")

@@ -16,7 +16,7 @@ from shardline.router.http.api import create_app
 from shardline.router.http.auth import Guard
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
-from tests.fake_encoder import FakeEncoder
+from tests.fake_encoder import FakeEncoder, small_item_encoder
 from tests.fake_shard import SECRET, FakeShard, make_rows, make_table, running_shards
 
 NUM_ROWS = 60
@@ -54,7 +54,10 @@ def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator
         ids, vectors = make_rows(NUM_ROWS, DIM)
         async with running_shards(ids, vectors, NUM_SHARDS) as shards:
             service = SearchService(
-                config, SECRET, load_encoder=lambda _table: FakeEncoder(DIM, "m1")
+                config,
+                SECRET,
+                load_encoder=lambda _table: FakeEncoder(DIM, "m1"),
+                load_items=lambda _table: small_item_encoder(DIM, "m1"),
             )
             await service.apply(make_table(shards, DIM))
             app = health_checked(create_app(service, config, guard))

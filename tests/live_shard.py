@@ -53,8 +53,9 @@ def opened(
     **limits: int,
 ) -> tuple[Shard, ShardWrites]:
     """As a process that starts: the newest files and the log."""
-    loaded = load_caught_up(generation, read_generation(generation), 0)
-    shard = Shard(shard=0, generation=7, state=loaded.state)
+    manifest = read_generation(generation)
+    loaded = load_caught_up(generation, manifest, 0)
+    shard = Shard(shard=0, generation=manifest.generation, state=loaded.state)
     writes = ShardWrites(
         shard,
         live_folder(generation, 0),

@@ -83,3 +83,42 @@ def sum_config(pooling: str = "mean", own: bool = True, **changes: Any) -> Train
     bare = {"hidden": [], "projection": "identity"}
     towers = {"query": {"features": query} | bare, "item": {"features": item} | bare}
     return tiny_config(towers=towers, **changes)
+
+
+def wide_dataset(folder: Path) -> Dataset:
+    """The rich dataset whose items also have a column of every other type; some values of each, and
+    of prices, are missing."""
+    rich = rich_dataset(folder)
+    rng = np.random.default_rng(11)
+
+    def gaps(values: list[Any]) -> list[Any]:
+        return [None if rng.random() < 0.2 else value for value in values]
+
+    seconds = rng.integers(1_500_000_000, 1_700_000_000, NUM_ITEMS)
+    items = rich.items()
+    for name, values in {
+        "released": pa.array(gaps((seconds * 1_000_000 + 250).tolist()), pa.timestamp("us")),
+        "adult": pa.array(gaps((rng.random(NUM_ITEMS) < 0.5).tolist())),
+        "year": pa.array(gaps(rng.integers(1950, 2000, NUM_ITEMS).tolist())),
+        "brand": pa.array(gaps(rng.choice(WORDS, NUM_ITEMS).tolist())).dictionary_encode(),
+        "codes": pa.array(gaps([rng.integers(0, 9, n % 4).tolist() for n in range(NUM_ITEMS)])),
+    }.items():
+        items = items.append_column(name, values)
+    prices = pa.array(gaps(items["price"].to_pylist()))
+    items = items.set_column(items.column_names.index("price"), "price", prices)
+    return write_dataset(folder / "wide", rich.users(), items, rich.interactions(), name="wide")
+
+
+def wide_config(pooling: str = "attention", **changes: Any) -> TrainingConfig:
+    """Every kind of feature that items can have."""
+    towers = rich_config(pooling).model_dump()["towers"]
+    towers["item"]["features"] += (
+        {"kind": "categorical", "column": "adult", "dim": 2},
+        {"kind": "categorical", "column": "category", "dim": 2},
+        {"kind": "numeric", "column": "released", "log": True, "cycles": ["week", "year"]},
+        {"kind": "numeric", "column": "attribute_vector"},
+        {"kind": "numeric", "column": "year"},
+        {"kind": "categorical", "column": "brand", "dim": 3},
+        {"kind": "multi_valued", "column": "codes", "dim": 3, "max_length": 2},
+    )
+    return tiny_config(towers=towers, **changes)

@@ -8,13 +8,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset, vector_column
 from shardline.training.features.fitted import fit
 from shardline.training.features.prepared import prepare
-from shardline.training.model.checkpoint import CACHE, Run, start_run
+from shardline.training.model.checkpoint import (
+    CACHE,
+    MODEL,
+    Run,
+    TrainState,
+    save_checkpoint,
+    start_run,
+)
+from shardline.training.model.towers import build_model
 
 NUM_USERS, NUM_ITEMS, PER_USER = 40, 60, 8
 ITEM_IDS = np.arange(NUM_ITEMS) * 3 + 100  # ids are not rows
@@ -108,4 +117,20 @@ def declared_run(folder: Path, config: TrainingConfig, dataset: Dataset) -> Path
     space = fit(config, dataset)
     prepare(dataset, space, folder / CACHE, config.fitted_splits)
     start_run(folder, Run(config=config, space=space), dataset.identity)
+    return folder
+
+
+def untrained_run(folder: Path, config: TrainingConfig, dataset: Dataset) -> Path:
+    """A run folder with a model of random weights, none of them zero; the folder.
+
+    What compares towers needs no training, which takes a hundred times as long.
+    """
+    run = Run(config=config, space=fit(config, dataset))
+    start_run(folder, run, dataset.identity)
+    model = build_model(config, run.space)
+    noise = torch.Generator().manual_seed(config.seed)
+    for tensor in model.state_dict().values():
+        tensor += 0.2 * torch.randn(tensor.shape, generator=noise)
+    state = TrainState(epoch=config.epochs, step=1, best_epoch=1, best_step=1, best_value=0.0)
+    save_checkpoint(folder, state, {MODEL: model.state_dict()})
     return folder

@@ -1,29 +1,28 @@
-"""From the best checkpoint of a run to an embedding set with its query encoder.
+"""From the best checkpoint of a run to an embedding set with the encoders of queries and items.
 
 ``<store>/embeddings/<model_version>/``: every catalogue item's vector and attributes, sample
-queries, and the query tower as plain arrays that ``router.encoder.query_encoder`` runs without
-torch. The version is a
-hash of weights, features, configuration and catalogue: the same export twice has the same name, and
-a catalogue that changed gets a set, and a query encoder with its histories, of its own. It need not
+queries, and both towers as plain arrays (``training.exported_towers``). The version is a hash
+of weights, features, configuration and catalogue: the same export twice has the same name, and a
+catalogue that changed gets a set, and a query encoder with its histories, of its own. It need not
 be the one trained on, as long as it has the feature columns.
 """
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
-from shardline.shards.core.encoder_files import MappedArrays, Weights, write_encoder
+from shardline.shards.core.encoder_files import (
+    ITEM_ENCODER_FOLDER,
+    QUERY_ENCODER_FOLDER,
+    MappedArrays,
+)
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import FloatArray
 from shardline.shards.storage.embedding_set import (
-    ENCODER_FOLDER,
     EmbeddingSet,
     EmbeddingWriter,
     embedding_writer,
@@ -33,13 +32,18 @@ from shardline.shards.storage.vector_files import MAX_SAMPLE_QUERIES
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import INTERACTIONS, ITEMS, USERS, Dataset, open_dataset
 from shardline.training.evaluation.user_queries import KNOWN_BEFORE, SAMPLE_SEED, sample_users
-from shardline.training.features.fitted import Block
+from shardline.training.exported_towers import (
+    export_item_encoder,
+    export_query_encoder,
+    history_rows,
+)
 from shardline.training.model.checkpoint import Run, load_best
 from shardline.training.model.encoding import BLOCK_ROWS, encode_items, encode_queries
 from shardline.training.model.popularity import lengths_of, metric_of
-from shardline.training.model.towers import Inputs, TwoTower
+from shardline.training.model.towers import TwoTower
 
 VERSION_DIGITS = 12
+EXPORT_FORMAT = 2  # 1 had no item encoder; raised, the same model is exported anew
 CUT_OFF = "-unfinished"  # ends the version of a model whose training has not ended
 
 
@@ -74,11 +78,14 @@ def export(
         dim=model.dim,
         metric=metric_of(exponent),
         created_at=created_at,
+        cut=dataset.cut,
     ) as writer:
-        encoder_folder = writer.folder / ENCODER_FOLDER
-        encoder_folder.mkdir()
+        for name in (QUERY_ENCODER_FOLDER, ITEM_ENCODER_FOLDER):
+            (writer.folder / name).mkdir()
         _export_items(run, model, dataset, writer, progress)
-        export_encoder(run, model, version, encoder_folder)
+        export_query_encoder(run, model, version, writer.folder / QUERY_ENCODER_FOLDER)
+        columns = dataset.items().schema.remove(0)
+        export_item_encoder(run, model, version, columns, writer.folder / ITEM_ENCODER_FOLDER)
         queries = sample_queries(run, model, dataset)
         if len(queries):
             writer.queries(queries)
@@ -93,6 +100,7 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
     """
     digest = hashlib.sha256()
     declared = {
+        "format": EXPORT_FORMAT,
         "config": run.config.identity(),
         "space": run.space.to_json(),
         "items": dataset.checksum(ITEMS),
@@ -109,21 +117,25 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
 def _export_items(
     run: Run, model: TwoTower, dataset: Dataset, writer: EmbeddingWriter, progress: Progress | None
 ) -> None:
-    """Vector and attributes of every item and, for the encoder, its row of a history.
+    """Vector and attributes of every item and, for the encoders, its row of a history and length.
 
     A block at a time: what is computed is never in memory as a whole.
     """
     items = dataset.items()
     lengths = lengths_of(dataset, run.config.fitted_splits, run.config.popularity_exponent)
-    history = MappedArrays(writer.folder / ENCODER_FOLDER, items.num_rows)
+    history = MappedArrays(writer.folder / QUERY_ENCODER_FOLDER, items.num_rows)
+    popularity = MappedArrays(writer.folder / ITEM_ENCODER_FOLDER, items.num_rows)
     for start in range(0, items.num_rows, BLOCK_ROWS):
         table = items.slice(start, BLOCK_ROWS).combine_chunks()
         ids, block = table["item_id"].to_numpy(), run.space.item.encode(table, ITEMS)
-        vectors = encode_items(model, block) * lengths[start : start + len(block), None]
+        longer = lengths[start : start + len(block)]
+        vectors = encode_items(model, block) * longer[:, None]
         attributes = table.drop_columns(["item_id"]).to_batches()
         writer.append(ids, vectors, attributes[0] if attributes else None)
         if run.space.history is not None:
-            history.write(start, {"history.item_ids": ids, **_history_rows(model, block)})
+            history.write(start, {"history.item_ids": ids, **history_rows(model, block)})
+        if run.config.popularity_exponent:
+            popularity.write(start, {"popularity.item_ids": ids, "popularity.lengths": longer})
         if progress is not None:
             progress("export", start + len(block), items.num_rows)
 
@@ -144,42 +156,3 @@ def sample_queries(run: Run, model: TwoTower, dataset: Dataset) -> FloatArray:
     items = run.space.item.encode(dataset.items().take(pa.array(seen)).combine_chunks(), ITEMS)
     inputs = run.space.query.encode(dataset.users().take(pa.array(users)).combine_chunks(), USERS)
     return encode_queries(model, inputs, Csr(past.indptr, places.astype(np.int64)), items)
-
-
-def export_encoder(run: Run, model: TwoTower, version: str, folder: Path) -> None:
-    """Writes the tower into the folder, which has the rows of the history, if any, already."""
-    weights = _tower_weights(model)
-    columns = run.space.query
-    features: list[dict[str, Any]] = [asdict(c) for c in (*columns.vocabularies, *columns.bags)]
-    features += [{"kind": "numeric", **asdict(s)} for s in columns.standardisers]
-    if run.space.history is not None:
-        features.append(run.space.history.model_dump())
-        if model.history.attends:
-            weights["history.recency"] = model.history.recency.detach().cpu().numpy()
-    config = {
-        "model_version": version,
-        "dim": model.dim,
-        "projection": run.config.towers.query.projection,
-        "features": features,
-    }
-    write_encoder(folder, config, weights)
-
-
-def _tower_weights(model: TwoTower) -> Weights:
-    weights = {
-        name.replace("norms.", "norm."): tensor
-        for name, tensor in model.query_tower.state_dict().items()
-    }
-    tables = (*model.query_rows.embeddings, *model.query_rows.bags)
-    weights |= {f"embedding.{i}": table.weight.detach() for i, table in enumerate(tables)}
-    return {name: tensor.cpu().numpy() for name, tensor in weights.items()}
-
-
-@torch.no_grad()
-def _history_rows(model: TwoTower, block: Block) -> Weights:
-    """What the query tower takes of each of the items as past ones: (n, width), (n,) scores."""
-    rows: Tensor = model.item_rows(Inputs.of(block, model.log_temperature.device))
-    arrays = {"history.rows": rows.cpu().numpy()}
-    if model.history.attends:
-        arrays["history.item_scores"] = model.history.item_scores(rows).cpu().numpy()
-    return arrays

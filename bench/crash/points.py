@@ -70,7 +70,7 @@ TORN_POINTS = _both("lead", "create.torn", "write.torn")
 ADOPT_POINTS = _both(
     "adopt",
     *("read.segment", "swap.state", *_NEW_SEGMENT, "sync_folder.folder", "read.epoch"),
-    *("remove.segment", "unlink.main", "rmdir.main"),
+    *("rename.segment", "remove.segment", "unlink.main", "rmdir.main"),
 )
 FOLLOW_POINTS = _both("follow", "read.segment", "read.epoch", "swap.state")
 COMPACT_POINTS = _both(

@@ -38,6 +38,7 @@ TITLE = "title"
 # shorter than in service, so that a run sees as many changes as possible
 PAUSE_S = 0.1  # after a compaction that failed
 LOOK_S = 0.2  # of followers, for a newer main index
+KEEP_LOG_MIB = 0.05  # so little that trims put segments aside, and remove those put aside before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,8 @@ class TrappedWrites(ShardWrites):
     """Tells the trap what it does."""
 
     def __init__(self, trap: Trap, shard: Shard, folder: Path, loaded: Loaded) -> None:
-        super().__init__(shard, folder, keys=loaded.keys, files=TrappedFiles(trap))
+        config = LiveConfig(keep_log_mib=KEEP_LOG_MIB)
+        super().__init__(shard, folder, keys=loaded.keys, config=config, files=TrappedFiles(trap))
         self._trap = trap
 
     def lead(self, epoch: int) -> int:

@@ -19,7 +19,6 @@ from shardline.shards.storage.generation import (
     ITEM_IDS_NAME,
     GenerationManifest,
     read_item_ids,
-    shard_folder,
 )
 
 ROWS_AT_ONCE = 16_384
@@ -65,9 +64,7 @@ class GenerationItems:
             before += entry.rows
             if first >= entry.rows:
                 continue
-            ids = read_item_ids(
-                self._folder / shard_folder(entry.shard) / ITEM_IDS_NAME, rows=entry.rows
-            )
+            ids = read_item_ids(self._folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
             vectors = (
                 None if self._work is None else np.load(self._path(entry.shard), mmap_mode="r")
             )

@@ -1,12 +1,16 @@
 """A job answered by the running cluster over HTTP: it sees what is live, and yields to others.
 
-One request is in flight (``pace``); only complete answers count, and one that is unavailable is
-asked again for a minute. Another generation than the one that the job began with ends it.
+Its searches are background ones, at a rate that follows from what others do (``pace``). Only
+complete answers count, and one that is unavailable is asked again for a minute. Another generation
+than the one that the job began with ends it.
 """
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,20 +19,22 @@ import pyarrow as pa
 
 from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.job_parts import Parts
-from shardline.cluster.batch.pace import Pace
+from shardline.cluster.batch.live_columns import AnsweredColumns
+from shardline.cluster.batch.pace import FULL_IN_FLIGHT, SIZES, Pace
 from shardline.cluster.batch.part_files import OutputFolder
 from shardline.cluster.batch.pipeline import ahead
+from shardline.cluster.batch.priority import give_way
 from shardline.cluster.batch.queries import Queries, QuerySource
-from shardline.cluster.batch.result_columns import ORIGINAL_IDS, result_table, title_of
+from shardline.cluster.batch.result_columns import result_table
 from shardline.cluster.batch.spans import Span
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.sync_client import Client
 from shardline.router.contract import PayloadTooLarge
 from shardline.router.limits import MAX_RETURNED_VALUES
 from shardline.router.query import QueryKind
-from shardline.shards.core.errors import DataError, InvalidInput, Unavailable, VersionMismatch
-from shardline.shards.core.schema import EMPTY_ID, Metric, Ranked
-from shardline.shards.storage.column_types import LIBRARY_ERRORS, first_line
+from shardline.shards.core.errors import InvalidInput, Unavailable, VersionMismatch
+from shardline.shards.core.files import FileEntry
+from shardline.shards.core.schema import Metric, Ranked
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +77,12 @@ class LiveSearch:
     note: Callable[[str], None] = logger.info
     clock: Callable[[], float] = time.perf_counter
     wait: Callable[[float], None] = time.sleep
+    _failures: int = field(default=0, init=False)  # since the last answer
 
     def __post_init__(self) -> None:
         columns = len(self.wanted.attributes) + self.wanted.original_ids
-        self.pace = Pace(MAX_RETURNED_VALUES // (self.wanted.k * max(1, columns)))
+        most = MAX_RETURNED_VALUES // (self.wanted.k * max(1, columns))
+        self.pace = Pace(self.wanted.k, min(SIZES[-1], most))
 
     def check(self, source: QuerySource) -> None:
         """Asks the first query, so that what the cluster refuses is said before work starts.
@@ -86,59 +94,77 @@ class LiveSearch:
         for _, queries in source.read([Span(0, 0, 1)]):
             self._ask(queries)
 
-    def table(self, queries: Queries) -> pa.Table:
-        """The rows of a part.
+    def answers(self, queries: Queries) -> list[SearchAnswer]:
+        """To all queries, in their order.
 
         Raises:
             VersionMismatch: another generation or model answers. Unavailable: still no complete
-                answer after all attempts. DataError: attributes of other types than these items'
-                generation has.
+                answer after all attempts.
         """
-        answers: list[SearchAnswer] = []
-        start = failures = 0
-        while start < len(queries):
-            part = queries.rows(start, min(start + self.pace.size, len(queries)))
-            try:
-                answer = self._timed(part)
-            except Unavailable as error:
-                if failures == len(WAITS_S):
-                    raise Unavailable(
-                        f"no complete answer to {failures + 1} requests in {sum(WAITS_S):g} s",
-                        got=str(error),
-                        hint="what is written stays: the same command goes on once it answers",
-                    ) from error
-                if not failures:
-                    self.note(f"no complete answer, asking again: {error}")
-                self.pace.refused()
-                self.wait(WAITS_S[failures])
-                failures += 1
-                continue
-            if answer is not None:
-                if failures:
-                    self.note("answered again")
-                answers.append(answer)
-                start, failures = start + len(part), 0
+        block = _Block(queries)
+        with ThreadPoolExecutor(FULL_IN_FLIGHT, initializer=give_way) as pool:
+            pending: dict[Future[_Timed], Rows] = {}
+            while block.todo or pending:
+                while block.todo and len(pending) < self.pace.in_flight:
+                    rows = block.take(self.pace.size)
+                    pending[pool.submit(self._timed, queries.rows(*rows))] = rows
+                for done in futures.wait(pending, return_when=futures.FIRST_COMPLETED).done:
+                    self._take(block, pending.pop(done), done)
+        return block.in_order()
+
+    def table(self, queries: Queries, answers: Sequence[SearchAnswer]) -> pa.Table:
+        """The rows of a part. Raises DataError: attributes of other types than these items'
+        generation has."""
         ranked = Ranked(
             np.concatenate([answer.ids for answer in answers]),
             np.concatenate([answer.scores for answer in answers]),
         )
-        columns = _Answered(answers, self.wanted, self.types)
+        columns = AnsweredColumns(answers, self.wanted, self.types)
         return result_table(queries.ids, ranked, columns)
 
-    def _timed(self, queries: Queries) -> SearchAnswer | None:
-        """None: refused for its size; the next request is smaller."""
-        started = self.clock()
+    def _take(self, block: "_Block", rows: "Rows", done: "Future[_Timed]") -> None:
+        """The answer to some rows of a block, or another try of them; then the pause that the
+        others are due."""
         try:
-            answer = self._ask(queries)
+            answer, seconds = done.result()
+        except Unavailable as error:
+            block.todo.appendleft(rows)
+            self._wait_to_ask_again(error)
+            return
         except InvalidInput as error:
             is_size = error.field in SIZE_FIELDS or isinstance(error, PayloadTooLarge)
-            if len(queries) == 1 or not is_size:
+            count = rows[1] - rows[0]
+            if count == 1 or not is_size:
                 raise
             logger.info("smaller requests from here on: %s", error)
-            self.pace.too_large(len(queries))
-            return None
-        self.wait(self.pace.took(len(queries), self.clock() - started))
-        return answer
+            self.pace.too_large(count)
+            block.todo.appendleft(rows)
+            return
+        if self._failures:
+            self.note("answered again")
+        self._failures = 0
+        block.answers[rows[0]] = answer
+        self.wait(self.pace.took(seconds, answer.others_share))
+
+    def _wait_to_ask_again(self, error: Unavailable) -> None:
+        """Before another try. Raises Unavailable: there have been enough."""
+        if self._failures == len(WAITS_S):
+            raise Unavailable(
+                f"no complete answer to {self._failures + 1} requests in {sum(WAITS_S):g} s",
+                got=str(error),
+                hint="what is written stays: the same command goes on once it answers",
+            ) from error
+        if not self._failures:
+            self.note(f"no complete answer, asking again: {error}")
+        self.pace.refused()
+        self.wait(WAITS_S[self._failures])
+        self._failures += 1
+
+    def _timed(self, queries: Queries) -> "_Timed":
+        """An answer, and the seconds that it took."""
+        started = self.clock()
+        answer = self._ask(queries)
+        return answer, self.clock() - started
 
     def _ask(self, queries: Queries) -> SearchAnswer:
         try:
@@ -160,6 +186,7 @@ class LiveSearch:
             timeout_ms=self.timeout_ms,
             return_=self.wanted.attributes or None,
             return_original_ids=self.wanted.original_ids or None,
+            background=True,
         )
         found = answer.generation, answer.model_version
         if found != (self.cluster.generation, self.cluster.model_version):
@@ -199,71 +226,43 @@ def run_live(
     todo: Sequence[Span],
     parts: Parts,
 ) -> None:
-    """Answers the blocks ``todo``, one after the other. Raises as ``LiveSearch.table``."""
+    """Answers the blocks ``todo``, one after the other; each is written while the next one is
+    asked. Raises as ``LiveSearch`` and ``OutputFolder.write``."""
+
+    def write(span: Span, queries: Queries, answers: Sequence[SearchAnswer]) -> FileEntry:
+        return output.write(span, search.table(queries, answers))
+
     parts.begin()
-    for span, queries in ahead(source.read(todo)):
-        parts.written(span, output.write(span, search.table(queries)))
+    writing: tuple[Span, Future[FileEntry]] | None = None
+    with ThreadPoolExecutor(1, initializer=give_way) as writer:
+        for span, queries in ahead(source.read(todo)):
+            answers = search.answers(queries)
+            if writing is not None:
+                parts.written(writing[0], writing[1].result())
+            writing = span, writer.submit(write, span, queries, answers)
+        if writing is not None:
+            parts.written(writing[0], writing[1].result())
 
 
-class _Answered:
-    """The columns that answers bring, for ``result_table``: values in the order of the results."""
-
-    def __init__(
-        self, answers: Sequence[SearchAnswer], wanted: Wanted, types: dict[str, pa.DataType]
-    ) -> None:
-        self._answers, self._wanted, self._types = answers, wanted, types
-
-    def of(self, item_ids: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, pa.Array]:
-        """item_ids (n,) int64: of all results that are not empty."""
-        found: dict[str, pa.Array] = {}
-        if self._wanted.original_ids:
-            values = [
-                value
-                for answer in self._answers
-                for value in _kept(answer, answer.original_ids or [])
-            ]
-            found[ORIGINAL_IDS] = _array(ORIGINAL_IDS, values, self._types[ORIGINAL_IDS])
-        for name in self._wanted.attributes:
-            values = [
-                value
-                for answer in self._answers
-                for value in _kept(answer, answer.attributes[name])
-            ]
-            found[title_of(name)] = _array(name, values, self._types[name])
-        assert all(len(column) == len(item_ids) for column in found.values())
-        return found
+Rows = tuple[int, int]  # from the first to before the second
+_Timed = tuple[SearchAnswer, float]
 
 
-def _kept(answer: SearchAnswer, rows: list[list[Any]]) -> list[Any]:
-    """Values of the results that are not empty, which are first in each row."""
-    counts = (answer.ids != EMPTY_ID).sum(axis=1).tolist()
-    return [value for row, count in zip(rows, counts, strict=True) for value in row[:count]]
+class _Block:
+    """The queries of a part: which rows are still to be asked, and the answers to others by their
+    first row."""
 
+    def __init__(self, queries: Queries) -> None:
+        self.todo: deque[Rows] = deque([(0, len(queries))])
+        self.answers: dict[int, SearchAnswer] = {}
 
-def _array(name: str, values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Values of JSON in the type that the generation's files have."""
-    try:
-        try:
-            return pa.array(values, kind)
-        except LIBRARY_ERRORS:  # times are texts in JSON
-            return pa.array(values).cast(kind)
-    except LIBRARY_ERRORS as error:
-        raise DataError(
-            "an attribute that answers over HTTP do not bring in its own type",
-            field=name,
-            expected=str(kind),
-            got=first_line(error),
-            hint="leave it out, or run the job offline, without --live",
-        ) from error
+    def take(self, size: int) -> Rows:
+        """The next rows, at most ``size``, which must be answered or given back to ``todo``."""
+        start, stop = self.todo.popleft()
+        cut = min(start + size, stop)
+        if cut < stop:
+            self.todo.appendleft((cut, stop))
+        return start, cut
 
-
-def refuse_unknown(names: Sequence[str], types: dict[str, pa.DataType]) -> None:
-    """Raises InvalidInput for an attribute that the generation does not have."""
-    for name in names:
-        if name not in types:
-            raise InvalidInput(
-                "no such attribute",
-                field="--return",
-                expected=f"one of {', '.join(types) or 'none: this generation has none'}",
-                got=name,
-            )
+    def in_order(self) -> list[SearchAnswer]:
+        return [self.answers[start] for start in sorted(self.answers)]

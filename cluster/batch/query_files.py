@@ -270,7 +270,9 @@ class FeatureFiles(_FileQueries):
 
     def _queries(self, file: File, row: int, before: int, batch: pa.RecordBatch) -> Queries:
         ids = self._ids(file, row, before, batch)
-        columns = {name: _values(file, row, name, batch.column(name)) for name in self._kinds}
+        columns = {
+            name: feature_values(file.name, row, name, batch.column(name)) for name in self._kinds
+        }
         features = [
             dict(zip(columns, values, strict=True))
             for values in zip(*columns.values(), strict=True)
@@ -334,15 +336,20 @@ def _decoded(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _values(file: File, row: int, name: str, column: pa.Array) -> list[Any]:
-    """As a query brings them: plain values, times in seconds since 1970."""
+def feature_values(file: str, row: int, name: str, column: pa.Array) -> list[Any]:
+    """As a query brings them: plain values, times in seconds since 1970. row: of the file, that the
+    column starts with.
+
+    Raises:
+        DataError: a type or a value that no feature takes; file, column and row are named.
+    """
     try:
         plain = feature_column(pa.chunked_array([column]))
     except Unusable as why:
         place = "" if why.row is None else f"[{row + why.row}]"
         raise DataError(
             "not usable as a feature",
-            field=f"{file.name}: {name}{place}",
+            field=f"{file}: {name}{place}",
             expected=why.expected,
             got=why.what,
         ) from why

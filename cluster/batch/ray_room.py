@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from shardline.shards.core.errors import Unavailable
 
 SIDE_SHARE = 0.1  # of the CPUs, each for reading and for writing
+MOST_NAMED = 8  # hosts, or stages, in an error
 UNIT = 10_000  # parts of a CPU that Ray counts in
 
 
@@ -117,13 +118,13 @@ def packed(needs: Sequence[StageNeed], hosts: Sequence[HostRoom]) -> list[int]:
         ]
         if not fitting:
             left = [
-                f"{h.name} {c / UNIT:g} CPUs and {_mib(m)}"
-                for h, c, m in zip(hosts, cpus, memory, strict=True)
+                HostRoom(name=host.name, cpus=units_left / UNIT, memory=bytes_left)
+                for host, units_left, bytes_left in zip(hosts, cpus, memory, strict=True)
             ]
             raise Unavailable(
                 f"no host of the Ray cluster has room for {need.name}, one of {len(needs)} stages",
-                expected=f"{need.cpus:g} CPUs and {_mib(need.memory)} free on one host",
-                got="; ".join(left[:8]) + " left beside the stages before it",
+                expected=f"{_amount(need)} free on one host",
+                got=f"{_listed(left)} left beside the stages before it",
                 hint="give the job other --cpus, add hosts, build more and smaller shards, or run "
                 "it on one host with cluster.address=local, which takes the shards in passes",
             )
@@ -132,6 +133,27 @@ def packed(needs: Sequence[StageNeed], hosts: Sequence[HostRoom]) -> list[int]:
         cpus[best] -= units
         memory[best] -= need.memory
     return chosen
+
+
+def no_room_left(lost: Sequence[StageNeed], hosts: Sequence[HostRoom]) -> Unavailable:
+    """The error of a job whose stages ``lost``, at least one, have had no room since their host was
+    lost. hosts: what is free."""
+    return Unavailable(
+        f"the host of {', '.join(need.name for need in lost[:MOST_NAMED])} is lost, and no other "
+        "has room",
+        expected="; ".join(f"{_amount(need)} for {need.name}" for need in lost[:MOST_NAMED]),
+        got=f"{_listed(hosts) or 'nothing'} free",
+        hint="add a host, or free some room, and start the same command again: what is written "
+        "stays, and the job goes on from there",
+    )
+
+
+def _amount(room: HostRoom | StageNeed) -> str:
+    return f"{room.cpus:g} CPUs and {_mib(room.memory)}"
+
+
+def _listed(hosts: Sequence[HostRoom]) -> str:
+    return "; ".join(f"{host.name} {_amount(host)}" for host in hosts[:MOST_NAMED])
 
 
 def _mib(number: int) -> str:

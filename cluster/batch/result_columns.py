@@ -19,7 +19,6 @@ from shardline.shards.storage.generation import (
     GenerationManifest,
     read_attributes,
     read_item_ids,
-    shard_folder,
 )
 
 QUERY_ID, IDS, SCORES, ORIGINAL_IDS = "query_id", "ids", "scores", "original_ids"
@@ -69,7 +68,7 @@ class ItemColumns:
                     got=name,
                 )
         self._ids = [
-            read_item_ids(folder / shard_folder(entry.shard) / ITEM_IDS_NAME, rows=entry.rows)
+            read_item_ids(folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
             for entry in manifest.shards
         ]
         self._starts = [0, *accumulate(len(ids) for ids in self._ids)]

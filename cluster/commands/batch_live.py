@@ -11,9 +11,9 @@ from shardline.cluster.batch.live_batch import (
     LiveCluster,
     LiveSearch,
     live_job,
-    refuse_unknown,
     run_live,
 )
+from shardline.cluster.batch.live_columns import refuse_unknown
 from shardline.cluster.batch.part_files import ClaimedFolder
 from shardline.cluster.batch.queries import QuerySource
 from shardline.cluster.batch.result_columns import ORIGINAL_IDS

@@ -1,32 +1,44 @@
-"""``build``: from an embedding set, or vectors made elsewhere, to the next generation."""
+"""``build``: from an embedding set, vectors made elsewhere or live rows to the next generation."""
 
 import hashlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
-from shardline.cluster.build import BuildPlan, build_checked, check_plan, run_here, run_on_ray
+from shardline.cluster.build import (
+    BuildPlan,
+    CheckedPlan,
+    build_checked,
+    check_plan,
+    run_here,
+    run_on_ray,
+)
+from shardline.cluster.catalogue_cut import catalogue_cut
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
+from shardline.cluster.corpus_from_live import live_corpus, live_corpus_bytes
 from shardline.cluster.preflight.build_space import build_bytes
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_ray, check_store
-from shardline.cluster.serving.endpoint import find_endpoint
-from shardline.cluster.serving.ray_session import cores, ray_for
+from shardline.cluster.serving.endpoint import serving_now
+from shardline.cluster.serving.launched import is_served
+from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput, NotFound
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.gpu import gpu_count
 from shardline.shards.storage.embedding_set import embedding_writer
 from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_queries
-from shardline.shards.storage.generation import GenerationManifest
+from shardline.shards.storage.generation import GenerationManifest, read_generation
 from shardline.shards.storage.table_parts import open_parts
 
 READER_VERSION = 2  # of vectors made elsewhere: the same files may become another set
@@ -58,14 +70,23 @@ READER_VERSION = 2  # of vectors made elsewhere: the same files may become anoth
     help="How the vectors of --vectors are compared.",
 )
 @click.option(
+    "--from-live",
+    is_flag=True,
+    help="Build from the live generation's rows as they are now, written and deleted items "
+    "counted; a cluster may serve and take writes meanwhile.",
+)
+@click.option(
     "--partitioning",
     type=click.Choice([each.value for each in Partitioning]),
-    default=Partitioning.RANGE.value,
-    show_default=True,
-    help="Ranges of item ids, or of hashed ids (for ids clustered by topic or time).",
+    help="Ranges of item ids, or of hashed ids (for ids clustered by topic or time).  "
+    "[default: range; with --from-live as now]",
 )
 @click.option("--in-process", is_flag=True, help="Build shards one after the other, without Ray.")
-@click.option("--no-publish", is_flag=True, help="Leave the live generation as it is.")
+@click.option(
+    "--no-publish",
+    is_flag=True,
+    help="Leave the live generation as it is, as is done while a cluster serves the store.",
+)
 @click.pass_obj
 def build(
     settings: Settings,
@@ -75,13 +96,17 @@ def build(
     id_column: str | None,
     vector_column: str | None,
     metric: str,
-    partitioning: str,
+    from_live: bool,
+    partitioning: str | None,
     in_process: bool,
     no_publish: bool,
 ) -> None:
-    """Turn an embedding set into index shards, and make them the live generation."""
-    if embeddings is not None and vectors:
-        raise InvalidInput("--embeddings and --vectors exclude each other")
+    """Turn an embedding set into index shards, and make them the live generation.
+
+    A cluster that serves this store goes on with the one it has until `shardline publish`.
+    """
+    if (embeddings is not None) + bool(vectors) + from_live > 1:
+        raise InvalidInput("--embeddings, --vectors and --from-live exclude each other")
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
     config, store = settings.config, settings.store
@@ -97,38 +122,89 @@ def build(
                 vector_column=vector_column,
                 progress=progress,
             )
-        embeddings = embeddings or store.newest_embeddings()
-        progress.note(f"building from {embeddings}")
-        if not (embeddings / MANIFEST_NAME).is_file():
-            raise NotFound(
-                f"--embeddings {embeddings}: "
-                + ("not a finished embedding set" if embeddings.is_dir() else "no such folder"),
-                hint="`shardline export` writes one; without --embeddings the newest is taken",
-            )
-        plan = plan_of(config, Partitioning(partitioning))
-        checked = check_plan(embeddings, plan, store.version_of(embeddings))
-        needed = build_bytes(checked.corpus, checked.index, checked.plan.num_shards)
-        checks = [check_store(store, needed)]
-        if not in_process and config.cluster.address == "local":
-            checks += before_ray(None)
-        for warning in enforce(checks):
-            progress.note(f"warning: {warning}")
-        if in_process:
-            manifest = build_checked(store, checked, run_jobs=run_here, progress=progress)
-        else:
-            address, verbose = config.cluster.address, settings.verbose
-            with ray_for(address, num_cpus=cores(), verbose=verbose, in_flight=None):
-                manifest = build_checked(store, checked, run_jobs=run_on_ray, progress=progress)
-        if not no_publish:
+        with _corpus(store, embeddings, progress, from_live=from_live) as corpus:
+            cut = Partitioning(partitioning or corpus.partitioning)
+            checked = check_plan(corpus.folder, plan_of(config, cut), corpus.version)
+            manifest = _built(settings, checked, progress, in_process=in_process)
+        running = running_cluster(config)
+        if not no_publish and running is None:
             store.set_current(manifest.generation)
     click.echo(describe(manifest))
-    with suppress(NotFound, CorruptFile):  # without a note of use there is nothing to say of it
-        running = find_endpoint(store)
-        number = "" if not no_publish else f" --generation {manifest.generation}"
-        click.echo(
-            f"the cluster at {running.url} goes on with generation {running.generation}; "
-            f"`shardline down`, then `shardline serve{number}` to change over"
+    if running is not None:  # a controller that is started again takes what is live, without a gate
+        click.echo(f"{running}; `shardline publish {manifest.generation}` to change over")
+
+
+def running_cluster(config: ShardlineConfig) -> str | None:
+    """That a cluster goes on with the generation before; None: none serves this store."""
+    store, address = Store(config.store.resolve()), config.cluster.address
+    if (endpoint := serving_now(store)) is not None:
+        return f"the cluster at {endpoint.url} goes on with generation {endpoint.generation}"
+    if address == "local":
+        return None
+    with suppress(Unavailable), attached_ray(address):
+        if is_served():
+            return "the cluster goes on with the generation before"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Corpus:
+    """The embedding set in ``folder``, which must be of model ``version`` unless that is None.
+
+    partitioning: what it gets unless another is asked for.
+    """
+
+    folder: Path
+    version: str | None
+    partitioning: str = Partitioning.RANGE.value
+
+
+@contextmanager
+def _corpus(
+    store: Store, embeddings: Path | None, progress: StageProgress, *, from_live: bool
+) -> Iterator[_Corpus]:
+    """What to build from, for as long as the block runs."""
+    if from_live:
+        number = store.current()
+        folder = store.generation(number)
+        manifest = read_generation(folder)
+        enforce([check_store(store, live_corpus_bytes(folder, manifest))])
+        progress.note(f"building from the live rows of generation {number}")
+        if not manifest.index.keeps_vectors:
+            progress.note(
+                f"warning: {manifest.index.factory} keeps approximations of vectors, and these are "
+                "what is built from; an exported embedding set has the vectors themselves"
+            )
+        with live_corpus(store, number, progress) as rows:
+            yield _Corpus(folder=rows, version=None, partitioning=manifest.partitioning)
+        return
+    embeddings = embeddings or store.newest_embeddings()
+    progress.note(f"building from {embeddings}")
+    if not (embeddings / MANIFEST_NAME).is_file():
+        raise NotFound(
+            f"--embeddings {embeddings}: "
+            + ("not a finished embedding set" if embeddings.is_dir() else "no such folder"),
+            hint="`shardline export` writes one; without --embeddings the newest is taken",
         )
+    yield _Corpus(folder=embeddings, version=store.version_of(embeddings))
+
+
+def _built(
+    settings: Settings, checked: CheckedPlan, progress: StageProgress, *, in_process: bool
+) -> GenerationManifest:
+    """Builds here or on Ray, once the machine is found fit for it."""
+    config, store = settings.config, settings.store
+    needed = build_bytes(checked.corpus, checked.index, checked.plan.num_shards)
+    checks = [check_store(store, needed)]
+    if not in_process and config.cluster.address == "local":
+        checks += before_ray(None)
+    for warning in enforce(checks):
+        progress.note(f"warning: {warning}")
+    if in_process:
+        return build_checked(store, checked, run_jobs=run_here, progress=progress)
+    address, verbose = config.cluster.address, settings.verbose
+    with ray_for(address, num_cpus=cores(), verbose=verbose, in_flight=None):
+        return build_checked(store, checked, run_jobs=run_on_ray, progress=progress)
 
 
 def plan_of(config: ShardlineConfig, partitioning: Partitioning = Partitioning.RANGE) -> BuildPlan:
@@ -157,6 +233,7 @@ def import_vectors(
     Raises:
         As ``read_foreign``.
     """
+    cut = catalogue_cut(store)  # before the first look: what is written later may be missing
     given = {"--vectors": sources, "--queries": queries}
     parts = {option: open_parts(paths, option=option) for option, paths in given.items()}
     contents = [
@@ -180,6 +257,7 @@ def import_vectors(
         dim=first.vectors.shape[1],
         metric=metric,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        cut=cut,
     ) as writer:
         rows = 0
         for batch in (first, *batches):

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 from pydantic import BaseModel, ValidationError
 
+from shardline.cluster.catalogue_cut import catalogue_cut
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.report import metric_rows
 from shardline.cluster.config import config_error
@@ -155,7 +156,8 @@ def import_command(
         if values.get(name) == "none":
             values[name] = None
     config = validated(ImportConfig, values)
-    report = import_dataset(Format(kind), source, out, config, overwrite=overwrite)
+    cut = catalogue_cut(settings.store)  # before the first look: later writes may be missing
+    report = import_dataset(Format(kind), source, out, config, cut=cut, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))
         return

@@ -13,11 +13,13 @@ import click
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.exits import as_known
-from shardline.cluster.preflight.check import Check, Verdict, failed, passed
+from shardline.cluster.preflight.check import Check, Verdict, failed, passed, warned
 from shardline.cluster.preflight.machine import before_serving
+from shardline.cluster.preflight.served_index import NAME, index_checks
 from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
+from shardline.router.http.api_keys import Scope
 from shardline.shards.core.errors import CorruptFile, NotFound, ShardlineError
 from shardline.shards.live.loading import last_write
 from shardline.shards.storage.embedding_set import open_embedding_set
@@ -51,6 +53,21 @@ def _checks(config: ShardlineConfig, store: Store, *, verbose: bool) -> Iterator
 
         yield from examine(config, _servable(store), verbose=verbose)
     yield from map(_judged, _store_checks(store))
+    yield from _index_checks(store)
+
+
+def _index_checks(store: Store) -> Iterator[Check]:
+    """Of the index that this machine's cluster of the store serves: what is due is a warning."""
+    running = serving_now(store)
+    if running is None:
+        return
+    try:
+        with running.address_for(Scope.SEARCH).client() as client:
+            report = client.status()
+    except ShardlineError as error:
+        yield warned(NAME, f"not asked: {error}")
+        return
+    yield from index_checks(report)
 
 
 def _judged(named: tuple[str, Callable[[], str]]) -> Check:

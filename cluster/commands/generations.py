@@ -1,16 +1,17 @@
 """``generations``: lists and deletes the generations of a store."""
 
 import json
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.console import print_table
-from shardline.cluster.serving.endpoint import find_endpoint
+from shardline.cluster.control.publish_note import beside_in
+from shardline.cluster.housekeeping.held import BESIDE, LIVE, SERVED
+from shardline.cluster.housekeeping.removals import bytes_of, remove_generation
+from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NotFound, ShardlineError
 from shardline.shards.core.files import MANIFEST_NAME, abandoned_folders
@@ -30,10 +31,14 @@ def generations() -> None:
 def list_generations(settings: Settings, as_json: bool) -> None:
     """Number, state, age, rows, shards, index, model and size of each, oldest first."""
     store = settings.store
-    live, served = _named(_live, store), _named(_served, store)
-    found = [_described(store, number, live, served) for number in store.generation_numbers()]
+    named = {
+        "live": _named(_live, store),
+        "served": _named(_served, store),
+        "beside": _named(lambda store: _beside(settings), store),
+    }
+    found = [_described(store, number, named) for number in store.generation_numbers()]
     for folder in abandoned_folders(store.generations):
-        size = _bytes_of(folder) / MIB
+        size = bytes_of(folder) / MIB
         click.echo(
             f"{folder}: {size:,.1f} MiB of a build that was killed, which the next one removes",
             err=True,
@@ -66,19 +71,16 @@ def delete(settings: Settings, number: int) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         known = ", ".join(map(str, store.generation_numbers()))
         raise NotFound(f"{folder}: no such generation", expected=f"one of {known or 'none'}")
-    if number in (_live(store), _served(store)):
-        what = "live" if number == _live(store) else "being served"
+    held = {_beside(settings): BESIDE, _served(store): SERVED, _live(store): LIVE}
+    if number in held:
+        what = held[number]
         raise InvalidInput(
             f"generation {number} is {what}",
-            hint="build or publish another one and change over to it first",
+            hint="publish another one first; `shardline publish --finish` ends what is kept for a "
+            "rollback",
         )
-    writes = store.writes(number)
-    size = _bytes_of(folder) + _bytes_of(writes)
-    store.remember_generation(number)  # one from before `build` did so
-    (folder / MANIFEST_NAME).unlink()  # from here on nobody takes it for a complete one
-    shutil.rmtree(folder)
-    if writes.exists():
-        shutil.rmtree(writes)
+    size = bytes_of(folder) + bytes_of(store.writes(number))
+    remove_generation(store, number)
     click.echo(f"{folder}: deleted, {size / MIB:,.1f} MiB")
 
 
@@ -106,9 +108,17 @@ def _served(store: Store) -> int | None:
         return None
 
 
-def _described(store: Store, number: int, live: int | None, served: int | None) -> dict[str, Any]:
+def _beside(settings: Settings) -> int | None:
+    """The generation that a cluster of this store has loaded beside the live one; of a launched
+    cluster that has ended, had."""
+    store, is_launched = settings.store, settings.config.cluster.address != "local"
+    return beside_in(store.root) if is_launched or serving_now(store) is not None else None
+
+
+def _described(store: Store, number: int, named: dict[str, int | None]) -> dict[str, Any]:
+    """named: from each state to the generation that is in it."""
     folder = store.generation(number)
-    states = [name for name, which in (("live", live), ("served", served)) if which == number]
+    states = [state for state, which in named.items() if which == number]
     described: dict[str, Any] = {
         "generation": number,
         "state": ", ".join(states),
@@ -117,7 +127,7 @@ def _described(store: Store, number: int, live: int | None, served: int | None) 
         "shards": None,
         "index": "",
         "model_version": "",
-        "bytes": _bytes_of(folder) + _bytes_of(store.writes(number)),
+        "bytes": bytes_of(folder) + bytes_of(store.writes(number)),
     }
     try:
         manifest = read_generation(folder)
@@ -134,7 +144,3 @@ def _described(store: Store, number: int, live: int | None, served: int | None) 
 
 def _counted(number: int | None) -> str:
     return "" if number is None else f"{number:,}"
-
-
-def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -109,7 +109,7 @@ def train(
 @unfinished_option
 @click.pass_obj
 def export(settings: Settings, data: Path, run: Path | None, unfinished: bool) -> None:
-    """Write the embeddings of all items, and the query encoder, as an embedding set.
+    """Write the embeddings of all items, and the encoders, as an embedding set.
 
     With --unfinished the model's version ends in "-unfinished": in the embedding set, in what is
     built from it, and in every answer.

@@ -11,8 +11,10 @@ import numpy as np
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option, launched_of
+from shardline.cluster.commands.publish_text import print_noted
 from shardline.cluster.commands.status_text import print_launched, print_status
 from shardline.cluster.console import print_table
+from shardline.cluster.control.publish_note import told_in
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.http1 import Server
 from shardline.router.client.sync_client import Client
@@ -76,6 +78,8 @@ def status(settings: Settings, url: str | None, key_file: Path | None, as_json: 
             _show(as_json, None, told)
         raise
     _show(as_json, report, told)
+    if told is None and url is None and not as_json:
+        print_noted(report["generation"], told_in(settings.store.root))
 
 
 def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | None) -> None:
@@ -87,7 +91,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     if told is not None:
         print_launched(told)
     if report is not None:
-        print_status(report)
+        print_status(report, has_quality=told is None)
 
 
 @click.command()

@@ -4,11 +4,13 @@ from typing import Any
 
 import click
 
+from shardline.cluster.commands.publish_text import print_generations
 from shardline.cluster.console import print_table
 
 
-def print_status(report: dict[str, Any]) -> None:
-    """A router's status: what is served, and which replicas it is connected to."""
+def print_status(report: dict[str, Any], *, has_quality: bool = True) -> None:
+    """A router's status: what is served, and which replicas it is connected to. has_quality: with
+    what it has found of its answers, where the controller's report does not say it of all."""
     for name in ("generation", "model_version", "index", "dim", "metric", "rows"):
         click.echo(f"{name:>14}  {report[name]}")
     print_table(
@@ -36,11 +38,24 @@ def print_status(report: dict[str, Any]) -> None:
                 click.echo(f"{where}: {replica['code']}: {replica['reason']}")
     for warning in report.get("warnings", ()):  # routers before these have none
         click.echo(f"warning: {warning['about']}: {warning['text']}")
+    if has_quality:
+        _print_quality(report)
+
+
+def _print_quality(report: dict[str, Any]) -> None:
+    """Recall of served queries, and which repairs are due; routers before these tell neither."""
+    quality = report.get("quality")
+    if quality is not None:
+        about = f"of {quality['queries']} served queries, against exact answers"
+        click.echo(f"{'recall':>14}  {quality['recall']:.3f} @{quality['k']}, {about}")
+    for repair in report.get("repairs", ()):
+        click.echo(f"repair due: {repair['code']}: {repair['text']}")
 
 
 def print_launched(report: dict[str, Any]) -> None:
     """The controller's report: hosts, routers, replicas, and what is amiss."""
     click.echo(f"{'cluster':>14}  {report['cluster_id']}, routing table {report['version']}")
+    print_generations(report["generation"], report)
     routers = {router["host"]: router for router in report["routers"]}
     print_table(
         "hosts",
@@ -81,6 +96,7 @@ def print_launched(report: dict[str, Any]) -> None:
             click.echo(f"{where}: {reason['code']}: {reason['text']}")
     for note in report["notes"]:
         click.echo(f"warning: {note['text']}")
+    _print_quality(report)
 
 
 def _role(shard: dict[str, Any], replica: dict[str, Any]) -> str:

@@ -1,37 +1,34 @@
 """The controller: one named Ray actor that places shard actors, watches them, publishes the table.
 
-A thin shell: every rule is in ``cluster.control.placement``, and ``cluster.control.shard_actors``
-reaches the shards. It does not carry queries; while it is away, routers keep serving on the table
-they have. Both it and the shard actors are detached, so that a restarted controller finds the
-shards alive and learns their addresses from them. No decision is made from what Ray's head does not
-confirm: while it is away there are no events about hosts.
+A thin shell: every rule is in ``cluster.control.placement`` and ``fleet_rules``, ``shard_actors``
+reaches the shards, ``watch`` looks at them, and ``publishing`` makes another generation live. It
+does not carry queries; while it is away, routers keep serving on the table they have. Both it and
+the shard actors are detached, so that a restarted controller finds the shards alive and learns
+their addresses from them. No decision is made from what Ray's head does not confirm: while it is
+away there are no events about hosts.
 """
 
 import asyncio
 import logging
 import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shardline.cluster.control.cluster_report import Http, cluster_report, restart_progress
-from shardline.cluster.control.decisions import Decisions, known_error
+from shardline.cluster.control.beside import Opener, with_beside
+from shardline.cluster.control.cluster_quality import ClusterQuality
+from shardline.cluster.control.cluster_report import Http, cluster_report
+from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.events import (
     Event,
-    HostsSeen,
     Instruction,
     NumberSeen,
-    ReplicaFailed,
     ReplicaRegistered,
-    RestartAsked,
-    RestartStopped,
 )
-from shardline.cluster.control.leading import epoch_of
+from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.news import News
 from shardline.cluster.control.opening import (
     cluster_id_of,
-    empty_table,
     first_hosts,
     is_restart,
     opened,
@@ -41,27 +38,35 @@ from shardline.cluster.control.outlook import (
     hopeless,
     not_ready,
     raise_if_hopeless,
-    refuse_without_spare,
     without_room,
 )
-from shardline.cluster.control.placement import open_generation
-from shardline.cluster.control.placement_state import Placement, Rules, Stage
-from shardline.cluster.control.ray_hosts import fresh_hosts
+from shardline.cluster.control.placement_state import Placement, Rules
+from shardline.cluster.control.publish_book import PublishBook
+from shardline.cluster.control.publish_note import PublishNote
+from shardline.cluster.control.publish_state import PublishOptions, after_restart
+from shardline.cluster.control.publish_wiring import WiredParts
+from shardline.cluster.control.publishing import RETIRE_AFTER_S, Publishing
+from shardline.cluster.control.quality_config import QualityConfig
 from shardline.cluster.control.restart_note import RestartNote
-from shardline.cluster.control.rolling_restart import is_restarting
+from shardline.cluster.control.restarts import Restarts
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
+from shardline.cluster.control.watch import Watch
+from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable, error_of
-from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
+from shardline.shards.core.messages import (
+    Absence,
+    ReplicaKey,
+    RouterNews,
+    RouterSeen,
+    RoutingTable,
+)
 
 logger = logging.getLogger(__name__)
 
 CONTROLLER_NAME = "shardline-controller"
-WATCH_INTERVAL_S = 1.0
-# How long the shards of a replaced generation live on, for the queries that began on them: far
-# above the largest deadline that routers allow by default.
-RETIRE_AFTER_S = 60.0
+LOAD_TRIES = 3  # hosts on which a shard is tried before a generation is given up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +76,8 @@ class ControllerSettings(ShardSettings):
     generation: the only one that this cluster serves; None: the one that is live in the store
     whenever the controller starts. replicas: wanted of each shard. load_limit_s: of a shard, before
     another host is tried. writes: whether shards take any. http_host, http_port: where the front
-    ends of all hosts listen.
+    ends of all hosts listen. quality: when an index needs repair. publish: what a generation must
+    reach to go live.
     """
 
     store: str
@@ -81,43 +87,69 @@ class ControllerSettings(ShardSettings):
     writes: bool = True
     http_host: str = "127.0.0.1"
     http_port: int = 8000
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    publish: PublishConfig = field(default_factory=PublishConfig)
+
+
+def rules_of(settings: ControllerSettings) -> Rules:
+    """Of a generation that is not on GPUs."""
+    return Rules(
+        replicas=settings.replicas,
+        cpus=settings.cpus_per_shard,
+        load_limit_s=settings.load_limit_s,
+        writes=settings.writes,
+    )
 
 
 class Controller:
     """The state machine's shell. Create it with ``control.start``."""
 
     def __init__(self, settings: ControllerSettings) -> None:
-        self._store = store = Store(Path(settings.store))
+        store = Store(Path(settings.store))
         self._secret = settings.secret
         self._http = Http(host=settings.http_host, port=settings.http_port)
         # Ray runs this again when it restarts the controller: another generation may be live then
         folder, manifest = opened(store, settings.generation, is_restart=is_restart())
         cluster_id = cluster_id_of(settings.secret)
-        self._shards = ShardActors(settings, folder, manifest, CONTROLLER_NAME)
-        self._restart_note = RestartNote(store.root, cluster_id, manifest.generation)
-        placement, instructions = open_generation(
-            empty_table(store, folder, manifest, cluster_id),
-            counter=store.counter() + 1,
-            rules=Rules(
-                replicas=settings.replicas,
-                cpus=settings.cpus_per_shard,
-                gpus=settings.gpus_per_shard if self._shards.on_gpu else 0,
-                load_limit_s=settings.load_limit_s,
-                writes=settings.writes,
-            ),
-            hosts=first_hosts(),
-            found=self._shards.found(),
-            now_s=time.monotonic(),
-            restart=self._restart_note.read(),
+        self._shards = ShardActors(settings, CONTROLLER_NAME)
+        opener = Opener(
+            store, self._shards, cluster_id, rules_of(settings), settings.gpus_per_shard
         )
+        restart_note = RestartNote(store.root, cluster_id)
+        restart = restart_note.read(manifest.generation)
+        placement, instructions = opener.live(folder, manifest, first_hosts(), restart)
+        note = PublishNote(store.root, cluster_id)
+        noted = after_restart(note.read(), manifest.generation)
+        fleet, more = with_beside(Fleet(live=placement), noted, opener)
+        self._quality = ClusterQuality(settings.quality)
         self._news = News(placement.hosts.values(), time.monotonic())
-        self._checked: set[ReplicaKey] = set()
         self._tasks = Tasks()
         self._orders = Orders(
-            self._shards, self._tasks, placement=lambda: self._placement, take=self._take
+            self._shards, self._tasks, state_of=lambda key: self._fleet.state(key), take=self._take
         )
-        self._decisions = Decisions(store, placement, self._orders.carry_out)
-        self._tasks.spawn(self._open(instructions))
+        self._decisions = Decisions(store, fleet, self._orders.carry_out)
+        self._watch = Watch(
+            self._decisions, self._shards, self._news, self._tasks, after_hosts=self._tend
+        )
+        self._publishing = Publishing(
+            store,
+            self._decisions,
+            opener,
+            WiredParts(
+                store, settings.secret, settings.publish, CONTROLLER_NAME, self._quality.served
+            ),
+            self._tasks,
+            PublishBook(note, noted, lambda: self._fleet),
+            keep_s=settings.publish.keep_s,
+            load_s=settings.load_limit_s * LOAD_TRIES,
+            is_pinned=settings.generation is not None,
+        )
+        self._restarts = Restarts(self._decisions, restart_note, self._publishing.refuse_restart)
+        self._tasks.spawn(self._open((*instructions, *more)))
+
+    @property
+    def _fleet(self) -> Fleet:
+        return self._decisions.fleet
 
     @property
     def _placement(self) -> Placement:
@@ -147,15 +179,10 @@ class Controller:
         leads: the one with which it takes writes.
 
         Raises:
-            Unavailable: the replica belongs to a generation that is not being served.
+            Unavailable: the replica belongs to a generation that is not loaded.
         """
-        if key not in self._placement.replicas:
-            generation = self._placement.table.generation
-            raise Unavailable(
-                "this replica is not being served",
-                expected=f"one of generation {generation} that is placed now",
-                got=str(key),
-            )
+        if self._fleet.state(key) is None:
+            raise _not_served(self._fleet, str(key))
         registered = ReplicaRegistered(
             key=key,
             address=(address[0], address[1]),
@@ -164,7 +191,10 @@ class Controller:
             now_s=time.monotonic(),
         )
         await self._take(registered)
-        return self._placement.replicas[key].route.epoch
+        state = self._fleet.state(key)
+        if state is None:  # its generation has been ended meanwhile
+            raise _not_served(self._fleet, str(key))
+        return state.route.epoch
 
     async def table_after(self, version: int, timeout_s: float) -> RoutingTable | None:
         """The routing table once it is newer than ``version``; None when the time is up first.
@@ -177,9 +207,36 @@ class Controller:
         )
         return self._decisions.newer_than(version)
 
-    async def router_lives(self, router: RouterSeen) -> None:
-        """A router announces itself; one that does not again within seconds is not reported."""
-        self._news.heard(router, time.monotonic())
+    async def table_of(
+        self, generation: int, after_version: int, timeout_s: float
+    ) -> RoutingTable | None:
+        """The table of a generation that is loaded, live or not, once it is newer than that; None
+        when the time is up first. For the mirror and the gate: routers have ``table_after``.
+
+        Raises:
+            Unavailable: it is not loaded.
+        """
+
+        def newer() -> RoutingTable | None:
+            placement = self._fleet.of(generation)
+            if placement is None:
+                raise _not_served(self._fleet, f"generation {generation}")
+            is_newer = placement.settled and placement.table.version > after_version
+            return placement.table if is_newer else None
+
+        await self._decisions.until(lambda: newer() is not None, timeout_s)
+        return newer()
+
+    async def router_lives(
+        self, router: RouterSeen, news: RouterNews | None = None
+    ) -> tuple[Absence, ...]:
+        """A router announces itself, and tells what it has found; one that does not again within
+        seconds is not reported. The repairs that are due: their codes and texts."""
+        now_s = time.monotonic()
+        self._news.heard(router, now_s)
+        if news is not None:
+            self._quality.heard((router.node_id, router.pid), news, now_s)
+        return self._quality.repairs(self._placement.table.generation, self._shards.health, now_s)
 
     async def trouble_after(self, known: Absence | None, timeout_s: float) -> Absence | None:
         """Why no newer table can be published, once that is another reason than ``known``, or when
@@ -208,132 +265,89 @@ class Controller:
         return self._placement.table.generation
 
     async def shard_reports(self) -> list[dict[str, Any]]:
-        """What each shard process says of itself, or why it does not, in the order of their keys.
+        """What each shard process says of itself, or why it does not, of the live generation, in
+        the order of their keys.
 
         ``reason``, instead of the rest: {"code", "text"}.
         """
         return list(await asyncio.gather(*map(self._report, self._placement.replicas)))
 
     async def report(self) -> dict[str, Any]:
-        """The state of the cluster: ``cluster_report`` says what is in it."""
-        return cluster_report(
+        """The state of the cluster: what ``cluster_report``, ``ClusterQuality.report`` and
+        ``Publishing.report`` say."""
+        now_s, generation = time.monotonic(), self._placement.table.generation
+        told = cluster_report(
             self._placement,
             news=self._news,
             applied=self._shards.applied,
             http=self._http,
-            now_s=time.monotonic(),
+            now_s=now_s,
         )
+        quality = self._quality.report(generation, self._shards.health, now_s)
+        return told | quality | self._publishing.report()
+
+    async def publish(self, options: PublishOptions) -> dict[str, Any]:
+        """Begins to make a generation live: the progress at first. Raises: ``Publishing.begin``."""
+        return await self._publishing.begin(options)
+
+    async def roll_back(self) -> dict[str, Any]:
+        """Begins to make the generation before live. Raises: ``Publishing.roll_back``."""
+        return await self._publishing.roll_back()
+
+    async def publish_progress(self) -> dict[str, Any] | None:
+        """Of the newest publish or rollback; None: there was none."""
+        return self._publishing.progress
+
+    async def stop_publish(self) -> dict[str, Any] | None:
+        """Ends the publish that is under way: ``Publishing.stop``."""
+        return await self._publishing.stop()
+
+    async def finish_publish(self) -> int | None:
+        """Ends what is kept for a rollback: ``Publishing.finish``."""
+        return await self._publishing.finish()
 
     async def restart_rolling(self) -> dict[str, Any]:
-        """Begins to replace every replica, one after the other; its ``restart_progress``, as that
-        of one that is under way already.
-
-        Raises:
-            Unavailable: there is a replica that could not be replaced, for want of room.
-            ShardlineError: the store takes no counter.
-        """
-        if not is_restarting(self._placement):
-            refuse_without_spare(self._placement)
-        progress = await self._restart(RestartAsked())
-        assert progress is not None
-        return progress
+        """Begins to replace every replica, one after the other. Raises: ``Restarts.begin``."""
+        return await self._restarts.begin()
 
     async def stop_restart(self) -> dict[str, Any] | None:
-        """Begins no further replacement of a rolling restart; the ``restart_progress`` of then.
-
-        One that is under way is brought to its end. Raises ShardlineError: as ``restart_rolling``.
-        """
-        return await self._restart(RestartStopped())
+        """Begins no further replacement of a rolling restart; one that is under way is brought to
+        its end. Raises: ``Restarts.stop``."""
+        return await self._restarts.stop()
 
     async def restart_progress(self) -> dict[str, Any] | None:
         """Of the newest rolling restart: ``cluster_report.restart_progress`` says what it is.
 
         None, or of another number than ``restart_rolling`` gave: it was cut short.
         """
-        return restart_progress(self._placement)
-
-    async def _restart(self, event: Event) -> dict[str, Any] | None:
-        try:
-            await self._take(event)
-        except OSError as error:
-            raise known_error(error) from error
-        await tried(self._keep_note)  # else with the next look at the hosts
-        return restart_progress(self._placement)
-
-    async def _keep_note(self) -> None:
-        self._restart_note.keep(self._placement)
+        return self._restarts.progress
 
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
         self._tasks.cancel()
+        await tried(self._publishing.close)
         self._shards.end()
 
     async def _open(self, instructions: tuple[Instruction, ...]) -> None:
         self._decisions.order(instructions)
-        self._tasks.spawn(self._watch_replicas())
-        self._tasks.spawn(self._watch_hosts())
+        self._watch.begin()
+        self._publishing.go_on()
         # of a table that routers have: until then they ask the generation before
         await self._decisions.until(
             lambda: self._decisions.published is not None and self._placement.covers
         )
         await asyncio.sleep(RETIRE_AFTER_S)
-        await self._orders.end_others()
+        await self._orders.end_others(
+            lambda: [each.table.generation for each in self._fleet.placements]
+        )
 
-    async def _watch_replicas(self) -> None:
-        """Each on its own: one that does not answer must not hold up the others."""
-        while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            self._news.log_silence(time.monotonic())
-            for key in self._shards.placed:
-                if key not in self._checked and key in self._placement.replicas:
-                    self._checked.add(key)
-                    self._tasks.spawn(tried(partial(self._check, key)))
-
-    async def _watch_hosts(self) -> None:
-        """While Ray's head is away there is no event, and so nothing is decided about hosts."""
-        while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            await tried(self._see_hosts)
-
-    async def _see_hosts(self) -> None:
-        # in a thread: it blocks while the head is away
-        hosts = await asyncio.to_thread(fresh_hosts, self._placement.hosts)
-        if not hosts:
-            return
-        self._news.saw_hosts(hosts, time.monotonic())
-        await self._decisions.save_again()
-        await self._take(HostsSeen(hosts=hosts, now_s=time.monotonic()))
-        await self._keep_note()
-
-    async def _check(self, key: ReplicaKey) -> None:
-        """One health check; what it finds becomes an event."""
-        try:
-            state = self._placement.replicas.get(key)
-            if state is None:
-                return
-            event: Event | None
-            if state.stage is Stage.DRAINING:
-                event = await self._shards.is_idle(key)
-            else:
-                event = await self._shards.check(
-                    key,
-                    state.route.epoch,
-                    lambda: self._is_lost(key),
-                    leads=epoch_of(self._placement, key),
-                )
-            if event is not None:
-                await self._take(event)
-                if isinstance(event, ReplicaFailed):  # not before: a full disk must not lose it
-                    self._shards.forget(key)
-        finally:
-            self._checked.discard(key)
-
-    def _is_lost(self, key: ReplicaKey) -> bool:
-        state = self._placement.replicas.get(key)
-        return state is not None and not state.answers
+    async def _tend(self) -> None:
+        await tried(self._restarts.keep_note)
+        await tried(self._publishing.tend)
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:
-        state = self._placement.replicas[key]
+        state = self._fleet.state(key)
+        assert state is not None
         found: dict[str, Any] | Absence
         if key in self._shards.placed:
             found = await self._shards.describe(key)
@@ -341,3 +355,12 @@ class Controller:
             found = state.route.absence or Absence(Unavailable.code, "not placed")
         rest = {"reason": asdict(found)} if isinstance(found, Absence) else found
         return asdict(key) | {"failures": state.failures} | rest
+
+
+def _not_served(fleet: Fleet, got: str) -> Unavailable:
+    numbers = [str(each.table.generation) for each in fleet.placements]
+    return Unavailable(
+        "this replica is not being served",
+        expected=f"one of generation {' or '.join(numbers)} that is placed now",
+        got=got,
+    )

@@ -8,8 +8,9 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from shardline.cluster.control.events import Event, Instruction, Publish
-from shardline.cluster.control.placement import step
+from shardline.cluster.control.events import Instruction, Publish
+from shardline.cluster.control.fleet_rules import FleetEvent, fleet_step
+from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.placement_state import Placement
 from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store
@@ -18,39 +19,50 @@ from shardline.shards.core.messages import Absence, RoutingTable
 
 
 class Decisions:
-    """The placement of now, and the newest table that routers may have.
+    """The generations as they are placed now, and the newest table that routers may have.
 
     carry_out: told every instruction but ``Publish``, in order, once what led to it is saved.
     """
 
     def __init__(
-        self, store: Store, placement: Placement, carry_out: Callable[[Instruction], None]
+        self, store: Store, fleet: Fleet, carry_out: Callable[[Instruction], None]
     ) -> None:
         self._store = store
         self._carry_out = carry_out
         self._changed = asyncio.Condition()
-        self.placement = placement
+        self.fleet = fleet
         self.published: RoutingTable | None = None
         self.unsaved: Absence | None = None  # why the newest numbers are not on record
 
-    async def take(self, event: Event) -> None:
+    @property
+    def placement(self) -> Placement:
+        """Of the live generation."""
+        return self.fleet.live
+
+    async def take(self, event: FleetEvent) -> None:
         """Decides what follows from the event.
+
+        Another live generation is on record, as ``CURRENT``, before anybody is told of it.
 
         Raises:
             OSError: the store takes no numbers. Nothing was decided: whoever the event came from
                 tries again.
+            NotFound: the generation to be live is gone.
         """
-        changed, instructions = step(self.placement, event)
-        if changed is self.placement:
+        changed, instructions = fleet_step(self.fleet, event)
+        if changed is self.fleet:
             return
         try:
-            if changed.counter != self.placement.counter:
+            if changed.counter != self.fleet.counter:
                 self._store.raise_counter(changed.counter)  # before anyone sees a number of it
                 self.unsaved = None
         except OSError as error:
             await self._cannot_save(error)
             raise
-        self.placement = changed
+        generation = changed.live.table.generation
+        if generation != self.placement.table.generation:
+            self._store.set_current(generation)
+        self.fleet = changed
         self.order(instructions)
         await self._tell()
 
@@ -67,7 +79,7 @@ class Decisions:
         if self.unsaved is None:
             return
         try:
-            self._store.raise_counter(self.placement.counter + 1)  # it writes no lower number
+            self._store.raise_counter(self.fleet.counter + 1)  # it writes no lower number
         except OSError as error:
             await self._cannot_save(error)
         else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from shardline.cluster.control.hosts import Host
+from shardline.cluster.control.placement_state import Rules
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 
 # Events
@@ -124,6 +125,74 @@ class RestartStopped:
     """No more replicas are to be replaced."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealAsked:
+    """No shard of the live generation is to acknowledge a write any more."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealDropped:
+    """The shards of the live generation are to take writes again."""
+
+    now_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    """The replica's shard acknowledges no write any more; seq: how many it has, those acknowledged
+    among them."""
+
+    key: ReplicaKey
+    epoch: int
+    seq: int
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SealFailed:
+    """The replica was asked to seal its shard with that epoch, and could not, or not in time."""
+
+    key: ReplicaKey
+    epoch: int
+    reason: Absence
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BesideOpened:
+    """A generation is to be loaded beside the live one, in place of what is there.
+
+    table: its own, without replicas. role: of ``fleet_state.Role``. found: its replicas that have
+    an actor already, and the node id of its host. is_mirrored: writes are brought to it.
+    """
+
+    table: RoutingTable
+    role: str
+    rules: Rules
+    now_s: float
+    found: tuple[tuple[ReplicaKey, str], ...] = ()
+    is_mirrored: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BesideEnded:
+    """The generation beside the live one is to be ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switched:
+    """The generation beside is to be the live one, and the live one to be kept beside it.
+
+    generation: which is expected beside. is_mirrored: writes are brought to the kept one.
+    """
+
+    generation: int
+    now_s: float
+    is_mirrored: bool = False
+
+
 Event: TypeAlias = (
     HostsSeen
     | ReplicaRegistered
@@ -137,6 +206,10 @@ Event: TypeAlias = (
     | NumberSeen
     | RestartAsked
     | RestartStopped
+    | SealAsked
+    | SealDropped
+    | Sealed
+    | SealFailed
 )
 
 
@@ -182,4 +255,12 @@ class Lead:
     epoch: int
 
 
-Instruction: TypeAlias = Publish | Place | Announce | End | Lead
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """Have the replica see to it, with that epoch, that its shard acknowledges no write."""
+
+    key: ReplicaKey
+    epoch: int
+
+
+Instruction: TypeAlias = Publish | Place | Announce | End | Lead | Seal

@@ -9,7 +9,7 @@ wherever any does. Where room is short zones do not count, for they could stand 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NAMED = 8  # hosts that an error lists
 UNLIMITED = 1 << 20  # replicas that reserve nothing: more than there ever are
@@ -29,6 +29,12 @@ class Host:
     cpus: float
     gpus: float = 0
     zone: str = ""
+
+    def without(self, cpus: float, gpus: float) -> "Host":
+        """As if it had so many fewer, none at the least."""
+        if not cpus and not gpus:
+            return self
+        return replace(self, cpus=max(0.0, self.cpus - cpus), gpus=max(0.0, self.gpus - gpus))
 
     def room(self, *, cpus: float, gpus: float = 0) -> int:
         """Replicas that it has room for if each reserves so many CPUs and GPUs.

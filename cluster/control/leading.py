@@ -22,6 +22,7 @@ from shardline.cluster.control.events import (
 from shardline.cluster.control.leading_state import NOBODY, Leadership, Term
 from shardline.cluster.control.placement_state import Placement, ReplicaState, Stage
 from shardline.cluster.control.replacing import Outcome, retry_after_s
+from shardline.cluster.control.sealing import ask_to_seal, can_be_asked
 from shardline.shards.core.errors import NotPrimary
 from shardline.shards.core.messages import Absence, ReplicaKey
 
@@ -47,6 +48,12 @@ def primary_of(placement: Placement, shard: int) -> int | None:
     return None if key is None else key.replica
 
 
+def primary_epoch_of(placement: Placement, shard: int) -> int:
+    """That with which it leads; 0: none does now."""
+    key = primary_key(placement, shard)
+    return 0 if key is None else epoch_of(placement, key) or 0
+
+
 def epoch_of(placement: Placement, key: ReplicaKey) -> int | None:
     """That with which the replica leads its shard; None: it does not."""
     leader = placement.leading.get(key.shard, NOBODY).leader
@@ -56,7 +63,7 @@ def epoch_of(placement: Placement, key: ReplicaKey) -> int | None:
 def leader_of(placement: Placement, known: Leadership) -> ReplicaState | None:
     """The leader, if routers can ask it."""
     state = None if known.leader is None else placement.replicas.get(known.leader.key)
-    return state if state is not None and _can_be_asked(state) else None
+    return state if state is not None and can_be_asked(state) else None
 
 
 def leads_on(leader: ReplicaState | None, known: Leadership) -> bool:
@@ -65,7 +72,8 @@ def leads_on(leader: ReplicaState | None, known: Leadership) -> bool:
 
 
 def elect(placement: Placement, now_s: float) -> Outcome:
-    """Asks a replica to lead each shard that has no leader, or whose leader is about to leave.
+    """Asks a replica to lead each shard that has no leader, or whose leader is about to leave; of a
+    generation that is to be sealed, to seal it instead.
 
     Not before the replicas that a restarted controller found have been heard of, for one of them
     may lead; nor without news of hosts. now_s: the time of the event; 0 for that of those news.
@@ -73,6 +81,8 @@ def elect(placement: Placement, now_s: float) -> Outcome:
     is_silent = now_s - placement.now_s > HEAD_S
     if is_silent or not placement.rules.writes or not placement.settled:
         return placement, ()
+    if placement.sealing is not None:
+        return ask_to_seal(placement, max(now_s, placement.now_s))
     changed: dict[int, Leadership] = {}
     orders: list[Instruction] = []
     for shard, states in _open_shards(placement).items():
@@ -152,8 +162,10 @@ def after_leader_silent(placement: Placement, event: LeaderSilent) -> Placement:
 def after_registered(placement: Placement, event: ReplicaRegistered, *, is_new: bool) -> Placement:
     """One that says that it leads does, if no higher epoch was given out; another does not.
 
-    is_new: the process is another one than before.
+    is_new: the process is another one than before. None leads a shard that is to be sealed.
     """
+    if placement.sealing is not None:
+        return placement
     shard = event.key.shard
     known = was = placement.leading.get(shard, NOBODY)
     led = known.leader is not None and known.leader.key == event.key
@@ -168,15 +180,11 @@ def after_registered(placement: Placement, event: ReplicaRegistered, *, is_new: 
     return placement if known == was else _with(placement, shard, known)
 
 
-def _can_be_asked(state: ReplicaState) -> bool:
-    return state.answers and state.stage is not Stage.DRAINING
-
-
 def _is_open(placement: Placement, shard: int) -> bool:
     """Whether somebody may have to be asked to lead the shard."""
     known = placement.leading.get(shard, NOBODY)
     asked = None if known.asked is None else placement.replicas.get(known.asked.key)
-    if asked is not None and _can_be_asked(asked):
+    if asked is not None and can_be_asked(asked):
         return False
     return known.asked is not None or not leads_on(leader_of(placement, known), known)
 
@@ -203,7 +211,7 @@ def _chosen(
     staying = [state for state in states if state.stage is Stage.STAYING and state is not leader]
     able = [state for state in staying if state.answers]
     if leader is None:
-        able = able or [state for state in states if _can_be_asked(state)]
+        able = able or [state for state in states if can_be_asked(state)]
     elif not known.is_silent and len(able) < len(staying):
         able = []  # it serves on until all are there, and hands over once
 

@@ -10,15 +10,15 @@ import ray
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.ray_hosts import fresh_hosts
 from shardline.cluster.store import Store
-from shardline.shards.core.encoder_files import CONFIG
+from shardline.shards.core.encoder_files import (
+    CONFIG,
+    ITEM_ENCODER_FOLDER,
+    QUERY_ENCODER_FOLDER,
+)
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import Absence, RoutingTable, ShardRoute
 from shardline.shards.core.partition import Partitioning
-from shardline.shards.storage.generation import (
-    QUERY_ENCODER_FOLDER,
-    GenerationManifest,
-    read_generation,
-)
+from shardline.shards.storage.generation import GenerationManifest, read_generation
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ def empty_table(
     store: Store, folder: Path, manifest: GenerationManifest, cluster: str
 ) -> RoutingTable:
     """The table before any shard is known; ``cluster`` is the cluster's id."""
-    name = f"{QUERY_ENCODER_FOLDER}/{CONFIG}"
-    listed = {entry.name: entry.sha256 for entry in manifest.query_encoder}
+    encoders = (*manifest.query_encoder, *manifest.item_encoder)
+    listed = {entry.name: entry.sha256 for entry in encoders}
     return RoutingTable(
         version=0,
         generation=manifest.generation,
@@ -85,7 +85,8 @@ def empty_table(
         shards=tuple(
             ShardRoute(shard=entry.shard, rows=entry.rows, replicas=()) for entry in manifest.shards
         ),
-        encoder_checksum=listed.get(name),
+        encoder_checksum=listed.get(f"{QUERY_ENCODER_FOLDER}/{CONFIG}"),
+        item_encoder_checksum=listed.get(f"{ITEM_ENCODER_FOLDER}/{CONFIG}"),
         notes=tuple(
             Absence(damage.code, f"found when the controller started: {damage}")
             for damage in store.damaged_state()

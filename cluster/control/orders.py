@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 
 from ray.exceptions import RayError
@@ -14,10 +14,12 @@ from shardline.cluster.control.events import (
     Instruction,
     Lead,
     Place,
+    Seal,
 )
-from shardline.cluster.control.placement_state import Placement
+from shardline.cluster.control.placement_state import ReplicaState
 from shardline.cluster.control.shard_actors import ShardActors
 from shardline.cluster.control.tasks import Tasks
+from shardline.shards.core.messages import ReplicaKey
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +27,22 @@ RETRY_S = 1.0  # before Ray, or the store, is asked again for what it has refuse
 
 
 class Orders:
-    """Those under way are tasks of ``tasks``. placement: that of now. take: of an event."""
+    """Those under way are tasks of ``tasks``.
+
+    state_of: a replica's, as it is now; None: nobody wants it. take: of an event.
+    """
 
     def __init__(
         self,
         shards: ShardActors,
         tasks: Tasks,
         *,
-        placement: Callable[[], Placement],
+        state_of: Callable[[ReplicaKey], ReplicaState | None],
         take: Callable[[Event], Awaitable[None]],
     ) -> None:
         self._shards = shards
         self._tasks = tasks
-        self._placement = placement
+        self._state_of = state_of
         self._take = take
 
     def carry_out(self, instruction: Instruction) -> None:
@@ -48,28 +53,35 @@ class Orders:
             self._tasks.spawn(self._end(instruction))
         elif isinstance(instruction, Lead):
             self._tasks.spawn(self._lead(instruction))
+        elif isinstance(instruction, Seal):
+            self._tasks.spawn(self._seal(instruction))
         else:
             assert isinstance(instruction, Place)
             self._tasks.spawn(self._place(instruction))
 
-    async def end_others(self) -> None:
-        """Ends the shards of other generations."""
-        await self._until_done(self._shards.end_others, "shards of other generations")
+    async def end_others(self, kept: Callable[[], Collection[int]]) -> None:
+        """Ends the shards of other generations than these."""
+        await self._until_done(
+            lambda: self._shards.end_others(kept()), "shards of other generations"
+        )
 
     async def _place(self, place: Place) -> None:
         """Creates the replica's actor, or finds it alive if this controller is a restarted one."""
         await asyncio.sleep(place.after_s)
-        state = self._placement().replicas.get(place.key)
+        state = self._state_of(place.key)
         if state is None or state.node_id != place.node_id:
             return  # its host has gone since
         failed = await asyncio.to_thread(self._shards.place, place.key, place.node_id)
-        if place.key not in self._placement().replicas:  # nobody wants it any more
+        if self._state_of(place.key) is None:  # nobody wants it any more
             await self._end(End(key=place.key, node_id=place.node_id))
         elif failed is not None:
             await self._told(failed)
 
     async def _lead(self, lead: Lead) -> None:
         await self._told(await self._shards.lead(lead.key, lead.epoch))
+
+    async def _seal(self, seal: Seal) -> None:
+        await self._told(await self._shards.seal(seal.key, seal.epoch))
 
     async def _told(self, event: Event) -> None:
         """Until it is on record: nobody would hear of it again."""

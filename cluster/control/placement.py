@@ -31,6 +31,10 @@ from shardline.cluster.control.events import (
     ReplicaUnreachable,
     RestartAsked,
     RestartStopped,
+    SealAsked,
+    SealDropped,
+    Sealed,
+    SealFailed,
 )
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.leading import (
@@ -40,6 +44,7 @@ from shardline.cluster.control.leading import (
     after_leading,
     after_registered,
     elect,
+    primary_epoch_of,
     primary_of,
 )
 from shardline.cluster.control.notes import notes_of
@@ -58,6 +63,12 @@ from shardline.cluster.control.reconcile import (
 from shardline.cluster.control.replacing import Outcome
 from shardline.cluster.control.restart_state import Restart
 from shardline.cluster.control.rolling_restart import restart_begun, restart_stopped
+from shardline.cluster.control.sealing import (
+    after_seal_failed,
+    after_sealed,
+    seal_begun,
+    seal_dropped,
+)
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.messages import (
     Absence,
@@ -72,7 +83,10 @@ from shardline.shards.core.messages import (
 HEAR_S = 3.0
 # Without news of hosts for so long, many times their interval, Ray's head was away.
 GAP_S = 10.0
-ABOUT_LEADERS = (Leading, LeadFailed, LeaderSeen, LeaderSilent)
+ABOUT_LEADERS = (
+    *(Leading, LeadFailed, LeaderSeen, LeaderSilent),
+    *(SealAsked, SealDropped, Sealed, SealFailed),
+)
 
 
 def open_generation(
@@ -84,12 +98,14 @@ def open_generation(
     found: Mapping[ReplicaKey, str],
     now_s: float = 0.0,
     restart: Restart | None = None,
+    reserved: Mapping[str, tuple[float, float]] | None = None,
 ) -> Outcome:
     """The state in which no replica answers yet, and the order to place those that are wanted.
 
     table: the generation's; the replicas in its shards are replaced. counter: the number that its
     first version takes. hosts: the living ones. found: replicas that have an actor already, and the
-    node id of its host. restart: the newest one that a controller before this began.
+    node id of its host. restart: the newest one that a controller before this began. reserved: as
+    of ``Placement``.
     """
     below = restart.below if restart is not None else {}  # a number may be that of one that ended
     numbers = {shard.shard: below.get(shard.shard, 0) for shard in table.shards}
@@ -111,6 +127,7 @@ def open_generation(
         heard_by_s=now_s + HEAR_S if found else math.inf,
         now_s=now_s,
         restart=restart,
+        reserved=reserved or {},
     )
     asked = tuple(
         Place(key=state.key, node_id=state.node_id)
@@ -153,6 +170,10 @@ def _taken(placement: Placement, event: Event) -> Outcome:
         return restart_begun(placement), ()
     if isinstance(event, RestartStopped):
         return restart_stopped(placement), ()
+    if isinstance(event, SealAsked):
+        return seal_begun(placement), ()
+    if isinstance(event, SealDropped):
+        return seal_dropped(placement), ()
     state = placement.replicas.get(event.key)
     if state is None:
         return placement, ()
@@ -170,6 +191,10 @@ def _taken(placement: Placement, event: Event) -> Outcome:
         return after_leader_seen(placement, event), ()
     if isinstance(event, LeaderSilent):
         return after_leader_silent(placement, event), ()
+    if isinstance(event, Sealed):
+        return after_sealed(placement, event), ()
+    if isinstance(event, SealFailed):
+        return after_seal_failed(placement, event), ()
     return after_failure(placement, state, event.reason)
 
 
@@ -264,6 +289,7 @@ def _shard_routes(placement: Placement) -> tuple[ShardRoute, ...]:
             shard,
             replicas=tuple(routes[shard.shard] or [_no_replica(placement, shard.shard)]),
             primary=primary_of(placement, shard.shard),
+            primary_epoch=primary_epoch_of(placement, shard.shard),
         )
         for shard in placement.table.shards
     )

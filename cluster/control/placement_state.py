@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from shardline.cluster.control.hosts import Host, Spot
-from shardline.cluster.control.leading_state import Leadership
+from shardline.cluster.control.leading_state import Leadership, Term
 from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, ReplicaRoute, RoutingTable
 
@@ -78,6 +78,23 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sealing:
+    """Of one shard that is to take no write any more; ``sealing`` has the rules.
+
+    leader: who led before. asked: who was asked to seal it, and with which epoch. seq: how many
+    writes it has for good; None: it is not sealed yet. failures: of each replica. not_before_s:
+    until then none of those is asked again. failed: why the newest attempt failed.
+    """
+
+    leader: ReplicaKey | None = None
+    asked: Term | None = None
+    seq: int | None = None
+    failures: Mapping[ReplicaKey, int] = field(default_factory=dict)
+    not_before_s: float = 0.0
+    failed: Absence | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """The generation being served and the state of each replica of its shards, in key order.
 
@@ -88,6 +105,8 @@ class Placement:
     hosts: the living ones by node id, by address; seen_since: since when each is known.
     next_numbers: of each shard, the number of its next replica.
     leading: of each shard, which replica takes writes; a shard that is missing has had none yet.
+    sealing: of each shard, while none is to take writes; None: they are to.
+    reserved: (CPUs, GPUs) of a host, by node id, that another generation's replicas have.
     """
 
     rules: Rules
@@ -104,6 +123,8 @@ class Placement:
     failed: Mapping[Spot, Failure] = field(default_factory=dict)
     restart: Restart | None = None
     leading: Mapping[int, Leadership] = field(default_factory=dict)
+    sealing: Mapping[int, Sealing] | None = None
+    reserved: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def ready(self) -> bool:
@@ -123,7 +144,9 @@ class Placement:
         """Replicas that each living host has room for, by node id."""
         rules = self.rules
         return {
-            node_id: host.room(cpus=rules.cpus, gpus=rules.gpus)
+            node_id: host.without(*self.reserved.get(node_id, (0.0, 0.0))).room(
+                cpus=rules.cpus, gpus=rules.gpus
+            )
             for node_id, host in self.hosts.items()
         }
 

@@ -16,19 +16,23 @@ NAME = "restart.json"
 
 
 class RestartNote:
-    """Of one cluster and generation; what another has left there is of no meaning."""
+    """Of one cluster; what another, or another generation, has left there is of no meaning."""
 
-    def __init__(self, root: Path, cluster_id: str, generation: int) -> None:
+    def __init__(self, root: Path, cluster_id: str) -> None:
         self._path = root / NAME
-        self._owner = {"cluster_id": cluster_id, "generation": generation}
+        self._cluster_id = cluster_id
         self._saved: tuple[int, bool] | None = None
 
-    def read(self) -> Restart | None:
-        """The newest restart. One that cannot be read is logged and counts as ended: who
-        waits for it is told that it was cut short."""
+    def read(self, generation: int) -> Restart | None:
+        """The newest restart of that generation.
+
+        One that cannot be read is logged and counts as ended: who waits for it is told that it was
+        cut short.
+        """
         try:
             found = read_json(self._path, MAX_STATE_BYTES)
-            if any(found[name] != value for name, value in self._owner.items()):
+            owner = self._owner(generation)
+            if any(found[name] != value for name, value in owner.items()):
                 return None
             below = {int(shard): int(number) for shard, number in found["below"].items()}
             restart = Restart(
@@ -62,5 +66,8 @@ class RestartNote:
             "is_over": restart.is_over,
             "is_stopped": restart.is_stopped,
         }
-        files.write_json(self._path, self._owner | said)
+        files.write_json(self._path, self._owner(placement.table.generation) | said)
         self._saved = restart.number, restart.is_over
+
+    def _owner(self, generation: int) -> dict[str, object]:
+        return {"cluster_id": self._cluster_id, "generation": generation}

@@ -1,4 +1,4 @@
-"""The shard actors of one generation, as their controller reaches them: created, asked, ended.
+"""The shard actors of a cluster, as its controller reaches them: created, asked, ended.
 
 Knows Ray, and decides nothing: what a creation or a check finds out becomes an event of
 ``cluster.control.placement``. The actors are detached, so a controller that was restarted finds
@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ from shardline.cluster.control.events import (
     ReplicaFailed,
     ReplicaIdle,
     ReplicaUnreachable,
+    Sealed,
+    SealFailed,
 )
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.shards.core.errors import (
@@ -45,7 +47,7 @@ from shardline.shards.core.errors import (
     Unavailable,
     last_line,
 )
-from shardline.shards.core.messages import Absence, Pulse, ReplicaKey
+from shardline.shards.core.messages import Absence, Pulse, ReplicaKey, ShardHealth
 from shardline.shards.index.spec import Device
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.process.shard_actor import ShardActor
@@ -59,6 +61,7 @@ SHARD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
 DIGEST_DIGITS = 8  # of the cluster's id, in an actor's name
 DESCRIBE_TIMEOUT_S = 5.0
 LEAD_TIMEOUT_S = 30.0  # it may have a log to read first
+SEAL_TIMEOUT_S = 3.0  # routers hold writes for as long as a seal lasts
 MISSES = 2  # failed checks, one after the other, before a replica is taken out of the table
 
 
@@ -78,33 +81,33 @@ class ShardSettings:
 class ShardActors:
     """Handles by replica. ``controller`` is the name that the actors register with."""
 
-    def __init__(
-        self, settings: ShardSettings, folder: Path, manifest: GenerationManifest, controller: str
-    ) -> None:
+    def __init__(self, settings: ShardSettings, controller: str) -> None:
         self._settings = settings
-        self._folder = folder
-        self._manifest = manifest
         self._controller = controller
+        self._opened: dict[int, tuple[Path, GenerationManifest]] = {}
         self._handles: dict[ReplicaKey, ActorHandle[Any]] = {}
         self._misses: Counter[ReplicaKey] = Counter()
         self.applied = Applied()
+        self.health: dict[ReplicaKey, ShardHealth] = {}  # by the last look at each
 
-    @property
-    def on_gpu(self) -> bool:
-        return self._manifest.index.device is Device.CUDA
+    def open(self, folder: Path, manifest: GenerationManifest) -> None:
+        """Actors of this generation may be created from now on."""
+        self._opened[manifest.generation] = folder, manifest
+
+    def on_gpu(self, generation: int) -> bool:
+        return self._opened[generation][1].index.device is Device.CUDA
 
     @property
     def placed(self) -> tuple[ReplicaKey, ...]:
         """The replicas that have an actor, be it dead, which the next check finds out."""
         return tuple(self._handles)
 
-    def found(self) -> dict[ReplicaKey, str]:
-        """The replicas of the generation that have an actor, and the node id of its host.
+    def found(self, generation: int) -> dict[ReplicaKey, str]:
+        """The replicas of a generation that have an actor, and the node id of its host.
 
         Raises:
             RayError: the head does not answer.
         """
-        generation = self._manifest.generation
         return {
             name.key: name.node_id for name in self._names() if name.key.generation == generation
         }
@@ -140,6 +143,8 @@ class ShardActors:
             now_s = time.monotonic()
             self._misses[key] = 0
             self.applied.saw(key, Look(asked_s, now_s, pulse.seq))
+            if pulse.health is not None:
+                self.health[key] = pulse.health
             if is_lost():
                 # alive, but we lost where: after our own restart, or after a passing failure
                 await _answer(handle.announce.remote())
@@ -192,10 +197,29 @@ class ShardActors:
         logger.warning("replica %s does not lead: %s: %s", key, reason.code, reason.text)
         return LeadFailed(key=key, epoch=epoch, reason=reason, now_s=time.monotonic())
 
+    async def seal(self, key: ReplicaKey, epoch: int) -> Sealed | SealFailed:
+        """Has a replica see to it that its shard acknowledges no write. One that does not answer in
+        time may do so all the same, later: whoever leads with a higher epoch is not hindered."""
+        try:
+            if key not in self._handles:
+                raise Unavailable("it has no process")
+            asked = self._handles[key].seal.remote(epoch)
+            seq: int = await _answer(asked, SEAL_TIMEOUT_S)
+        except TimeoutError:
+            text = f"replica {key} was not sealed within {SEAL_TIMEOUT_S:g} s"
+            reason = Absence(DeadlineExceeded.code, text)
+        except (RayError, ShardlineError) as error:
+            reason = reason_of(error)
+        else:
+            return Sealed(key=key, epoch=epoch, seq=seq, now_s=time.monotonic())
+        logger.warning("replica %s is not sealed: %s: %s", key, reason.code, reason.text)
+        return SealFailed(key=key, epoch=epoch, reason=reason, now_s=time.monotonic())
+
     def forget(self, key: ReplicaKey) -> None:
         """The failure of its actor is on record: nothing is asked of it any more."""
         self._handles.pop(key, None)
         self.applied.forget(key)
+        self.health.pop(key, None)
 
     async def describe(self, key: ReplicaKey) -> dict[str, Any] | Absence:
         """What a placed replica says of itself, or why it does not."""
@@ -217,18 +241,19 @@ class ShardActors:
             str(ActorName(key, self._digest, node_id))
         )
         self.applied.forget(key)
+        self.health.pop(key, None)
         if handle is not None:
             ray.kill(handle)
 
     def end(self) -> None:
-        """Ends every shard actor of the generation, for good."""
+        """Ends every shard actor of its generations, for good."""
         for handle in self._handles.values():
             ray.kill(handle)
 
-    def end_others(self) -> None:
-        """Ends this cluster's shard actors of other generations, for good."""
+    def end_others(self, kept: Collection[int]) -> None:
+        """Ends this cluster's shard actors of other generations than these, for good."""
         for name in self._names():
-            is_other = name.key.generation != self._manifest.generation
+            is_other = name.key.generation not in kept
             handle = _existing(str(name)) if is_other else None
             if handle is not None:
                 logger.info("ending %s, of a generation that is not served any more", name)
@@ -251,12 +276,12 @@ class ShardActors:
             lifetime="detached",
             max_restarts=-1,
             num_cpus=settings.cpus_per_shard,
-            num_gpus=settings.gpus_per_shard if self.on_gpu else 0,
+            num_gpus=settings.gpus_per_shard if self.on_gpu(name.key.generation) else 0,
             runtime_env={"env_vars": SHARD_ENVIRONMENT},
             scheduling_strategy=NodeAffinitySchedulingStrategy(name.node_id, soft=False),
         )
         return actor.remote(
-            folder=str(self._folder),
+            folder=str(self._opened[name.key.generation][0]),
             key=name.key,
             controller=self._controller,
             secret=settings.secret,

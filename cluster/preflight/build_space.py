@@ -23,7 +23,8 @@ def build_bytes(corpus: EmbeddingSet, index: ResolvedIndex, num_shards: int) -> 
     if index.nlist or index.ef_construction:
         per_row += ROW_NUMBER_BYTES
     centroids = (index.nlist or 0) * corpus.dim * FLOAT_BYTES * (num_shards + 1)
-    beside = sum(map(_size, (corpus.encoder_folder, corpus.queries_file)))
+    copied_whole = (corpus.encoder_folder, corpus.item_encoder_folder, corpus.queries_file)
+    beside = sum(map(_size, copied_whole))
     return int(copied + attributes + corpus.rows * per_row + centroids + beside)
 
 

@@ -16,6 +16,7 @@ from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
     verify_generation,
+    verify_item_encoder,
     verify_query_encoder,
 )
 
@@ -29,7 +30,7 @@ def servable_generation(store: Store, generation: int | None) -> int:
 
     Raises:
         NotFound: there is no such generation.
-        CorruptFile, NewerFormat: its manifest or its query encoder cannot be used; the hint says
+        CorruptFile, NewerFormat: its manifest or an encoder cannot be used; the hint says
             what can be done.
     """
     number = store.current() if generation is None else generation
@@ -43,8 +44,11 @@ def servable_generation(store: Store, generation: int | None) -> int:
     folder = store.generation(number)
     try:
         manifest = read_generation(folder)
-        if manifest.query_encoder:  # routers load the encoder without its manifest
+        # routers load encoders without the manifest
+        if manifest.query_encoder:
             verify_query_encoder(folder, manifest)
+        if manifest.item_encoder:
+            verify_item_encoder(folder, manifest)
     except (CorruptFile, NewerFormat) as error:
         raise with_way_back(error, store, number) from error
     return number

@@ -5,13 +5,11 @@ answer is compared with the identity of the cluster that is waited for.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from shardline.cluster.serving.endpoint import Address
-from shardline.router.client.sync_client import Client
 from shardline.shards.core.errors import ShardlineError, Unavailable
 
 POLL_S = 0.05
@@ -104,18 +102,17 @@ def wait_for_hosts(
     return found
 
 
-@contextmanager
-def asking(key: str | None) -> Iterator[Callable[[str], Status]]:
-    """What ``wait_for_routers`` asks with; its connections are closed after the block."""
-    clients: dict[str, Client] = {}
-    with ExitStack() as stack:
+def status_of(url: str, key: str | None) -> Status:
+    """The status of the router at a URL, for ``wait_for_routers``.
 
-        def ask(url: str) -> Status:
-            if url not in clients:
-                clients[url] = stack.enter_context(Address(url, key).client())
-            return clients[url].status()
+    Over a connection of its own: a HAProxy that another one has followed on a reload ends once its
+    connections are closed, and would keep one that is used again for a second more.
 
-        yield ask
+    Raises:
+        ShardlineError: it does not answer, or refuses.
+    """
+    with Address(url, key).client() as client:
+        return client.status()
 
 
 def _ask_one(url: str, ask: Callable[[str], Status], cluster_id: str, ready: Ready) -> None:

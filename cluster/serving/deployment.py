@@ -25,7 +25,7 @@ from shardline.cluster.http_address import is_loopback, local_url
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_start
 from shardline.cluster.preflight.servable import find_damage, servable_generation
-from shardline.cluster.serving.await_routers import asking, wait_for_hosts, wait_for_routers
+from shardline.cluster.serving.await_routers import status_of, wait_for_hosts, wait_for_routers
 from shardline.cluster.serving.endpoint import (
     Endpoint,
     leave_note,
@@ -189,6 +189,8 @@ def controller_settings(
         gpus_per_shard=cluster.gpus_per_shard,
         huge_pages=cluster.huge_pages,
         live=config.live,
+        quality=config.quality,
+        publish=config.publish,
         replicas=cluster.replicas,
         writes=cluster.writes,
         load_limit_s=cluster.start_timeout_s / LOAD_TRIES,
@@ -272,15 +274,14 @@ def _wait_connected(
         shown.update(found)
         return list(found)
 
-    with asking(key) as ask:
-        ready = wait_for_routers(
-            urls,
-            ask,
-            cluster_id=cluster_id,
-            wanted=min(wanted, hosts) if asks_all else 1,
-            timeout_s=cluster.start_timeout_s,
-            check_started=check_started,
-        )
+    ready = wait_for_routers(
+        urls,
+        lambda url: status_of(url, key),
+        cluster_id=cluster_id,
+        wanted=min(wanted, hosts) if asks_all else 1,
+        timeout_s=cluster.start_timeout_s,
+        check_started=check_started,
+    )
     warnings = ready.warnings
     if not is_local and not asks_all:
         missing = min(wanted, hosts) - wait_for_hosts(_hosts_with_router, min(wanted, hosts))

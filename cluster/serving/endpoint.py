@@ -5,7 +5,7 @@ The serving process in the foreground writes the note; ``status``, ``query`` and
 
 import logging
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -90,7 +90,9 @@ def leave_note(store: Store, endpoint: Endpoint) -> None:
 def remove_note(store: Store, endpoint: Endpoint) -> None:
     """Removes this cluster's note, or a damaged one; the note of another cluster stays."""
     try:
-        is_ours = _read_note(store) == endpoint
+        note = _read_note(store)
+        # a publish may have changed the generation in it
+        is_ours = note is not None and replace(note, generation=endpoint.generation) == endpoint
     except CorruptFile as error:
         logger.error("%s", error)
         is_ours = not (store.root / NOTE_NAME).is_dir()

@@ -5,6 +5,7 @@ from collections import Counter
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.preflight.check import Check, failed, passed, warned
+from shardline.cluster.preflight.served_index import index_checks
 from shardline.cluster.serving.front_end import serve_runs
 from shardline.cluster.serving.launched import Report, ask_controller, is_served
 from shardline.cluster.serving.ray_session import attached_ray
@@ -30,8 +31,9 @@ def examine(config: ShardlineConfig, number: int | None, *, verbose: bool = Fals
 
 
 def check_report(report: Report) -> list[Check]:
-    """What the controller says of replicas, writes and routers."""
-    return [_replicas(report), _writes(report), _routers(report), *_notes(report)]
+    """What the controller says of replicas, writes, routers and the index."""
+    known = [_replicas(report), _writes(report), _routers(report), *_notes(report)]
+    return [*known, *index_checks(report)]
 
 
 def _replicas(report: Report) -> Check:

@@ -29,7 +29,9 @@ from shardline.cluster.preflight.machine import before_ray
 from shardline.cluster.preflight.network import port_is_free
 from shardline.cluster.preflight.open_files import haproxy_connections, hard_limit
 from shardline.cluster.serving.ending import Ending
+from shardline.cluster.serving.join_note import JoinNote, leave_join_note
 from shardline.cluster.serving.joining import (
+    TOKEN_VARIABLE,
     check_address,
     check_answers,
     check_token,
@@ -239,6 +241,8 @@ def _init_local(session: Path, ending: Ending, *, num_cpus: int, verbose: bool) 
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
+        address = ray.get_runtime_context().gcs_address
+        leave_join_note(session, JoinNote(address, os.environ[TOKEN_VARIABLE]))
     except Exception as error:
         raise Unavailable("Ray did not start", got=last_line(error)) from error
 

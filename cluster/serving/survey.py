@@ -115,6 +115,24 @@ def survey(
     return checks
 
 
+def check_beside(config: ShardlineConfig, number: int) -> list[Check]:
+    """Whether the hosts have memory for a generation beside what they hold now."""
+    hosts = living_hosts()
+    manifest = read_generation(Store(config.store.resolve()).generation(number))
+    question = Question(
+        store=str(config.store.resolve()),
+        generation=number,
+        probe=None,
+        http_host=config.cluster.http_host,
+        port=None,
+    )
+    answers, silent = ask_hosts(hosts, question)
+    memory = {answer.facts.address: answer.facts.memory for answer in answers}
+    loaded = shard_bytes(manifest)
+    rooms = check_rooms(hosts, wanted_of(config, manifest), memory, loaded, cache_bytes=0)
+    return [*check_silent(silent), *rooms]
+
+
 def check_http_options(config: ShardlineConfig) -> Check:
     """What a launched cluster cannot listen on."""
     cluster, name = config.cluster, "HTTP address"

@@ -34,7 +34,8 @@ class SearchAnswer:
     where a shard did not bring them, and attributes_missing says why. seq: of each shard, how many
     writes were in what it searched; None for one that did not answer. took_ms is the
     time from the request's arrival at the server to its answer, search_ms the longest search of
-    any shard, both in milliseconds.
+    any shard, both in milliseconds. others_share: of a background search, the share of the last two
+    seconds in which the busiest shard searched for others; None of other searches.
     """
 
     ids: IdArray
@@ -50,6 +51,7 @@ class SearchAnswer:
     attributes: Mapping[str, list[list[Any]]] = field(default_factory=dict)
     original_ids: list[list[Any]] | None = None
     attributes_missing: tuple[Degraded, ...] = ()
+    others_share: float | None = None
 
     def to_arrow(self) -> "pyarrow.Table":
         """One row per result, in answer order: query int64, rank int64, id int64, score float32.
@@ -239,6 +241,7 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         attributes=content.get("attributes") or {},
         original_ids=content.get("original_ids"),
         attributes_missing=tuple(map(_degraded, content.get("attributes_missing") or ())),
+        others_share=content.get("others_share"),
     )
 
 

@@ -113,6 +113,8 @@ class SearchFields(TypedDict, total=False):
     min_coverage: float | None
     params: "SearchParams | None"
     min_seq: "Sequence[int | None] | None"
+    background: bool | None
+    exact: bool | None
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 

@@ -3,25 +3,16 @@ key of its own, so that it may be repeated.
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from shardline.router.client.conversions import (
-    MAX_GOT,
-    listed,
-    milliseconds,
-    packed,
-    refuse_hidden,
-    to_ids,
-    to_json,
-    to_matrix,
-)
+from shardline.router.client.conversions import MAX_GOT, milliseconds, packed, to_ids
+from shardline.router.client.item_columns import Columns, WrittenItems, written_items
 from shardline.router.contract import MAX_WRITE_ITEMS, WRITE_KEY
 from shardline.shards.core.errors import InvalidInput
-from shardline.shards.core.schema import FloatArray, IdArray
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +25,10 @@ MAX_KEY_CHARS = 128 - 1 - PLACES
 # Of a request: half of what a server takes, by default, and of the values that it counts in lists
 MAX_BODY_BYTES = 16 << 20
 MAX_VALUES = 1 << 18
-ID_NAME, VECTOR_NAME, ATTRIBUTES = "item_id", "vector", "attributes"
+# Of features, that a server counts too: values in lists, and characters of texts, of which those of
+# a text beyond ASCII count more
+MAX_FEATURE_VALUES, MAX_CHARACTERS = 1 << 18, 1 << 20
+BEYOND_ASCII = 10
 
 
 class UpsertOptions(TypedDict, total=False):
@@ -42,6 +36,7 @@ class UpsertOptions(TypedDict, total=False):
 
     item_ids: "ArrayLike | None"
     vectors: "ArrayLike | None"
+    features: Any
     attributes: Any
     model_version: str | None
     timeout_ms: float | None
@@ -80,6 +75,7 @@ def upsert_requests(
     items: Any = None,
     item_ids: Any = None,
     vectors: Any = None,
+    features: Any = None,
     attributes: Any = None,
     model_version: str | None = None,
     timeout_ms: float | None = None,
@@ -89,32 +85,12 @@ def upsert_requests(
     """Requests that write all items, in order; at least one.
 
     Raises:
-        InvalidInput: neither items nor item_ids and vectors, columns of different lengths, or
-            values that have no form in msgpack.
+        InvalidInput: neither items nor item_ids and vectors or features, columns of different
+            lengths, or values that have no form in msgpack.
     """
-    if (items is None) == (item_ids is None) or (items is not None and vectors is not None):
-        raise InvalidInput(
-            "one form of items is needed", field="items", expected="items, or item_ids and vectors"
-        )
-    if items is not None:
-        item_ids, vectors, attributes = _columns_of_items(items)
-    if vectors is None:
-        raise InvalidInput("no vectors", field="vectors", expected="a row per item", got="none")
-    ids, matrix = to_ids(item_ids), to_matrix(vectors)
-    columns = {name: _values(values, name) for name, values in _columns(attributes).items()}
-    lengths = {"vectors": len(matrix)} | {
-        f"attributes.{name}": len(values) for name, values in columns.items()
-    }
-    for field, length in lengths.items():
-        if length != len(ids):
-            raise InvalidInput(
-                "columns of different lengths",
-                field=field,
-                expected=f"{len(ids)}, as item_ids has",
-                got=str(length),
-            )
+    written = written_items(items, item_ids, vectors, features, attributes)
     shared = _shared(timeout_ms) | ({"model_version": model_version} if model_version else {})
-    return _upserts(ids, matrix, columns, shared, _checked_key(key))
+    return _upserts(written, shared, _checked_key(key))
 
 
 def delete_requests(
@@ -136,116 +112,71 @@ def delete_requests(
     )
 
 
-def _upserts(
-    ids: IdArray,
-    matrix: FloatArray,
-    columns: Mapping[str, list[Any]],
-    shared: Mapping[str, Any],
-    key: str,
-) -> Iterator[WriteRequest]:
-    at_once = min(
-        MAX_WRITE_ITEMS,
-        max(1, MAX_BODY_BYTES // (4 * matrix.shape[1] or 1)),
-        max(1, MAX_VALUES // max(1, len(columns))),
-    )
+def _upserts(written: WrittenItems, shared: Mapping[str, Any], key: str) -> Iterator[WriteRequest]:
+    at_once = _items_at_once(written)
+    costs = _cumulated_costs(written.features or {}, len(written.item_ids))
     start = at = 0
-    while start < len(ids) or at == 0:
-        end = start + at_once
-        body = _body(ids[start:end], matrix[start:end], columns, slice(start, end), shared)
-        if len(body) > 2 * MAX_BODY_BYTES and at_once > 1:  # of long texts
-            at_once //= 2
+    while start < len(written.item_ids) or at == 0:
+        end = min(start + at_once, *(_affordable(cost, limit, start) for cost, limit in costs))
+        body = _body(written, slice(start, end), shared)
+        if len(body) > 2 * MAX_BODY_BYTES and end > start + 1:  # of long texts
+            at_once = max(1, (end - start) // 2)
             continue
-        yield WriteRequest(len(ids[start:end]), body, _numbered(key, at))
+        yield WriteRequest(len(written.item_ids[start:end]), body, _numbered(key, at))
         start, at = end, at + 1
 
 
-def _body(
-    ids: IdArray,
-    matrix: FloatArray,
-    columns: Mapping[str, list[Any]],
-    rows: slice,
-    shared: Mapping[str, Any],
-) -> bytes:
-    content: dict[str, Any] = {"item_ids": ids, "vectors": matrix, **shared}
-    if columns:
-        content["attributes"] = {name: values[rows] for name, values in columns.items()}
+def _items_at_once(written: WrittenItems) -> int:
+    columns = len(written.attributes) + len(written.features or {})
+    row_bytes = 0 if written.vectors is None else 4 * written.vectors.shape[1]
+    return min(
+        MAX_WRITE_ITEMS,
+        max(1, MAX_BODY_BYTES // (row_bytes or 1)),
+        max(1, MAX_VALUES // max(1, columns)),
+    )
+
+
+def _cumulated_costs(features: Columns, rows: int) -> list[tuple[Any, int]]:
+    """What the first 1, 2, ... items cost a server, and how much one request may."""
+    values, characters = np.zeros((2, rows), np.int64)
+    for column in features.values():
+        for row, value in enumerate(column):
+            if isinstance(value, list):
+                values[row] += len(value)
+                characters[row] += sum(map(_characters, value))
+            else:
+                characters[row] += _characters(value)
+    return [
+        (np.cumsum(values), MAX_FEATURE_VALUES),
+        (np.cumsum(characters), MAX_CHARACTERS),
+    ]
+
+
+def _characters(value: Any) -> int:
+    if not isinstance(value, str):
+        return 0
+    return len(value) if value.isascii() else BEYOND_ASCII * len(value)
+
+
+def _affordable(cumulated: Any, limit: int, start: int) -> int:
+    """The end of the items from ``start`` on that a request may have; one at least."""
+    before = int(cumulated[start - 1]) if start else 0
+    return max(start + 1, int(np.searchsorted(cumulated, before + limit, side="right")))
+
+
+def _body(written: WrittenItems, rows: slice, shared: Mapping[str, Any]) -> bytes:
+    content: dict[str, Any] = {"item_ids": written.item_ids[rows], **shared}
+    if written.vectors is not None:
+        content["vectors"] = written.vectors[rows]
+    if written.features is not None:
+        content["features"] = {name: values[rows] for name, values in written.features.items()}
+    if written.attributes:
+        content["attributes"] = {name: values[rows] for name, values in written.attributes.items()}
     try:
         return packed(content)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidInput("not to be sent", field="attributes", got=str(error)) from error
-
-
-def _columns_of_items(items: Any) -> tuple[Any, Any, Any]:
-    """ids, vectors, attributes: of a table, whose other columns are attributes, or of maps."""
-    if _is_table(items):
-        columns = _columns(items)
-        for name in (ID_NAME, VECTOR_NAME):
-            if name not in columns:
-                raise InvalidInput(
-                    "no such column", field=f"items.{name}", got=", ".join(map(str, columns))
-                )
-        return columns.pop(ID_NAME), listed(columns.pop(VECTOR_NAME)), columns
-    rows = list(items)
-    for row, item in enumerate(rows):
-        known = isinstance(item, Mapping) and {ID_NAME, VECTOR_NAME} <= item.keys()
-        if not known or item.keys() - {ID_NAME, VECTOR_NAME, ATTRIBUTES}:
-            raise InvalidInput(
-                "not an item",
-                field=f"items[{row}]",
-                expected=f"{ID_NAME}, {VECTOR_NAME} and maybe {ATTRIBUTES}",
-                got=repr(item)[:MAX_GOT],
-            )
-    given = [item.get(ATTRIBUTES) or {} for item in rows]
-    names = dict.fromkeys(name for each in given for name in each)
-    attributes = {name: [each.get(name) for each in given] for name in names}
-    vectors = [item[VECTOR_NAME] for item in rows]
-    return [item[ID_NAME] for item in rows], vectors, attributes
-
-
-def _is_table(value: Any) -> bool:
-    return any(hasattr(value, name) for name in ("to_dicts", "column_names", "to_dict", "schema"))
-
-
-def _columns(values: Any) -> dict[str, Any]:
-    """Of a map of columns, or a table of pyarrow, pandas or polars."""
-    if values is None:
-        return {}
-    if isinstance(values, Mapping):
-        return dict(values)
-    names = getattr(values, "column_names", None) or list(getattr(values, "columns", ()))
-    if not names or not all(isinstance(name, str) for name in names):
-        raise InvalidInput(
-            "not columns",
-            field="attributes",
-            expected="a map of names to lists, or a table",
-            got=repr(values)[:MAX_GOT],
-        )
-    is_arrow = hasattr(values, "column_names")
-    return {name: values.column(name) if is_arrow else values[name] for name in names}
-
-
-def _values(values: Any, name: str) -> list[Any]:
-    """Of an attribute, as JSON has them; NaN is how frames write what is missing."""
-    refuse_hidden(f"attributes.{name}", values)
-    if isinstance(values, str | bytes) or not (
-        isinstance(values, Sequence | np.ndarray) or hasattr(values, "__len__")
-    ):
-        raise InvalidInput(
-            "not a column",
-            field=f"attributes.{name}",
-            expected="a list with a value per item",
-            got=repr(values)[:MAX_GOT],
-        )
-    plain = values.tolist() if isinstance(values, np.ndarray) else listed(values)
-    return [_value(each) for each in plain]
-
-
-def _value(value: Any) -> Any:
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_value(each) for each in value]
-    if isinstance(value, Mapping):
-        return {str(name): _value(each) for name, each in value.items()}
-    return to_json(value)
+        field = "features and attributes" if written.features else "attributes"
+        raise InvalidInput("not to be sent", field=field, got=str(error)) from error
 
 
 def _shared(timeout_ms: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The features of a query, one class per kind: values to their part of the query tower's input row.
+"""Features, one class per kind: values to their part of a tower's input row.
 
 Each is the twin of a class of ``training.features.columns`` or ``training.model.pooling``, in
 numpy. A value of the wrong type is refused; a category that training has not seen, or null, is the
@@ -12,8 +12,15 @@ from datetime import UTC, datetime
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from shardline.router.encoder.history_rows import HistoryRows, PastItems, StoredRows
+from shardline.router.encoder.history_rows import (
+    HistoryRows,
+    NewItems,
+    PastItems,
+    StoredRows,
+    places_of,
+)
 from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
@@ -24,7 +31,7 @@ VALUE_TYPES: dict[str, type] = {"int": int, "string": str, "bool": bool}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureInfo:
-    """What a query must bring: ``value`` says it in words, for errors and API documents."""
+    """What a row must bring: ``value`` says it in words, for errors and API documents."""
 
     name: str
     kind: str  # id | categorical | multi_valued | text | numeric | history
@@ -58,6 +65,8 @@ def inputs_of(configs: list[dict[str, Any]], weights: Weights, *, summed: bool) 
             inputs.append(History(config, StoredRows(weights), recency=recency, extras=not summed))
         elif kind == "numeric":
             inputs.append(Number(config))
+        elif config.get("mapped"):
+            inputs.append(MappedIds(config, weights["ids.values"], weights["ids.rows"]))
         else:  # the embedded ones come first, so their place is that of their table
             table = weights[f"embedding.{len(inputs)}"]
             inputs.append(EMBEDDED[kind](config, table))
@@ -80,6 +89,27 @@ class Category:
             if value is not None and not _is_of(value, self._type):
                 raise Refused(row, type(value).__name__)
         return self._table[[self._places.get(value, 0) for value in values]]
+
+
+class MappedIds:
+    """As a category, of integers >= 0 of which there may be as many as items: nothing is held.
+
+    values (n,) int64, ascending; table (n + 1, width): value i has row i + 1.
+    """
+
+    def __init__(self, config: dict[str, Any], values: IdArray, table: FloatArray) -> None:
+        self._values, self._table = values, table
+        self.info = FeatureInfo(name=config["column"], kind=config["kind"], value="int or null")
+
+    def knows(self, ids: IdArray) -> NDArray[np.bool_]:
+        """(n,) whether each of ids (n,) has a row of its own."""
+        return places_of(ids, self._values)[1]
+
+    def rows(self, values: list[Any]) -> FloatArray:
+        ids = _item_ids(0, [-1 if value is None else value for value in values])
+        places, is_known = places_of(ids, self._values)
+        rows: FloatArray = self._table.take(np.where(is_known, places + 1, 0), axis=0)
+        return rows
 
 
 class MultiValued:
@@ -216,11 +246,12 @@ class History:
             name=config["column"], kind="history", value="list of item ids, oldest first"
         )
 
-    def rows(self, values: list[Any]) -> FloatArray:
+    def rows(self, values: list[Any], new_items: NewItems | None = None) -> FloatArray:
+        """new_items: those that may be named besides the ones the encoder was exported with."""
         width = self._items.width
         out = np.zeros((len(values), width + self._extras), dtype=np.float32)
         for row, value in enumerate(values):
-            past = self._items.newest(_item_ids(row, value), self._max_length)
+            past = self._items.newest(_item_ids(row, value), self._max_length, new_items)
             count = len(past.rows)
             if count:
                 out[row, :width] = self._weights(past) @ past.rows

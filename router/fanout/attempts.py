@@ -4,7 +4,8 @@ A shard's part goes to one replica, and to another as well
 
 - at once, when the connection breaks, or the replica refuses it or answers nonsense;
 - when the replica owes answers and sends nothing, not even keep-alive frames (``Chooser``);
-- when it takes longer than its like, within a budget (``Pace``).
+- when it takes longer than its like, within a budget (``Pace``); not an exact search, which takes
+  long everywhere, and says nothing about how fast a replica answers others.
 
 No replica is asked twice. The first reply that fits counts; the others are dropped.
 """
@@ -17,7 +18,7 @@ from typing import TypeAlias
 
 from shardline.router.fanout.choice import Chooser, Replicas, last_resort
 from shardline.router.fanout.connection import ShardConnection
-from shardline.router.fanout.hedging import Paces
+from shardline.router.fanout.hedging import Paces, kind_of
 from shardline.router.fanout.link import Link
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, ProtocolError, Unavailable
 from shardline.shards.core.messages import (
@@ -64,6 +65,7 @@ class Attempts:
         "_first",
         "_frames",
         "_hedges",
+        "_is_exact",
         "_is_hedged",
         "_later",
         "_links",
@@ -110,19 +112,27 @@ class Attempts:
         frames: one per shard, or one for all; request: what they hold, or the first of them.
         """
         self._start: bytes | None  # of every fitting reply; None where replies are decoded to tell
+        kind = type(request)
         if isinstance(request, SearchRequest):
             self._rows = rows = len(request.queries)
+            self._is_exact = request.options.exact
+            if request.options.background:
+                kind = kind_of(request)
             self._start = reply_start(rows, request.k, self._table.generation)
         else:
             self._rows = rows = max(1, len(request.item_ids))
+            self._is_exact = False
             self._start = None
         shards, now, choose = self._shards, self._sent_at, self._shared.chooser.choose
         self._frames = frames
         self._sampled = self._request_id % len(shards)
-        paces, kind = self._shared.paces, type(request)
+        paces = self._shared.paces
         self._pace = pace = paces.of(kind, rows)
-        pace.budget.sends(rows * len(shards))
-        self._delay_s = pace.delay_s if pace.delay_s < math.inf else paces.guess_s(kind, rows)
+        if self._is_exact:
+            self._delay_s = math.inf
+        else:
+            pace.budget.sends(rows * len(shards))
+            self._delay_s = pace.delay_s if pace.delay_s < math.inf else paces.guess_s(kind, rows)
         for position, replicas in enumerate(shards):
             connection = choose(replicas, now)
             if connection is None:
@@ -243,7 +253,7 @@ class Attempts:
             self._replied(position, connection, self._sent_at, reply)
             return
         self._first[position] = None
-        if position == self._sampled:
+        if position == self._sampled and not self._is_exact:
             took_s = self._shared.time() - self._sent_at
             connection.took(took_s)
             self._pace.took(took_s)
@@ -269,9 +279,10 @@ class Attempts:
                 self._refuse(position, connection, answer)
                 return
         now = self._shared.time()
-        connection.took(now - asked_at)
-        if position == self._sampled:
-            self._pace.took(now - self._sent_at)
+        if not self._is_exact:
+            connection.took(now - asked_at)
+            if position == self._sampled:
+                self._pace.took(now - self._sent_at)
         if self._hedges.get(position) is connection:
             self._shared.recorder.count(HEDGES_WON, self._label(position))
         self._links[position] = connection.link
@@ -312,8 +323,9 @@ class Attempts:
         now = self._shared.time()
         for connection, asked_at in owing:
             connection.abandon(self._request_id)
-            if now - asked_at > connection.latency_s:  # it would have taken longer still
-                connection.took(now - asked_at)
+            took_s = now - asked_at
+            if not self._is_exact and took_s > connection.latency_s:  # it would have taken longer
+                connection.took(took_s)
 
     def _read(self, payload: Payload) -> Message | Unavailable:
         """A reply to a look-up or an error, decoded; or what is wrong with it."""

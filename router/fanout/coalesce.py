@@ -144,15 +144,18 @@ class Coalescer:
             SearchReply, lambda reply: reply.ranked.ids.shape == shape
         )
         seq = tuple(frame.ask.seq)  # before others of the frame collect again
-        for shard in frame.ask.missing:
-            self._recorder.count(SHARD_MISSING, str(shard))
+        if not key.options.exact:
+            for shard in frame.ask.missing:
+                self._recorder.count(SHARD_MISSING, str(shard))
         frame.ask.require(coverage, key.min_coverage)
         replies = [reply for _, reply in answered]
+        is_background = key.options.background
         return Merged(
             ranked=await _merge(frame, rows, [reply.ranked for reply in replies], key.k),
             coverage=coverage,
             search_ms=max([reply.search_ms for reply in replies]),
             seq=seq,
+            others_share=max([each.others_share for each in replies]) if is_background else None,
         )
 
     # Lanes
@@ -210,7 +213,8 @@ class Coalescer:
     def _arrived(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         if frame.lets_past is not None:
             frame.lets_past.cancel()
-        self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
+        if not key.options.exact:
+            self._recorder.observe(SHARD_MS, (time.perf_counter() - frame.left_at) * 1000)
         for member in frame.members:
             member.wake()
         self._release(key, lane, frame)

@@ -19,6 +19,7 @@ import msgpack
 import numpy as np
 
 from shardline.router.contract import Degraded
+from shardline.router.encoder.item_encoder import ItemEncoder
 from shardline.router.fanout.ask import Ask, Hearing
 from shardline.router.fanout.attempts import Redundancy
 from shardline.router.fanout.choice import Chooser, Replicas
@@ -82,7 +83,12 @@ class Fanout:
     def snapshot(self) -> TableSnapshot | None:
         return self._snapshot
 
-    async def apply(self, table: RoutingTable, encoder: Encoder | UnusableEncoder | None) -> bool:
+    async def apply(
+        self,
+        table: RoutingTable,
+        encoder: Encoder | UnusableEncoder | None,
+        items: ItemEncoder | UnusableEncoder | None = None,
+    ) -> bool:
         """Switches to a table of a higher version; False when the one in use is as new.
 
         New connections get ``switch_wait_ms`` to come up while the old table still serves.
@@ -92,7 +98,7 @@ class Fanout:
             if self._snapshot is not None and table.version <= self._snapshot.table.version:
                 return False
             shards = self._connect(table)
-            snapshot = TableSnapshot(table, encoder, shards, self._redundancy)
+            snapshot = TableSnapshot(table, encoder, shards, self._redundancy, items=items)
             self._holders.update(snapshot.all_connections)
             try:
                 await self._wait_settled(snapshot)

@@ -8,6 +8,8 @@ rows: the queries, or ids to look up, of a frame.
 import math
 from collections import deque
 
+from shardline.shards.core.messages import SearchRequest
+
 WINDOW = 512  # frames that the percentile is taken over
 REFRESH = 64  # frames after which it is computed anew; before so many, that of other sizes counts
 PERCENTILE = 0.95
@@ -17,6 +19,17 @@ HEADROOM = 1.5
 # Rows that may be sent again at once, however long nothing was amiss: one frame of the most queries
 # that share one. Larger frames are not sent twice.
 MAX_TOKENS = 256.0
+
+
+class Background:
+    """The kind of background searches: they wait as long as others search, and are not hedged."""
+
+
+def kind_of(request: object) -> type:
+    """What a request is like, for ``Paces.of``."""
+    if isinstance(request, SearchRequest) and request.options.background:
+        return Background
+    return type(request)
 
 
 class Budget:
@@ -81,7 +94,8 @@ class Paces:
         key = kind, rows.bit_length()
         pace = self._paces.get(key)
         if pace is None:
-            budget = self._budgets.setdefault(kind, Budget(self._share))
+            share = 0.0 if kind is Background else self._share
+            budget = self._budgets.setdefault(kind, Budget(share))
             pace = self._paces[key] = Pace(budget, self._floor_s)
         return pace
 

@@ -6,6 +6,9 @@ makes both one effect,
 - once, when the connection breaks after it was sent, to the primary of then;
 - when the replica says that it is not the primary, and a newer table has come.
 
+It does not cross to another generation, whose shards are others: ``GenerationChanged`` tells who
+sent it to split it anew.
+
 While a shard has no primary, or none that can be reached, the write waits for one a moment; and for
 its turn, while as much is under way to the shard as that takes on one connection. One that was
 sent, and is given up before it is acknowledged, is an error that says that it may have been
@@ -41,15 +44,36 @@ PRIMARY_WAIT_S = 4.0
 LOOK_S = 0.05  # between two looks at the table and the connection, while a write waits for them
 
 
+class GenerationChanged(Unavailable):
+    """Another generation is live. may_be_applied: the write was sent, and not answered."""
+
+    def __init__(self, *, may_be_applied: bool) -> None:
+        super().__init__("another generation went live meanwhile")
+        self.may_be_applied = may_be_applied
+
+    def as_failure(self) -> Unavailable:
+        """For a write that fails for another reason as well, and is not sent again."""
+        if self.may_be_applied:
+            return DeadlineExceeded(f"{self.message}: it may have been applied")
+        return Unavailable(self.message)
+
+
 class Delivery:
     """One part of a write. ``table`` and connections are looked at anew for each attempt; the
     generation is that of the table which the write was split by."""
 
     def __init__(
-        self, fanout: Fanout, generation: int, shard: int, deadline: float, *, in_loop: bool
+        self,
+        fanout: Fanout,
+        generation: int,
+        shard: int,
+        deadline: float,
+        *,
+        in_loop: bool,
+        may_be_applied: bool = False,
     ) -> None:
         """deadline: on the event loop's clock. in_loop: the frame is small enough to be encoded in
-        the event loop; else it is in a thread."""
+        the event loop; else it is in a thread. may_be_applied: to another generation, before."""
         self._fanout = fanout
         self._generation = generation
         self._shard = shard
@@ -57,6 +81,7 @@ class Delivery:
         self._in_loop = in_loop
         self._waits_until = 0.0
         self._is_in_doubt = False  # it was sent, and the connection broke before the answer
+        self._may_be_applied = may_be_applied
         self._refused_by = 0  # version of the table whose primary said that it is none
 
     async def send(self, message: UpsertRequest | DeleteRequest) -> WriteReply:
@@ -66,6 +91,7 @@ class Delivery:
             InvalidInput: the shard says that the write is wrong.
             DeadlineExceeded: no answer in time; or it was sent, the connection broke, and it could
                 not be sent again: it may have been applied.
+            GenerationChanged: another generation is live, so it was not acknowledged.
             Unavailable: and its subclasses: as the shard says; or there is no primary, or none
                 that can be reached, or the connection broke twice.
         """
@@ -86,12 +112,14 @@ class Delivery:
         """The acknowledgement, or why another attempt is worth while."""
         version = snapshot.table.version
         if snapshot.table.generation != self._generation:
-            raise self._given_up(Unavailable("another generation went live meanwhile"))
+            raise GenerationChanged(may_be_applied=self._is_in_doubt or self._may_be_applied)
         if version == self._refused_by:
             return NotPrimary("no replica takes writes now")
-        connection = primary_of(snapshot, self._shard)
+        connection, epoch = primary_of(snapshot, self._shard)
         if connection is None:
             return NotPrimary("no replica takes writes now")
+        # a replica that leads anew takes nothing by an older table: what that says may be over
+        message = replace(message, epoch=epoch)
         size = bytes_of(message)
         if not await connection.write_room.enter(size, self._clock, self._deadline):
             raise self._given_up(DeadlineExceeded("other writes took all the time"))
@@ -168,7 +196,7 @@ class Delivery:
 
     def _given_up(self, reason: Unavailable) -> Unavailable:
         """The error of a write that is not tried again."""
-        if not self._is_in_doubt:
+        if not (self._is_in_doubt or self._may_be_applied):
             return reason
         return DeadlineExceeded(f"{reason.message}: it may have been applied")
 
@@ -177,15 +205,15 @@ class Delivery:
         return self._fanout.clock
 
 
-def primary_of(snapshot: TableSnapshot, shard: int) -> ShardConnection | None:
-    """The connection to the replica that takes a shard's writes; None: none does, or it is served
-    by no process."""
+def primary_of(snapshot: TableSnapshot, shard: int) -> tuple[ShardConnection | None, int]:
+    """The connection to the replica that takes a shard's writes, and its epoch; None: none does,
+    or it is served by no process."""
     for route, connections in zip(snapshot.table.shards, snapshot.shards, strict=True):
         if route.shard == shard:
             for replica, connection in zip(route.replicas, connections, strict=True):
                 if replica.key.replica == route.primary:
-                    return connection
-    return None
+                    return connection, route.primary_epoch
+    return None, 0
 
 
 def _settling(

@@ -1,18 +1,23 @@
-"""What one query runs on from start to end: a routing table, its query encoder, its connections.
+"""What one query runs on from start to end: a routing table, its encoders, its connections.
 
-The three are of one generation and change together, so no answer mixes two generations or two
+They are of one generation and change together, so no answer mixes two generations or two
 model versions. The encoder is known here by what the router needs of it.
 """
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardline.router.encoder.history_rows import NewItems
+from shardline.router.encoder.item_encoder import ItemEncoder
+from shardline.router.encoder.new_item_cache import NewItemCache
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.attempts import Redundancy
 from shardline.router.fanout.choice import Replicas
 from shardline.router.fanout.connection import ShardConnection
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import (
     EncoderUnavailable,
     InvalidInput,
@@ -22,7 +27,6 @@ from shardline.shards.core.errors import (
 from shardline.shards.core.messages import Absence, ReplicaRoute, RoutingTable, ShardRoute
 from shardline.shards.core.schema import FloatArray
 
-ENCODER_FOLDER = "query_encoder"
 # Rows encoded in the event loop, a few milliseconds; more go to a thread so that other requests,
 # health checks among them, are not held up.
 ENCODE_IN_LOOP = 64
@@ -48,8 +52,8 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class UnusableEncoder:
-    """Stands for an encoder that the generation has and that did not load. Only queries by features
-    need it; all others are answered."""
+    """Stands for an encoder that the generation has and that did not load. Only queries, or writes,
+    by features need it; all others are answered."""
 
     reason: Absence
 
@@ -59,8 +63,8 @@ class TableSnapshot:
     """shards: of each of ``table.shards``, the connections to its replicas; ``redundancy`` is None
     where no shard has more than one, which is in ``only`` then.
 
-    ``encoder`` None: the generation has none. ``running`` counts the queries that use the snapshot,
-    so its connections outlive its replacement.
+    ``encoder``, ``items`` None: the generation has none for queries, or for items. ``running``
+    counts the queries that use the snapshot, so its connections outlive its replacement.
     """
 
     table: RoutingTable
@@ -68,7 +72,9 @@ class TableSnapshot:
     shards: tuple[Replicas, ...]
     redundancy: Redundancy | None = None
     running: int = 0
+    items: ItemEncoder | UnusableEncoder | None = None
     only: tuple[ShardConnection | None, ...] = field(init=False)
+    new_items: NewItemCache = field(default_factory=NewItemCache, init=False)
 
     def __post_init__(self) -> None:
         known = [[each for each in replicas if each is not None] for replicas in self.shards]
@@ -85,15 +91,19 @@ class TableSnapshot:
         """Those that can be asked: a shard that is silent about what it owes is not."""
         return sum(map(_answers, self.shards))
 
-    async def encode(self, features: list[dict[str, Any]]) -> FloatArray:
+    async def encode(
+        self, features: list[dict[str, Any]], new_items: NewItems | None = None
+    ) -> FloatArray:
         """(n, dim) float32, by the encoder that belongs to the table.
+
+        new_items: where ``encoder_of_new_items`` gives an encoder, those that histories may name.
 
         Raises:
             InvalidInput: there is no encoder, or it does not take these features.
             EncoderUnavailable: there is one, and it did not load.
             VersionMismatch: the encoder is of another model.
         """
-        encoder, table = self.encoder, self.table
+        encoder = self.encoder
         if encoder is None:
             raise InvalidInput(
                 "this generation has no query encoder",
@@ -101,22 +111,55 @@ class TableSnapshot:
                 hint="its vectors were imported; send vectors or item_ids",
             )
         if isinstance(encoder, UnusableEncoder):
-            raise EncoderUnavailable(
-                "the query encoder of this generation could not be loaded",
+            raise _unavailable("query", encoder, "send vectors or item_ids")
+        self._check_model("query", encoder.model_version)
+        encode = partial(encoder.encode, features)
+        if new_items is not None:
+            assert isinstance(encoder, QueryEncoder)
+            encode = partial(encoder.encode, features, new_items)
+        return encode() if len(features) <= ENCODE_IN_LOOP else await asyncio.to_thread(encode)
+
+    def encoder_of_new_items(self) -> ItemEncoder | None:
+        """What makes items that the query encoder does not know countable in histories.
+
+        None where there are no histories, or no item encoder of the same model that loaded, or
+        where it knows items by their ids alone.
+        """
+        items = self.items
+        has_history = isinstance(self.encoder, QueryEncoder) and self.encoder.has_history
+        if not has_history or not isinstance(items, ItemEncoder):
+            return None
+        is_of_model = items.model_version == self.table.model_version
+        return items if is_of_model and items.names else None
+
+    def item_encoder(self) -> ItemEncoder:
+        """The item encoder that belongs to the table.
+
+        Raises:
+            InvalidInput: there is none. EncoderUnavailable: there is one, and it did not load.
+            VersionMismatch: it is of another model.
+        """
+        encoder = self.items
+        if encoder is None:
+            raise InvalidInput(
+                "this generation has no item encoder",
                 field="features",
-                got=encoder.reason.code,
-                hint="send vectors or item_ids; `shardline status` says what is wrong with it",
+                expected="vectors",
+                hint="export the model again and build a generation from it, or send vectors",
             )
-        if encoder.model_version != table.model_version:
+        if isinstance(encoder, UnusableEncoder):
+            raise _unavailable("item", encoder, "send vectors")
+        self._check_model("item", encoder.model_version)
+        return encoder
+
+    def _check_model(self, of: str, model_version: str) -> None:
+        if model_version != self.table.model_version:
             raise VersionMismatch(
-                "the query encoder is of another model than the index",
-                expected=table.model_version,
-                got=encoder.model_version,
+                f"the {of} encoder is of another model than the index",
+                expected=self.table.model_version,
+                got=model_version,
                 hint="build and publish a generation from one model",
             )
-        if len(features) <= ENCODE_IN_LOOP:
-            return encoder.encode(features)
-        return await asyncio.to_thread(encoder.encode, features)
 
     def connectivity(self) -> dict[str, int]:
         """Shards and rows, and how many of them can be asked now."""
@@ -137,11 +180,14 @@ class TableSnapshot:
 
         ``warnings``: what people who look after the cluster should see to, {about, code, text}.
         """
-        table, encoder = self.table, self.encoder
+        table = self.table
         warnings = [("state", note) for note in table.notes]
-        if isinstance(encoder, UnusableEncoder):
-            warnings.append((ENCODER_FOLDER, encoder.reason))
-            encoder = None
+        for name, encoder in (
+            (QUERY_ENCODER_FOLDER, self.encoder),
+            (ITEM_ENCODER_FOLDER, self.items),
+        ):
+            if isinstance(encoder, UnusableEncoder):
+                warnings.append((name, encoder.reason))
         return {
             "cluster_id": table.cluster_id,
             "version": table.version,
@@ -155,13 +201,29 @@ class TableSnapshot:
                 _describe_shard(route, replicas)
                 for route, replicas in zip(table.shards, self.shards, strict=True)
             ],
-            "encoder": None
-            if encoder is None
-            else {"model_version": encoder.model_version, "features": encoder.features},
+            "encoder": _describe_encoder(self.encoder),
+            "item_encoder": _describe_encoder(self.items),
             "warnings": [
                 {"about": about, "code": note.code, "text": note.text} for about, note in warnings
             ],
         }
+
+
+def _unavailable(of: str, encoder: UnusableEncoder, instead: str) -> EncoderUnavailable:
+    return EncoderUnavailable(
+        f"the {of} encoder of this generation could not be loaded",
+        field="features",
+        got=encoder.reason.code,
+        hint=f"{instead}; `shardline status` says what is wrong with it",
+    )
+
+
+def _describe_encoder(
+    encoder: Encoder | ItemEncoder | UnusableEncoder | None,
+) -> dict[str, Any] | None:
+    if encoder is None or isinstance(encoder, UnusableEncoder):
+        return None
+    return {"model_version": encoder.model_version, "features": encoder.features}
 
 
 def _answers(replicas: Replicas) -> bool:
@@ -205,5 +267,13 @@ def load_query_encoder(table: RoutingTable) -> Encoder | None:
     """
     if table.encoder_checksum is None:
         return None
-    folder = Path(table.generation_dir) / ENCODER_FOLDER
+    folder = Path(table.generation_dir) / QUERY_ENCODER_FOLDER
     return QueryEncoder.load(folder, table.encoder_checksum)
+
+
+def load_item_encoder(table: RoutingTable) -> ItemEncoder | None:
+    """As ``load_query_encoder``; None also for a generation of an export that had none yet."""
+    if table.item_encoder_checksum is None:
+        return None
+    folder = Path(table.generation_dir) / ITEM_ENCODER_FOLDER
+    return ItemEncoder.load(folder, table.item_encoder_checksum)

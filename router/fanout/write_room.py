@@ -61,5 +61,5 @@ def bytes_of(message: UpsertRequest | DeleteRequest) -> int:
     """At least what the shard counts for it."""
     size = OVERHEAD_BYTES + message.item_ids.nbytes + len(message.key)
     if isinstance(message, UpsertRequest):
-        size += message.vectors.nbytes + len(message.attributes)
+        size += message.vectors.nbytes + len(message.attributes) + len(message.features)
     return size

@@ -92,6 +92,8 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
     }
     if answer.reasons:
         content["reasons"] = [asdict(reason) for reason in answer.reasons]
+    if answer.others_share is not None:
+        content["others_share"] = answer.others_share
     if answer.returned is not None:
         if answer.returned.attributes:
             content["attributes"] = answer.returned.attributes

@@ -85,6 +85,18 @@ class SearchBody(_Body):
         description="of each shard, by its number, as in the `seq` of an answer: one that has "
         "applied fewer writes is left out of the answer; null and 0 ask for nothing",
     )
+    background: bool = Field(
+        default=False,
+        description="nobody waits for the answer, as in a batch job: shards search it while no "
+        "other search waits, and the answer says in others_share how busy they are with others",
+    )
+    exact: bool = Field(
+        default=False,
+        description="score every item with the best vector that its shard stores: for measuring "
+        "recall, not for serving. Takes long, at low priority, one search at a time per shard; "
+        "params say nothing then. Indexes that keep codes only (pq, ivfpq, sq8 without a re-rank) "
+        "are exact over what the codes stand for",
+    )
     returned: list[str] | None = Field(
         default=None,
         alias="return",
@@ -141,6 +153,11 @@ class SearchResponse(_Body):
     request_id: str
     reasons: list[ReasonBody] | None = Field(
         default=None, description="only when some query could not be asked"
+    )
+    others_share: float | None = Field(
+        default=None,
+        description="only with background, if shards were asked: the share of the last two "
+        "seconds, 0 to 1, in which the busiest shard searched for others; 0 if nobody else did",
     )
     attributes: dict[str, list[list[Any]]] | None = Field(
         default=None,

@@ -4,32 +4,30 @@ Ids and vectors become arrays, or lists that are known to hold numbers; whether 
 checked once it is known what index they are for. Attributes are values of JSON, in msgpack too.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from shardline.router.contract import MAX_WRITE_ITEMS, PayloadTooLarge
+from shardline.router.contract import MAX_WRITE_ITEMS
 from shardline.router.http.body_values import load_map, to_ids, to_matrix
 from shardline.router.http.codec import encode, to_microseconds
+from shardline.router.http.feature_values import feature_columns, feature_maps
 from shardline.router.http.media import Media
 from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
+from shardline.router.http.write_attributes import attribute_columns, attribute_map, transposed
 from shardline.router.http.write_models import DeleteBody, ItemBody, UpsertBody
 from shardline.router.limits import write_timeout_ms
 from shardline.router.router_config import RouterConfig
-from shardline.router.written import Deletes, Upserts, WriteAnswer, WriteKind
+from shardline.router.written import ABSENT, Deletes, Upserts, WriteAnswer, WriteKind
 from shardline.shards.core.errors import InvalidInput
 
 UPSERT_FIELDS = tuple(UpsertBody.model_fields)
 DELETE_FIELDS = tuple(DeleteBody.model_fields)
 ITEM_FIELDS = tuple(ItemBody.model_fields)
-FEATURES = "features"  # what an item may be written by one day
-MAX_NAMES = 1024  # attributes of one request
-MAX_CELLS = 1 << 20  # items x attributes: as many slots of lists, however few are filled
-MAX_DEPTH = 16  # of lists and maps in an attribute
-PLAIN = frozenset({bool, int, str, type(None)})  # both formats have integers of 64 bits only
+VECTOR, FEATURES = "vector", "features"  # an item has one of them
+COLUMNS = ("item_ids", "vectors", FEATURES, "attributes")
 _validate_upsert = TypeAdapter(UpsertBody).validator.validate_python
 _validate_delete = TypeAdapter(DeleteBody).validator.validate_python
 
@@ -45,40 +43,20 @@ def decode_upsert(
         PayloadTooLarge: would take too much memory or time.
     """
     content = load_map(body, media, in_loop=in_loop)
-    if FEATURES in content:
-        raise _not_yet(FEATURES)
     parsed = _checked(content, UPSERT_FIELDS, _validate_upsert)
-    columns = [name for name in ("item_ids", "vectors", "attributes") if name in content]
+    columns = [name for name in COLUMNS if name in content]
     if (parsed.items is None) == (parsed.item_ids is None) or (parsed.items and columns):
         raise InvalidInput(
             "one form of items is needed",
             field=columns[0] if columns else "items",
-            expected="items, or item_ids and vectors",
+            expected="items, or item_ids and vectors or features",
             got=" and ".join([*(["items"] if parsed.items is not None else []), *columns])
             or "none of them",
         )
     timeout_ms = write_timeout_ms(config, parsed.timeout_ms)
     if parsed.items is not None:
         return _of_items(parsed.items, timeout_ms, parsed.model_version)
-    item_ids = to_ids(parsed.item_ids, "item_ids", MAX_WRITE_ITEMS, "items")
-    count = _check_count("item_ids", len(item_ids))
-    if parsed.vectors is None:
-        raise InvalidInput("no vectors", field="vectors", expected="a row per item", got="none")
-    vectors = to_matrix(parsed.vectors, "vectors", MAX_WRITE_ITEMS, "items")
-    if len(vectors) != count:
-        raise InvalidInput(
-            "not as many vectors as ids",
-            field="vectors",
-            expected=f"{count} rows, as item_ids has",
-            got=f"{len(vectors)} rows",
-        )
-    return Upserts(
-        item_ids=item_ids,
-        vectors=vectors,
-        attributes=_columns({} if parsed.attributes is None else parsed.attributes, count),
-        timeout_ms=timeout_ms,
-        model_version=parsed.model_version,
-    )
+    return _of_columns(parsed, timeout_ms)
 
 
 def decode_delete(
@@ -145,12 +123,36 @@ def _check_count(field: str, count: int) -> int:
     return count
 
 
-def _not_yet(field: str) -> InvalidInput:
-    return InvalidInput(
-        "items cannot be written by features yet",
-        field=field,
-        expected="a vector",
-        hint="encode the items with their tower, and send vectors",
+def _of_columns(parsed: UpsertBody, timeout_ms: float) -> Upserts:
+    item_ids = to_ids(parsed.item_ids, "item_ids", MAX_WRITE_ITEMS, "items")
+    count = _check_count("item_ids", len(item_ids))
+    attributes = attribute_columns({} if parsed.attributes is None else parsed.attributes, count)
+    if (parsed.vectors is None) == (parsed.features is None):
+        raise InvalidInput(
+            "one of vectors and features is needed",
+            field="vectors",
+            expected="a row per item, or features instead",
+            got="none" if parsed.vectors is None else "both",
+        )
+    vectors = features = None
+    if parsed.features is not None:
+        features = feature_columns(parsed.features, count)
+    else:
+        vectors = to_matrix(parsed.vectors, "vectors", MAX_WRITE_ITEMS, "items")
+        if len(vectors) != count:
+            raise InvalidInput(
+                "not as many vectors as ids",
+                field="vectors",
+                expected=f"{count} rows, as item_ids has",
+                got=f"{len(vectors)} rows",
+            )
+    return Upserts(
+        item_ids=item_ids,
+        vectors=vectors,
+        features=features,
+        attributes=attributes,
+        timeout_ms=timeout_ms,
+        model_version=parsed.model_version,
     )
 
 
@@ -158,137 +160,65 @@ def _of_items(items: Any, timeout_ms: float, model_version: str | None) -> Upser
     if not isinstance(items, list):
         raise wrong_type("items", "a list of items", items)
     count = _check_count("items", len(items))
-    item_ids, vectors, given = [], [], []
+    item_ids, written, given = [], [], []
+    by = FEATURES if type(items[0]) is dict and FEATURES in items[0] else VECTOR
     for row, item in enumerate(items):
         where = f"items[{row}]."
         if type(item) is not dict:
             raise wrong_type(where[:-1], "an item", item)
-        if FEATURES in item:
-            raise _not_yet(where + FEATURES)
         _refuse_unknown(item, ITEM_FIELDS, where)
-        number, vector = item.get("item_id"), item.get("vector")
+        _check_kind(item, by, row)
+        number = item.get("item_id")
         if type(number) is not int:
             raise wrong_type(f"{where}item_id", "an integer", number)
-        if isinstance(vector, np.ndarray) and vector.ndim == 1:
-            vector = vector.tolist()
-        if type(vector) is not list:
-            raise wrong_type(f"{where}vector", "a list of numbers", vector)
         item_ids.append(number)
-        vectors.append(vector)
-        given.append(_map_of(item.get("attributes"), f"{where}attributes"))
-    try:
-        matrix = to_matrix(vectors, "items", count, "items")
-    except InvalidInput as error:
-        error.field = f"{error.field}.vector" if error.field != "items" else "items"
-        raise
+        written.append(item[FEATURES] if by == FEATURES else _vector(item, where))
+        given.append(attribute_map(item.get("attributes"), f"{where}attributes"))
+    is_by_features = by == FEATURES
     return Upserts(
         item_ids=item_ids,
-        vectors=matrix,
-        attributes=_transposed(given),
+        vectors=None if is_by_features else _matrix(written, count),
+        features=feature_maps(written) if is_by_features else None,
+        attributes=transposed(given, ABSENT if is_by_features else None),
         timeout_ms=timeout_ms,
         model_version=model_version,
         id_field=("items", "item_id"),
-        vector_field=("items", "vector"),
+        vector_field=("items", VECTOR),
     )
 
 
-def _map_of(attributes: Any, field: str) -> dict[str, Any]:
-    if attributes is None:
-        return {}
-    if type(attributes) is not dict:
-        raise wrong_type(field, "a map of names to values", attributes)
-    for name, value in attributes.items():
-        _check_name(name, field)
-        attributes[name] = _json_value(value, f"{field}.{name}")
-    return attributes
-
-
-def _transposed(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Of each name its value in every row, None where a row lacks it."""
-    names: dict[str, None] = {}
-    for row in rows:
-        names |= dict.fromkeys(row)
-        _check_names(len(names), len(rows))
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def _columns(attributes: Any, count: int) -> dict[str, list[Any]]:
-    if not isinstance(attributes, dict):
-        raise wrong_type("attributes", "a map of names to lists", attributes)
-    _check_names(len(attributes), count)
-    columns = {}
-    for name, values in attributes.items():
-        _check_name(name, "attributes")
-        field = f"attributes.{short_name(name)}"
-        values = _listed(values)
-        if type(values) is not list:
-            raise wrong_type(field, "a list with a value per item", values)
-        if len(values) != count:
-            raise InvalidInput(
-                "not as many values as items",
-                field=field,
-                expected=f"{count} values",
-                got=f"{len(values)} values",
-            )
-        columns[name] = _json_values(values, field)
-    return columns
-
-
-def _check_name(name: Any, field: str) -> None:
-    if type(name) is not str:
-        raise wrong_type(f"{field}.{short_name(name)}", "a text as name", name)
-
-
-def _check_names(names: int, items: int) -> None:
-    if names > MAX_NAMES or names * items > MAX_CELLS:
-        raise PayloadTooLarge(
-            "too many attributes",
-            field="attributes",
-            expected=f"<= {MAX_NAMES} names, and items x names <= {MAX_CELLS}",
-            got=f"{names} names, {items} items",
-            hint="send the items in several requests",
+def _check_kind(item: dict[Any, Any], by: str, row: int) -> None:
+    """InvalidInput where an item is not written by the same as the first one."""
+    other = VECTOR if by == FEATURES else FEATURES
+    if item.get(other) is None and item.get(by) is not None:
+        return
+    if other in item and by in item:
+        raise InvalidInput(
+            "one of vector and features is needed", field=f"items[{row}].{other}", got="both"
         )
+    if other in item:
+        raise InvalidInput(
+            "items of two kinds",
+            field=f"items[{row}].{other}",
+            expected=f"{by}, as items[0] has",
+            hint="send those with vectors and those with features in requests of their own",
+        )
+    expected = "a list of numbers" if by == VECTOR else "a map of features"
+    raise wrong_type(f"items[{row}].{by}", expected, item.get(by))
 
 
-def _json_values(values: list[Any], field: str) -> list[Any]:
-    if _are_plain(values):
-        return values
-    return [_json_value(value, f"{field}[{row}]") for row, value in enumerate(values)]
+def _vector(item: dict[Any, Any], where: str) -> list[Any]:
+    vector = item[VECTOR]
+    if isinstance(vector, np.ndarray) and vector.ndim == 1:
+        vector = vector.tolist()
+    if type(vector) is not list:
+        raise wrong_type(f"{where}vector", "a list of numbers", vector)
+    return vector
 
 
-def _json_value(value: Any, field: str, depth: int = 0) -> Any:
-    """The value, arrays in it made lists. Raises InvalidInput: it is none of JSON."""
-    kind = type(value)
-    if kind in PLAIN:
-        return value
-    if kind is float:
-        if not math.isfinite(value):
-            raise InvalidInput(
-                "not finite", field=field, expected="a finite number, or null", got=str(value)
-            )
-        return value
-    value = _listed(value)
-    if depth >= MAX_DEPTH or type(value) not in (list, dict):
-        expected = f"null, a boolean, number or text, lists and maps of these {MAX_DEPTH} deep"
-        raise wrong_type(field, expected, value)
-    if type(value) is list:
-        if _are_plain(value):
-            return value
-        return [_json_value(each, field, depth + 1) for each in value]
-    for name in value:
-        _check_name(name, field)
-    return {name: _json_value(each, field, depth + 1) for name, each in value.items()}
-
-
-def _are_plain(values: list[Any]) -> bool:
-    """Whether nothing is wrong with any of them, at a tenth of the cost of a look at each."""
-    types = set(map(type, values))
-    if types <= PLAIN:
-        return True
-    if not types <= PLAIN | {float}:
-        return False
-    return all(map(math.isfinite, [each for each in values if type(each) is float]))
-
-
-def _listed(value: Any) -> Any:
-    return value.tolist() if isinstance(value, np.ndarray) else value
+def _matrix(vectors: list[Any], count: int) -> Any:
+    try:
+        return to_matrix(vectors, "items", count, "items")
+    except InvalidInput as error:
+        error.field = f"{error.field}.vector" if error.field != "items" else "items"
+        raise

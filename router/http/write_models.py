@@ -21,16 +21,24 @@ class ItemBody(_Body):
     """An item to write. It replaces the whole item of that id, where there is one."""
 
     item_id: int = Field(ge=0, lt=2**63)
-    vector: list[float] = Field(description="of the index's dimension, in the space of its model")
+    vector: list[float] | None = Field(
+        default=None, description="of the index's dimension, in the space of its model"
+    )
+    features: dict[str, Any] | None = Field(
+        default=None,
+        description="instead of vector: all features of the model's item tower, null where one is "
+        "not known; /v1/status names them. Every item of a request has the same of both",
+    )
     attributes: dict[str, Any] | None = Field(
         default=None,
-        description="of the catalogue's columns those that the item has; the others are null",
+        description="of the catalogue's columns those that the item has; others are null, or its "
+        "feature of the same name",
     )
 
 
 class UpsertBody(_Body):
-    """Either items, or item_ids and vectors, and attributes with them. Of items with the same id
-    the last one wins."""
+    """Either items, or item_ids with vectors or features, and attributes with them. Of items with
+    the same id the last one wins."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -54,12 +62,16 @@ class UpsertBody(_Body):
     vectors: Annotated[list[list[float]] | None, SkipValidation] = Field(
         default=None, description="with item_ids: a row per item"
     )
+    features: Annotated[dict[str, list[Any]] | None, SkipValidation] = Field(
+        default=None,
+        description="with item_ids, instead of vectors: of each feature a value per item, or null",
+    )
     attributes: Annotated[dict[str, list[Any]] | None, SkipValidation] = Field(
         default=None, description="with item_ids: of each attribute a value per item, or null"
     )
     model_version: str | None = Field(
         default=None,
-        description="the model that the vectors are of; 409 where the index is of another",
+        description="the model that the items are for; 409 where the index is of another",
     )
     timeout_ms: FiniteFloat | None = Field(default=None, description=TIMEOUT)
 

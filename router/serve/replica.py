@@ -169,13 +169,14 @@ class RouterReplica:
                 await asyncio.sleep(RETRY_S)
 
     async def _announce(self) -> None:
-        """Tells the controller every few seconds that this router lives, also while it loads an
-        encoder for a new table."""
+        """Tells the controller every few seconds that this router lives, and what it has found;
+        also while it loads an encoder for a new table. Hears which repairs are due."""
         router = _who_this_is()
         while True:
             try:
                 controller = await asyncio.to_thread(self._find_controller)
-                await _in_time(controller.router_lives.remote(router), ANNOUNCE_S)
+                told = controller.router_lives.remote(router, self._service.watch.news())
+                self._service.repairs = await _in_time(told, ANNOUNCE_S)
             except (RayError, ValueError, TimeoutError) as error:
                 logger.warning("this router could not be announced: %s", last_line(error))
                 await asyncio.sleep(RETRY_S)

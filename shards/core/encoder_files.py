@@ -1,15 +1,33 @@
-"""The folder of a query encoder: training writes it, routers and tools read it.
+"""The folder of an encoder, a tower in plain arrays: training writes it, routers and tools read it.
 
     encoder.json             format_version, model_version, dim, projection, features in input
-                             order, and the SHA-256 of every other file; written last
+                             order, and the SHA-256 of every other file; written last. Of the item
+                             tower also attributes, the catalogue's columns and their types
     weights.safetensors      the tower: embedding.<i>; hidden.<i>.*, norm.<i>.*, output.*,
-                             skip.weight unless projection is identity; of the history recency
-                             (max_length,), newest first, if attention pools it
+                             skip.weight unless projection is identity
+
+Where attention pools the history, weights.safetensors of the query tower has history.recency
+(max_length,), newest first, and that of the item tower history.key.weight (32, p), history.key.bias
+(32,) and history.query (32,): an item's score is tanh(key of its input row) . query.
+
+Of the query tower with a history:
+
     history.item_ids.npy     (n,) int64, ascending: the items that a history may name
     history.rows.npy         (n, p) float32: their rows of the query tower's input
     history.item_scores.npy  (n,) float32, if attention pools the history
 
-The history's arrays have a row per item of the catalogue. They are mapped, not loaded: all
+Of the item tower, where the id of an item is one of its features (which says mapped, and has no
+values in encoder.json and no embedding.<i>):
+
+    ids.values.npy           (m,) int64, ascending: the items that training has seen
+    ids.rows.npy             (m + 1, d) float32: row 0 of the unknown, row i + 1 of ids.values[i]
+
+Of the item tower, where popular items have longer vectors:
+
+    popularity.item_ids.npy  (n,) int64, ascending
+    popularity.lengths.npy   (n,) float32: how long their vectors are; others have length one
+
+These arrays have a row per item of the catalogue. They are mapped, not loaded: all
 processes of a host share them in its page cache, and read no more of them than they look up.
 Formats 1 and 2 hold them in weights.safetensors and are read into memory.
 """
@@ -29,6 +47,8 @@ from shardline.shards.core.small_files import MAX_VOCABULARY_BYTES, parse_json, 
 
 FORMAT_VERSION = 4  # 1 had neither projection nor attention, and is read as without them
 WITHOUT_CYCLES = 3  # what a reader before cycles takes
+# in an embedding set and in a generation
+QUERY_ENCODER_FOLDER, ITEM_ENCODER_FOLDER = "query_encoder", "item_encoder"
 CONFIG, WEIGHTS = "encoder.json", "weights.safetensors"
 MAPPED = ".npy"
 # Weights up to this size are verified as the bytes that are then parsed. Larger ones are read
@@ -122,12 +142,21 @@ def _read_weights(path: Path, checksum: str | None) -> Weights:
     return weights
 
 
+def _kind_of(config: Path) -> str:
+    return "item encoder" if config.parent.name == ITEM_ENCODER_FOLDER else "query encoder"
+
+
+def _not_an_encoder(config: Path, error: Exception) -> CorruptFile:
+    article = "an" if config.parent.name == ITEM_ENCODER_FOLDER else "a"
+    return CorruptFile(f"{config}: not {article} {_kind_of(config)}", got=str(error))
+
+
 def _read_config(path: Path, checksum: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration, and the checksum of every other file by its name."""
     try:
         content = read_small(path, MAX_VOCABULARY_BYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotFound(f"{path}: no query encoder here") from error
+        raise NotFound(f"{path}: no {_kind_of(path)} here") from error
     if checksum is not None and hashlib.sha256(content).hexdigest() != checksum:
         raise CorruptFile(
             f"{path}: wrong checksum",
@@ -141,7 +170,7 @@ def _read_config(path: Path, checksum: str | None) -> tuple[dict[str, Any], dict
         if version <= FORMAT_VERSION:
             return config, dict(config["sha256"])
     except (ValueError, KeyError, TypeError, CorruptFile) as error:
-        raise CorruptFile(f"{path}: not a query encoder", got=str(error)) from error
+        raise _not_an_encoder(path, error) from error
     raise NewerFormat(
         f"{path}: format is newer than this program",
         expected=f"format_version <= {FORMAT_VERSION}",

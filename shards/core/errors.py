@@ -7,7 +7,9 @@
     ├── CorruptFile         a file of the store: checksum, length or header does not match
     ├── NewerFormat         a file of the store written by a newer version of Shardline
     ├── NotFound            a file, generation, user or item that does not exist
+    │   └── WritesLost      writes that another generation lacks are not in the log any more
     ├── VersionMismatch     query encoder and generation come from different models
+    ├── GateFailed          a generation that does not go live: a figure is outside its bound
     ├── ProtocolError       a peer broke the wire protocol, or failed to authenticate
     └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded
@@ -109,8 +111,16 @@ class NotFound(ShardlineError):
     code = "not_found"
 
 
+class WritesLost(NotFound):
+    pass
+
+
 class VersionMismatch(ShardlineError):
     code = "version_mismatch"
+
+
+class GateFailed(ShardlineError):
+    code = "gate_failed"
 
 
 class ProtocolError(ShardlineError):

@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
-from shardline.shards.core.small_files import MAX_MANIFEST_BYTES, open_regular, read_json
+from shardline.shards.core.small_files import (
+    MAX_MANIFEST_BYTES,
+    open_regular,
+    parse_json,
+    read_small,
+)
 
 MANIFEST_NAME = "_manifest.json"
 HOST = f"{zlib.crc32(platform.node().encode()):08x}"  # in the names of staged folders
@@ -155,8 +160,14 @@ def verify_files(folder: Path, entries: Iterable[FileEntry]) -> None:
 
 def write_manifest(folder: Path, *, kind: str, version: int, body: dict[str, Any]) -> None:
     """Writes the manifest that declares the folder complete. Call it last."""
+    write_bytes(folder / MANIFEST_NAME, encode_manifest(kind=kind, version=version, body=body))
+
+
+def encode_manifest(*, kind: str, version: int, body: dict[str, Any]) -> bytes:
+    """What ``decode_manifest`` reads: indented JSON."""
     content = {"kind": kind, "format_version": version, **body}
-    write_json(folder / MANIFEST_NAME, {**content, "checksum": _self_checksum(content)})
+    content["checksum"] = _self_checksum(content)
+    return (json.dumps(content, indent=2, sort_keys=False) + "\n").encode()
 
 
 def read_manifest(
@@ -171,11 +182,21 @@ def read_manifest(
     """
     path = folder / MANIFEST_NAME
     try:
-        content = read_json(path, limit)
+        data = read_small(path, limit)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFound(
             f"{folder}: no complete {kind} here", hint=f"{MANIFEST_NAME} is missing"
         ) from error
+    return decode_manifest(data, path, kind=kind, version=version)
+
+
+def decode_manifest(data: bytes, path: Path, *, kind: str, version: int) -> dict[str, Any]:
+    """The body in the bytes of a manifest; ``path`` names where they are from.
+
+    Raises:
+        CorruptFile, NewerFormat: as ``read_manifest``.
+    """
+    content = parse_json(data, path)
     if not isinstance(content, dict) or content.get("kind") != kind:
         got = content.get("kind") if isinstance(content, dict) else type(content).__name__
         raise CorruptFile(f"{path}: not a manifest of this kind", expected=kind, got=str(got))
@@ -205,6 +226,25 @@ def staged_folder(target: Path) -> Iterator[Path]:
         FileExistsError: the target already exists when the block ends.
         OSError: the block failed and the disk is why, whatever the block said.
     """
+    with scratch_folder(target) as staging:
+        yield staging
+        if target.exists():
+            raise FileExistsError(target)
+        staging.chmod(0o755)
+        fsync_tree(staging)
+        staging.rename(target)
+        fsync_folder(target.parent)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside ``target`` that is removed when the block ends.
+
+    What a process that was killed has left of the same target is removed first.
+
+    Raises:
+        OSError: the block failed and the disk is why, whatever the block said.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target.parent, glob.escape(target.name))
     made = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.{HOST}-"))
@@ -213,12 +253,6 @@ def staged_folder(target: Path) -> Iterator[Path]:
         try:
             with disk_errors(target.parent):
                 yield staging
-            if target.exists():
-                raise FileExistsError(target)
-            staging.chmod(0o755)
-            _fsync_tree(staging)
-            staging.rename(target)
-            fsync_folder(target.parent)
         finally:
             with suppress(FileNotFoundError):
                 shutil.rmtree(staging)
@@ -288,7 +322,8 @@ def _probe(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """Fsyncs a folder and all files and folders below it."""
     for path in folder.rglob("*"):
         if path.is_dir():
             fsync_folder(path)

@@ -21,6 +21,7 @@ MAX_WRITTEN_ROWS = 4096  # of one write to one shard
 # Of the writes under way on one connection, which a single one may exceed: more are refused.
 WRITE_ROOM_BYTES = 8 << 20
 MAX_WRITE_KEY_BYTES = 128
+MAX_SERVED_AT_ONCE = 16  # queries of one announcement of a router
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -68,10 +69,14 @@ class SearchOptions:
     (``SearchBody`` describes it). Values must be hashable.
 
     min_seq: of each shard, by its number, how many writes it must have applied to answer; empty
-    for any number.
+    for any number. background: nobody waits for it, a batch job's say: a shard searches it while
+    no other search waits. exact: every row is scored with the best vector that the shard stores of
+    it, at low priority; the parameters say nothing then.
     """
 
     min_seq: tuple[int, ...] = ()
+    background: bool = False
+    exact: bool = False
 
 
 NO_OPTIONS = SearchOptions()
@@ -97,6 +102,8 @@ class SearchReply:
     """The k best rows of each query; rows: live rows searched; search_ms: milliseconds it took.
 
     generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
+    others_share, of a background search: the share of the last seconds in which the shard searched
+    for others; 0 if nobody else asked.
     """
 
     ranked: Ranked
@@ -104,6 +111,7 @@ class SearchReply:
     generation: int
     seq: int
     search_ms: float
+    others_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +170,10 @@ class UpsertRequest:
 
     item_ids (n,) int64, each once; vectors (n, dim) float32, already checked and normalised.
     attributes: a map from names to lists of n values of JSON, in msgpack; b"" for none. key makes a
-    repeated request one effect; "" for none.
+    repeated request one effect; "" for none. features: what the vectors were encoded from, a list
+    of n maps in msgpack, which the log keeps to encode them for another model; b"" for items that
+    were given by vector. epoch: of the primary that it is meant for, which no other takes; 0 for
+    any.
     """
 
     item_ids: IdArray
@@ -170,15 +181,18 @@ class UpsertRequest:
     attributes: bytes
     key: str
     timeout_ms: float
+    features: bytes = b""
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeleteRequest:
-    """item_ids (n,) int64, each once, existing or not; key: as of ``UpsertRequest``."""
+    """item_ids (n,) int64, each once, existing or not; key, epoch: as of ``UpsertRequest``."""
 
     item_ids: IdArray
     key: str
     timeout_ms: float
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,18 +263,35 @@ class Absence:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardHealth:
+    """What the writes to a shard have made of its index.
+
+    rows: that may come back. changed: rows written, and rows hidden, since its main index was made.
+    unseen: rows of items that the generation was built without. imbalance: of the inverted lists
+    of the main index, 1 where all are of one length; None: it has none.
+    """
+
+    rows: int
+    changed: int
+    unseen: int
+    imbalance: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pulse:
     """A sign of life of a shard's process.
 
     seq: the writes that it has applied. leads: the epoch with which it takes the writes of its
     shard; None: it does not, because it was not asked to or its log has a higher epoch by now.
-    refused: why it takes none at present though it leads; it tries to by itself.
+    refused: why it takes none at present though it leads; it tries to by itself. health: None: not
+    known yet.
     """
 
     pid: int
     seq: int
     leads: int | None = None
     refused: Absence | None = None
+    health: ShardHealth | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +304,34 @@ class RouterSeen:
     host: str
     node_id: str
     pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """recall@k of ``queries`` served queries of a generation, against exact answers; since: Unix
+    seconds of the oldest; k: the median of what they asked for."""
+
+    generation: int
+    recall: float
+    queries: int
+    k: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ServedQueries:
+    """Vectors (n, dim) float32 as shards were asked with, n <= MAX_SERVED_AT_ONCE."""
+
+    model_version: str
+    vectors: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RouterNews:
+    """What a router has found since its last announcement. None: nothing."""
+
+    quality: Quality | None = None
+    served: ServedQueries | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,13 +354,15 @@ class ShardRoute:
     """The replicas of one shard, at least one, by replica number; each holds the same rows.
 
     While one is being replaced there is one more than ``cluster.replicas``. primary: the number of
-    the replica that takes writes; None: none does now.
+    the replica that takes writes; None: none does now. primary_epoch: with which it leads; 0: not
+    known.
     """
 
     shard: int
     rows: int
     replicas: tuple[ReplicaRoute, ...]
     primary: int | None = None
+    primary_epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,9 +374,11 @@ class RoutingTable:
     boundaries are those of a ``Partition``: they say which shard an item id belongs to.
     encoder_checksum is the SHA-256 of the query encoder's encoder.json, which holds those of its
     other files, as the generation's manifest lists it; None: the generation has no encoder.
+    item_encoder_checksum is the same of the item encoder.
     notes say what is wrong with the store's files of state, or where replicas are missing, for
     people who look after it. cluster_id tells the cluster from every other; it is made from its
-    secret, so a restarted controller has the same.
+    secret, so a restarted controller has the same. other_model: the model version of a generation
+    that is loaded beside this one and gets the same writes, if it is another; None: there is none.
     """
 
     version: int
@@ -329,8 +392,10 @@ class RoutingTable:
     boundaries: tuple[int, ...]
     shards: tuple[ShardRoute, ...]
     encoder_checksum: str | None = None
+    item_encoder_checksum: str | None = None
     notes: tuple[Absence, ...] = ()
     cluster_id: str = ""
+    other_model: str | None = None
 
     @property
     def rows(self) -> int:

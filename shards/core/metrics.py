@@ -115,6 +115,20 @@ CACHE_HITS = Metric(
 )
 CACHE_MISSES = Metric("shardline_cache_misses", _C, "requests", "Not in the result cache.")
 CACHE_BYTES = Metric("shardline_cache_bytes", _G, "bytes", "Answers kept in the result cache.")
+RECALL = Metric(
+    "shardline_recall",
+    _G,
+    "share",
+    "recall@k of the last 256 watched queries, against exact answers.",
+)
+RECALL_SAMPLES = Metric(
+    "shardline_recall_samples",
+    _C,
+    "queries",
+    "Served queries that were asked again exactly: compared, changed (a shard was written in "
+    "between) or unanswered.",
+    ("outcome",),
+)
 WRITES = Metric(
     "shardline_writes",
     _C,
@@ -178,6 +192,8 @@ METRICS = (
     CACHE_HITS,
     CACHE_MISSES,
     CACHE_BYTES,
+    RECALL,
+    RECALL_SAMPLES,
     WRITES,
     WRITTEN_ROWS,
     WRITE_MS,

@@ -9,7 +9,14 @@ builds, budgets and benchmarks; recall of relevant items is ``training.evaluatio
 import numpy as np
 from numpy.typing import NDArray
 
-from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Metric
+from shardline.shards.core.schema import (
+    EMPTY_ID,
+    EMPTY_SCORE,
+    FloatArray,
+    IdArray,
+    Metric,
+    Ranked,
+)
 
 SCORE_TOLERANCE = 1e-5  # of the largest exact score: what float32 sums in another order differ by
 
@@ -57,6 +64,21 @@ def count_hits(found: FloatArray, exact: FloatArray) -> int:
     """Hits of all queries, as ``hits``; of one query at most as many as it has exact scores."""
     wanted = np.isfinite(exact).sum(axis=1)
     return int(np.minimum(hits(found, exact).sum(axis=1), wanted).sum())
+
+
+def count_matches(found: Ranked, exact: Ranked) -> tuple[int, int]:
+    """Hits and how many there could be, of answers (n, m) with scores of the index and of exact
+    ones (n, k), of the same rows.
+
+    For where only the index has the vectors. A result is a hit that is among the exact ones, or
+    whose score reaches their lowest: the index scores as the exact search does, but for rounding,
+    which for a large distance may exceed the tolerance of ``hits``.
+    """
+    wanted = np.isfinite(exact.scores).sum(axis=1)
+    is_hit = hits(found.scores, exact.scores)
+    for at, ids in enumerate(exact.ids):
+        is_hit[at] |= np.isin(found.ids[at], ids[ids != EMPTY_ID])
+    return int(np.minimum(is_hit.sum(axis=1), wanted).sum()), int(wanted.sum())
 
 
 def recall_at_k(found: FloatArray, exact: FloatArray) -> float:

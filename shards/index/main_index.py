@@ -2,12 +2,14 @@
 
 Rows are dense local numbers 0..n-1 in ascending item-id order; row -1 with score -inf is an empty
 slot. Scores are higher-is-better for every metric: inner products as they are, L2 as *minus the
-squared distance*; only this module changes that sign. Not thread-safe: only one thread may search
-(a shard has one search thread).
+squared distance*; only this module and ``exact_scan`` change that sign. Not thread-safe: only one
+thread may search (a shard has one search thread). ``search_exactly`` and ``reconstruct`` may be
+called beside it.
 """
 
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from shardline.shards.core.schema import (
     in_order,
 )
 from shardline.shards.index import gpu
+from shardline.shards.index.exact_scan import StoredVectors, scan
 from shardline.shards.index.layers import Layers, layers_of
 from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
@@ -110,6 +113,10 @@ class MainIndex:
             self._layers.base.make_direct_map()  # reconstruct needs to find a row's list
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
+        self._stored = StoredVectors(self._layers)
+        self._imbalance: float | None = None
+        if self._layers.is_ivf and self.rows:
+            self._imbalance = float(self._layers.base.invlists.imbalance_factor())
         self._largest_value = FP16_MAX if keeps_fp16(self._layers) else float(np.finfo("f4").max)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._selecting = _Selecting()
@@ -146,6 +153,12 @@ class MainIndex:
         """Stored bytes per row: codes, row numbers, links and re-rank copies, without centroids."""
         return self._layers.bytes_per_vector(self.rows)
 
+    @property
+    def imbalance(self) -> float | None:
+        """Rows that a search scans per inverted list, by chance, against lists of one length; 1 is
+        the best. None: the index has no lists."""
+        return self._imbalance
+
     def describe(self) -> dict[str, Any]:
         """Kind, size and parameters of the loaded index, for `status`."""
         return {
@@ -170,13 +183,7 @@ class MainIndex:
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        if queries.shape[1] != self.dim:
-            raise InvalidInput(
-                "wrong dimension",
-                field="queries",
-                expected=str(self.dim),
-                got=str(queries.shape[1]),
-            )
+        self._check_dim(queries)
         if k >= self._askable:
             return self._ranked(queries, k, k, params, selection)[0]
         (rows, scores), has_ties = self._ranked(queries, k, k + 1, params, selection)
@@ -185,6 +192,16 @@ class MainIndex:
             is_cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
             self._close_ties(queries, k, params, selection, ranked, is_cut)
         return ranked
+
+    def search_exactly(
+        self, queries: FloatArray, k: int, selection: Selection | None, look: Callable[[], None]
+    ) -> Ranked:
+        """As ``search``, of every row and without any parameter: exact over the vectors of
+        ``reconstruct``, which is what a kind without exact copies has. On the CPU, whatever the
+        device. look: called some times per second at least; what it raises ends the search.
+        """
+        self._check_dim(queries)
+        return scan(self._stored, queries, k, self.metric, selection, look)
 
     def reconstruct(self, rows: IdArray) -> FloatArray:
         """(m, dim) float32 vectors of existing local rows (m,) int64.
@@ -229,6 +246,15 @@ class MainIndex:
             return None
         nearest = layers.base.quantizer.assign(queries, 1)[:, 0]
         return np.argsort(nearest, kind="stable")
+
+    def _check_dim(self, queries: FloatArray) -> None:
+        if queries.shape[1] != self.dim:
+            raise InvalidInput(
+                "wrong dimension",
+                field="queries",
+                expected=str(self.dim),
+                got=str(queries.shape[1]),
+            )
 
     @property
     def _takes_selector(self) -> bool:

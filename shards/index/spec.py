@@ -134,6 +134,13 @@ class ResolvedIndex(BaseModel):
     reason: str = Field(description="One sentence: why this index.")
 
     @property
+    def keeps_vectors(self) -> bool:
+        """Whether it gives back every vector bit for bit; others give back approximations."""
+        parts = self.factory.split(",")
+        is_plain = all(each == "Flat" or each.startswith(("IVF", "HNSW")) for each in parts)
+        return parts[-1] == "RFlat" or is_plain
+
+    @property
     def search_params(self) -> SearchParams:
         """The defaults that a request's own parameters override."""
         return SearchParams(

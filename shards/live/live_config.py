@@ -52,6 +52,19 @@ class LiveConfig(BaseModel):
         "whatever they changed: until then the log keeps them.",
     )
 
+    keep_log_mib: float = Field(
+        default=1024,
+        ge=0,
+        le=1 << 20,
+        description="[MiB per shard] Log that is kept after a compaction has made it unnecessary, "
+        "the newest of it: `publish` brings a new generation the writes since its cut from there. "
+        "What is deleted stays readable in it until then; 0 keeps nothing.",
+    )
+
+    @property
+    def keep_log_bytes(self) -> int:
+        return int(self.keep_log_mib * (1 << 20))
+
     def is_due(self, *, written: int, hidden: int, rows: int, writes: int, shard: int = 0) -> bool:
         """Whether a compaction is to begin: rows of the delta, hidden ones of ``rows`` in the main
         index, and writes since it was made.

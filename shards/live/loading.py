@@ -20,7 +20,6 @@ from shardline.shards.storage.generation import (
     read_attribute_file,
     read_attributes,
     read_item_ids,
-    shard_folder,
     verify_shard,
 )
 
@@ -145,10 +144,8 @@ def load_state(
         CorruptFile: a file is missing, altered, or contradicts the manifest; named.
     """
     entry = verify_shard(folder, manifest, shard)
-    main = _load_main(
-        folder / shard_folder(shard), manifest, entry.rows, device or manifest.index.device
-    )
-    item_ids = read_item_ids(folder / shard_folder(shard) / ITEM_IDS_NAME, rows=entry.rows)
+    main = _load_main(folder / entry.folder, manifest, entry.rows, device or manifest.index.device)
+    item_ids = read_item_ids(folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
     attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))
     return ShardState.of(main, item_ids, attributes)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from shardline.shards.core.errors import CorruptFile, NotPrimary, ReadOnly, StoreFull
 from shardline.shards.live.epoch_file import raise_epoch, read_epoch
+from shardline.shards.live.kept_segments import continued_by, drop_kept, put_aside
 from shardline.shards.live.log_files import FILES, LogFiles, write_all, write_new
 from shardline.shards.live.log_reader import Found, Position, history_of, read_log
 from shardline.shards.live.log_segments import (
@@ -153,9 +154,10 @@ class Log:
                 self._begin_segment(self._seq + 1, self._chain, b"", self._name)
                 self._check_epoch()
 
-    def trim(self, seq: int) -> None:
+    def trim(self, seq: int, keep_bytes: int = 0) -> None:
         """Removes the segments that hold no record after ``seq``, never the newest, and torn ends
-        that were kept aside of segments that are gone.
+        that were kept aside of segments that are gone. ``keep_bytes`` of the newest that it removes
+        and has removed are put aside instead (``kept_segments``).
 
         Raises:
             NotPrimary, ReadOnly: as ``append``. OSError: the next ``trim`` goes on.
@@ -169,10 +171,15 @@ class Log:
             void = [name for name in names if name < oldest] if oldest.first_seq <= seq + 1 else []
             kept = {f"{name}{TORN}" for name in names if name not in void}
             torn = [name for name in listed if name.endswith(TORN) and name not in kept]
+            if keep_bytes and void:
+                older = continued_by(self.folder, oldest, void, self._files)
+                put_aside(self.folder, older, self._files)
+                void = [name for name in void if name not in older]
             for each in (*map(str, void), *torn):
                 self._files.remove(self.folder / each)
             if void or torn:
                 self._files.sync_folder(self.folder)
+            drop_kept(self.folder, keep_bytes, self._files)
 
     def close(self) -> None:
         """No records can be appended any more. Does nothing if it is closed."""

@@ -48,7 +48,8 @@ class Found:
     needed. end_seq: first seq that the log does not hold; end_chain: checksum of the group
     before it. last_group: bytes of the newest segment's last group, with its first seq and the
     checksum before it; None: it holds none, or it was not read this time. tail: bytes behind it.
-    size: bytes of the newest segment.
+    size: bytes of the newest segment. has_all: reading did not stop before that one; else the
+    last four say nothing.
     """
 
     records: list[Record]
@@ -59,6 +60,7 @@ class Found:
     last_group: tuple[int, int, bytes] | None = None
     tail: bytes = b""
     size: int = 0
+    has_all: bool = True
 
     @property
     def newest(self) -> SegmentName | None:
@@ -72,10 +74,12 @@ def read_log(
     files: LogFiles,
     *,
     proven_only: bool = False,
+    at_once: int | None = None,
 ) -> Found:
     """``headers`` are those read before, and takes those read now.
 
     proven_only: the last group of the newest segment is checked, and is not among the records.
+    at_once: bytes of segments after which reading stops at the end of one; None: all are read.
 
     Raises:
         CorruptFile: damaged before the last group, or another history than the position's.
@@ -96,6 +100,8 @@ def read_log(
     reading = _Reading(folder, position, proven_only)
     for header, following in zip(history, (*history[1:], None), strict=True):
         reading.segment(header, None if following is None else following.name.first_seq, files)
+        if following is not None and at_once is not None and reading.bytes_read >= at_once:
+            return reading.found(history, has_all=False)
     return reading.found(history)
 
 
@@ -128,8 +134,9 @@ class _Reading:
         self._last: tuple[int, int, bytes] | None = None
         self._tail = b""
         self._size = 0
+        self.bytes_read = 0
 
-    def found(self, history: tuple[SegmentHeader, ...]) -> Found:
+    def found(self, history: tuple[SegmentHeader, ...], *, has_all: bool = True) -> Found:
         return Found(
             records=self._records,
             position=self._position,
@@ -139,6 +146,7 @@ class _Reading:
             last_group=self._last,
             tail=self._tail,
             size=self._size,
+            has_all=has_all,
         )
 
     def segment(self, header: SegmentHeader, end: int | None, files: LogFiles) -> None:
@@ -168,6 +176,7 @@ class _Reading:
             self._take(header.name, path, start, data, before)
         self._end_seq, self._end_chain, self._tail = seq, chain, data[offset:]
         self._size = start + len(data)
+        self.bytes_read += len(data)
         if end is not None:
             is_damaged = seq < end
         else:

@@ -20,7 +20,7 @@ from pathlib import Path
 from shardline.shards.core.errors import CorruptFile, NewerFormat
 
 _NAME = re.compile(r"log-(\d{20})-(\d{6})-(\d{20})\.seg")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: without upserts by features; read as it is
 _MAGIC = b"SHLDLOG\n"
 # checksum of what follows, format version, epoch, part, first seq, the same three of the segment
 # that it continues (zeros: none), checksum of the group before, bytes of the prefix

@@ -28,9 +28,20 @@ TRIES = 20  # of a read from which files vanish; each time a primary has trimmed
 class LogTail:
     """The records of a log after ``after_seq``, as they come; for one thread."""
 
-    def __init__(self, folder: Path, after_seq: int, files: LogFiles = FILES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        after_seq: int,
+        files: LogFiles = FILES,
+        *,
+        at_once: int | None = None,
+    ) -> None:
+        """at_once: bytes of segments that a call of ``read_new`` reads, or one segment."""
         self._folder = folder
         self._files = files
+        self._at_once = at_once
+        self._end_seq = after_seq
+        self._has_all = False
         self._position = Position(next_seq=after_seq + 1)
         self._headers: Headers = {}
         # the folder's names when all was read last; the newest segment then, and its size
@@ -43,6 +54,16 @@ class LogTail:
         """That of the last record handed out."""
         return self._position.next_seq - 1
 
+    @property
+    def end_seq(self) -> int:
+        """That of the last record that the log is known to hold, handed out or not."""
+        return self._end_seq
+
+    @property
+    def has_all(self) -> bool:
+        """Whether the log held no later record when it was read last."""
+        return self._has_all
+
     def read_new(self) -> list[Record]:
         """Whole groups that have come since, in order of seq; nothing where there is no log yet.
 
@@ -53,10 +74,14 @@ class LogTail:
         """
         try:
             names = self._files.names(self._folder)
+        except FileNotFoundError:  # no folder yet
+            self._has_all = True
+            return []
+        try:
             if names == self._names and self._files.size(self._newest) == self._size:
                 return []
             return self._read(names)
-        except FileNotFoundError:  # no folder yet; or a segment was trimmed: the next call knows
+        except FileNotFoundError:  # a segment was trimmed: the next call knows
             return []
 
     def read_proven(self) -> list[Record]:
@@ -90,9 +115,14 @@ class LogTail:
 
     def _read(self, names: list[str]) -> list[Record]:
         segments = segment_names(names)
-        if not segments or read_epoch(self._folder, self._files) != segments[-1].epoch:
+        if not segments:
+            self._has_all = True
             return []
-        found = read_log(self._folder, self._position, self._headers, self._files)
+        if read_epoch(self._folder, self._files) != segments[-1].epoch:
+            return []
+        found = read_log(
+            self._folder, self._position, self._headers, self._files, at_once=self._at_once
+        )
         if found.newest is None or read_epoch(self._folder, self._files) != found.newest.epoch:
             return []
         return self._moved(found, names)
@@ -101,6 +131,9 @@ class LogTail:
         """Behind what was found in the folder with these names."""
         self._position = found.position
         # with bytes behind the last group nothing is kept: on NFS they may change, not their number
-        self._names = [] if found.tail else names
+        self._has_all = found.has_all
+        self._names = names if found.has_all and not found.tail else []
+        newest = found.history[-1].name.first_seq if found.history else found.position.next_seq
+        self._end_seq = max(self.seq, newest - 1)
         self._newest, self._size = self._folder / str(found.newest), found.size
         return found.records

@@ -62,8 +62,11 @@ def write_main(folder: Path, *, generation: int, shard: int, seq: int, rows: int
     write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=asdict(manifest))
 
 
-def read_main(live: Path, seq: int, *, generation: int, shard: int) -> MainManifest:
-    """The manifest of ``main-<seq>``, its files verified.
+def read_main(
+    live: Path, seq: int, *, generation: int, shard: int, verify: bool = True
+) -> MainManifest:
+    """The manifest of ``main-<seq>``, its files verified; ``verify=False`` is for whoever compares
+    the checksums while it copies them.
 
     Raises:
         NotFound: it is gone, or was never complete.
@@ -84,21 +87,29 @@ def read_main(live: Path, seq: int, *, generation: int, shard: int) -> MainManif
         raise CorruptFile(
             f"{folder}: another shard's folder", expected=str(wanted), got=str(numbers)
         )
-    verify_files(folder, files)
+    if verify:
+        verify_files(folder, files)
     return manifest
+
+
+def superseded(live: Path, kept: int = KEPT) -> list[Path]:
+    """All but the newest ``kept`` of the complete folders, and what a removal that was killed has
+    left of older ones."""
+    complete = compacted_seqs(live)
+    if len(complete) < kept:
+        return []
+    return [main_folder(live, seq) for seq in _seqs(live) if seq < complete[-kept]]
 
 
 def remove_older(live: Path, kept: int = KEPT) -> None:
     """Removes all but the newest ``kept`` of the complete folders, and what a process that was
     killed has left of older ones."""
+    for folder in superseded(live, kept):
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
+        shutil.rmtree(folder, ignore_errors=True)
     complete = compacted_seqs(live)
     if len(complete) < kept:
         return
-    for seq in _seqs(live):
-        if seq < complete[-kept]:
-            folder = main_folder(live, seq)
-            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
-            shutil.rmtree(folder, ignore_errors=True)
     for staged in live.glob(".main-*"):  # of processes on any host
         match = _STAGED.match(staged.name)
         if match is not None and int(match[1]) < complete[-kept]:

@@ -1,7 +1,8 @@
 """Records of live writes, and the bytes that a shard's log keeps of them.
 
 Bytes of a record, little-endian: a head of fixed size, then item ids, vectors, attributes and key
-without anything between them; the head says how long each is. Checksums are the log's.
+without anything between them; the head says how long each is. Where an upsert brings features, they
+stand before the key, behind their own length. Checksums are the log's.
 """
 
 import struct
@@ -15,17 +16,21 @@ from shardline.shards.core.schema import FloatArray, IdArray
 
 # kind, bytes of the key, rows, dim, bytes of the attributes, seq, epoch
 _HEAD = struct.Struct("<HHIIIQQ")
-_UPSERT, _DELETE = 1, 2  # a number is never used for another kind
+# A number is never used for another kind. The third is an upsert by features.
+_UPSERT, _DELETE, _FEATURED = 1, 2, 3
+_SIZE = struct.Struct("<I")  # of a third kind's features, before them, behind the attributes
 _ID, _FLOAT = np.dtype("<i8"), np.dtype("<f4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upsert:
-    """item_ids (n,) int64, each once; vectors (n, dim) float32; attributes as in UpsertRequest."""
+    """item_ids (n,) int64, each once; vectors (n, dim) float32; attributes and features as in
+    UpsertRequest."""
 
     item_ids: IdArray
     vectors: FloatArray
     attributes: bytes
+    features: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +69,12 @@ def encode_record(record: Record) -> bytes:
     rows, dim = vectors.shape
     assert rows == len(ids)
     sizes = (len(key), rows, dim, len(change.attributes))
-    head = _HEAD.pack(_UPSERT, *sizes, record.seq, record.epoch)
+    features = change.features
+    head = _HEAD.pack(_FEATURED if features else _UPSERT, *sizes, record.seq, record.epoch)
     # an empty array has no contiguous buffer of bytes
     arrays = (ids.data, vectors.data) if vectors.size else (ids.tobytes(),)
-    return b"".join((head, *arrays, change.attributes, key))
+    featured = (_SIZE.pack(len(features)), features) if features else ()
+    return b"".join((head, *arrays, change.attributes, *featured, key))
 
 
 def decode_record(data: bytes | memoryview) -> Record:
@@ -82,17 +89,23 @@ def decode_record(data: bytes | memoryview) -> Record:
     kind, key_bytes, rows, dim, attribute_bytes, seq, epoch = _HEAD.unpack_from(view)
     vectors_at = _HEAD.size + rows * _ID.itemsize
     attributes_at = vectors_at + rows * dim * _FLOAT.itemsize
-    key_at = attributes_at + attribute_bytes
+    features_at = key_at = attributes_at + attribute_bytes
+    if kind == _FEATURED:
+        if len(view) < features_at + _SIZE.size:
+            raise _nonsense(f"{features_at + _SIZE.size} bytes or more", f"{len(view)}")
+        features_at += _SIZE.size
+        key_at = features_at + _SIZE.unpack_from(view, features_at - _SIZE.size)[0]
     if len(view) != key_at + key_bytes:
         raise _nonsense(f"{key_at + key_bytes} bytes", f"{len(view)}")
     item_ids = np.frombuffer(view, _ID, rows, _HEAD.size).astype(np.int64)
     change: Change
-    if kind == _UPSERT:
+    if kind in (_UPSERT, _FEATURED):
         values = np.frombuffer(view, _FLOAT, rows * dim, vectors_at).astype(np.float32)
         change = Upsert(
             item_ids=item_ids,
             vectors=values.reshape(rows, dim),
-            attributes=bytes(view[attributes_at:key_at]),
+            attributes=bytes(view[attributes_at : attributes_at + attribute_bytes]),
+            features=bytes(view[features_at:key_at]),
         )
     elif kind == _DELETE and not dim and not attribute_bytes:
         change = Delete(item_ids=item_ids)

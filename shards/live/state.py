@@ -9,7 +9,7 @@ that it had. So the newest version of an item is the only one that can be found.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -92,6 +92,11 @@ class ShardState:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
         rows, scores = self.main.search(queries, k, params, self.selection)
+        return enter_delta(self.delta, queries, Ranked(self.ids_by_row[rows], scores))
+
+    def search_exactly(self, queries: FloatArray, k: int, look: Callable[[], None]) -> Ranked:
+        """As ``search``, with every row scored; look: as of ``MainIndex.search_exactly``."""
+        rows, scores = self.main.search_exactly(queries, k, self.selection, look)
         return enter_delta(self.delta, queries, Ranked(self.ids_by_row[rows], scores))
 
     def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:

@@ -5,7 +5,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from shardline.shards.core.errors import DeltaFull, InvalidInput, ShardlineError
+from shardline.shards.core.errors import DeltaFull, InvalidInput, NotPrimary, ShardlineError
 from shardline.shards.core.messages import (
     MAX_WRITE_KEY_BYTES,
     MAX_WRITTEN_ROWS,
@@ -75,7 +75,14 @@ class WriteGroup:
         return found
 
     def _taken(self, request: WriteRequest) -> int | WriteReply:
-        """Raises InvalidInput, DeltaFull."""
+        """Raises InvalidInput, DeltaFull, NotPrimary."""
+        if request.epoch not in (0, self._epoch):
+            # by a table of the past, in which this shard's generation may have been the live one
+            raise NotPrimary(
+                "the write is meant for another primary",
+                expected=f"epoch {self._epoch}",
+                got=str(request.epoch),
+            )
         if len(request.key.encode()) > MAX_WRITE_KEY_BYTES:
             raise InvalidInput("too long", field="key", expected=f"<= {MAX_WRITE_KEY_BYTES} bytes")
         change = self._change_of(request)
@@ -116,7 +123,12 @@ class WriteGroup:
             return Delete(item_ids=ids)
         self._state.main.check_rows(request.vectors, len(ids))
         attributes = check_attributes(request.attributes, ids, self._state.attributes.schema)
-        return Upsert(item_ids=ids, vectors=request.vectors, attributes=attributes)
+        return Upsert(
+            item_ids=ids,
+            vectors=request.vectors,
+            attributes=attributes,
+            features=request.features,
+        )
 
     def _make_room(self, rows: int) -> None:
         """Raises DeltaFull."""

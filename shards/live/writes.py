@@ -64,6 +64,7 @@ class ShardWrites:
         self._healed_at = 0.0
         self._looked_at = 0.0
         self.epoch = 0  # of this replica as primary; 0: it follows
+        self._sealed = 0  # the epoch of the newest ``seal`` by this replica
         # why writes are refused, or not followed, now; None: they are taken
         self.trouble: ShardlineError | OSError | None = None
 
@@ -87,7 +88,7 @@ class ShardWrites:
     def newest_epoch(self) -> int:
         """Of all primaries of the shard; 0 if there was none, or its file cannot be read."""
         try:
-            return read_epoch(self._folder)
+            return read_epoch(self._folder, self._files)
         except (CorruptFile, OSError):
             return 0
 
@@ -122,6 +123,29 @@ class ShardWrites:
         self._log, self.epoch, self.trouble = log, epoch, None
         self._apply_logged(records)
         logger.info("shard %d: writes are taken from %d on, epoch %d", *self._numbers, epoch)
+        return self.seq
+
+    def seal(self, epoch: int) -> int:
+        """Nobody acknowledges a write from then on, until a replica leads with a later epoch; the
+        number of writes that are part of its state then: all that were ever acknowledged.
+
+        It takes the epoch and reads the log as ``lead`` does, so every primary before it is fenced,
+        and gives up the lead. Replicas, this one too, follow the log to that number. The same
+        epoch again answers the same.
+
+        Raises:
+            NotPrimary: a later epoch, or this one, has been given to a primary. Else as ``lead``.
+        """
+        if epoch == self._sealed == self.newest_epoch():
+            return self.seq
+        if self._log is not None and epoch <= self.epoch:
+            raise NotPrimary(
+                "cannot be sealed", expected=f"an epoch above {self.epoch}", got=str(epoch)
+            )
+        self.lead(epoch)
+        self._close_log()
+        self._sealed = epoch
+        logger.info("shard %d: sealed, no writes are taken from %d on", *self._numbers)
         return self.seq
 
     def notice_successor(self) -> None:
@@ -205,7 +229,7 @@ class ShardWrites:
         """Removes what a durable main index has; what is left over goes with the next one."""
         try:
             log.roll()
-            log.trim(seq)
+            log.trim(seq, self._config.keep_log_bytes)
             remove_older(self._folder)
         except (NotPrimary, ReadOnly) as error:
             self._failed(error)

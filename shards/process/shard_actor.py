@@ -14,9 +14,10 @@ import psutil
 import ray
 
 from shardline.shards.core.errors import CorruptFile
-from shardline.shards.core.messages import Pulse, ReplicaKey
+from shardline.shards.core.messages import Pulse, ReplicaKey, ShardHealth
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.health import HealthLook
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up
@@ -29,6 +30,7 @@ from shardline.shards.storage.generation import read_generation
 
 logger = logging.getLogger(__name__)
 
+HEALTH_S = 5.0  # between two looks at the index, each some milliseconds of the GIL
 NODE_HOST = "node"  # in the configuration: the address by which Ray knows the machine
 
 
@@ -63,6 +65,9 @@ class ShardActor:
         self._writes = ShardWrites(
             self._shard, live_folder(generation, key.shard), keys=loaded.keys, config=live
         )
+        self._health_look = HealthLook(generation, key.shard)
+        self._health: ShardHealth | None = None
+        self._health_at_s = 0.0  # when it is looked at again
         self._load_ms = (time.perf_counter() - started) * 1e3
         if host == NODE_HOST:
             host = ray.util.get_node_ip_address()
@@ -111,6 +116,14 @@ class ShardActor:
         """
         return self._server.lead(epoch)
 
+    def seal(self, epoch: int) -> int:
+        """Ends the acknowledging of writes to its shard until a replica leads with a later epoch;
+        the number of writes that have been applied then, which all replicas follow up to.
+
+        Raises: as ``lead``.
+        """
+        return self._server.seal(epoch)
+
     def ping(self) -> Pulse:
         """A sign of life, and whether it takes writes."""
         return Pulse(
@@ -118,7 +131,18 @@ class ShardActor:
             seq=self._writes.seq,
             leads=self._writes.leading_epoch,
             refused=self._writes.refused,
+            health=self._look_at_health(),
         )
+
+    def _look_at_health(self) -> ShardHealth | None:
+        now_s = time.monotonic()
+        if now_s >= self._health_at_s:
+            self._health_at_s = now_s + HEALTH_S
+            try:
+                self._health = self._health_look.look(self._shard.state)
+            except (OSError, ValueError) as error:  # a sign of life must not depend on the store
+                logger.warning("the health of the index is not known: %s", error)
+        return self._health
 
     def describe(self) -> dict[str, Any]:
         """The rows, the index and the counters of this shard, for `status`."""

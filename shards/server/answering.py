@@ -8,12 +8,14 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardline.shards.core.errors import DeadlineExceeded, ShardlineError
 from shardline.shards.core.messages import ErrorReply, ReplicaKey
 from shardline.shards.core.metrics import BATCH_QUERIES, SEARCH_MS, SHARD_REFUSED, Recorder
 from shardline.shards.server.handlers import Handler, Work
+from shardline.shards.server.recent_share import RecentShare
+from shardline.shards.server.search_queue import PIECE_MS, BackgroundSearch
 from shardline.shards.server.shard import Shard
 from shardline.shards.wire.frames import Message
 
@@ -34,12 +36,15 @@ class ServerStats:
 
 
 class Answerer:
-    """``ms_per_row`` is what a query is estimated to take; infinite before the first."""
+    """``ms_per_row`` is what a query is estimated to take, ``background_ms_per_row`` one of a
+    background search, which has more of them at once; infinite before the first."""
 
     def __init__(
         self, shard: Shard, key: ReplicaKey, recorder: Recorder, stats: ServerStats
     ) -> None:
         self.ms_per_row = math.inf
+        self.background_ms_per_row = math.inf
+        self._others = RecentShare()
         self._shard = shard
         self._recorder = recorder
         self._stats = stats
@@ -63,6 +68,34 @@ class Answerer:
         for works in by_kind.values():
             answered += zip(works, self._answer(works[0].handler, works), strict=True)
         return answered
+
+    def answer_piece(self, search: BackgroundSearch) -> Message | None:
+        """Searches the next piece of a background search; its reply, or None if there is more."""
+        work, stats = search.work, self._stats
+        stats.requests += search.done == 0
+        stats.batches += 1
+        if work.deadline <= time.monotonic():
+            stats.expired += 1
+            return error_reply(DeadlineExceeded("the request's time ran out before the search"))
+        rows = max(1, int(PIECE_MS / self.background_ms_per_row))
+        queries = work.request.queries[search.done : search.done + rows]
+        started = time.perf_counter()
+        try:
+            (reply,) = self._shard.search_batch([replace(work.request, queries=queries)])
+        except Exception:  # as in ``_answer``
+            logger.exception("a request failed")
+            stats.failed += 1
+            return INTERNAL_ERROR
+        if isinstance(reply, ShardlineError):
+            return error_reply(reply)
+        took_ms = (time.perf_counter() - started) * 1e3
+        self._observe(took_ms, len(queries))
+        self.background_ms_per_row = followed(self.background_ms_per_row, took_ms / len(queries))
+        search.done += len(queries)
+        search.replies.append(reply)
+        if search.done < work.rows:
+            return None
+        return search.reply(self._others.at(time.monotonic()))
 
     def refresh_metrics(self) -> None:
         """Sets the counters of what was refused, for an export; any thread."""
@@ -89,17 +122,27 @@ class Answerer:
                 reply = error_reply(reply)
             messages.append(reply)
         if handler.is_search and not is_refused:  # a refusal costs nothing
-            self._learn(took_ms / rows)
-            self._recorder.observe(SEARCH_MS, took_ms, *self._labels)
-            self._recorder.observe(BATCH_QUERIES, rows, *self._labels)
+            self.ms_per_row = learned(self.ms_per_row, took_ms / rows)
+            self._others.add(took_ms / 1e3, time.monotonic())
+            self._observe(took_ms, rows)
         return messages
 
-    def _learn(self, ms_per_row: float) -> None:
-        """Takes a measurement into the estimate, which rises at once and falls slowly."""
-        if math.isinf(self.ms_per_row):
-            self.ms_per_row = ms_per_row
-        else:
-            self.ms_per_row = max(ms_per_row, ESTIMATE_DECAY * self.ms_per_row)
+    def _observe(self, took_ms: float, rows: int) -> None:
+        self._recorder.observe(SEARCH_MS, took_ms, *self._labels)
+        self._recorder.observe(BATCH_QUERIES, rows, *self._labels)
+
+
+def learned(ms_per_row: float, measured: float) -> float:
+    """An estimate with a measurement taken in: it rises at once and falls slowly."""
+    return measured if math.isinf(ms_per_row) else max(measured, ESTIMATE_DECAY * ms_per_row)
+
+
+def followed(ms_per_row: float, measured: float) -> float:
+    """An estimate that follows measurements by a factor of two at most: one search that was held up
+    must not make the next pieces tiny, which cost more per query."""
+    if math.isinf(ms_per_row):
+        return measured
+    return min(max(measured, ms_per_row / 2), ms_per_row * 2)
 
 
 def error_reply(error: ShardlineError) -> ErrorReply:

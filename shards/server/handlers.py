@@ -84,6 +84,11 @@ class Work:
     reply_bytes: int
     taken: int
 
+    @property
+    def is_background(self) -> bool:
+        """Whether it is a search that nobody waits for (``SearchOptions.background``)."""
+        return self.handler.is_search and self.request.options.background
+
 
 def attributes_bytes(request: AttributesRequest, rows: int) -> int:
     """The first bound of a reply, arrays of values and their headers included."""

@@ -4,7 +4,7 @@ No sockets, threads or Ray here. A shard is used by one thread at a time.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class Shard:
             "seq": self.state.seq,
             "delta_rows": self.state.delta.rows,
             "hidden_rows": self.state.hidden,
+            "imbalance": self.state.main.imbalance,
         }
 
     def search(self, request: SearchRequest) -> SearchReply:
@@ -108,6 +109,14 @@ class Shard:
             answered = self._search_group(state, [requests[at] for at in members])
             replies.update(zip(members, answered, strict=True))
         return [replies[at] for at in range(len(requests))]
+
+    def search_exactly(
+        self, request: SearchRequest, look: Callable[[], None]
+    ) -> SearchReply | ShardlineError:
+        """The reply to a request whose ``options.exact`` is set, or its error. May be called beside
+        the one thread that uses the shard. look: as of ``ShardState.search_exactly``."""
+        (reply,) = self._search_group(self.state, [request], look)
+        return reply
 
     def fetch_batch(self, requests: Sequence[FetchRequest]) -> list[FetchReply | ShardlineError]:
         """A reply to each request, in order, or its error."""
@@ -172,7 +181,10 @@ class Shard:
             raise Behind("writes are missing", got=f"{state.seq} applied")
 
     def _search_group(
-        self, state: ShardState, group: Sequence[SearchRequest]
+        self,
+        state: ShardState,
+        group: Sequence[SearchRequest],
+        look: Callable[[], None] = lambda: None,
     ) -> list[SearchReply | ShardlineError]:
         """Requests that differ in their queries alone, as one call to the index."""
         first = group[0]
@@ -185,7 +197,10 @@ class Shard:
             if len(queries) == 0:
                 raise InvalidInput("empty batch", field="queries", expected="at least one query")
             self._check_seq(state, first.options.min_seq)
-            ranked = state.search(queries, first.k, first.params)
+            if first.options.exact:
+                ranked = state.search_exactly(queries, first.k, look)
+            else:
+                ranked = state.search(queries, first.k, first.params)
         except ShardlineError as error:
             return [error] * len(group)
         search_ms = (time.perf_counter() - started) * 1e3

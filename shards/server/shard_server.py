@@ -1,8 +1,10 @@
 """A shard's server: one event loop in its own thread, in front of one search thread.
 
     loop thread     accepts, parses frames, queues requests, writes replies
-    search thread   takes whatever is queued as one batch, searches, hands the replies back
+    search thread   takes whatever is queued as one batch, searches, hands the replies back;
+                    background searches in pieces, while nothing else waits (``search_queue``)
     write thread    takes whatever writes wait as one group (``write_thread``)
+    exact thread    one exact search after the other (``exact_searches``)
 
 A batch of a few rows that will take less than INLINE_MS is searched by the loop thread itself
 while the search thread is idle: two hand-overs between threads cost more than such a search.
@@ -14,7 +16,6 @@ Independent of Ray.
 """
 
 import asyncio
-import queue
 import socket
 import threading
 import time
@@ -35,7 +36,9 @@ from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.answering import Answerer, ServerStats, error_reply
+from shardline.shards.server.exact_searches import ExactSearches, is_exact
 from shardline.shards.server.handlers import HANDLERS, Work
+from shardline.shards.server.search_queue import BackgroundSearch, SearchQueue
 from shardline.shards.server.session import Session
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.write_queue import WriteQueue
@@ -49,6 +52,7 @@ MAX_QUEUED_REQUESTS = 1024
 MAX_QUEUED_ROWS = 65_536  # queries plus ids to fetch: 32 MB at 128-d
 MAX_BATCH_ROWS = 1024  # so that one drained batch keeps nobody waiting for seconds
 MAX_REPLY_BYTES = MAX_FRAME_BYTES - 1024  # the rest is what a frame holds beside its arrays
+BACKGROUND_QUEUE_SHARE = 0.5  # of both: the rest is for those who wait
 BACKLOG = 128
 # The longest search in the loop thread: nobody notices a handshake that waits this long.
 INLINE_MS = 2.0
@@ -107,7 +111,8 @@ class ShardServer:
                 writes, self._deliver_writes, changeover=changeover, on_damage=on_damage
             )
         self._writes = WriteQueue(self._write_thread, self.stats)
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._exact = ExactSearches(shard, self.stats, self._deliver_exact)
+        self._queue = SearchQueue(MAX_BATCH_ROWS)
         self._arrived: list[Work] = []  # loop thread only: what came in since the last dispatch
         self._is_due = False  # loop thread only: a dispatch is scheduled
         self._handed_over = 0  # loop thread only: requests the search thread has not answered
@@ -121,7 +126,7 @@ class ShardServer:
     @property
     def queue_depth(self) -> int:
         """Requests accepted and not yet answered."""
-        return self._queued_requests + self._writes.requests
+        return self._queued_requests + self._writes.requests + self._exact.requests
 
     def bind(self) -> tuple[str, int]:
         """Takes a free port and starts listening, there and on the Unix socket beside it.
@@ -143,7 +148,7 @@ class ShardServer:
         self._loop_thread.start()
         self._ready.wait()
         if self._failure is not None:
-            self._queue.put(None)
+            self._queue.stop()
             raise self._failure
         if self._write_thread is not None:
             self._write_thread.start()
@@ -156,8 +161,9 @@ class ShardServer:
         if self._write_thread is not None:
             self._write_thread.stop()
         if self._loop_thread.is_alive():
-            self._queue.put(None)
+            self._queue.stop()
             self._search_thread.join(STOP_TIMEOUT_S)
+            self._exact.stop()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop_thread.join(STOP_TIMEOUT_S)
         else:
@@ -176,6 +182,15 @@ class ShardServer:
         if self._write_thread is None:
             raise NotPrimary("this shard takes no writes")
         return self._write_thread.lead(epoch).result()
+
+    def seal(self, epoch: int) -> int:
+        """Nobody acknowledges writes to its shard any more: ``ShardWrites.seal``.
+
+        Raises: as ``lead``.
+        """
+        if self._write_thread is None:
+            raise NotPrimary("this shard takes no writes")
+        return self._write_thread.seal(epoch).result()
 
     def refresh_metrics(self) -> None:
         """Sets gauges and counters for an export; any thread."""
@@ -235,9 +250,14 @@ class ShardServer:
 
     def submit(self, work: Work) -> None:
         """Queues a request of a session that is no write, or answers it at once with an error."""
+        if is_exact(work) and work.reply_bytes <= MAX_REPLY_BYTES:
+            self._exact.submit(work)
+            self._be_heard()
+            return
+        share = BACKGROUND_QUEUE_SHARE if work.is_background else 1.0
         is_full = (
-            self._queued_rows + work.rows > MAX_QUEUED_ROWS and self._queued_rows > 0
-        ) or self._queued_requests >= self._max_queued_requests
+            self._queued_rows + work.rows > share * MAX_QUEUED_ROWS and self._queued_rows > 0
+        ) or self._queued_requests >= share * self._max_queued_requests
         if is_full or work.reply_bytes > MAX_REPLY_BYTES:
             error = error_reply(self._refusal(work))
             work.asker.reply(work.request_id, error, work.taken)
@@ -271,7 +291,7 @@ class ShardServer:
         rows, may_be_inline = 0, self._handed_over == 0
         for work in batch:
             rows += work.rows
-            may_be_inline = may_be_inline and work.handler.may_be_inline
+            may_be_inline = may_be_inline and work.handler.may_be_inline and not work.is_background
         is_short = rows <= INLINE_ROWS and rows * self._answerer.ms_per_row <= INLINE_MS
         if is_short and may_be_inline:
             self._deliver(self._answerer.answer(batch))
@@ -289,7 +309,7 @@ class ShardServer:
         """Silence tells a router that the process hangs: a long search or fsync must not look like
         that."""
         self._alive_timer = None
-        if self._handed_over or self._writes.requests:
+        if self._handed_over or self._writes.requests or self._exact.requests:
             for session in self.sessions:
                 session.keep_alive()
             self._be_heard()
@@ -313,6 +333,10 @@ class ShardServer:
         """Write thread."""
         self._loop.call_soon_threadsafe(self._writes.take_back, answered)
 
+    def _deliver_exact(self, work: Work, message: Message) -> None:
+        """Exact thread."""
+        self._loop.call_soon_threadsafe(self._exact.take_back, work, message)
+
     def _take_back(self, answered: list[tuple[Work, Message | None]]) -> None:
         self._handed_over -= len(answered)
         self._deliver(answered)
@@ -332,25 +356,18 @@ class ShardServer:
 
     def _run_search(self) -> None:
         set_search_threads(self._threads)
-        while True:
-            batch, more = self._next_batch()
-            if batch:
-                self._loop.call_soon_threadsafe(self._take_back, self._answerer.answer(batch))
-            if self._stopped or not more:
+        while (turn := self._queue.next()) is not None:
+            answered = self._search(turn)
+            if answered:
+                self._loop.call_soon_threadsafe(self._take_back, answered)
+            if self._stopped:
                 return
 
-    def _next_batch(self) -> tuple[list[Work], bool]:
-        """Everything that waits now, up to a bound; False with it when the server stops."""
-        batch: list[Work] = []
-        rows = 0
-        try:
-            work = self._queue.get()
-            while work is not None:
-                batch.append(work)
-                rows += work.rows
-                if rows >= MAX_BATCH_ROWS:
-                    return batch, True
-                work = self._queue.get_nowait()
-        except queue.Empty:
-            return batch, True
-        return batch, False
+    def _search(self, turn: list[Work] | BackgroundSearch) -> list[tuple[Work, Message | None]]:
+        if not isinstance(turn, BackgroundSearch):
+            return self._answerer.answer(turn)
+        reply = self._answerer.answer_piece(turn)
+        if reply is None:
+            self._queue.put_back(turn)
+            return []
+        return [(turn.work, reply)]

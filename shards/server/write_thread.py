@@ -33,13 +33,17 @@ Deliver = Callable[[list[tuple[Work, Message | None]]], None]
 
 
 @dataclass(slots=True)
-class _Lead:
+class _Order:
+    """To lead, or to seal: a method of ``ShardWrites`` that takes an epoch."""
+
+    carry_out: Callable[[int], int]
     epoch: int
     answer: Future[int]
 
 
 class WriteThread:
-    """``submit`` and ``lead`` may be called by any thread; ``deliver`` is called in this one."""
+    """``submit``, ``lead`` and ``seal`` may be called by any thread; ``deliver`` is called in this
+    one."""
 
     def __init__(
         self,
@@ -58,7 +62,7 @@ class WriteThread:
         self._deliver = deliver
         self._poll_s = poll_s
         self._follows_at = 0.0
-        self._queue: queue.SimpleQueue[Work | _Lead | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Work | _Order | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="shard-writes", daemon=True)
 
     def start(self) -> None:
@@ -69,8 +73,15 @@ class WriteThread:
 
     def lead(self, epoch: int) -> "Future[int]":
         """``ShardWrites.lead``, after what has been submitted before."""
+        return self._ordered(self.writes.lead, epoch)
+
+    def seal(self, epoch: int) -> "Future[int]":
+        """``ShardWrites.seal``, after what has been submitted before."""
+        return self._ordered(self.writes.seal, epoch)
+
+    def _ordered(self, carry_out: Callable[[int], int], epoch: int) -> "Future[int]":
         answer: Future[int] = Future()
-        self._queue.put(_Lead(epoch, answer))
+        self._queue.put(_Order(carry_out, epoch, answer))
         return answer
 
     def stop(self) -> None:
@@ -85,11 +96,11 @@ class WriteThread:
     def _run(self) -> None:
         is_open = True
         while is_open:
-            works, leads, is_open = self._next()
+            works, orders, is_open = self._next()
             if works:
                 self._deliver(self._written(works))
-            for lead in leads:
-                _lead(self.writes, lead)
+            for order in orders:
+                _carry_out(order)
             # each by itself: a log that cannot be followed any more ends with a newer main index
             for step in (
                 self.writes.notice_successor,
@@ -131,8 +142,8 @@ class WriteThread:
         except Exception as error:  # noqa: BLE001  whatever it is, the main index in use serves on
             change.put_off(error)
 
-    def _next(self) -> tuple[list[Work], list[_Lead], bool]:
-        """Everything that waits, up to a bound and the first order to lead; False to stop."""
+    def _next(self) -> tuple[list[Work], list[_Order], bool]:
+        """Everything that waits, up to a bound and the first order; False to stop."""
         works: list[Work] = []
         rows = 0
         timeout_s = self._poll_s
@@ -143,7 +154,7 @@ class WriteThread:
             while True:
                 if item is None:
                     return works, [], False
-                if isinstance(item, _Lead):
+                if isinstance(item, _Order):
                     return works, [item], True
                 works.append(item)
                 rows += item.rows
@@ -172,8 +183,8 @@ class WriteThread:
         self.writes.trouble = known or ShardlineError(f"the log is not followed: {error!r}")
 
 
-def _lead(writes: ShardWrites, order: _Lead) -> None:
+def _carry_out(order: _Order) -> None:
     try:
-        order.answer.set_result(writes.lead(order.epoch))
+        order.answer.set_result(order.carry_out(order.epoch))
     except Exception as error:  # noqa: BLE001  whoever ordered it is told
         order.answer.set_exception(error)

@@ -1,9 +1,10 @@
 """Embedding sets: item ids and vectors in Arrow files, from training or from elsewhere.
 
-    _manifest.json      model_version, dim, metric, normalised, rows, created_at, files; last
+    _manifest.json      model_version, dim, metric, normalised, rows, created_at, cut, files; last
     items-00000.arrow   item ids, vectors, attribute columns, as in ``vector_files``
     queries.arrow       sample queries that builds measure recall with; may be absent
     query_encoder/      present when a model of ours wrote the set
+    item_encoder/       likewise, unless it was written before items could be encoded elsewhere
 
 Vectors are checked when they are written and, because others may write such files, when they are
 read. Those of metric cosine have unit length on disk.
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import CorruptFile, DataError, InvalidInput
 from shardline.shards.core.files import (
     FileEntry,
@@ -38,6 +40,7 @@ from shardline.shards.core.schema import (
     query_vectors,
     unit_vectors,
 )
+from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.shards.storage.vector_files import (
     MAX_SAMPLE_QUERIES,
     QUERIES_NAME,
@@ -52,7 +55,6 @@ from shardline.shards.storage.vector_files import (
 KIND = "embedding set"
 VERSION = 1
 ROWS_PER_FILE = 1 << 20  # 512 MB at 128 dimensions
-ENCODER_FOLDER = "query_encoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,10 @@ class EmbeddingBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingSet:
-    """A complete set on disk. ``files`` are the item files, in order of their rows."""
+    """A complete set on disk. ``files`` are the item files, in order of their rows.
+
+    cut: what its rows contain of a live generation's writes; None where nobody has said it.
+    """
 
     folder: Path
     model_version: str
@@ -77,12 +82,17 @@ class EmbeddingSet:
     created_at: str
     files: tuple[FileEntry, ...]
     has_queries: bool
+    cut: Cut | None = None
 
     @property
     def encoder_folder(self) -> Path | None:
         """Where the query encoder lies; None for foreign vectors, which have none."""
-        folder = self.folder / ENCODER_FOLDER
-        return folder if folder.is_dir() else None
+        return self._if_there(QUERY_ENCODER_FOLDER)
+
+    @property
+    def item_encoder_folder(self) -> Path | None:
+        """Where the item encoder lies; None for foreign vectors, and for an older export."""
+        return self._if_there(ITEM_ENCODER_FOLDER)
 
     @property
     def queries_file(self) -> Path | None:
@@ -139,6 +149,10 @@ class EmbeddingSet:
                     batch.select(batch.schema.names[2:]),
                 )
 
+    def _if_there(self, name: str) -> Path | None:
+        folder = self.folder / name
+        return folder if folder.is_dir() else None
+
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         for entry in self.files:
             path, rows = self.folder / entry.name, 0
@@ -187,16 +201,23 @@ def open_embedding_set(
         created_at=manifest["created_at"],
         files=tuple(entry for entry in entries if entry.rows is not None),
         has_queries=any(entry.name == QUERIES_NAME for entry in entries),
+        cut=_cut_in(manifest, folder),
     )
 
 
 class EmbeddingWriter:
-    """Appends batches to a staged set; see ``embedding_writer``."""
+    """Appends batches to a staged set; see ``embedding_writer``.
 
-    def __init__(self, folder: Path, dim: int, metric: Metric, rows_per_file: int) -> None:
+    cut: as in ``EmbeddingSet``, until the block ends.
+    """
+
+    def __init__(
+        self, folder: Path, dim: int, metric: Metric, rows_per_file: int, cut: Cut | None = None
+    ) -> None:
         self.folder = folder
         self.dim = dim
         self.metric = metric
+        self.cut = cut
         self.files: list[FileEntry] = []
         self._rows_per_file = rows_per_file
         self._writer: Any = None
@@ -283,18 +304,19 @@ def embedding_writer(
     dim: int,
     metric: Metric,
     created_at: str,
+    cut: Cut | None = None,
     rows_per_file: int = ROWS_PER_FILE,
 ) -> Iterator[EmbeddingWriter]:
     """A writer whose set appears at ``target``, complete, when the block ends without an error.
 
     Whatever else the block puts into ``writer.folder`` is listed in the manifest too.
-    created_at: ISO 8601 time, the caller's clock.
+    created_at: ISO 8601 time, the caller's clock. cut: as in ``EmbeddingSet``.
 
     Raises:
         FileExistsError: the target exists already.
     """
     with staged_folder(target) as staging:
-        writer = EmbeddingWriter(staging, dim, metric, rows_per_file)
+        writer = EmbeddingWriter(staging, dim, metric, rows_per_file, cut)
         try:
             yield writer
             rows = writer.finish()
@@ -309,9 +331,17 @@ def embedding_writer(
             "normalised": metric is Metric.COSINE,
             "rows": rows,
             "created_at": created_at,
+            "cut": None if writer.cut is None else writer.cut.to_json(),
             "files": [asdict(entry) for entry in [*writer.files, *others]],
         }
         write_manifest(staging, kind=KIND, version=VERSION, body=body)
+
+
+def _cut_in(manifest: dict[str, Any], folder: Path) -> Cut | None:
+    try:
+        return cut_from_json(manifest.get("cut"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{folder}: the manifest's cut is none", got=repr(error)) from error
 
 
 def _columns(schema: pa.Schema) -> str:

@@ -3,22 +3,27 @@
     _manifest.json               written last; the folder is complete when it exists
     template.faiss               trained once; every shard's index is a copy of it plus rows
     query_encoder/...            what turns a user's features into a query
+    item_encoder/...             what turns a new item's features into its vector; absent before
+                                 exports had it, and where vectors are foreign
     queries.arrow                sample queries; absent where the embedding set has none
     shard-00000/index.faiss      dense local rows 0..n-1
     shard-00000/item_ids.npy     (n,) int64, ascending: local row -> item id
     shard-00000/attributes.arrow attribute columns in local row order; absent where there are none
 
-Format 1 had neither attributes nor queries, and is still read. Nothing here needs faiss.
+Format 1 had neither attributes nor queries, and is still read. In format 3 a shard's files may lie
+in another folder, which the manifest names: those of a compaction, in place of the ones that were
+built (``cluster.housekeeping.rebase``). Nothing here needs faiss.
 Every checksum is verified before a file is used.
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import CorruptFile, NotFound
 from shardline.shards.core.files import (
     MANIFEST_NAME,
@@ -33,15 +38,16 @@ from shardline.shards.core.files import (
 )
 from shardline.shards.core.schema import IdArray, Metric
 from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.shards.storage.vector_files import open_ipc, write_table
 
 KIND = "generation"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+UNMOVED_VERSION = 2  # of one whose shards all lie where its build has put them
 TEMPLATE_NAME = "template.faiss"
 INDEX_NAME = "index.faiss"
 ITEM_IDS_NAME = "item_ids.npy"
 ATTRIBUTES_NAME = "attributes.arrow"
-QUERY_ENCODER_FOLDER = "query_encoder"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +60,21 @@ class ShardEntry:
     rows: int
     files: tuple[FileEntry, ...]
 
+    @property
+    def folder(self) -> str:
+        """Where the files lie in the generation's folder; all in one."""
+        if not self.files:
+            return shard_folder(self.shard)
+        return PurePosixPath(self.files[0].name).parent.as_posix()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationManifest:
     """All that is known of a generation.
 
     spec is what was asked for, index what it resolved to. boundaries are the upper keys between
-    neighbouring shards, in the terms of ``partitioning``. quality is the report of the build.
+    neighbouring shards, in the terms of ``partitioning``. quality is the report of the build. cut:
+    what its rows contain of an earlier generation's writes; None where nobody has said it.
     """
 
     generation: int
@@ -77,10 +91,28 @@ class GenerationManifest:
     queries: FileEntry | None
     created_at: str
     quality: dict[str, Any]
+    item_encoder: tuple[FileEntry, ...] = ()
+    cut: Cut | None = None
 
     @property
     def rows(self) -> int:
         return sum(entry.rows for entry in self.shards)
+
+    @property
+    def query_files(self) -> tuple[FileEntry, ...]:
+        """What its embedding set brought besides rows: encoders and sample queries."""
+        queries = () if self.queries is None else (self.queries,)
+        return (*self.query_encoder, *self.item_encoder, *queries)
+
+    @property
+    def common_files(self) -> tuple[FileEntry, ...]:
+        """Those that belong to no shard."""
+        return (self.template, *self.query_files)
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """All, the manifest excepted."""
+        return (*self.common_files, *(file for entry in self.shards for file in entry.files))
 
     def shard_entry(self, shard: int) -> ShardEntry:
         """Raises NotFound when the generation has no such shard."""
@@ -93,7 +125,7 @@ class GenerationManifest:
 
 
 def shard_folder(shard: int) -> str:
-    """The name of a shard's folder inside its generation."""
+    """The name of a shard's folder inside its generation, as a build gives it."""
     return f"shard-{shard:05d}"
 
 
@@ -113,10 +145,18 @@ def describe_shard(folder: Path, shard: int, item_ids: IdArray) -> ShardEntry:
 
 def write_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Declares the folder complete. Call it last."""
-    body = asdict(manifest)
-    body["spec"] = manifest.spec.model_dump(mode="json")
-    body["index"] = manifest.index.model_dump(mode="json")
-    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=body)
+    is_moved = any(entry.folder != shard_folder(entry.shard) for entry in manifest.shards)
+    version = FORMAT_VERSION if is_moved else UNMOVED_VERSION
+    write_manifest(folder, kind=KIND, version=version, body=manifest_to_json(manifest))
+
+
+def manifest_to_json(manifest: GenerationManifest) -> dict[str, Any]:
+    """What ``manifest_from_json`` reads."""
+    return asdict(manifest) | {
+        "spec": manifest.spec.model_dump(mode="json"),
+        "index": manifest.index.model_dump(mode="json"),
+        "cut": None if manifest.cut is None else manifest.cut.to_json(),
+    }
 
 
 def read_generation(folder: Path) -> GenerationManifest:
@@ -132,7 +172,7 @@ def read_generation(folder: Path) -> GenerationManifest:
     """
     body = read_manifest(folder, kind=KIND, version=FORMAT_VERSION)
     try:
-        manifest = _from_json(body)
+        manifest = manifest_from_json(body)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(
             f"{folder / MANIFEST_NAME}: a field is missing or wrong", got=repr(error)
@@ -163,7 +203,7 @@ def verify_shard(folder: Path, manifest: GenerationManifest, shard: int) -> Shar
     entry = manifest.shard_entry(shard)
     listed = {file.name for file in entry.files}
     for name in (INDEX_NAME, ITEM_IDS_NAME):
-        if f"{shard_folder(shard)}/{name}" not in listed:
+        if f"{entry.folder}/{name}" not in listed:
             raise CorruptFile(
                 f"{folder / MANIFEST_NAME}: shard {shard} does not list {name}",
                 got=", ".join(sorted(listed)),
@@ -188,10 +228,27 @@ def verify_query_encoder(folder: Path, manifest: GenerationManifest) -> Path:
     return folder / QUERY_ENCODER_FOLDER
 
 
+def verify_item_encoder(folder: Path, manifest: GenerationManifest) -> Path:
+    """The item encoder's folder, its files verified.
+
+    Raises:
+        NotFound: the generation was built without one.
+        CorruptFile: a file is missing or altered.
+    """
+    if not manifest.item_encoder:
+        raise NotFound(
+            f"generation {manifest.generation} has no item encoder",
+            hint="export the model again and build; foreign embeddings have none",
+        )
+    verify_files(folder, manifest.item_encoder)
+    return folder / ITEM_ENCODER_FOLDER
+
+
 def verify_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Checks every file of the generation; raises CorruptFile for the first that is wrong."""
     verify_file(folder, manifest.template)
     verify_files(folder, manifest.query_encoder)
+    verify_files(folder, manifest.item_encoder)
     if manifest.queries is not None:
         verify_file(folder, manifest.queries)
     for entry in manifest.shards:
@@ -241,7 +298,8 @@ def read_attributes(
     Raises:
         NotFound: no such shard. CorruptFile: the file is altered, or has other rows.
     """
-    name, entry = f"{shard_folder(shard)}/{ATTRIBUTES_NAME}", manifest.shard_entry(shard)
+    entry = manifest.shard_entry(shard)
+    name = f"{entry.folder}/{ATTRIBUTES_NAME}"
     listed = next((file for file in entry.files if file.name == name), None)
     if listed is None:
         return None
@@ -263,7 +321,8 @@ def read_attribute_file(path: Path, *, rows: int) -> pa.Table | None:
     return table
 
 
-def _from_json(body: dict[str, Any]) -> GenerationManifest:
+def manifest_from_json(body: dict[str, Any]) -> GenerationManifest:
+    """Raises KeyError, TypeError, ValueError: not the body of a generation's manifest."""
     return GenerationManifest(
         generation=int(body["generation"]),
         model_version=str(body["model_version"]),
@@ -282,6 +341,8 @@ def _from_json(body: dict[str, Any]) -> GenerationManifest:
         queries=FileEntry(**body["queries"]) if body.get("queries") else None,
         created_at=str(body["created_at"]),
         quality=dict(body["quality"]),
+        item_encoder=_file_entries(body.get("item_encoder", [])),
+        cut=cut_from_json(body.get("cut")),
     )
 
 

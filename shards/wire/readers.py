@@ -134,6 +134,7 @@ def _refuse_ext(code: int, data: bytes) -> Any:
 _text = _of_type(str, "text")
 _ids = _array("<i8", 1)
 READER_OF: dict[Any, Reader] = {
+    bool: _of_type(bool, "true or false"),
     int: _of_type(int, "an integer"),
     float: _number,
     bytes: _of_type(bytes, "bytes"),

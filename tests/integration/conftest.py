@@ -69,6 +69,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardlineConfig, Data
             "index.rerank_factor=8",
             "cluster.shards=3",
             "cluster.http_port=0",
+            "router.watch_interval_s=0.2",
+            "quality.min_queries=1",
             "training.num_workers=1",
             "training.epochs=2",
             "training.batch_size=1024",

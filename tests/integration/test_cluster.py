@@ -1,5 +1,6 @@
 """The whole cluster from outside: every answer over HTTP, checked against brute force."""
 
+import time
 from typing import Any
 
 import httpx
@@ -10,6 +11,7 @@ import pytest
 from shardline.cluster.commands.budget import measure_budget
 from shardline.cluster.commands.remote import evaluate_cluster
 from shardline.cluster.console import StageProgress
+from shardline.cluster.serving.launched import asked, controller
 from shardline.router.client.sync_client import Client
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import InvalidInput, NotFound
@@ -58,6 +60,27 @@ def test_vectors_over_msgpack_equal_brute_force(
     assert answer.coverage.rows_answered == answer.coverage.rows_asked == NUM_ITEMS
     assert answer.coverage.shards_answered == answer.coverage.shards_asked == 3
     assert answer.coverage.degraded == ()
+
+
+def test_recall_is_watched_and_status_says_it(
+    cluster: Cluster, client: Client, corpus: tuple[IdArray, FloatArray]
+) -> None:
+    """This index answers exactly, and an exact search says the same."""
+    queries = corpus[1][:4] + np.float32(0.05)
+    found = client.search(vectors=queries, k=20, exact=True)
+    assert_same_answers(Ranked(found.ids, found.scores), exact(queries, corpus, 20))
+    deadline = time.monotonic() + 15
+    while (quality := client.status()["quality"]) is None or quality["queries"] < 3:
+        assert time.monotonic() < deadline, "no query was watched"
+        client.search(vectors=queries[:1] + np.random.default_rng().random(1), k=10)
+        time.sleep(0.05)
+    assert quality["generation"] == cluster.endpoint.generation
+    assert quality["recall"] == 1.0
+    report = asked(controller().report.remote(), timeout_s=10)
+    healths = [(each["shard"], each["rows"], each["unseen"]) for each in report["health"]]
+    assert [shard for shard, _, _ in healths] == [0, 1, 2]
+    assert sum(rows for _, rows, _ in healths) == NUM_ITEMS
+    assert all(each["imbalance"] >= 1 for each in report["health"])
 
 
 def test_vectors_over_json_equal_brute_force(

@@ -16,17 +16,23 @@ import pytest
 import ray
 
 from shardline.bench.load.processes import router_process
-from shardline.cluster.control.controller import CONTROLLER_NAME, WATCH_INTERVAL_S
+from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.publish_state import PublishOptions
+from shardline.cluster.control.watch import WATCH_INTERVAL_S
 from shardline.cluster.serving.deployment import serving, shard_reports
 from shardline.cluster.serving.endpoint import Address
+from shardline.cluster.serving.launched import asked, controller
 from shardline.cluster.store import Store
 from shardline.router.client.answers import SearchAnswer
+from shardline.router.client.sync_client import Client
+from shardline.router.http.api_keys import Scope
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import ShardlineError, Unavailable
 from shardline.shards.storage.generation import read_generation, write_generation
 from tests.integration.conftest import Cluster
 
 RECOVERY_S = 60.0
+PUBLISHED_ITEMS = 2_000_000  # ids that no other test writes
 STALL_ASKERS = 3
 STALL_BATCH = 512  # queries a request, 256 KiB: what would pile up if it were kept for the shard
 STALL_ANSWERS = 512  # without the shard, 128 MiB of queries
@@ -205,6 +211,104 @@ def test_a_restarted_controller_serves_the_generation_that_is_live(cluster: Clus
     assert all(is_full(answer) for _, answer in questions.answers)
     assert versions == sorted(set(versions))
     assert {report["generation"] for report in shard_reports()} == {first}
+
+
+def test_a_publish_and_a_rollback_cost_no_answer_and_no_write(cluster: Cluster) -> None:
+    """Every answer is of one generation, none fails; what was acknowledged is in both."""
+    store, first = cluster.store, cluster.endpoint.generation
+    second = store.next_generation()
+    copy_generation(store, first, second)
+    told: list[dict[str, Any]] = []
+    with cluster.endpoint.address_for(Scope.WRITE).client() as client:
+        try:
+            with Questions(cluster.endpoint.address) as questions, Writes(client) as writes:
+                questions.wait_for(is_full, since=0)
+                for number, begin in ((second, publish), (first, roll_back)):
+                    writes.wait_for(20)
+                    begin(number)
+                    told.append(publish_ended())
+                    questions.wait_for(
+                        lambda answer, number=number: answer.generation == number,
+                        since=time.perf_counter(),
+                    )
+                    writes.wait_for(20)
+            for item, number in writes.acknowledged.items():
+                np.testing.assert_allclose(client.item(item).vector, vector_of(number), rtol=1e-5)
+        finally:
+            store.set_current(first)
+            client.delete(list(range(PUBLISHED_ITEMS, PUBLISHED_ITEMS + 100)))
+    assert [(each["stage"], each["reason"]) for each in told] == [("live", None)] * 2
+    assert (questions.errors, writes.errors) == ([], [])
+    assert all(is_full(answer) for _, answer in questions.answers)
+    seen = [answer.generation for _, answer in questions.answers]
+    assert set(seen) == {first, second}
+    assert (seen[0], seen[-1]) == (first, first)
+
+
+@dataclass
+class Writes:
+    """Writes a hundred items over and over in a thread. acknowledged: the newest write of each."""
+
+    client: Client
+    acknowledged: dict[int, int] = field(default_factory=dict)
+    errors: list[ShardlineError] = field(default_factory=list)
+    count: int = 0
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> "Writes":
+        self._thread = threading.Thread(target=self._write)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def wait_for(self, more: int) -> None:
+        wanted, deadline = self.count + more, time.perf_counter() + RECOVERY_S
+        while self.count < wanted:
+            assert time.perf_counter() < deadline, "no write was taken"
+            time.sleep(0.02)
+
+    def _write(self) -> None:
+        for number in range(1_000_000):
+            if self._done.is_set():
+                return
+            item = PUBLISHED_ITEMS + number % 100
+            try:
+                self.client.upsert(item_ids=[item], vectors=vector_of(number)[None])
+            except ShardlineError as error:
+                self.errors.append(error)
+                self.acknowledged.pop(item, None)  # it may have been written or not
+            else:
+                self.acknowledged[item] = number
+                self.count += 1
+            time.sleep(0.005)
+
+
+def vector_of(number: int) -> np.ndarray:
+    vector = np.random.default_rng(number).standard_normal(128).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def publish(number: int) -> None:
+    options = PublishOptions(generation=number, skip_gate="a busy machine")
+    asked(controller().publish.remote(options), timeout_s=10)
+
+
+def roll_back(number: int) -> None:
+    begun = asked(controller().roll_back.remote(), timeout_s=10)
+    assert begun["generation"] == number
+
+
+def publish_ended() -> dict[str, Any]:
+    deadline = time.perf_counter() + RECOVERY_S
+    while time.perf_counter() < deadline:
+        found: dict[str, Any] = asked(controller().publish_progress.remote(), timeout_s=10)
+        if found["is_over"]:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"the publish never ended: {found}")
 
 
 def copy_generation(store: Store, number: int, copied: int) -> None:

@@ -1,23 +1,40 @@
-"""Items are written while the cluster serves, and its processes are killed meanwhile."""
+"""Items are written while the cluster serves, is copied, and has its processes killed."""
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import ray
 
+from shardline.cluster.backup.restore import restore_snapshot
+from shardline.cluster.backup.take_snapshot import take_snapshot
 from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.corpus_from_live import live_corpus
 from shardline.cluster.serving.deployment import shard_reports
+from shardline.cluster.store import Store
 from shardline.router.client.sync_client import Client
 from shardline.router.contract import Forbidden
+from shardline.router.encoder.item_encoder import ItemEncoder
+from shardline.router.encoder.new_item_cache import NewItemCache, NewItemLookup
+from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.http.api_keys import Scope
+from shardline.router.past_items import made_of
+from shardline.router.query import FoundAttributes
+from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import NotFound, ShardlineError, Unavailable
-from tests.integration.conftest import Cluster
+from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.live_rows import open_live_rows
+from shardline.shards.storage.embedding_set import EmbeddingBatch, open_embedding_set
+from shardline.training.evaluation.user_queries import query_features
+from tests.integration.conftest import NUM_ITEMS, Cluster
 
 NEW_ITEMS = 1_000_000  # ids from here on are nobody else's in the session's cluster
 BACK_S = 60.0
@@ -69,6 +86,41 @@ def test_an_item_is_found_once_it_is_acknowledged_and_not_once_it_is_deleted(wri
         writer.item(NEW_ITEMS)
 
 
+def test_items_written_by_features_are_encoded_and_count_in_histories(
+    cluster: Cluster, writer: Client
+) -> None:
+    """Copies of catalogue items under new ids: found as the item tower sees them, their attributes
+    those of the originals, and part of a user's history at once."""
+    encoder = ItemEncoder.load(cluster.generation / ITEM_ENCODER_FOLDER)
+    query = QueryEncoder.load(cluster.generation / QUERY_ENCODER_FOLDER)
+    items = ItemAttributes(cluster.dataset.items().drop_columns(["item_id"]))
+    ids, rows = np.arange(NEW_ITEMS, NEW_ITEMS + 6), np.arange(100, 106)
+    features = {name: items.values(name, rows) for name in encoder.names}
+    written = writer.upsert(item_ids=ids, features=features, model_version=encoder.model_version)
+    assert written.created == 6
+    given = [dict(zip(features, row, strict=True)) for row in zip(*features.values(), strict=True)]
+    vectors = encoder.encode(ids, given, lambda *_: "")
+    found = writer.search(vectors=vectors, k=2).ids  # an original that nobody took is as near
+    assert all(item in near for item, near in zip(ids.tolist(), found.tolist(), strict=True))
+    one = writer.item(int(ids[0]))
+    np.testing.assert_allclose(one.vector, vectors[0], atol=1e-5)
+    assert {name: one.attributes[name] for name in features} == given[0]
+
+    kinds = {each["name"]: each["kind"] for each in query.features}
+    (user,) = query_features(cluster.dataset, kinds, np.arange(1), ("train",))
+    (history,) = (name for name, kind in kinds.items() if kind == "history")
+    user[history] = ids.tolist()
+    lookup = NewItemLookup(NewItemCache(), 0.0)
+    values = {n: dict(zip(ids.tolist(), column, strict=True)) for n, column in features.items()}
+    brought = FoundAttributes(item_ids=ids, values=values, size=0, missing=())
+    lookup.found |= made_of(encoder, brought)
+    expected = writer.search(vectors=query.encode([user], lookup), k=20, min_seq=written.seq)
+    answer = writer.search(features=[user], k=20, min_seq=written.seq)
+    assert answer.ids.tolist() == expected.ids.tolist()
+    np.testing.assert_allclose(answer.scores, expected.scores, atol=1e-4)
+    assert np.abs(query.encode([user], lookup) - query.encode([user])).max() > 1e-2
+
+
 def test_a_key_that_only_searches_writes_nothing(cluster: Cluster, client: Client) -> None:
     with pytest.raises(Forbidden, match="write"):
         client.upsert(item_ids=[NEW_ITEMS], vectors=vectors_of(1, seed=2))
@@ -93,12 +145,11 @@ def primary_of_the_last_shard() -> int:
     return found[0]
 
 
-@pytest.mark.parametrize("victim", ["shard", "controller", "stopped shard"])
-def test_nothing_acknowledged_is_lost_when_processes_die(
-    cluster: Cluster, writer: Client, victim: str
-) -> None:
+@contextmanager
+def writing(cluster: Cluster, errors: list[ShardlineError]) -> Iterator[dict[int, int]]:
+    """Items are written for as long as the block runs; item -> the number of its newest vector that
+    was acknowledged."""
     acknowledged: dict[int, int] = {}
-    errors: list[ShardlineError] = []
     done = threading.Event()
 
     def write() -> None:
@@ -117,6 +168,56 @@ def test_nothing_acknowledged_is_lost_when_processes_die(
     thread = threading.Thread(target=write)
     thread.start()
     try:
+        yield acknowledged
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_copies_of_what_is_live_are_made_while_items_are_written(
+    cluster: Cluster, writer: Client, tmp_path: Path
+) -> None:
+    """A snapshot and a new generation each have what was acknowledged before they were begun."""
+    errors: list[ShardlineError] = []
+    store, number = cluster.store, cluster.endpoint.generation
+    copied = Store(tmp_path / "store")
+    with writing(cluster, errors) as acknowledged:
+        until(lambda: len(acknowledged) > 40)
+        before = dict(acknowledged)
+        take_snapshot(store, number, str(tmp_path / "snapshot"))
+        restored = restore_snapshot(copied, str(tmp_path / "snapshot"), num_shards=2)
+        later = dict(acknowledged)
+        with live_corpus(store, number, lambda stage, done, total: None) as folder:
+            live = open_embedding_set(folder)
+            found = rows_by_id(live.batches())
+    assert not errors
+    assert live.cut is not None and sum(live.cut.seqs) >= len(later) > len(before)
+    shards = range(len(restored.shards))
+    generation = copied.generation(restored.generation)
+    blocks = [open_live_rows(generation, restored, shard).blocks() for shard in shards]
+    for rows, first in ((rows_by_id(chain(*blocks)), before), (found, later)):
+        assert sum(item < NEW_ITEMS for item in rows) == NUM_ITEMS
+        for item, oldest in first.items():
+            newest = range(oldest, acknowledged[item] + 1, 300)
+            versions = [vectors_of(1, seed=each)[0] for each in newest]
+            assert any(np.allclose(rows[item], each, rtol=1e-5) for each in versions)
+    assert not errors
+
+
+def rows_by_id(batches: Iterable[EmbeddingBatch]) -> dict[int, np.ndarray]:
+    return {
+        item: vector
+        for batch in batches
+        for item, vector in zip(batch.item_ids.tolist(), batch.vectors, strict=True)
+    }
+
+
+@pytest.mark.parametrize("victim", ["shard", "controller", "stopped shard"])
+def test_nothing_acknowledged_is_lost_when_processes_die(
+    cluster: Cluster, writer: Client, victim: str
+) -> None:
+    errors: list[ShardlineError] = []
+    with writing(cluster, errors) as acknowledged:
         until(lambda: len(acknowledged) > 40)
         if victim == "controller":
             ray.kill(ray.get_actor(CONTROLLER_NAME), no_restart=False)
@@ -128,9 +229,6 @@ def test_nothing_acknowledged_is_lost_when_processes_die(
                 psutil.Process(pid).send_signal(signal.SIGCONT)
         before = len(acknowledged)
         until(lambda: len(acknowledged) > before + 40)
-    finally:
-        done.set()
-        thread.join()
     assert all(isinstance(error, Unavailable) for error in errors), errors
     if victim == "controller":
         assert not errors, "writes do not need it"

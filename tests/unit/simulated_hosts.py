@@ -1,12 +1,12 @@
 """Hosts, shard processes and Ray as the placement rules see them, in ticks of a second."""
 
 import random
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from shardline.cluster.control.events import (
     End,
-    Event,
     HostsSeen,
     Instruction,
     Lead,
@@ -20,10 +20,15 @@ from shardline.cluster.control.events import (
     ReplicaIdle,
     ReplicaRegistered,
     ReplicaUnreachable,
+    Seal,
+    Sealed,
+    SealFailed,
 )
+from shardline.cluster.control.fleet_rules import FleetEvent, fleet_step
+from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.leading_state import NOBODY
-from shardline.cluster.control.placement import open_generation, step
+from shardline.cluster.control.placement import open_generation
 from shardline.cluster.control.placement_state import Placement, Rules
 from shardline.cluster.control.restart_state import Restart
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
@@ -73,9 +78,10 @@ class World:
     is_head_away: bool = False
     unwritable: set[str] = field(default_factory=set)
     lead_s: float = 0.0
-    log_epochs: dict[int, int] = field(default_factory=dict)
-    asked: list[Lead] = field(default_factory=list)
-    asking: list[tuple[float, Lead]] = field(default_factory=list)
+    log_epochs: dict[tuple[int, int], int] = field(default_factory=dict)
+    acknowledged: Counter[tuple[int, int]] = field(default_factory=Counter)
+    asked: list[Lead | Seal] = field(default_factory=list)
+    asking: list[tuple[float, Lead | Seal]] = field(default_factory=list)
     deaf: set[ReplicaKey] = field(default_factory=set)
     stopped: set[ReplicaKey] = field(default_factory=set)
     published_s: list[float] = field(default_factory=list)
@@ -88,16 +94,21 @@ class World:
     waiting: list[tuple[float, Place]] = field(default_factory=list)
     dead: dict[str, float] = field(default_factory=dict)
     ports: int = 0
-    placement: Placement = None  # type: ignore[assignment]
+    fleet: Fleet = None  # type: ignore[assignment]
+
+    @property
+    def placement(self) -> Placement:
+        """Of the live generation."""
+        return self.fleet.live
 
     def start(self, restart: Restart | None = None) -> "World":
         """A controller begins, or begins again: what it knew is gone, the processes are not."""
         self.waiting, self.asking = [], []
-        counter = 1 + (self.placement.counter if self.placement is not None else 0)
-        found = {key: process.node_id for key, process in self.processes.items()}
+        counter = 1 + (self.fleet.counter if self.fleet is not None else 0)
+        found = self.found(self.table.generation)
         for process in self.processes.values():
             process.registered = False
-        self.placement, instructions = open_generation(
+        live, instructions = open_generation(
             self.table,
             counter=counter,
             rules=self.rules,
@@ -106,8 +117,17 @@ class World:
             now_s=self.now,
             restart=restart,
         )
+        self.fleet = Fleet(live=live)
         self._carry_out(instructions)
         return self
+
+    def found(self, generation: int) -> dict[ReplicaKey, str]:
+        """The processes of its replicas, and where they are."""
+        return {
+            key: process.node_id
+            for key, process in self.processes.items()
+            if key.generation == generation
+        }
 
     def hosts(self) -> tuple[Host, ...]:
         """As Ray's head knows them."""
@@ -150,7 +170,8 @@ class World:
 
     def kill_process(self, key: ReplicaKey, *, is_noticed: bool = True) -> None:
         """Ray starts it again in place; sooner than it is missed, if that is not noticed."""
-        state = self.placement.replicas[key]
+        state = self.fleet.state(key)
+        assert state is not None
         epoch = state.route.epoch
         process = self.processes[key]
         self.processes[key] = self._process(process.node_id)
@@ -162,19 +183,31 @@ class World:
         """Its process lives on, unheard of for so long."""
         self.processes[key].registered = False
         self.processes[key].ready_s = self.now + seconds
-        epoch = self.placement.replicas[key].route.epoch
+        state = self.fleet.state(key)
+        assert state is not None
+        epoch = state.route.epoch
         self.apply(ReplicaUnreachable(key=key, epoch=epoch, reason=GONE, now_s=self.now))
 
     def answer_asked(self) -> None:
-        """Those who were asked to lead do, or say why not."""
-        due = [lead for at, lead in self.asking if at <= self.now]
-        self.asking = [(at, lead) for at, lead in self.asking if at > self.now]
-        for lead in due:
-            reason = self._led(lead)
-            told = {"key": lead.key, "epoch": lead.epoch, "now_s": self.now}
-            self.apply(
-                Leading(seq=0, **told) if reason is None else LeadFailed(reason=reason, **told)
-            )
+        """Those who were asked to lead or to seal do, or say why not."""
+        due = [order for at, order in self.asking if at <= self.now]
+        self.asking = [(at, order) for at, order in self.asking if at > self.now]
+        for order in due:
+            reason = self._led(order)
+            told = {"key": order.key, "epoch": order.epoch, "now_s": self.now}
+            seq = self.acknowledged[order.key.generation, order.key.shard]
+            if isinstance(order, Lead):
+                failed = None if reason is None else LeadFailed(reason=reason, **told)
+                self.apply(failed or Leading(seq=seq, **told))
+            else:
+                refused = None if reason is None else SealFailed(reason=reason, **told)
+                self.apply(refused or Sealed(seq=seq, **told))
+
+    def write(self) -> None:
+        """A write to each shard that whoever leads it acknowledges, known to routers or not."""
+        for key in self.processes:
+            if self.leads(key) and key not in self.stopped:
+                self.acknowledged[key.generation, key.shard] += 1
 
     def primary(self, shard: int) -> ReplicaKey | None:
         """By the newest table."""
@@ -187,22 +220,24 @@ class World:
         process = None if key is None else self.processes.get(key)
         if process is None or key is None or not self._lives(process):
             return False
-        return process.leads is not None and process.leads == self.log_epochs[key.shard]
+        newest = self.log_epochs.get((key.generation, key.shard))
+        return process.leads is not None and process.leads == newest
 
-    def _led(self, lead: Lead) -> Absence | None:
+    def _led(self, order: Lead | Seal) -> Absence | None:
         """Does what is asked; why it could not, or is not heard of."""
-        process = self.processes.get(lead.key)
-        if process is None or not self._lives(process) or lead.key in self.stopped:
+        process, log = self.processes.get(order.key), (order.key.generation, order.key.shard)
+        if process is None or not self._lives(process) or order.key in self.stopped:
             return GONE
         if process.node_id in self.unwritable:
             return READ_ONLY
-        if lead.epoch <= self.log_epochs.get(lead.key.shard, 0):
+        if order.epoch <= self.log_epochs.get(log, 0):
             return FENCED
-        self.log_epochs[lead.key.shard] = process.leads = lead.epoch
-        return GONE if lead.key in self.deaf else None
+        self.log_epochs[log] = order.epoch
+        process.leads = order.epoch if isinstance(order, Lead) else None
+        return GONE if order.key in self.deaf else None
 
-    def apply(self, event: Event) -> None:
-        self.placement, instructions = step(self.placement, event)
+    def apply(self, event: FleetEvent) -> None:
+        self.fleet, instructions = fleet_step(self.fleet, event)
         self._carry_out(instructions)
 
     def spots(self) -> list[tuple[int, str]]:
@@ -234,7 +269,7 @@ class World:
                 self.ended.append(instruction.key)
                 self.ended_s[instruction.key] = self.now
                 self.processes.pop(instruction.key, None)
-            elif isinstance(instruction, Lead):
+            elif isinstance(instruction, Lead | Seal):
                 assert all(before.epoch < instruction.epoch for before in self.asked[-1:])
                 self.asked.append(instruction)
                 self.asking.append((self.now + self.lead_s, instruction))
@@ -246,6 +281,7 @@ class World:
             named = [each for each in shard.replicas if each.key.replica == shard.primary]
             assert len(named) == (shard.primary is not None)
             assert all(each.address is not None for each in named)
+        assert all(before.version < table.version for before in self.tables[-2:-1])
         there = {route.key for shard in table.shards for route in shard.replicas}
         for key in self.processes:
             if key in there:
@@ -262,7 +298,7 @@ class World:
         return held < self.free.get(node_id, held + 1)
 
     def _create(self, place: Place) -> None:
-        state = self.placement.replicas.get(place.key)
+        state = self.fleet.state(place.key)
         if state is None or state.node_id != place.node_id or place.key in self.processes:
             return
         self.placed.append(place)
@@ -292,7 +328,10 @@ class World:
             return
         if process.registered and not self._is_connected(key):
             self.apply(ReplicaIdle(key=key))
-        known = self.placement.leading.get(key.shard, NOBODY).leader
+        placement = self.fleet.of(key.generation)
+        if placement is None:
+            return
+        known = placement.leading.get(key.shard, NOBODY).leader
         if process.registered and known is not None and known.key == key:
             if key in self.stopped:
                 self.apply(LeaderSilent(key=key, epoch=known.epoch, now_s=self.now))

@@ -660,6 +660,8 @@ def test_openapi_describes_what_the_code_checks():
         "min_coverage",
         "params",
         "min_seq",
+        "background",
+        "exact",
         "return",
         "return_original_ids",
     }
@@ -721,7 +723,12 @@ def test_the_documented_response_is_the_real_one():
     body = one_request(
         "POST",
         "/v1/search",
-        json={"item_ids": [5, 999], "return": ["title"], "return_original_ids": True},
+        json={
+            "item_ids": [5, 999],
+            "return": ["title"],
+            "return_original_ids": True,
+            "background": True,
+        },
     ).json()
     only_if_missing = {"attributes_missing"}
     assert set(body) | only_if_missing == set(schema["SearchResponse"]["properties"])

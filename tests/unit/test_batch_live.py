@@ -1,5 +1,7 @@
 """``shardline batch --url``: complete answers only, of one generation, at a pace that yields."""
 
+import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from click.testing import CliRunner
 from shardline.cluster.batch.batch_job import Wanted
 from shardline.cluster.batch.live_batch import WAITS_S, LiveCluster, LiveSearch
 from shardline.cluster.batch.pace import (
+    FULL_IN_FLIGHT,
     LEAST_DUTY,
     MAX_PAUSE_S,
+    SHARED_DUTY,
+    SHARED_QUERIES,
+    SHARED_RESULTS,
     SIZES,
-    WINDOW,
     Pace,
 )
 from shardline.cluster.batch.queries import Queries
@@ -89,12 +94,11 @@ def test_smaller_limits_of_a_cluster_are_kept(narrow: LiveRouter) -> None:
             cluster=LiveCluster.of(client.status()),
             wanted=Wanted(k=K),
             types={},
-            clock=iter(np.arange(1e6)).__next__,
             wait=lambda seconds: None,
         )
-        run_pace(search.pace, lambda size, number: 1.0, 12)
+        search.pace.took(1.0, 0.0)
         assert search.pace.size == SIZES[-1]
-        table = search.table(Queries(ids=pa.array(ids), vectors=vectors))
+        table = answered(search, Queries(ids=pa.array(ids), vectors=vectors))
     expected = brute_force(vectors, vectors, ids, K, Metric.COSINE)
     assert table["ids"].to_pylist() == expected.ids.tolist()
     assert (search.pace.size, search.timeout_ms) == (2, None)
@@ -134,20 +138,25 @@ def test_vectors_of_another_dimension(router: LiveRouter, tmp_path: Path) -> Non
 
 
 class Client:
-    """Gives answers and errors in order, the last one for ever."""
+    """Gives answers and errors in order, the last one for ever. Each query finds the number that
+    its vector is made of."""
 
-    def __init__(self, *outcomes: Any) -> None:
+    def __init__(self, *outcomes: Any, others_share: float = 0.125) -> None:
         self.outcomes = list(outcomes)
+        self.others_share = others_share
         self.asked: list[int] = []
+        self.lock = threading.Lock()
 
     def search(self, **fields: Any) -> SearchAnswer:
-        self.asked.append(len(fields["vectors"]))
-        outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        assert fields["background"] is True
+        with self.lock:
+            self.asked.append(len(fields["vectors"]))
+            outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
         if isinstance(outcome, Exception):
             raise outcome
-        count = len(fields["vectors"])
+        count, k = len(fields["vectors"]), fields["k"]
         return SearchAnswer(
-            ids=np.zeros((count, fields["k"]), np.int64),
+            ids=np.repeat(fields["vectors"][:, :1].astype(np.int64), k, axis=1),
             scores=np.zeros((count, fields["k"]), np.float32),
             generation=outcome,
             model_version="m1",
@@ -157,6 +166,7 @@ class Client:
             took_ms=1.0,
             search_ms=1.0,
             request_id="r",
+            others_share=self.others_share,
         )
 
 
@@ -172,14 +182,19 @@ def search_of(client: Client, waited: list[float]) -> LiveSearch:
     )
 
 
+def answered(search: LiveSearch, queries: Queries) -> pa.Table:
+    return search.table(queries, search.answers(queries))
+
+
 def queries(count: int) -> Queries:
-    return Queries(ids=pa.array(range(count)), vectors=np.ones((count, DIM), np.float32))
+    numbers = np.arange(count, dtype=np.float32)
+    return Queries(ids=pa.array(range(count)), vectors=np.repeat(numbers[:, None], DIM, axis=1))
 
 
 def test_what_is_unavailable_is_asked_again() -> None:
     waited: list[float] = []
     client = Client(Unavailable("one shard is away"), Overloaded("busy"), 7)
-    assert search_of(client, waited).table(queries(2)).num_rows == 2
+    assert answered(search_of(client, waited), queries(2)).num_rows == 2
     assert waited[:2] == [0.5, 1]
 
 
@@ -187,46 +202,63 @@ def test_people_hear_of_an_interruption_once() -> None:
     lines: list[str] = []
     search = search_of(Client(Unavailable("a shard is away"), Overloaded("busy"), 7), [])
     search.note = lines.append
-    search.table(queries(3))
+    answered(search, queries(3))
     assert lines == ["no complete answer, asking again: a shard is away", "answered again"]
 
 
 def test_what_stays_unavailable_ends_the_job_which_can_go_on() -> None:
     gone = Client(Unavailable("for good"))
     with pytest.raises(Unavailable, match=r"61.5 s; got for good; .*the same command goes on"):
-        search_of(gone, []).table(queries(2))
+        answered(search_of(gone, []), queries(2))
     assert len(gone.asked) == len(WAITS_S) + 1
+
+
+def found(table: pa.Table) -> list[int]:
+    return [ids[0] for ids in table["ids"].to_pylist()]
 
 
 def test_a_request_that_failed_is_cut_anew() -> None:
     client = Client(DeadlineExceeded("too slow"), 7)
     search = search_of(client, [])
-    run_pace(search.pace, lambda size, number: 0.001, 8)
-    assert search.pace.size > 4
-    client.asked.clear()
-    assert search.table(queries(4)).num_rows == 4
-    assert client.asked == [4, 1, 1, 1, 1]
+    search.pace.took(0.001, 0.0)
+    assert found(answered(search, queries(40))) == list(range(40))
+    assert client.asked == [40, 16, 16, 8]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_are_in_order_whatever_fails_or_is_too_large(seed: int) -> None:
+    """With several requests in flight, as beside nobody."""
+    rng = random.Random(seed)
+    outcomes: list[Any] = [
+        rng.choice([7, 7, 7, Overloaded("busy"), PayloadTooLarge("too large")]) for _ in range(60)
+    ]
+    client = Client(*outcomes, 7, others_share=0.0)
+    search = search_of(client, [])
+    search.clock = lambda: 0.0
+    count = rng.randint(300, 900)
+    try:
+        assert found(answered(search, queries(count))) == list(range(count))
+    except PayloadTooLarge:  # of a single query
+        assert min(client.asked) == 1
 
 
 @pytest.mark.parametrize(
     "refusal", [InvalidInput("too much", field="return"), PayloadTooLarge("too large")]
 )
 def test_a_size_that_was_refused_is_not_asked_again(refusal: Exception) -> None:
-    client = Client(refusal, 7)
+    client = Client(refusal, 7, others_share=0.0)
     search = search_of(client, [])
-    run_pace(search.pace, lambda size, number: 0.001, 12)
-    assert search.table(queries(130)).num_rows == 130
-    assert client.asked[:2] == [64, 32]
-    assert max(client.asked[1:]) == 32
-    run_pace(search.pace, lambda size, number: 0.001, 12)
-    assert search.pace.size == 32
+    assert answered(search, queries(130)).num_rows == 130
+    assert client.asked[:2] == [16, 8]
+    assert max(client.asked[1:]) == 8
+    assert search.pace.size == 8
     with pytest.raises(type(refusal)):
-        search_of(Client(refusal), []).table(queries(3))
+        answered(search_of(Client(refusal), []), queries(3))
 
 
 def test_what_smaller_requests_do_not_cure_is_raised() -> None:
     with pytest.raises(InvalidInput, match="k"):
-        search_of(Client(InvalidInput("out of range", field="k")), []).table(queries(3))
+        answered(search_of(Client(InvalidInput("out of range", field="k")), []), queries(3))
 
 
 @pytest.mark.parametrize(("k", "attributes", "size"), [(1000, 5, 32), (2048, 64, 2), (100, 0, 64)])
@@ -234,62 +266,64 @@ def test_requests_stay_below_what_an_answer_may_bring(k: int, attributes: int, s
     wanted = Wanted(k=k, attributes=tuple(f"a{number}" for number in range(attributes)))
     client, cluster = Client(7), search_of(Client(7), []).cluster
     search = LiveSearch(client=client, cluster=cluster, wanted=wanted, types={})  # type: ignore[arg-type]
-    run_pace(search.pace, lambda size, number: 0.001, 12)
+    search.pace.took(0.001, 0.0)
     assert search.pace.size == size
     assert size * k * attributes <= MAX_RETURNED_VALUES
 
 
 def test_another_generation_ends_the_job() -> None:
     with pytest.raises(VersionMismatch, match=r"generation 7.*generation 8"):
-        search_of(Client(7, 7, 8), []).table(queries(5))
+        answered(search_of(Client(7, 7, 8), []), queries(40))
 
 
-def run_pace(pace: Pace, seconds: Any, windows: int) -> None:
-    """Requests that take seconds(size, number) each."""
-    for number in range(windows * WINDOW):
-        pace.took(pace.size, seconds(pace.size, number))
+def test_alone_a_job_has_several_large_requests_in_flight_and_no_pauses() -> None:
+    waited: list[float] = []
+    client = Client(7, others_share=0.0)
+    search = search_of(client, waited)
+    assert found(answered(search, queries(600))) == list(range(600))
+    assert client.asked[0] == SHARED_QUERIES
+    assert client.asked[1:-1] == [SIZES[-1]] * (len(client.asked) - 2)
+    assert sum(waited) == 0
+    assert search.pace.in_flight == FULL_IN_FLIGHT
 
 
-def test_alone_a_job_reaches_its_full_rate() -> None:
-    pace = Pace()
-    run_pace(pace, lambda size, number: 0.001 + size * 1e-4, 12)
-    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
-    assert pace.took(64, 0.01) == 0
+def test_beside_others_it_has_one_small_request_in_flight_and_pauses() -> None:
+    waited: list[float] = []
+    client = Client(7, others_share=0.25)
+    assert answered(search_of(client, waited), queries(64)).num_rows == 64
+    assert client.asked == [SHARED_QUERIES] * 4
+    # a request takes a second of this clock, and is under way in a share of the time that is left
+    assert waited == pytest.approx([min(MAX_PAUSE_S, 1 / (SHARED_DUTY * 0.75) - 1)] * 4)
 
 
-def undisturbed(size: int, number: int) -> float:
-    return 0.001 + size * 1e-4
+def test_the_pace_follows_what_the_others_do() -> None:
+    pace = Pace(k=100)
+    assert (pace.size, pace.in_flight) == (SHARED_QUERIES, 1), "nothing is known yet"
+    for share, size, in_flight, duty in [
+        (0.0, SIZES[-1], FULL_IN_FLIGHT, 1.0),
+        (1e-9, SHARED_QUERIES, 1, SHARED_DUTY),
+        (0.5, SHARED_QUERIES, 1, SHARED_DUTY / 2),
+        (1.0, SHARED_QUERIES, 1, LEAST_DUTY),
+        (0.0, SIZES[-1], FULL_IN_FLIGHT, 1.0),
+    ]:
+        pause_s = pace.took(0.01, share)
+        assert (pace.size, pace.in_flight) == (size, in_flight)
+        assert pause_s == pytest.approx(0.01 / duty - 0.01)
+    assert pace.took(60.0, 0.5) == MAX_PAUSE_S
 
 
-def test_beside_others_it_slows_down_and_comes_back() -> None:
-    pace = Pace()
-    run_pace(pace, undisturbed, 12)
-    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
-    # every third request meets a query, which adds the same however large the request is
-    run_pace(pace, lambda size, number: undisturbed(size, number) + 0.002 * (number % 3 == 0), 15)
-    assert (pace.size, pace.duty) == (8, LEAST_DUTY)  # .0018 s, below two single queries
-    assert pace.took(8, 0.002) == pytest.approx(0.002 * (1 / LEAST_DUTY - 1))
-    run_pace(pace, undisturbed, 15)
-    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
+@pytest.mark.parametrize(("k", "size"), [(10, 16), (100, 16), (300, 4), (2048, 1), (5000, 1)])
+def test_beside_others_requests_have_few_results(k: int, size: int) -> None:
+    pace = Pace(k)
+    assert pace.size == size
+    assert size == 1 or size * k <= SHARED_RESULTS
 
 
-def test_requests_that_differ_a_little_have_met_nobody() -> None:
-    pace = Pace()
-    run_pace(pace, lambda size, number: undisturbed(size, number) * (1 + number % 2 / 10), 12)
-    assert (pace.size, pace.duty) == (SIZES[-1], 1.0)
-
-
-def test_a_size_that_was_never_asked_has_no_floor() -> None:
-    pace = Pace()
-    for number in range(20 * WINDOW):  # blocks of two queries
-        pace.took(min(pace.size, 2), 0.001 if number < 15 * WINDOW else 0.002 * (1 + number % 2))
-    assert pace.duty == LEAST_DUTY
-    assert pace.size <= 2
-
-
-def test_a_refusal_is_the_slowest_pace() -> None:
-    pace = Pace()
-    run_pace(pace, lambda size, number: 0.001, 12)
+def test_after_a_refusal_it_is_as_slow_as_beside_others() -> None:
+    pace = Pace(k=100)
+    pace.took(0.001, 0.0)
     pace.refused()
-    assert (pace.size, pace.duty) == (1, LEAST_DUTY)
-    assert pace.took(1, 60.0) == MAX_PAUSE_S
+    assert (pace.size, pace.in_flight) == (SHARED_QUERIES, 1)
+    pace.too_large(4)
+    pace.took(0.001, 0.0)
+    assert (pace.size, pace.in_flight) == (2, FULL_IN_FLIGHT)

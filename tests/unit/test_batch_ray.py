@@ -14,7 +14,8 @@ import pytest
 from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.part_files import claimed_folder
 from shardline.cluster.batch.queries import Queries, cut
-from shardline.cluster.batch.ray_batch import _Reader, await_part
+from shardline.cluster.batch.ray_batch import await_part
+from shardline.cluster.batch.ray_stages import Reader
 from shardline.cluster.batch.ray_tables import spans_in
 from shardline.cluster.batch.spans import Span, spans_of
 from shardline.shards.core.errors import DataError
@@ -37,7 +38,7 @@ class Source:
 def test_a_reader_opens_its_files_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "setpriority", lambda *arguments: None)
     source = Source()
-    reader = _Reader(SimpleNamespace(source=source))  # type: ignore[arg-type]
+    reader = Reader(SimpleNamespace(source=source))  # type: ignore[arg-type]
     spans = spans_of(20, 3)
     asked = [spans[0], spans[1], spans[2], spans[5], spans[6]]  # the two between were done before
     for span in asked:
@@ -80,7 +81,7 @@ def test_parts_are_found_by_one_listing(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_giving_way_twice_is_giving_way_once() -> None:
     code = (
-        "import os; from shardline.cluster.batch.ray_batch import NICENESS, give_way;"
+        "import os; from shardline.cluster.batch.priority import NICENESS, give_way;"
         "give_way(); give_way(); assert os.nice(0) == NICENESS"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

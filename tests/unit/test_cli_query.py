@@ -322,3 +322,24 @@ def test_status_shows_which_replica_takes_writes(
     with pytest.raises(SystemExit):
         main(["status"])
     assert "primary" not in capsys.readouterr().out
+
+
+def test_status_shows_recall_and_the_repairs_that_are_due(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = report_with(None)
+    cluster.report = report | {
+        "quality": {"generation": 4, "recall": 0.8765, "queries": 40, "k": 10, "since": 0.0},
+        "repairs": [{"code": "retrain_index", "text": "recall has fallen"}],
+    }
+    with pytest.raises(SystemExit):
+        main(["status"])
+    out = capsys.readouterr().out
+    assert "recall  0.876 @10, of 40 served queries, against exact answers\n" in out
+    assert "repair due: retrain_index: recall has fallen\n" in out
+    cluster.report = report | {"quality": None, "repairs": []}
+    with pytest.raises(SystemExit):
+        main(["status"])
+    out = capsys.readouterr().out
+    assert "against exact answers" not in out
+    assert "repair due" not in out

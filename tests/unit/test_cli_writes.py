@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import AuthSettings, Guard
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.messages import ErrorReply
+from tests.fake_encoder import item_vector
 from tests.live_router import DIM, NUM_ROWS, LiveRouter, running_router
 
 WRITE, SEARCH = Key(Scope.WRITE, "w" * 43), Key(Scope.SEARCH, "s" * 43)
@@ -76,6 +78,90 @@ def test_items_of_files_are_written_with_their_attributes(
     report = json.loads(out)
     assert (report["rows"], report["created"], report["updated"]) == (20, 0, 20)
     assert report["seq"] == [None, None, None, 2]
+
+
+@pytest.mark.parametrize("name", ["new.parquet", "new.csv", "new.jsonl", "folder"])
+def test_items_without_vectors_are_written_by_features(
+    run: Run, router: LiveRouter, tmp_path: Path, name: str
+) -> None:
+    """Columns that the cluster's item encoder does not take are attributes, and ids are the id."""
+    columns: dict[str, list] = {
+        "title": ["a", "b"],
+        "tags": [["x"], []],
+        "item_id": [70, 71],
+        "released": [None, datetime(2014, 5, 13, 16, 53, 20)],
+        "category": ["film", "song"],
+        "size": [2, None],
+    }
+    path = tmp_path / name
+    if name.endswith("csv"):
+        lines = ['a,"[""x""]",70,,film,2', "b,[],71,2014-05-13 16:53:20,song,"]
+        path.write_text("\n".join([",".join(columns), *lines]))
+    elif name.endswith("jsonl"):
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("\n".join(json.dumps(row, default=str) for row in rows))
+    else:
+        path = path / "part-0.parquet" if name == "folder" else path
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table(columns), path)
+    code, out, err = run("upsert", str(tmp_path / name), "--model-version", "m1")
+    assert code == 0, err
+    assert out.startswith("2 items created, 0 updated in generation 1, ")
+    shard = router.shards[3]
+    expected = [item_vector(DIM, 1, 0, 1, 2, 1), item_vector(DIM, 0, 1)]
+    found = shard.vectors[np.isin(shard.ids, [70, 71])]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert shard.attributes == {
+        70: {"title": "a", "tags": ["x"], "released": None, "category": "film", "size": 2},
+        71: {
+            "title": "b",
+            "tags": [],
+            "released": "2014-05-13T16:53:20",
+            "category": "song",
+            "size": None,
+        },
+    }
+
+
+def test_a_cluster_without_an_item_encoder_needs_vectors(
+    run: Run, router: LiveRouter, tmp_path: Path
+) -> None:
+    router.service._fanout.snapshot.items = None
+    (tmp_path / "new.csv").write_text("item_id,category\n70,film\n")
+    code, _, err = run("upsert", str(tmp_path / "new.csv"))
+    told = " ".join(err.split())
+    assert code == 3
+    assert "new.csv: embedding | emb | vector: no such column; got item_id, category" in told
+    assert "the cluster has no item encoder" in told
+
+
+def test_features_that_do_not_fit_name_column_and_item(
+    run: Run, router: LiveRouter, tmp_path: Path
+) -> None:
+    good = "item_id,category,size,released,tags\n"
+    path = tmp_path / "new.csv"
+
+    def told(text: str, *options: str) -> str:
+        path.write_text(text)
+        code, _, err = run("upsert", str(path), *options)
+        assert code == 3
+        return " ".join(err.split())
+
+    assert "new.csv: tags: no such column; got item_id, category" in told("item_id,category\n1,a\n")
+    assert "item_id | id | idx" in told("category,size\na,1\n")
+    bad = told(good + "70,film,1,,\n71,song,big,,\n")
+    assert "features.size[0]: wrong value; expected finite number, or null; got str" in bad
+    assert "of item 70" in bad
+    listed = told(good + '70,film,1,,"[""x"""\n')
+    assert "tags[0]: not a list" in listed
+    assert "ids that are not integers from 0 up" in told(good + "i7,film,1,,\n")
+    assert "got int" in told(good + "70,7,1,,\n")
+    path.write_text(good + "70,7,1,,\n")
+    assert run("upsert", str(path), "--types", "category=string")[0] == 0
+    code, _, err = run("upsert", str(path), "--types", "category")
+    assert (code, "expected column=type" in err) == (2, True)
+    assert "no items" in told(good)
+    assert sum(len(shard.ids) for shard in router.shards) == NUM_ROWS + 1
 
 
 @pytest.mark.parametrize("name", ["ids.parquet", "ids.csv", "lines.txt"])

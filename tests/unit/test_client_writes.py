@@ -1,6 +1,7 @@
 """Writes of both clients against a real HTTP server over fake shards."""
 
 import datetime as dt
+import itertools
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -16,7 +17,7 @@ from shardline.router.client import write_calls
 from shardline.router.client.answers import UpsertAnswer, together
 from shardline.router.client.retries import Retry
 from shardline.router.client.write_calls import WriteRequest, delete_requests, upsert_requests
-from shardline.router.http import write_api
+from shardline.router.http import feature_values, write_api
 from shardline.router.http.media import Media
 from shardline.router.http.write_codec import decode_delete, decode_upsert
 from shardline.router.router_config import RouterConfig
@@ -29,11 +30,13 @@ from shardline.shards.core.errors import (
 )
 from shardline.shards.core.messages import ErrorReply
 from tests.client_pair import KINDS, slept_into
+from tests.fake_encoder import ITEM_FEATURES, item_vector
 from tests.live_router import DIM, running_router
 
 CONFIG = RouterConfig(backoff_base_ms=1, backoff_max_ms=5, write_timeout_ms=10_000)
 ROWS = np.eye(3, DIM, dtype=np.float32)
 IDS = [1, 2, 3]
+FEATURED = {"item_id": 1, "features": {"a": 1}}
 TITLES = ["a", "ü", None]
 
 
@@ -112,6 +115,88 @@ def test_attributes_of_any_kind_of_columns(attributes):
     assert got.attributes == {"n": [1.5, None, None], "t": ["a", "b", "c"]}
 
 
+def test_items_are_written_by_features(client, router):
+    """Rows of one kind in maps, or columns of any kind; what is also an attribute is one."""
+    items = [
+        {"item_id": 70, "features": ITEM_FEATURES},
+        {"item_id": 71, "features": ITEM_FEATURES | {"size": 3}, "attributes": {"title": "b"}},
+    ]
+    assert client.upsert(items).created == 2
+    columns = {
+        "category": ["film", "song"],
+        "size": np.array([2.0, np.nan]),
+        "released": [None, dt.datetime(2014, 5, 13, 16, 53, 20)],
+        "tags": [("x",), np.array(["y"])],
+    }
+    client.upsert(item_ids=[72, 73], features=columns, attributes={"title": ["c", None]})
+    expected = [item_vector(DIM, 1, 0, 1, size, 1) for size in (2, 3, 2)]
+    for item, vector in zip((70, 71, 72), expected, strict=True):
+        np.testing.assert_allclose(client.item(item).vector, vector, atol=1e-6)
+    np.testing.assert_allclose(client.item(73).vector, item_vector(DIM, 0, 1, 3), atol=1e-6)
+    filled = {"category": "film", "size": 2, "released": None, "tags": ["x"]}
+    assert client.item(70).attributes["title"] is None
+    assert router.shards[3].attributes == {
+        70: filled | {"title": None},
+        71: filled | {"size": 3, "title": "b"},
+        72: filled | {"title": "c"},
+        73: {
+            "category": "song",
+            "size": None,
+            "released": "2014-05-13T16:53:20",
+            "tags": ["y"],
+            "title": None,
+        },
+    }
+    with pytest.raises(InvalidInput) as caught:
+        client.upsert(item_ids=[74], features={name: [1] for name in columns})
+    assert caught.value.field == "features.category[0]"
+
+
+@pytest.mark.parametrize(
+    "make", [dict, pa.table, pd.DataFrame, pl.DataFrame], ids=["map", "arrow", "pandas", "polars"]
+)
+def test_features_of_any_kind_of_columns(make):
+    columns = {"size": [1.5, None, 3.0], "name": ["a", "b", None], "tags": [["x"], [], ["y", "z"]]}
+    ((_, got),) = read(upsert_requests(item_ids=IDS, features=make(columns)))
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    assert got.features == rows
+    assert got.vectors is None
+
+
+def test_attributes_that_an_item_does_not_name_are_its_features():
+    items = [
+        {"item_id": 1, "features": {"a": 1, "b": 2}, "attributes": {"a": 5, "t": "x"}},
+        {"item_id": 2, "features": {"a": 3, "b": 4}, "attributes": {"b": None}},
+    ]
+    ((_, got),) = read(upsert_requests(items=items))
+    assert got.attributes == {"a": [5, 3], "t": ["x", None], "b": [2, None]}
+
+
+def test_features_are_cut_to_what_a_server_takes(monkeypatch):
+    """By lists and by texts, those beyond ASCII counted more often; in order, none left out."""
+    assert write_calls.MAX_CHARACTERS <= feature_values.MAX_CHARACTERS
+    assert write_calls.MAX_FEATURE_VALUES <= feature_values.MAX_VALUES
+    assert write_calls.BEYOND_ASCII == feature_values.BEYOND_ASCII
+    monkeypatch.setattr(write_calls, "MAX_FEATURE_VALUES", 10)
+    monkeypatch.setattr(write_calls, "MAX_CHARACTERS", 100)
+    count = 40
+    lists = {"tags": [["x"] * (n % 7) for n in range(count)]}
+    texts = {"text": [("ü" if n % 5 == 0 else "u") * (n % 12) for n in range(count)]}
+    for columns, cost, most in (
+        (lists, len, 10),
+        (texts, lambda text: len(text) * (1 if text.isascii() else 10), 100),
+    ):
+        requests = read(upsert_requests(item_ids=np.arange(count), features=columns))
+        (name,) = columns
+        sent = [[row[name] for row in got.features] for _, got in requests]
+        assert list(itertools.chain.from_iterable(sent)) == columns[name]
+        sizes = [sum(map(cost, each)) for each in sent]
+        assert all(size <= most or len(each) == 1 for size, each in zip(sizes, sent, strict=True))
+        assert 1 < len(requests) < count
+        for size, after in zip(sizes, sent[1:], strict=False):
+            assert size + cost(after[0]) > most, "no request is smaller than it must be"
+
+
 def test_values_travel_as_answers_have_them():
     moment = dt.datetime(2026, 3, 1, 12, 30)
     values = [moment, Decimal("1.5"), dt.timedelta(seconds=2), [np.float64("nan"), {"a": moment}]]
@@ -138,6 +223,16 @@ def test_values_travel_as_answers_have_them():
         ({"item_ids": IDS, "vectors": ROWS, "key": "a b"}, "key"),
         ({"item_ids": IDS, "vectors": ROWS, "key": "k" * 121}, "key"),
         ({"items": [{"item_id": 1}]}, "items[0]"),
+        ({"items": [{"item_id": 1, "vector": [1], "features": {}}]}, "items[0]"),
+        ({"items": [FEATURED, {"item_id": 2, "vector": [1]}]}, "items[1]"),
+        ({"items": [FEATURED, {"item_id": 2, "features": {}}]}, "items[1].features"),
+        ({"items": [{"item_id": 1, "features": 5}]}, "items[0].features"),
+        ({"items": pa.table({"item_id": [1], "a": [1]})}, "items.vector"),
+        ({"item_ids": IDS, "vectors": ROWS, "features": {"a": IDS}}, "vectors"),
+        ({"item_ids": IDS, "features": {"a": [1]}}, "features.a"),
+        ({"item_ids": IDS, "features": {"a": "xyz"}}, "features.a"),
+        ({"item_ids": IDS, "features": 7}, "features"),
+        ({"item_ids": IDS, "features": {"a": [object()] * 3}}, "features and attributes"),
         ({"items": [{"item_id": 1, "vector": [1.0], "x": 2}]}, "items[0]"),
         ({"items": pa.table({"item_id": [1]})}, "items.vector"),
     ],

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from shardline.cluster.control import controller as module
-from shardline.cluster.control import news, opening, reconcile, replacing, restart_note
+from shardline.cluster.control import news, opening, reconcile, replacing, restart_note, watch
 from shardline.cluster.control.controller import Controller, ControllerSettings
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.start import wait_ready
@@ -29,7 +29,14 @@ from shardline.router.service import SearchService
 from shardline.shards.core import files
 from shardline.shards.core.encoder_files import CONFIG
 from shardline.shards.core.errors import CorruptFile, DataError, ShardlineError, Unavailable
-from shardline.shards.core.messages import Absence, ReplicaKey, RouterSeen, RoutingTable
+from shardline.shards.core.messages import (
+    Absence,
+    Quality,
+    ReplicaKey,
+    RouterNews,
+    RouterSeen,
+    RoutingTable,
+)
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import write_generation
 from tests.engine import build_generation
@@ -77,7 +84,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> dict[str, Handle]:
 
 def ray_says(monkeypatch: pytest.MonkeyPatch, hosts: Sequence[Host]) -> None:
     """These hosts live, from now on."""
-    for user in (module, opening):
+    for user in (watch, opening):
         monkeypatch.setattr(user, "fresh_hosts", lambda known=(): tuple(hosts))
 
 
@@ -227,7 +234,7 @@ async def test_a_replica_that_cannot_load_ends_the_wait_with_its_code(
     monkeypatch: pytest.MonkeyPatch,
     kind: type[ShardlineError],
 ) -> None:
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     async with running(store) as controller:
         await until(lambda: len(alive) == SHARDS)
         (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-0-"))
@@ -249,7 +256,7 @@ async def test_a_replica_that_cannot_load_ends_the_wait_with_its_code(
 async def test_a_full_disk_does_not_lose_the_failure_of_a_replica(
     store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     async with running(store) as controller:
         await until(lambda: len(alive) == SHARDS)
         await register(controller, 57)
@@ -419,18 +426,22 @@ async def test_a_damaged_encoder_keeps_no_controller_from_coming_back(
 ) -> None:
     store = Store(tmp_path)
     folder = store.generation(1)
-    build_generation(folder, VECTORS, IDS, SHARDS, kind="flat", query_encoder={CONFIG: b"{}"})
+    encoders = {"query_encoder": {CONFIG: b"{}"}, "item_encoder": {CONFIG: b"[]"}}
+    build_generation(folder, VECTORS, IDS, SHARDS, kind="flat", **encoders)
     store.set_current(1)
     checksum = files.sha256_of(folder / "query_encoder" / CONFIG)
     (folder / "query_encoder" / CONFIG).write_bytes(b"}{")
     async with running(store) as controller:
         table = await register(controller, 1)
     assert table.encoder_checksum == checksum, "the manifest's, which routers compare with"
+    of_items = files.sha256_of(folder / "item_encoder" / CONFIG)
+    assert table.item_encoder_checksum == of_items != checksum
 
 
 async def test_a_generation_without_an_encoder_has_no_checksum_of_one(store: Store) -> None:
     async with running(store) as controller:
-        assert (await register(controller, 57)).encoder_checksum is None
+        table = await register(controller, 57)
+        assert table.encoder_checksum is table.item_encoder_checksum is None
 
 
 def test_a_restarted_controller_waits_for_what_it_is_to_serve(
@@ -458,7 +469,7 @@ async def test_the_reason_stays_in_the_table_while_a_damaged_shard_starts_again_
     store: Store, alive: dict[str, Handle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two attempts, during one, and after a restart of the controller."""
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     monkeypatch.setattr(replacing, "FIRST_RETRY_S", 0.01)
     reason = Absence(CorruptFile.code, "index.faiss: wrong checksum")
     key = ReplicaKey(57, 1)
@@ -491,7 +502,7 @@ def two_hosts(monkeypatch: pytest.MonkeyPatch) -> list[Host]:
     """Of Ray, from now on; the list may be changed."""
     hosts = [*HOSTS, Host(node_id="nb", address="10.0.0.2", cpus=2)]
     ray_says(monkeypatch, hosts)
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     return hosts
 
 
@@ -533,7 +544,7 @@ async def test_while_rays_head_is_away_nothing_is_decided_about_hosts(
             asked.append(known)
             return ()
 
-        monkeypatch.setattr(module, "fresh_hosts", away)
+        monkeypatch.setattr(watch, "fresh_hosts", away)
         await until(lambda: len(asked) > 3)
         assert controller._placement.replicas == before.replicas
         hosts.pop()
@@ -631,7 +642,7 @@ async def test_a_rolling_restart_without_room_is_refused(
 async def test_a_rolling_restart_goes_on_where_the_store_takes_no_note_yet(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     async with running(store) as controller:
         await register(controller, 57)
         with monkeypatch.context() as disk:
@@ -648,7 +659,7 @@ async def test_a_rolling_restart_goes_on_where_the_store_takes_no_note_yet(
 async def test_a_store_that_is_well_again_is_noticed_though_nothing_happens(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     async with running(store) as controller:
         await register(controller, 57)
         with monkeypatch.context() as disk:
@@ -697,7 +708,7 @@ async def test_older_generations_end_though_one_replica_of_the_new_one_fails(
 async def test_silence_of_rays_head_is_reported_and_logged_once(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.01)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     monkeypatch.setattr(news, "SILENT_S", 0.1)
     async with running(store) as controller:
         await register(controller, 57)
@@ -743,9 +754,15 @@ async def test_the_report_tells_hosts_replicas_and_routers(
     async with running(store, replicas=2, http_host="0.0.0.0", http_port=81) as controller:
         await until(lambda: len(alive) == 2 * SHARDS)
         await register_placed(controller)
-        await controller.router_lives(RouterSeen(host="10.0.0.2", node_id="nb", pid=7))
+        seen = RouterSeen(host="10.0.0.2", node_id="nb", pid=7)
+        assert await controller.router_lives(seen) == (), "a router of before"
+        poor = Quality(generation=57, recall=0.5, queries=100, k=10, since=0.0)
+        (due,) = await controller.router_lives(seen, RouterNews(quality=poor))
+        assert due.code == "retrain_index"
         table = await controller.table_after(0, 1)
         report = await controller.report()
+        assert report["quality"]["recall"] == 0.5
+        assert [each["code"] for each in report["repairs"]] == ["retrain_index"]
         assert table is not None
         assert report["cluster_id"] == table.cluster_id
         assert (report["generation"], report["version"]) == (57, table.version)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import save_file
 
 from shardline.router.encoder.query_encoder import QueryEncoder
@@ -21,19 +20,13 @@ from shardline.training.evaluation.user_queries import (
     query_features_of_user,
 )
 from shardline.training.export import export
-from shardline.training.loop.run_rank import train_rank
 from shardline.training.model.checkpoint import load_best
 from shardline.training.model.encoding import encode_queries
 from tests.rich import rich_config, rich_dataset, sum_config
-from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
+from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset, untrained_run
 
 GOOD = {"user_id": 1, "country": "US", "member": True, "age": 30, "history": [100, 103]}
 RICH = {"user_id": 1, "interests": [5, 1], "age": 30, "bio": "Brazil night", "history": [100, 103]}
-
-
-def train(config: TrainingConfig, dataset: Dataset, run: Path) -> Path:
-    train_rank(declared_run(run, config, dataset), torch.device("cpu"))
-    return run
 
 
 def exported(run: Path, dataset: Dataset, store: Path) -> Path:
@@ -46,7 +39,7 @@ def exported(run: Path, dataset: Dataset, store: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
     folder = tmp_path_factory.mktemp("trained")
     dataset = tiny_dataset(folder / "data")
-    return train(tiny_config(epochs=3, unknown_rate=0.2), dataset, folder / "run"), dataset
+    return untrained_run(folder / "run", tiny_config(), dataset), dataset
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +60,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.fixture(scope="module")
 def rich_encoder(rich: Dataset, tmp_path_factory: pytest.TempPathFactory) -> QueryEncoder:
     folder = tmp_path_factory.mktemp("run")
-    fast = {"warmup_steps": 5, "learning_rate": 0.05}
-    config = rich_config(epochs=4, unknown_rate=0.2, optimiser=fast)
-    run = train(config, rich, folder / "run")
+    run = untrained_run(folder / "run", rich_config(), rich)
     return QueryEncoder.load(exported(run, rich, folder))
 
 
@@ -80,12 +71,12 @@ def test_equals_the_torch_tower(trained: tuple[Path, Dataset], encoder: QueryEnc
 @pytest.mark.parametrize(
     "config",
     [
-        rich_config("attention", epochs=3),
+        rich_config("attention"),
         rich_config("mean"),
         sum_config("mean"),
         sum_config("sqrtn"),
         rich_config("sqrtn"),
-        sum_config("attention", epochs=3),
+        sum_config("attention"),
         sum_config("attention", own=False),
     ],
     ids=[
@@ -101,7 +92,7 @@ def test_equals_the_torch_tower(trained: tuple[Path, Dataset], encoder: QueryEnc
 def test_every_kind_equals_its_torch_twin(
     rich: Dataset, tmp_path: Path, config: TrainingConfig
 ) -> None:
-    run = train(config, rich, tmp_path / "run")
+    run = untrained_run(tmp_path / "run", config, rich)
     check_twins(run, rich, QueryEncoder.load(exported(run, rich, tmp_path)))
 
 
@@ -126,7 +117,7 @@ def check_twins(run_folder: Path, dataset: Dataset, encoder: QueryEncoder) -> No
     assert {f["name"]: f["kind"] for f in encoder.features} == kinds
 
 
-def test_attention_has_learned_to_weigh(rich_encoder: QueryEncoder) -> None:
+def test_attention_weighs(rich_encoder: QueryEncoder) -> None:
     """Order matters to it, as it does not to a mean; else the twins would agree on too little."""
     past = ITEM_IDS[:4].tolist()
     found = rich_encoder.encode([RICH | {"history": past}, RICH | {"history": past[::-1]}])

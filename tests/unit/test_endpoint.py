@@ -22,6 +22,7 @@ from shardline.cluster.serving.endpoint import (
     remove_note,
     serving_now,
 )
+from shardline.cluster.serving.reaching import note_served
 from shardline.cluster.serving.serving_keys import CLIENT_VARIABLE, add_key
 from shardline.cluster.store import Store
 from shardline.router.http.api_keys import Scope
@@ -56,6 +57,18 @@ def test_a_reused_pid_is_not_the_cluster(tmp_path: Path, mine: Endpoint) -> None
     assert serving_now(store) is None
     with pytest.raises(NotFound, match="is gone"):
         find_endpoint(store)
+
+
+def test_a_note_that_a_publish_has_changed_is_removed(tmp_path: Path, mine: Endpoint) -> None:
+    store = Store(tmp_path)
+    leave_note(store, mine)
+    note_served(store, 2)
+    assert find_endpoint(store) == replace(mine, generation=2)
+    remove_note(store, mine)
+    with pytest.raises(NotFound):
+        find_endpoint(store)
+    note_served(store, 3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_note_of_another_cluster_stays(tmp_path: Path, mine: Endpoint) -> None:

@@ -1,5 +1,6 @@
 """Export against the model it came from; evaluation against plain loops and through a search."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,23 @@ def test_same_model_same_version(trained: tuple[Path, Dataset], tmp_path: Path) 
     assert len(first.model_version) == 12
     checksums = [{e.sha256 for e in s.files} for s in (first, elsewhere)]
     assert checksums[0] == checksums[1]
+
+
+def test_a_set_of_before_item_encoders_is_not_taken_for_this_export(
+    trained: tuple[Path, Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else exporting again, which is what a router then asks for, would change nothing."""
+    run_folder, dataset = trained
+    with monkeypatch.context() as patch:
+        patch.setattr("shardline.training.export.EXPORT_FORMAT", 1)
+        before = export(run_folder, dataset.path, tmp_path, created_at=WHEN)
+    shutil.rmtree(before.folder / "item_encoder")
+    assert before.item_encoder_folder is None
+    again = export(run_folder, dataset.path, tmp_path, created_at=WHEN)
+    assert again.model_version != before.model_version
+    assert again.item_encoder_folder is not None
+    (one,), (other,) = before.batches(), again.batches()
+    assert (one.vectors == other.vectors).all()
 
 
 def test_missing_run_and_other_catalogue(trained: tuple[Path, Dataset], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Generation folders: round trip, checksums, and every way in which one can be damaged."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import MANIFEST_NAME, write_manifest
 from shardline.shards.storage.generation import (
+    FORMAT_VERSION,
     GenerationManifest,
     read_generation,
     read_item_ids,
     shard_folder,
     verify_generation,
+    verify_item_encoder,
     verify_query_encoder,
     verify_shard,
     write_item_ids,
@@ -33,7 +36,10 @@ def folder(tmp_path: Path) -> Path:
 def manifest(folder: Path) -> GenerationManifest:
     vectors = manifold(200, 8, 4, seed=1)
     encoder = {"config.json": b"{}", "model.safetensors": b"weights"}
-    return build_generation(folder, vectors, IDS, 3, kind="ivf", query_encoder=encoder)
+    items = {"encoder.json": b"{}"}
+    return build_generation(
+        folder, vectors, IDS, 3, kind="ivf", query_encoder=encoder, item_encoder=items
+    )
 
 
 def test_manifest_round_trips(folder: Path, manifest: GenerationManifest) -> None:
@@ -51,12 +57,25 @@ def test_manifest_round_trips(folder: Path, manifest: GenerationManifest) -> Non
     verify_generation(folder, manifest)
     assert verify_shard(folder, manifest, 2) == manifest.shards[2]
     assert verify_query_encoder(folder, manifest) == folder / "query_encoder"
+    assert verify_item_encoder(folder, manifest) == folder / "item_encoder"
+    assert [entry.name for entry in manifest.item_encoder] == ["item_encoder/encoder.json"]
 
 
 def test_a_generation_without_an_encoder_says_so(tmp_path: Path) -> None:
     manifest = build_generation(tmp_path, manifold(20, 8, 4, seed=1), np.arange(20), 1, kind="flat")
     with pytest.raises(NotFound, match="no query encoder"):
         verify_query_encoder(tmp_path, manifest)
+    with pytest.raises(NotFound, match="no item encoder; export the model again and build"):
+        verify_item_encoder(tmp_path, manifest)
+
+
+def test_a_manifest_of_before_item_encoders_is_read(
+    folder: Path, manifest: GenerationManifest
+) -> None:
+    rewrite(folder, lambda body: body.pop("item_encoder"), version=FORMAT_VERSION)
+    found = read_generation(folder)
+    assert found == replace(manifest, item_encoder=())
+    verify_generation(folder, found)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +83,7 @@ def test_a_generation_without_an_encoder_says_so(tmp_path: Path) -> None:
     [
         "template.faiss",
         "query_encoder/model.safetensors",
+        "item_encoder/encoder.json",
         "shard-00000/index.faiss",
         "shard-00002/item_ids.npy",
     ],
@@ -116,7 +136,7 @@ def rewrite(folder: Path, change, version: int = 1) -> None:
 
 
 def test_a_newer_format_is_refused(folder: Path, manifest: GenerationManifest) -> None:
-    rewrite(folder, lambda body: None, version=3)
+    rewrite(folder, lambda body: None, version=FORMAT_VERSION + 1)
     with pytest.raises(NewerFormat, match="newer than this program"):
         read_generation(folder)
 

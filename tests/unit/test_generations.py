@@ -1,15 +1,21 @@
 """``shardline generations``: what a store holds, and what may be deleted of it."""
 
 import json
+import os
 from pathlib import Path
 
 import click
 import numpy as np
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from shardline.cluster.cli import Settings, cli
 from shardline.cluster.commands.serve import _warn_of_other_shards
+from shardline.cluster.control.fleet_state import Role
+from shardline.cluster.control.publish_note import PublishNote
+from shardline.cluster.control.publish_state import Noted
+from shardline.cluster.serving.endpoint import Endpoint, leave_note
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.files import HOST
@@ -50,6 +56,21 @@ def test_the_list(store: Store) -> None:
         path.stat().st_size for path in store.generation(7).rglob("*") if path.is_file()
     )
     assert "live" in run(store, "list")
+
+
+def test_what_a_cluster_has_loaded_beside_the_live_one_is_named_and_stays(store: Store) -> None:
+    note = PublishNote(store.root, "a cluster")
+    note.keep(Noted(live=8, beside=7, role=Role.KEPT))
+    assert json.loads(run(store, "list", "--json"))[0]["state"] == "", "no cluster runs"
+    started = psutil.Process().create_time()
+    url = "http://127.0.0.1:1"
+    leave_note(store, Endpoint(url=url, generation=8, pid=os.getpid(), started=started))
+    states = [each["state"] for each in json.loads(run(store, "list", "--json"))]
+    assert states == ["beside", "live, served"]
+    with pytest.raises(InvalidInput, match="generation 7 is being served"):
+        run(store, "delete", "7")
+    note.keep(Noted(live=8))
+    run(store, "delete", "7")
 
 
 def test_what_was_written_to_a_generation_counts_and_goes_with_it(store: Store) -> None:

@@ -14,8 +14,14 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError
 
-from shardline.cluster.control import controller as module
-from shardline.cluster.control import opening, orders, reconcile, replacing, shard_actors
+from shardline.cluster.control import (
+    opening,
+    orders,
+    reconcile,
+    replacing,
+    shard_actors,
+    watch,
+)
 from shardline.cluster.control.actor_name import ActorName
 from shardline.cluster.control.controller import Controller
 from shardline.cluster.control.hosts import Host
@@ -55,6 +61,10 @@ class Replica:
     @property
     def lead(self) -> "Remote":
         return Remote(self, lambda epoch: asyncio.to_thread(self.server.lead, epoch))
+
+    @property
+    def seal(self) -> "Remote":
+        return Remote(self, lambda epoch: asyncio.to_thread(self.server.seal, epoch))
 
     @property
     def announce(self) -> "Remote":
@@ -156,9 +166,9 @@ class Cluster:
 
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for user in (module, opening):
+    for user in (watch, opening):
         monkeypatch.setattr(user, "fresh_hosts", lambda known=(): HOSTS)
-    monkeypatch.setattr(module, "WATCH_INTERVAL_S", 0.02)
+    monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.02)
     monkeypatch.setattr(orders, "RETRY_S", 0.02)
     monkeypatch.setattr(replacing, "FIRST_RETRY_S", 0.02)
     monkeypatch.setattr(reconcile, "OVERLAP_S", 0.1)
@@ -192,6 +202,7 @@ async def written_to(
     tasks = [asyncio.ensure_future(cluster.follow())]
     try:
         await until(lambda: cluster.primary is not None, timeout=30)
+        await until(lambda: service._fanout.snapshot is not None, timeout=30)
         tasks.append(asyncio.ensure_future(cluster.write()))
         await cluster.writes_go_on()
         yield cluster

@@ -14,8 +14,9 @@ from shardline.router.fanout.hedging import (
     Budget,
     Pace,
     Paces,
+    kind_of,
 )
-from shardline.shards.core.messages import FetchRequest, SearchRequest
+from shardline.shards.core.messages import FetchRequest, SearchOptions, SearchRequest
 
 FLOOR_S = 0.005
 
@@ -103,3 +104,18 @@ def test_a_size_of_which_little_is_known_goes_by_the_nearest_that_is_known():
     fed([0.2] * REFRESH, paces.of(SearchRequest, 64))
     assert paces.guess_s(SearchRequest, 40) == HEADROOM * 0.2
     assert paces.guess_s(SearchRequest, 8) == 2 * delay_s
+
+
+def test_background_searches_are_not_hedged_and_tell_nothing_of_others():
+    queries = np.zeros((4, 2), np.float32)
+    plain = SearchRequest(queries=queries, k=1, timeout_ms=1.0)
+    options = SearchOptions(background=True)
+    background = SearchRequest(queries=queries, k=1, timeout_ms=1.0, options=options)
+    paces = Paces(0.05, FLOOR_S)
+    fed([9.0] * 5 * REFRESH, paces.of(kind_of(background), 4))
+    assert paces.of(kind_of(background), 4).delay_s == float("inf")
+    assert paces.guess_s(kind_of(background), 4) == float("inf")
+    assert paces.guess_s(kind_of(plain), 4) == float("inf")
+    fed([0.1] * REFRESH, paces.of(kind_of(plain), 4))
+    assert paces.of(kind_of(plain), 4).delay_s == 0.1 * HEADROOM
+    assert paces.guess_s(kind_of(background), 4) == float("inf")

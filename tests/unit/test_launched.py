@@ -219,6 +219,7 @@ def test_doctor_judges_what_the_controller_reports() -> None:
         "ok    replicas: 2 shards, 2 of 2 answer",
         "ok    writes: 2 of 2 shards take them",
         "ok    routers: 3, one on every host",
+        "ok    served index: recall of served queries is not known yet",
     ]
 
 
@@ -242,6 +243,7 @@ def test_doctor_names_what_is_missing() -> None:
         "warn  writes: 1 of 2 shards take them; not shards [1]",
         "warn  routers: 1; none on 10.0.0.2, 10.0.0.10",
         "warn  controller: unavailable: a host is gone",
+        "ok    served index: recall of served queries is not known yet",
     ]
     report["replicas"][1]["answers"] = True
     assert str(check_report(report)[0]).startswith("warn  replicas: 2 shards, 2 of 4 answer")

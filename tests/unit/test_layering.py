@@ -46,10 +46,13 @@ BELOW = {
         *("loss", "mining", "model"),
     ),
     "training/synthetic": ("data", "evaluation"),
+    "cluster/backup": (),
     "cluster/batch": (),
-    "cluster/control": (),
+    "cluster/control": ("rollover",),
+    "cluster/housekeeping": ("backup", "control", "serving"),
     "cluster/preflight": (),
-    "cluster/serving": ("control", "preflight"),
+    "cluster/rollover": ("batch",),
+    "cluster/serving": ("control", "preflight", "rollover"),
 }
 
 # library -> the only places that may import it

@@ -1,6 +1,7 @@
 """The log of a shard: what is appended is read again, by successors and by followers."""
 
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,12 @@ def files(request: pytest.FixtureRequest) -> LogFiles:
             vectors=np.empty((0, 3), dtype=np.float32),
             attributes=b"",
         ),
+        Upsert(
+            item_ids=np.array([7], dtype=np.int64),
+            vectors=np.array([[1, 2]], dtype=np.float32),
+            attributes=b"\x81\xa1a\x91\x01",
+            features=b"\x91\x81\xa1a\x01",
+        ),
         Delete(item_ids=np.array([0, 5, 9], dtype=np.int64)),
         Delete(item_ids=np.empty(0, dtype=np.int64)),
     ],
@@ -53,13 +60,34 @@ def test_a_record_is_read_as_it_was_written(change: Upsert | Delete) -> None:
         assert found.change.vectors.shape == change.vectors.shape
         np.testing.assert_array_equal(found.change.vectors, change.vectors)
         assert found.change.attributes == change.attributes
+        assert found.change.features == change.features
+
+
+def test_a_log_of_the_first_format_is_read_and_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("shardline.shards.live.log_segments.FORMAT_VERSION", 1)
+        old, _ = Log.open(tmp_path, 1, after_seq=0)
+        old.append(records(1, 2))
+        old.close()
+    new, found = Log.open(tmp_path, 2, after_seq=0)
+    assert as_bytes(found) == as_bytes(records(1, 2))
+    featured = replace(records(1, 1)[0].change, features=b"\x90")
+    new.append([Record(seq=3, epoch=2, key="", change=featured)])
+    (again,) = LogTail(tmp_path, 2).read_new()
+    assert encode_record(again) == encode_record(replace(again, change=featured))
 
 
 def test_what_is_no_record_is_refused() -> None:
     whole = encode_record(a_record(1))
-    for size in range(len(whole)):
-        with pytest.raises(CorruptFile):
-            decode_record(whole[:size])
+    featured = encode_record(
+        replace(a_record(1), change=replace(a_record(1).change, features=b"f"))
+    )
+    for record in (whole, featured):
+        for size in range(len(record)):
+            with pytest.raises(CorruptFile):
+                decode_record(record[:size])
     for wrong in (whole + b"x", b"\x09" + whole[1:], encode_record(a_record(3))[:-1] + b"\xff\xff"):
         with pytest.raises(CorruptFile):
             decode_record(wrong)

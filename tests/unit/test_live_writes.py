@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import shutil
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,11 +27,12 @@ from shardline.shards.core.messages import MAX_WRITTEN_ROWS, NO_PARAMS, WriteRep
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.compaction import compact
 from shardline.shards.live.epoch_file import raise_epoch
+from shardline.shards.live.kept_segments import KEPT_FOLDER, WithKept
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import last_write, load_caught_up
 from shardline.shards.live.log import Log
-from shardline.shards.live.log_files import LogFiles
+from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
 from shardline.shards.live.records import Record
@@ -394,6 +396,23 @@ def test_a_replica_that_fell_behind_a_trim_goes_on_with_the_newest_main(generati
     changed_over(changing(generation, follower, leads=False), follower, leads=False)
     follower.catch_up()
     assert contents(replica) == contents(shard)
+
+
+def test_what_compactions_make_unnecessary_is_kept_for_a_replay(generation: Path) -> None:
+    shard, writes = leading(generation)
+    for round_ in range(3):
+        request = upsert_request(range(NEW_ITEMS, NEW_ITEMS + 12), seed=round_)
+        wrote(writes, replace(request, features=b"\x90"))
+        change = changing(generation, writes, leads=True, main_seq=round_)
+        changed_over(change, writes, leads=True)
+    wrote(writes, delete_request([1]))
+    live = live_folder(generation, 0)
+    found = LogTail(live, 0, WithKept(FILES)).read_new()
+    assert [record.seq for record in found] == [1, 2, 3, 4]
+    assert [getattr(record.change, "features", None) for record in found] == [b"\x90"] * 3 + [None]
+    shutil.rmtree(live / KEPT_FOLDER)
+    assert contents(opened(generation)[0]) == contents(shard), "no start of the shard reads it"
+    assert last_write(generation, read_generation(generation), 0) == 4
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw", "ivfpq-fs", "sq8"])

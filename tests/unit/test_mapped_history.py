@@ -113,7 +113,7 @@ class DictionaryRows:
     def __init__(self, rows: dict[int, FloatArray]) -> None:
         self._rows = rows
 
-    def newest(self, item_ids: IdArray, limit: int) -> PastItems:
+    def newest(self, item_ids: IdArray, limit: int, new_items: object = None) -> PastItems:
         known = [self._rows[item] for item in item_ids.tolist() if item in self._rows][-limit:]
         return PastItems(np.array(known, np.float32).reshape(-1, self.width), None)
 

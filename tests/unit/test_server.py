@@ -1,5 +1,6 @@
 """The shard's TCP server, over real sockets: handshake, batches, refusals, faults, clean stop."""
 
+import math
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,13 +17,16 @@ from shardline.shards.core.messages import (
     FetchRequest,
     Hello,
     ReplicaKey,
+    SearchOptions,
     SearchParams,
     SearchReply,
     SearchRequest,
     Welcome,
 )
 from shardline.shards.core.schema import Metric
+from shardline.shards.server import answering
 from shardline.shards.server import shard_server as server_module
+from shardline.shards.server.answering import followed, learned
 from shardline.shards.server.shard_server import ShardServer
 from shardline.shards.wire.frames import (
     HEADER,
@@ -345,11 +349,17 @@ def test_a_refused_or_failed_request_says_nothing_about_the_speed(serve) -> None
 
 
 def test_the_estimate_rises_at_once_and_falls_slowly() -> None:
-    server = ShardServer(flat_shard(VECTORS, IDS), secret=SECRET)
+    ms_per_row = math.inf
     for measured, estimate in [(5.0, 5.0), (1.0, 2.5), (4.2, 4.2), (8.0, 8.0), (0.0, 4.0)]:
-        server._answerer._learn(measured)
-        assert server._answerer.ms_per_row == pytest.approx(estimate)
-    server.stop()
+        ms_per_row = learned(ms_per_row, measured)
+        assert ms_per_row == pytest.approx(estimate)
+
+
+def test_the_estimate_of_pieces_follows_by_a_factor_of_two() -> None:
+    ms_per_row = math.inf
+    for measured, estimate in [(1.0, 1.0), (50.0, 2.0), (1.5, 1.5), (0.01, 0.75), (1.4, 1.4)]:
+        ms_per_row = followed(ms_per_row, measured)
+        assert ms_per_row == pytest.approx(estimate)
 
 
 @pytest.mark.usefixtures("any_speed_is_short")
@@ -635,3 +645,76 @@ def test_a_long_search_says_that_it_lives(serve, monkeypatch) -> None:
         while 1 not in frames:  # the reply comes after however many of them
             frames |= dict(asking.splitter.feed(asking.socket.recv(1 << 16)))
     assert isinstance(decode_payload(frames[1]), SearchReply)
+
+
+def in_background(queries=VECTORS, k: int = 10, timeout_ms: float = 10_000.0) -> SearchRequest:
+    options = SearchOptions(background=True)
+    return SearchRequest(queries=queries, k=k, timeout_ms=timeout_ms, options=options)
+
+
+class Counting(Gate):
+    """An open gate that records how many queries each search has."""
+
+    def search_batch(self, requests):
+        self.open.set()
+        self.batches.append(sum(len(request.queries) for request in requests))
+        return self.inner.search_batch(requests)
+
+
+def test_a_background_search_is_one_answer_made_of_pieces(serve, monkeypatch) -> None:
+    monkeypatch.setattr(answering, "PIECE_MS", 0.0)  # a query each
+    counting = Counting(flat_shard(VECTORS, IDS))
+    with closing(Client(serve(counting))) as client:
+        reply = client.ask(in_background(VECTORS[:9]))
+        assert counting.batches == [1] * 9
+        whole = counting.inner.search(search(VECTORS[:9]))
+        assert_same_answers(reply.ranked, whole.ranked)
+        assert (reply.rows, reply.others_share) == (ROWS, 0.0)
+        assert client.ask(search()).others_share == 0.0
+        assert 0 < client.ask(in_background(VECTORS[:1])).others_share < 1
+        error = client.ask(in_background(k=0))
+        assert (error.code, error.field) == ("invalid_input", "k")
+
+
+def test_other_searches_are_answered_between_two_pieces(serve, monkeypatch) -> None:
+    monkeypatch.setattr(answering, "PIECE_MS", 0.0)
+    gate = Gate(flat_shard(VECTORS, IDS))
+    with closing(Client(serve(gate))) as client:
+        client.send(1, in_background(VECTORS[:20]))
+        assert gate.entered.wait(TIMEOUT_S)
+        client.send(2, search())
+        client.send(3, in_background(VECTORS[:1]))
+        client.send(4, search(VECTORS[:4]))
+        wait_for_depth(serve.server, 4)
+        gate.open.set()
+        assert [client.receive()[0] for _ in range(4)] == [2, 4, 1, 3]
+    assert gate.batches == [1, 2] + [1] * 20
+
+
+def test_a_background_search_whose_time_runs_out_is_given_up(serve, monkeypatch) -> None:
+    monkeypatch.setattr(answering, "PIECE_MS", 0.0)
+    watched = Watched(flat_shard(VECTORS, IDS), slow_s=0.05)
+    with closing(Client(serve(watched))) as client:
+        reply = client.ask(in_background(timeout_ms=120.0))
+        assert (type(reply), reply.code) == (ErrorReply, "deadline_exceeded")
+        assert len(watched.threads) < 10
+        watched.broken = True
+        reply = client.ask(in_background(timeout_ms=10_000.0))
+        assert reply == ErrorReply(code="error", message="internal error of the shard")
+    stats = serve.server.stats
+    assert (stats.requests, stats.expired, stats.failed) == (2, 1, 1)
+
+
+def test_background_searches_leave_room_in_the_queue(serve) -> None:
+    gate = Gate(flat_shard(VECTORS, IDS))
+    with closing(Client(serve(gate, max_queued_requests=4))) as client:
+        client.send(1, in_background(VECTORS[:1]))
+        assert gate.entered.wait(TIMEOUT_S)
+        client.send(2, in_background(VECTORS[:1]))
+        client.send(3, in_background(VECTORS[:1]))
+        request_id, refused = client.receive()
+        assert (request_id, refused.code) == (3, "overloaded")
+        client.send(4, search())
+        wait_for_depth(serve.server, 3)
+        gate.open.set()
+        assert sorted(client.receive()[0] for _ in range(3)) == [1, 2, 4]

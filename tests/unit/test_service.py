@@ -22,7 +22,7 @@ from shardline.shards.core.errors import (
     Unavailable,
     VersionMismatch,
 )
-from shardline.shards.core.messages import ErrorReply
+from shardline.shards.core.messages import ErrorReply, SearchOptions
 from shardline.shards.core.schema import Metric, Ranked
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import (
@@ -466,6 +466,17 @@ async def test_a_query_that_comes_again_is_answered_from_the_cache():
         assert [len(shard.requests) for shard in shards] == [2, 2, 2, 2]
         stats = service.status()["cache"]
         assert (stats["hits"], stats["misses"], stats["entries"]) == (1, 2, 2)
+
+
+async def test_background_searches_are_not_kept():
+    options = SearchOptions(background=True)
+    async with serving() as (service, shards, _, vectors):
+        for _ in range(2):
+            answer = await search(service, vectors=vectors[:2].tolist(), k=4, options=options)
+        assert answer.others_share == 0.0
+        assert [len(shard.requests) for shard in shards] == [2, 2, 2, 2]
+        assert service.status()["cache"]["entries"] == 0
+        assert (await search(service, vectors=vectors[:2].tolist(), k=4)).others_share is None
 
 
 async def test_a_partial_answer_is_never_repeated():

@@ -27,6 +27,8 @@ from shardline.cluster.control.events import (
     ReplicaFailed,
     ReplicaIdle,
     ReplicaUnreachable,
+    Sealed,
+    SealFailed,
 )
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.shard_actors import (
@@ -42,7 +44,7 @@ from shardline.shards.core.errors import (
     ShardlineError,
     Unavailable,
 )
-from shardline.shards.core.messages import Absence, Pulse, ReplicaKey
+from shardline.shards.core.messages import Absence, Pulse, ReplicaKey, ShardHealth
 from tests.engine import build_generation
 from tests.fake_actor import HANG, Handle, raised_in_a_method, raised_in_the_constructor
 
@@ -72,7 +74,9 @@ def actors(tmp_path: Path, alive: dict[str, Handle]) -> ShardActors:
         gpus_per_shard=1.0,
         huge_pages=True,
     )
-    return ShardActors(settings, tmp_path, manifest, "the-controller")
+    actors = ShardActors(settings, "the-controller")
+    actors.open(tmp_path, manifest)
+    return actors
 
 
 @pytest.fixture
@@ -144,6 +148,19 @@ def test_a_dead_one_has_failed_once(actors: ShardActors, handle: Handle) -> None
     assert actors.placed == (KEY,)  # until the failure is on disk
     actors.forget(KEY)
     assert actors.placed == ()
+
+
+def test_health_is_that_of_the_last_look_and_forgotten_with_the_actor(
+    actors: ShardActors, handle: Handle
+) -> None:
+    known = ShardHealth(rows=10, changed=3, unseen=1, imbalance=None)
+    handle.ping.plan = [Pulse(pid=1, seq=5, health=known), Pulse(pid=1, seq=6)]
+    assert actors.health == {}
+    for _ in range(2):  # the second one could not say
+        assert check(actors) is None
+        assert actors.health == {KEY: known}
+    actors.forget(KEY)
+    assert actors.health == {}
 
 
 def test_a_dead_one_that_was_replaced_during_the_check_is_no_event(
@@ -282,7 +299,7 @@ def test_those_that_are_found_are_of_this_cluster_and_generation(
     (name,) = alive
     others = [name.replace("-7-1-0-", "-3-1-0-"), name.replace(name.split("-")[5], "ffffffff")]
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: [name, *others, "x"])
-    assert actors.found() == {KEY: NODE}
+    assert actors.found(KEY.generation) == {KEY: NODE}
 
 
 def test_an_actor_stays_on_its_host(actors: ShardActors, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,8 +379,27 @@ def test_only_actors_of_other_generations_of_this_cluster_are_ended(
     killed: list[Any] = []
     monkeypatch.setattr(ray, "kill", killed.append)
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: names)
-    actors.end_others()
+    actors.end_others([KEY.generation, 3])
+    assert killed == []
+    actors.end_others([KEY.generation])
     assert killed == [alive[older]]
+
+
+def test_a_replica_seals_its_shard_or_says_why_not(
+    actors: ShardActors, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_actors, "SEAL_TIMEOUT_S", 0.01)
+    handle.ping.then = Pulse(pid=1, seq=41)
+    handle.seal.plan = [raised_in_a_method(NotPrimary("epoch 9 leads")), HANG]
+    outcomes = [asyncio.run(actors.seal(KEY, 8)) for _ in range(3)]
+    nobody = asyncio.run(actors.seal(ReplicaKey(7, 0, 0), 8))
+    assert isinstance(nobody, SealFailed)
+    assert nobody.reason.text == "it has no process"
+    refused, late, sealed = (replace(each, now_s=0.0) for each in outcomes)
+    assert refused == SealFailed(key=KEY, epoch=8, reason=Absence("not_primary", "epoch 9 leads"))
+    assert isinstance(late, SealFailed)
+    assert late.reason == Absence("deadline_exceeded", "replica 7-1-0 was not sealed within 0.01 s")
+    assert sealed == Sealed(key=KEY, epoch=8, seq=41)
 
 
 def refused_by_the_controller(cause: Exception) -> Exception:

@@ -45,7 +45,8 @@ class Router:
         if not self.answers:
             raise Unavailable("no router answers")
         names = ("generation", "model_version", "index", "dim", "metric", "rows")
-        return {**dict.fromkeys(names, 1), "shards": [], "warnings": []}
+        quality = {"generation": 1, "recall": 0.5, "queries": 1, "k": 10, "since": 0.0}
+        return {**dict.fromkeys(names, 1), "shards": [], "warnings": [], "quality": quality}
 
 
 @pytest.fixture
@@ -57,6 +58,8 @@ def status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         notes=[{"code": "unavailable", "text": "fewer hosts than replicas"}],
     )
     report["hosts"][2]["alive"] = False
+    report["quality"] = {"generation": 1, "recall": 0.95, "queries": 70, "k": 10, "since": 0.0}
+    report["repairs"] = [{"code": "compact", "text": "too much has changed"}]
     found = Launched(report=report, node_id="node-10.0.0.1")
     monkeypatch.setattr(module, "launched_of", lambda *_: found)
 
@@ -68,6 +71,13 @@ def status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         return int(ended.value.code or 0), out, err
 
     return run
+
+
+def test_recall_is_that_of_all_routers(status) -> None:
+    _, out, _ = status()
+    assert out.count("against exact answers") == 1
+    assert "recall  0.950 @10, of 70 served queries, against exact answers\n" in out
+    assert out.count("repair due: compact: too much has changed\n") == 1
 
 
 def test_hosts_routers_and_replicas_are_shown(status) -> None:

@@ -49,6 +49,14 @@ MESSAGES = [
     ErrorReply(code="invalid_input", message="out of range", field="params.nprobe"),
     SearchRequest(queries=FLOATS, k=7, timeout_ms=12.5, params=SearchParams(nprobe=4)),
     SearchReply(ranked=Ranked(IDS, FLOATS), rows=10, generation=57, seq=2**40, search_ms=0.25),
+    SearchReply(
+        ranked=Ranked(IDS, FLOATS),
+        rows=10,
+        generation=57,
+        seq=2**40,
+        search_ms=0.25,
+        others_share=0.125,
+    ),
     FetchRequest(item_ids=IDS[0], timeout_ms=3),
     FetchRequest(item_ids=IDS[0], timeout_ms=3, min_seq=(4, 0)),
     FetchReply(item_ids=IDS[0], vectors=FLOATS, generation=57, seq=4),
@@ -58,6 +66,9 @@ MESSAGES = [
         item_ids=IDS[0], names=("a", "b"), values=msgpack.packb([[1], ["a"]]), generation=57, seq=4
     ),
     UpsertRequest(item_ids=IDS[0], vectors=FLOATS, attributes=b"\x80", key="k-1", timeout_ms=3),
+    UpsertRequest(
+        item_ids=IDS[0], vectors=FLOATS, attributes=b"", key="", timeout_ms=3, features=b"\x90"
+    ),
     DeleteRequest(item_ids=IDS[0], key="", timeout_ms=3),
     WriteReply(rows=2, existed=1, generation=57, seq=2**40),
 ]
@@ -126,7 +137,7 @@ def search(data: bytes = bytes(8), **changes: object) -> bytes:
 def found(data: bytes = bytes(24), **changes: object) -> bytes:
     """A SearchReply's payload: two results of one query."""
     head = {"kind": 5, "n": 1, "k": 2, "zero": 0, "generation": 1, "seq": 0, "rows": 10}
-    head |= {"search_ms": 0.5}
+    head |= {"search_ms": 0.5, "others_share": 0.25}
     return REPLY.pack(*(head | changes).values()) + data
 
 
@@ -227,6 +238,9 @@ def array(dtype: object, shape: object, data: object) -> dict:
         found(search_ms=float("inf")),
         found(search_ms=float("nan")),
         found(search_ms=1e306),
+        found(others_share=-0.25),
+        found(others_share=1.5),
+        found(others_share=float("nan")),
     ],
 )
 def test_bad_payloads_are_protocol_errors(payload: bytes) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shardline.router.featured_writes import encoded
 from shardline.router.http.media import Media
 from shardline.router.http.write_codec import (
     DELETE_FIELDS,
@@ -20,17 +21,38 @@ from shardline.router.written import Upserts, delete_parts, upsert_parts
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import Metric
+from tests.fake_encoder import small_item_encoder
 from tests.fake_shard import make_table
 from tests.unit.test_codec_fuzz import ARRAYS, KEYS, NUMBERS, VALUES
 
 CONFIG = RouterConfig()
-DIM = 2
+DIM = 5
+ENCODER = small_item_encoder(DIM)
 ROWS = st.lists(NUMBERS, min_size=DIM, max_size=DIM) | ARRAYS | VALUES
 IDS = st.integers(-1, 5) | NUMBERS
 ATTRIBUTES = st.dictionaries(KEYS, VALUES, max_size=3) | VALUES
-ITEMS = st.fixed_dictionaries(
-    {"item_id": IDS, "vector": ROWS}, optional={"attributes": ATTRIBUTES, "features": VALUES}
-) | st.dictionaries(st.sampled_from(ITEM_FIELDS) | KEYS, VALUES, max_size=4)
+# what the item encoder takes, and anything else in its place
+TAKEN = {
+    "category": st.sampled_from(["film", "song", "", None]),
+    "tags": st.none() | st.lists(st.sampled_from(["x", "y", "z", None]), max_size=4),
+    "size": st.none() | st.integers(-5, 5) | st.floats(allow_nan=False, allow_infinity=False),
+    "released": st.none() | st.integers(-(10**9), 10**11) | st.just("2014-05-13T16:53:20+02:00"),
+}
+FEATURES = st.fixed_dictionaries({name: taken | VALUES for name, taken in TAKEN.items()})
+# with a category: of nothing known this tower makes a vector of zeros
+GOOD_FEATURES = st.fixed_dictionaries(TAKEN | {"category": st.sampled_from(["film", "song"])})
+COLUMNS = st.fixed_dictionaries(
+    {name: st.lists(taken, min_size=1, max_size=3) | ARRAYS for name, taken in TAKEN.items()}
+)
+ITEMS = (
+    st.fixed_dictionaries(
+        {"item_id": IDS, "vector": ROWS}, optional={"attributes": ATTRIBUTES, "features": VALUES}
+    )
+    | st.fixed_dictionaries(
+        {"item_id": IDS, "features": FEATURES | VALUES}, optional={"attributes": ATTRIBUTES}
+    )
+    | st.dictionaries(st.sampled_from(ITEM_FIELDS) | KEYS, VALUES, max_size=4)
+)
 BODIES = (
     st.fixed_dictionaries(
         {"items": st.lists(ITEMS, max_size=3)},
@@ -41,6 +63,10 @@ BODIES = (
         optional={
             "attributes": st.dictionaries(KEYS, st.lists(VALUES, max_size=3) | ARRAYS, max_size=3)
         },
+    )
+    | st.fixed_dictionaries(
+        {"item_ids": st.lists(IDS, max_size=3) | ARRAYS, "features": COLUMNS | VALUES},
+        optional={"attributes": st.dictionaries(KEYS, st.lists(VALUES, max_size=3), max_size=2)},
     )
     | st.dictionaries(st.sampled_from([*UPSERT_FIELDS, *DELETE_FIELDS]) | KEYS, VALUES, max_size=4)
 )
@@ -56,7 +82,10 @@ def accept(body: bytes, media: Media) -> int:
         given_items = decode_upsert(body, media, CONFIG)
         assert isinstance(given_items, Upserts)
         count = len(given_items.item_ids)
-        assert count == len(given_items.vectors) > 0
+        by = given_items.vectors if given_items.features is None else given_items.features
+        assert count == len(by) > 0
+        if given_items.features is not None:
+            given_items = encoded(given_items, ENCODER)
         assert all(len(values) == count for values in given_items.attributes.values())
         parts = upsert_parts(given_items, table(), "key")
     except InvalidInput as error:
@@ -103,7 +132,9 @@ def _with_texts(value):
 @settings(max_examples=300)
 def test_a_good_body_with_flipped_bytes_is_refused_or_right(data: st.DataObject) -> None:
     media = data.draw(st.sampled_from(list(Media)))
-    content = {"items": [{"item_id": 4, "vector": [1.0, 2.0], "attributes": {"a": [1, "x"]}}]}
+    by_vector, by_features = {"vector": [1.0] * DIM}, {"features": data.draw(GOOD_FEATURES)}
+    written = data.draw(st.sampled_from([by_vector, by_features]))
+    content = {"items": [{"item_id": 4, **written, "attributes": {"a": [1, "x"]}}]}
     good = msgpack.packb(content) if media is Media.MSGPACK else json.dumps(content).encode()
     assert accept(good, media) == 1
     body = bytearray(good)

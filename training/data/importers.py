@@ -13,6 +13,7 @@ import numpy as np
 
 from shardline.shards.core.errors import DataError
 from shardline.shards.core.schema import IdArray
+from shardline.shards.storage.cut import Cut
 from shardline.training.data.formats import SHOWN, Format, ImportConfig, ImportReport, Source
 from shardline.training.data.splits import SplitCodes, cold_rows, hold_out, split_codes
 from shardline.training.data.table_checks import SPLITS
@@ -37,6 +38,7 @@ def import_dataset(
     target: Path,
     config: ImportConfig | None = None,
     *,
+    cut: Cut | None = None,
     overwrite: bool = False,
 ) -> ImportReport:
     """Reads ``source``, writes the dataset folder ``target``, says what it met.
@@ -65,6 +67,7 @@ def import_dataset(
         iter([batch]),
         name=Path(str(source)).name,
         parameters={"importer": kind.value, **settings.model_dump(mode="json")},
+        cut=cut,
         overwrite=overwrite,
     )
     return report

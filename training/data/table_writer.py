@@ -21,6 +21,7 @@ from shardline.shards.core.files import (
     write_manifest,
 )
 from shardline.shards.core.schema import IdArray
+from shardline.shards.storage.cut import Cut
 from shardline.training.data.splits import SplitCodes
 from shardline.training.data.table_checks import (
     INTERACTION_SCHEMA,
@@ -82,9 +83,16 @@ class DatasetWriter:
 
 @contextmanager
 def dataset_writer(
-    path: Path, *, name: str, parameters: dict[str, Any] | None = None, overwrite: bool = False
+    path: Path,
+    *,
+    name: str,
+    parameters: dict[str, Any] | None = None,
+    cut: Cut | None = None,
+    overwrite: bool = False,
 ) -> Iterator[DatasetWriter]:
     """Writes users, items, interactions (in this order) and the manifest; all appear at the end.
+
+    cut: what the items contain of a live generation's writes, where that is known.
 
     Raises:
         DataError: the target exists and ``overwrite`` is not set, or a table is not acceptable.
@@ -102,6 +110,7 @@ def dataset_writer(
             "rows": writer.rows,
             "ceilings": writer.ceilings,
             "parameters": parameters,
+            "cut": None if cut is None else cut.to_json(),
             "files": [asdict(entry) for entry in files],
         }
         write_manifest(staging, kind=KIND, version=VERSION, body=body)
@@ -118,6 +127,7 @@ def write_dataset(
     name: str,
     ceilings: dict[str, Any] | None = None,
     parameters: dict[str, Any] | None = None,
+    cut: Cut | None = None,
     overwrite: bool = False,
 ) -> Dataset:
     """Writes a folder in one call; ``interactions`` may be an iterator that is streamed.
@@ -125,7 +135,9 @@ def write_dataset(
     Users and items may come in any order and are sorted by id. Raises as ``dataset_writer``.
     """
     batches = interactions.to_batches() if isinstance(interactions, pa.Table) else interactions
-    with dataset_writer(path, name=name, parameters=parameters, overwrite=overwrite) as writer:
+    with dataset_writer(
+        path, name=name, parameters=parameters, cut=cut, overwrite=overwrite
+    ) as writer:
         writer.users(users)
         writer.items(items)
         writer.interactions(batches)

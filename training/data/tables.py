@@ -4,7 +4,7 @@
     items.parquet         item_id int64, then feature columns
     interactions.parquet  user_id int64, item_id int64, timestamp int64, split dictionary<string>
     oracle.safetensors    only of synthetic data: the hidden vectors; never a feature
-    _manifest.json        name, rows, checksums, ceilings, parameters; written last
+    _manifest.json        name, rows, checksums, ceilings, parameters, cut; written last
 
 Ids are arbitrary int64 >= 0, unique and ascending in their table. The training part speaks of a
 user or item by its *row* in that table: dense, and in the same order as the ids, so that "ties by
@@ -35,6 +35,7 @@ from safetensors.numpy import load_file
 from shardline.shards.core.errors import CorruptFile, DataError, NotFound
 from shardline.shards.core.files import FileEntry, read_manifest, verify_files
 from shardline.shards.core.schema import ORIGINAL_ID, IdArray
+from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.training.data.csr import Csr
 from shardline.training.data.sequences import Sequences
 from shardline.training.data.table_checks import (
@@ -78,6 +79,11 @@ class Dataset:
         """Metrics that no model can beat on this split, when the generator knows them."""
         ceilings: dict[str, Any] | None = self.manifest["ceilings"]
         return ceilings
+
+    @property
+    def cut(self) -> Cut | None:
+        """What the items contain of a live generation's writes; None where nobody has said it."""
+        return cut_from_json(self.manifest.get("cut"))
 
     @property
     def rows(self) -> dict[str, int]:

@@ -99,6 +99,7 @@ def embed_items(
         name=dataset.name,
         ceilings=dataset.ceilings,
         parameters={"text_column": column, "text_model": model.name},
+        cut=dataset.cut,
         overwrite=overwrite,
     )
 

@@ -1,0 +1,1 @@
+"""Snapshots of a generation with its writes, and generations restored from them"""

@@ -1,0 +1,29 @@
+"""What of the live generation's writes a catalogue contains that is read from now on."""
+
+import logging
+
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import NotFound, ShardlineError
+from shardline.shards.live.live_rows import newest_write
+from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.generation import read_generation
+
+logger = logging.getLogger(__name__)
+
+
+def catalogue_cut(store: Store) -> Cut | None:
+    """All writes that are in the logs now: who writes an item has it in the catalogue by then.
+
+    None where nothing is live, or its logs cannot be read, which is logged: then ``publish``
+    replays all writes, which is slower and as right.
+    """
+    try:
+        number = store.current()
+        folder = store.generation(number)
+        shards = range(len(read_generation(folder).shards))
+        return Cut(generation=number, seqs=tuple(newest_write(folder, shard) for shard in shards))
+    except NotFound:
+        return None
+    except (ShardlineError, OSError) as error:
+        logger.error("%s; `shardline publish` will replay all writes", error)
+        return None

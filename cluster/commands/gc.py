@@ -1,0 +1,169 @@
+"""``gc``: removes what a store no longer needs, and erases what was deleted."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import click
+
+from shardline.cluster.cli import Settings
+from shardline.cluster.console import StageProgress
+from shardline.cluster.housekeeping.erase import Erasure, compact_away, drop_superseded
+from shardline.cluster.housekeeping.held import held_generations
+from shardline.cluster.housekeeping.removals import Policy, Removal, removals, remove
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.files import MANIFEST_NAME
+from shardline.shards.live.compaction import NICENESS
+from shardline.shards.storage.generation import read_generation
+
+MIB = 1 << 20
+LOCK = "gc.lock"
+
+
+@click.command()
+@click.option("--dry-run", is_flag=True, help="Say what would be removed, and remove nothing.")
+@click.option(
+    "--keep",
+    type=click.IntRange(min=0),
+    help="Short for --set housekeeping.keep_generations=N: older generations to leave.",
+)
+@click.option(
+    "--erase",
+    is_flag=True,
+    help="Have what was deleted or replaced leave every file of the generations in use, and remove "
+    "all older generations.",
+)
+@click.option(
+    "--embeddings",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Remove embedding sets too, all but the newest N.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_obj
+def gc(
+    settings: Settings,
+    dry_run: bool,
+    keep: int | None,
+    erase: bool,
+    embeddings: int | None,
+    as_json: bool,
+) -> None:
+    """Remove old generations, kept log beyond its bound, and what killed commands have left.
+
+    Never what is live, what a cluster has loaded, or a generation newer than the live one. A
+    cluster may serve and take writes meanwhile.
+    """
+    if keep is not None:
+        settings.extra_overrides.append(f"housekeeping.keep_generations={keep}")
+    store = settings.store
+    with _alone(store):
+        in_use = held_generations(settings.config, verbose=settings.verbose)
+        held, is_served = in_use.reasons, in_use.served is not None
+        erased: list[Erasure] = []
+        if erase and not dry_run:
+            if is_served and in_use.is_publishing:
+                raise Unavailable(
+                    f"generation {in_use.beside} is being published, from the log that an erasure "
+                    "would cut",
+                    hint="wait for the end of the publish: `shardline status` shows it",
+                )
+            with StageProgress() as progress:
+                erased = _erased(store, sorted(held), progress, is_served=is_served)
+        policy = Policy(
+            live=in_use.live,
+            held=held,
+            loaded=held if is_served else (),
+            keep=0 if erase else settings.config.housekeeping.keep_generations,
+            keep_log_bytes=settings.config.live.keep_log_bytes,
+            keep_embeddings=embeddings,
+        )
+        found = removals(store, policy)
+        for removal in () if dry_run else found:
+            remove(store, removal)
+    if as_json:
+        click.echo(json.dumps(_report(found, held, erased, dry_run), indent=2))
+        return
+    _print(found, dry_run)
+    if erase:
+        _print_erased(store, erased, held)
+
+
+def _erased(
+    store: Store, numbers: list[int], progress: StageProgress, *, is_served: bool
+) -> list[Erasure]:
+    """Of every shard of the generations in use, one after the other."""
+    shards = [
+        (number, shard)
+        for number in numbers
+        if (store.generation(number) / MANIFEST_NAME).is_file()
+        for shard in range(len(read_generation(store.generation(number)).shards))
+    ]
+    done: list[Erasure] = []
+    if is_served:
+        os.nice(NICENESS)  # searches come first
+    for number, shard in shards:
+        progress("erase", len(done), len(shards))
+        done.append(compact_away(store, number, shard, is_loaded=is_served))
+    progress("erase", len(done), len(shards))
+    for each in done:  # after all of them: replicas have the same time to change over
+        drop_superseded(store, each, is_loaded=is_served)
+    return done
+
+
+@contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Raises Unavailable: another gc of this store is at work."""
+    handle = os.open(store.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Unavailable(
+                f"{store.root}: another `shardline gc` is at work", hint="wait for its end"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _print(found: list[Removal], dry_run: bool) -> None:
+    for removal in found:
+        click.echo(f"{removal.kind}: {removal.path}, {removal.bytes / MIB:,.1f} MiB")
+    said = "would be removed" if dry_run else "removed"
+    total = sum(removal.bytes for removal in found)
+    click.echo(f"{total / MIB:,.1f} MiB {said}" if found else "nothing to remove")
+
+
+def _print_erased(store: Store, erased: list[Erasure], held: dict[int, str]) -> None:
+    for each in erased:
+        if each.left is not None:
+            click.echo(f"not erased: generation {each.generation}, shard {each.shard}: {each.left}")
+    newer = [number for number in store.generation_numbers() if number not in held]
+    if newer:
+        click.echo(
+            f"generations {', '.join(map(str, newer))} are not in use, and keep what they were "
+            "built from: publish or delete them"
+        )
+    sets = len(list(store.embeddings.glob(f"*/{MANIFEST_NAME}")))
+    if sets:
+        click.echo(
+            f"{sets} embedding sets keep what they were exported with; `shardline gc --embeddings "
+            "0` removes them"
+        )
+
+
+def _report(
+    found: list[Removal], held: dict[int, str], erased: list[Erasure], dry_run: bool
+) -> dict[str, object]:
+    return {
+        "dry_run": dry_run,
+        "removed": [asdict(each) | {"path": str(each.path)} for each in found],
+        "bytes": sum(each.bytes for each in found),
+        "held": {str(number): why for number, why in sorted(held.items())},
+        "erased": [asdict(each) for each in erased],
+    }

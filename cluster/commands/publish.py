@@ -1,0 +1,192 @@
+"""``publish`` and ``rollback``: another generation goes live, without a failed query."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from shardline.cluster.cli import Settings
+from shardline.cluster.commands.publish_text import print_publish, publish_line
+from shardline.cluster.console import StageProgress
+from shardline.cluster.control.publish_state import PublishKind, PublishOptions
+from shardline.cluster.preflight.check import enforce
+from shardline.cluster.preflight.servable import servable_generation
+from shardline.cluster.serving.launched import Report, asked, controller
+from shardline.cluster.serving.reaching import note_served, reached
+from shardline.cluster.serving.survey import check_beside
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable, error_of
+
+POLL_S = 0.5
+ANSWERS_WITHIN_S = 10.0
+STOPPED_WITHIN_S = 40.0  # the mirror ends what it has under way first
+# A controller that dies is started again by Ray, and goes on with the publish.
+AWAY_S = 120.0
+
+Progress = dict[str, Any]
+
+
+@click.command()
+@click.argument("generation", type=click.IntRange(min=1), required=False)
+@click.option("--without-writes", is_flag=True, help="Leave out what was written meanwhile.")
+@click.option(
+    "--skip-gate", metavar="REASON", help="Publish without measuring; the report keeps the reason."
+)
+@click.option(
+    "--finish", is_flag=True, help="End the generation that is kept for a rollback, and no more."
+)
+@click.option("--stop", is_flag=True, help="End the publish that is under way, and no more.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_obj
+def publish(
+    settings: Settings,
+    generation: int | None,
+    without_writes: bool,
+    skip_gate: str | None,
+    finish: bool,
+    stop: bool,
+    as_json: bool,
+) -> None:
+    """Make GENERATION live: by default the newest.
+
+    It is loaded beside the live one, which serves on. It gets what was written since its data were
+    read, is measured, and takes over in one step if every figure is within its bound (section
+    `publish` of the configuration). The generation before is kept for `shardline rollback`.
+    Interrupting the command stops the display, not the publish: --stop does, and leaves the live
+    generation as it is; `shardline status` shows how far it is.
+    Where no cluster serves the store, the next `shardline serve` takes the generation.
+    """
+    if skip_gate is not None and not skip_gate.strip():
+        raise InvalidInput("no reason given", field="--skip-gate", expected="a few words")
+    config = settings.config
+    with reached(config, verbose=settings.verbose) as report:
+        if finish or stop:
+            click.echo(_finished(report) if finish else _stopped(report))
+            return
+        number = generation or newest(settings.store)
+        if report is None:
+            servable_generation(settings.store, number)
+            settings.store.set_current(number)
+            click.echo(f"generation {number} is live; no cluster serves this store now")
+            return
+        with StageProgress() as progress:
+            options = PublishOptions(
+                generation=number,
+                kind=PublishKind.PUBLISH,
+                with_writes=not without_writes,
+                skip_gate=skip_gate,
+            )
+            if number != report["generation"]:  # else the controller says so at once
+                progress.note("looking at the memory of the hosts")
+                for warning in enforce(
+                    check_beside(config, servable_generation(settings.store, number))
+                ):
+                    progress.note(f"warning: {warning}")
+            begun = asked(controller().publish.remote(options), timeout_s=ANSWERS_WITHIN_S)
+            done = follow(begun, _progress, progress)
+    _ended(settings.store, done, as_json)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.pass_obj
+def rollback(settings: Settings, as_json: bool) -> None:
+    """Make the generation live again that was before the newest publish.
+
+    What was written since is in it too. While it is still loaded this takes a moment; else it is
+    loaded first.
+    """
+    with reached(settings.config, verbose=settings.verbose) as report, StageProgress() as progress:
+        if report is None:
+            raise NotFound(
+                "no cluster serves this store, so nothing is known of a publish",
+                hint="`shardline publish N` makes any complete generation live",
+            )
+        begun = asked(controller().roll_back.remote(), timeout_s=ANSWERS_WITHIN_S)
+        done = follow(begun, _progress, progress)
+    _ended(settings.store, done, as_json)
+
+
+def newest(store: Store) -> int:
+    """The complete generation that was built last. Raises NotFound: there is none."""
+    numbers = store.generation_numbers()
+    if not numbers:
+        raise NotFound(
+            f"{store.generations}: no generation", hint="run `shardline build` to make one"
+        )
+    return numbers[-1]
+
+
+def follow(
+    begun: Progress,
+    ask: Callable[[], Progress | None],
+    progress: Callable[[str, int, int], None],
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Progress:
+    """Waits for the end of a publish; its progress then.
+
+    ask: the progress of the newest; raises Unavailable while the controller does not answer.
+
+    Raises:
+        Unavailable: another was begun meanwhile, or the controller has not answered for AWAY_S.
+    """
+    found: Progress | None = begun
+    heard_at = clock()
+    while True:
+        if found is None or found["number"] != begun["number"]:
+            raise Unavailable(
+                "nothing is known of this publish any more",
+                got="none" if found is None else f"another, of generation {found['generation']}",
+                hint="`shardline status` shows what is live",
+            )
+        if found["is_over"]:
+            return found
+        progress(_stage_line(found), found["done"], max(found["total"], found["done"] + 1))
+        sleep(POLL_S)
+        try:
+            found, heard_at = ask(), clock()
+        except Unavailable:  # a controller that died is back within seconds
+            if clock() - heard_at > AWAY_S:
+                raise
+
+
+def _stage_line(found: Progress) -> str:
+    return f"{found['stage']}: {found['text']}" if found["text"] else str(found["stage"])
+
+
+def _ended(store: Store, done: Progress, as_json: bool) -> None:
+    """Prints the report. Raises ShardlineError, of the reason's code: the publish failed."""
+    if as_json:
+        click.echo(json.dumps(done, indent=2))
+    else:
+        print_publish(done)
+    if done["reason"] is not None:
+        raise error_of(done["reason"]["code"], done["reason"]["text"])
+    note_served(store, done["generation"])
+
+
+def _finished(report: Report | None) -> str:
+    ended = None
+    if report is not None:
+        ended = asked(controller().finish_publish.remote(), timeout_s=ANSWERS_WITHIN_S)
+    if ended is None:
+        return "no generation is kept for a rollback"
+    return f"generation {ended} ends as soon as no query can be under way on it"
+
+
+def _stopped(report: Report | None) -> str:
+    found: Progress | None = None
+    if report is not None:
+        found = asked(controller().stop_publish.remote(), timeout_s=STOPPED_WITHIN_S)
+    return "no publish is known of" if found is None else publish_line(found, time.time())
+
+
+def _progress() -> Progress | None:
+    found: Progress | None = asked(
+        controller().publish_progress.remote(), timeout_s=ANSWERS_WITHIN_S
+    )
+    return found

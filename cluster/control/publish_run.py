@@ -1,0 +1,201 @@
+"""One publish, stage by stage: a task of the controller. What went wrong is raised, and nothing is
+undone here: ``publishing`` does that."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from ray.exceptions import RayError
+
+from shardline.cluster.control.beside import Opener
+from shardline.cluster.control.decisions import Decisions
+from shardline.cluster.control.fleet_state import Beside, Role
+from shardline.cluster.control.leading import primary_key
+from shardline.cluster.control.outlook import not_ready, raise_if_hopeless
+from shardline.cluster.control.placement_state import Placement
+from shardline.cluster.control.publish_parts import (
+    Mirror,
+    Mirrors,
+    PublishParts,
+)
+from shardline.cluster.control.publish_state import PublishOptions, PublishStage
+from shardline.cluster.control.publish_switch import switch
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.shards.core.errors import (
+    GateFailed,
+    NotFound,
+    Unavailable,
+    error_of,
+    last_line,
+)
+from shardline.shards.core.messages import Absence
+
+LOOK_S = 0.2  # between two looks at how far it is
+FEW = 64  # writes: with no more to bring over, a switch need not wait for long
+ANSWER_S = 5.0  # within which a mirror says how far it is
+TROUBLE_S = 60.0  # of a mirror that does not go on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTools:
+    """What a run works with. load_s: in which a generation is to be loaded. ended: raises nothing
+    once what is beside the live generation may be ended. opening: notes what is to be loaded.
+    tell: changes of the progress."""
+
+    decisions: Decisions
+    opener: Opener
+    parts: PublishParts
+    mirrors: Mirrors
+    load_s: float
+    ended: Callable[[], Awaitable[None]]
+    opening: Callable[[PublishOptions], Awaitable[None]]
+    tell: Callable[..., Awaitable[None]]
+
+
+class PublishRun:
+    """``to_live`` is all of it."""
+
+    def __init__(self, tools: RunTools, options: PublishOptions) -> None:
+        self._tools = tools
+        self._options = options
+        self._decisions = tools.decisions
+
+    async def to_live(self) -> None:
+        """Returns once the generation is live.
+
+        Raises:
+            GateFailed: a figure is outside its bound.
+            ShardlineError, OSError, RayError: it could not be loaded, measured or made live.
+        """
+        await self._settled()
+        if not self._is_loaded:
+            await self._load()
+        await self._wait_loaded()
+        mirror, mirrored = None, None
+        if self._beside.is_mirrored and self._options.with_writes:
+            mirror = await self._mirror()
+            mirrored = await self._replayed(mirror)
+        if self._options.has_gate:
+            await self._judged(mirrored)
+        await self._tell(PublishStage.SWITCHING, "holding writes for a moment")
+        await switch(self._decisions, self._options.generation, mirror, on_try=self._on_try)
+
+    @property
+    def _beside(self) -> Beside:
+        """Raises Unavailable: it was ended meanwhile."""
+        beside = self._decisions.fleet.beside
+        if beside is None or beside.generation != self._options.generation:
+            raise Unavailable(
+                "the generation was ended while it was being loaded or measured",
+                got="the live one needs the room that it had, after a host was lost",
+                hint="add a host, then publish again",
+            )
+        return beside
+
+    @property
+    def _is_loaded(self) -> bool:
+        beside = self._decisions.fleet.beside
+        return beside is not None and beside.generation == self._options.generation
+
+    async def _settled(self) -> None:
+        """A controller that has just begun hears of the live generation first."""
+        ready = lambda: self._decisions.placement.settled  # noqa: E731
+        if not await self._decisions.until(ready, self._tools.load_s):
+            raise not_ready(self._decisions.placement, self._tools.load_s)
+
+    async def _load(self) -> None:
+        options, opener = self._options, self._tools.opener
+        await self._tools.ended()
+        event = await asyncio.to_thread(
+            opener.beside,
+            options.generation,
+            Role.CANDIDATE,
+            is_mirrored=options.with_writes,
+        )
+        await self._tools.opening(options)
+        await self._decisions.take(event)
+
+    async def _wait_loaded(self) -> None:
+        """Every replica answers, and every shard has one that takes writes."""
+        deadline = time.monotonic() + self._tools.load_s
+        while not _is_served(self._beside.placement):
+            placement = self._beside.placement
+            raise_if_hopeless(placement)
+            staying = placement.staying()
+            answering = sum(state.answers for state in staying)
+            text = "loading its shards beside the live ones"
+            await self._tell(PublishStage.LOADING, text, answering, len(staying))
+            if time.monotonic() > deadline:
+                raise _not_served(placement, self._tools.load_s)
+            await asyncio.sleep(LOOK_S)
+
+    async def _mirror(self) -> Mirror:
+        live, beside = self._decisions.placement.table, self._beside.placement.table
+        return await self._tools.mirrors.between(live, beside)
+
+    async def _replayed(self, mirror: Mirror) -> MirrorProgress:
+        """Once there is little left to bring over."""
+        calm_at = time.monotonic()
+        while True:
+            found = await _looked_at(mirror)
+            done, total = sum(found.positions), sum(found.ends)
+            text = "bringing writes over" if found.trouble is None else found.trouble.text
+            await self._tell(PublishStage.REPLAYING, text, done, total)
+            await self._tools.tell(unreplayed=found.unreplayed, examples=found.examples)
+            if found.trouble is None:
+                calm_at = time.monotonic()
+                if found.behind <= FEW:
+                    return found
+            elif found.trouble.code == NotFound.code or time.monotonic() - calm_at > TROUBLE_S:
+                raise error_of(found.trouble.code, found.trouble.text)
+            _ = self._beside  # which may have been ended
+            await asyncio.sleep(LOOK_S)
+
+    async def _judged(self, mirrored: MirrorProgress | None) -> None:
+        await self._tell(PublishStage.GATE, "measuring it beside the live one")
+        live, beside = self._decisions.placement.table, self._beside.placement.table
+        report = await self._tools.parts.run_gate(live, beside, mirrored)
+        await self._tools.tell(figures=report.figures)
+        if report.failed:
+            raise GateFailed(
+                f"generation {self._options.generation} did not pass the gate: "
+                + "; ".join(report.failed),
+                hint="--skip-gate REASON publishes it all the same",
+            )
+
+    async def _on_try(self, number: int, said: str) -> None:
+        text = said or "holding writes for a moment"
+        await self._tell(PublishStage.SWITCHING, text, number, number)
+
+    async def _tell(self, stage: PublishStage, text: str, done: int = 0, total: int = 0) -> None:
+        await self._tools.tell(stage=stage, text=text, done=done, total=total)
+
+
+async def _looked_at(mirror: Mirror) -> MirrorProgress:
+    """How far it is; that it does not answer is a trouble, for it is started again."""
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            return await mirror.progress()
+    except (TimeoutError, RayError, Unavailable) as error:
+        trouble = Absence(Unavailable.code, f"the mirror does not answer: {last_line(error)}")
+        return MirrorProgress(positions=(), ends=(), trouble=trouble)
+
+
+def _is_served(placement: Placement) -> bool:
+    if not placement.ready or not placement.settled:
+        return False
+    shards = [route.shard for route in placement.table.shards]
+    return not placement.rules.writes or all(primary_key(placement, shard) for shard in shards)
+
+
+def _not_served(placement: Placement, timeout_s: float) -> Unavailable:
+    """The error that the time is up: who does not answer, or why nobody takes writes."""
+    if not placement.ready:
+        return not_ready(placement, timeout_s)
+    failed = [known.failed.text for known in placement.leading.values() if known.failed is not None]
+    return Unavailable(
+        f"not every shard of generation {placement.table.generation} takes writes",
+        expected=f"within {timeout_s:g} s",
+        got=failed[0] if failed else None,
+    )

@@ -1,0 +1,75 @@
+"""Where a publish gets its mirror and its gate from: the two places that know how they are made."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from shardline.cluster.control.opening import cluster_id_of
+from shardline.cluster.control.publish_parts import GateReport, Mirror
+from shardline.cluster.control.shard_actors import DIGEST_DIGITS
+from shardline.cluster.rollover.gate_run import gate_of_tables
+from shardline.cluster.rollover.mirror_actor import end_mirror, start_mirror
+from shardline.cluster.rollover.mirror_opening import MirrorOrder
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.publish_config import PublishConfig
+from shardline.cluster.store import Store
+from shardline.shards.core.messages import RoutingTable
+from shardline.shards.core.schema import FloatArray
+from shardline.shards.storage.generation import read_generation
+
+
+class WiredParts:
+    """The ``PublishParts`` of a running cluster. secret: what proves a peer to shards. controller:
+    the name of its actor. served: vectors of queries that a model has served lately; None: none."""
+
+    def __init__(
+        self,
+        store: Store,
+        secret: bytes,
+        config: PublishConfig,
+        controller: str,
+        served: Callable[[str], FloatArray | None],
+    ) -> None:
+        self._store = store
+        self._secret = secret
+        self._config = config
+        self._controller = controller
+        self._served = served
+
+    async def start_mirror(self, source: RoutingTable, target: RoutingTable) -> Mirror:
+        """As ``PublishParts``: a detached actor, which is found again."""
+        folder = self._store.generation(target.generation)
+        order = MirrorOrder(
+            store=str(self._store.root),
+            source=source.generation,
+            target=target.generation,
+            controller=self._controller,
+            secret=self._secret,
+            cut=(await asyncio.to_thread(read_generation, folder)).cut,
+        )
+        return await start_mirror(order, self._digest)
+
+    async def end_mirrors(self, but: tuple[int, int] | None) -> None:
+        """As ``PublishParts``."""
+        await end_mirror(self._digest, but)
+
+    async def run_gate(
+        self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
+    ) -> GateReport:
+        """As ``PublishParts``: in a thread with a loop of its own, because latencies that are
+        measured beside the controller's work would be those of the controller."""
+        measured = partial(
+            gate_of_tables,
+            candidate,
+            live,
+            self._config,
+            secret=self._secret,
+            served=self._served(live.model_version),
+            unreplayed=0 if mirrored is None else mirrored.unreplayed,
+        )
+        report = await asyncio.to_thread(lambda: asyncio.run(measured()))
+        return GateReport(figures=tuple(report.as_json()["figures"]), failed=report.reasons)
+
+    @property
+    def _digest(self) -> str:
+        return cluster_id_of(self._secret)[:DIGEST_DIGITS]

@@ -1,0 +1,268 @@
+"""Publishes and rollbacks of a controller: begun, followed, finished, and gone on with after its
+restart. One is under way at most; ``publish_run`` has its stages."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayError
+
+from shardline.cluster.control.beside import Opener
+from shardline.cluster.control.decisions import Decisions, known_error
+from shardline.cluster.control.events import BesideEnded
+from shardline.cluster.control.fleet_state import Role
+from shardline.cluster.control.publish_book import PublishBook
+from shardline.cluster.control.publish_parts import Mirrors, PublishParts
+from shardline.cluster.control.publish_refusals import (
+    check_may_begin,
+    check_room,
+    rollback_options,
+)
+from shardline.cluster.control.publish_run import PublishRun, RunTools
+from shardline.cluster.control.publish_state import (
+    PublishOptions,
+    PublishStage,
+)
+from shardline.cluster.control.tasks import Tasks, tried
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.messages import Absence
+
+logger = logging.getLogger(__name__)
+
+# How long a replaced generation lives on, for the queries that began on it: far above the largest
+# deadline that routers allow by default.
+RETIRE_AFTER_S = 60.0
+CONTROLLERS = 3  # that run one publish, each after the one before has died
+RETRY_S = 0.5  # before the store is asked again for what must not be lost
+
+
+class Publishing:
+    """book: what is known of the publish before.
+
+    keep_s: for so long the generation before is kept. load_s: in which one is to be loaded.
+    is_pinned: the cluster serves one generation for life.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        decisions: Decisions,
+        opener: Opener,
+        parts: PublishParts,
+        tasks: Tasks,
+        book: PublishBook,
+        *,
+        keep_s: float,
+        load_s: float,
+        is_pinned: bool,
+    ) -> None:
+        self._store, self._decisions, self._book = store, decisions, book
+        self._mirrors = Mirrors(parts)
+        self._tasks = tasks
+        self._keep_s, self._is_pinned = keep_s, is_pinned
+        self._finished: int | None = None  # which need not be kept any longer
+        self._running: asyncio.Task[None] | None = None
+        self._tools = RunTools(
+            decisions=decisions,
+            opener=opener,
+            parts=parts,
+            mirrors=self._mirrors,
+            load_s=load_s,
+            ended=self._until_kept_is_idle,
+            opening=book.opening,
+            tell=book.told,
+        )
+
+    def go_on(self) -> None:
+        """With what the controller before this was at."""
+        progress = self._book.noted.publish
+        if self._decisions.fleet.beside is None:
+            self._tasks.spawn(tried(self._mirrors.stop))  # one may be left
+        if progress is None or progress.is_over:
+            return
+        if progress.options.generation == self._book.live:
+            self._tasks.spawn(self._succeeded())
+        elif progress.tries >= CONTROLLERS:
+            text = f"the controller died {progress.tries} times meanwhile"
+            self._tasks.spawn(self._failed(Unavailable("the publish was cut short", got=text)))
+        else:
+            self._book.put(replace(progress, tries=progress.tries + 1))
+            self._running = self._tasks.spawn(self._run(progress.options))
+
+    async def begin(self, options: PublishOptions) -> dict[str, Any]:
+        """Its progress at first.
+
+        Raises:
+            InvalidInput: it is live already, or the cluster is pinned to another.
+            NotFound, CorruptFile, NewerFormat: there is no such generation that can be loaded.
+            Unavailable: another publish is under way, or a restart; or no host has room.
+        """
+        check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
+        check_room(self._store, self._decisions, options.generation)
+        return self._begun(options)
+
+    async def roll_back(self) -> dict[str, Any]:
+        """To the generation that was live before. Raises: as ``begin``; NotFound: there is none."""
+        check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
+        options = rollback_options(self._decisions, self._book.noted)
+        if self._decisions.fleet.of(options.generation) is None:
+            check_room(self._store, self._decisions, options.generation)
+        return self._begun(options)
+
+    async def stop(self) -> dict[str, Any] | None:
+        """Ends the publish that is under way, if its generation is not live yet: its progress, or
+        that of the newest; None: there was none."""
+        if self._book.is_under_way and self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+            if self._book.is_under_way:
+                await self._stopped()
+        return self.progress
+
+    async def finish(self) -> int | None:
+        """Ends the generation that is kept for a rollback, once no query can be under way on it;
+        its number, None if there is none.
+
+        Raises:
+            Unavailable: a publish is under way, or the store takes no note.
+        """
+        check_may_begin(self._decisions, self._book.noted, is_pinned=False)
+        beside = self._decisions.fleet.beside
+        if beside is None:
+            return None
+        self._finished = beside.generation
+        await self.tend()
+        return beside.generation
+
+    def refuse_restart(self) -> None:
+        """Raises Unavailable: a publish is under way, which a restart would hinder."""
+        if self._book.is_under_way:
+            raise Unavailable(
+                "a publish is under way",
+                hint="wait for its end: `shardline status` shows how far it is",
+            )
+
+    @property
+    def progress(self) -> dict[str, Any] | None:
+        """Of the newest publish, as ``PublishProgress.as_json``; None: there was none."""
+        publish = self._book.noted.publish
+        return None if publish is None else publish.as_json()
+
+    def report(self) -> dict[str, Any]:
+        """{"store", "beside", "publish": as ``progress``}; beside is None, or {"generation",
+        "role", "since_s", "ready", "replicas", "answering"}."""
+        beside = self._decisions.fleet.beside
+        described = None
+        if beside is not None:
+            staying = beside.placement.staying()
+            described = {
+                "generation": beside.generation,
+                "role": str(beside.role),
+                "since_s": self._book.noted.since_s,
+                "ready": beside.placement.ready,
+                "replicas": len(staying),
+                "answering": sum(state.answers for state in staying),
+            }
+        return {
+            "store": str(self._store.root),
+            "beside": described,
+            "publish": self.progress,
+        }
+
+    async def tend(self) -> None:
+        """What is due every second: ends what need not be kept any longer, has the writes of the
+        live generation brought to what is kept, saves a note that could not be saved.
+
+        Raises:
+            OSError: the store takes no note, or no number. RayError, ShardlineError: no mirror.
+        """
+        if self._book.is_under_way:
+            return
+        beside = self._decisions.fleet.beside
+        if beside is not None and self._book.age_s >= self._kept_s(beside.generation):
+            await self._end_beside()
+        elif beside is None and self._book.noted.beside is not None:
+            await self._mirrors.stop()
+            self._book.put_beside()
+        elif beside is not None and beside.is_mirrored and beside.placement.settled:
+            await self._mirrors.between(self._decisions.placement.table, beside.placement.table)
+        self._book.save_again()
+
+    async def close(self) -> None:
+        """The cluster ends. Raises OSError: that is not noted."""
+        self._book.close()
+
+    def _kept_s(self, generation: int) -> float:
+        """So many seconds it is kept after a switch."""
+        return max(0.0 if self._finished == generation else self._keep_s, RETIRE_AFTER_S)
+
+    def _begun(self, options: PublishOptions) -> dict[str, Any]:
+        progress = self._book.begun(options)
+        self._running = self._tasks.spawn(self._run(options))
+        return progress.as_json()
+
+    async def _run(self, options: PublishOptions) -> None:
+        try:
+            await PublishRun(self._tools, options).to_live()
+        except (ShardlineError, OSError, RayError) as error:
+            await self._failed(error)
+        except Exception as error:
+            logger.exception("a publish failed")
+            await self._failed(error)
+        else:
+            await self._succeeded()
+
+    async def _stopped(self) -> None:
+        publish = self._book.noted.publish
+        if publish is not None and self._book.live == publish.options.generation:  # it was too late
+            await self._succeeded()
+        else:
+            await self._failed(Unavailable("somebody stopped it"))
+
+    async def _succeeded(self) -> None:
+        self._book.switched()
+        await self._book.told(stage=PublishStage.LIVE, text="", done=0, total=0)
+        await tried(self.tend)
+
+    async def _failed(self, error: Exception) -> None:
+        """The candidate is ended; a generation that was live before stays."""
+        reason = _reason_of(error)
+        logger.warning("the publish failed: %s", reason.text)
+        beside = self._decisions.fleet.beside
+        if beside is not None and beside.role is Role.CANDIDATE:
+            while not await _recorded(self._end_beside):
+                await asyncio.sleep(RETRY_S)
+        await self._book.told(stage=PublishStage.FAILED, text="", reason=reason)
+
+    async def _end_beside(self) -> None:
+        await tried(self._mirrors.stop)
+        await self._decisions.take(BesideEnded())
+        self._book.put_beside()
+
+    async def _until_kept_is_idle(self) -> None:
+        """What was live a moment ago answers queries that began on it."""
+        beside = self._decisions.fleet.beside
+        if beside is None:
+            return
+        while (left_s := RETIRE_AFTER_S - self._book.age_s) > 0:
+            text = f"waiting {left_s:.0f} s for queries that began on the generation before"
+            await self._book.told(text=text)
+            await asyncio.sleep(min(1.0, left_s))
+        await self._end_beside()
+
+
+def _reason_of(error: Exception) -> Absence:
+    known = known_error(error) if isinstance(error, OSError) else error
+    return Absence(getattr(known, "code", Unavailable.code), str(known))
+
+
+async def _recorded(end: Callable[[], Any]) -> bool:
+    try:
+        await end()
+    except OSError as error:
+        logger.warning("the candidate is not ended yet: %s", error)
+        return False
+    return True

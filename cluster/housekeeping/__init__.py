@@ -1,0 +1,1 @@
+"""What a store no longer needs: found, removed, and erased where items have been deleted"""

@@ -1,0 +1,184 @@
+"""What may go from a store, and how it goes: each thing so that an end at any moment leaves no half
+of it that anybody takes for a whole, and that the next time removes the rest.
+"""
+
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from shardline.cluster.backup.restore import FOLDER as RESTORED
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.files import LIVE_FOLDER, MANIFEST_NAME, abandoned_folders, number_of
+from shardline.shards.live.kept_segments import KEPT_FOLDER
+from shardline.shards.live.log_segments import segment_names
+from shardline.shards.live.mains import KEPT, superseded
+from shardline.shards.storage.generation import read_generation
+
+_STAGED = f".{RESTORED}.*"
+
+
+class Kind(StrEnum):
+    """generation: with what was written to it. writes: of a generation that is gone. unfinished:
+    what a command that was killed has left. compaction: an older one of a shard, or half of one.
+    log: kept segments beyond the bound. embeddings: an embedding set."""
+
+    GENERATION = "generation"
+    WRITES = "writes"
+    UNFINISHED = "unfinished"
+    COMPACTION = "compaction"
+    LOG = "log"
+    EMBEDDINGS = "embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """One file or folder that may go, and the bytes in it, by its kind."""
+
+    kind: Kind
+    path: Path
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """live: what CURRENT names. held: generations that nobody may touch. loaded: those of which
+    replicas may be loading files now. keep: older ones to leave. keep_log_bytes: of each shard.
+    keep_embeddings: embedding sets to leave, the newest; None: all."""
+
+    live: int | None
+    held: Collection[int]
+    loaded: Collection[int]
+    keep: int
+    keep_log_bytes: int
+    keep_embeddings: int | None = None
+
+
+def removals(store: Store, policy: Policy) -> list[Removal]:
+    """All that may go, in the order in which it may; nothing is changed."""
+    gone = old_generations(store.generation_numbers(), policy)
+    found = [
+        Removal(
+            Kind.GENERATION,
+            store.generation(number),
+            bytes_of(store.generation(number)) + bytes_of(store.writes(number)),
+        )
+        for number in gone
+    ]
+    found += _described(Kind.UNFINISHED, _unfinished(store, policy.held))
+    found += _described(Kind.WRITES, _orphaned_writes(store))
+    for number in store.generation_numbers():
+        if number not in gone:
+            found += _described(Kind.UNFINISHED, _unlisted_shards(store.generation(number)))
+            kept = KEPT if number in policy.loaded else 1
+            for live in _shard_folders(store.writes(number)):
+                found += _described(Kind.COMPACTION, superseded(live, kept))
+                found += _described(Kind.LOG, _kept_beyond(live, policy.keep_log_bytes))
+    if policy.keep_embeddings is not None:
+        found += _described(Kind.EMBEDDINGS, _old_embeddings(store, policy.keep_embeddings))
+    return found
+
+
+def old_generations(complete: list[int], policy: Policy) -> list[int]:
+    """Those of ``complete``, ascending, that may go. None where none is live: nobody can tell then
+    what is old."""
+    live = policy.live or 0
+    older = [number for number in complete if number < live and number not in policy.held]
+    return older[: max(0, len(older) - policy.keep)]
+
+
+def remove(store: Store, removal: Removal) -> None:
+    """Raises OSError."""
+    if removal.kind is Kind.GENERATION:
+        number = number_of(removal.path.name)
+        assert number is not None
+        remove_generation(store, number)
+    elif removal.path.is_dir():
+        (removal.path / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
+        shutil.rmtree(removal.path)
+    else:
+        removal.path.unlink(missing_ok=True)
+
+
+def remove_generation(store: Store, number: int) -> None:
+    """With what was written to it. Raises OSError."""
+    store.remember_generation(number)  # one from before `build` did so
+    (store.generation(number) / MANIFEST_NAME).unlink()  # now nobody takes it for a complete one
+    shutil.rmtree(store.generation(number))
+    if store.writes(number).exists():
+        shutil.rmtree(store.writes(number))
+
+
+def bytes_of(path: Path) -> int:
+    """Of a file, or of all below a folder; 0 where there is nothing."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+
+
+def _described(kind: Kind, paths: Iterator[Path] | list[Path]) -> list[Removal]:
+    return [Removal(kind, path, bytes_of(path)) for path in paths]
+
+
+def _unfinished(store: Store, held: Collection[int]) -> Iterator[Path]:
+    """Of commands and processes on this host that were killed, and of removals that were."""
+    yield from abandoned_folders(store.generations)
+    yield from abandoned_folders(store.embeddings)
+    for folder in sorted(store.generations.glob("[0-9]*")):
+        number = number_of(folder.name)
+        if number is None:
+            continue
+        if not (folder / MANIFEST_NAME).is_file() and number not in held:
+            yield folder
+        yield from abandoned_folders(folder)
+        for live in _shard_folders(store.writes(number)):
+            yield from abandoned_folders(live)
+
+
+def _orphaned_writes(store: Store) -> Iterator[Path]:
+    """What was written to generations that are not there. While a restore is at work it may have
+    put its writes in place and not yet its generation."""
+    folders = sorted((store.root / LIVE_FOLDER).glob("[0-9]*"))
+    abandoned = abandoned_folders(store.generations)
+    if any(path not in abandoned for path in store.generations.glob(_STAGED)):
+        return
+    for folder in folders:
+        number = number_of(folder.name)
+        if number is not None and not store.generation(number).exists():
+            yield folder
+
+
+def _unlisted_shards(generation: Path) -> Iterator[Path]:
+    """Folders of shards that the manifest does not list: a later main index has replaced them."""
+    try:
+        listed = {entry.folder for entry in read_generation(generation).shards}
+    except ShardlineError:  # a damaged manifest: nobody can tell
+        return
+    for folder in sorted(generation.glob("shard-*")):
+        if folder.name not in listed:
+            yield folder
+
+
+def _shard_folders(writes: Path) -> list[Path]:
+    return sorted(path for path in writes.glob("shard-*") if path.is_dir())
+
+
+def _kept_beyond(live: Path, most_bytes: int) -> list[Path]:
+    """The oldest kept segments, so that the others have ``most_bytes`` at most."""
+    kept = live / KEPT_FOLDER
+    names = segment_names([path.name for path in kept.glob("*.seg")])
+    left = most_bytes
+    for place, name in reversed(list(enumerate(names))):
+        left -= (kept / str(name)).stat().st_size
+        if left < 0:
+            return [kept / str(each) for each in names[: place + 1]]
+    return []
+
+
+def _old_embeddings(store: Store, keep: int) -> list[Path]:
+    manifests = sorted(
+        store.embeddings.glob(f"*/{MANIFEST_NAME}"), key=lambda path: path.stat().st_mtime_ns
+    )
+    return [path.parent for path in manifests[: max(0, len(manifests) - keep)]]

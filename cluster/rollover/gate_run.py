@@ -1,0 +1,341 @@
+"""Measures a candidate generation beside the live one, by the shards of both, as routers ask them.
+
+``gate_of_tables`` reads what is to be asked and judges what ``measure`` finds. Both generations
+serve meanwhile: the live one its users, the candidate the writes that are mirrored to it. So
+latencies are taken in turns, query by query, and recall by asking each query twice at once, as it
+is and exactly.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from shardline.cluster.rollover.gate import Figures, GateReport, judge, latency_ratio
+from shardline.cluster.rollover.gate_queries import sample_of
+from shardline.cluster.rollover.held_out import HeldOut, held_out_recall, read_held_out
+from shardline.cluster.rollover.publish_config import PublishConfig
+from shardline.router.encoder.query_encoder import QueryEncoder
+from shardline.router.fanout.coalesce import LaneKey
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.query import Merged
+from shardline.router.router_config import RouterConfig
+from shardline.shards.core.encoder_files import QUERY_ENCODER_FOLDER
+from shardline.shards.core.errors import DataError, Unavailable
+from shardline.shards.core.messages import RoutingTable, SearchOptions
+from shardline.shards.core.recall import count_matches
+from shardline.shards.core.schema import MAX_K, FloatArray, IdArray
+
+logger = logging.getLogger(__name__)
+
+K = 100  # of recall and overlap: what builds tune for
+TIMEOUT_S = 60.0  # of one question to all shards; an exact one reads every row
+BATCH = 16  # queries asked at once, where no latency is taken: few hold up users
+TRIES = 5  # to have two answers from shards that were not written in between
+PAUSE_S = 1.0  # before a refused one is asked again
+# The p99 of so many queries, three times, and the median of the three ratios: a moment in which
+# the host was busy must not decide.
+LATENCY_QUERIES = 300
+LATENCY_ROUNDS = 3
+LATENCY_LIMIT_S = 30.0  # of one round: slow indexes are asked fewer queries
+WARM_UP = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GateSide:
+    """A generation whose table ``fanout`` has. queries (n, dim), held_out (m, dim) or None: float32
+    vectors of its own model, ready for its shards."""
+
+    fanout: Fanout
+    queries: FloatArray
+    held_out: FloatArray | None = None
+
+
+async def gate_of_tables(
+    candidate: RoutingTable,
+    live: RoutingTable,
+    config: PublishConfig,
+    *,
+    secret: bytes,
+    served: FloatArray | None = None,
+    unreplayed: int = 0,
+) -> GateReport:
+    """``run_gate`` over connections of its own, which are closed at the end. secret: of the
+    cluster."""
+    ours, theirs = (Fanout(secret, RouterConfig(), random.Random()) for _ in range(2))
+    try:
+        await ours.apply(candidate, None)
+        await theirs.apply(live, None)
+        return await run_gate(ours, theirs, config, served=served, unreplayed=unreplayed)
+    finally:
+        await asyncio.gather(ours.close(), theirs.close())
+
+
+async def run_gate(
+    candidate: Fanout,
+    live: Fanout,
+    config: PublishConfig,
+    *,
+    served: FloatArray | None = None,
+    unreplayed: int = 0,
+    seed: int = 0,
+) -> GateReport:
+    """The report on ``candidate``; both fan-outs have a table, and connections to all shards.
+
+    served (m, dim): vectors of queries that were served lately, of the live model; None: none.
+    unreplayed: written rows that the candidate lacks.
+
+    Raises:
+        DataError, NotFound, CorruptFile: of what is to be asked: held_out, sample queries, encoder.
+        DeadlineExceeded, Unavailable: shards of one of the two do not answer.
+    """
+    tables = _table_of(candidate), _table_of(live)
+    is_same_model = tables[0].model_version == tables[1].model_version
+    held_out = None
+    if config.held_out is not None:
+        held_out = await asyncio.to_thread(read_held_out, config.held_out, seed=seed)
+    queries = await sample_of(candidate, tables[0], config.queries, seed=seed)
+    ours = GateSide(
+        fanout=candidate,
+        queries=queries,
+        held_out=await _held_out_of(held_out, tables[0], is_same_model),
+    )
+    if is_same_model:  # the same queries, so that answers compare
+        theirs = GateSide(fanout=live, queries=queries, held_out=ours.held_out)
+    else:
+        theirs = GateSide(
+            fanout=live,
+            queries=await sample_of(live, tables[1], config.queries, seed=seed),
+            held_out=await _held_out_of_live(held_out, tables[1]),
+        )
+    figures = await measure(
+        ours,
+        theirs,
+        is_same_model=is_same_model,
+        held_out=held_out,
+        served=None if served is None or not is_same_model else served[-config.queries :],
+        unreplayed=unreplayed,
+        rng=random.Random(seed),
+    )
+    return judge(figures, config)
+
+
+async def measure(
+    candidate: GateSide,
+    live: GateSide,
+    *,
+    is_same_model: bool,
+    held_out: HeldOut | None = None,
+    served: FloatArray | None = None,
+    unreplayed: int = 0,
+    rng: random.Random,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Figures:
+    """The figures of both. is_same_model: queries of the two sides are the same vectors.
+
+    Raises:
+        DeadlineExceeded, Unavailable: shards of one of the two do not answer.
+    """
+    p99_ms, live_p99_ms = await _latencies(candidate, live, rng, clock)
+    recall, rows = await _recall(candidate.fanout, candidate.queries)
+    live_recall, live_rows = await _recall(live.fanout, live.queries)
+    served_recall = None
+    if served is not None and len(served):
+        served_recall, _ = await _recall(candidate.fanout, served)
+    found, live_found = [
+        None if side.held_out is None else await _held_out_ids(side, held_out)
+        for side in (candidate, live)
+    ]
+    return Figures(
+        k=K,
+        queries=len(candidate.queries),
+        recall=recall,
+        live_recall=live_recall,
+        served=0 if served is None else len(served),
+        served_recall=served_recall,
+        held_out=0 if held_out is None else len(held_out.relevant),
+        held_out_recall=_relevant_found(found, held_out),
+        live_held_out_recall=_relevant_found(live_found, held_out),
+        p99_ms=p99_ms,
+        live_p99_ms=live_p99_ms,
+        rows=rows,
+        live_rows=live_rows,
+        overlap=await _overlap(candidate, live, is_same_model, found, live_found),
+        unreplayed=unreplayed,
+    )
+
+
+# What is asked
+
+
+def _table_of(fanout: Fanout) -> RoutingTable:
+    with fanout.pin() as snapshot:
+        return snapshot.table
+
+
+async def _held_out_of(
+    held_out: HeldOut | None, table: RoutingTable, is_same_model: bool
+) -> FloatArray | None:
+    """The held-out queries for a generation; with two models by features alone, because vectors in
+    the file are of one."""
+    if held_out is None:
+        return None
+
+    def vectors() -> FloatArray:
+        encoder = None
+        if table.encoder_checksum is not None:
+            folder = Path(table.generation_dir) / QUERY_ENCODER_FOLDER
+            encoder = QueryEncoder.load(folder, table.encoder_checksum)
+        return held_out.vectors(
+            encoder, dim=table.dim, metric=table.metric, takes_vectors=is_same_model
+        )
+
+    return await asyncio.to_thread(vectors)
+
+
+async def _held_out_of_live(held_out: HeldOut | None, table: RoutingTable) -> FloatArray | None:
+    """As ``_held_out_of``, of another model than the candidate's. None, too, where its encoder
+    cannot take the file, made for the candidate's: then the live generation has no such figure."""
+    try:
+        return await _held_out_of(held_out, table, is_same_model=False)
+    except DataError as error:
+        logger.warning("the live generation is not asked the held-out queries: %s", error)
+        return None
+
+
+async def _asked(fanout: Fanout, queries: FloatArray, k: int, options: SearchOptions) -> Merged:
+    """Of every row. Raises DeadlineExceeded, Overloaded, Unavailable: a shard does not answer."""
+    with fanout.pin() as snapshot:
+        lane = LaneKey(snapshot=snapshot, k=k, min_coverage=1.0, options=options)
+        deadline = fanout.clock.time() + TIMEOUT_S
+        return await fanout.search(queries, lane, deadline=deadline)
+
+
+# Figures
+
+
+async def _latencies(
+    candidate: GateSide, live: GateSide, rng: random.Random, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """p99 in milliseconds of single queries, candidate and live: of the round whose ratio is the
+    median of LATENCY_ROUNDS."""
+    for side in (candidate, live):
+        for query in side.queries[:WARM_UP]:
+            await _asked(side.fanout, query[None], K, SearchOptions())
+    rounds = [await _latency_round(candidate, live, rng, clock) for _ in range(LATENCY_ROUNDS)]
+    middle = median(latency_ratio(*each) for each in rounds)
+    return next(each for each in rounds if latency_ratio(*each) == middle)
+
+
+async def _latency_round(
+    candidate: GateSide, live: GateSide, rng: random.Random, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Both sides in turns, in an order that is drawn for each turn."""
+    took_ms: tuple[list[float], list[float]] = ([], [])
+    ends_at = clock() + LATENCY_LIMIT_S
+    for number in range(LATENCY_QUERIES):
+        turns = [(candidate, took_ms[0]), (live, took_ms[1])]
+        rng.shuffle(turns)
+        for side, times in turns:
+            query = side.queries[number % len(side.queries)][None]
+            began = clock()
+            await _asked(side.fanout, query, K, SearchOptions())
+            times.append((clock() - began) * 1e3)
+        if clock() > ends_at:
+            break
+    first, second = (float(np.percentile(times, 99)) for times in took_ms)
+    return first, second
+
+
+async def _recall(fanout: Fanout, queries: FloatArray) -> tuple[float | None, int]:
+    """recall@K against exact answers, and the rows that were searched; None where the generation
+    has no rows."""
+    hits = wanted = rows = 0
+    for start in range(0, len(queries), BATCH):
+        found, exact = await _with_exact(fanout, queries[start : start + BATCH])
+        of_these, most = count_matches(found.ranked, exact.ranked)
+        hits, wanted = hits + of_these, wanted + most
+        rows = found.coverage.rows_answered
+    return (hits / wanted if wanted else None), rows
+
+
+async def _with_exact(fanout: Fanout, queries: FloatArray) -> tuple[Merged, Merged]:
+    """The answer and the exact one, of the same writes if TRIES bring that; else of the
+    last try: rows that were written in between can only lower the recall.
+
+    Refused, because routers watch their recall at the same time, it tries again too.
+    """
+    tries = 0
+    while True:
+        tries += 1
+        is_last = tries == TRIES
+        both = await asyncio.gather(
+            _asked(fanout, queries, K, SearchOptions()),
+            _asked(fanout, queries, K, SearchOptions(exact=True)),
+            return_exceptions=True,
+        )
+        errors = [each for each in both if isinstance(each, BaseException)]
+        if errors:
+            if is_last or not isinstance(errors[0], Unavailable):
+                raise errors[0]
+            await asyncio.sleep(PAUSE_S)
+            continue
+        found, exact = both
+        assert isinstance(found, Merged)
+        assert isinstance(exact, Merged)
+        if found.seq == exact.seq or is_last:
+            return found, exact
+
+
+async def _held_out_ids(side: GateSide, held_out: HeldOut | None) -> IdArray:
+    """(m, k) int64: results of the held-out queries, enough for K without the known items."""
+    assert held_out is not None
+    assert side.held_out is not None
+    longest = max((len(each) for each in held_out.known), default=0)
+    return await _ids_of(side.fanout, side.held_out, min(MAX_K, K + longest))
+
+
+async def _ids_of(fanout: Fanout, queries: FloatArray, k: int) -> IdArray:
+    parts = [
+        (await _asked(fanout, queries[start : start + BATCH], k, SearchOptions())).ranked.ids
+        for start in range(0, len(queries), BATCH)
+    ]
+    return np.concatenate(parts)
+
+
+def _relevant_found(found: IdArray | None, held_out: HeldOut | None) -> float | None:
+    return None if found is None or held_out is None else held_out_recall(found, held_out, K)
+
+
+async def _overlap(
+    candidate: GateSide,
+    live: GateSide,
+    is_same_model: bool,
+    found: IdArray | None,
+    live_found: IdArray | None,
+) -> float | None:
+    """By the sample queries where the model is the same, else by the held-out ones; None: neither
+    was asked of both."""
+    if is_same_model:
+        found = await _ids_of(candidate.fanout, candidate.queries, K)
+        live_found = await _ids_of(live.fanout, live.queries, K)
+    if found is None or live_found is None:
+        return None
+    return overlap_of(found[:, :K], live_found[:, :K])
+
+
+def overlap_of(found: IdArray, live: IdArray) -> float:
+    """Share of the items in ``live`` (n, k) that are in the same row of ``found`` (n, m); -1 is an
+    empty slot. 1 where live has none."""
+    kept = sum(
+        int(np.isin(theirs[theirs >= 0], mine).sum())
+        for mine, theirs in zip(found, live, strict=True)
+    )
+    most = int((live >= 0).sum())
+    return kept / most if most else 1.0

@@ -1,0 +1,119 @@
+"""The exact answer over what a main index stores: every row scored, whatever the index would visit.
+
+Rows are read in blocks, from the best vectors that there are: the copies that re-rank, else the
+vectors of the base (exact for flat, ivf and hnsw), else what its codes stand for. faiss releases
+the GIL while a block is read and scored, and a block bounds the memory. Other threads may search
+the index meanwhile: nothing here writes to it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import faiss
+import numpy as np
+
+from shardline.shards.core.schema import (
+    EMPTY_ID,
+    EMPTY_SCORE,
+    FloatArray,
+    IdArray,
+    Metric,
+    Ranked,
+    in_order,
+)
+from shardline.shards.index.layers import Layers, faiss_metric
+from shardline.shards.index.selection import Selection
+
+BLOCK_BYTES = 8 << 20  # of the vectors of a block: some milliseconds of one core
+
+
+class StoredVectors:
+    """The best vectors that an index stores of its rows, in the space that they are compared in."""
+
+    def __init__(self, layers: Layers) -> None:
+        self._index = layers.whole  # keeps the memory of its layers alive
+        self._transform = None if layers.refine is not None else layers.transform
+        outer = layers.base if layers.refine is None else layers.refine.refine_index
+        if layers.refine is None and layers.is_hnsw:
+            outer = layers.base.storage
+        self._outer = faiss.downcast_index(outer)
+        # these decode a range at once, in a fraction of the time of one row after the other
+        self._has_ranges = isinstance(self._outer, faiss.IndexFlatCodes)
+        self.rows = int(self._index.ntotal)
+        self.dim = int(self._outer.d)
+
+    def queries(self, queries: FloatArray) -> FloatArray:
+        """queries (n, d of the index) float32 in that space, (n, dim) float32."""
+        if self._transform is None:
+            return queries
+        chain = self._transform.chain
+        for place in range(chain.size()):
+            queries = chain.at(place).apply(queries)
+        return queries
+
+    def of(self, rows: IdArray) -> FloatArray:
+        """(m, dim) float32 of existing local rows (m,) int64, ascending."""
+        if not self._has_ranges or not rows.size:
+            return np.asarray(self._outer.reconstruct_batch(rows), dtype=np.float32)
+        first, last = int(rows[0]), int(rows[-1])
+        vectors = np.asarray(self._outer.reconstruct_n(first, last - first + 1), dtype=np.float32)
+        return vectors if len(vectors) == len(rows) else np.take(vectors, rows - first, axis=0)
+
+
+def scan(
+    stored: StoredVectors,
+    queries: FloatArray,
+    k: int,
+    metric: Metric,
+    selection: Selection | None,
+    look: Callable[[], None],
+) -> Ranked:
+    """The k best local rows, as ids (n, k), of queries (n, d) float32, of all rows that may come
+    back; slots beyond their number are empty. As many threads as ``set_search_threads`` was told in
+    this thread.
+
+    look: called before each block; what it raises ends the scan.
+    """
+    queries = stored.queries(queries)
+    shape = len(queries), k
+    best = Ranked(np.full(shape, EMPTY_ID, np.int64), np.full(shape, EMPTY_SCORE, np.float32))
+    for rows in _blocks(stored, selection):
+        look()
+        if rows.size:
+            found = _best_of(queries, rows, stored.of(rows), k, metric)
+            ids = np.concatenate((best.ids, found.ids), axis=1)
+            scores = np.concatenate((best.scores, found.scores), axis=1)
+            ids, scores = in_order(ids, scores)
+            best = Ranked(ids[:, :k], scores[:, :k])
+    return Ranked(np.ascontiguousarray(best.ids), np.ascontiguousarray(best.scores))
+
+
+def _blocks(stored: StoredVectors, selection: Selection | None) -> Iterator[IdArray]:
+    """The rows that may come back, some at a time."""
+    step = max(1, BLOCK_BYTES // (4 * stored.dim))
+    for start in range(0, stored.rows, step):
+        rows = np.arange(start, min(start + step, stored.rows), dtype=np.int64)
+        yield rows if selection is None else rows[selection.are_live(rows)]
+
+
+def _best_of(
+    queries: FloatArray, rows: IdArray, vectors: FloatArray, k: int, metric: Metric
+) -> Ranked:
+    """(n, min(k, m)): the best of rows (m,), whose vectors are (m, dim); of equal scores the lowest
+    rows, which faiss does not promise."""
+    width = min(k, len(rows))
+    asked = min(k + 1, len(rows))
+    ids, scores = _knn(queries, vectors, asked, metric)
+    if asked > width:
+        cut = np.flatnonzero(scores[:, width] == scores[:, width - 1])
+        if cut.size:  # the tie goes on beyond the answer: all of the block, in order
+            every = in_order(*_knn(queries[cut], vectors, len(rows), metric))
+            ids[cut], scores[cut] = every.ids[:, :asked], every.scores[:, :asked]
+    return Ranked(rows[ids[:, :width]], scores[:, :width])
+
+
+def _knn(
+    queries: FloatArray, vectors: FloatArray, width: int, metric: Metric
+) -> tuple[IdArray, FloatArray]:
+    """Positions and scores, both (n, width), higher first; width <= m."""
+    distances, positions = faiss.knn(queries, vectors, width, metric=faiss_metric(metric))
+    return positions, (-distances if metric is Metric.L2 else distances)

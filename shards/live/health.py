@@ -1,0 +1,58 @@
+"""What writes have made of a shard's index: ``ShardHealth`` of its state, by a look that is cheap
+enough to be taken every few seconds."""
+
+import weakref
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardline.shards.core.messages import ShardHealth
+from shardline.shards.core.schema import IdArray
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.live.state import ShardState
+from shardline.shards.storage.generation import ITEM_IDS_NAME, shard_folder
+
+BLOCK_ROWS = 1 << 16  # ids looked up at a time: searches wait for the GIL some milliseconds
+
+
+class HealthLook:
+    """Of one shard of the generation in ``generation``; used by one thread."""
+
+    def __init__(self, generation: Path, shard: int) -> None:
+        self._path = generation / shard_folder(shard) / ITEM_IDS_NAME
+        self._built: IdArray | None = None
+        # weak: a main index that has been replaced must not live on until the next look
+        self._main: weakref.ref[MainIndex] | None = None
+        self._unseen_bits: NDArray[np.uint8] = np.empty(0, np.uint8)  # of the rows of ``_main``
+
+    def look(self, state: ShardState) -> ShardHealth:
+        """Raises OSError, ValueError: of the file with the ids that the shard was built with, whose
+        checksum has been verified."""
+        if self._built is None:
+            self._built = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        if self._main is None or self._main() is not state.main:
+            unseen = ~are_in(self._built, state.ids_by_row[:-1])
+            self._unseen_bits = np.packbits(unseen, bitorder="little")
+            self._main = weakref.ref(state.main)
+        bits = self._unseen_bits
+        if state.selection is not None:
+            bits = bits & state.selection.bits
+        written = ~are_in(self._built, state.delta.ids)
+        return ShardHealth(
+            rows=state.rows,
+            changed=state.delta.rows + state.hidden,
+            unseen=int(np.bitwise_count(bits).sum()) + int(written.sum()),
+            imbalance=state.main.imbalance,
+        )
+
+
+def are_in(known: IdArray, item_ids: IdArray) -> NDArray[np.bool_]:
+    """(m,) bool: which of item_ids (m,) int64 are in known (n,) int64, ascending."""
+    found = np.zeros(len(item_ids), np.bool_)
+    if len(known):
+        for start in range(0, len(item_ids), BLOCK_ROWS):
+            part = item_ids[start : start + BLOCK_ROWS]
+            at = np.minimum(np.searchsorted(known, part), len(known) - 1)
+            found[start : start + BLOCK_ROWS] = known[at] == part
+    return found

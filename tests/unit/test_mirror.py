@@ -1,0 +1,518 @@
+"""Writes of one generation brought to another: on disk, without Ray, killed at every step."""
+
+import asyncio
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shardline.cluster.rollover import mirror as mirror_module
+from shardline.cluster.rollover.fanout_target import FanoutTarget
+from shardline.cluster.rollover.mirror import Mirror
+from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder, open_mirror
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.replayed_note import (
+    Replayed,
+    note_path,
+    read_note,
+    start_of,
+    write_note,
+)
+from shardline.router.fanout.fanout import Fanout
+from shardline.router.router_config import RouterConfig
+from shardline.router.written import Part
+from shardline.shards.core.encoder_files import CONFIG, ITEM_ENCODER_FOLDER, write_encoder
+from shardline.shards.core.errors import (
+    DeltaFull,
+    InvalidInput,
+    NotFound,
+    NotPrimary,
+    VersionMismatch,
+)
+from shardline.shards.core.files import MANIFEST_NAME, sha256_of
+from shardline.shards.core.messages import RoutingTable, WriteReply
+from shardline.shards.live.kept_segments import KEPT_FOLDER
+from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.generation import read_generation, write_generation
+from tests.fake_encoder import ITEM_FEATURES, item_encoder_parts, item_vector
+from tests.fake_shard import SECRET
+from tests.two_generations import DIM, ROWS, Written, build, unit_vectors
+
+LIFE_S = 20.0  # far above what a test takes, so that a mirror that hangs fails it
+
+
+class Killed(BaseException):
+    """The process of the mirror ends here."""
+
+
+class FakeTarget:
+    """The target's primaries in this process. ``before_each`` is called with "deliver" before a
+    part is applied, and "applied" before it is acknowledged; it may raise. ``late``: parts of
+    killed processes, one of which may arrive with every other part."""
+
+    def __init__(self, written: Written, before_each: Callable[[str], None] | None = None) -> None:
+        self.written = written
+        self.before_each = before_each or (lambda step: None)
+        self.late: list[Part] = []
+        self.rng = random.Random(0)
+        self.parts: list[Part] = []
+        self.is_open = True
+
+    async def table(self) -> RoutingTable:
+        return self.written.table
+
+    async def deliver(self, part: Part, /) -> WriteReply:
+        self.parts.append(part)
+        self.some_late()
+        try:
+            self.before_each("deliver")
+        except Killed:
+            self.late.append(part)
+            raise
+        reply = self.written.deliver(part)
+        self.some_late()
+        self.before_each("applied")
+        return reply
+
+    def some_late(self) -> None:
+        if self.late and self.rng.random() < 0.5:
+            part = self.late.pop(self.rng.randrange(len(self.late)))
+            self.written.deliver(part)
+
+
+async def no_sleep(seconds: float) -> None:
+    await asyncio.sleep(0)
+
+
+def order(store: Path, cut: Cut | None = None, *, source: int = 1, target: int = 2) -> MirrorOrder:
+    return MirrorOrder(
+        store=str(store), source=source, target=target, controller="", secret=b"", cut=cut
+    )
+
+
+def opened(given: MirrorOrder, target: FakeTarget, encoder: Any = None) -> Mirror:
+    mirror = open_mirror(given, target, encoder)
+    mirror._sleep = no_sleep
+    return mirror
+
+
+def drained(
+    given: MirrorOrder, target: FakeTarget, final: Sequence[int], encoder: Any = None
+) -> MirrorProgress:
+    """One life of a mirror: until the target has ``final``. Raises Killed."""
+
+    async def live() -> MirrorProgress:
+        mirror = opened(given, target, encoder)
+        run = asyncio.create_task(mirror.run())
+        drain = asyncio.create_task(mirror.drain(final, LIFE_S))
+        await asyncio.wait([run, drain], return_when=asyncio.FIRST_COMPLETED)
+        if run.done():
+            drain.cancel()
+            run.result()
+        await mirror.stop()
+        await run
+        return drain.result()
+
+    return asyncio.run(live())
+
+
+def test_a_target_with_other_shards_gets_what_the_source_gets(tmp_path: Path) -> None:
+    source = Written(build(tmp_path, 1, 2))
+    target = Written(build(tmp_path, 2, 3, partitioning="hash-range"))
+    source.upsert([3, 40, 1000], 1, title=["a", "b", "c"])
+    source.delete([4, 41, 999])
+    source.upsert([40, 4], 2)
+    source.delete([1000])
+    progress = drained(order(tmp_path), FakeTarget(target), source.seqs)
+    assert target.contents() == source.contents()
+    assert target.column("title") == source.column("title")
+    assert target.column("title")[3] == "a" and target.column("title")[40] is None
+    assert progress.positions == progress.ends == source.seqs
+    assert (progress.behind, progress.unreplayed, progress.trouble) == (0, 0, None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_writes_and_kills_at_any_step(tmp_path: Path, seed: int) -> None:
+    """Kills come at random steps, and what was under way then arrives late, or never."""
+    rng = random.Random(seed)
+    source = Written(build(tmp_path, 1, rng.choice((1, 3))))
+    target = Written(build(tmp_path, 2, rng.choice((1, 2, 4)), partitioning="hash-range"))
+    expected = {item: row.tobytes() for item, row in enumerate(unit_vectors(range(ROWS), 0))}
+    left = 0
+
+    def step(name: str) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Killed
+
+    fake, kills = FakeTarget(target, step), 0
+    fake.rng = rng
+    for write in range(60):
+        ids = rng.sample([*range(ROWS), *range(1000, 1040)], rng.randint(1, 6))
+        if rng.random() < 0.3:
+            source.delete(ids)
+            expected = {item: row for item, row in expected.items() if item not in ids}
+        else:
+            source.upsert(ids, write, key=f"k{write}")
+            expected |= dict(zip(ids, map(bytes, unit_vectors(ids, write)), strict=True))
+        if rng.random() < 0.2:
+            left = rng.randint(1, 8)
+            try:
+                drained(order(tmp_path), fake, source.seqs)
+            except Killed:
+                kills += 1
+    left = 0
+    drained(order(tmp_path), fake, source.seqs)
+    while fake.late:
+        fake.some_late()
+    assert source.contents() == expected
+    assert target.contents() == expected
+    assert kills > 1
+
+
+def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after each part, and around each note; what was under way arrives last of all."""
+    source = Written(build(tmp_path, 1, 2))
+    source.upsert([1, 2, 50], 1, title=["a", "b", "c"])
+    source.delete([3])
+    kills, folder = 0, build(tmp_path, 2, 2, partitioning="hash-range")
+    for kill_at in range(1, 60):
+        shutil.rmtree(tmp_path / "live" / folder.name, ignore_errors=True)
+        target = Written(folder)
+        left = kill_at
+
+        def step(name: str) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+
+        def noted(live: Path, replayed: Replayed) -> None:
+            step("before the note")
+            write_note(live, replayed)
+            step("after the note")
+
+        monkeypatch.setattr(mirror_module, "write_note", noted)
+        fake, given = FakeTarget(target, step), order(tmp_path)
+        try:
+            drained(given, fake, source.seqs)
+        except Killed:
+            kills += 1
+        else:
+            break
+        source.upsert([1, 50], kill_at + 9)  # more has come when it goes on
+        late, fake.late = fake.late, []
+        drained(given, fake, source.seqs)
+        for part in late:
+            target.deliver(part)
+        assert target.contents() == source.contents(), f"killed at step {kill_at}"
+    assert kills > 8, kills
+
+
+def test_a_round_that_was_under_way_is_sent_again_as_it_was(tmp_path: Path) -> None:
+    """Else what a killed process had sent, and arrives late, would bring back older versions."""
+    source = Written(build(tmp_path, 1, 1))
+    target = Written(build(tmp_path, 2, 1))
+    source.upsert([1, 2], 1)
+
+    def kill(name: str) -> None:
+        raise Killed
+
+    fake = FakeTarget(target, kill)
+    with pytest.raises(Killed):
+        drained(order(tmp_path), fake, source.seqs)
+    source.upsert([1, 2], 2)
+    fake.before_each = lambda step: None
+    (late,), fake.late = fake.late, []
+    drained(order(tmp_path), fake, source.seqs)
+    target.deliver(late)
+    assert [part.message.key for part in fake.parts[:2]] == [late.message.key] * 2
+    assert target.contents() == source.contents()
+
+
+def test_failures_are_told_and_tried_again(tmp_path: Path) -> None:
+    source = Written(build(tmp_path, 1, 1))
+    target = Written(build(tmp_path, 2, 2))
+    errors = [NotPrimary("none"), DeltaFull("full"), InvalidInput("wrong", field="attributes.x")]
+    seen = []
+
+    def fail(name: str) -> None:
+        if name == "deliver" and errors:
+            raise errors.pop(0)
+
+    async def live() -> None:
+        mirror = opened(order(tmp_path), FakeTarget(target, fail))
+
+        async def sleep(seconds: float) -> None:
+            seen.append((mirror.progress().trouble, seconds))
+            await asyncio.sleep(0)
+
+        mirror._sleep = sleep
+        run = asyncio.create_task(mirror.run())
+        source.upsert([1, 2], 1)
+        assert (await mirror.drain(source.seqs, LIFE_S)).trouble is None
+        await mirror.stop()
+        await run
+
+    asyncio.run(live())
+    told = [(trouble.code, seconds) for trouble, seconds in seen if trouble is not None]
+    assert told == [("not_primary", 0.1), ("delta_full", 0.2), ("invalid_input", 0.4)]
+    assert target.contents() == source.contents()
+
+
+def test_a_drain_that_is_too_late_says_how_far_it_is(tmp_path: Path) -> None:
+    source = Written(build(tmp_path, 1, 1))
+    target = Written(build(tmp_path, 2, 1))
+    source.delete([1])
+
+    async def live() -> MirrorProgress:
+        mirror = opened(order(tmp_path), FakeTarget(target))
+        return await mirror.drain((2,), 0.01)
+
+    progress = asyncio.run(live())
+    assert progress.positions == (0,) and not progress.has((2,))
+    assert progress.behind >= 1, "what has not been read is not taken for nothing"
+    assert not note_path(tmp_path / "live" / "000001").exists(), "no way back is noted"
+
+
+def test_there_and_back_and_there_again(tmp_path: Path) -> None:
+    """A publish, a rollback, and a publish: each begins where the one before ended."""
+    folders = build(tmp_path, 1, 2), build(tmp_path, 2, 3, partitioning="hash-range")
+    one, two = Written(folders[0]), Written(folders[1])
+    one.upsert([1, 2, 50], 1)
+    drained(order(tmp_path), FakeTarget(two), one.seal(2))
+    fake = FakeTarget(Written(folders[0], epoch=3))
+    two.upsert([2, 3], 2)
+    two.delete([50])
+    drained(order(tmp_path, source=2, target=1), fake, two.seal(2))
+    assert sum(part.items for part in fake.parts) == 3, "what came from there is not brought back"
+    assert fake.written.contents() == two.contents()
+    one, again = fake.written, FakeTarget(Written(folders[1], epoch=3))
+    one.upsert([3], 3)
+    drained(order(tmp_path), again, one.seqs)
+    assert sum(part.items for part in again.parts) == 1
+    assert again.written.contents() == one.contents()
+
+
+def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> None:
+    source = Written(build(tmp_path, 1, 1))
+    target = Written(build(tmp_path, 2, 1))
+    for seed in range(4):
+        source.upsert([seed], seed + 1)
+    log = source.writes[0]._log
+    assert log is not None
+    log.roll()
+    log.trim(4)
+    source.upsert([9], 9)
+    fake = FakeTarget(target)
+
+    async def trouble(cut: Cut | None) -> Any:
+        mirror = opened(order(tmp_path, cut), fake)
+        run = asyncio.create_task(mirror.run())
+        async with asyncio.timeout(LIFE_S):
+            while (found := mirror.progress().trouble) is None:
+                await asyncio.sleep(0.001)
+        await mirror.stop()
+        await run
+        return found
+
+    for cut in (None, Cut(generation=7, seqs=(4,))):
+        found = asyncio.run(trouble(cut))
+        assert found.code == NotFound.code
+        assert "shard 0: writes from 1 on" in found.text and "--from-live" in found.text
+    assert not fake.parts
+    drained(order(tmp_path, Cut(generation=1, seqs=(4,))), fake, source.seqs)
+    assert [part.message.item_ids.tolist() for part in fake.parts] == [[9]]
+
+
+def test_kept_segments_are_replayed(tmp_path: Path) -> None:
+    source = Written(build(tmp_path, 1, 1))
+    target = Written(build(tmp_path, 2, 1))
+    for seed in range(6):
+        source.upsert([seed, 100], seed + 1)
+        log = source.writes[0]._log
+        assert log is not None
+        log.roll()
+        log.trim(source.seqs[0], 1 << 20)
+    assert len(list((source.writes[0]._folder / KEPT_FOLDER).iterdir())) >= 6
+    drained(order(tmp_path), FakeTarget(target), source.seqs)
+    assert target.contents() == source.contents()
+
+
+class FakeEncoder:
+    """Of another model: the vector of an item is made of its feature ``seed``; "bad" is refused."""
+
+    def encode(self, item_ids: np.ndarray, rows: Sequence[dict], /) -> np.ndarray:
+        if any(row["seed"] == "bad" for row in rows):
+            raise InvalidInput("not a number", field="features")
+        pairs = zip(item_ids.tolist(), rows, strict=True)
+        return np.concatenate([2 * unit_vectors([item], row["seed"] + 100) for item, row in pairs])
+
+
+def test_another_model_gets_vectors_of_its_own(tmp_path: Path) -> None:
+    source = Written(build(tmp_path, 1, 2))
+    folder = build(tmp_path, 2, 3, columns=("title", "brand"))
+    target = Written(folder)
+    changed(folder, model_version="m2")
+    source.upsert([1, 40], 1, features=[{"seed": 1}, {"seed": 2}], title=["a", "b"])
+    source.upsert([2, 41], 2)  # by vector
+    source.upsert([3, 42, 4], 3, features=[{"seed": 3}, {"seed": "bad"}, {"seed": 4}])
+    source.upsert([2], 4, features=[{"seed": 5}])
+    source.delete([5, 43])
+    before = target.contents()
+    fake = FakeTarget(target)
+    progress = drained(order(tmp_path), fake, source.seqs, FakeEncoder())
+    expected = before | {
+        item: unit_vectors([item], 100 + seed)[0].tobytes()
+        for item, seed in ((1, 1), (40, 2), (3, 3), (4, 4), (2, 5))
+    }
+    for item in (5, 43):
+        del expected[item]
+    found = target.contents()
+    assert found.keys() == expected.keys()
+    for item, row in expected.items():
+        np.testing.assert_allclose(
+            np.frombuffer(found[item], np.float32), np.frombuffer(row, np.float32), atol=1e-6
+        )
+    assert progress.unreplayed in (2, 3) and set(progress.examples) >= {41, 42}
+    assert target.column("title")[1] == "a"
+    assert all(part.message.features for part in fake.parts if hasattr(part.message, "features"))
+
+
+def test_without_an_encoder_only_deletes_reach_another_model(tmp_path: Path) -> None:
+    source, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    target = Written(folder)
+    changed(folder, model_version="m2")
+    source.upsert([1], 1, features=[{"seed": 1}])
+    source.upsert([2], 1)
+    source.delete([3])
+    progress = drained(order(tmp_path), FakeTarget(target), source.seqs)
+    assert (progress.unreplayed, progress.examples) == (2, (2, 1))
+    assert progress.rows == 1
+    assert 3 not in target.contents()
+    note = read_note(tmp_path / "live" / "000002")
+    assert note is not None
+
+
+def changed(folder: Path, **fields: Any) -> None:
+    """Has the manifest say something else, another model version for example."""
+    manifest = read_generation(folder)
+    (folder / MANIFEST_NAME).unlink()
+    write_generation(folder, replace(manifest, **fields))
+
+
+def test_attributes_that_the_target_lacks_are_left_out(tmp_path: Path) -> None:
+    source = Written(build(tmp_path, 1, 1, columns=("title", "brand")))
+    target = Written(build(tmp_path, 2, 1, columns=("brand",)))
+    source.upsert([1], 1, title=["t"], brand=["b"])
+    drained(order(tmp_path), FakeTarget(target), source.seqs)
+    assert target.column("brand")[1] == "b"
+
+
+def test_one_model_name_with_two_kinds_of_vectors_is_refused(tmp_path: Path) -> None:
+    source, target = build(tmp_path, 1, 1), build(tmp_path, 2, 1)
+    changed(source, dim=4)
+    with pytest.raises(VersionMismatch, match="same model"):
+        open_mirror(order(tmp_path), FakeTarget(Written(target)), None)
+
+
+def noted_at(generation: int, *seqs: int) -> Replayed:
+    return Replayed(generation=generation, seqs=seqs, sending=seqs)
+
+
+@pytest.mark.parametrize(
+    ("note", "cut", "expected"),
+    [
+        (None, None, (0, 0)),
+        (None, Cut(generation=1, seqs=(3, 4)), (3, 4)),
+        (None, Cut(generation=9, seqs=(3, 4)), (0, 0)),
+        (
+            Replayed(generation=1, seqs=(5, 6), sending=(5, 6)),
+            Cut(generation=1, seqs=(3, 4)),
+            (5, 6),
+        ),
+        (
+            Replayed(generation=9, seqs=(5, 6), sending=(5, 6)),
+            Cut(generation=1, seqs=(3, 4)),
+            (3, 4),
+        ),
+        (noted_at(1, 5), None, (0, 0)),
+        (noted_at(1, 2, 4), Cut(generation=1, seqs=(3, 4)), (3, 4)),
+    ],
+)
+def test_where_it_begins(note, cut, expected) -> None:
+    assert start_of(note, cut, 1, 2).seqs == expected
+
+
+def test_a_note_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog) -> None:
+    write_note(tmp_path, Replayed(generation=1, seqs=(5, 6), sending=(5, 7), rows=3))
+    note = read_note(tmp_path)
+    assert note is not None and (note.seqs, note.sending, note.rows) == ((5, 6), (5, 7), 3)
+    note_path(tmp_path).write_text("{}")
+    assert read_note(tmp_path) is None
+    assert "from the start" in caplog.text
+
+
+def test_over_sockets_while_writes_go_on_until_the_seal(tmp_path: Path) -> None:
+    """The target's table comes late, and the first one is of another generation."""
+    source = Written(build(tmp_path, 1, 2))
+    target = Written(build(tmp_path, 2, 3, partitioning="hash-range"))
+    rng = random.Random(1)
+
+    def write() -> None:
+        for seed in range(60):
+            ids = rng.sample([*range(ROWS), *range(1000, 1040)], 5)
+            if seed % 4:
+                source.upsert(ids, seed, title=[f"{seed}"] * 5)
+            else:
+                source.delete(ids)
+
+    async def live(table: RoutingTable) -> MirrorProgress:
+        tables = [replace(table, generation=9), None, table]
+
+        async def table_after(version: int, timeout_s: float) -> RoutingTable | None:
+            if not tables:
+                await asyncio.sleep(timeout_s)
+            return tables.pop(0)
+
+        config = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
+        over = FanoutTarget(2, Fanout(SECRET, config, random.Random(0)))
+        follow = asyncio.create_task(over.follow(table_after))
+        mirror = open_mirror(order(tmp_path), over, None)
+        run = asyncio.create_task(mirror.run())
+        await asyncio.to_thread(write)
+        progress = await mirror.drain(source.seal(2), LIFE_S)
+        await mirror.stop()
+        await run
+        follow.cancel()
+        await over.close()
+        return progress
+
+    with target.served() as table:
+        progress = asyncio.run(live(table))
+    assert progress.has(source.seqs) and progress.rows >= 100
+    assert target.contents() == source.contents()
+    assert target.column("title") == source.column("title")
+
+
+def test_features_are_encoded_by_the_tower_of_the_target(tmp_path: Path) -> None:
+    source, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    (folder / ITEM_ENCODER_FOLDER).mkdir()
+    write_encoder(folder / ITEM_ENCODER_FOLDER, *item_encoder_parts(DIM, "m2"))
+    target = Written(folder)
+    changed(folder, model_version="m2")
+    source.upsert([1, 2], 1, features=[ITEM_FEATURES, ITEM_FEATURES | {"size": "large"}])
+    checksum = sha256_of(folder / ITEM_ENCODER_FOLDER / CONFIG)
+    encoder = TargetEncoder.of(replace(target.table, item_encoder_checksum=checksum))
+    assert encoder is not None
+    progress = drained(order(tmp_path), FakeTarget(target), source.seqs, encoder)
+    assert (progress.unreplayed, progress.examples) == (1, (2,))
+    found = np.frombuffer(target.contents()[1], np.float32)
+    np.testing.assert_allclose(found, item_vector(DIM, 1, 0, 1, 2, 1), atol=1e-6)
+    assert TargetEncoder.of(replace(target.table, item_encoder_checksum=None)) is None

@@ -1,0 +1,98 @@
+"""The towers as plain arrays, in the form of ``shards.core.encoder_files``.
+
+``router.encoder.query_encoder`` and ``router.encoder.item_encoder`` run them without torch.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from shardline.shards.core.encoder_files import MappedArrays, Weights, write_encoder
+from shardline.training.features.fitted import Block, Columns
+from shardline.training.model.checkpoint import Run
+from shardline.training.model.towers import InputRows, Inputs, TwoTower
+
+ITEM_ID = "item_id"
+
+
+def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) -> None:
+    """Writes the query tower into the folder, which has the rows of the history, if any."""
+    weights = _tower_weights(model.query_tower, model.query_rows)
+    features = _features(run.space.query)
+    if run.space.history is not None:
+        features.append(run.space.history.model_dump())
+        if model.history.attends:
+            weights["history.recency"] = model.history.recency.detach().cpu().numpy()
+    config = {
+        "model_version": version,
+        "dim": model.dim,
+        "projection": run.config.towers.query.projection,
+        "features": features,
+    }
+    write_encoder(folder, config, weights)
+
+
+def export_item_encoder(
+    run: Run, model: TwoTower, version: str, columns: pa.Schema, folder: Path
+) -> None:
+    """Writes the item tower into the folder, which has the lengths of popular items, if any.
+
+    columns: the catalogue's, without the id.
+    """
+    weights = _tower_weights(model.item_tower, model.item_rows)
+    features = _features(run.space.item)
+    for place, feature in enumerate(features):
+        is_vocabulary = feature["kind"] in ("id", "categorical") and feature["values"]
+        if feature["column"] == ITEM_ID and is_vocabulary:
+            _map_ids(folder, feature, weights.pop(f"embedding.{place}"))
+    if model.history.attends:
+        arrays = {"key.weight": model.history.key.weight, "key.bias": model.history.key.bias}
+        for name, tensor in (arrays | {"query": model.history.query}).items():
+            weights[f"history.{name}"] = tensor.detach().cpu().numpy()
+    config = {
+        "model_version": version,
+        "dim": model.dim,
+        "projection": run.config.towers.item.projection,
+        "features": features,
+        "attributes": {column.name: str(column.type) for column in columns},
+    }
+    write_encoder(folder, config, weights)
+
+
+@torch.no_grad()
+def history_rows(model: TwoTower, block: Block) -> Weights:
+    """What the query tower takes of each of the items as past ones: (n, width), (n,) scores."""
+    rows: Tensor = model.item_rows(Inputs.of(block, model.log_temperature.device))
+    arrays = {"history.rows": rows.cpu().numpy()}
+    if model.history.attends:
+        arrays["history.item_scores"] = model.history.item_scores(rows).cpu().numpy()
+    return arrays
+
+
+def _map_ids(folder: Path, feature: dict[str, Any], table: NDArray[Any]) -> None:
+    """Puts the vocabulary of item ids and its rows into files that readers map: there may be as
+    many as items."""
+    ids = np.array(feature["values"], dtype=np.int64)
+    MappedArrays(folder, len(ids)).write(0, {"ids.values": ids})
+    MappedArrays(folder, len(table)).write(0, {"ids.rows": table})
+    feature |= {"values": [], "mapped": True}
+
+
+def _features(columns: Columns) -> list[dict[str, Any]]:
+    features: list[dict[str, Any]] = [asdict(c) for c in (*columns.vocabularies, *columns.bags)]
+    return features + [{"kind": "numeric", **asdict(s)} for s in columns.standardisers]
+
+
+def _tower_weights(tower: nn.Module, rows: InputRows) -> Weights:
+    weights = {
+        name.replace("norms.", "norm."): tensor for name, tensor in tower.state_dict().items()
+    }
+    tables = (*rows.embeddings, *rows.bags)
+    weights |= {f"embedding.{i}": table.weight.detach() for i, table in enumerate(tables)}
+    return {name: tensor.cpu().numpy() for name, tensor in weights.items()}
