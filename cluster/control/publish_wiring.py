@@ -15,7 +15,6 @@ from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import FloatArray
-from shardline.shards.storage.generation import read_generation
 
 
 class WiredParts:
@@ -38,14 +37,12 @@ class WiredParts:
 
     async def start_mirror(self, source: RoutingTable, target: RoutingTable) -> Mirror:
         """As ``PublishParts``: a detached actor, which is found again."""
-        folder = self._store.generation(target.generation)
         order = MirrorOrder(
             store=str(self._store.root),
             source=source.generation,
             target=target.generation,
             controller=self._controller,
             secret=self._secret,
-            cut=(await asyncio.to_thread(read_generation, folder)).cut,
         )
         return await start_mirror(order, self._digest)
 
