@@ -34,10 +34,10 @@ class SearchAnswer:
     The arrays are read-only. attributes and original_ids hold what ``return_`` and
     ``return_original_ids`` asked for: a list per query, with a value per result; None
     where a shard did not bring them, and attributes_missing says why. seq: of each shard, how many
-    writes were in what it searched; None for one that did not answer. took_ms is the
-    time from the request's arrival at the server to its answer, search_ms the longest search of
-    any shard, both in milliseconds. others_share: of a background search, the share of the last two
-    seconds in which the busiest shard searched for others; None of other searches.
+    writes were in what it searched, None for one that did not answer; a search can ask for them.
+    took_ms is the time from the request's arrival at the server to its answer, search_ms the
+    longest search of any shard, both in milliseconds. others_share: of a background search, the
+    share of the last two seconds in which the busiest shard searched for others; None of others.
     """
 
     ids: IdArray
