@@ -75,12 +75,12 @@ def one_thread() -> None:
 
 @dataclass
 class Made:
-    """What is known of a generation. Moments count the acknowledged writes of the store: it was
-    made with all up to ``made_at``, which its log does not have, and holds all up to ``has``.
-    erased_at: those up to then are not in its log any more. as_built: its rows, until it is
-    written. timeline: a generation that went live without the writes of the one before began it."""
+    """What is known of a generation. Moments count the acknowledged writes of the store: it has all
+    up to ``has``, and notes say how many of those of generation ``source`` these are. erased_at:
+    what it had then is not in its log any more. as_built: its rows, until it is written. timeline:
+    a generation that went live without the writes of the one before began it."""
 
-    made_at: int
+    source: int
     has: int
     timeline: int
     as_built: Rows | None
@@ -92,6 +92,7 @@ class Taken:
     """A snapshot: of which generation, when, and what was in it."""
 
     url: str
+    generation: int
     moment: int
     timeline: int
     rows: Rows
@@ -124,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.moment = self.timeline = 0
         self.rows = rows_of(self.store.generation(1))
         self.made_ever = {1}
-        self.made = {1: Made(made_at=0, has=0, timeline=0, as_built=None)}
+        self.made = {1: Made(source=0, has=0, timeline=0, as_built=None)}
         self.live = LoadedGeneration(self.store, 1, REPLICAS)
         self.beside: LoadedGeneration | None = None
         self.is_kept = False
@@ -219,7 +220,8 @@ class StoreMachine(RuleBasedStateMachine):
         loaded = self.chosen(which)
         leader = loaded.leaders[shard % len(loaded.members)]
         leader.change_over()
-        assert leader.changeover.main_seq == leader.writes.seq
+        state = leader.writes.state
+        assert (state.delta.rows, state.hidden) == (0, 0)
 
     @rule(which=WHICH, shard=WHICH)
     def change_over(self, which: int, shard: int) -> None:
@@ -301,17 +303,18 @@ class StoreMachine(RuleBasedStateMachine):
         url = str(self.root / f"snapshot-{next(self.numbers)}")
         taken = take_snapshot(self.store, self.live.number, url)
         assert taken.seqs == self.live.seqs
-        self.snapshots.append(Taken(url, self.moment, self.timeline, dict(self.rows)))
+        self.snapshots.append(Taken(url, self.live.number, self.moment, self.timeline, dict(self.rows)))
 
     @precondition(lambda self: self.snapshots)
     @rule(which=WHICH, shards=st.sampled_from([None, 1, 3]), is_published=st.booleans())
     def restore(self, which: int, shards: int | None, is_published: bool) -> None:
         taken = self.snapshots[which % len(self.snapshots)]
         made = restore_snapshot(self.store, taken.url, num_shards=shards)
-        self.has_made(made.generation, taken.moment, taken.timeline, taken.rows)
+        self.has_made(made.generation, taken.generation, taken.moment, taken.timeline, taken.rows)
         if is_published:
             self.load(made.generation)
-            self.switch(which)
+            if self.is_of_this_timeline:
+                self.switch(which)
 
     @rule(
         kind=st.sampled_from(sorted(KINDS)),
@@ -324,15 +327,15 @@ class StoreMachine(RuleBasedStateMachine):
         with live_corpus(self.store, self.live.number, lambda *_: None) as corpus:
             made = build_generation(self.store, corpus, plan)
         assert made.cut == Cut(generation=self.live.number, seqs=self.live.seqs)
-        self.has_made(made.generation, self.moment, self.timeline, dict(self.rows))
+        self.has_made(made.generation, self.live.number, self.moment, self.timeline, dict(self.rows))
         if is_published:
             self.load(made.generation)
             self.switch(shards)
 
-    def has_made(self, number: int, moment: int, timeline: int, rows: Rows) -> None:
+    def has_made(self, number: int, source: int, moment: int, timeline: int, rows: Rows) -> None:
         assert number == max(self.made_ever) + 1
         self.made_ever.add(number)
-        self.made[number] = Made(made_at=moment, has=moment, timeline=timeline, as_built=rows)
+        self.made[number] = Made(source=source, has=moment, timeline=timeline, as_built=rows)
         assert rows_of(self.store.generation(number)) == rows
         verify_generation(
             self.store.generation(number), read_generation(self.store.generation(number))
@@ -363,7 +366,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.beside = None
         self.late.clear()  # its next primaries have other epochs
 
-    @precondition(lambda self: self.beside is not None)
+    @precondition(lambda self: self.is_of_this_timeline)
     @rule(kill_at=st.one_of(st.none(), st.integers(0, 8)))
     def mirror(self, kill_at: int | None) -> None:
         """Until nothing is left to bring over, or killed before that."""
@@ -379,22 +382,27 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             mirrored(self.store, self.live.number, self.beside, final, late=self.late, **options)
         except WritesLost:
-            assert not self.can_take_over
+            assert not self.must_be_possible, "nothing is missing"
             self.counts("refused")
             return False
-        assert self.can_take_over, "writes are missing, and nothing was said"
-        to.has = self.moment
+        to.has, to.source = self.moment, self.live.number
         assert self.beside.contents() == self.vectors
         return True
 
     @property
-    def can_take_over(self) -> bool:
-        """Whether all that the generation beside lacks is in the log of the live one."""
+    def is_of_this_timeline(self) -> bool:
+        """What two timelines make together is neither."""
+        return self.beside is not None and self.made[self.beside.number].timeline == self.timeline
+
+    @property
+    def must_be_possible(self) -> bool:
+        """Whether all that the generation beside lacks is in the log of the live one, and notes say
+        from where on."""
         assert self.beside is not None
         to, live = self.made[self.beside.number], self.made[self.live.number]
-        return to.timeline == self.timeline and to.has >= max(live.made_at, live.erased_at)
+        return to.source == self.live.number and to.has >= live.erased_at
 
-    @precondition(lambda self: self.late and self.beside is not None)
+    @precondition(lambda self: bool(self.late))
     @rule(which=WHICH)
     def part_arrives_late(self, which: int) -> None:
         """Which a mirror that was killed had sent."""
@@ -402,13 +410,11 @@ class StoreMachine(RuleBasedStateMachine):
         with suppress(NotPrimary):
             self.beside.deliver(part)
 
-    @precondition(lambda self: self.beside is not None)
+    @precondition(lambda self: self.is_of_this_timeline)
     @rule(which=WHICH)
     def switch(self, which: int) -> None:
         """The end of a publish, or of a rollback."""
         assert self.beside is not None
-        if self.made[self.beside.number].timeline != self.timeline:
-            return  # brought together they would be neither
         primaries = list(self.live.leaders)
         before = self.live.seqs
         final = self.live.seal(which)
@@ -421,7 +427,8 @@ class StoreMachine(RuleBasedStateMachine):
             return
         self.counts("rollback" if self.is_kept else "publish")
         self.store.set_current(self.beside.number)
-        self.made[self.live.number].has = self.moment
+        before = self.made[self.live.number]
+        before.has, before.source = self.moment, self.beside.number
         self.live, self.beside, self.is_kept = self.beside, self.live, True
         self.beside.settle()
         self.late.clear()
@@ -442,7 +449,7 @@ class StoreMachine(RuleBasedStateMachine):
         made = self.made[self.live.number]
         assert made.as_built is not None
         self.rows = dict(made.as_built)
-        made.timeline, made.made_at = self.timeline, self.moment
+        made.timeline = self.timeline
         self.counts("without writes")
 
     # Housekeeping
