@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from shardline.bench.load.report import (
     title_of,
 )
 from shardline.bench.load.runner import Runner, queries_needed
-from shardline.bench.load.scenarios import Ask, Pace, Scenario
+from shardline.bench.load.scenarios import CHANGES, Ask, Pace, Scenario
 from shardline.bench.load.step import Options
 from shardline.bench.load.target import Target, open_target, user_queries, vector_queries
 from shardline.bench.load.workload import Queries
@@ -72,7 +72,7 @@ def run(
             field=scenario.name,
             expected="--data with the folder of a data set",
         )
-    with _target(config, where, progress) as target:
+    with _target(config, where, progress, scenario) as target:
         queries = _queries(target, scenario, options, data)
         runner = Runner(
             target=target,
@@ -122,7 +122,9 @@ def show(report: dict[str, Any], json_path: Path | None, plot_path: Path | None)
 
 
 @contextmanager
-def _target(config: ShardlineConfig, where: Where, progress: StageProgress) -> Iterator[Target]:
+def _target(
+    config: ShardlineConfig, where: Where, progress: StageProgress, scenario: Scenario
+) -> Iterator[Target]:
     """The endpoint, for the length of the block when it is our own."""
     root = config.store.resolve()
     own = Store(root / BENCH_STORE)
@@ -130,9 +132,14 @@ def _target(config: ShardlineConfig, where: Where, progress: StageProgress) -> I
         yield _running(Store(root), where, own)
         return
     corpus = clustered_set(own, where.rows, where.dim, progress)
-    manifest = generation_of(own, corpus, plan_of(config), run_jobs=run_on_ray, progress=progress)
+    plan = plan_of(config)
+    manifest = generation_of(own, corpus, plan, run_jobs=run_on_ray, progress=progress)
+    if any(fault.kind in CHANGES for fault in scenario.faults):  # one of another shape
+        other = replace(plan, num_shards=plan.num_shards + 1)
+        generation_of(own, corpus, other, run_jobs=run_on_ray, progress=progress)
+    own.set_current(manifest.generation)
     served = config.model_copy(update={"store": own.root})
-    with serving(served, generation=manifest.generation, on_stage=progress.note) as endpoint:
+    with serving(served, on_stage=progress.note) as endpoint:
         yield open_target(endpoint.address, endpoint.pid, [own])
 
 

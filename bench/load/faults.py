@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from shardline.bench.load.changes import ChangeRunner, another_generation
 from shardline.bench.load.processes import Sampler, Usage, router_process, shard_process
-from shardline.bench.load.scenarios import Fault, FaultKind, Step
+from shardline.bench.load.scenarios import CHANGES, Fault, FaultKind, Step
 from shardline.bench.load.target import Target
 from shardline.shards.core.errors import InvalidInput
 
@@ -113,14 +114,23 @@ class Watch:
         self._address = target.address
         self._sampler = Sampler(target.pid) if target.pid is not None else None
         self._faults: FaultRunner | None = None
+        self._changes: ChangeRunner | None = None
         self._next_look = 0.0
-        if target.pid is not None and step.faults:
+        hits = tuple(fault for fault in step.faults if fault.kind not in CHANGES)
+        changes = tuple(fault for fault in step.faults if fault.kind in CHANGES)
+        if target.pid is not None and hits:
             self._faults = FaultRunner(pid=target.pid, shard=shard, addresses=self._addresses)
-            self._faults.arm(step.faults, step.seconds)
+            self._faults.arm(hits, step.seconds)
+        if changes:
+            other = another_generation(target.store, target.manifest)
+            self._changes = ChangeRunner(store=target.store.root, generation=other)
+            self._changes.arm(changes, step.seconds)
 
     @property
     def marks(self) -> list[Mark]:
-        return self._faults.marks if self._faults is not None else []
+        hits = self._faults.marks if self._faults is not None else []
+        changes = self._changes.marks if self._changes is not None else []
+        return [*hits, *(Mark(at_s=at_s, label=label) for at_s, label in changes)]
 
     def tick(self, elapsed: float) -> None:
         """``elapsed`` seconds since the first request was due, warm-up included."""
@@ -129,6 +139,8 @@ class Watch:
             return
         if self._faults is not None:
             self._faults.tick(at_s)
+        if self._changes is not None:
+            self._changes.tick(at_s)
         if at_s >= self._next_look:
             self.look(at_s)
             self._next_look = at_s + SAMPLE_S
@@ -143,6 +155,8 @@ class Watch:
     def close(self) -> None:
         if self._faults is not None:
             self._faults.close()
+        if self._changes is not None:
+            self._changes.close()
 
     def _addresses(self) -> dict[int, str | None]:
         with self._address.client() as client:

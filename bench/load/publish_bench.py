@@ -32,6 +32,7 @@ import click
 import numpy as np
 
 from shardline.bench.corpus import clustered_queries, clustered_set, generation_of
+from shardline.bench.load.changes import COMMAND
 from shardline.bench.plots import plot_changes
 from shardline.cluster.build import run_here
 from shardline.cluster.commands.build import plan_of
@@ -53,7 +54,6 @@ from shardline.shards.storage.embedding_set import (
 K = 100
 QUERIES = 1000
 SAME = 0.95  # share of the expected ids from which an answer counts as that generation's
-COMMAND = "from shardline.cluster.cli import main; main()"
 
 Expected = dict[int, IdArray]  # by generation: (queries, k) ids
 

@@ -46,6 +46,11 @@ class FaultKind(StrEnum):
     KILL_SHARD = "kill-shard"  # SIGKILL
     STALL_SHARD = "stall-shard"  # SIGSTOP, SIGCONT after lasts_s
     RESTART_ROUTER = "restart-router"  # SIGKILL; Ray Serve starts it again
+    PUBLISH = "publish"  # of another generation of the store
+    ROLLBACK = "rollback"
+
+
+CHANGES = (FaultKind.PUBLISH, FaultKind.ROLLBACK)  # of what is live; they hit no process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +166,18 @@ _ALL = (
             "long."
         ),
         faults=(Fault(kind=FaultKind.RESTART_ROUTER, at_share=0.25),),
+    ),
+    Scenario(
+        name="swap",
+        summary=(
+            "As rate; `shardline publish` of another generation of the same model a fifth into the "
+            "time, `shardline rollback` at three fifths; both are marked, and when they were done. "
+            "Shows what failed (nothing should), and what loading and measuring the other cost."
+        ),
+        faults=(
+            Fault(kind=FaultKind.PUBLISH, at_share=0.2),
+            Fault(kind=FaultKind.ROLLBACK, at_share=0.6),
+        ),
     ),
     Scenario(
         name="overload",

@@ -85,7 +85,7 @@ READER_VERSION = 2  # of vectors made elsewhere: the same files may become anoth
 @click.option(
     "--no-publish",
     is_flag=True,
-    help="Leave the live generation as it is. With --from-live that is so while a cluster serves.",
+    help="Leave the live generation as it is, as is done while a cluster serves the store.",
 )
 @click.pass_obj
 def build(

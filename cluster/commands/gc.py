@@ -11,7 +11,7 @@ import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.console import StageProgress
-from shardline.cluster.housekeeping.erase import Erasure, erase_shard
+from shardline.cluster.housekeeping.erase import Erasure, compact_away, drop_superseded
 from shardline.cluster.housekeeping.held import held_generations
 from shardline.cluster.housekeeping.removals import Policy, Removal, removals, remove
 from shardline.cluster.store import Store
@@ -66,6 +66,12 @@ def gc(
         held, is_served = in_use.reasons, in_use.served is not None
         erased: list[Erasure] = []
         if erase and not dry_run:
+            if is_served and in_use.is_publishing:
+                raise Unavailable(
+                    f"generation {in_use.beside} is being published, from the log that an erasure "
+                    "would cut",
+                    hint="wait for the end of the publish: `shardline status` shows it",
+                )
             with StageProgress() as progress:
                 erased = _erased(store, sorted(held), progress, is_served=is_served)
         policy = Policy(
@@ -102,8 +108,10 @@ def _erased(
         os.nice(NICENESS)  # searches come first
     for number, shard in shards:
         progress("erase", len(done), len(shards))
-        done.append(erase_shard(store, number, shard, is_loaded=is_served))
+        done.append(compact_away(store, number, shard, is_loaded=is_served))
     progress("erase", len(done), len(shards))
+    for each in done:  # after all of them: replicas have the same time to change over
+        drop_superseded(store, each, is_loaded=is_served)
     return done
 
 

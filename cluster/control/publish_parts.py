@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.messages import RoutingTable
 
-STOP_S = 20.0  # of a mirror: it ends a round first, which may take 15 s
+STOP_S = 30.0  # of a mirror: it ends a round first, and may not answer
 
 
 class Mirror(Protocol):

@@ -1,11 +1,12 @@
 """Where a publish gets its mirror and its gate from: the two places that know how they are made."""
 
+import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.publish_parts import GateReport, Mirror
 from shardline.cluster.control.shard_actors import DIGEST_DIGITS
-from shardline.cluster.rollover.gate import GateFigure
 from shardline.cluster.rollover.gate_run import gate_of_tables
 from shardline.cluster.rollover.mirror_actor import end_mirror, start_mirror
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
@@ -18,7 +19,7 @@ from shardline.shards.core.schema import FloatArray
 
 class WiredParts:
     """The ``PublishParts`` of a running cluster. secret: what proves a peer to shards. controller:
-    the name of its actor. served: vectors of queries lately served by a model."""
+    the name of its actor. served: vectors of queries that a model has served lately; None: none."""
 
     def __init__(
         self,
@@ -46,14 +47,16 @@ class WiredParts:
         return await start_mirror(order, self._digest)
 
     async def end_mirrors(self, but: tuple[int, int] | None) -> None:
-        """As ``PublishParts``: there is one at most."""
+        """As ``PublishParts``."""
         await end_mirror(self._digest, but)
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
     ) -> GateReport:
-        """As ``PublishParts``, with the bounds of the section ``publish``."""
-        report = await gate_of_tables(
+        """As ``PublishParts``: in a thread with a loop of its own, because latencies that are
+        measured beside the controller's work would be those of the controller."""
+        measured = partial(
+            gate_of_tables,
             candidate,
             live,
             self._config,
@@ -61,14 +64,9 @@ class WiredParts:
             served=self._served(live.model_version),
             unreplayed=0 if mirrored is None else mirrored.unreplayed,
         )
-        figures = tuple(report.as_json()["figures"])
-        return GateReport(figures=figures, failed=tuple(map(_sentence, report.failed)))
+        report = await asyncio.to_thread(lambda: asyncio.run(measured()))
+        return GateReport(figures=tuple(report.as_json()["figures"]), failed=report.reasons)
 
     @property
     def _digest(self) -> str:
         return cluster_id_of(self._secret)[:DIGEST_DIGITS]
-
-
-def _sentence(figure: GateFigure) -> str:
-    value = "unknown" if figure.value is None else f"{figure.value:.4g}"
-    return f"{figure.figure} is {value}, bound {figure.bound}"

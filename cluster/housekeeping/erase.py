@@ -53,11 +53,12 @@ class Waiting:
     now: Callable[[], float] = time.time
 
 
-def erase_shard(
+def compact_away(
     store: Store, number: int, shard: int, *, is_loaded: bool, waiting: Waiting | None = None
 ) -> Erasure:
-    """Erases what was deleted until now. is_loaded: a cluster has the generation loaded; if not,
-    nobody may load it meanwhile.
+    """What was deleted until now is in no file any more that a start of the shard needs; then
+    ``drop_superseded``. is_loaded: a cluster has the generation loaded; if not, nobody may load it
+    meanwhile.
 
     Raises:
         CorruptFile, NotFound: of the shard's files. Unavailable: of its log. OSError: of the disk.
@@ -76,14 +77,22 @@ def erase_shard(
             left = "its primary has not changed over to a new main index; try again"
     except InvalidInput as error:
         left = str(error)
-    if left is not None:
-        return Erasure(generation=number, shard=shard, seq=seq, left=left)
-    rebase(folder, shard)
-    if is_loaded:
-        _let_replicas_change(live, waiting)
-    drop_kept(live, 0, FILES)
-    remove_older(live, kept=1)
-    return Erasure(generation=number, shard=shard, seq=seq)
+    if left is None:
+        rebase(folder, shard)
+    return Erasure(generation=number, shard=shard, seq=seq, left=left)
+
+
+def drop_superseded(
+    store: Store, done: Erasure, *, is_loaded: bool, waiting: Waiting | None = None
+) -> None:
+    """Removes what ``compact_away`` has made unnecessary of a shard's log and compactions; what was
+    built is in ``removals`` then. Raises OSError."""
+    if done.left is None and done.seq:
+        live = live_folder(store.generation(done.generation), done.shard)
+        if is_loaded:
+            _let_replicas_change(live, waiting or Waiting())
+        drop_kept(live, 0, FILES)
+        remove_older(live, kept=1)
 
 
 def _trim(store: Store, live: Path, seq: int) -> None:

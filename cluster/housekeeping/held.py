@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.control.publish_note import beside_in
+from shardline.cluster.control.fleet_state import Role
+from shardline.cluster.control.publish_note import beside_in, told_in
 from shardline.cluster.serving.served import served_generation
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import NotFound
@@ -13,11 +14,13 @@ LIVE, SERVED, BESIDE = "live", "being served", "kept for a rollback, or about to
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """live: what CURRENT names. served: by a cluster now. beside: what that has loaded besides."""
+    """live: what CURRENT names. served: by a cluster now. beside: what that has loaded besides;
+    is_publishing: to make that live."""
 
     live: int | None
     served: int | None
     beside: int | None
+    is_publishing: bool = False
 
     @property
     def reasons(self) -> dict[int, str]:
@@ -40,4 +43,6 @@ def held_generations(config: ShardlineConfig, *, verbose: bool = False) -> Held:
         live = store.current()
     except NotFound:
         live = None
-    return Held(live=live, served=served, beside=beside)
+    told = told_in(store.root) or {}
+    is_publishing = beside is not None and told.get("role") == Role.CANDIDATE
+    return Held(live=live, served=served, beside=beside, is_publishing=is_publishing)

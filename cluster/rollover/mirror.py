@@ -9,7 +9,6 @@ Whatever fails is tried again until ``stop``; ``progress`` tells what it is.
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.mirror_source import SourceShard, gathered
 from shardline.cluster.rollover.replayed_note import Replayed, write_note
 from shardline.router.written import Part
-from shardline.shards.core.errors import InvalidInput, ShardlineError
+from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import Absence, RoutingTable, WriteReply
 from shardline.shards.core.schema import IdArray
 from shardline.shards.live.records import Record
@@ -80,7 +79,6 @@ class Mirror:
         start: Replayed,
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """sources: of every shard, in order, behind ``start.seqs``."""
         assert tuple(source.seq for source in sources) == start.seqs
@@ -91,7 +89,7 @@ class Mirror:
         self._noted = start  # what it begins with is found again without a note
         self._target_seqs = list(route.target_seqs)
         self._trouble: Absence | None = None
-        self._sleep, self._clock = sleep, clock
+        self._sleep = sleep
         self._rounds = 0
         self._shard_bytes = min(SHARD_BYTES, ROUND_BYTES // len(self._sources))
         self._is_stopped = False
@@ -120,9 +118,8 @@ class Mirror:
                 else:
                     is_done = await self._round()
             except Exception as error:  # noqa: BLE001  a bug is told too: a publish waits for this
-                self._in_trouble(error)
-                await self._sleep(min(PAUSE_S[0] * 2**failures, PAUSE_S[1]))
-                failures = min(failures + 1, 8)
+                await self._paused(error, failures)
+                failures += 1
                 continue
             self._trouble, failures = None, 0
             if not is_done:
@@ -182,9 +179,8 @@ class Mirror:
             try:
                 await self._sent(taken)
             except Exception as error:  # noqa: BLE001  what was taken must not be passed over
-                self._in_trouble(error)
-                await self._sleep(min(PAUSE_S[0] * 2**failures, PAUSE_S[1]))
-                failures = min(failures + 1, 8)
+                await self._paused(error, failures)
+                failures += 1
             else:
                 return
 
@@ -227,19 +223,15 @@ class Mirror:
         return parts_of(changes, table, self._route.columns, key), changes.rows, refused
 
     async def _delivered(self, part: Part) -> None:
-        try:
-            reply = await self._target.deliver(part)
-        except InvalidInput as error:
-            if error.field == "idempotency_key":
-                return  # it was applied: an encoder need not give the same bits on another host
-            raise
+        reply = await self._target.deliver(part)
         self._target_seqs[part.shard] = max(self._target_seqs[part.shard], reply.seq)
 
     async def _note(self, replayed: Replayed) -> None:
         await asyncio.to_thread(write_note, self._route.target_live, replayed)
         self._noted = replayed
 
-    def _in_trouble(self, error: Exception) -> None:
+    async def _paused(self, error: Exception, failures: int) -> None:
+        """Tells what is wrong, and waits before the next attempt; failures: those before it."""
         known = isinstance(error, ShardlineError | OSError)
         trouble = Absence(getattr(error, "code", OTHER_ERROR), str(error) or repr(error))
         if trouble != self._trouble:
@@ -248,3 +240,4 @@ class Mirror:
                 exc_info=None if known else error,
             )
         self._trouble = trouble
+        await self._sleep(min(PAUSE_S[0] * 2 ** min(failures, 10), PAUSE_S[1]))

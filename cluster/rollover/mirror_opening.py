@@ -18,7 +18,6 @@ from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
-from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_attributes,
@@ -29,14 +28,13 @@ from shardline.shards.storage.generation import (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MirrorOrder:
     """What a mirror is started with: the store, the two generations, the name of the controller's
-    actor, and what proves a peer to shards. cut: of the target, None: not known."""
+    actor, and what proves a peer to shards."""
 
     store: str
     source: int
     target: int
     controller: str
     secret: bytes
-    cut: Cut | None = None
 
 
 class TargetEncoder:
@@ -82,7 +80,7 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
             hint="give a new model a version of its own, and build again",
         )
     note = read_note(store.writes(order.target))
-    start = start_of(note, order.cut, order.source, len(made.shards))
+    start = start_of(note, wanted.cut, order.source, len(made.shards))
     route = Route(
         source=order.source,
         target=order.target,

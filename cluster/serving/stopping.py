@@ -118,19 +118,23 @@ def is_haproxy_of(words: Sequence[str], node_id: str) -> bool:
 
 def stop_shards() -> bool:
     """Stops the controller and its shards; whether there were any. Needs Ray attached."""
-    found = False
+    found = _end_actors(MIRROR_PREFIX)  # first: they ask the controller
     with suppress(ValueError):  # there is no controller: it never started, or is gone already
         controller = ray.get_actor(CONTROLLER_NAME, namespace=NAMESPACE)
         found = True
         with suppress(ray.exceptions.RayError):  # it died: its shards are ended just below
             ray.get(controller.close.remote(), timeout=CLOSE_TIMEOUT_S)
         ray.kill(controller)
-    for actor in ray.util.list_named_actors():
-        if actor.startswith((SHARD_ACTOR_PREFIX, MIRROR_PREFIX)):
-            found = True
-            with suppress(ValueError):
-                ray.kill(ray.get_actor(actor, namespace=NAMESPACE))
-    return found
+    return _end_actors(SHARD_ACTOR_PREFIX) or found
+
+
+def _end_actors(prefix: str) -> bool:
+    """Ends the actors whose names begin so; whether there were any."""
+    names = [name for name in ray.util.list_named_actors() if name.startswith(prefix)]
+    for name in names:
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    return bool(names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from shardline.cluster.control import news, opening, reconcile, replacing, resta
 from shardline.cluster.control.controller import Controller, ControllerSettings
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.start import wait_ready
+from shardline.cluster.rollover.mirror_actor import MIRROR_PREFIX
 from shardline.cluster.store import Store
 from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
@@ -73,9 +74,15 @@ def store(made: Path, tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def alive(monkeypatch: pytest.MonkeyPatch) -> dict[str, Handle]:
-    """Every actor that is looked for is found alive here, by its name."""
+    """Every shard actor that is looked for is found alive here, by its name; there is no mirror."""
     found: dict[str, Handle] = {}
-    monkeypatch.setattr(ray, "get_actor", lambda name: found.setdefault(name, Handle()))
+
+    def get_actor(name: str) -> Handle:
+        if name.startswith(MIRROR_PREFIX):
+            raise ValueError(name)
+        return found.setdefault(name, Handle())
+
+    monkeypatch.setattr(ray, "get_actor", get_actor)
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: list(found))
     monkeypatch.setattr(ray, "kill", lambda handle: None)
     ray_says(monkeypatch, HOSTS)

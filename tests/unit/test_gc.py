@@ -15,7 +15,7 @@ from shardline.cluster.commands import gc as gc_command
 from shardline.cluster.generation_stages import LocalGeneration
 from shardline.cluster.housekeeping import rebase as rebase_module
 from shardline.cluster.housekeeping import removals as removals_module
-from shardline.cluster.housekeeping.erase import Waiting, erase_shard
+from shardline.cluster.housekeeping.erase import Waiting, compact_away, drop_superseded
 from shardline.cluster.housekeeping.rebase import rebase
 from shardline.cluster.housekeeping.removals import Policy, old_generations
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
@@ -173,6 +173,16 @@ def test_what_is_being_made_stays(store: LiveStore) -> None:
         assert scratch.exists()
     store.run("gc", "--keep", "9")
     assert not store.store.writes(8).exists()
+
+
+def test_nothing_is_erased_under_a_publish(store: LiveStore) -> None:
+    """The candidate is brought writes from the log."""
+    serve(store, 5)
+    said = {"format": 1, "live": 5, "beside": 6, "role": "candidate"}
+    (store.store.root / "publish.json").write_text(json.dumps(said))
+    with pytest.raises(Unavailable, match="generation 6 is being published"):
+        store.run("gc", "--erase")
+    assert compacted_seqs(live_folder(store.folder, 1)) == []
 
 
 def test_one_at_a_time(store: LiveStore) -> None:
@@ -392,8 +402,10 @@ def test_beside_a_cluster_the_primary_trims(tmp_path: Path) -> None:
     needle = made.expected[1][0]
     made.delete([1])
     primary = Primary(made)
-    done = erase_shard(made.store, 1, 0, is_loaded=True, waiting=primary.waiting)
+    done = compact_away(made.store, 1, 0, is_loaded=True, waiting=primary.waiting)
     assert (done.seq, done.left) == (2, None)
+    drop_superseded(made.store, done, is_loaded=True, waiting=primary.waiting)
+    assert 20 < primary.time - primary.began < 40
     for unlisted in removals_module.removals(
         made.store, Policy(live=1, held={1}, loaded={1}, keep=0, keep_log_bytes=0)
     ):
@@ -408,7 +420,8 @@ def test_a_primary_that_does_not_change_over_is_not_disturbed(tmp_path: Path) ->
     made.upsert([1], title=[MARKER])
     made.delete([1])
     primary = Primary(made, changes=False)
-    done = erase_shard(made.store, 1, 0, is_loaded=True, waiting=primary.waiting)
+    done = compact_away(made.store, 1, 0, is_loaded=True, waiting=primary.waiting)
+    drop_superseded(made.store, done, is_loaded=True, waiting=primary.waiting)
     assert done.left == "its primary has not changed over to a new main index; try again"
     assert 180 <= primary.time - primary.began < 200
     assert primary.writes.leads

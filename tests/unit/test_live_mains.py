@@ -160,3 +160,33 @@ def test_what_a_killed_compaction_has_staged_is_removed_by_the_next(tmp_path: Pa
     writes.close()
     assert compact(generation, 0).seq == 2
     assert list(live.glob(staged)) == []
+
+
+WITH_PATIENCE = """
+import sys
+from shardline.shards.live import compaction
+compaction.PATIENCE_S = float(sys.argv.pop(1))
+compaction.main()
+"""
+
+
+@pytest.mark.parametrize("patience_s", [0, 60])
+def test_a_compaction_that_gets_no_time_while_idle_is_begun_again(
+    tmp_path: Path, patience_s: float
+) -> None:
+    generation = built(tmp_path)
+    _, writes = opened(generation)
+    writes.lead(1)
+    wrote(writes, upsert_request([NEW_ITEMS]))
+    writes.close()
+    command = [sys.executable, "-c", WITH_PATIENCE, str(patience_s), str(generation), "0", "1"]
+    subprocess.run(command, check=True)
+    assert compacted_seqs(live_folder(generation, 0)) == [1]
+    _newest(generation)
+
+
+def test_a_compaction_that_fails_says_why_and_with_a_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITH_PATIENCE, "60", str(tmp_path), "0", "1"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("compaction of shard 0: ")

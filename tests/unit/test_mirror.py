@@ -89,10 +89,8 @@ async def no_sleep(seconds: float) -> None:
     await asyncio.sleep(0)
 
 
-def order(store: Path, cut: Cut | None = None, *, source: int = 1, target: int = 2) -> MirrorOrder:
-    return MirrorOrder(
-        store=str(store), source=source, target=target, controller="", secret=b"", cut=cut
-    )
+def order(store: Path, *, source: int = 1, target: int = 2) -> MirrorOrder:
+    return MirrorOrder(store=str(store), source=source, target=target, controller="", secret=b"")
 
 
 def opened(given: MirrorOrder, target: FakeTarget, encoder: Any = None) -> Mirror:
@@ -302,7 +300,8 @@ def test_there_and_back_and_there_again(tmp_path: Path) -> None:
 
 def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
-    target = Written(build(tmp_path, 2, 1))
+    folder = build(tmp_path, 2, 1)
+    target = Written(folder)
     for seed in range(4):
         source.upsert([seed], seed + 1)
     log = source.writes[0]._log
@@ -312,8 +311,8 @@ def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> N
     source.upsert([9], 9)
     fake = FakeTarget(target)
 
-    async def trouble(cut: Cut | None) -> Any:
-        mirror = opened(order(tmp_path, cut), fake)
+    async def trouble() -> Any:
+        mirror = opened(order(tmp_path), fake)
         run = asyncio.create_task(mirror.run())
         async with asyncio.timeout(LIFE_S):
             while (found := mirror.progress().trouble) is None:
@@ -323,11 +322,13 @@ def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> N
         return found
 
     for cut in (None, Cut(generation=7, seqs=(4,))):
-        found = asyncio.run(trouble(cut))
+        changed(folder, cut=cut)
+        found = asyncio.run(trouble())
         assert found.code == NotFound.code
         assert "shard 0: writes from 1 on" in found.text and "--from-live" in found.text
     assert not fake.parts
-    drained(order(tmp_path, Cut(generation=1, seqs=(4,))), fake, source.seqs)
+    changed(folder, cut=Cut(generation=1, seqs=(4,)))
+    drained(order(tmp_path), fake, source.seqs)
     assert [part.message.item_ids.tolist() for part in fake.parts] == [[9]]
 
 

@@ -150,6 +150,7 @@ async def published(
     tasks = [asyncio.ensure_future(cluster.follow())]
     try:
         await until(lambda: cluster.primary is not None, timeout=30)
+        await until(lambda: service._fanout.snapshot is not None, timeout=30)
         tasks.append(asyncio.ensure_future(cluster.write()))
         await cluster.writes_go_on()
         yield cluster
