@@ -283,7 +283,6 @@ def mirrored(
         target=to.number,
         controller="",
         secret=b"",
-        cut=to.manifest.cut,
     )
 
     async def live() -> MirrorProgress:

@@ -9,13 +9,14 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import faiss
 import msgpack
@@ -29,7 +30,7 @@ from shardline.cluster.backup.restore import restore_snapshot
 from shardline.cluster.backup.take_snapshot import take_snapshot
 from shardline.cluster.build import build_generation
 from shardline.cluster.corpus_from_live import live_corpus
-from shardline.cluster.housekeeping.erase import Waiting, erase_shard
+from shardline.cluster.housekeeping.erase import Waiting, compact_away, drop_superseded
 from shardline.cluster.housekeeping.removals import Policy, removals, remove
 from shardline.cluster.store import Store
 from shardline.router.merge import merge_top_k
@@ -88,17 +89,6 @@ class Made:
 
 
 @dataclass
-class Taken:
-    """A snapshot: of which generation, when, and what was in it."""
-
-    url: str
-    generation: int
-    moment: int
-    timeline: int
-    rows: Rows
-
-
-@dataclass
 class Sent:
     """Acknowledged requests with a key."""
 
@@ -112,7 +102,7 @@ class StoreMachine(RuleBasedStateMachine):
     is_kept: which was live before."""
 
     steps = 0
-    counted: dict[str, int] = {}
+    counted: ClassVar[Counter[str]] = Counter()
     built: dict[str, Path]
     root: Path | None = None
 
@@ -124,17 +114,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.numbers = count(1)
         self.moment = self.timeline = 0
         self.rows = rows_of(self.store.generation(1))
-        self.made_ever = {1}
+        self.next_generation = count(2)
         self.made = {1: Made(source=0, has=0, timeline=0, as_built=None)}
         self.live = LoadedGeneration(self.store, 1, REPLICAS)
         self.beside: LoadedGeneration | None = None
         self.is_kept = False
-        self.snapshots: list[Taken] = []
+        self.snapshots: list[tuple[str, Made]] = []
         self.sent: list[Sent] = []
         self.late: list[Part] = []
 
     def counts(self, name: str) -> None:
-        self.counted[name] = self.counted.get(name, 0) + 1
+        self.counted[name] += 1
 
     # Writing
 
@@ -303,14 +293,14 @@ class StoreMachine(RuleBasedStateMachine):
         url = str(self.root / f"snapshot-{next(self.numbers)}")
         taken = take_snapshot(self.store, self.live.number, url)
         assert taken.seqs == self.live.seqs
-        self.snapshots.append(Taken(url, self.live.number, self.moment, self.timeline, dict(self.rows)))
+        self.snapshots.append((url, self.now()))
 
     @precondition(lambda self: self.snapshots)
     @rule(which=WHICH, shards=st.sampled_from([None, 1, 3]), is_published=st.booleans())
     def restore(self, which: int, shards: int | None, is_published: bool) -> None:
-        taken = self.snapshots[which % len(self.snapshots)]
-        made = restore_snapshot(self.store, taken.url, num_shards=shards)
-        self.has_made(made.generation, taken.generation, taken.moment, taken.timeline, taken.rows)
+        url, known = self.snapshots[which % len(self.snapshots)]
+        made = restore_snapshot(self.store, url, num_shards=shards)
+        self.has_made(made.generation, known)
         if is_published:
             self.load(made.generation)
             if self.is_of_this_timeline:
@@ -327,19 +317,26 @@ class StoreMachine(RuleBasedStateMachine):
         with live_corpus(self.store, self.live.number, lambda *_: None) as corpus:
             made = build_generation(self.store, corpus, plan)
         assert made.cut == Cut(generation=self.live.number, seqs=self.live.seqs)
-        self.has_made(made.generation, self.live.number, self.moment, self.timeline, dict(self.rows))
+        self.has_made(made.generation, self.now())
         if is_published:
             self.load(made.generation)
             self.switch(shards)
 
-    def has_made(self, number: int, source: int, moment: int, timeline: int, rows: Rows) -> None:
-        assert number == max(self.made_ever) + 1
-        self.made_ever.add(number)
-        self.made[number] = Made(source=source, has=moment, timeline=timeline, as_built=rows)
-        assert rows_of(self.store.generation(number)) == rows
-        verify_generation(
-            self.store.generation(number), read_generation(self.store.generation(number))
+    def now(self) -> Made:
+        """Of a generation with all that the live one has."""
+        return Made(
+            source=self.live.number,
+            has=self.moment,
+            timeline=self.timeline,
+            as_built=dict(self.rows),
         )
+
+    def has_made(self, number: int, known: Made) -> None:
+        assert number == next(self.next_generation), "no number comes twice"
+        self.made[number] = replace(known)
+        folder = self.store.generation(number)
+        assert rows_of(folder) == known.as_built
+        verify_generation(folder, read_generation(folder))
 
     def others(self) -> list[int]:
         """Complete generations that are not loaded."""
@@ -476,21 +473,18 @@ class StoreMachine(RuleBasedStateMachine):
     def erase(self, shard: int) -> None:
         """While it is served: its replicas change over meanwhile."""
         shard %= len(self.live.members)
-        now = time.time()  # files have times of the clock
+        now = time.time()  # as files have it
 
         def sleep(seconds: float) -> None:
             nonlocal now
             now += seconds
             for member in self.live.members[shard]:
-                member.turn()
+                member.change_over()
 
-        done = erase_shard(
-            self.store,
-            self.live.number,
-            shard,
-            is_loaded=True,
-            waiting=Waiting(sleep=sleep, now=lambda: now),
-        )
+        waiting = Waiting(sleep=sleep, now=lambda: now)
+        number = self.live.number
+        done = compact_away(self.store, number, shard, is_loaded=True, waiting=waiting)
+        drop_superseded(self.store, done, is_loaded=True, waiting=waiting)
         assert done.left is None
         assert done.seq == self.live.seqs[shard]
         self.made[self.live.number].erased_at = self.moment
