@@ -221,11 +221,18 @@ class LoadedGeneration:
                 member.writes.close()
 
 
-class MirrorTarget:
-    """The generation that a mirror writes to, as its ``Target``. A mirror that is killed leaves the
-    part that it was sending in ``late``: it arrives at any time, or never."""
+@dataclass(frozen=True)
+class Late:
+    """What a mirror was sending when it was killed: it arrives at any time, or never."""
 
-    def __init__(self, loaded: LoadedGeneration, late: list[Part], kill_at: int | None) -> None:
+    generation: int
+    part: Part
+
+
+class MirrorTarget:
+    """The generation that a mirror writes to, as its ``Target``."""
+
+    def __init__(self, loaded: LoadedGeneration, late: list[Late], kill_at: int | None) -> None:
         self._loaded, self._late, self._left = loaded, late, kill_at
 
     async def table(self) -> RoutingTable:
@@ -239,7 +246,7 @@ class MirrorTarget:
         try:
             self._step()
         except Killed:
-            self._late.append(part)
+            self._late.append(Late(self._loaded.number, part))
             raise
         reply = self._loaded.deliver(part)
         self._step()
@@ -266,7 +273,7 @@ def mirrored(
     to: LoadedGeneration,
     final: Sequence[int],
     *,
-    late: list[Part],
+    late: list[Late],
     kill_at: int | None = None,
     is_sealed: bool = False,
 ) -> MirrorProgress:

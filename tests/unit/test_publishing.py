@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from shardline.cluster.control import controller as module
 from shardline.cluster.control import (
@@ -504,10 +504,8 @@ async def test_a_mirror_that_can_never_begin_is_not_waited_for(
     parts: FakeParts,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lost = RayTaskError("progress", "a trace", WritesLost("too old", hint="build again"))
-
     async def cannot(self: FakeMirror) -> MirrorProgress:
-        raise lost.as_instanceof_cause()
+        raise raised_in_a_method(WritesLost("too old", hint="build again"))
 
     monkeypatch.setattr(FakeMirror, "progress", cannot)
     async with cluster(store) as controller:

@@ -53,7 +53,7 @@ from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import read_generation, verify_generation
 from tests.engine import plan_of
 from tests.live_store import Rows, live_store, rows_of, vectors_of
-from tests.loaded_generation import CONFIG, Killed, LoadedGeneration, Member, mirrored
+from tests.loaded_generation import CONFIG, Killed, Late, LoadedGeneration, Member, mirrored
 from tests.reference import assert_same_answers, brute_force
 
 STEPS = int(os.environ.get("STORE_MACHINE_STEPS", "100"))
@@ -121,7 +121,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.is_kept = False
         self.snapshots: list[tuple[str, Made]] = []
         self.sent: list[Sent] = []
-        self.late: list[Part] = []
+        self.late: list[Late] = []
 
     def counts(self, name: str) -> None:
         self.counted[name] += 1
@@ -304,7 +304,7 @@ class StoreMachine(RuleBasedStateMachine):
         if is_published:
             self.load(made.generation)
             if self.is_of_this_timeline:
-                self.switch(which)
+                self.switch(which, None)
 
     @rule(
         kind=st.sampled_from(sorted(KINDS)),
@@ -320,7 +320,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.has_made(made.generation, self.now())
         if is_published:
             self.load(made.generation)
-            self.switch(shards)
+            self.switch(shards, None)
 
     def now(self) -> Made:
         """Of a generation with all that the live one has."""
@@ -353,15 +353,13 @@ class StoreMachine(RuleBasedStateMachine):
     def load(self, number: int) -> None:
         self.end_beside()
         self.beside = LoadedGeneration(self.store, number, REPLICAS)
-        self.is_kept = False
 
     @rule()
     def end_beside(self) -> None:
         """As ``publish --finish``, or a publish that failed."""
         if self.beside is not None:
             self.beside.close()
-        self.beside = None
-        self.late.clear()  # its next primaries have other epochs
+        self.beside, self.is_kept = None, False
 
     @precondition(lambda self: self.is_of_this_timeline)
     @rule(kill_at=st.one_of(st.none(), st.integers(0, 8)))
@@ -399,37 +397,59 @@ class StoreMachine(RuleBasedStateMachine):
         to, live = self.made[self.beside.number], self.made[self.live.number]
         return to.source == self.live.number and to.has >= live.erased_at
 
-    @precondition(lambda self: bool(self.late))
+    @precondition(lambda self: self.late)
     @rule(which=WHICH)
     def part_arrives_late(self, which: int) -> None:
-        """Which a mirror that was killed had sent."""
-        part = self.late.pop(which % len(self.late))
-        with suppress(NotPrimary):
-            self.beside.deliver(part)
+        """It was sent again, so it is known by its key; or it is for a primary of the past."""
+        late = self.late.pop(which % len(self.late))
+        for loaded in (self.live, self.beside):
+            if loaded is not None and loaded.number == late.generation:
+                self.counts("late")
+                with suppress(NotPrimary):
+                    loaded.deliver(late.part)
 
     @precondition(lambda self: self.is_of_this_timeline)
-    @rule(which=WHICH)
-    def switch(self, which: int) -> None:
-        """The end of a publish, or of a rollback."""
-        assert self.beside is not None
-        primaries = list(self.live.leaders)
-        before = self.live.seqs
+    @rule(which=WHICH, kill_at=st.one_of(st.none(), st.integers(0, 8)))
+    def switch(self, which: int, kill_at: int | None) -> None:
+        """The end of a publish, or of a rollback. kill_at: of a mirror that is started again."""
+        primaries, before = list(self.live.leaders), self.live.seqs
         final = self.live.seal(which)
         assert final == before
-        for member in primaries:
-            if which % 2:
+        if which % 2:
+            for member in primaries:
                 self.refuses(member)
+        if kill_at is not None:
+            with suppress(Killed):
+                self.bring_over(final, kill_at=kill_at)
         if not self.bring_over(final, is_sealed=True):
             self.live.settle()
             return
+        assert self.beside is not None
         self.counts("rollback" if self.is_kept else "publish")
         self.store.set_current(self.beside.number)
-        before = self.made[self.live.number]
-        before.has, before.source = self.moment, self.beside.number
+        left = self.made[self.live.number]
+        left.has, left.source = self.moment, self.beside.number
         self.live, self.beside, self.is_kept = self.beside, self.live, True
         self.beside.settle()
-        self.late.clear()
         assert rows_of(self.live.folder) == self.rows
+
+    @precondition(lambda self: self.is_kept)
+    @rule(ids=ITEMS, which=WHICH, is_mirrored=st.booleans())
+    def write_and_roll_back(self, ids: list[int], which: int, is_mirrored: bool) -> None:
+        self.upsert(ids, True, True)
+        if is_mirrored:
+            self.mirror(None)
+        self.delete(ids[:2], True)
+        self.switch(which, None)
+
+    @rule(which=WHICH)
+    def switch_that_is_given_up(self, which: int) -> None:
+        final = self.live.seal(which)
+        for members in self.live.members:
+            for member in members:
+                self.refuses(member)
+        self.live.settle()
+        assert self.live.seqs == final
 
     @precondition(lambda self: any(self.made[each].as_built is not None for each in self.others()))
     @rule(which=WHICH)
