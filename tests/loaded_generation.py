@@ -299,7 +299,7 @@ def mirrored(
         async with asyncio.timeout(LIFE_S):
             while not (run.done() or mirror.progress().has(final) or is_lost(mirror.progress())):
                 await asyncio.sleep(0.0005)
-        if not run.done() and is_sealed:
+        if is_sealed and mirror.progress().has(final):
             await mirror.drain(final, LIFE_S)
         await mirror.stop()
         await run

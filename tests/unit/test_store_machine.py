@@ -56,8 +56,8 @@ from tests.live_store import Rows, live_store, rows_of, vectors_of
 from tests.loaded_generation import CONFIG, Killed, Late, LoadedGeneration, Member, mirrored
 from tests.reference import assert_same_answers, brute_force
 
-STEPS = int(os.environ.get("STORE_MACHINE_STEPS", "100"))
-STEPS_PER_EXAMPLE = 50
+STEPS = int(os.environ.get("STORE_MACHINE_STEPS", "200"))
+STEPS_PER_EXAMPLE = 40
 REPLICAS = 2
 KINDS = {"flat": {"kind": "flat"}, "ivf": {"kind": "ivf", "nlist": 2}}
 PARAMS = {"flat": NO_PARAMS, "ivf": SearchParams(nprobe=2)}  # all lists: answers are exact
@@ -72,6 +72,16 @@ TIMEOUT_MS = 1e4
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> None:
     faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_waiting_for_disks() -> Iterator[None]:
+    """Processes are killed here, and no power is cut: nothing depends on it, and it is half of the
+    time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda descriptor: None)
+        yield
 
 
 @dataclass
