@@ -8,8 +8,9 @@ differently, a frame of the killed process that arrives late would bring back ol
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from operator import gt
+from operator import ge, gt
 from pathlib import Path
 
 from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, Unreplayed
@@ -84,3 +85,27 @@ def start_of(note: Replayed | None, cut: Cut | None, source: int, num_shards: in
     if note is not None and is_of_source and any(map(gt, note.sending, seqs)):
         return note
     return Replayed(generation=source, seqs=seqs, sending=seqs)
+
+
+def has_all_before(
+    target: int, known: tuple[Cut, ...], source: int, cut_of: Callable[[int], Cut | None]
+) -> bool:
+    """Whether generation ``target`` has every write that ``source`` was built with, so that the log
+    of ``source`` brings it all the rest. known: which writes of others it has, by its cut and its
+    note. cut_of: of any generation, None: it was built from no other.
+
+    Raises:
+        NotFound: ``cut_of`` does, of a generation that was removed.
+    """
+    if source in (target, *(each.generation for each in known)):
+        return True
+    cut = cut_of(source)
+    if cut is None or cut.generation == target or any(_holds(each, cut) for each in known):
+        return True
+    # nothing was written to the one before: what that was built with is the question
+    return not any(cut.seqs) and has_all_before(target, known, cut.generation, cut_of)
+
+
+def _holds(known: Cut, wanted: Cut) -> bool:
+    is_same = known.generation == wanted.generation and len(known.seqs) == len(wanted.seqs)
+    return is_same and all(map(ge, known.seqs, wanted.seqs))
