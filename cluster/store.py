@@ -12,7 +12,7 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,9 +183,23 @@ class Store:
         Raises:
             NotFound: that generation is absent or incomplete.
         """
-        if not (self.generation(number) / files.MANIFEST_NAME).is_file():
-            raise NotFound(f"{self.generation(number)}: no complete generation here")
-        files.write_bytes(self.root / "CURRENT", f"{number}\n".encode())
+        with self._lock():  # ``retire`` looks at what is live
+            if not (self.generation(number) / files.MANIFEST_NAME).is_file():
+                raise NotFound(f"{self.generation(number)}: no complete generation here")
+            files.write_bytes(self.root / "CURRENT", f"{number}\n".encode())
+
+    def retire(self, number: int, in_use: Callable[[], Collection[int]]) -> bool:
+        """Removes a generation's manifest, so that it cannot go live any more; False: it is among
+        ``in_use``, which is asked when nothing can go live until the manifest is gone.
+
+        Raises:
+            OSError: there is no manifest, or it cannot be removed.
+        """
+        with self._lock():
+            if number in in_use():
+                return False
+            (self.generation(number) / files.MANIFEST_NAME).unlink()
+        return True
 
     def version_of(self, embeddings: Path) -> str | None:
         """The model version that an embedding set of this store must have; None: it lies elsewhere,
