@@ -8,7 +8,7 @@ from typing import Any
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
 from shardline.cluster.rollover.mirror_plan import ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
-from shardline.cluster.rollover.replayed_note import read_note, start_of
+from shardline.cluster.rollover.replayed_note import new_run, read_note, start_of
 from shardline.cluster.store import Store
 from shardline.router.encoder.item_encoder import ItemEncoder as Tower
 from shardline.router.fanout.snapshot import load_item_encoder
@@ -80,7 +80,7 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
             hint="give a new model a version of its own, and build again",
         )
     note = read_note(store.writes(order.target))
-    start = start_of(note, wanted.cut, order.source, len(made.shards))
+    start = start_of(note, wanted.cut, order.source, len(made.shards), new_run())
     route = Route(
         source=order.source,
         target=order.target,
