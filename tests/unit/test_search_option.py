@@ -13,7 +13,7 @@ from shardline.router.contract import Degraded
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
 from shardline.router.http.problems import to_problem
-from shardline.router.query import SearchAnswer
+from shardline.router.query import SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import Behind, InvalidInput
@@ -88,6 +88,23 @@ def test_a_body_without_it_shares_the_object_that_costs_nothing() -> None:
     with pytest.raises(InvalidInput) as caught:
         decode_query(json.dumps(body | {"min_seq": [3, -1]}).encode(), Media.JSON, CONFIG)
     assert caught.value.field == "min_seq[1]"
+
+
+def test_where_min_seq_is_from_is_checked() -> None:
+    body = {"vectors": QUERY.tolist(), "min_seq": [5]}
+    origin = {"generation": 2, "table_version": 9}
+    query = decode_query(json.dumps(body | {"min_seq_of": origin}).encode(), Media.JSON, CONFIG)
+    assert query.min_seq_of == SeqOrigin(generation=2, table_version=9)
+    assert query.options == SearchOptions(min_seq=(5,)), "shards hear of the numbers alone"
+    for given, field in [
+        ({"generation": 2}, "min_seq_of.table_version"),
+        (origin | {"generation": "2"}, "min_seq_of.generation"),
+        (origin | {"seq": 1}, "min_seq_of.seq"),
+        ([2, 9], "min_seq_of"),
+    ]:
+        with pytest.raises(InvalidInput) as caught:
+            decode_query(json.dumps(body | {"min_seq_of": given}).encode(), Media.JSON, CONFIG)
+        assert caught.value.field == field
 
 
 def test_answers_of_other_options_are_not_taken_from_the_cache() -> None:
