@@ -24,6 +24,7 @@ from shardline.cluster.serving.endpoint import Address
 from shardline.cluster.serving.launched import asked, controller
 from shardline.cluster.store import Store
 from shardline.router.client.answers import SearchAnswer
+from shardline.router.client.seq import Seq
 from shardline.router.client.sync_client import Client
 from shardline.router.http.api_keys import Scope
 from shardline.router.router_config import RouterConfig
@@ -238,7 +239,7 @@ def test_a_publish_and_a_rollback_cost_no_answer_and_no_write(cluster: Cluster) 
             store.set_current(first)
             client.delete(list(range(PUBLISHED_ITEMS, PUBLISHED_ITEMS + 100)))
     assert [(each["stage"], each["reason"]) for each in told] == [("live", None)] * 2
-    assert (questions.errors, writes.errors) == ([], [])
+    assert (questions.errors, writes.errors, writes.unseen) == ([], [], [])
     assert all(is_full(answer) for _, answer in questions.answers)
     seen = [answer.generation for _, answer in questions.answers]
     assert set(seen) == {first, second}
@@ -247,11 +248,13 @@ def test_a_publish_and_a_rollback_cost_no_answer_and_no_write(cluster: Cluster) 
 
 @dataclass
 class Writes:
-    """Writes a hundred items over and over in a thread. acknowledged: the newest write of each."""
+    """Writes a hundred items over and over in a thread. acknowledged: the newest write of each.
+    unseen: writes that a search which asked for them did not find, across a switch or not."""
 
     client: Client
     acknowledged: dict[int, int] = field(default_factory=dict)
     errors: list[ShardlineError] = field(default_factory=list)
+    unseen: list[int] = field(default_factory=list)
     count: int = 0
     _done: threading.Event = field(default_factory=threading.Event)
 
@@ -271,12 +274,19 @@ class Writes:
             time.sleep(0.02)
 
     def _write(self) -> None:
+        seq = Seq()  # of the write before, which may be of the generation before
         for number in range(1_000_000):
             if self._done.is_set():
                 return
             item = PUBLISHED_ITEMS + number % 100
             try:
-                self.client.upsert(item_ids=[item], vectors=vector_of(number)[None])
+                written = self.client.upsert(item_ids=[item], vectors=vector_of(number)[None])
+                if item - 1 in self.acknowledged:
+                    before = vector_of(number - 1)[None]
+                    found = self.client.search(vectors=before, k=1, min_seq=seq, min_coverage=1.0)
+                    if found.ids.tolist() != [[item - 1]]:
+                        self.unseen.append(number - 1)
+                seq = written.seq
             except ShardlineError as error:
                 self.errors.append(error)
                 self.acknowledged.pop(item, None)  # it may have been written or not
