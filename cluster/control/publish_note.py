@@ -4,12 +4,14 @@ A restarted controller goes on from it; ``gc`` and ``generations delete`` leave 
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from shardline.cluster.control.fleet_state import Role
 from shardline.cluster.control.publish_state import Noted, PublishProgress
+from shardline.cluster.store import Store, unguarded
 from shardline.shards.core import files
 from shardline.shards.core.errors import CorruptFile, ShardlineError
 from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json
@@ -23,8 +25,11 @@ FORMAT = 1
 class PublishNote:
     """Of one cluster; what another has left there is of no meaning to it."""
 
-    def __init__(self, root: Path, cluster_id: str) -> None:
+    def __init__(self, root: Path, cluster_id: str, guard: Callable[[], None] = unguarded) -> None:
+        """guard: as of ``Store.raise_counter``."""
+        self._store = Store(root)
         self._path = root / NAME
+        self._guard = guard
         self._cluster_id = cluster_id
         self.is_outdated = False  # there is one that says nothing of this cluster
 
@@ -43,10 +48,12 @@ class PublishNote:
         return None
 
     def keep(self, noted: Noted) -> None:
-        """Writes it. Raises OSError: it cannot be written."""
+        """Writes it. Raises OSError: it cannot be written. Superseded: as of the guard."""
         publish = None if noted.publish is None else noted.publish.as_json()
         said = asdict(noted) | {"publish": publish}
-        files.write_json(self._path, {"format": FORMAT, "cluster_id": self._cluster_id} | said)
+        with self._store.lock():
+            self._guard()
+            files.write_json(self._path, {"format": FORMAT, "cluster_id": self._cluster_id} | said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +77,7 @@ def in_use_in(root: Path) -> InUse:
     path = root / NAME
     try:
         found = read_json(path, MAX_STATE_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return InUse()
     try:
         beside, publish = found["beside"], found.get("publish")
@@ -84,7 +91,11 @@ def in_use_in(root: Path) -> InUse:
             if number is not None and type(number) is not int:
                 raise TypeError(f"{number!r} instead of a generation")
     except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptFile(f"{path}: not a note of ours", got=str(error)) from error
+        raise CorruptFile(
+            f"{path}: not a note of ours",
+            got=str(error),
+            hint="remove it if no cluster serves this store",
+        ) from error
     return in_use
 
 

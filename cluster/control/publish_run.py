@@ -26,6 +26,7 @@ from shardline.shards.core.errors import (
     GateFailed,
     NotFound,
     Unavailable,
+    WritesLost,
     error_of,
     last_line,
 )
@@ -178,6 +179,9 @@ async def _looked_at(mirror: Mirror) -> MirrorProgress:
         async with asyncio.timeout(ANSWER_S):
             return await mirror.progress()
     except (TimeoutError, RayError, Unavailable) as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, WritesLost):  # it has answered: that it can never begin
+            return MirrorProgress(positions=(), ends=(), trouble=Absence(cause.code, str(cause)))
         trouble = Absence(Unavailable.code, f"the mirror does not answer: {last_line(error)}")
         return MirrorProgress(positions=(), ends=(), trouble=trouble)
 

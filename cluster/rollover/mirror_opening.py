@@ -8,16 +8,23 @@ from typing import Any
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
 from shardline.cluster.rollover.mirror_plan import ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
-from shardline.cluster.rollover.replayed_note import read_note, start_of
+from shardline.cluster.rollover.replayed_note import (
+    Replayed,
+    has_all_before,
+    new_run,
+    read_note,
+    start_of,
+)
 from shardline.cluster.store import Store
 from shardline.router.encoder.item_encoder import ItemEncoder as Tower
 from shardline.router.fanout.snapshot import load_item_encoder
-from shardline.shards.core.errors import VersionMismatch
+from shardline.shards.core.errors import NotFound, VersionMismatch, WritesLost
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_attributes,
@@ -65,6 +72,7 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
 
     Raises:
         VersionMismatch: the models are the same by name, and their vectors are not comparable.
+        WritesLost: the source was built with writes that the target lacks: no log brings them.
         NotFound, CorruptFile, NewerFormat, OSError: of a generation, or the target's log.
     """
     store = Store(Path(order.store))
@@ -80,7 +88,8 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
             hint="give a new model a version of its own, and build again",
         )
     note = read_note(store.writes(order.target))
-    start = start_of(note, wanted.cut, order.source, len(made.shards))
+    _check_nothing_is_lost(store, order, note, wanted.cut)
+    start = start_of(note, wanted.cut, order.source, len(made.shards), new_run())
     route = Route(
         source=order.source,
         target=order.target,
@@ -96,6 +105,31 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
         for shard, seq in enumerate(start.seqs)
     ]
     return Mirror(route, sources, target, start)
+
+
+def _check_nothing_is_lost(
+    store: Store, order: MirrorOrder, note: Replayed | None, cut: Cut | None
+) -> None:
+    """Raises WritesLost."""
+
+    def cut_of(generation: int) -> Cut | None:
+        return read_generation(store.generation(generation)).cut
+
+    noted = None if note is None else Cut(generation=note.generation, seqs=note.seqs)
+    known = tuple(each for each in (noted, cut) if each is not None)
+    try:
+        if has_all_before(order.target, known, order.source, cut_of):
+            return
+        got = f"nothing says that {order.target} has the writes that {order.source} was built with"
+    except NotFound as error:
+        got = error.message
+    raise WritesLost(
+        f"generation {order.target} cannot be brought up to generation {order.source}",
+        expected="the writes before it, which are not in its log",
+        got=got,
+        hint="build a generation from today's rows with `shardline build --from-live`, or publish "
+        "with --without-writes, which loses what was written meanwhile",
+    )
 
 
 def _columns(folder: Path, manifest: GenerationManifest) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.replayed_note import (
     Replayed,
+    has_all_before,
     note_path,
     read_note,
     start_of,
@@ -33,6 +34,7 @@ from shardline.shards.core.errors import (
     NotFound,
     NotPrimary,
     VersionMismatch,
+    WritesLost,
 )
 from shardline.shards.core.files import MANIFEST_NAME, sha256_of
 from shardline.shards.core.messages import RoutingTable, WriteReply
@@ -234,6 +236,25 @@ def test_a_round_that_was_under_way_is_sent_again_as_it_was(tmp_path: Path) -> N
     assert target.contents() == source.contents()
 
 
+def test_a_replay_from_an_earlier_start_ends_with_the_newest_versions(tmp_path: Path) -> None:
+    """Its rounds are cut differently: the newest write, which comes in one as it did before, must
+    not be passed over as known while the older ones before it are applied again."""
+    source, target = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+    fake = FakeTarget(target)
+    for seed in range(1, 6):
+        source.upsert([7], seed)
+        drained(order(tmp_path), fake, source.seqs)
+    log = source.writes[0]._log
+    assert log is not None
+    log.roll()
+    source.upsert([7], 99)
+    drained(order(tmp_path), fake, source.seqs)
+    note_path(tmp_path / "live" / "000002").unlink()
+    drained(order(tmp_path), fake, source.seqs)
+    assert [len(part.message.item_ids) for part in fake.parts] == [1] * 8, "two rounds of six"
+    assert target.contents() == source.contents()
+
+
 def test_failures_are_told_and_tried_again(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     target = Written(build(tmp_path, 2, 2))
@@ -332,6 +353,58 @@ def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> N
     assert [part.message.item_ids.tolist() for part in fake.parts] == [[9]]
 
 
+@pytest.mark.parametrize(
+    ("target_has", "is_enough"),
+    [(None, False), ((1, 0), False), ((1, 1), True), ((2, 1), True), ((2,), False)],
+)
+def test_writes_that_the_source_was_built_with_are_in_no_log(
+    tmp_path: Path, target_has: tuple[int, ...] | None, is_enough: bool
+) -> None:
+    """Of generation 1, which was live before: 3 goes live, and then 2, which is older."""
+    for number in (1, 2, 3):
+        build(tmp_path, number, 2)
+    folders = [tmp_path / "generations" / f"{number:06d}" for number in (2, 3)]
+    cut = None if target_has is None else Cut(generation=1, seqs=target_has)
+    changed(folders[0], cut=cut)
+    changed(folders[1], cut=Cut(generation=1, seqs=(1, 1)))
+    target = FakeTarget(Written(folders[0]))
+    given = order(tmp_path, source=3, target=2)
+    if is_enough:
+        open_mirror(given, target, None)
+        return
+    with pytest.raises(WritesLost, match="generation 2 cannot be brought up to generation 3"):
+        open_mirror(given, target, None)
+    shutil.rmtree(tmp_path / "generations" / "000001")  # nothing is read of it
+    with pytest.raises(WritesLost, match="--without-writes"):
+        open_mirror(given, target, None)
+
+
+@pytest.mark.parametrize(
+    ("known", "cuts", "expected"),
+    [
+        ({}, {}, True),  # the source was built from no other
+        ({3: (0,)}, {3: (1, (9,))}, True),  # a note is about it
+        ({}, {3: (2, (9,))}, True),  # from the target itself
+        ({1: (8,)}, {3: (1, (9,))}, False),
+        ({1: (9,)}, {3: (1, (9,))}, True),
+        ({1: (9, 9)}, {3: (1, (9,))}, False),
+        ({}, {3: (1, (0,)), 1: (2, (7,))}, True),  # nothing was written to 1, which is from 2
+        ({}, {3: (1, (0,))}, True),
+        ({}, {3: (1, (0,)), 1: (7, (1,))}, False),
+        ({}, {3: (1, (1,)), 1: (2, (7,))}, False),
+    ],
+)
+def test_whether_a_log_has_all_that_is_missing(known, cuts, expected) -> None:
+    """Of generation 3, for 2."""
+
+    def cut_of(generation: int) -> Cut | None:
+        found = cuts.get(generation)
+        return None if found is None else Cut(generation=found[0], seqs=found[1])
+
+    has = tuple(Cut(generation=number, seqs=seqs) for number, seqs in known.items())
+    assert has_all_before(2, has, 3, cut_of) is expected
+
+
 def test_kept_segments_are_replayed(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     target = Written(build(tmp_path, 2, 1))
@@ -424,7 +497,7 @@ def test_one_model_name_with_two_kinds_of_vectors_is_refused(tmp_path: Path) -> 
 
 
 def noted_at(generation: int, *seqs: int) -> Replayed:
-    return Replayed(generation=generation, seqs=seqs, sending=seqs)
+    return Replayed(generation=generation, seqs=seqs, sending=seqs, run="r")
 
 
 @pytest.mark.parametrize(
@@ -434,12 +507,12 @@ def noted_at(generation: int, *seqs: int) -> Replayed:
         (None, Cut(generation=1, seqs=(3, 4)), (3, 4)),
         (None, Cut(generation=9, seqs=(3, 4)), (0, 0)),
         (
-            Replayed(generation=1, seqs=(5, 6), sending=(5, 6)),
+            Replayed(generation=1, seqs=(5, 6), sending=(5, 6), run="r"),
             Cut(generation=1, seqs=(3, 4)),
             (5, 6),
         ),
         (
-            Replayed(generation=9, seqs=(5, 6), sending=(5, 6)),
+            Replayed(generation=9, seqs=(5, 6), sending=(5, 6), run="r"),
             Cut(generation=1, seqs=(3, 4)),
             (3, 4),
         ),
@@ -448,11 +521,13 @@ def noted_at(generation: int, *seqs: int) -> Replayed:
     ],
 )
 def test_where_it_begins(note, cut, expected) -> None:
-    assert start_of(note, cut, 1, 2).seqs == expected
+    found = start_of(note, cut, 1, 2, "new")
+    assert found.seqs == expected
+    assert (found.run == "r") == (found is note), "a run goes on, or a new one begins"
 
 
 def test_a_note_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog) -> None:
-    write_note(tmp_path, Replayed(generation=1, seqs=(5, 6), sending=(5, 7), rows=3))
+    write_note(tmp_path, Replayed(generation=1, seqs=(5, 6), sending=(5, 7), run="r", rows=3))
     note = read_note(tmp_path)
     assert note is not None and (note.seqs, note.sending, note.rows) == ((5, 6), (5, 7), 3)
     note_path(tmp_path).write_text("{}")

@@ -26,7 +26,7 @@ from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable
+from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable, WritesLost
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 from tests.fake_actor import Handle, LeadMethod, Method, raised_in_a_method
 from tests.fake_shard import until
@@ -497,6 +497,20 @@ async def test_a_mirror_that_dies_is_waited_for_and_then_given_up(
         assert live(controller) == 3
         report = await controller.report()
         assert report["beside"]["generation"] == 57, "a rollback that fails ends nothing"
+
+
+async def test_a_mirror_that_can_never_begin_is_not_waited_for(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def cannot(self: FakeMirror) -> MirrorProgress:
+        raise raised_in_a_method(WritesLost("too old", hint="build again"))
+
+    monkeypatch.setattr(FakeMirror, "progress", cannot)
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        assert (await ended(controller))["reason"]["text"] == "too old; build again"
 
 
 async def test_one_that_dies_during_the_switch_costs_an_attempt(
