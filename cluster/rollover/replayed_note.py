@@ -34,7 +34,8 @@ MAX_BYTES = 1 << 20  # numbers of 4096 shards take 200 KB
 class Replayed:
     """Of each shard of ``generation``: seqs, the writes that the target has; sending, up to which
     it may have more. run: what its keys have in common. rows that were written to the target since
-    the start; those that could not be."""
+    the start; those that could not be. back: of each shard of the target how many of its writes
+    ``generation`` has, up to now; None: that cannot be shown."""
 
     generation: int
     seqs: tuple[int, ...]
@@ -42,11 +43,17 @@ class Replayed:
     run: str
     rows: int = 0
     unreplayed: Unreplayed = NONE_UNREPLAYED
+    back: tuple[int, ...] | None = None
 
 
 def new_run() -> str:
     """Unlike that of any other run, whatever became of its note."""
     return secrets.token_hex(8)
+
+
+def key_prefix(run: str) -> str:
+    """What the idempotency keys of a run begin with."""
+    return f"mirror-{run}-"
 
 
 def note_path(live: Path) -> Path:
@@ -67,7 +74,7 @@ def read_note(live: Path) -> Replayed | None:
         found = read_json(note_path(live), MAX_BYTES)
         if found["format"] > FORMAT_VERSION:
             raise ValueError(f"format {found['format']}, expected {FORMAT_VERSION} at most")
-        unreplayed = found["unreplayed"]
+        unreplayed, back = found["unreplayed"], found["back"]
         return Replayed(
             generation=int(found["generation"]),
             seqs=tuple(map(int, found["seqs"])),
@@ -77,6 +84,7 @@ def read_note(live: Path) -> Replayed | None:
             unreplayed=Unreplayed(
                 rows=int(unreplayed["rows"]), examples=tuple(map(int, unreplayed["examples"]))
             ),
+            back=None if back is None else tuple(map(int, back)),
         )
     except FileNotFoundError:
         return None
@@ -95,6 +103,10 @@ def start_of(
     if cut is not None and cut.generation == source and len(cut.seqs) == num_shards:
         seqs = cut.seqs
     is_of_source = note is not None and note.generation == source and len(note.seqs) == num_shards
-    if note is not None and is_of_source and any(map(gt, note.sending, seqs)):
+    if (
+        note is not None
+        and is_of_source
+        and (note.sending == seqs or any(map(gt, note.sending, seqs)))
+    ):
         return note
     return Replayed(generation=source, seqs=seqs, sending=seqs, run=run)

@@ -317,6 +317,75 @@ def test_there_and_back_and_there_again(tmp_path: Path) -> None:
     assert again.written.contents() == one.contents()
 
 
+def test_rows_that_could_not_be_brought_stay_counted_there_and_back(tmp_path: Path) -> None:
+    """A publish of another model, a rollback, and the publish again, with a restart in each."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    changed(folder, model_version="other")
+    one.upsert([3], 1)
+    one.upsert([4], 1, features=[{"seed": 1}])
+    fake = FakeTarget(Written(folder))
+    for _ in range(2):
+        found = drained(order(tmp_path), fake, one.seal(2), FakeEncoder())
+    assert (found.unreplayed, found.examples) == (1, (3,))
+    two = fake.written
+    two.upsert([5], 2)
+    fake = FakeTarget(Written(tmp_path / "generations" / "000001", epoch=3))
+    for _ in range(2):
+        found = drained(order(tmp_path, source=2, target=1), fake, two.seal(2), FakeEncoder())
+    assert [part.message.item_ids.tolist() for part in fake.parts] == []
+    assert (found.unreplayed, found.examples) == (1, (5,))
+    fake.written.delete([6])
+    two = FakeTarget(Written(folder, epoch=3))
+    found = drained(order(tmp_path), two, fake.written.seqs, FakeEncoder())
+    assert [part.message.item_ids.tolist() for part in two.parts] == [[6]]
+    assert (found.unreplayed, found.examples) == (1, (3,)), "2 lacks it as before"
+
+
+def test_nothing_is_claimed_for_the_way_back_where_writes_were_left_out(tmp_path: Path) -> None:
+    """2 is published without the writes of 1; after a rollback it must get them all."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    two = Written(folder)
+    one.upsert([1, 2], 1)
+    two.upsert([2], 2)
+    fake = FakeTarget(one)
+    drained(order(tmp_path, source=2, target=1), fake, two.seal(2))
+    assert not note_path(tmp_path / "live" / "000002").exists()
+    again = FakeTarget(Written(folder, epoch=3))
+    drained(order(tmp_path), again, one.seqs)
+    assert again.written.contents() == one.contents()
+
+
+def test_own_writes_of_a_target_end_what_its_note_claims(tmp_path: Path) -> None:
+    """2 got writes of 1, was live, and took writes that 1 never got; then 1 was live again."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    fake = FakeTarget(Written(folder))
+    one.upsert([1], 1)
+    drained(order(tmp_path), fake, one.seqs)
+    note = read_note(tmp_path / "live" / "000002")
+    assert note is not None and note.back == fake.written.seqs == (1,)
+    note_path(tmp_path / "live" / "000001").unlink()
+    assert opened(order(tmp_path), fake)._route.back
+    fake.written.upsert([9], 3, key="of a client")
+    assert not opened(order(tmp_path), fake)._route.back
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_killed_round_is_no_write_of_the_targets_own(tmp_path: Path, kill_at: int) -> None:
+    one, two = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+
+    def kill(name: str) -> None:
+        if name == "applied" and len(fake.parts) == kill_at:
+            raise Killed
+
+    fake = FakeTarget(two, kill)
+    with pytest.raises(Killed):
+        for item in (1, 2):
+            one.upsert([item], 1)
+            drained(order(tmp_path), fake, one.seqs)
+    assert two.seqs == (kill_at,)
+    assert opened(order(tmp_path), fake)._route.back
+
+
 def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     folder = build(tmp_path, 2, 1)
