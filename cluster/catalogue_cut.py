@@ -5,7 +5,7 @@ import logging
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import NotFound, ShardlineError
 from shardline.shards.live.live_rows import newest_write
-from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.cut import Cut, cut_of
 from shardline.shards.storage.generation import read_generation
 
 logger = logging.getLogger(__name__)
@@ -20,8 +20,9 @@ def catalogue_cut(store: Store) -> Cut | None:
     try:
         number = store.current()
         folder = store.generation(number)
-        shards = range(len(read_generation(folder).shards))
-        return Cut(generation=number, seqs=tuple(newest_write(folder, shard) for shard in shards))
+        manifest = read_generation(folder)
+        seqs = tuple(newest_write(folder, shard) for shard in range(len(manifest.shards)))
+        return cut_of(number, seqs, manifest.cut)
     except NotFound:
         return None
     except (ShardlineError, OSError) as error:

@@ -21,7 +21,7 @@ from shardline.cluster.store import Store
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.files import MANIFEST_NAME, FileEntry
-from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.cut import Cut, cut_of
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
@@ -106,7 +106,7 @@ def _cut(store: Store, snapshot: Snapshot) -> Cut | None:
         return None
     taken = snapshot.generation
     is_same = (own.template, own.created_at) == (taken.template, taken.created_at)
-    return Cut(generation=number, seqs=snapshot.seqs) if is_same else None
+    return cut_of(number, snapshot.seqs, own.cut) if is_same else None
 
 
 def _note_writes(snapshot: Snapshot, cut: Cut | None, writes: Path) -> None:

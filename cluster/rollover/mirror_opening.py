@@ -8,7 +8,8 @@ from typing import Any
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
 from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
-from shardline.cluster.rollover.replayed_note import new_run, read_note, start_of
+from shardline.cluster.rollover.mirror_start import Made, start_of
+from shardline.cluster.rollover.replayed_note import new_run, read_note
 from shardline.cluster.rollover.way_back import has_all, known_back
 from shardline.cluster.store import Store
 from shardline.router.encoder.item_encoder import ItemEncoder as Tower
@@ -65,6 +66,7 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
 
     Raises:
         VersionMismatch: the models are the same by name, and their vectors are not comparable.
+        WritesLost: as ``start_of``.
         NotFound, CorruptFile, NewerFormat, OSError: of a generation, or the target's log.
     """
     store = Store(Path(order.store))
@@ -82,9 +84,9 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
     note, noted_back = read_note(store.writes(order.target)), read_note(store.writes(order.source))
     if noted_back is not None and noted_back.generation != order.target:
         noted_back = None
-    start = start_of(note, wanted.cut, order.source, len(made.shards), new_run())
+    start = start_of(note, _made(made), _made(wanted), new_run())
     seqs = tuple(newest_write(folder, each.shard) for each in wanted.shards)
-    known = known_back(noted_back, start, len(seqs))
+    known = known_back(order.target, noted_back, made.cut, start, len(seqs))
     logs = [live_folder(folder, each.shard) for each in wanted.shards]
     is_back = has_all(logs, known, seqs, start)
     route = Route(
@@ -104,6 +106,10 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
         for shard, seq in enumerate(start.seqs)
     ]
     return Mirror(route, sources, target, replace(start, back=seqs if is_back else None))
+
+
+def _made(manifest: GenerationManifest) -> Made:
+    return Made(generation=manifest.generation, num_shards=len(manifest.shards), cut=manifest.cut)
 
 
 def _columns(folder: Path, manifest: GenerationManifest) -> tuple[str, ...]:

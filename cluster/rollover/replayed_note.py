@@ -14,14 +14,12 @@ came again with it, would be taken for a repetition, and the older ones would st
 import logging
 import secrets
 from dataclasses import asdict, dataclass
-from operator import gt
 from pathlib import Path
 
 from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, Unreplayed
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.small_files import read_json
-from shardline.shards.storage.cut import Cut
 
 logger = logging.getLogger(__name__)
 
@@ -91,22 +89,3 @@ def read_note(live: Path) -> Replayed | None:
     except (ShardlineError, OSError, KeyError, TypeError, ValueError) as error:
         logger.error("writes are brought over from the start: %s: %s", note_path(live), error)
         return None
-
-
-def start_of(
-    note: Replayed | None, cut: Cut | None, source: int, num_shards: int, run: str
-) -> Replayed:
-    """Where to go on: by the note, if it is about ``source`` and not before the cut; else at the
-    cut of the target, if that is of ``source``; else at its first write. Any earlier write is as
-    good a start. run: a new one, for a start without the note."""
-    seqs: tuple[int, ...] = (0,) * num_shards
-    if cut is not None and cut.generation == source and len(cut.seqs) == num_shards:
-        seqs = cut.seqs
-    is_of_source = note is not None and note.generation == source and len(note.seqs) == num_shards
-    if (
-        note is not None
-        and is_of_source
-        and (note.sending == seqs or any(map(gt, note.sending, seqs)))
-    ):
-        return note
-    return Replayed(generation=source, seqs=seqs, sending=seqs, run=run)

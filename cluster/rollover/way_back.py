@@ -10,14 +10,20 @@ from pathlib import Path
 from shardline.cluster.rollover.replayed_note import Replayed, key_prefix
 from shardline.shards.core.errors import NotFound
 from shardline.shards.live.log_tail import LogTail
+from shardline.shards.storage.cut import Cut
 
 
-def known_back(noted: Replayed | None, start: Replayed, num_shards: int) -> tuple[int, ...]:
-    """Of each shard of the target, how many of its writes the source has according to its own note,
-    ``noted``, which is about the target, and to the note of the run that goes on with ``start``."""
+def known_back(
+    target: int, noted: Replayed | None, cut: Cut | None, start: Replayed, num_shards: int
+) -> tuple[int, ...]:
+    """Of each shard of the target, how many of its writes the source has: by its own note,
+    ``noted``, which is about the target; by its own ``cut``; by the note of the run that goes on
+    with ``start``."""
     counts = [(0,) * num_shards, start.back or ()]
     if noted is not None:
         counts.append(noted.seqs)
+    if cut is not None:
+        counts += [each.seqs for each in cut.all if each.generation == target]
     known = (each for each in counts if len(each) == num_shards)
     return tuple(map(max, zip(*known, strict=True)))
 

@@ -20,7 +20,6 @@ from shardline.cluster.rollover.replayed_note import (
     Replayed,
     note_path,
     read_note,
-    start_of,
     write_note,
 )
 from shardline.router.fanout.fanout import Fanout
@@ -33,6 +32,7 @@ from shardline.shards.core.errors import (
     NotFound,
     NotPrimary,
     VersionMismatch,
+    WritesLost,
 )
 from shardline.shards.core.files import MANIFEST_NAME, sha256_of
 from shardline.shards.core.messages import RoutingTable, WriteReply
@@ -420,6 +420,21 @@ def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> N
     assert [part.message.item_ids.tolist() for part in fake.parts] == [[9]]
 
 
+def test_writes_in_the_rows_of_the_source_alone_are_told(tmp_path: Path) -> None:
+    """3 was built with 200 writes of 1, 2 with 100 of them; 3 is live, and 2 is to be."""
+    source, folder = build(tmp_path, 3, 1), build(tmp_path, 2, 1)
+    changed(source, cut=Cut(generation=1, seqs=(200,)))
+    changed(folder, cut=Cut(generation=1, seqs=(100,)))
+    target = FakeTarget(Written(folder))
+    with pytest.raises(WritesLost, match=r"generation 3 .* generation 2 may lack them.*--from-liv"):
+        open_mirror(order(tmp_path, source=3), target, None)
+    changed(folder, cut=Cut(generation=1, seqs=(200,)))
+    live = Written(source)
+    live.upsert([1], 1)
+    drained(order(tmp_path, source=3), target, live.seqs)
+    assert target.written.contents() == live.contents()
+
+
 def test_kept_segments_are_replayed(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     target = Written(build(tmp_path, 2, 1))
@@ -509,36 +524,6 @@ def test_one_model_name_with_two_kinds_of_vectors_is_refused(tmp_path: Path) -> 
     changed(source, dim=4)
     with pytest.raises(VersionMismatch, match="same model"):
         open_mirror(order(tmp_path), FakeTarget(Written(target)), None)
-
-
-def noted_at(generation: int, *seqs: int) -> Replayed:
-    return Replayed(generation=generation, seqs=seqs, sending=seqs, run="r")
-
-
-@pytest.mark.parametrize(
-    ("note", "cut", "expected"),
-    [
-        (None, None, (0, 0)),
-        (None, Cut(generation=1, seqs=(3, 4)), (3, 4)),
-        (None, Cut(generation=9, seqs=(3, 4)), (0, 0)),
-        (
-            Replayed(generation=1, seqs=(5, 6), sending=(5, 6), run="r"),
-            Cut(generation=1, seqs=(3, 4)),
-            (5, 6),
-        ),
-        (
-            Replayed(generation=9, seqs=(5, 6), sending=(5, 6), run="r"),
-            Cut(generation=1, seqs=(3, 4)),
-            (3, 4),
-        ),
-        (noted_at(1, 5), None, (0, 0)),
-        (noted_at(1, 2, 4), Cut(generation=1, seqs=(3, 4)), (3, 4)),
-    ],
-)
-def test_where_it_begins(note, cut, expected) -> None:
-    found = start_of(note, cut, 1, 2, "new")
-    assert found.seqs == expected
-    assert (found.run == "r") == (found is note), "a run goes on, or a new one begins"
 
 
 def test_a_note_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog) -> None:
