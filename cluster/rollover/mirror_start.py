@@ -51,7 +51,7 @@ def start_of(note: Replayed | None, source: Made, target: Made, run: str) -> Rep
 
 
 def _left_out(
-    note: Replayed | None, cuts: dict[int, Sequence[int]], source: Made, target: Made
+    note: Replayed | None, cuts: dict[int, tuple[int, ...]], source: Made, target: Made
 ) -> Unreplayed:
     """What the target lacks of the writes in the rows of the source: what its note counts, at most.
 
