@@ -13,7 +13,7 @@ from shardline.cluster.control.fleet_state import Role
 from shardline.cluster.control.publish_state import Noted, PublishProgress
 from shardline.cluster.store import Store, unguarded
 from shardline.shards.core import files
-from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.errors import CorruptFile, ShardlineError
 from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json
 
 logger = logging.getLogger(__name__)
@@ -63,12 +63,20 @@ def beside_in(root: Path) -> int | None:
     Raises:
         CorruptFile: there is a note that cannot be read. OSError: as of any file.
     """
+    path = root / NAME
     try:
-        found = read_json(root / NAME, MAX_STATE_BYTES)
-    except FileNotFoundError:
+        found = read_json(path, MAX_STATE_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    beside = found.get("beside") if isinstance(found, dict) else None
-    return beside if isinstance(beside, int) else None
+    beside = found.get("beside") if isinstance(found, dict) else found
+    if beside is not None and type(beside) is not int:
+        raise CorruptFile(
+            f"{path}: not a note of ours",
+            expected="the number of a generation, or null, as beside",
+            got=repr(beside)[:40],
+            hint="remove it if no cluster serves this store",
+        )
+    return beside
 
 
 def told_in(root: Path) -> dict[str, Any] | None:
