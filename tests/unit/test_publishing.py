@@ -60,6 +60,7 @@ class FakeMirror:
             positions=(self.position,) * SHARDS,
             ends=(WRITES,) * SHARDS,
             unreplayed=self.unreplayed,
+            target_seqs=(self.position + self.target,) * SHARDS,
             trouble=self.trouble,
         )
 
@@ -194,6 +195,13 @@ def live(controller: Controller) -> int:
     return table.generation
 
 
+def went_live_with(controller: Controller) -> tuple[int, ...]:
+    """What routers are told."""
+    table = controller._decisions.published
+    assert table is not None
+    return table.went_live_with
+
+
 async def test_a_generation_goes_live_by_a_publish_and_back_by_a_rollback(
     store: Store,  # noqa: F811
     parts: FakeParts,
@@ -214,11 +222,13 @@ async def test_a_generation_goes_live_by_a_publish_and_back_by_a_rollback(
         assert (there.source, there.target, there.is_stopped) == (57, 3, True)
         assert (back.source, back.target, back.is_stopped) == (3, 57, False)
         assert parts.judged == [(57, 3)]
+        assert went_live_with(controller) == (WRITES + 3,) * SHARDS
 
         assert (await controller.roll_back())["kind"] == "rollback"
         assert (await ended(controller))["stage"] == "live"
         assert (live(controller), store.current()) == (57, 57)
         assert parts.judged == [(57, 3)], "what was live before need not pass the gate"
+        assert went_live_with(controller) == (WRITES + 57,) * SHARDS
         assert killed == [], "both stay loaded"
         await until(lambda: is_written(controller), timeout=5)
 
