@@ -421,6 +421,19 @@ class StoreMachine(RuleBasedStateMachine):
                 self.counts("late")
                 with suppress(NotPrimary):
                     loaded.deliver(late.part)
+                if self.made[late.generation].has == self.moment:
+                    assert loaded.contents() == self.vectors
+
+    @precondition(lambda self: self.is_of_this_timeline)
+    @rule(ids=ITEMS, kill_at=st.integers(0, 3))
+    def mirror_is_killed_and_its_part_late(self, ids: list[int], kill_at: int) -> None:
+        """The items are written again before it goes on: newer than what comes late."""
+        self.upsert(ids, True, False)
+        self.mirror(kill_at)
+        self.upsert(ids, False, False)
+        self.mirror(None)
+        while self.late:
+            self.part_arrives_late(0)
 
     @precondition(lambda self: self.is_of_this_timeline)
     @rule(which=WHICH, kill_at=st.one_of(st.none(), st.integers(0, 8)))
