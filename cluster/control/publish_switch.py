@@ -14,7 +14,7 @@ from shardline.cluster.control.events import SealAsked, SealDropped, Switched
 from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.sealing import sealed_seqs
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
-from shardline.shards.core.errors import Unavailable, last_line
+from shardline.shards.core.errors import Superseded, Unavailable, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ async def switch(
     Raises:
         Unavailable: no attempt succeeded; the generation before is live, and takes writes.
         OSError: the store takes no numbers, or not its new live generation.
+        Superseded: another controller decides now.
     """
     said = ""
     for number in range(1, TRIES + 1):
@@ -45,6 +46,8 @@ async def switch(
         try:
             await _attempt(decisions, generation, mirror)
             return
+        except Superseded:
+            raise
         except Unavailable as error:
             said = str(error)
             logger.warning("generation %d does not go live yet: %s", generation, said)
@@ -101,10 +104,10 @@ async def _sealed(decisions: Decisions, timeout_s: float) -> tuple[int, ...]:
 
 
 async def _unsealed(decisions: Decisions) -> None:
-    """Until it is on record: nobody would take writes."""
+    """Until it is on record, and ``CURRENT`` too: nobody would take writes."""
     while decisions.placement.sealing is not None:
         try:
             await decisions.take(SealDropped(now_s=time.monotonic()))
         except OSError as error:
-            logger.error("writes are still held, for the store takes no number: %s", error)
+            logger.error("writes are still held, for the store fails: %s", error)
             await asyncio.sleep(RETRY_S)

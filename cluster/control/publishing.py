@@ -27,7 +27,7 @@ from shardline.cluster.control.publish_state import (
 )
 from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.errors import ShardlineError, Superseded, Unavailable
 from shardline.shards.core.messages import Absence
 
 logger = logging.getLogger(__name__)
@@ -207,6 +207,8 @@ class Publishing:
     async def _run(self, options: PublishOptions) -> None:
         try:
             await PublishRun(self._tools, options).to_live()
+        except Superseded:
+            logger.warning("the publish is the newer controller's")
         except (ShardlineError, OSError, RayError) as error:
             await self._failed(error)
         except Exception as error:

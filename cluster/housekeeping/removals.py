@@ -3,7 +3,7 @@ of it that anybody takes for a whole, and that the next time removes the rest.
 """
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -89,26 +89,31 @@ def old_generations(complete: list[int], policy: Policy) -> list[int]:
     return older[: max(0, len(older) - policy.keep)]
 
 
-def remove(store: Store, removal: Removal) -> None:
-    """Raises OSError."""
+def remove(store: Store, removal: Removal, in_use: Callable[[], Collection[int]]) -> bool:
+    """False: it is left, because its generation is among those ``in_use`` by now. Raises OSError,
+    and what ``in_use`` raises."""
     if removal.kind is Kind.GENERATION:
         number = number_of(removal.path.name)
         assert number is not None
-        remove_generation(store, number)
-    elif removal.path.is_dir():
+        return remove_generation(store, number, in_use)
+    if removal.path.is_dir():
         (removal.path / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
         shutil.rmtree(removal.path)
     else:
         removal.path.unlink(missing_ok=True)
+    return True
 
 
-def remove_generation(store: Store, number: int) -> None:
-    """With what was written to it. Raises OSError."""
+def remove_generation(store: Store, number: int, in_use: Callable[[], Collection[int]]) -> bool:
+    """With what was written to it; False: it is left, being among those ``in_use``, which is asked
+    at the last moment: since the last look it may have been published. Raises: as ``remove``."""
     store.remember_generation(number)  # one from before `build` did so
-    (store.generation(number) / MANIFEST_NAME).unlink()  # now nobody takes it for a complete one
+    if not store.retire(number, in_use):
+        return False
     shutil.rmtree(store.generation(number))
     if store.writes(number).exists():
         shutil.rmtree(store.writes(number))
+    return True
 
 
 def bytes_of(path: Path) -> int:

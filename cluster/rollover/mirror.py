@@ -25,7 +25,7 @@ from shardline.cluster.rollover.mirror_plan import (
 )
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.mirror_source import SourceShard, gathered
-from shardline.cluster.rollover.replayed_note import Replayed, write_note
+from shardline.cluster.rollover.replayed_note import Replayed, new_run, write_note
 from shardline.router.written import Part
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import Absence, RoutingTable, WriteReply
@@ -136,7 +136,7 @@ class Mirror:
             return progress
         # a mirror in the other direction need not bring back what came from here
         seqs = tuple(self._target_seqs)
-        way_back = Replayed(generation=self._route.target, seqs=seqs, sending=seqs)
+        way_back = Replayed(generation=self._route.target, seqs=seqs, sending=seqs, run=new_run())
         try:
             await asyncio.to_thread(write_note, self._route.source_live, way_back)
         except OSError as error:
@@ -219,7 +219,7 @@ class Mirror:
         if self._route.other_model:
             changes, refused = translated(changes, self._route.encoder, table)
         first, last = records[0].seq, records[-1].seq
-        key = f"mirror-{self._route.source}-{source.shard}-{first}-{last}"
+        key = f"mirror-{self._done.run}-{source.shard}-{first}-{last}"
         return parts_of(changes, table, self._route.columns, key), changes.rows, refused
 
     async def _delivered(self, part: Part) -> None:

@@ -11,6 +11,7 @@ from shardline.cluster.rollover.mirror_source import SourceShard
 from shardline.cluster.rollover.replayed_note import (
     Replayed,
     has_all_before,
+    new_run,
     read_note,
     start_of,
 )
@@ -88,7 +89,7 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
         )
     note = read_note(store.writes(order.target))
     _check_nothing_is_lost(store, order, note, wanted.cut)
-    start = start_of(note, wanted.cut, order.source, len(made.shards))
+    start = start_of(note, wanted.cut, order.source, len(made.shards), new_run())
     route = Route(
         source=order.source,
         target=order.target,

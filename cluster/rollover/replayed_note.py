@@ -5,9 +5,14 @@
 It is written before a round of writes is sent, and says which round that is: whoever goes on after
 a kill sends that round again first, as it was, so that its keys make both one effect. Were it cut
 differently, a frame of the killed process that arrives late would bring back older versions.
+
+Keys are those of one run: of rounds that follow one another without a gap, after kills too. Who
+begins anywhere else begins a run. Else a write that comes a second time, behind older ones that
+came again with it, would be taken for a repetition, and the older ones would stay.
 """
 
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from operator import ge, gt
@@ -29,14 +34,20 @@ MAX_BYTES = 1 << 20  # numbers of 4096 shards take 200 KB
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """Of each shard of ``generation``: seqs, the writes that the target has; sending, up to which
-    it may have more. rows that were written to the target since the start; those that could not
-    be."""
+    it may have more. run: what its keys have in common. rows that were written to the target since
+    the start; those that could not be."""
 
     generation: int
     seqs: tuple[int, ...]
     sending: tuple[int, ...]
+    run: str
     rows: int = 0
     unreplayed: Unreplayed = NONE_UNREPLAYED
+
+
+def new_run() -> str:
+    """Unlike that of any other run, whatever became of its note."""
+    return secrets.token_hex(8)
 
 
 def note_path(live: Path) -> Path:
@@ -62,6 +73,7 @@ def read_note(live: Path) -> Replayed | None:
             generation=int(found["generation"]),
             seqs=tuple(map(int, found["seqs"])),
             sending=tuple(map(int, found["sending"])),
+            run=str(found["run"]),
             rows=int(found["rows"]),
             unreplayed=Unreplayed(
                 rows=int(unreplayed["rows"]), examples=tuple(map(int, unreplayed["examples"]))
@@ -74,17 +86,19 @@ def read_note(live: Path) -> Replayed | None:
         return None
 
 
-def start_of(note: Replayed | None, cut: Cut | None, source: int, num_shards: int) -> Replayed:
+def start_of(
+    note: Replayed | None, cut: Cut | None, source: int, num_shards: int, run: str
+) -> Replayed:
     """Where to go on: by the note, if it is about ``source`` and not before the cut; else at the
     cut of the target, if that is of ``source``; else at its first write. Any earlier write is as
-    good a start."""
+    good a start. run: a new one, for a start without the note."""
     seqs: tuple[int, ...] = (0,) * num_shards
     if cut is not None and cut.generation == source and len(cut.seqs) == num_shards:
         seqs = cut.seqs
     is_of_source = note is not None and note.generation == source and len(note.seqs) == num_shards
     if note is not None and is_of_source and any(map(gt, note.sending, seqs)):
         return note
-    return Replayed(generation=source, seqs=seqs, sending=seqs)
+    return Replayed(generation=source, seqs=seqs, sending=seqs, run=run)
 
 
 def has_all_before(

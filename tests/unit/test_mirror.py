@@ -236,6 +236,25 @@ def test_a_round_that_was_under_way_is_sent_again_as_it_was(tmp_path: Path) -> N
     assert target.contents() == source.contents()
 
 
+def test_a_replay_from_an_earlier_start_ends_with_the_newest_versions(tmp_path: Path) -> None:
+    """Its rounds are cut differently: the newest write, which comes in one as it did before, must
+    not be passed over as known while the older ones before it are applied again."""
+    source, target = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+    fake = FakeTarget(target)
+    for seed in range(1, 6):
+        source.upsert([7], seed)
+        drained(order(tmp_path), fake, source.seqs)
+    log = source.writes[0]._log
+    assert log is not None
+    log.roll()
+    source.upsert([7], 99)
+    drained(order(tmp_path), fake, source.seqs)
+    note_path(tmp_path / "live" / "000002").unlink()
+    drained(order(tmp_path), fake, source.seqs)
+    assert [len(part.message.item_ids) for part in fake.parts] == [1] * 8, "two rounds of six"
+    assert target.contents() == source.contents()
+
+
 def test_failures_are_told_and_tried_again(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     target = Written(build(tmp_path, 2, 2))
@@ -478,7 +497,7 @@ def test_one_model_name_with_two_kinds_of_vectors_is_refused(tmp_path: Path) -> 
 
 
 def noted_at(generation: int, *seqs: int) -> Replayed:
-    return Replayed(generation=generation, seqs=seqs, sending=seqs)
+    return Replayed(generation=generation, seqs=seqs, sending=seqs, run="r")
 
 
 @pytest.mark.parametrize(
@@ -488,12 +507,12 @@ def noted_at(generation: int, *seqs: int) -> Replayed:
         (None, Cut(generation=1, seqs=(3, 4)), (3, 4)),
         (None, Cut(generation=9, seqs=(3, 4)), (0, 0)),
         (
-            Replayed(generation=1, seqs=(5, 6), sending=(5, 6)),
+            Replayed(generation=1, seqs=(5, 6), sending=(5, 6), run="r"),
             Cut(generation=1, seqs=(3, 4)),
             (5, 6),
         ),
         (
-            Replayed(generation=9, seqs=(5, 6), sending=(5, 6)),
+            Replayed(generation=9, seqs=(5, 6), sending=(5, 6), run="r"),
             Cut(generation=1, seqs=(3, 4)),
             (3, 4),
         ),
@@ -502,11 +521,13 @@ def noted_at(generation: int, *seqs: int) -> Replayed:
     ],
 )
 def test_where_it_begins(note, cut, expected) -> None:
-    assert start_of(note, cut, 1, 2).seqs == expected
+    found = start_of(note, cut, 1, 2, "new")
+    assert found.seqs == expected
+    assert (found.run == "r") == (found is note), "a run goes on, or a new one begins"
 
 
 def test_a_note_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog) -> None:
-    write_note(tmp_path, Replayed(generation=1, seqs=(5, 6), sending=(5, 7), rows=3))
+    write_note(tmp_path, Replayed(generation=1, seqs=(5, 6), sending=(5, 7), run="r", rows=3))
     note = read_note(tmp_path)
     assert note is not None and (note.seqs, note.sending, note.rows) == ((5, 6), (5, 7), 3)
     note_path(tmp_path).write_text("{}")

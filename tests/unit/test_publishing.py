@@ -582,8 +582,8 @@ async def test_a_note_that_is_damaged_is_logged_and_nothing_is_kept(
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3))
         await ended(controller)
-        assert publish_note.beside_in(store.root) == 57
-    assert publish_note.beside_in(store.root) is None, "it has ended with the cluster"
+        assert publish_note.in_use_in(store.root).beside == 57
+    assert publish_note.in_use_in(store.root).beside is None, "it has ended with the cluster"
     (store.root / publish_note.NAME).write_bytes(b"{")
     async with cluster(store) as controller:
         assert controller._fleet.beside is None
