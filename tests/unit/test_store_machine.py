@@ -509,7 +509,7 @@ class StoreMachine(RuleBasedStateMachine):
             keep_log_bytes=CONFIG.keep_log_bytes,
         )
         for removal in removals(self.store, policy):
-            remove(self.store, removal)
+            assert remove(self.store, removal, lambda: held)
         left = self.store.generation_numbers()
         gone = self.made.keys() - left
         assert all(number < self.live.number for number in gone) and not gone & held
