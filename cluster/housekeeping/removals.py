@@ -12,8 +12,8 @@ from shardline.cluster.backup.restore import FOLDER as RESTORED
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.files import LIVE_FOLDER, MANIFEST_NAME, abandoned_folders, number_of
-from shardline.shards.live.kept_segments import KEPT_FOLDER
-from shardline.shards.live.log_segments import segment_names
+from shardline.shards.live.kept_segments import surplus
+from shardline.shards.live.log_files import FILES
 from shardline.shards.live.mains import KEPT, superseded
 from shardline.shards.storage.generation import read_generation
 
@@ -75,7 +75,7 @@ def removals(store: Store, policy: Policy) -> list[Removal]:
             kept = KEPT if number in policy.loaded else 1
             for live in _shard_folders(store.writes(number)):
                 found += _described(Kind.COMPACTION, superseded(live, kept))
-                found += _described(Kind.LOG, _kept_beyond(live, policy.keep_log_bytes))
+                found += _described(Kind.LOG, surplus(live, policy.keep_log_bytes, FILES))
     if policy.keep_embeddings is not None:
         found += _described(Kind.EMBEDDINGS, _old_embeddings(store, policy.keep_embeddings))
     return found
@@ -168,18 +168,6 @@ def _unlisted_shards(generation: Path) -> Iterator[Path]:
 
 def _shard_folders(writes: Path) -> list[Path]:
     return sorted(path for path in writes.glob("shard-*") if path.is_dir())
-
-
-def _kept_beyond(live: Path, most_bytes: int) -> list[Path]:
-    """The oldest kept segments, so that the others have ``most_bytes`` at most."""
-    kept = live / KEPT_FOLDER
-    names = segment_names([path.name for path in kept.glob("*.seg")])
-    left = most_bytes
-    for place, name in reversed(list(enumerate(names))):
-        left -= (kept / str(name)).stat().st_size
-        if left < 0:
-            return [kept / str(each) for each in names[: place + 1]]
-    return []
 
 
 def _old_embeddings(store: Store, keep: int) -> list[Path]:

@@ -35,6 +35,7 @@ from shardline.cluster.serving.endpoint import Endpoint, leave_note
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, Unavailable
 from shardline.shards.core.files import HOST, MANIFEST_NAME, read_manifest, scratch_folder
+from shardline.shards.live.health import HealthLook
 from shardline.shards.live.kept_segments import KEPT_FOLDER
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up
@@ -410,6 +411,22 @@ def test_after_an_erasure_everything_goes_on(tmp_path: Path) -> None:
     assert len(list(made.folder.glob("shard-*"))) == 2
     first = read_generation(made.store.generation(2))
     verify_generation(made.store.generation(2), first)
+
+
+def test_health_counts_from_the_newest_erasure(tmp_path: Path) -> None:
+    made = live_store(tmp_path, 1)
+    made.upsert([1, 3])
+    begun = HealthLook(made.folder, 0)
+
+    def unseen(look: HealthLook) -> int:
+        return look.look(load_caught_up(made.folder, made.manifest, 0).state).unseen
+
+    assert unseen(begun) == 2
+    made.run("gc", "--erase")
+    assert unseen(begun) == unseen(HealthLook(made.folder, 0)) == 0
+    made.epochs = iter(range(made.store.counter() + 1, 1000))
+    made.upsert([5])
+    assert unseen(begun) == unseen(HealthLook(made.folder, 0)) == 1
 
 
 def test_a_shard_of_deleted_items_alone_is_reported(tmp_path: Path) -> None:
