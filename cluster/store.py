@@ -13,7 +13,7 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,11 +193,24 @@ class Store:
             NotFound: that generation is absent or incomplete.
             OSError: the disk fails; which one it is after a power cut is not known then.
         """
-        if not (self.generation(number) / files.MANIFEST_NAME).is_file():
-            raise NotFound(f"{self.generation(number)}: no complete generation here")
-        with self.lock():
+        with self.lock():  # ``retire`` looks at what is live
             guard()
+            if not (self.generation(number) / files.MANIFEST_NAME).is_file():
+                raise NotFound(f"{self.generation(number)}: no complete generation here")
             files.write_bytes(self.root / "CURRENT", f"{number}\n".encode())
+
+    def retire(self, number: int, in_use: Callable[[], Collection[int]]) -> bool:
+        """Removes a generation's manifest, so that it cannot go live any more; False: it is among
+        ``in_use``, which is asked when nothing can go live until the manifest is gone.
+
+        Raises:
+            OSError: there is no manifest, or it cannot be removed.
+        """
+        with self.lock():
+            if number in in_use():
+                return False
+            (self.generation(number) / files.MANIFEST_NAME).unlink()
+        return True
 
     def version_of(self, embeddings: Path) -> str | None:
         """The model version that an embedding set of this store must have; None: it lies elsewhere,

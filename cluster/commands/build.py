@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shardline.cluster.build import (
     run_here,
     run_on_ray,
 )
-from shardline.cluster.catalogue_cut import catalogue_cut
+from shardline.cluster.catalogue_cut import NO_CUT_HELP, assumption_of, catalogue_cut
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
@@ -26,12 +26,11 @@ from shardline.cluster.corpus_from_live import live_corpus, live_corpus_bytes
 from shardline.cluster.preflight.build_space import build_bytes
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_ray, check_store
-from shardline.cluster.serving.endpoint import serving_now
-from shardline.cluster.serving.launched import is_served
-from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
+from shardline.cluster.serving.going_live import cluster_there, made_live
+from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
@@ -81,6 +80,7 @@ READER_VERSION = 2  # of vectors made elsewhere: the same files may become anoth
     help="Ranges of item ids, or of hashed ids (for ids clustered by topic or time).  "
     "[default: range; with --from-live as now]",
 )
+@click.option("--no-cut", is_flag=True, help=NO_CUT_HELP)
 @click.option("--in-process", is_flag=True, help="Build shards one after the other, without Ray.")
 @click.option(
     "--no-publish",
@@ -98,17 +98,21 @@ def build(
     metric: str,
     from_live: bool,
     partitioning: str | None,
+    no_cut: bool,
     in_process: bool,
     no_publish: bool,
 ) -> None:
     """Turn an embedding set into index shards, and make them the live generation.
 
-    A cluster that serves this store goes on with the one it has until `shardline publish`.
+    A cluster that serves this store goes on with the one it has until `shardline publish`; and so
+    does the store, if the live generation has writes that the new one lacks.
     """
     if (embeddings is not None) + bool(vectors) + from_live > 1:
         raise InvalidInput("--embeddings, --vectors and --from-live exclude each other")
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
+    if no_cut and from_live:
+        raise InvalidInput("--no-cut: rows of --from-live have what was written, exactly")
     config, store = settings.config, settings.store
     enforce([check_store(store)])
     with StageProgress() as progress:
@@ -120,31 +124,20 @@ def build(
                 metric=Metric(metric),
                 id_column=id_column,
                 vector_column=vector_column,
+                no_cut=no_cut,
                 progress=progress,
             )
         with _corpus(store, embeddings, progress, from_live=from_live) as corpus:
             cut = Partitioning(partitioning or corpus.partitioning)
             checked = check_plan(corpus.folder, plan_of(config, cut), corpus.version)
+            if no_cut:
+                checked = replace(checked, corpus=replace(checked.corpus, cut=None))
             manifest = _built(settings, checked, progress, in_process=in_process)
-        running = running_cluster(config)
-        if not no_publish and running is None:
-            store.set_current(manifest.generation)
+        go_live = cluster_there if no_publish else made_live
+        reason = go_live(config, manifest.generation, verbose=settings.verbose)
     click.echo(describe(manifest))
-    if running is not None:  # a controller that is started again takes what is live, without a gate
-        click.echo(f"{running}; `shardline publish {manifest.generation}` to change over")
-
-
-def running_cluster(config: ShardlineConfig) -> str | None:
-    """That a cluster goes on with the generation before; None: none serves this store."""
-    store, address = Store(config.store.resolve()), config.cluster.address
-    if (endpoint := serving_now(store)) is not None:
-        return f"the cluster at {endpoint.url} goes on with generation {endpoint.generation}"
-    if address == "local":
-        return None
-    with suppress(Unavailable), attached_ray(address):
-        if is_served():
-            return "the cluster goes on with the generation before"
-    return None
+    if reason is not None:
+        click.echo(reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,6 +219,7 @@ def import_vectors(
     metric: Metric,
     id_column: str | None,
     vector_column: str | None,
+    no_cut: bool = False,
     progress: StageProgress,
 ) -> Path:
     """Copies foreign vectors into an embedding set, named after their contents; its folder.
@@ -233,7 +227,10 @@ def import_vectors(
     Raises:
         As ``read_foreign``.
     """
-    cut = catalogue_cut(store)  # before the first look: what is written later may be missing
+    # before the first look: what is written later may be missing
+    cut = None if no_cut else catalogue_cut(store)
+    if (assumption := assumption_of(cut)) is not None:
+        progress.note(assumption)
     given = {"--vectors": sources, "--queries": queries}
     parts = {option: open_parts(paths, option=option) for option, paths in given.items()}
     contents = [

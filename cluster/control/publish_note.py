@@ -5,7 +5,7 @@ A restarted controller goes on from it; ``gc`` and ``generations delete`` leave 
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +56,20 @@ class PublishNote:
             files.write_json(self._path, {"format": FORMAT, "cluster_id": self._cluster_id} | said)
 
 
-def beside_in(root: Path) -> int | None:
-    """The generation that a cluster of this store has loaded beside the live one, or had when it
-    ended; None: none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InUse:
+    """What a cluster of the store has loaded, or had when it ended: ``beside`` the generation
+    ``live``, both None where it has one alone. coming: what is being published."""
+
+    live: int | None = None
+    beside: int | None = None
+    coming: int | None = None
+
+
+def in_use_in(root: Path) -> InUse:
+    """As the note of the newest cluster of this store says; empty where there is none.
+
+    ``live`` may not be what CURRENT names: a switch changes that first, then the note.
 
     Raises:
         CorruptFile: there is a note that cannot be read. OSError: as of any file.
@@ -67,16 +78,25 @@ def beside_in(root: Path) -> int | None:
     try:
         found = read_json(path, MAX_STATE_BYTES)
     except (FileNotFoundError, NotADirectoryError):
-        return None
-    beside = found.get("beside") if isinstance(found, dict) else found
-    if beside is not None and type(beside) is not int:
+        return InUse()
+    try:
+        beside, publish = found["beside"], found.get("publish")
+        is_under_way = publish is not None and not publish["is_over"]
+        in_use = InUse(
+            live=None if beside is None else found["live"],
+            beside=beside,
+            coming=publish["generation"] if is_under_way else None,
+        )
+        for number in (in_use.live, in_use.beside, in_use.coming):
+            if number is not None and type(number) is not int:
+                raise TypeError(f"{number!r} instead of a generation")
+    except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(
             f"{path}: not a note of ours",
-            expected="the number of a generation, or null, as beside",
-            got=repr(beside)[:40],
+            got=str(error),
             hint="remove it if no cluster serves this store",
-        )
-    return beside
+        ) from error
+    return in_use
 
 
 def told_in(root: Path) -> dict[str, Any] | None:

@@ -69,6 +69,7 @@ async def _attempt(
     deadline = time.monotonic() + SWITCH_S
     await decisions.take(SealAsked(now_s=time.monotonic()))
     seqs = await _sealed(decisions, SWITCH_S)
+    has: tuple[int, ...] = ()
     if mirror is not None:
         reached = await _drained(mirror, seqs, max(0.0, deadline - time.monotonic()))
         if any(has < wants for has, wants in zip(reached.positions, seqs, strict=True)):
@@ -76,10 +77,12 @@ async def _attempt(
             trouble = "" if reached.trouble is None else f": {reached.trouble.text}"
             raise Unavailable(f"{behind} writes were not brought over in time{trouble}")
         await on_drained(reached)
+        has = reached.target_seqs
     if time.monotonic() > deadline:
         raise Unavailable(f"it took longer than {SWITCH_S:g} s")
     now_s = time.monotonic()
-    await decisions.take(Switched(generation=generation, now_s=now_s, is_mirrored=True))
+    switched = Switched(generation=generation, now_s=now_s, is_mirrored=True, has=has)
+    await decisions.take(switched)
     if decisions.placement.table.generation != generation:
         raise Unavailable("not every shard of it answers")
 

@@ -5,18 +5,21 @@
 It is written before a round of writes is sent, and says which round that is: whoever goes on after
 a kill sends that round again first, as it was, so that its keys make both one effect. Were it cut
 differently, a frame of the killed process that arrives late would bring back older versions.
+
+Keys are those of one run: of rounds that follow one another without a gap, after kills too. Who
+begins anywhere else begins a run. Else a write that comes a second time, behind older ones that
+came again with it, would be taken for a repetition, and the older ones would stay.
 """
 
 import logging
+import secrets
 from dataclasses import asdict, dataclass
-from operator import gt
 from pathlib import Path
 
 from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, Unreplayed
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.small_files import read_json
-from shardline.shards.storage.cut import Cut
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +31,27 @@ MAX_BYTES = 1 << 20  # numbers of 4096 shards take 200 KB
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
     """Of each shard of ``generation``: seqs, the writes that the target has; sending, up to which
-    it may have more. rows that were written to the target since the start; those that could not
-    be."""
+    it may have more. run: what its keys have in common. rows that were written to the target since
+    the start; those that could not be. back: of each shard of the target how many of its writes
+    ``generation`` has, up to now; None: that cannot be shown."""
 
     generation: int
     seqs: tuple[int, ...]
     sending: tuple[int, ...]
+    run: str
     rows: int = 0
     unreplayed: Unreplayed = NONE_UNREPLAYED
+    back: tuple[int, ...] | None = None
+
+
+def new_run() -> str:
+    """Unlike that of any other run, whatever became of its note."""
+    return secrets.token_hex(8)
+
+
+def key_prefix(run: str) -> str:
+    """What the idempotency keys of a run begin with."""
+    return f"mirror-{run}-"
 
 
 def note_path(live: Path) -> Path:
@@ -56,31 +72,20 @@ def read_note(live: Path) -> Replayed | None:
         found = read_json(note_path(live), MAX_BYTES)
         if found["format"] > FORMAT_VERSION:
             raise ValueError(f"format {found['format']}, expected {FORMAT_VERSION} at most")
-        unreplayed = found["unreplayed"]
+        unreplayed, back = found["unreplayed"], found["back"]
         return Replayed(
             generation=int(found["generation"]),
             seqs=tuple(map(int, found["seqs"])),
             sending=tuple(map(int, found["sending"])),
+            run=str(found["run"]),
             rows=int(found["rows"]),
             unreplayed=Unreplayed(
                 rows=int(unreplayed["rows"]), examples=tuple(map(int, unreplayed["examples"]))
             ),
+            back=None if back is None else tuple(map(int, back)),
         )
     except FileNotFoundError:
         return None
     except (ShardlineError, OSError, KeyError, TypeError, ValueError) as error:
         logger.error("writes are brought over from the start: %s: %s", note_path(live), error)
         return None
-
-
-def start_of(note: Replayed | None, cut: Cut | None, source: int, num_shards: int) -> Replayed:
-    """Where to go on: by the note, if it is about ``source`` and not before the cut; else at the
-    cut of the target, if that is of ``source``; else at its first write. Any earlier write is as
-    good a start."""
-    seqs: tuple[int, ...] = (0,) * num_shards
-    if cut is not None and cut.generation == source and len(cut.seqs) == num_shards:
-        seqs = cut.seqs
-    is_of_source = note is not None and note.generation == source and len(note.seqs) == num_shards
-    if note is not None and is_of_source and any(map(gt, note.sending, seqs)):
-        return note
-    return Replayed(generation=source, seqs=seqs, sending=seqs)

@@ -9,7 +9,7 @@
     ├── NotFound            a file, generation, user or item that does not exist
     │   └── WritesLost      writes that another generation lacks are not in the log any more
     ├── VersionMismatch     query encoder and generation come from different models
-    ├── GateFailed          a generation that does not go live: a figure is outside its bound
+    ├── GateFailed          a generation that does not go live: beyond a bound, or lacking writes
     ├── ProtocolError       a peer broke the wire protocol, or failed to authenticate
     └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded

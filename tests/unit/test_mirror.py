@@ -20,7 +20,6 @@ from shardline.cluster.rollover.replayed_note import (
     Replayed,
     note_path,
     read_note,
-    start_of,
     write_note,
 )
 from shardline.router.fanout.fanout import Fanout
@@ -33,6 +32,7 @@ from shardline.shards.core.errors import (
     NotFound,
     NotPrimary,
     VersionMismatch,
+    WritesLost,
 )
 from shardline.shards.core.files import MANIFEST_NAME, sha256_of
 from shardline.shards.core.messages import RoutingTable, WriteReply
@@ -131,6 +131,7 @@ def test_a_target_with_other_shards_gets_what_the_source_gets(tmp_path: Path) ->
     assert target.column("title") == source.column("title")
     assert target.column("title")[3] == "a" and target.column("title")[40] is None
     assert progress.positions == progress.ends == source.seqs
+    assert progress.target_seqs == target.seqs
     assert (progress.behind, progress.unreplayed, progress.trouble) == (0, 0, None)
 
 
@@ -234,6 +235,25 @@ def test_a_round_that_was_under_way_is_sent_again_as_it_was(tmp_path: Path) -> N
     assert target.contents() == source.contents()
 
 
+def test_a_replay_from_an_earlier_start_ends_with_the_newest_versions(tmp_path: Path) -> None:
+    """Its rounds are cut differently: the newest write, which comes in one as it did before, must
+    not be passed over as known while the older ones before it are applied again."""
+    source, target = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+    fake = FakeTarget(target)
+    for seed in range(1, 6):
+        source.upsert([7], seed)
+        drained(order(tmp_path), fake, source.seqs)
+    log = source.writes[0]._log
+    assert log is not None
+    log.roll()
+    source.upsert([7], 99)
+    drained(order(tmp_path), fake, source.seqs)
+    note_path(tmp_path / "live" / "000002").unlink()
+    drained(order(tmp_path), fake, source.seqs)
+    assert [len(part.message.item_ids) for part in fake.parts] == [1] * 8, "two rounds of six"
+    assert target.contents() == source.contents()
+
+
 def test_failures_are_told_and_tried_again(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     target = Written(build(tmp_path, 2, 2))
@@ -298,6 +318,75 @@ def test_there_and_back_and_there_again(tmp_path: Path) -> None:
     assert again.written.contents() == one.contents()
 
 
+def test_rows_that_could_not_be_brought_stay_counted_there_and_back(tmp_path: Path) -> None:
+    """A publish of another model, a rollback, and the publish again, with a restart in each."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    changed(folder, model_version="other")
+    one.upsert([3], 1)
+    one.upsert([4], 1, features=[{"seed": 1}])
+    fake = FakeTarget(Written(folder))
+    for _ in range(2):
+        found = drained(order(tmp_path), fake, one.seal(2), FakeEncoder())
+    assert (found.unreplayed, found.examples) == (1, (3,))
+    two = fake.written
+    two.upsert([5], 2)
+    fake = FakeTarget(Written(tmp_path / "generations" / "000001", epoch=3))
+    for _ in range(2):
+        found = drained(order(tmp_path, source=2, target=1), fake, two.seal(2), FakeEncoder())
+    assert [part.message.item_ids.tolist() for part in fake.parts] == []
+    assert (found.unreplayed, found.examples) == (1, (5,))
+    fake.written.delete([6])
+    two = FakeTarget(Written(folder, epoch=3))
+    found = drained(order(tmp_path), two, fake.written.seqs, FakeEncoder())
+    assert [part.message.item_ids.tolist() for part in two.parts] == [[6]]
+    assert (found.unreplayed, found.examples) == (1, (3,)), "2 lacks it as before"
+
+
+def test_nothing_is_claimed_for_the_way_back_where_writes_were_left_out(tmp_path: Path) -> None:
+    """2 is published without the writes of 1; after a rollback it must get them all."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    two = Written(folder)
+    one.upsert([1, 2], 1)
+    two.upsert([2], 2)
+    fake = FakeTarget(one)
+    drained(order(tmp_path, source=2, target=1), fake, two.seal(2))
+    assert not note_path(tmp_path / "live" / "000002").exists()
+    again = FakeTarget(Written(folder, epoch=3))
+    drained(order(tmp_path), again, one.seqs)
+    assert again.written.contents() == one.contents()
+
+
+def test_own_writes_of_a_target_end_what_its_note_claims(tmp_path: Path) -> None:
+    """2 got writes of 1, was live, and took writes that 1 never got; then 1 was live again."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    fake = FakeTarget(Written(folder))
+    one.upsert([1], 1)
+    drained(order(tmp_path), fake, one.seqs)
+    note = read_note(tmp_path / "live" / "000002")
+    assert note is not None and note.back == fake.written.seqs == (1,)
+    note_path(tmp_path / "live" / "000001").unlink()
+    assert opened(order(tmp_path), fake)._route.back
+    fake.written.upsert([9], 3, key="of a client")
+    assert not opened(order(tmp_path), fake)._route.back
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_killed_round_is_no_write_of_the_targets_own(tmp_path: Path, kill_at: int) -> None:
+    one, two = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+
+    def kill(name: str) -> None:
+        if name == "applied" and len(fake.parts) == kill_at:
+            raise Killed
+
+    fake = FakeTarget(two, kill)
+    with pytest.raises(Killed):
+        for item in (1, 2):
+            one.upsert([item], 1)
+            drained(order(tmp_path), fake, one.seqs)
+    assert two.seqs == (kill_at,)
+    assert opened(order(tmp_path), fake)._route.back
+
+
 def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     folder = build(tmp_path, 2, 1)
@@ -330,6 +419,21 @@ def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> N
     changed(folder, cut=Cut(generation=1, seqs=(4,)))
     drained(order(tmp_path), fake, source.seqs)
     assert [part.message.item_ids.tolist() for part in fake.parts] == [[9]]
+
+
+def test_writes_in_the_rows_of_the_source_alone_are_told(tmp_path: Path) -> None:
+    """3 was built with 200 writes of 1, 2 with 100 of them; 3 is live, and 2 is to be."""
+    source, folder = build(tmp_path, 3, 1), build(tmp_path, 2, 1)
+    changed(source, cut=Cut(generation=1, seqs=(200,)))
+    changed(folder, cut=Cut(generation=1, seqs=(100,)))
+    target = FakeTarget(Written(folder))
+    with pytest.raises(WritesLost, match=r"generation 3 .* generation 2 may lack them.*--from-liv"):
+        open_mirror(order(tmp_path, source=3), target, None)
+    changed(folder, cut=Cut(generation=1, seqs=(200,)))
+    live = Written(source)
+    live.upsert([1], 1)
+    drained(order(tmp_path, source=3), target, live.seqs)
+    assert target.written.contents() == live.contents()
 
 
 def test_kept_segments_are_replayed(tmp_path: Path) -> None:
@@ -423,36 +527,8 @@ def test_one_model_name_with_two_kinds_of_vectors_is_refused(tmp_path: Path) -> 
         open_mirror(order(tmp_path), FakeTarget(Written(target)), None)
 
 
-def noted_at(generation: int, *seqs: int) -> Replayed:
-    return Replayed(generation=generation, seqs=seqs, sending=seqs)
-
-
-@pytest.mark.parametrize(
-    ("note", "cut", "expected"),
-    [
-        (None, None, (0, 0)),
-        (None, Cut(generation=1, seqs=(3, 4)), (3, 4)),
-        (None, Cut(generation=9, seqs=(3, 4)), (0, 0)),
-        (
-            Replayed(generation=1, seqs=(5, 6), sending=(5, 6)),
-            Cut(generation=1, seqs=(3, 4)),
-            (5, 6),
-        ),
-        (
-            Replayed(generation=9, seqs=(5, 6), sending=(5, 6)),
-            Cut(generation=1, seqs=(3, 4)),
-            (3, 4),
-        ),
-        (noted_at(1, 5), None, (0, 0)),
-        (noted_at(1, 2, 4), Cut(generation=1, seqs=(3, 4)), (3, 4)),
-    ],
-)
-def test_where_it_begins(note, cut, expected) -> None:
-    assert start_of(note, cut, 1, 2).seqs == expected
-
-
 def test_a_note_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog) -> None:
-    write_note(tmp_path, Replayed(generation=1, seqs=(5, 6), sending=(5, 7), rows=3))
+    write_note(tmp_path, Replayed(generation=1, seqs=(5, 6), sending=(5, 7), run="r", rows=3))
     note = read_note(tmp_path)
     assert note is not None and (note.seqs, note.sending, note.rows) == ((5, 6), (5, 7), 3)
     note_path(tmp_path).write_text("{}")

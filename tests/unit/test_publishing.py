@@ -27,7 +27,7 @@ from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable
+from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable, WritesLost
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 from tests.fake_actor import Handle, LeadMethod, Method, raised_in_a_method
 from tests.fake_shard import until
@@ -60,6 +60,7 @@ class FakeMirror:
             positions=(self.position,) * SHARDS,
             ends=(WRITES,) * SHARDS,
             unreplayed=self.unreplayed,
+            target_seqs=(self.position + self.target,) * SHARDS,
             trouble=self.trouble,
         )
 
@@ -194,6 +195,13 @@ def live(controller: Controller) -> int:
     return table.generation
 
 
+def went_live_with(controller: Controller) -> tuple[int, ...]:
+    """What routers are told."""
+    table = controller._decisions.published
+    assert table is not None
+    return table.went_live_with
+
+
 async def test_a_generation_goes_live_by_a_publish_and_back_by_a_rollback(
     store: Store,  # noqa: F811
     parts: FakeParts,
@@ -214,11 +222,13 @@ async def test_a_generation_goes_live_by_a_publish_and_back_by_a_rollback(
         assert (there.source, there.target, there.is_stopped) == (57, 3, True)
         assert (back.source, back.target, back.is_stopped) == (3, 57, False)
         assert parts.judged == [(57, 3)]
+        assert went_live_with(controller) == (WRITES + 3,) * SHARDS
 
         assert (await controller.roll_back())["kind"] == "rollback"
         assert (await ended(controller))["stage"] == "live"
         assert (live(controller), store.current()) == (57, 57)
         assert parts.judged == [(57, 3)], "what was live before need not pass the gate"
+        assert went_live_with(controller) == (WRITES + 57,) * SHARDS
         assert killed == [], "both stay loaded"
         await until(lambda: is_written(controller), timeout=5)
 
@@ -507,6 +517,20 @@ async def test_a_mirror_that_dies_is_waited_for_and_then_given_up(
         assert report["beside"]["generation"] == 57, "a rollback that fails ends nothing"
 
 
+async def test_a_mirror_that_can_never_begin_is_not_waited_for(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def cannot(self: FakeMirror) -> MirrorProgress:
+        raise raised_in_a_method(WritesLost("too old", hint="build again"))
+
+    monkeypatch.setattr(FakeMirror, "progress", cannot)
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        assert (await ended(controller))["reason"]["text"] == "too old; build again"
+
+
 async def test_one_that_dies_during_the_switch_costs_an_attempt(
     store: Store,  # noqa: F811
     parts: FakeParts,
@@ -576,8 +600,8 @@ async def test_a_note_that_is_damaged_is_logged_and_nothing_is_kept(
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3))
         await ended(controller)
-        assert publish_note.beside_in(store.root) == 57
-    assert publish_note.beside_in(store.root) is None, "it has ended with the cluster"
+        assert publish_note.in_use_in(store.root).beside == 57
+    assert publish_note.in_use_in(store.root).beside is None, "it has ended with the cluster"
     (store.root / publish_note.NAME).write_bytes(b"{")
     async with cluster(store) as controller:
         assert controller._fleet.beside is None
