@@ -20,7 +20,7 @@ from shardline.cluster.serving.survey import check_beside
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable, error_of
 
-POLL_S = 0.5
+POLL_S = (0.05, 0.5)  # between two looks: a rollback takes some hundredths; doubled up to the last
 ANSWERS_WITHIN_S = 10.0
 STOPPED_WITHIN_S = 40.0  # the mirror ends what it has under way first
 # A controller that dies is started again by Ray, and goes on with the publish.
@@ -139,7 +139,7 @@ def follow(
         Unavailable: another was begun meanwhile, or the controller has not answered for AWAY_S.
     """
     found: Progress | None = begun
-    heard_at = clock()
+    heard_at, pause_s = clock(), POLL_S[0]
     while True:
         if found is None or found["number"] != begun["number"]:
             raise Unavailable(
@@ -150,7 +150,8 @@ def follow(
         if found["is_over"]:
             return found
         progress(_stage_line(found), found["done"], max(found["total"], found["done"] + 1))
-        sleep(POLL_S)
+        sleep(pause_s)
+        pause_s = min(2 * pause_s, POLL_S[1])
         try:
             found, heard_at = ask(), clock()
         except Unavailable:  # a controller that died is back within seconds

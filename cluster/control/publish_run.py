@@ -22,6 +22,7 @@ from shardline.shards.core.errors import (
     GateFailed,
     NotFound,
     Unavailable,
+    VersionMismatch,
     error_of,
 )
 from shardline.shards.core.messages import RoutingTable
@@ -29,6 +30,7 @@ from shardline.shards.core.messages import RoutingTable
 LOOK_S = 0.2  # between two looks at how far it is
 FEW = 64  # writes: with no more to bring over, a switch need not wait for long
 TROUBLE_S = 60.0  # of a mirror that does not go on
+HOPELESS = (NotFound.code, VersionMismatch.code)  # writes that are gone, files that do not fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +151,7 @@ class PublishRun:
                 calm_at = time.monotonic()
                 if found.behind <= FEW:
                     return found
-            elif found.trouble.code == NotFound.code or time.monotonic() - calm_at > TROUBLE_S:
+            elif found.trouble.code in HOPELESS or time.monotonic() - calm_at > TROUBLE_S:
                 raise error_of(found.trouble.code, found.trouble.text)
             await asyncio.sleep(LOOK_S)
 

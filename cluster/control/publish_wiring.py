@@ -1,14 +1,12 @@
 """Where a publish gets its mirror and its gate from: the two places that know how they are made."""
 
-import asyncio
 from collections.abc import Callable
-from functools import partial
 
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.shard_actors import DIGEST_DIGITS
 from shardline.cluster.rollover.gate import GateFigure, GateReport, unreplayed_figure
-from shardline.cluster.rollover.gate_run import gate_of_tables
+from shardline.cluster.rollover.gate_actor import GateOrder, judged_in_a_process
 from shardline.cluster.rollover.mirror_actor import end_mirror, start_mirror
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
@@ -54,18 +52,17 @@ class WiredParts:
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
     ) -> GateReport:
-        """As ``PublishParts``: in a thread with a loop of its own, because latencies that are
-        measured beside the controller's work would be those of the controller."""
-        measured = partial(
-            gate_of_tables,
-            candidate,
-            live,
-            self._config,
+        """As ``PublishParts``."""
+        order = GateOrder(
+            candidate=candidate.generation,
+            live=live.generation,
+            controller=self._controller,
             secret=self._secret,
+            config=self._config,
             served=self._served(live.model_version),
             unreplayed=0 if mirrored is None else mirrored.unreplayed,
         )
-        return await asyncio.to_thread(lambda: asyncio.run(measured()))
+        return await judged_in_a_process(order)
 
     def judge_unreplayed(self, rows: int) -> GateFigure:
         """As ``PublishParts``."""

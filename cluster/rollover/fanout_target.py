@@ -25,18 +25,18 @@ class FanoutTarget:
 
     def __init__(self, generation: int, fanout: Fanout) -> None:
         self._generation = generation
-        self._fanout = fanout
+        self.fanout = fanout
         self._has_table = asyncio.Event()
 
     async def table(self) -> RoutingTable:
         await self._has_table.wait()
-        with self._fanout.pin() as snapshot:
+        with self.fanout.pin() as snapshot:
             return snapshot.table
 
     async def deliver(self, part: Part, /) -> WriteReply:
         """As ``Delivery.send``."""
-        deadline = self._fanout.clock.time() + ATTEMPT_S
-        delivery = Delivery(self._fanout, self._generation, part.shard, deadline, in_loop=False)
+        deadline = self.fanout.clock.time() + ATTEMPT_S
+        delivery = Delivery(self.fanout, self._generation, part.shard, deadline, in_loop=False)
         return await delivery.send(part.message)
 
     async def apply(self, table: RoutingTable) -> None:
@@ -47,7 +47,7 @@ class FanoutTarget:
                 expected=str(self._generation),
                 got=str(table.generation),
             )
-        await self._fanout.apply(table, None)
+        await self.fanout.apply(table, None)
         self._has_table.set()
 
     async def follow(self, table_after: TableAfter) -> None:
@@ -64,4 +64,4 @@ class FanoutTarget:
                 await asyncio.sleep(PAUSE_S)
 
     async def close(self) -> None:
-        await self._fanout.close()
+        await self.fanout.close()

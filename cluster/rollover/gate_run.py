@@ -1,6 +1,6 @@
 """Measures a candidate generation beside the live one, by the shards of both, as routers ask them.
 
-``gate_of_tables`` reads what is to be asked and judges what ``measure`` finds. Both generations
+``run_gate`` reads what is to be asked and judges what ``measure`` finds. Both generations
 serve meanwhile: the live one its users, the candidate the writes that are mirrored to it. So
 latencies are taken in turns, query by query, and recall by asking each query twice at once, as it
 is and exactly.
@@ -10,40 +10,41 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from shardline.cluster.rollover.fanout_target import FanoutTarget
 from shardline.cluster.rollover.gate import Figures, GateReport, judge
+from shardline.cluster.rollover.gate_asking import TRIES, K, asked, patiently, took_ms
 from shardline.cluster.rollover.gate_queries import sample_of
 from shardline.cluster.rollover.held_out import HeldOut, held_out_recall, read_held_out
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.router.encoder.query_encoder import QueryEncoder
-from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.query import Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.encoder_files import QUERY_ENCODER_FOLDER
-from shardline.shards.core.errors import DataError, Unavailable
-from shardline.shards.core.messages import RoutingTable, SearchOptions
+from shardline.shards.core.errors import DataError
+from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.recall import count_matches
 from shardline.shards.core.schema import MAX_K, FloatArray, IdArray
 
 logger = logging.getLogger(__name__)
 
-K = 100  # of recall and overlap: what builds tune for
-TIMEOUT_S = 60.0  # of one question to all shards; an exact one reads every row
 BATCH = 16  # queries asked at once, where no latency is taken: few hold up users
-TRIES = 5  # to have two answers from shards that were not written in between
-PAUSE_S = 1.0  # before a refused one is asked again
 # The p99 of so many queries, three times, and of each side the lowest: moments in which the host
 # was busy only add to a round, on either side, and must not decide.
 LATENCY_QUERIES = 300
 LATENCY_ROUNDS = 3
 LATENCY_LIMIT_S = 30.0  # of one round: slow indexes are asked fewer queries
 WARM_UP = 8
+
+# (generation, version, timeout in seconds) -> its table of a higher version; None: none in time
+TableOf = Callable[[int, int, float], Awaitable[RoutingTable | None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,24 +57,35 @@ class GateSide:
     held_out: FloatArray | None = None
 
 
-async def gate_of_tables(
-    candidate: RoutingTable,
-    live: RoutingTable,
+async def gate_of_generations(
+    candidate: int,
+    live: int,
+    table_of: TableOf,
     config: PublishConfig,
     *,
     secret: bytes,
     served: FloatArray | None = None,
     unreplayed: int = 0,
 ) -> GateReport:
-    """``run_gate`` over connections of its own, which are closed at the end. secret: of the
+    """``run_gate`` over connections of its own to the replicas of the newest tables. secret: of the
     cluster."""
-    ours, theirs = (Fanout(secret, RouterConfig(), random.Random()) for _ in range(2))
+    sides = [
+        FanoutTarget(generation, Fanout(secret, RouterConfig(), random.Random()))
+        for generation in (candidate, live)
+    ]
+    following = [
+        asyncio.ensure_future(side.follow(partial(table_of, generation)))
+        for side, generation in zip(sides, (candidate, live), strict=True)
+    ]
     try:
-        await ours.apply(candidate, None)
-        await theirs.apply(live, None)
+        await asyncio.gather(*(side.table() for side in sides))
+        ours, theirs = (side.fanout for side in sides)
         return await run_gate(ours, theirs, config, served=served, unreplayed=unreplayed)
     finally:
-        await asyncio.gather(ours.close(), theirs.close())
+        for task in following:
+            task.cancel()
+        await asyncio.gather(*following, return_exceptions=True)
+        await asyncio.gather(*(side.close() for side in sides))
 
 
 async def run_gate(
@@ -99,7 +111,7 @@ async def run_gate(
     held_out = None
     if config.held_out is not None:
         held_out = await asyncio.to_thread(read_held_out, config.held_out, seed=seed)
-    queries = await sample_of(candidate, tables[0], config.queries, seed=seed)
+    queries = await patiently(lambda: sample_of(candidate, tables[0], config.queries, seed=seed))
     ours = GateSide(
         fanout=candidate,
         queries=queries,
@@ -110,7 +122,7 @@ async def run_gate(
     else:
         theirs = GateSide(
             fanout=live,
-            queries=await sample_of(live, tables[1], config.queries, seed=seed),
+            queries=await patiently(lambda: sample_of(live, tables[1], config.queries, seed=seed)),
             held_out=await _held_out_of_live(held_out, tables[1]),
         )
     figures = await measure(
@@ -208,14 +220,6 @@ async def _held_out_of_live(held_out: HeldOut | None, table: RoutingTable) -> Fl
         return None
 
 
-async def _asked(fanout: Fanout, queries: FloatArray, k: int, options: SearchOptions) -> Merged:
-    """Of every row. Raises DeadlineExceeded, Overloaded, Unavailable: a shard does not answer."""
-    with fanout.pin() as snapshot:
-        lane = LaneKey(snapshot=snapshot, k=k, min_coverage=1.0, options=options)
-        deadline = fanout.clock.time() + TIMEOUT_S
-        return await fanout.search(queries, lane, deadline=deadline)
-
-
 # Figures
 
 
@@ -226,7 +230,7 @@ async def _latencies(
     LATENCY_ROUNDS."""
     for side in (candidate, live):
         for query in side.queries[:WARM_UP]:
-            await _asked(side.fanout, query[None], K, SearchOptions())
+            await asked(side.fanout, query[None])
     rounds = [await _latency_round(candidate, live, rng, clock) for _ in range(LATENCY_ROUNDS)]
     return min(ours for ours, _ in rounds), min(theirs for _, theirs in rounds)
 
@@ -235,19 +239,17 @@ async def _latency_round(
     candidate: GateSide, live: GateSide, rng: random.Random, clock: Callable[[], float]
 ) -> tuple[float, float]:
     """Both sides in turns, in an order that is drawn for each turn."""
-    took_ms: tuple[list[float], list[float]] = ([], [])
+    found: tuple[list[float], list[float]] = ([], [])
     ends_at = clock() + LATENCY_LIMIT_S
     for number in range(LATENCY_QUERIES):
-        turns = [(candidate, took_ms[0]), (live, took_ms[1])]
+        turns = [(candidate, found[0]), (live, found[1])]
         rng.shuffle(turns)
         for side, times in turns:
-            query = side.queries[number % len(side.queries)][None]
-            began = clock()
-            await _asked(side.fanout, query, K, SearchOptions())
-            times.append((clock() - began) * 1e3)
+            query = side.queries[number % len(side.queries)]
+            times.append(await took_ms(side.fanout, query, clock))
         if clock() > ends_at:
             break
-    first, second = (float(np.percentile(times, 99)) for times in took_ms)
+    first, second = (float(np.percentile(times, 99)) for times in found)
     return first, second
 
 
@@ -265,30 +267,22 @@ async def _recall(fanout: Fanout, queries: FloatArray) -> tuple[float | None, in
 
 async def _with_exact(fanout: Fanout, queries: FloatArray) -> tuple[Merged, Merged]:
     """The answer and the exact one, of the same writes if TRIES bring that; else of the
-    last try: rows that were written in between can only lower the recall.
-
-    Refused, because routers watch their recall at the same time, it tries again too.
-    """
-    tries = 0
-    while True:
-        tries += 1
-        is_last = tries == TRIES
-        both = await asyncio.gather(
-            _asked(fanout, queries, K, SearchOptions()),
-            _asked(fanout, queries, K, SearchOptions(exact=True)),
-            return_exceptions=True,
-        )
-        errors = [each for each in both if isinstance(each, BaseException)]
-        if errors:
-            if is_last or not isinstance(errors[0], Unavailable):
-                raise errors[0]
-            await asyncio.sleep(PAUSE_S)
-            continue
-        found, exact = both
-        assert isinstance(found, Merged)
-        assert isinstance(exact, Merged)
-        if found.seq == exact.seq or is_last:
+    last try: rows that were written in between can only lower the recall."""
+    for _ in range(TRIES - 1):
+        found, exact = await _both(fanout, queries)
+        if found.seq == exact.seq:
             return found, exact
+    return await _both(fanout, queries)
+
+
+async def _both(fanout: Fanout, queries: FloatArray) -> tuple[Merged, Merged]:
+    """Asked at once. Raises: as ``asked``, when both have come to their end."""
+    asking = [
+        asyncio.ensure_future(asked(fanout, queries, exact=is_exact)) for is_exact in (False, True)
+    ]
+    await asyncio.wait(asking)
+    found, exact = (each.result() for each in asking)
+    return found, exact
 
 
 async def _held_out_ids(side: GateSide, held_out: HeldOut | None) -> IdArray:
@@ -301,7 +295,7 @@ async def _held_out_ids(side: GateSide, held_out: HeldOut | None) -> IdArray:
 
 async def _ids_of(fanout: Fanout, queries: FloatArray, k: int) -> IdArray:
     parts = [
-        (await _asked(fanout, queries[start : start + BATCH], k, SearchOptions())).ranked.ids
+        (await asked(fanout, queries[start : start + BATCH], k)).ranked.ids
         for start in range(0, len(queries), BATCH)
     ]
     return np.concatenate(parts)

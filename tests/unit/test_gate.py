@@ -1,6 +1,7 @@
 """The gate before a switch: each figure against its bound, and measured on real shards of two
 generations."""
 
+import asyncio
 import contextlib
 import json
 import random
@@ -16,12 +17,12 @@ import pytest
 from pydantic import ValidationError
 
 from shardline.bench.vectors import clustered
-from shardline.cluster.rollover import gate_run, held_out
+from shardline.cluster.rollover import gate_asking, gate_run, held_out
 from shardline.cluster.rollover.gate import Figures, GateReport, judge
 from shardline.cluster.rollover.gate_queries import sample_of
 from shardline.cluster.rollover.gate_run import (
     GateSide,
-    gate_of_tables,
+    gate_of_generations,
     measure,
     overlap_of,
     run_gate,
@@ -201,7 +202,7 @@ async def measured(candidate: Side, live: Side, queries: np.ndarray = QUERIES, *
 @pytest.fixture(autouse=True)
 def few_queries(monkeypatch) -> None:
     monkeypatch.setattr(gate_run, "LATENCY_QUERIES", 12)
-    monkeypatch.setattr(gate_run, "PAUSE_S", 0.01)
+    monkeypatch.setattr(gate_asking, "PAUSE_S", 0.01)
 
 
 async def test_a_generation_of_the_same_rows_passes() -> None:
@@ -325,7 +326,7 @@ def write_held_out(path: Path, **columns) -> Path:
     return path
 
 
-async def test_the_gate_reads_what_it_asks_and_reports(tmp_path) -> None:
+async def test_the_gate_reads_what_it_asks_and_reports(tmp_path, monkeypatch) -> None:
     """Sample queries of its folder, vectors of held-out users, queries served lately."""
     write_queries(tmp_path / QUERIES_NAME, QUERIES)
     exact = np.argsort(-(QUERIES[:3] @ VECTORS.T), axis=1)
@@ -356,13 +357,23 @@ async def test_the_gate_reads_what_it_asks_and_reports(tmp_path) -> None:
             await run_gate(candidate.fanout, live.fanout, config)
         assert "vectors are of one" in str(caught.value)
         without = config.model_copy(update={"held_out": None, "min_held_out_recall": 0.0})
-        report = await gate_of_tables(
-            candidate.fanout.snapshot.table,
-            live.fanout.snapshot.table,
-            without,
-            secret=SECRET,
-            served=QUERIES,
-        )
+        monkeypatch.setattr(gate_asking, "PAUSE_S", 0.5)
+        right = {side.table["generation"]: side.fanout.snapshot.table for side in (candidate, live)}
+        asked = []
+
+        async def table_of(generation: int, version: int, timeout_s: float):
+            """First a table of before a restart: nobody is at the address that it has."""
+            asked.append(generation)
+            first, *others = right[generation].shards
+            gone = replace(first.replicas[0], address=("127.0.0.1", 1))
+            if version == 0:
+                shards = (replace(first, replicas=(gone,)), *others)
+                return replace(right[generation], version=8, shards=shards)
+            await asyncio.sleep(0.05 if version == 8 else timeout_s)
+            return replace(right[generation], version=9)
+
+        report = await gate_of_generations(2, 1, table_of, without, secret=SECRET, served=QUERIES)
+        assert len(asked) > 2
         assert [each.figure for each in report.figures] == [
             "recall", "latency_ratio", "rows_ratio", "unreplayed_rows",
         ]  # fmt: skip

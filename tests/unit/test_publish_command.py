@@ -72,7 +72,7 @@ class Cluster:
         monkeypatch.setattr(module, "controller", lambda: handle)
         monkeypatch.setattr(module, "asked", lambda reference, timeout_s: reference)
         monkeypatch.setattr(module, "check_beside", lambda config, number: [])
-        monkeypatch.setattr(module, "POLL_S", 0.0)
+        monkeypatch.setattr(module, "POLL_S", (0.0, 0.0))
 
     def _begin(self, options: Any) -> dict[str, Any]:
         self.asked.append(options)

@@ -16,6 +16,7 @@ from shardline.cluster.control import publish_note, publish_switch, term
 from shardline.cluster.control.events import RestartAsked, SealAsked
 from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.publish_state import PublishOptions
+from shardline.cluster.control.publishing import Publishing
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.store import Store
 from shardline.shards.core import files
@@ -201,6 +202,29 @@ async def test_one_mirror_is_ended_before_another_is_started_whoever_asks(
     found = await asyncio.gather(*(mirrors.between(two, one) for _ in range(3)))
     assert [(each.source, each.is_stopped) for each in parts.mirrors] == [(1, True), (2, False)]
     assert found == [parts.mirrors[1]] * 3
+
+
+async def test_a_publish_that_two_stop_is_ended_once(
+    store: Store,  # noqa: F811
+    parts: FakeParts,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second one must not end the candidate of the publish that is begun after the first."""
+    ends: list[str] = []
+    failed = Publishing._failed
+
+    async def counted(self: Publishing, error: Exception) -> None:
+        ends.append(str(error))
+        await failed(self, error)
+
+    monkeypatch.setattr(Publishing, "_failed", counted)
+    parts.gate_open.clear()
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        await until(lambda: controller._publishing.progress["stage"] == "gate", timeout=5)  # type: ignore[index]
+        told = await asyncio.gather(*(controller.stop_publish() for _ in range(2)))
+        assert told[0] == told[1]
+        assert ends == ["somebody stopped it"]
 
 
 async def test_a_seal_that_was_left_when_a_publish_was_stopped_is_dropped(

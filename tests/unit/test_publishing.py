@@ -27,7 +27,14 @@ from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable, WritesLost
+from shardline.shards.core.errors import (
+    InvalidInput,
+    NotFound,
+    ReadOnly,
+    Unavailable,
+    VersionMismatch,
+    WritesLost,
+)
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 from tests.fake_actor import Handle, LeadMethod, Method, raised_in_a_method
 from tests.fake_shard import until
@@ -478,11 +485,13 @@ async def test_a_generation_without_room_is_refused_with_the_arithmetic(
         assert "has no room beside the live one" in str(error.value)
 
 
+@pytest.mark.parametrize("code", [NotFound.code, VersionMismatch.code])
 async def test_writes_that_are_lost_to_the_mirror_fail_it_at_once(
     store: Store,  # noqa: F811
     parts: FakeParts,
+    code: str,
 ) -> None:
-    parts.trouble = Absence(NotFound.code, "shard 1: the log begins at write 900, not at 12")
+    parts.trouble = Absence(code, "shard 1: the log begins at write 900, not at 12")
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3))
         done = await ended(controller)
