@@ -44,9 +44,7 @@ def check_none_left_behind(store: Store, number: int) -> None:
         raise GateFailed(
             f"generation {number} does not go live: it lacks {_said(lacks, rows)} of generation "
             f"{live}, which is live",
-            got=f"no word in its manifest of which writes of generation {live} it has"
-            if known is None
-            else None,
+            got="no word in its manifest of which it has" if known is None else None,
             hint=hint,
         )
 
@@ -67,11 +65,16 @@ def contained(
 
 
 def _lacks_of_older(made: GenerationManifest, wanted: GenerationManifest) -> int:
-    """Writes to a third generation that are in the rows of ``made`` alone, as both cuts say."""
+    """Writes to a third generation that are in the rows of ``made``, and for all that the cuts say
+    not in those of ``wanted``."""
     has, cut = made.cut, wanted.cut
-    if has is None or cut is None or has.generation != cut.generation:
+    if has is None or has.generation == wanted.generation:
         return 0
-    return _beyond(has.seqs, cut.seqs) if len(has.seqs) == len(cut.seqs) else 0
+    if cut is not None and cut.generation == made.generation:
+        return 0
+    if cut is None or cut.generation != has.generation or len(cut.seqs) != len(has.seqs):
+        return sum(has.seqs)
+    return _beyond(has.seqs, cut.seqs)
 
 
 def _beyond(newest: tuple[int, ...], known: tuple[int, ...]) -> int:

@@ -131,9 +131,15 @@ def test_writes_that_are_in_the_rows_of_the_live_one_alone(made: LiveStore) -> N
     set_cut(made.store, 3, 1, 1, 0)
     with pytest.raises(GateFailed, match="it lacks 2 writes of generation 2"):
         made.run("publish", "3")
+    set_cut(made.store, 3, 7, 5, 5)
+    with pytest.raises(GateFailed, match=r"it lacks 3 writes of generation 2, .*got no word"):
+        made.run("publish", "3")
     set_cut(made.store, 3, 1, 2, 2)
     made.run("publish", "3")
     assert made.number == 3
+    set_cut(made.store, 2, 3, 0, 0)
+    made.run("publish", "2")
+    assert made.number == 2, "built from the live one"
 
 
 def test_where_the_live_one_is_damaged_somebody_has_to_say_so(made: LiveStore) -> None:
