@@ -15,7 +15,7 @@ from shardline.cluster.spread import Progress
 from shardline.cluster.store import Store
 from shardline.shards.core import files
 from shardline.shards.live.live_rows import open_live_rows
-from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.cut import cut_of
 from shardline.shards.storage.embedding_set import EmbeddingWriter, embedding_writer
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
@@ -51,9 +51,8 @@ def live_corpus(store: Store, number: int, progress: Progress) -> Iterator[Path]
             metric=manifest.metric,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         ) as writer:
-            writer.cut = Cut(
-                generation=number, seqs=_append_rows(folder, manifest, writer, progress)
-            )
+            seqs = _append_rows(folder, manifest, writer, progress)
+            writer.cut = cut_of(number, seqs, manifest.cut)
             _copy_beside(folder, manifest, writer.folder)
         yield target
 

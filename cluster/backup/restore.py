@@ -15,12 +15,13 @@ from shardline.cluster.backup.backup_folder import BackupFolder
 from shardline.cluster.backup.respread import respread
 from shardline.cluster.backup.snapshot_manifest import GENERATION, LIVE, Snapshot, read_snapshot
 from shardline.cluster.backup.take_snapshot import EPOCH
+from shardline.cluster.rollover.replayed_note import Replayed, new_run, write_note
 from shardline.cluster.spread import Progress
 from shardline.cluster.store import Store
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.files import MANIFEST_NAME, FileEntry
-from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.cut import Cut, cut_of
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
@@ -69,6 +70,7 @@ def restore_snapshot(
         )
         write_generation(ready, manifest)
         store.raise_counter(EPOCH)
+        _note_writes(snapshot, manifest.cut, writes)
         _put_in_place(store, number, ready, writes)
     return manifest
 
@@ -104,7 +106,18 @@ def _cut(store: Store, snapshot: Snapshot) -> Cut | None:
         return None
     taken = snapshot.generation
     is_same = (own.template, own.created_at) == (taken.template, taken.created_at)
-    return Cut(generation=number, seqs=snapshot.seqs) if is_same else None
+    return cut_of(number, snapshot.seqs, own.cut) if is_same else None
+
+
+def _note_writes(snapshot: Snapshot, cut: Cut | None, writes: Path) -> None:
+    """Has a mirror know that the log in ``writes`` holds nothing that the generation of ``cut``
+    lacks. Raises OSError."""
+    if cut is not None and writes.is_dir():
+        seqs, run = cut.seqs, new_run()
+        note = Replayed(
+            generation=cut.generation, seqs=seqs, sending=seqs, run=run, back=snapshot.seqs
+        )
+        write_note(writes, note)
 
 
 def _put_in_place(store: Store, number: int, ready: Path, writes: Path) -> None:

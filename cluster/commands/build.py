@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shardline.cluster.build import (
     run_here,
     run_on_ray,
 )
-from shardline.cluster.catalogue_cut import catalogue_cut
+from shardline.cluster.catalogue_cut import NO_CUT_HELP, assumption_of, catalogue_cut
 from shardline.cluster.cli import Settings
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress
@@ -80,6 +80,7 @@ READER_VERSION = 2  # of vectors made elsewhere: the same files may become anoth
     help="Ranges of item ids, or of hashed ids (for ids clustered by topic or time).  "
     "[default: range; with --from-live as now]",
 )
+@click.option("--no-cut", is_flag=True, help=NO_CUT_HELP)
 @click.option("--in-process", is_flag=True, help="Build shards one after the other, without Ray.")
 @click.option(
     "--no-publish",
@@ -97,6 +98,7 @@ def build(
     metric: str,
     from_live: bool,
     partitioning: str | None,
+    no_cut: bool,
     in_process: bool,
     no_publish: bool,
 ) -> None:
@@ -109,6 +111,8 @@ def build(
         raise InvalidInput("--embeddings, --vectors and --from-live exclude each other")
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
+    if no_cut and from_live:
+        raise InvalidInput("--no-cut: rows of --from-live have what was written, exactly")
     config, store = settings.config, settings.store
     enforce([check_store(store)])
     with StageProgress() as progress:
@@ -120,11 +124,14 @@ def build(
                 metric=Metric(metric),
                 id_column=id_column,
                 vector_column=vector_column,
+                no_cut=no_cut,
                 progress=progress,
             )
         with _corpus(store, embeddings, progress, from_live=from_live) as corpus:
             cut = Partitioning(partitioning or corpus.partitioning)
             checked = check_plan(corpus.folder, plan_of(config, cut), corpus.version)
+            if no_cut:
+                checked = replace(checked, corpus=replace(checked.corpus, cut=None))
             manifest = _built(settings, checked, progress, in_process=in_process)
         go_live = cluster_there if no_publish else made_live
         reason = go_live(config, manifest.generation, verbose=settings.verbose)
@@ -212,6 +219,7 @@ def import_vectors(
     metric: Metric,
     id_column: str | None,
     vector_column: str | None,
+    no_cut: bool = False,
     progress: StageProgress,
 ) -> Path:
     """Copies foreign vectors into an embedding set, named after their contents; its folder.
@@ -219,7 +227,10 @@ def import_vectors(
     Raises:
         As ``read_foreign``.
     """
-    cut = catalogue_cut(store)  # before the first look: what is written later may be missing
+    # before the first look: what is written later may be missing
+    cut = None if no_cut else catalogue_cut(store)
+    if (assumption := assumption_of(cut)) is not None:
+        progress.note(assumption)
     given = {"--vectors": sources, "--queries": queries}
     parts = {option: open_parts(paths, option=option) for option, paths in given.items()}
     contents = [

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_args
 import click
 from pydantic import BaseModel, ValidationError
 
-from shardline.cluster.catalogue_cut import catalogue_cut
+from shardline.cluster.catalogue_cut import NO_CUT_HELP, assumption_of, catalogue_cut
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.report import metric_rows
 from shardline.cluster.config import config_error
@@ -132,6 +132,7 @@ def synth(
     metavar="COLUMN,...",
     help="The only feature columns, written as those of --drop. Repeatable.",
 )
+@click.option("--no-cut", is_flag=True, help=NO_CUT_HELP)
 @overwrite_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.pass_obj
@@ -141,6 +142,7 @@ def import_command(
     kind: str,
     source: str,
     out: Path,
+    no_cut: bool,
     overwrite: bool,
     as_json: bool,
     **options: Any,
@@ -156,7 +158,10 @@ def import_command(
         if values.get(name) == "none":
             values[name] = None
     config = validated(ImportConfig, values)
-    cut = catalogue_cut(settings.store)  # before the first look: later writes may be missing
+    # before the first look: later writes may be missing
+    cut = None if no_cut else catalogue_cut(settings.store)
+    if (assumption := assumption_of(cut)) is not None:
+        click.echo(assumption, err=True)
     report = import_dataset(Format(kind), source, out, config, cut=cut, overwrite=overwrite)
     if as_json:
         click.echo(json.dumps(asdict(report), indent=2))

@@ -131,7 +131,7 @@ class Controller:
         )
         self._decisions = Decisions(store, fleet, self._orders.carry_out, self._guard)
         self._watch = Watch(
-            self._decisions, self._shards, self._news, self._tasks, after_hosts=self._tend
+            self._decisions, self._shards, self._news, self._tasks, after_hosts=self._after_hosts
         )
         self._publishing = Publishing(
             store,
@@ -353,10 +353,9 @@ class Controller:
             self._tasks.cancel()
             raise
 
-    async def _tend(self) -> None:
+    async def _after_hosts(self) -> None:
         self._guard()
         await tried(self._restarts.keep_note)
-        await tried(self._publishing.tend)
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:
         state = self._fleet.state(key)

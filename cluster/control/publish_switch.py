@@ -31,9 +31,11 @@ async def switch(
     mirror: Mirror | None,
     *,
     on_try: Callable[[int, str], Awaitable[None]],
+    on_drained: Callable[[MirrorProgress], Awaitable[None]],
 ) -> None:
     """Makes the generation beside the live one. mirror: from the live one to it; None: nothing is
-    brought to it. on_try: told of each attempt, with what became of the one before.
+    brought to it. on_try: told of each attempt, with what became of the one before. on_drained:
+    told what the mirror has brought once that is final; what it raises is the end.
 
     Raises:
         Unavailable: no attempt succeeded; the generation before is live, and takes writes.
@@ -44,7 +46,7 @@ async def switch(
     for number in range(1, TRIES + 1):
         await on_try(number, said)
         try:
-            await _attempt(decisions, generation, mirror)
+            await _attempt(decisions, generation, mirror, on_drained)
             return
         except Superseded:
             raise
@@ -58,20 +60,29 @@ async def switch(
     raise Unavailable(f"generation {generation} did not go live in {TRIES} attempts", got=said)
 
 
-async def _attempt(decisions: Decisions, generation: int, mirror: Mirror | None) -> None:
+async def _attempt(
+    decisions: Decisions,
+    generation: int,
+    mirror: Mirror | None,
+    on_drained: Callable[[MirrorProgress], Awaitable[None]],
+) -> None:
     deadline = time.monotonic() + SWITCH_S
     await decisions.take(SealAsked(now_s=time.monotonic()))
     seqs = await _sealed(decisions, SWITCH_S)
+    has: tuple[int, ...] = ()
     if mirror is not None:
         reached = await _drained(mirror, seqs, max(0.0, deadline - time.monotonic()))
         if any(has < wants for has, wants in zip(reached.positions, seqs, strict=True)):
             behind = sum(seqs) - sum(reached.positions)
             trouble = "" if reached.trouble is None else f": {reached.trouble.text}"
             raise Unavailable(f"{behind} writes were not brought over in time{trouble}")
+        await on_drained(reached)
+        has = reached.target_seqs
     if time.monotonic() > deadline:
         raise Unavailable(f"it took longer than {SWITCH_S:g} s")
     now_s = time.monotonic()
-    await decisions.take(Switched(generation=generation, now_s=now_s, is_mirrored=True))
+    switched = Switched(generation=generation, now_s=now_s, is_mirrored=True, has=has)
+    await decisions.take(switched)
     if decisions.placement.table.generation != generation:
         raise Unavailable("not every shard of it answers")
 

@@ -19,13 +19,14 @@ import numpy as np
 from shardline.cluster.rollover.mirror_plan import (
     ItemEncoder,
     Joined,
+    Unreplayed,
     joined,
     parts_of,
     translated,
 )
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.mirror_source import SourceShard, gathered
-from shardline.cluster.rollover.replayed_note import Replayed, new_run, write_note
+from shardline.cluster.rollover.replayed_note import Replayed, key_prefix, new_run, write_note
 from shardline.router.written import Part
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import Absence, RoutingTable, WriteReply
@@ -55,8 +56,9 @@ class Target(Protocol):
 class Route:
     """What is brought where. source_live, target_live: the folders of what was written to the two.
     columns: the names of the target's attributes. other_model: vectors are made anew, by
-    ``encoder``; None: it has none. target_seqs: how many writes its shards have had before any of
-    this run."""
+    ``encoder``; None: it has none. target_seqs: how many writes its shards have had before this
+    begins. back: whether the source has all of those but ``lacking``, for a mirror in the other
+    direction."""
 
     source: int
     target: int
@@ -66,6 +68,8 @@ class Route:
     other_model: bool
     encoder: ItemEncoder | None
     target_seqs: tuple[int, ...]
+    back: bool
+    lacking: Unreplayed
 
 
 class Mirror:
@@ -104,6 +108,7 @@ class Mirror:
             unreplayed=self._done.unreplayed.rows,
             examples=self._done.unreplayed.examples,
             trouble=self._trouble,
+            target_seqs=tuple(self._target_seqs),
         )
 
     async def run(self) -> None:
@@ -132,16 +137,25 @@ class Mirror:
             async with asyncio.timeout(timeout_s), self._moved:
                 await self._moved.wait_for(lambda: self.progress().has(final))
         progress = self.progress()
-        if not progress.has(final):
-            return progress
-        # a mirror in the other direction need not bring back what came from here
-        seqs = tuple(self._target_seqs)
-        way_back = Replayed(generation=self._route.target, seqs=seqs, sending=seqs, run=new_run())
-        try:
-            await asyncio.to_thread(write_note, self._route.source_live, way_back)
-        except OSError as error:
-            logger.warning("writes are brought back from an earlier one on: %s", error)
+        if progress.has(final) and self._route.back:
+            try:
+                await asyncio.to_thread(write_note, self._route.source_live, self._way_back())
+            except OSError as error:
+                logger.warning("writes are brought back from an earlier one on: %s", error)
         return progress
+
+    def _way_back(self) -> Replayed:
+        """The note of a mirror in the other direction, which need not bring back what came from
+        here."""
+        seqs = tuple(self._target_seqs)
+        return Replayed(
+            generation=self._route.target,
+            seqs=seqs,
+            sending=seqs,
+            run=new_run(),
+            unreplayed=self._route.lacking,
+            back=self._done.seqs,
+        )
 
     async def stop(self) -> None:
         """``run`` returns after the round that is under way, or its next failure."""
@@ -206,6 +220,8 @@ class Mirror:
             if outcome is not None:
                 raise outcome
         self._trouble = None
+        if self._route.back:
+            after = replace(after, back=tuple(self._target_seqs))
         async with self._moved:
             self._done = after
             self._moved.notify_all()
@@ -219,7 +235,7 @@ class Mirror:
         if self._route.other_model:
             changes, refused = translated(changes, self._route.encoder, table)
         first, last = records[0].seq, records[-1].seq
-        key = f"mirror-{self._done.run}-{source.shard}-{first}-{last}"
+        key = f"{key_prefix(self._done.run)}{source.shard}-{first}-{last}"
         return parts_of(changes, table, self._route.columns, key), changes.rows, refused
 
     async def _delivered(self, part: Part) -> None:

@@ -1,30 +1,24 @@
 """What a mirror reads of the two generations before its first round: from files alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
-from shardline.cluster.rollover.mirror_plan import ItemEncoder
+from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
-from shardline.cluster.rollover.replayed_note import (
-    Replayed,
-    has_all_before,
-    new_run,
-    read_note,
-    start_of,
-)
+from shardline.cluster.rollover.mirror_start import Made, start_of
+from shardline.cluster.rollover.replayed_note import new_run, read_note
+from shardline.cluster.rollover.way_back import has_all, known_back
 from shardline.cluster.store import Store
 from shardline.router.encoder.item_encoder import ItemEncoder as Tower
 from shardline.router.fanout.snapshot import load_item_encoder
-from shardline.shards.core.errors import NotFound, VersionMismatch, WritesLost
+from shardline.shards.core.errors import VersionMismatch
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.log_tail import LogTail
-from shardline.shards.live.mains import compacted_seqs
-from shardline.shards.storage.cut import Cut
+from shardline.shards.live.live_rows import newest_write
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_attributes,
@@ -72,7 +66,7 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
 
     Raises:
         VersionMismatch: the models are the same by name, and their vectors are not comparable.
-        WritesLost: the source was built with writes that the target lacks: no log brings them.
+        WritesLost: as ``start_of``.
         NotFound, CorruptFile, NewerFormat, OSError: of a generation, or the target's log.
     """
     store = Store(Path(order.store))
@@ -87,9 +81,14 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
             got=f"{wanted.dim} dimensions, {wanted.metric}",
             hint="give a new model a version of its own, and build again",
         )
-    note = read_note(store.writes(order.target))
-    _check_nothing_is_lost(store, order, note, wanted.cut)
-    start = start_of(note, wanted.cut, order.source, len(made.shards), new_run())
+    note, noted_back = read_note(store.writes(order.target)), read_note(store.writes(order.source))
+    if noted_back is not None and noted_back.generation != order.target:
+        noted_back = None
+    start = start_of(note, _made(made), _made(wanted), new_run())
+    seqs = tuple(newest_write(folder, each.shard) for each in wanted.shards)
+    known = known_back(order.target, noted_back, made.cut, start, len(seqs))
+    logs = [live_folder(folder, each.shard) for each in wanted.shards]
+    is_back = has_all(logs, known, seqs, start)
     route = Route(
         source=order.source,
         target=order.target,
@@ -98,50 +97,22 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
         columns=_columns(folder, wanted),
         other_model=is_other,
         encoder=encoder,
-        target_seqs=tuple(_last_write(folder, each.shard) for each in wanted.shards),
+        target_seqs=seqs,
+        back=is_back,
+        lacking=NONE_UNREPLAYED if noted_back is None else noted_back.unreplayed,
     )
     sources = [
         SourceShard(live_folder(store.generation(order.source), shard), shard, seq)
         for shard, seq in enumerate(start.seqs)
     ]
-    return Mirror(route, sources, target, start)
+    return Mirror(route, sources, target, replace(start, back=seqs if is_back else None))
 
 
-def _check_nothing_is_lost(
-    store: Store, order: MirrorOrder, note: Replayed | None, cut: Cut | None
-) -> None:
-    """Raises WritesLost."""
-
-    def cut_of(generation: int) -> Cut | None:
-        return read_generation(store.generation(generation)).cut
-
-    noted = None if note is None else Cut(generation=note.generation, seqs=note.seqs)
-    known = tuple(each for each in (noted, cut) if each is not None)
-    try:
-        if has_all_before(order.target, known, order.source, cut_of):
-            return
-        got = f"nothing says that {order.target} has the writes that {order.source} was built with"
-    except NotFound as error:
-        got = error.message
-    raise WritesLost(
-        f"generation {order.target} cannot be brought up to generation {order.source}",
-        expected="the writes before it, which are not in its log",
-        got=got,
-        hint="build a generation from today's rows with `shardline build --from-live`, or publish "
-        "with --without-writes, which loses what was written meanwhile",
-    )
+def _made(manifest: GenerationManifest) -> Made:
+    return Made(generation=manifest.generation, num_shards=len(manifest.shards), cut=manifest.cut)
 
 
 def _columns(folder: Path, manifest: GenerationManifest) -> tuple[str, ...]:
     """The names of the attributes that items of a generation have."""
     table = read_attributes(folder, manifest, manifest.shards[0].shard, verify=False)
     return () if table is None else tuple(table.column_names)
-
-
-def _last_write(folder: Path, shard: int) -> int:
-    """How many writes a shard has had, as its files say; not fewer than it has acknowledged."""
-    live = live_folder(folder, shard)
-    seq = (compacted_seqs(live) or [0])[-1]
-    tail = LogTail(live, after_seq=seq)
-    tail.read_proven()
-    return tail.seq

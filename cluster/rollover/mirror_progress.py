@@ -9,10 +9,10 @@ from shardline.shards.core.messages import Absence
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MirrorProgress:
     """Of each shard of the source: positions, how many of its writes the target has, and ends, how
-    many its log holds, estimated while part of it has not been read. rows: items written to the
-    target since the start. unreplayed: items that were written for the source's model only, and
-    ids of some, examples. trouble: why it does not go on now, with ``NotFound.code`` if it never
-    will; None: it does.
+    many its log holds, estimated while part of it has not been read. target_seqs: of each shard of
+    the target, how many writes it has with them. rows: items written to the target since the start.
+    unreplayed: items that were written for the source's model only, and ids of some, examples.
+    trouble: why it does not go on now, with ``NotFound.code`` if it never will; None: it does.
     """
 
     positions: tuple[int, ...]
@@ -21,6 +21,7 @@ class MirrorProgress:
     unreplayed: int = 0
     examples: tuple[int, ...] = ()
     trouble: Absence | None = None
+    target_seqs: tuple[int, ...] = ()
 
     @property
     def behind(self) -> int:

@@ -9,10 +9,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from shardline.cluster import corpus_from_live
 from shardline.cluster.build import build_generation
-from shardline.cluster.catalogue_cut import catalogue_cut
+from shardline.cluster.catalogue_cut import assumption_of, catalogue_cut
+from shardline.cluster.cli import cli
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NotFound
@@ -23,7 +25,7 @@ from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import IndexSpec
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import LiveRows, open_live_rows
-from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.cut import Cut, cut_of
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import QUERY_ENCODER_FOLDER, read_generation
 from shardline.training.data.tables import open_dataset
@@ -169,6 +171,27 @@ def test_a_catalogue_is_cut_where_the_logs_were_before_it_was_read(
     written.run("build", "--in-process", "--vectors", tmp_path / "v.parquet", options=FLAT)
     assert read_generation(written.store.generation(2)).cut == cut
     assert catalogue_cut(Store(tmp_path / "none")) is None
+    written.store.set_current(2)
+    assert catalogue_cut(written.store) == cut_of(2, (0, 0), cut)
+
+
+def test_what_is_assumed_of_a_catalogue_is_said_and_can_be_denied(
+    written: LiveStore, tmp_path: Path
+) -> None:
+    table = pa.table({"id": [1, 2, 3], "emb": np.eye(3, 8).tolist()})
+    pq.write_table(table, tmp_path / "v.parquet")
+    words = ["--store", str(written.store.root), *FLAT, "build", "--in-process", "--no-publish"]
+    words += ["--vectors", str(tmp_path / "v.parquet")]
+    said = " ".join(CliRunner().invoke(cli, words).stderr.split())
+    assert "written to generation 1 before it was read (6 writes)" in said
+    assert "--no-cut" in said
+    assert "before it was read" not in CliRunner().invoke(cli, [*words, "--no-cut"]).stderr
+    assert read_generation(written.store.generation(2)).cut == Cut(generation=1, seqs=(3, 1, 2))
+    assert read_generation(written.store.generation(3)).cut is None, "the set has one, of before"
+    with pytest.raises(InvalidInput, match="--no-cut"):
+        written.run(*FROM_LIVE, "--no-cut")
+    assert assumption_of(Cut(generation=1, seqs=(0, 0))) is None
+    assert assumption_of(None) is None
 
 
 def test_a_data_set_carries_the_cut_of_its_import(written: LiveStore, tmp_path: Path) -> None:
@@ -176,6 +199,8 @@ def test_a_data_set_carries_the_cut_of_its_import(written: LiveStore, tmp_path: 
     pq.write_table(pa.table(rows), tmp_path / "interactions.parquet")
     written.run("data", "import", "--source", tmp_path, "--out", tmp_path / "data")
     assert open_dataset(tmp_path / "data").cut == Cut(generation=1, seqs=(3, 1, 2))
+    written.run("data", "import", "--source", tmp_path, "--out", tmp_path / "old", "--no-cut")
+    assert open_dataset(tmp_path / "old").cut is None
 
 
 def test_logs_that_cannot_be_read_make_no_cut(

@@ -18,10 +18,8 @@ from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.replayed_note import (
     Replayed,
-    has_all_before,
     note_path,
     read_note,
-    start_of,
     write_note,
 )
 from shardline.router.fanout.fanout import Fanout
@@ -133,6 +131,7 @@ def test_a_target_with_other_shards_gets_what_the_source_gets(tmp_path: Path) ->
     assert target.column("title") == source.column("title")
     assert target.column("title")[3] == "a" and target.column("title")[40] is None
     assert progress.positions == progress.ends == source.seqs
+    assert progress.target_seqs == target.seqs
     assert (progress.behind, progress.unreplayed, progress.trouble) == (0, 0, None)
 
 
@@ -319,6 +318,75 @@ def test_there_and_back_and_there_again(tmp_path: Path) -> None:
     assert again.written.contents() == one.contents()
 
 
+def test_rows_that_could_not_be_brought_stay_counted_there_and_back(tmp_path: Path) -> None:
+    """A publish of another model, a rollback, and the publish again, with a restart in each."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    changed(folder, model_version="other")
+    one.upsert([3], 1)
+    one.upsert([4], 1, features=[{"seed": 1}])
+    fake = FakeTarget(Written(folder))
+    for _ in range(2):
+        found = drained(order(tmp_path), fake, one.seal(2), FakeEncoder())
+    assert (found.unreplayed, found.examples) == (1, (3,))
+    two = fake.written
+    two.upsert([5], 2)
+    fake = FakeTarget(Written(tmp_path / "generations" / "000001", epoch=3))
+    for _ in range(2):
+        found = drained(order(tmp_path, source=2, target=1), fake, two.seal(2), FakeEncoder())
+    assert [part.message.item_ids.tolist() for part in fake.parts] == []
+    assert (found.unreplayed, found.examples) == (1, (5,))
+    fake.written.delete([6])
+    two = FakeTarget(Written(folder, epoch=3))
+    found = drained(order(tmp_path), two, fake.written.seqs, FakeEncoder())
+    assert [part.message.item_ids.tolist() for part in two.parts] == [[6]]
+    assert (found.unreplayed, found.examples) == (1, (3,)), "2 lacks it as before"
+
+
+def test_nothing_is_claimed_for_the_way_back_where_writes_were_left_out(tmp_path: Path) -> None:
+    """2 is published without the writes of 1; after a rollback it must get them all."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    two = Written(folder)
+    one.upsert([1, 2], 1)
+    two.upsert([2], 2)
+    fake = FakeTarget(one)
+    drained(order(tmp_path, source=2, target=1), fake, two.seal(2))
+    assert not note_path(tmp_path / "live" / "000002").exists()
+    again = FakeTarget(Written(folder, epoch=3))
+    drained(order(tmp_path), again, one.seqs)
+    assert again.written.contents() == one.contents()
+
+
+def test_own_writes_of_a_target_end_what_its_note_claims(tmp_path: Path) -> None:
+    """2 got writes of 1, was live, and took writes that 1 never got; then 1 was live again."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    fake = FakeTarget(Written(folder))
+    one.upsert([1], 1)
+    drained(order(tmp_path), fake, one.seqs)
+    note = read_note(tmp_path / "live" / "000002")
+    assert note is not None and note.back == fake.written.seqs == (1,)
+    note_path(tmp_path / "live" / "000001").unlink()
+    assert opened(order(tmp_path), fake)._route.back
+    fake.written.upsert([9], 3, key="of a client")
+    assert not opened(order(tmp_path), fake)._route.back
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_killed_round_is_no_write_of_the_targets_own(tmp_path: Path, kill_at: int) -> None:
+    one, two = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+
+    def kill(name: str) -> None:
+        if name == "applied" and len(fake.parts) == kill_at:
+            raise Killed
+
+    fake = FakeTarget(two, kill)
+    with pytest.raises(Killed):
+        for item in (1, 2):
+            one.upsert([item], 1)
+            drained(order(tmp_path), fake, one.seqs)
+    assert two.seqs == (kill_at,)
+    assert opened(order(tmp_path), fake)._route.back
+
+
 def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     folder = build(tmp_path, 2, 1)
@@ -353,56 +421,19 @@ def test_it_begins_at_the_cut_and_says_when_writes_are_lost(tmp_path: Path) -> N
     assert [part.message.item_ids.tolist() for part in fake.parts] == [[9]]
 
 
-@pytest.mark.parametrize(
-    ("target_has", "is_enough"),
-    [(None, False), ((1, 0), False), ((1, 1), True), ((2, 1), True), ((2,), False)],
-)
-def test_writes_that_the_source_was_built_with_are_in_no_log(
-    tmp_path: Path, target_has: tuple[int, ...] | None, is_enough: bool
-) -> None:
-    """Of generation 1, which was live before: 3 goes live, and then 2, which is older."""
-    for number in (1, 2, 3):
-        build(tmp_path, number, 2)
-    folders = [tmp_path / "generations" / f"{number:06d}" for number in (2, 3)]
-    cut = None if target_has is None else Cut(generation=1, seqs=target_has)
-    changed(folders[0], cut=cut)
-    changed(folders[1], cut=Cut(generation=1, seqs=(1, 1)))
-    target = FakeTarget(Written(folders[0]))
-    given = order(tmp_path, source=3, target=2)
-    if is_enough:
-        open_mirror(given, target, None)
-        return
-    with pytest.raises(WritesLost, match="generation 2 cannot be brought up to generation 3"):
-        open_mirror(given, target, None)
-    shutil.rmtree(tmp_path / "generations" / "000001")  # nothing is read of it
-    with pytest.raises(WritesLost, match="--without-writes"):
-        open_mirror(given, target, None)
-
-
-@pytest.mark.parametrize(
-    ("known", "cuts", "expected"),
-    [
-        ({}, {}, True),  # the source was built from no other
-        ({3: (0,)}, {3: (1, (9,))}, True),  # a note is about it
-        ({}, {3: (2, (9,))}, True),  # from the target itself
-        ({1: (8,)}, {3: (1, (9,))}, False),
-        ({1: (9,)}, {3: (1, (9,))}, True),
-        ({1: (9, 9)}, {3: (1, (9,))}, False),
-        ({}, {3: (1, (0,)), 1: (2, (7,))}, True),  # nothing was written to 1, which is from 2
-        ({}, {3: (1, (0,))}, True),
-        ({}, {3: (1, (0,)), 1: (7, (1,))}, False),
-        ({}, {3: (1, (1,)), 1: (2, (7,))}, False),
-    ],
-)
-def test_whether_a_log_has_all_that_is_missing(known, cuts, expected) -> None:
-    """Of generation 3, for 2."""
-
-    def cut_of(generation: int) -> Cut | None:
-        found = cuts.get(generation)
-        return None if found is None else Cut(generation=found[0], seqs=found[1])
-
-    has = tuple(Cut(generation=number, seqs=seqs) for number, seqs in known.items())
-    assert has_all_before(2, has, 3, cut_of) is expected
+def test_writes_in_the_rows_of_the_source_alone_are_told(tmp_path: Path) -> None:
+    """3 was built with 200 writes of 1, 2 with 100 of them; 3 is live, and 2 is to be."""
+    source, folder = build(tmp_path, 3, 1), build(tmp_path, 2, 1)
+    changed(source, cut=Cut(generation=1, seqs=(200,)))
+    changed(folder, cut=Cut(generation=1, seqs=(100,)))
+    target = FakeTarget(Written(folder))
+    with pytest.raises(WritesLost, match=r"generation 3 .* generation 2 may lack them.*--from-liv"):
+        open_mirror(order(tmp_path, source=3), target, None)
+    changed(folder, cut=Cut(generation=1, seqs=(200,)))
+    live = Written(source)
+    live.upsert([1], 1)
+    drained(order(tmp_path, source=3), target, live.seqs)
+    assert target.written.contents() == live.contents()
 
 
 def test_kept_segments_are_replayed(tmp_path: Path) -> None:
@@ -494,36 +525,6 @@ def test_one_model_name_with_two_kinds_of_vectors_is_refused(tmp_path: Path) -> 
     changed(source, dim=4)
     with pytest.raises(VersionMismatch, match="same model"):
         open_mirror(order(tmp_path), FakeTarget(Written(target)), None)
-
-
-def noted_at(generation: int, *seqs: int) -> Replayed:
-    return Replayed(generation=generation, seqs=seqs, sending=seqs, run="r")
-
-
-@pytest.mark.parametrize(
-    ("note", "cut", "expected"),
-    [
-        (None, None, (0, 0)),
-        (None, Cut(generation=1, seqs=(3, 4)), (3, 4)),
-        (None, Cut(generation=9, seqs=(3, 4)), (0, 0)),
-        (
-            Replayed(generation=1, seqs=(5, 6), sending=(5, 6), run="r"),
-            Cut(generation=1, seqs=(3, 4)),
-            (5, 6),
-        ),
-        (
-            Replayed(generation=9, seqs=(5, 6), sending=(5, 6), run="r"),
-            Cut(generation=1, seqs=(3, 4)),
-            (3, 4),
-        ),
-        (noted_at(1, 5), None, (0, 0)),
-        (noted_at(1, 2, 4), Cut(generation=1, seqs=(3, 4)), (3, 4)),
-    ],
-)
-def test_where_it_begins(note, cut, expected) -> None:
-    found = start_of(note, cut, 1, 2, "new")
-    assert found.seqs == expected
-    assert (found.run == "r") == (found is note), "a run goes on, or a new one begins"
 
 
 def test_a_note_that_cannot_be_read_counts_as_none(tmp_path: Path, caplog) -> None:

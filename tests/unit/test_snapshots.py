@@ -11,6 +11,7 @@ import pytest
 
 from shardline.cluster.backup import restore, take_snapshot
 from shardline.cluster.backup.backup_folder import BackupFolder
+from shardline.cluster.rollover.replayed_note import read_note
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
 from shardline.shards.core.files import MANIFEST_NAME, read_manifest, write_manifest
@@ -100,6 +101,9 @@ def test_of_its_own_store_it_knows_the_writes_that_it_has(
     assert written.number == 1
     folder = written.store.generation(2)
     assert read_generation(folder).cut == Cut(generation=1, seqs=(3, 1, 0))
+    note = read_note(written.store.writes(2))
+    assert note is not None, "a publish knows that its log has nothing that 1 lacks"
+    assert (note.generation, note.seqs, note.back) == (1, (3, 1, 0), (3, 1, 0))
     assert rows_of(folder) == taken
     assert rows_of(written.folder) == written.expected
 

@@ -56,7 +56,7 @@ from tests.live_store import Rows, live_store, rows_of, vectors_of
 from tests.loaded_generation import CONFIG, Killed, Late, LoadedGeneration, Member, mirrored
 from tests.reference import assert_same_answers, brute_force
 
-STEPS = int(os.environ.get("STORE_MACHINE_STEPS", "200"))
+STEPS = int(os.environ.get("STORE_MACHINE_STEPS", "120"))
 STEPS_PER_EXAMPLE = 40
 REPLICAS = 2
 KINDS = {"flat": {"kind": "flat"}, "ivf": {"kind": "ivf", "nlist": 2}}
@@ -116,8 +116,9 @@ class StoreMachine(RuleBasedStateMachine):
     built: dict[str, Path]
     root: Path | None = None
 
-    @initialize(kind=st.sampled_from(sorted(KINDS)))
-    def begin(self, kind: str) -> None:
+    @initialize(kind=st.sampled_from(sorted(KINDS)), is_second=st.booleans())
+    def begin(self, kind: str, is_second: bool) -> None:
+        """is_second: the live generation is the second one, so that one is kept."""
         self.root = Path(tempfile.mkdtemp(prefix="store-machine-"))
         shutil.copytree(self.built[kind], self.root / "store")
         self.store = Store(self.root / "store")
@@ -132,6 +133,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.snapshots: list[tuple[str, Made]] = []
         self.sent: list[Sent] = []
         self.late: list[Late] = []
+        if is_second:
+            self.upsert(POOL[::7], True, True)
+            self.build_from_live(kind, SPREADS[-1], True)
 
     def counts(self, name: str) -> None:
         self.counted[name] += 1
@@ -417,6 +421,19 @@ class StoreMachine(RuleBasedStateMachine):
                 self.counts("late")
                 with suppress(NotPrimary):
                     loaded.deliver(late.part)
+                if self.made[late.generation].has == self.moment:
+                    assert loaded.contents() == self.vectors
+
+    @precondition(lambda self: self.is_of_this_timeline)
+    @rule(ids=ITEMS, kill_at=st.integers(0, 3))
+    def mirror_is_killed_and_its_part_late(self, ids: list[int], kill_at: int) -> None:
+        """The items are written again before it goes on: newer than what comes late."""
+        self.upsert(ids, True, False)
+        self.mirror(kill_at)
+        self.upsert(ids, False, False)
+        self.mirror(None)
+        while self.late:
+            self.part_arrives_late(0)
 
     @precondition(lambda self: self.is_of_this_timeline)
     @rule(which=WHICH, kill_at=st.one_of(st.none(), st.integers(0, 8)))
@@ -492,7 +509,7 @@ class StoreMachine(RuleBasedStateMachine):
             keep_log_bytes=CONFIG.keep_log_bytes,
         )
         for removal in removals(self.store, policy):
-            remove(self.store, removal)
+            assert remove(self.store, removal, lambda: held)
         left = self.store.generation_numbers()
         gone = self.made.keys() - left
         assert all(number < self.live.number for number in gone) and not gone & held
