@@ -1,12 +1,18 @@
-"""What a generation lacks of the writes of the live one, from files: where no cluster runs, nothing
-brings them over."""
+"""What a generation lacks of the writes of the live one, by the rule that a mirror starts with:
+where no cluster runs, nothing brings them over."""
 
-from shardline.cluster.rollover.replayed_note import Replayed, read_note
+from shardline.cluster.rollover.mirror_start import Made, start_of
+from shardline.cluster.rollover.replayed_note import new_run, read_note
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, GateFailed, NotFound, ShardlineError
+from shardline.shards.core.errors import (
+    CorruptFile,
+    GateFailed,
+    NotFound,
+    ShardlineError,
+    WritesLost,
+)
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.live.live_rows import newest_write
-from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import GenerationManifest, read_generation
 
 
@@ -33,49 +39,27 @@ def check_none_left_behind(store: Store, number: int) -> None:
     try:
         made, wanted = read_generation(folder), read_generation(store.generation(number))
         newest = tuple(newest_write(folder, entry.shard) for entry in made.shards)
+        start = start_of(read_note(store.writes(number)), _made(made), _made(wanted), new_run())
+    except WritesLost as error:
+        raise GateFailed(
+            f"generation {number} does not go live: {error.message}",
+            expected=error.expected,
+            got=error.got,
+            hint=hint,
+        ) from error
     except (ShardlineError, OSError) as error:
         raise _unknown(number, error, hint) from error
-    note = read_note(store.writes(number))
-    known = contained(made, wanted.cut, note)
-    lacks = sum(newest) if known is None else _beyond(newest, known)
-    lacks += _lacks_of_older(made, wanted)
-    rows = 0 if note is None or note.generation != live else note.unreplayed.rows
-    if lacks or rows:
+    writes = sum(max(0, new - old) for new, old in zip(newest, start.seqs, strict=True))
+    if writes or start.unreplayed.rows:
         raise GateFailed(
-            f"generation {number} does not go live: it lacks {_said(lacks, rows)} of generation "
-            f"{live}, which is live",
-            got=f"no word in its manifest of which writes of generation {live} it has"
-            if known is None
-            else None,
+            f"generation {number} does not go live: it lacks "
+            f"{_said(writes, start.unreplayed.rows)} of generation {live}, which is live",
             hint=hint,
         )
 
 
-def contained(
-    made: GenerationManifest, cut: Cut | None, note: Replayed | None
-) -> tuple[int, ...] | None:
-    """Of each shard of the generation ``made``, how many writes another has for certain: by its cut
-    in its rows, by its note in its own writes. None: neither is about ``made``."""
-    found = [
-        each.seqs
-        for each in (cut, note)
-        if each is not None
-        and each.generation == made.generation
-        and len(each.seqs) == len(made.shards)
-    ]
-    return tuple(map(max, *found)) if len(found) == 2 else found[0] if found else None
-
-
-def _lacks_of_older(made: GenerationManifest, wanted: GenerationManifest) -> int:
-    """Writes to a third generation that are in the rows of ``made`` alone, as both cuts say."""
-    has, cut = made.cut, wanted.cut
-    if has is None or cut is None or has.generation != cut.generation:
-        return 0
-    return _beyond(has.seqs, cut.seqs) if len(has.seqs) == len(cut.seqs) else 0
-
-
-def _beyond(newest: tuple[int, ...], known: tuple[int, ...]) -> int:
-    return sum(max(0, new - old) for new, old in zip(newest, known, strict=True))
+def _made(manifest: GenerationManifest) -> Made:
+    return Made(generation=manifest.generation, num_shards=len(manifest.shards), cut=manifest.cut)
 
 
 def _said(writes: int, rows: int) -> str:
