@@ -24,7 +24,6 @@ from shardline.cluster.control.publish_switch import switch
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.errors import (
     GateFailed,
-    NotFound,
     Unavailable,
     error_of,
     last_line,
@@ -147,7 +146,7 @@ class PublishRun:
                 calm_at = time.monotonic()
                 if found.behind <= FEW:
                     return found
-            elif found.trouble.code == NotFound.code or time.monotonic() - calm_at > TROUBLE_S:
+            elif found.is_hopeless or time.monotonic() - calm_at > TROUBLE_S:
                 raise error_of(found.trouble.code, found.trouble.text)
             _ = self._beside  # which may have been ended
             await asyncio.sleep(LOOK_S)
