@@ -45,7 +45,11 @@ EXITS = (
         (DataError, CorruptFile, NewerFormat, NotFound, VersionMismatch),
     ),
     Exit(4, "something is not running, is busy, or did not answer in time", (Unavailable,)),
-    Exit(5, "a generation was not published: it did not pass the gate", (GateFailed,)),
+    Exit(
+        5,
+        "a generation was not published: it did not pass the gate, or lacks writes",
+        (GateFailed,),
+    ),
     Exit(130, "interrupted"),
 )
 DEFECT = 1

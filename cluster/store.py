@@ -5,6 +5,7 @@
 <store>/generations/000001/        an immutable generation
 <store>/CURRENT                    the number of the live generation
 <store>/counter.json               the largest table version or epoch given out, of any generation
+<store>/controllers.json           of the newest clusters, which controller of each was started last
 <store>/generations.json           the largest number that a generation ever had
 """
 
@@ -12,7 +13,7 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ MAX_COUNTER = 1 << 53  # exact in every reader of JSON; 285,000 years of 1,000 n
 COUNTER_NAME = "counter.json"
 COUNTER_LOCK = "counter.lock"
 GENERATIONS_NAME = "generations.json"
+
+
+def unguarded() -> None:
+    """For whoever does not act for a controller, of which there may be two for a while."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +71,14 @@ class Store:
         current = _readable(self._existing(COUNTER_NAME))
         return max(current or _readable(self._older_counters()), default=0)
 
-    def raise_counter(self, number: int) -> None:
+    def raise_counter(self, number: int, guard: Callable[[], None] = unguarded) -> None:
         """Declares the numbers up to ``number`` given out; before anybody sees one of them.
 
-        Never lowers it: controllers of two clusters may serve one store.
+        Never lowers it: controllers of two clusters may serve one store. guard: called under the
+        store's lock; nothing is written if it raises.
         """
-        with self._lock():
+        with self.lock():
+            guard()
             if number > self.counter():
                 self._write_counter(COUNTER_NAME, number)
 
@@ -112,14 +119,14 @@ class Store:
 
     def claim_generation(self) -> int:
         """As ``next_generation``, and nobody else gets this number from now on."""
-        with self._lock():
+        with self.lock():
             number = self.next_generation()
             self._write_counter(GENERATIONS_NAME, number)
         return number
 
     def remember_generation(self, number: int) -> None:
         """Keeps the number from being given out again once its folder is gone."""
-        with self._lock():
+        with self.lock():
             if number > self._highest_generation():
                 self._write_counter(GENERATIONS_NAME, number)
 
@@ -142,7 +149,8 @@ class Store:
         return [path] if os.path.lexists(path) else []
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
+        """Held by one process at a time, and once in each. Raises OSError."""
         path = self.root / COUNTER_LOCK
         # not for writing alone: that would wait for the reader of a pipe
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NONBLOCK
@@ -177,15 +185,32 @@ class Store:
             )
         return number
 
-    def set_current(self, number: int) -> None:
-        """Makes a complete generation the live one, in one atomic step.
+    def set_current(self, number: int, guard: Callable[[], None] = unguarded) -> None:
+        """Makes a complete generation the live one, in one atomic step. guard: as of
+        ``raise_counter``.
 
         Raises:
             NotFound: that generation is absent or incomplete.
+            OSError: the disk fails; which one it is after a power cut is not known then.
         """
-        if not (self.generation(number) / files.MANIFEST_NAME).is_file():
-            raise NotFound(f"{self.generation(number)}: no complete generation here")
-        files.write_bytes(self.root / "CURRENT", f"{number}\n".encode())
+        with self.lock():  # ``retire`` looks at what is live
+            guard()
+            if not (self.generation(number) / files.MANIFEST_NAME).is_file():
+                raise NotFound(f"{self.generation(number)}: no complete generation here")
+            files.write_bytes(self.root / "CURRENT", f"{number}\n".encode())
+
+    def retire(self, number: int, in_use: Callable[[], Collection[int]]) -> bool:
+        """Removes a generation's manifest, so that it cannot go live any more; False: it is among
+        ``in_use``, which is asked when nothing can go live until the manifest is gone.
+
+        Raises:
+            OSError: there is no manifest, or it cannot be removed.
+        """
+        with self.lock():
+            if number in in_use():
+                return False
+            (self.generation(number) / files.MANIFEST_NAME).unlink()
+        return True
 
     def version_of(self, embeddings: Path) -> str | None:
         """The model version that an embedding set of this store must have; None: it lies elsewhere,

@@ -7,7 +7,7 @@ the service.
 from collections.abc import Sequence
 from typing import Any
 
-from shardline.router.query import QueryKind, ResolvedQuery
+from shardline.router.query import QueryKind, ResolvedQuery, SeqOrigin
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
 from shardline.shards.core.messages import (
@@ -67,6 +67,7 @@ def resolve(
     options: SearchOptions = NO_OPTIONS,
     returned: Sequence[str] = (),
     original_ids: bool = False,
+    min_seq_of: SeqOrigin | None = None,
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
 
@@ -96,6 +97,7 @@ def resolve(
         options=options,
         returned=tuple(dict.fromkeys(returned)) if returned else (),
         original_ids=original_ids,
+        min_seq_of=min_seq_of,
     )
 
 

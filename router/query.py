@@ -21,12 +21,22 @@ class QueryKind(StrEnum):
     ITEM_IDS = "item_ids"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeqOrigin:
+    """Of the answer that sequence numbers are from: its generation, and the version of the routing
+    table that it was made with."""
+
+    generation: int
+    table_version: int
+
+
 @dataclass(slots=True, kw_only=True)  # not frozen: every search makes one, in a third of the time
 class ResolvedQuery:
     """A search with nothing left open: what the caller left out is filled in, the rest is checked.
 
     values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, or n ids, none
     of them empty or too many, but not looked at one by one. timeout_ms counts from the arrival.
+    min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live.
     """
 
     kind: QueryKind
@@ -38,6 +48,7 @@ class ResolvedQuery:
     options: SearchOptions
     returned: tuple[str, ...] = ()  # attributes wanted beside the results
     original_ids: bool = False
+    min_seq_of: SeqOrigin | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -60,7 +71,8 @@ class Merged:
 class SearchAnswer:
     """ranked: a row per query. took_ms is the time from the request's arrival to its answer.
 
-    seq: as of ``Merged``. others_share: as of ``Merged``, of a background search, else None.
+    seq: as of ``Merged``. table_version: of the table that the shards were asked by. others_share:
+    as of ``Merged``, of a background search, else None.
     """
 
     ranked: Ranked
@@ -73,6 +85,7 @@ class SearchAnswer:
     request_id: str
     returned: "Returned | None" = None
     seq: tuple[int | None, ...] = ()
+    table_version: int = 0
     others_share: float | None = None
 
 
@@ -107,10 +120,12 @@ class FoundItems:
 class FoundAttributes:
     """Of each attribute asked for, the values by item id; items that were not found have none.
 
-    item_ids: those that were found, in no order. size: bytes of the values, packed.
+    item_ids: those that were found, in no order. size: bytes of the values, packed. seq: as of
+    ``Merged``; of items that were asked for in several parts, of the last.
     """
 
     item_ids: IdArray
     values: dict[str, dict[int, Any]]
     size: int
     missing: tuple[Degraded, ...]
+    seq: tuple[int | None, ...] = ()

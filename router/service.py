@@ -16,6 +16,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from shardline.router.asked_seq import pinned_with
 from shardline.router.cache import ResultCache, cache_key
 from shardline.router.contract import ItemAnswer, Reason
 from shardline.router.encoder.item_encoder import ItemEncoder
@@ -32,6 +33,7 @@ from shardline.router.fanout.snapshot import (
 from shardline.router.freshness import Freshness
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.one_item import read_item
 from shardline.router.past_items import encoded
 from shardline.router.query import (
     FoundAttributes,
@@ -46,9 +48,7 @@ from shardline.router.recall_watch import RecallWatch
 from shardline.router.router_config import RouterConfig
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
-    NotFound,
     ShardlineError,
-    Unavailable,
     too_much_returned,
 )
 from shardline.shards.core.messages import MAX_RETURNED_BYTES, Absence, RoutingTable
@@ -174,12 +174,16 @@ class SearchService:
         Raises:
             InvalidInput: the query breaks a rule; field names where.
             VersionMismatch: the encoder is not of the generation's model.
+            Behind: no shard, or not this router, is as new as ``min_seq``.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or too small a coverage.
         """
         began_at = time.perf_counter() if began_at is None else began_at
         deadline = arrived_at + query.timeout_ms / 1000
         try:
-            with self._fanout.pin() as snapshot:
+            pin = self._fanout.pin()
+            if query.options.min_seq:
+                pin, query = await pinned_with(self._fanout, query, deadline)
+            with pin as snapshot:
                 table, returned = snapshot.table, None
                 wants_more = bool(query.returned or query.original_ids)
                 until = deadline
@@ -199,6 +203,7 @@ class SearchService:
             ranked=merged.ranked,
             seq=merged.seq,
             generation=table.generation,
+            table_version=table.version,
             model_version=table.model_version,
             coverage=merged.coverage,
             took_ms=took_ms,
@@ -220,9 +225,7 @@ class SearchService:
 
         Raises:
             InvalidInput: timeout_ms is out of range.
-            NotFound: no shard holds it, and every shard answered.
-            Unavailable: it was not found, but a shard that might hold it did not answer; or it was,
-                and its shard did not bring its attributes.
+            NotFound, Unavailable: as ``read_item``.
         """
         (checked,) = check_ids([item_id], field="item_id")
         if timeout_ms is None:
@@ -231,40 +234,7 @@ class SearchService:
             check_timeout_ms(self.config, timeout_ms)
         deadline = arrived_at + timeout_ms / 1000
         with self._fanout.pin() as snapshot:
-            found = await self._fanout.fetch(snapshot, np.array([checked]), deadline=deadline)
-            if not found.item_ids.size:
-                if found.coverage.degraded:
-                    raise Unavailable(
-                        "not found in the shards that answered",
-                        field="item_id",
-                        hint="; ".join(map(str, found.coverage.degraded)),
-                    )
-                raise NotFound("no such item", field="item_id", got=str(checked))
-            beside = await self._fanout.attributes(
-                snapshot, found.item_ids, (), deadline=deadline, seen=found.seq
-            )
-            if beside.missing:
-                raise Unavailable(
-                    "its attributes did not come",
-                    field="item_id",
-                    hint="; ".join(map(str, beside.missing)),
-                )
-            if not beside.item_ids.size:  # deleted since its vector was read
-                raise NotFound("no such item", field="item_id", got=str(checked))
-            shard = int(found.shards[0])
-            return ItemAnswer(
-                item_id=checked,
-                vector=found.vectors[0],
-                attributes={
-                    name: values[checked]
-                    for name, values in beside.values.items()
-                    if checked in values
-                },
-                shard=shard,
-                seq=found.seq[shard] or 0,
-                generation=snapshot.table.generation,
-                model_version=snapshot.table.model_version,
-            )
+            return await read_item(self._fanout, snapshot, int(checked), deadline)
 
     async def heard_ready(self) -> tuple[bool, dict[str, Any]]:
         """``ready``, after shards were asked whether they answer."""

@@ -146,6 +146,7 @@ class WriteService:
             duplicates=len(given.item_ids) - rows,
             seq=newest(parts, replies, table),
             generation=table.generation,
+            table_version=table.version,
             model_version=table.model_version,
             took_ms=took_ms,
             request_id=request_id,

@@ -129,6 +129,7 @@ class WriteAnswer:
     duplicates: int
     seq: tuple[int | None, ...]
     generation: int
+    table_version: int
     model_version: str
     took_ms: float
     request_id: str

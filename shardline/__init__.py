@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from shardline.router.client.answers import SearchAnswer as SearchAnswer
     from shardline.router.client.async_client import AsyncClient as AsyncClient
     from shardline.router.client.retries import Retry as Retry
+    from shardline.router.client.seq import Seq as Seq
     from shardline.router.client.sync_client import Client as Client
     from shardline.router.contract import Coverage as Coverage
     from shardline.router.contract import Degraded as Degraded
@@ -37,6 +38,7 @@ else:
         "router.client.answers": ("SearchAnswer",),
         "router.client.async_client": ("AsyncClient",),
         "router.client.retries": ("Retry",),
+        "router.client.seq": ("Seq",),
         "router.client.sync_client": ("Client",),
         "router.contract": (
             *("Coverage", "Degraded", "Forbidden", "ItemAnswer", "PayloadTooLarge", "Reason"),

@@ -222,6 +222,9 @@ class FakeShard:
                 seq=self.seq,
             )
         assert isinstance(message, SearchRequest)
+        least = message.options.min_seq[self.shard : self.shard + 1]
+        if least and self.seq < least[0]:
+            return ErrorReply(code="behind", message="behind")
         ranked = brute_force(message.queries, self.ids, self.vectors, message.k)
         if self.short:
             ranked = Ranked(ranked.ids[:, :-1], ranked.scores[:, :-1])

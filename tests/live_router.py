@@ -31,6 +31,15 @@ class LiveRouter:
     url: str
     service: SearchService
     shards: list[FakeShard]
+    loop: asyncio.AbstractEventLoop
+
+    def switch(self, generation: int, **changes: object) -> None:
+        """Has the same rows go live as another generation, whose shards have counted no writes."""
+        for shard in self.shards:
+            shard.generation, shard.seq = generation, 0
+        version = self.service._fanout.snapshot.table.version + 1
+        table = make_table(self.shards, DIM, generation=generation, version=version, **changes)
+        asyncio.run_coroutine_threadsafe(self.service.apply(table), self.loop).result(10)
 
 
 def health_checked(app: ASGIApp) -> ASGIApp:
@@ -64,7 +73,7 @@ def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            state["router"] = LiveRouter(url, service, shards)
+            state["router"] = LiveRouter(url, service, shards, asyncio.get_running_loop())
             # both threads start here, and none within a test, where it would look left behind
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
             stopped = asyncio.create_task(asyncio.to_thread(stop.wait))

@@ -6,7 +6,7 @@ Theory. An upserted row costs its fsync, shared by a group, some tens of microse
 process, and its comparison with every later query until the next compaction: 512 bytes that are
 read, in a product of a matrix with a vector. Half of the rows replace others, which hides rows of
 the main index at the cost of a bit each. So the price grows with the delta and falls back with a
-compaction, which takes a core for some seconds at niceness 10. A measurement with writes and one
+compaction, which takes a second of a core that is idle. A measurement with writes and one
 without make a pair, in alternating order, and ratios are taken within a pair; the delta is not
 emptied between, so later pairs carry more. The writer is one process with one connection, which
 upserts ``--batch`` rows per request on schedule. After each of some requests it searches, without

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,12 +26,11 @@ from shardline.cluster.corpus_from_live import live_corpus, live_corpus_bytes
 from shardline.cluster.preflight.build_space import build_bytes
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import before_ray, check_store
-from shardline.cluster.serving.endpoint import serving_now
-from shardline.cluster.serving.launched import is_served
-from shardline.cluster.serving.ray_session import attached_ray, cores, ray_for
+from shardline.cluster.serving.going_live import cluster_there, made_live
+from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import DataError, InvalidInput, NotFound, Unavailable
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
@@ -105,7 +104,8 @@ def build(
 ) -> None:
     """Turn an embedding set into index shards, and make them the live generation.
 
-    A cluster that serves this store goes on with the one it has until `shardline publish`.
+    A cluster that serves this store goes on with the one it has until `shardline publish`; and so
+    does the store, if the live generation has writes that the new one lacks.
     """
     if (embeddings is not None) + bool(vectors) + from_live > 1:
         raise InvalidInput("--embeddings, --vectors and --from-live exclude each other")
@@ -133,25 +133,11 @@ def build(
             if no_cut:
                 checked = replace(checked, corpus=replace(checked.corpus, cut=None))
             manifest = _built(settings, checked, progress, in_process=in_process)
-        running = running_cluster(config)
-        if not no_publish and running is None:
-            store.set_current(manifest.generation)
+        go_live = cluster_there if no_publish else made_live
+        reason = go_live(config, manifest.generation, verbose=settings.verbose)
     click.echo(describe(manifest))
-    if running is not None:  # a controller that is started again takes what is live, without a gate
-        click.echo(f"{running}; `shardline publish {manifest.generation}` to change over")
-
-
-def running_cluster(config: ShardlineConfig) -> str | None:
-    """That a cluster goes on with the generation before; None: none serves this store."""
-    store, address = Store(config.store.resolve()), config.cluster.address
-    if (endpoint := serving_now(store)) is not None:
-        return f"the cluster at {endpoint.url} goes on with generation {endpoint.generation}"
-    if address == "local":
-        return None
-    with suppress(Unavailable), attached_ray(address):
-        if is_served():
-            return "the cluster goes on with the generation before"
-    return None
+    if reason is not None:
+        click.echo(reason)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

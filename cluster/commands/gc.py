@@ -3,16 +3,17 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.console import StageProgress
+from shardline.cluster.control.publish_note import InUse, in_use_in
 from shardline.cluster.housekeeping.erase import Erasure, compact_away, drop_superseded
-from shardline.cluster.housekeeping.held import held_generations
+from shardline.cluster.housekeeping.held import Held, held_generations, held_on_record
 from shardline.cluster.housekeeping.removals import Policy, Removal, removals, remove
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable
@@ -63,28 +64,24 @@ def gc(
     store = settings.store
     with _alone(store):
         in_use = held_generations(settings.config, verbose=settings.verbose)
-        held, is_served = in_use.reasons, in_use.served is not None
         erased: list[Erasure] = []
         if erase and not dry_run:
-            if is_served and in_use.is_publishing:
-                raise Unavailable(
-                    f"generation {in_use.beside} is being published, from the log that an erasure "
-                    "would cut",
-                    hint="wait for the end of the publish: `shardline status` shows it",
-                )
             with StageProgress() as progress:
-                erased = _erased(store, sorted(held), progress, is_served=is_served)
+                erased = _erased(store, in_use, progress)
+            # minutes may have passed, and another generation be live
+            in_use = held_generations(settings.config, verbose=settings.verbose)
+        held = in_use.reasons
         policy = Policy(
             live=in_use.live,
             held=held,
-            loaded=held if is_served else (),
+            loaded=held if in_use.served is not None else (),
             keep=0 if erase else settings.config.housekeeping.keep_generations,
             keep_log_bytes=settings.config.live.keep_log_bytes,
             keep_embeddings=embeddings,
         )
         found = removals(store, policy)
-        for removal in () if dry_run else found:
-            remove(store, removal)
+        if not dry_run:
+            found = [each for each in found if remove(store, each, lambda: _held_now(store, held))]
     if as_json:
         click.echo(json.dumps(_report(found, held, erased, dry_run), indent=2))
         return
@@ -93,13 +90,27 @@ def gc(
         _print_erased(store, erased, held)
 
 
-def _erased(
-    store: Store, numbers: list[int], progress: StageProgress, *, is_served: bool
-) -> list[Erasure]:
-    """Of every shard of the generations in use, one after the other."""
+def _held_now(store: Store, held: Collection[int]) -> set[int]:
+    """Those that were held, and those that are by now."""
+    return {*held, *held_on_record(store).reasons}
+
+
+def _erased(store: Store, in_use: Held, progress: StageProgress) -> list[Erasure]:
+    """Of every shard of the generations in use, one after the other.
+
+    Raises:
+        Unavailable: a mirror reads the log that an erasure cuts.
+    """
+    is_served = in_use.served is not None
+    if is_served and (reason := _followed(in_use.noted)) is not None:
+        raise Unavailable(
+            f"{reason}, from the log that an erasure cuts",
+            hint="wait for the end of a publish; end what is kept with `shardline publish "
+            "--finish`; `shardline status` shows both",
+        )
     shards = [
         (number, shard)
-        for number in numbers
+        for number in sorted(in_use.reasons)
         if (store.generation(number) / MANIFEST_NAME).is_file()
         for shard in range(len(read_generation(store.generation(number)).shards))
     ]
@@ -110,9 +121,26 @@ def _erased(
         progress("erase", len(done), len(shards))
         done.append(compact_away(store, number, shard, is_loaded=is_served))
     progress("erase", len(done), len(shards))
-    for each in done:  # after all of them: replicas have the same time to change over
-        drop_superseded(store, each, is_loaded=is_served)
+    # after all of them: replicas have the same time to change over
+    return [_dropped(store, each, is_served=is_served) for each in done]
+
+
+def _dropped(store: Store, done: Erasure, *, is_served: bool) -> Erasure:
+    """With the log behind it, unless somebody has begun to read that."""
+    reason = _followed(in_use_in(store.root)) if is_served and done.left is None else None
+    if reason is not None:
+        return replace(done, left=f"{reason} by now, from its log; try again after that")
+    drop_superseded(store, done, is_loaded=is_served)
     return done
+
+
+def _followed(noted: InUse) -> str | None:
+    """Which generation is brought writes of another, or is about to be; None: there is none."""
+    if noted.coming is not None:
+        return f"generation {noted.coming} is being published"
+    if noted.beside is not None:
+        return f"generation {noted.beside} is kept for a rollback, and is brought all writes"
+    return None
 
 
 @contextmanager

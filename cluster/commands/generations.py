@@ -8,8 +8,8 @@ import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.console import print_table
-from shardline.cluster.control.publish_note import beside_in
-from shardline.cluster.housekeeping.held import BESIDE, LIVE, SERVED
+from shardline.cluster.control.publish_note import InUse, in_use_in
+from shardline.cluster.housekeeping.held import Held
 from shardline.cluster.housekeeping.removals import bytes_of, remove_generation
 from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.store import Store
@@ -34,7 +34,7 @@ def list_generations(settings: Settings, as_json: bool) -> None:
     named = {
         "live": _named(_live, store),
         "served": _named(_served, store),
-        "beside": _named(lambda store: _beside(settings), store),
+        "beside": _named(lambda _: _noted(settings).beside, store),
     }
     found = [_described(store, number, named) for number in store.generation_numbers()]
     for folder in abandoned_folders(store.generations):
@@ -71,17 +71,28 @@ def delete(settings: Settings, number: int) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         known = ", ".join(map(str, store.generation_numbers()))
         raise NotFound(f"{folder}: no such generation", expected=f"one of {known or 'none'}")
-    held = {_beside(settings): BESIDE, _served(store): SERVED, _live(store): LIVE}
+    held = _held(settings)
     if number in held:
-        what = held[number]
-        raise InvalidInput(
-            f"generation {number} is {what}",
-            hint="publish another one first; `shardline publish --finish` ends what is kept for a "
-            "rollback",
-        )
+        raise _in_use(number, held[number])
     size = bytes_of(folder) + bytes_of(store.writes(number))
-    remove_generation(store, number)
+    if not remove_generation(store, number, lambda: _held(settings)):
+        raise _in_use(number, "in use by now")
     click.echo(f"{folder}: deleted, {size / MIB:,.1f} MiB")
+
+
+def _held(settings: Settings) -> dict[int, str]:
+    """Number -> why it may not be deleted."""
+    noted = _noted(settings)  # before CURRENT, which a switch changes first
+    store = settings.store
+    return Held(live=_live(store), noted=noted, served=_served(store)).reasons
+
+
+def _in_use(number: int, what: str) -> InvalidInput:
+    return InvalidInput(
+        f"generation {number} is {what}",
+        hint="publish another one first; `shardline publish --finish` ends what is kept for a "
+        "rollback",
+    )
 
 
 def _named(which: Callable[[Store], int | None], store: Store) -> int | None:
@@ -108,11 +119,12 @@ def _served(store: Store) -> int | None:
         return None
 
 
-def _beside(settings: Settings) -> int | None:
-    """The generation that a cluster of this store has loaded beside the live one; of a launched
-    cluster that has ended, had."""
+def _noted(settings: Settings) -> InUse:
+    """What a cluster of this store has loaded beside the live one; of a launched cluster that has
+    ended, had."""
     store, is_launched = settings.store, settings.config.cluster.address != "local"
-    return beside_in(store.root) if is_launched or serving_now(store) is not None else None
+    is_known = is_launched or serving_now(store) is not None
+    return in_use_in(store.root) if is_known else InUse()
 
 
 def _described(store: Store, number: int, named: dict[str, int | None]) -> dict[str, Any]:

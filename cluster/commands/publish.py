@@ -13,6 +13,7 @@ from shardline.cluster.console import StageProgress
 from shardline.cluster.control.publish_state import PublishKind, PublishOptions
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.servable import servable_generation
+from shardline.cluster.rollover.left_behind import check_none_left_behind
 from shardline.cluster.serving.launched import Report, asked, controller
 from shardline.cluster.serving.reaching import note_served, reached
 from shardline.cluster.serving.survey import check_beside
@@ -56,7 +57,8 @@ def publish(
     `publish` of the configuration). The generation before is kept for `shardline rollback`.
     Interrupting the command stops the display, not the publish: --stop does, and leaves the live
     generation as it is; `shardline status` shows how far it is.
-    Where no cluster serves the store, the next `shardline serve` takes the generation.
+    Where no cluster serves the store, the next `shardline serve` takes the generation, if it has
+    all that was written to the live one; else --without-writes leaves that out.
     """
     if skip_gate is not None and not skip_gate.strip():
         raise InvalidInput("no reason given", field="--skip-gate", expected="a few words")
@@ -68,6 +70,8 @@ def publish(
         number = generation or newest(settings.store)
         if report is None:
             servable_generation(settings.store, number)
+            if not without_writes:
+                check_none_left_behind(settings.store, number)
             settings.store.set_current(number)
             click.echo(f"generation {number} is live; no cluster serves this store now")
             return

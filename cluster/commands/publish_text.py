@@ -47,15 +47,28 @@ def publish_line(progress: dict[str, Any], now_s: float) -> str:
 
 
 def print_generations(live: int, told: dict[str, Any]) -> None:
-    """told: {"beside": {"generation", "role", "since_s"} or None, "publish"}, of a report."""
+    """told: {"beside", "publish"}, of a report. beside: None, or {"generation", "role", "since_s"}
+    and perhaps "mirror"."""
     beside, now_s = told.get("beside"), time.time()
     line = f"generation {live} is live"
     if beside is not None:
         age = age_of(now_s - beside["since_s"])
         line += f", {beside['generation']} is loaded beside it ({beside['role']} since {age})"
     click.echo(line)
+    if beside is not None and beside.get("mirror"):
+        click.echo(_mirror_line(beside["generation"], beside["mirror"]))
     if told.get("publish") is not None:
         click.echo(f"newest {publish_line(told['publish'], now_s)}")
+
+
+def _mirror_line(generation: int, mirror: dict[str, Any]) -> str:
+    """Whether generation ``generation`` gets the writes of the live one."""
+    if mirror["trouble"] is not None:
+        return f"writes are not brought to generation {generation}: {mirror['trouble']['text']}"
+    left_out = ""
+    if mirror["unreplayed"]:
+        left_out = f", without {mirror['unreplayed']:,} items of another model"
+    return f"writes are brought to generation {generation}: {mirror['behind']:,} behind{left_out}"
 
 
 def print_noted(live: int, noted: dict[str, Any] | None) -> None:

@@ -13,8 +13,7 @@ from shardline.cluster.cli import Settings
 from shardline.cluster.console import StageProgress
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import check_store
-from shardline.cluster.serving.endpoint import find_endpoint
-from shardline.cluster.serving.served import served_generation
+from shardline.cluster.serving.going_live import cluster_there, made_live
 from shardline.cluster.spread import Progress
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, NotFound
@@ -70,30 +69,25 @@ def restore(
 ) -> None:
     """Make the snapshot in the folder or URL SRC the next generation of this store.
 
-    Every file is verified. It becomes the live generation, unless a cluster serves the store: then
-    `shardline publish` changes over to it.
+    Every file is verified. It becomes the live generation, unless a cluster serves the store, or
+    the live generation has writes that it lacks: then `shardline publish` changes over to it.
     """
     config, store = settings.config, settings.store
-    is_served = served_generation(config, verbose=settings.verbose) is not None
     found = read_snapshot(BackupFolder(source))
     copies = 1 if shards in (None, len(found.seqs)) else RESPREAD_COPIES
     enforce([check_store(store, copies * found.bytes)])
     with StageProgress() as progress:
         number = _restored(settings, source, shards, progress)
-    if not (no_publish or is_served):
-        store.set_current(number)
+    go_live = cluster_there if no_publish else made_live
+    reason = go_live(config, number, verbose=settings.verbose)
     state = "live" if _is_live(store, number) else "not live"
     if as_json:
         report = _report(found, source) | {"restored_as": number, "state": state}
         click.echo(json.dumps(report, indent=2))
         return
     click.echo(f"generation {number}: {source}, {shards or len(found.seqs)} shards; {state}")
-    with suppress(NotFound, CorruptFile):  # without a note of use there is nothing to say of it
-        running = find_endpoint(store)
-        click.echo(
-            f"the cluster at {running.url} goes on with generation {running.generation}; "
-            f"`shardline publish {number}` to change over"
-        )
+    if reason is not None:
+        click.echo(reason)
 
 
 def _restored(settings: Settings, source: str, shards: int | None, progress: Progress) -> int:

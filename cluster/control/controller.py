@@ -28,6 +28,7 @@ from shardline.cluster.control.events import (
 from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.news import News
 from shardline.cluster.control.opening import (
+    claimed,
     cluster_id_of,
     first_hosts,
     is_restart,
@@ -54,7 +55,7 @@ from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.control.watch import Watch
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import Unavailable, error_of
+from shardline.shards.core.errors import Superseded, Unavailable, error_of
 from shardline.shards.core.messages import (
     Absence,
     ReplicaKey,
@@ -108,9 +109,10 @@ class Controller:
         store = Store(Path(settings.store))
         self._secret = settings.secret
         self._http = Http(host=settings.http_host, port=settings.http_port)
+        cluster_id = cluster_id_of(settings.secret)
+        self._term = claimed(store, cluster_id, is_restart=is_restart())
         # Ray runs this again when it restarts the controller: another generation may be live then
         folder, manifest = opened(store, settings.generation, is_restart=is_restart())
-        cluster_id = cluster_id_of(settings.secret)
         self._shards = ShardActors(settings, CONTROLLER_NAME)
         opener = Opener(
             store, self._shards, cluster_id, rules_of(settings), settings.gpus_per_shard
@@ -118,7 +120,7 @@ class Controller:
         restart_note = RestartNote(store.root, cluster_id)
         restart = restart_note.read(manifest.generation)
         placement, instructions = opener.live(folder, manifest, first_hosts(), restart)
-        note = PublishNote(store.root, cluster_id)
+        note = PublishNote(store.root, cluster_id, self._guard)
         noted = after_restart(note.read(), manifest.generation)
         fleet, more = with_beside(Fleet(live=placement), noted, opener)
         self._quality = ClusterQuality(settings.quality)
@@ -127,9 +129,9 @@ class Controller:
         self._orders = Orders(
             self._shards, self._tasks, state_of=lambda key: self._fleet.state(key), take=self._take
         )
-        self._decisions = Decisions(store, fleet, self._orders.carry_out)
+        self._decisions = Decisions(store, fleet, self._orders.carry_out, self._guard)
         self._watch = Watch(
-            self._decisions, self._shards, self._news, self._tasks, after_hosts=self._tend
+            self._decisions, self._shards, self._news, self._tasks, after_hosts=self._after_hosts
         )
         self._publishing = Publishing(
             store,
@@ -341,9 +343,19 @@ class Controller:
             lambda: [each.table.generation for each in self._fleet.placements]
         )
 
-    async def _tend(self) -> None:
+    def _guard(self) -> None:
+        """Raises Superseded: another controller has been started since. Then all that this one does
+        ends; Ray ends its process once its host is heard of again."""
+        try:
+            self._term.check()
+        except Superseded as error:
+            logger.error("%s", error)
+            self._tasks.cancel()
+            raise
+
+    async def _after_hosts(self) -> None:
+        self._guard()
         await tried(self._restarts.keep_note)
-        await tried(self._publishing.tend)
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:
         state = self._fleet.state(key)

@@ -1,19 +1,19 @@
 """What the controller has decided until now: each event makes the next state, and orders.
 
-Numbers are saved before anyone sees one. Whoever waits for a change is told of each, and of the
-store that takes no numbers.
+Numbers are saved before anyone sees one, by the newest controller of the cluster only (``term``).
+Whoever waits for a change is told of each, and of the store that takes no numbers.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Callable
 
-from shardline.cluster.control.events import Instruction, Publish
+from shardline.cluster.control.events import Instruction, Publish, SealDropped
 from shardline.cluster.control.fleet_rules import FleetEvent, fleet_step
 from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.placement_state import Placement
 from shardline.cluster.exits import as_known
-from shardline.cluster.store import Store
+from shardline.cluster.store import Store, unguarded
 from shardline.shards.core.errors import DataError, ShardlineError
 from shardline.shards.core.messages import Absence, RoutingTable
 
@@ -22,13 +22,20 @@ class Decisions:
     """The generations as they are placed now, and the newest table that routers may have.
 
     carry_out: told every instruction but ``Publish``, in order, once what led to it is saved.
+    guard: raises Superseded once another controller has been started in the place of this one.
     """
 
     def __init__(
-        self, store: Store, fleet: Fleet, carry_out: Callable[[Instruction], None]
+        self,
+        store: Store,
+        fleet: Fleet,
+        carry_out: Callable[[Instruction], None],
+        guard: Callable[[], None] = unguarded,
     ) -> None:
         self._store = store
         self._carry_out = carry_out
+        self._guard = guard
+        self._is_current_known = True  # that ``CURRENT`` names the live generation, for good
         self._changed = asyncio.Condition()
         self.fleet = fleet
         self.published: RoutingTable | None = None
@@ -48,23 +55,35 @@ class Decisions:
             OSError: the store takes no numbers. Nothing was decided: whoever the event came from
                 tries again.
             NotFound: the generation to be live is gone.
+            Superseded: another controller decides now.
         """
         changed, instructions = fleet_step(self.fleet, event)
         if changed is self.fleet:
             return
         try:
             if changed.counter != self.fleet.counter:
-                self._store.raise_counter(changed.counter)  # before anyone sees a number of it
+                # before anyone sees a number of it
+                self._store.raise_counter(changed.counter, self._guard)
                 self.unsaved = None
+            elif changed.beside is None and self.fleet.beside is not None:
+                self._guard()  # processes end that another controller may need
         except OSError as error:
             await self._cannot_save(error)
             raise
-        generation = changed.live.table.generation
-        if generation != self.placement.table.generation:
-            self._store.set_current(generation)
+        self._keep_current(changed.live.table.generation, event)
         self.fleet = changed
         self.order(instructions)
         await self._tell()
+
+    def _keep_current(self, generation: int, event: FleetEvent) -> None:
+        """Where a disk fails after the file has its new name, either number may be found by the
+        next controller. Then no write may be taken before it is certain again which."""
+        is_same = generation == self.placement.table.generation
+        if is_same and (self._is_current_known or not isinstance(event, SealDropped)):
+            return
+        self._is_current_known = False
+        self._store.set_current(generation, self._guard)
+        self._is_current_known = True
 
     def order(self, instructions: tuple[Instruction, ...]) -> None:
         """Has them carried out."""
@@ -79,7 +98,7 @@ class Decisions:
         if self.unsaved is None:
             return
         try:
-            self._store.raise_counter(self.fleet.counter + 1)  # it writes no lower number
+            self._store.raise_counter(self.fleet.counter + 1, self._guard)  # never lower
         except OSError as error:
             await self._cannot_save(error)
         else:

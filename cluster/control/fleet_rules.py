@@ -129,7 +129,7 @@ def _switched(fleet: Fleet, event: Switched) -> FleetOutcome:
     if beside is None or beside.generation != event.generation or not can_switch(fleet):
         return fleet, ()
     number = fleet.counter + 1
-    table = replace(beside.placement.table, version=number)
+    table = replace(beside.placement.table, version=number, went_live_with=event.has)
     live = replace(beside.placement, table=table, counter=number)
     # a restart of the one before ends with it; it takes writes again, those of the mirror
     before = _level(replace(fleet.live, restart=None, reserved={}), number, live)

@@ -9,6 +9,7 @@ import ray
 
 from shardline.cluster.control.hosts import Host
 from shardline.cluster.control.ray_hosts import fresh_hosts
+from shardline.cluster.control.term import Term
 from shardline.cluster.store import Store
 from shardline.shards.core.encoder_files import (
     CONFIG,
@@ -41,6 +42,22 @@ def first_hosts() -> tuple[Host, ...]:
 def cluster_id_of(secret: bytes) -> str:
     """16 hex digits that tell a cluster from every other and say nothing of its secret."""
     return hashlib.sha256(b"shardline cluster id\0" + secret).hexdigest()[:16]
+
+
+def claimed(store: Store, cluster_id: str, *, is_restart: bool) -> Term:
+    """The term of the controller that starts now; before it reads what its predecessor decided.
+
+    Raises:
+        OSError: the store takes no file, and this is the first start. A restarted controller waits.
+    """
+    while True:
+        try:
+            return Term(store, cluster_id)
+        except OSError as error:
+            if not is_restart:
+                raise
+            logger.error("the controller waits for its store: %s", error)
+        time.sleep(REOPEN_S)
 
 
 def opened(

@@ -4,35 +4,29 @@ undone here: ``publishing`` does that."""
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-
-from ray.exceptions import RayError
+from dataclasses import asdict, dataclass
 
 from shardline.cluster.control.beside import Opener
 from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.fleet_state import Beside, Role
 from shardline.cluster.control.leading import primary_key
+from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.outlook import not_ready, raise_if_hopeless
 from shardline.cluster.control.placement_state import Placement
-from shardline.cluster.control.publish_parts import (
-    Mirror,
-    Mirrors,
-    PublishParts,
-)
+from shardline.cluster.control.publish_parts import PublishParts
 from shardline.cluster.control.publish_state import PublishOptions, PublishStage
 from shardline.cluster.control.publish_switch import switch
+from shardline.cluster.rollover.gate import GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.errors import (
     GateFailed,
     Unavailable,
     error_of,
-    last_line,
 )
-from shardline.shards.core.messages import Absence
+from shardline.shards.core.messages import RoutingTable
 
 LOOK_S = 0.2  # between two looks at how far it is
 FEW = 64  # writes: with no more to bring over, a switch need not wait for long
-ANSWER_S = 5.0  # within which a mirror says how far it is
 TROUBLE_S = 60.0  # of a mirror that does not go on
 
 
@@ -59,6 +53,7 @@ class PublishRun:
         self._tools = tools
         self._options = options
         self._decisions = tools.decisions
+        self._report: GateReport | None = None  # of the gate; None: it was not asked
 
     async def to_live(self) -> None:
         """Returns once the generation is live.
@@ -73,12 +68,18 @@ class PublishRun:
         await self._wait_loaded()
         mirror, mirrored = None, None
         if self._beside.is_mirrored and self._options.with_writes:
-            mirror = await self._mirror()
-            mirrored = await self._replayed(mirror)
+            mirrored = await self._replayed()
+            mirror = await self._tools.mirrors.between(*self._tables)
         if self._options.has_gate:
             await self._judged(mirrored)
         await self._tell(PublishStage.SWITCHING, "holding writes for a moment")
-        await switch(self._decisions, self._options.generation, mirror, on_try=self._on_try)
+        await switch(
+            self._decisions,
+            self._options.generation,
+            mirror,
+            on_try=self._on_try,
+            on_drained=self._on_drained,
+        )
 
     @property
     def _beside(self) -> Beside:
@@ -129,15 +130,16 @@ class PublishRun:
                 raise _not_served(placement, self._tools.load_s)
             await asyncio.sleep(LOOK_S)
 
-    async def _mirror(self) -> Mirror:
-        live, beside = self._decisions.placement.table, self._beside.placement.table
-        return await self._tools.mirrors.between(live, beside)
+    @property
+    def _tables(self) -> tuple[RoutingTable, RoutingTable]:
+        """Of the live generation, and of the one to be live."""
+        return self._decisions.placement.table, self._beside.placement.table
 
-    async def _replayed(self, mirror: Mirror) -> MirrorProgress:
+    async def _replayed(self) -> MirrorProgress:
         """Once there is little left to bring over."""
         calm_at = time.monotonic()
         while True:
-            found = await _looked_at(mirror)
+            found = await self._tools.mirrors.look(*self._tables)
             done, total = sum(found.positions), sum(found.ends)
             text = "bringing writes over" if found.trouble is None else found.trouble.text
             await self._tell(PublishStage.REPLAYING, text, done, total)
@@ -148,20 +150,28 @@ class PublishRun:
                     return found
             elif found.is_hopeless or time.monotonic() - calm_at > TROUBLE_S:
                 raise error_of(found.trouble.code, found.trouble.text)
-            _ = self._beside  # which may have been ended
             await asyncio.sleep(LOOK_S)
 
     async def _judged(self, mirrored: MirrorProgress | None) -> None:
         await self._tell(PublishStage.GATE, "measuring it beside the live one")
-        live, beside = self._decisions.placement.table, self._beside.placement.table
-        report = await self._tools.parts.run_gate(live, beside, mirrored)
-        await self._tools.tell(figures=report.figures)
-        if report.failed:
+        await self._judged_by(await self._tools.parts.run_gate(*self._tables, mirrored))
+
+    async def _judged_by(self, report: GateReport) -> None:
+        self._report = report
+        await self._tools.tell(figures=tuple(asdict(each) for each in report.figures))
+        if not report.ok:
             raise GateFailed(
                 f"generation {self._options.generation} did not pass the gate: "
-                + "; ".join(report.failed),
+                + "; ".join(report.reasons),
                 hint="--skip-gate REASON publishes it all the same",
             )
+
+    async def _on_drained(self, reached: MirrorProgress) -> None:
+        """Rows that came after the gate may have been left out too."""
+        await self._tools.tell(unreplayed=reached.unreplayed, examples=reached.examples)
+        if self._report is not None:
+            figure = self._tools.parts.judge_unreplayed(reached.unreplayed)
+            await self._judged_by(self._report.with_figure(figure))
 
     async def _on_try(self, number: int, said: str) -> None:
         text = said or "holding writes for a moment"
@@ -169,16 +179,6 @@ class PublishRun:
 
     async def _tell(self, stage: PublishStage, text: str, done: int = 0, total: int = 0) -> None:
         await self._tools.tell(stage=stage, text=text, done=done, total=total)
-
-
-async def _looked_at(mirror: Mirror) -> MirrorProgress:
-    """How far it is; that it does not answer is a trouble, for it is started again."""
-    try:
-        async with asyncio.timeout(ANSWER_S):
-            return await mirror.progress()
-    except (TimeoutError, RayError, Unavailable) as error:
-        trouble = Absence(Unavailable.code, f"the mirror does not answer: {last_line(error)}")
-        return MirrorProgress(positions=(), ends=(), trouble=trouble)
 
 
 def _is_served(placement: Placement) -> bool:

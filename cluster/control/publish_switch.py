@@ -14,7 +14,7 @@ from shardline.cluster.control.events import SealAsked, SealDropped, Switched
 from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.sealing import sealed_seqs
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
-from shardline.shards.core.errors import Unavailable, last_line
+from shardline.shards.core.errors import Superseded, Unavailable, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +31,25 @@ async def switch(
     mirror: Mirror | None,
     *,
     on_try: Callable[[int, str], Awaitable[None]],
+    on_drained: Callable[[MirrorProgress], Awaitable[None]],
 ) -> None:
     """Makes the generation beside the live one. mirror: from the live one to it; None: nothing is
-    brought to it. on_try: told of each attempt, with what became of the one before.
+    brought to it. on_try: told of each attempt, with what became of the one before. on_drained:
+    told what the mirror has brought once that is final; what it raises is the end.
 
     Raises:
         Unavailable: no attempt succeeded; the generation before is live, and takes writes.
         OSError: the store takes no numbers, or not its new live generation.
+        Superseded: another controller decides now.
     """
     said = ""
     for number in range(1, TRIES + 1):
         await on_try(number, said)
         try:
-            await _attempt(decisions, generation, mirror)
+            await _attempt(decisions, generation, mirror, on_drained)
             return
+        except Superseded:
+            raise
         except Unavailable as error:
             said = str(error)
             logger.warning("generation %d does not go live yet: %s", generation, said)
@@ -55,20 +60,29 @@ async def switch(
     raise Unavailable(f"generation {generation} did not go live in {TRIES} attempts", got=said)
 
 
-async def _attempt(decisions: Decisions, generation: int, mirror: Mirror | None) -> None:
+async def _attempt(
+    decisions: Decisions,
+    generation: int,
+    mirror: Mirror | None,
+    on_drained: Callable[[MirrorProgress], Awaitable[None]],
+) -> None:
     deadline = time.monotonic() + SWITCH_S
     await decisions.take(SealAsked(now_s=time.monotonic()))
     seqs = await _sealed(decisions, SWITCH_S)
+    has: tuple[int, ...] = ()
     if mirror is not None:
         reached = await _drained(mirror, seqs, max(0.0, deadline - time.monotonic()))
         if any(has < wants for has, wants in zip(reached.positions, seqs, strict=True)):
             behind = sum(seqs) - sum(reached.positions)
             trouble = "" if reached.trouble is None else f": {reached.trouble.text}"
             raise Unavailable(f"{behind} writes were not brought over in time{trouble}")
+        await on_drained(reached)
+        has = reached.target_seqs
     if time.monotonic() > deadline:
         raise Unavailable(f"it took longer than {SWITCH_S:g} s")
     now_s = time.monotonic()
-    await decisions.take(Switched(generation=generation, now_s=now_s, is_mirrored=True))
+    switched = Switched(generation=generation, now_s=now_s, is_mirrored=True, has=has)
+    await decisions.take(switched)
     if decisions.placement.table.generation != generation:
         raise Unavailable("not every shard of it answers")
 
@@ -101,10 +115,10 @@ async def _sealed(decisions: Decisions, timeout_s: float) -> tuple[int, ...]:
 
 
 async def _unsealed(decisions: Decisions) -> None:
-    """Until it is on record: nobody would take writes."""
+    """Until it is on record, and ``CURRENT`` too: nobody would take writes."""
     while decisions.placement.sealing is not None:
         try:
             await decisions.take(SealDropped(now_s=time.monotonic()))
         except OSError as error:
-            logger.error("writes are still held, for the store takes no number: %s", error)
+            logger.error("writes are still held, for the store fails: %s", error)
             await asyncio.sleep(RETRY_S)

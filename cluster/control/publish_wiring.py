@@ -5,8 +5,9 @@ from collections.abc import Callable
 from functools import partial
 
 from shardline.cluster.control.opening import cluster_id_of
-from shardline.cluster.control.publish_parts import GateReport, Mirror
+from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.shard_actors import DIGEST_DIGITS
+from shardline.cluster.rollover.gate import GateFigure, GateReport, unreplayed_figure
 from shardline.cluster.rollover.gate_run import gate_of_tables
 from shardline.cluster.rollover.mirror_actor import end_mirror, start_mirror
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
@@ -64,8 +65,11 @@ class WiredParts:
             served=self._served(live.model_version),
             unreplayed=0 if mirrored is None else mirrored.unreplayed,
         )
-        report = await asyncio.to_thread(lambda: asyncio.run(measured()))
-        return GateReport(figures=tuple(report.as_json()["figures"]), failed=report.reasons)
+        return await asyncio.to_thread(lambda: asyncio.run(measured()))
+
+    def judge_unreplayed(self, rows: int) -> GateFigure:
+        """As ``PublishParts``."""
+        return unreplayed_figure(rows, self._config)
 
     @property
     def _digest(self) -> str:

@@ -3,18 +3,21 @@ restart. One is under way at most; ``publish_run`` has its stages."""
 
 import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from ray.exceptions import RayError
 
 from shardline.cluster.control.beside import Opener
 from shardline.cluster.control.decisions import Decisions, known_error
-from shardline.cluster.control.events import BesideEnded
-from shardline.cluster.control.fleet_state import Role
+from shardline.cluster.control.events import BesideEnded, SealDropped
+from shardline.cluster.control.fleet_state import Beside, Role
+from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.publish_book import PublishBook
-from shardline.cluster.control.publish_parts import Mirrors, PublishParts
+from shardline.cluster.control.publish_parts import PublishParts
 from shardline.cluster.control.publish_refusals import (
     check_may_begin,
     check_room,
@@ -27,7 +30,7 @@ from shardline.cluster.control.publish_state import (
 )
 from shardline.cluster.control.tasks import Tasks, tried
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.errors import ShardlineError, Superseded, Unavailable
 from shardline.shards.core.messages import Absence
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,8 @@ logger = logging.getLogger(__name__)
 RETIRE_AFTER_S = 60.0
 CONTROLLERS = 3  # that run one publish, each after the one before has died
 RETRY_S = 0.5  # before the store is asked again for what must not be lost
+TEND_S = 1.0  # between two looks at what is beside the live generation
+TEND_LIMIT_S = 120.0  # of one: a mirror that does not answer is ended after a minute
 
 
 class Publishing:
@@ -65,6 +70,8 @@ class Publishing:
         self._keep_s, self._is_pinned = keep_s, is_pinned
         self._finished: int | None = None  # which need not be kept any longer
         self._running: asyncio.Task[None] | None = None
+        # a publish waits for a look that is under way, and none begins meanwhile
+        self._turn = asyncio.Lock()
         self._tools = RunTools(
             decisions=decisions,
             opener=opener,
@@ -77,20 +84,22 @@ class Publishing:
         )
 
     def go_on(self) -> None:
-        """With what the controller before this was at."""
+        """With what the controller before this was at; needs a running event loop."""
+        self._tasks.spawn(self._tend_for_good())
         progress = self._book.noted.publish
         if self._decisions.fleet.beside is None:
             self._tasks.spawn(tried(self._mirrors.stop))  # one may be left
         if progress is None or progress.is_over:
             return
         if progress.options.generation == self._book.live:
-            self._tasks.spawn(self._succeeded())
+            self._running = self._tasks.spawn(self._alone(self._succeeded))
         elif progress.tries >= CONTROLLERS:
             text = f"the controller died {progress.tries} times meanwhile"
-            self._tasks.spawn(self._failed(Unavailable("the publish was cut short", got=text)))
+            error = Unavailable("the publish was cut short", got=text)
+            self._running = self._tasks.spawn(self._alone(partial(self._failed, error)))
         else:
             self._book.put(replace(progress, tries=progress.tries + 1))
-            self._running = self._tasks.spawn(self._run(progress.options))
+            self._running = self._tasks.spawn(self._alone(partial(self._run, progress.options)))
 
     async def begin(self, options: PublishOptions) -> dict[str, Any]:
         """Its progress at first.
@@ -115,11 +124,11 @@ class Publishing:
     async def stop(self) -> dict[str, Any] | None:
         """Ends the publish that is under way, if its generation is not live yet: its progress, or
         that of the newest; None: there was none."""
-        if self._book.is_under_way and self._running is not None:
-            self._running.cancel()
-            await asyncio.wait([self._running])
-            if self._book.is_under_way:
-                await self._stopped()
+        publish, running = self._book.noted.publish, self._running
+        if publish is not None and not publish.is_over and running is not None:
+            running.cancel()
+            await asyncio.wait([running])
+            await self._alone(partial(self._stopped, publish.number))
         return self.progress
 
     async def finish(self) -> int | None:
@@ -133,8 +142,7 @@ class Publishing:
         beside = self._decisions.fleet.beside
         if beside is None:
             return None
-        self._finished = beside.generation
-        await self.tend()
+        self._finished = beside.generation  # ``tend`` ends it
         return beside.generation
 
     def refuse_restart(self) -> None:
@@ -153,34 +161,49 @@ class Publishing:
 
     def report(self) -> dict[str, Any]:
         """{"store", "beside", "publish": as ``progress``}; beside is None, or {"generation",
-        "role", "since_s", "ready", "replicas", "answering"}."""
+        "role", "since_s", "ready", "replicas", "answering", "mirror"}; mirror is None where no
+        writes are brought to it, or {"behind", "unreplayed", "trouble"}, writes and rows."""
         beside = self._decisions.fleet.beside
-        described = None
-        if beside is not None:
-            staying = beside.placement.staying()
-            described = {
-                "generation": beside.generation,
-                "role": str(beside.role),
-                "since_s": self._book.noted.since_s,
-                "ready": beside.placement.ready,
-                "replicas": len(staying),
-                "answering": sum(state.answers for state in staying),
-            }
         return {
             "store": str(self._store.root),
-            "beside": described,
+            "beside": None if beside is None else self._described(beside),
             "publish": self.progress,
         }
 
+    def _described(self, beside: Beside) -> dict[str, Any]:
+        staying, seen = beside.placement.staying(), self._mirrors.seen
+        mirror = None
+        if seen is not None:
+            trouble = None if seen.trouble is None else asdict(seen.trouble)
+            mirror = {"behind": seen.behind, "unreplayed": seen.unreplayed, "trouble": trouble}
+        return {
+            "generation": beside.generation,
+            "role": str(beside.role),
+            "since_s": self._book.noted.since_s,
+            "ready": beside.placement.ready,
+            "replicas": len(staying),
+            "answering": sum(state.answers for state in staying),
+            "mirror": mirror,
+        }
+
     async def tend(self) -> None:
-        """What is due every second: ends what need not be kept any longer, has the writes of the
-        live generation brought to what is kept, saves a note that could not be saved.
+        """What is due every second while no publish is under way: saves a note that could not be
+        saved, ends what need not be kept any longer, has the writes of the live generation brought
+        to what is kept.
 
         Raises:
             OSError: the store takes no note, or no number. RayError, ShardlineError: no mirror.
+            TimeoutError: it took longer than TEND_LIMIT_S.
         """
-        if self._book.is_under_way:
-            return
+        async with asyncio.timeout(TEND_LIMIT_S), self._turn:
+            if not self._book.is_under_way:
+                await self._tended()
+
+    async def _tended(self) -> None:
+        self._book.save_again()
+        # a publish was stopped while the store failed
+        if self._decisions.placement.sealing is not None:
+            await self._decisions.take(SealDropped(now_s=time.monotonic()))
         beside = self._decisions.fleet.beside
         if beside is not None and self._book.age_s >= self._kept_s(beside.generation):
             await self._end_beside()
@@ -188,8 +211,7 @@ class Publishing:
             await self._mirrors.stop()
             self._book.put_beside()
         elif beside is not None and beside.is_mirrored and beside.placement.settled:
-            await self._mirrors.between(self._decisions.placement.table, beside.placement.table)
-        self._book.save_again()
+            await self._mirrors.look(self._decisions.placement.table, beside.placement.table)
 
     async def close(self) -> None:
         """The cluster ends. Raises OSError: that is not noted."""
@@ -201,12 +223,24 @@ class Publishing:
 
     def _begun(self, options: PublishOptions) -> dict[str, Any]:
         progress = self._book.begun(options)
-        self._running = self._tasks.spawn(self._run(options))
+        self._running = self._tasks.spawn(self._alone(partial(self._run, options)))
         return progress.as_json()
+
+    async def _alone(self, work: Callable[[], Awaitable[None]]) -> None:
+        """While nothing else ends a generation, or starts one."""
+        async with self._turn:
+            await work()
+
+    async def _tend_for_good(self) -> None:
+        while True:
+            await asyncio.sleep(TEND_S)
+            await tried(self.tend)
 
     async def _run(self, options: PublishOptions) -> None:
         try:
             await PublishRun(self._tools, options).to_live()
+        except Superseded:
+            logger.warning("the publish is the newer controller's")
         except (ShardlineError, OSError, RayError) as error:
             await self._failed(error)
         except Exception as error:
@@ -215,9 +249,12 @@ class Publishing:
         else:
             await self._succeeded()
 
-    async def _stopped(self) -> None:
+    async def _stopped(self, number: int) -> None:
+        """Of the publish of this number, unless it came to its end."""
         publish = self._book.noted.publish
-        if publish is not None and self._book.live == publish.options.generation:  # it was too late
+        if publish is None or publish.is_over or publish.number != number:
+            return
+        if self._book.live == publish.options.generation:  # it was too late
             await self._succeeded()
         else:
             await self._failed(Unavailable("somebody stopped it"))
@@ -225,7 +262,7 @@ class Publishing:
     async def _succeeded(self) -> None:
         self._book.switched()
         await self._book.told(stage=PublishStage.LIVE, text="", done=0, total=0)
-        await tried(self.tend)
+        await tried(self._tended)
 
     async def _failed(self, error: Exception) -> None:
         """The candidate is ended; a generation that was live before stays."""

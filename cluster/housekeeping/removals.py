@@ -3,7 +3,7 @@ of it that anybody takes for a whole, and that the next time removes the rest.
 """
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,8 +12,8 @@ from shardline.cluster.backup.restore import FOLDER as RESTORED
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.files import LIVE_FOLDER, MANIFEST_NAME, abandoned_folders, number_of
-from shardline.shards.live.kept_segments import KEPT_FOLDER
-from shardline.shards.live.log_segments import segment_names
+from shardline.shards.live.kept_segments import surplus
+from shardline.shards.live.log_files import FILES
 from shardline.shards.live.mains import KEPT, superseded
 from shardline.shards.storage.generation import read_generation
 
@@ -75,7 +75,7 @@ def removals(store: Store, policy: Policy) -> list[Removal]:
             kept = KEPT if number in policy.loaded else 1
             for live in _shard_folders(store.writes(number)):
                 found += _described(Kind.COMPACTION, superseded(live, kept))
-                found += _described(Kind.LOG, _kept_beyond(live, policy.keep_log_bytes))
+                found += _described(Kind.LOG, surplus(live, policy.keep_log_bytes, FILES))
     if policy.keep_embeddings is not None:
         found += _described(Kind.EMBEDDINGS, _old_embeddings(store, policy.keep_embeddings))
     return found
@@ -89,26 +89,31 @@ def old_generations(complete: list[int], policy: Policy) -> list[int]:
     return older[: max(0, len(older) - policy.keep)]
 
 
-def remove(store: Store, removal: Removal) -> None:
-    """Raises OSError."""
+def remove(store: Store, removal: Removal, in_use: Callable[[], Collection[int]]) -> bool:
+    """False: it is left, because its generation is among those ``in_use`` by now. Raises OSError,
+    and what ``in_use`` raises."""
     if removal.kind is Kind.GENERATION:
         number = number_of(removal.path.name)
         assert number is not None
-        remove_generation(store, number)
-    elif removal.path.is_dir():
+        return remove_generation(store, number, in_use)
+    if removal.path.is_dir():
         (removal.path / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
         shutil.rmtree(removal.path)
     else:
         removal.path.unlink(missing_ok=True)
+    return True
 
 
-def remove_generation(store: Store, number: int) -> None:
-    """With what was written to it. Raises OSError."""
+def remove_generation(store: Store, number: int, in_use: Callable[[], Collection[int]]) -> bool:
+    """With what was written to it; False: it is left, being among those ``in_use``, which is asked
+    at the last moment: since the last look it may have been published. Raises: as ``remove``."""
     store.remember_generation(number)  # one from before `build` did so
-    (store.generation(number) / MANIFEST_NAME).unlink()  # now nobody takes it for a complete one
+    if not store.retire(number, in_use):
+        return False
     shutil.rmtree(store.generation(number))
     if store.writes(number).exists():
         shutil.rmtree(store.writes(number))
+    return True
 
 
 def bytes_of(path: Path) -> int:
@@ -163,18 +168,6 @@ def _unlisted_shards(generation: Path) -> Iterator[Path]:
 
 def _shard_folders(writes: Path) -> list[Path]:
     return sorted(path for path in writes.glob("shard-*") if path.is_dir())
-
-
-def _kept_beyond(live: Path, most_bytes: int) -> list[Path]:
-    """The oldest kept segments, so that the others have ``most_bytes`` at most."""
-    kept = live / KEPT_FOLDER
-    names = segment_names([path.name for path in kept.glob("*.seg")])
-    left = most_bytes
-    for place, name in reversed(list(enumerate(names))):
-        left -= (kept / str(name)).stat().st_size
-        if left < 0:
-            return [kept / str(each) for each in names[: place + 1]]
-    return []
 
 
 def _old_embeddings(store: Store, keep: int) -> list[Path]:

@@ -9,12 +9,7 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import FloatArray, IdArray, query_vectors
-from shardline.shards.storage.generation import (
-    ITEM_IDS_NAME,
-    read_generation,
-    read_item_ids,
-    shard_folder,
-)
+from shardline.shards.storage.generation import ITEM_IDS_NAME, read_generation, read_item_ids
 from shardline.shards.storage.vector_files import QUERIES_NAME, read_queries
 
 TIMEOUT_S = 60.0
@@ -50,9 +45,7 @@ def _item_ids(folder: Path, count: int, rng: np.random.Generator) -> IdArray:
     shards = [entry for entry in manifest.shards if entry.rows]
     ids = []
     for entry in shards:
-        of_shard = read_item_ids(
-            folder / shard_folder(entry.shard) / ITEM_IDS_NAME, rows=entry.rows
-        )
+        of_shard = read_item_ids(folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
         share = -(-2 * count * entry.rows // manifest.rows)
         ids.append(rng.choice(of_shard, min(share, len(of_shard)), replace=False))
     return np.sort(np.concatenate(ids))

@@ -116,6 +116,7 @@ class Mirror:
             unreplayed=self._done.unreplayed.rows,
             examples=self._done.unreplayed.examples,
             trouble=self._trouble,
+            target_seqs=tuple(self._target_seqs),
         )
 
     async def run(self) -> None:

@@ -7,6 +7,7 @@ A thin shell around ``Mirror`` and the tables of the generation that it writes t
 import asyncio
 import logging
 import random
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +21,7 @@ from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.router_config import RouterConfig
-from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.errors import ShardlineError, Unavailable
 from shardline.shards.core.messages import RoutingTable
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ MIRROR_PREFIX = "shardline-mirror-"
 STOP_S = 15.0  # for the round that is under way
 ANSWER_S = 10.0  # of its process, which may be starting
 END_LOOK_S = 0.1  # between two looks for the name of an actor that was ended
+END_S = 30.0  # within which its name is free
 OPEN_PAUSE_S = 2.0  # before files that could not be read are tried again
 
 
@@ -137,16 +139,23 @@ class RunningMirror:
         with suppress(RayError, TimeoutError):
             async with asyncio.timeout(STOP_S + ANSWER_S):
                 await self._handle.stop.remote()
-        ray.kill(self._handle)
+        await asyncio.to_thread(ray.kill, self._handle)  # blocks while Ray's head is away
 
 
 async def start_mirror(order: MirrorOrder, digest: str) -> RunningMirror:
     """The mirror of the cluster with this digest: the one that runs, if it is between the same two
     generations, or a new one. There are never two: one in each direction would go round in a
-    circle, and undo newer writes."""
+    circle, and undo newer writes.
+
+    Raises:
+        Unavailable: the one before does not end.
+    """
+    ends_at = time.monotonic() + END_S
     while (running := await end_mirror(digest, but=(order.source, order.target))) is None:
         if await asyncio.to_thread(_existing, digest) is None:
             break
+        if time.monotonic() > ends_at:
+            raise Unavailable("the mirror of other generations does not end")
         await asyncio.sleep(END_LOOK_S)
     if running is not None:
         return running

@@ -18,9 +18,10 @@ HOPELESS = frozenset(kind.code for kind in (NotFound, InvalidInput, VersionMisma
 class MirrorProgress:
     """Of each shard of the source: positions, how many of its writes the target has, and ends, how
     many its log holds, estimated while part of it has not been read; none of both while it has not
-    begun. rows: items written to the target since the start. unreplayed: items that the target
-    cannot take, written for the source's model only or with an attribute of another type, and ids
-    of some, examples. trouble: why it does not go on now; None: it does.
+    begun. target_seqs: of each shard of the target, how many writes it has with them. rows: items
+    written to the target since the start. unreplayed: items that the target cannot take, written
+    for the source's model only or with an attribute of another type, and ids of some, examples.
+    trouble: why it does not go on now; None: it does.
     """
 
     positions: tuple[int, ...]
@@ -29,6 +30,7 @@ class MirrorProgress:
     unreplayed: int = 0
     examples: tuple[int, ...] = ()
     trouble: Absence | None = None
+    target_seqs: tuple[int, ...] = ()
 
     @property
     def is_hopeless(self) -> bool:

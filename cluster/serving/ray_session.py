@@ -241,10 +241,14 @@ def _init_local(session: Path, ending: Ending, *, num_cpus: int, verbose: bool) 
                 log_to_driver=verbose,
                 logging_level=logging.INFO if verbose else logging.ERROR,
             )
-        address = ray.get_runtime_context().gcs_address
-        leave_join_note(session, JoinNote(address, os.environ[TOKEN_VARIABLE]))
+        _leave_note(session)
     except Exception as error:
         raise Unavailable("Ray did not start", got=last_line(error)) from error
+
+
+def _leave_note(session: Path) -> None:
+    address = ray.get_runtime_context().gcs_address
+    leave_join_note(session, JoinNote(address, os.environ[TOKEN_VARIABLE]))
 
 
 @contextlib.contextmanager

@@ -6,14 +6,15 @@ Fields that this version does not know are ignored, so that a newer server can b
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgpack
 import numpy as np
 
+from shardline.router.client.seq import Seq, newer
 from shardline.router.contract import Coverage, Degraded, ItemAnswer, Reason, array_of
-from shardline.shards.core.errors import InvalidInput, ProtocolError, VersionMismatch
+from shardline.shards.core.errors import InvalidInput, ProtocolError
 from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, FloatArray, IdArray
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 # what several requests of one write add up to
+NO_SEQ = Seq()
 COUNTS = ("rows", "duplicates", "took_ms", "created", "updated", "deleted", "missing")
 
 
@@ -32,10 +34,10 @@ class SearchAnswer:
     The arrays are read-only. attributes and original_ids hold what ``return_`` and
     ``return_original_ids`` asked for: a list per query, with a value per result; None
     where a shard did not bring them, and attributes_missing says why. seq: of each shard, how many
-    writes were in what it searched; None for one that did not answer. took_ms is the
-    time from the request's arrival at the server to its answer, search_ms the longest search of
-    any shard, both in milliseconds. others_share: of a background search, the share of the last two
-    seconds in which the busiest shard searched for others; None of other searches.
+    writes were in what it searched, None for one that did not answer; a search can ask for them.
+    took_ms is the time from the request's arrival at the server to its answer, search_ms the
+    longest search of any shard, both in milliseconds. others_share: of a background search, the
+    share of the last two seconds in which the busiest shard searched for others; None of others.
     """
 
     ids: IdArray
@@ -46,7 +48,7 @@ class SearchAnswer:
     took_ms: float
     search_ms: float
     request_id: str
-    seq: tuple[int | None, ...] = ()
+    seq: Seq = NO_SEQ
     reasons: tuple[Reason, ...] = ()
     attributes: Mapping[str, list[list[Any]]] = field(default_factory=dict)
     original_ids: list[list[Any]] | None = None
@@ -107,7 +109,7 @@ class WriteAnswer:
 
     rows: int
     duplicates: int
-    seq: tuple[int | None, ...]
+    seq: Seq
     generation: int
     model_version: str
     took_ms: float
@@ -134,30 +136,16 @@ Written = TypeVar("Written", UpsertAnswer, DeleteAnswer)
 
 
 def together(first: Written | None, second: Written) -> Written:
-    """Both as one: counts added, of each shard the newer number, the rest the second's.
-
-    Raises:
-        VersionMismatch: another generation went live between them, which lacks what the first
-            has written, and whose shards count anew.
-    """
+    """Both as one: counts added, ``newer`` of their numbers, the rest the second's, which may be of
+    a generation that went live between them and has what the first wrote."""
     if first is None:
         return second
-    if first.generation != second.generation:
-        items = first.rows + first.duplicates
-        raise VersionMismatch(
-            f"another generation went live: {items} items of this call were written to the old one",
-            expected=f"generation {first.generation}",
-            got=f"generation {second.generation}",
-            hint="make the whole call again: the new generation lacks these items",
-        )
     sums = {
         each.name: getattr(first, each.name) + getattr(second, each.name)
         for each in fields(second)
         if each.name in COUNTS
     }
-    pairs = zip_longest(first.seq, second.seq)
-    seq = tuple(max((n for n in pair if n is not None), default=None) for pair in pairs)
-    return replace(second, seq=seq, **sums)
+    return replace(second, seq=newer(first.seq, second.seq), **sums)
 
 
 def _arrow_column(values: Any) -> Any:
@@ -206,7 +194,12 @@ def read_delete(body: bytes) -> DeleteAnswer:
 
 def _written(content: Mapping[str, Any]) -> dict[str, Any]:
     names = (each.name for each in fields(WriteAnswer))
-    return {name: content[name] for name in names} | {"seq": tuple(content["seq"])}
+    return {name: content[name] for name in names} | {"seq": _seq_of(content)}
+
+
+def _seq_of(content: Mapping[str, Any]) -> Seq:
+    """Of a server that is older than sequence numbers, or than table versions, too."""
+    return Seq(content.get("seq") or (), content["generation"], content.get("table_version"))
 
 
 def _read(body: bytes, name: str, build: Callable[[dict[str, Any]], Answer]) -> Answer:
@@ -236,7 +229,7 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         took_ms=content["took_ms"],
         search_ms=content["search_ms"],
         request_id=content["request_id"],
-        seq=tuple(content.get("seq") or ()),
+        seq=_seq_of(content),
         reasons=tuple(map(_reason, content.get("reasons") or ())),
         attributes=content.get("attributes") or {},
         original_ids=content.get("original_ids"),

@@ -34,6 +34,7 @@ from shardline.router.client.conversions import (
 )
 from shardline.router.client.http1 import Response, Server
 from shardline.router.client.retries import Attempts, Outcome, Retry
+from shardline.router.client.seq import Seq
 from shardline.router.client.write_calls import (
     DeleteFields,
     UpsertFields,
@@ -132,6 +133,9 @@ def search_body(**fields: Unpack[SearchFields]) -> bytes:
             raise TypeError(f"search() got an unexpected keyword argument {name!r}")
         if value is not None:
             given[name.rstrip("_")] = _converted(name, value)  # return is a word of Python
+    min_seq = fields.get("min_seq")
+    if isinstance(min_seq, Seq) and min_seq.origin is not None:
+        given["min_seq_of"] = min_seq.origin
     try:
         return packed(given)
     except (TypeError, ValueError, OverflowError) as error:

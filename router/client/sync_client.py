@@ -133,10 +133,10 @@ class Client(ClientCore):
         Exactly one of vectors (n, dim), features (n maps), item_ids (n,). What else is left out is
         the server's choice: k results per query, timeout_ms it may take, min_coverage (share of
         rows below which the answer is Unavailable), params (SearchParams) of the index, min_seq
-        (of each shard, how many writes it must have applied to be asked), background (True: it
-        gives way to all other searches), exact (True: every item is scored, which takes long: for
-        measuring recall). return_ names attributes of items that the answer is to bring,
-        return_original_ids the ids they had before their import.
+        (the ``seq`` of an answer: of each shard, how many writes it must have applied to be asked),
+        background (True: it gives way to all other searches), exact (True: every item is scored,
+        which takes long: for measuring recall). return_ names attributes of items that the answer
+        is to bring, return_original_ids the ids they had before their import.
 
         Raises:
             InvalidInput: a field is wrong; field names which.
@@ -159,8 +159,8 @@ class Client(ClientCore):
 
         Raises:
             InvalidInput: a field is wrong; field names which. Requests before it are written.
-            VersionMismatch: the index is of another model; or another generation went live between
-                two requests, which lacks what those before have written: make the call again.
+            VersionMismatch: the index is of another model; or generations of two models get the
+                writes, and vectors come without ``model_version``.
             NotPrimary, ReadOnly, StoreFull, DeltaFull, DeadlineExceeded, Unavailable: not all items
                 of a request were acknowledged; ``parts`` of the error says which shards failed.
         """

@@ -216,6 +216,7 @@ class Fanout:
         held: list[IdArray] = [item_ids[:0]]
         min_seq = tuple(seq or 0 for seq in seen)
         homes, size = snapshot.table.partition.shard_of(item_ids), 0
+        seq: tuple[int | None, ...] = ()
 
         def taken(reply: AttributesReply) -> bool:
             nonlocal size
@@ -249,12 +250,17 @@ class Fanout:
             ]
             ask = await self._asked(snapshot, requests, deadline)
             _, coverage = ask.collect(AttributesReply, taken)
+            seq = tuple(ask.seq)
             asked = set(homes[part].tolist())
             missing |= {each: None for each in coverage.degraded if each.shard in asked}
             if size > MAX_RETURNED_BYTES:
                 raise too_much_returned(MAX_RETURNED_BYTES)
         return FoundAttributes(
-            item_ids=np.concatenate(held), values=values, size=size, missing=tuple(missing)
+            item_ids=np.concatenate(held),
+            values=values,
+            size=size,
+            missing=tuple(missing),
+            seq=seq,
         )
 
     async def _asked(
@@ -381,6 +387,10 @@ class Pin:
     def __init__(self, fanout: Fanout, snapshot: TableSnapshot) -> None:
         self._fanout = fanout
         self._snapshot = snapshot
+
+    @property
+    def table(self) -> RoutingTable:
+        return self._snapshot.table
 
     def __enter__(self) -> TableSnapshot:
         self._snapshot.running += 1

@@ -17,10 +17,10 @@ from shardline.router.contract import Coverage, ItemAnswer, pack_array
 from shardline.router.http.body_values import load_map, to_ids, to_matrix
 from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
-from shardline.router.http.models import ParamsBody, SearchBody
+from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
 from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
 from shardline.router.limits import check_batch, resolve
-from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer
+from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import NO_OPTIONS, NO_PARAMS, SearchOptions, SearchParams
@@ -30,6 +30,8 @@ SEARCH_FIELDS = tuple(field.alias or name for name, field in SearchBody.model_fi
 OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIELDS)
 _SEARCH_FIELDS = frozenset(SEARCH_FIELDS)
 PARAM_FIELDS = tuple(ParamsBody.model_fields)
+ORIGIN_FIELDS = tuple(SeqOriginBody.model_fields)
+NESTED_FIELDS = {"params": PARAM_FIELDS, "min_seq_of": ORIGIN_FIELDS}
 MANY_FIELDS = 16 << 10  # bytes of a body that could hold more unknown fields than are worth a look
 # SearchBody.model_validate without its layer of Python, a third of its time
 validate_search = TypeAdapter(SearchBody).validator.validate_python
@@ -70,6 +72,7 @@ def decode_query(
         options=options,
         returned=parsed.returned or (),
         original_ids=parsed.return_original_ids,
+        min_seq_of=None if parsed.min_seq_of is None else SeqOrigin(**dict(parsed.min_seq_of)),
     )
 
 
@@ -84,6 +87,7 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
         "scores": scores,
         "seq": answer.seq,
         "generation": answer.generation,
+        "table_version": answer.table_version,
         "model_version": answer.model_version,
         "coverage": coverage,
         "took_ms": to_microseconds(answer.took_ms),
@@ -131,9 +135,10 @@ def _refuse_unknown_fields(content: dict[Any, Any]) -> None:
     """Unknown fields: pydantic would keep a complaint about each of millions of them."""
     if not _SEARCH_FIELDS.issuperset(content):
         raise unknown_field(_other_than(SEARCH_FIELDS, content), SEARCH_FIELDS)
-    params = content.get("params")
-    if type(params) is dict and len(params) > len(PARAM_FIELDS):
-        raise unknown_field(f"params.{_other_than(PARAM_FIELDS, params)}", PARAM_FIELDS)
+    for name, known in NESTED_FIELDS.items():
+        given = content.get(name)
+        if type(given) is dict and len(given) > len(known):
+            raise unknown_field(f"{name}.{_other_than(known, given)}", known)
 
 
 def _other_than(known: tuple[str, ...], content: dict[Any, Any]) -> str:
@@ -149,8 +154,8 @@ def _features(value: Any, max_batch: int) -> list[dict[str, Any]]:
 
 
 def _complaint(error: ValidationError) -> InvalidInput:
-    inside_params = error.errors(include_url=False, include_context=False)[0]["loc"][:1]
-    known = PARAM_FIELDS if inside_params == ("params",) else SEARCH_FIELDS
+    loc = error.errors(include_url=False, include_context=False)[0]["loc"]
+    known = NESTED_FIELDS.get(str(loc[0]), SEARCH_FIELDS) if len(loc) > 1 else SEARCH_FIELDS
     return from_validation(error, known)
 
 

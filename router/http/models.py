@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
 from shardline.router.contract import ReasonCode
-from shardline.router.http.write_models import FailedPartBody
+from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
 from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
@@ -40,6 +40,14 @@ class ParamsBody(_Body):
         le=MAX_RERANK_FACTOR,
         description="candidates re-ranked exactly, a multiple of k",
     )
+
+
+class SeqOriginBody(_Body):
+    """Which state of the cluster numbers are from: `generation` and `table_version` of the answer
+    whose `seq` they are."""
+
+    generation: int = Field(ge=0, lt=2**63)
+    table_version: int = Field(ge=0, lt=2**63)
 
 
 class SearchBody(_Body):
@@ -84,6 +92,11 @@ class SearchBody(_Body):
         max_length=MAX_SHARDS,
         description="of each shard, by its number, as in the `seq` of an answer: one that has "
         "applied fewer writes is left out of the answer; null and 0 ask for nothing",
+    )
+    min_seq_of: SeqOriginBody | None = Field(
+        default=None,
+        description="the answer that min_seq is from, so that the numbers hold across a switch to "
+        "another generation; without it they are of the generation that is live",
     )
     background: bool = Field(
         default=False,
@@ -146,6 +159,7 @@ class SearchResponse(_Body):
         "for one that did not answer. As min_seq it asks for nothing older"
     )
     generation: int
+    table_version: int = Field(description=TABLE_VERSION)
     model_version: str
     coverage: CoverageBody
     took_ms: float = Field(description="milliseconds from arrival to answer")

@@ -84,6 +84,7 @@ def encode_written(answer: WriteAnswer, media: Media) -> bytes:
             "duplicates": answer.duplicates,
             "seq": answer.seq,
             "generation": answer.generation,
+            "table_version": answer.table_version,
             "model_version": answer.model_version,
             "took_ms": to_microseconds(answer.took_ms),
             "request_id": answer.request_id,

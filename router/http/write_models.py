@@ -11,6 +11,7 @@ from shardline.router.contract import MAX_WRITE_ITEMS
 
 LIMITED: dict[str, Any] = {"maxItems": MAX_WRITE_ITEMS, "minItems": 1}
 TIMEOUT = "milliseconds from the request's arrival to its answer; left out, router.write_timeout_ms"
+TABLE_VERSION = "of the routing table that was used: with generation it says what seq counts"
 
 
 class _Body(BaseModel):
@@ -98,6 +99,7 @@ class _WriteResponse(_Body):
         "null where it had no part in it; a search that asks for these numbers sees the items"
     )
     generation: int
+    table_version: int = Field(description=TABLE_VERSION)
     model_version: str
     took_ms: float = Field(description="milliseconds from arrival to answer")
     request_id: str

@@ -9,7 +9,7 @@
     ├── NotFound            a file, generation, user or item that does not exist
     │   └── WritesLost      writes that another generation lacks are not in the log any more
     ├── VersionMismatch     query encoder and generation come from different models
-    ├── GateFailed          a generation that does not go live: a figure is outside its bound
+    ├── GateFailed          a generation that does not go live: beyond a bound, or lacking writes
     ├── ProtocolError       a peer broke the wire protocol, or failed to authenticate
     └── Unavailable         cannot be answered now; a later attempt may succeed
         ├── DeadlineExceeded
@@ -17,6 +17,7 @@
         │   └── DeltaFull   a shard takes no more rows before its next compaction
         ├── Behind          a shard has not yet applied the writes that a search asks for
         ├── NotPrimary      this replica does not take writes: another does, or none yet
+        ├── Superseded      a controller decides nothing any more: another has been started
         ├── ReadOnly        a shard's log cannot be written; searches go on
         │   └── StoreFull   because the disk is full
         └── EncoderUnavailable  the generation's query encoder is damaged, or cannot be read
@@ -149,6 +150,10 @@ class DeltaFull(Overloaded):
 
 class NotPrimary(Unavailable):
     code = "not_primary"
+
+
+class Superseded(Unavailable):
+    code = "superseded"
 
 
 class ReadOnly(Unavailable):

@@ -379,6 +379,9 @@ class RoutingTable:
     people who look after it. cluster_id tells the cluster from every other; it is made from its
     secret, so a restarted controller has the same. other_model: the model version of a generation
     that is loaded beside this one and gets the same writes, if it is another; None: there is none.
+    went_live_with: of each shard, how many writes it had when the generation took the place of
+    another, all of whose writes are among them; empty where none were brought over, and in tables
+    of a controller that was started since.
     """
 
     version: int
@@ -396,6 +399,7 @@ class RoutingTable:
     notes: tuple[Absence, ...] = ()
     cluster_id: str = ""
     other_model: str | None = None
+    went_live_with: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:

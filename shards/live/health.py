@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.messages import ShardHealth
 from shardline.shards.core.schema import IdArray
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.live.state import ShardState
-from shardline.shards.storage.generation import ITEM_IDS_NAME, shard_folder
+from shardline.shards.storage.generation import ITEM_IDS_NAME, read_generation
 
 BLOCK_ROWS = 1 << 16  # ids looked up at a time: searches wait for the GIL some milliseconds
 
@@ -20,31 +21,47 @@ class HealthLook:
     """Of one shard of the generation in ``generation``; used by one thread."""
 
     def __init__(self, generation: Path, shard: int) -> None:
-        self._path = generation / shard_folder(shard) / ITEM_IDS_NAME
-        self._built: IdArray | None = None
+        self._generation, self._shard = generation, shard
+        self._manifest: tuple[int, int, int] | None = None  # which file says where the ids are
+        self._ids_path = generation
         # weak: a main index that has been replaced must not live on until the next look
         self._main: weakref.ref[MainIndex] | None = None
         self._unseen_bits: NDArray[np.uint8] = np.empty(0, np.uint8)  # of the rows of ``_main``
 
     def look(self, state: ShardState) -> ShardHealth:
-        """Raises OSError, ValueError: of the file with the ids that the shard was built with, whose
-        checksum has been verified."""
-        if self._built is None:
-            self._built = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        """unseen is counted from the ids that the generation lists: those that the shard was built
+        with or, after an erasure, had then.
+
+        Raises:
+            CorruptFile, NotFound: of the manifest. OSError, ValueError: of the file with the ids,
+                whose checksum has been verified.
+        """
+        # mapped for this look only: an erasure removes the file
+        built = np.load(self._listed(), mmap_mode="r", allow_pickle=False)
         if self._main is None or self._main() is not state.main:
-            unseen = ~are_in(self._built, state.ids_by_row[:-1])
+            unseen = ~are_in(built, state.ids_by_row[:-1])
             self._unseen_bits = np.packbits(unseen, bitorder="little")
             self._main = weakref.ref(state.main)
         bits = self._unseen_bits
         if state.selection is not None:
             bits = bits & state.selection.bits
-        written = ~are_in(self._built, state.delta.ids)
+        written = ~are_in(built, state.delta.ids)
         return ShardHealth(
             rows=state.rows,
             changed=state.delta.rows + state.hidden,
             unseen=int(np.bitwise_count(bits).sum()) + int(written.sum()),
             imbalance=state.main.imbalance,
         )
+
+    def _listed(self) -> Path:
+        """The ids of the shard's files in the manifest, which is read when it has changed."""
+        found = (self._generation / MANIFEST_NAME).stat()
+        manifest = (found.st_ino, found.st_mtime_ns, found.st_size)
+        if manifest != self._manifest:
+            entry = read_generation(self._generation).shard_entry(self._shard)
+            self._ids_path = self._generation / entry.folder / ITEM_IDS_NAME
+            self._manifest, self._main = manifest, None
+        return self._ids_path
 
 
 def are_in(known: IdArray, item_ids: IdArray) -> NDArray[np.bool_]:

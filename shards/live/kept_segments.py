@@ -45,22 +45,31 @@ def put_aside(folder: Path, segments: Sequence[SegmentName], files: LogFiles) ->
     files.sync_folder(folder)
 
 
-def drop_kept(folder: Path, most_bytes: int, files: LogFiles) -> None:
-    """Removes the oldest kept segments of the log in ``folder``, so that the others have
-    ``most_bytes`` at most: none is left behind a gap. Raises OSError."""
+def surplus(folder: Path, most_bytes: int, files: LogFiles) -> list[Path]:
+    """The oldest kept segments of the log in ``folder``, in their order, without which the others
+    have ``most_bytes`` at most. Raises OSError."""
     kept = folder / KEPT_FOLDER
-    left, dropped = most_bytes, False
     try:
         names = segment_names(files.names(kept))
     except FileNotFoundError:
-        return
-    for name in reversed(names):
-        left -= files.size(kept / str(name))
+        return []
+    left = most_bytes
+    for place, name in reversed(list(enumerate(names))):
+        with suppress(FileNotFoundError):  # another process has removed it
+            left -= files.size(kept / str(name))
         if left < 0:
-            files.remove(kept / str(name))
-            dropped = True
+            return [kept / str(each) for each in names[: place + 1]]
+    return []
+
+
+def drop_kept(folder: Path, most_bytes: int, files: LogFiles) -> None:
+    """Removes the ``surplus``, the oldest first: whatever ends it, none is left behind a gap.
+    Raises OSError."""
+    dropped = surplus(folder, most_bytes, files)
+    for path in dropped:
+        files.remove(path)
     if dropped:
-        files.sync_folder(kept)
+        files.sync_folder(folder / KEPT_FOLDER)
 
 
 class WithKept(LogFiles):

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import ray
 
-from shardline.shards.core.errors import CorruptFile
+from shardline.shards.core.errors import CorruptFile, ShardlineError
 from shardline.shards.core.messages import Pulse, ReplicaKey, ShardHealth
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
@@ -140,7 +140,11 @@ class ShardActor:
             self._health_at_s = now_s + HEALTH_S
             try:
                 self._health = self._health_look.look(self._shard.state)
-            except (OSError, ValueError) as error:  # a sign of life must not depend on the store
+            except (
+                ShardlineError,
+                OSError,
+                ValueError,
+            ) as error:  # a sign of life must not depend on the store
                 logger.warning("the health of the index is not known: %s", error)
         return self._health
 

@@ -586,9 +586,9 @@ async def test_an_item_is_waited_for_as_long_as_is_asked(monkeypatch):
     async with api() as (http, _, service, _):
         fetch, waits = service._fanout.fetch, []
 
-        async def watched(snapshot, ids, *, deadline):
+        async def watched(snapshot, ids, *, deadline, **others):
             waits.append(deadline - asyncio.get_running_loop().time())
-            return await fetch(snapshot, ids, deadline=deadline)
+            return await fetch(snapshot, ids, deadline=deadline, **others)
 
         monkeypatch.setattr(service._fanout, "fetch", watched)
         for query in ("", "?timeout_ms=4000"):
@@ -660,6 +660,7 @@ def test_openapi_describes_what_the_code_checks():
         "min_coverage",
         "params",
         "min_seq",
+        "min_seq_of",
         "background",
         "exact",
         "return",

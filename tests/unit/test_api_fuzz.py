@@ -34,7 +34,6 @@ GUARD = Guard(AuthSettings(keyring=Keyring.of([Key(Scope.WRITE, KEY)])))
 HEADERS = {"authorization": f"Bearer {KEY}"}
 CONFIG = RouterConfig(max_body_bytes=64 << 10, body_timeout_ms=1000, max_batch=64)
 EXAMPLES = 80  # of each operation, besides those that cover its description
-LOOK_UP = "GET /v1/items/{item_id}"
 # a deadline may be as short as the caller likes, and coverage is not the caller's fault
 BUSY = {429: "overloaded", 503: "unavailable", 504: "deadline_exceeded"}
 
@@ -74,10 +73,7 @@ def description() -> dict[str, Any]:
 def router() -> Iterator[LiveRouter]:
     with running_router(CONFIG, GUARD) as router:
         yield router
-        reached = {status for _, status in seen}
-        assert {200, 400} <= reached, f"the fuzz got no further than {dict(seen)}"
-        # whether an item that is asked for exists is chance
-        assert any((LOOK_UP, status) in seen for status in (200, 404)), "no item was looked up"
+        assert {200, 400} <= seen.keys(), f"the fuzz got no further than {dict(seen)}"
         assert [shard.connections for shard in router.shards] == [1] * NUM_SHARDS
         with httpx.Client(base_url=router.url, headers=HEADERS) as http:
             assert http.get("/v1/status").json()["in_flight"] == 0
@@ -85,6 +81,7 @@ def router() -> Iterator[LiveRouter]:
             # cache may lack a write for a second that was not acknowledged
             query = {"vectors": [[0.125] * DIM], "k": 3, "params": {"nprobe": 77}}
             answer = http.post("/v1/search", json=query)
+            assert http.get(f"/v1/items/{1 << 60}").status_code == 404
             coverage = answer.json()["coverage"]
             assert coverage["shards_answered"] == NUM_SHARDS
             assert coverage["rows_answered"] == sum(len(shard.ids) for shard in router.shards)
@@ -92,7 +89,7 @@ def router() -> Iterator[LiveRouter]:
         assert written, "no write got through"
 
 
-seen: Counter[tuple[str, int]] = Counter()  # answers by operation and status
+seen: Counter[int] = Counter()  # answers by status
 schema = schemathesis.openapi.from_dict(description())
 
 
@@ -105,7 +102,7 @@ schema = schemathesis.openapi.from_dict(description())
 )
 def test_every_answer_is_a_described_one(case: Any, router: LiveRouter) -> None:
     response = case.call(base_url=router.url, headers=HEADERS)
-    seen[case.operation.label, response.status_code] += 1
+    seen[response.status_code] += 1
     assert response.status_code != 500
     if response.status_code in BUSY:
         assert response.json()["code"] == BUSY[response.status_code]

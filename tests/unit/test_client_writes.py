@@ -2,7 +2,6 @@
 
 import datetime as dt
 import itertools
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -16,12 +15,14 @@ import pytest
 from shardline.router.client import write_calls
 from shardline.router.client.answers import UpsertAnswer, together
 from shardline.router.client.retries import Retry
+from shardline.router.client.seq import Seq
 from shardline.router.client.write_calls import WriteRequest, delete_requests, upsert_requests
-from shardline.router.http import feature_values, write_api
+from shardline.router.http import feature_values
 from shardline.router.http.media import Media
 from shardline.router.http.write_codec import decode_delete, decode_upsert
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import (
+    Behind,
     DeltaFull,
     InvalidInput,
     NotFound,
@@ -281,7 +282,7 @@ def test_answers_add_up():
             model_version="m",
             took_ms=2.0,
             request_id=str(rows),
-            seq=seq,
+            seq=Seq(seq),
         )
         for rows, seq in ((3, (4, None, None)), (2, (None, 7, None)))
     )
@@ -291,22 +292,42 @@ def test_answers_add_up():
 
 
 @pytest.mark.parametrize("verb", ["upsert", "delete"])
-def test_a_call_that_two_generations_answer_is_an_error(client, monkeypatch, verb):
+def test_a_call_that_two_generations_answer_counts_both(client, router, monkeypatch, verb):
     monkeypatch.setattr(write_calls, "MAX_WRITE_ITEMS", 1)
-    encode = write_api.encode_written
+    fields = {"vectors": ROWS} if verb == "upsert" else {}
 
     def goes_live(done: int) -> None:
         if done == 2:
-            monkeypatch.setattr(
-                write_api,
-                "encode_written",
-                lambda answer, media: encode(replace(answer, generation=2), media),
-            )
+            router.switch(2, model_version="m2")
 
-    fields = {"vectors": ROWS} if verb == "upsert" else {}
-    with pytest.raises(VersionMismatch, match="2 items of this call") as caught:
-        getattr(client, verb)(item_ids=IDS, progress=goes_live, **fields)
-    assert (caught.value.expected, caught.value.got) == ("generation 1", "generation 2")
+    written = getattr(client, verb)(item_ids=IDS, progress=goes_live, **fields)
+    assert (written.rows, written.generation, written.model_version) == (3, 2, "m2")
+    assert written.seq == (1, None, None, None), "the one write that the newer generation counts"
+    assert written.seq.origin == {"generation": 2, "table_version": 2}
+
+
+def test_seq_of_a_write_holds_after_a_switch(client, router):
+    slept_into(client, [])
+    router.shards[0].seq = 5000
+    written = client.upsert(item_ids=[1], vectors=ROWS[:1])
+    assert written.seq == (5001, None, None, None)
+    router.switch(2)
+    router.shards[0].seq = 3
+    with pytest.raises(Behind):  # numbers alone are of whichever generation is live
+        client.search(vectors=ROWS[:1], min_seq=list(written.seq), min_coverage=1.0)
+    found = client.search(vectors=ROWS[:1], k=1, min_seq=written.seq, min_coverage=1.0)
+    assert (found.generation, found.seq) == (2, (3, 0, 0, 0))
+    assert client.search(vectors=ROWS[:1], min_seq=found.seq, min_coverage=1.0).seq == found.seq
+
+
+def test_seq_of_a_write_asks_for_what_was_brought_over(client, router):
+    slept_into(client, [])
+    written = client.upsert(item_ids=[1], vectors=ROWS[:1])
+    router.switch(2, went_live_with=(2, 0, 0, 0))
+    with pytest.raises(Behind):
+        client.search(vectors=ROWS[:1], min_seq=written.seq, min_coverage=1.0)
+    router.shards[0].seq = 2
+    assert client.search(vectors=ROWS[:1], min_seq=written.seq, min_coverage=1.0).seq[0] == 2
 
 
 def test_an_overloaded_shard_is_asked_again_and_nothing_is_written_twice(client, router):

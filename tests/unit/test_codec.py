@@ -30,7 +30,7 @@ CONFIG = RouterConfig()
 INF = np.float32(np.inf)
 KNOWN_FIELDS = (
     "vectors, features, item_ids, k, timeout_ms, min_coverage, params, min_seq, "
-    "background, exact, return, return_original_ids"
+    "min_seq_of, background, exact, return, return_original_ids"
 )
 REASON = Reason(query=1, code=ReasonCode.NOT_FOUND, text="why")
 
@@ -42,6 +42,7 @@ def make_answer(**changes):
             np.array([[0.1, -3.5, -INF], [3, 2, 1]], np.float32),
         ),
         "generation": 3,
+        "table_version": 17,
         "model_version": "m",
         "coverage": Coverage(
             shards_asked=2,
@@ -263,6 +264,7 @@ def test_json_answers_are_cut_to_live_results():
         "scores": [[0.1, -3.5], [3.0, 2.0, 1.0]],
         "seq": [12, None],
         "generation": 3,
+        "table_version": 17,
         "model_version": "m",
         "coverage": {
             "shards_asked": 2,

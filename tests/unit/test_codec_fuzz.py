@@ -8,7 +8,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from shardline.router.http.codec import MANY_FIELDS, PARAM_FIELDS, SEARCH_FIELDS, decode_query
+from shardline.router.http.codec import (
+    MANY_FIELDS,
+    ORIGIN_FIELDS,
+    PARAM_FIELDS,
+    SEARCH_FIELDS,
+    decode_query,
+)
 from shardline.router.http.media import Media
 from shardline.router.query import QueryKind, ResolvedQuery
 from shardline.router.router_config import RouterConfig
@@ -93,6 +99,7 @@ def test_any_msgpack_value_is_refused_or_right(content: dict) -> None:
         optional={
             "features": st.lists(st.dictionaries(KEYS, VALUES, max_size=3), max_size=2),
             "params": st.dictionaries(KEYS | st.sampled_from(PARAM_FIELDS), NUMBERS, max_size=5),
+            "min_seq_of": st.dictionaries(st.sampled_from(ORIGIN_FIELDS), NUMBERS, max_size=2),
         },
     )
     | st.dictionaries(KEYS, VALUES, max_size=2),

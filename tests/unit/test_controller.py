@@ -203,7 +203,7 @@ async def test_no_number_is_seen_before_it_is_saved(
     assert len(set(epochs)) == len(epochs), "no epoch is given out twice"
     assert sorted(seen[2::3]) == seen[2::3]
 
-    def full(self: Store, number: int) -> None:
+    def full(self: Store, number: int, guard: object) -> None:
         raise OSError(28, "No space left on device")
 
     async with running(store) as controller:
@@ -270,7 +270,7 @@ async def test_a_full_disk_does_not_lose_the_failure_of_a_replica(
         (name,) = (name for name in alive if name.startswith("shardline-shard-57-1-0-"))
         refused = []
 
-        def full(self: Store, number: int) -> None:
+        def full(self: Store, number: int, guard: object) -> None:
             refused.append(number)
             raise OSError(28, "No space left on device")
 
@@ -656,7 +656,7 @@ async def test_a_rolling_restart_goes_on_where_the_store_takes_no_note_yet(
             disk.setattr(restart_note.files, "write_json", refuse_to_write)
             with pytest.raises(DataError, match="read"):  # nor the counter
                 await controller.restart_rolling()
-            disk.setattr(Store, "raise_counter", lambda self, number: None)
+            disk.setattr(Store, "raise_counter", lambda self, number, guard: None)
             begun = await controller.restart_rolling()
             assert not begun["is_over"]
             assert not (store.root / "restart.json").exists()

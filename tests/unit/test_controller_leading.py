@@ -193,7 +193,7 @@ async def test_a_full_disk_does_not_lose_the_answer_of_who_was_asked(
             await may_answer.wait()
             return shard_actors.Leading(key=key, epoch=epoch, seq=0)
 
-        def full(self: Store, number: int) -> None:
+        def full(self: Store, number: int, guard: object) -> None:
             refused.append(number)
             raise OSError(28, "No space left on device")
 

@@ -60,14 +60,16 @@ class Publishing:
     def seal(self) -> None:
         self.now.apply(SealAsked(now_s=self.now.now))
 
-    def switch(self) -> bool:
-        """Whether it could."""
+    def switch(self, has: tuple[int, ...] = ()) -> bool:
+        """Whether it could. has: the writes that the generation beside has."""
         beside = self.now.fleet.beside
         if beside is None or not can_switch(self.now.fleet):
             return False
         was = self.now.placement.table.generation
         self.store.current = beside.generation
-        event = Switched(generation=beside.generation, now_s=self.now.now, is_mirrored=True)
+        event = Switched(
+            generation=beside.generation, now_s=self.now.now, is_mirrored=True, has=has
+        )
         self.now.apply(event)
         live = self.store.current
         self.store.noted = Noted(live=live, beside=was, role=Role.KEPT, is_mirrored=True)
@@ -175,8 +177,16 @@ def test_a_rollback_is_the_same_step_back() -> None:
         tick_until(now, lambda: len(leaders(now, generation)) == SHARDS)  # noqa: B023
         one.seal()
         tick_until(now, lambda: is_sealed(now))
-        assert one.switch()
+        has = (generation, *range(1, SHARDS))
+        assert one.switch(has)
         assert published(now)[-1] == generation
+        tick_until(now, lambda: all(shard.primary is not None for shard in now.tables[-1].shards))
+        now.apply(SealAsked(now_s=now.now))  # a later table of the same generation
+        tick_until(now, lambda: is_sealed(now))
+        now.apply(SealDropped(now_s=now.now))
+        tick_until(now, lambda: not is_sealed(now))
+        assert {t.went_live_with for t in now.tables if t.generation == generation} >= {has}
+        assert now.tables[-1].went_live_with == has, "all tables say what it went live with"
     assert now.ended == []
 
 

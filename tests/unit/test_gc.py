@@ -12,15 +12,30 @@ import pytest
 
 from shardline.cluster.backup.restore import FOLDER as RESTORED
 from shardline.cluster.commands import gc as gc_command
+from shardline.cluster.control.fleet_state import Role
+from shardline.cluster.control.publish_note import PublishNote
+from shardline.cluster.control.publish_state import (
+    Noted,
+    PublishOptions,
+    PublishProgress,
+    PublishStage,
+)
 from shardline.cluster.generation_stages import LocalGeneration
 from shardline.cluster.housekeeping import rebase as rebase_module
 from shardline.cluster.housekeeping import removals as removals_module
-from shardline.cluster.housekeeping.erase import Waiting, compact_away, drop_superseded
+from shardline.cluster.housekeeping.erase import (
+    Erasure,
+    Waiting,
+    compact_away,
+    drop_superseded,
+)
 from shardline.cluster.housekeeping.rebase import rebase
-from shardline.cluster.housekeeping.removals import Policy, old_generations
+from shardline.cluster.housekeeping.removals import Policy, Removal, old_generations
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
+from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, Unavailable
 from shardline.shards.core.files import HOST, MANIFEST_NAME, read_manifest, scratch_folder
+from shardline.shards.live.health import HealthLook
 from shardline.shards.live.kept_segments import KEPT_FOLDER
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up
@@ -175,14 +190,96 @@ def test_what_is_being_made_stays(store: LiveStore) -> None:
     assert not store.store.writes(8).exists()
 
 
-def test_nothing_is_erased_under_a_publish(store: LiveStore) -> None:
-    """The candidate is brought writes from the log."""
+def note_publish(made: LiveStore, live: int, beside: int | None, coming: int | None) -> None:
+    """What a controller notes of the two, and of what it publishes."""
+    options = PublishOptions(generation=coming or 1)
+    stage = PublishStage.LIVE if coming is None else PublishStage.LOADING
+    publish = PublishProgress(number=1, options=options, source=live, stage=stage)
+    noted = Noted(live=live, beside=beside, role=Role.CANDIDATE, publish=publish)
+    PublishNote(made.store.root, "one").keep(noted)
+
+
+@pytest.mark.parametrize(
+    ("beside", "coming", "reason"),
+    [
+        (6, 6, "generation 6 is being published, from the log that an erasure cuts"),
+        (None, 6, "generation 6 is being published"),
+        (4, None, "generation 4 is kept for a rollback, and is brought all writes, from the log"),
+    ],
+)
+def test_nothing_is_erased_that_another_generation_is_brought(
+    store: LiveStore, beside: int | None, coming: int | None, reason: str
+) -> None:
     serve(store, 5)
-    said = {"format": 1, "live": 5, "beside": 6, "role": "candidate"}
-    (store.store.root / "publish.json").write_text(json.dumps(said))
-    with pytest.raises(Unavailable, match="generation 6 is being published"):
+    note_publish(store, 5, beside, coming)
+    before = files_of(store.store.root)
+    with pytest.raises(Unavailable, match=reason):
         store.run("gc", "--erase")
-    assert compacted_seqs(live_folder(store.folder, 1)) == []
+    assert files_of(store.store.root) == before
+
+
+def test_a_publish_that_begins_under_an_erasure_keeps_its_log(
+    store: LiveStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(store, 5)
+    live = live_folder(store.folder, 0)
+    kept = sorted(path.name for path in (live / KEPT_FOLDER).iterdir())
+    assert kept, "the write that was compacted"
+
+    def compacts(store_: Store, number: int, shard: int, *, is_loaded: bool) -> Erasure:
+        assert is_loaded
+        note_publish(store, 5, None, 6)
+        return Erasure(generation=number, shard=shard, seq=1)
+
+    monkeypatch.setattr(gc_command, "compact_away", compacts)
+    monkeypatch.setattr(gc_command.os, "nice", lambda increment: None)
+    said = store.run("gc", "--erase")
+    assert said.count("not erased: generation 5, shard") == 2
+    assert "shard 0: generation 6 is being published by now" in said
+    assert sorted(path.name for path in (live / KEPT_FOLDER).iterdir()) == kept
+
+
+def test_what_goes_live_while_others_are_erased_stays(
+    store: LiveStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rollback to 1 while the shards of 5 are compacted, which takes minutes."""
+    inner = gc_command.compact_away
+
+    def rolled_back(*args: Any, **kwargs: Any) -> Erasure:
+        store.store.set_current(1)
+        return inner(*args, **kwargs)
+
+    written = rows_of(store.store.generation(1))
+    monkeypatch.setattr(gc_command, "compact_away", rolled_back)
+    store.run("gc", "--erase")
+    assert store.number == 1
+    assert rows_of(store.folder) == written
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_what_is_in_use_by_the_time_of_its_removal_stays(
+    store: LiveStore, monkeypatch: pytest.MonkeyPatch, is_live: bool
+) -> None:
+    def meanwhile(*args: Any) -> list[Removal]:
+        found = removals_module.removals(*args)
+        if is_live:
+            store.store.set_current(2)
+        else:
+            note_publish(store, 5, None, 2)
+        return found
+
+    monkeypatch.setattr(gc_command, "removals", meanwhile)
+    removed = json.loads(store.run("gc", "--keep", "0", "--json"))["removed"]
+    assert [Path(each["path"]).name for each in removed] == ["000001", "000003", "000004"]
+    assert store.store.generation_numbers() == [2, 5, 6]
+    assert rows_of(store.store.generation(2))
+
+
+def test_in_the_middle_of_a_switch_both_stay(store: LiveStore) -> None:
+    """CURRENT is changed first, then the note."""
+    note_publish(store, 3, 5, 5)
+    store.run("gc", "--keep", "0")
+    assert store.store.generation_numbers() == [3, 5, 6]
 
 
 def test_one_at_a_time(store: LiveStore) -> None:
@@ -316,6 +413,22 @@ def test_after_an_erasure_everything_goes_on(tmp_path: Path) -> None:
     verify_generation(made.store.generation(2), first)
 
 
+def test_health_counts_from_the_newest_erasure(tmp_path: Path) -> None:
+    made = live_store(tmp_path, 1)
+    made.upsert([1, 3])
+    begun = HealthLook(made.folder, 0)
+
+    def unseen(look: HealthLook) -> int:
+        return look.look(load_caught_up(made.folder, made.manifest, 0).state).unseen
+
+    assert unseen(begun) == 2
+    made.run("gc", "--erase")
+    assert unseen(begun) == unseen(HealthLook(made.folder, 0)) == 0
+    made.epochs = iter(range(made.store.counter() + 1, 1000))
+    made.upsert([5])
+    assert unseen(begun) == unseen(HealthLook(made.folder, 0)) == 1
+
+
 def test_a_shard_of_deleted_items_alone_is_reported(tmp_path: Path) -> None:
     made = live_store(tmp_path, 2)
     made.delete([item for item in made.expected if made.shards_of_item(item) == 0])
@@ -409,7 +522,7 @@ def test_beside_a_cluster_the_primary_trims(tmp_path: Path) -> None:
     for unlisted in removals_module.removals(
         made.store, Policy(live=1, held={1}, loaded={1}, keep=0, keep_log_bytes=0)
     ):
-        removals_module.remove(made.store, unlisted)
+        removals_module.remove(made.store, unlisted, set)
     assert marked(made, [MARKER.encode(), needle]) == []
     primary.writes.close()
     assert rows_of(made.folder) == made.expected

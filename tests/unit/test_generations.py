@@ -67,7 +67,7 @@ def test_what_a_cluster_has_loaded_beside_the_live_one_is_named_and_stays(store:
     leave_note(store, Endpoint(url=url, generation=8, pid=os.getpid(), started=started))
     states = [each["state"] for each in json.loads(run(store, "list", "--json"))]
     assert states == ["beside", "live, served"]
-    with pytest.raises(InvalidInput, match="generation 7 is being served"):
+    with pytest.raises(InvalidInput, match="generation 7 is kept for a rollback"):
         run(store, "delete", "7")
     note.keep(Noted(live=8))
     run(store, "delete", "7")

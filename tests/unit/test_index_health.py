@@ -28,8 +28,7 @@ from shardline.shards.live.health import HealthLook, are_in
 from shardline.shards.live.state import ShardState, apply
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
-from shardline.shards.storage.generation import ITEM_IDS_NAME, shard_folder
-from tests.engine import build_main
+from tests.engine import build_generation, build_main
 from tests.fake_shard import SECRET, make_table
 from tests.live_model import delete, upsert
 from tests.unit.test_live_state import random_records
@@ -47,10 +46,9 @@ def one_thread() -> None:
 
 
 def look_at(tmp_path: Path, ids: np.ndarray) -> HealthLook:
-    folder = tmp_path / shard_folder(0)
-    folder.mkdir(parents=True)
-    np.save(folder / ITEM_IDS_NAME, ids)
-    return HealthLook(tmp_path, 0)
+    vectors = normalise(np.random.default_rng(0).standard_normal((len(ids), 4)).astype(np.float32))
+    build_generation(tmp_path / "built", vectors, ids, 1, kind="flat")
+    return HealthLook(tmp_path / "built", 0)
 
 
 def test_health_is_as_counted_by_hand(tmp_path, monkeypatch) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from shardline.shards.core.errors import NotFound
-from shardline.shards.live.kept_segments import KEPT_FOLDER, WithKept
+from shardline.shards.live.kept_segments import KEPT_FOLDER, WithKept, drop_kept
 from shardline.shards.live.log import Log
-from shardline.shards.live.log_files import FILES
+from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.log_segments import segment_names
 from shardline.shards.live.log_tail import LogTail
 from tests.fake_disk import FakeDisk, ProcessFiles
@@ -85,6 +85,33 @@ def test_the_oldest_go_first_and_without_a_gap(tmp_path: Path) -> None:
     assert kept(tmp_path) == []
     log.trim(8)
     assert kept(tmp_path) == [], "nothing is kept without room"
+
+
+class Ends(LogFiles):
+    """The process ends after it has removed two files; another removes the newest meanwhile."""
+
+    def __init__(self) -> None:
+        self.removed = 0
+
+    def size(self, path: Path) -> int:
+        if self.removed == 0 and path.name.endswith(f"{6:020d}.seg"):
+            path.unlink()
+        return super().size(path)
+
+    def remove(self, path: Path) -> None:
+        if self.removed == 2:
+            raise KeyboardInterrupt
+        self.removed += 1
+        super().remove(path)
+
+
+def test_a_process_that_ends_while_the_oldest_go_leaves_no_gap(tmp_path: Path) -> None:
+    log = written(tmp_path, 9)
+    log.trim(6, ALL)
+    first, *_, last = kept(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        drop_kept(tmp_path, 0, Ends())
+    assert kept(tmp_path) == list(range(first + 2, last))
 
 
 def test_what_a_primary_of_the_past_wrote_in_vain_is_not_kept(tmp_path: Path) -> None:

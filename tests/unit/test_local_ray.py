@@ -92,6 +92,7 @@ def test_a_private_ray_does_not_follow_ray_address(monkeypatch: pytest.MonkeyPat
     for name in launch.OTHER_RAYS:
         monkeypatch.setenv(name, "127.0.0.1:1")
     monkeypatch.setattr(launch.ray, "init", lambda *given, **_options: asked.extend(given))
+    monkeypatch.setattr(launch, "_leave_note", lambda _session: None)
     with launch.local_ray(num_cpus=1):
         assert asked == ["local"]
         assert not set(launch.OTHER_RAYS) & os.environ.keys(), "Ray's processes would inherit them"
@@ -104,6 +105,7 @@ def test_haproxy_is_told_what_the_open_files_allow(
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(launch, "hard_limit", lambda: limit)
+    monkeypatch.setattr(launch, "_leave_note", lambda _session: None)
     monkeypatch.setattr(
         launch.ray, "init", lambda *_, **__: told.append(os.environ["RAY_SERVE_HAPROXY_MAXCONN"])
     )

@@ -131,6 +131,7 @@ def test_a_target_with_other_shards_gets_what_the_source_gets(tmp_path: Path) ->
     assert target.column("title") == source.column("title")
     assert target.column("title")[3] == "a" and target.column("title")[40] is None
     assert progress.positions == progress.ends == source.seqs
+    assert progress.target_seqs == target.seqs
     assert (progress.behind, progress.unreplayed, progress.trouble) == (0, 0, None)
 
 

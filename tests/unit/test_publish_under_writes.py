@@ -12,11 +12,12 @@ import pytest
 import ray
 
 from shardline.cluster.control import controller as module
-from shardline.cluster.control import publish_run, publishing
+from shardline.cluster.control import mirrors, publish_run, publishing
 from shardline.cluster.control.actor_name import ActorName
 from shardline.cluster.control.controller import Controller
-from shardline.cluster.control.publish_parts import GateReport, Mirror
+from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.publish_state import PublishOptions
+from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_actor import MirrorActor
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
@@ -96,7 +97,10 @@ class Published(Cluster):
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
     ) -> GateReport:
         assert mirrored is not None
-        return GateReport(figures=())
+        return GateReport(())
+
+    def judge_unreplayed(self, rows: int) -> GateFigure:
+        return GateFigure(figure="unreplayed_rows", value=rows, bound="", ok=rows == 0, text="")
 
     @property
     def live(self) -> int:
@@ -141,7 +145,7 @@ async def published(
     monkeypatch.setattr(ray.util, "list_named_actors", lambda: list(handles))
     monkeypatch.setattr(publishing, "RETIRE_AFTER_S", 0.0)
     monkeypatch.setattr(publish_run, "LOOK_S", 0.02)
-    monkeypatch.setattr(publish_run, "ANSWER_S", 0.5)
+    monkeypatch.setattr(mirrors, "ANSWER_S", 0.5)
     monkeypatch.setattr(module, "WiredParts", lambda *given: cluster)
     service = SearchService(CONFIG, SECRET, load_encoder=lambda table: None)
     cluster = Published(None, service, {}, first, [])  # type: ignore[arg-type]

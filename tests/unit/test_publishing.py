@@ -21,12 +21,13 @@ from shardline.cluster.control import (
     watch,
 )
 from shardline.cluster.control.controller import Controller
-from shardline.cluster.control.publish_parts import GateReport, Mirror
+from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.publish_state import PublishOptions
+from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable
+from shardline.shards.core.errors import InvalidInput, NotFound, ReadOnly, Unavailable, WritesLost
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
 from tests.fake_actor import Handle, LeadMethod, Method, raised_in_a_method
 from tests.fake_shard import until
@@ -59,6 +60,7 @@ class FakeMirror:
             positions=(self.position,) * SHARDS,
             ends=(WRITES,) * SHARDS,
             unreplayed=self.unreplayed,
+            target_seqs=(self.position + self.target,) * SHARDS,
             trouble=self.trouble,
         )
 
@@ -73,11 +75,11 @@ class FakeMirror:
 
 @dataclass
 class FakeParts:
-    """mirrors: those that were started. failed: what the gate is to say."""
+    """mirrors: those that were started. failed: the gate is to refuse it."""
 
     mirrors: list[FakeMirror] = field(default_factory=list)
     judged: list[tuple[int, int]] = field(default_factory=list)
-    failed: tuple[str, ...] = ()
+    failed: bool = False
     step: int = WRITES
     trouble: Absence | None = None
     gate_open: asyncio.Event = field(default_factory=asyncio.Event)
@@ -102,8 +104,14 @@ class FakeParts:
     ) -> GateReport:
         await self.gate_open.wait()
         self.judged.append((live.generation, candidate.generation))
-        figure = {"figure": "recall", "value": 0.9, "bound": 0.95, "ok": not self.failed}
-        return GateReport(figures=(figure,), failed=self.failed)
+        return GateReport((figure("recall", 0.9, 0.95, ok=not self.failed),))
+
+    def judge_unreplayed(self, rows: int) -> GateFigure:
+        return figure("unreplayed_rows", rows, 0, ok=rows == 0)
+
+
+def figure(name: str, value: float, bound: float, *, ok: bool) -> GateFigure:
+    return GateFigure(figure=name, value=value, bound=f"{bound:g}", ok=ok, text="")
 
 
 @pytest.fixture
@@ -134,6 +142,7 @@ def killed(monkeypatch: pytest.MonkeyPatch, alive: dict[str, Handle]) -> list[st
     monkeypatch.setattr(watch, "WATCH_INTERVAL_S", 0.01)
     monkeypatch.setattr(reconcile, "OVERLAP_S", 0.0)
     monkeypatch.setattr(publishing, "RETIRE_AFTER_S", 0.0)
+    monkeypatch.setattr(publishing, "TEND_S", 0.01)
     monkeypatch.setattr(publish_run, "LOOK_S", 0.01)
     monkeypatch.setattr(publish_switch, "PAUSE_S", 0.05)
     monkeypatch.setattr(publish_switch, "SWITCH_S", 0.5)
@@ -186,6 +195,13 @@ def live(controller: Controller) -> int:
     return table.generation
 
 
+def went_live_with(controller: Controller) -> tuple[int, ...]:
+    """What routers are told."""
+    table = controller._decisions.published
+    assert table is not None
+    return table.went_live_with
+
+
 async def test_a_generation_goes_live_by_a_publish_and_back_by_a_rollback(
     store: Store,  # noqa: F811
     parts: FakeParts,
@@ -196,7 +212,7 @@ async def test_a_generation_goes_live_by_a_publish_and_back_by_a_rollback(
         assert (begun["stage"], begun["is_over"]) == ("checking", False)
         done = await ended(controller)
         assert (done["stage"], done["source"], done["reason"]) == ("live", 57, None)
-        assert [figure["figure"] for figure in done["figures"]] == ["recall"]
+        assert [each["figure"] for each in done["figures"]] == ["recall", "unreplayed_rows"]
         assert (live(controller), store.current()) == (3, 3)
         report = await controller.report()
         assert (report["generation"], report["beside"]["generation"]) == (3, 57)
@@ -206,11 +222,13 @@ async def test_a_generation_goes_live_by_a_publish_and_back_by_a_rollback(
         assert (there.source, there.target, there.is_stopped) == (57, 3, True)
         assert (back.source, back.target, back.is_stopped) == (3, 57, False)
         assert parts.judged == [(57, 3)]
+        assert went_live_with(controller) == (WRITES + 3,) * SHARDS
 
         assert (await controller.roll_back())["kind"] == "rollback"
         assert (await ended(controller))["stage"] == "live"
         assert (live(controller), store.current()) == (57, 57)
         assert parts.judged == [(57, 3)], "what was live before need not pass the gate"
+        assert went_live_with(controller) == (WRITES + 57,) * SHARDS
         assert killed == [], "both stay loaded"
         await until(lambda: is_written(controller), timeout=5)
 
@@ -220,26 +238,26 @@ async def test_a_gate_that_fails_leaves_all_as_it_was_and_says_which_figure(
     parts: FakeParts,
     killed: list[str],
 ) -> None:
-    parts.failed = ("recall is 0.9, must be at least 0.95",)
+    parts.failed = True
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3))
         done = await ended(controller)
         assert done["stage"] == "failed"
         assert done["reason"]["code"] == "gate_failed"
-        assert "recall is 0.9, must be at least 0.95" in done["reason"]["text"]
+        assert "recall is 0.9, bound 0.95" in done["reason"]["text"]
         assert (live(controller), store.current()) == (57, 57)
         await until(lambda: len(killed) == SHARDS)
         assert all(name.startswith("shardline-shard-3-") for name in killed)
         assert parts.mirrors[0].is_stopped
         assert (await controller.report())["beside"] is None
 
-        parts.failed = ()
+        parts.failed = False
         await controller.publish(PublishOptions(generation=3))
         assert (await ended(controller))["stage"] == "live", "and it can be tried again"
 
 
 async def test_the_gate_can_be_skipped_for_a_reason(store: Store, parts: FakeParts) -> None:  # noqa: F811
-    parts.failed = ("recall",)
+    parts.failed = True
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3, skip_gate="an emergency"))
         done = await ended(controller)
@@ -378,7 +396,7 @@ async def test_what_is_kept_ends_in_time_or_when_it_is_told_to(
         assert all(name.startswith("shardline-shard-57-") for name in killed)
         assert (await controller.report())["beside"] is None
         await until(lambda: parts.mirrors[-1].is_stopped)
-        parts.failed = ("recall",)
+        parts.failed = True
         await controller.publish(PublishOptions(generation=57))
         assert (await ended(controller))["stage"] == "failed"
         parts.judged.clear()
@@ -499,6 +517,20 @@ async def test_a_mirror_that_dies_is_waited_for_and_then_given_up(
         assert report["beside"]["generation"] == 57, "a rollback that fails ends nothing"
 
 
+async def test_a_mirror_that_can_never_begin_is_not_waited_for(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def cannot(self: FakeMirror) -> MirrorProgress:
+        raise raised_in_a_method(WritesLost("too old", hint="build again"))
+
+    monkeypatch.setattr(FakeMirror, "progress", cannot)
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        assert (await ended(controller))["reason"]["text"] == "too old; build again"
+
+
 async def test_one_that_dies_during_the_switch_costs_an_attempt(
     store: Store,  # noqa: F811
     parts: FakeParts,
@@ -568,8 +600,8 @@ async def test_a_note_that_is_damaged_is_logged_and_nothing_is_kept(
     async with cluster(store) as controller:
         await controller.publish(PublishOptions(generation=3))
         await ended(controller)
-        assert publish_note.beside_in(store.root) == 57
-    assert publish_note.beside_in(store.root) is None, "it has ended with the cluster"
+        assert publish_note.in_use_in(store.root).beside == 57
+    assert publish_note.in_use_in(store.root).beside is None, "it has ended with the cluster"
     (store.root / publish_note.NAME).write_bytes(b"{")
     async with cluster(store) as controller:
         assert controller._fleet.beside is None

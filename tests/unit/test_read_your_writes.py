@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from shardline.router import one_item
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
 from shardline.router.router_config import RouterConfig
@@ -162,13 +164,60 @@ async def test_attributes_that_only_an_older_state_has_are_missing() -> None:
             await item(service, CHANGED)
 
 
-async def test_the_attributes_of_an_item_are_no_older_than_its_vector() -> None:
+def assert_of_one_version(answer, seq: int) -> None:
+    """Vector and attributes of ``state_of`` say of which state they are."""
+    assert answer.vector.tolist() == [seq] * DIM
+    assert answer.attributes["title"] == f"as of {seq}"
+
+
+async def test_vector_and_attributes_of_an_item_are_of_one_version_on_any_replicas() -> None:
     async with replicas_of(OLD, LATEST) as (service, _):
         for _ in range(2 * ASKED):
             answer = await item(service, CHANGED)
-            assert answer.vector.tolist() == [answer.seq] * DIM
-            newest = answer.attributes["title"] == f"as of {NEW_SEQ}"
-            assert newest or answer.seq == OLD_SEQ
+            assert_of_one_version(answer, answer.seq)
+
+
+def written_between(service: SearchService, server: ShardServer, states) -> None:
+    """The shard takes its next state before each look-up, of vectors or attributes."""
+    left = iter(states)
+
+    def after_a_write(look_up):
+        async def later(*arguments, **named):
+            server.shard.state = next(left, server.shard.state)
+            return await look_up(*arguments, **named)
+
+        return later
+
+    service._fanout.fetch = after_a_write(service._fanout.fetch)
+    service._fanout.attributes = after_a_write(service._fanout.attributes)
+
+
+@pytest.mark.parametrize("writes", range(2 * one_item.READS + 1))
+async def test_an_item_that_is_written_between_its_two_parts_is_read_again(writes: int) -> None:
+    states = [state_of(41, NEW_SEQ + number) for number in range(writes)]
+    async with replicas_of(OLD) as (service, (server,)):
+        written_between(service, server, states)
+        answer = await item(service, CHANGED)
+        assert_of_one_version(answer, answer.seq)
+        assert answer.seq == server.shard.state.seq
+
+
+async def test_an_item_that_is_written_all_the_time_is_an_error_in_the_end() -> None:
+    states = (state_of(41, number) for number in itertools.count(NEW_SEQ))
+    async with replicas_of(OLD) as (service, (server,)):
+        written_between(service, server, states)
+        with pytest.raises(Unavailable, match="written faster than it can be read"):
+            await item(service, CHANGED)
+        assert server.shard.state.seq == NEW_SEQ + 2 * one_item.READS
+
+
+async def test_writes_of_other_items_do_not_keep_an_item_from_being_read() -> None:
+    states = (replace(LATEST, seq=number) for number in itertools.count(NEW_SEQ + 1))
+    async with replicas_of(LATEST) as (service, (server,)):
+        written_between(service, server, states)
+        answer = await item(service, CHANGED)
+        assert_of_one_version(answer, NEW_SEQ)
+        assert answer.seq == NEW_SEQ + 2, "of the state that its attributes are from"
 
 
 async def test_an_item_that_is_deleted_between_its_vector_and_its_attributes_is_not_found() -> None:

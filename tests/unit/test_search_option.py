@@ -13,7 +13,7 @@ from shardline.router.contract import Degraded
 from shardline.router.http.codec import decode_query
 from shardline.router.http.media import Media
 from shardline.router.http.problems import to_problem
-from shardline.router.query import SearchAnswer
+from shardline.router.query import SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import Behind, InvalidInput
@@ -27,6 +27,15 @@ from tests.fake_shard import SECRET, ReplicaRoute, ShardRoute, make_rows, make_t
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("shards", "router", "cluster", "training")
 ASKING = {"router/recall_watch.py", "router/past_items.py"}
+# where the numbers are from, and so what they ask of the generation that is live
+ORIGIN = {
+    "router/asked_seq.py",
+    "router/client/seq.py",
+    "router/http/codec.py",
+    "router/limits.py",
+    "router/one_item.py",
+    "router/query.py",
+}
 CONFIG = RouterConfig(backoff_base_ms=1, backoff_max_ms=5)
 IDS, VECTORS = make_rows(40, 8)
 QUERY = VECTORS[:2].copy()
@@ -41,13 +50,14 @@ def shard_at(seq: int) -> Shard:
 def test_an_optional_field_touches_few_modules() -> None:
     """``min_seq`` is declared, described for HTTP and used. A search carries it unnamed; the router
     names it where it passes it on to look-ups: in the service and in the fan-out. Who asks for it
-    in searches and look-ups of the router's own is no part of that."""
+    in searches and look-ups of the router's own is no part of that, nor is where the numbers are
+    from, which no shard hears of."""
     modules = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     naming = {
         path.relative_to(ROOT).as_posix() for path in modules if "min_seq" in path.read_text()
     }
     assert naming >= {"shards/core/messages.py", "router/http/models.py", "shards/server/shard.py"}
-    assert len(naming - ASKING) <= 7
+    assert len(naming - ASKING - ORIGIN) <= 7
 
 
 @pytest.mark.parametrize(
@@ -78,6 +88,23 @@ def test_a_body_without_it_shares_the_object_that_costs_nothing() -> None:
     with pytest.raises(InvalidInput) as caught:
         decode_query(json.dumps(body | {"min_seq": [3, -1]}).encode(), Media.JSON, CONFIG)
     assert caught.value.field == "min_seq[1]"
+
+
+def test_where_min_seq_is_from_is_checked() -> None:
+    body = {"vectors": QUERY.tolist(), "min_seq": [5]}
+    origin = {"generation": 2, "table_version": 9}
+    query = decode_query(json.dumps(body | {"min_seq_of": origin}).encode(), Media.JSON, CONFIG)
+    assert query.min_seq_of == SeqOrigin(generation=2, table_version=9)
+    assert query.options == SearchOptions(min_seq=(5,)), "shards hear of the numbers alone"
+    for given, field in [
+        ({"generation": 2}, "min_seq_of.table_version"),
+        (origin | {"generation": "2"}, "min_seq_of.generation"),
+        (origin | {"seq": 1}, "min_seq_of.seq"),
+        ([2, 9], "min_seq_of"),
+    ]:
+        with pytest.raises(InvalidInput) as caught:
+            decode_query(json.dumps(body | {"min_seq_of": given}).encode(), Media.JSON, CONFIG)
+        assert caught.value.field == field
 
 
 def test_answers_of_other_options_are_not_taken_from_the_cache() -> None:

@@ -1,12 +1,13 @@
 """CURRENT and the numbering of generations."""
 
+import fcntl
 import os
 import threading
 from pathlib import Path
 
 import pytest
 
-from shardline.cluster.store import Store
+from shardline.cluster.store import COUNTER_LOCK, Store
 from shardline.shards.core import files
 from shardline.shards.core.errors import CorruptFile, NotFound
 
@@ -184,3 +185,24 @@ def test_two_controllers_raise_one_counter_and_never_lower_it(tmp_path: Path) ->
         thread.join()
     assert min(seen) >= 0
     assert store.counter() == 399
+
+
+def test_what_is_retired_goes_live_no_more(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def in_use() -> set[int]:
+        """Nothing may go live between this look and the removal."""
+        handle = os.open(store.root / COUNTER_LOCK, os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+        return {1}
+
+    for number in (1, 2):
+        complete_generation(store, number)
+    assert not store.retire(1, in_use)
+    assert store.retire(2, in_use)
+    assert store.generation_numbers() == [1]
+    with pytest.raises(NotFound, match="no complete generation"):
+        store.set_current(2)
+    store.set_current(1)

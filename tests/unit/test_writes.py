@@ -75,6 +75,7 @@ async def test_items_are_written_each_to_its_shard_and_found() -> None:
             "duplicates": 0,
             "seq": [1, None, None, 1],
             "generation": 1,
+            "table_version": 1,
             "model_version": "m1",
             "request_id": response.headers["x-request-id"],
         }

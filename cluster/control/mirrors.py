@@ -1,0 +1,77 @@
+"""The mirror of a cluster: started, looked at, replaced by one in the other direction, ended."""
+
+import asyncio
+
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
+
+from shardline.cluster.control.publish_parts import Mirror, PublishParts
+from shardline.cluster.control.shard_actors import reason_of
+from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.shards.core.errors import ShardlineError, Unavailable
+from shardline.shards.core.messages import Absence, RoutingTable
+
+STOP_S = 30.0  # of a mirror: it ends a round first, and may not answer
+ANSWER_S = 5.0  # within which it says how far it is
+
+
+class Mirrors:
+    """There is one at most. With one in each direction every write would go round for ever, so no
+    other is left when one is started. Whoever calls waits for those who came before."""
+
+    def __init__(self, parts: PublishParts) -> None:
+        self._parts = parts
+        self._lock = asyncio.Lock()
+        self._between: tuple[int, int] | None = None
+        self._mirror: Mirror | None = None
+        self.seen: MirrorProgress | None = None  # by the newest look at the one that runs
+
+    async def between(self, source: RoutingTable, target: RoutingTable) -> Mirror:
+        """The one from source to target; another one is stopped first. Raises: as its start."""
+        wanted = source.generation, target.generation
+        async with self._lock:
+            if self._mirror is not None and self._between != wanted:
+                await self._stop()
+            if self._mirror is None:
+                await self._parts.end_mirrors(but=wanted)
+                self._mirror = await self._parts.start_mirror(source, target)
+                self._between = wanted
+            return self._mirror
+
+    async def look(self, source: RoutingTable, target: RoutingTable) -> MirrorProgress:
+        """How far the one from source to target is; that it does not answer is a trouble. One
+        whose process has ended for good is started with the next look.
+
+        Raises: as its start.
+        """
+        mirror = await self.between(source, target)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                found = await mirror.progress()
+        except (TimeoutError, RayError, ShardlineError, OSError) as error:
+            if isinstance(error, ActorDiedError) and self._mirror is mirror:
+                self._mirror = self._between = None
+            found = MirrorProgress(positions=(), ends=(), trouble=_trouble(error))
+        self.seen = found
+        return found
+
+    async def stop(self) -> None:
+        """Ends it, after the writes that it has under way."""
+        async with self._lock:
+            await self._stop()
+
+    async def _stop(self) -> None:
+        mirror, self._mirror, self._between = self._mirror, None, None
+        self.seen = None
+        try:
+            if mirror is not None:
+                async with asyncio.timeout(STOP_S):
+                    await mirror.stop()
+        finally:
+            await self._parts.end_mirrors(but=None)
+
+
+def _trouble(error: Exception) -> Absence:
+    """Of a mirror that does not say how far it is: because it cannot begin, or does not answer."""
+    reason = reason_of(error)
+    is_told = isinstance(error, RayTaskError) or reason.code != Unavailable.code
+    return reason if is_told else Absence(reason.code, f"the mirror does not answer: {reason.text}")

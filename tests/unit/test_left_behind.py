@@ -1,0 +1,178 @@
+"""Without a cluster a generation goes live only if it has the writes of the live one."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shardline.cluster.build import build_generation
+from shardline.cluster.rollover import left_behind
+from shardline.cluster.rollover.left_behind import check_none_left_behind, contained
+from shardline.cluster.serving import going_live
+from shardline.cluster.store import Store
+from shardline.shards.core.errors import CorruptFile, GateFailed, Unavailable
+from shardline.shards.core.files import MANIFEST_NAME
+from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.generation import read_generation, write_generation
+from tests.engine import plan_of
+from tests.live_store import LiveStore, live_store, rows_of
+
+FLAT = ("--set", "cluster.shards=2", "--set", "index.kind=flat")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> LiveStore:
+    """Generations 1, live, and 2 and 3 of the same embedding set. Shard 0 of the live one has two
+    writes, the first of which is compacted, and shard 1 has one."""
+    root = tmp_path_factory.mktemp("original")
+    made = live_store(root, 2)
+    for _ in range(2):
+        build_generation(made.store, root / "set", plan_of(2, kind="flat"))
+    made.upsert([1, 3, 121])
+    made.compact(0)
+    made.delete([0])
+    return made
+
+
+@pytest.fixture
+def made(original: LiveStore, tmp_path: Path) -> LiveStore:
+    return original.copied(tmp_path)
+
+
+def set_cut(store: Store, number: int, generation: int, *seqs: int) -> None:
+    folder = store.generation(number)
+    cut = Cut(generation=generation, seqs=seqs)
+    write_generation(folder, replace(read_generation(folder), cut=cut))
+
+
+@pytest.mark.parametrize(
+    ("cut", "lacks"),
+    [
+        ((1, 2, 1), None),
+        ((1, 5, 1), None),
+        ((1, 2, 0), "lacks 1 writes of generation 1, which is live; `"),
+        ((1, 0, 0), "lacks 3 writes of generation 1, which is live; `"),
+        ((3, 2, 1), "lacks 3 writes of generation 1, .*got no word in its manifest"),
+        ((1, 2, 1, 1), "lacks 3 writes of generation 1, .*got no word in its manifest"),
+        (None, "lacks 3 writes of generation 1, .*got no word in its manifest"),
+    ],
+)
+def test_publish_counts_from_the_cut(
+    made: LiveStore, cut: tuple[int, ...] | None, lacks: str | None
+) -> None:
+    if cut is not None:
+        set_cut(made.store, 2, *cut)
+    if lacks is not None:
+        with pytest.raises(GateFailed, match=lacks) as refused:
+            made.run("publish", "2")
+        assert "`shardline publish 2 --without-writes` leaves them out" in str(refused.value)
+        assert made.number == 1
+    made.run("publish", "2", *(() if lacks is None else ("--without-writes",)))
+    assert made.number == 2
+
+
+def test_a_build_that_lacks_writes_does_not_go_live(made: LiveStore, original: LiveStore) -> None:
+    words = ("build", "--in-process", "--embeddings", original.store.root.parent / "set")
+    said = made.run(*words, options=FLAT)
+    assert "generation 4 does not go live: it lacks 3 writes of generation 1" in said
+    assert made.number == 1
+    made.run("build", "--in-process", "--from-live", options=FLAT)
+    assert made.number == 5
+    assert rows_of(made.folder) == made.expected
+
+
+def test_a_restored_generation_that_lacks_writes_does_not_go_live(
+    made: LiveStore, tmp_path: Path
+) -> None:
+    made.run("snapshot", tmp_path / "s")
+    made.run("restore", tmp_path / "s")
+    assert made.number == 4
+    made.store.set_current(1)
+    made.delete([2])
+    said = made.run("restore", tmp_path / "s")
+    assert "generation 5 does not go live: it lacks 1 writes of generation 1" in said
+    assert made.number == 1
+
+
+def test_what_was_brought_before_counts(made: LiveStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the note of a mirror; rows that it could not bring are missing."""
+    unreplayed = SimpleNamespace(rows=0)
+    note = SimpleNamespace(generation=1, seqs=(2, 1), unreplayed=unreplayed)
+    monkeypatch.setattr(left_behind, "read_note", lambda writes: note)
+    check_none_left_behind(made.store, 2)
+    unreplayed.rows = 4
+    with pytest.raises(GateFailed, match="it lacks 4 rows that were written as vectors of another"):
+        check_none_left_behind(made.store, 2)
+    note.generation = 3
+    with pytest.raises(GateFailed, match="it lacks 3 writes"):
+        check_none_left_behind(made.store, 2)
+
+
+def test_the_cut_and_the_note_each_say_what_there_is_of_a_shard(made: LiveStore) -> None:
+    def seqs(cut: Any, note: Any) -> tuple[int, ...] | None:
+        given = [
+            None if each is None else SimpleNamespace(generation=each[0], seqs=each[1:])
+            for each in (cut, note)
+        ]
+        return contained(made.manifest, *given)
+
+    assert seqs((1, 2, 0), (1, 1, 7)) == (2, 7)
+    assert seqs((1, 2, 0), (3, 1, 7)) == seqs((1, 2, 0), None) == (2, 0)
+    assert seqs(None, (1, 1, 7)) == (1, 7)
+    assert seqs((2, 2, 0), (1, 1)) is seqs(None, None) is None
+
+
+def test_writes_that_are_in_the_rows_of_the_live_one_alone(made: LiveStore) -> None:
+    """Both were built from generation 1, one of them earlier."""
+    set_cut(made.store, 2, 1, 2, 1)
+    made.run("publish", "2")
+    set_cut(made.store, 3, 1, 1, 0)
+    with pytest.raises(GateFailed, match="it lacks 2 writes of generation 2"):
+        made.run("publish", "3")
+    set_cut(made.store, 3, 1, 2, 2)
+    made.run("publish", "3")
+    assert made.number == 3
+
+
+def test_where_the_live_one_is_damaged_somebody_has_to_say_so(made: LiveStore) -> None:
+    (made.folder / MANIFEST_NAME).write_text("{")
+    with pytest.raises(GateFailed, match=r"which writes it lacks; got .*/_manifest\.json"):
+        made.run("publish", "2")
+    current = made.store.root / "CURRENT"
+    current.write_text("one")
+    with pytest.raises(GateFailed, match=r"which writes it lacks; got .*/CURRENT"):
+        made.run("publish", "2")
+    made.run("publish", "2", "--without-writes")
+    assert made.number == 2
+
+
+@pytest.mark.parametrize("gone", ["CURRENT", f"generations/000001/{MANIFEST_NAME}"])
+def test_where_nothing_is_live_nothing_is_left_behind(made: LiveStore, gone: str) -> None:
+    (made.store.root / gone).unlink()
+    made.run("publish", "2")
+    assert made.number == 2
+
+
+@pytest.mark.parametrize("error", [Unavailable("no Ray"), CorruptFile("a note")])
+def test_where_a_cluster_may_serve_the_live_one_stays(
+    made: LiveStore, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def served(config: Any, *, verbose: bool) -> int | None:
+        raise error
+
+    monkeypatch.setattr(going_live, "served_generation", served)
+    said = made.run("build", "--in-process", "--from-live", options=FLAT)
+    assert f"not live: whether a cluster serves the store is not known ({error});" in said
+    assert "`shardline publish 4` to change over" in said
+    assert made.number == 1
+    (made.store.root / "CURRENT").unlink()
+    set_live = made.run("restore", *snapshot_of(made), "--json")
+    assert '"state": "live"' in set_live
+
+
+def snapshot_of(made: LiveStore) -> tuple[Path]:
+    folder = made.store.root.parent / "snapshot"
+    made.run("snapshot", folder, "--generation", "2")
+    return (folder,)
