@@ -50,10 +50,15 @@ def build(
     *,
     partitioning: str = "range",
     columns: Sequence[str] = ("title",),
+    numbers: Sequence[str] = (),
 ) -> Path:
-    """A generation of ROWS items; its folder."""
+    """A generation of ROWS items; its folder. columns: attributes that are texts; numbers: those of
+    them that are integers instead."""
     ids = range(ROWS)
-    attributes = {name: pa.array([f"{name} {item}" for item in ids]) for name in columns}
+    attributes = {
+        name: pa.array([item if name in numbers else f"{name} {item}" for item in ids])
+        for name in columns
+    }
     batch = pa.RecordBatch.from_pydict(attributes) if columns else None
     corpus = write_set(store / f"set-{number}", unit_vectors(ids, 0), attributes=batch)
     folder = store / "generations" / f"{number:06d}"

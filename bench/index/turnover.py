@@ -42,7 +42,8 @@ from shardline.shards.index.template import (
     train_template,
     write_index,
 )
-from shardline.shards.live.compaction import live_rows, write_index_of
+from shardline.shards.live.compaction import write_index_of
+from shardline.shards.live.live_rows import live_rows
 from shardline.shards.live.records import Change, Delete, Record, Upsert
 from shardline.shards.live.state import ShardState, apply
 

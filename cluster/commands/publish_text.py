@@ -40,7 +40,7 @@ def publish_line(progress: dict[str, Any], now_s: float) -> str:
     left_out = ""
     if progress["unreplayed"]:
         named = ", ".join(map(str, progress["examples"]))
-        left_out = f", without {progress['unreplayed']:,} items of another model ({named})"
+        left_out = f", without {progress['unreplayed']:,} items that it cannot take ({named})"
     if progress["stage"] == "live":
         return f"{what}: live since {age}, {progress['source']} before{left_out}"
     return f"{what}: {progress['stage']} since {age}: {progress['text'] or 'begun'}{left_out}"

@@ -20,7 +20,6 @@ from shardline.cluster.rollover.gate import GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.errors import (
     GateFailed,
-    NotFound,
     Unavailable,
     VersionMismatch,
     error_of,
@@ -151,7 +150,11 @@ class PublishRun:
                 calm_at = time.monotonic()
                 if found.behind <= FEW:
                     return found
+<<<<<<< HEAD
             elif found.trouble.code in HOPELESS or time.monotonic() - calm_at > TROUBLE_S:
+=======
+            elif found.is_hopeless or time.monotonic() - calm_at > TROUBLE_S:
+>>>>>>> mend-mirror
                 raise error_of(found.trouble.code, found.trouble.text)
             await asyncio.sleep(LOOK_S)
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
+from shardline.cluster.rollover.fitting import fitting
 from shardline.cluster.rollover.mirror_plan import (
     ItemEncoder,
     Joined,
@@ -55,7 +57,8 @@ class Target(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """What is brought where. source_live, target_live: the folders of what was written to the two.
-    columns: the names of the target's attributes. other_model: vectors are made anew, by
+    columns: the names of the target's attributes. checked: those whose values it may refuse,
+    because the source has another type for them. other_model: vectors are made anew, by
     ``encoder``; None: it has none. target_seqs: how many writes its shards have had before this
     begins. back: whether the source has all of those but ``lacking``, for a mirror in the other
     direction."""
@@ -65,11 +68,16 @@ class Route:
     source_live: Path
     target_live: Path
     columns: tuple[str, ...]
+    checked: pa.Schema
     other_model: bool
     encoder: ItemEncoder | None
     target_seqs: tuple[int, ...]
     back: bool
     lacking: Unreplayed
+
+
+def trouble_of(error: Exception) -> Absence:
+    return Absence(getattr(error, "code", OTHER_ERROR), str(error) or repr(error))
 
 
 class Mirror:
@@ -234,6 +242,8 @@ class Mirror:
         refused = np.empty(0, np.int64)
         if self._route.other_model:
             changes, refused = translated(changes, self._route.encoder, table)
+        changes, unfit = fitting(changes, self._route.checked)
+        refused = np.concatenate((refused, unfit))
         first, last = records[0].seq, records[-1].seq
         key = f"{key_prefix(self._done.run)}{source.shard}-{first}-{last}"
         return parts_of(changes, table, self._route.columns, key), changes.rows, refused
@@ -249,7 +259,7 @@ class Mirror:
     async def _paused(self, error: Exception, failures: int) -> None:
         """Tells what is wrong, and waits before the next attempt; failures: those before it."""
         known = isinstance(error, ShardlineError | OSError)
-        trouble = Absence(getattr(error, "code", OTHER_ERROR), str(error) or repr(error))
+        trouble = trouble_of(error)
         if trouble != self._trouble:
             logger.warning(
                 *("writes to generation %d wait: %s", self._route.target, trouble.text),

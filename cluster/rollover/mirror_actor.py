@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from shardline.cluster.rollover.fanout_target import FanoutTarget
-from shardline.cluster.rollover.mirror import Mirror
+from shardline.cluster.rollover.mirror import Mirror, trouble_of
 from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder, open_mirror
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.router.fanout.fanout import Fanout
@@ -55,16 +55,25 @@ class MirrorActor:
         return self._order.source, self._order.target
 
     async def progress(self) -> MirrorProgress:
-        """How far it is.
-
-        Raises:
-            ShardlineError, OSError: it cannot read what it begins with; it goes on trying.
-        """
-        return (await self._begun()).progress()
+        """How far it is. That it cannot read what it begins with is its trouble; it goes on
+        trying."""
+        await self._has_tried.wait()
+        if self._mirror is None:
+            assert self._failure is not None
+            return MirrorProgress(positions=(), ends=(), trouble=trouble_of(self._failure))
+        return self._mirror.progress()
 
     async def drain(self, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
-        """As ``Mirror.drain``. Raises: as ``progress``."""
-        return await (await self._begun()).drain(final, timeout_s)
+        """As ``Mirror.drain``.
+
+        Raises:
+            ShardlineError, OSError: it cannot read what it begins with.
+        """
+        await self._has_tried.wait()
+        if self._mirror is None:
+            assert self._failure is not None
+            raise self._failure
+        return await self._mirror.drain(final, timeout_s)
 
     async def stop(self) -> None:
         """Ends it after the round that is under way, STOP_S at the latest; the process stays until
@@ -77,13 +86,6 @@ class MirrorActor:
         for task in (run, follow):
             task.cancel()
         await self._target.close()
-
-    async def _begun(self) -> Mirror:
-        await self._has_tried.wait()
-        if self._mirror is None:
-            assert self._failure is not None
-            raise self._failure
-        return self._mirror
 
     async def _run(self) -> None:
         while self._mirror is None and not self._is_stopped:
@@ -118,13 +120,17 @@ class RunningMirror:
         """As ``MirrorActor.progress``; waits where Ray restarts its process.
 
         Raises:
-            RayError: with its error as the cause, or its process cannot be started.
+            RayError: its process cannot be started.
         """
         found: MirrorProgress = await self._handle.progress.remote()
         return found
 
     async def drain(self, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
-        """As ``Mirror.drain``. Raises: as ``progress``."""
+        """As ``MirrorActor.drain``.
+
+        Raises:
+            RayError: with its error as the cause, or its process cannot be started.
+        """
         found: MirrorProgress = await self._handle.drain.remote(final, timeout_s)
         return found
 

@@ -1,10 +1,14 @@
 """What a mirror reads of the two generations before its first round: from files alone."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from shardline.cluster.rollover.fitting import retyped
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
 from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
@@ -24,6 +28,8 @@ from shardline.shards.storage.generation import (
     read_attributes,
     read_generation,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +95,21 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
     known = known_back(order.target, noted_back, made.cut, start, len(seqs))
     logs = [live_folder(folder, each.shard) for each in wanted.shards]
     is_back = has_all(logs, known, seqs, start)
+    columns = _schema(folder, wanted)
+    checked = retyped(_schema(store.generation(order.source), made), columns)
+    if checked.names:
+        logger.warning(
+            "generation %d has other types than %d for %s; items with values that do not fit are "
+            "not brought over",
+            *(order.target, order.source, ", ".join(checked.names)),
+        )
     route = Route(
         source=order.source,
         target=order.target,
         source_live=store.writes(order.source),
         target_live=store.writes(order.target),
-        columns=_columns(folder, wanted),
+        columns=tuple(columns.names),
+        checked=checked,
         other_model=is_other,
         encoder=encoder,
         target_seqs=seqs,
@@ -112,7 +127,7 @@ def _made(manifest: GenerationManifest) -> Made:
     return Made(generation=manifest.generation, num_shards=len(manifest.shards), cut=manifest.cut)
 
 
-def _columns(folder: Path, manifest: GenerationManifest) -> tuple[str, ...]:
-    """The names of the attributes that items of a generation have."""
+def _schema(folder: Path, manifest: GenerationManifest) -> pa.Schema:
+    """The attributes that items of a generation have; shards differ in the width of offsets."""
     table = read_attributes(folder, manifest, manifest.shards[0].shard, verify=False)
-    return () if table is None else tuple(table.column_names)
+    return pa.schema([]) if table is None else table.schema

@@ -3,16 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardline.shards.core.errors import (
+    InvalidInput,
+    NewerFormat,
+    NotFound,
+    VersionMismatch,
+)
 from shardline.shards.core.messages import Absence
+
+HOPELESS = frozenset(kind.code for kind in (NotFound, InvalidInput, VersionMismatch, NewerFormat))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MirrorProgress:
     """Of each shard of the source: positions, how many of its writes the target has, and ends, how
-    many its log holds, estimated while part of it has not been read. target_seqs: of each shard of
-    the target, how many writes it has with them. rows: items written to the target since the start.
-    unreplayed: items that were written for the source's model only, and ids of some, examples.
-    trouble: why it does not go on now, with ``NotFound.code`` if it never will; None: it does.
+    many its log holds, estimated while part of it has not been read; none of both while it has not
+    begun. target_seqs: of each shard of the target, how many writes it has with them. rows: items
+    written to the target since the start. unreplayed: items that the target cannot take, written
+    for the source's model only or with an attribute of another type, and ids of some, examples.
+    trouble: why it does not go on now; None: it does.
     """
 
     positions: tuple[int, ...]
@@ -22,6 +31,11 @@ class MirrorProgress:
     examples: tuple[int, ...] = ()
     trouble: Absence | None = None
     target_seqs: tuple[int, ...] = ()
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it will never go on: a later attempt would fail in the same way."""
+        return self.trouble is not None and self.trouble.code in HOPELESS
 
     @property
     def behind(self) -> int:

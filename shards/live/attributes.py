@@ -46,7 +46,7 @@ def check_attributes(attributes: bytes, item_ids: IdArray, schema: pa.Schema) ->
         if all(value is None for value in values):
             continue
         try:
-            checked[name] = _as_answered(values, schema.field(name).type)
+            checked[name] = as_answered(values, schema.field(name).type)
         except Unfit as error:
             raise InvalidInput(
                 f"attribute of item {item_ids[error.place]}",
@@ -58,8 +58,12 @@ def check_attributes(attributes: bytes, item_ids: IdArray, schema: pa.Schema) ->
     return packed
 
 
-def _as_answered(values: list[Any], kind: pa.DataType) -> list[Any]:
-    """Raises Unfit."""
+def as_answered(values: list[Any], kind: pa.DataType) -> list[Any]:
+    """Values of one column, None for null, in the form that answers give them.
+
+    Raises:
+        Unfit: a value that the type does not take.
+    """
     while is_encoded(kind):
         kind = kind.value_type
     if any(check(kind) for check in _AS_TAKEN):

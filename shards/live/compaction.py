@@ -22,11 +22,11 @@ import pyarrow as pa
 
 from shardline.shards.core.errors import InvalidInput, ShardlineError
 from shardline.shards.core.files import remove_abandoned, staged_folder
-from shardline.shards.core.schema import IdArray
 from shardline.shards.index.compacted import NEW, build_compacted_index
 from shardline.shards.index.spec import Device
 from shardline.shards.live.attributes import written_table
 from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.live_rows import LiveRows, live_rows
 from shardline.shards.live.loading import Loaded, load_caught_up
 from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, write_main
 from shardline.shards.live.state import ShardState
@@ -56,16 +56,6 @@ class Compacted:
 
     seq: int
     rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class LiveRows:
-    """Live items (n,) int64, ascending; the row of each in main (n,) or, where ``in_main`` (n,) is
-    False, in the delta."""
-
-    item_ids: IdArray
-    rows: IdArray
-    in_main: np.ndarray
 
 
 def compact(
@@ -124,18 +114,6 @@ def _write(
         seq=state.seq,
         rows=len(item_ids),
     )
-
-
-def live_rows(state: ShardState) -> LiveRows:
-    kept = np.arange(state.main.rows)
-    if state.selection is not None:
-        kept = np.flatnonzero(state.selection.live)
-    delta = state.delta
-    item_ids = np.concatenate((state.ids_by_row[kept], delta.ids))
-    rows = np.concatenate((kept, delta.rows_of_ids))
-    in_main = np.arange(len(rows)) < len(kept)
-    order = np.argsort(item_ids, kind="stable")
-    return LiveRows(item_ids[order], rows[order], in_main[order])
 
 
 def write_index_of(

@@ -18,10 +18,8 @@ from shardline.shards.core.schema import IdArray
 from shardline.shards.index.spec import Device
 from shardline.shards.live.attributes import written_table
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import load_caught_up
+from shardline.shards.live.loading import end_of_log, load_caught_up, with_newest_main
 from shardline.shards.live.log_segments import segment_names
-from shardline.shards.live.log_tail import LogTail
-from shardline.shards.live.mains import compacted_seqs
 from shardline.shards.live.state import ShardState
 from shardline.shards.storage.embedding_set import EmbeddingBatch
 from shardline.shards.storage.generation import GenerationManifest
@@ -70,6 +68,17 @@ class LiveRows:
         return batch
 
 
+def live_rows(state: ShardState) -> LiveRows:
+    kept = np.arange(state.main.rows)
+    if state.selection is not None:
+        kept = np.flatnonzero(state.selection.live)
+    item_ids = np.concatenate((state.ids_by_row[kept], state.delta.ids))
+    rows = np.concatenate((kept, state.delta.rows_of_ids))
+    in_main = np.arange(len(rows)) < len(kept)
+    order = np.argsort(item_ids, kind="stable")
+    return LiveRows(state, item_ids[order], rows[order], in_main[order])
+
+
 def open_live_rows(
     generation: Path, manifest: GenerationManifest, shard: int, *, until: int | None = None
 ) -> LiveRows:
@@ -92,13 +101,7 @@ def open_live_rows(
             got=f"{state.seq} writes, of which the main index has {loaded.main_seq}",
         )
     make_durable(live_folder(generation, shard))
-    kept = np.arange(state.main.rows)
-    if state.selection is not None:
-        kept = np.flatnonzero(state.selection.live)
-    item_ids = np.concatenate((state.ids_by_row[kept], state.delta.ids))
-    rows = np.concatenate((kept, state.delta.rows_of_ids))
-    order = np.argsort(item_ids, kind="stable")
-    return LiveRows(state, item_ids[order], rows[order], (np.arange(len(rows)) < len(kept))[order])
+    return live_rows(state)
 
 
 def newest_write(generation: Path, shard: int) -> int:
@@ -108,17 +111,9 @@ def newest_write(generation: Path, shard: int) -> int:
         CorruptFile: the log is damaged. NotFound, OSError: it cannot be read.
     """
     live = live_folder(generation, shard)
-    while True:
-        seq = (compacted_seqs(live) or [0])[-1]
-        tail = LogTail(live, after_seq=seq)
-        try:
-            tail.read_proven()
-        except NotFound:
-            if compacted_seqs(live)[-1:] in ([], [seq]):
-                raise
-            continue  # a newer main index has come since, and the primary has trimmed its log
-        make_durable(live)
-        return tail.seq
+    seq = with_newest_main(live, lambda seq: end_of_log(live, seq))
+    make_durable(live)
+    return seq
 
 
 def make_durable(live: Path) -> None:

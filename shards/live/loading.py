@@ -1,5 +1,6 @@
 """Reads a shard's state from the files of its generation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,19 +43,35 @@ def last_write(folder: Path, manifest: GenerationManifest, shard: int) -> int:
         CorruptFile, NotFound: a file is damaged or missing; named.
     """
     live = live_folder(folder, shard)
+
+    def verified(seq: int) -> int:
+        if seq:
+            read_main(live, seq, generation=manifest.generation, shard=shard)
+        return end_of_log(live, seq)
+
+    return with_newest_main(live, verified)
+
+
+def with_newest_main(live: Path, read: Callable[[int], int]) -> int:
+    """What ``read`` returns for the writes in a shard's newest compaction, 0 without any. If a
+    newer one comes meanwhile, its primary may remove what is being read: then it is read anew.
+
+    Raises: as ``read``.
+    """
     while True:
         seq = (compacted_seqs(live) or [0])[-1]
         try:
-            if seq:
-                read_main(live, seq, generation=manifest.generation, shard=shard)
-            tail = LogTail(live, after_seq=seq)
-            tail.read_proven()
+            return read(seq)
         except (CorruptFile, NotFound):
             if compacted_seqs(live)[-1:] in ([], [seq]):
                 raise
-            # a newer one has come since, and its primary has removed what was being read
-        else:
-            return tail.seq
+
+
+def end_of_log(live: Path, after_seq: int) -> int:
+    """The last write of a log, read from behind one. Raises: as ``LogTail.read_proven``."""
+    tail = LogTail(live, after_seq=after_seq)
+    tail.read_proven()
+    return tail.seq
 
 
 def load_newest(

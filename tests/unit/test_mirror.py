@@ -13,7 +13,7 @@ import pytest
 
 from shardline.cluster.rollover import mirror as mirror_module
 from shardline.cluster.rollover.fanout_target import FanoutTarget
-from shardline.cluster.rollover.mirror import Mirror
+from shardline.cluster.rollover.mirror import Mirror, trouble_of
 from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder, open_mirror
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.replayed_note import (
@@ -284,6 +284,17 @@ def test_failures_are_told_and_tried_again(tmp_path: Path) -> None:
     assert target.contents() == source.contents()
 
 
+@pytest.mark.parametrize(
+    ("error", "is_hopeless"),
+    [(InvalidInput, True), (WritesLost, True), (VersionMismatch, True), (DeltaFull, False)],
+)
+def test_who_publishes_is_told_what_will_never_go_on(error, is_hopeless: bool) -> None:
+    trouble = trouble_of(error("wrong"))
+    found = MirrorProgress(positions=(), ends=(), trouble=trouble)
+    assert found.is_hopeless is is_hopeless
+    assert not MirrorProgress(positions=(), ends=()).is_hopeless
+
+
 def test_a_drain_that_is_too_late_says_how_far_it_is(tmp_path: Path) -> None:
     source = Written(build(tmp_path, 1, 1))
     target = Written(build(tmp_path, 2, 1))
@@ -518,6 +529,26 @@ def test_attributes_that_the_target_lacks_are_left_out(tmp_path: Path) -> None:
     source.upsert([1], 1, title=["t"], brand=["b"])
     drained(order(tmp_path), FakeTarget(target), source.seqs)
     assert target.column("brand")[1] == "b"
+
+
+def test_values_that_a_column_of_the_target_does_not_take(tmp_path: Path, caplog) -> None:
+    """Texts for a column of integers there: items without one are replayed, others counted."""
+    source = Written(build(tmp_path, 1, 1))
+    target = Written(build(tmp_path, 2, 1, numbers=("title",)))
+    source.upsert([1, 2, 3], 1, title=["a", None, "b"])
+    source.upsert([4], 1)
+    source.delete([5])
+    fake = FakeTarget(target)
+    progress = drained(order(tmp_path), fake, source.seqs)
+    assert (progress.unreplayed, progress.examples) == (2, (1, 3))
+    assert "generation 2 has other types than 1 for title" in caplog.text
+    theirs, ours = target.contents(), source.contents()
+    assert [item for item in ours if theirs.get(item) != ours[item]] == [1, 3]
+    assert 5 not in theirs
+    fake.written.upsert([6], 9, title=[6])
+    back = FakeTarget(Written(source.folder, epoch=3))
+    progress = drained(order(tmp_path, source=2, target=1), back, target.seal(2))
+    assert (progress.unreplayed, progress.examples) == (1, (6,))
 
 
 def test_one_model_name_with_two_kinds_of_vectors_is_refused(tmp_path: Path) -> None:
