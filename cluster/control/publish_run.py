@@ -21,7 +21,6 @@ from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.errors import (
     GateFailed,
     Unavailable,
-    VersionMismatch,
     error_of,
 )
 from shardline.shards.core.messages import RoutingTable
@@ -29,7 +28,6 @@ from shardline.shards.core.messages import RoutingTable
 LOOK_S = 0.2  # between two looks at how far it is
 FEW = 64  # writes: with no more to bring over, a switch need not wait for long
 TROUBLE_S = 60.0  # of a mirror that does not go on
-HOPELESS = (NotFound.code, VersionMismatch.code)  # writes that are gone, files that do not fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +148,7 @@ class PublishRun:
                 calm_at = time.monotonic()
                 if found.behind <= FEW:
                     return found
-<<<<<<< HEAD
-            elif found.trouble.code in HOPELESS or time.monotonic() - calm_at > TROUBLE_S:
-=======
             elif found.is_hopeless or time.monotonic() - calm_at > TROUBLE_S:
->>>>>>> mend-mirror
                 raise error_of(found.trouble.code, found.trouble.text)
             await asyncio.sleep(LOOK_S)
 
