@@ -46,7 +46,7 @@ BELOW = {
         *("loss", "mining", "model"),
     ),
     "training/synthetic": ("data", "evaluation"),
-    "cluster/backup": (),
+    "cluster/backup": ("rollover",),
     "cluster/batch": (),
     "cluster/control": ("rollover",),
     "cluster/housekeeping": ("backup", "control", "serving"),
