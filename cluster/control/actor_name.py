@@ -1,9 +1,10 @@
-"""The names of shard actors, which say what is where."""
+"""The names of actors: the controller's, and those of shards, which say what is where."""
 
 from dataclasses import dataclass
 
 from shardline.shards.core.messages import ReplicaKey
 
+CONTROLLER_NAME = "shardline-controller"
 SHARD_ACTOR_PREFIX = "shardline-shard-"
 
 

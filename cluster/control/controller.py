@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.control.beside import Opener, with_beside
 from shardline.cluster.control.cluster_quality import ClusterQuality
 from shardline.cluster.control.cluster_report import Http, cluster_report
@@ -66,7 +67,6 @@ from shardline.shards.core.messages import (
 
 logger = logging.getLogger(__name__)
 
-CONTROLLER_NAME = "shardline-controller"
 LOAD_TRIES = 3  # hosts on which a shard is tried before a generation is given up
 
 

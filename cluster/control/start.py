@@ -4,7 +4,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 
-from shardline.cluster.control.controller import CONTROLLER_NAME, Controller, ControllerSettings
+from shardline.cluster.control.actor_name import CONTROLLER_NAME
+from shardline.cluster.control.controller import Controller, ControllerSettings
 from shardline.cluster.control.shard_actors import reason_of
 from shardline.shards.core.errors import Unavailable, error_of
 

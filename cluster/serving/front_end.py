@@ -16,7 +16,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
 
 from shardline.cluster.config import ClusterConfig, ShardlineConfig
-from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.http_address import LOOPBACK, host_and_port, literal_address
 from shardline.cluster.serving.ray_session import NAMESPACE
 from shardline.router.http.auth import AuthSettings

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import ray
 
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.http_address import EVERYWHERE, LOOPBACK, url_of
 from shardline.cluster.serving.ray_session import NAMESPACE, attached_ray
 from shardline.cluster.serving.serving_keys import key_file_of, key_for

@@ -14,8 +14,7 @@ import psutil
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from shardline.cluster.control.actor_name import SHARD_ACTOR_PREFIX
-from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.actor_name import CONTROLLER_NAME, SHARD_ACTOR_PREFIX
 from shardline.cluster.control.ray_hosts import living_hosts
 from shardline.cluster.http_address import EVERYWHERE, host_and_port
 from shardline.cluster.rollover.mirror_actor import MIRROR_PREFIX

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from shardline.bench.load.processes import router_process
-from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.serving.deployment import shard_reports
 from shardline.router.client.sync_client import Client
 from shardline.shards.core.errors import EncoderUnavailable, NotFound, ShardlineError

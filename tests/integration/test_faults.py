@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from shardline.bench.load.processes import router_process
-from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.control.watch import WATCH_INTERVAL_S
 from shardline.cluster.serving.deployment import serving, shard_reports

@@ -16,7 +16,7 @@ import ray
 
 from shardline.cluster.backup.restore import restore_snapshot
 from shardline.cluster.backup.take_snapshot import take_snapshot
-from shardline.cluster.control.controller import CONTROLLER_NAME
+from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.corpus_from_live import live_corpus
 from shardline.cluster.serving.deployment import shard_reports
 from shardline.cluster.store import Store
