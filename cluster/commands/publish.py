@@ -54,7 +54,8 @@ def publish(
 
     It is loaded beside the live one, which serves on. It gets what was written since its data were
     read, is measured, and takes over in one step if every figure is within its bound (section
-    `publish` of the configuration). The generation before is kept for `shardline rollback`.
+    `publish` of the configuration that `shardline serve` was started with). The generation before
+    is kept for `shardline rollback`.
     Interrupting the command stops the display, not the publish: --stop does, and leaves the live
     generation as it is; `shardline status` shows how far it is.
     Where no cluster serves the store, the next `shardline serve` takes the generation, if it has
@@ -62,6 +63,8 @@ def publish(
     """
     if skip_gate is not None and not skip_gate.strip():
         raise InvalidInput("no reason given", field="--skip-gate", expected="a few words")
+    if finish + stop + (generation is not None or without_writes or skip_gate is not None) > 1:
+        raise InvalidInput("--finish and --stop go alone")
     config = settings.config
     with reached(config, verbose=settings.verbose) as report:
         if finish or stop:

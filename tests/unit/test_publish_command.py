@@ -210,7 +210,7 @@ def test_what_is_noted_is_read_as_it_was() -> None:
         ({"stage": PublishStage.LIVE}, "live since 2 min, 1 before"),
         (
             {"stage": PublishStage.LIVE, "unreplayed": 1200, "examples": (7,)},
-            "live since 2 min, 1 before, without 1,200 items of another model (7)",
+            "live since 2 min, 1 before, without 1,200 items that it cannot take (7)",
         ),
         (
             {"stage": PublishStage.FAILED, "reason": Absence("unavailable", "no room")},
