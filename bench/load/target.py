@@ -121,8 +121,8 @@ def check_whole(built_rows: int, corpus_rows: int, status: dict[str, Any]) -> No
             field="rows",
             expected=f"{corpus_rows} rows, as in the embedding set, and more than none",
             got=f"{built_rows} in the generation, {status['rows']} served",
-            hint="recall is measured against the embedding set, so take a generation that was built "
-            "of one, not from live rows; --rows makes one",
+            hint="recall is measured against the embedding set, so take a generation that was "
+            "built of one, not from live rows; --rows makes one",
         )
     missing = [shard["shard"] for shard in status["shards"] if not shard["connected"]]
     if missing or not status["shards"]:
