@@ -53,10 +53,11 @@ from shardline.cluster.control.restart_note import RestartNote
 from shardline.cluster.control.restarts import Restarts
 from shardline.cluster.control.shard_actors import ShardActors, ShardSettings
 from shardline.cluster.control.tasks import Tasks, tried
+from shardline.cluster.control.term import Superseded
 from shardline.cluster.control.watch import Watch
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import Superseded, Unavailable, error_of
+from shardline.shards.core.errors import Unavailable, error_of
 from shardline.shards.core.messages import (
     Absence,
     ReplicaKey,

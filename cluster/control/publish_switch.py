@@ -13,8 +13,9 @@ from shardline.cluster.control.decisions import Decisions
 from shardline.cluster.control.events import SealAsked, SealDropped, Switched
 from shardline.cluster.control.publish_parts import Mirror
 from shardline.cluster.control.sealing import sealed_seqs
+from shardline.cluster.control.term import Superseded
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
-from shardline.shards.core.errors import Superseded, Unavailable, last_line
+from shardline.shards.core.errors import Unavailable, last_line
 
 logger = logging.getLogger(__name__)
 

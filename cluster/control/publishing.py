@@ -29,8 +29,9 @@ from shardline.cluster.control.publish_state import (
     PublishStage,
 )
 from shardline.cluster.control.tasks import Tasks, tried
+from shardline.cluster.control.term import Superseded
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import ShardlineError, Superseded, Unavailable
+from shardline.shards.core.errors import ShardlineError, Unavailable
 from shardline.shards.core.messages import Absence
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shardline.cluster.store import Store
 from shardline.shards.core import files
-from shardline.shards.core.errors import ShardlineError, Superseded
+from shardline.shards.core.errors import ShardlineError, Unavailable
 from shardline.shards.core.small_files import MAX_STATE_BYTES, read_json
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,12 @@ logger = logging.getLogger(__name__)
 NAME = "controllers.json"
 FORMAT = 1
 CLUSTERS = 32  # that are remembered, for several may serve one store
+
+
+class Superseded(Unavailable):
+    """This controller decides nothing any more: another one has been started in its place."""
+
+    code = "superseded"
 
 
 class Term:

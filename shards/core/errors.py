@@ -17,7 +17,6 @@
         │   └── DeltaFull   a shard takes no more rows before its next compaction
         ├── Behind          a shard has not yet applied the writes that a search asks for
         ├── NotPrimary      this replica does not take writes: another does, or none yet
-        ├── Superseded      a controller decides nothing any more: another has been started
         ├── ReadOnly        a shard's log cannot be written; searches go on
         │   └── StoreFull   because the disk is full
         └── EncoderUnavailable  the generation's query encoder is damaged, or cannot be read
@@ -150,10 +149,6 @@ class DeltaFull(Overloaded):
 
 class NotPrimary(Unavailable):
     code = "not_primary"
-
-
-class Superseded(Unavailable):
-    code = "superseded"
 
 
 class ReadOnly(Unavailable):

@@ -85,6 +85,9 @@ def router() -> Iterator[LiveRouter]:
             coverage = answer.json()["coverage"]
             assert coverage["shards_answered"] == NUM_SHARDS
             assert coverage["rows_answered"] == sum(len(shard.ids) for shard in router.shards)
+            item = {"item_id": 1 << 60, "vector": [0.5] * DIM}
+            answered = http.put("/v1/items", json={"items": [item]})
+            assert answered.status_code == 200, answered.text
         written = [each for shard in router.shards for each in shard.written]
         assert written, "no write got through"
 

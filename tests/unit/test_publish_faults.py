@@ -17,10 +17,11 @@ from shardline.cluster.control.events import RestartAsked, SealAsked
 from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.control.publishing import Publishing
+from shardline.cluster.control.term import Superseded
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.store import Store
 from shardline.shards.core import files
-from shardline.shards.core.errors import NotFound, Superseded
+from shardline.shards.core.errors import NotFound
 from shardline.shards.core.messages import Absence, RoutingTable
 from tests.fake_shard import until
 from tests.unit.test_controller import alive, made, store  # noqa: F401 - fixtures

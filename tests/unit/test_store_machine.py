@@ -49,7 +49,6 @@ from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.live.records import Delete, Record
 from shardline.shards.live.state import apply
 from shardline.shards.server.shard import Shard
-from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import read_generation, verify_generation
 from tests.engine import plan_of
 from tests.live_store import Rows, live_store, rows_of, vectors_of
@@ -330,7 +329,8 @@ class StoreMachine(RuleBasedStateMachine):
         plan = plan_of(shards, partitioning=partitioning, **KINDS[kind])
         with live_corpus(self.store, self.live.number, lambda *_: None) as corpus:
             made = build_generation(self.store, corpus, plan)
-        assert made.cut == Cut(generation=self.live.number, seqs=self.live.seqs)
+        assert made.cut is not None
+        assert (made.cut.generation, made.cut.seqs) == (self.live.number, self.live.seqs)
         self.has_made(made.generation, self.now())
         if is_published:
             self.load(made.generation)
