@@ -135,11 +135,10 @@ COMMANDS = {
     ),
 }
 
-# What Ray prints of the ends that commands bring about: of shards, and of Serve's controller.
-RAYS_ENDS = (
-    "^A worker died or was killed while executing a task"
-    "|^Task ServeController.graceful_shutdown failed"
-)
+# What Ray tells a driver on its standard output, whatever log_to_driver says: of processes that
+# commands end, of calls that are repeated, of how many processes there are. It would stand in the
+# middle of JSON. Not so a process that was ended for want of memory.
+RAYS_WORDS = "^(?!.*(?:memory|OOM))"
 
 
 @dataclass
@@ -254,9 +253,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args: list[str] = list(sys.argv[1:] if arguments is None else arguments)
     is_verbose = bool({"-v", "--verbose"} & set(args))
     if not is_verbose:
-        # Ray prints this for every shard that is killed, whatever log_to_driver says; the pattern
-        # is read when Ray is imported. The controller says in one line what became of the shard.
-        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_ENDS)
+        # the pattern is read when Ray is imported; the controller says what became of a shard
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", RAYS_WORDS)
     if any("\udc80" <= letter <= "\udcff" for argument in args for letter in argument):
         click.echo("error: an argument is not UTF-8; names of files and folders must be", err=True)
         sys.exit(2)

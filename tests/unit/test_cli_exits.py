@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from shardline.cluster import cli as command_line
-from shardline.cluster.cli import COMMANDS, main
+from shardline.cluster.cli import COMMANDS, RAYS_WORDS, main
 from shardline.cluster.exits import EXITS, as_known, exit_code
 from shardline.shards.core import errors, files
 from shardline.shards.core.errors import DataError, NotFound, ShardlineError, Unavailable
@@ -221,3 +221,15 @@ def test_the_module_is_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.returncode == code == 2
     assert "--nonsense" in done.stderr
     assert done.stderr.splitlines()[-1] == said.splitlines()[-1]
+
+
+def test_what_ray_tells_of_itself_is_not_in_the_output_of_a_command() -> None:
+    """Its standard output may be JSON. What ended a process for want of memory is said."""
+    for line in (
+        "WARNING: 8 PYTHON worker processes have been started on node: d86a",
+        "Task Controller.table_after failed. There are infinite retries remaining",
+        "A worker died or was killed while executing a task by an unexpected system error.",
+    ):
+        assert re.search(RAYS_WORDS, line)
+    killed = "1 Workers (tasks / actors) killed due to memory pressure (OOM), 0 Workers crashed"
+    assert not re.search(RAYS_WORDS, killed)
