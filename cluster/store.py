@@ -7,6 +7,9 @@
 <store>/counter.json               the largest table version or epoch given out, of any generation
 <store>/controllers.json           of the newest clusters, which controller of each was started last
 <store>/generations.json           the largest number that a generation ever had
+<store>/live/000001/               what was written to a generation since it was built
+<store>/publish.json               what is loaded beside the live generation, the newest publish
+<store>/controllers.json           of each cluster, which controller was started last
 """
 
 import fcntl
