@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from shardline.training.evaluation.user_queries import query_features
 from tests.integration.conftest import NUM_ITEMS, Cluster
 
 NEW_ITEMS = 1_000_000  # ids from here on are nobody else's in the session's cluster
+DIFFERENT_ITEMS = 300  # that are written while processes die
 BACK_S = 60.0
 
 
@@ -145,25 +147,35 @@ def primary_of_the_last_shard() -> int:
     return found[0]
 
 
+@dataclass
+class Acknowledged:
+    """newest: item -> the number of its newest vector that was acknowledged; the same few items are
+    written over and over. writes: acknowledged so far."""
+
+    newest: dict[int, int] = field(default_factory=dict)
+    writes: int = 0
+
+
 @contextmanager
-def writing(cluster: Cluster, errors: list[ShardlineError]) -> Iterator[dict[int, int]]:
-    """Items are written for as long as the block runs; item -> the number of its newest vector that
-    was acknowledged."""
-    acknowledged: dict[int, int] = {}
+def writing(cluster: Cluster, errors: list[ShardlineError]) -> Iterator[Acknowledged]:
+    """Items are written for as long as the block runs."""
+    acknowledged = Acknowledged()
     done = threading.Event()
 
     def write() -> None:
         with cluster.endpoint.address_for(Scope.WRITE).client() as client:
-            for number in range(10_000):
+            for number in count():
                 if done.is_set():
                     return
-                item = NEW_ITEMS + number % 300
+                item = NEW_ITEMS + number % DIFFERENT_ITEMS
                 try:
                     client.upsert(item_ids=[item], vectors=vectors_of(1, seed=number))
-                    acknowledged[item] = number
                 except ShardlineError as error:
-                    acknowledged.pop(item, None)  # it may have been written or not
+                    acknowledged.newest.pop(item, None)  # it may have been written or not
                     errors.append(error)
+                else:
+                    acknowledged.newest[item] = number
+                    acknowledged.writes += 1
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -182,23 +194,23 @@ def test_copies_of_what_is_live_are_made_while_items_are_written(
     store, number = cluster.store, cluster.endpoint.generation
     copied = Store(tmp_path / "store")
     with writing(cluster, errors) as acknowledged:
-        until(lambda: len(acknowledged) > 40)
-        before = dict(acknowledged)
+        until(lambda: acknowledged.writes > 40)
+        before, first = dict(acknowledged.newest), acknowledged.writes
         take_snapshot(store, number, str(tmp_path / "snapshot"))
         restored = restore_snapshot(copied, str(tmp_path / "snapshot"), num_shards=2)
-        later = dict(acknowledged)
+        later, second = dict(acknowledged.newest), acknowledged.writes
         with live_corpus(store, number, lambda stage, done, total: None) as folder:
             live = open_embedding_set(folder)
             found = rows_by_id(live.batches())
     assert not errors
-    assert live.cut is not None and sum(live.cut.seqs) >= len(later) > len(before)
+    assert live.cut is not None and sum(live.cut.seqs) >= second > first
     shards = range(len(restored.shards))
     generation = copied.generation(restored.generation)
     blocks = [open_live_rows(generation, restored, shard).blocks() for shard in shards]
     for rows, first in ((rows_by_id(chain(*blocks)), before), (found, later)):
         assert sum(item < NEW_ITEMS for item in rows) == NUM_ITEMS
         for item, oldest in first.items():
-            newest = range(oldest, acknowledged[item] + 1, 300)
+            newest = range(oldest, acknowledged.newest[item] + 1, DIFFERENT_ITEMS)
             versions = [vectors_of(1, seed=each)[0] for each in newest]
             assert any(np.allclose(rows[item], each, rtol=1e-5) for each in versions)
     assert not errors
@@ -218,7 +230,7 @@ def test_nothing_acknowledged_is_lost_when_processes_die(
 ) -> None:
     errors: list[ShardlineError] = []
     with writing(cluster, errors) as acknowledged:
-        until(lambda: len(acknowledged) > 40)
+        until(lambda: acknowledged.writes > 40)
         if victim == "controller":
             ray.kill(ray.get_actor(CONTROLLER_NAME), no_restart=False)
         else:
@@ -227,13 +239,13 @@ def test_nothing_acknowledged_is_lost_when_processes_die(
             if victim != "shard":
                 time.sleep(1.0)
                 psutil.Process(pid).send_signal(signal.SIGCONT)
-        before = len(acknowledged)
-        until(lambda: len(acknowledged) > before + 40)
+        before = acknowledged.writes
+        until(lambda: acknowledged.writes > before + 40)
     assert all(isinstance(error, Unavailable) for error in errors), errors
     if victim == "controller":
         assert not errors, "writes do not need it"
-    assert len(acknowledged) > 40
-    for item, number in acknowledged.items():
+    assert len(acknowledged.newest) > 40
+    for item, number in acknowledged.newest.items():
         np.testing.assert_allclose(
             writer.item(item).vector, vectors_of(1, seed=number)[0], rtol=1e-6
         )
