@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.schema import FloatArray, IdArray, Metric
+from shardline.shards.index.best_of import flipped
 
 # Vectors lie in tiles, one column per row: scores are a product of matrices whose inner loop runs
 # along the tile's memory. With so few rows, and PRODUCT_QUERIES of 128 numbers, OpenBLAS packs
@@ -24,8 +25,8 @@ NOT_HERE = -1
 class _Buffer:
     """Memory of rows, shared by versions; ``used`` of them are written, by the newest version.
 
-    squares, of the vectors' lengths, and item_ids have room for whole tiles, which are made as they
-    are needed.
+    squares, of the vectors' lengths, item_ids, and these as ``BestOf`` numbers them, have room for
+    whole tiles, which are made as they are needed.
     """
 
     def __init__(self, tiles: int, dim: int, tile_rows: int) -> None:
@@ -33,6 +34,7 @@ class _Buffer:
         self.tiles: list[FloatArray] = []
         self.squares: FloatArray = np.empty(tiles * tile_rows, np.float32)
         self.item_ids: IdArray = np.empty(tiles * tile_rows, np.int64)
+        self.numbers: IdArray = np.empty(tiles * tile_rows, np.int64)
         self.attributes: list[bytes] = []
         self.used = 0
 
@@ -45,7 +47,7 @@ class _Buffer:
         while room < rows + more:
             room *= 2
         made = _Buffer(room // self.tile_rows, self.dim, self.tile_rows)
-        for name in ("squares", "item_ids"):
+        for name in ("squares", "item_ids", "numbers"):
             getattr(made, name)[:rows] = getattr(self, name)[:rows]
         full = rows // self.tile_rows
         made.tiles = self.tiles[:full]
@@ -58,7 +60,7 @@ class _Buffer:
     def append(self, item_ids: IdArray, vectors: FloatArray, attributes: Sequence[bytes]) -> None:
         """item_ids (n,), vectors (n, dim), attributes one per row; there is room for them."""
         part = slice(self.used, self.used + len(item_ids))
-        self.item_ids[part] = item_ids
+        self.item_ids[part], self.numbers[part] = item_ids, flipped(item_ids)
         with np.errstate(over="ignore"):
             self.squares[part] = np.vecdot(vectors, vectors)
         self.attributes.extend(attributes)
@@ -75,11 +77,13 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Delta:
-    """One version. item_ids (rows,) int64 by row; live (rows,) bool, num_live of them True.
+    """One version. item_ids (rows,) int64 by row; num_live of them are live.
 
-    ids (num_live,) int64, ascending: the items of the live rows; rows_of_ids their rows.
-    largest: of the squares of its vectors' lengths, 0 without rows. tiles: (dim, rows per tile)
-    float32 each, a row's vector in each column; behind the last row are zeros, or later versions'.
+    hidden (tiles, rows per tile) bool: True for the dead rows, and behind the last row; hides: for
+    each tile whether it has such. ids (num_live,) int64, ascending: the items of the live rows;
+    rows_of_ids their rows. largest: of the squares of its vectors' lengths, 0 without rows. tiles:
+    (dim, rows per tile) float32 each, a row's vector in each column; behind the last row are zeros,
+    or later versions'.
     """
 
     metric: Metric
@@ -87,7 +91,8 @@ class Delta:
     tiles: tuple[FloatArray, ...]
     largest: float
     item_ids: IdArray
-    live: NDArray[np.bool_]
+    hidden: NDArray[np.bool_]
+    hides: tuple[bool, ...]
     ids: IdArray
     rows_of_ids: IdArray
 
@@ -101,7 +106,8 @@ class Delta:
             tiles=(),
             largest=0.0,
             item_ids=none,
-            live=none.astype(np.bool_),
+            hidden=np.empty((0, TILE_ROWS), np.bool_),
+            hides=(),
             ids=none,
             rows_of_ids=none,
         )
@@ -152,17 +158,21 @@ class Delta:
         for part in written:
             buffer.append(*part)
         end = start + more
-        live = np.ones(end, np.bool_)
-        live[:start] = self.live
-        live[dead] = False
+        tiles = tuple(buffer.tiles[: -(-end // buffer.tile_rows)])
+        hidden = np.zeros((len(tiles), buffer.tile_rows), np.bool_)
+        by_row = hidden.reshape(-1)
+        by_row[:start] = self.hidden.reshape(-1)[:start]
+        by_row[dead] = True
+        by_row[end:] = True
         ids, rows_of_ids = self._looked_up(rows_of)
         return Delta(
             metric=self.metric,
             buffer=buffer,
-            tiles=tuple(buffer.tiles[: -(-end // buffer.tile_rows)]),
+            tiles=tiles,
             largest=float(buffer.squares[start:end].max(initial=self.largest)),
             item_ids=buffer.item_ids[:end],
-            live=live,
+            hidden=hidden,
+            hides=tuple(bool(tile.any()) for tile in hidden),
             ids=ids,
             rows_of_ids=rows_of_ids,
         )

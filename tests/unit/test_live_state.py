@@ -253,19 +253,16 @@ def test_no_records_change_nothing(states) -> None:
 
 @pytest.mark.parametrize("metric", list(Metric))
 @pytest.mark.parametrize(
-    ("block_queries", "block_scores", "tile_rows", "collected", "singly", "compared"),
-    [(3, 40, 7, 1, 0, 1 << 22), (100, 1, 64, 2, 0, 0), (2, 7, 1, 0, 1, 500), (8, 999, 33, 9, 9, 1)],
+    ("block_queries", "block_scores", "tile_rows"),
+    [(3, 40, 7), (100, 1, 64), (2, 7, 1), (8, 999, 33)],
 )
 def test_any_size_of_blocks_gives_the_same(
-    monkeypatch, metric, block_queries, block_scores, tile_rows, collected, singly, compared
+    monkeypatch, metric, block_queries, block_scores, tile_rows
 ) -> None:
     """With more rows in the delta than in main, so that answers have slots to fill."""
     monkeypatch.setattr(delta_search, "BLOCK_QUERIES", block_queries)
     monkeypatch.setattr(delta_search, "BLOCK_SCORES", block_scores)
     monkeypatch.setattr(delta, "TILE_ROWS", tile_rows)
-    monkeypatch.setattr(delta_search, "SINGLY", singly)
-    monkeypatch.setattr(delta_search, "COLLECTED", collected)
-    monkeypatch.setattr(delta_search, "COMPARED", compared)
     monkeypatch.setattr(delta_search, "DIFFERENCES", 3 * DIM)
     few = ShardState.of(build_main(VECTORS[:12], metric=metric, kind="flat"), IDS[:12])
     model = Model(IDS[:12], VECTORS[:12])
@@ -282,6 +279,39 @@ def test_any_size_of_blocks_gives_the_same(
         got = state.search(queries, k, FULL)
         assert_same_answers(got, model.answer(queries, k, metric))
         assert_answer_order(got)
+
+
+@pytest.mark.parametrize("tile_rows", [4, 16])
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("k", [1, 6, 40, 100])
+def test_of_many_equal_scores_the_lowest_ids_come_back(monkeypatch, metric, tile_rows, k) -> None:
+    """Vectors of few different values, in main, in the delta, and dead ones: most scores tie."""
+    monkeypatch.setattr(delta, "TILE_ROWS", tile_rows)
+    rng = np.random.default_rng(k)
+    some = rng.integers(1, 3, (90, DIM)).astype(np.float32)
+    some[:, 2:] = 1
+    if metric is Metric.COSINE:
+        some /= np.linalg.norm(some, axis=1, keepdims=True)
+    ids = np.sort(rng.choice(1000, 20, replace=False)).astype(np.int64)
+    model = Model(ids, some[:20])
+    state = ShardState.of(build_main(some[:20], metric=metric, kind="flat"), ids)
+    records = [
+        upsert(1, rng.permutation(1000)[:70].astype(np.int64), some[20:]),
+        delete(2, ids[::3]),
+    ]
+    records.append(upsert(3, records[0].change.item_ids[:9], some[:9]))
+    state, _ = apply(state, records)
+    for record in records:
+        model.apply(record)
+    queries = np.repeat(some[:3], 4, axis=0)
+    expected = model.answer(queries, k, metric)
+    together = state.search(queries, k, FULL)
+    alone = [state.search(query[None], k, FULL) for query in queries]
+    for got in (together, Ranked(*map(np.concatenate, zip(*alone, strict=True)))):
+        assert_same_answers(got, expected)
+        assert_answer_order(got)
+        if metric is not Metric.COSINE:  # sums of small whole numbers are exact
+            np.testing.assert_array_equal(got.ids, expected.ids)
 
 
 def test_vectors_whose_squares_overflow_are_found_and_ranked(states) -> None:
