@@ -32,6 +32,7 @@ from shardline.cluster.housekeeping.erase import (
 from shardline.cluster.housekeeping.rebase import rebase
 from shardline.cluster.housekeeping.removals import Policy, Removal, old_generations
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
+from shardline.cluster.serving.start_lock import LOCK, removing
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, Unavailable
 from shardline.shards.core.files import HOST, MANIFEST_NAME, read_manifest, scratch_folder
@@ -79,7 +80,7 @@ def store(original: LiveStore, tmp_path: Path) -> LiveStore:
 
 def files_of(root: Path) -> set[str]:
     found = {path.relative_to(root).as_posix() for path in root.rglob("*")}
-    return found - {gc_command.LOCK}
+    return found - {LOCK}
 
 
 def serve(made: LiveStore, number: int) -> None:
@@ -283,7 +284,7 @@ def test_in_the_middle_of_a_switch_both_stay(store: LiveStore) -> None:
 
 
 def test_one_at_a_time(store: LiveStore) -> None:
-    with gc_command._alone(store.store), pytest.raises(Unavailable, match="at work"):
+    with removing(store.store), pytest.raises(Unavailable, match="at work"):
         store.run("gc")
     store.run("gc")
 
