@@ -72,7 +72,6 @@ def gc(
         policy = Policy(
             live=in_use.live,
             held=held,
-            loaded=held if in_use.served is not None else (),
             keep=0 if erase else settings.config.housekeeping.keep_generations,
             keep_log_bytes=settings.config.live.keep_log_bytes,
             keep_embeddings=embeddings,

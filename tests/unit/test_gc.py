@@ -150,7 +150,7 @@ def test_where_nobody_can_tell_what_is_in_use_nothing_goes(store: LiveStore, not
 def test_which_generations_are_old(
     live: int | None, held: set[int], keep: int, old: list[int]
 ) -> None:
-    policy = Policy(live=live, held=held, loaded=(), keep=keep, keep_log_bytes=0)
+    policy = Policy(live=live, held=held, keep=keep, keep_log_bytes=0)
     assert old_generations([1, 2, 3, 4, 5, 6, 7], policy) == old
 
 
@@ -521,7 +521,7 @@ def test_beside_a_cluster_the_primary_trims(tmp_path: Path) -> None:
     drop_superseded(made.store, done, is_loaded=True, waiting=primary.waiting)
     assert 20 < primary.time - primary.began < 40
     for unlisted in removals_module.removals(
-        made.store, Policy(live=1, held={1}, loaded={1}, keep=0, keep_log_bytes=0)
+        made.store, Policy(live=1, held={1}, keep=0, keep_log_bytes=0)
     ):
         removals_module.remove(made.store, unlisted, set)
     assert marked(made, [MARKER.encode(), needle]) == []
