@@ -178,10 +178,11 @@ def test_the_primary_compacts_anew_and_the_delta_does_not_fill(generation: Path)
     assert started == [1], "the disk may be failing"
     now_s[0] += 1
     expected = contents(shard)
-    loaded = None
-    while loaded is None:
+    loaded = change.turn(writes.state, leads=True)
+    while loaded is None and change.is_busy:
         loaded = change.turn(writes.state, leads=True)
     assert started == [1, 1], "of the same write"
+    assert loaded is not None
     assert writes.adopt(loaded)
     change.main_seq = loaded.main_seq
     assert (shard.state.delta.rows, loaded.main_seq) == (0, 1)
@@ -277,6 +278,9 @@ def test_what_cannot_be_removed_is_no_success(
         patch.setattr(os, "unlink", refuses)
         with pytest.raises(PermissionError, match=INDEX_NAME):
             made.run("gc", "--erase")
+        done = erase.Erasure(generation=1, shard=0, seq=2)
+        with pytest.raises(PermissionError, match=INDEX_NAME):
+            erase.drop_superseded(made.store, done, is_loaded=False)
     assert (main_folder(live, 1) / INDEX_NAME).exists()
     remove_older(live, kept=1)
     assert not main_folder(live, 1).exists()
