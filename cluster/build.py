@@ -118,12 +118,11 @@ def build_checked(
 
     The build's seconds are those of both parts, not of what the caller did between them.
     """
+    store.generations.mkdir(parents=True, exist_ok=True)
     files.remove_abandoned(store.generations)
-    number = store.next_generation()
+    number = store.claim_generation()  # a restore may put another one in place meanwhile
     with files.staged_folder(store.generation(number)) as staging:
-        manifest = fill_generation(staging, number, checked, run_jobs=run_jobs, progress=progress)
-        store.remember_generation(number)
-    return manifest
+        return fill_generation(staging, number, checked, run_jobs=run_jobs, progress=progress)
 
 
 def fill_generation(

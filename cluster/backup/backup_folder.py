@@ -8,7 +8,13 @@ from pathlib import Path, PurePosixPath
 
 from pyarrow import fs
 
-from shardline.shards.core.errors import CorruptFile, DataError, NotFound, last_line
+from shardline.shards.core.errors import (
+    CorruptFile,
+    DataError,
+    NotFound,
+    ShardlineError,
+    last_line,
+)
 from shardline.shards.core.files import FileEntry, fsync_folder
 from shardline.shards.core.small_files import open_regular
 from shardline.shards.storage.locations import Location
@@ -47,7 +53,12 @@ class BackupFolder:
         return sorted(PurePosixPath(each.path).relative_to(path).as_posix() for each in found)
 
     def has(self, name: str) -> bool:
-        return self.location.child(name).is_file
+        with self._told(name):
+            return bool(self._type(name) == fs.FileType.File)
+
+    def path_of(self, name: str) -> str:
+        """For messages."""
+        return f"{self.url.rstrip('/')}/{name}"
 
     def write(self, name: str, blocks: Iterable[bytes], copied: Copied = lambda size: None) -> None:
         """Makes or replaces a file. What cannot be finished leaves nothing under this name, but for
@@ -97,7 +108,7 @@ class BackupFolder:
                     break
                 file.write(block)
                 copied(len(block))
-        path = f"{self.url}/{entry.name}"
+        path = self.path_of(entry.name)
         if size != entry.bytes:
             got = f"{size} bytes" if size < entry.bytes else "more"
             raise CorruptFile(f"{path}: wrong size", expected=f"{entry.bytes} bytes", got=got)
@@ -116,13 +127,13 @@ class BackupFolder:
             NotFound: there is none. CorruptFile: it is larger.
         """
         if not self.has(name):
-            raise NotFound(f"{self.url}/{name}: no such file")
+            raise NotFound(f"{self.path_of(name)}: no such file")
         content = b""
         for block in self._blocks(name):
             content += block
             if len(content) > limit:
                 raise CorruptFile(
-                    f"{self.url}/{name}: too large", expected=f"at most {limit:,} bytes"
+                    f"{self.path_of(name)}: too large", expected=f"at most {limit:,} bytes"
                 )
         return content
 
@@ -130,9 +141,10 @@ class BackupFolder:
         """A file, or a folder with all that is in it; does nothing where there is none."""
         where = self.location.child(name)
         with self._told(name):
-            if where.is_folder:
+            kind = self._type(name)
+            if kind == fs.FileType.Directory:
                 where.system.delete_dir(where.path)
-            elif where.is_file:
+            elif kind == fs.FileType.File:
                 where.system.delete_file(where.path)
 
     def sync(self) -> None:
@@ -144,31 +156,31 @@ class BackupFolder:
 
     def _blocks(self, name: str) -> Iterator[bytes]:
         where = self.location.child(name)
-        if not where.is_file:
+        if not self.has(name):
             raise CorruptFile(
-                f"{self.url}/{name}: missing", hint="the copy is not whole: restore another one"
+                f"{self.path_of(name)}: missing", hint="the copy is not whole: restore another one"
             )
         with self._told(name), where.stream() as stream:
             while block := stream.read(BLOCK_BYTES):
                 yield block
 
+    def _type(self, name: str) -> fs.FileType:
+        where = self.location.child(name)
+        return where.system.get_file_info(where.path).type
+
     @contextmanager
     def _told(self, name: str) -> Iterator[None]:
-        """Libraries of remote file systems raise what they like, without a path."""
+        """Libraries of remote file systems raise what they like, without a path: botocore's and
+        google's errors are plain Exceptions."""
         try:
             yield
-        except OSError as error:
-            if error.errno is not None:
+        except ShardlineError:
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise self._failed(name, error) from error
-        except (ValueError, NotImplementedError, RuntimeError) as error:
-            if isinstance(error, CorruptFile | DataError):
-                raise
-            raise self._failed(name, error) from error
-
-    def _failed(self, name: str, error: Exception) -> DataError:
-        path = f"{self.url}/{name}".rstrip("/")
-        return DataError(f"{path}: cannot be read or written", got=last_line(error))
+            path = self.path_of(name).rstrip("/")
+            raise DataError(f"{path}: cannot be read or written", got=last_line(error)) from error
 
 
 def _fsync(path: Path) -> None:

@@ -6,6 +6,9 @@ shard's main index goes to ``<store>/live`` an instant before the generation app
 is killed between the two, ``shardline gc`` removes it, and nobody ever uses its number.
 """
 
+import errno
+import logging
+import os
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -20,13 +23,16 @@ from shardline.cluster.spread import Progress
 from shardline.cluster.store import Store
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.files import MANIFEST_NAME, FileEntry
+from shardline.shards.core.files import FileEntry
+from shardline.shards.live.live_rows import newest_write
 from shardline.shards.storage.cut import Cut, cut_of
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
     write_generation,
 )
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "restored"  # among the generations, until it is one
 STAGE = "restore, MiB"
@@ -70,7 +76,7 @@ def restore_snapshot(
         )
         write_generation(ready, manifest)
         store.raise_counter(EPOCH)
-        _note_writes(snapshot, manifest.cut, writes)
+        _note_writes(manifest, ready, writes)
         _put_in_place(store, number, ready, writes)
     return manifest
 
@@ -98,7 +104,9 @@ def _below(entry: FileEntry, name: str) -> Path:
 
 def _cut(store: Store, snapshot: Snapshot) -> Cut | None:
     """Which writes of this store's own generation the snapshot holds, if it was taken of one of
-    these: in another store a generation of the same number is another one."""
+    these: in another store a generation of the same number is another one. None too where that
+    one's log is shorter, having been cut or put back from a copy: its next writes are others than
+    those that the snapshot holds under their numbers."""
     number = snapshot.generation.generation
     try:
         own = read_generation(store.generation(number))
@@ -106,22 +114,49 @@ def _cut(store: Store, snapshot: Snapshot) -> Cut | None:
         return None
     taken = snapshot.generation
     is_same = (own.template, own.created_at) == (taken.template, taken.created_at)
-    return cut_of(number, snapshot.seqs, own.cut) if is_same else None
+    if not is_same or not _holds(store.generation(number), snapshot.seqs):
+        return None
+    return cut_of(number, snapshot.seqs, own.cut)
 
 
-def _note_writes(snapshot: Snapshot, cut: Cut | None, writes: Path) -> None:
-    """Has a mirror know that the log in ``writes`` holds nothing that the generation of ``cut``
-    lacks. Raises OSError."""
-    if cut is not None and writes.is_dir():
-        seqs, run = cut.seqs, new_run()
-        note = Replayed(
-            generation=cut.generation, seqs=seqs, sending=seqs, run=run, back=snapshot.seqs
+def _holds(generation: Path, seqs: tuple[int, ...]) -> bool:
+    """Whether the logs of a generation go on to these writes."""
+    try:
+        return all(
+            # its last writes count in any case: they were certain when the snapshot was taken
+            newest_write(generation, shard, is_written=_nobody, sleep=_at_once) >= seq
+            for shard, seq in enumerate(seqs)
         )
+    except (ShardlineError, OSError) as error:
+        logger.error("%s; `shardline publish` will replay all writes", error)
+        return False
+
+
+def _nobody() -> bool:
+    return False
+
+
+def _at_once(seconds: float) -> None:
+    """Does not wait."""
+
+
+def _note_writes(manifest: GenerationManifest, ready: Path, writes: Path) -> None:
+    """Has a mirror know that the log in ``writes``, that of the generation ``ready``, holds nothing
+    that the generation of its cut lacks. Raises OSError."""
+    cut = manifest.cut
+    if cut is not None and writes.is_dir():
+        back = tuple(newest_write(ready, entry.shard) for entry in manifest.shards)
+        seqs, run = cut.seqs, new_run()
+        note = Replayed(generation=cut.generation, seqs=seqs, sending=seqs, run=run, back=back)
         write_note(writes, note)
 
 
 def _put_in_place(store: Store, number: int, ready: Path, writes: Path) -> None:
+    """Raises FileExistsError: a generation of this number is there; OSError: of the disk. Nothing
+    of what was to be put in place is there then."""
     target, live = store.generation(number), store.writes(number)
+    if target.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     ready.chmod(0o755)
     files.fsync_tree(ready)
     has_writes = writes.is_dir()
@@ -133,7 +168,7 @@ def _put_in_place(store: Store, number: int, ready: Path, writes: Path) -> None:
     try:
         ready.rename(target)
     except BaseException:
-        if has_writes and not (target / MANIFEST_NAME).is_file():
+        if has_writes and ready.is_dir():  # not renamed, or it would be the generation's log by now
             shutil.rmtree(live, ignore_errors=True)
         raise
     files.fsync_folder(target.parent)

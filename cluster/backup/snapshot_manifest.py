@@ -10,7 +10,7 @@ from 1 on. Idempotency keys of earlier ones are not kept.
 """
 
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from shardline.cluster.backup.backup_folder import BackupFolder
@@ -77,7 +77,7 @@ def read_snapshot(folder: BackupFolder) -> Snapshot:
             f"{folder.url}: no complete snapshot here",
             hint=f"{MANIFEST_NAME}, which is written last, is missing",
         ) from error
-    path = Path(folder.url) / MANIFEST_NAME
+    path = folder.path_of(MANIFEST_NAME)
     body = decode_manifest(data, path, kind=KIND, version=FORMAT_VERSION)
     try:
         return _from_json(body)

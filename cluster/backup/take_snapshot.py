@@ -1,9 +1,12 @@
 """Takes a snapshot of a generation from its files, while it is served and written, or while not."""
 
+import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from shardline.cluster.backup.backup_folder import BackupFolder, Copied
@@ -15,7 +18,7 @@ from shardline.shards.core.files import MANIFEST_NAME, FileEntry
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import make_durable
 from shardline.shards.live.log import GROUP_BYTES, Log
-from shardline.shards.live.log_tail import LogTail
+from shardline.shards.live.log_tail import read_settled
 from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, read_main
 from shardline.shards.live.records import Record, Upsert
 from shardline.shards.storage.generation import (
@@ -28,29 +31,42 @@ from shardline.shards.storage.generation import (
 )
 
 UNFINISHED = "_unfinished"  # in a folder that is not whole yet, so that another try may replace it
+MARK_BYTES = 4096  # more than a mark has
 STAGE = "snapshot, MiB"
 EPOCH = 1  # of the writes in a snapshot: any store has given out higher ones, or gives them next
 
 
 def take_snapshot(
-    store: Store, number: int, url: str, progress: Progress = lambda stage, done, total: None
+    store: Store,
+    number: int,
+    url: str,
+    progress: Progress = lambda stage, done, total: None,
+    *,
+    is_loaded: Callable[[], bool] = lambda: True,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Snapshot:
     """Copies generation ``number``, and of each shard all writes until now, to a folder or URL.
 
     Whatever ends it early leaves a folder that ``restore_snapshot`` refuses, and that another call
-    replaces. Progress stage: STAGE; the total is an estimate until the end.
+    replaces. Progress stage: STAGE; the total is an estimate until the end. is_loaded: whether a
+    cluster may write the generation, asked where a shard's new primary does not begin.
 
     Raises:
-        InvalidInput: something else is in the folder, or a whole snapshot.
+        InvalidInput: something else is in the folder, or a whole snapshot; or another snapshot is
+        being written there.
         NotFound, CorruptFile: of the generation's files; named. OSError, DataError: of either disk.
+        Unavailable: of a shard nobody can tell whether its last writes hold: ``read_settled``.
     """
-    source, folder = store.generation(number), BackupFolder(url)
+    source, folder = store.generation(number), _Target(url)
     manifest = read_generation(source)
-    _begin(folder)
+    folder.begin()
     copied = _counted(progress, sum(entry.bytes for entry in manifest.files))
     for entry in manifest.common_files:
         _put_as(folder, source, entry, f"{GENERATION}/{entry.name}", copied)
-    shards = [_copy_shard(source, manifest, shard, folder, copied) for shard in manifest.shards]
+    read = partial(read_settled, is_written=is_loaded, sleep=sleep)
+    shards = [
+        _copy_shard(source, manifest, shard, folder, copied, read) for shard in manifest.shards
+    ]
     snapshot = Snapshot(
         generation=replace(manifest, shards=tuple(shard.entry for shard in shards)),
         seqs=tuple(shard.seq for shard in shards),
@@ -58,6 +74,7 @@ def take_snapshot(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     folder.sync()
+    folder.check_alone()
     write_snapshot(folder, snapshot)
     folder.remove(UNFINISHED)
     folder.sync()
@@ -66,22 +83,43 @@ def take_snapshot(
     return snapshot
 
 
-def _begin(folder: BackupFolder) -> None:
-    """An empty folder, but for a mark in it."""
-    if folder.has(MANIFEST_NAME):
-        raise InvalidInput(
-            f"{folder.url}: a snapshot is there already", hint="name another folder, or remove it"
-        )
-    names = folder.names()
-    if names and UNFINISHED not in names:
-        raise InvalidInput(
-            f"{folder.url}: not empty", got=names[0], hint="name a new or an empty folder"
-        )
-    folder.write(
-        UNFINISHED, [b"A snapshot is being written here, or its writer has ended early.\n"]
-    )
-    for name in (GENERATION, LIVE):
-        folder.remove(name)
+class _Target(BackupFolder):
+    """The folder, for one snapshot: once another one begins in it, nothing more is put into it."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self._mark = (
+            "A snapshot is being written here, or its writer has ended early.\n"
+            f"{secrets.token_hex(8)}\n"
+        ).encode()
+
+    def begin(self) -> None:
+        """Empties what an earlier try has left, and puts a mark in."""
+        if self.has(MANIFEST_NAME):
+            raise InvalidInput(
+                f"{self.url}: a snapshot is there already", hint="name another folder, or remove it"
+            )
+        names = self.names()
+        if names and UNFINISHED not in names:
+            raise InvalidInput(
+                f"{self.url}: not empty", got=names[0], hint="name a new or an empty folder"
+            )
+        self.write(UNFINISHED, [self._mark])
+        for name in (GENERATION, LIVE):
+            self.check_alone()
+            self.remove(name)
+
+    def check_alone(self) -> None:
+        """Raises InvalidInput: another writer has begun here since."""
+        if not self.has(UNFINISHED) or self.read(UNFINISHED, MARK_BYTES) != self._mark:
+            raise InvalidInput(
+                f"{self.url}: another snapshot is being written here, or was",
+                hint="name a folder of its own for each",
+            )
+
+    def put(self, source: Path, name: str, copied: Copied = lambda size: None) -> FileEntry:
+        self.check_alone()
+        return super().put(source, name, copied)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,13 +137,14 @@ def _copy_shard(
     shard: ShardEntry,
     folder: BackupFolder,
     copied: Copied,
+    read: Callable[[Path, int], list[Record]],
 ) -> _Shard:
+    """read: the records of a log after a write, as ``read_settled``."""
     live = live_folder(source, shard.shard)
     while True:
         main = (compacted_seqs(live) or [0])[-1]
         try:
-            tail = LogTail(live, after_seq=main)
-            records = tail.read_proven()
+            records = read(live, main)
             make_durable(live)
             if main:
                 entry = _copy_main(live, main, manifest, shard.shard, folder, copied)

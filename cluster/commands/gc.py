@@ -1,10 +1,8 @@
 """``gc``: removes what a store no longer needs, and erases what was deleted."""
 
-import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import asdict, replace
 
 import click
@@ -15,6 +13,7 @@ from shardline.cluster.control.publish_note import InUse, in_use_in
 from shardline.cluster.housekeeping.erase import Erasure, compact_away, drop_superseded
 from shardline.cluster.housekeeping.held import Held, held_generations, held_on_record
 from shardline.cluster.housekeeping.removals import Policy, Removal, removals, remove
+from shardline.cluster.serving.start_lock import removing
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.files import MANIFEST_NAME
@@ -22,7 +21,6 @@ from shardline.shards.live.compaction import NICENESS
 from shardline.shards.storage.generation import read_generation
 
 MIB = 1 << 20
-LOCK = "gc.lock"
 
 
 @click.command()
@@ -62,7 +60,7 @@ def gc(
     if keep is not None:
         settings.extra_overrides.append(f"housekeeping.keep_generations={keep}")
     store = settings.store
-    with _alone(store):
+    with removing(store):
         in_use = held_generations(settings.config, verbose=settings.verbose)
         erased: list[Erasure] = []
         if erase and not dry_run:
@@ -74,7 +72,6 @@ def gc(
         policy = Policy(
             live=in_use.live,
             held=held,
-            loaded=held if in_use.served is not None else (),
             keep=0 if erase else settings.config.housekeeping.keep_generations,
             keep_log_bytes=settings.config.live.keep_log_bytes,
             keep_embeddings=embeddings,
@@ -126,7 +123,7 @@ def _erased(store: Store, in_use: Held, progress: StageProgress) -> list[Erasure
 
 
 def _dropped(store: Store, done: Erasure, *, is_served: bool) -> Erasure:
-    """With the log behind it, unless somebody has begun to read that."""
+    """With the log behind it, unless somebody has begun to read that. Raises OSError."""
     reason = _followed(in_use_in(store.root)) if is_served and done.left is None else None
     if reason is not None:
         return replace(done, left=f"{reason} by now, from its log; try again after that")
@@ -141,22 +138,6 @@ def _followed(noted: InUse) -> str | None:
     if noted.beside is not None:
         return f"generation {noted.beside} is kept for a rollback, and is brought all writes"
     return None
-
-
-@contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Raises Unavailable: another gc of this store is at work."""
-    handle = os.open(store.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Unavailable(
-                f"{store.root}: another `shardline gc` is at work", hint="wait for its end"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 def _print(found: list[Removal], dry_run: bool) -> None:

@@ -11,9 +11,11 @@ from shardline.cluster.console import print_table
 from shardline.cluster.control.publish_note import InUse, in_use_in
 from shardline.cluster.housekeeping.held import Held
 from shardline.cluster.housekeeping.removals import bytes_of, remove_generation
-from shardline.cluster.serving.endpoint import find_endpoint, serving_now
+from shardline.cluster.serving.endpoint import noted_generation, serving_now
+from shardline.cluster.serving.served import served_generation
+from shardline.cluster.serving.start_lock import removing
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, InvalidInput, NotFound, ShardlineError
+from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError
 from shardline.shards.core.files import MANIFEST_NAME, abandoned_folders
 from shardline.shards.storage.generation import read_generation
 
@@ -33,7 +35,7 @@ def list_generations(settings: Settings, as_json: bool) -> None:
     store = settings.store
     named = {
         "live": _named(_live, store),
-        "served": _named(_served, store),
+        "served": _named(lambda _: served_generation(settings.config), store),
         "beside": _named(lambda _: _noted(settings).beside, store),
     }
     found = [_described(store, number, named) for number in store.generation_numbers()]
@@ -71,20 +73,22 @@ def delete(settings: Settings, number: int) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         known = ", ".join(map(str, store.generation_numbers()))
         raise NotFound(f"{folder}: no such generation", expected=f"one of {known or 'none'}")
-    held = _held(settings)
-    if number in held:
-        raise _in_use(number, held[number])
-    size = bytes_of(folder) + bytes_of(store.writes(number))
-    if not remove_generation(store, number, lambda: _held(settings)):
-        raise _in_use(number, "in use by now")
+    with removing(store):  # no cluster starts meanwhile
+        held = _held(settings, served_generation(settings.config, verbose=settings.verbose))
+        if number in held:
+            raise _in_use(number, held[number])
+        size = bytes_of(folder) + bytes_of(store.writes(number))
+        # under the store's lock, which a controller may wait for: no cluster is asked
+        if not remove_generation(store, number, lambda: _held(settings, noted_generation(store))):
+            raise _in_use(number, "in use by now")
     click.echo(f"{folder}: deleted, {size / MIB:,.1f} MiB")
 
 
-def _held(settings: Settings) -> dict[int, str]:
+def _held(settings: Settings, served: int | None) -> dict[int, str]:
     """Number -> why it may not be deleted."""
     noted = _noted(settings)  # before CURRENT, which a switch changes first
     store = settings.store
-    return Held(live=_live(store), noted=noted, served=_served(store)).reasons
+    return Held(live=_live(store), noted=noted, served=served).reasons
 
 
 def _in_use(number: int, what: str) -> InvalidInput:
@@ -96,10 +100,11 @@ def _in_use(number: int, what: str) -> InvalidInput:
 
 
 def _named(which: Callable[[Store], int | None], store: Store) -> int | None:
-    """The number; None, and a warning, where the file that names it is damaged."""
+    """The number; None, and a warning, where the file that names it is damaged, or the cluster that
+    knows it does not answer."""
     try:
         return which(store)
-    except CorruptFile as error:
+    except ShardlineError as error:
         click.echo(f"warning: {error}", err=True)
         return None
 
@@ -107,14 +112,6 @@ def _named(which: Callable[[Store], int | None], store: Store) -> int | None:
 def _live(store: Store) -> int | None:
     try:
         return store.current()
-    except NotFound:
-        return None
-
-
-def _served(store: Store) -> int | None:
-    """The generation that a cluster of this store serves, if one runs."""
-    try:
-        return find_endpoint(store).generation
     except NotFound:
         return None
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from shardline.cluster.serving.endpoint import refuse_if_served, remove_own_note
 from shardline.cluster.serving.leftovers import reap_orphans
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.serving.serving_keys import serving_keys
+from shardline.cluster.serving.start_lock import starting
 from shardline.cluster.store import Store
 from shardline.shards.storage.generation import read_generation
 
@@ -62,10 +64,11 @@ def serve(
     config = settings.config
     address = config.cluster.address
     reap_orphans()  # one of them may hold the port that is looked at next
-    check_serving(config, generation)  # not its number: another may go live while Ray starts
-    keys = serving_keys(config)
-    _warn_of_other_shards(settings, config, generation)
-    with StageProgress() as progress:
+    with ExitStack() as until_served, StageProgress() as progress:
+        until_served.enter_context(starting(settings.store))
+        check_serving(config, generation)  # not its number: another may go live while Ray starts
+        keys = serving_keys(config)
+        _warn_of_other_shards(settings, config, generation)
         progress.note("starting Ray" if address == "local" else f"joining Ray at {address}")
         with ray_for(
             address,
@@ -83,6 +86,7 @@ def serve(
             with serving(
                 config, keys=keys, generation=generation, on_stage=progress.note
             ) as endpoint:
+                until_served.close()
                 line = _ready_line(endpoint.generation, (endpoint.url,))
                 ending.wait(partial(progress.note, line))
                 progress.note("stopping")

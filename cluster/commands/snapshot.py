@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from functools import partial
 
 import click
 
@@ -11,6 +12,7 @@ from shardline.cluster.backup.snapshot_manifest import Snapshot, read_snapshot
 from shardline.cluster.backup.take_snapshot import take_snapshot
 from shardline.cluster.cli import Settings
 from shardline.cluster.console import StageProgress
+from shardline.cluster.housekeeping.held import held_generations
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.machine import check_store
 from shardline.cluster.serving.going_live import cluster_there, made_live
@@ -39,7 +41,9 @@ def snapshot(settings: Settings, dest: str, generation: int | None, as_json: boo
     store = settings.store
     number = store.current() if generation is None else generation
     with StageProgress() as progress:
-        taken = take_snapshot(store, number, dest, progress)
+        taken = take_snapshot(
+            store, number, dest, progress, is_loaded=partial(_is_loaded, settings, number)
+        )
     if as_json:
         click.echo(json.dumps(_report(taken, dest), indent=2))
         return
@@ -96,6 +100,15 @@ def _restored(settings: Settings, source: str, shards: int | None, progress: Pro
         settings.store, source, num_shards=shards, threads=threads, progress=progress
     )
     return made.generation
+
+
+def _is_loaded(settings: Settings, number: int) -> bool:
+    """Whether a cluster has the generation loaded, or may have it.
+
+    Raises: as ``held_generations``.
+    """
+    held = held_generations(settings.config, verbose=settings.verbose)
+    return held.served is not None and number in held.reasons
 
 
 def _is_live(store: Store, number: int) -> bool:

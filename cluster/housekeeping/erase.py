@@ -24,7 +24,8 @@ from shardline.shards.live.live_rows import newest_write
 from shardline.shards.live.log import Log
 from shardline.shards.live.log_files import FILES
 from shardline.shards.live.log_segments import SegmentName, segment_names
-from shardline.shards.live.mains import compacted_seqs, main_folder, remove_older
+from shardline.shards.live.log_tail import LogTail
+from shardline.shards.live.mains import compacted_seqs, main_folder, read_main, remove_older
 
 ROUNDS = 3  # of compactions: a segment that was written on meanwhile goes with the next one
 CHANGEOVER_S = 60.0  # a primary loads a main index within this, or has trouble
@@ -61,18 +62,24 @@ def compact_away(
     meanwhile.
 
     Raises:
-        CorruptFile, NotFound: of the shard's files. Unavailable: of its log. OSError: of the disk.
+        CorruptFile, NotFound: of the shard's files. Unavailable: of its log, which a primary that
+        has not begun leads, or which cannot be written. OSError: of the disk.
     """
     waiting = waiting or Waiting()
     folder = store.generation(number)
     live = live_folder(folder, shard)
-    seq = newest_write(folder, shard)
+    if not is_loaded:
+        _settle(store, live)
+    seq = newest_write(folder, shard, sleep=waiting.sleep)
     if not seq:
         return Erasure(generation=number, shard=shard, seq=0)
     try:
         left = None
         if not is_loaded:
-            _trim(store, live, compact(folder, shard, until=seq).seq)
+            made = compact(folder, shard, until=seq)
+            # the log is the only other copy
+            read_main(live, made.seq, generation=number, shard=shard)
+            _trim(store, live, made.seq)
         elif not _trimmed_by_primary(folder, shard, seq, waiting):
             left = "its primary has not changed over to a new main index; try again"
     except InvalidInput as error:
@@ -86,7 +93,7 @@ def drop_superseded(
     store: Store, done: Erasure, *, is_loaded: bool, waiting: Waiting | None = None
 ) -> None:
     """Removes what ``compact_away`` has made unnecessary of a shard's log and compactions; what was
-    built is in ``removals`` then. Raises OSError."""
+    built is in ``removals`` then. Raises OSError: something of it may still be there."""
     if done.left is None and done.seq:
         live = live_folder(store.generation(done.generation), done.shard)
         if is_loaded:
@@ -95,11 +102,26 @@ def drop_superseded(
         remove_older(live, kept=1)
 
 
-def _trim(store: Store, live: Path, seq: int) -> None:
-    """Of a shard that nobody has loaded: what its primary would do."""
+def _settle(store: Store, live: Path) -> None:
+    """Of a shard that nobody has loaded, and whose newest primary has ended before it began: what
+    the next one would do, so that the last writes are certain."""
+    seq = (compacted_seqs(live) or [0])[-1]
+    tail = LogTail(live, after_seq=seq)
+    tail.read_proven()
+    if tail.left_out:
+        _lead(store, live, seq).close()
+
+
+def _lead(store: Store, live: Path, seq: int) -> Log:
+    """Of a shard that nobody has loaded; its files hold write ``seq``."""
     epoch = max(store.counter(), read_epoch(live)) + 1
     store.raise_counter(epoch)
-    log, _ = Log.open(live, epoch, after_seq=seq)
+    return Log.open(live, epoch, after_seq=seq)[0]
+
+
+def _trim(store: Store, live: Path, seq: int) -> None:
+    """Of a shard that nobody has loaded: what its primary would do."""
+    log = _lead(store, live, seq)
     try:
         log.roll()
         log.trim(seq)
@@ -111,7 +133,8 @@ def _trimmed_by_primary(folder: Path, shard: int, seq: int, waiting: Waiting) ->
     """Compacts until the log holds none of the first ``seq`` writes; False: it still does."""
     live = live_folder(folder, shard)
     for _ in range(ROUNDS):
-        made = compact(folder, shard, until=newest_write(folder, shard))
+        newest = newest_write(folder, shard, sleep=waiting.sleep)
+        made = compact(folder, shard, until=newest)
         until = waiting.now() + CHANGEOVER_S
         while waiting.now() < until:
             segments = _segments(live)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.control.publish_note import InUse, in_use_in
+from shardline.cluster.serving.endpoint import noted_generation
 from shardline.cluster.serving.served import served_generation
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import NotFound
@@ -29,7 +30,8 @@ class Held:
 
 
 def held_on_record(store: Store) -> Held:
-    """As the store's files say, without asking a cluster.
+    """As the store's files say, without asking a cluster: of those that serve, one on this machine
+    has left a note there.
 
     Raises:
         CorruptFile: CURRENT or a note is damaged, so that nobody can tell.
@@ -39,7 +41,7 @@ def held_on_record(store: Store) -> Held:
         live = store.current()
     except NotFound:
         live = None
-    return Held(live=live, noted=noted)
+    return Held(live=live, noted=noted, served=noted_generation(store))
 
 
 def held_generations(config: ShardlineConfig, *, verbose: bool = False) -> Held:

@@ -2,7 +2,8 @@
 of it that anybody takes for a whole, and that the next time removes the rest.
 """
 
-import shutil
+import os
+import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,10 +12,16 @@ from pathlib import Path
 from shardline.cluster.backup.restore import FOLDER as RESTORED
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.files import LIVE_FOLDER, MANIFEST_NAME, abandoned_folders, number_of
+from shardline.shards.core.files import (
+    LIVE_FOLDER,
+    MANIFEST_NAME,
+    abandoned_folders,
+    number_of,
+    remove_tree,
+)
 from shardline.shards.live.kept_segments import surplus
 from shardline.shards.live.log_files import FILES
-from shardline.shards.live.mains import KEPT, superseded
+from shardline.shards.live.mains import superseded
 from shardline.shards.storage.generation import read_generation
 
 _STAGED = f".{RESTORED}.*"
@@ -44,13 +51,12 @@ class Removal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """live: what CURRENT names. held: generations that nobody may touch. loaded: those of which
-    replicas may be loading files now. keep: older ones to leave. keep_log_bytes: of each shard.
-    keep_embeddings: embedding sets to leave, the newest; None: all."""
+    """live: what CURRENT names. held: generations that nobody may touch. keep: older ones to leave.
+    keep_log_bytes: of each shard. keep_embeddings: embedding sets to leave, the newest; None: all.
+    """
 
     live: int | None
     held: Collection[int]
-    loaded: Collection[int]
     keep: int
     keep_log_bytes: int
     keep_embeddings: int | None = None
@@ -72,9 +78,8 @@ def removals(store: Store, policy: Policy) -> list[Removal]:
     for number in store.generation_numbers():
         if number not in gone:
             found += _described(Kind.UNFINISHED, _unlisted_shards(store.generation(number)))
-            kept = KEPT if number in policy.loaded else 1
             for live in _shard_folders(store.writes(number)):
-                found += _described(Kind.COMPACTION, superseded(live, kept))
+                found += _described(Kind.COMPACTION, superseded(live))
                 found += _described(Kind.LOG, surplus(live, policy.keep_log_bytes, FILES))
     if policy.keep_embeddings is not None:
         found += _described(Kind.EMBEDDINGS, _old_embeddings(store, policy.keep_embeddings))
@@ -98,7 +103,7 @@ def remove(store: Store, removal: Removal, in_use: Callable[[], Collection[int]]
         return remove_generation(store, number, in_use)
     if removal.path.is_dir():
         (removal.path / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
-        shutil.rmtree(removal.path)
+        remove_tree(removal.path)
     else:
         removal.path.unlink(missing_ok=True)
     return True
@@ -110,17 +115,26 @@ def remove_generation(store: Store, number: int, in_use: Callable[[], Collection
     store.remember_generation(number)  # one from before `build` did so
     if not store.retire(number, in_use):
         return False
-    shutil.rmtree(store.generation(number))
-    if store.writes(number).exists():
-        shutil.rmtree(store.writes(number))
+    remove_tree(store.generation(number))
+    remove_tree(store.writes(number))
     return True
 
 
 def bytes_of(path: Path) -> int:
-    """Of a file, or of all below a folder; 0 where there is nothing."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    """Of a file, or of all below a folder; 0 where there is nothing. What goes meanwhile, beside a
+    cluster say, counts or not."""
+    size = _file_bytes(path)
+    for folder, _, names in os.walk(path):  # passes over folders that are gone
+        size += sum(_file_bytes(Path(folder) / name) for name in names)
+    return size
+
+
+def _file_bytes(path: Path) -> int:
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def _described(kind: Kind, paths: Iterator[Path] | list[Path]) -> list[Removal]:

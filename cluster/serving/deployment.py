@@ -6,10 +6,11 @@ cluster is found through its controller (``cluster.serving.launched``).
 """
 
 import os
+import platform
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ from shardline.cluster.serving.launched import (
 )
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.serving.serving_keys import ServingKeys, serving_keys
+from shardline.cluster.serving.start_lock import starting
 from shardline.cluster.serving.stopping import stop_launched, stop_serving
 from shardline.cluster.serving.survey import survey
 from shardline.cluster.store import Store
@@ -89,27 +91,31 @@ def serving(
         NotFound: there is no such generation, or no such key file.
         ConfigError: the keys are not to be used.
         CorruptFile: a file of the generation does not match its checksum.
-        Unavailable: the store is being served already, the port is taken, a shard cannot be
-            placed, or something did not become ready in time.
+        Unavailable: the store is being served already, or a gc is at work in it; the port is taken,
+            a shard cannot be placed, or something did not become ready in time.
     """
     store = Store(config.store.resolve())
-    refuse_if_served(store)
-    started = start_serving(config, keys=keys, generation=generation, on_stage=on_stage)
-    endpoint = Endpoint(
-        url=started.urls[0],
-        generation=started.generation,
-        pid=os.getpid(),
-        started=psutil.Process().create_time(),
-        key_file=started.key_file,
-    )
-    try:
-        leave_note(store, endpoint)
-        yield endpoint
-    finally:
+    with ExitStack() as until_noted:
+        until_noted.enter_context(starting(store))
+        refuse_if_served(store)
+        started = start_serving(config, keys=keys, generation=generation, on_stage=on_stage)
+        endpoint = Endpoint(
+            url=started.urls[0],
+            generation=started.generation,
+            pid=os.getpid(),
+            started=psutil.Process().create_time(),
+            key_file=started.key_file,
+            host=platform.node(),
+        )
         try:
-            stop_serving(keep_serve=True)
+            leave_note(store, endpoint)
+            until_noted.close()
+            yield endpoint
         finally:
-            remove_note(store, endpoint)
+            try:
+                stop_serving(keep_serve=True)
+            finally:
+                remove_note(store, endpoint)
 
 
 def start_serving(

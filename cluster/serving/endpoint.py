@@ -5,6 +5,7 @@ The serving process in the foreground writes the note; ``status``, ``query`` and
 
 import logging
 import os
+import platform
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Endpoint:
     """Where a cluster answers, and the foreground process that serves it.
 
     ``started`` is that process's creation time in seconds: the pid may be reused by another later.
-    ``key_file`` None: the cluster requires no key, or took its keys from the environment.
+    ``key_file`` None: the cluster requires no key, or took its keys from the environment. ``host``:
+    the name of the process's host, or container; "": not known, of a version that did not note it.
     """
 
     url: str
@@ -55,6 +57,7 @@ class Endpoint:
     pid: int
     started: float
     key_file: str | None = None
+    host: str = ""
 
     @property
     def address(self) -> Address:
@@ -67,8 +70,13 @@ class Endpoint:
         return Address(self.url, key)
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether its process is on another host, so that nobody here can tell if it runs."""
+        return self.host not in ("", platform.node())
+
+    @property
     def is_alive(self) -> bool:
-        return is_alive(self.pid, self.started)
+        return not self.is_elsewhere and is_alive(self.pid, self.started)
 
 
 def is_alive(pid: int, started: float | None = None) -> bool:
@@ -151,9 +159,39 @@ def find_endpoint(store: Store) -> Endpoint:
     note = _read_note(store)
     if note is None:
         raise NotFound(f"{store.root}: no cluster is serving this store", hint=hint)
+    if note.is_elsewhere:
+        raise NotFound(
+            f"{store.root}: no cluster on this host is serving this store; one on host {note.host} "
+            "was",
+            hint=hint,
+        )
     if not note.is_alive:
         raise NotFound(f"the cluster at {note.url} is gone (pid {note.pid})", hint=hint)
     return note
+
+
+def noted_generation(store: Store) -> int | None:
+    """What the cluster that serves this store from this machine serves; None: none does.
+
+    Raises:
+        CorruptFile: the note is damaged.
+    """
+    try:
+        return find_endpoint(store).generation
+    except NotFound:
+        return None
+
+
+def refuse_elsewhere(store: Store) -> None:
+    """Raises Unavailable: a cluster on another host serves the store, or did when it was killed.
+    CorruptFile: the note is damaged."""
+    note = _read_note(store)
+    if note is not None and note.is_elsewhere:
+        raise Unavailable(
+            f"{store.root}: whether the cluster on host {note.host} still serves this store cannot "
+            "be seen from here",
+            hint=f"do it on that host; if that cluster has ended, remove {store.root / NOTE_NAME}",
+        )
 
 
 def _read_note(store: Store) -> Endpoint | None:
@@ -184,6 +222,7 @@ def _endpoint_of(content: Any) -> Endpoint:
         "pid": type(endpoint.pid) is int and 0 < endpoint.pid <= MAX_PID,
         "started": type(endpoint.started) in (int, float),
         "key_file": key_file is None or (isinstance(key_file, str) and "\0" not in key_file),
+        "host": isinstance(endpoint.host, str),
     }
     wrong = [name for name, is_right in types.items() if not is_right]
     if wrong:

@@ -1,9 +1,8 @@
 """Which generation of a store a cluster serves now, whether it runs on this machine or on hosts."""
 
 from shardline.cluster.config import ShardlineConfig
-from shardline.cluster.serving.endpoint import find_endpoint
+from shardline.cluster.serving.endpoint import noted_generation, refuse_elsewhere
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import NotFound
 
 
 def served_generation(config: ShardlineConfig, *, verbose: bool = False) -> int | None:
@@ -11,17 +10,18 @@ def served_generation(config: ShardlineConfig, *, verbose: bool = False) -> int 
 
     Raises:
         CorruptFile: the note of a cluster on this machine is damaged.
-        ConfigError, Unavailable: as ``attached_ray``, or the cluster's controller does not answer.
+        ConfigError, Unavailable: as ``attached_ray``, or the cluster's controller does not answer;
+            or a cluster on another host has left a note.
     """
-    try:
-        return find_endpoint(Store(config.store.resolve())).generation
-    except NotFound:
-        address = config.cluster.address
-    if address == "local":
-        return None
-    # takes a second, for Ray
-    from shardline.cluster.serving.launched import ask_controller, is_served
-    from shardline.cluster.serving.ray_session import attached_ray
+    store, address = Store(config.store.resolve()), config.cluster.address
+    served = noted_generation(store)
+    if served is None and address != "local":
+        # takes a second, for Ray
+        from shardline.cluster.serving.launched import ask_controller, is_served
+        from shardline.cluster.serving.ray_session import attached_ray
 
-    with attached_ray(address, verbose=verbose):
-        return int(ask_controller().report["generation"]) if is_served() else None
+        with attached_ray(address, verbose=verbose):
+            served = int(ask_controller().report["generation"]) if is_served() else None
+    if served is None:
+        refuse_elsewhere(store)
+    return served

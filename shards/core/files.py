@@ -190,8 +190,8 @@ def read_manifest(
     return decode_manifest(data, path, kind=kind, version=version)
 
 
-def decode_manifest(data: bytes, path: Path, *, kind: str, version: int) -> dict[str, Any]:
-    """The body in the bytes of a manifest; ``path`` names where they are from.
+def decode_manifest(data: bytes, path: Path | str, *, kind: str, version: int) -> dict[str, Any]:
+    """The body in the bytes of a manifest; ``path`` names where they are from, or a URL does.
 
     Raises:
         CorruptFile, NewerFormat: as ``read_manifest``.
@@ -270,6 +270,20 @@ def remove_abandoned(parent: Path, target: str = "*") -> None:
     """Removes what ``abandoned_folders`` finds."""
     for path in abandoned_folders(parent, target):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it; what is gone meanwhile, or before, is no error.
+
+    Raises:
+        OSError: something cannot be removed; the rest may be there or not.
+    """
+
+    def failed(function: object, path: str, info: tuple[Any, BaseException, Any]) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            raise info[1]
+
+    shutil.rmtree(folder, onerror=failed)
 
 
 def _is_abandoned(staging: Path) -> bool:

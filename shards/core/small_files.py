@@ -80,7 +80,7 @@ def read_json(path: Path, limit: int) -> Any:
     return parse_json(read_small(path, limit), path)
 
 
-def parse_json(content: bytes, path: Path) -> Any:
+def parse_json(content: bytes, path: Path | str) -> Any:
     """``path`` names where the content is from. Raises CorruptFile: it is not JSON."""
     try:
         return json.loads(content)

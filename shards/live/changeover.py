@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_caught_up
-from shardline.shards.live.mains import compacted_seqs
+from shardline.shards.live.mains import compacted_seqs, main_folder
 from shardline.shards.live.state import ShardState
 from shardline.shards.storage.generation import read_generation
 
@@ -75,6 +75,7 @@ class Changeover:
         self._start, self._prepare, self._clock = start, prepare, clock
         self._running: Running | None = None
         self._newest = main_seq  # of the main indexes on disk, when they were last looked at
+        self._damaged: int | None = None  # of one that was passed over; the next repairs the shard
         self._not_before = self._looked_at = -float("inf")
         self._loader: threading.Thread | None = None
         self._loaded: Loaded | None = None
@@ -92,7 +93,8 @@ class Changeover:
         if now >= self._looked_at + LOOK_S:
             self._look(now)
         # not while a newer one waits to be swapped in: what is due may be in it already
-        is_free = self._running is None and self._loader is None and self._newest <= self.main_seq
+        is_newest = self._newest <= self.main_seq or self._newest == self._damaged
+        is_free = self._running is None and self._loader is None and is_newest
         if leads and is_free and now >= self._not_before and self._is_due(state):
             self._running = self._start(self._generation, self._shard, state.seq)
             logger.info("shard %d: a compaction begins, at write %d", self._shard, state.seq)
@@ -141,6 +143,7 @@ class Changeover:
             return
         self._running = None
         self._looked_at = -float("inf")
+        self._damaged = None  # it may have been written anew
         if code:
             self.trouble = f"a compaction ended with code {code}: the log of the shard says why"
             self._not_before = now + PAUSE_S
@@ -157,11 +160,23 @@ class Changeover:
         try:
             manifest = read_generation(self._generation)
             loaded = load_caught_up(self._generation, manifest, self._shard)
-            self._prepare()
-            self._loaded = loaded
+            if loaded.main_seq > self.main_seq:
+                self._prepare()
+                self._loaded = loaded
+            elif loaded.damaged:
+                self._pass_over(loaded.damaged[-1])
         except Exception as error:  # whatever is wrong with the new one, the old one serves on
             self.trouble = f"the newest main index cannot be used: {error}"
             logger.exception("shard %d: the newest main index cannot be used", self._shard)
+
+    def _pass_over(self, seq: int) -> None:
+        """The newest main index is damaged, and the shard whole without it: another compaction, not
+        at once on what may be a failing disk, takes its place."""
+        if seq != self._damaged:
+            self._damaged = seq
+            self._not_before = self._clock() + PAUSE_S
+        path = main_folder(self._live, seq)
+        self.trouble = f"the newest main index is damaged, and not used: {path}"
 
     def _loaded_by_now(self, now: float) -> Loaded | None:
         assert self._loader is not None

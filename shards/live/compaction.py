@@ -10,6 +10,7 @@ shard goes on meanwhile, in a process of its own, and changes over when the fold
 """
 
 import ctypes
+import logging
 import os
 import select
 import signal
@@ -28,7 +29,13 @@ from shardline.shards.live.attributes import written_table
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import LiveRows, live_rows
 from shardline.shards.live.loading import Loaded, load_caught_up
-from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, write_main
+from shardline.shards.live.mains import (
+    KEYS_NAME,
+    compacted_seqs,
+    main_folder,
+    put_aside,
+    write_main,
+)
 from shardline.shards.live.state import ShardState
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
@@ -40,6 +47,8 @@ from shardline.shards.storage.generation import (
     write_attributes,
     write_item_ids,
 )
+
+logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # It runs while nothing else does (SCHED_IDLE). Beside a process that is merely nice, whoever wakes
@@ -62,7 +71,8 @@ def compact(
     generation: Path, shard: int, *, until: int | None = None, threads: int = 1
 ) -> Compacted:
     """Writes ``main-<seq>`` of a shard, of all that is in its log now; ``until``: the last write
-    that has been acknowledged, beyond which nothing of the log is certain to stay.
+    that has been acknowledged, beyond which nothing of the log is certain to stay. A newer main
+    index that is damaged is put aside, where the shard is whole without it.
 
     Holds the shard's index, the new one, the delta and all attributes in memory. Works on the CPU,
     whatever the shard is served from.
@@ -78,8 +88,11 @@ def compact(
     rows = live_rows(state)
     if not len(rows.item_ids):
         raise InvalidInput("every item of the shard is deleted: nothing to index")
-    if state.seq in compacted_seqs(live):
+    if state.seq in compacted_seqs(live) and state.seq not in loaded.damaged:
         return Compacted(state.seq, len(rows.item_ids))
+    for seq in loaded.damaged:
+        aside = put_aside(live, seq)
+        logger.error("shard %d: a damaged main index was put aside: %s", shard, aside)
     remove_abandoned(live, "main-*")  # by compactions that were killed
     try:
         with staged_folder(main_folder(live, state.seq)) as folder:

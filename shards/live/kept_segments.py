@@ -1,4 +1,5 @@
-"""Segments of a log that no start of the shard needs any more, kept for who replays its writes.
+"""Segments of a log that are in the newest main index, kept for who replays the shard's writes, and
+for a start of the shard where that main index is damaged.
 
 They lie in the folder ``kept`` beside the log, so that nobody who reads the log itself has to list
 them. A generation that is to follow this one is brought the writes that it lacks from there.

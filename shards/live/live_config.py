@@ -57,7 +57,8 @@ class LiveConfig(BaseModel):
         ge=0,
         le=1 << 20,
         description="[MiB per shard] Log that is kept after a compaction has made it unnecessary, "
-        "the newest of it: `publish` brings a new generation the writes since its cut from there. "
+        "the newest of it: `publish` brings a new generation the writes since its cut from there, "
+        "and where a newest main index is damaged, the shard is made of it and the one before. "
         "What is deleted stays readable in it until then; 0 keeps nothing.",
     )
 

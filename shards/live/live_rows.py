@@ -4,7 +4,8 @@ Writes may go on meanwhile: what is read is the shard after one certain number o
 """
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from shardline.shards.core.schema import IdArray
 from shardline.shards.index.spec import Device
 from shardline.shards.live.attributes import written_table
 from shardline.shards.live.live_folder import live_folder
-from shardline.shards.live.loading import end_of_log, load_caught_up, with_newest_main
+from shardline.shards.live.loading import load_caught_up, with_newest_main
 from shardline.shards.live.log_segments import segment_names
+from shardline.shards.live.log_tail import read_settled
 from shardline.shards.live.state import ShardState
 from shardline.shards.storage.embedding_set import EmbeddingBatch
 from shardline.shards.storage.generation import GenerationManifest
@@ -104,14 +106,26 @@ def open_live_rows(
     return live_rows(state)
 
 
-def newest_write(generation: Path, shard: int) -> int:
+def newest_write(
+    generation: Path,
+    shard: int,
+    *,
+    is_written: Callable[[], bool] = lambda: True,
+    sleep: Callable[[float], None] = time.sleep,
+) -> int:
     """How many writes a shard's log holds now, durable on return; no index is read or verified.
+    is_written, sleep: as of ``read_settled``.
 
     Raises:
         CorruptFile: the log is damaged. NotFound, OSError: it cannot be read.
+        Unavailable: as ``read_settled``.
     """
     live = live_folder(generation, shard)
-    seq = with_newest_main(live, lambda seq: end_of_log(live, seq))
+
+    def end(seq: int) -> int:
+        return seq + len(read_settled(live, seq, is_written=is_written, sleep=sleep))
+
+    seq = with_newest_main(live, end)
     make_durable(live)
     return seq
 

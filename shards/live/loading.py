@@ -1,5 +1,12 @@
-"""Reads a shard's state from the files of its generation."""
+"""Reads a shard's state from the files of its generation.
 
+The newest main index and the log behind it are the shard. Where that main index is damaged, the
+one before it and the log are the same shard, if the log goes back to it (``_passed_over``): it is
+trimmed only after its primary has verified and loaded the main index that has the writes, and of
+what was trimmed ``live.keep_log_mib`` are kept.
+"""
+
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +15,9 @@ from shardline.shards.core.errors import CorruptFile, NotFound
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.spec import Device
 from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.kept_segments import WithKept
 from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import KEYS_NAME, compacted_seqs, main_folder, read_main
 from shardline.shards.live.state import ShardState, apply
@@ -21,17 +30,22 @@ from shardline.shards.storage.generation import (
     read_attribute_file,
     read_attributes,
     read_item_ids,
+    shard_folder,
     verify_shard,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A shard as files have it. keys: of writes in it; main_seq: how many its main index has."""
+    """A shard as files have it. keys: of writes in it; main_seq: how many its main index has.
+    damaged: main indexes, ascending, that are newer, and damaged."""
 
     state: ShardState
     keys: WriteKeys
     main_seq: int
+    damaged: tuple[int, ...] = ()
 
 
 def last_write(folder: Path, manifest: GenerationManifest, shard: int) -> int:
@@ -104,36 +118,88 @@ def load_caught_up(
     device: Device | None = None,
     until: int | None = None,
 ) -> Loaded:
-    """``load_newest``, with what the log has had since; up to write ``until``, None for all.
+    """The newest compaction of a shard, with what the log has had since; up to write ``until``,
+    None for all. Writes may go on meanwhile: who follows the log reads those.
+
+    If that compaction is damaged, the one before it with the log, where both are the same shard:
+    ``damaged`` says so, and it is logged.
 
     Raises:
         NotFound: also if the log does not go back to the newest compaction. Else as ``load_state``.
     """
     live = live_folder(folder, shard)
     while True:
-        loaded = load_newest(folder, manifest, shard, device=device)
+        newest = compacted_seqs(live)[-1:]
         try:
-            return caught_up(loaded, live, until=until)
+            loaded = load_newest(folder, manifest, shard, device=device)
+        except CorruptFile as error:
+            passed = _passed_over(folder, manifest, shard, device=device, until=until)
+            if compacted_seqs(live)[-1:] != newest:
+                continue  # a newer one has come since
+            if passed is None:
+                raise
+            logger.error("shard %d: %s; the one before it is used, with the log", shard, error)
+            return passed
+        try:
+            return _caught_up(loaded, live, until=until)[0]
         except NotFound:
             if compacted_seqs(live)[-1:] in ([], [loaded.main_seq]):
                 raise
             # a newer one has come since, and the primary has trimmed its log
 
 
-def caught_up(loaded: Loaded, live: Path, *, until: int | None = None) -> Loaded:
-    """With what the log had when it was read, once; up to write ``until``, None for all. Writes
-    may go on meanwhile: who follows the log reads those.
+def _caught_up(
+    loaded: Loaded, live: Path, *, until: int | None, files: LogFiles = FILES
+) -> tuple[Loaded, int]:
+    """With what the log had when it was read, once; and the last write that the log holds, be it
+    certain or not.
 
     Raises:
         CorruptFile, NotFound, OSError: as ``LogTail.read_proven``.
     """
-    records = LogTail(live, after_seq=loaded.state.seq).read_proven()
+    tail = LogTail(live, loaded.state.seq, files)
+    records = tail.read_proven()
     if until is not None:
         records = [record for record in records if record.seq <= until]
     state, applied = apply(loaded.state, records)
     for record, outcome in zip(records, applied, strict=True):
         loaded.keys.add(record, rows=outcome.rows, existed=outcome.existed)
-    return replace(loaded, state=state)
+    return replace(loaded, state=state), tail.seq + tail.left_out
+
+
+def _passed_over(
+    folder: Path,
+    manifest: GenerationManifest,
+    shard: int,
+    *,
+    device: Device | None,
+    until: int | None,
+) -> Loaded | None:
+    """The shard without its newest compaction, which is damaged: from an older one, or as it was
+    built, and the log, its kept segments among it. None: these do not have all that the damaged one
+    was made of.
+
+    They have if the log, whose groups are chained by checksums, goes from there to its last write.
+    """
+    live = live_folder(folder, shard)
+    seqs = compacted_seqs(live)
+    # an erasure has put the files of a compaction in place of those that were built
+    is_as_built = manifest.shard_entry(shard).folder == shard_folder(shard)
+    older = [*seqs[-2::-1], *([0] if is_as_built and seqs else [])]
+    for at, seq in enumerate(older):
+        try:
+            if seq:
+                loaded = _load_compacted(folder, manifest, shard, seq, device)
+            else:
+                state = load_state(folder, manifest, shard, device=device)
+                loaded = Loaded(state=state, keys=WriteKeys(), main_seq=0)
+            found, end = _caught_up(loaded, live, until=until, files=WithKept(FILES))
+        except (CorruptFile, NotFound):
+            continue
+        if end < seqs[-1]:
+            return None  # the log itself was cut
+        return replace(found, damaged=tuple(seqs[len(seqs) - 1 - at :]))
+    return None
 
 
 def _load_compacted(

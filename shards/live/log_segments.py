@@ -172,6 +172,8 @@ def damaged(path: Path, offset: int, seq: int, what: str) -> CorruptFile:
         f"{path}: {what} at byte {offset}",
         hint=(
             "restore the file from a copy; or, to give up the writes of this shard from number "
-            f"{seq} on, stop the cluster and move this segment and all later ones away"
+            f"{seq} on, stop the cluster and move this segment and all later ones away; then make "
+            "anew what was made of this generation since, snapshots and other generations: they "
+            "count on these writes"
         ),
     )

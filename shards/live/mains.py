@@ -8,11 +8,11 @@
 
 A complete folder never changes, and any of them is a beginning for the log after its seq. A shard
 is loaded from the one of the highest seq, without any from its generation's own files. So there is
-no pointer that a primary of the past could turn back.
+no pointer that a primary of the past could turn back. One that turns out to be damaged is passed
+over (``loading``), and put aside by the next compaction, as ``.main-<seq>.damaged``.
 """
 
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shardline.shards.core.files import (
     FileEntry,
     describe_tree,
     read_manifest,
+    remove_tree,
     verify_files,
     write_manifest,
 )
@@ -29,10 +30,12 @@ from shardline.shards.core.files import (
 KIND = "compacted shard"
 FORMAT_VERSION = 1
 KEYS_NAME = "keys.msgpack"
-# Replicas may still be loading the one before the newest.
+# Replicas may still be loading the one before the newest; and where the newest is damaged, the
+# shard is loaded from that one and the log.
 KEPT = 2
 _NAME = re.compile(r"main-(\d{20})")
 _STAGED = re.compile(r"\.main-(\d{20})\.")
+_DAMAGED = ".damaged"  # the end of a name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,27 +96,44 @@ def read_main(
 
 
 def superseded(live: Path, kept: int = KEPT) -> list[Path]:
-    """All but the newest ``kept`` of the complete folders, and what a removal that was killed has
-    left of older ones."""
+    """What no start of the shard needs: all but the newest ``kept`` of the complete folders, what a
+    removal that was killed has left of older ones, and what was put aside, unless it is newer."""
     complete = compacted_seqs(live)
-    if len(complete) < kept:
+    if not complete:
         return []
-    return [main_folder(live, seq) for seq in _seqs(live) if seq < complete[-kept]]
+    found = [main_folder(live, seq) for seq in _seqs(live) if seq < complete[-kept:][0]]
+    aside = _hidden(live, complete[-kept] + 1) if len(complete) >= kept else []
+    return found + [path for path in aside if path.suffix == _DAMAGED]
 
 
 def remove_older(live: Path, kept: int = KEPT) -> None:
-    """Removes all but the newest ``kept`` of the complete folders, and what a process that was
-    killed has left of older ones."""
-    for folder in superseded(live, kept):
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
-        shutil.rmtree(folder, ignore_errors=True)
+    """Removes what is ``superseded``, and what compactions of older writes that were killed have
+    left, on any host.
+
+    Raises:
+        OSError: something stays, which the next call removes.
+    """
     complete = compacted_seqs(live)
-    if len(complete) < kept:
-        return
-    for staged in live.glob(".main-*"):  # of processes on any host
-        match = _STAGED.match(staged.name)
-        if match is not None and int(match[1]) < complete[-kept]:
-            shutil.rmtree(staged, ignore_errors=True)
+    staged = _hidden(live, complete[-kept]) if len(complete) >= kept else []
+    failed: OSError | None = None
+    for folder in (*superseded(live, kept), *staged):
+        try:
+            (folder / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
+            remove_tree(folder)
+        except OSError as error:
+            failed = error
+    if failed is not None:
+        raise failed
+
+
+def put_aside(live: Path, seq: int) -> Path:
+    """Moves a damaged ``main-<seq>`` where nobody loads it, for people; where it is now. It goes
+    with the older ones. Raises OSError."""
+    folder = main_folder(live, seq)
+    aside = live / f".{folder.name}{_DAMAGED}"
+    remove_tree(aside)  # of the same write, put aside before
+    folder.rename(aside)
+    return aside
 
 
 def _seqs(live: Path) -> list[int]:
@@ -123,3 +143,9 @@ def _seqs(live: Path) -> list[int]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match is not None)
+
+
+def _hidden(live: Path, before_seq: int) -> list[Path]:
+    """Staged folders, and those put aside, of an earlier write than this."""
+    found = ((path, _STAGED.match(path.name)) for path in live.glob(".main-*"))
+    return sorted(path for path, match in found if match and int(match[1]) < before_seq)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ray.util import metrics as ray_metrics
 
-from shardline.shards.core.metrics import METRICS, Kind, Metric, Recorder, Sample
+from shardline.shards.core.metrics import METRICS, SAMPLES_LOST, Kind, Metric, Recorder, Sample
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class RayExporter:
         self._recorder = recorder
         self._refresh = refresh
         self._targets = {metric: _target(metric) for metric in METRICS}
+        self._lost = 0  # samples that were drained, and not taken
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
@@ -43,9 +44,17 @@ class RayExporter:
                 logger.exception("metrics were not exported")
 
     def _export(self) -> None:
+        """Raises whatever Ray raises: what it did not take is counted as lost, the rest waits."""
         self._refresh()
+        if self._lost:
+            self._hand_over(Sample(SAMPLES_LOST, self._lost, ()))
+            self._lost = 0
         for number, sample in enumerate(self._recorder.drain(), start=1):
-            self._hand_over(sample)
+            try:
+                self._hand_over(sample)
+            except Exception:
+                self._lost += 1  # not by the recorder: another thread adds to its counts
+                raise
             if number % PORTION == 0:
                 time.sleep(PAUSE_S)
 

@@ -1,14 +1,16 @@
 """Where files of the user's are: a path, or a URL that pyarrow or fsspec knows."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 from pyarrow import fs
 
-from shardline.shards.core.errors import DataError, InvalidInput
-from shardline.shards.storage.column_types import first_line, read_errors
+from shardline.shards.core.errors import DataError, InvalidInput, ShardlineError, last_line
+from shardline.shards.storage.column_types import LIBRARY_ERRORS, first_line, read_errors
 
 Version = tuple[int, int | None] | None  # size, time of change in ns; None: there is no file
 
@@ -34,7 +36,7 @@ class Location:
             return cls(fs.LocalFileSystem(), text.rstrip("/") or "/")
         try:
             return cls(*_from_url(text))
-        except (pa.ArrowException, ValueError, OSError, ImportError) as error:
+        except Exception as error:  # libraries behind fsspec raise what they like
             raise InvalidInput(
                 "not a place to read from",
                 field=option,
@@ -120,13 +122,26 @@ class Location:
         return [Location(self.system, path) for path in paths]
 
     def _info(self) -> fs.FileInfo:
-        with read_errors(self.path):
+        with _remote_errors(self.path):
             return self.system.get_file_info(self.path)
 
     def _entries(self, *, recursive: bool) -> list[fs.FileInfo]:
-        with read_errors(self.path):
+        with _remote_errors(self.path):
             selector = fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
             return list(self.system.get_file_info(selector))
+
+
+@contextmanager
+def _remote_errors(path: str) -> Iterator[None]:
+    """As ``read_errors``. Libraries behind fsspec raise what they like: botocore's and google's
+    errors are plain Exceptions."""
+    with read_errors(path):
+        try:
+            yield
+        except (ShardlineError, *LIBRARY_ERRORS):
+            raise
+        except Exception as error:
+            raise OSError(last_line(error)) from error
 
 
 def _from_url(url: str) -> tuple[fs.FileSystem, str]:

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from shardline.bench.vectors import clustered
 from shardline.cluster import build as build_module
 from shardline.cluster.build import build_checked, build_generation, check_plan, run_here
+from shardline.cluster.build_shard import ShardBuilt, ShardJob
 from shardline.cluster.cli import cli
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
 from shardline.cluster.store import Store
@@ -351,6 +352,20 @@ def test_an_encoding_inside_a_list_is_refused_by_the_name_of_its_column(tmp_path
     tags = pa.ListArray.from_arrays(pa.array(range(ROWS + 1), pa.int32()), inner)
     with pytest.raises(InvalidInput, match="tags"):
         write_set(tmp_path / "set", some(), attributes=pa.record_batch({"tags": tags}))
+
+
+def test_a_restore_meanwhile_gets_another_number(tmp_path: Path, store: Store) -> None:
+    write_set(tmp_path / "set", some())
+    others: list[int] = []
+
+    def meanwhile(jobs: Sequence[ShardJob]) -> Iterator[ShardBuilt]:
+        others.append(store.claim_generation())
+        return run_here(jobs)
+
+    plan = plan_of(2, kind="flat")
+    built = build_generation(store, tmp_path / "set", plan, run_jobs=meanwhile)
+    assert (built.generation, others) == (1, [2])
+    assert build_generation(store, tmp_path / "set", plan).generation == 3
 
 
 @pytest.mark.parametrize("is_published", [True, False])

@@ -32,6 +32,7 @@ from shardline.cluster.housekeeping.erase import (
 from shardline.cluster.housekeeping.rebase import rebase
 from shardline.cluster.housekeeping.removals import Policy, Removal, old_generations
 from shardline.cluster.serving.endpoint import Endpoint, leave_note
+from shardline.cluster.serving.start_lock import LOCK, removing
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, Unavailable
 from shardline.shards.core.files import HOST, MANIFEST_NAME, read_manifest, scratch_folder
@@ -79,7 +80,7 @@ def store(original: LiveStore, tmp_path: Path) -> LiveStore:
 
 def files_of(root: Path) -> set[str]:
     found = {path.relative_to(root).as_posix() for path in root.rglob("*")}
-    return found - {gc_command.LOCK}
+    return found - {LOCK}
 
 
 def serve(made: LiveStore, number: int) -> None:
@@ -149,7 +150,7 @@ def test_where_nobody_can_tell_what_is_in_use_nothing_goes(store: LiveStore, not
 def test_which_generations_are_old(
     live: int | None, held: set[int], keep: int, old: list[int]
 ) -> None:
-    policy = Policy(live=live, held=held, loaded=(), keep=keep, keep_log_bytes=0)
+    policy = Policy(live=live, held=held, keep=keep, keep_log_bytes=0)
     assert old_generations([1, 2, 3, 4, 5, 6, 7], policy) == old
 
 
@@ -283,7 +284,7 @@ def test_in_the_middle_of_a_switch_both_stay(store: LiveStore) -> None:
 
 
 def test_one_at_a_time(store: LiveStore) -> None:
-    with gc_command._alone(store.store), pytest.raises(Unavailable, match="at work"):
+    with removing(store.store), pytest.raises(Unavailable, match="at work"):
         store.run("gc")
     store.run("gc")
 
@@ -520,7 +521,7 @@ def test_beside_a_cluster_the_primary_trims(tmp_path: Path) -> None:
     drop_superseded(made.store, done, is_loaded=True, waiting=primary.waiting)
     assert 20 < primary.time - primary.began < 40
     for unlisted in removals_module.removals(
-        made.store, Policy(live=1, held={1}, loaded={1}, keep=0, keep_log_bytes=0)
+        made.store, Policy(live=1, held={1}, keep=0, keep_log_bytes=0)
     ):
         removals_module.remove(made.store, unlisted, set)
     assert marked(made, [MARKER.encode(), needle]) == []

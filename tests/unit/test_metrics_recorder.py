@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,11 @@ from shardline.shards.core.metrics import (
     REQUEST_MS,
     SAMPLES_LOST,
     Kind,
+    Metric,
     Recorder,
     Sample,
 )
+from shardline.shards.process import ray_metrics as module
 
 
 def test_counts_come_once_and_add_up_whenever_they_are_drained() -> None:
@@ -79,3 +82,41 @@ def test_every_metric_is_described(metric) -> None:
 
 def test_names_are_unique() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+class Target:
+    """A metric of Ray, which takes values or not."""
+
+    def __init__(self, name: str, *args: object) -> None:
+        self.name, self.refuses = name, False
+        self.taken: list[float] = []
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        if self.refuses:
+            raise RuntimeError("gone")
+        self.taken.append(value)
+
+    observe = set = inc
+
+
+def test_what_ray_does_not_take_is_counted_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(module.ray_metrics, name, type(name, (Target,), {}))
+    monkeypatch.setattr(module, "EXPORT_S", 3600.0)  # here, not in its thread
+    recorder = Recorder()
+    exporter = module.RayExporter(recorder)
+    try:
+        targets: dict[Metric, Any] = dict(exporter._targets)
+        for value in (1, 2, 3):
+            recorder.observe(REQUEST_MS, value, "search")
+        targets[REQUEST_MS].refuses = True
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="gone"):
+                exporter._export()
+        targets[REQUEST_MS].refuses = False
+        exporter._export()
+        exporter._export()
+    finally:
+        exporter.stop()
+    assert targets[REQUEST_MS].taken == [3], "the rest has waited"
+    assert targets[SAMPLES_LOST].taken == [1, 1]

@@ -4,20 +4,34 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shardline.cluster.backup import restore, take_snapshot
 from shardline.cluster.backup.backup_folder import BackupFolder
 from shardline.cluster.rollover.replayed_note import read_note
+from shardline.cluster.rollover.way_back import has_all, known_back
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from shardline.shards.core.errors import (
+    CorruptFile,
+    DataError,
+    InvalidInput,
+    NewerFormat,
+    NotFound,
+    Unavailable,
+)
 from shardline.shards.core.files import MANIFEST_NAME, read_manifest, write_manifest
+from shardline.shards.live import log_tail
+from shardline.shards.live.epoch_file import raise_epoch
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.live_rows import newest_write
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.storage.cut import Cut
 from shardline.shards.storage.generation import read_generation, verify_generation
+from shardline.shards.storage.locations import Location
 from tests.live_store import LiveStore, live_store, rows_of
 
 KINDS: dict[str, dict[str, int]] = {
@@ -103,9 +117,202 @@ def test_of_its_own_store_it_knows_the_writes_that_it_has(
     assert read_generation(folder).cut == Cut(generation=1, seqs=(3, 1, 0))
     note = read_note(written.store.writes(2))
     assert note is not None, "a publish knows that its log has nothing that 1 lacks"
-    assert (note.generation, note.seqs, note.back) == (1, (3, 1, 0), (3, 1, 0))
+    assert (note.generation, note.seqs, note.back) == (1, (3, 1, 0), (1, 1, 0))
     assert rows_of(folder) == taken
     assert rows_of(written.folder) == written.expected
+
+
+def test_what_is_written_to_it_later_is_not_taken_for_the_originals(
+    written: LiveStore, tmp_path: Path
+) -> None:
+    """Its log begins with 1, though one shard of the snapshot has two writes in its main index."""
+    written.run("snapshot", tmp_path / "s")
+    written.run("restore", tmp_path / "s", "--no-publish")
+    note = read_note(written.store.writes(2))
+    assert note is not None
+    folder = written.store.generation(2)
+    logs = [live_folder(folder, shard) for shard in range(3)]
+    known = known_back(2, None, None, note, 3)
+    assert has_all(logs, known, [newest_write(folder, shard) for shard in range(3)], note)
+    written.store.set_current(2)
+    written.epochs = iter(range(written.store.counter() + 1, 9999))
+    written.delete([12])
+    written.delete([14])
+    seqs = [newest_write(folder, shard) for shard in range(3)]
+    assert seqs == [3, 1, 0]
+    assert not has_all(logs, known, seqs, note)
+
+
+def test_a_log_that_was_cut_since_has_other_writes_under_the_same_numbers(
+    written: LiveStore, tmp_path: Path
+) -> None:
+    written.run("snapshot", tmp_path / "s")
+    sorted(live_folder(written.folder, 0).glob("log-*"))[-1].unlink()
+    assert newest_write(written.folder, 0) == 2
+    written.run("restore", tmp_path / "s", "--no-publish")
+    assert read_generation(written.store.generation(2)).cut is None, "a publish replays everything"
+    assert read_note(written.store.writes(2)) is None
+
+
+class Waits(list[float]):
+    """What waits for a primary that has not begun; ``led`` begins it at the third wait."""
+
+    def __init__(self, led: LiveStore | None = None) -> None:
+        self.led = led
+
+    def __call__(self, seconds: float) -> None:
+        self.append(seconds)
+        if self.led is not None and len(self) == 3:
+            writes = self.led.opened(0)
+            writes.lead(6000)
+            writes.close()
+
+
+def test_no_acknowledged_write_is_left_out(
+    written: LiveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a shard whose new primary has raised the epoch, and not begun a segment: what its
+    predecessor wrote last may be void."""
+    raise_epoch(live_folder(written.folder, 0), 5000)
+    waits = Waits()
+    with pytest.raises(Unavailable, match=r"new primary has not begun.*make room on the store"):
+        take_snapshot.take_snapshot(written.store, 1, str(tmp_path / "s"), sleep=waits)
+    assert sum(waits) == 5
+    with pytest.raises(Unavailable, match="shard-00000"):
+        newest_write(written.folder, 0, sleep=Waits())
+    with pytest.raises(NotFound):
+        written.run("restore", tmp_path / "s")
+    waits = Waits(written)
+    taken = take_snapshot.take_snapshot(written.store, 1, str(tmp_path / "s"), sleep=waits)
+    assert (taken.seqs, len(waits)) == ((3, 1, 0), 3)
+    raise_epoch(live_folder(written.folder, 0), 7000)
+    assert newest_write(written.folder, 0, is_written=lambda: False, sleep=Waits()) == 3
+    assert newest_write(written.folder, 1) == 1
+    monkeypatch.setattr(log_tail, "BETWEEN_S", 0.0)
+    said = written.run("snapshot", tmp_path / "t")
+    assert "writes per shard: 3, 1, 0" in said, "nothing serves: what is on the disk holds"
+    assert written.run("gc", "--erase")
+    assert rows_of(written.folder) == written.expected
+
+
+def test_two_snapshots_to_one_folder_do_not_mix(
+    written: LiveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever begins later is the one; at every file of the earlier one."""
+    for step in range(len(_steps_of_a_snapshot(written, tmp_path / "whole", monkeypatch)) - 1):
+        inner, left, target = BackupFolder.write, [step], str(tmp_path / f"s{step}")
+
+        def write(
+            folder: BackupFolder,
+            *rest: Any,
+            inner: Any = inner,
+            left: list[int] = left,
+            target: str = target,
+        ) -> None:
+            inner(folder, *rest)
+            left[0] -= 1
+            if left[0] == -1:
+                take_snapshot.take_snapshot(written.store, 1, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BackupFolder, "write", write)
+            with pytest.raises(InvalidInput, match="another snapshot is being written here"):
+                take_snapshot.take_snapshot(written.store, 1, target)
+        into = LiveStore(Store(tmp_path / f"r{step}"))
+        into.run("restore", target)
+        assert rows_of(into.folder) == written.expected
+
+
+class TokenExpired(Exception):
+    """As of botocore: no OSError, no ValueError."""
+
+
+class ExpiringFileSystem(MemoryFileSystem):
+    """Of which a call raises what no library of the standard does; pyarrow names it."""
+
+    protocol = "expiring"
+    failing: ClassVar[str] = ""
+    store: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("expiring://"))
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == self.failing:
+            raise TokenExpired("an error occurred (ExpiredToken)")
+        return getattr(super(), name)(*args, **kwargs)
+
+    def info(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("info", *args, **kwargs)
+
+    def find(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("find", *args, **kwargs)
+
+    def open(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("open", *args, **kwargs)
+
+    def rm(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("rm", *args, **kwargs)
+
+
+@pytest.fixture
+def expiring() -> Iterator[str]:
+    fsspec.register_implementation("expiring", ExpiringFileSystem, clobber=True)
+    yield "expiring://backups/monday"
+    ExpiringFileSystem.failing = ""
+    ExpiringFileSystem.store.clear()
+
+
+@pytest.mark.parametrize("call", ["info", "find", "open", "rm"])
+def test_what_a_remote_file_system_raises_is_told(
+    written: LiveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expiring: str, call: str
+) -> None:
+    monkeypatch.setattr(ExpiringFileSystem, "failing", call)
+    with pytest.raises(DataError, match=r"expiring://backups/monday.*\(ExpiredToken\)"):
+        written.run("snapshot", expiring)
+    monkeypatch.setattr(ExpiringFileSystem, "failing", "")
+    written.run("snapshot", expiring)
+    if call in ("info", "open"):
+        monkeypatch.setattr(ExpiringFileSystem, "failing", call)
+        with pytest.raises(DataError, match=r"expiring://backups/monday/.*\(ExpiredToken\)"):
+            restored(written, tmp_path).run("restore", expiring)
+        location = Location.of(f"{expiring}/x")
+        if call == "info":
+            with pytest.raises(DataError, match="ExpiredToken"):
+                _ = location.is_file
+
+
+def test_a_damaged_manifest_is_named_by_its_url(written: LiveStore, expiring: str) -> None:
+    written.run("snapshot", expiring)
+    with fsspec.open(f"{expiring}/{MANIFEST_NAME}", "wb") as file:
+        file.write(b"{")
+    with pytest.raises(CorruptFile, match=r"^expiring://backups/monday/_manifest\.json: not"):
+        written.run("restore", expiring)
+
+
+def test_a_number_that_is_taken_costs_neither_generation(
+    written: LiveStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing gives a number out twice; if something did, a log would be another generation's."""
+    written.run("snapshot", tmp_path / "s")
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "claim_generation", lambda store: 1)
+        with pytest.raises(FileExistsError):
+            restore.restore_snapshot(written.store, str(tmp_path / "s"))
+    assert rows_of(written.folder) == written.expected
+    inner = Path.rename
+
+    def taken_meanwhile(path: Path, target: Path) -> Path:
+        if Path(target) == written.store.generation(2):
+            shutil.copytree(written.folder, target)
+        return inner(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", taken_meanwhile)
+        with pytest.raises(OSError, match="not empty"):
+            restore.restore_snapshot(written.store, str(tmp_path / "s"))
+    assert not written.store.writes(2).exists()
 
 
 def test_each_shard_is_copied_as_of_one_write(

@@ -504,7 +504,6 @@ class StoreMachine(RuleBasedStateMachine):
         policy = Policy(
             live=self.store.current(),
             held=held,
-            loaded=held,
             keep=keep,
             keep_log_bytes=CONFIG.keep_log_bytes,
         )
