@@ -24,9 +24,11 @@ class Mirrors:
         self._between: tuple[int, int] | None = None
         self._mirror: Mirror | None = None
         self.seen: MirrorProgress | None = None  # by the newest look at the one that runs
+        self.may_be_left = False  # one that was to be stopped: that failed, or was cut short
 
     async def between(self, source: RoutingTable, target: RoutingTable) -> Mirror:
-        """The one from source to target; another one is stopped first. Raises: as its start."""
+        """The one from source to target; another one is stopped first. Raises: as its start, or as
+        ``stop``."""
         wanted = source.generation, target.generation
         async with self._lock:
             if self._mirror is not None and self._between != wanted:
@@ -41,7 +43,7 @@ class Mirrors:
         """How far the one from source to target is; that it does not answer is a trouble. One
         whose process has ended for good is started with the next look.
 
-        Raises: as its start.
+        Raises: as ``between``.
         """
         mirror = await self.between(source, target)
         try:
@@ -55,19 +57,31 @@ class Mirrors:
         return found
 
     async def stop(self) -> None:
-        """Ends it, after the writes that it has under way."""
+        """Ends it, after the writes that it has under way.
+
+        Raises:
+            Unavailable: it does not end. RayError: whether it has ended is not known.
+        """
         async with self._lock:
             await self._stop()
 
     async def _stop(self) -> None:
         mirror, self._mirror, self._between = self._mirror, None, None
         self.seen = None
+        self.may_be_left = True
         try:
             if mirror is not None:
                 async with asyncio.timeout(STOP_S):
                     await mirror.stop()
+        except TimeoutError as error:
+            raise Unavailable(
+                "the mirror of other generations does not end",
+                expected=f"within {STOP_S:g} s",
+                hint="it is ended once Ray's head answers: try again then",
+            ) from error
         finally:
             await self._parts.end_mirrors(but=None)
+            self.may_be_left = False
 
 
 def _trouble(error: Exception) -> Absence:
