@@ -7,6 +7,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from shardline.cluster.control.publish_parts import Mirror, PublishParts
 from shardline.cluster.control.shard_actors import reason_of
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.mirror_term import MirrorReplaced
 from shardline.shards.core.errors import ShardlineError, Unavailable
 from shardline.shards.core.messages import Absence, RoutingTable
 
@@ -40,8 +41,9 @@ class Mirrors:
             return self._mirror
 
     async def look(self, source: RoutingTable, target: RoutingTable) -> MirrorProgress:
-        """How far the one from source to target is; that it does not answer is a trouble. One
-        whose process has ended for good is started with the next look.
+        """How far the one from source to target is; that it does not answer is a trouble. Where
+        its process has ended for good, or another one was opened in its place by a controller that
+        woke up late, say, a new one is started with the next look.
 
         Raises: as ``between``.
         """
@@ -53,8 +55,15 @@ class Mirrors:
             if isinstance(error, ActorDiedError) and self._mirror is mirror:
                 self._mirror = self._between = None
             found = MirrorProgress(positions=(), ends=(), trouble=_trouble(error))
+        if found.trouble is not None and found.trouble.code == MirrorReplaced.code:
+            await self._replaced(mirror)
         self.seen = found
         return found
+
+    async def _replaced(self, mirror: Mirror) -> None:
+        async with self._lock:
+            if self._mirror is mirror:
+                await self._stop()
 
     async def stop(self) -> None:
         """Ends it, after the writes that it has under way.

@@ -26,6 +26,7 @@ from shardline.cluster.control.publishing import Publishing
 from shardline.cluster.control.tasks import tried
 from shardline.cluster.control.term import Superseded
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.mirror_term import MirrorReplaced
 from shardline.cluster.store import Store
 from shardline.shards.core import files
 from shardline.shards.core.errors import NotFound
@@ -193,6 +194,20 @@ async def test_the_mirror_of_a_kept_generation_is_looked_at_and_started_again(
         await until(lambda: len(parts.mirrors) > was)
         await until(lambda: (mirror() or {}).get("trouble") is None)
         assert (parts.mirrors[-1].source, parts.mirrors[-1].target) == (3, 57)
+
+
+async def test_a_mirror_in_whose_place_another_was_opened_is_started_anew(
+    parts: FakeParts,  # noqa: F811
+) -> None:
+    """By a controller that woke up late: it gave up what it began, and nobody else has one."""
+    one, two = (cast("RoutingTable", SimpleNamespace(generation=number)) for number in (1, 2))
+    known = Mirrors(parts)
+    await known.look(one, two)
+    parts.mirrors[0].trouble = Absence(MirrorReplaced.code, "another one was opened")
+    assert (await known.look(one, two)).trouble == parts.mirrors[0].trouble
+    assert parts.mirrors[0].is_stopped
+    assert (await known.look(one, two)).trouble is None
+    assert len(parts.mirrors) == 2
 
 
 async def test_one_mirror_is_ended_before_another_is_started_whoever_asks(
