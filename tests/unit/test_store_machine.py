@@ -526,6 +526,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.counts("kept, without writes" if self.is_kept else "candidate, without writes")
         self.go_live_without_writes(which, self.brought)
 
+    @precondition(lambda self: self.is_of_this_timeline)
+    @rule(ids=ITEMS, which=WHICH)
+    def publish_without_writes_and_roll_back(self, ids: list[int], which: int) -> None:
+        self.upsert(ids, True, False)
+        if self.bring_over(self.live.seqs):
+            self.publish_what_is_beside_without_writes(ids, which)
+            self.mirror(None)
+            self.switch(which, None)
+
     def go_live_without_writes(self, which: int, rows: Rows | None) -> None:
         """rows: what it has now. The one before is kept, and gets what is written from now on."""
         assert self.beside is not None and rows is not None
