@@ -26,7 +26,6 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import (
     Encoder,
     TableSnapshot,
-    UnusableEncoder,
     load_item_encoder,
     load_query_encoder,
 )
@@ -98,8 +97,12 @@ class SearchService:
         rng = rng or random.Random()
         self._fanout = Fanout(secret, config, rng, self.recorder)
         self.watch = RecallWatch(self._fanout, self.recorder, config.watch_interval_s, rng)
-        self._encoders = EncoderLoader(load_encoder, "query encoder")
-        self._item_encoders = EncoderLoader(load_items, "item encoder")
+        self._encoders = EncoderLoader(
+            load_encoder, lambda table: table.encoder_checksum, "query encoder"
+        )
+        self._item_encoders = EncoderLoader(
+            load_items, lambda table: table.item_encoder_checksum, "item encoder"
+        )
         self._in_flight = InFlightLimit(config.max_in_flight, self.recorder)
         # why the controller publishes no newer table; None: nothing hinders it
         self.controller_trouble: Absence | None = None
@@ -125,8 +128,10 @@ class SearchService:
         if current is not None and current.table.generation == table.generation:
             encoder, items = current.encoder, current.items
         else:
+            before = current.table if current else None
             encoder, items = await asyncio.gather(
-                self._encoders.loaded(table), self._item_encoders.loaded(table)
+                self._encoders.of_next(before, current.encoder if current else None, table),
+                self._item_encoders.of_next(before, current.items if current else None, table),
             )
         applied = await self._fanout.apply(table, encoder, items)
         if applied and self._freshness.generation != table.generation:
@@ -135,10 +140,8 @@ class SearchService:
         return applied
 
     async def mend_encoder(self) -> bool:
-        """Tries again to load encoders that did not load; whether there is nothing to mend now.
-
-        Their files may have been restored meanwhile.
-        """
+        """Loads encoders that did not load, whose files may have been restored meanwhile, and those
+        that are still another generation's; whether there is nothing to mend now."""
         snapshot = self._fanout.snapshot
         if snapshot is None:
             return True
@@ -147,7 +150,9 @@ class SearchService:
         current = self._fanout.snapshot
         if current is not None and current.table.generation == snapshot.table.generation:
             current.encoder, current.items = encoder, items
-        return not any(isinstance(each, UnusableEncoder) for each in (encoder, items))
+        return self._encoders.is_whole(encoder, snapshot.table) and self._item_encoders.is_whole(
+            items, snapshot.table
+        )
 
     async def close(self) -> None:
         await self.watch.close()

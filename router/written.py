@@ -190,8 +190,12 @@ def newest(
     parts: Sequence[Part], replies: Sequence[WriteReply], table: RoutingTable
 ) -> tuple[int | None, ...]:
     """Of each shard of the table the highest sequence number of its replies; None where it has
-    none. Those of another generation count other writes."""
+    none. Those of another generation count other writes, which were brought to this one before it
+    went live, to whichever shards: these have all that they went live with."""
     seq: list[int | None] = [None] * len(table.shards)
+    if any(reply.generation != table.generation for reply in replies):
+        for shard, has in enumerate(table.went_live_with):
+            seq[shard] = has or None
     for part, reply in zip(parts, replies, strict=True):
         if reply.generation == table.generation:
             seq[part.shard] = max(reply.seq, seq[part.shard] or 0)

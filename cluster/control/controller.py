@@ -328,7 +328,7 @@ class Controller:
     async def close(self) -> None:
         """Stops watching and ends every shard actor, for good."""
         self._tasks.cancel()
-        await tried(self._publishing.close)
+        await tried(self._publishing.close, "note that the cluster ends")
         self._shards.end()
 
     async def _open(self, instructions: tuple[Instruction, ...]) -> None:
@@ -356,7 +356,7 @@ class Controller:
 
     async def _after_hosts(self) -> None:
         self._guard()
-        await tried(self._restarts.keep_note)
+        await tried(self._restarts.keep_note, "note how far the rolling restart is")
 
     async def _report(self, key: ReplicaKey) -> dict[str, Any]:
         state = self._fleet.state(key)

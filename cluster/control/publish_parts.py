@@ -1,6 +1,7 @@
 """What a publish needs of others: the mirror of writes, and the gate. Behind protocols, with fakes
 in the tests."""
 
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from shardline.cluster.rollover.gate import GateFigure, GateReport
@@ -37,6 +38,17 @@ class PublishParts(Protocol):
 
         Raises:
             RayError: not all of them.
+        """
+
+    async def parting(
+        self, live: RoutingTable, candidate: RoutingTable
+    ) -> Callable[[], Awaitable[None]]:
+        """For a switch that brings no writes over, while no mirror runs. What it returns is called
+        when the live one is sealed: a mirror back begins behind what the candidate has then.
+
+        Raises:
+            ShardlineError, OSError: the candidate cannot be read, or the store takes no note; what
+                is returned too.
         """
 
     async def run_gate(

@@ -29,7 +29,7 @@ def check_may_begin(decisions: Decisions, noted: Noted, *, is_pinned: bool) -> N
         raise Unavailable(
             f"a {publish.options.kind} of generation {publish.options.generation} is under way",
             got=f"stage {publish.stage}",
-            hint="`shardline status` shows how far it is",
+            hint="`shardline status` shows how far it is; `shardline publish --stop` ends it",
         )
     if is_restarting(decisions.placement):
         raise Unavailable(

@@ -14,7 +14,7 @@ from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.outlook import not_ready, raise_if_hopeless
 from shardline.cluster.control.placement_state import Placement
 from shardline.cluster.control.publish_parts import PublishParts
-from shardline.cluster.control.publish_state import PublishOptions, PublishStage
+from shardline.cluster.control.publish_state import PublishKind, PublishOptions, PublishStage
 from shardline.cluster.control.publish_switch import switch
 from shardline.cluster.rollover.gate import GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
@@ -67,9 +67,14 @@ class PublishRun:
             await self._load()
         await self._wait_loaded()
         mirror, mirrored = None, None
-        if self._beside.is_mirrored and self._options.with_writes:
-            mirrored = await self._replayed()
-            mirror = await self._tools.mirrors.between(*self._tables)
+        part: Callable[[], Awaitable[None]] = _nothing
+        if self._beside.placement.rules.writes:
+            if self._options.with_writes:
+                mirrored = await self._replayed()
+                mirror = await self._tools.mirrors.between(*self._tables)
+            else:
+                await self._tools.mirrors.stop()  # of one that was kept: nobody writes to it now
+                part = await self._tools.parts.parting(*self._tables)
         if self._options.has_gate:
             await self._judged(mirrored)
         await self._tell(PublishStage.SWITCHING, "holding writes for a moment")
@@ -79,6 +84,7 @@ class PublishRun:
             mirror,
             on_try=self._on_try,
             on_drained=self._on_drained,
+            on_parting=part,
         )
 
     @property
@@ -136,10 +142,22 @@ class PublishRun:
         return self._decisions.placement.table, self._beside.placement.table
 
     async def _replayed(self) -> MirrorProgress:
-        """Once there is little left to bring over."""
+        """Once there is little left to bring over.
+
+        Raises:
+            GateFailed: a part of what it lacks is not to be brought over.
+            Unavailable: nothing is, by how it was loaded.
+        """
+        if not self._beside.is_mirrored:
+            raise Unavailable(
+                f"generation {self._options.generation} is not brought the writes of the live one",
+                hint="`shardline publish --finish` ends it, and after that it can be loaded anew",
+            )
         calm_at = time.monotonic()
         while True:
             found = await self._tools.mirrors.look(*self._tables)
+            if found.is_apart and self._options.kind is PublishKind.PUBLISH:
+                raise _apart(*self._tables)
             done, total = sum(found.positions), sum(found.ends)
             text = "bringing writes over" if found.trouble is None else found.trouble.text
             await self._tell(PublishStage.REPLAYING, text, done, total)
@@ -179,6 +197,21 @@ class PublishRun:
 
     async def _tell(self, stage: PublishStage, text: str, done: int = 0, total: int = 0) -> None:
         await self._tools.tell(stage=stage, text=text, done=done, total=total)
+
+
+async def _nothing() -> None:
+    return
+
+
+def _apart(live: RoutingTable, coming: RoutingTable) -> GateFailed:
+    """The error that one of them went live without the writes of the other."""
+    number = coming.generation
+    return GateFailed(
+        f"generation {live.generation} went live without the writes of {number}, and has some of "
+        f"its own that {number} may lack",
+        hint=f"`shardline rollback` returns to what {number} had, with all that was written since; "
+        "`shardline build --from-live` makes a generation that has what is live now",
+    )
 
 
 def _is_served(placement: Placement) -> bool:

@@ -124,12 +124,12 @@ def after_restart(noted: Noted | None, live: int) -> Noted | None:
     nothing that is known of.
 
     A controller that died when it had made the candidate the live one, and had not noted it, has
-    kept the one before.
+    kept the one before, which gets the writes from then on, as after every switch.
     """
     if noted is None or noted.beside is None:
         return noted
     if noted.live == live and noted.beside != live:
         return noted
     if noted.beside == live:
-        return replace(noted, live=live, beside=noted.live, role=Role.KEPT)
+        return replace(noted, live=live, beside=noted.live, role=Role.KEPT, is_mirrored=True)
     return replace(noted, live=live, beside=None)

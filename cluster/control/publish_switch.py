@@ -33,10 +33,12 @@ async def switch(
     *,
     on_try: Callable[[int, str], Awaitable[None]],
     on_drained: Callable[[MirrorProgress], Awaitable[None]],
+    on_parting: Callable[[], Awaitable[None]],
 ) -> None:
     """Makes the generation beside the live one. mirror: from the live one to it; None: nothing is
     brought to it. on_try: told of each attempt, with what became of the one before. on_drained:
-    told what the mirror has brought once that is final; what it raises is the end.
+    told what the mirror has brought once that is final. on_parting: told without a mirror, when
+    nobody writes to either of the two. What these two raise is the end.
 
     Raises:
         Unavailable: no attempt succeeded; the generation before is live, and takes writes.
@@ -47,7 +49,7 @@ async def switch(
     for number in range(1, TRIES + 1):
         await on_try(number, said)
         try:
-            await _attempt(decisions, generation, mirror, on_drained)
+            await _attempt(decisions, generation, mirror, on_drained, on_parting)
             return
         except Superseded:
             raise
@@ -66,6 +68,7 @@ async def _attempt(
     generation: int,
     mirror: Mirror | None,
     on_drained: Callable[[MirrorProgress], Awaitable[None]],
+    on_parting: Callable[[], Awaitable[None]],
 ) -> None:
     deadline = time.monotonic() + SWITCH_S
     await decisions.take(SealAsked(now_s=time.monotonic()))
@@ -79,6 +82,8 @@ async def _attempt(
             raise Unavailable(f"{behind} writes were not brought over in time{trouble}")
         await on_drained(reached)
         has = reached.target_seqs
+    else:
+        await on_parting()
     if time.monotonic() > deadline:
         raise Unavailable(f"it took longer than {SWITCH_S:g} s")
     now_s = time.monotonic()

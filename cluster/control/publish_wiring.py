@@ -1,6 +1,8 @@
 """Where a publish gets its mirror and its gate from: the two places that know how they are made."""
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.publish_parts import Mirror
@@ -11,6 +13,7 @@ from shardline.cluster.rollover.mirror_actor import end_mirror, start_mirror
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.publish_config import PublishConfig
+from shardline.cluster.rollover.way_back import parting
 from shardline.cluster.store import Store
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import FloatArray
@@ -48,6 +51,13 @@ class WiredParts:
     async def end_mirrors(self, but: tuple[int, int] | None) -> None:
         """As ``PublishParts``."""
         await end_mirror(self._digest, but)
+
+    async def parting(
+        self, live: RoutingTable, candidate: RoutingTable
+    ) -> Callable[[], Awaitable[None]]:
+        """As ``PublishParts``."""
+        note = await asyncio.to_thread(parting, self._store, live.generation, candidate.generation)
+        return partial(asyncio.to_thread, note)
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None

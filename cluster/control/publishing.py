@@ -89,7 +89,7 @@ class Publishing:
         self._tasks.spawn(self._tend_for_good())
         progress = self._book.noted.publish
         if self._decisions.fleet.beside is None:
-            self._tasks.spawn(tried(self._mirrors.stop))  # one may be left
+            self._tasks.spawn(tried(self._mirrors.stop, "end a mirror"))  # one may be left
         if progress is None or progress.is_over:
             return
         if progress.options.generation == self._book.live:
@@ -211,6 +211,8 @@ class Publishing:
         elif beside is None and self._book.noted.beside is not None:
             await self._mirrors.stop()
             self._book.put_beside()
+        elif beside is None and self._mirrors.may_be_left:
+            await self._mirrors.stop()
         elif beside is not None and beside.is_mirrored and beside.placement.settled:
             await self._mirrors.look(self._decisions.placement.table, beside.placement.table)
 
@@ -223,6 +225,7 @@ class Publishing:
         return max(0.0 if self._finished == generation else self._keep_s, RETIRE_AFTER_S)
 
     def _begun(self, options: PublishOptions) -> dict[str, Any]:
+        self._finished = None  # it may be the one to be kept
         progress = self._book.begun(options)
         self._running = self._tasks.spawn(self._alone(partial(self._run, options)))
         return progress.as_json()
@@ -235,7 +238,7 @@ class Publishing:
     async def _tend_for_good(self) -> None:
         while True:
             await asyncio.sleep(TEND_S)
-            await tried(self.tend)
+            await tried(self.tend, "see to what is beside the live generation")
 
     async def _run(self, options: PublishOptions) -> None:
         try:
@@ -263,7 +266,7 @@ class Publishing:
     async def _succeeded(self) -> None:
         self._book.switched()
         await self._book.told(stage=PublishStage.LIVE, text="", done=0, total=0)
-        await tried(self._tended)
+        await tried(self._tended, "see to what is beside the live generation")
 
     async def _failed(self, error: Exception) -> None:
         """The candidate is ended; a generation that was live before stays."""
@@ -276,7 +279,7 @@ class Publishing:
         await self._book.told(stage=PublishStage.FAILED, text="", reason=reason)
 
     async def _end_beside(self) -> None:
-        await tried(self._mirrors.stop)
+        await tried(self._mirrors.stop, "end a mirror")  # else ``tend`` does
         await self._decisions.take(BesideEnded())
         self._book.put_beside()
 

@@ -55,5 +55,6 @@ class Restarts:
             await self._decisions.take(event)
         except OSError as error:
             raise known_error(error) from error
-        await tried(self.keep_note)  # else with the next look at the hosts
+        # else with the next look at the hosts
+        await tried(self.keep_note, "note how far the rolling restart is")
         return self.progress

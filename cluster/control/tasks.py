@@ -31,9 +31,10 @@ class Tasks:
             logger.error("controller task failed", exc_info=task.exception())
 
 
-async def tried(look: Callable[[], Awaitable[None]]) -> None:
-    """Does what is done again soon: a failure is logged, and is no end."""
+async def tried(work: Callable[[], Awaitable[None]], what: str) -> None:
+    """Does what is done again soon: a failure is logged, and is no end. what: for the log, what
+    could not be done."""
     try:
-        await look()
+        await work()
     except Exception:  # a full disk, say
-        logger.exception("the controller could not look at a replica, or at the hosts")
+        logger.exception("the controller could not %s", what)

@@ -49,13 +49,14 @@ class Watch:
             for key in self._shards.placed:
                 if key not in self._checked and self._decisions.fleet.state(key) is not None:
                     self._checked.add(key)
-                    self._tasks.spawn(tried(partial(self._check, key)))
+                    work = partial(self._check, key)
+                    self._tasks.spawn(tried(work, f"look at a replica, {key}"))
 
     async def _watch_hosts(self) -> None:
         """While Ray's head is away there is no event, and so nothing is decided about hosts."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            await tried(self._see_hosts)
+            await tried(self._see_hosts, "look at the hosts")
 
     async def _see_hosts(self) -> None:
         # in a thread: it blocks while the head is away

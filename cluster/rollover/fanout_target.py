@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.primary import Delivery
 from shardline.router.written import Part
-from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.errors import ShardlineError, Unavailable
 from shardline.shards.core.messages import RoutingTable, WriteReply
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class FanoutTarget:
         self._generation = generation
         self.fanout = fanout
         self._has_table = asyncio.Event()
+        self.failure: Exception | None = None  # why no table came, the last time that it was asked
 
     async def table(self) -> RoutingTable:
         await self._has_table.wait()
@@ -59,9 +60,21 @@ class FanoutTarget:
                 if table is not None:
                     await self.apply(table)
                     version = table.version
+                self.failure = None
             except Exception as error:  # noqa: BLE001  a controller that restarts, say
-                logger.warning("no table of generation %d: %s", self._generation, error)
+                self._has_failed(error)
                 await asyncio.sleep(PAUSE_S)
 
     async def close(self) -> None:
         await self.fanout.close()
+
+    def _has_failed(self, error: Exception) -> None:
+        """Logs what is not what the last attempt failed with; a bug with its traceback."""
+        if repr(error) != repr(self.failure):
+            known = isinstance(error, ShardlineError | OSError)
+            logger.warning(
+                "no table of generation %d: %s",
+                *(self._generation, error),
+                exc_info=None if known else error,
+            )
+        self.failure = error

@@ -6,15 +6,16 @@ A thin shell around ``gate_run`` and the tables of the two generations.
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 from ray.exceptions import RayTaskError
 
+from shardline.cluster.rollover.controller_tables import table_of
 from shardline.cluster.rollover.gate import GateReport
 from shardline.cluster.rollover.gate_run import gate_of_generations
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import FloatArray
 
 
@@ -37,18 +38,10 @@ class GateActor:
 
     async def judged(self, order: GateOrder) -> GateReport:
         """Raises: as ``run_gate``."""
-
-        async def table_of(generation: int, version: int, timeout_s: float) -> RoutingTable | None:
-            controller = ray.get_actor(order.controller)
-            table: RoutingTable | None = await controller.table_of.remote(
-                generation, version, timeout_s
-            )
-            return table
-
         return await gate_of_generations(
             order.candidate,
             order.live,
-            table_of,
+            partial(table_of, order.controller),
             order.config,
             secret=order.secret,
             served=order.served,

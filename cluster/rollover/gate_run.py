@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.router.query import Merged
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.encoder_files import QUERY_ENCODER_FOLDER
-from shardline.shards.core.errors import DataError
+from shardline.shards.core.errors import DataError, Unavailable
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.recall import count_matches
 from shardline.shards.core.schema import MAX_K, FloatArray, IdArray
@@ -42,6 +42,7 @@ LATENCY_QUERIES = 300
 LATENCY_ROUNDS = 3
 LATENCY_LIMIT_S = 30.0  # of one round: slow indexes are asked fewer queries
 WARM_UP = 8
+TABLES_S = 60.0  # for both tables: a controller that restarts has them again within some seconds
 
 # (generation, version, timeout in seconds) -> its table of a higher version; None: none in time
 TableOf = Callable[[int, int, float], Awaitable[RoutingTable | None]]
@@ -68,7 +69,11 @@ async def gate_of_generations(
     unreplayed: int = 0,
 ) -> GateReport:
     """``run_gate`` over connections of its own to the replicas of the newest tables. secret: of the
-    cluster."""
+    cluster.
+
+    Raises also:
+        Unavailable: no table of one of them comes: it was ended meanwhile, say.
+    """
     sides = [
         FanoutTarget(generation, Fanout(secret, RouterConfig(), random.Random()))
         for generation in (candidate, live)
@@ -78,7 +83,7 @@ async def gate_of_generations(
         for side, generation in zip(sides, (candidate, live), strict=True)
     ]
     try:
-        await asyncio.gather(*(side.table() for side in sides))
+        await _tables_of(sides)
         ours, theirs = (side.fanout for side in sides)
         return await run_gate(ours, theirs, config, served=served, unreplayed=unreplayed)
     finally:
@@ -86,6 +91,20 @@ async def gate_of_generations(
             task.cancel()
         await asyncio.gather(*following, return_exceptions=True)
         await asyncio.gather(*(side.close() for side in sides))
+
+
+async def _tables_of(sides: Sequence[FanoutTarget]) -> None:
+    """Once there is one of each."""
+    try:
+        async with asyncio.timeout(TABLES_S):
+            await asyncio.gather(*(side.table() for side in sides))
+    except TimeoutError as error:
+        failures = [str(side.failure) for side in sides if side.failure is not None]
+        raise Unavailable(
+            "the gate has no routing table of both generations",
+            expected=f"within {TABLES_S:g} s",
+            got=failures[0] if failures else None,
+        ) from error
 
 
 async def run_gate(

@@ -1,7 +1,7 @@
 """What a generation lacks of the writes of the live one, by the rule that a mirror starts with:
 where no cluster runs, nothing brings them over."""
 
-from shardline.cluster.rollover.mirror_start import Made, start_of
+from shardline.cluster.rollover.mirror_start import Made, check_not_ahead, start_of
 from shardline.cluster.rollover.replayed_note import new_run, read_note
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import (
@@ -13,7 +13,7 @@ from shardline.shards.core.errors import (
 )
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.live.live_rows import newest_write
-from shardline.shards.storage.generation import GenerationManifest, read_generation
+from shardline.shards.storage.generation import read_generation
 
 
 def check_none_left_behind(store: Store, number: int) -> None:
@@ -39,7 +39,9 @@ def check_none_left_behind(store: Store, number: int) -> None:
     try:
         made, wanted = read_generation(folder), read_generation(store.generation(number))
         newest = tuple(newest_write(folder, entry.shard) for entry in made.shards)
-        start = start_of(read_note(store.writes(number)), _made(made), _made(wanted), new_run())
+        note = read_note(store.writes(number))
+        start = start_of(note, Made.of(made), Made.of(wanted), new_run())
+        check_not_ahead(start, newest)
     except WritesLost as error:
         raise GateFailed(
             f"generation {number} does not go live: {error.message}",
@@ -49,6 +51,12 @@ def check_none_left_behind(store: Store, number: int) -> None:
         ) from error
     except (ShardlineError, OSError) as error:
         raise _unknown(number, error, hint) from error
+    if start.is_apart:
+        raise GateFailed(
+            f"generation {number} does not go live: generation {live}, which is live, went live "
+            f"without its writes, and has some of its own that {number} may lack",
+            hint=hint,
+        )
     writes = sum(max(0, new - old) for new, old in zip(newest, start.seqs, strict=True))
     if writes or start.unreplayed.rows:
         raise GateFailed(
@@ -56,10 +64,6 @@ def check_none_left_behind(store: Store, number: int) -> None:
             f"{_said(writes, start.unreplayed.rows)} of generation {live}, which is live",
             hint=hint,
         )
-
-
-def _made(manifest: GenerationManifest) -> Made:
-    return Made(generation=manifest.generation, num_shards=len(manifest.shards), cut=manifest.cut)
 
 
 def _said(writes: int, rows: int) -> str:

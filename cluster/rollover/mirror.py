@@ -3,7 +3,8 @@
 Rounds: the next records of every shard, joined to batches, written to the primaries of the target,
 all acknowledged; then the next. So an item's writes arrive in the order in which they were made.
 Every round is noted before it is sent (``replayed_note``); a kill at any moment costs nothing.
-Whatever fails is tried again until ``stop``; ``progress`` tells what it is.
+Whatever fails is tried again until ``stop``; ``progress`` tells what it is. Only that another
+mirror was opened in its place ends it.
 """
 
 import asyncio
@@ -28,7 +29,8 @@ from shardline.cluster.rollover.mirror_plan import (
 )
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.mirror_source import SourceShard, gathered
-from shardline.cluster.rollover.replayed_note import Replayed, key_prefix, new_run, write_note
+from shardline.cluster.rollover.mirror_term import MirrorReplaced, MirrorTerm
+from shardline.cluster.rollover.replayed_note import Replayed, key_prefix, new_run
 from shardline.router.written import Part
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import Absence, RoutingTable, WriteReply
@@ -57,16 +59,17 @@ class Target(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """What is brought where. source_live, target_live: the folders of what was written to the two.
-    columns: the names of the target's attributes. checked: those whose values it may refuse,
-    because the source has another type for them. other_model: vectors are made anew, by
-    ``encoder``; None: it has none. target_seqs: how many writes its shards have had before this
-    begins. back: whether the source has all of those but ``lacking``, for a mirror in the other
-    direction."""
+    term: by which notes are written there. columns: the names of the target's attributes. checked:
+    those whose values it may refuse, because the source has another type for them. other_model:
+    vectors are made anew, by ``encoder``; None: it has none. target_seqs: how many writes its
+    shards have had before this begins. back: whether the source has all of those but ``lacking``,
+    for a mirror in the other direction."""
 
     source: int
     target: int
     source_live: Path
     target_live: Path
+    term: MirrorTerm
     columns: tuple[str, ...]
     checked: pa.Schema
     other_model: bool
@@ -117,10 +120,12 @@ class Mirror:
             examples=self._done.unreplayed.examples,
             trouble=self._trouble,
             target_seqs=tuple(self._target_seqs),
+            is_apart=self._done.is_apart,
         )
 
     async def run(self) -> None:
-        """Goes on until ``stop``. First it sends again what may have been under way."""
+        """Goes on until ``stop``, or until another mirror was opened in its place. First it sends
+        again what may have been under way."""
         resent = self._done.sending if self._done.sending != self._done.seqs else None
         failures = 0
         while not self._is_stopped:
@@ -130,6 +135,10 @@ class Mirror:
                     resent = None if is_done else resent
                 else:
                     is_done = await self._round()
+            except MirrorReplaced as error:
+                logger.warning("writes to generation %d: %s", self._route.target, error)
+                self._trouble = trouble_of(error)
+                return
             except Exception as error:  # noqa: BLE001  a bug is told too: a publish waits for this
                 await self._paused(error, failures)
                 failures += 1
@@ -140,14 +149,19 @@ class Mirror:
 
     async def drain(self, final: Sequence[int], timeout_s: float) -> MirrorProgress:
         """How far it is when the target has the first ``final`` writes of every shard, the last
-        ones of a sealed generation, or the time is up; if it has them, the way back is noted."""
+        ones of a sealed generation, or the time is up; if it has them, the way back is noted.
+
+        Raises:
+            MirrorReplaced: another mirror was opened in its place.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s), self._moved:
                 await self._moved.wait_for(lambda: self.progress().has(final))
         progress = self.progress()
         if progress.has(final) and self._route.back:
             try:
-                await asyncio.to_thread(write_note, self._route.source_live, self._way_back())
+                live, note = self._route.source_live, self._way_back()
+                await asyncio.to_thread(self._route.term.write_note, live, note)
             except OSError as error:
                 logger.warning("writes are brought back from an earlier one on: %s", error)
         return progress
@@ -200,6 +214,8 @@ class Mirror:
         while not self._is_stopped:
             try:
                 await self._sent(taken)
+            except MirrorReplaced:
+                raise
             except Exception as error:  # noqa: BLE001  what was taken must not be passed over
                 await self._paused(error, failures)
                 failures += 1
@@ -253,7 +269,9 @@ class Mirror:
         self._target_seqs[part.shard] = max(self._target_seqs[part.shard], reply.seq)
 
     async def _note(self, replayed: Replayed) -> None:
-        await asyncio.to_thread(write_note, self._route.target_live, replayed)
+        """Raises MirrorReplaced, OSError."""
+        live = self._route.target_live
+        await asyncio.to_thread(self._route.term.write_note, live, replayed)
         self._noted = replayed
 
     async def _paused(self, error: Exception, failures: int) -> None:

@@ -1,7 +1,8 @@
 """What a mirror reads of the two generations before its first round: from files alone."""
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from shardline.cluster.rollover.fitting import retyped
 from shardline.cluster.rollover.mirror import Mirror, Route, Target
 from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, ItemEncoder
 from shardline.cluster.rollover.mirror_source import SourceShard
-from shardline.cluster.rollover.mirror_start import Made, start_of
-from shardline.cluster.rollover.replayed_note import new_run, read_note
+from shardline.cluster.rollover.mirror_start import Made, check_not_ahead, start_of
+from shardline.cluster.rollover.mirror_term import MirrorTerm
+from shardline.cluster.rollover.replayed_note import Replayed, new_run, read_note
 from shardline.cluster.rollover.way_back import has_all, known_back
 from shardline.cluster.store import Store
 from shardline.router.encoder.item_encoder import ItemEncoder as Tower
 from shardline.router.fanout.snapshot import load_item_encoder
-from shardline.shards.core.errors import VersionMismatch
+from shardline.shards.core.errors import NotFound, VersionMismatch, WritesLost
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.live.live_folder import live_folder
@@ -30,6 +32,8 @@ from shardline.shards.storage.generation import (
 )
 
 logger = logging.getLogger(__name__)
+
+LOOKS, LOOK_S = 10, 0.5  # at the log of the source, until it has what was read of it before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,15 +68,22 @@ class TargetEncoder:
         return self._tower.encode(item_ids, rows, lambda row, name, where: f"features.{name}")
 
 
-def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None) -> Mirror:
+def open_mirror(
+    order: MirrorOrder,
+    target: Target,
+    encoder: ItemEncoder | None,
+    *,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Mirror:
     """Not running yet. encoder: the item tower of the target generation, which is asked where the
-    two are of different models; None: it has none.
+    two are of different models; None: it has none. Every mirror that was opened on one of the two
+    before sends nothing new from now on.
 
-    Reads the target's logs from their newest compactions on, so call it before anything is sent.
+    Reads the logs of both from their newest compactions on, so call it before anything is sent.
 
     Raises:
         VersionMismatch: the models are the same by name, and their vectors are not comparable.
-        WritesLost: as ``start_of``.
+        WritesLost: as ``start_of``; or the source's log is shorter than what was read of it before.
         NotFound, CorruptFile, NewerFormat, OSError: of a generation, or the target's log.
     """
     store = Store(Path(order.store))
@@ -87,10 +98,12 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
             got=f"{wanted.dim} dimensions, {wanted.metric}",
             hint="give a new model a version of its own, and build again",
         )
+    term = MirrorTerm(store, (order.source, order.target))
     note, noted_back = read_note(store.writes(order.target)), read_note(store.writes(order.source))
     if noted_back is not None and noted_back.generation != order.target:
         noted_back = None
-    start = start_of(note, _made(made), _made(wanted), new_run())
+    start = start_of(note, Made.of(made), Made.of(wanted), new_run())
+    _check_source(store.generation(order.source), start, sleep)
     seqs = tuple(newest_write(folder, each.shard) for each in wanted.shards)
     known = known_back(order.target, noted_back, made.cut, start, len(seqs))
     logs = [live_folder(folder, each.shard) for each in wanted.shards]
@@ -108,6 +121,7 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
         target=order.target,
         source_live=store.writes(order.source),
         target_live=store.writes(order.target),
+        term=term,
         columns=tuple(columns.names),
         checked=checked,
         other_model=is_other,
@@ -123,8 +137,27 @@ def open_mirror(order: MirrorOrder, target: Target, encoder: ItemEncoder | None)
     return Mirror(route, sources, target, replace(start, back=seqs if is_back else None))
 
 
-def _made(manifest: GenerationManifest) -> Made:
-    return Made(generation=manifest.generation, num_shards=len(manifest.shards), cut=manifest.cut)
+def _check_source(folder: Path, start: Replayed, sleep: Callable[[float], None]) -> None:
+    """As ``check_not_ahead``. A log that seems too short is read again for a moment: its last group
+    is not proven while a primary begins, and a network mount may show it late."""
+    for left in reversed(range(LOOKS)):
+        try:
+            check_not_ahead(start, [_end_of(folder, *each) for each in enumerate(start.sending)])
+        except WritesLost:
+            if not left:
+                raise
+            sleep(LOOK_S)
+        else:
+            return
+
+
+def _end_of(folder: Path, shard: int, at_least: int) -> int:
+    """Of a shard's log. Where that does not go back to a main index it is not known, but no less
+    than ``at_least``: the mirror itself says then what it lacks."""
+    try:
+        return newest_write(folder, shard)
+    except NotFound:
+        return at_least
 
 
 def _schema(folder: Path, manifest: GenerationManifest) -> pa.Schema:

@@ -21,7 +21,7 @@ class MirrorProgress:
     begun. target_seqs: of each shard of the target, how many writes it has with them. rows: items
     written to the target since the start. unreplayed: items that the target cannot take, written
     for the source's model only or with an attribute of another type, and ids of some, examples.
-    trouble: why it does not go on now; None: it does.
+    trouble: why it does not go on now; None: it does. is_apart: as of ``Replayed``.
     """
 
     positions: tuple[int, ...]
@@ -31,6 +31,7 @@ class MirrorProgress:
     examples: tuple[int, ...] = ()
     trouble: Absence | None = None
     target_seqs: tuple[int, ...] = ()
+    is_apart: bool = False
 
     @property
     def is_hopeless(self) -> bool:

@@ -1,14 +1,16 @@
 """The writes of a generation, read from the logs of its shards in the store: all of them, in order.
 
-Reads only, and needs nothing of the processes that write. What compactions have made unnecessary is
-read too, as far as the logs keep it.
+Changes nothing, and needs nothing of the processes that write. What it hands out is durable: else a
+power cut could give its number to another write, which would be passed over as known. What
+compactions have made unnecessary is read too, as far as the logs keep it.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from shardline.shards.core.errors import CorruptFile, NotFound, ShardlineError, WritesLost
+from shardline.shards.core.errors import NotFound, ShardlineError, WritesLost
 from shardline.shards.live.kept_segments import WithKept
+from shardline.shards.live.live_rows import make_durable
 from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.records import Record, Upsert
@@ -26,11 +28,12 @@ class SourceShard:
         """live: the folder of the shard's log, which need not be there yet."""
         self.shard = shard
         self.seq = seq  # of the record handed out last
-        self._live = live
-        self._files = WithKept(files)
-        self._tail = self._new_tail(seq)
+        # one for all reads: it knows by the checksums of what it read whether the log is still that
+        self._tail = LogTail(live, seq, WithKept(files), at_once=SEGMENT_AT_A_TIME)
         self._waiting: list[Record] = []  # read, and not yet handed out
         self._taken = 0  # of those
+        self._live = live
+        self._is_durable = True  # all of those
 
     @property
     def end_seq(self) -> int:
@@ -51,6 +54,9 @@ class SourceShard:
             CorruptFile, OSError: of the log; a later call tries again.
         """
         self._read(until)
+        if not self._is_durable:
+            make_durable(self._live)
+            self._is_durable = True
         first = end = self._taken
         size = 0
         if until is not None:
@@ -75,27 +81,16 @@ class SourceShard:
         try:
             while new := self._tail.read_new():
                 self._waiting += new
+                self._is_durable = False
                 if until is None or self._tail.seq >= until:
                     return
         except NotFound as error:
-            self._forget()
             raise WritesLost(
                 f"shard {self.shard}: writes from {self.seq + 1} on are needed, and not in its "
                 f"log any more ({error.message})",
                 hint="build a generation from today's rows with `shardline build --from-live`, or "
                 "publish with --without-writes; `live.keep_log_mib` is what the log keeps",
             ) from error
-        except CorruptFile:
-            self._forget()
-            raise
-
-    def _forget(self) -> None:
-        """Begins again behind what was handed out."""
-        self._waiting, self._taken = [], 0
-        self._tail = self._new_tail(self.seq)
-
-    def _new_tail(self, seq: int) -> LogTail:
-        return LogTail(self._live, seq, self._files, at_once=SEGMENT_AT_A_TIME)
 
 
 def gathered(

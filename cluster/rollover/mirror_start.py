@@ -13,6 +13,7 @@ from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, Unreplayed
 from shardline.cluster.rollover.replayed_note import Replayed
 from shardline.shards.core.errors import WritesLost
 from shardline.shards.storage.cut import Cut
+from shardline.shards.storage.generation import GenerationManifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,11 @@ class Made:
     generation: int
     num_shards: int
     cut: Cut | None
+
+    @classmethod
+    def of(cls, manifest: GenerationManifest) -> "Made":
+        shards = len(manifest.shards)
+        return cls(generation=manifest.generation, num_shards=shards, cut=manifest.cut)
 
 
 def start_of(note: Replayed | None, source: Made, target: Made, run: str) -> Replayed:
@@ -61,7 +67,8 @@ def _left_out(
     for cut in () if source.cut is None else source.cut.all:
         if cut.generation == target.generation or _covers(cuts.get(cut.generation), cut):
             break  # and with that the rows of that generation, and the cuts before
-        if note is not None and note.generation == cut.generation and _covers(note.seqs, cut):
+        is_noted = note is not None and note.generation == cut.generation and not note.is_apart
+        if note is not None and is_noted and _covers(note.seqs, cut):
             return note.unreplayed
         if any(cut.seqs):
             has = cuts.get(cut.generation)
@@ -75,6 +82,26 @@ def _left_out(
                 "publish with --without-writes",
             )
     return NONE_UNREPLAYED
+
+
+def check_not_ahead(start: Replayed, ends: Sequence[int]) -> None:
+    """Whether the log that ``start`` is about, of which the shards end with these writes, is the
+    one that was read before: after a power cut, or when it was restored by hand, it may be shorter.
+    Then later writes get numbers that are known as done, and nobody would bring them over.
+
+    Raises:
+        WritesLost: it ends earlier.
+    """
+    for shard, (sending, end) in enumerate(zip(start.sending, ends, strict=True)):
+        if sending > end:
+            raise WritesLost(
+                f"shard {shard} of generation {start.generation}: its log was read up to write "
+                f"{sending} before, and is another one now",
+                expected=f"{sending} writes or more",
+                got=str(end),
+                hint="build a generation from today's rows with `shardline build --from-live`, or "
+                "publish with --without-writes",
+            )
 
 
 def _covers(seqs: Sequence[int] | None, cut: Cut) -> bool:

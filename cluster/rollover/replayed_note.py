@@ -33,7 +33,9 @@ class Replayed:
     """Of each shard of ``generation``: seqs, the writes that the target has; sending, up to which
     it may have more. run: what its keys have in common. rows that were written to the target since
     the start; those that could not be. back: of each shard of the target how many of its writes
-    ``generation`` has, up to now; None: that cannot be shown."""
+    ``generation`` has, up to now; None: that cannot be shown. is_apart: ``generation`` went live
+    without the writes of the target, which may lack some that it had until then: those are not in
+    ``seqs`` for having been brought, but because they must not come over newer ones."""
 
     generation: int
     seqs: tuple[int, ...]
@@ -42,6 +44,7 @@ class Replayed:
     rows: int = 0
     unreplayed: Unreplayed = NONE_UNREPLAYED
     back: tuple[int, ...] | None = None
+    is_apart: bool = False
 
 
 def new_run() -> str:
@@ -83,6 +86,7 @@ def read_note(live: Path) -> Replayed | None:
                 rows=int(unreplayed["rows"]), examples=tuple(map(int, unreplayed["examples"]))
             ),
             back=None if back is None else tuple(map(int, back)),
+            is_apart=found.get("is_apart", False) is True,  # not in notes of older versions
         )
     except FileNotFoundError:
         return None

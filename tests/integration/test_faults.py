@@ -233,13 +233,21 @@ def test_a_publish_and_a_rollback_cost_no_answer_and_no_write(cluster: Cluster) 
                         since=time.perf_counter(),
                     )
                     writes.wait_for(20)
-            for item, number in writes.acknowledged.items():
-                np.testing.assert_allclose(client.item(item).vector, vector_of(number), rtol=1e-5)
+            assert_newest(client, writes)
+            # without writes, and back: the other one has older ones, which must not come over
+            with Writes(client, writes.acknowledged) as since:
+                for begin in (lambda: publish(second, with_writes=False), lambda: roll_back(first)):
+                    since.wait_for(20)
+                    begin()
+                    told.append(publish_ended())
+                since.wait_for(20)
+            assert_newest(client, since)
         finally:
             store.set_current(first)
             client.delete(list(range(PUBLISHED_ITEMS, PUBLISHED_ITEMS + 100)))
-    assert [(each["stage"], each["reason"]) for each in told] == [("live", None)] * 2
+    assert [(each["stage"], each["reason"]) for each in told] == [("live", None)] * 4
     assert (questions.errors, writes.errors, writes.unseen) == ([], [], [])
+    assert since.errors == []
     assert all(is_full(answer) for _, answer in questions.answers)
     seen = [answer.generation for _, answer in questions.answers]
     assert set(seen) == {first, second}
@@ -296,13 +304,20 @@ class Writes:
             time.sleep(0.005)
 
 
+def assert_newest(client: Client, writes: Writes) -> None:
+    """Every item is as it was acknowledged last."""
+    for item, number in writes.acknowledged.items():
+        np.testing.assert_allclose(client.item(item).vector, vector_of(number), rtol=1e-5)
+
+
 def vector_of(number: int) -> np.ndarray:
     vector = np.random.default_rng(number).standard_normal(128).astype(np.float32)
     return vector / np.linalg.norm(vector)
 
 
-def publish(number: int) -> None:
-    options = PublishOptions(generation=number, skip_gate="a busy machine")
+def publish(number: int, *, with_writes: bool = True) -> None:
+    reason = "a busy machine"
+    options = PublishOptions(generation=number, with_writes=with_writes, skip_gate=reason)
     asked(controller().publish.remote(options), timeout_s=10)
 
 

@@ -6,6 +6,7 @@ import json
 import pickle
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 
 from shardline.router.asked_seq import asked_seq
@@ -15,8 +16,9 @@ from shardline.router.http.media import Media
 from shardline.router.query import SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
+from shardline.router.written import Part, newest
 from shardline.shards.core.errors import Behind, InvalidInput
-from shardline.shards.core.messages import RoutingTable
+from shardline.shards.core.messages import DeleteRequest, RoutingTable, WriteReply
 from tests.fake_shard import SECRET, make_rows, make_table, running_shards
 
 DIM = 8
@@ -146,6 +148,24 @@ async def test_a_router_that_has_not_heard_of_the_switch_waits_for_it() -> None:
             assert (await waiting).seq == (8, 8)
         finally:
             await service.close()
+
+
+def test_the_answer_to_a_write_that_crossed_a_switch_asks_for_all_that_was_brought_over() -> None:
+    """Its first part was acknowledged by the generation before, for items of any shard."""
+    table = make_table((), DIM, generation=2, version=9, went_live_with=(4, 6, 0, 5))
+    table = replace(table, shards=(None,) * 4)
+    message = DeleteRequest(item_ids=np.array([1]), key="", timeout_ms=0.0)
+
+    def seq(*replies: tuple[int, int, int]) -> tuple[int | None, ...]:
+        """replies: of a generation's shard, its number."""
+        parts = [Part(shard=shard, message=message) for _, shard, _ in replies]
+        given = [WriteReply(generation=of, seq=seq, rows=1, existed=0) for of, _, seq in replies]
+        return newest(parts, given, table)
+
+    assert seq((1, 5, 900), (2, 1, 7)) == (4, 7, None, 5)
+    assert seq((2, 1, 7), (2, 1, 8)) == (None, 8, None, None)
+    table = replace(table, went_live_with=())  # without the writes of the one before
+    assert seq((1, 5, 900), (2, 1, 7)) == (None, 7, None, None)
 
 
 # The clients' side

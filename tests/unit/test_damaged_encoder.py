@@ -97,6 +97,71 @@ def test_whatever_bit_flips_in_whatever_file_is_found(folder: Path) -> None:
     QueryEncoder.load(folder / "query_encoder", checksum)
 
 
+async def test_the_same_encoder_of_another_generation_is_not_loaded_while_writes_wait(
+    folder: Path, tmp_path: Path
+) -> None:
+    """It is loaded afterwards: the files that it has mapped may go with their generation."""
+    other, loaded, may_load = tmp_path / "other", [], threading.Event()
+    shutil.copytree(folder, other)
+
+    def load_encoder(table: RoutingTable) -> QueryEncoder:
+        if loaded:
+            assert may_load.wait(10)
+        loaded.append(table.generation)
+        return QueryEncoder.load(Path(table.generation_dir) / "query_encoder")
+
+    async with (
+        running_shards(IDS, VECTORS, 2) as before,
+        running_shards(IDS, VECTORS, 2, generation=2) as after,
+    ):
+        service = SearchService(FAST, SECRET, load_encoder=load_encoder)
+        try:
+            await service.apply(table_of(folder, before))
+            assert await service.mend_encoder()
+            assert service._fanout.snapshot is not None
+            first = service._fanout.snapshot.encoder
+            table = table_of(other, after, generation=2, version=2)
+            async with asyncio.timeout(5):
+                await service.apply(table)
+            assert service._fanout.snapshot.encoder is first and loaded == [1]
+            may_load.set()
+            assert await service.mend_encoder()
+            assert loaded == [1, 2] and service._fanout.snapshot.encoder is not first
+            assert await service.mend_encoder() and loaded == [1, 2]
+            others = ({"model_version": "m2"}, {"encoder_checksum": "0" * 64})
+            for number, changes in enumerate(others, 3):
+                where = {"generation_dir": str(folder), "generation": number, "version": number}
+                await service.apply(replace(table, **where, **changes))
+                assert loaded[-1] == number, "another one"
+                table = service._fanout.snapshot.table
+        finally:
+            may_load.set()
+            await service.close()
+
+
+async def test_an_encoder_that_cannot_be_loaded_anew_serves_on(
+    folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    async with (
+        running_shards(IDS, VECTORS, 2) as before,
+        running_shards(IDS, VECTORS, 2, generation=2) as after,
+    ):
+        service = SearchService(FAST, SECRET)
+        try:
+            await service.apply(table_of(folder, before))
+            await service.apply(table_of(other, after, generation=2, version=2))
+            path = other / "query_encoder" / WEIGHTS
+            flip(path, 0)
+            assert not await service.mend_encoder()
+            assert isinstance(service._fanout.snapshot.encoder, QueryEncoder)  # type: ignore[union-attr]
+            flip(path, 0)
+            assert await service.mend_encoder()
+        finally:
+            await service.close()
+
+
 def test_without_a_checksum_from_outside_a_config_of_another_meaning_would_pass(
     folder: Path,
 ) -> None:

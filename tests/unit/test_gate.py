@@ -379,6 +379,22 @@ async def test_the_gate_reads_what_it_asks_and_reports(tmp_path, monkeypatch) ->
         ]  # fmt: skip
 
 
+async def test_a_generation_that_ends_before_its_first_table_ends_the_gate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gate_run, "TABLES_S", 0.05)
+
+    async def table_of(generation: int, version: int, timeout_s: float):
+        if generation == 1:
+            return make_table((), DIM, version=9) if version == 0 else await asyncio.sleep(60)
+        raise Unavailable("generation 2 is not loaded")
+
+    with pytest.raises(
+        Unavailable, match=r"both gen.*expected within 0\.05 s; got .*2 is not loaded"
+    ):
+        await gate_of_generations(2, 1, table_of, CONFIG, secret=SECRET)
+
+
 def write_tower(folder: Path, model_version: str, users: np.ndarray) -> str:
     """A query encoder that is a table of users' vectors; its checksum."""
     config = {

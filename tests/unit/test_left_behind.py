@@ -51,7 +51,7 @@ def set_cut(store: Store, number: int, generation: int, *seqs: int) -> None:
     ("cut", "lacks"),
     [
         ((1, 2, 1), None),
-        ((1, 5, 1), None),
+        ((1, 5, 1), "log was read up to write 5 before, and is another one now"),
         ((1, 2, 0), "lacks 1 writes of generation 1, which is live"),
         ((1, 0, 0), "lacks 3 writes of generation 1, which is live"),
         ((3, 2, 1), "lacks 3 writes of generation 1"),
@@ -110,6 +110,13 @@ def test_what_was_brought_before_counts(made: LiveStore) -> None:
         check_none_left_behind(made.store, 2)
     write_note(made.store.writes(2), replace(note, generation=3))
     with pytest.raises(GateFailed, match="it lacks 3 writes"):
+        check_none_left_behind(made.store, 2)
+
+
+def test_what_went_live_without_the_writes_of_another_may_lack_some(made: LiveStore) -> None:
+    note = Replayed(generation=1, seqs=(2, 1), sending=(2, 1), run="one", is_apart=True)
+    write_note(made.store.writes(2), note)
+    with pytest.raises(GateFailed, match="1, which is live, went live without its writes"):
         check_none_left_behind(made.store, 2)
 
 

@@ -11,22 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shardline.cluster.rollover import mirror as mirror_module
+from shardline.cluster.rollover import mirror_opening, mirror_source, mirror_term
 from shardline.cluster.rollover.fanout_target import FanoutTarget
 from shardline.cluster.rollover.mirror import Mirror, trouble_of
 from shardline.cluster.rollover.mirror_opening import MirrorOrder, TargetEncoder, open_mirror
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.mirror_term import MirrorReplaced
 from shardline.cluster.rollover.replayed_note import (
     Replayed,
     note_path,
     read_note,
     write_note,
 )
+from shardline.cluster.rollover.way_back import parting
+from shardline.cluster.store import Store
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.router_config import RouterConfig
 from shardline.router.written import Part
 from shardline.shards.core.encoder_files import CONFIG, ITEM_ENCODER_FOLDER, write_encoder
 from shardline.shards.core.errors import (
+    CorruptFile,
     DeltaFull,
     InvalidInput,
     NotFound,
@@ -197,7 +201,7 @@ def test_killed_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             write_note(live, replayed)
             step("after the note")
 
-        monkeypatch.setattr(mirror_module, "write_note", noted)
+        monkeypatch.setattr(mirror_term, "write_note", noted)
         fake, given = FakeTarget(target, step), order(tmp_path)
         try:
             drained(given, fake, source.seqs)
@@ -445,6 +449,206 @@ def test_writes_in_the_rows_of_the_source_alone_are_told(tmp_path: Path) -> None
     live.upsert([1], 1)
     drained(order(tmp_path, source=3), target, live.seqs)
     assert target.written.contents() == live.contents()
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["by the note", "by the cut"])
+def test_a_log_that_is_shorter_than_what_was_read_of_it_is_told(
+    tmp_path: Path, is_cut: bool
+) -> None:
+    """A power cut, or a copy of the log that was put back: later writes have numbers that are known
+    as done."""
+    source, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    live = tmp_path / "live" / "000001"
+    source.upsert([1], 1)
+    source.writes[0].close()
+    shutil.copytree(live, tmp_path / "copy")
+    source = Written(source.folder, epoch=2)
+    source.upsert([2], 1)
+    source.upsert([3], 1)
+    fake = FakeTarget(Written(folder))
+    if is_cut:
+        changed(folder, cut=Cut(generation=1, seqs=source.seqs))
+    else:
+        drained(order(tmp_path), fake, source.seqs)
+    shutil.rmtree(live)
+    shutil.copytree(tmp_path / "copy", live)
+    source = Written(source.folder, epoch=3)
+    pauses: list[float] = []
+    with pytest.raises(WritesLost, match=r"shard 0 of generation 1.* write 3 .*expected 3 .*got 1"):
+        open_mirror(order(tmp_path), fake, None, sleep=pauses.append)
+    assert pauses == [mirror_opening.LOOK_S] * (mirror_opening.LOOKS - 1)
+
+    def written(seconds: float) -> None:
+        source.upsert([4, 5], 1)
+
+    open_mirror(order(tmp_path), fake, None, sleep=written)  # it was only shown late
+
+
+def test_another_log_in_place_of_the_one_that_was_read_is_told_again_and_again(
+    tmp_path: Path,
+) -> None:
+    source = Written(build(tmp_path, 1, 1))
+    live = tmp_path / "live" / "000001"
+    source.upsert([1], 1)
+    source.writes[0].close()
+    shutil.copytree(live, tmp_path / "copy")
+    source = Written(source.folder, epoch=2)
+    source.upsert([2], 1)
+    mirrored = mirror_source.SourceShard(source.writes[0]._folder, 0, 0)
+    while mirrored.seq < 2:
+        assert mirrored.take(1 << 20)
+    source.writes[0].close()
+    shutil.rmtree(live)
+    shutil.copytree(tmp_path / "copy", live)
+    source = Written(source.folder, epoch=3)
+    for item in (3, 4):
+        source.upsert([item], 1)
+    for _ in range(2):
+        with pytest.raises(CorruptFile, match="not the log that was read before"):
+            mirrored.take(1 << 20)
+
+
+def test_what_is_brought_over_is_durable_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could give its number to another write, which would never be brought."""
+    source, target = Written(build(tmp_path, 1, 2)), Written(build(tmp_path, 2, 1))
+    source.upsert([1, 50], 1)
+    fake, done = FakeTarget(target), []
+    mirror = opened(order(tmp_path), fake)
+
+    def refused(live: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(mirror_source, "make_durable", refused)
+    with pytest.raises(OSError, match="Input/output"):
+        asyncio.run(mirror._round())
+    assert not fake.parts and not note_path(tmp_path / "live" / "000002").exists()
+    monkeypatch.setattr(mirror_source, "make_durable", done.append)
+    asyncio.run(mirror._round())
+    assert done == [writes._folder for writes in source.writes]
+    assert target.contents() == source.contents()
+
+
+class Paused(FakeTarget):
+    """Of a process that stops before it sends its first part, until ``wake`` is called."""
+
+    def __init__(self, written: Written) -> None:
+        super().__init__(written)
+        self.is_here, self._wakes = asyncio.Event(), asyncio.Event()
+
+    async def deliver(self, part: Part, /) -> WriteReply:
+        if not self._wakes.is_set():
+            self.is_here.set()
+            await self._wakes.wait()
+        return await super().deliver(part)
+
+    def wake(self) -> None:
+        self._wakes.set()
+
+
+@pytest.mark.parametrize("is_back", [False, True], ids=["the same way", "the other way"])
+def test_a_mirror_that_wakes_up_after_another_was_opened_sends_no_round_of_its_own(
+    tmp_path: Path, is_back: bool
+) -> None:
+    """Its rounds would be cut differently, and bring older versions over newer ones."""
+    source, target = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+    source.upsert([1, 2], 1)
+
+    async def live() -> None:
+        late, fake = Paused(target), FakeTarget(target)
+        old = opened(order(tmp_path), late)
+        run = asyncio.create_task(old.run())
+        await asyncio.wait_for(late.is_here.wait(), LIFE_S)
+        source.upsert([1, 2], 2)
+        new = opened(order(tmp_path), fake)
+        goes_on = asyncio.create_task(new.run())
+        await new.drain(source.seqs, LIFE_S)
+        await new.stop()
+        await goes_on
+        if is_back:
+            source.seal(2)
+            new = opened(order(tmp_path, source=2, target=1), FakeTarget(source))
+            target.upsert([1], 9)
+        else:
+            source.upsert([1], 9)
+        before = target.contents()
+        late.wake()
+        async with asyncio.timeout(LIFE_S):
+            await run
+        assert late.parts[0].message.key == fake.parts[0].message.key, "what the other has sent"
+        assert len(late.parts) == 1
+        assert target.contents() == before
+        trouble = old.progress().trouble
+        assert trouble is not None and trouble.code == MirrorReplaced.code
+        with pytest.raises(MirrorReplaced):
+            await old.drain((1,), LIFE_S)
+
+    asyncio.run(live())
+
+
+def published_without_writes(store: Path, live: int, coming: int) -> None:
+    """What a publish does beside the switch itself."""
+    parting(Store(store), live, coming)()
+
+
+def test_after_a_publish_without_writes_nothing_older_comes_over_what_is_kept(
+    tmp_path: Path,
+) -> None:
+    """2 was restored: its own log has an old version of an item that 1 was written since."""
+    one, two = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 2))
+    two.upsert([7, 50], 1)
+    one.upsert([7], 2)
+    published_without_writes(tmp_path, 1, 2)
+    two.upsert([8], 3)
+    before = one.contents()
+    fake = FakeTarget(one)
+    progress = drained(order(tmp_path, source=2, target=1), fake, two.seal(2))
+    assert progress.is_apart, "nothing shows that 1 has the first writes of 2"
+    expected = before | {8: unit_vectors([8], 3)[0].tobytes()}
+    assert one.contents() == expected
+
+
+def test_the_same_where_a_mirror_had_brought_older_versions(tmp_path: Path) -> None:
+    """2 got the first write of 1, and did not pass the gate; or 1 was live again for long."""
+    one, folder = Written(build(tmp_path, 1, 1)), build(tmp_path, 2, 1)
+    fake = FakeTarget(Written(folder))
+    one.upsert([7], 1)
+    drained(order(tmp_path), fake, one.seqs)
+    one.upsert([7], 2)
+    old = opened(order(tmp_path), fake)
+    published_without_writes(tmp_path, 1, 2)
+    asyncio.run(old.run())
+    assert len(fake.parts) == 1, "a mirror that was there before ends for good"
+    fake.written.upsert([8], 3)
+    before = one.contents()
+    progress = drained(order(tmp_path, source=2, target=1), FakeTarget(one), fake.written.seal(2))
+    assert not progress.is_apart
+    assert one.contents() == before | {8: unit_vectors([8], 3)[0].tobytes()}
+
+
+def test_what_two_went_apart_with_counts_nowhere_as_brought(tmp_path: Path) -> None:
+    """2 had writes of its own when it went live without those of 1. Then 3 is built of it."""
+    one, two = Written(build(tmp_path, 1, 1)), Written(build(tmp_path, 2, 1))
+    two.upsert([1, 2], 1)
+    published_without_writes(tmp_path, 1, 2)
+    target = FakeTarget(one)
+    assert not opened(order(tmp_path), FakeTarget(two))._route.back
+    changed(build(tmp_path, 3, 1), cut=Cut(generation=2, seqs=(1,)))
+    with pytest.raises(WritesLost, match=r"generation 3 .* generation 1 may lack them"):
+        open_mirror(order(tmp_path, source=3, target=1), target, None)
+    drained(order(tmp_path, source=2, target=1), target, two.seal(2))
+    with pytest.raises(WritesLost, match=r"generation 3 .* generation 1 may lack them"):
+        open_mirror(order(tmp_path, source=3, target=1), target, None)
+
+
+def test_damage_of_the_live_one_keeps_nobody_from_leaving_its_writes_out(tmp_path: Path) -> None:
+    folder, two = build(tmp_path, 1, 1), Written(build(tmp_path, 2, 1))
+    two.upsert([1], 1)
+    (folder / MANIFEST_NAME).write_text("{")
+    published_without_writes(tmp_path, 1, 2)
+    note = read_note(tmp_path / "live" / "000001")
+    assert note is not None and (note.generation, note.seqs, note.is_apart) == (2, (1,), True)
 
 
 def test_kept_segments_are_replayed(tmp_path: Path) -> None:

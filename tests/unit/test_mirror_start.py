@@ -1,7 +1,7 @@
 """From where on a log is replayed, and where that cannot bring all writes."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -80,6 +80,13 @@ def test_a_note_shows_it_too_and_what_it_left_out_stays_counted() -> None:
     assert start_of(noted(1, 3, 4), source, made(2), "new").unreplayed.rows == 0
     with pytest.raises(WritesLost):
         start_of(noted(1, 3, 3), source, made(2), "new")
+
+
+def test_what_two_went_apart_with_is_no_proof_but_a_start() -> None:
+    apart = replace(noted(1, 3, 4), is_apart=True)
+    assert start_of(apart, made(1), made(2), "new") is apart
+    with pytest.raises(WritesLost):
+        start_of(apart, made(3, cut(1, 3, 4)), made(2), "new")
 
 
 @dataclass

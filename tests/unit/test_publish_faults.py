@@ -9,16 +9,24 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RaySystemError
 
 from shardline.cluster.commands.publish_text import print_generations
-from shardline.cluster.control import publish_note, publish_switch, term
+from shardline.cluster.control import (
+    mirrors,
+    publish_note,
+    publish_switch,
+    publishing,
+    term,
+)
 from shardline.cluster.control.events import RestartAsked, SealAsked
 from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.control.publishing import Publishing
+from shardline.cluster.control.tasks import tried
 from shardline.cluster.control.term import Superseded
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.mirror_term import MirrorReplaced
 from shardline.cluster.store import Store
 from shardline.shards.core import files
 from shardline.shards.core.errors import NotFound
@@ -188,6 +196,20 @@ async def test_the_mirror_of_a_kept_generation_is_looked_at_and_started_again(
         assert (parts.mirrors[-1].source, parts.mirrors[-1].target) == (3, 57)
 
 
+async def test_a_mirror_in_whose_place_another_was_opened_is_started_anew(
+    parts: FakeParts,  # noqa: F811
+) -> None:
+    """By a controller that woke up late: it gave up what it began, and nobody else has one."""
+    one, two = (cast("RoutingTable", SimpleNamespace(generation=number)) for number in (1, 2))
+    known = Mirrors(parts)
+    await known.look(one, two)
+    parts.mirrors[0].trouble = Absence(MirrorReplaced.code, "another one was opened")
+    assert (await known.look(one, two)).trouble == parts.mirrors[0].trouble
+    assert parts.mirrors[0].is_stopped
+    assert (await known.look(one, two)).trouble is None
+    assert len(parts.mirrors) == 2
+
+
 async def test_one_mirror_is_ended_before_another_is_started_whoever_asks(
     parts: FakeParts,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
@@ -198,9 +220,9 @@ async def test_one_mirror_is_ended_before_another_is_started_whoever_asks(
 
     monkeypatch.setattr(FakeMirror, "stop", stop)
     one, two = (cast("RoutingTable", SimpleNamespace(generation=number)) for number in (1, 2))
-    mirrors = Mirrors(parts)
-    await mirrors.between(one, two)
-    found = await asyncio.gather(*(mirrors.between(two, one) for _ in range(3)))
+    known = Mirrors(parts)
+    await known.between(one, two)
+    found = await asyncio.gather(*(known.between(two, one) for _ in range(3)))
     assert [(each.source, each.is_stopped) for each in parts.mirrors] == [(1, True), (2, False)]
     assert found == [parts.mirrors[1]] * 3
 
@@ -237,6 +259,65 @@ async def test_a_seal_that_was_left_when_a_publish_was_stopped_is_dropped(
         assert controller._placement.sealing is not None
         await until(lambda: controller._placement.sealing is None)
         await until(lambda: is_written(controller), timeout=5)
+
+
+async def test_a_mirror_that_could_not_be_ended_is_ended_later(
+    store: Store,  # noqa: F811
+    parts: FakeParts,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The generation that it wrote to is gone by then, and no note speaks of it any more."""
+    refused = 0
+
+    async def end_mirrors(self: FakeParts, but: tuple[int, int] | None) -> None:
+        nonlocal refused
+        if but is None and refused < 3:
+            refused += 1
+            raise RaySystemError("the head is away")
+        for mirror in self.mirrors:
+            mirror.is_stopped |= (mirror.source, mirror.target) != but
+
+    async def hangs(self: FakeMirror) -> None:
+        await asyncio.Event().wait()
+
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        await ended(controller)
+        await until(lambda: len(parts.mirrors) == 2)
+        monkeypatch.setattr(FakeMirror, "stop", hangs)
+        monkeypatch.setattr(mirrors, "STOP_S", 0.02)
+        monkeypatch.setattr(FakeParts, "end_mirrors", end_mirrors)
+        assert await controller.finish_publish() == 57
+        await until(lambda: controller._fleet.beside is None, timeout=5)
+        await until(lambda: parts.mirrors[-1].is_stopped, timeout=5)
+        assert refused == 3
+        await until(lambda: not controller._publishing._mirrors.may_be_left)
+
+
+async def test_what_was_told_to_end_is_kept_again_after_the_next_publish(
+    store: Store,  # noqa: F811
+    parts: FakeParts,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(publishing, "RETIRE_AFTER_S", 0.2)
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        await ended(controller)
+        assert await controller.finish_publish() == 57, "not before queries on it are over"
+        await controller.roll_back()
+        await ended(controller)
+        await controller.roll_back()
+        assert (await ended(controller))["generation"] == 3
+        await until(lambda: controller._publishing._book.age_s > 0.3)
+        assert (await controller.report())["beside"]["generation"] == 57
+
+
+async def test_what_fails_and_is_tried_again_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    async def fails() -> None:
+        raise ValueError("no")
+
+    await tried(fails, "end a mirror")
+    assert "the controller could not end a mirror" in caplog.text
 
 
 @pytest.mark.parametrize(

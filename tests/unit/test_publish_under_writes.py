@@ -4,8 +4,9 @@ mirror, over real sockets. In place of Ray's actors are objects of this process.
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_actor import MirrorActor
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
+from shardline.cluster.rollover.way_back import parting
 from shardline.cluster.store import Store
 from shardline.router.service import SearchService
 from shardline.shards.core.messages import RoutingTable
@@ -92,6 +94,12 @@ class Published(Cluster):
     async def end_mirrors(self, but: tuple[int, int] | None) -> None:
         for between in [each for each in self.mirrors if each != but]:
             await self.mirrors.pop(between).stop()
+
+    async def parting(
+        self, live: RoutingTable, candidate: RoutingTable
+    ) -> Callable[[], Awaitable[None]]:
+        note = await asyncio.to_thread(parting, self.store, live.generation, candidate.generation)
+        return partial(asyncio.to_thread, note)
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
@@ -189,6 +197,24 @@ async def test_no_write_is_refused_or_lost_there_back_and_there_again(
             cluster.assert_kept(generation)
         assert cluster.longest_s < 4
     assert cluster.store.current() == 8
+
+
+async def test_a_rollback_after_a_publish_without_writes_has_those_of_before_and_since(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: None,  # noqa: F811
+) -> None:
+    async with published(tmp_path, monkeypatch) as cluster:
+        options = PublishOptions(generation=8, with_writes=False, skip_gate="it lacks them")
+        await cluster.controller.publish(options)
+        await cluster.ended()
+        assert cluster.live == cluster.store.current() == 8
+        await cluster.writes_go_on()
+        await cluster.controller.roll_back()
+        await cluster.ended()
+        assert cluster.live == 7
+        await cluster.writes_go_on()
+        cluster.assert_kept(7)
 
 
 @pytest.mark.parametrize("fault", ["controller", "primary", "mirror"])

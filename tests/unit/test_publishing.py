@@ -3,7 +3,7 @@ actors, mirror and gate are stand-ins."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from shardline.cluster.control import controller as module
 from shardline.cluster.control import (
+    mirrors,
     publish_note,
     publish_run,
     publish_switch,
@@ -60,6 +61,8 @@ class FakeMirror:
     unreplayed: int = 0
     trouble: Absence | None = None
     is_stopped: bool = False
+    is_apart: bool = False
+    drained: int = 0
 
     async def progress(self) -> MirrorProgress:
         self.position = min(WRITES, self.position + self.step)
@@ -69,11 +72,13 @@ class FakeMirror:
             unreplayed=self.unreplayed,
             target_seqs=(self.position + self.target,) * SHARDS,
             trouble=self.trouble,
+            is_apart=self.is_apart,
         )
 
     async def drain(self, final: tuple[int, ...], timeout_s: float) -> MirrorProgress:
         assert final == (WRITES,) * SHARDS
         self.position = WRITES
+        self.drained += 1
         return await self.progress()
 
     async def stop(self) -> None:
@@ -82,13 +87,16 @@ class FakeMirror:
 
 @dataclass
 class FakeParts:
-    """mirrors: those that were started. failed: the gate is to refuse it."""
+    """mirrors: those that were started. failed: the gate is to refuse it. parted: pairs of live
+    one and candidate, of switches without writes."""
 
     mirrors: list[FakeMirror] = field(default_factory=list)
     judged: list[tuple[int, int]] = field(default_factory=list)
+    parted: list[tuple[int, int]] = field(default_factory=list)
     failed: bool = False
     step: int = WRITES
     trouble: Absence | None = None
+    is_apart: bool = False
     gate_open: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -98,13 +106,29 @@ class FakeParts:
         assert all(
             mirror.is_stopped for mirror in self.mirrors if mirror.source != source.generation
         )
-        mirror = FakeMirror(source.generation, target.generation, self.step, trouble=self.trouble)
+        mirror = FakeMirror(
+            source.generation,
+            target.generation,
+            self.step,
+            trouble=self.trouble,
+            is_apart=self.is_apart,
+        )
         self.mirrors.append(mirror)
         return mirror
 
     async def end_mirrors(self, but: tuple[int, int] | None) -> None:
         for mirror in self.mirrors:
             mirror.is_stopped |= (mirror.source, mirror.target) != but
+
+    async def parting(
+        self, live: RoutingTable, candidate: RoutingTable
+    ) -> Callable[[], Awaitable[None]]:
+        assert all(mirror.is_stopped for mirror in self.mirrors), "nobody writes to it any more"
+
+        async def part() -> None:
+            self.parted.append((live.generation, candidate.generation))
+
+        return part
 
     async def run_gate(
         self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
@@ -312,6 +336,101 @@ async def test_without_writes_nothing_is_brought_over(store: Store, parts: FakeP
         await controller.publish(PublishOptions(generation=3, with_writes=False))
         assert (await ended(controller))["stage"] == "live"
         assert [(each.source, each.target) for each in parts.mirrors] == [(3, 57)]
+        assert parts.parted == [(57, 3)]
+
+
+@pytest.mark.parametrize("is_ended", [True, False])
+async def test_what_is_kept_goes_live_without_writes_only_when_its_mirror_has_ended(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+    is_ended: bool,
+) -> None:
+    """Else that would go on writing to it."""
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        await ended(controller)
+        await until(lambda: len(parts.mirrors) == 2)
+
+        async def hangs(self: FakeMirror) -> None:
+            await asyncio.Event().wait()
+
+        if not is_ended:
+            monkeypatch.setattr(FakeMirror, "stop", hangs)
+            monkeypatch.setattr(mirrors, "STOP_S", 0.05)
+        await controller.publish(PublishOptions(generation=57, with_writes=False))
+        done = await ended(controller)
+        if is_ended:
+            assert (done["stage"], live(controller)) == ("live", 57)
+            assert parts.parted == [(3, 57)]
+            await until(lambda: len(parts.mirrors) == 3)
+            assert (parts.mirrors[2].source, parts.mirrors[2].target) == (57, 3)
+        else:
+            assert (done["stage"], live(controller), parts.parted) == ("failed", 3, [])
+            assert done["reason"]["code"] == "unavailable"
+            assert "does not end; expected within 0.05 s" in done["reason"]["text"]
+            await until(lambda: len(parts.mirrors) == 3)
+            assert (parts.mirrors[2].source, parts.mirrors[2].target) == (3, 57), "as before"
+
+
+async def test_nothing_is_parted_before_writes_are_held_and_a_store_that_takes_no_note_stops_it(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with cluster(store) as controller:
+        seals = []
+
+        async def part() -> None:
+            seals.append(controller._placement.sealing)
+            raise OSError(28, "No space left on device")
+
+        async def parting(live: RoutingTable, candidate: RoutingTable) -> Any:
+            return part
+
+        monkeypatch.setattr(parts, "parting", parting)
+        await controller.publish(PublishOptions(generation=3, with_writes=False))
+        done = await ended(controller)
+        assert done["stage"] == "failed"
+        assert "no space left on the disk" in done["reason"]["text"]
+        assert len(seals) == 1 and all(each.seq == WRITES for each in seals[0].values())
+        assert (live(controller), store.current()) == (57, 57)
+
+
+async def test_one_that_is_apart_is_returned_to_by_a_rollback_alone(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+) -> None:
+    parts.is_apart = True
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3, with_writes=False))
+        await ended(controller)
+        await controller.publish(PublishOptions(generation=57))
+        done = await ended(controller)
+        assert (done["stage"], done["reason"]["code"]) == ("failed", "gate_failed")
+        assert "generation 3 went live without the writes of 57" in done["reason"]["text"]
+        assert (await controller.report())["beside"]["generation"] == 57, "it stays"
+        await controller.roll_back()
+        assert (await ended(controller))["stage"] == "live"
+        assert live(controller) == 57
+
+
+async def test_one_that_gets_no_writes_does_not_go_live_as_if_it_had_them(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+) -> None:
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        await ended(controller)
+        fleet = controller._fleet
+        assert fleet.beside is not None
+        controller._decisions.fleet = replace(
+            fleet, beside=replace(fleet.beside, is_mirrored=False)
+        )
+        await controller.roll_back()
+        done = await ended(controller)
+        assert (done["stage"], live(controller)) == ("failed", 3)
+        assert "57 is not brought the writes of the live one; " in done["reason"]["text"]
 
 
 @pytest.mark.parametrize("stage", ["loading", "gate", "switched", "kept"])
@@ -352,6 +471,32 @@ async def test_a_controller_that_dies_in_the_middle_goes_on(
         await until(lambda: is_written(again), timeout=5)
         running = {(each.source, each.target) for each in parts.mirrors if not each.is_stopped}
         assert running == {(3, 57)}, "with one in each direction writes would go round"
+
+
+async def test_what_is_kept_by_a_controller_that_died_gets_the_writes_whatever_was_published(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CURRENT is set, and nothing else is on record."""
+    parts.gate_open.clear()
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3, with_writes=False))
+        await until(lambda: at(controller) == "gate", timeout=5)
+        monkeypatch.setattr(publish_note.PublishNote, "keep", lambda self, noted: None)
+        parts.gate_open.set()
+        await until(lambda: store.current() == 3, timeout=5)
+        controller._tasks.cancel()
+        monkeypatch.setattr(controller, "close", nothing)
+    monkeypatch.setattr(publish_note.PublishNote, "keep", KEEP)
+    async with cluster(store) as again:
+        assert (await ended(again))["stage"] == "live"
+        await until(lambda: is_written(again), timeout=5)
+        running = {(each.source, each.target) for each in parts.mirrors if not each.is_stopped}
+        assert running == {(3, 57)}
+        await again.roll_back()
+        assert (await ended(again))["stage"] == "live"
+        assert sum(each.drained for each in parts.mirrors if each.source == 3) == 1
 
 
 KEEP = publish_note.PublishNote.keep
@@ -462,7 +607,7 @@ async def test_what_cannot_begin_is_refused(store: Store, parts: FakeParts) -> N
             await controller.roll_back()
         parts.gate_open.clear()
         await controller.publish(PublishOptions(generation=3))
-        with pytest.raises(Unavailable, match="a publish of generation 3 is under way"):
+        with pytest.raises(Unavailable, match=r"a publish of generation 3 is under way.*--stop"):
             await controller.publish(PublishOptions(generation=3))
         with pytest.raises(Unavailable, match="under way"):
             await controller.finish_publish()

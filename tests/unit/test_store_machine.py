@@ -32,6 +32,7 @@ from shardline.cluster.build import build_generation
 from shardline.cluster.corpus_from_live import live_corpus
 from shardline.cluster.housekeeping.erase import Waiting, compact_away, drop_superseded
 from shardline.cluster.housekeeping.removals import Policy, removals, remove
+from shardline.cluster.rollover.way_back import parting
 from shardline.cluster.store import Store
 from shardline.router.merge import merge_top_k
 from shardline.router.written import Part, by_shard
@@ -107,8 +108,10 @@ class Sent:
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """rows: every live item. beside: the generation that is loaded besides the live one;
-    is_kept: which was live before."""
+    """rows: every live item. beside: the generation that is loaded besides the live one; is_kept:
+    which was live before. brought: its rows when all was brought to it last; None: not known.
+    parted: the rows that it must have once all is brought to it, where the live one went live
+    without its writes; None: those of the live one."""
 
     steps = 0
     counted: ClassVar[Counter[str]] = Counter()
@@ -129,6 +132,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.live = LoadedGeneration(self.store, 1, REPLICAS)
         self.beside: LoadedGeneration | None = None
         self.is_kept = False
+        self.brought: Rows | None = None
+        self.parted: Rows | None = None
         self.snapshots: list[tuple[str, Made]] = []
         self.sent: list[Sent] = []
         self.late: list[Late] = []
@@ -157,7 +162,8 @@ class StoreMachine(RuleBasedStateMachine):
             )
             self.deliver(Part(shard=shard, message=message))
         for row, item in enumerate(ids):
-            self.rows[item] = (vectors[row].tobytes(), {"title": titles[row], "price": None})
+            for rows in self.written:
+                rows[item] = (vectors[row].tobytes(), {"title": titles[row], "price": None})
 
     @rule(ids=ITEMS, has_key=st.booleans())
     def delete(self, ids: list[int], has_key: bool) -> None:
@@ -167,7 +173,13 @@ class StoreMachine(RuleBasedStateMachine):
             message = DeleteRequest(item_ids=part, key=key, timeout_ms=TIMEOUT_MS)
             self.deliver(Part(shard=shard, message=message))
         for item in ids:
-            self.rows.pop(item, None)
+            for rows in self.written:
+                rows.pop(item, None)
+
+    @property
+    def written(self) -> list[Rows]:
+        """What a write changes, now or once it is brought over."""
+        return [self.rows] if self.parted is None else [self.rows, self.parted]
 
     def by_shard(self, ids: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         self.moment += 1
@@ -374,6 +386,7 @@ class StoreMachine(RuleBasedStateMachine):
         if self.beside is not None:
             self.beside.close()
         self.beside, self.is_kept = None, False
+        self.brought = self.parted = None
 
     @precondition(lambda self: self.is_of_this_timeline)
     @rule(kill_at=st.one_of(st.none(), st.integers(0, 8)))
@@ -387,7 +400,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Whether all of it is there; False: it was refused, as it must be."""
         assert self.beside is not None
         to = self.made[self.beside.number]
-        to.as_built = None
+        to.as_built = self.brought = None
         try:
             mirrored(self.store, self.live.number, self.beside, final, late=self.late, **options)
         except WritesLost:
@@ -395,13 +408,17 @@ class StoreMachine(RuleBasedStateMachine):
             self.counts("refused")
             return False
         to.has, to.source = self.moment, self.live.number
-        assert self.beside.contents() == self.vectors
+        self.brought = dict(self.rows if self.parted is None else self.parted)
+        assert self.beside.contents() == vectors_in(self.brought)
         return True
 
     @property
     def is_of_this_timeline(self) -> bool:
-        """What two timelines make together is neither."""
-        return self.beside is not None and self.made[self.beside.number].timeline == self.timeline
+        """What two timelines make together is neither, but for one that is kept."""
+        if self.beside is None:
+            return False
+        is_same = self.made[self.beside.number].timeline == self.timeline
+        return is_same or self.parted is not None
 
     @property
     def must_be_possible(self) -> bool:
@@ -421,8 +438,8 @@ class StoreMachine(RuleBasedStateMachine):
                 self.counts("late")
                 with suppress(NotPrimary):
                     loaded.deliver(late.part)
-                if self.made[late.generation].has == self.moment:
-                    assert loaded.contents() == self.vectors
+                if loaded is self.beside and self.brought is not None:
+                    assert loaded.contents() == vectors_in(self.brought)
 
     @precondition(lambda self: self.is_of_this_timeline)
     @rule(ids=ITEMS, kill_at=st.integers(0, 3))
@@ -453,12 +470,25 @@ class StoreMachine(RuleBasedStateMachine):
             return
         assert self.beside is not None
         self.counts("rollback" if self.is_kept else "publish")
+        is_apart = self.parted is not None
+        if self.parted is not None:
+            self.rows, self.timeline = self.parted, self.timeline + 1
+            self.made[self.beside.number].timeline = self.timeline
+        self.change_places()
+        if is_apart:  # what it had before is not known to the one that is live now
+            self.counts("rollback after without writes")
+            self.end_beside()
+        else:
+            self.brought = dict(self.rows)
+        assert rows_of(self.live.folder) == self.rows
+
+    def change_places(self) -> None:
+        assert self.beside is not None
         self.store.set_current(self.beside.number)
         left = self.made[self.live.number]
         left.has, left.source = self.moment, self.beside.number
         self.live, self.beside, self.is_kept = self.beside, self.live, True
         self.beside.settle()
-        assert rows_of(self.live.folder) == self.rows
 
     @precondition(lambda self: self.is_kept)
     @rule(ids=ITEMS, which=WHICH, is_mirrored=st.booleans())
@@ -485,16 +515,37 @@ class StoreMachine(RuleBasedStateMachine):
         others = [each for each in self.others() if self.made[each].as_built is not None]
         self.load(others[which % len(others)])
         assert self.beside is not None
-        self.live.seal(which)
-        self.store.set_current(self.beside.number)
-        self.live.close()
-        self.live, self.beside = self.beside, None
-        self.timeline += 1
-        made = self.made[self.live.number]
-        assert made.as_built is not None
-        self.rows = dict(made.as_built)
-        made.timeline = self.timeline
+        self.go_live_without_writes(which, self.made[self.beside.number].as_built)
         self.counts("without writes")
+
+    @precondition(lambda self: self.brought is not None)
+    @rule(ids=ITEMS, which=WHICH)
+    def publish_what_is_beside_without_writes(self, ids: list[int], which: int) -> None:
+        """It has older versions than the live one of what was written since."""
+        self.upsert(ids, True, False)
+        self.counts("kept, without writes" if self.is_kept else "candidate, without writes")
+        self.go_live_without_writes(which, self.brought)
+
+    @precondition(lambda self: self.is_of_this_timeline)
+    @rule(ids=ITEMS, which=WHICH)
+    def publish_without_writes_and_roll_back(self, ids: list[int], which: int) -> None:
+        self.upsert(ids, True, False)
+        if self.bring_over(self.live.seqs):
+            self.publish_what_is_beside_without_writes(ids, which)
+            self.mirror(None)
+            self.switch(which, None)
+
+    def go_live_without_writes(self, which: int, rows: Rows | None) -> None:
+        """rows: what it has now. The one before is kept, and gets what is written from now on."""
+        assert self.beside is not None and rows is not None
+        part = parting(self.store, self.live.number, self.beside.number)
+        self.live.seal(which)
+        part()
+        self.change_places()
+        self.parted, self.rows = self.rows, dict(rows)
+        self.brought = dict(self.parted)
+        self.timeline += 1
+        self.made[self.live.number].timeline = self.timeline
 
     # Housekeeping
 
@@ -540,7 +591,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @property
     def vectors(self) -> dict[int, bytes]:
-        return {item: vector for item, (vector, _) in self.rows.items()}
+        return vectors_in(self.rows)
 
     @invariant()
     def what_was_acknowledged_is_live(self) -> None:
@@ -575,6 +626,10 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         StoreMachine.built[kind] = made.store.root
     yield
     print(f"{StoreMachine.steps} steps: {StoreMachine.counted}")
+
+
+def vectors_in(rows: Rows) -> dict[int, bytes]:
+    return {item: vector for item, (vector, _) in rows.items()}
 
 
 TestStoreMachine = StoreMachine.TestCase
