@@ -17,7 +17,8 @@ from shardline.shards.storage.generation import read_generation
 
 
 def check_none_left_behind(store: Store, number: int) -> None:
-    """Whether generation ``number`` has every write that the live one has acknowledged.
+    """Whether generation ``number`` has every write that the live one has acknowledged; asked where
+    no cluster writes either.
 
     Raises:
         GateFailed: it lacks some, with their number, or nobody can tell.
@@ -38,7 +39,9 @@ def check_none_left_behind(store: Store, number: int) -> None:
         return  # nothing can serve, or bring over, what was written to a generation that is gone
     try:
         made, wanted = read_generation(folder), read_generation(store.generation(number))
-        newest = tuple(newest_write(folder, entry.shard) for entry in made.shards)
+        newest = tuple(
+            newest_write(folder, entry.shard, is_written=lambda: False) for entry in made.shards
+        )
         note = read_note(store.writes(number))
         start = start_of(note, Made.of(made), Made.of(wanted), new_run())
         check_not_ahead(start, newest)
