@@ -156,7 +156,8 @@ class RouterConfig(BaseModel):
         ge=0,
         le=60_000,
         description="Time that a new routing table waits for its new connections before it "
-        "replaces the old one, which serves until then.",
+        "replaces the old one, which serves until then. One of another generation waits up to 10 s "
+        "longer while fewer of its rows can be asked than of the old one's.",
     )
 
     watch_interval_s: float = Field(

@@ -51,6 +51,10 @@ from shardline.shards.wire.frames import encode_frame
 logger = logging.getLogger(__name__)
 
 LATE_MS = 50.0  # beyond the time after which a shard is late, when it is asked whether it answers
+# How long a table of another generation waits, beyond ``switch_wait_ms``, for connections that the
+# table in use still has: far below the minute for which the generation before lives on.
+GENERATION_WAIT_S = 10.0
+LOOK_S = 0.02  # between two looks at them
 IDS_AT_A_TIME = 1024  # of a question for attributes: a millisecond or so of a shard for each name
 
 
@@ -91,7 +95,8 @@ class Fanout:
     ) -> bool:
         """Switches to a table of a higher version; False when the one in use is as new.
 
-        New connections get ``switch_wait_ms`` to come up while the old table still serves.
+        New connections get ``switch_wait_ms`` to come up while the old table still serves; those to
+        another generation longer, GENERATION_WAIT_S, as long as fewer of its rows can be asked.
         Connections to an unchanged address and epoch are kept.
         """
         async with self._applying:
@@ -102,6 +107,7 @@ class Fanout:
             self._holders.update(snapshot.all_connections)
             try:
                 await self._wait_settled(snapshot)
+                await self._wait_covering(snapshot)
             except BaseException:
                 self._release(snapshot)
                 raise
@@ -348,6 +354,20 @@ class Fanout:
         with suppress(TimeoutError):
             async with asyncio.timeout(self._config.switch_wait_ms / 1000):
                 await asyncio.gather(*waits)  # ends its tasks with itself, cancelled or late
+
+    async def _wait_covering(self, snapshot: TableSnapshot) -> None:
+        """On a busy machine, or where an attempt to connect has failed, searches would find nobody
+        to ask, though the generation before still answers all of them."""
+        old, ends_at = self._snapshot, self.clock.time() + GENERATION_WAIT_S
+        if old is None or old.table.generation == snapshot.table.generation:
+            return
+        while snapshot.share_connected < old.share_connected and self.clock.time() < ends_at:
+            await asyncio.sleep(LOOK_S)
+        if snapshot.share_connected < old.share_connected:
+            logger.error(
+                "generation %d is served with %s connected, after %g s",
+                *(snapshot.table.generation, f"{snapshot.share_connected:.0%}", GENERATION_WAIT_S),
+            )
 
     def _release(self, snapshot: TableSnapshot) -> None:
         """Closes the connections that no other table holds."""

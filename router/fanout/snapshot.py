@@ -91,6 +91,12 @@ class TableSnapshot:
         """Those that can be asked: a shard that is silent about what it owes is not."""
         return sum(map(_answers, self.shards))
 
+    @property
+    def share_connected(self) -> float:
+        """The share of the rows whose shards can be asked; 0 of none."""
+        told = self.connectivity()
+        return told["rows_connected"] / told["rows"] if told["rows"] else 0.0
+
     async def encode(
         self, features: list[dict[str, Any]], new_items: NewItems | None = None
     ) -> FloatArray:

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from shardline.router.fanout import fanout as fanout_module
 from shardline.router.fanout.coalesce import MERGE_IN_LOOP, LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.router_config import RouterConfig
@@ -316,6 +317,52 @@ async def test_a_switch_that_is_cancelled_leaves_no_task_and_no_connection():
         )
         assert fanout.snapshot.table.version == 1
         assert (await search(fanout, vectors[:1])).coverage.share == 1.0
+
+
+async def test_another_generation_is_served_once_its_shards_can_be_asked():
+    """A first attempt to connect that fails, as on a busy machine, costs no search its answer."""
+    ids, vectors = make_rows(60, DIM)
+    async with (
+        running_shards(ids + 1000, vectors, 3, generation=2) as new,
+        cluster(num_shards=2) as (fanout, _, _, _),
+    ):
+        port = new[1].port
+        await new[1].kill()
+        table = make_table(new, DIM, version=2, generation=2)
+        switch = asyncio.create_task(fanout.apply(table, None))
+        await until(lambda: [new[0].connections, new[2].connections] == [1, 1])
+        await asyncio.sleep(0.1)  # many attempts at the third, which are refused
+        assert not switch.done()
+        answer = await search(fanout, vectors[:1], 60)
+        assert answer.coverage.share == 1.0
+        assert set(answer.ranked.ids[0]) == set(ids)
+
+        await new[1].start(port)
+        assert await switch
+        answer = await search(fanout, vectors[:1], 60)
+        assert answer.coverage.share == 1.0
+        assert set(answer.ranked.ids[0]) == set(ids + 1000)
+
+
+@pytest.mark.parametrize("is_worse", [True, False])
+async def test_another_generation_is_not_waited_for_in_vain(monkeypatch, is_worse):
+    """Its missing shard costs it a third of the rows: less than the one before has lost, or more.
+    Then it is waited for no longer than GENERATION_WAIT_S."""
+    monkeypatch.setattr(fanout_module, "GENERATION_WAIT_S", 0.2 if is_worse else 60.0)
+    ids, vectors = make_rows(60, DIM)
+    async with (
+        running_shards(ids + 1000, vectors, 3, generation=2) as new,
+        cluster(num_shards=2) as (fanout, old, _, _),
+    ):
+        await new[1].kill()
+        if not is_worse:
+            await old[0].kill()
+            await until(lambda: fanout.snapshot.connected_shards == 1)
+        began = asyncio.get_running_loop().time()
+        assert await fanout.apply(make_table(new, DIM, version=2, generation=2), None)
+        took_s = asyncio.get_running_loop().time() - began
+        assert took_s >= 0.2 if is_worse else took_s < 10
+        assert fanout.snapshot.connected_shards == 2
 
 
 async def test_a_running_query_ends_on_the_table_it_began_with():
