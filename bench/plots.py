@@ -15,6 +15,7 @@ DPI = 120
 LINES = (("p50_ms", "p50"), ("p90_ms", "p90"), ("p99_ms", "p99"), ("p99_9_ms", "p99.9"))
 BIN_S = 0.5  # of a timeline of all requests
 NO_VALUE = float("nan")
+Line = tuple[Sequence[float], Sequence[float], str]  # x, y, label
 BINS = "steps-post"  # a bin's value holds from its beginning to the next one's
 
 
@@ -58,11 +59,13 @@ def plot_changes(
     changes: Sequence[tuple[str, float, float]],
     title: str,
     path: Path,
+    *,
+    writes: Line | None = None,
 ) -> None:
     """Latency, and answers per second by generation, over time.
 
     seen: of each request when it was to be sent (s), what it took (ms), the generation that
-    answered, 0 for none. changes: what, from, to (s): shaded.
+    answered, 0 for none. changes: what, from, to (s): shaded. writes: rows per second.
     """
     figure = Figure(figsize=(9, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -75,6 +78,9 @@ def plot_changes(
     for generation in sorted(set(generations.tolist()) - {0}):
         counts = np.bincount(where[generations == generation], minlength=len(edges)) / BIN_S
         bottom.step(edges, counts, where="post", label=f"generation {generation}")
+    if writes is not None:
+        *line, label = writes
+        bottom.step(*line, where="post", label=label, linestyle=":", color="black")
     for axes in (top, bottom):
         for _, start, stop in changes:
             axes.axvspan(start, stop, alpha=0.12, color="black")
@@ -82,7 +88,7 @@ def plot_changes(
     for what, start, _ in changes:
         top.annotate(what, (start, top.get_ylim()[1]), va="top", fontsize=8)
     top.set(ylabel="ms, from the intended time", yscale="log")
-    bottom.set(ylabel="answers/s", xlabel="s")
+    bottom.set(ylabel="answers/s" if writes is None else "answers/s, rows/s", xlabel="s")
     figure.suptitle(title)
     save(figure, path)
 
@@ -145,6 +151,10 @@ def _timeline(figure: Figure, step: dict[str, Any]) -> None:
         rates.plot(at, [each[name] for each in bins], label=label, drawstyle=BINS)
     sent = [each["sent"] for each in bins]
     rates.plot(at, sent, color="grey", linestyle=":", label="asked", drawstyle=BINS)
+    written = step.get("writes")
+    if written is not None:
+        label = f"rows written; {written['lost']} lost"
+        rates.plot(*written["timeline"], color="black", linestyle="--", label=label, drawstyle=BINS)
     rates.set(ylabel="requests/s")
     for name, label in (("coverage_mean", "mean"), ("coverage_min", "least")):
         rows.plot(at, [_number(each[name]) for each in bins], label=label, drawstyle=BINS)

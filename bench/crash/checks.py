@@ -1,7 +1,9 @@
 """What a shard must hold, from the journal alone, and whether it does."""
 
 from shardline.bench.crash.trapped_replica import Contents
-from shardline.bench.crash.writers import Journal, Write, vectors_of
+from shardline.bench.crash.writers import DIM, LOG
+from shardline.bench.journal import Journal, Write, vectors_of
+from shardline.shards.core.messages import WriteReply
 
 SHOWN = 5  # differences of one kind that are named
 
@@ -20,18 +22,19 @@ class Expected:
         a write that nobody sent, or that had two effects."""
         with journal.lock:
             writes, journal.acknowledged = journal.acknowledged, {}
-        for seq in sorted(writes):
+        for (log, seq), write in sorted(writes.items(), key=lambda each: each[0]):
+            assert log == LOG
             if seq != self.seq + 1:
                 journal.violation(f"nobody has written {self.seq + 1} to {seq - 1}")
-            self._apply(writes[seq], journal)
+            self._apply(write, journal)
             self.seq = seq
 
     def _apply(self, write: Write, journal: Journal) -> None:
-        assert write.reply is not None
+        assert isinstance(write.reply, WriteReply)
         existed = sum(item in self.items for item in write.items)
         if (write.reply.rows, write.reply.existed) != (len(write.items), existed):
             journal.violation(f"write {write.key}: {existed} items existed, but {write.reply}")
-        for item, vector in zip(write.items, vectors_of(self._seed, write), strict=True):
+        for item, vector in zip(write.items, vectors_of(self._seed, write, DIM), strict=True):
             if write.is_upsert:
                 self.items[item] = vector.tobytes(), write.title(item)
             else:

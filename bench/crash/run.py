@@ -16,7 +16,8 @@ from shardline.bench.crash.kills import Kills
 from shardline.bench.crash.points import POINTS
 from shardline.bench.crash.shard_cluster import Cluster, Ended
 from shardline.bench.crash.trapped_replica import SHARD, TITLE, Contents
-from shardline.bench.crash.writers import BUILT_ITEMS, DIM, Journal, Writer, paused
+from shardline.bench.crash.writers import BUILT_ITEMS, DIM, Writer, paused
+from shardline.bench.journal import Journal
 from shardline.cluster.build import BuildPlan, check_plan, fill_generation, run_here
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric, normalise
@@ -116,7 +117,7 @@ def run(store: Path, options: Options, progress: Callable[[str], None]) -> dict[
         "acknowledged": journal.writes,
         "repeated_after_acknowledgement": journal.repeats,
         "reads_after_acknowledgement": journal.reads,
-        "refused_writes": journal.refusals,
+        "refused_writes": journal.refusals | journal.unknown,
         "refused_elections": len(cluster.refusals),
         "kills_by_point": dict(sorted(kills.kills.items())),
         "stops_by_point": dict(sorted(kills.stops.items())),

@@ -1,4 +1,4 @@
-"""Clients that write while processes are killed, and the journal of what was acknowledged.
+"""Clients that write while processes are killed.
 
 Every writer owns its items, sends one write after the other, and repeats one that was not
 acknowledged, with the same key, until it is: at once, or later, when others have come between. So
@@ -10,12 +10,12 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import msgpack
 import numpy as np
 
 from shardline.bench.crash.shard_cluster import Cluster, Primary
+from shardline.bench.journal import Journal, Log, Write, vectors_of
 from shardline.bench.shard_link import ShardLink
 from shardline.shards.core.errors import (
     DeltaFull,
@@ -34,10 +34,10 @@ from shardline.shards.core.messages import (
     UpsertRequest,
     WriteReply,
 )
-from shardline.shards.core.schema import FloatArray
 from shardline.shards.wire.frames import Message
 
 DIM = 8
+LOG: Log = (1, 0)  # of the one shard
 OWN_ITEMS = 60  # new ids of each writer
 BUILT_ITEMS = 20  # of each writer in the generation
 NEW_ITEMS = 1_000_000  # ids from here on are not in the generation
@@ -46,72 +46,6 @@ TIMEOUT_S = 10.0
 HANGS_S = 60.0  # without a reply, and without an end of the connection
 PAUSE_S = 0.002
 REFUSALS = (NotPrimary, ReadOnly, StoreFull, DeltaFull, Overloaded, Unavailable)
-
-
-@dataclass(slots=True)
-class Write:
-    """floor: the newest write of the same writer that had been acknowledged when this one was sent
-    first; so its own number is higher."""
-
-    writer: int
-    number: int
-    items: list[int]
-    is_upsert: bool
-    floor: int
-    reply: WriteReply | None = None
-    attempts: int = 0
-
-    @property
-    def key(self) -> str:
-        return f"{self.writer}-{self.number}"
-
-    def title(self, item: int) -> str:
-        return f"{self.key}-{item}"
-
-
-@dataclass(slots=True)
-class Journal:
-    """acknowledged: those since the last check, by seq. violations: what must never be."""
-
-    acknowledged: dict[int, Write] = field(default_factory=dict)
-    violations: list[str] = field(default_factory=list)
-    refusals: dict[str, int] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    newest_seq: int = 0
-    writes: int = 0
-    repeats: int = 0
-    reads: int = 0
-
-    def violation(self, text: str) -> None:
-        with self.lock:
-            self.violations.append(text)
-
-    def refused(self, code: str) -> None:
-        with self.lock:
-            self.refusals[code] = self.refusals.get(code, 0) + 1
-
-    def acknowledge(self, write: Write, reply: WriteReply) -> None:
-        with self.lock:
-            known = self.acknowledged.setdefault(reply.seq, write)
-            if known is not write:
-                self.violations.append(
-                    f"writes {known.key} and {write.key} were both acknowledged as {reply.seq}"
-                )
-            if reply.seq <= write.floor:
-                self.violations.append(
-                    f"write {write.key} got number {reply.seq}, though {write.floor} had been "
-                    "acknowledged before it was sent"
-                )
-            self.newest_seq = max(self.newest_seq, reply.seq)
-            self.writes += 1
-
-
-def vectors_of(seed: int, write: Write) -> FloatArray:
-    """(n, DIM) float32, of unit length, of no other write."""
-    rng = np.random.default_rng((seed, write.writer, write.number))
-    made = rng.standard_normal((len(write.items), DIM)).astype(np.float32)
-    unit: FloatArray = made / np.linalg.norm(made, axis=1, keepdims=True)
-    return unit
 
 
 class Writer:
@@ -177,7 +111,7 @@ class Writer:
             number=self._written,
             items=items,
             is_upsert=self._random.random() < 0.7,
-            floor=self._newest,
+            floor={LOG: self._newest},
         )
 
     def _write(self, write: Write, *, may_leave: bool) -> None:
@@ -198,7 +132,7 @@ class Writer:
     def _acknowledged(self, write: Write, reply: WriteReply) -> None:
         write.reply = reply
         self._newest = max(self._newest, reply.seq)
-        self._journal.acknowledge(write, reply)
+        self._journal.acknowledge(write, {LOG: reply.seq})
         is_newest = reply.seq == self._newest  # else later writes may have changed its items
         if is_newest and self._random.random() < 0.1:
             self._read(write)
@@ -226,7 +160,7 @@ class Writer:
             return
         self._journal.reads += 1
         expected = ids if write.is_upsert else ids[:0]
-        vectors = vectors_of(self._seed, write)
+        vectors = vectors_of(self._seed, write, DIM)
         is_same = np.array_equal(found.item_ids, expected)
         if not is_same or (write.is_upsert and not np.array_equal(found.vectors, vectors)):
             self._journal.violation(f"write {write.key} was acknowledged and is not seen")
@@ -243,7 +177,7 @@ class Writer:
         titles = {"title": [write.title(item) for item in write.items]}
         return UpsertRequest(
             item_ids=ids,
-            vectors=vectors_of(self._seed, write),
+            vectors=vectors_of(self._seed, write, DIM),
             attributes=msgpack.packb(titles),
             key=write.key,
             timeout_ms=TIMEOUT_S * 1e3,

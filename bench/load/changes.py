@@ -13,6 +13,7 @@ from shardline.shards.core.errors import DataError, NotFound
 from shardline.shards.storage.generation import GenerationManifest, read_generation
 
 COMMAND = "from shardline.cluster.cli import main; main()"
+DONE = "done"  # how the mark of a change that has ended ends
 LAST_LINE = 300  # characters of what a failed command said
 
 
@@ -87,4 +88,4 @@ class ChangeRunner:
         self.close()
         if process.returncode:
             raise DataError(f"`shardline {kind}` failed: {text[-LAST_LINE:]}")
-        self.marks.append((at_s, f"{kind} done"))
+        self.marks.append((at_s, f"{kind} {DONE}"))

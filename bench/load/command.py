@@ -31,9 +31,10 @@ from shardline.cluster.commands.build import plan_of
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.serving.deployment import serving
-from shardline.cluster.serving.endpoint import Address, find_endpoint
+from shardline.cluster.serving.endpoint import Address, Endpoint, find_endpoint
 from shardline.cluster.store import Store
-from shardline.shards.core.errors import InvalidInput, NotFound
+from shardline.router.http.api_keys import Scope
+from shardline.shards.core.errors import ConfigError, InvalidInput, NotFound
 
 LEAST_QUERIES = 2_000
 BENCH_STORE = "bench"  # below the user's store, whose own generations stay as they are
@@ -140,20 +141,29 @@ def _target(
     own.set_current(manifest.generation)
     served = config.model_copy(update={"store": own.root})
     with serving(served, on_stage=progress.note) as endpoint:
-        yield open_target(endpoint.address, endpoint.pid, [own])
+        yield _writable(open_target(endpoint.address, endpoint.pid, [own]), endpoint)
 
 
 def _running(store: Store, where: Where, own: Store) -> Target:
     """The cluster at the URL, or the one that serves the store; its pid where that is known."""
     if where.url is None:
         served = find_endpoint(store)
-        return open_target(_with_key(served.address, where.key), served.pid, [store, own])
+        target = open_target(_with_key(served.address, where.key), served.pid, [store, own])
+        return target if where.key else _writable(target, served)
     for each in (store, own):
         with suppress(NotFound):
             served = find_endpoint(each)
             if served.url == where.url:
-                return open_target(_with_key(served.address, where.key), served.pid, [store, own])
+                target = open_target(_with_key(served.address, where.key), served.pid, [store, own])
+                return target if where.key else _writable(target, served)
     return open_target(Address(where.url, where.key), None, [store, own])
+
+
+def _writable(target: Target, served: Endpoint) -> Target:
+    """With the address for writes, where the cluster has such a key."""
+    with suppress(NotFound, ConfigError):
+        return replace(target, write_address=served.address_for(Scope.WRITE))
+    return target
 
 
 def _with_key(address: Address, key: str | None) -> Address:

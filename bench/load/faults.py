@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from shardline.bench.load.changes import ChangeRunner, another_generation
+from shardline.bench.load.changes import DONE, ChangeRunner, another_generation
 from shardline.bench.load.processes import Sampler, Usage, router_process, shard_process
 from shardline.bench.load.scenarios import CHANGES, Fault, FaultKind, Step
 from shardline.bench.load.target import Target
+from shardline.bench.load.writing import Writing
 from shardline.shards.core.errors import InvalidInput
 
 logger = logging.getLogger(__name__)
@@ -121,6 +122,15 @@ class Watch:
         if target.pid is not None and hits:
             self._faults = FaultRunner(pid=target.pid, shard=shard, addresses=self._addresses)
             self._faults.arm(hits, step.seconds)
+        self.writing: Writing | None = None
+        if step.write_rows_per_s:
+            self.writing = Writing(
+                address=target.write_address or target.address,
+                dim=target.manifest.dim,
+                model_version=target.manifest.model_version,
+                rows_per_s=step.write_rows_per_s,
+            )
+            self.writing.check()
         if changes:
             other = another_generation(target.store, target.manifest)
             self._changes = ChangeRunner(store=target.store.root, generation=other)
@@ -139,8 +149,14 @@ class Watch:
             return
         if self._faults is not None:
             self._faults.tick(at_s)
+        if self.writing is not None:
+            self.writing.begin(at_s)
         if self._changes is not None:
+            known = len(self._changes.marks)
             self._changes.tick(at_s)
+            for _, label in self._changes.marks[known:]:
+                if self.writing is not None and label.endswith(DONE):
+                    self.writing.look_beside(label)
         if at_s >= self._next_look:
             self.look(at_s)
             self._next_look = at_s + SAMPLE_S
@@ -152,11 +168,18 @@ class Watch:
     def usage(self) -> list[Usage]:
         return self._sampler.usage() if self._sampler is not None else []
 
+    def finish(self) -> None:
+        """After the load: every write is acknowledged, looked for, and undone."""
+        if self.writing is not None:
+            self.writing.end()
+
     def close(self) -> None:
         if self._faults is not None:
             self._faults.close()
         if self._changes is not None:
             self._changes.close()
+        if self.writing is not None:
+            self.writing.stop()
 
     def _addresses(self) -> dict[int, str | None]:
         with self._address.client() as client:

@@ -16,6 +16,7 @@ from shardline.shards.core.errors import NotFound
 # how a process's title or command line begins or what it holds -> its role
 TITLES = (
     ("ray::ShardActor", "shard"),
+    ("ray::MirrorActor", "mirror"),
     ("ray::ServeReplica", "router"),
     ("ray::Controller", "controller"),
     ("ray::ServeController", "serve controller"),

@@ -1,15 +1,21 @@
-"""Publish and rollback under load: what fails, what is mixed, and what it costs.
+"""Publish and rollback under load and writes: what fails, is mixed or lost, and what it costs.
 
-    python -m shardline.bench.load.publish_bench [--rows 200000] [--rate 200] [--plot PNG]
+    python -m shardline.bench.load.publish_bench [--rows 200000] [--rate 200] [--write-rate 50]
+        [--plot PNG]
 
 Theory. A publish loads another generation beside the live one and changes the routing table in one
 step, so no request may fail and no answer may hold results of two generations. To see a mixture,
-both generations have the same ids but are of two models: the vectors of one are those of the other,
-rotated. So a query has other neighbours in each. What each generation answers to every query is
-asked beforehand, while it serves alone; under load every answer is compared with what the
-generation that it names had answered. A rollback has nothing to load and takes as long as its
-change of the table. While a candidate loads and is searched by the gate it takes CPU time from
-searches: the timeline shows how much.
+both generations have the same ids, but the vectors of one are those of the other, rotated. So a
+query has other neighbours in each. What each generation answers to every query is asked beforehand,
+while it serves alone; under load every answer is compared with what the generation that it names
+had answered. A rollback has nothing to load and takes as long as its change of the table. While a
+candidate loads and is searched by the gate it takes CPU time from searches: the timeline shows how
+much.
+
+A writer adds and deletes items of its own meanwhile. Both generations say that they are of the same
+model, so that its vectors are brought from one to the other, which has a shard more. After each
+change, and at the end, every item that was acknowledged must be there, and no deleted one. Its
+vectors have random directions, too far from the queries to be among their results.
 
 Requests are sent on schedule, whatever the answers take (open loop), by ``--connections`` threads.
 Latencies count from the intended time.
@@ -23,8 +29,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +40,8 @@ import numpy as np
 
 from shardline.bench.corpus import clustered_queries, clustered_set, generation_of
 from shardline.bench.load.changes import COMMAND
-from shardline.bench.plots import plot_changes
+from shardline.bench.load.writing import Writing
+from shardline.bench.plots import Line, plot_changes
 from shardline.cluster.build import run_here
 from shardline.cluster.commands.build import plan_of
 from shardline.cluster.config import load_config
@@ -43,7 +51,9 @@ from shardline.cluster.serving.endpoint import Endpoint
 from shardline.cluster.serving.ray_session import cores, local_ray
 from shardline.cluster.store import Store
 from shardline.router.client.sync_client import Client
+from shardline.router.http.api_keys import Scope
 from shardline.shards.core.errors import ShardlineError
+from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.storage.embedding_set import (
     EmbeddingSet,
@@ -132,23 +142,23 @@ def overlap(found: IdArray, expected: IdArray) -> float:
 
 
 def rotated_set(store: Store, items: EmbeddingSet, seed: int) -> EmbeddingSet:
-    """The same ids with vectors of another model: those of ``items``, rotated. Reused."""
-    name = f"{items.model_version}-rotated-{seed}"
-    target = store.embeddings / name
+    """The same ids with other vectors: those of ``items``, rotated. Its model version is that of
+    ``items`` all the same, so its folder is no store's. Reused."""
+    target = store.root / f"rotated-{items.model_version}-{seed}"
     if not target.exists():
         rng = np.random.default_rng(seed)
         dim = items.dim
         rotation = np.linalg.qr(rng.standard_normal((dim, dim)))[0].astype(np.float32)
         with embedding_writer(
             target,
-            model_version=name,
+            model_version=items.model_version,
             dim=dim,
             metric=items.metric,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         ) as writer:
             for block in items.batches():
                 writer.append(block.item_ids, block.vectors @ rotation)
-    return open_embedding_set(target, version=name)
+    return open_embedding_set(target)
 
 
 def asked_alone(endpoint: Endpoint, queries: FloatArray) -> tuple[int, IdArray]:
@@ -223,6 +233,19 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     }
 
 
+def written_line(writing: Writing) -> Line | None:
+    """Acknowledged rows per second, and what was lost in all looks."""
+    found = writing.report()
+    at, rows = found["timeline"]
+    if not at:
+        return None
+    label = (
+        f"rows acknowledged: {found['acknowledged_rows']:,}, lost {found['lost']}, "
+        f"deleted ones that came back {found['returned']}"
+    )
+    return at, rows, label
+
+
 def main() -> None:
     """Builds two generations, serves, changes between them under load, and prints JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -231,6 +254,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rate", type=float, default=200.0)
+    parser.add_argument("--write-rate", type=float, default=50.0, help="rows per second; 0: none")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--quiet-s", type=float, default=10.0, help="before and after a change")
     parser.add_argument("--rounds", type=int, default=1)
@@ -243,10 +267,11 @@ def main() -> None:
     with StageProgress() as progress:
         first = clustered_set(store, asked.rows, asked.dim, progress)
         sets = (first, rotated_set(store, first, seed=1))
-        plan = plan_of(config)
+        plan = plan_of(config, Partitioning.HASH_RANGE)  # new ids are of all shards
+        plans = (plan, replace(plan, num_shards=plan.num_shards + 1))
         old, new = (
-            generation_of(store, each, plan, run_jobs=run_here, progress=progress).generation
-            for each in sets
+            generation_of(store, each, its, run_jobs=run_here, progress=progress).generation
+            for each, its in zip(sets, plans, strict=True)
         )
     store.set_current(old)
     queries = clustered_queries(asked.rows, asked.dim, QUERIES)
@@ -257,17 +282,27 @@ def main() -> None:
         expected |= dict([asked_alone(endpoint, queries)])
         command(root, "rollback")
         load = Load(endpoint.address.url, endpoint.address.key, queries, expected, asked.rate)
+        writing = Writing(
+            address=endpoint.address_for(Scope.WRITE),
+            dim=asked.dim,
+            model_version=first.model_version,
+            rows_per_s=asked.write_rate,
+        )
         load.begin(asked.connections)
         changes = []
         try:
+            if asked.write_rate:
+                writing.begin(load.now_s())
             for _ in range(asked.rounds):
-                time.sleep(asked.quiet_s)
-                changes.append(changed(load, "publish", lambda: command(root, *to_new)))
-                time.sleep(asked.quiet_s)
-                changes.append(changed(load, "rollback", lambda: command(root, "rollback")))
+                for what, words in (("publish", to_new), ("rollback", ("rollback",))):
+                    time.sleep(asked.quiet_s)
+                    changes.append(changed(load, what, partial(command, root, *words)))
+                    writing.look(what)
             time.sleep(asked.quiet_s)
         finally:
             load.end()
+            writing.stop()
+        writing.end()
     distinct = float(np.mean([overlap(a, b) for a, b in zip(*expected.values(), strict=True)]))
     report = {
         "rows": asked.rows,
@@ -276,6 +311,7 @@ def main() -> None:
         "rate": asked.rate,
         "overlap_of_the_generations": round(distinct, 4),
         **summary(load.seen, changes),
+        "writes": writing.report(),
     }
     click.echo(json.dumps(report, indent=2))
     if asked.plot is not None:
@@ -284,6 +320,7 @@ def main() -> None:
             [(each.what, each.began_s, each.ended_s) for each in changes],
             f"publish and rollback: {asked.rows:,} x {asked.dim}, {asked.rate:g} requests/s",
             asked.plot,
+            writes=written_line(writing),
         )
 
 

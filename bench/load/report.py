@@ -86,9 +86,26 @@ def remarks(report: dict[str, Any]) -> list[str]:
             lines.append(f"{label}: failed: {kinds}")
         if found["partial"]:
             lines.append(f"{label}: {found['partial']} partial answers of {found['answered']}")
+        if step["writes"] is not None:
+            lines += _write_lines(label, step["writes"])
         lines += [_recovery_line(each) for each in step["recoveries"]]
         lines += [_surge_line(step, *surge) for surge in step["step"]["surges"]]
     return lines
+
+
+def _write_lines(label: str, found: dict[str, Any]) -> list[str]:
+    """What was written, what of it was missed, and what an attempt ended with."""
+    looks = ", ".join(f"after {look['after']} {look['items']}" for look in found["looks"])
+    lines = [
+        f"{label}: {found['acknowledged_rows']} rows acknowledged, writes p50 "
+        f"{found['acknowledged_p50_ms']:.2f} ms; items asked for: {looks}; "
+        f"lost: {found['lost']}; deleted and there again: {found['returned']}"
+    ]
+    failed = found["refused"] | found["unknown"]
+    if failed:
+        kinds = ", ".join(f"{count} x {code}" for code, count in failed.items())
+        lines.append(f"{label}: writes repeated after: {kinds}")
+    return lines + [f"{label}: WRITES: {text}" for text in found["violations"]]
 
 
 def client_line(step: dict[str, Any]) -> str:

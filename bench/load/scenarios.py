@@ -66,7 +66,8 @@ class Fault:
 class Scenario:
     """summary: for people; what is sent, what is marked, what the figures show. ks: (k, share of
     the requests); empty: the k asked for. zipf: exponent of the popularity of distinct queries;
-    None: every query is new. rates: requests per second, of a latency scenario."""
+    None: every query is new. rates: requests per second, of a latency scenario. write_rows_per_s:
+    of a writer beside the searches."""
 
     name: str
     summary: str
@@ -79,6 +80,7 @@ class Scenario:
     faults: tuple[Fault, ...] = ()
     surges: tuple[Surge, ...] = ()
     rates: tuple[float, ...] = ()
+    write_rows_per_s: float = 0.0
 
 
 _ALL = (
@@ -170,10 +172,13 @@ _ALL = (
     Scenario(
         name="swap",
         summary=(
-            "As rate; `shardline publish` of another generation of the same model a fifth into the "
-            "time, `shardline rollback` at three fifths; both are marked, and when they were done. "
-            "Shows what failed (nothing should), and what loading and measuring the other cost."
+            "As rate, beside a writer of 50 rows/s (new items, which it deletes at the end); "
+            "`shardline publish` of another generation of the same model a fifth into the time, "
+            "`shardline rollback` at three fifths; both are marked, and when they were done. "
+            "Shows what failed and which acknowledged items were lost (nothing should), and what "
+            "loading and measuring the other cost."
         ),
+        write_rows_per_s=50.0,
         faults=(
             Fault(kind=FaultKind.PUBLISH, at_share=0.2),
             Fault(kind=FaultKind.ROLLBACK, at_share=0.6),
@@ -215,6 +220,7 @@ class Step:
     distinct: int | None = None
     faults: tuple[Fault, ...] = ()
     surges: tuple[Surge, ...] = ()
+    write_rows_per_s: float = 0.0
     connections: int | None = None
 
 
@@ -318,4 +324,5 @@ def _step(scenario: Scenario, *, rate: float, seconds: float, k: int) -> Step:
         distinct=scenario.distinct,
         faults=scenario.faults,
         surges=scenario.surges,
+        write_rows_per_s=scenario.write_rows_per_s,
     )

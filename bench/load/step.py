@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Options:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
     """All of one step. wrk tells its figures alone: client is None then, and nothing is known of
-    single requests."""
+    single requests. writes: of a writer beside the searches."""
 
     step: Step
     tool: str
@@ -55,6 +56,7 @@ class StepReport:
     timeline: list[Second] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    writes: dict[str, Any] | None = None
 
 
 @dataclass(kw_only=True)
@@ -110,6 +112,7 @@ class StepRunner:
         watch = Watch(self.target, step, warm_up_s=options.warm_up_s, shard=options.shard)
         try:
             records, cpu_shares = run_fleet(job, clients, watch.tick)
+            watch.finish()
         finally:
             watch.close()
         self._count(step, int((~np.isnan(records.sent_s)).sum()))
@@ -137,6 +140,7 @@ class StepRunner:
             client=judge(records, cpu_shares, p99, closed=step.rate is None),
             processes=watch.usage(),
             timeline=timeline(records, warm_up_s=warm_up_s),
+            writes=watch.writing.report() if watch.writing is not None else None,
             marks=marks,
             recoveries=[
                 recovery(records, warm_up_s=warm_up_s, at_s=mark.at_s, label=mark.label)

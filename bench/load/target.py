@@ -33,13 +33,15 @@ ENCODE_ROWS = 1024
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """An endpoint, the store and the generation behind it. pid: its serving process on this
-    machine, whose descendants are the cluster; None where it runs elsewhere."""
+    machine, whose descendants are the cluster; None where it runs elsewhere. write_address: the
+    same endpoint with a key that may write; None: ``address`` has the only key known."""
 
     address: Address
     pid: int | None
     store: Store
     manifest: GenerationManifest
     corpus: EmbeddingSet
+    write_address: Address | None = None
 
     @property
     def url(self) -> str:

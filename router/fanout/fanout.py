@@ -393,7 +393,7 @@ def _columns_of(reply: AttributesReply, num_names: int) -> list[list[Any]] | Non
             columns[-1] += values
     except (ValueError, TypeError, msgpack.UnpackException):
         return None
-    if not wanted:
+    if not wanted or (not num_names and columns == [[]]):  # no attributes: no values either
         return [[] for _ in range(num_names)]
     is_whole = len(columns) == num_names and all(len(column) == wanted for column in columns)
     return columns if is_whole else None

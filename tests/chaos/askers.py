@@ -17,6 +17,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from shardline.cluster.serving.endpoint import Address
+from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.retries import Retry
 from shardline.router.client.sync_client import Client
 from shardline.router.contract import PROBLEM_TYPE, Coverage, Degraded, Reason
@@ -33,6 +34,7 @@ from tests.chaos.windows import (
     UNTIMED,
     Outcome,
 )
+from tests.chaos.written import WRITTEN_DIM
 
 TIMEOUT_MS = 2000.0  # asked of the server
 CLIENT_TIMEOUT_S = 20.0
@@ -95,17 +97,7 @@ class ByClient:
             )
         except ShardlineError as error:
             return error.code, str(error)
-        live = answer.ids[0] >= 0
-        return Said(
-            ids=answer.ids[0][live].tolist(),
-            scores=answer.scores[0][live].tolist(),
-            generation=answer.generation,
-            model_version=answer.model_version,
-            coverage=answer.coverage,
-            reasons=answer.reasons,
-            titles=answer.attributes[TITLE][0] if question.titled else None,
-            titles_missing=answer.attributes_missing,
-        )
+        return said_of(answer, titled=question.titled)
 
     def close(self) -> None:
         self._client.close()
@@ -167,7 +159,7 @@ class Askers:
             threading.Thread(target=self._ask, args=(way, random.Random(f"{seed} {way.name}")))
             for way in self._ways
         ]
-        self.names = [way.name for way in self._ways]
+        self.needed = {(way.name, kind) for way in self._ways for kind in QueryKind}
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -224,12 +216,28 @@ class Askers:
         if kind is QueryKind.VECTORS:
             dim = corpus.vectors.shape[1]
             value = np.array([rng.gauss(0, 1) for _ in range(dim)], dtype=np.float32)
+            value[-WRITTEN_DIM:] = 0  # where only written items lie
         elif kind is QueryKind.ITEM_IDS:
-            value = int(corpus.ids[rng.randrange(len(corpus.ids))])
+            value = int(rng.choice(self._oracle.asked_ids))
         else:
             value = rng.randrange(len(corpus.users))
         k, is_titled = rng.randint(1, MAX_K), rng.random() < TITLED
         return Question(kind=kind, value=value, k=k, titled=is_titled)
+
+
+def said_of(answer: SearchAnswer, *, titled: bool) -> Said:
+    """The client's answer to one query."""
+    live = answer.ids[0] >= 0
+    return Said(
+        ids=answer.ids[0][live].tolist(),
+        scores=answer.scores[0][live].tolist(),
+        generation=answer.generation,
+        model_version=answer.model_version,
+        coverage=answer.coverage,
+        reasons=answer.reasons,
+        titles=answer.attributes[TITLE][0] if titled else None,
+        titles_missing=answer.attributes_missing,
+    )
 
 
 def _fields(question: Question) -> dict[str, list[object]]:

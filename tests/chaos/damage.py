@@ -13,7 +13,10 @@ from pathlib import Path
 import psutil
 
 from shardline.shards.core.errors import CorruptFile, EncoderUnavailable, ShardlineError
-from tests.chaos.faults import NO_ROUTER, UNNOTICED, Fault, Kind, is_gone, one_of
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.mains import compacted_seqs, main_folder
+from shardline.shards.storage.generation import shard_folder
+from tests.chaos.faults import NO_PRIMARY, NO_ROUTER, UNNOTICED, Fault, Kind, is_gone, one_of
 from tests.chaos.oracle import Finding, FindingKind, QueryKind
 from tests.chaos.served import Served
 from tests.chaos.windows import Allowance
@@ -66,7 +69,7 @@ class Damaged:
         self.victim.kill()
 
     def undo(self) -> None:
-        if self.restores:
+        if self.restores and self.path.parent.is_dir():  # a compaction may have removed it
             replace(self.path, self._whole)
         self._more = self.again()
         for process in self._more:
@@ -87,9 +90,8 @@ def replace(path: Path, content: bytes) -> None:
 def shard_file(served: Served, rng: random.Random) -> Fault:
     """A file of a random shard; its process loads it again, cannot, and says why."""
     folder = served.store.generation(served.store.current())
-    found = sorted(folder.glob("shard-*"))
-    shard = rng.randrange(len(found))
-    files = sorted(found[shard].iterdir())
+    shard = rng.randrange(len(sorted(folder.glob("shard-*"))))
+    files = sorted(loaded_folder(folder, shard).iterdir())
     damaged = Damaged(
         path=rng.choice(files),
         hurt=rng.choice(HURTS),
@@ -97,14 +99,15 @@ def shard_file(served: Served, rng: random.Random) -> Fault:
         victim=served.shard(shard),
         held_s=rng.uniform(8, 12),  # the process has to come back and to fail
     )
-    return SaysWhy(damaged, served, shard)
+    return SaysWhy(damaged, served, folder, shard)
 
 
 class SaysWhy:
     """A damaged shard, whose reason ``status`` must give before the file is whole again."""
 
-    def __init__(self, damaged: Damaged, served: Served, shard: int) -> None:
-        self._damaged, self._served, self._shard = damaged, served, shard
+    def __init__(self, damaged: Damaged, served: Served, generation: Path, shard: int) -> None:
+        self._damaged, self._served = damaged, served
+        self._generation, self._shard = generation, shard
         self.held_s = damaged.held_s
         self.findings = damaged.findings
 
@@ -117,13 +120,21 @@ class SaysWhy:
         except ShardlineError:  # another fault at the same time: the router is away
             code = CorruptFile.code
         finally:
+            is_read = loaded_folder(self._generation, self._shard) == self._damaged.path.parent
             self._damaged.undo()
-        if code != CorruptFile.code:
+        if is_read and code != CorruptFile.code:
             text = f"{self._damaged.path.name} damaged: status says {code!r}"
             self.findings.append(Finding(kind=FindingKind.UNTRUTHFUL, text=text))
 
     def is_whole(self) -> bool:
         return self._damaged.is_whole()
+
+
+def loaded_folder(generation: Path, shard: int) -> Path:
+    """Where a shard is loaded from: its newest compaction, or what was built."""
+    live = live_folder(generation, shard)
+    seqs = compacted_seqs(live)
+    return main_folder(live, seqs[-1]) if seqs else generation / shard_folder(shard)
 
 
 def encoder_file(served: Served, rng: random.Random) -> Fault:
@@ -188,7 +199,7 @@ def manifest_file(served: Served, rng: random.Random) -> Fault:
 
 ROUTER_GAP_S = 20.0
 # placed again after 1, 2, 4, 8 ... s: after 8 s of damage the next attempt is at most 8 s away
-PLACED_AGAIN = Allowance(whole_within_s=45, partial=True)
+PLACED_AGAIN = Allowance(whole_within_s=45, partial=True, writes=NO_PRIMARY)
 
 FILE_KINDS = (
     Kind(name="file of a shard damaged", allowance=PLACED_AGAIN, make=shard_file),
@@ -206,6 +217,7 @@ FILE_KINDS = (
             errors=NO_ROUTER.errors,
             errors_for_s=ROUTER_GAP_S,
             partial=True,
+            writes=NO_ROUTER.writes,
         ),
     ),
     Kind(name="counter damaged", allowance=UNNOTICED, make=counter_file),

@@ -15,6 +15,7 @@ HEAD = (
     "held for",
     "requests without an answer",
     "partial answers",
+    "writes without an acknowledgement",
     "whole after",
 )
 
@@ -23,32 +24,38 @@ HEAD = (
 class Lasted:
     """One fault. held_s: from its beginning until its cause was gone; 0 for a kill.
 
-    errors_s, partial_s: from its beginning to the last such outcome of a caller, 0 without any;
-    errors, partial: how many. whole_s: from when the cause was gone.
+    errors_s, partial_s, refused_s: from its beginning to the last query without an answer, partial
+    answer and write without an acknowledgement, 0 without any; errors, partial, refused: how many.
+    whole_s: from when the cause was gone.
     """
 
     name: str
     held_s: float
     errors_s: float
     partial_s: float
+    refused_s: float
     whole_s: float
     errors: int
     partial: int
+    refused: int
 
 
 def lasted(window: Window, outcomes: Iterable[Outcome]) -> Lasted:
     """What callers saw of one fault; ``outcomes`` of the whole run."""
     inside = [each for each in outcomes if window.overlaps(each)]
-    errors = [each.ended_s for each in inside if each.code != OK]
+    errors = [each.ended_s for each in inside if each.code != OK and not each.is_write]
+    refused = [each.ended_s for each in inside if each.code != OK and each.is_write]
     partial = [each.ended_s for each in inside if each.code == OK and each.missing]
     return Lasted(
         name=window.name,
         held_s=window.undone_s - window.began_s,
         errors_s=max(errors, default=window.began_s) - window.began_s,
         partial_s=max(partial, default=window.began_s) - window.began_s,
+        refused_s=max(refused, default=window.began_s) - window.began_s,
         whole_s=window.whole_s - window.undone_s,
         errors=len(errors),
         partial=len(partial),
+        refused=len(refused),
     )
 
 
@@ -64,7 +71,7 @@ def table(rows: Sequence[Lasted]) -> str:
     return "\n".join(lines) + "\n"
 
 
-FIGURES = ("held_s", "errors_s", "partial_s", "whole_s")
+FIGURES = ("held_s", "errors_s", "partial_s", "refused_s", "whole_s")
 
 
 def as_json(rows: Sequence[Lasted]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.chaos.faults import Fault, Kind
+from tests.chaos.faults import NO_PRIMARY, Fault, Kind
 from tests.chaos.oracle import Finding, FindingKind
 from tests.chaos.served import Served, traces_of
 from tests.chaos.windows import DEADLINE, GONE, Allowance
@@ -64,7 +64,13 @@ def ended(role: str | None) -> Callable[[Served, random.Random], Fault]:
 
 
 # a supervisor's restart: as long as serve takes to end and to start
-RESTART = Allowance(whole_within_s=120, errors=GONE | {DEADLINE}, partial=True, answer_within_s=16)
+RESTART = Allowance(
+    whole_within_s=120,
+    errors=GONE | {DEADLINE},
+    partial=True,
+    writes=NO_PRIMARY,
+    answer_within_s=16,
+)
 END_KINDS = (
     Kind(name="raylet killed and serve started again", allowance=RESTART, make=ended("raylet")),
     Kind(name="GCS killed and serve started again", allowance=RESTART, make=ended("gcs")),

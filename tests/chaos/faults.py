@@ -16,6 +16,7 @@ from typing import Protocol
 
 import psutil
 
+from shardline.shards.core.errors import NotPrimary
 from tests.chaos.oracle import Finding, FindingKind
 from tests.chaos.served import Served
 from tests.chaos.windows import DEADLINE, GONE, TIMED_OUT, UNAVAILABLE, Allowance
@@ -175,25 +176,35 @@ def stopped(role: str, longest_s: float) -> Callable[[Served, random.Random], Fa
     )
 
 
+# of writes to a shard without a process that takes them; whether they were applied is not known
+NO_PRIMARY = frozenset({NotPrimary.code, UNAVAILABLE, DEADLINE})
 # nothing that callers notice, but for a while nobody repairs anything
 UNNOTICED = Allowance(whole_within_s=60)
 # a router that is gone: 3 s or more of imports, on a busy machine three times as long
-NO_ROUTER = Allowance(whole_within_s=40, errors=GONE, errors_for_s=25, partial=True)
-NO_HAPROXY = Allowance(whole_within_s=60, errors=GONE, errors_for_s=2)
+NO_ROUTER = Allowance(
+    whole_within_s=40, errors=GONE, errors_for_s=25, partial=True, writes=NO_PRIMARY
+)
+NO_HAPROXY = Allowance(
+    whole_within_s=60, errors=GONE, errors_for_s=2, writes=frozenset({UNAVAILABLE})
+)
 
 NO_SHARDS = Allowance(
-    whole_within_s=40, errors=frozenset({UNAVAILABLE, DEADLINE}), partial=True, answer_within_s=8
+    whole_within_s=40,
+    errors=frozenset({UNAVAILABLE, DEADLINE}),
+    partial=True,
+    writes=NO_PRIMARY,
+    answer_within_s=8,
 )
 
 PROCESS_KINDS = (
     Kind(
         name="shard killed",
-        allowance=Allowance(whole_within_s=30, partial=True),
+        allowance=Allowance(whole_within_s=30, partial=True, writes=NO_PRIMARY),
         make=killed("shard"),
     ),
     Kind(
         name="shard stopped",
-        allowance=Allowance(whole_within_s=15, partial=True),
+        allowance=Allowance(whole_within_s=15, partial=True, writes=NO_PRIMARY),
         make=stopped("shard", 8),
     ),
     Kind(
@@ -215,6 +226,7 @@ PROCESS_KINDS = (
             errors=GONE | {DEADLINE, TIMED_OUT},
             errors_for_s=25,
             partial=True,
+            writes=NO_PRIMARY,
             answer_within_s=16,  # HAProxy gives up on it a little after router.max_timeout_ms
         ),
         make=stopped("router", 12),
@@ -238,7 +250,11 @@ PROCESS_KINDS = (
     Kind(
         name="full CPU",
         allowance=Allowance(
-            whole_within_s=10, errors=frozenset({DEADLINE}), partial=True, answer_within_s=15
+            whole_within_s=10,
+            errors=frozenset({DEADLINE}),
+            partial=True,
+            writes=frozenset({DEADLINE}),
+            answer_within_s=15,
         ),
         make=lambda served, rng: Starved(held_s=rng.uniform(3, 6)),
     ),

@@ -15,7 +15,9 @@ TICK_S = 0.1
 LATE_S = 0.5  # of being late: with a limit of 2 s per request, enough for a few of them to be
 AROUND_S = 2.0  # a request that began as long before may have missed its deadline in it
 LATE = frozenset({DEADLINE})
-EXCUSED = Allowance(whole_within_s=0, errors=LATE, partial_for=LATE, answer_within_s=15)
+EXCUSED = Allowance(
+    whole_within_s=0, errors=LATE, partial_for=LATE, writes=LATE, answer_within_s=15
+)
 
 
 @dataclass(slots=True)

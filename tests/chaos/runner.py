@@ -2,21 +2,22 @@
 
 Whole: every watched role has as many processes as at the start, none of those that were hit among
 them; the router is connected to every shard; the fault itself says so; and each honest client has
-had a full answer to each kind of query since the last that was not one, for ``QUIET_S``.
+had a full answer to each kind of query, and each writer an acknowledgement of each kind of write,
+since the last that was not one, for ``QUIET_S``.
 """
 
 import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 from tests.chaos.askers import Log
 from tests.chaos.durations import Lasted, lasted
 from tests.chaos.faults import Fault, Kind
-from tests.chaos.oracle import Finding, FindingKind, QueryKind
+from tests.chaos.oracle import Finding, FindingKind
 from tests.chaos.schedule import Step
 from tests.chaos.served import Served
 from tests.chaos.windows import Window
@@ -32,12 +33,13 @@ class NeverWhole(Exception):
 
 @dataclass(slots=True)
 class Runner:
-    """windows: for judging. lasted: of the steps with a single fault."""
+    """needed: who must have had an answer to what. windows: for judging. lasted: of the steps with
+    a single fault."""
 
     served: Served
     log: Log
     clock: Callable[[], float]
-    askers: Sequence[str]
+    needed: Set[tuple[str, str]]
     windows: list[Window] = field(default_factory=list)
     lasted: list[Lasted] = field(default_factory=list)
     _census: Counter[str] = field(default_factory=Counter)
@@ -141,7 +143,7 @@ class Runner:
             for each in self.log.since(place)
             if each.is_full and each.began_s >= last_bad
         }
-        return len(seen) == len(self.askers) * len(QueryKind)
+        return self.needed <= seen
 
     def _wait_for_answers(self, since: float) -> None:
         deadline = since + GIVE_UP_S

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,14 @@ from shardline.cluster.serving.ray_session import SESSION_PREFIX
 from shardline.cluster.store import Store
 from shardline.router.client.retries import Retry
 from shardline.router.client.sync_client import Client
+from shardline.router.http.api_keys import Scope
 from shardline.shards.core.errors import NotFound, ShardlineError
 
 START_S = 180.0
 STOP_S = 60.0
 POLL_S = 0.2
 STATUS_TIMEOUT_S = 3.0
+SETTINGS = ("live.compact_min_rows=300",)  # so that shards are compacted several times in a run
 # roles of bench.load.processes that a whole cluster has, each as often as at the start
 WATCHED = (
     *("shard", "router", "controller", "serve controller"),
@@ -45,6 +48,7 @@ class Served:
     port: int
     log: Path
     address: Address = field(init=False)
+    write_address: Address = field(init=False)
     _process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -58,13 +62,17 @@ class Served:
         with self.log.open("ab") as log:
             place = log.tell()
             self._process = subprocess.Popen(
-                self._command("serve", "--port", str(self.port)), stdout=log, stderr=log
+                self._command("serve", "--port", str(self.port), settings=SETTINGS),
+                stdout=log,
+                stderr=log,
             )
         while b"serving generation" not in (said := self.log.read_bytes()[place:]):
             if self._process.poll() is not None or time.monotonic() > started + START_S:
                 raise DidNotStart(said.decode(errors="replace"))
             time.sleep(POLL_S)
-        self.address = find_endpoint(self.store).address
+        endpoint = find_endpoint(self.store)
+        self.address = endpoint.address
+        self.write_address = endpoint.address_for(Scope.WRITE)
         return time.monotonic() - started
 
     def ended(self, within_s: float) -> int | None:
@@ -85,9 +93,10 @@ class Served:
             self._process.kill()
             self._process.wait()
 
-    def _command(self, *arguments: str) -> list[str]:
+    def _command(self, *arguments: str, settings: Sequence[str] = ()) -> list[str]:
         script = Path(sys.executable).parent / "shardline"
-        return [str(script), "--store", str(self.store.root), *arguments]
+        chosen = [word for setting in settings for word in ("--set", setting)]
+        return [str(script), "--store", str(self.store.root), *chosen, *arguments]
 
     # What runs
 

@@ -1,4 +1,5 @@
-"""Random faults under load for CHAOS_SECONDS: no wrong answer, no untruth, nothing left behind.
+"""Random faults under load for CHAOS_SECONDS: no wrong answer, no untruth, nothing left behind, no
+acknowledged write lost.
 
 Prints its seed first; CHAOS_SEED repeats the faults, their order and numbers (not the moments at
 which the machine does things). CHAOS_KINDS, names with commas, limits the kinds: to repeat one.
@@ -34,6 +35,7 @@ from tests.chaos.runner import NeverWhole, Runner
 from tests.chaos.schedule import Step, steps
 from tests.chaos.served import DidNotStart, Served, traces_of
 from tests.chaos.windows import not_whole, placed, unexpected
+from tests.chaos.writers import Writers, Written
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "45"))
 SEED = int(os.environ.get("CHAOS_SEED", str(secrets.randbelow(1 << 31))))
@@ -59,17 +61,22 @@ def test_no_fault_makes_an_answer_wrong(tmp_path: Path) -> None:
     log, clock = Log(), monotonic_from(time.monotonic())
     pids = [served.pid]
     try:
-        with Askers(served.address, Oracle(corpus), log, clock, SEED) as askers:
-            runner = Runner(served, log, clock, askers.names)
+        oracle = Oracle(corpus)
+        with (
+            Askers(served.address, oracle, log, clock, SEED) as askers,
+            Writers(served.write_address, oracle, log, clock, SEED) as writers,
+        ):
+            runner = Runner(served, log, clock, askers.needed | writers.needed)
             with memory.Peaks(served, clock) as peaks, Pauses(clock) as pauses:
                 carry_out(runner, peaks, pids)
     finally:
         found = end_in_order(served, pids)
+    found += writers.written.findings()
     found += [placed(each, runner.windows) for each in log.findings]
     windows = [*runner.windows, *pauses.windows]
     found += [*unexpected(log.outcomes, windows), *not_whole(runner.windows)]
     print(f"\nthe machine held this process up {len(pauses.windows)} times")
-    report(runner, found, out, peaks.mib)
+    report(runner, writers.written, found, out, peaks.mib)
     assert not Counter(str(each.kind) for each in found)
 
 
@@ -130,14 +137,21 @@ def end_in_order(served: Served, pids: Sequence[int]) -> list[Finding]:
     return found
 
 
-def report(runner: Runner, found: Sequence[Finding], out: Path, peak_mib: dict[str, float]) -> None:
+def report(
+    runner: Runner,
+    written: Written,
+    found: Sequence[Finding],
+    out: Path,
+    peak_mib: dict[str, float],
+) -> None:
     """Prints and writes what happened."""
-    outcomes = runner.log.outcomes
+    outcomes = [each for each in runner.log.outcomes if not each.is_write]
     rows = table(runner.lasted)
     counts = Counter(each.code for each in outcomes)
     kinds = Counter(str(each.kind) for each in found)
     full = sum(each.is_full for each in outcomes)
     print(f"{len(outcomes)} requests checked, {full} full answers; {dict(counts)}")
+    print(f"writes: {written.figures()}")
     print(f"memory, MiB at most: { {role: round(used) for role, used in peak_mib.items()} }")
     print(f"findings: {dict(kinds) or 'none'}\n\n{rows}")
     print_grouped(found)
@@ -150,6 +164,7 @@ def report(runner: Runner, found: Sequence[Finding], out: Path, peak_mib: dict[s
         "requests": len(outcomes),
         "full": full,
         "codes": dict(counts),
+        "writes": written.figures(),
         "peak_mib": {role: round(used) for role, used in peak_mib.items()},
         "faults": as_json(runner.lasted),
         "findings": [[each.kind, each.during, round(each.at_s, 1), each.text] for each in found],

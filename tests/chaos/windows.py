@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from shardline.router.written import WriteKind
 from tests.chaos.oracle import Finding, FindingKind, QueryKind
 
 OK = "ok"
@@ -32,8 +33,9 @@ class Allowance:
 
     errors: codes that requests may fail with, if they began within errors_for_s of its end.
     kinds: of queries that may fail. partial: whether rows may be missing; partial_for: if only for
-    these codes. whole_within_s is counted from the fault's end, too; a kill ends as it begins.
-    answer_within_s: no request takes longer.
+    these codes. writes: codes that writes may fail with until the cluster is whole. whole_within_s
+    is counted from the fault's end, too; a kill ends as it begins. answer_within_s: no request
+    takes longer.
     """
 
     whole_within_s: float
@@ -42,6 +44,7 @@ class Allowance:
     kinds: frozenset[QueryKind] = frozenset(QueryKind)
     partial: bool = False
     partial_for: frozenset[str] = frozenset()
+    writes: frozenset[str] = frozenset()
     answer_within_s: float = ANSWER_WITHIN_S
 
 
@@ -65,6 +68,8 @@ class Window:
         if outcome.code == OK:
             excused = bool(outcome.reasons) and outcome.reasons <= self.allowance.partial_for
             return self.allowance.partial or excused
+        if outcome.is_write:
+            return outcome.code in self.allowance.writes
         return (
             outcome.code in self.allowance.errors
             and outcome.kind in self.allowance.kinds
@@ -81,7 +86,7 @@ class Outcome:
     """
 
     asker: str
-    kind: QueryKind
+    kind: QueryKind | WriteKind
     began_s: float
     ended_s: float
     code: str = OK
@@ -89,6 +94,10 @@ class Outcome:
     reasons: frozenset[str] = frozenset()
     text: str = ""
     repeats: bool = False
+
+    @property
+    def is_write(self) -> bool:
+        return isinstance(self.kind, WriteKind)
 
     @property
     def is_full(self) -> bool:

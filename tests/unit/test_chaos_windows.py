@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from shardline.router.written import WriteKind
 from tests.chaos.damage import FILE_KINDS, HURTS, flipped
 from tests.chaos.durations import as_json, lasted, table
 from tests.chaos.ends import END_KINDS
@@ -38,6 +39,7 @@ WINDOW = Window(
         errors_for_s=2,
         kinds=frozenset({QueryKind.FEATURES}),
         partial=True,
+        writes=frozenset({"not_primary"}),
     ),
     began_s=10,
     undone_s=10,
@@ -46,6 +48,7 @@ WINDOW = Window(
 FULL = Outcome(asker="a", kind=QueryKind.FEATURES, began_s=11, ended_s=11.1)
 FAILED = replace(FULL, code=UNAVAILABLE)
 PARTIAL = replace(FULL, missing=(2,))
+REFUSED = replace(FULL, kind=WriteKind.DELETE, code="not_primary")
 
 
 def moved(outcome: Outcome, to_s: float) -> Outcome:
@@ -53,7 +56,11 @@ def moved(outcome: Outcome, to_s: float) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    "outcome", [FULL, moved(FULL, 50), FAILED, PARTIAL, moved(FAILED, 9.95), moved(PARTIAL, 14.2)]
+    "outcome",
+    [
+        *(FULL, moved(FULL, 50), FAILED, PARTIAL, moved(FAILED, 9.95), moved(PARTIAL, 14.2)),
+        *(REFUSED, moved(REFUSED, 14.2)),
+    ],
 )
 def test_what_a_fault_explains(outcome: Outcome) -> None:
     assert unexpected([outcome], [WINDOW]) == []
@@ -70,6 +77,8 @@ def test_what_a_fault_explains(outcome: Outcome) -> None:
         (replace(FAILED, code=FOREIGN), FindingKind.ERROR),
         (replace(FAILED, code=CONNECTION), FindingKind.ERROR),
         (replace(FULL, ended_s=16.5), FindingKind.SLOW),
+        (moved(REFUSED, 15), FindingKind.ERROR),
+        (replace(REFUSED, code=UNAVAILABLE), FindingKind.ERROR),  # a code for searches
     ],
 )
 def test_what_no_fault_explains(outcome: Outcome, kind: FindingKind) -> None:
@@ -150,17 +159,21 @@ def test_damage_damages(hurt) -> None:
 def test_durations() -> None:
     held = replace(WINDOW, undone_s=12, whole_s=14)
     outcomes = [FULL, moved(FAILED, 11.4), moved(FAILED, 10.5), moved(PARTIAL, 12.9), FULL]
+    outcomes.append(moved(REFUSED, 12))
     one = lasted(held, [*outcomes, moved(FAILED, 60)])
-    assert (one.held_s, one.whole_s, one.errors, one.partial) == (2, 2, 2, 1)
+    assert (one.held_s, one.whole_s, one.errors, one.partial, one.refused) == (2, 2, 2, 1, 1)
+    assert one.refused_s == pytest.approx(2.1)
     assert one.errors_s == pytest.approx(1.5)
     assert one.partial_s == pytest.approx(3.0)
     quiet = lasted(replace(held, name="a quiet one", undone_s=10, whole_s=10), [FULL])
     long = replace(one, whole_s=9.0)
     assert table([one, quiet, long]).splitlines() == [
-        "| fault | times | held for | requests without an answer | partial answers | whole after |",
-        "|---|---|---|---|---|---|",
-        "| a quiet one | 1 | none | none | none | none |",
-        "| router killed | 2 | 2.0 s (2.0) | 1.5 s (1.5) | 3.0 s (3.0) | 5.5 s (9.0) |",
+        "| fault | times | held for | requests without an answer | partial answers "
+        "| writes without an acknowledgement | whole after |",
+        "|---|---|---|---|---|---|---|",
+        "| a quiet one | 1 | none | none | none | none | none |",
+        "| router killed | 2 | 2.0 s (2.0) | 1.5 s (1.5) | 3.0 s (3.0) | 2.1 s (2.1) "
+        "| 5.5 s (9.0) |",
     ]
     assert as_json([one])[0]["name"] == "router killed"
     never = replace(one, whole_s=math.inf)

@@ -48,6 +48,7 @@ def sleeper() -> Iterator[psutil.Process]:
         ("ray::ShardActor", ["ray::ShardActor.describe"], "shard"),
         ("ray::ServeReplica:shardline:router", ["ray::ServeReplica:shardline:router"], "router"),
         ("ray::Controller.table_after", ["ray::Controller.table_after"], "controller"),
+        ("ray::MirrorActor", ["ray::MirrorActor.progress"], "mirror"),
         ("ray::ServeController", ["ray::ServeController.listen"], "serve controller"),
         ("haproxy", ["/x/haproxy", "-db"], "haproxy"),
         ("raylet", ["/x/raylet"], "raylet"),

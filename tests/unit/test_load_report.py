@@ -81,6 +81,7 @@ def step(label: str, rate: float | None, **changes: Any) -> dict[str, Any]:
         "timeline": seconds,
         "marks": [],
         "recoveries": [],
+        "writes": None,
     } | changes
 
 

@@ -10,7 +10,7 @@ import pytest
 from shardline.router.limits import resolve
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
-from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.messages import ReplicaRoute, SearchParams, ShardRoute
 from shardline.shards.core.schema import Metric, query_vectors
 from shardline.shards.index.main_index import MainIndex
@@ -53,8 +53,9 @@ async def cluster(metric, num_shards):
     made = [make_server(shard, *part, metric) for shard, part in enumerate(parts)]
     servers, routes = [server for server, _ in made], [route for _, route in made]
     service = SearchService(FAST, SECRET, load_encoder=lambda _table: None)
+    boundaries = tuple(int(part[0]) for part in np.array_split(ids, num_shards)[1:])
     try:
-        await service.apply(make_table(routes, DIM, metric=metric))
+        await service.apply(make_table(routes, DIM, metric=metric, boundaries=boundaries))
         yield service, servers, routes, ids, vectors
     finally:
         await service.close()
@@ -81,6 +82,20 @@ async def test_answers_equal_brute_force_for_any_number_of_shards(metric, num_sh
         expected = reference.brute_force(vectors[7:8], vectors, ids, 20, metric, excluded=[ids[7]])
         assert answer.ranked.ids[0].tolist() == expected.ids[0].tolist()
         assert [str(reason.text) for reason in answer.reasons] == ["item 10001 not found"]
+
+
+async def test_an_item_without_attributes_is_answered_and_costs_no_link():
+    """A search that is under way on the same connections is not harmed by it."""
+    async with cluster(Metric.COSINE, 3) as (service, _, _, ids, vectors):
+        for row in (0, 40, 89):
+            now = asyncio.get_running_loop().time()
+            searching = asyncio.create_task(search(service, vectors=vectors[:2], k=5))
+            answer = await service.item(int(ids[row]), arrived_at=now)
+            np.testing.assert_allclose(answer.vector, vectors[row], rtol=1e-6)
+            assert answer.attributes == {}
+            assert (await searching).coverage.share == 1.0
+        with pytest.raises(NotFound):
+            await service.item(10_001, arrived_at=asyncio.get_running_loop().time())
 
 
 async def test_a_parameter_that_is_wrong_for_a_shard_is_the_callers_error():
