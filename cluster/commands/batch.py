@@ -78,7 +78,7 @@ LIMITS = {
 @click.option(
     "--filter",
     "given_filter",
-    help="Only items that match, e.g. '{\"price\": {\"$lt\": 20}}'; see docs/FILTERS.md.",
+    help='Only items that match, e.g. \'{"price": {"$lt": 20}}\'; see docs/FILTERS.md.',
 )
 @click.option(
     "--params",

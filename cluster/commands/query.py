@@ -115,7 +115,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
 @click.option(
     "--filter",
     "given_filter",
-    help="Only items that match, e.g. '{\"price\": {\"$lt\": 20}}'; see docs/FILTERS.md.",
+    help='Only items that match, e.g. \'{"price": {"$lt": 20}}\'; see docs/FILTERS.md.',
 )
 @click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."

@@ -115,9 +115,9 @@ def to_filter(value: Any) -> Any:
         value = value.to_numpy()
     if isinstance(value, np.ndarray):
         value = list(value) if value.dtype.kind in "mM" else value.tolist()
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, list | tuple | range | set | frozenset):
         return list(map(to_filter, value))
-    return value if isinstance(value, float) else to_json(value)
+    return value if isinstance(value, float | np.floating) else to_json(value)
 
 
 def to_json(value: Any) -> Any:

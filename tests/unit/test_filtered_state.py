@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from shardline.bench.vectors import manifold
 from shardline.bench.shard_link import ShardLink
+from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.filter_language import check_filter
 from shardline.shards.core.messages import (
@@ -77,9 +77,7 @@ def new_state(kind: str = "flat", **fields: Any) -> tuple[ShardState, Items]:
     given = [random_attributes(rng) for _ in range(ROWS)]
     table = pa.table(columns(given), schema=SCHEMA)
     main = build_main(VECTORS, metric=Metric.DOT, kind=kind, **fields)
-    items = {
-        int(item): each for item, *each in zip(IDS, VECTORS, given, strict=True)
-    }
+    items = {int(item): each for item, *each in zip(IDS, VECTORS, given, strict=True)}
     return ShardState.of(main, IDS, ItemAttributes(table)), items
 
 
@@ -208,9 +206,10 @@ def test_what_is_kept_is_bounded_and_the_least_used_goes_first() -> None:
     assert len(known) < 20
     tiny = FilterRows(IDS, state.attributes, max_bytes=1)
     for each in packed[:3]:
-        assert tiny.matching(each, None, state.delta).rows == rows.matching(
-            each, None, state.delta
-        ).rows
+        assert (
+            tiny.matching(each, None, state.delta).rows
+            == rows.matching(each, None, state.delta).rows
+        )
 
 
 def test_a_filter_is_prepared_once_it_is_known_but_for_a_few_rows() -> None:
