@@ -126,7 +126,7 @@ def stored_value(rng: random.Random, kind: pa.DataType) -> Any:
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return stored_value(rng, kind.value_type)
     if pa.types.is_floating(kind) and rng.random() < 0.15:
-        return rng.choice((math.nan, math.inf, -math.inf))
+        return rng.choice((math.nan, math.inf, -math.inf, -0.0))
     if pa.types.is_fixed_size_list(kind):
         return [stored_value(rng, kind.value_type) for _ in range(kind.list_size)]
     if hasattr(kind, "value_type"):

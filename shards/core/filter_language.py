@@ -281,8 +281,13 @@ def _scalar(value: Any, path: str) -> Scalar:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise _wrong("not a finite number", path, "a finite number", value)
-        return int(value) if value.is_integer() and int(value) in _INTEGERS else value
+        return _whole(value)
     raise _wrong("not a value", path, "a text, a number, true, false or null", value)
+
+
+def _whole(value: int | float) -> int | float:
+    is_whole = isinstance(value, float) and value.is_integer() and int(value) in _INTEGERS
+    return int(value) if is_whole else value
 
 
 def _values(value: Any, path: str) -> tuple[Scalar, ...]:
@@ -293,8 +298,10 @@ def _values(value: Any, path: str) -> tuple[Scalar, ...]:
         expected = f"at most {MAX_IN_VALUES}"
         raise InvalidInput("too many values", field=path, expected=expected, got=str(len(value)))
     kinds = set(map(type, value))
-    if kinds == {str} or (kinds == {int} and min(value) in _INTEGERS and max(value) in _INTEGERS):
+    if kinds == {str}:
         return tuple(sorted(set(value)))
+    if kinds <= {int, float} and all(_INTEGERS[0] <= each <= _INTEGERS[-1] for each in value):
+        return tuple(sorted({_whole(each) for each in value}))
     checked = [_scalar(each, f"{path}[{i}]") for i, each in enumerate(value)]
     # by kind, as Python takes true for 1
     unique = {(_rank(each), each) for each in checked if each is not None}

@@ -120,14 +120,12 @@ class Floats:
 
     def one_of(self, values: Sequence[Scalar]) -> Test:
         largest = float(np.finfo(self.width).max)
-        numbers = [float(n) for n in map(_number, values) if abs(n) <= largest]
-        if not numbers:
+        numbers = np.array([float(n) for n in map(_number, values) if abs(n) <= largest])
+        if not len(numbers):
             return No()
-        return OneOf(pa.array(np.array(numbers).astype(self.width).astype(self._numpy)))
-
-    @property
-    def _numpy(self) -> type[np.floating[Any]]:
-        return _FLOATS[self.stored.bit_width]
+        stored = numbers.astype(self.width).astype(_FLOATS[self.stored.bit_width])
+        # by its bits, -0.0 is none of a list with 0.0
+        return OneOf(pa.array(np.append(stored, -stored[stored == 0])))
 
     def _rounded(self, number: int | float) -> pa.Scalar:
         return pa.scalar(float(self.width(number)), self.stored)

@@ -17,7 +17,7 @@ class No:
 
 @dataclass(frozen=True, slots=True)
 class Every:
-    """Every value, except NaN: integers below a number that their type does not reach, say."""
+    """Every value: integers below a number that their type does not reach, say."""
 
 
 @dataclass(frozen=True, slots=True)
