@@ -64,7 +64,7 @@ class ResultCache:
     def put(self, key: CacheKey, merged: Merged) -> None:
         """Keeps a complete answer, in arrays of its own; a partial or huge one it does not keep."""
         ids, scores = merged.ranked
-        size = ids.nbytes + scores.nbytes + len(key[-1]) + ENTRY_BYTES
+        size = ids.nbytes + scores.nbytes + len(key[-1]) + len(key[3].filter) + ENTRY_BYTES
         if merged.coverage.degraded or size * LARGEST_SHARE > self._max_bytes:
             return
         # copied, because the rows of a shared frame are views that would keep all of it alive

@@ -8,7 +8,7 @@ arrays in msgpack bodies:
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -85,22 +85,31 @@ REFUSALS = (
 
 
 class ReasonCode(StrEnum):
-    """Why a query of a batch could not be asked."""
+    """Why a query of a batch has no answer, or a short one."""
 
     NOT_FOUND = "not_found"  # no shard holds the item
     NOT_FOUND_PARTIAL = "not_found_partial"  # no shard that answered holds it, and one did not
+    FILTER = "filter"  # fewer items match its filter than were asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reason:
-    """Why the query at position ``query`` has an empty answer: a stable code, a text for people.
+    """Why the query at position ``query`` has an empty or a short answer: a stable code, a text for
+    people.
 
-    code is a ``ReasonCode``, or what a newer server says.
+    code is a ``ReasonCode``, or what a newer server says. matched: of code ``filter``, how many
+    items match, in the shards that answered, without the item that was asked with; else None.
     """
 
     query: int
     code: str
     text: str
+    matched: int | None = None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """As bodies have it, without what is None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from shardline.router.contract import Coverage, Reason, ReasonCode
 from shardline.router.query import FoundItems, Merged
+from shardline.shards.core.messages import NO_FILTER
 from shardline.shards.core.schema import (
     EMPTY_ID,
     EMPTY_SCORE,
@@ -39,11 +40,16 @@ class ItemQueries:
 
     def spread(self, merged: Merged | None, k: int) -> Merged:
         """The answer to all queries, (num_queries, k), from what was found for ``vectors``, or
-        None where there are none; the rows of unknown items are empty."""
+        None where there are none; the rows of unknown items are empty. ``matched`` counts no item
+        that is left out of its own answer."""
         ids = np.full((self.num_queries, k), EMPTY_ID)
         scores = np.full((self.num_queries, k), EMPTY_SCORE)
-        coverage = self.coverage
+        coverage, matched = self.coverage, None
         if merged is not None:
+            if merged.matched is not None:
+                is_own = (merged.ranked.ids == self.own[:, None]).any(axis=1)
+                matched = np.full(self.num_queries, NO_FILTER)
+                matched[self.live] = merged.matched - is_own
             others = drop_own(merged.ranked, self.own)
             width = min(k, others.ids.shape[1])
             ids[self.live, :width] = others.ids[:, :width]
@@ -57,6 +63,7 @@ class ItemQueries:
             search_ms=0.0 if merged is None else merged.search_ms,
             seq=self.seq if merged is None else merged.seq,
             others_share=None if merged is None else merged.others_share,
+            matched=matched,
         )
 
 

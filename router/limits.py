@@ -5,6 +5,7 @@ the service.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from shardline.router.query import QueryKind, ResolvedQuery, SeqOrigin
@@ -68,8 +69,10 @@ def resolve(
     returned: Sequence[str] = (),
     original_ids: bool = False,
     min_seq_of: SeqOrigin | None = None,
+    filters: tuple[bytes, ...] = (),
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
+    filters: one per query, or none at all.
 
     Raises:
         InvalidInput: not one kind, an empty or too large batch, a value out of range.
@@ -85,6 +88,10 @@ def resolve(
     elif not 0 <= min_coverage <= 1:
         raise _out_of_range("min_coverage", min_coverage, "0 to 1")
     k = check_k(config.default_k if k is None else k, limit=config.max_k)
+    if filters:
+        check_filters(len(filters), len(values))
+        if len(set(filters)) == 1:
+            options, filters = replace(options, filter=filters[0]), ()
     if returned or original_ids:
         _check_returned(len(values) * k * (len(returned) + original_ids), returned)
     return ResolvedQuery(
@@ -98,7 +105,19 @@ def resolve(
         returned=tuple(dict.fromkeys(returned)) if returned else (),
         original_ids=original_ids,
         min_seq_of=min_seq_of,
+        filters=filters,
     )
+
+
+def check_filters(filters: int, queries: int) -> None:
+    """Raises InvalidInput for a list of filters that is not as long as the queries are many."""
+    if filters != queries:
+        raise InvalidInput(
+            "wrong number of filters",
+            field="filter",
+            expected=f"one map for all queries, or a list with one for each of {queries}",
+            got=f"a list of {filters}",
+        )
 
 
 def _check_returned(num_values: int, names: Sequence[str]) -> None:

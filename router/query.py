@@ -36,7 +36,8 @@ class ResolvedQuery:
 
     values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, or n ids, none
     of them empty or too many, but not looked at one by one. timeout_ms counts from the arrival.
-    min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live.
+    min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
+    where queries differ in them, the ``options.filter`` of each; else empty.
     """
 
     kind: QueryKind
@@ -49,6 +50,7 @@ class ResolvedQuery:
     returned: tuple[str, ...] = ()  # attributes wanted beside the results
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
+    filters: tuple[bytes, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -57,7 +59,8 @@ class Merged:
 
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
     may be shared: nobody writes to them. others_share: the largest of the replies; None
-    without any.
+    without any. matched (n,) int64: of each query, how many rows match its filter, NO_FILTER
+    without one; None: none has a filter.
     """
 
     ranked: Ranked
@@ -65,6 +68,7 @@ class Merged:
     search_ms: float
     seq: tuple[int | None, ...]
     others_share: float | None = None
+    matched: IdArray | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery

@@ -3,7 +3,8 @@
 Every now and then one of the queries that were just served is asked twice at once: as it was, and
 with every row scored (``SearchOptions.exact``). Only answers of the same writes are compared: where
 a shard was written in between, the sample is dropped. Queries with parameters of their own are left
-out: they say how good an answer their caller wanted, not how good the index is.
+out: they say how good an answer their caller wanted, not how good the index is. So are those with a
+filter, which are searched in other ways.
 
 The newest vectors that were served are kept too, a few per second, for who judges another index by
 them.
@@ -112,6 +113,8 @@ class RecallWatch:
         """queries (n, dim) were answered just now. Costs a look at the clock for nearly all."""
         now = self._now()
         if now < self._due_at or lane.params != NO_PARAMS or lane.options.exact:
+            return
+        if lane.options.filter:
             return
         row = self._rng.randrange(len(queries))
         query = queries[row : row + 1].copy()  # a view would keep its whole frame alive

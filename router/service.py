@@ -10,7 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import msgpack
@@ -28,6 +28,13 @@ from shardline.router.fanout.snapshot import (
     TableSnapshot,
     load_item_encoder,
     load_query_encoder,
+)
+from shardline.router.filter_groups import (
+    FILTERS_AT_ONCE,
+    at_query,
+    filter_reasons,
+    groups_of,
+    joined,
 )
 from shardline.router.freshness import Freshness
 from shardline.router.item_queries import ItemQueries, item_queries
@@ -47,6 +54,7 @@ from shardline.router.recall_watch import RecallWatch
 from shardline.router.router_config import RouterConfig
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
+    InvalidInput,
     ShardlineError,
     too_much_returned,
 )
@@ -69,6 +77,7 @@ from shardline.shards.core.schema import (
     EMPTY_ID,
     ORIGINAL_ID,
     FloatArray,
+    IdArray,
     check_ids,
     query_vectors,
 )
@@ -323,15 +332,21 @@ class SearchService:
             vectors = query_vectors(values, dim=table.dim, metric=table.metric, field=query.kind)
         check_size(vectors, query.kind)
         prepared_at = time.perf_counter()
-        if items is None:
-            merged = await self._find(snapshot, vectors, query.k, query, deadline)
-        else:
+        if items is not None:
             merged = await self._neighbours(snapshot, items, query, deadline)
+        elif query.filters:
+            positions = np.arange(len(vectors))
+            merged = await self._find_each(snapshot, vectors, query.k, query, positions, deadline)
+        else:
+            merged = await self._find(snapshot, vectors, query.k, query, deadline)
         if is_timed:
             self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
             self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
-        return merged, () if items is None else items.reasons
+        reasons = () if items is None else items.reasons
+        if merged.matched is not None:
+            reasons += filter_reasons(merged, query.k)
+        return merged, reasons
 
     async def _look_up(
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float
@@ -382,9 +397,45 @@ class SearchService:
         merged: Merged | None = None
         if items.live.size:
             # one more, because an item-to-item query finds itself; at the limit it gets k - 1
-            ask_k = min(query.k + 1, self.config.max_k)
-            merged = await self._find(snapshot, items.vectors, ask_k, query, deadline)
+            k, live = min(query.k + 1, self.config.max_k), items.live
+            if query.filters:
+                merged = await self._find_each(snapshot, items.vectors, k, query, live, deadline)
+            else:
+                merged = await self._find(snapshot, items.vectors, k, query, deadline)
         return items.spread(merged, query.k)
+
+    async def _find_each(
+        self,
+        snapshot: TableSnapshot,
+        vectors: FloatArray,
+        k: int,
+        query: ResolvedQuery,
+        positions: IdArray,
+        deadline: float,
+    ) -> Merged:
+        """As ``_find``, for queries of several filters: ``query.filters`` has that of each of
+        vectors (n, dim), at positions (n,)."""
+        is_free = asyncio.Semaphore(FILTERS_AT_ONCE)
+
+        async def find(packed: bytes, rows: IdArray) -> tuple[IdArray, Merged]:
+            own = replace(query, options=replace(query.options, filter=packed), filters=())
+            try:
+                async with is_free:
+                    return rows, await self._find(snapshot, vectors[rows], k, own, deadline)
+            except InvalidInput as error:
+                raise at_query(error, int(positions[rows[0]])) from error
+
+        groups = groups_of([query.filters[position] for position in positions.tolist()])
+        # all of them end before the table that they use is let go
+        found = await asyncio.gather(
+            *(find(packed, rows) for packed, rows in groups.items()), return_exceptions=True
+        )
+        parts = []
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+            parts.append(each)
+        return joined(parts)
 
     async def _find(
         self,

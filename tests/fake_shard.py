@@ -6,9 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import msgpack
 import numpy as np
+import pyarrow as pa
 
-from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.errors import InvalidInput, ProtocolError
+from shardline.shards.core.filter_language import read_filter
 from shardline.shards.core.messages import (
+    NO_FILTER,
     AttributesReply,
     AttributesRequest,
     DeleteRequest,
@@ -26,6 +29,8 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, Metric, Ranked, in_order
+from shardline.shards.filters.bound import bind
+from shardline.shards.filters.matching import matches
 from shardline.shards.wire.frames import HEADER, decode_payload, encode_frame
 from shardline.shards.wire.handshake import new_hello, welcome
 
@@ -225,7 +230,11 @@ class FakeShard:
         least = message.options.min_seq[self.shard : self.shard + 1]
         if least and self.seq < least[0]:
             return ErrorReply(code="behind", message="behind")
-        ranked = brute_force(message.queries, self.ids, self.vectors, message.k)
+        try:
+            here = self.matching(message.options.filter)
+        except InvalidInput as error:
+            return ErrorReply(code=error.code, message=error.details, field=error.field)
+        ranked = brute_force(message.queries, self.ids[here], self.vectors[here], message.k)
         if self.short:
             ranked = Ranked(ranked.ids[:, :-1], ranked.scores[:, :-1])
         return SearchReply(
@@ -234,7 +243,12 @@ class FakeShard:
             generation=self.answers_as or self.generation,
             seq=self.seq,
             search_ms=0.25,
+            matched=int(here.sum()) if message.options.filter else NO_FILTER,
         )
+
+    def matching(self, packed):
+        """(rows,) bool: the rows that match a filter on ``item_id``, the only column."""
+        return matches(bind(read_filter(packed), pa.schema([])), pa.table({}), self.ids)
 
 
 def moved(shard: FakeShard, **changes) -> ShardRoute:

@@ -9,6 +9,7 @@ from typing import Any
 from shardline.cluster.batch.queries import QuerySource
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.files import MANIFEST_NAME, sha256_of
+from shardline.shards.core.filter_language import check_filter
 from shardline.shards.core.messages import NO_PARAMS, SearchParams
 from shardline.shards.core.schema import MAX_K, check_k
 from shardline.shards.storage.generation import GenerationManifest
@@ -21,7 +22,7 @@ class Wanted:
     """What each query gets: ``k`` results, and which columns beside their ids and scores.
 
     attributes: names in the order of their columns. An item among the queries is left out of its
-    own results where ``drops_own`` is set.
+    own results where ``drops_own`` is set. filter: what items must match, None for all.
     """
 
     k: int
@@ -29,11 +30,17 @@ class Wanted:
     attributes: tuple[str, ...] = ()
     original_ids: bool = False
     drops_own: bool = False
+    filter: dict[str, Any] | None = None
 
     @property
     def searched_k(self) -> int:
         """Results asked of the index: one more where one may be dropped."""
         return self.k + self.drops_own
+
+    @property
+    def packed_filter(self) -> bytes:
+        """As shards take it; b"" for none. Raises InvalidInput: it is no filter."""
+        return b"" if self.filter is None else check_filter(self.filter, "--filter")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +62,10 @@ class BatchJob:
     @property
     def described(self) -> dict[str, Any]:
         """As JSON, for the output folder."""
-        return asdict(self) | {"parts_format": FORMAT_VERSION}
+        described = asdict(self) | {"parts_format": FORMAT_VERSION}
+        if self.wanted.filter is None:  # as jobs were described before there were filters
+            del described["wanted"]["filter"]
+        return described
 
     @property
     def fingerprint(self) -> str:
@@ -65,8 +75,9 @@ class BatchJob:
 
 
 def checked_wanted(wanted: Wanted) -> Wanted:
-    """Raises InvalidInput: k is out of range, or a name comes twice."""
+    """Raises InvalidInput: k is out of range, a name comes twice, or the filter is none."""
     check_k(wanted.k, limit=MAX_K - wanted.drops_own)
+    _ = wanted.packed_filter
     for name in wanted.attributes:
         if wanted.attributes.count(name) > 1:
             raise InvalidInput("named twice", field="--return", got=name)

@@ -186,6 +186,7 @@ class LiveSearch:
             timeout_ms=self.timeout_ms,
             return_=self.wanted.attributes or None,
             return_original_ids=self.wanted.original_ids or None,
+            filter=self.wanted.filter,
             background=True,
         )
         found = answer.generation, answer.model_version

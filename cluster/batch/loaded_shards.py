@@ -52,8 +52,9 @@ class LoadedShards:
         """(n, searched_k), the best of these shards, for vectors (n, dim) float32.
 
         Raises:
-            InvalidInput: a search parameter out of range.
+            InvalidInput: a search parameter out of range, or a filter that is none for the items.
         """
+        packed = wanted.packed_filter
         count, step = len(vectors), SEARCHED_ROWS * search_threads()
         order = self.shards[0].state.main.by_list(vectors)  # all shards have the same lists
         if order is None:
@@ -62,16 +63,21 @@ class LoadedShards:
         found = Ranked(np.empty(shape, np.int64), np.empty(shape, np.float32))
         for start in range(0, count, step):
             rows = order[start : start + step]
-            found.ids[rows], found.scores[rows] = self._search(vectors[rows], wanted)
+            found.ids[rows], found.scores[rows] = self._search(vectors[rows], wanted, packed)
         return found
 
-    def _search(self, vectors: FloatArray, wanted: Wanted) -> Ranked:
+    def _search(self, vectors: FloatArray, wanted: Wanted, packed: bytes) -> Ranked:
         """``search`` of so few that what it allocates stays in the caches."""
         shape = (len(self.shards), len(vectors), wanted.searched_k)
         ids, scores = np.empty(shape, np.int64), np.empty(shape, np.float32)
+        k, params = wanted.searched_k, wanted.params
         for place, shard in enumerate(self.shards):
             state = shard.state
-            rows, scores[place] = state.main.search(vectors, wanted.searched_k, wanted.params)
+            if packed:
+                matching = state.matching(packed)
+                ids[place], scores[place] = state.search(vectors, k, params, matching)
+                continue
+            rows, scores[place] = state.main.search(vectors, k, params)
             # row -1 of an empty result is the last slot, which holds the empty id
             np.take(state.ids_by_row, rows, out=ids[place], mode="wrap")
         return merge_stacked(ids, scores)

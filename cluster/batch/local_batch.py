@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+
 from shardline.cluster.batch.batch_job import BatchJob, Wanted
 from shardline.cluster.batch.generation_items import GenerationItems
 from shardline.cluster.batch.job_parts import Parts
@@ -26,10 +28,12 @@ from shardline.cluster.batch.result_columns import ItemColumns
 from shardline.cluster.batch.spans import Span, waves_of
 from shardline.cluster.batch.top_k import merge_parts
 from shardline.shards.core.files import FileEntry
+from shardline.shards.core.filter_language import read_filter
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import Ranked
+from shardline.shards.filters.bound import bind
 from shardline.shards.index.spec import Device
-from shardline.shards.storage.generation import GenerationManifest
+from shardline.shards.storage.generation import GenerationManifest, read_attributes
 
 PARKED_SHARE = 0.5  # of the free disk space, for blocks between two passes
 LOAD = "load shards"  # a stage, for progress
@@ -68,6 +72,14 @@ def columns_of(
     if not wanted.attributes and not wanted.original_ids:
         return None
     return ItemColumns(folder, manifest, wanted.attributes, wanted.original_ids, verify=verify)
+
+
+def check_filter_fits(folder: Path, manifest: GenerationManifest, wanted: Wanted) -> None:
+    """Raises InvalidInput: the filter has a column that items lack, or a value of another type."""
+    if wanted.filter is not None:
+        table = read_attributes(folder, manifest, 0, verify=False)
+        schema = pa.schema([]) if table is None else table.schema
+        bind(read_filter(wanted.packed_filter, "--filter"), schema)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

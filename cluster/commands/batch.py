@@ -16,6 +16,7 @@ from shardline.cluster.batch.loaded_shards import cores
 from shardline.cluster.batch.local_batch import (
     BatchPlan,
     Room,
+    check_filter_fits,
     columns_of,
     run_local,
     shard_groups,
@@ -27,6 +28,7 @@ from shardline.cluster.commands.address import address_of, key_file_option
 from shardline.cluster.commands.batch_live import answer_live
 from shardline.cluster.commands.batch_progress import NotedProgress, RateProgress
 from shardline.cluster.commands.batch_sources import Asked, generation_encoder, open_source
+from shardline.cluster.commands.query import filter_map
 from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.preflight.check import mib
 from shardline.cluster.preflight.free_memory import free_memory
@@ -74,6 +76,11 @@ LIMITS = {
 @click.option("--return", "returned", help="Attributes of the items to add, as in title,price.")
 @click.option("--original-ids", is_flag=True, help="Add the ids that items had before import.")
 @click.option(
+    "--filter",
+    "given_filter",
+    help='Only items that match, e.g. \'{"price": {"$lt": 20}}\'; see docs/FILTERS.md.',
+)
+@click.option(
     "--params",
     multiple=True,
     metavar="NAME=N",
@@ -104,6 +111,7 @@ def batch(
     k: int,
     returned: str | None,
     original_ids: bool,
+    given_filter: str | None,
     params: tuple[str, ...],
     live: bool,
     url: str | None,
@@ -136,6 +144,7 @@ def batch(
             attributes=tuple(split_names("--return", returned)) if returned else (),
             original_ids=original_ids,
             drops_own=given.items,
+            filter=None if given_filter is None else filter_map(given_filter),
         )
     )
     if is_live:
@@ -210,6 +219,7 @@ def offline_plan(
         note=note,
     )
     # an unknown attribute is refused here, before anything is written
+    check_filter_fits(folder, manifest, wanted)
     columns = columns_of(folder, manifest, wanted, verify=False)
     added = columns.bytes_per_item if columns is not None else 0.0
     rows = block_rows or default_block_rows(wanted.searched_k, added)

@@ -18,6 +18,7 @@ from shardline.cluster.control.publish_note import told_in
 from shardline.router.client.answers import SearchAnswer
 from shardline.router.client.http1 import Server
 from shardline.router.client.sync_client import Client
+from shardline.router.contract import Reason
 from shardline.shards.core.errors import InvalidInput, NotFound, ShardlineError, Unavailable
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.name_lists import split_names
@@ -30,9 +31,11 @@ OPTIONS = {
     "params.nprobe": "--nprobe",
     "k": "-k",
     "return": "--show",
+    "filter": "--filter",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
+FILTER = "filter"  # fewer items match than were asked for
 MOST = float(np.finfo(np.float32).max)
 API_ADVICE = ("send vectors or item_ids", "ask with --vector or --item")
 LARGEST_ID = 2**63 - 1
@@ -110,6 +113,11 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     help="Attributes of the items to show, as in title,price; CSV, so a name may be quoted.",
 )
 @click.option(
+    "--filter",
+    "given_filter",
+    help='Only items that match, e.g. \'{"price": {"$lt": 20}}\'; see docs/FILTERS.md.',
+)
+@click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
 @click.option(
@@ -132,6 +140,7 @@ def query(
     user: str | None,
     data: Path | None,
     show: str | None,
+    given_filter: str | None,
     k: int,
     nprobe: int | None,
     print_request: bool,
@@ -154,7 +163,9 @@ def query(
     elif items:
         body["item_ids"] = _item_ids(items, data)
     elif features is not None:
-        body["features"] = [_object(features)]
+        body["features"] = [_map(features, "--features", "not features", '{"age": 31}')]
+    if given_filter is not None:
+        body["filter"] = filter_map(given_filter)
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]
@@ -178,8 +189,8 @@ def query(
         _print_json(answer, body.get("item_ids"))
     else:
         _print_tables(answer, items)
-    if answer.reasons:
-        raise _unanswered(answer, items)
+    if unanswered := _not_asked(answer):
+        raise _unanswered(answer, unanswered, items)
 
 
 def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
@@ -193,21 +204,25 @@ def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
         "generation": answer.generation,
         "model_version": answer.model_version,
         "coverage": asdict(answer.coverage),
-        "reasons": [asdict(reason) for reason in answer.reasons],
+        "reasons": [reason.content for reason in answer.reasons],
         "took_ms": answer.took_ms,
     }
     click.echo(json.dumps(report, indent=2))
 
 
 def _print_tables(answer: SearchAnswer, items: tuple[str, ...]) -> None:
-    unanswered = {reason.query for reason in answer.reasons}
+    unanswered = {reason.query for reason in _not_asked(answer)}
     for place in range(len(answer.ids)):
         if place not in unanswered:
             if items:
                 click.echo(f"similar to item {items[place]}")
             _print_rows(_rows(answer, place), answer)
     coverage = answer.coverage
-    if len(answer.reasons) < len(answer.ids):
+    for reason in answer.reasons:
+        if reason.code == FILTER:
+            about = f"item {items[reason.query]}: " if items else ""
+            click.echo(f"{about}{reason.text}", err=True)
+    if len(unanswered) < len(answer.ids):
         click.echo(
             f"{int((answer.ids >= 0).sum())} results from generation {answer.generation}, "
             f"{coverage.rows_answered:,} of {coverage.rows_asked:,} rows, "
@@ -252,14 +267,21 @@ def _rows(answer: SearchAnswer, place: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _unanswered(answer: SearchAnswer, items: tuple[str, ...]) -> ShardlineError:
+def _not_asked(answer: SearchAnswer) -> list[Reason]:
+    """The reasons of queries that have no answer at all; not those of short ones."""
+    return [reason for reason in answer.reasons if reason.code != FILTER]
+
+
+def _unanswered(
+    answer: SearchAnswer, reasons: list[Reason], items: tuple[str, ...]
+) -> ShardlineError:
     """Why some items have no answer: unknown, or possibly in a shard that did not answer."""
-    if any(reason.code == NOT_FOUND_PARTIAL for reason in answer.reasons):
+    if any(reason.code == NOT_FOUND_PARTIAL for reason in reasons):
         return Unavailable(
-            ", ".join(reason.text for reason in answer.reasons),
+            ", ".join(reason.text for reason in reasons),
             hint="`shardline status` shows which shards are missing",
         )
-    unknown = ", ".join(items[reason.query] for reason in answer.reasons)
+    unknown = ", ".join(items[reason.query] for reason in reasons)
     return NotFound(f"no item {unknown} in generation {answer.generation}")
 
 
@@ -320,11 +342,16 @@ def _numbers(text: str) -> list[float]:
     return found
 
 
-def _object(text: str) -> dict[str, Any]:
-    expected = "names and values, as in '{\"age\": 31}'"
-    found = _json(text, "--features", expected)
+def filter_map(text: str) -> dict[str, Any]:
+    """The value of ``--filter``. Raises InvalidInput: it is no map of JSON."""
+    return _map(text, "--filter", "not a filter", '{"price": {"$lt": 20}}')
+
+
+def _map(text: str, option: str, complaint: str, example: str) -> dict[str, Any]:
+    expected = f"names and values, as in '{example}'"
+    found = _json(text, option, expected)
     if not isinstance(found, dict):
-        raise InvalidInput("not features", field="--features", expected=expected, got=text[:60])
+        raise InvalidInput(complaint, field=option, expected=expected, got=text[:60])
     return found
 
 

@@ -239,7 +239,12 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
 
 
 def _reason(content: dict[str, Any]) -> Reason:
-    return Reason(query=content["query"], code=content["code"], text=content["text"])
+    return Reason(
+        query=content["query"],
+        code=content["code"],
+        text=content["text"],
+        matched=content.get("matched"),
+    )
 
 
 def _degraded(content: dict[str, Any]) -> Degraded:

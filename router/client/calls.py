@@ -28,6 +28,7 @@ from shardline.router.client.conversions import (
     milliseconds,
     packed,
     records,
+    to_filter,
     to_ids,
     to_json,
     to_matrix,
@@ -116,6 +117,7 @@ class SearchFields(TypedDict, total=False):
     min_seq: "Sequence[int | None] | None"
     background: bool | None
     exact: bool | None
+    filter: "Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -175,6 +177,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "item_ids": to_ids,
     "return_": lambda names: names if isinstance(names, str) else listed(names),
     "min_seq": listed,
+    "filter": to_filter,
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

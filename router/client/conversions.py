@@ -106,6 +106,20 @@ def listed(values: Any) -> list[Any]:
     return found
 
 
+def to_filter(value: Any) -> Any:
+    """A filter, or one per query, with values in the forms that ``to_json`` and ``plain`` give, and
+    arrays, sets and Series as lists. NaN stays, and the server refuses it: None would match."""
+    if isinstance(value, Mapping):
+        return {name: to_filter(each) for name, each in value.items()}
+    if hasattr(value, "to_numpy") and not isinstance(value, date):  # a Series
+        value = value.to_numpy()
+    if isinstance(value, np.ndarray):
+        value = list(value) if value.dtype.kind in "mM" else value.tolist()
+    if isinstance(value, list | tuple | range | set | frozenset):
+        return list(map(to_filter, value))
+    return value if isinstance(value, float | np.floating) else to_json(value)
+
+
 def to_json(value: Any) -> Any:
     """As an import reads it: NaN, which is how frames write a missing number, as None; decimals as
     numbers, times of day and durations as seconds, a UUID as text."""

@@ -116,7 +116,7 @@ class Attempts:
         if isinstance(request, SearchRequest):
             self._rows = rows = len(request.queries)
             self._is_exact = request.options.exact
-            if request.options.background:
+            if request.options.background or request.options.filter:
                 kind = kind_of(request)
             self._start = reply_start(rows, request.k, self._table.generation)
         else:

@@ -30,7 +30,7 @@ from shardline.shards.core.messages import (
     SearchRequest,
 )
 from shardline.shards.core.metrics import FRAME_QUERIES, SHARD_MISSING, SHARD_MS, Recorder
-from shardline.shards.core.schema import FloatArray, Ranked
+from shardline.shards.core.schema import FloatArray, IdArray, Ranked
 from shardline.shards.wire.frames import encode_frame
 
 HOLD_MS = 5.0  # the longest a frame under way holds back the searches behind it
@@ -156,6 +156,7 @@ class Coalescer:
             search_ms=max([reply.search_ms for reply in replies]),
             seq=seq,
             others_share=max([each.others_share for each in replies]) if is_background else None,
+            matched=_matched(replies, rows) if key.options.filter else None,
         )
 
     # Lanes
@@ -254,6 +255,11 @@ def _that_fit(waiting: list[_Member]) -> list[_Member]:
     sizes = itertools.accumulate(len(member.queries) for member in waiting)
     count = sum(size <= MAX_FRAME_ROWS for size in sizes)
     return waiting[: max(1, count)]
+
+
+def _matched(replies: list[SearchReply], rows: slice) -> IdArray:
+    """Of each query of a frame that has a filter, how many rows of all shards match it."""
+    return np.full(rows.stop - rows.start, sum(reply.matched for reply in replies))
 
 
 async def _merge(frame: _Frame, rows: slice, parts: list[Ranked], k: int) -> Ranked:

@@ -25,10 +25,17 @@ class Background:
     """The kind of background searches: they wait as long as others search, and are not hedged."""
 
 
+class Filtered:
+    """The kind of searches with a filter: what they take says nothing of others."""
+
+
 def kind_of(request: object) -> type:
     """What a request is like, for ``Paces.of``."""
-    if isinstance(request, SearchRequest) and request.options.background:
-        return Background
+    if isinstance(request, SearchRequest):
+        if request.options.background:
+            return Background
+        if request.options.filter:
+            return Filtered
     return type(request)
 
 

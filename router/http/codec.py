@@ -6,7 +6,7 @@ results.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import msgpack
@@ -14,7 +14,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from shardline.router.contract import Coverage, ItemAnswer, pack_array
-from shardline.router.http.body_values import load_map, to_ids, to_matrix
+from shardline.router.http.body_values import TakesLong, load_map, to_ids, to_matrix
 from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
@@ -23,16 +23,19 @@ from shardline.router.limits import check_batch, resolve
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.filter_language import check_filter
 from shardline.shards.core.messages import NO_OPTIONS, NO_PARAMS, SearchOptions, SearchParams
 from shardline.shards.core.schema import EMPTY_ID
 
 SEARCH_FIELDS = tuple(field.alias or name for name, field in SearchBody.model_fields.items())
-OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIELDS)
+# the filter is not as the options have it: it is checked and packed first
+OPTION_FIELDS = {field.name for field in fields(SearchOptions)} & set(SEARCH_FIELDS) - {"filter"}
 _SEARCH_FIELDS = frozenset(SEARCH_FIELDS)
 PARAM_FIELDS = tuple(ParamsBody.model_fields)
 ORIGIN_FIELDS = tuple(SeqOriginBody.model_fields)
 NESTED_FIELDS = {"params": PARAM_FIELDS, "min_seq_of": ORIGIN_FIELDS}
 MANY_FIELDS = 16 << 10  # bytes of a body that could hold more unknown fields than are worth a look
+FILTERED_IN_LOOP = 32 << 10  # bytes of a body whose filters are checked in the event loop: 2 ms
 # SearchBody.model_validate without its layer of Python, a third of its time
 validate_search = TypeAdapter(SearchBody).validator.validate_python
 
@@ -43,7 +46,8 @@ def decode_query(
     """A search request's body; its vectors and ids are numpy arrays, not yet checked one by one.
 
     Raises:
-        TakesLong: ``in_loop``, and its values must be counted first, for which it is too large.
+        TakesLong: ``in_loop``, and it is too large for that: its values must be counted first, or
+            it has a filter.
         InvalidInput: does not parse, has an unknown field, a field of the wrong type, or one that
             is out of range.
         PayloadTooLarge: would take too much memory or time.
@@ -51,6 +55,8 @@ def decode_query(
     content = load_map(body, media, in_loop=in_loop)
     if len(body) > MANY_FIELDS:
         _refuse_unknown_fields(content)
+    if in_loop and len(body) > FILTERED_IN_LOOP and content.get("filter") is not None:
+        raise TakesLong
     try:
         parsed = validate_search(content)
     except ValidationError as error:
@@ -60,6 +66,11 @@ def decode_query(
     if not parsed.model_fields_set.isdisjoint(OPTION_FIELDS):
         given = parsed.model_fields_set & OPTION_FIELDS
         options = SearchOptions(**{name: _hashable(getattr(parsed, name)) for name in given})
+    filters: tuple[bytes, ...] = ()
+    if isinstance(parsed.filter, list):
+        filters = _filters(parsed.filter, config.max_batch)
+    elif parsed.filter is not None:
+        options = replace(options, filter=check_filter(parsed.filter))
     return resolve(
         config,
         vectors=None if vectors is None else to_matrix(vectors, "vectors", config.max_batch),
@@ -73,6 +84,7 @@ def decode_query(
         returned=parsed.returned or (),
         original_ids=parsed.return_original_ids,
         min_seq_of=None if parsed.min_seq_of is None else SeqOrigin(**dict(parsed.min_seq_of)),
+        filters=filters,
     )
 
 
@@ -95,7 +107,7 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
         "request_id": answer.request_id,
     }
     if answer.reasons:
-        content["reasons"] = [asdict(reason) for reason in answer.reasons]
+        content["reasons"] = [reason.content for reason in answer.reasons]
     if answer.others_share is not None:
         content["others_share"] = answer.others_share
     if answer.returned is not None:
@@ -151,6 +163,21 @@ def _features(value: Any, max_batch: int) -> list[dict[str, Any]]:
     if len(value) > max_batch:
         check_batch(QueryKind.FEATURES, len(value), max_batch)
     return checked_features(value)
+
+
+def _filters(value: list[Any], max_batch: int) -> tuple[bytes, ...]:
+    """Of each query, b"" for null."""
+    if not value or len(value) > max_batch:
+        raise InvalidInput(
+            "wrong number of filters",
+            field="filter",
+            expected=f"one map for all queries, or a list with one for each, at most {max_batch}",
+            got=f"a list of {len(value)}",
+        )
+    return tuple(
+        b"" if each is None else check_filter(each, f"filter[{row}]")
+        for row, each in enumerate(value)
+    )
 
 
 def _complaint(error: ValidationError) -> InvalidInput:

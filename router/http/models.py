@@ -6,9 +6,10 @@ arrays or plain lists, and the service checks them once more, as arrays.
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation, WithJsonSchema
 
 from shardline.router.contract import ReasonCode
+from shardline.router.http.filter_schema import FILTER_FIELD
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
 from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
@@ -110,6 +111,12 @@ class SearchBody(_Body):
         "params say nothing then. Indexes that keep codes only (pq, ivfpq, sq8 without a re-rank) "
         "are exact over what the codes stand for",
     )
+    filter: Annotated[Any, SkipValidation, WithJsonSchema(FILTER_FIELD)] = Field(
+        default=None,
+        description="only items that match come back: one filter for all queries, or a list with "
+        "one per query, null for none. An answer has fewer than k results only if fewer items "
+        "match; reasons says so then",
+    )
     returned: list[str] | None = Field(
         default=None,
         alias="return",
@@ -131,11 +138,16 @@ class DegradedBody(_Body):
 
 
 class ReasonBody(_Body):
-    """Why a query of the batch has an empty answer."""
+    """Why a query of the batch has an empty or a short answer."""
 
     query: int = Field(description="its position in the request")
     code: ReasonCode = Field(description="stable")
     text: str = Field(description="for people")
+    matched: int | None = Field(
+        default=None,
+        description="only with filter: items that match, in the shards that answered; without the "
+        "item that was asked with",
+    )
 
 
 class CoverageBody(_Body):
@@ -166,7 +178,9 @@ class SearchResponse(_Body):
     search_ms: float = Field(description="longest search of any shard, milliseconds")
     request_id: str
     reasons: list[ReasonBody] | None = Field(
-        default=None, description="only when some query could not be asked"
+        default=None,
+        description="only when some query could not be asked, or has fewer than k results because "
+        "of its filter",
     )
     others_share: float | None = Field(
         default=None,

@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 
 from shardline.router.contract import WRITE_KEY_HEADER
 from shardline.router.http.auth import needed_scope
+from shardline.router.http.filter_schema import FILTER_SCHEMAS
 from shardline.router.http.models import ItemResponse, Problem, SearchBody, SearchResponse
 from shardline.router.http.write_models import (
     DeleteBody,
@@ -133,7 +134,7 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
         [(model, "validation") for model in bodies], ref_template=REF
     )
     components = schema.setdefault("components", {})
-    components["schemas"] = definitions["$defs"]
+    components["schemas"] = {**definitions["$defs"], **FILTER_SCHEMAS}
     components["securitySchemes"] = {"key": KEY_SCHEME}
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():

@@ -22,6 +22,7 @@ MAX_WRITTEN_ROWS = 4096  # of one write to one shard
 WRITE_ROOM_BYTES = 8 << 20
 MAX_WRITE_KEY_BYTES = 128
 MAX_SERVED_AT_ONCE = 16  # queries of one announcement of a router
+NO_FILTER = -1  # instead of a count of rows that match
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -71,12 +72,14 @@ class SearchOptions:
     min_seq: of each shard, by its number, how many writes it must have applied to answer; empty
     for any number. background: nobody waits for it, a batch job's say: a shard searches it while
     no other search waits. exact: every row is scored with the best vector that the shard stores of
-    it, at low priority; the parameters say nothing then.
+    it, at low priority; the parameters say nothing then. filter: only items that match it come
+    back; as ``check_filter`` packs it, b"" for all items.
     """
 
     min_seq: tuple[int, ...] = ()
     background: bool = False
     exact: bool = False
+    filter: bytes = b""
 
 
 NO_OPTIONS = SearchOptions()
@@ -103,7 +106,8 @@ class SearchReply:
 
     generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
     others_share, of a background search: the share of the last seconds in which the shard searched
-    for others; 0 if nobody else asked.
+    for others; 0 if nobody else asked. matched, of a search with a filter: live rows that match it;
+    NO_FILTER of others.
     """
 
     ranked: Ranked
@@ -112,6 +116,7 @@ class SearchReply:
     seq: int
     search_ms: float
     others_share: float = 0.0
+    matched: int = NO_FILTER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

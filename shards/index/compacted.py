@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.schema import FloatArray, IdArray
-from shardline.shards.index.layers import Layers
+from shardline.shards.index.layers import Layers, codes_of
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.template import (
     ADD_BLOCK_ROWS,
@@ -89,21 +89,15 @@ def _merge(made: Layers, old: Layers, source: IdArray) -> None:
 
 def _merge_codes(made: Any, old: Any, source: IdArray) -> None:
     """Of an index that stores its codes row by row."""
-    own, theirs = _codes_of(made).copy(), _codes_of(old)
+    own, theirs = codes_of(made).copy(), codes_of(old)
     made.codes.resize(len(source) * made.code_size)
     made.ntotal = len(source)
-    codes, is_new = _codes_of(made), source == NEW
+    codes, is_new = codes_of(made), source == NEW
     codes[is_new] = own
     kept = np.flatnonzero(~is_new)
     for start in range(0, len(kept), ADD_BLOCK_ROWS):  # a second copy of some at a time
         some = kept[start : start + ADD_BLOCK_ROWS]
         codes[some] = theirs[source[some]]
-
-
-def _codes_of(index: Any) -> Codes:
-    """(rows, code_size), the index's own memory."""
-    codes: Codes = _view(index.codes.data(), index.ntotal * index.code_size)
-    return codes.reshape(-1, index.code_size)
 
 
 def _view(pointer: Any, size: int) -> Any:

@@ -20,9 +20,10 @@ from shardline.shards.core.schema import (
     Ranked,
     in_order,
 )
-from shardline.shards.index.layers import Layers, faiss_metric
+from shardline.shards.index.layers import Layers, codes_of, faiss_metric
 from shardline.shards.index.selection import Selection
 
+DENSE = 4  # of so many rows one is wanted: then decoding all of them takes as long as picking some
 BLOCK_BYTES = 8 << 20  # of the vectors of a block: some milliseconds of one core
 
 
@@ -38,6 +39,8 @@ class StoredVectors:
         self._outer = faiss.downcast_index(outer)
         # these decode a range at once, in a fraction of the time of one row after the other
         self._has_ranges = isinstance(self._outer, faiss.IndexFlatCodes)
+        is_packed = isinstance(self._outer, faiss.IndexPQFastScan)
+        self._codes = codes_of(self._outer) if self._has_ranges and not is_packed else None
         self.rows = int(self._index.ntotal)
         self.dim = int(self._outer.d)
 
@@ -55,6 +58,9 @@ class StoredVectors:
         if not self._has_ranges or not rows.size:
             return np.asarray(self._outer.reconstruct_batch(rows), dtype=np.float32)
         first, last = int(rows[0]), int(rows[-1])
+        if self._codes is not None and DENSE * len(rows) < last - first:
+            codes = np.take(self._codes, rows, axis=0)
+            return np.asarray(self._outer.sa_decode(codes), dtype=np.float32)
         vectors = np.asarray(self._outer.reconstruct_n(first, last - first + 1), dtype=np.float32)
         return vectors if len(vectors) == len(rows) else np.take(vectors, rows - first, axis=0)
 
@@ -79,7 +85,7 @@ def scan(
     for rows in _blocks(stored, selection):
         look()
         if rows.size:
-            found = _best_of(queries, rows, stored.of(rows), k, metric)
+            found = best_of(queries, rows, stored.of(rows), k, metric)
             ids = np.concatenate((best.ids, found.ids), axis=1)
             scores = np.concatenate((best.scores, found.scores), axis=1)
             ids, scores = in_order(ids, scores)
@@ -95,7 +101,7 @@ def _blocks(stored: StoredVectors, selection: Selection | None) -> Iterator[IdAr
         yield rows if selection is None else rows[selection.are_live(rows)]
 
 
-def _best_of(
+def best_of(
     queries: FloatArray, rows: IdArray, vectors: FloatArray, k: int, metric: Metric
 ) -> Ranked:
     """(n, min(k, m)): the best of rows (m,), whose vectors are (m, dim); of equal scores the lowest

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import faiss
+import numpy as np
+from numpy.typing import NDArray
 
 from shardline.shards.core.schema import Metric
 
@@ -105,3 +107,12 @@ def layers_of(index: Any) -> Layers:
 def faiss_metric(metric: Metric) -> int:
     """The faiss metric; cosine is inner product, because vectors are normalised on input."""
     return int(faiss.METRIC_L2 if metric is Metric.L2 else faiss.METRIC_INNER_PRODUCT)
+
+
+def codes_of(index: Any) -> NDArray[np.uint8]:
+    """(rows, code_size) of an index that stores its codes row by row: its own memory, which must
+    not outlive it."""
+    size = index.ntotal * index.code_size
+    # an empty array may have no memory
+    codes = faiss.rev_swig_ptr(index.codes.data(), size) if size else np.empty(0, np.uint8)
+    return np.asarray(codes).reshape(-1, index.code_size)

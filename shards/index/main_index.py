@@ -36,6 +36,7 @@ from shardline.shards.core.schema import (
 )
 from shardline.shards.index import gpu
 from shardline.shards.index.exact_scan import StoredVectors, scan
+from shardline.shards.index.filtered_search import FilteredSearch
 from shardline.shards.index.layers import Layers, layers_of
 from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import Device
@@ -114,6 +115,7 @@ class MainIndex:
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
         self._stored = StoredVectors(self._layers)
+        self._filtered = FilteredSearch(self._layers, self._stored, metric, defaults)
         self._imbalance: float | None = None
         if self._layers.is_ivf and self.rows:
             self._imbalance = float(self._layers.base.invlists.imbalance_factor())
@@ -192,6 +194,19 @@ class MainIndex:
             is_cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
             self._close_ties(queries, k, params, selection, ranked, is_cut)
         return ranked
+
+    def search_filtered(
+        self, queries: FloatArray, k: int, params: SearchParams, selection: Selection
+    ) -> Ranked:
+        """As ``search``, with as much visited as it takes to find the best of the rows selected,
+        however few they are; k rows if there are so many. What ``params`` give is what would be
+        visited if all rows were selected.
+
+        Raises: as ``search``.
+        """
+        self._check_dim(queries)
+        _check_params(params)
+        return self._filtered.search(queries, k, params, selection, self.search)
 
     def search_exactly(
         self, queries: FloatArray, k: int, selection: Selection | None, look: Callable[[], None]

@@ -3,6 +3,10 @@
 An immutable value, passed with every search. What faiss needs of it is made once, with the value,
 so a search costs the same with a selection as without. A selection that excludes further rows is
 made from a copy of the bits, one per row, not from a list of all that are excluded.
+
+Rows are excluded for two reasons: they are hidden, because their items were deleted or written
+anew, or they do not match a filter. Hidden rows change with every write, what matches a filter does
+not. So a filter's selection is made once, and ``filter & hidden`` for every state.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +23,8 @@ from shardline.shards.core.schema import IdArray
 class Selection:
     """bits (rows / 8,) uint8, rounded up: bit ``row % 8`` of byte ``row // 8`` is 1 where the row
     may come back; num_excluded rows may not. ``selector`` is faiss's form of it, over the same
-    memory.
+    memory. origin: the selection that this one was narrowed from with ``&``, which has all of its
+    rows; None: itself.
     """
 
     bits: NDArray[np.uint8]
@@ -27,6 +32,7 @@ class Selection:
     num_excluded: int
     selector: Any
     _live: list[NDArray[np.bool_]] = field(default_factory=list)
+    origin: "Selection | None" = None
 
     @classmethod
     def without(cls, excluded: IdArray, *, rows: int) -> "Selection | None":
@@ -37,14 +43,42 @@ class Selection:
         live = np.ones(rows, dtype=np.bool_)
         live[excluded] = False
         bits = np.packbits(live, bitorder="little")
-        return cls(bits, rows, rows - int(live.sum()), faiss.IDSelectorBitmap(bits))
+        return cls(bits, rows, rows - int(live.sum()), _selector(bits))
+
+    @classmethod
+    def of(cls, mask: NDArray[np.bool_]) -> "Selection":
+        """The rows where mask (rows,) bool is True; they may be all, or none."""
+        bits = np.packbits(mask, bitorder="little")
+        excluded = mask.size - int(np.count_nonzero(mask))
+        return cls(bits, mask.size, excluded, _selector(bits))
+
+    def __and__(self, hidden: "Selection | None") -> "Selection":
+        """The rows of both; None stands for all rows. What a main index has derived from this one
+        serves the result too: take the one that changes less often on the left."""
+        if hidden is None:
+            return self
+        assert hidden.rows == self.rows
+        bits = self.bits & hidden.bits
+        excluded = self.rows - int(np.bitwise_count(bits).sum())
+        if excluded == self.num_excluded:
+            return self
+        return Selection(bits, self.rows, excluded, _selector(bits), origin=self.origin or self)
+
+    @property
+    def num_selected(self) -> int:
+        """Rows that may come back."""
+        return self.rows - self.num_excluded
+
+    def selected(self) -> IdArray:
+        """(num_selected,) int64: the rows that may come back, ascending."""
+        return np.flatnonzero(np.unpackbits(self.bits, count=self.rows, bitorder="little"))
 
     def excluding(self, more: IdArray) -> "Selection":
         """Without ``more`` (m,) int64 as well, rows that may come back, each once."""
         bits = self.bits.copy()
         np.bitwise_and.at(bits, more >> 3, _without_bit(more))
         excluded = self.num_excluded + more.size
-        return Selection(bits, self.rows, excluded, faiss.IDSelectorBitmap(bits))
+        return Selection(bits, self.rows, excluded, _selector(bits))
 
     def are_live(self, rows: IdArray) -> NDArray[np.bool_]:
         """(m,) bool: which of rows (m,) int64 may come back."""
@@ -58,6 +92,10 @@ class Selection:
             unpacked = np.unpackbits(self.bits, count=self.rows, bitorder="little")
             self._live.append(unpacked.view(np.bool_))
         return self._live[0]
+
+
+def _selector(bits: NDArray[np.uint8]) -> Any:
+    return faiss.IDSelectorBitmap(bits)
 
 
 def _without_bit(rows: IdArray) -> NDArray[np.uint8]:

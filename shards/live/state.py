@@ -25,6 +25,7 @@ from shardline.shards.index.selection import Selection
 from shardline.shards.live.attributes import packed_rows
 from shardline.shards.live.delta import NOT_HERE, Delta
 from shardline.shards.live.delta_search import enter_delta
+from shardline.shards.live.filtered import FilterRows, Matching
 from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.records import Record, Upsert
 
@@ -45,12 +46,14 @@ class ShardState:
 
     ids_by_row (rows + 1,) int64: the item of each local row of ``main``, ascending; the last slot
     is the empty id, so that row -1 of an empty result reads it. selection: the rows of ``main``
-    that may come back, None for all. seq: how many writes are in it.
+    that may come back, None for all. seq: how many writes are in it. filter_rows: of which rows it
+    is known whether they match a filter; shared by all states of a main index.
     """
 
     main: MainIndex
     ids_by_row: IdArray
     delta: Delta
+    filter_rows: FilterRows
     selection: Selection | None = None
     seq: int = 0
     attributes: ItemAttributes = NO_ATTRIBUTES
@@ -73,6 +76,7 @@ class ShardState:
             delta=Delta.empty(main.dim, main.metric),
             seq=seq,
             attributes=attributes,
+            filter_rows=FilterRows(item_ids, attributes),
         )
 
     @property
@@ -85,19 +89,47 @@ class ShardState:
         """Rows of ``main`` whose items have been deleted or written anew."""
         return 0 if self.selection is None else self.selection.num_excluded
 
-    def search(self, queries: FloatArray, k: int, params: SearchParams) -> Ranked:
-        """The k best items of queries (n, dim) float32.
+    def matching(self, packed: bytes) -> Matching:
+        """The rows that match a filter, as ``check_filter`` packs it.
+
+        Raises:
+            InvalidInput: no filter, an unknown column, or a value that is none of its column's.
+        """
+        return self.filter_rows.matching(packed, self.selection, self.delta)
+
+    def search(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        matching: Matching | None = None,
+    ) -> Ranked:
+        """The k best items of queries (n, dim) float32, among those that match where that is given.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        rows, scores = self.main.search(queries, k, params, self.selection)
-        return enter_delta(self.delta, queries, Ranked(self.ids_by_row[rows], scores))
+        if matching is None:
+            rows, scores = self.main.search(queries, k, params, self.selection)
+            delta = self.delta
+        else:
+            rows, scores = self.main.search_filtered(queries, k, params, matching.selection)
+            delta = matching.delta
+        return enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
 
-    def search_exactly(self, queries: FloatArray, k: int, look: Callable[[], None]) -> Ranked:
+    def search_exactly(
+        self,
+        queries: FloatArray,
+        k: int,
+        look: Callable[[], None],
+        matching: Matching | None = None,
+    ) -> Ranked:
         """As ``search``, with every row scored; look: as of ``MainIndex.search_exactly``."""
-        rows, scores = self.main.search_exactly(queries, k, self.selection, look)
-        return enter_delta(self.delta, queries, Ranked(self.ids_by_row[rows], scores))
+        selection, delta = self.selection, self.delta
+        if matching is not None:
+            selection, delta = matching.selection, matching.delta
+        rows, scores = self.main.search_exactly(queries, k, selection, look)
+        return enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
 
     def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:
         """Those of item_ids (n,) int64 that are here, and their vectors (m, dim) float32.

@@ -43,8 +43,8 @@ class Handler:
     answer: a reply to each of several requests, in order; None: a write, which ``write_thread``
     answers. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
-    is_search: its time counts in the estimate of what a query costs. may_be_inline: what that
-    estimate calls short may be answered by the loop thread.
+    is_search: its time counts in the estimate of what a query costs. may_be_inline: whether what
+    that estimate calls short may be answered by the loop thread.
     """
 
     rows_of: Callable[[Any], Sized]
@@ -52,7 +52,7 @@ class Handler:
     answer: Callable[[Shard, "Sequence[Work]"], Sequence[Reply]] | None
     may_expire: bool
     is_search: bool = False
-    may_be_inline: bool = True
+    may_be_inline: Callable[[Shard, Any], bool] = lambda shard, request: True
 
 
 class Asker(Protocol):
@@ -120,6 +120,9 @@ HANDLERS: dict[type, Handler] = {
         answer=lambda shard, works: shard.search_batch([work.request for work in works]),
         may_expire=True,
         is_search=True,
+        may_be_inline=lambda shard, request: (
+            not request.options.background and shard.is_prepared(request)
+        ),
     ),
     FetchRequest: Handler(
         rows_of=attrgetter("item_ids"),
@@ -132,7 +135,7 @@ HANDLERS: dict[type, Handler] = {
         reply_bytes=lambda request, rows, dim: attributes_bytes(request, rows),
         answer=_attributes,
         may_expire=True,
-        may_be_inline=False,  # what a value costs depends on its type
+        may_be_inline=lambda shard, request: False,  # what a value costs depends on its type
     ),
     UpsertRequest: _WRITE,
     DeleteRequest: _WRITE,

@@ -38,6 +38,7 @@ class BackgroundSearch:
                 np.concatenate([each.ranked.scores for each in self.replies]),
             ),
             rows=self.replies[-1].rows,
+            matched=self.replies[-1].matched,
             generation=first.generation,
             seq=first.seq,
             search_ms=sum(each.search_ms for each in self.replies),

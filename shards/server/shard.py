@@ -18,6 +18,7 @@ from shardline.shards.core.errors import (
 )
 from shardline.shards.core.messages import (
     MAX_RETURNED,
+    NO_FILTER,
     AttributesReply,
     AttributesRequest,
     FetchReply,
@@ -84,7 +85,8 @@ class Shard:
         """The k best items of each query.
 
         Raises:
-            InvalidInput: k, dimension or a search parameter out of range.
+            InvalidInput: k, dimension or a search parameter out of range, or a filter that is none
+                for the shard's attributes.
         """
         (reply,) = self.search_batch([request])
         if isinstance(reply, ShardlineError):
@@ -109,6 +111,11 @@ class Shard:
             answered = self._search_group(state, [requests[at] for at in members])
             replies.update(zip(members, answered, strict=True))
         return [replies[at] for at in range(len(requests))]
+
+    def is_prepared(self, request: SearchRequest) -> bool:
+        """Whether a search has no filter to evaluate first, which may take long."""
+        packed = request.options.filter
+        return not packed or self.state.filter_rows.is_known(packed, self.state.delta)
 
     def search_exactly(
         self, request: SearchRequest, look: Callable[[], None]
@@ -197,10 +204,12 @@ class Shard:
             if len(queries) == 0:
                 raise InvalidInput("empty batch", field="queries", expected="at least one query")
             self._check_seq(state, first.options.min_seq)
+            packed = first.options.filter
+            matching = state.matching(packed) if packed else None
             if first.options.exact:
-                ranked = state.search_exactly(queries, first.k, look)
+                ranked = state.search_exactly(queries, first.k, look, matching)
             else:
-                ranked = state.search(queries, first.k, first.params)
+                ranked = state.search(queries, first.k, first.params, matching)
         except ShardlineError as error:
             return [error] * len(group)
         search_ms = (time.perf_counter() - started) * 1e3
@@ -215,6 +224,7 @@ class Shard:
                     generation=self.generation,
                     seq=state.seq,
                     search_ms=search_ms,
+                    matched=NO_FILTER if matching is None else matching.rows,
                 )
             )
             start = end

@@ -291,7 +291,7 @@ class ShardServer:
         rows, may_be_inline = 0, self._handed_over == 0
         for work in batch:
             rows += work.rows
-            may_be_inline = may_be_inline and work.handler.may_be_inline and not work.is_background
+            may_be_inline = may_be_inline and work.handler.may_be_inline(self.shard, work.request)
         is_short = rows <= INLINE_ROWS and rows * self._answerer.ms_per_row <= INLINE_MS
         if is_short and may_be_inline:
             self._deliver(self._answerer.answer(batch))

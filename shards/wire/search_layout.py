@@ -9,7 +9,7 @@ Little-endian; arrays lie row after row and begin at a multiple of 8 bytes.
               nprobe u32, ef_search u32, rerank_factor u32, tail u32,
               queries f32 (n, dim), options in msgpack (tail bytes)
     reply     kind u32, n u32, k u32, zero u32, generation u64, seq u64, rows u64, search_ms f64,
-              others_share f64,
+              others_share f64, matched i64,
               ids i64 (n, k), scores f32 (n, k)
 
 A search parameter of 0 is one that was not given. The tail is a map of those ``SearchOptions`` that
@@ -27,6 +27,7 @@ import numpy as np
 
 from shardline.shards.core.errors import ProtocolError
 from shardline.shards.core.messages import (
+    NO_FILTER,
     NO_OPTIONS,
     NO_PARAMS,
     SearchOptions,
@@ -45,7 +46,7 @@ from shardline.shards.wire.readers import (
 )
 
 REQUEST = struct.Struct("<IIIIdIIII")
-REPLY = struct.Struct("<IIIIQQQdd")
+REPLY = struct.Struct("<IIIIQQQddq")
 REQUEST_KIND = 4
 REPLY_KIND = 5
 _START = struct.Struct("<IIIIQ")  # of a reply: kind to generation
@@ -90,7 +91,7 @@ def pack_reply(reply: SearchReply) -> tuple[int, bytes, memoryview, memoryview]:
     n, k = ids.shape
     head = REPLY.pack(
         *(REPLY_KIND, n, k, 0, reply.generation, reply.seq, reply.rows),
-        *(reply.search_ms, reply.others_share),
+        *(reply.search_ms, reply.others_share, reply.matched),
     )
     ids, scores = np.ascontiguousarray(ids, INT), np.ascontiguousarray(scores, FLOAT)
     return REPLY.size + 12 * n * k, head, ids.data, scores.data
@@ -137,13 +138,15 @@ def read_reply(payload: Payload) -> SearchReply:
     """
     if len(payload) < REPLY.size:
         raise _wrong("a whole SearchReply", len(payload))
-    kind, n, k, zero, generation, seq, rows, search_ms, others = REPLY.unpack_from(payload)
+    kind, n, k, zero, generation, seq, rows, search_ms, others, matched = REPLY.unpack_from(payload)
     if len(payload) != REPLY.size + 12 * n * k or kind != REPLY_KIND or zero:
         raise _wrong(f"a SearchReply of {n} x {k} results", len(payload))
     if not abs(search_ms) <= MAX_MS:
         raise ProtocolError("bad frame", field="search_ms", expected="milliseconds")
     if not 0 <= others <= 1:
         raise ProtocolError("bad frame", field="others_share", expected="0 to 1")
+    if not NO_FILTER <= matched <= rows:
+        raise ProtocolError("bad frame", field="matched", expected=f"{NO_FILTER} to {rows}")
     ids = np.ndarray((n, k), INT, payload, REPLY.size)
     scores = np.ndarray((n, k), FLOAT, payload, REPLY.size + 8 * n * k)
     return SearchReply(
@@ -153,6 +156,7 @@ def read_reply(payload: Payload) -> SearchReply:
         seq=seq,
         search_ms=search_ms,
         others_share=others,
+        matched=matched,
     )
 
 

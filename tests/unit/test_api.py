@@ -663,6 +663,7 @@ def test_openapi_describes_what_the_code_checks():
         "min_seq_of",
         "background",
         "exact",
+        "filter",
         "return",
         "return_original_ids",
     }

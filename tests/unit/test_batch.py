@@ -93,6 +93,52 @@ def test_results_are_those_of_brute_force(
     assert [entry["rows"] for entry in manifest["parts"]] == [64, 64, 22]
 
 
+@pytest.mark.parametrize("cpus", [1, 3])
+def test_only_items_that_match_a_filter_are_results(
+    made: BatchStore, tmp_path: Path, vectors: np.ndarray, queries: Path, cpus: int
+) -> None:
+    """Items have prices of half their row's number."""
+    options = ("--queries", queries, "-k", K, "--block-rows", 16, "--cpus", cpus)
+    for out, given, rows in (
+        ("some", {"price": {"$lt": 40}}, np.arange(80)),
+        ("few", {"$or": [{"title": "item 5"}, {"item_id": {"$in": [12, 13]}}]}, np.arange(2)),
+    ):
+        made.batch(*options, "--out", tmp_path / out, "--filter", json.dumps(given))
+        expected = brute_force(vectors, made.vectors[rows], made.ids[rows], K, Metric.COSINE)
+        found = lists(read_parts(tmp_path / out), "ids")
+        assert found == [[item for item in row if item >= 0] for row in expected.ids.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"colour": "red"}', r"filter.colour.*item_id.*price"),
+        ('{"price": {"$lt": "cheap"}}', r"filter.price.*double"),
+        ('{"price": {"$near": 1}}', r"--filter.price.\$near.*no such operator"),
+        ("price < 40", r"--filter: not JSON"),
+    ],
+)
+def test_a_wrong_filter_is_refused_before_work_starts(
+    made: BatchStore, tmp_path: Path, queries: Path, given: str, message: str
+) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        made.batch("--queries", queries, "--out", tmp_path / "out", "--filter", given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_filter_is_another_job_and_none_is_as_before_there_were_any(
+    made: BatchStore, tmp_path: Path, queries: Path
+) -> None:
+    options = ("--queries", queries, "--out", tmp_path / "out", "-k", 3)
+    made.batch(*options, "--filter", '{"price": 1}')
+    for other in ([], ["--filter", '{"price": 2}']):
+        with pytest.raises(DataError, match=r"another job.*filter"):
+            made.batch(*options, *other)
+    job = BatchJob(queries={}, rows=5, generation=1, content="a", wanted=Wanted(k=3), block_rows=9)
+    assert "filter" not in job.described["wanted"]
+    assert replace(job, wanted=Wanted(k=3, filter={})).fingerprint != job.fingerprint
+
+
 @pytest.mark.parametrize("items", [False, True], ids=["vectors", "items"])
 def test_passes_give_the_bytes_of_one(
     made: BatchStore, tmp_path: Path, queries: Path, items: bool

@@ -85,6 +85,18 @@ def test_a_live_cluster_gives_what_brute_force_gives(router: LiveRouter, tmp_pat
     assert '"resumed_parts": 3' in batch(router, tmp_path, *options, "--json")
 
 
+def test_a_filter_is_the_clusters_to_evaluate(router: LiveRouter, tmp_path: Path) -> None:
+    ids, vectors = make_rows(NUM_ROWS, DIM)
+    path = write_queries(tmp_path / "q.parquet", vectors[:9])
+    options = ("--queries", path, "--out", tmp_path / "out", "-k", K)
+    with pytest.raises(InvalidInput, match=r"filter.price: no such column"):
+        batch(router, tmp_path, *options, "--filter", '{"price": 3}')
+    batch(router, tmp_path, *options, "--filter", '{"item_id": {"$gte": 40}}')
+    expected = brute_force(vectors[:9], vectors[40:], ids[40:], K, Metric.COSINE)
+    found = read_parts(tmp_path / "out")["ids"].to_pylist()
+    assert found == [[item for item in row if item >= 0] for row in expected.ids.tolist()]
+
+
 def test_smaller_limits_of_a_cluster_are_kept(narrow: LiveRouter) -> None:
     """It refuses a time limit above 5 s and more than 3 queries per request."""
     ids, vectors = make_rows(NUM_ROWS, DIM)

@@ -27,6 +27,7 @@ class FakeClient:
         self.missing: list[str] = []  # why shards did not answer the search
         self.unasked: list[str] = []  # why they did not look items up
         self.refusal: InvalidInput | None = None
+        self.matched: int | None = None  # items that match the filter of any query
         self.asked: list[dict[str, Any]] = []
         self.report: dict[str, Any] = {}
 
@@ -69,6 +70,11 @@ class FakeClient:
                 Reason(query=place, code=code, text=f"item {item} not found{where}")
                 for place, item in enumerate(items)
                 if item not in KNOWN
+            )
+            + tuple(
+                Reason(query=place, code="filter", text="1 item matches", matched=self.matched)
+                for place, item in enumerate(items)
+                if item in KNOWN and self.matched is not None
             ),
             request_id="r",
         )
@@ -150,6 +156,32 @@ def test_json_says_which_item_a_result_is_similar_to(
     assert json.loads(out)["results"][0] == {"item_id": 1, "score": 0.5}
 
 
+def test_a_filter_is_passed_on_and_a_short_answer_is_no_error(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.matched = 1
+    code, out, err = query(capsys, "--item", "42", "--filter", '{"price": {"$lt": 20}}')
+    assert cluster.asked[0]["filter"] == {"price": {"$lt": 20}}
+    assert (code, err) == (0, "item 42: 1 item matches\n")
+    assert "2 results from generation 6" in out
+    code, out, err = query(capsys, "--vector", "[1, 2]", "--filter", "{}", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["reasons"] == [
+        {"query": 0, "code": "filter", "text": "1 item matches", "matched": 1}
+    ]
+    code, _, err = query(capsys, "--item", "42", "--item", "5", "--filter", "{}")
+    assert code == 3
+    assert err == "item 42: 1 item matches\nerror: no item 5 in generation 6\n"
+
+
+def test_a_filter_is_in_the_body_that_is_printed(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = query(capsys, "--item", "42", "--filter", '{"a": 1}', "--print-request")
+    assert (code, json.loads(out)["filter"]) == (0, {"a": 1})
+    assert cluster.asked == []
+
+
 @pytest.mark.parametrize(("index", "warns"), [("flat", True), ("hnsw", True), ("ivfpq-fs", False)])
 def test_nprobe_for_an_index_without_lists_is_a_warning(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str], index: str, warns: bool
@@ -170,6 +202,7 @@ def test_nprobe_for_an_index_without_lists_is_a_warning(
         ("features[0].age", "--features.age"),
         ("k", "-k"),
         ("params.nprobe", "--nprobe"),
+        ("filter.price.$lt", "--filter.price.$lt"),
         ("timeout_ms", "timeout_ms"),
     ],
 )
@@ -197,6 +230,8 @@ def test_a_refusal_names_options(
         ),
         (("--vector", "[-1e39]"), "--vector: a number too large"),
         (("--features", "[1]"), "--features: not features; expected names and values"),
+        (("--item", "1", "--filter", "[1]"), "--filter: not a filter; expected names and values"),
+        (("--item", "1", "--filter", "price<20"), "--filter: not JSON; expected names and values"),
         (("--item", "-1"), "--item: '-1' is not an id of the cluster"),
         (("--item", "9" * 20), "is not an id of the cluster, 0 to 9223372036854775807"),
         (("--item", "SKU 7"), "with --data it may be an id of your own"),

@@ -22,6 +22,7 @@ from shardline.router.http.media import Media
 from shardline.router.query import ResolvedQuery
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.filter_language import check_filter
 
 ROWS = np.array([[1, 2, 3], [4, 5, 6]])
 
@@ -152,6 +153,44 @@ def test_an_argument_that_there_is_not_is_refused() -> None:
 
 def test_what_is_not_given_is_not_sent() -> None:
     assert msgpack.unpackb(search_body(features=({"a": 1},))) == {"features": [{"a": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"a": np.int64(3)}, {"a": 3}),
+        ({"a": {"$lt": np.float32(0.5)}}, {"a": {"$lt": 0.5}}),
+        ({"a": {"$in": np.array([1, 2])}}, {"a": {"$in": [1, 2]}}),
+        ({"a": {"$in": pd.Series(["x", "y"])}}, {"a": {"$in": ["x", "y"]}}),
+        ({"a": {"$in": {5}}}, {"a": {"$in": [5]}}),
+        ({"a": {"$in": range(3)}}, {"a": {"$in": [0, 1, 2]}}),
+        ({"a": date(2026, 3, 1)}, {"a": "2026-03-01"}),
+        ({"a": pd.Timestamp("2026-03-01 12:00")}, {"a": "2026-03-01T12:00:00"}),
+        ({"a": {"$gte": np.datetime64("2026-03-01T12:00")}}, {"a": {"$gte": "2026-03-01T12:00"}}),
+        ({"a": dt.timedelta(minutes=2)}, {"a": 120.0}),
+        ({"a": Decimal("1.5")}, {"a": 1.5}),
+        ({"$or": ({"a": True}, {"a": None})}, {"$or": [{"a": True}, {"a": None}]}),
+    ],
+)
+def test_values_of_filters_arrive_in_the_forms_of_json(given: Any, plain: Any) -> None:
+    assert sent(item_ids=[1], filter=given).options.filter == check_filter(plain)
+    several = sent(item_ids=[1, 2, 3], filter=[given, None, {"b": 1}]).filters
+    assert several == (check_filter(plain), b"", check_filter({"b": 1}))
+
+
+@pytest.mark.parametrize(
+    "condition", [float("nan"), {"$lt": np.float32("nan")}, {"$in": np.array([1.0, np.nan])}]
+)
+def test_nan_in_a_filter_is_refused_and_not_taken_for_null(condition: Any) -> None:
+    with pytest.raises(InvalidInput, match="finite") as caught:
+        sent(item_ids=[1], filter={"a": condition})
+    assert (caught.value.field or "").startswith("filter.a")
+
+
+def test_what_no_filter_can_hold_is_refused_before_it_is_sent() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        search_body(item_ids=[1], filter={"a": object()})
+    assert caught.value.field == "filter"
 
 
 @pytest.fixture

@@ -106,6 +106,17 @@ def test_a_size_of_which_little_is_known_goes_by_the_nearest_that_is_known():
     assert paces.guess_s(SearchRequest, 8) == 2 * delay_s
 
 
+def test_searches_with_a_filter_tell_nothing_of_others():
+    queries = np.zeros((4, 2), np.float32)
+    plain = SearchRequest(queries=queries, k=1, timeout_ms=1.0)
+    options = SearchOptions(filter=b"f")
+    filtered = SearchRequest(queries=queries, k=1, timeout_ms=1.0, options=options)
+    paces = Paces(0.05, FLOOR_S)
+    fed([9.0] * REFRESH, paces.of(kind_of(filtered), 4))
+    assert paces.of(kind_of(filtered), 4).delay_s == 9.0 * HEADROOM
+    assert paces.guess_s(kind_of(plain), 4) == float("inf")
+
+
 def test_background_searches_are_not_hedged_and_tell_nothing_of_others():
     queries = np.zeros((4, 2), np.float32)
     plain = SearchRequest(queries=queries, k=1, timeout_ms=1.0)

@@ -16,6 +16,7 @@ from shardline.router.recall_watch import MAX_SHARE, SERVED, SERVED_S, WINDOW, R
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import Overloaded
+from shardline.shards.core.filter_language import check_filter
 from shardline.shards.core.messages import (
     MAX_SERVED_AT_ONCE,
     ErrorReply,
@@ -155,6 +156,7 @@ async def test_what_is_not_watched() -> None:
     async with watched() as made:
         await made.search(10.0, params=SearchParams(nprobe=1))
         await made.search(11.0, options=SearchOptions(exact=True))
+        await made.search(12.0, options=SearchOptions(filter=check_filter({"item_id": 3})))
         assert made.watch.quality() is None
         assert len(made.exact_requests()) == 1
     async with watched(watch_interval_s=0.0) as made:

@@ -68,6 +68,7 @@ def test_an_optional_field_touches_few_modules() -> None:
         SearchOptions(),
         SearchOptions(exact=True),
         SearchOptions(min_seq=(1,), exact=True),
+        SearchOptions(filter=b"f" * 600_000),
     ],
 )
 def test_options_travel_in_the_tail(options: SearchOptions) -> None:

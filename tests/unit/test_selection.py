@@ -54,3 +54,22 @@ def test_each_of_several_selections_hides_its_own_rows(kind: str) -> None:
         assert not found & hidden[at]
         if at < 4:  # what the next ones hide is found
             assert found & (hidden[at + 1] - hidden[at])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 64, 1001])
+def test_a_mask_and_hidden_rows_together(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    for share in (0, 0.3, 1):
+        mask = rng.random(rows) < share
+        matching = Selection.of(mask)
+        assert (matching.rows, matching.num_selected) == (rows, mask.sum())
+        np.testing.assert_array_equal(matching.live, mask)
+        np.testing.assert_array_equal(matching.selected(), np.flatnonzero(mask))
+        assert matching & None is matching
+        hidden = np.flatnonzero(rng.random(rows) < 0.5)
+        both = matching & Selection.without(hidden, rows=rows)
+        kept = mask & ~np.isin(np.arange(rows), hidden)
+        np.testing.assert_array_equal(both.live, kept)
+        assert both.num_excluded == rows - kept.sum()
+        assert both is matching or both.origin is matching
+        assert (both & Selection.without(hidden[:1], rows=rows)) is both

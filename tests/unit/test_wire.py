@@ -56,6 +56,7 @@ MESSAGES = [
         seq=2**40,
         search_ms=0.25,
         others_share=0.125,
+        matched=0,
     ),
     FetchRequest(item_ids=IDS[0], timeout_ms=3),
     FetchRequest(item_ids=IDS[0], timeout_ms=3, min_seq=(4, 0)),
@@ -137,7 +138,7 @@ def search(data: bytes = bytes(8), **changes: object) -> bytes:
 def found(data: bytes = bytes(24), **changes: object) -> bytes:
     """A SearchReply's payload: two results of one query."""
     head = {"kind": 5, "n": 1, "k": 2, "zero": 0, "generation": 1, "seq": 0, "rows": 10}
-    head |= {"search_ms": 0.5, "others_share": 0.25}
+    head |= {"search_ms": 0.5, "others_share": 0.25, "matched": -1}
     return REPLY.pack(*(head | changes).values()) + data
 
 
@@ -241,6 +242,8 @@ def array(dtype: object, shape: object, data: object) -> dict:
         found(others_share=-0.25),
         found(others_share=1.5),
         found(others_share=float("nan")),
+        found(matched=-2),
+        found(matched=11),
     ],
 )
 def test_bad_payloads_are_protocol_errors(payload: bytes) -> None:

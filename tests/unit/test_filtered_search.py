@@ -1,0 +1,147 @@
+"""Searches among the rows of a filter: against brute force, for all kinds, shares and shapes."""
+
+import faiss
+import numpy as np
+import pytest
+
+from shardline.bench.vectors import manifold
+from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.messages import NO_PARAMS, SearchParams
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.selection import Selection
+from tests.engine import build_main
+from tests.reference import assert_answer_order, assert_same_answers, brute_force, recall_by_ids
+from tests.unit.test_main_index import FULL, KINDS
+
+ROWS, DIM, K = 600, 16, 10
+EXACT = ["flat", "ivf", "ivfpq-fs-fp32"]
+RNG = np.random.default_rng(3)
+MASKS = {
+    "all": np.ones(ROWS, np.bool_),
+    "none": np.zeros(ROWS, np.bool_),
+    "the first": np.arange(ROWS) == 0,
+    "the last": np.arange(ROWS) == ROWS - 1,
+    "few": RNG.random(ROWS) < 0.02,
+    "some": RNG.random(ROWS) < 0.2,
+    "most": RNG.random(ROWS) < 0.9,
+    "copies": (np.arange(ROWS) >= 95) & (np.arange(ROWS) < 115),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    rows = manifold(ROWS, DIM, 4, seed=1)
+    rows[100:110] = rows[0]  # eleven exact copies
+    return rows
+
+
+@pytest.fixture(scope="module")
+def queries(vectors: np.ndarray) -> np.ndarray:
+    return np.concatenate([vectors[:2], manifold(4, DIM, 4, seed=1, stream=1)])
+
+
+@pytest.fixture(scope="module")
+def built(vectors: np.ndarray) -> dict[str, MainIndex]:
+    return {name: build_main(vectors, **fields) for name, fields in KINDS.items()}
+
+
+@pytest.fixture(params=["all scored", "searched"])
+def way(request: pytest.FixtureRequest, built, monkeypatch) -> str:
+    """Whether rows are so few that all are scored, or the index is searched."""
+    for main in built.values():
+        monkeypatch.setattr(main._filtered, "_exact_rows", ROWS if "all" in request.param else 0)
+    return request.param
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_rows_that_match_and_k_of_them_where_there_are(
+    built, queries, way, kind, mask
+) -> None:
+    got = built[kind].search_filtered(queries, K, NO_PARAMS, Selection.of(MASKS[mask]))
+    assert got.ids.shape == got.scores.shape == (len(queries), K)
+    assert (got.ids.dtype, got.scores.dtype) == (np.int64, np.float32)
+    assert_answer_order(got)
+    found = got.ids[got.ids >= 0]
+    assert MASKS[mask][found].all()
+    assert ((got.ids >= 0).sum(axis=1) == min(K, MASKS[mask].sum())).all()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("all_scored", [True, False])
+def test_exact_kinds_equal_brute_force(
+    vectors, queries, kind, metric, mask, all_scored, monkeypatch
+) -> None:
+    main = build_main(vectors, metric=metric, **KINDS[kind])
+    monkeypatch.setattr(main._filtered, "_exact_rows", ROWS if all_scored else 0)
+    params = SearchParams(nprobe=8, rerank_factor=64)
+    got = main.search_filtered(queries, 30, params, Selection.of(MASKS[mask]))
+    excluded = np.flatnonzero(~MASKS[mask]).tolist()
+    expected = brute_force(queries, vectors, np.arange(ROWS), 30, metric, excluded)
+    assert_same_answers(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_filter_of_a_tenth_loses_little(built, vectors, queries, way, kind) -> None:
+    if kind in ("pq", "ivfpq", "pca-ivf", "pca-pq", "ivf-sq8"):
+        pytest.skip("its codes alone lose more")
+    mask = np.random.default_rng(8).random(ROWS) < 0.1
+    got = built[kind].search_filtered(queries, K, NO_PARAMS, Selection.of(mask))
+    excluded = np.flatnonzero(~mask).tolist()
+    exact = brute_force(queries, vectors, np.arange(ROWS), K, Metric.COSINE, excluded)
+    assert recall_by_ids(got.ids, exact.ids) >= 0.95
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivfpq-fs", "pq"])
+def test_ties_are_ordered_by_row(built, vectors, way, kind) -> None:
+    got = built[kind].search_filtered(vectors[:1], 4, FULL, Selection.of(MASKS["copies"]))
+    assert got.ids[0].tolist() == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "pq", "ivfpq-fs-fp32", "hnsw"])
+def test_rows_hidden_more_and_more_leave_what_a_filter_has_derived(
+    built, vectors, queries, way, kind
+) -> None:
+    main, mask = built[kind], MASKS["some"]
+    matching, hidden = Selection.of(mask), Selection.without(np.array([5]), rows=ROWS)
+    states = [hidden]
+    for start in (10, 200, 300):
+        states.append(states[-1].excluding(np.arange(start, start + 50)))
+    for at in (0, 1, 1, 3, 2, 0):  # states of before are still searched by who holds them
+        chosen = matching & states[at]
+        got = main.search_filtered(queries, K, FULL, chosen)
+        kept = mask & states[at].live
+        assert kept[got.ids].all()
+        assert chosen.num_selected == kept.sum()
+        if kind != "pq":
+            expected = brute_force(
+                queries, vectors, np.arange(ROWS), K, Metric.COSINE, np.flatnonzero(~kept).tolist()
+            )
+            if kind != "hnsw":
+                assert_same_answers(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_kept_of_filters_is_bounded(built, queries, monkeypatch) -> None:
+    monkeypatch.setattr("shardline.shards.index.filtered_search.KEPT_BYTES", 20 * DIM * 4)
+    main = built["flat"]
+    for first in range(0, 100, 10):
+        mask = (np.arange(ROWS) >= first) & (np.arange(ROWS) < first + 10)
+        got = main.search_filtered(queries, K, NO_PARAMS, Selection.of(mask))
+        assert sorted(got.ids[0]) == list(range(first, first + 10))
+    assert len(main._filtered._copies) == 2
+
+
+def test_parameters_and_dimension_are_checked(built, queries) -> None:
+    one = Selection.of(MASKS["the first"])
+    with pytest.raises(InvalidInput, match="out of range"):
+        built["flat"].search_filtered(queries, K, SearchParams(nprobe=0), one)
+    with pytest.raises(InvalidInput, match="wrong dimension"):
+        built["flat"].search_filtered(queries[:, :3], K, NO_PARAMS, one)
