@@ -30,10 +30,11 @@ def items(monkeypatch: pytest.MonkeyPatch) -> FakeItems:
     fake = FakeItems()
     monkeypatch.setattr(Writing, "_client", lambda self, retry: fake)
     monkeypatch.setattr(writing, "PAUSE_S", 0.001)
+    monkeypatch.setattr(writing, "LOOK_PAUSE_S", 0.0)
     return fake
 
 
-def a_writing(rows_per_s: float = 5000.0) -> Writing:
+def a_writing(rows_per_s: float = 800.0) -> Writing:
     address = Address("http://nowhere:1")
     return Writing(address=address, dim=4, model_version="m1", rows_per_s=rows_per_s)
 
