@@ -74,7 +74,7 @@ class Journal:
     violations: list[str] = field(default_factory=list)
     refusals: dict[str, int] = field(default_factory=dict)
     unknown: dict[str, int] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.Lock = field(default_factory=threading.Lock)
     writes: int = 0
     repeats: int = 0
     reads: int = 0

@@ -84,7 +84,8 @@ def plot_changes(
     for axes in (top, bottom):
         for _, start, stop in changes:
             axes.axvspan(start, stop, alpha=0.12, color="black")
-        axes.legend(loc="upper right")
+    top.legend(loc="upper right")
+    bottom.legend(loc="lower center", ncols=3, bbox_to_anchor=(0.5, 1.0), fontsize="small")
     for what, start, _ in changes:
         top.annotate(what, (start, top.get_ylim()[1]), va="top", fontsize=8)
     top.set(ylabel="ms, from the intended time", yscale="log")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shardline.bench.http_writer import OK, HttpWriter, Kept, look_at
+from shardline.bench.http_writer import CODED, OK, HttpWriter, Kept, look_at
 from shardline.bench.journal import ABSENT, Journal, Versions, Write, vectors_of
 from shardline.cluster.serving.endpoint import Address
 from shardline.router.client.retries import Retry
@@ -52,7 +52,7 @@ class Writing:
     dim: int
     model_version: str
     rows_per_s: float
-    seed: int = 0
+    seed: int = field(default_factory=lambda: secrets.randbelow(1 << 31))
     attempts: list[Attempt] = field(default_factory=list)
     looks: list[dict[str, Any]] = field(default_factory=list)
     journal: Journal = field(default_factory=Journal)
@@ -96,7 +96,7 @@ class Writing:
         at_s = self.clock()
         items = list(self._items)
         with self._client(Retry()) as client:
-            kept = look_at(client, self._versions, items, pause_s=LOOK_PAUSE_S)
+            kept = look_at(client, self._versions, items, least_cosine=CODED, pause_s=LOOK_PAUSE_S)
         self.looks.append(_looked(after, at_s, kept))
 
     def end(self) -> None:

@@ -21,9 +21,11 @@ import pytest
 
 from shardline.cluster.serving.ray_session import free_port, port_is_free
 from shardline.cluster.store import Store
+from shardline.shards.live.live_folder import live_folder
+from shardline.shards.live.mains import compacted_seqs
 from tests.chaos import memory
 from tests.chaos.askers import Askers, Log, monotonic_from
-from tests.chaos.corpus import make_store
+from tests.chaos.corpus import SHARDS, make_store
 from tests.chaos.damage import FILE_KINDS
 from tests.chaos.durations import as_json, table
 from tests.chaos.ends import END_KINDS
@@ -151,7 +153,8 @@ def report(
     kinds = Counter(str(each.kind) for each in found)
     full = sum(each.is_full for each in outcomes)
     print(f"{len(outcomes)} requests checked, {full} full answers; {dict(counts)}")
-    print(f"writes: {written.figures()}")
+    compacted = compacted_writes(runner.served.store, SHARDS)
+    print(f"writes: {written.figures()}; in the newest compaction of each shard: {compacted}")
     print(f"memory, MiB at most: { {role: round(used) for role, used in peak_mib.items()} }")
     print(f"findings: {dict(kinds) or 'none'}\n\n{rows}")
     print_grouped(found)
@@ -164,12 +167,19 @@ def report(
         "requests": len(outcomes),
         "full": full,
         "codes": dict(counts),
-        "writes": written.figures(),
+        "writes": {**written.figures(), "compacted": compacted},
         "peak_mib": {role: round(used) for role, used in peak_mib.items()},
         "faults": as_json(runner.lasted),
         "findings": [[each.kind, each.during, round(each.at_s, 1), each.text] for each in found],
     }
     (out / "chaos.json").write_text(json.dumps(content, indent=1))
+
+
+def compacted_writes(store: Store, shards: int) -> list[int]:
+    """Of each shard, how many writes its newest compaction has; 0 without any."""
+    generation = store.generation(store.current())
+    lives = (live_folder(generation, shard) for shard in range(shards))
+    return [max(compacted_seqs(live), default=0) for live in lives]
 
 
 def print_grouped(found: Sequence[Finding]) -> None:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import pytest
 
-from shardline.bench.http_writer import OK, HttpWriter, look_at
+from shardline.bench.http_writer import CODED, OK, HttpWriter, look_at
 from shardline.bench.journal import ABSENT, Journal, Versions, Write, vectors_of
 from shardline.router.client.sync_client import Client
 from shardline.shards.core.errors import (
@@ -80,6 +81,18 @@ def test_a_write_without_an_acknowledgement_is_repeated_with_its_key(is_applied:
     journal = here.journal
     assert (journal.refusals, journal.unknown) == ({"not_primary": 1}, {"deadline_exceeded": 1})
     assert (journal.violations, journal.repeats) == ([], 1)
+
+
+def test_a_vector_of_codes_counts_as_the_one_that_was_written_where_that_is_allowed() -> None:
+    here = Here()
+    here.write([1])
+    vector, title = here.client.items[1]
+    here.client.items[1] = vector + np.float32(0.1), title
+    asked = cast(Client, here.client)
+    assert look_at(asked, here.versions, [1], least_cosine=CODED).lost == []
+    assert look_at(asked, here.versions, [1]).lost == [1]
+    here.client.items[1] = -vector, title
+    assert look_at(asked, here.versions, [1], least_cosine=CODED).lost == [1]
 
 
 def test_errors_that_no_write_may_end_with_are_violations() -> None:

@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shardline.bench.load import faults, writing
+from shardline.bench.load.publish_bench import built_share
 from shardline.bench.load.report import remarks
 from shardline.bench.load.scenarios import find_scenario, steps
 from shardline.bench.load.writing import ITEMS_PER_WRITE, Writing, acknowledged_per_s
@@ -30,10 +32,11 @@ def items(monkeypatch: pytest.MonkeyPatch) -> FakeItems:
     fake = FakeItems()
     monkeypatch.setattr(Writing, "_client", lambda self, retry: fake)
     monkeypatch.setattr(writing, "PAUSE_S", 0.001)
+    monkeypatch.setattr(writing, "LOOK_PAUSE_S", 0.0)
     return fake
 
 
-def a_writing(rows_per_s: float = 5000.0) -> Writing:
+def a_writing(rows_per_s: float = 800.0) -> Writing:
     address = Address("http://nowhere:1")
     return Writing(address=address, dim=4, model_version="m1", rows_per_s=rows_per_s)
 
@@ -130,6 +133,14 @@ def test_a_report_says_what_was_written_and_lost(items: FakeItems) -> None:
     lines = "\n".join(remarks(report("swap", step("10/s", 10.0, writes=writer.report()))))
     assert "items asked for: after rollback done" in lines
     assert "WRITES: a write ended with internal" in lines
+
+
+def test_answers_are_of_a_generation_whatever_the_writer_adds_to_them() -> None:
+    new = writing.FIRST_ITEM + 7
+    expected = np.array([1, 2, 3, 4])
+    assert built_share(np.array([new, 1, 2, 3]), expected) == 1.0
+    assert built_share(np.array([new, 1, 9, -1]), expected) == 0.5
+    assert built_share(np.array([new, -1, -1, -1]), expected) == 0.0
 
 
 def test_writes_are_drawn_beside_answers(tmp_path: Path) -> None:
