@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from shardline.router.contract import Coverage, Degraded
 from shardline.router.fanout.attempts import Attempts, Reply, Request
-from shardline.router.fanout.clock import Clock, Deadline
+from shardline.router.fanout.clock import SOCKET_READ_S, Clock, Deadline
 from shardline.router.fanout.connection import ShardConnection
 from shardline.router.fanout.link import Link
 from shardline.router.fanout.snapshot import TableSnapshot
@@ -230,7 +230,7 @@ class Ask:
         if look_s:
             look_at = self._clock.time() + look_s
             if look_at < self._waits_until:
-                self._timer = Deadline(self._clock, look_at, self._look)
+                self._timer = Deadline(self._clock, look_at, self._look, SOCKET_READ_S)
                 return
         self._timer = Deadline(self._clock, self._waits_until, self.close)
 

@@ -1,14 +1,16 @@
 """Exact searches of a shard: one at a time, in a thread of their own, behind all other work.
 
 They read every row, for seconds in a large shard. So they share neither queue nor thread with other
-searches, and their thread has a lower priority than the others. Few may wait: they are for
-measuring, and whoever asks for more than that is refused.
+searches, and their thread steps back by pauses where the host has more work than cores. Few may
+wait: they are for measuring, and whoever asks for more than that is refused.
+
+Not by a lower priority: the thread holds the GIL now and then, and one that is nice, loses its core
+then, and waits for the next among many has the whole shard wait with it. With eight busy processes
+on two cores that was .2 s and more of the half second that a search has.
 """
 
 import logging
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -26,13 +28,38 @@ logger = logging.getLogger(__name__)
 
 MAX_EXACT = 4  # waiting, or under way
 MAX_EXACT_ROWS = 1024  # queries of these; a single request may have more
-# As compactions. Not the lowest: the thread holds the GIL now and then, and must get a core then.
-NICENESS = 10
+# A pause is so many times as long as the thread had to wait for a core, or for the GIL, since the
+# last one; but no longer than leaves it a tenth of the time, as niceness 10 would on a busy core.
+PAUSE_PER_WAIT = 3.0
+PAUSE_PER_RUN = 9.0
+LONGEST_PAUSE_S = 0.2
+SWITCHES_S = 0.001  # waits that are none: some switches of threads
 STOP_TIMEOUT_S = 10.0
 
 
 def is_exact(work: Work) -> bool:
     return isinstance(work.request, SearchRequest) and work.request.options.exact
+
+
+class Pauses:
+    """Of one thread: how long it is to pause now. Seconds; now, ran: what ``time.monotonic`` and
+    ``time.thread_time`` say, at first and then at each call."""
+
+    def __init__(self, now: float, ran: float) -> None:
+        self._now, self._ran = now, ran
+
+    def due_s(self, now: float, ran: float) -> float:
+        """0 while the thread has a core to itself. Begin anew after the pause, with ``over``."""
+        ran_s = ran - self._ran
+        waited_s = now - self._now - ran_s
+        self.over(now, ran)
+        if waited_s <= SWITCHES_S:
+            return 0.0
+        return min(PAUSE_PER_WAIT * waited_s, PAUSE_PER_RUN * ran_s, LONGEST_PAUSE_S)
+
+    def over(self, now: float, ran: float) -> None:
+        """What was until now is not looked at again."""
+        self._now, self._ran = now, ran
 
 
 class ExactSearches:
@@ -88,12 +115,15 @@ class ExactSearches:
 
     def _run(self) -> None:
         set_search_threads(1)
-        _step_back()
+        pauses = Pauses(*_clocks())
         while (work := self._queue.get()) is not None and not self._stopped:
-            self._deliver(work, self._answer(work))
+            pauses.over(*_clocks())  # nothing was to be done
+            self._deliver(work, self._answer(work, pauses))
+            _step_back(pauses)  # there may be as many as somebody measures
 
-    def _answer(self, work: Work) -> Message:
+    def _answer(self, work: Work, pauses: Pauses) -> Message:
         def look() -> None:
+            _step_back(pauses)
             if self._stopped or time.monotonic() > work.deadline:
                 raise DeadlineExceeded("the request's time ran out during the exact search")
 
@@ -110,8 +140,13 @@ class ExactSearches:
         return error_reply(reply) if isinstance(reply, ShardlineError) else reply
 
 
-def _step_back() -> None:
-    """Lets all other threads of the host have the cores first; only Linux has priorities of
-    threads, elsewhere it would be that of the process."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+def _clocks() -> tuple[float, float]:
+    return time.monotonic(), time.thread_time()
+
+
+def _step_back(pauses: Pauses) -> None:
+    """Lets others have core and GIL, if they want them."""
+    due_s = pauses.due_s(*_clocks())
+    if due_s:
+        time.sleep(due_s)
+        pauses.over(*_clocks())

@@ -26,7 +26,14 @@ from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.index import exact_scan
 from shardline.shards.live.state import ShardState, apply
 from shardline.shards.server import exact_searches, shard_server
-from shardline.shards.server.exact_searches import MAX_EXACT, NICENESS
+from shardline.shards.server.exact_searches import (
+    LONGEST_PAUSE_S,
+    MAX_EXACT,
+    PAUSE_PER_RUN,
+    PAUSE_PER_WAIT,
+    SWITCHES_S,
+    Pauses,
+)
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from tests.engine import build_main, flat_shard
@@ -213,8 +220,48 @@ def test_searches_go_on_beside_an_exact_one_and_few_may_wait(gated) -> None:
         np.testing.assert_array_equal(each.ranked.ids, reply.ranked.ids)
     assert (server.queue_depth, server.stats.overloaded) == (0, 1)
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert shard.niceness == [max(NICENESS, own)] * MAX_EXACT
+    # a nice thread that loses its core while it has the GIL stops the whole shard
+    assert shard.niceness == [own] * MAX_EXACT
     assert isinstance(link.ask(request(), timeout_s=5), SearchReply), "there is room again"
+
+
+@pytest.mark.parametrize(
+    ("ran_s", "waited_s", "pause_s"),
+    [
+        (0.004, 0.0, 0.0),
+        (3.0, SWITCHES_S / 2, 0.0),
+        (0.004, 0.002, PAUSE_PER_WAIT * 0.002),
+        (0.004, 0.1, PAUSE_PER_RUN * 0.004),
+        (0.2, 0.3, LONGEST_PAUSE_S),
+    ],
+)
+def test_an_exact_search_pauses_where_others_want_the_core(ran_s, waited_s, pause_s) -> None:
+    pauses = Pauses(100.0, 7.0)
+    pauses.over(200.0, 8.0)  # what was before does not count
+    assert pauses.due_s(200.0 + ran_s + waited_s, 8.0 + ran_s) == pytest.approx(pause_s)
+    assert pauses.due_s(200.0 + ran_s + waited_s, 8.0 + ran_s) == 0.0, "each wait once"
+
+
+def test_a_pause_after_each_block_of_an_exact_search(monkeypatch) -> None:
+    slept: list[float] = []
+    sleep = time.sleep
+
+    def noted(seconds: float) -> None:
+        is_exact = threading.current_thread().name == "shard-exact"
+        slept.append(seconds) if is_exact else sleep(seconds)
+
+    monkeypatch.setattr(exact_searches.time, "sleep", noted)
+    monkeypatch.setattr(Pauses, "due_s", lambda *_: 0.05)
+    monkeypatch.setattr(exact_scan, "BLOCK_BYTES", 4 * DIM * (ROWS // 8))
+    server = ShardServer(flat_shard(VECTORS, IDS), secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    try:
+        with ShardLink(address, SECRET, timeout_s=5) as link:
+            assert isinstance(link.ask(request(), timeout_s=5), SearchReply)
+    finally:
+        server.stop()
+    assert slept == [0.05] * (8 + 1), "before each of eight blocks, and once at the end"
 
 
 def test_many_queries_wait_for_nobody_else(gated, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from shardline.router.fanout.clock import LONGEST_TICK_S, TICK_S, Attention
+from shardline.router.fanout.clock import LONGEST_GRACE_S, LONGEST_TICK_S, TICK_S, Attention
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.query import Merged
@@ -40,6 +40,12 @@ async def searched(fanout: Fanout, clock: ManualClock, timeout_s: float) -> Merg
     await asyncio.sleep(0)
     await clock.advance(0.01)
     return await asyncio.wait_for(task, 5)
+
+
+def owed(fanout: Fanout) -> list[int]:
+    """Of each shard, the answers that are awaited."""
+    assert fanout.snapshot is not None
+    return [connection.in_flight for connection in fanout.snapshot.all_connections]
 
 
 async def run_for(clock: ManualClock, seconds: float) -> None:
@@ -126,6 +132,28 @@ async def test_answers_that_came_while_the_loop_was_held_up_count() -> None:
             shard.gate.set()
         clock.hold_up(1.0)
         await clock.advance(0.0)  # the deadline comes before the sockets are read
+        answer = await running
+        assert (answer.coverage.shards_answered, answer.coverage.rows_answered) == (2, 40)
+
+
+@pytest.mark.parametrize("held_up_s", [0.02, 0.1, 5.0])
+async def test_shards_that_were_held_up_too_get_time_to_answer(held_up_s: float) -> None:
+    """They were asked, and then nobody had a core for so long: as much is given again, bounded."""
+    clock = ManualClock()
+    async with cluster(clock) as (fanout, shards):
+        for shard in shards:
+            shard.gate.clear()
+        running = asyncio.create_task(search(fanout, 0.5))
+        await until(lambda: all(shard.requests for shard in shards))
+        clock.hold_up(0.5 + held_up_s)
+        grace_s = min(held_up_s, LONGEST_GRACE_S)
+        await clock.advance(0.9 * grace_s)
+        assert not running.done()
+        for shard in (shards[0], shards[2]):
+            shard.gate.set()
+        await until(lambda: owed(fanout) == [0, 1, 0])
+        assert not running.done()
+        await clock.advance(0.2 * grace_s)
         answer = await running
         assert (answer.coverage.shards_answered, answer.coverage.rows_answered) == (2, 40)
 
