@@ -5,6 +5,7 @@ their elements, all of a chunk at once; dictionaries by their values, each once.
 """
 
 import functools
+import itertools
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,9 @@ from shardline.shards.filters.column_tests import (
     Substring,
     Test,
 )
+
+# elements of lists tested at once: their masks and counts take ten bytes for each
+BLOCK = 1 << 20
 
 Mask = NDArray[np.bool_]
 
@@ -82,30 +86,52 @@ def _tested_values(test: ColumnTest, values: pa.Array) -> Mask:
 def _tested_lists(test: ColumnTest, lists: pa.Array) -> Mask:
     """(lists,) bool: whether the test holds for an element of each list."""
     starts, ends = _bounds(lists)
+    blocks = itertools.pairwise(_cuts(lists.type, ends))
+    masks = [_tested_elements(test, lists.values, starts[a:b], ends[a:b]) for a, b in blocks]
+    found = np.concatenate([np.zeros(0, np.bool_), *masks])
     present = _present(lists)
-    first, last = (int(starts.min()), int(ends.max())) if len(lists) else (0, 0)
-    elements = _tested_values(test, lists.values[first:last])
+    return found | ~present if test.or_missing else found & present
+
+
+def _tested_elements(test: ColumnTest, values: pa.Array, starts: IdArray, ends: IdArray) -> Mask:
+    """(lists,) bool: whether the test holds for one of the values from start to end of each."""
+    first, last = int(starts.min()), int(ends.max())
+    elements = _tested_values(test, values[first:last])
     # how many satisfy it before each element: equal at both ends of a list without one
     before = np.zeros(len(elements) + 1, np.int64)
     np.cumsum(elements, out=before[1:])
     found: Mask = before[ends - first] > before[starts - first]
-    return found | ~present if test.or_missing else found & present
+    return found
+
+
+def _cuts(kind: pa.DataType, ends: IdArray) -> list[int]:
+    """Where lists are cut so that blocks of them have BLOCK elements or so: lists, ascending."""
+    if not len(ends):
+        return []
+    if _is_view(kind):  # they lie in any order
+        return [0, len(ends)]
+    cuts = np.searchsorted(ends, np.arange(int(ends[0]) + BLOCK, int(ends[-1]), BLOCK))
+    return [int(cut) for cut in np.unique([0, *cuts, len(ends)])]
 
 
 def _bounds(lists: pa.Array) -> tuple[IdArray, IdArray]:
-    """(lists,) int64 each: where the elements of each begin and end in ``lists.values``; begin and
-    end are equal for a list that is missing."""
+    """(lists,) int64 each: where the elements of each begin and end in ``lists.values``; anywhere
+    in there for a list that is missing."""
     kind = lists.type
     if pa.types.is_fixed_size_list(kind):
         starts = np.arange(lists.offset, lists.offset + len(lists), dtype=np.int64) * kind.list_size
         return starts, starts + kind.list_size
     offsets = lists.offsets.to_numpy().astype(np.int64)
-    if not (pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)):
+    if not _is_view(kind):
         return offsets[:-1], offsets[1:]
     sizes = np.where(_present(lists), lists.sizes.to_numpy(), 0)
     # where a missing list lies is not defined
     starts = np.where(sizes > 0, offsets, 0)
     return starts, starts + sizes
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind))
 
 
 def _satisfied(test: Test, values: pa.Array) -> Mask:

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -28,6 +30,7 @@ from shardline.shards.core.filter_language import (
 )
 from tests.filter_model import filter_of
 
+PAGE = (Path(__file__).parents[2] / "docs" / "FILTERS.md").read_text(encoding="utf-8")
 SCHEMA = pa.schema(
     {"a": pa.int64(), "b": pa.string(), "c": pa.list_(pa.float64()), "d": pa.date32()}
 )
@@ -221,3 +224,25 @@ def test_any_json_is_a_filter_or_refused(value: Any) -> None:
         assert str(error.field).startswith("filter")
     else:
         assert check_filter(msgpack.unpackb(packed) if packed else {}) == packed
+
+
+def test_the_page_says_what_there_is() -> None:
+    table = PAGE.partition("| operator |")[2].partition("\n\n")[0]
+    first_cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {name for cell in first_cells for name in re.findall(r"`(.*?)`", cell)} == {
+        *Operator,
+        *("$and", "$or", "$not"),
+    }
+    limits = PAGE.partition("## Limits")[2].partition("\n\nNumbers")[0]
+    assert [int(each.replace(",", "")) for each in re.findall(r"\| ([\d,]+) \|", limits)] == [
+        *(MAX_CLAUSES, MAX_DEPTH, MAX_IN_VALUES, MAX_FILTER_BYTES)
+    ]
+
+
+def test_the_filters_of_the_page_are_filters() -> None:
+    blocks = re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)
+    spans = [span for span in re.findall(r"`(\{.+?\})`", PAGE) if "..." not in span]
+    assert len(blocks) >= 1
+    assert len(spans) >= 8
+    for text in (*blocks, *spans):
+        check_filter(json.loads(text))

@@ -10,6 +10,7 @@ import pytest
 
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.filter_language import check_filter, read_filter
+from shardline.shards.filters import matching
 from shardline.shards.filters.bound import bind
 from shardline.shards.filters.matching import Mask, matches
 from tests.filter_model import filter_of, holds, stored_value
@@ -131,6 +132,17 @@ def test_what_lies_beneath_a_missing_list_counts_for_nothing() -> None:
         pa.array([0, 9, 1], pa.int32()), pa.array([2, 9, 1], pa.int32()), values, mask=missing
     )
     assert rows_of({"c": 7}, c=views.slice(2)) == []
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("kind", [each for each in LISTS if "string" in str(each)][:2], ids=str)
+def test_lists_are_tested_in_blocks(
+    block: int, kind: pa.DataType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matching, "BLOCK", block)
+    rng = random.Random(block)
+    for _ in range(10):
+        check_equal(rng, random_table(rng, [kind, pa.list_(pa.float32(), 2)], 20), 10)
 
 
 def test_floats_are_compared_in_their_width() -> None:
@@ -324,3 +336,26 @@ def test_many_listed_values() -> None:
     assert (mask_of({"item_id": {"$in": listed.tolist()}}, table, ids) == expected).all()
     assert (mask_of({"x": {"$nin": (listed / 8).tolist()}}, table, ids) == ~expected).all()
     assert (mask_of({"text": {"$in": listed.astype(str).tolist()}}, table, ids) == expected).all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_filters_for_other_types_are_refused_or_evaluated(seed: int) -> None:
+    rng = random.Random(seed)
+    opaque = [column.type for column in OPAQUE.values()]
+    for _ in range(20):
+        kinds = rng.sample([*SCALARS, *LISTS], 6)
+        table = pa.table(
+            {
+                **{f"c{i}": random_column(rng, kind, [10]) for i, kind in enumerate(kinds[:4])},
+                "c4": pa.nulls(10, rng.choice(opaque[:4])),
+            }
+        )
+        others = pa.schema([(f"c{i}", kind) for i, kind in enumerate(rng.sample(kinds, 5))])
+        for _ in range(10):
+            item_filter = filter_of(rng, others, 1)
+            try:
+                mask = mask_of(item_filter, table)
+            except InvalidInput as error:
+                assert str(error.field).startswith("filter.c"), item_filter
+            else:
+                assert mask.shape == (10,)
