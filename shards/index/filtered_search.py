@@ -15,6 +15,7 @@ and hidden rows are left out when it is searched.
 """
 
 import math
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -90,7 +91,8 @@ class _Derived:
 
 
 class FilteredSearch:
-    """Of one main index; used by the thread that searches it."""
+    """Of one main index; used by the thread that searches it, or by several that all search with
+    the same selections."""
 
     def __init__(
         self,
@@ -115,6 +117,7 @@ class FilteredSearch:
         self._copied = COPIED_VALUES // stored.dim
         self._copied_again = COPIED_AGAIN_VALUES // stored.dim
         self._derived: OrderedDict[Selection, _Derived] = OrderedDict()
+        self._lock = threading.Lock()  # around what is derived
 
     def search(
         self, queries: FloatArray, k: int, params: SearchParams, chosen: Selection
@@ -139,12 +142,13 @@ class FilteredSearch:
         return ranked
 
     def _derived_of(self, origin: Selection, queries: int) -> _Derived:
-        derived = self._derived.pop(origin, None) or _Derived(bytes=origin.bits.nbytes)
-        self._derived[origin] = derived
-        derived.uses += queries
-        total = sum(each.bytes for each in self._derived.values())
-        while total > KEPT_BYTES and len(self._derived) > 1:
-            total -= self._derived.popitem(last=False)[1].bytes
+        with self._lock:
+            derived = self._derived.pop(origin, None) or _Derived(bytes=origin.bits.nbytes)
+            self._derived[origin] = derived
+            derived.uses += queries
+            total = sum(each.bytes for each in self._derived.values())
+            while total > KEPT_BYTES and len(self._derived) > 1:
+                total -= self._derived.popitem(last=False)[1].bytes
         return derived
 
     def _widened(self, params: SearchParams, chosen: Selection) -> SearchParams:
@@ -166,16 +170,17 @@ class FilteredSearch:
         self, queries: FloatArray, k: int, derived: _Derived, chosen: Selection
     ) -> Ranked:
         """All rows scored."""
-        if derived.rows is None or derived.copies is None:
-            derived.rows = (chosen.origin or chosen).selected()
-            index = self._stored.copied(derived.rows)
-            derived.copies = self._index_of(index)
-            derived.bytes += derived.rows.nbytes + index.ntotal * index.code_size
-            derived.some = None
-        if derived.some is not chosen:
-            derived.some, derived.part = chosen, None
-            if chosen.origin is not None:
-                derived.part = Selection.of(chosen.are_live(derived.rows))
+        with self._lock:
+            if derived.rows is None or derived.copies is None:
+                derived.rows = (chosen.origin or chosen).selected()
+                index = self._stored.copied(derived.rows)
+                derived.copies = self._index_of(index)
+                derived.bytes += derived.rows.nbytes + index.ntotal * index.code_size
+                derived.some = None
+            if derived.some is not chosen:
+                derived.some, derived.part = chosen, None
+                if chosen.origin is not None:
+                    derived.part = Selection.of(chosen.are_live(derived.rows))
         asked = self._stored.queries(queries)
         places, scores = derived.copies.search(asked, k, NO_PARAMS, derived.part)
         rows = derived.rows[places]
@@ -191,14 +196,15 @@ class FilteredSearch:
         chosen: Selection,
     ) -> Ranked:
         """Visits lists that have matching rows, nearest first, until few results can be missing."""
-        lists = self._lists or self._read_lists()
-        if derived.lists is None:
-            derived.lists = lists.rows_of((chosen.origin or chosen).selected())
-            has_some = np.packbits(derived.lists > 0, bitorder="little")
-            derived.filled = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(has_some))
-            derived.bytes += derived.lists.nbytes
-        if derived.some is not chosen or derived.part is None:
-            derived.some, derived.part = chosen, replace(chosen, lists=derived.filled)
+        with self._lock:
+            lists = self._lists or self._read_lists()
+            if derived.lists is None:
+                derived.lists = lists.rows_of((chosen.origin or chosen).selected())
+                has_some = np.packbits(derived.lists > 0, bitorder="little")
+                derived.filled = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(has_some))
+                derived.bytes += derived.lists.nbytes
+            if derived.some is not chosen or derived.part is None:
+                derived.some, derived.part = chosen, replace(chosen, lists=derived.filled)
         near = lists.near(queries, derived.lists)
         most = min(near.rows.shape[1], MAX_NPROBE)
         widening = 1 if params.nprobe else max(k / MEASURED_K, 1)

@@ -103,9 +103,9 @@ def test_every_type_goes_from_the_source_to_an_answer(
     check_served(tmp_path, data, users.column_names)
 
 
-def check_filters(url: str, columns: list[str]) -> None:
+def check_filters(client: Client, columns: list[str]) -> None:
     """By each value of every attribute those items are found that have it in answers."""
-    with Client(url, key="k" * 40) as client:
+    with client:
         everything = client.search(item_ids=[0], k=ITEMS - 1, return_=columns)
         ids = everything.ids[0].tolist()
         for name in columns:
@@ -151,7 +151,8 @@ def check_served(folder: Path, data: str, columns: list[str]) -> None:
         table = shardline(folder, *asked, "--show", "title").stdout
         assert answer["results"][0]["original_id"] in table
         assert answer["results"][0]["attributes"]["title"] in table
-        check_filters(f"http://127.0.0.1:{port}", columns)
+        key = shardline(folder, "keys", "show").stdout.strip()
+        check_filters(Client(f"http://127.0.0.1:{port}", key=key), columns)
         similar = shardline(folder, "query", "--item", "ß7日本", "--data", data).stdout
         assert "similar to item ß7日本" in similar
         assert server.poll() is None

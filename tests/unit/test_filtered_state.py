@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -132,6 +133,23 @@ def test_after_every_write_answers_are_those_of_the_items_that_match(fields: dic
         if seq % 3 == 0:
             check(state, items)
     assert state.delta.rows > TILE_ROWS / 2
+
+
+def test_threads_that_search_together_find_what_each_finds_alone() -> None:
+    """As those of a batch job, each with blocks of queries of its own."""
+    state, items = new_state(kind="ivf", nlist=8, nprobe=8)
+    vectors = np.array([vector for vector, _ in items.values()])
+    packed = [check_filter({"price": {"$lt": number}}) for number in range(1, 9)] * 3
+
+    def found(each: bytes) -> np.ndarray:
+        return state.search(vectors[:50], 10, NO_PARAMS, state.matching(each)).ids
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(found, packed))
+    fresh, _ = new_state(kind="ivf", nlist=8, nprobe=8)
+    for each, ids in zip(packed, together, strict=True):
+        alone = fresh.search(vectors[:50], 10, NO_PARAMS, fresh.matching(each)).ids
+        np.testing.assert_array_equal(ids, alone)
 
 
 def test_a_state_is_answered_for_though_a_newer_one_was() -> None:
