@@ -26,9 +26,8 @@ from shardline.shards.core import files
 from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
 from shardline.shards.core.partition import Partition, Partitioning, partition
-from shardline.shards.index.main_index import MEASURED_K
 from shardline.shards.index.resolve import resolve
-from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.index.spec import MEASURED_K, IndexSpec, ResolvedIndex
 from shardline.shards.index.template import train_template, write_index
 from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
 from shardline.shards.storage.generation import (

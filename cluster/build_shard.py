@@ -10,8 +10,8 @@ from pathlib import Path
 from shardline.cluster.tuning import Answers, Ladder, sweep
 from shardline.shards.core.schema import FloatArray, Metric
 from shardline.shards.index.exact import exact_top_k
-from shardline.shards.index.main_index import MEASURED_K, MainIndex
-from shardline.shards.index.spec import ResolvedIndex
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.spec import MEASURED_K, ResolvedIndex
 from shardline.shards.index.template import build_shard_index, in_blocks
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,

@@ -17,8 +17,8 @@ from shardline.router.merge import merge_top_k
 from shardline.shards.core.messages import MAX_NPROBE, SearchParams
 from shardline.shards.core.recall import exact_scores, hits, recall_at_k
 from shardline.shards.core.schema import EMPTY_ID, FloatArray, Metric, Ranked
-from shardline.shards.index.main_index import MEASURED_K, MainIndex
-from shardline.shards.index.spec import IndexKind, IndexSpec, ResolvedIndex
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.spec import MEASURED_K, IndexKind, IndexSpec, ResolvedIndex
 
 # An hnsw search keeps k candidates at least, so smaller queues would all be measured as one.
 EF_SEARCHES = (128, 256, 512, 1024, 2048)

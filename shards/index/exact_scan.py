@@ -7,6 +7,7 @@ the index meanwhile: nothing here writes to it.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import faiss
 import numpy as np
@@ -64,6 +65,22 @@ class StoredVectors:
         vectors = np.asarray(self._outer.reconstruct_n(first, last - first + 1), dtype=np.float32)
         return vectors if len(vectors) == len(rows) else np.take(vectors, rows - first, axis=0)
 
+    def copied(self, rows: IdArray) -> Any:
+        """An index of faiss with the vectors of rows (m,) int64, ascending, and no others: in the
+        form they are stored in, if that is full or half precision."""
+        outer = self._outer
+        made: Any = faiss.IndexFlat(self.dim, outer.metric_type)
+        if self._codes is None or not isinstance(
+            outer, faiss.IndexFlat | faiss.IndexScalarQuantizer
+        ):
+            made.add(self.of(rows))
+            return made
+        if isinstance(outer, faiss.IndexScalarQuantizer):
+            made = faiss.IndexScalarQuantizer(self.dim, outer.sq.qtype, outer.metric_type)
+            made.sq, made.is_trained = outer.sq, True
+        made.add_sa_codes(np.take(self._codes, rows, axis=0))
+        return made
+
 
 def scan(
     stored: StoredVectors,
@@ -85,7 +102,7 @@ def scan(
     for rows in _blocks(stored, selection):
         look()
         if rows.size:
-            found = best_of(queries, rows, stored.of(rows), k, metric)
+            found = _best_of(queries, rows, stored.of(rows), k, metric)
             ids = np.concatenate((best.ids, found.ids), axis=1)
             scores = np.concatenate((best.scores, found.scores), axis=1)
             ids, scores = in_order(ids, scores)
@@ -101,7 +118,7 @@ def _blocks(stored: StoredVectors, selection: Selection | None) -> Iterator[IdAr
         yield rows if selection is None else rows[selection.are_live(rows)]
 
 
-def best_of(
+def _best_of(
     queries: FloatArray, rows: IdArray, vectors: FloatArray, k: int, metric: Metric
 ) -> Ranked:
     """(n, min(k, m)): the best of rows (m,), whose vectors are (m, dim); of equal scores the lowest

@@ -23,6 +23,7 @@ from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
     MAX_NPROBE,
     MAX_RERANK_FACTOR,
+    NO_PARAMS,
     SearchParams,
 )
 from shardline.shards.core.schema import (
@@ -39,10 +40,9 @@ from shardline.shards.index.exact_scan import StoredVectors, scan
 from shardline.shards.index.filtered_search import FilteredSearch
 from shardline.shards.index.layers import Layers, layers_of
 from shardline.shards.index.selection import Selection
-from shardline.shards.index.spec import Device
+from shardline.shards.index.spec import MEASURED_K, Device
 from shardline.shards.index.template import FP16_MAX, keeps_fp16, read_index
 
-MEASURED_K = 100  # the k that builds choose the default parameters at
 # Where more rows have the score of the last result than fit, those of the lowest ids belong in the
 # answer: the index is asked for more until it has shown all of them, or this many (or 4 k).
 MAX_TIED = 16_384
@@ -57,12 +57,12 @@ OVERFETCH_START = 32  # extra candidates of the first attempt where faiss cannot
 class _Prepared:
     """faiss parameter objects of one kind of request; ``parts`` keeps the inner ones alive.
 
-    The innermost, ``parts[0]``, points to ``selector``, None without a selection.
+    The innermost, ``parts[0]``, points to what faiss needs of ``selection``.
     """
 
     top: Any | None
     parts: tuple[Any, ...]
-    selector: Any | None
+    selection: Selection | None
 
 
 class _Selecting(threading.local):
@@ -115,7 +115,6 @@ class MainIndex:
         if device is Device.CUDA:
             gpu.self_test(self._layers.whole, self._searched)
         self._stored = StoredVectors(self._layers)
-        self._filtered = FilteredSearch(self._layers, self._stored, metric, defaults)
         self._imbalance: float | None = None
         if self._layers.is_ivf and self.rows:
             self._imbalance = float(self._layers.base.invlists.imbalance_factor())
@@ -127,6 +126,15 @@ class MainIndex:
         can_tie = self._layers.refine is not None or not self._layers.is_fastscan
         most = gpu.GPU_MAX_K if device is Device.CUDA else self.rows
         self._askable = min(self.rows, most) if can_tie else 0
+        self._filtered = FilteredSearch(
+            self,
+            self._layers,
+            self._stored,
+            metric=metric,
+            defaults=defaults,
+            has_lists=device is Device.CPU,
+            index_of=lambda index: MainIndex(index, metric=metric, defaults=NO_PARAMS),
+        )
 
     @classmethod
     def load(
@@ -206,7 +214,7 @@ class MainIndex:
         """
         self._check_dim(queries)
         _check_params(params)
-        return self._filtered.search(queries, k, params, selection, self.search)
+        return self._filtered.search(queries, k, params, selection)
 
     def search_exactly(
         self, queries: FloatArray, k: int, selection: Selection | None, look: Callable[[], None]
@@ -362,14 +370,14 @@ class MainIndex:
         if prepared is None:
             if len(cache) >= PARAMETER_CACHE:
                 cache.clear()
-            selector = None if selection is None else selection.selector
-            prepared = cache[key] = self._make_parameters(k, fetch, params, selector)
-        elif selection is not None and prepared.selector is not selection.selector:
-            prepared.selector = prepared.parts[0].sel = selection.selector
+            prepared = cache[key] = self._make_parameters(k, fetch, params, selection)
+        elif selection is not None and prepared.selection is not selection:
+            _point(prepared.parts[0], selection)
+            prepared.selection = selection
         return prepared
 
     def _make_parameters(
-        self, k: int, fetch: int, params: SearchParams, selector: Any
+        self, k: int, fetch: int, params: SearchParams, selection: Selection | None
     ) -> _Prepared:
         _check_params(params)
         layers = self._layers
@@ -381,7 +389,7 @@ class MainIndex:
         candidates = max(fetch, round(k * factor)) if layers.refine else fetch
         # and more results lie in more lists
         widening = max(k / MEASURED_K, 1)
-        inner: Any = self._base_parameters(candidates, widening, params, selector)
+        inner: Any = self._base_parameters(candidates, widening, params, selection)
         outer: Any
         parts = [inner]
         if layers.transform is not None and inner is not None:
@@ -396,10 +404,10 @@ class MainIndex:
                 outer.base_index_params = inner
             parts.append(outer)
             inner = outer
-        return _Prepared(inner, tuple(parts), selector)
+        return _Prepared(inner, tuple(parts), selection)
 
     def _base_parameters(
-        self, candidates: int, widening: float, params: SearchParams, selector: Any
+        self, candidates: int, widening: float, params: SearchParams, selection: Selection | None
     ) -> Any | None:
         layers = self._layers
         made: Any
@@ -411,13 +419,20 @@ class MainIndex:
             made = faiss.SearchParametersHNSW()
             ef_search = params.ef_search or math.ceil((self._defaults.ef_search or 0) * widening)
             made.efSearch = max(ef_search, candidates)
-        elif selector is not None:
+        elif selection is not None:
             made = faiss.SearchParameters()
         else:
             return None
-        if selector is not None:
-            made.sel = selector
+        if selection is not None:
+            _point(made, selection)
         return made
+
+
+def _point(innermost: Any, selection: Selection) -> None:
+    """Makes parameters of faiss those of a search with this selection."""
+    innermost.sel = selection.selector
+    if isinstance(innermost, faiss.SearchParametersIVF):
+        innermost.quantizer_params = selection.lists
 
 
 def _check_params(params: SearchParams) -> None:

@@ -24,7 +24,8 @@ class Selection:
     """bits (rows / 8,) uint8, rounded up: bit ``row % 8`` of byte ``row // 8`` is 1 where the row
     may come back; num_excluded rows may not. ``selector`` is faiss's form of it, over the same
     memory. origin: the selection that this one was narrowed from with ``&``, which has all of its
-    rows; None: itself.
+    rows; None: itself. lists: faiss's parameters of a search for inverted lists that finds those
+    only that have some of the rows; None: all.
     """
 
     bits: NDArray[np.uint8]
@@ -33,6 +34,7 @@ class Selection:
     selector: Any
     _live: list[NDArray[np.bool_]] = field(default_factory=list)
     origin: "Selection | None" = None
+    lists: Any | None = None
 
     @classmethod
     def without(cls, excluded: IdArray, *, rows: int) -> "Selection | None":

@@ -15,6 +15,8 @@ from shardline.shards.core.messages import (
     SearchParams,
 )
 
+MEASURED_K = 100  # the k that builds choose the default parameters of searches at
+
 
 class IndexKind(StrEnum):
     AUTO = "auto"

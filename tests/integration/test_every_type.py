@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from shardline.cluster.cli import cli
 from shardline.cluster.serving.ray_session import free_port
+from shardline.router.client.sync_client import Client
 from tests.data_shapes.columns import ROWS, TAKEN
 from tests.integration.test_cli import START_S, command, shardline
 
@@ -102,6 +103,30 @@ def test_every_type_goes_from_the_source_to_an_answer(
     check_served(tmp_path, data, users.column_names)
 
 
+def check_filters(client: Client, columns: list[str]) -> None:
+    """By each value of every attribute those items are found that have it in answers."""
+    with client:
+        everything = client.search(item_ids=[0], k=ITEMS - 1, return_=columns)
+        ids = everything.ids[0].tolist()
+        for name in columns:
+            values = everything.attributes[name][0]
+            is_list = any(isinstance(value, list) for value in values)
+            parts = [value if is_list else [value] for value in values if value is not None]
+            wanted = {part for value in parts for part in value if part is not None}
+            for part in [*wanted, *([] if is_list else [None])]:
+                condition = {"$contains": part} if is_list else part
+                answer = client.search(item_ids=[0], k=ITEMS - 1, filter={name: condition})
+                expected = [
+                    item
+                    for item, value in zip(ids, values, strict=True)
+                    if (part in (value or []) if is_list else value == part)
+                ]
+                found = answer.ids[0][answer.ids[0] >= 0].tolist()
+                assert sorted(found) == sorted(expected), (name, part)
+                matched = [each.matched for each in answer.reasons]
+                assert matched == ([len(expected)] if len(expected) < ITEMS - 1 else [])
+
+
 def check_served(folder: Path, data: str, columns: list[str]) -> None:
     """A user is asked for by the source's id, and every attribute comes back in JSON."""
     port = str(free_port())
@@ -126,6 +151,8 @@ def check_served(folder: Path, data: str, columns: list[str]) -> None:
         table = shardline(folder, *asked, "--show", "title").stdout
         assert answer["results"][0]["original_id"] in table
         assert answer["results"][0]["attributes"]["title"] in table
+        key = shardline(folder, "keys", "show").stdout.strip()
+        check_filters(Client(f"http://127.0.0.1:{port}", key=key), columns)
         similar = shardline(folder, "query", "--item", "ß7日本", "--data", data).stdout
         assert "similar to item ß7日本" in similar
         assert server.poll() is None

@@ -1,13 +1,18 @@
 """Searches among the rows of a filter: against brute force, for all kinds, shares and shapes."""
 
+import gc
+import weakref
+
 import faiss
 import numpy as np
 import pytest
 
-from shardline.bench.vectors import manifold
+from shardline.bench.vectors import clustered, manifold
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import NO_PARAMS, SearchParams
+from shardline.shards.core.recall import exact_scores, recall_at_k
 from shardline.shards.core.schema import Metric
+from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.selection import Selection
 from tests.engine import build_main
@@ -55,7 +60,8 @@ def built(vectors: np.ndarray) -> dict[str, MainIndex]:
 def way(request: pytest.FixtureRequest, built, monkeypatch) -> str:
     """Whether rows are so few that all are scored, or the index is searched."""
     for main in built.values():
-        monkeypatch.setattr(main._filtered, "_exact_rows", ROWS if "all" in request.param else 0)
+        monkeypatch.setattr(main._filtered, "_copied", ROWS if "all" in request.param else 0)
+        monkeypatch.setattr(main._filtered, "_copied_again", main._filtered._copied)
     return request.param
 
 
@@ -81,7 +87,8 @@ def test_exact_kinds_equal_brute_force(
     vectors, queries, kind, metric, mask, all_scored, monkeypatch
 ) -> None:
     main = build_main(vectors, metric=metric, **KINDS[kind])
-    monkeypatch.setattr(main._filtered, "_exact_rows", ROWS if all_scored else 0)
+    for name in ("_copied", "_copied_again"):
+        monkeypatch.setattr(main._filtered, name, ROWS if all_scored else 0)
     params = SearchParams(nprobe=8, rerank_factor=64)
     got = main.search_filtered(queries, 30, params, Selection.of(MASKS[mask]))
     excluded = np.flatnonzero(~MASKS[mask]).tolist()
@@ -130,13 +137,13 @@ def test_rows_hidden_more_and_more_leave_what_a_filter_has_derived(
 
 
 def test_what_is_kept_of_filters_is_bounded(built, queries, monkeypatch) -> None:
-    monkeypatch.setattr("shardline.shards.index.filtered_search.KEPT_BYTES", 20 * DIM * 4)
+    monkeypatch.setattr("shardline.shards.index.filtered_search.KEPT_BYTES", 24 * DIM * 4)
     main = built["flat"]
     for first in range(0, 100, 10):
         mask = (np.arange(ROWS) >= first) & (np.arange(ROWS) < first + 10)
         got = main.search_filtered(queries, K, NO_PARAMS, Selection.of(mask))
         assert sorted(got.ids[0]) == list(range(first, first + 10))
-    assert len(main._filtered._copies) == 2
+    assert 1 <= len(main._filtered._derived) <= 2
 
 
 def test_parameters_and_dimension_are_checked(built, queries) -> None:
@@ -145,3 +152,115 @@ def test_parameters_and_dimension_are_checked(built, queries) -> None:
         built["flat"].search_filtered(queries, K, SearchParams(nprobe=0), one)
     with pytest.raises(InvalidInput, match="wrong dimension"):
         built["flat"].search_filtered(queries[:, :3], K, NO_PARAMS, one)
+
+
+CLUSTERS, LARGE, WIDE = 100, 10_000, 32
+LARGE_KINDS = {
+    "ivf": {"kind": "ivf", "nlist": 128, "nprobe": 2},
+    "ivfpq-fs": {"kind": "ivfpq-fs", "nlist": 128, "nprobe": 2, "rerank_factor": 1},
+    "pca-ivfpq-fs": {"kind": "ivfpq-fs", "nlist": 128, "nprobe": 2, "pca": 24},
+    "hnsw": {"kind": "hnsw", "ef_search": 64},
+}
+
+
+@pytest.fixture(scope="module")
+def large() -> tuple[np.ndarray, np.ndarray]:
+    rows = clustered(LARGE, WIDE, CLUSTERS, seed=5)
+    return rows, clustered(40, WIDE, CLUSTERS, seed=5, first_row=1 << 20)
+
+
+@pytest.fixture(scope="module", params=[Metric.COSINE, Metric.L2])
+def large_built(large, request: pytest.FixtureRequest) -> dict[str, MainIndex]:
+    kinds = LARGE_KINDS.items()
+    return {name: build_main(large[0], metric=request.param, **kind) for name, kind in kinds}
+
+
+def recall_of(main: MainIndex, large, mask: np.ndarray, asked: np.ndarray) -> float:
+    """Of the second and later searches of that filter, one query at a time."""
+    vectors, queries = large[0], large[1][asked]
+    chosen, k = Selection.of(mask), 20
+    found = [main.search_filtered(query[None], k, NO_PARAMS, chosen).ids[0] for query in queries]
+    exact = exact_top_k(queries, vectors[mask], k, main.metric).scores
+    return recall_at_k(exact_scores(queries, vectors, np.array(found), main.metric), exact)
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+@pytest.mark.parametrize("share", [0.5, 0.2, 0.1, 0.02])
+def test_random_filters_lose_little(large, large_built, kind, share, monkeypatch) -> None:
+    """Of a tenth of the rows the two lists that find the best of all find half, at most."""
+    main, mask = large_built[kind], np.random.default_rng(9).random(LARGE) < share
+    if kind != "hnsw":
+        monkeypatch.setattr(main._filtered, "_copied", 100)
+        monkeypatch.setattr(main._filtered, "_copied_again", 100)
+    assert recall_of(main, large, mask, np.arange(40)) >= 0.95
+
+
+@pytest.mark.parametrize("kind", LARGE_KINDS)
+@pytest.mark.parametrize("categories", [1, 3, 10])
+def test_filters_far_from_the_query_lose_little(
+    large, large_built, kind, categories, monkeypatch
+) -> None:
+    """Rows of one category, or of half of all without the query's own."""
+    vectors, queries = large
+    trained = faiss.Kmeans(WIDE, 20, niter=5, seed=1)
+    trained.train(vectors)
+    of_row, of_query = (trained.index.search(each, 1)[1][:, 0] for each in (vectors, queries))
+    main, recalls = large_built[kind], []
+    if kind != "hnsw":
+        monkeypatch.setattr(main._filtered, "_copied", 100)
+        monkeypatch.setattr(main._filtered, "_copied_again", 100)
+    for own in np.unique(of_query):
+        others = np.random.default_rng(own).permutation(np.delete(np.arange(20), own))
+        mask = np.isin(of_row, others[:categories])
+        recalls.append(recall_of(main, large, mask, np.flatnonzero(of_query == own)))
+    assert np.mean(recalls) >= 0.95
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq-fs"])
+def test_a_query_gets_the_same_answer_alone_and_in_a_batch(large, large_built, kind) -> None:
+    main, queries = large_built[kind], large[1]
+    chosen = Selection.of(np.random.default_rng(2).random(LARGE) < 0.9)
+    main._filtered._copied_again = 0
+    together = main.search_filtered(queries, 20, NO_PARAMS, chosen)
+    alone = [main.search_filtered(query[None], 20, NO_PARAMS, chosen) for query in queries]
+    np.testing.assert_array_equal(together.ids, np.concatenate([each.ids for each in alone]))
+    assert_answer_order(together)
+
+
+def test_a_filter_that_comes_again_is_copied(large) -> None:
+    main = build_main(large[0], **LARGE_KINDS["ivfpq-fs"])
+    filtered = main._filtered
+    filtered._copied, filtered._copied_again = 100, LARGE
+    chosen = Selection.of(np.arange(LARGE) % 3 == 0)
+    asked = []
+    for _ in range(3):
+        main.search_filtered(large[1][:1], 20, NO_PARAMS, chosen)
+        asked.append(filtered._derived[chosen].copies is not None)
+    assert asked == [False, True, True]
+    main.search_filtered(
+        large[1][:1], 20, NO_PARAMS, chosen & Selection.without(chosen.selected()[:3], rows=LARGE)
+    )
+    assert len(filtered._derived) == 1
+
+
+def test_an_index_is_gone_with_the_last_reference_to_it(large) -> None:
+    """It holds a shard's memory; the garbage collector would come much later."""
+    main = build_main(large[0], **LARGE_KINDS["ivf"])
+    main.search_filtered(large[1][:2], 20, NO_PARAMS, Selection.of(np.arange(LARGE) % 2 == 0))
+    seen = weakref.ref(main)
+    gc.disable()
+    try:
+        del main
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_a_large_k_and_a_small_one(large, large_built) -> None:
+    mask = np.random.default_rng(4).random(LARGE) < 0.9
+    for kind in ("ivf", "ivfpq-fs"):
+        for k in (1, 2048):
+            got = large_built[kind].search_filtered(large[1], k, NO_PARAMS, Selection.of(mask))
+            assert (got.ids >= 0).all()
+            assert mask[got.ids].all()
+            assert_answer_order(got)

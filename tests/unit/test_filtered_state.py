@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import Metric
 from shardline.shards.live import filtered, written_columns
+from shardline.shards.live.attributes import check_attributes
 from shardline.shards.live.delta import TILE_ROWS
 from shardline.shards.live.filtered import FilterRows
 from shardline.shards.live.item_attributes import ItemAttributes
@@ -32,6 +34,7 @@ from shardline.shards.live.records import Record, Upsert
 from shardline.shards.live.state import ShardState, apply
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
+from tests.data_shapes.columns import TAKEN
 from tests.engine import build_main
 from tests.live_model import delete, upsert
 from tests.reference import assert_same_answers, brute_force
@@ -43,6 +46,9 @@ QUERIES = manifold(3, DIM, 4, seed=3, stream=2)
 IDS = np.arange(0, 2 * ROWS, 2)
 TAGS = ("new", "red", "sold")
 SECRET = b"a secret of tests"
+
+# of which JSON has no value, or a rounded one
+CHANGED = {"float with nan", "only nan", "timestamp ns"}
 
 Items = dict[int, tuple[np.ndarray, dict[str, Any]]]
 # what a filter says, said in Python of an item's id and attributes
@@ -127,6 +133,23 @@ def test_after_every_write_answers_are_those_of_the_items_that_match(fields: dic
         if seq % 3 == 0:
             check(state, items)
     assert state.delta.rows > TILE_ROWS / 2
+
+
+def test_threads_that_search_together_find_what_each_finds_alone() -> None:
+    """As those of a batch job, each with blocks of queries of its own."""
+    state, items = new_state(kind="ivf", nlist=8, nprobe=8)
+    vectors = np.array([vector for vector, _ in items.values()])
+    packed = [check_filter({"price": {"$lt": number}}) for number in range(1, 9)] * 3
+
+    def found(each: bytes) -> np.ndarray:
+        return state.search(vectors[:50], 10, NO_PARAMS, state.matching(each)).ids
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(found, packed))
+    fresh, _ = new_state(kind="ivf", nlist=8, nprobe=8)
+    for each, ids in zip(packed, together, strict=True):
+        alone = fresh.search(vectors[:50], 10, NO_PARAMS, fresh.matching(each)).ids
+        np.testing.assert_array_equal(ids, alone)
 
 
 def test_a_state_is_answered_for_though_a_newer_one_was() -> None:
@@ -308,6 +331,28 @@ def test_the_loop_thread_evaluates_no_filter(monkeypatch: pytest.MonkeyPatch) ->
         server.stop()
     assert len(threads) == 2
     assert all("search" in name for name in threads)
+
+
+@pytest.mark.parametrize("name", sorted(TAKEN.keys() - CHANGED))
+def test_written_values_of_every_type_match_as_those_of_main_do(name: str) -> None:
+    column = TAKEN[name][0]()
+    attributes = ItemAttributes(pa.table({"a": column}))
+    values = attributes.values("a", np.arange(len(column)))
+    main = build_main(VECTORS[: len(column)], metric=Metric.DOT, kind="flat")
+    state = ShardState.of(main, np.arange(len(column)), attributes)
+    packed = check_attributes(msgpack.packb({"a": values}), np.arange(8), attributes.schema)
+    written, _ = apply(state, [upsert(1, np.arange(8), OTHERS[:8], packed)])
+    parts = [value if isinstance(value, list) else [value] for value in values if value is not None]
+    scalars = {part for value in parts for part in value if part is not None}
+    if name == "uuid":  # which an import makes a text of
+        scalars = set()
+    nothing = [{"a": {"$exists": False}}] if column.type != pa.null() else []
+    for given in [{"a": {"$exists": True}}, *nothing, *({"a": part} for part in scalars)]:
+        of_main = state.matching(check_filter(given))
+        of_delta = written.matching(check_filter(given))
+        assert of_delta.selection.num_selected == 0
+        rows = of_main.selection.selected().tolist()
+        assert of_delta.delta.ids.tolist() == rows, given
 
 
 def test_an_upsert_without_attributes_has_none() -> None:

@@ -20,9 +20,8 @@ from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.recall import exact_scores
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.exact import exact_top_k
-from shardline.shards.index.main_index import MEASURED_K
 from shardline.shards.index.resolve import resolve
-from shardline.shards.index.spec import IndexSpec, ResolvedIndex
+from shardline.shards.index.spec import MEASURED_K, IndexSpec, ResolvedIndex
 from tests.engine import build_main
 
 ROWS, DIM = 4000, 16

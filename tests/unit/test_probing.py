@@ -1,0 +1,88 @@
+"""How many lists a query needs: against the lists in which its best rows lie."""
+
+import faiss
+import numpy as np
+import pytest
+
+from shardline.bench.vectors import clustered, manifold
+from shardline.shards.core.schema import Metric
+from shardline.shards.index.exact import exact_top_k
+from shardline.shards.index.main_index import MainIndex
+from shardline.shards.index.probing import Lists
+from tests.engine import build_main
+
+ROWS, DIM, K = 20_000, 32, 50
+CORPORA = {
+    "clustered": lambda rows, stream: clustered(rows, DIM, 200, 3, first_row=stream << 20),
+    "manifold": lambda rows, stream: manifold(rows, DIM, 8, 3, stream=stream),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=CORPORA)
+def corpus(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
+    make = CORPORA[request.param]
+    return make(ROWS, 0), make(50, 1)
+
+
+@pytest.fixture(scope="module", params=[*Metric, "pca"])
+def main(corpus, request: pytest.FixtureRequest) -> MainIndex:
+    if request.param == "pca":
+        return build_main(corpus[0], kind="ivf", nlist=128, pca=24)
+    return build_main(corpus[0], metric=request.param, kind="ivf", nlist=128)
+
+
+def lists_of(main: MainIndex) -> Lists:
+    return Lists(main.layers, main._stored, main.metric)
+
+
+def test_each_row_lies_in_the_list_that_it_is_assigned_to(corpus, main) -> None:
+    lists = lists_of(main)
+    assigned = main.layers.base.quantizer.assign(lists._inner(corpus[0]), 1)[:, 0]
+    np.testing.assert_array_equal(lists.of_row, assigned)
+    some = np.arange(0, ROWS, 7)
+    np.testing.assert_array_equal(lists.rows_of(some), np.bincount(assigned[some], minlength=128))
+
+
+@pytest.mark.parametrize("share", [1, 0.3, 0.05])
+def test_the_lists_needed_hold_nearly_all_of_the_best_and_are_not_many_more(
+    corpus, main, share
+) -> None:
+    vectors, queries = corpus
+    mask = np.random.default_rng(1).random(ROWS) < share
+    rows = np.flatnonzero(mask)
+    best = exact_top_k(queries, vectors[rows], K, main.metric)
+    lists = lists_of(main)
+    matching = lists.rows_of(rows)
+    near = lists.near(queries, matching)
+    needed = near.needed(np.arange(50), K, best.scores[:, -1])
+    order = np.flatnonzero(matching)[
+        np.argsort(-lists._scored(queries)[0][:, matching > 0], axis=1)
+    ]
+    rank = np.argsort(order, axis=1)  # of every list, by query
+    place = np.searchsorted(np.flatnonzero(matching), lists.of_row[rows[best.ids]])
+    ranks = np.take_along_axis(rank, place, axis=1)
+    assert (ranks < np.maximum(needed, 2)[:, None]).mean() >= 0.9
+    enough = np.quantile(ranks, 0.99, axis=1) + 1
+    assert np.median(needed) <= max(8, 4 * np.median(enough))
+
+
+def test_an_empty_slot_needs_all_lists(corpus, main) -> None:
+    lists = lists_of(main)
+    near = lists.near(corpus[1][:2], lists.rows_of(np.arange(ROWS)))
+    needed = near.needed(np.arange(2), K, np.full(2, -np.inf, np.float32))
+    assert (needed >= near.rows.shape[1] - 2).all()
+
+
+def test_lists_with_so_many_rows_together(corpus, main) -> None:
+    lists = lists_of(main)
+    near = lists.near(corpus[1], lists.rows_of(np.arange(0, ROWS, 5)))
+    for count in (1, 50, 1000, ROWS):
+        for query, number in enumerate(near.with_rows(count).tolist()):
+            sums = np.cumsum(near.rows[query])
+            assert sums[number - 1] >= min(count, ROWS // 5)
+            assert number == 1 or sums[number - 2] < count
