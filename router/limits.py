@@ -11,6 +11,7 @@ from typing import Any
 from shardline.router.query import QueryKind, ResolvedQuery, SeqOrigin
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
+from shardline.shards.core.filter_language import MAX_FILTER_BYTES
 from shardline.shards.core.messages import (
     NO_OPTIONS,
     NO_PARAMS,
@@ -21,8 +22,8 @@ from shardline.shards.core.metrics import REJECTED, Recorder
 from shardline.shards.core.schema import FloatArray, check_k
 from shardline.shards.wire.frames import MAX_FRAME_BYTES
 
-# Vectors of one request travel in one frame; the rest of it takes far less than this.
-MAX_QUERY_BYTES = MAX_FRAME_BYTES - 4096
+# Vectors of one request travel in one frame, with a filter; the rest takes far less than this.
+MAX_QUERY_BYTES = MAX_FRAME_BYTES - MAX_FILTER_BYTES - 4096
 KINDS = tuple(QueryKind)  # iterating over the class itself makes a generator per query
 MAX_RETURNED_VALUES = 1 << 18  # attributes of one answer: put in order in tens of milliseconds
 

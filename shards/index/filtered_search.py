@@ -59,7 +59,7 @@ RERANK_FACTOR = 4
 GROWTH = 16  # of the lists visited, between two estimates: each is better than the one before
 CALIBRATION_QUERIES = 32
 CALIBRATION_GROWTH = 64  # of the lists, to see what the default does not find
-COVERED = 0.95
+COVERED = 0.95  # of the results that a wider search finds: then all of them count
 
 
 class Searched(Protocol):
@@ -76,9 +76,13 @@ class Searched(Protocol):
 
 @dataclass(slots=True)
 class _Derived:
-    """Of a filter. uses: queries so far; lists (lists,): matching rows in each, and faiss's form
-    of which have some; rows (m,) int64, ascending, and copies, an index of their vectors; some and
-    part: the selection that was searched last, and which of ``rows`` are in it, None for all."""
+    """Of a filter. uses: queries so far; bytes: of it all, about.
+
+    rows (m,) int64: those that match, ascending, once they are copied; copies: an index of their
+    vectors. Before that, lists (lists,): how many of them each has; filled: faiss's form of which
+    have some. some: the selection that was searched last, and part: what to search it with, as a
+    selection of the copies (None: all) or of the index.
+    """
 
     uses: int = 0
     lists: NDArray[np.int64] | None = None
@@ -177,12 +181,14 @@ class FilteredSearch:
                 derived.copies = self._index_of(index)
                 derived.bytes += derived.rows.nbytes + index.ntotal * index.code_size
                 derived.some = None
-            if derived.some is not chosen:
-                derived.some, derived.part = chosen, None
+            part = derived.part
+            if derived.some is not chosen or (part is not None and part.lists is not None):
+                part = None
                 if chosen.origin is not None:
-                    derived.part = Selection.of(chosen.are_live(derived.rows))
+                    part = Selection.of(chosen.are_live(derived.rows))
+                derived.some, derived.part = chosen, part
         asked = self._stored.queries(queries)
-        places, scores = derived.copies.search(asked, k, NO_PARAMS, derived.part)
+        places, scores = derived.copies.search(asked, k, NO_PARAMS, part)
         rows = derived.rows[places]
         rows[places == EMPTY_ID] = EMPTY_ID
         return Ranked(rows, scores)
@@ -198,18 +204,13 @@ class FilteredSearch:
         """Visits lists that have matching rows, nearest first, until few results can be missing."""
         with self._lock:
             lists = self._lists or self._read_lists()
-            if derived.lists is None:
-                derived.lists = lists.rows_of((chosen.origin or chosen).selected())
-                has_some = np.packbits(derived.lists > 0, bitorder="little")
-                derived.filled = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(has_some))
-                derived.bytes += derived.lists.nbytes
-            if derived.some is not chosen or derived.part is None:
-                derived.some, derived.part = chosen, replace(chosen, lists=derived.filled)
-        near = lists.near(queries, derived.lists)
-        most = min(near.rows.shape[1], MAX_NPROBE)
+            part, rows = self._part(lists, derived, chosen)
+        near = lists.near(queries, rows)
+        most = min(len(near.rows), MAX_NPROBE)
         widening = 1 if params.nprobe else max(k / MEASURED_K, 1)
-        usual = self._nprobe(params, widening) * chosen.rows / lists.count
-        wanted = np.minimum(_rounded(near.with_rows(usual)), most)
+        times = widening * chosen.rows / chosen.num_selected
+        usual = min(self._nprobe(params, times), most)
+        wanted = np.full(len(queries), usual)
         depth = max(1, math.ceil(k * self._depth))
         shape = len(queries), k
         ranked = Ranked(np.empty(shape, np.int64), np.empty(shape, np.float32))
@@ -219,22 +220,36 @@ class FilteredSearch:
                 some = asked[wanted == nprobe]
                 search = self._main.search if is_first else self._search_far
                 given = replace(params, nprobe=nprobe)
-                ranked.ids[some], ranked.scores[some] = search(
-                    queries[some], k, given, derived.part
-                )
+                ranked.ids[some], ranked.scores[some] = search(queries[some], k, given, part)
             needed = _rounded(near.needed(asked, depth, ranked.scores[asked, depth - 1]))
             needed = np.minimum(needed, np.minimum(GROWTH * wanted, most))
             more = needed > wanted
             asked, wanted, is_first = asked[more], needed[more], False
         return ranked
 
+    def _part(
+        self, lists: Lists, derived: _Derived, chosen: Selection
+    ) -> tuple[Selection, NDArray[np.int64]]:
+        """What to search, with the lists alone that have rows of the filter; and how many of these
+        each list has."""
+        if derived.lists is None:
+            derived.lists = lists.rows_of((chosen.origin or chosen).selected())
+            has_some = np.packbits(derived.lists > 0, bitorder="little")
+            derived.filled = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(has_some))
+            derived.bytes += derived.lists.nbytes
+        part = derived.part
+        if derived.some is not chosen or part is None or part.lists is None:
+            part = replace(chosen, lists=derived.filled)
+            derived.some, derived.part = chosen, part
+        return part, derived.lists
+
     def _search_far(
         self, queries: FloatArray, k: int, params: SearchParams, chosen: Selection
     ) -> Ranked:
-        """With RERANK_FACTOR as many candidates as results, and as results that defaults are
-        measured for, unless there are more anyway."""
-        factor = self._defaults.rerank_factor
-        if factor is None or factor >= RERANK_FACTOR or params.rerank_factor is not None:
+        """With RERANK_FACTOR times as many candidates as results, of MEASURED_K results at least,
+        unless there are more anyway."""
+        is_enough = (self._defaults.rerank_factor or 1) >= RERANK_FACTOR
+        if is_enough or self._layers.refine is None or params.rerank_factor is not None:
             return self._main.search(queries, k, params, chosen)
         given = replace(params, rerank_factor=RERANK_FACTOR)
         found = self._main.search(queries, max(k, MEASURED_K), given, chosen)

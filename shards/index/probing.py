@@ -28,9 +28,9 @@ NEAR_SHARE = 0.25  # of the lists: rows beyond them are hardly ever among the be
 # Shares of rows with more lift than the values that are kept: finest where few have more, because
 # there are many rows in all lists together.
 SHARES = np.concatenate((np.linspace(1, 0.01, 100), np.geomspace(0.0099, 4e-6, 156)))
-# Results that may be missing, of k, by the estimate: the estimate is right within
-# a factor of about three, and codes lose some, too.
-MISSED_SHARE = 0.02
+# Results that may be missing, of k, by the estimate, where .05 may be missing in all: codes lose
+# some, too. The number of lists that follows is right within a factor of three.
+MISSED_SHARE = 0.03
 TINY = np.float32(1e-12)
 LOG_SHARES = np.log(SHARES)
 LOWEST = np.float32(-1e30)  # in place of the score of an empty slot
@@ -38,31 +38,35 @@ LOWEST = np.float32(-1e30)  # in place of the score of an empty slot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NearLists:
-    """The lists that have rows of a selection, nearest first, all (n, lists): how many rows of it,
-    the score of the centroid for each query, and the unit of the lift; lifts: that a share SHARES
-    of rows exceeds. scales: (n, 1) where all lists have the same."""
+    """The lists that have rows of a selection, as some queries see them.
+
+    rows (lists,): how many of the selection each has; scores (n, lists): of the centroids; scales
+    (n,): the unit of the lift, of inner products; None under L2, where each list has its own.
+    lifts: those that a share SHARES of rows exceeds.
+    """
 
     rows: NDArray[np.int64]
     scores: FloatArray
-    scales: FloatArray
+    scales: FloatArray | None
     lifts: NDArray[np.float64]
 
-    def with_rows(self, count: float) -> NDArray[np.int64]:
-        """(n,): how many lists have so many rows together, all where they have fewer."""
-        enough: NDArray[np.int64] = (np.cumsum(self.rows, axis=1) < count).sum(axis=1)
-        return np.minimum(enough + 1, self.rows.shape[1])
-
     def needed(self, queries: IdArray, k: int, last: FloatArray) -> NDArray[np.int64]:
-        """(m,): the lists that those ``queries`` (m,) have to visit; last (m,): the score of the
-        k-th result, -inf where there are fewer."""
-        lift = np.maximum(last, LOWEST)[:, None] - self.scores[queries]
-        lift /= self.scales[queries]
-        log_shares = np.interp(lift, self.lifts, LOG_SHARES, right=-np.inf)
-        better = self.rows[queries] * np.exp(log_shares)
-        # what the lists from each one on hold
-        rest = np.cumsum(better[:, ::-1], axis=1)
-        needed: NDArray[np.int64] = (rest > MISSED_SHARE * k).sum(axis=1)
-        return needed
+        """(m,): how many of the lists, nearest first, those ``queries`` (m,) have to visit.
+        last (m,): the score of the k-th result, -inf where there are fewer."""
+        found = np.empty(len(queries), np.int64)
+        floors = np.maximum(last, LOWEST)
+        for place, query in enumerate(queries.tolist()):
+            scores = self.scores[query]
+            lift = floors[place] - scores
+            lift /= np.sqrt(-scores) + TINY if self.scales is None else self.scales[query]
+            # the lift that a better row needs rises from the nearest list to the farthest, so those
+            # out of reach are the last ones
+            some = lift < self.lifts[-1]
+            order = np.argsort(lift[some])
+            shares = np.exp(np.interp(lift[some][order], self.lifts, LOG_SHARES))
+            rest = np.cumsum((self.rows[some][order] * shares)[::-1])
+            found[place] = np.count_nonzero(rest > MISSED_SHARE * k)
+        return found
 
 
 class Lists:
@@ -87,30 +91,21 @@ class Lists:
         """(lists,): how many of rows (m,) lie in each."""
         return np.bincount(self.of_row[rows], minlength=self.count)
 
-    def near(self, queries: FloatArray, rows: NDArray[np.int64]) -> "NearLists":
+    def near(self, queries: FloatArray, rows: NDArray[np.int64]) -> NearLists:
         """Of queries (n, d); rows (lists,): what ``rows_of`` says of a selection."""
-        filled = np.flatnonzero(rows)
         scores, scales = self._scored(queries)
-        if len(filled) < self.count:
-            scores = scores[:, filled]
-        near_first = np.argsort(-scores, axis=1)
-        queried = np.arange(len(queries))[:, None]
-        scores = scores[queried, near_first]
-        if self._metric is Metric.L2:
-            scales = np.sqrt(-scores) + TINY
-        return NearLists(
-            rows=rows[filled[near_first]], scores=scores, scales=scales, lifts=self._lifts
-        )
+        if not rows.all():
+            filled = np.flatnonzero(rows)
+            rows, scores = rows[filled], scores[:, filled]
+        return NearLists(rows=rows, scores=scores, scales=scales, lifts=self._lifts)
 
-    def _scored(self, queries: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """(n, lists): the score of every centroid; and the unit of the lift there, of inner
-        products (n, 1)."""
+    def _scored(self, queries: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+        """(n, lists): the score of every centroid; and the scales of ``NearLists``."""
         inner = self._inner(queries)
         scores = inner @ self._centroids.T
-        norms = np.vecdot(inner, inner)[:, None]
+        norms = np.vecdot(inner, inner)
         if self._metric is Metric.L2:
-            scores = np.minimum(2 * scores - self._norms - norms, 0)
-            return scores, np.sqrt(-scores) + TINY
+            return np.minimum(2 * scores - self._norms - norms[:, None], 0), None
         return scores, np.sqrt(norms) + TINY
 
     def _inner(self, vectors: FloatArray) -> FloatArray:
@@ -135,7 +130,7 @@ class Lists:
             exact = 2 * exact - norms - norms[asked, None]
         lists = self.of_row[chosen]
         lift = exact - scores[:, lists]
-        lift /= scales[:, lists] if self._metric is Metric.L2 else scales
+        lift /= np.sqrt(-scores[:, lists]) + TINY if scales is None else scales[:, None]
         farthest = int((1 - NEAR_SHARE) * (self.count - 1))
         reach = np.partition(scores, farthest, axis=1)[:, farthest]
         is_near = scores[:, lists] >= reach[:, None]

@@ -141,7 +141,7 @@ class FilterRows:
         return replace(
             delta,
             hidden=hidden,
-            hides=tuple(bool(tile.any()) for tile in hidden),
+            hides=tuple(np.any(hidden, axis=1).tolist()),
             ids=delta.ids[is_live],
             rows_of_ids=delta.rows_of_ids[is_live],
         )

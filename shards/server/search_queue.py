@@ -30,7 +30,8 @@ class BackgroundSearch:
     replies: list[SearchReply] = field(default_factory=list)
 
     def reply(self, others_share: float) -> SearchReply:
-        """Of all pieces. seq: of the first one, because later ones may have had more writes."""
+        """Of all pieces. seq: of the first one, because later ones may have had more writes.
+        matched: the fewest of any, so that none is short without a reason."""
         first = self.replies[0]
         return SearchReply(
             ranked=Ranked(
@@ -38,7 +39,7 @@ class BackgroundSearch:
                 np.concatenate([each.ranked.scores for each in self.replies]),
             ),
             rows=self.replies[-1].rows,
-            matched=self.replies[-1].matched,
+            matched=min(each.matched for each in self.replies),
             generation=first.generation,
             seq=first.seq,
             search_ms=sum(each.search_ms for each in self.replies),

@@ -25,6 +25,7 @@ from tests.reference import assert_same_answers, brute_force
 
 NEW_ITEMS = 2_000_000  # ids from here on are nobody else's in the session's cluster
 K = 20
+TIMEOUT_MS = 10_000.0  # the tests are not about speed, and share their host
 
 Mask = np.ndarray
 
@@ -113,7 +114,9 @@ def test_answers_are_those_of_brute_force_over_what_matches(
     mask = holds(items)
     expected = items.nearest(queries, mask, K)
     for exact in (None, True):
-        answer = client.search(vectors=queries, k=K, filter=given, exact=exact)
+        answer = client.search(
+            vectors=queries, k=K, filter=given, exact=exact, timeout_ms=TIMEOUT_MS
+        )
         assert_same_answers(Ranked(answer.ids, answer.scores), expected)
         count = int(mask.sum())
         told = [(each.query, each.code, each.matched) for each in answer.reasons]
@@ -131,6 +134,7 @@ def test_both_codecs_take_a_filter_per_query(
         "k": K,
         "filter": [CASES[name][0] for name in names],
         "return": ["category"],
+        "timeout_ms": TIMEOUT_MS,
     }
     pack, read = (json.dumps, json.loads) if media == "json" else (msgpack.packb, msgpack.unpackb)
     address = cluster.endpoint.address
@@ -168,12 +172,17 @@ def test_the_asyncio_client_and_item_queries(
 
     async def ask() -> None:
         async with AsyncClient(address.url, key=address.key) as client:
-            asked = [client.search(vectors=queries, k=K, filter={"category": 3}) for _ in range(8)]
+            asked = [
+                client.search(vectors=queries, k=K, filter={"category": 3}, timeout_ms=TIMEOUT_MS)
+                for _ in range(8)
+            ]
             expected = items.nearest(queries, mask, K)
             for answer in await asyncio.gather(*asked):
                 assert_same_answers(Ranked(answer.ids, answer.scores), expected)
             inside, outside = int(items.ids[mask][0]), int(items.ids[~mask][0])
-            answer = await client.search(item_ids=[inside, outside], k=1000, filter={"category": 3})
+            answer = await client.search(
+                item_ids=[inside, outside], k=1000, filter={"category": 3}, timeout_ms=TIMEOUT_MS
+            )
             members = set(items.ids[mask].tolist())
             found = [set(row[row >= 0].tolist()) for row in answer.ids]
             assert found == [members - {inside}, members]
@@ -189,7 +198,9 @@ def test_live_writes_come_and_go_in_filtered_answers(writer: Client) -> None:
     cheap = {"item_id": {"$gte": NEW_ITEMS}, "price": {"$lt": 10}}
 
     def found(seq: Any, k: int = 15) -> tuple[set[int], tuple[Reason, ...]]:
-        answer = writer.search(vectors=vectors[:1], k=k, filter=cheap, min_seq=seq)
+        answer = writer.search(
+            vectors=vectors[:1], k=k, filter=cheap, min_seq=seq, timeout_ms=TIMEOUT_MS
+        )
         return set(answer.ids[answer.ids >= 0].tolist()), answer.reasons
 
     assert found(None)[0] == set()

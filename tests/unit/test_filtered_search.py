@@ -217,10 +217,13 @@ def test_filters_far_from_the_query_lose_little(
 
 
 @pytest.mark.parametrize("kind", ["ivf", "ivfpq-fs"])
-def test_a_query_gets_the_same_answer_alone_and_in_a_batch(large, large_built, kind) -> None:
+def test_a_query_gets_the_same_answer_alone_and_in_a_batch(
+    large, large_built, kind, monkeypatch
+) -> None:
     main, queries = large_built[kind], large[1]
     chosen = Selection.of(np.random.default_rng(2).random(LARGE) < 0.9)
-    main._filtered._copied_again = 0
+    monkeypatch.setattr(main._filtered, "_copied", 0)
+    monkeypatch.setattr(main._filtered, "_copied_again", 0)
     together = main.search_filtered(queries, 20, NO_PARAMS, chosen)
     alone = [main.search_filtered(query[None], 20, NO_PARAMS, chosen) for query in queries]
     np.testing.assert_array_equal(together.ids, np.concatenate([each.ids for each in alone]))
