@@ -123,6 +123,17 @@ class FilteredSearch:
         self._derived: OrderedDict[Selection, _Derived] = OrderedDict()
         self._lock = threading.Lock()  # around what is derived
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether a search had to know in which lists rows lie, or ``prepare`` was called."""
+        return self._lists is not None
+
+    def prepare(self) -> None:
+        """What the first search that has to know lists does first: tens of milliseconds."""
+        if self._has_lists:
+            with self._lock:
+                self._lists = self._lists or self._read_lists()
+
     def search(
         self, queries: FloatArray, k: int, params: SearchParams, chosen: Selection
     ) -> Ranked:

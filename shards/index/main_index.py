@@ -216,6 +216,14 @@ class MainIndex:
         _check_params(params)
         return self._filtered.search(queries, k, params, selection)
 
+    @property
+    def is_prepared_for_filters(self) -> bool:
+        return self._filtered.is_prepared
+
+    def prepare_for_filters(self) -> None:
+        """Done here once, or by the first search whose filter needs it: tens of milliseconds."""
+        self._filtered.prepare()
+
     def search_exactly(
         self, queries: FloatArray, k: int, selection: Selection | None, look: Callable[[], None]
     ) -> Ranked:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_caught_up
@@ -91,7 +92,7 @@ class Changeover:
         if self._loader is not None:
             return self._loaded_by_now(now)
         if now >= self._looked_at + LOOK_S:
-            self._look(now)
+            self._look(now, state)
         # not while a newer one waits to be swapped in: what is due may be in it already
         is_newest = self._newest <= self.main_seq or self._newest == self._damaged
         is_free = self._running is None and self._loader is None and is_newest
@@ -149,18 +150,28 @@ class Changeover:
             self._not_before = now + PAUSE_S
             logger.error("shard %d: %s", self._shard, self.trouble)
 
-    def _look(self, now: float) -> None:
+    def _look(self, now: float, state: ShardState) -> None:
         self._looked_at = now
         self._newest = (compacted_seqs(self._live) or [0])[-1]
         if self._newest > self.main_seq:
-            self._loader = threading.Thread(target=self._load, name="shard-changeover", daemon=True)
+            self._loader = threading.Thread(
+                target=self._load,
+                args=(state.main.is_prepared_for_filters,),
+                name="shard-changeover",
+                daemon=True,
+            )
             self._loader.start()
 
-    def _load(self) -> None:
+    def _load(self, has_filters: bool) -> None:
+        """has_filters: searches of the index in use have them, and are not to wait for the new
+        one's first."""
+        set_search_threads(1)  # of this thread
         try:
             manifest = read_generation(self._generation)
             loaded = load_caught_up(self._generation, manifest, self._shard)
             if loaded.main_seq > self.main_seq:
+                if has_filters:
+                    loaded.state.main.prepare_for_filters()
                 self._prepare()
                 self._loaded = loaded
             elif loaded.damaged:

@@ -74,6 +74,27 @@ def test_a_replica_that_was_behind_learns_the_keys_of_writes_with_the_main_index
     assert compacted_seqs(live) == [2]
 
 
+@pytest.mark.parametrize("has_filters", [False, True])
+def test_what_filters_need_is_made_before_a_new_main_index_is_searched(
+    tmp_path: Path, has_filters: bool
+) -> None:
+    """It takes tens of milliseconds; only where the index in use is searched with filters."""
+    generation = built(tmp_path, kind="ivf", nlist=4)
+    replica, writes = opened(generation)
+    writes.lead(1)
+    wrote(writes, delete_request([1]))
+    compact(generation, 0)
+    if has_filters:
+        replica.state.main.prepare_for_filters()
+    change = Changeover(generation, 0, main_seq=0)
+    loaded = change.turn(replica.state, leads=False)
+    while change.is_busy:
+        loaded = change.turn(replica.state, leads=False)
+    assert loaded is not None
+    assert loaded.state.main.is_prepared_for_filters is has_filters
+    writes.close()
+
+
 def test_a_replica_that_was_behind_a_trim_changes_over_by_itself(tmp_path: Path) -> None:
     generation = built(tmp_path)
     _, writes = opened(generation)
