@@ -15,12 +15,14 @@ from shardline.router.filter_groups import FILTERS_AT_ONCE, groups_of
 from shardline.router.http.body_values import TakesLong
 from shardline.router.http.codec import FILTERED_IN_LOOP, decode_query, encode_answer
 from shardline.router.http.media import Media
+from shardline.router.limits import MAX_QUERY_BYTES
 from shardline.router.query import ResolvedQuery, SearchAnswer
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import InvalidInput
-from shardline.shards.core.filter_language import check_filter
-from shardline.shards.core.messages import NO_OPTIONS, SearchRequest
+from shardline.shards.core.filter_language import MAX_FILTER_BYTES, check_filter
+from shardline.shards.core.messages import NO_OPTIONS, SearchOptions, SearchRequest
+from shardline.shards.wire.frames import HEADER, MAX_FRAME_BYTES, encode_frame
 from tests.fake_shard import (
     SECRET,
     FakeShard,
@@ -119,6 +121,19 @@ def test_large_filters_are_checked_in_a_thread() -> None:
         decoded(in_loop=True, item_ids=[1], filter=many)
     assert decoded(item_ids=[1], filter=many).options.filter
     assert decoded(in_loop=True, item_ids=[1], filter=LOW).options.filter
+
+
+def test_a_frame_has_room_for_the_most_vectors_and_the_largest_filter() -> None:
+    dim = 8192
+    rows = MAX_QUERY_BYTES // (4 * dim)
+    request = SearchRequest(
+        queries=np.zeros((rows, dim), np.float32),
+        k=10,
+        timeout_ms=1.0,
+        options=SearchOptions(min_seq=(2**40,) * 8, filter=bytes(MAX_FILTER_BYTES)),
+    )
+    assert (rows + 1) * dim * 4 > MAX_QUERY_BYTES
+    assert len(encode_frame(1, request)) <= HEADER.size + MAX_FRAME_BYTES
 
 
 async def test_only_items_that_match_come_back_and_a_short_answer_says_why() -> None:

@@ -135,13 +135,20 @@ def test_pieces_are_put_together() -> None:
     clock, rng = Clock(), np.random.default_rng(0)
     ids, scores = rng.integers(0, 99, (5, 3)), rng.random((5, 3), np.float32)
     search = BackgroundSearch(work(1, clock, 5, background=True))
-    for part, seq in [(slice(0, 2), 7), (slice(2, 5), 9)]:
-        found = Ranked(ids[part], scores[part])
+    for part, seq, matched in [(slice(0, 2), 7, 20), (slice(2, 5), 9, 30)]:
         search.replies.append(
-            SearchReply(ranked=found, rows=40 + seq, generation=3, seq=seq, search_ms=0.5)
+            SearchReply(
+                ranked=Ranked(ids[part], scores[part]),
+                rows=40 + seq,
+                generation=3,
+                seq=seq,
+                search_ms=0.5,
+                matched=matched,
+            )
         )
     reply = search.reply(0.25)
     np.testing.assert_array_equal(reply.ranked.ids, ids)
     np.testing.assert_array_equal(reply.ranked.scores, scores)
     # no later writes than all of its rows have
     assert (reply.seq, reply.rows, reply.search_ms, reply.others_share) == (7, 49, 1.0, 0.25)
+    assert reply.matched == 20, "of the first ones no more may have matched"
