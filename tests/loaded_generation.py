@@ -80,7 +80,11 @@ class Member:
         loaded = load_caught_up(folder, manifest, shard)
         self.shard = Shard(shard=shard, generation=manifest.generation, state=loaded.state)
         self.writes = ShardWrites(
-            self.shard, live_folder(folder, shard), keys=loaded.keys, config=CONFIG
+            self.shard,
+            live_folder(folder, shard),
+            keys=loaded.keys,
+            config=CONFIG,
+            clock=lambda: self._now_s,
         )
         self.changeover = Changeover(
             folder,
@@ -119,7 +123,10 @@ class Member:
         assert self.changeover.trouble is None
 
     def catch_up(self) -> None:
-        """Behind it is the state of its shard, if nobody writes."""
+        """Behind it is the state of its shard, if nobody writes. One that led notices first that
+        another one leads."""
+        self._now_s += LOOK_S
+        self.writes.notice_successor()
         try:
             self.writes.catch_up()
         except NotFound:
