@@ -128,15 +128,25 @@ def _with_ties(
     delta: Delta, queries: FloatArray, ranked: Ranked, found: Ranked, tied: IdArray
 ) -> Ranked:
     """``found`` (n, k), where the last score of the queries ``tied`` (m,) belongs to more items
-    than there are slots: of those the ones with the lowest ids."""
-    for query in tied.tolist():
-        last = found.scores[query, -1]
-        scores = np.empty((len(delta.tiles), 1, delta.buffer.tile_rows), np.float32)
-        _score(delta, queries[query : query + 1], 0, scores, last[None])
-        (rows,) = (scores.reshape(-1) >= last).nonzero()
-        ids = np.concatenate((ranked.ids[query], delta.item_ids[rows]))
-        all_scores = np.concatenate((ranked.scores[query], scores.reshape(-1)[rows]))
-        # an empty slot, whose id is the lowest, stays before an item of score -inf, as in MainIndex
-        order = np.lexsort((ids, -all_scores))[: found.ids.shape[1]]
-        found.ids[query], found.scores[query] = ids[order], all_scores[order]
+    than there are slots: of those the ones with the lowest ids.
+
+    They are scored again in the products that they were scored in: another one might sum in another
+    order, and a score be off by its last bit.
+    """
+    last = found.scores[:, -1].copy()
+    products = tied // PRODUCT_QUERIES
+    for product in np.unique(products).tolist():
+        start = product * PRODUCT_QUERIES
+        some = slice(start, start + PRODUCT_QUERIES)
+        scores = np.empty((len(delta.tiles), len(last[some]), delta.buffer.tile_rows), np.float32)
+        _score(delta, queries[some], 0, scores, last[some])
+        for query in tied[products == product].tolist():
+            of_rows = scores[:, query - start].reshape(-1)
+            (rows,) = (of_rows >= last[query]).nonzero()
+            ids = np.concatenate((ranked.ids[query], delta.item_ids[rows]))
+            all_scores = np.concatenate((ranked.scores[query], of_rows[rows]))
+            # an empty slot, whose id is the lowest, stays before an item of score -inf, as in
+            # MainIndex
+            order = np.lexsort((ids, -all_scores))[: found.ids.shape[1]]
+            found.ids[query], found.scores[query] = ids[order], all_scores[order]
     return found

@@ -314,6 +314,22 @@ def test_of_many_equal_scores_the_lowest_ids_come_back(monkeypatch, metric, tile
             np.testing.assert_array_equal(got.ids, expected.ids)
 
 
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("queries", [1, 2, 3, 7, 8, 9, 20])
+def test_of_rows_with_one_vector_as_many_come_back_as_fit(metric, queries) -> None:
+    """In the products of several queries and of one the same pair may differ in the last bit."""
+    rng = np.random.default_rng(queries)
+    one = rng.standard_normal(128)
+    copies = np.repeat((one / np.linalg.norm(one)).astype(np.float32)[None], 600, axis=0)
+    main = build_main(-copies[:2], metric=metric, kind="flat")
+    ids = np.arange(100, 700)
+    state, _ = apply(ShardState.of(main, np.arange(2)), [upsert(1, ids, copies)])
+    asked = rng.standard_normal((queries, 128)).astype(np.float32) + 3 * copies[:1]
+    for k in (5, 50):
+        found = state.search(asked, k, FULL)
+        np.testing.assert_array_equal(found.ids, np.tile(ids[:k], (queries, 1)))
+
+
 def test_vectors_whose_squares_overflow_are_found_and_ranked(states) -> None:
     """Under l2 their distance is infinite to all but each other; nothing else is disturbed."""
     huge = np.full((2, DIM), 3e19, np.float32)
