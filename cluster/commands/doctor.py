@@ -26,6 +26,7 @@ from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.generation import read_generation, verify_generation
 
 VERSIONS = ("ray", "torch", "numpy", "pyarrow", "msgpack", "fastapi")
+STATUS_WITHIN_S = 5.0
 FAISS_WHEELS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 
 
@@ -62,7 +63,7 @@ def _index_checks(store: Store) -> Iterator[Check]:
     if running is None:
         return
     try:
-        with running.address_for(Scope.SEARCH).client() as client:
+        with running.address_for(Scope.SEARCH).client(STATUS_WITHIN_S) as client:
             report = client.status()
     except ShardlineError as error:
         yield warned(NAME, f"not asked: {error}")

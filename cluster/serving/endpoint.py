@@ -15,6 +15,7 @@ import psutil
 
 from shardline.cluster.serving.serving_keys import client_key
 from shardline.cluster.store import Store
+from shardline.router.client.calls import DEFAULT_TIMEOUT_S
 from shardline.router.client.sync_client import Client
 from shardline.router.http.api_keys import Scope
 from shardline.shards.core import files
@@ -39,8 +40,9 @@ class Address:
         """The headers that authenticate a request."""
         return () if self.key is None else (("Authorization", f"Bearer {self.key}"),)
 
-    def client(self) -> Client:
-        return Client(self.url, key=self.key)
+    def client(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> Client:
+        """timeout_s: of a call, its retries included."""
+        return Client(self.url, key=self.key, timeout=timeout_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
