@@ -277,6 +277,16 @@ async def test_what_a_shard_refuses_is_the_callers_error_with_its_place() -> Non
         assert caught.value.field == "filter[2].price"
 
 
+async def test_what_was_not_begun_is_not_asked_after_a_filter_was_refused() -> None:
+    async with serving() as (service, shards):
+        filters = [{"item_id": row} for row in range(40)]
+        filters[3] = {"price": 1}
+        with pytest.raises(InvalidInput) as caught:
+            await ask(service, vectors=VECTORS[:40].tolist(), k=1, filter=filters)
+        assert caught.value.field == "filter[3].price"
+        assert len(shards[0].requests) < 40
+
+
 async def test_the_cache_keeps_answers_of_filters_apart_with_their_reasons() -> None:
     config = CONFIG.model_copy(update={"cache_bytes": 1 << 20})
     async with serving(config) as (service, shards):
