@@ -14,6 +14,7 @@ import pyarrow as pa
 from shardline.cluster.spread import Progress
 from shardline.cluster.store import Store
 from shardline.shards.core import files
+from shardline.shards.live.attributes import decoded_schema
 from shardline.shards.live.live_rows import open_live_rows
 from shardline.shards.storage.cut import cut_of
 from shardline.shards.storage.embedding_set import EmbeddingWriter, embedding_writer
@@ -89,6 +90,7 @@ def common_schema(folder: Path, manifest: GenerationManifest) -> pa.Schema:
     for entry in manifest.shards:
         table = read_attributes(folder, manifest, entry.shard, verify=False)
         schema = pa.schema([]) if table is None else table.schema.remove_metadata()
+        schema = decoded_schema(schema)  # as live rows have it
         if found is not None and found != schema:
             schema = pa.schema(
                 field.with_type(wide.get(field.type, field.type))

@@ -416,14 +416,18 @@ class SearchService:
         """As ``_find``, for queries of several filters: ``query.filters`` has that of each of
         vectors (n, dim), at positions (n,)."""
         is_free = asyncio.Semaphore(FILTERS_AT_ONCE)
+        refused: list[InvalidInput] = []
 
         async def find(packed: bytes, rows: IdArray) -> tuple[IdArray, Merged]:
             own = replace(query, options=replace(query.options, filter=packed), filters=())
-            try:
-                async with is_free:
+            async with is_free:
+                if refused:  # nobody would get what is found now
+                    raise refused[0]
+                try:
                     return rows, await self._find(snapshot, vectors[rows], k, own, deadline)
-            except InvalidInput as error:
-                raise at_query(error, int(positions[rows[0]])) from error
+                except InvalidInput as error:
+                    refused.append(at_query(error, int(positions[rows[0]])))
+                    raise refused[-1] from error
 
         groups = groups_of([query.filters[position] for position in positions.tolist()])
         # all of them end before the table that they use is let go

@@ -100,7 +100,7 @@ def check_filter(value: Any, field: str = "filter") -> bytes:
     if checked == EVERYTHING:
         return b""
     try:
-        packed = _packed(checked)
+        packed = _packed(checked, msgpack.Packer())
     except UnicodeEncodeError as error:
         raise InvalidInput(
             "a text that UTF-8 cannot hold", field=field, expected="Unicode", got=error.reason
@@ -175,20 +175,12 @@ class _Reader:
             elif key in (AND, OR):
                 parts.append(self._several(key, inner, below, depth))
             else:
-                expected = f"a column, {AND}, {OR} or {NOT}"
-                hint = f'as in {{"column": {{"{key}": ...}}}}' if key in _OPERATORS else None
-                raise InvalidInput(
-                    "no operator of filters",
-                    field=below,
-                    expected=expected,
-                    got=key[:_MAX_SHOWN],
-                    hint=hint,
-                )
+                raise _no_operator_of_filters(key, below)
         return _all_of(parts)
 
     def _several(self, key: str, value: Any, path: str, depth: int) -> Filter:
         if not isinstance(value, list | tuple) or not value:
-            got = "an empty list" if value == [] else shown(value)
+            got = "an empty list" if isinstance(value, list | tuple) else shown(value)
             raise InvalidInput("no filters", field=path, expected="a list of filters", got=got)
         self._check_depth(depth, path)
         parts = [self.read(part, f"{path}[{i}]", depth + 1) for i, part in enumerate(value)]
@@ -209,7 +201,7 @@ class _Reader:
 
     def _operators(self, column: str, value: Any, path: str, depth: int) -> Filter:
         if not isinstance(value, dict) or not value:
-            got = "an empty map" if value == {} else shown(value)
+            got = "an empty map" if isinstance(value, dict) else shown(value)
             expected = "a map of operators and values"
             raise InvalidInput("no operator", field=path, expected=expected, got=got)
         parts: list[Filter] = []
@@ -327,18 +319,17 @@ def _any_of(parts: Sequence[Filter]) -> Filter:
     return flat[0] if len(flat) == 1 else AnyOf(tuple(flat))
 
 
-def _packed(part: Filter) -> bytes:
+def _packed(part: Filter, packer: msgpack.Packer) -> bytes:
     """In msgpack; parts that hold together are sorted by their bytes, each once."""
     if isinstance(part, Condition):
-        packed: bytes = msgpack.packb({part.column: {str(part.operator): part.value}})
+        packed: bytes = packer.pack({part.column: {str(part.operator): part.value}})
         return packed
-    packer = msgpack.Packer()
     if part == EVERYTHING:
         return bytes(packer.pack_map_header(0))
     head = bytes(packer.pack_map_header(1))
     if isinstance(part, Negation):
-        return b"".join((head, packer.pack(NOT), _packed(part.part)))
-    each = sorted({_packed(inner) for inner in part.parts})
+        return b"".join((head, packer.pack(NOT), _packed(part.part, packer)))
+    each = sorted({_packed(inner, packer) for inner in part.parts})
     if len(each) == 1:
         return each[0]
     key = packer.pack(AND if isinstance(part, AllOf) else OR)

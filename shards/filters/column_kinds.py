@@ -7,6 +7,7 @@ written with. Texts and bytes are compared by their bytes.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from shardline.shards.core.filter_language import Operator, Scalar
 from shardline.shards.filters.column_tests import Compared, Every, No, OneOf, Substring, Test
@@ -24,6 +26,11 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 DAY_SECONDS = 86_400
 DAY_MS = DAY_SECONDS * 1000
 MICROSECOND = timedelta(microseconds=1)
+MAX_DECIMAL_DIGITS = 200  # of a decimal as a text: twice as many as any type of decimals has
+_DECIMAL = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
+NANOSECOND_DIGITS = 9
+# of a second's fraction in a time of ISO 8601, extended or basic; those of an offset do not count
+_FRACTION_DIGITS = re.compile(r".{7,10}.[0-9:]+[.,]([0-9]+)(?:Z|[+-].*)?")
 # of a second's value: what the fraction of a float may be off a whole number of units
 FRACTION = Fraction(1, 10**9)
 RANGES = (Operator.LT, Operator.LTE, Operator.GT, Operator.GTE)
@@ -107,28 +114,34 @@ class Floats:
     operators: frozenset[Operator] = _ORDERED
 
     def compared(self, operator: Operator, value: Scalar) -> Test:
-        number, largest = _number(value), float(np.finfo(self.width).max)
-        if abs(number) <= largest:
-            return Compared(_FUNCTIONS[operator], self._rounded(number))
+        (rounded,) = self._rounded([value])
+        if math.isfinite(rounded):
+            return Compared(_FUNCTIONS[operator], self._scalar(rounded))
         # between the largest number and infinity
         if operator == Operator.EQ:
             return No()
         is_below = operator in (Operator.LT, Operator.LTE)
-        if number > 0:
-            return Compared("less_equal" if is_below else "greater", self._rounded(largest))
-        return Compared("less" if is_below else "greater_equal", self._rounded(-largest))
+        largest = float(np.finfo(self.width).max)
+        if rounded > 0:
+            return Compared("less_equal" if is_below else "greater", self._scalar(largest))
+        return Compared("less" if is_below else "greater_equal", self._scalar(-largest))
 
     def one_of(self, values: Sequence[Scalar]) -> Test:
-        largest = float(np.finfo(self.width).max)
-        numbers = np.array([float(n) for n in map(_number, values) if abs(n) <= largest])
+        rounded = self._rounded(values)
+        numbers = rounded[np.isfinite(rounded)]
         if not len(numbers):
             return No()
-        stored = numbers.astype(self.width).astype(_FLOATS[self.stored.bit_width])
+        stored = numbers.astype(_FLOATS[self.stored.bit_width])
         # by its bits, -0.0 is none of a list with 0.0
         return OneOf(pa.array(np.append(stored, -stored[stored == 0])))
 
-    def _rounded(self, number: int | float) -> pa.Scalar:
-        return pa.scalar(float(self.width(number)), self.stored)
+    def _rounded(self, values: Sequence[Scalar]) -> NDArray[np.floating[Any]]:
+        """(values,) in the width; infinite where that has no number as large."""
+        with np.errstate(over="ignore"):
+            return np.array([float(_number(value)) for value in values]).astype(self.width)
+
+    def _scalar(self, number: float) -> pa.Scalar:
+        return pa.scalar(float(number), self.stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,13 +256,20 @@ def _integers(kind: pa.DataType) -> Kind:
 
 
 def _decimals(kind: pa.DataType) -> Kind:
-    unit = Fraction(10) ** -kind.scale
+    unit: Fraction = Fraction(10) ** -kind.scale
     stored, largest = compared_type(kind), 10**kind.precision - 1
 
     def array(units: list[int]) -> pa.Array:
         return pa.array([_decimal(each, kind.scale) for each in units], stored)
 
-    return ExactNumbers(-largest, largest, lambda value: _written(value) / unit, array)
+    def units(value: Scalar) -> Exact:
+        if not isinstance(value, str):
+            return _written(value) / unit
+        if len(value) > MAX_DECIMAL_DIGITS or not _DECIMAL.fullmatch(value):
+            raise WrongValue("a number, or its digits as a text")
+        return Fraction(value) / unit
+
+    return ExactNumbers(-largest, largest, units, array)
 
 
 def _decimal(units: int, scale: int) -> Decimal:
@@ -277,14 +297,19 @@ def _timestamps(kind: pa.DataType) -> Kind:
     epoch = datetime(1970, 1, 1, tzinfo=UTC if has_zone else None)
 
     def units(value: Scalar) -> Exact:
-        expected = f"a time as {shown}"
+        expected = f"a time as {shown}, with at most 9 digits of a second's fraction"
+        text = _text(value, expected)
+        fraction = _FRACTION_DIGITS.fullmatch(text)
+        digits = fraction[1] if fraction else ""
         try:
-            moment = datetime.fromisoformat(_text(value, expected))
+            moment = datetime.fromisoformat(text)
         except ValueError:
             raise WrongValue(expected) from None
-        if (moment.tzinfo is not None) != has_zone:
+        if (moment.tzinfo is not None) != has_zone or len(digits) > NANOSECOND_DIGITS:
             raise WrongValue(expected)
-        return Fraction((moment - epoch) // MICROSECOND * per_second, 10**6)
+        # datetime has cut off what is behind its six digits
+        ns = (moment - epoch) // MICROSECOND * 1000 + int(digits[6:].ljust(3, "0"))
+        return Fraction(ns * per_second, 10**9)
 
     return _units_of(compared_type(kind), units)
 

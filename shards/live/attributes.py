@@ -3,6 +3,9 @@
 A write brings them as columns, a map from names to lists of one value per item, in msgpack. A
 state keeps them by item, as a list of values in the order of the shard's attribute names. The names
 and types are those of the generation: writes add no columns. A name that is left out is null.
+
+Columns of written items have the values of dictionaries and runs themselves: there may be more
+different ones than the index of a dictionary, made for those of a generation, can count.
 """
 
 from collections.abc import Sequence
@@ -11,9 +14,11 @@ from typing import Any
 import msgpack
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import IdArray
+from shardline.shards.filters.column_kinds import decoded_type
 from shardline.shards.live.attribute_values import (
     Unfit,
     arrow_array,
@@ -64,8 +69,7 @@ def as_answered(values: list[Any], kind: pa.DataType) -> list[Any]:
     Raises:
         Unfit: a value that the type does not take.
     """
-    while is_encoded(kind):
-        kind = kind.value_type
+    kind = decoded_type(kind)
     if any(check(kind) for check in _AS_TAKEN):
         return taken_values(values, kind)
     made = arrow_array(values, kind)
@@ -73,13 +77,38 @@ def as_answered(values: list[Any], kind: pa.DataType) -> list[Any]:
 
 
 def written_table(packed: Sequence[bytes], schema: pa.Schema) -> pa.Table:
-    """Items as ``packed_rows`` made them, as columns of ``schema``."""
+    """Items as ``packed_rows`` made them, as columns of ``decoded_schema``."""
+    schema = decoded_schema(schema)
     rows = [msgpack.unpackb(each) if each else [None] * len(schema) for each in packed]
     columns = zip(*rows, strict=True) if rows else [()] * len(schema)
     arrays = [
         arrow_array(values, field.type) for values, field in zip(columns, schema, strict=True)
     ]
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def with_written(stored: pa.Table, packed: Sequence[bytes]) -> pa.Table:
+    """The rows of ``stored`` and behind them those of ``written_table``, in its types."""
+    columns = [_decoded(column) for column in stored.columns]
+    kept = pa.Table.from_arrays(columns, schema=decoded_schema(stored.schema))
+    return pa.concat_tables((kept, written_table(packed, stored.schema)))
+
+
+def decoded_schema(schema: pa.Schema) -> pa.Schema:
+    """With the types of the values for dictionaries and runs."""
+    fields = [field.with_type(decoded_type(field.type)) for field in schema]
+    return pa.schema(fields, schema.metadata)
+
+
+def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    while is_encoded(column.type):
+        is_runs = pa.types.is_run_end_encoded(column.type)
+        chunks = [
+            pc.run_end_decode(chunk) if is_runs else chunk.dictionary_decode()
+            for chunk in column.chunks
+        ]
+        column = pa.chunked_array(chunks, column.type.value_type)
+    return column
 
 
 def packed_rows(attributes: bytes, rows: int, names: Sequence[str]) -> list[bytes]:

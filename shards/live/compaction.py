@@ -25,7 +25,7 @@ from shardline.shards.core.errors import InvalidInput, ShardlineError
 from shardline.shards.core.files import remove_abandoned, staged_folder
 from shardline.shards.index.compacted import NEW, build_compacted_index
 from shardline.shards.index.spec import Device
-from shardline.shards.live.attributes import written_table
+from shardline.shards.live.attributes import with_written
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import LiveRows, live_rows
 from shardline.shards.live.loading import Loaded, load_caught_up
@@ -118,7 +118,7 @@ def _write(
     state, item_ids = loaded.state, rows.item_ids
     write_index_of(state, rows, generation / TEMPLATE_NAME, folder / INDEX_NAME, threads=threads)
     write_item_ids(folder / ITEM_IDS_NAME, item_ids)
-    write_attributes(folder / ATTRIBUTES_NAME, _attributes(state, rows))
+    write_attributes(folder / ATTRIBUTES_NAME, attributes_of_rows(state, rows))
     (folder / KEYS_NAME).write_bytes(loaded.keys.pack())
     write_main(
         folder,
@@ -141,13 +141,13 @@ def write_index_of(
     build_compacted_index(template, state.main, source, new, out, threads=threads)
 
 
-def _attributes(state: ShardState, rows: LiveRows) -> pa.Table:
+def attributes_of_rows(state: ShardState, rows: LiveRows) -> pa.Table:
     """The columns of ``rows``, in their order; none where the shard has no attributes."""
     stored = state.attributes.table
     if stored is None:
         return pa.table({})
     packed = [state.delta.attributes_of(row) for row in rows.rows[~rows.in_main].tolist()]
-    table = pa.concat_tables((stored, written_table(packed, stored.schema)))
+    table = with_written(stored, packed)
     at = rows.rows.copy()
     at[~rows.in_main] = stored.num_rows + np.arange(len(packed))
     return table.take(pa.array(at))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from shardline.shards.core.errors import NotFound
 from shardline.shards.core.schema import IdArray
 from shardline.shards.index.spec import Device
-from shardline.shards.live.attributes import written_table
+from shardline.shards.live.attributes import with_written
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up, with_newest_main
 from shardline.shards.live.log_segments import segment_names
@@ -65,8 +65,7 @@ class LiveRows:
         at = np.empty(len(rows), np.int64)
         at[in_main] = np.arange(kept.num_rows)
         at[~in_main] = kept.num_rows + np.arange(len(packed))
-        table = pa.concat_tables((kept, written_table(packed, stored.schema)))
-        (batch,) = table.take(pa.array(at)).combine_chunks().to_batches()
+        (batch,) = with_written(kept, packed).take(pa.array(at)).combine_chunks().to_batches()
         return batch
 
 

@@ -2,6 +2,8 @@
 
 A delta has attributes as they were written, a list of values per row. Only the columns that filters
 name are made of them, and of each only the rows that came since it was last asked for.
+
+Dictionaries and runs are made as their values, as in ``attributes``.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +14,7 @@ import msgpack
 import pyarrow as pa
 
 from shardline.shards.live.attribute_values import arrow_array
+from shardline.shards.live.attributes import decoded_schema
 from shardline.shards.live.delta import Delta
 
 MAX_PARTS = 64  # of a column, before they are put together: writes come in small groups
@@ -30,7 +33,7 @@ class WrittenColumns:
     shard's attributes."""
 
     def __init__(self, schema: pa.Schema) -> None:
-        self._schema = schema
+        self._schema = decoded_schema(schema)
         self._places = {name: schema.get_field_index(name) for name in schema.names}
         self._buffer: object = None
         self._columns: dict[str, _Column] = {}

@@ -3,6 +3,7 @@
 No sockets, threads or Ray here. A shard is used by one thread at a time.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +37,8 @@ from shardline.shards.live.state import ShardState
 from shardline.shards.storage.generation import (
     read_generation,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Shard:
@@ -95,7 +98,8 @@ class Shard:
 
     def search_batch(self, requests: Sequence[SearchRequest]) -> list[SearchReply | ShardlineError]:
         """A reply to each request, in order; requests that differ in their queries alone share one
-        search. One that is wrong gets its error in place of a reply and harms no other.
+        search. One that is wrong gets its error in place of a reply and harms no other; what is no
+        ``ShardlineError`` is raised if there is one request alone.
         """
         state = self.state
         if len(requests) == 1:
@@ -108,7 +112,7 @@ class Shard:
                 key = (at,)
             groups.setdefault(key, []).append(at)
         for members in groups.values():
-            answered = self._search_group(state, [requests[at] for at in members])
+            answered = self._search_alone(state, [requests[at] for at in members])
             replies.update(zip(members, answered, strict=True))
         return [replies[at] for at in range(len(requests))]
 
@@ -186,6 +190,16 @@ class Shard:
         """Raises Behind where the state lacks writes that the request asks for."""
         if self.shard < len(min_seq) and state.seq < min_seq[self.shard]:
             raise Behind("writes are missing", got=f"{state.seq} applied")
+
+    def _search_alone(
+        self, state: ShardState, group: Sequence[SearchRequest]
+    ) -> list[SearchReply | ShardlineError]:
+        """As ``_search_group``, of several groups."""
+        try:
+            return self._search_group(state, group)
+        except Exception:  # a bug of ours must cost these answers, not those of other groups
+            logger.exception("a search failed")
+            return [ShardlineError("internal error of the shard")] * len(group)
 
     def _search_group(
         self,

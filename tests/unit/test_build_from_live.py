@@ -237,3 +237,16 @@ def test_a_cut_that_is_none_is_refused(tmp_path: Path, cut: object) -> None:
     with pytest.raises(CorruptFile, match="cut"):
         open_embedding_set(tmp_path / "set")
     assert (tmp_path / "set" / MANIFEST_NAME).is_file()
+
+
+def test_live_rows_have_the_values_of_dictionaries(
+    original: LiveStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written ones may be more than the index of a generation's dictionary counts."""
+    kind = pa.dictionary(pa.int8(), pa.string())
+    table = pa.table({"title": pa.array(["a"]).dictionary_encode().cast(kind)})
+    monkeypatch.setattr(corpus_from_live, "read_attributes", lambda *args, **options: table)
+    schema = corpus_from_live.common_schema(original.folder, original.manifest)
+    assert schema == pa.schema([("title", pa.string())])
+    titles = pa.record_batch({"title": [str(row) for row in range(300)]})
+    assert corpus_from_live.in_schema(titles, schema) == titles

@@ -87,6 +87,20 @@ def test_other_filters_are_other_bytes(first: Any, second: Any) -> None:
     assert check_filter(first) != check_filter(second)
 
 
+def test_one_packer_packs_a_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes longer than packing with it."""
+    made: list[msgpack.Packer] = []
+
+    def packer() -> msgpack.Packer:
+        made.append(real())
+        return made[-1]
+
+    real = msgpack.Packer
+    monkeypatch.setattr(msgpack, "Packer", packer)
+    check_filter({"$or": [{"a": 1}, {"b": 2, "$not": {"c": {"$in": [3]}}}]})
+    assert len(made) == 1
+
+
 def test_an_empty_filter_is_none() -> None:
     assert check_filter({}) == b""
     assert read_filter(b"") == EVERYTHING

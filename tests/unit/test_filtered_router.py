@@ -13,7 +13,13 @@ import pytest
 from shardline.router.contract import Reason
 from shardline.router.filter_groups import FILTERS_AT_ONCE, groups_of
 from shardline.router.http.body_values import TakesLong
-from shardline.router.http.codec import FILTERED_IN_LOOP, decode_query, encode_answer
+from shardline.router.http.codec import (
+    FILTERED_IN_LOOP,
+    FILTERS_BYTES_IN_LOOP,
+    FILTERS_IN_LOOP,
+    decode_query,
+    encode_answer,
+)
 from shardline.router.http.media import Media
 from shardline.router.limits import MAX_QUERY_BYTES
 from shardline.router.query import ResolvedQuery, SearchAnswer
@@ -114,6 +120,28 @@ def test_what_only_msgpack_has_is_no_value_of_a_filter(value: Any) -> None:
         assert caught.value.field.startswith("filter.item_id")
 
 
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [
+        (lambda array: array, "filter"),
+        (lambda array: [array], "filter[0]"),
+        (lambda array: {"$and": array}, "filter.$and"),
+        (lambda array: {"$or": array}, "filter.$or"),
+        (lambda array: {"$or": [array]}, "filter.$or[0]"),
+        (lambda array: {"$not": array}, "filter.$not"),
+        (lambda array: {"a": {"$not": array}}, "filter.a.$not"),
+        (lambda array: {"a": {"$in": array}}, "filter.a.$in"),
+        (lambda array: {"a": {"$exists": array}}, "filter.a.$exists"),
+    ],
+)
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_an_array_of_msgpack_is_no_part_of_a_filter(place: Any, field: str, length: int) -> None:
+    array = {"dtype": "<i8", "shape": [length], "data": bytes(8 * length)}
+    with pytest.raises(InvalidInput) as caught:
+        decoded(Media.MSGPACK, item_ids=[1], filter=place(array))
+    assert caught.value.field == field
+
+
 def test_large_filters_are_checked_in_a_thread() -> None:
     many = {"item_id": {"$in": list(range(9000))}}
     assert len(packed(Media.JSON, item_ids=[1], filter=many)) > FILTERED_IN_LOOP
@@ -121,6 +149,21 @@ def test_large_filters_are_checked_in_a_thread() -> None:
         decoded(in_loop=True, item_ids=[1], filter=many)
     assert decoded(item_ids=[1], filter=many).options.filter
     assert decoded(in_loop=True, item_ids=[1], filter=LOW).options.filter
+
+
+def test_many_filters_are_checked_in_a_thread() -> None:
+    """Their number counts, not only their bytes."""
+    config = CONFIG.model_copy(update={"max_batch": 1000})
+
+    def taken(count: int, given: Any) -> ResolvedQuery:
+        body = packed(Media.JSON, item_ids=[1] * count, filter=[given] * count)
+        return decode_query(body, Media.JSON, config, in_loop=True)
+
+    assert taken(FILTERS_IN_LOOP, {"a": 1}).options.filter
+    with pytest.raises(TakesLong):
+        taken(FILTERS_IN_LOOP + 1, {"a": 1})
+    with pytest.raises(TakesLong):
+        taken(2, {"a": {"$in": ["x" * FILTERS_BYTES_IN_LOOP]}})
 
 
 def test_a_frame_has_room_for_the_most_vectors_and_the_largest_filter() -> None:
@@ -232,6 +275,16 @@ async def test_what_a_shard_refuses_is_the_callers_error_with_its_place() -> Non
         with pytest.raises(InvalidInput, match="item_id") as caught:
             await ask(service, item_ids=[1, 999, 2], filter=[LOW, LOW, wrong])
         assert caught.value.field == "filter[2].price"
+
+
+async def test_what_was_not_begun_is_not_asked_after_a_filter_was_refused() -> None:
+    async with serving() as (service, shards):
+        filters = [{"item_id": row} for row in range(40)]
+        filters[3] = {"price": 1}
+        with pytest.raises(InvalidInput) as caught:
+            await ask(service, vectors=VECTORS[:40].tolist(), k=1, filter=filters)
+        assert caught.value.field == "filter[3].price"
+        assert len(shards[0].requests) < 40
 
 
 async def test_the_cache_keeps_answers_of_filters_apart_with_their_reasons() -> None:

@@ -215,6 +215,23 @@ def test_columns_in_many_parts_are_put_together(monkeypatch: pytest.MonkeyPatch)
     assert max(parts) <= 5
 
 
+def test_written_values_may_be_more_than_a_dictionary_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(written_columns, "MAX_PARTS", 4)
+    kind = pa.dictionary(pa.int8(), pa.string())
+    table = pa.table({"name": pa.array(["a", "b"] * (ROWS // 2)).dictionary_encode().cast(kind)})
+    main = build_main(VECTORS, metric=Metric.DOT, kind="flat")
+    state = ShardState.of(main, IDS, ItemAttributes(table))
+    for seq in range(1, 8):
+        ids = np.arange(150) + 1000 * seq
+        names = msgpack.packb({"name": [f"n{item}" for item in ids.tolist()]})
+        state, _ = apply(state, [upsert(seq, ids, OTHERS[:150], names)])
+        assert state.matching(check_filter({"name": f"n{ids[7]}"})).rows == 1
+    listed = {"name": {"$in": ["a", "n1003", "n7149", "n7150"]}}
+    assert state.matching(check_filter(listed)).rows == ROWS // 2 + 2
+
+
 def test_what_is_kept_is_bounded_and_the_least_used_goes_first() -> None:
     state, _ = new_state()
     rows = FilterRows(IDS, state.attributes, max_bytes=20_000)

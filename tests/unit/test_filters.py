@@ -1,6 +1,7 @@
 """Filters bound to columns and evaluated: equal to plain Python, row by row, for every type."""
 
 import random
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,32 @@ def test_floats_are_compared_in_their_width() -> None:
     assert rows_of({"x": {"$not": {"$gte": 0}}}, x=narrow) == [3]
 
 
+def test_a_bound_beyond_the_largest_float_of_a_width_may_round_to_it() -> None:
+    half = pa.array([65504, float("inf"), 1, -65504], pa.float16())
+    for number in (65504, 65510):
+        assert rows_of({"x": number}, x=half) == [0]
+        assert rows_of({"x": {"$in": [number, 2]}}, x=half) == [0]
+        assert rows_of({"x": {"$gte": number}}, x=half) == [0, 1]
+        assert rows_of({"x": {"$lt": number}}, x=half) == [2, 3]
+        assert rows_of({"x": {"$lte": -number}}, x=half) == [3]
+    assert rows_of({"x": 65520}, x=half) == []
+    assert rows_of({"x": {"$lt": 65520}}, x=half) == [0, 2, 3]
+    assert rows_of({"x": {"$gte": 65520}}, x=half) == [1]
+
+
+def test_decimals_are_taken_as_texts_too() -> None:
+    """Of more digits than a float of JSON keeps."""
+    texts = ["12345678901234567890123.45", "12345678901234567890123.46", "-0.10"]
+    prices = pa.array([Decimal(text) for text in texts], pa.decimal128(38, 2))
+    for row, text in enumerate(texts):
+        assert rows_of({"price": text}, price=prices) == [row]
+    assert rows_of({"price": {"$in": ["-0.1", texts[1] + "0"]}}, price=prices) == [1, 2]
+    assert rows_of({"price": {"$gt": texts[0]}}, price=prices) == [1]
+    assert rows_of({"price": {"$gte": "12345678901234567890123.455"}}, price=prices) == [1]
+    large = pa.array([2**64, 2**64 + 1], pa.decimal128(38, 0))
+    assert rows_of({"n": str(2**64 + 1)}, n=large) == [1]
+
+
 def test_integers_are_compared_exactly() -> None:
     big = pa.array([2**53, 2**53 + 1, 2**63 - 1], pa.int64())
     assert rows_of({"n": 2**53 + 1}, n=big) == [1]
@@ -195,6 +222,23 @@ def test_times_in_their_zone() -> None:
     span = pa.array([1_000_000, 1_000_001], pa.duration("us"))
     assert rows_of({"span": {"$gt": 1}}, span=span) == [1]
     assert rows_of({"span": 1.000001}, span=span) == [1]
+
+
+def test_times_are_told_apart_by_nanoseconds() -> None:
+    moments = pa.array([-1, 0, 1, 123456789], pa.timestamp("ns"))
+    assert rows_of({"at": "1970-01-01T00:00:00.123456789"}, at=moments) == [3]
+    assert rows_of({"at": "19700101T000000.000000001"}, at=moments) == [2]
+    assert rows_of({"at": {"$gt": "1970-01-01T00:00:00.0000000"}}, at=moments) == [2, 3]
+    assert rows_of({"at": {"$lt": "1969-12-31T23:59:59.999999999"}}, at=moments) == []
+    assert rows_of({"at": "1969-12-31 23:59:59,999999999"}, at=moments) == [0]
+    seen = moments.cast(pa.timestamp("ns", "UTC"))
+    assert rows_of({"at": "1970-01-01T01:00:00.000000001+01:00"}, at=seen) == [2]
+    assert rows_of({"at": {"$lte": "1970-01-01T00:00:00.00000000Z"}}, at=seen) == [0, 1]
+    coarse = pa.array([0, 1], pa.timestamp("us"))
+    assert rows_of({"at": {"$gt": "1970-01-01T00:00:00.000000999"}}, at=coarse) == [1]
+    assert rows_of({"at": "1970-01-01T00:00:00.000000999"}, at=coarse) == []
+    with pytest.raises(InvalidInput, match="at most 9 digits of a second's fraction"):
+        rows_of({"at": "1970-01-01T00:00:00.0000000001"}, at=moments)
 
 
 def test_the_item_id_is_a_column() -> None:
@@ -281,7 +325,11 @@ TYPES = {
         ({"count": {"$in": [1, "b", 3]}}, "filter.count.$in", "got 'b'"),
         ({"count": {"$nin": [1, "b", 3]}}, "filter.count.$nin", "got 'b'"),
         ({"count": {"$contains": 1}}, "filter.count.$contains", "expected one of $eq, $ne, $in"),
-        ({"price": {"$gt": "5"}}, "filter.price.$gt", "expected a number, as price is of type dec"),
+        ({"price": True}, "filter.price.$eq", "expected a number, as price is of type decimal"),
+        *(
+            ({"price": {"$gt": text}}, "filter.price.$gt", "expected a number, or its digits as a")
+            for text in ("five", "1e5", "1/2", "", ".5", "nan", "1_0", "٣", "1" * 201)
+        ),
         ({"title": {"$ne": 5}}, "filter.title.$ne", "expected a text, as title is of type string"),
         ({"title": {"$contains": 5}}, "filter.title.$contains", "got 5"),
         ({"code": 5}, "filter.code.$eq", "expected bytes, as a text in UTF-8"),

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from shardline.bench.vectors import manifold
-from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, NotFound
+from shardline.shards.core.errors import (
+    CorruptFile,
+    InvalidInput,
+    NewerFormat,
+    NotFound,
+    ShardlineError,
+)
 from shardline.shards.core.files import write_manifest
 from shardline.shards.core.messages import FetchRequest, SearchParams, SearchReply, SearchRequest
 from shardline.shards.core.schema import Metric
@@ -108,6 +114,27 @@ def test_a_batch_answers_each_request_as_if_alone(shard, vectors) -> None:
         alone = shard.search(asked)
         assert_same_answers(reply.ranked, alone.ranked)
     assert shard.search_batch([]) == []
+
+
+def test_a_bug_costs_the_requests_that_meet_it(shard, vectors, monkeypatch, caplog) -> None:
+    main = shard.state.main
+    search = main.search
+
+    def broken(queries, k, params, selection):
+        if k == 5:
+            raise RuntimeError("a bug")
+        return search(queries, k, params, selection)
+
+    monkeypatch.setattr(main, "search", broken)
+    good, bad = request(vectors[:2]), request(vectors[:2], 5)
+    replies = shard.search_batch([good, bad, good, bad])
+    for reply in (replies[0], replies[2]):
+        assert_same_answers(reply.ranked, shard.search(good).ranked)
+    for reply in (replies[1], replies[3]):
+        assert (type(reply), reply.details) == (ShardlineError, "internal error of the shard")
+    assert "RuntimeError: a bug" in caplog.text
+    with pytest.raises(RuntimeError):
+        shard.search_batch([bad])
 
 
 def test_compatible_requests_share_one_search(shard, vectors, monkeypatch) -> None:
