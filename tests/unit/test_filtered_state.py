@@ -468,6 +468,41 @@ def test_dear_searches_with_filters_are_not_the_loop_threads(monkeypatch) -> Non
     assert not shard.is_cheap(request(few))  # with what the delta has
 
 
+def test_a_search_of_a_known_filter_ends_with_its_time_too(monkeypatch) -> None:
+    monkeypatch.setattr(filtered_search, "COPIED_VALUES", 0)
+    monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 0)
+    shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
+    assert shard.search(request(CHEAP)).matched
+    with pytest.raises(DeadlineExceeded):
+        shard.search(replace(request(CHEAP), timeout_ms=-1.0))
+
+
+def test_the_loop_thread_searches_only_copies_that_are_made(monkeypatch) -> None:
+    monkeypatch.setattr(filtered_search, "COPIED_VALUES", 0)
+    monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
+    shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
+    threads: list[str] = []
+    search_batch = shard.search_batch
+
+    def noted(requests: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return search_batch(requests)
+
+    monkeypatch.setattr(shard, "search_batch", noted)
+    server = ShardServer(shard, secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    link = ShardLink(address, SECRET, timeout_s=5)
+    try:
+        for given in ({"item_id": {"$lt": 300}}, {"item_id": {"$gte": 300}}):
+            for _ in range(3):
+                assert isinstance(link.ask(request(given), timeout_s=5), SearchReply)
+    finally:
+        link.close()
+        server.stop()
+    assert threads == ["shard-search"] * 2 + ["shard-loop"] + ["shard-search"] * 3
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_searches_with_filters_say_nothing_of_those_without(background: bool) -> None:
     shard = Shard(shard=0, generation=7, state=new_state()[0])
