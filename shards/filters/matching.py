@@ -6,6 +6,7 @@ their elements, all of a chunk at once; dictionaries by their values, each once.
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -28,19 +29,25 @@ from shardline.shards.filters.column_tests import (
 
 # elements of lists tested at once: their masks and counts take ten bytes for each
 BLOCK = 1 << 20
+TEXTS = 1 << 16  # looked through at once: 6 ms of one core at 55 bytes each
 
 Mask = NDArray[np.bool_]
 
 
-def matches(bound: Bound, table: pa.Table, item_ids: IdArray) -> Mask:
+def matches(
+    bound: Bound, table: pa.Table, item_ids: IdArray, look: Callable[[], None] = lambda: None
+) -> Mask:
     """(rows,) bool: whether the filter holds for each row of ``table``, whose schema it was bound
-    to; item_ids (rows,) int64 are the rows' items. The mask is the caller's own."""
+    to; item_ids (rows,) int64 are the rows' items. The mask is the caller's own.
+
+    look: called before each condition, and every TEXTS texts; what it raises ends the evaluation.
+    """
     if isinstance(bound, ColumnTest):
-        return _tested_column(bound, table, item_ids)
+        return _tested_column(bound, table, item_ids, look)
     if isinstance(bound, NotTest):
-        mask = matches(bound.part, table, item_ids)
+        mask = matches(bound.part, table, item_ids, look)
         return np.logical_not(mask, out=mask)
-    masks = (matches(part, table, item_ids) for part in bound.parts)
+    masks = (matches(part, table, item_ids, look) for part in bound.parts)
     if isinstance(bound, AllTests):
         return functools.reduce(_both, masks, np.ones(len(item_ids), np.bool_))
     assert isinstance(bound, AnyTest)
@@ -55,11 +62,28 @@ def _either(first: Mask, second: Mask) -> Mask:
     return np.logical_or(first, second, out=first)
 
 
-def _tested_column(test: ColumnTest, table: pa.Table, item_ids: IdArray) -> Mask:
+def _tested_column(
+    test: ColumnTest, table: pa.Table, item_ids: IdArray, look: Callable[[], None]
+) -> Mask:
     chunks = [pa.array(item_ids)] if test.place is None else table.column(test.place).chunks
-    masks = [_tested_rows(test, chunk) for chunk in chunks]
+    masks: list[Mask] = []
+    look()
+    for rows in itertools.chain.from_iterable(_pieces(test, chunk) for chunk in chunks):
+        if masks:
+            look()
+        masks.append(_tested_rows(test, rows))
     mask = masks[0] if len(masks) == 1 else np.concatenate([np.zeros(0, np.bool_), *masks])
     return np.logical_not(mask, out=mask) if test.negated else mask
+
+
+def _pieces(test: ColumnTest, chunk: pa.Array) -> Iterator[pa.Array]:
+    """A chunk, cut where it has many texts to look through; those of a dictionary are not."""
+    is_cut = isinstance(test.test, Substring) and not pa.types.is_dictionary(chunk.type)
+    if not is_cut or len(chunk) <= TEXTS:
+        yield chunk
+        return
+    for start in range(0, len(chunk), TEXTS):
+        yield chunk.slice(start, TEXTS)
 
 
 def _tested_rows(test: ColumnTest, rows: pa.Array) -> Mask:

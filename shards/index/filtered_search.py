@@ -52,6 +52,7 @@ COPIED_VALUES = 1 << 20
 # Those with so few, when they are used again: 65,536 rows take 0.6 ms, less than the lists that
 # would have to be visited; copying them takes 10 ms.
 COPIED_AGAIN_VALUES = 8 << 20
+ENTRY_BYTES = 6000  # of a filter beside its arrays: two forms of faiss, an index, objects
 KEPT_BYTES = 64 << 20  # derived from filters, per index; what was not used for longest goes
 # Results in many lists have scores nearer to each other than those in few, and codes tell them
 # apart less well: of the results in 256 of 1,024 lists factor 2 finds .93, factor 4 .98.
@@ -121,6 +122,7 @@ class FilteredSearch:
         self._copied = COPIED_VALUES // stored.dim
         self._copied_again = COPIED_AGAIN_VALUES // stored.dim
         self._derived: OrderedDict[Selection, _Derived] = OrderedDict()
+        self._bytes = 0  # of these
         self._lock = threading.Lock()  # around what is derived
 
     @property
@@ -134,10 +136,25 @@ class FilteredSearch:
             with self._lock:
                 self._lists = self._lists or self._read_lists()
 
+    def is_cheap(self, origin: Selection, queries: int, others: int = 0) -> bool:
+        """Whether a search is one of copies that have been made, or of an index that has as few
+        rows, and with ``others`` few enough are scored."""
+        derived = self._derived.get(origin)
+        is_copied = derived is not None and derived.copies is not None
+        rows = origin.num_selected if is_copied else origin.rows
+        is_small = queries * (rows + others) <= self._copied_again
+        return is_small and (is_copied or rows <= self._copied)
+
     def search(
-        self, queries: FloatArray, k: int, params: SearchParams, chosen: Selection
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        chosen: Selection,
+        look: Callable[[], None] = lambda: None,
     ) -> Ranked:
-        """The k best of the rows ``chosen`` of queries (n, d), all of which are checked."""
+        """The k best of the rows ``chosen`` of queries (n, d), all of which are checked. look:
+        called before lists are visited and before each block of rows; what it raises ends it."""
         if not chosen.num_selected:
             return _nothing(len(queries), k)
         origin = chosen.origin or chosen
@@ -146,25 +163,35 @@ class FilteredSearch:
         if origin.num_selected <= most:
             return self._among_copies(queries, k, derived, chosen)
         if self._has_lists:
-            ranked = self._in_lists(queries, k, params, derived, chosen)
+            ranked = self._in_lists(queries, k, params, derived, chosen, look)
         else:
             ranked = self._main.search(queries, k, self._widened(params, chosen), chosen)
         wanted = min(k, chosen.num_selected)
         short = np.flatnonzero(ranked.ids[:, wanted - 1] == EMPTY_ID)
         if short.size:
-            found = scan(self._stored, queries[short], k, self._metric, chosen, lambda: None)
+            found = scan(self._stored, queries[short], k, self._metric, chosen, look)
             ranked.ids[short], ranked.scores[short] = found
         return ranked
 
     def _derived_of(self, origin: Selection, queries: int) -> _Derived:
         with self._lock:
-            derived = self._derived.pop(origin, None) or _Derived(bytes=origin.bits.nbytes)
-            self._derived[origin] = derived
+            derived = self._derived.get(origin)
+            if derived is None:
+                derived = self._derived[origin] = _Derived()
+                # the bits of ``origin``, and of what was narrowed from it and searched last
+                self._count(origin, ENTRY_BYTES + 2 * origin.bits.nbytes)
+            self._derived.move_to_end(origin)
             derived.uses += queries
-            total = sum(each.bytes for each in self._derived.values())
-            while total > KEPT_BYTES and len(self._derived) > 1:
-                total -= self._derived.popitem(last=False)[1].bytes
+            while self._bytes > KEPT_BYTES and len(self._derived) > 1:
+                self._bytes -= self._derived.popitem(last=False)[1].bytes
         return derived
+
+    def _count(self, origin: Selection, more: int) -> None:
+        """Adds bytes to an entry, and to the total unless the entry has been dropped meanwhile."""
+        derived = self._derived.get(origin)
+        if derived is not None:
+            derived.bytes += more
+            self._bytes += more
 
     def _widened(self, params: SearchParams, chosen: Selection) -> SearchParams:
         """With as many times more visited as rows are than rows that match."""
@@ -187,10 +214,11 @@ class FilteredSearch:
         """All rows scored."""
         with self._lock:
             if derived.rows is None or derived.copies is None:
-                derived.rows = (chosen.origin or chosen).selected()
+                origin = chosen.origin or chosen
+                derived.rows = origin.selected()
                 index = self._stored.copied(derived.rows)
                 derived.copies = self._index_of(index)
-                derived.bytes += derived.rows.nbytes + index.ntotal * index.code_size
+                self._count(origin, derived.rows.nbytes + index.ntotal * index.code_size)
                 derived.some = None
             part = derived.part
             if derived.some is not chosen or (part is not None and part.lists is not None):
@@ -211,6 +239,7 @@ class FilteredSearch:
         params: SearchParams,
         derived: _Derived,
         chosen: Selection,
+        look: Callable[[], None],
     ) -> Ranked:
         """Visits lists that have matching rows, nearest first, until few results can be missing."""
         with self._lock:
@@ -228,6 +257,7 @@ class FilteredSearch:
         asked, is_first = np.arange(len(queries)), True
         while asked.size:
             for nprobe in sorted(set(wanted.tolist())):
+                look()
                 some = asked[wanted == nprobe]
                 search = self._main.search if is_first else self._search_far
                 given = replace(params, nprobe=nprobe)
@@ -244,10 +274,11 @@ class FilteredSearch:
         """What to search, with the lists alone that have rows of the filter; and how many of these
         each list has."""
         if derived.lists is None:
-            derived.lists = lists.rows_of((chosen.origin or chosen).selected())
+            origin = chosen.origin or chosen
+            derived.lists = lists.rows_of(origin.selected())
             has_some = np.packbits(derived.lists > 0, bitorder="little")
             derived.filled = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(has_some))
-            derived.bytes += derived.lists.nbytes
+            self._count(origin, derived.lists.nbytes)
         part = derived.part
         if derived.some is not chosen or part is None or part.lists is None:
             part = replace(chosen, lists=derived.filled)

@@ -204,17 +204,28 @@ class MainIndex:
         return ranked
 
     def search_filtered(
-        self, queries: FloatArray, k: int, params: SearchParams, selection: Selection
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        selection: Selection,
+        look: Callable[[], None] = lambda: None,
     ) -> Ranked:
         """As ``search``, with as much visited as it takes to find the best of the rows selected,
         however few they are; k rows if there are so many. What ``params`` give is what would be
-        visited if all rows were selected.
+        visited if all rows were selected. look: called between steps of a long search; what it
+        raises ends the search.
 
         Raises: as ``search``.
         """
         self._check_dim(queries)
         _check_params(params)
-        return self._filtered.search(queries, k, params, selection)
+        return self._filtered.search(queries, k, params, selection, look)
+
+    def is_cheap(self, selection: Selection, queries: int, others: int = 0) -> bool:
+        """Whether ``search_filtered`` of so many queries, with this selection or what was narrowed
+        from it, surely takes a millisecond or two at most, with ``others`` rows scored besides."""
+        return self._filtered.is_cheap(selection, queries, others)
 
     @property
     def is_prepared_for_filters(self) -> bool:

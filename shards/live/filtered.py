@@ -8,6 +8,7 @@ bounded in bytes; what was least recently used goes first.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,7 +46,7 @@ class Matching:
         return self.selection.num_selected + self.delta.num_live
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Kept:
     """A filter, for tables of ``columns``. of_main: rows of main that match, hidden ones included.
     in_delta (rows,) bool: which of the first rows of ``buffer`` match. What the last search had is
@@ -67,7 +68,11 @@ class _Kept:
 
 
 class FilterRows:
-    """Of one main index and its attributes, and of the deltas over it. Any thread may ask."""
+    """Of one main index and its attributes, and of the deltas over it.
+
+    Any thread may ask, and none waits for what another evaluates: what is kept are values that are
+    replaced. Two threads that need the same filter at once may both evaluate it.
+    """
 
     def __init__(
         self, item_ids: IdArray, attributes: ItemAttributes, max_bytes: int = MAX_KEPT_BYTES
@@ -77,85 +82,112 @@ class FilterRows:
         self._schema = attributes.schema
         self._table = pa.table({}) if attributes.table is None else attributes.table
         self._max_bytes = max_bytes
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # to look up and to keep, never to evaluate
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
         self._bytes = 0
         self._written = WrittenColumns(attributes.schema)
 
-    def is_known(self, packed: bytes, delta: Delta) -> bool:
-        """Whether ``matching`` has little left to evaluate."""
-        kept = self._kept.get(packed)
+    def known(self, packed: bytes, delta: Delta) -> Selection | None:
+        """The rows of main that match a filter, hidden ones included, if ``matching`` would return
+        within a millisecond or so; else None. Counts as a use."""
+        kept = self._look_up(packed)
         if kept is None:
-            return False
+            return None
         known = kept.in_delta if kept.buffer is delta.buffer else None
-        return delta.rows - (0 if known is None else len(known)) <= AT_ONCE_ROWS
+        left = delta.rows - (0 if known is None else len(known))
+        return kept.of_main if left <= AT_ONCE_ROWS else None
 
-    def matching(self, packed: bytes, hidden: Selection | None, delta: Delta) -> Matching:
+    def matching(
+        self,
+        packed: bytes,
+        hidden: Selection | None,
+        delta: Delta,
+        look: Callable[[], None] = lambda: None,
+    ) -> Matching:
         """The rows that match a filter, as ``check_filter`` packs it, in the state that has these.
+
+        look: as of ``matches``; of what it ends nothing is kept.
 
         Raises:
             InvalidInput: no filter, an unknown column, or a value that is none of its column's.
         """
+        kept = self._look_up(packed)
+        if kept is None:
+            evaluated = self._evaluated(packed, look)
+            # what another thread has kept meanwhile goes first: copies may have been made for it
+            kept = self._look_up(packed) or evaluated
+        kept, found = self._found(kept, hidden, delta, look)
+        self._keep(packed, kept)
+        return found
+
+    def _look_up(self, packed: bytes) -> _Kept | None:
         with self._lock:
-            kept = self._kept.pop(packed, None)
-            if kept is None:
-                kept = self._evaluated(packed)
-            else:
-                self._bytes -= kept.size(packed)
-            found = self._found(kept, hidden, delta)
+            kept = self._kept.get(packed)
+            if kept is not None:
+                self._kept.move_to_end(packed)
+            return kept
+
+    def _keep(self, packed: bytes, kept: _Kept) -> None:
+        with self._lock:
+            replaced = self._kept.pop(packed, None)
+            if replaced is not None:
+                self._bytes -= replaced.size(packed)
             self._kept[packed] = kept
             self._bytes += kept.size(packed)
             while self._bytes > self._max_bytes and len(self._kept) > 1:
                 oldest, dropped = self._kept.popitem(last=False)
                 self._bytes -= dropped.size(oldest)
-        return found
 
-    def _evaluated(self, packed: bytes) -> _Kept:
+    def _evaluated(self, packed: bytes, look: Callable[[], None]) -> _Kept:
         given = read_filter(packed)
-        mask = matches(bind(given, self._schema), self._table, self._item_ids)
+        mask = matches(bind(given, self._schema), self._table, self._item_ids, look)
         columns = self._written.known(columns_of(given))
         bound = bind(given, pa.schema([self._schema.field(name) for name in columns]))
         return _Kept(bound, columns, Selection.of(mask))
 
-    def _found(self, kept: _Kept, hidden: Selection | None, delta: Delta) -> Matching:
+    def _found(
+        self, kept: _Kept, hidden: Selection | None, delta: Delta, look: Callable[[], None]
+    ) -> tuple[_Kept, Matching]:
+        """What matches, and what is to be kept of it."""
         last = kept.matching
         if last is None or kept.hidden is not hidden:
             selection = kept.of_main & hidden
         elif kept.delta is delta:
-            return last
+            return kept, last
         else:
             selection = last.selection
-        kept.hidden, kept.delta = hidden, delta
-        kept.matching = Matching(selection, self._narrowed(kept, delta))
-        return kept.matching
+        narrowed = delta
+        if delta.num_live:
+            in_delta = self._in_delta(kept, delta, look)
+            kept = replace(kept, buffer=delta.buffer, in_delta=in_delta)
+            narrowed = _narrowed(delta, in_delta[: delta.rows])
+        found = Matching(selection, narrowed)
+        return replace(kept, hidden=hidden, delta=delta, matching=found), found
 
-    def _narrowed(self, kept: _Kept, delta: Delta) -> Delta:
-        """The delta in which only rows that match are live."""
-        if not delta.num_live:
-            return delta
-        mask = self._in_delta(kept, delta)
-        matching = np.zeros(delta.hidden.size, np.bool_)
-        matching[: delta.rows] = mask
-        hidden = delta.hidden | ~matching.reshape(delta.hidden.shape)
-        is_live = mask[delta.rows_of_ids]
-        return replace(
-            delta,
-            hidden=hidden,
-            hides=tuple(np.any(hidden, axis=1).tolist()),
-            ids=delta.ids[is_live],
-            rows_of_ids=delta.rows_of_ids[is_live],
-        )
-
-    def _in_delta(self, kept: _Kept, delta: Delta) -> NDArray[np.bool_]:
-        """(rows,) bool: which rows of the delta match, dead ones included."""
+    def _in_delta(self, kept: _Kept, delta: Delta, look: Callable[[], None]) -> NDArray[np.bool_]:
+        """(rows or more,) bool: which rows of the delta match, dead ones included."""
         known = kept.in_delta if kept.buffer is delta.buffer else None
         done = 0 if known is None else len(known)
         if known is None or done < delta.rows:
             table = self._written.table(delta, kept.columns, done)
-            more = matches(kept.bound, table, delta.item_ids[done:])
+            more = matches(kept.bound, table, delta.item_ids[done:], look)
             known = more if known is None else np.concatenate((known, more))
-            kept.buffer, kept.in_delta = delta.buffer, known
-        return known[: delta.rows]
+        return known
+
+
+def _narrowed(delta: Delta, mask: NDArray[np.bool_]) -> Delta:
+    """The delta in which only rows that match, mask (rows,) bool, are live."""
+    matching = np.zeros(delta.hidden.size, np.bool_)
+    matching[: delta.rows] = mask
+    hidden = delta.hidden | ~matching.reshape(delta.hidden.shape)
+    is_live = mask[delta.rows_of_ids]
+    return replace(
+        delta,
+        hidden=hidden,
+        hides=tuple(np.any(hidden, axis=1).tolist()),
+        ids=delta.ids[is_live],
+        rows_of_ids=delta.rows_of_ids[is_live],
+    )
 
 
 def columns_of(given: Filter) -> set[str]:

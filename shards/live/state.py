@@ -89,13 +89,14 @@ class ShardState:
         """Rows of ``main`` whose items have been deleted or written anew."""
         return 0 if self.selection is None else self.selection.num_excluded
 
-    def matching(self, packed: bytes) -> Matching:
-        """The rows that match a filter, as ``check_filter`` packs it.
+    def matching(self, packed: bytes, look: Callable[[], None] = lambda: None) -> Matching:
+        """The rows that match a filter, as ``check_filter`` packs it; look: as of
+        ``FilterRows.matching``.
 
         Raises:
             InvalidInput: no filter, an unknown column, or a value that is none of its column's.
         """
-        return self.filter_rows.matching(packed, self.selection, self.delta)
+        return self.filter_rows.matching(packed, self.selection, self.delta, look)
 
     def search(
         self,
@@ -103,8 +104,10 @@ class ShardState:
         k: int,
         params: SearchParams,
         matching: Matching | None = None,
+        look: Callable[[], None] = lambda: None,
     ) -> Ranked:
-        """The k best items of queries (n, dim) float32, among those that match where that is given.
+        """The k best items of queries (n, dim) float32, among those that match where that is given;
+        look: as of ``MainIndex.search_filtered``.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
@@ -113,7 +116,7 @@ class ShardState:
             rows, scores = self.main.search(queries, k, params, self.selection)
             delta = self.delta
         else:
-            rows, scores = self.main.search_filtered(queries, k, params, matching.selection)
+            rows, scores = self.main.search_filtered(queries, k, params, matching.selection, look)
             delta = matching.delta
         return enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
 

@@ -7,7 +7,7 @@ Dictionaries and runs are made as their values, as in ``attributes``.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgpack
@@ -20,23 +20,26 @@ from shardline.shards.live.delta import Delta
 MAX_PARTS = 64  # of a column, before they are put together: writes come in small groups
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Column:
     """Of the first ``rows`` rows, in parts."""
 
     rows: int = 0
-    parts: list[pa.Array] = field(default_factory=list)
+    parts: tuple[pa.Array, ...] = ()
 
 
 class WrittenColumns:
-    """Of one version of a delta after another; not for several threads at once. schema: of the
-    shard's attributes."""
+    """Of one version of a delta after another. schema: of the shard's attributes.
+
+    Any thread may ask, and none waits for another: columns are values that are replaced, and two
+    threads that need the same rows at once both make them.
+    """
 
     def __init__(self, schema: pa.Schema) -> None:
         self._schema = decoded_schema(schema)
         self._places = {name: schema.get_field_index(name) for name in schema.names}
-        self._buffer: object = None
-        self._columns: dict[str, _Column] = {}
+        # of one memory of deltas, replaced together
+        self._made_of: tuple[object, dict[str, _Column]] = (None, {})
 
     def known(self, names: Iterable[str]) -> tuple[str, ...]:
         """Those of names that are columns, in their order."""
@@ -45,24 +48,28 @@ class WrittenColumns:
 
     def table(self, delta: Delta, names: Sequence[str], start: int) -> pa.Table:
         """The columns ``names`` of the delta's rows from ``start`` on."""
-        if delta.buffer is not self._buffer:  # rows of another memory may be other rows
-            self._buffer, self._columns = delta.buffer, {}
-        arrays = [self._made(name, delta).slice(start, delta.rows - start) for name in names]
+        buffer, columns = self._made_of
+        if delta.buffer is not buffer:  # rows of another memory may be other rows
+            columns = {}
+            self._made_of = delta.buffer, columns
+        arrays = [
+            self._made(name, delta, columns).slice(start, delta.rows - start) for name in names
+        ]
         fields = [self._schema.field(name) for name in names]
         return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
 
-    def _made(self, name: str, delta: Delta) -> pa.ChunkedArray:
-        """A column of at least all rows of the delta."""
-        column = self._columns.setdefault(name, _Column())
+    def _made(self, name: str, delta: Delta, columns: dict[str, _Column]) -> pa.ChunkedArray:
+        """A column of at least all rows of the delta, put among ``columns``."""
+        column = columns.get(name, _Column())
         kind = self._schema.field(name).type
         if column.rows < delta.rows:
             place = self._places[name]
             rows = range(column.rows, delta.rows)
             values = [_value(delta.attributes_of(row), place) for row in rows]
-            column.parts.append(arrow_array(values, kind))
-            column.rows = delta.rows
-        if len(column.parts) > MAX_PARTS:
-            column.parts = [pa.concat_arrays(column.parts)]
+            parts = (*column.parts, arrow_array(values, kind))
+            if len(parts) > MAX_PARTS:
+                parts = (pa.concat_arrays(parts),)
+            column = columns[name] = _Column(delta.rows, parts)
         return pa.chunked_array(column.parts, kind)
 
 

@@ -7,8 +7,9 @@ How large a reply may become is counted before it is made. That of attributes is
 it gets a bound that values rarely exceed, and a reply that would is made again with a larger one.
 """
 
+import time
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Protocol, TypeAlias
 
@@ -43,8 +44,8 @@ class Handler:
     answer: a reply to each of several requests, in order; None: a write, which ``write_thread``
     answers. may_expire: a request whose time has run
     out while it waited is dropped; it changes nothing, and nobody waits for it any longer.
-    is_search: its time counts in the estimate of what a query costs. may_be_inline: whether what
-    that estimate calls short may be answered by the loop thread.
+    is_search: its time counts, unless it has a filter, in the estimate of what a query costs.
+    may_be_inline: whether what that estimate calls short may be answered by the loop thread.
     """
 
     rows_of: Callable[[Any], Sized]
@@ -85,6 +86,11 @@ class Work:
     taken: int
 
     @property
+    def has_filter(self) -> bool:
+        """Whether it is a search with a filter."""
+        return self.handler.is_search and bool(self.request.options.filter)
+
+    @property
     def is_background(self) -> bool:
         """Whether it is a search that nobody waits for (``SearchOptions.background``)."""
         return self.handler.is_search and self.request.options.background
@@ -99,6 +105,23 @@ def attributes_bytes(request: AttributesRequest, rows: int) -> int:
 def larger(work: Work) -> int:
     """The next ``reply_bytes`` of a request for attributes."""
     return min(LARGER * work.reply_bytes, work.rows * ID_BYTES + MAX_RETURNED_BYTES)
+
+
+def _search(shard: Shard, works: Sequence[Work]) -> Sequence[Reply]:
+    return shard.search_batch([in_time(work) for work in works])
+
+
+def in_time(work: Work) -> SearchRequest:
+    """The request of a search, with what is left of its time."""
+    request: SearchRequest = work.request
+    if not work.has_filter:  # it does not look at it
+        return request
+    return replace(request, timeout_ms=(work.deadline - time.monotonic()) * 1e3)
+
+
+def _may_be_inline(shard: Shard, request: SearchRequest) -> bool:
+    options = request.options
+    return not options.background and (not options.filter or shard.is_cheap(request))
 
 
 def _attributes(shard: Shard, works: Sequence[Work]) -> Sequence[Reply]:
@@ -117,12 +140,10 @@ HANDLERS: dict[type, Handler] = {
     SearchRequest: Handler(
         rows_of=attrgetter("queries"),
         reply_bytes=lambda request, rows, dim: rows * request.k * BYTES_PER_RESULT,
-        answer=lambda shard, works: shard.search_batch([work.request for work in works]),
+        answer=_search,
         may_expire=True,
         is_search=True,
-        may_be_inline=lambda shard, request: (
-            not request.options.background and shard.is_prepared(request)
-        ),
+        may_be_inline=_may_be_inline,
     ),
     FetchRequest: Handler(
         rows_of=attrgetter("item_ids"),

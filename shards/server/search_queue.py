@@ -5,6 +5,7 @@ searched in pieces of about PIECE_MS, each while nothing else waits: so another 
 piece at most. Where there is always something else, it gets a piece every STARVED_S all the same.
 """
 
+import math
 import queue
 import time
 from collections import deque
@@ -23,11 +24,13 @@ STARVED_S = 0.1
 
 @dataclass(slots=True)
 class BackgroundSearch:
-    """A background search and the replies to its first ``done`` queries."""
+    """A background search and the replies to its first ``done`` queries. ms_per_row: what a query
+    is estimated to take, of one with a filter; infinite before the first piece."""
 
     work: Work
     done: int = 0
     replies: list[SearchReply] = field(default_factory=list)
+    ms_per_row: float = math.inf
 
     def reply(self, others_share: float) -> SearchReply:
         """Of all pieces. seq: of the first one, because later ones may have had more writes.

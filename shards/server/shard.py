@@ -99,11 +99,12 @@ class Shard:
     def search_batch(self, requests: Sequence[SearchRequest]) -> list[SearchReply | ShardlineError]:
         """A reply to each request, in order; requests that differ in their queries alone share one
         search. One that is wrong gets its error in place of a reply and harms no other; what is no
-        ``ShardlineError`` is raised if there is one request alone.
+        ``ShardlineError`` is raised if there is one request alone. One with a filter is given up,
+        as ``DeadlineExceeded``, when its ``timeout_ms`` from now are over.
         """
-        state = self.state
+        state, now = self.state, time.monotonic()
         if len(requests) == 1:
-            return self._search_group(state, requests)
+            return self._search_group(state, requests, _until(now, requests))
         replies: dict[int, SearchReply | ShardlineError] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for at, request in enumerate(requests):
@@ -112,14 +113,32 @@ class Shard:
                 key = (at,)
             groups.setdefault(key, []).append(at)
         for members in groups.values():
-            answered = self._search_alone(state, [requests[at] for at in members])
+            group = [requests[at] for at in members]
+            answered = self._search_alone(state, group, _until(now, group))
             replies.update(zip(members, answered, strict=True))
         return [replies[at] for at in range(len(requests))]
 
     def is_prepared(self, request: SearchRequest) -> bool:
         """Whether a search has no filter to evaluate first, which may take long."""
-        packed = request.options.filter
-        return not packed or self.state.filter_rows.is_known(packed, self.state.delta)
+        state, packed = self.state, request.options.filter
+        return not packed or state.filter_rows.known(packed, state.delta) is not None
+
+    def is_cheap(self, request: SearchRequest) -> bool:
+        """Whether a search with a filter surely takes a millisecond or two at most."""
+        state = self.state
+        of_main = state.filter_rows.known(request.options.filter, state.delta)
+        if of_main is None:
+            return False
+        return state.main.is_cheap(of_main, len(request.queries), state.delta.rows)
+
+    def prepare(self, request: SearchRequest, look: Callable[[], None]) -> None:
+        """Evaluates a request's filter, for its search to find it known; beside the one thread that
+        uses the shard. look: as of ``FilterRows.matching``.
+
+        Raises:
+            InvalidInput: as ``search``.
+        """
+        self.state.matching(request.options.filter, look)
 
     def search_exactly(
         self, request: SearchRequest, look: Callable[[], None]
@@ -192,11 +211,14 @@ class Shard:
             raise Behind("writes are missing", got=f"{state.seq} applied")
 
     def _search_alone(
-        self, state: ShardState, group: Sequence[SearchRequest]
+        self,
+        state: ShardState,
+        group: Sequence[SearchRequest],
+        look: Callable[[], None],
     ) -> list[SearchReply | ShardlineError]:
         """As ``_search_group``, of several groups."""
         try:
-            return self._search_group(state, group)
+            return self._search_group(state, group, look)
         except Exception:  # a bug of ours must cost these answers, not those of other groups
             logger.exception("a search failed")
             return [ShardlineError("internal error of the shard")] * len(group)
@@ -205,7 +227,7 @@ class Shard:
         self,
         state: ShardState,
         group: Sequence[SearchRequest],
-        look: Callable[[], None] = lambda: None,
+        look: Callable[[], None],
     ) -> list[SearchReply | ShardlineError]:
         """Requests that differ in their queries alone, as one call to the index."""
         first = group[0]
@@ -219,11 +241,11 @@ class Shard:
                 raise InvalidInput("empty batch", field="queries", expected="at least one query")
             self._check_seq(state, first.options.min_seq)
             packed = first.options.filter
-            matching = state.matching(packed) if packed else None
+            matching = state.matching(packed, look) if packed else None
             if first.options.exact:
                 ranked = state.search_exactly(queries, first.k, look, matching)
             else:
-                ranked = state.search(queries, first.k, first.params, matching)
+                ranked = state.search(queries, first.k, first.params, matching, look)
         except ShardlineError as error:
             return [error] * len(group)
         search_ms = (time.perf_counter() - started) * 1e3
@@ -243,3 +265,15 @@ class Shard:
             )
             start = end
         return replies
+
+
+def _until(now: float, group: Sequence[SearchRequest]) -> Callable[[], None]:
+    """Raises DeadlineExceeded once the time of every request of a group is over; now: when it
+    began, on time.monotonic's clock."""
+    deadline = now + max(request.timeout_ms for request in group) / 1e3
+
+    def look() -> None:
+        if time.monotonic() > deadline:
+            raise DeadlineExceeded("the request's time ran out during the search")
+
+    return look

@@ -3,6 +3,8 @@
     loop thread     accepts, parses frames, queues requests, writes replies
     search thread   takes whatever is queued as one batch, searches, hands the replies back;
                     background searches in pieces, while nothing else waits (``search_queue``)
+    filter thread   evaluates filters that are new to the shard, before the search thread gets their
+                    searches (``filter_thread``)
     write thread    takes whatever writes wait as one group (``write_thread``)
     exact thread    one exact search after the other (``exact_searches``)
 
@@ -37,6 +39,7 @@ from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.answering import Answerer, ServerStats, error_reply
 from shardline.shards.server.exact_searches import ExactSearches, is_exact
+from shardline.shards.server.filter_thread import FilterThread
 from shardline.shards.server.handlers import HANDLERS, Work
 from shardline.shards.server.search_queue import BackgroundSearch, SearchQueue
 from shardline.shards.server.session import Session
@@ -113,9 +116,11 @@ class ShardServer:
         self._writes = WriteQueue(self._write_thread, self.stats)
         self._exact = ExactSearches(shard, self.stats, self._deliver_exact)
         self._queue = SearchQueue(MAX_BATCH_ROWS)
+        self._filters = FilterThread(shard, self._queue.put)
         self._arrived: list[Work] = []  # loop thread only: what came in since the last dispatch
         self._is_due = False  # loop thread only: a dispatch is scheduled
-        self._handed_over = 0  # loop thread only: requests the search thread has not answered
+        # loop thread only: requests that search or filter thread has and has not answered
+        self._handed_over = 0
         self._alive_timer: asyncio.TimerHandle | None = None  # loop thread only
         self._queued_rows = 0  # loop thread only: added when queued, taken off when answered
         self._queued_requests = 0
@@ -164,6 +169,7 @@ class ShardServer:
             self._queue.stop()
             self._search_thread.join(STOP_TIMEOUT_S)
             self._exact.stop()
+            self._filters.stop()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop_thread.join(STOP_TIMEOUT_S)
         else:
@@ -292,14 +298,20 @@ class ShardServer:
         for work in batch:
             rows += work.rows
             may_be_inline = may_be_inline and work.handler.may_be_inline(self.shard, work.request)
-        is_short = rows <= INLINE_ROWS and rows * self._answerer.ms_per_row <= INLINE_MS
+        searched = sum(work.rows for work in batch if not work.has_filter)
+        is_short = rows <= INLINE_ROWS and (
+            not searched or searched * self._answerer.ms_per_row <= INLINE_MS
+        )
         if is_short and may_be_inline:
             self._deliver(self._answerer.answer(batch))
             return
         self._be_heard()
         self._handed_over += len(batch)
         for work in batch:
-            self._queue.put(work)
+            if work.has_filter and not self.shard.is_prepared(work.request):
+                self._filters.submit(work)
+            else:
+                self._queue.put(work)
 
     def _be_heard(self) -> None:
         if self._alive_timer is None:

@@ -20,6 +20,7 @@ from shardline.shards.core.filter_language import (
     MAX_DEPTH,
     MAX_FILTER_BYTES,
     MAX_IN_VALUES,
+    MAX_SUBSTRINGS,
     AllOf,
     AnyOf,
     Condition,
@@ -162,6 +163,10 @@ REFUSED = [
     ({"a": {"$in": list(range(MAX_IN_VALUES + 1))}}, "filter.a.$in", "expected at most 10000"),
     ({f"c{i}": i for i in range(1000)}, "filter.c256", "at most 256 in a filter"),
     ({"$or": [{}] * (MAX_CLAUSES + 1)}, "filter.$or[256]", "at most 256 in a filter"),
+    (
+        {"$or": [{"a": {"$contains": str(i)}} for i in range(MAX_SUBSTRINGS + 1)]},
+        *("filter.$or[16].a.$contains", "at most 16 with $contains in a filter"),
+    ),
     ({"a": "x" * MAX_FILTER_BYTES}, "filter", "expected at most 512 KiB in msgpack"),
     (nested(MAX_DEPTH + 1, "$and"), f"filter{'.$and[0]' * 16}.$and", "at most 16 levels"),
     (nested(MAX_DEPTH + 1, "$not"), f"filter{'.$not' * 17}", "at most 16 levels"),
@@ -187,6 +192,8 @@ def test_the_limits_themselves_are_permitted(key: str) -> None:
     assert isinstance(condition, Condition)
     assert condition.value == tuple(range(MAX_IN_VALUES))
     assert read_filter(check_filter({f"c{i}": i for i in range(MAX_CLAUSES)}))
+    texts = {f"c{i}": {"$contains": "a"} for i in range(MAX_SUBSTRINGS)}
+    assert read_filter(check_filter(texts))
 
 
 def test_a_body_of_any_depth_is_refused_without_going_down() -> None:
@@ -249,7 +256,7 @@ def test_the_page_says_what_there_is() -> None:
     }
     limits = PAGE.partition("## Limits")[2].partition("\n\nNumbers")[0]
     assert [int(each.replace(",", "")) for each in re.findall(r"\| ([\d,]+) \|", limits)] == [
-        *(MAX_CLAUSES, MAX_DEPTH, MAX_IN_VALUES, MAX_FILTER_BYTES)
+        *(MAX_CLAUSES, MAX_SUBSTRINGS, MAX_DEPTH, MAX_IN_VALUES, MAX_FILTER_BYTES)
     ]
 
 

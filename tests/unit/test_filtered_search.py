@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from shardline.bench.vectors import clustered, manifold
-from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput
 from shardline.shards.core.messages import NO_PARAMS, SearchParams
 from shardline.shards.core.recall import exact_scores, recall_at_k
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, Metric, Ranked
+from shardline.shards.index import filtered_search
 from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.selection import Selection
@@ -137,13 +138,36 @@ def test_rows_hidden_more_and_more_leave_what_a_filter_has_derived(
 
 
 def test_what_is_kept_of_filters_is_bounded(built, queries, monkeypatch) -> None:
-    monkeypatch.setattr("shardline.shards.index.filtered_search.KEPT_BYTES", 24 * DIM * 4)
+    entry = filtered_search.ENTRY_BYTES + 10 * DIM * 4
+    monkeypatch.setattr(filtered_search, "KEPT_BYTES", 4 * entry)
     main = built["flat"]
+    kept = main._filtered._derived
     for first in range(0, 100, 10):
         mask = (np.arange(ROWS) >= first) & (np.arange(ROWS) < first + 10)
         got = main.search_filtered(queries, K, NO_PARAMS, Selection.of(mask))
         assert sorted(got.ids[0]) == list(range(first, first + 10))
-    assert 1 <= len(main._filtered._derived) <= 2
+        assert main._filtered._bytes == sum(each.bytes for each in kept.values())
+        assert all(each.bytes > entry for each in list(kept.values())[-1:])
+    assert 2 <= len(kept) <= 4
+
+
+def test_what_a_look_raises_ends_a_filtered_search(built, queries, monkeypatch) -> None:
+    def look() -> None:
+        raise DeadlineExceeded("over")
+
+    half = Selection.of(np.arange(ROWS) % 2 == 0)
+    monkeypatch.setattr(built["ivf"]._filtered, "_copied", 0)
+    monkeypatch.setattr(built["ivf"]._filtered, "_copied_again", 0)
+    with pytest.raises(DeadlineExceeded):
+        built["ivf"].search_filtered(queries, K, NO_PARAMS, half, look)
+    found = built["ivf"].search_filtered(queries, K, NO_PARAMS, half)
+    # one that has found nothing reads all rows that match
+    shape = len(queries), K
+    nothing = Ranked(np.full(shape, EMPTY_ID), np.full(shape, EMPTY_SCORE, np.float32))
+    monkeypatch.setattr(built["ivf"]._filtered, "_in_lists", lambda *_: nothing)
+    with pytest.raises(DeadlineExceeded):
+        built["ivf"].search_filtered(queries, K, NO_PARAMS, half, look)
+    assert found.ids.shape == shape
 
 
 def test_parameters_and_dimension_are_checked(built, queries) -> None:

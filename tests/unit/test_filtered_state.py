@@ -1,7 +1,8 @@
 """Filters in a shard under writes: answers are those of a slow model, and little is evaluated."""
 
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from shardline.bench.shard_link import ShardLink
 from shardline.bench.vectors import manifold
-from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput
 from shardline.shards.core.filter_language import check_filter
 from shardline.shards.core.messages import (
     NO_FILTER,
@@ -25,6 +26,7 @@ from shardline.shards.core.messages import (
     SearchRequest,
 )
 from shardline.shards.core.schema import Metric
+from shardline.shards.index import filtered_search
 from shardline.shards.live import filtered, written_columns
 from shardline.shards.live.attributes import check_attributes
 from shardline.shards.live.delta import TILE_ROWS
@@ -173,9 +175,9 @@ def test_of_a_delta_only_new_rows_are_evaluated(monkeypatch: pytest.MonkeyPatch)
     looked_at: list[int] = []
     made: list[int] = []
 
-    def matches(bound: Any, table: Any, item_ids: np.ndarray) -> Any:
+    def matches(bound: Any, table: Any, item_ids: np.ndarray, look: Any) -> Any:
         looked_at.append(len(item_ids))
-        return real(bound, table, item_ids)
+        return real(bound, table, item_ids, look)
 
     def arrow_array(values: Any, kind: Any) -> Any:
         made.append(len(values))
@@ -211,7 +213,7 @@ def test_columns_in_many_parts_are_put_together(monkeypatch: pytest.MonkeyPatch)
         state, _ = apply(state, [written(rng, items, seq)])
         state.matching(check_filter({"tags": "new"}))
     check(state, items)
-    parts = [len(each.parts) for each in state.filter_rows._written._columns.values()]
+    parts = [len(each.parts) for each in state.filter_rows._written._made_of[1].values()]
     assert max(parts) <= 5
 
 
@@ -240,7 +242,9 @@ def test_what_is_kept_is_bounded_and_the_least_used_goes_first() -> None:
         rows.matching(packed[0], None, state.delta)
         rows.matching(each, None, state.delta)
         assert rows._bytes == sum(kept.size(key) for key, kept in rows._kept.items()) <= 20_000
-    known = [number for number, each in enumerate(packed) if rows.is_known(each, state.delta)]
+    known = [
+        number for number, each in enumerate(packed) if rows.known(each, state.delta) is not None
+    ]
     assert known[0] == 0
     assert known[1:] == list(range(50 - len(known) + 1, 50))
     assert len(known) < 20
@@ -323,9 +327,9 @@ def test_the_loop_thread_evaluates_no_filter(monkeypatch: pytest.MonkeyPatch) ->
     threads: list[str] = []
     evaluated = FilterRows._evaluated
 
-    def noted(self: FilterRows, packed: bytes) -> Any:
+    def noted(self: FilterRows, packed: bytes, look: Any) -> Any:
         threads.append(threading.current_thread().name)
-        return evaluated(self, packed)
+        return evaluated(self, packed, look)
 
     monkeypatch.setattr(FilterRows, "_evaluated", noted)
     server = ShardServer(Shard(shard=0, generation=7, state=new_state()[0]), secret=SECRET)
@@ -346,8 +350,197 @@ def test_the_loop_thread_evaluates_no_filter(monkeypatch: pytest.MonkeyPatch) ->
     finally:
         link.close()
         server.stop()
-    assert len(threads) == 2
-    assert all("search" in name for name in threads)
+    # the wrong one again to answer with what is wrong
+    assert threads == ["shard-filter", "shard-filter", "shard-search"]
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, threading.Event]]:
+    """The filter RED takes until the second event is set, and then looks; the first is set when its
+    evaluation begins."""
+    began, may_end = threading.Event(), threading.Event()
+    evaluated = FilterRows._evaluated
+
+    def slow(self: FilterRows, packed: bytes, look: Callable[[], None]) -> Any:
+        if packed == check_filter(RED):
+            began.set()
+            assert may_end.wait(5)
+            look()
+        return evaluated(self, packed, look)
+
+    monkeypatch.setattr(FilterRows, "_evaluated", slow)
+    yield began, may_end
+    may_end.set()
+
+
+RED = {"tags": "red"}
+CHEAP = {"price": {"$lt": 3}}
+
+
+def test_who_asks_for_a_known_filter_waits_for_no_evaluation(held: Any) -> None:
+    state, _ = new_state()
+    known = state.matching(check_filter(CHEAP))
+    began, may_end = held
+    with ThreadPoolExecutor(1) as other:
+        evaluating = other.submit(state.matching, check_filter(RED))
+        assert began.wait(5)
+        assert state.filter_rows.known(check_filter(CHEAP), state.delta) is known.selection
+        assert state.matching(check_filter(CHEAP)) is known
+        assert state.matching(check_filter({"price": 3})).rows  # nor for one that is new
+        assert not evaluating.done()
+        may_end.set()
+        assert evaluating.result().rows
+
+
+def test_of_two_evaluations_of_one_filter_one_is_kept(held: Any) -> None:
+    state, _ = new_state()
+    began, may_end = held
+    with ThreadPoolExecutor(2) as others:
+        found = [others.submit(state.matching, check_filter(RED)) for _ in range(2)]
+        assert began.wait(5)
+        may_end.set()
+        first, second = (each.result().selection for each in found)
+    assert state.matching(check_filter(RED)).selection in (first, second)
+    assert len(state.filter_rows._kept) == 1
+    (kept,) = state.filter_rows._kept.items()
+    assert state.filter_rows._bytes == kept[1].size(kept[0])
+
+
+def test_a_filter_is_given_up_when_the_time_is_over_and_nothing_is_kept() -> None:
+    state, _ = new_state()
+    shard = Shard(shard=0, generation=7, state=state)
+    plain = SearchRequest(queries=QUERIES[:1], k=5, timeout_ms=1e4)
+    late = replace(request(CHEAP), timeout_ms=-1.0)
+    first, second, third = shard.search_batch([plain, late, request(RED)])
+    assert isinstance(first, SearchReply)
+    assert isinstance(second, DeadlineExceeded)
+    assert isinstance(third, SearchReply)
+    assert list(state.filter_rows._kept) == [check_filter(RED)]
+    # who has time left gets the answer, and the other has it too
+    both = shard.search_batch([late, request(CHEAP)])
+    assert all(isinstance(reply, SearchReply) for reply in both)
+
+
+def test_searches_are_answered_while_a_filter_is_evaluated(held: Any) -> None:
+    shard = Shard(shard=0, generation=7, state=new_state()[0])
+    shard.search(request(CHEAP))
+    began, may_end = held
+    server = ShardServer(shard, secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    link = ShardLink(address, SECRET, timeout_s=5)
+    try:
+        link.send(1, request(RED))
+        assert began.wait(5)
+        link.send(2, SearchRequest(queries=QUERIES, k=5, timeout_ms=1e4))
+        assert link.receive(5)[0] == 2
+        link.send(3, request(CHEAP))
+        assert link.receive(5)[0] == 3
+        link.send(4, replace(request({"price": 3}), timeout_ms=1e-3))
+        may_end.set()
+        replies = dict(link.receive(5) for _ in range(2))
+        assert isinstance(replies[1], SearchReply)
+        assert replies[4].code == "deadline_exceeded"
+        assert server.stats.expired == 1
+    finally:
+        may_end.set()
+        link.close()
+        server.stop()
+
+
+def test_a_server_stops_though_filters_wait(held: Any) -> None:
+    server = ShardServer(Shard(shard=0, generation=7, state=new_state()[0]), secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    link = ShardLink(address, SECRET, timeout_s=5)
+    began, may_end = held
+    link.send(1, request(RED))
+    link.send(2, request(CHEAP))
+    assert began.wait(5)
+    with ThreadPoolExecutor(1) as other:
+        stopping = other.submit(server.stop)
+        while not server._filters._stopped:
+            assert not stopping.done()
+        may_end.set()
+        stopping.result()
+    link.close()
+    assert not server._filters._thread.is_alive()
+    assert not server.shard.state.filter_rows._kept
+
+
+def test_dear_searches_with_filters_are_not_the_loop_threads(monkeypatch) -> None:
+    monkeypatch.setattr(filtered_search, "COPIED_VALUES", 100 * DIM)
+    monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
+    shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
+    few, many = {"item_id": {"$lt": 300}}, {"item_id": {"$gte": 300}}
+    for _ in range(2):  # copies of 150 rows are made when they are searched again, not of 250
+        for given in (few, many):
+            assert not shard.is_cheap(request(given))
+            shard.search(request(given))
+    assert shard.is_cheap(request(few))
+    assert not shard.is_cheap(request(few, 2))
+    assert not shard.is_cheap(request(many))
+    shard.state, _ = apply(shard.state, [upsert(1, np.arange(60), OTHERS[:60])])
+    assert shard.is_prepared(request(few))
+    assert not shard.is_cheap(request(few))  # with what the delta has
+
+
+def test_a_search_of_a_known_filter_ends_with_its_time_too(monkeypatch) -> None:
+    monkeypatch.setattr(filtered_search, "COPIED_VALUES", 0)
+    monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 0)
+    shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
+    assert shard.search(request(CHEAP)).matched
+    with pytest.raises(DeadlineExceeded):
+        shard.search(replace(request(CHEAP), timeout_ms=-1.0))
+
+
+def test_the_loop_thread_searches_only_copies_that_are_made(monkeypatch) -> None:
+    monkeypatch.setattr(filtered_search, "COPIED_VALUES", 0)
+    monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
+    shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
+    threads: list[str] = []
+    search_batch = shard.search_batch
+
+    def noted(requests: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return search_batch(requests)
+
+    monkeypatch.setattr(shard, "search_batch", noted)
+    server = ShardServer(shard, secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    link = ShardLink(address, SECRET, timeout_s=5)
+    try:
+        for given in ({"item_id": {"$lt": 300}}, {"item_id": {"$gte": 300}}):
+            for _ in range(3):
+                assert isinstance(link.ask(request(given), timeout_s=5), SearchReply)
+    finally:
+        link.close()
+        server.stop()
+    assert threads == ["shard-search"] * 2 + ["shard-loop"] + ["shard-search"] * 3
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_searches_with_filters_say_nothing_of_those_without(background: bool) -> None:
+    shard = Shard(shard=0, generation=7, state=new_state()[0])
+    server = ShardServer(shard, secret=SECRET)
+    address = server.bind()
+    server.start(1)
+    link = ShardLink(address, SECRET, timeout_s=5)
+    answerer = server._answerer
+    try:
+        asked = request(CHEAP, 3)
+        options = replace(asked.options, background=background)
+        for _ in range(2):
+            assert isinstance(link.ask(replace(asked, options=options), timeout_s=5), SearchReply)
+        assert (answerer.ms_per_row, answerer.background_ms_per_row) == (math.inf, math.inf)
+        options = replace(options, filter=b"")
+        assert isinstance(link.ask(replace(asked, options=options), timeout_s=5), SearchReply)
+        known = answerer.background_ms_per_row if background else answerer.ms_per_row
+        assert known < math.inf
+    finally:
+        link.close()
+        server.stop()
 
 
 @pytest.mark.parametrize("name", sorted(TAKEN.keys() - CHANGED))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput
 from shardline.shards.core.filter_language import check_filter, read_filter
 from shardline.shards.filters import matching
 from shardline.shards.filters.bound import bind
@@ -407,3 +407,33 @@ def test_filters_for_other_types_are_refused_or_evaluated(seed: int) -> None:
                 assert str(error.field).startswith("filter.c"), item_filter
             else:
                 assert mask.shape == (10,)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.binary()])
+def test_texts_are_looked_through_in_pieces_between_looks(kind: pa.DataType, monkeypatch) -> None:
+    monkeypatch.setattr(matching, "TEXTS", 3)
+    values = [None, *"abcabcab", None, *"aab"]
+    column = pa.chunked_array([values[:8], values[8:]], kind)
+    table = pa.table({"a": column, "b": pa.array(range(13))})
+    given = {"$or": [{"a": {"$contains": "a"}}, {"b": {"$lt": 0}}, {"$not": {"b": {"$gt": -1}}}]}
+    bound = bind(read_filter(check_filter(given)), table.schema)
+    looks: list[int] = []
+    mask = matches(bound, table, np.arange(13), lambda: looks.append(1))
+    assert mask.tolist() == [value == "a" for value in values]
+    assert len(looks) == 3 + 2 + 2
+
+
+def test_what_a_look_raises_ends_the_evaluation(monkeypatch) -> None:
+    monkeypatch.setattr(matching, "TEXTS", 2)
+    looked: list[int] = []
+
+    def look() -> None:
+        looked.append(1)
+        if len(looked) == 3:
+            raise DeadlineExceeded("over")
+
+    table = pa.table({"a": list("abcdefgh")})
+    bound = bind(read_filter(check_filter({"a": {"$contains": "a"}})), table.schema)
+    with pytest.raises(DeadlineExceeded):
+        matches(bound, table, np.arange(8), look)
+    assert len(looked) == 3
