@@ -78,9 +78,12 @@ def _tiles_at_once(delta: Delta, queries: int) -> int:
 def _add(best: BestOf, delta: Delta, first: int, scores: FloatArray) -> None:
     """The rows of some tiles, with their scores (tiles, n, rows per tile)."""
     tile_rows = delta.buffer.tile_rows
-    for number, of_tile in enumerate(scores, first):
-        rows = slice(number * tile_rows, (number + 1) * tile_rows)
-        best.add(of_tile, delta.buffer.numbers[rows])
+    numbers = delta.buffer.numbers[first * tile_rows : (first + len(scores)) * tile_rows]
+    if scores.shape[1] == 1:  # of one query they lie in memory as those of one tile
+        best.add(scores.reshape(1, -1), numbers)
+        return
+    for of_tile, of_its_rows in zip(scores, numbers.reshape(-1, tile_rows), strict=True):
+        best.add(of_tile, of_its_rows)
 
 
 def _score(
