@@ -8,20 +8,16 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from shardline.router.asked_seq import pinned_with
-from shardline.router.cache import ResultCache, cache_key
 from shardline.router.contract import ItemAnswer, Reason
 from shardline.router.encoder.item_encoder import ItemEncoder
 from shardline.router.encoder_loading import EncoderLoader
-from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import (
     Encoder,
@@ -29,36 +25,27 @@ from shardline.router.fanout.snapshot import (
     load_item_encoder,
     load_query_encoder,
 )
-from shardline.router.filter_groups import (
-    FILTERS_AT_ONCE,
-    at_query,
-    filter_reasons,
-    groups_of,
-    joined,
-)
-from shardline.router.freshness import Freshness
+from shardline.router.filter_groups import filter_reasons
+from shardline.router.finding import Finder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
 from shardline.router.one_item import read_item
 from shardline.router.past_items import encoded
 from shardline.router.query import (
-    FoundAttributes,
     Merged,
     QueryKind,
     ResolvedQuery,
-    Returned,
     SearchAnswer,
 )
 from shardline.router.readiness import Readiness
 from shardline.router.recall_watch import RecallWatch
+from shardline.router.returned import bring_returned
 from shardline.router.router_config import RouterConfig
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
-    InvalidInput,
     ShardlineError,
-    too_much_returned,
 )
-from shardline.shards.core.messages import MAX_RETURNED_BYTES, Absence, RoutingTable
+from shardline.shards.core.messages import Absence, RoutingTable
 from shardline.shards.core.metrics import (
     CACHE_BYTES,
     CACHE_HITS,
@@ -74,10 +61,6 @@ from shardline.shards.core.metrics import (
     Recorder,
 )
 from shardline.shards.core.schema import (
-    EMPTY_ID,
-    ORIGINAL_ID,
-    FloatArray,
-    IdArray,
     check_ids,
     query_vectors,
 )
@@ -121,9 +104,8 @@ class SearchService:
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
         self._readiness = Readiness(self._fanout)
-        self._cache = ResultCache(config.cache_bytes)
-        self._freshness = Freshness(None)
-        self.writes = WriteService(config, self._fanout, self.recorder, self._wrote)
+        self._finder = Finder(self._fanout, self.watch, config.cache_bytes)
+        self.writes = WriteService(config, self._fanout, self.recorder, self._finder.wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
         """Switches to a newer table and its encoders in one step; False when not newer.
@@ -143,9 +125,8 @@ class SearchService:
                 self._item_encoders.of_next(before, current.items if current else None, table),
             )
         applied = await self._fanout.apply(table, encoder, items)
-        if applied and self._freshness.generation != table.generation:
-            self._cache.clear()
-            self._freshness = Freshness(table.generation)
+        if applied:
+            self._finder.serves(table.generation)
         return applied
 
     async def mend_encoder(self) -> bool:
@@ -205,7 +186,9 @@ class SearchService:
                     until = arrived_at + SEARCH_SHARE * (deadline - arrived_at)
                 merged, reasons = await self._answer(snapshot, query, until, began_at)
                 if wants_more:
-                    returned = await self._returned(snapshot, merged, query, deadline)
+                    returned = await bring_returned(
+                        self._fanout, self.recorder, snapshot, merged, query, deadline
+                    )
         except ShardlineError as error:
             self.count_rejected(error)
             raise
@@ -291,12 +274,12 @@ class SearchService:
                 "quality": None if quality is None else asdict(quality),
                 "repairs": [asdict(repair) for repair in self.repairs],
                 "in_flight": self._in_flight.taken,
-                "cache": asdict(self._cache.stats) if self._cache.enabled else None,
+                "cache": asdict(self._finder.stats) if self._finder.keeps_answers else None,
             }
 
     def refresh_metrics(self) -> None:
         """Sets the gauges, and the counters of what is counted elsewhere, for an export."""
-        recorder, stats, snapshot = self.recorder, self._cache.stats, self._fanout.snapshot
+        recorder, stats, snapshot = self.recorder, self._finder.stats, self._fanout.snapshot
         recorder.set(IN_FLIGHT, self._in_flight.taken)
         recorder.set(CACHE_BYTES, stats.bytes)
         recorder.total(CACHE_HITS, stats.hits)
@@ -307,11 +290,6 @@ class SearchService:
             recorder.set(SHARDS_CONNECTED, snapshot.connected_shards)
 
     # Steps
-
-    def _wrote(self, generation: int, shard: int, seq: int) -> None:
-        """A write of this router's was acknowledged."""
-        if self._freshness.generation == generation:
-            self._freshness.wrote(shard, seq)
 
     async def _answer(
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float, began_at: float
@@ -334,11 +312,8 @@ class SearchService:
         prepared_at = time.perf_counter()
         if items is not None:
             merged = await self._neighbours(snapshot, items, query, deadline)
-        elif query.filters:
-            positions = np.arange(len(vectors))
-            merged = await self._find_each(snapshot, vectors, query.k, query, positions, deadline)
         else:
-            merged = await self._find(snapshot, vectors, query.k, query, deadline)
+            merged = await self._finder.find(snapshot, vectors, query.k, query, deadline)
         if is_timed:
             self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
@@ -362,34 +337,6 @@ class SearchService:
         )
         return item_queries(item_ids, found, snapshot.table.metric)
 
-    async def _returned(
-        self, snapshot: TableSnapshot, merged: Merged, query: ResolvedQuery, deadline: float
-    ) -> Returned:
-        """What the query wants beside its results, from states no older than theirs."""
-        ids = merged.ranked.ids
-        began_at = time.perf_counter()
-        original = (ORIGINAL_ID,) if query.original_ids else ()
-        names = tuple(dict.fromkeys(query.returned + original))
-        wanted = np.unique(ids[ids != EMPTY_ID])
-        found = await self._fanout.attributes(
-            snapshot, wanted, names, deadline=deadline, seen=merged.seq
-        )
-        rows = [[item for item in row if item != EMPTY_ID] for row in ids.tolist()]
-
-        if found.size * len(rows) > MAX_RETURNED_BYTES:
-            _refuse_large(rows, found)
-
-        def of(name: str) -> list[list[Any]]:
-            values = found.values[name]
-            return [[values.get(item) for item in row] for row in rows]
-
-        self.recorder.observe(STAGE_MS, (time.perf_counter() - began_at) * 1000, "attributes")
-        return Returned(
-            attributes={name: of(name) for name in query.returned},
-            original_ids=of(ORIGINAL_ID) if query.original_ids else None,
-            missing=found.missing,
-        )
-
     async def _neighbours(
         self, snapshot: TableSnapshot, items: ItemQueries, query: ResolvedQuery, deadline: float
     ) -> Merged:
@@ -398,92 +345,5 @@ class SearchService:
         if items.live.size:
             # one more, because an item-to-item query finds itself; at the limit it gets k - 1
             k, live = min(query.k + 1, self.config.max_k), items.live
-            if query.filters:
-                merged = await self._find_each(snapshot, items.vectors, k, query, live, deadline)
-            else:
-                merged = await self._find(snapshot, items.vectors, k, query, deadline)
+            merged = await self._finder.find(snapshot, items.vectors, k, query, deadline, live)
         return items.spread(merged, query.k)
-
-    async def _find_each(
-        self,
-        snapshot: TableSnapshot,
-        vectors: FloatArray,
-        k: int,
-        query: ResolvedQuery,
-        positions: IdArray,
-        deadline: float,
-    ) -> Merged:
-        """As ``_find``, for queries of several filters: ``query.filters`` has that of each of
-        vectors (n, dim), at positions (n,)."""
-        is_free = asyncio.Semaphore(FILTERS_AT_ONCE)
-        refused: list[InvalidInput] = []
-
-        async def find(packed: bytes, rows: IdArray) -> tuple[IdArray, Merged]:
-            own = replace(query, options=replace(query.options, filter=packed), filters=())
-            async with is_free:
-                if refused:  # nobody would get what is found now
-                    raise refused[0]
-                try:
-                    return rows, await self._find(snapshot, vectors[rows], k, own, deadline)
-                except InvalidInput as error:
-                    refused.append(at_query(error, int(positions[rows[0]])))
-                    raise refused[-1] from error
-
-        groups = groups_of([query.filters[position] for position in positions.tolist()])
-        # all of them end before the table that they use is let go
-        found = await asyncio.gather(
-            *(find(packed, rows) for packed, rows in groups.items()), return_exceptions=True
-        )
-        parts = []
-        for each in found:
-            if isinstance(each, BaseException):
-                raise each
-            parts.append(each)
-        return joined(parts)
-
-    async def _find(
-        self,
-        snapshot: TableSnapshot,
-        vectors: FloatArray,
-        k: int,
-        query: ResolvedQuery,
-        deadline: float,
-    ) -> Merged:
-        """From the cache, or from the shards; k as the shards are asked."""
-        merged: Merged | None = None
-        freshness = self._freshness
-        # a query that began before another generation went live is answered by the old one's shards
-        is_current = freshness.generation == snapshot.table.generation
-        # the many answers of a background search would push out those that others ask for again
-        is_cached = self._cache.enabled and is_current and not query.options.background
-        if is_cached:
-            asked_at = asyncio.get_running_loop().time()
-            key = cache_key(snapshot.table.generation, vectors, k, query)
-            merged = self._cache.get(key, freshness.seq_at(asked_at))
-        if merged is None:
-            lane = LaneKey(
-                snapshot=snapshot,
-                k=k,
-                min_coverage=query.min_coverage,
-                params=query.params,
-                options=query.options,
-            )
-            merged = await self._fanout.search(vectors, lane, deadline=deadline)
-            self.watch.offer(lane, vectors, merged)
-            if is_cached:
-                is_newest = freshness.heard(merged.seq, asked_at)
-                if is_newest and freshness is self._freshness:  # else another generation is live
-                    self._cache.put(key, merged)
-        return merged
-
-
-def _refuse_large(rows: list[list[int]], found: FoundAttributes) -> None:
-    """InvalidInput where items that many queries share make more than an answer may hold."""
-    times = Counter(item for row in rows for item in row)
-    size = sum(
-        times[item] * len(msgpack.packb(value))
-        for values in found.values.values()
-        for item, value in values.items()
-    )
-    if size > MAX_RETURNED_BYTES:
-        raise too_much_returned(MAX_RETURNED_BYTES)

@@ -300,9 +300,9 @@ async def test_the_cache_keeps_answers_of_filters_apart_with_their_reasons() -> 
             assert one.reasons == other.reasons
         assert len({tuple(each.ranked.ids[0]) for each in first}) == 3
         large = {"item_id": {"$in": list(range(9000))}}
-        size = service._cache.stats.bytes
+        size = service._finder.stats.bytes
         await ask(service, **body, filter=large)
-        assert service._cache.stats.bytes - size > len(check_filter(large))
+        assert service._finder.stats.bytes - size > len(check_filter(large))
 
 
 def test_groups_keep_the_order_of_queries() -> None:
