@@ -16,7 +16,7 @@ from shardline.cluster.control import controller as module
 from shardline.cluster.control import mirrors, publish_run, publishing
 from shardline.cluster.control.actor_name import ActorName
 from shardline.cluster.control.controller import Controller
-from shardline.cluster.control.publish_parts import Mirror
+from shardline.cluster.control.publish_parts import Bounds, Mirror
 from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_actor import MirrorActor
@@ -101,13 +101,20 @@ class Published(Cluster):
         note = await asyncio.to_thread(parting, self.store, live.generation, candidate.generation)
         return partial(asyncio.to_thread, note)
 
+    def check_bounds(self, bounds: Bounds) -> None:
+        assert not bounds
+
     async def run_gate(
-        self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
+        self,
+        live: RoutingTable,
+        candidate: RoutingTable,
+        mirrored: MirrorProgress | None,
+        bounds: Bounds,
     ) -> GateReport:
         assert mirrored is not None
         return GateReport(())
 
-    def judge_unreplayed(self, rows: int) -> GateFigure:
+    def judge_unreplayed(self, rows: int, bounds: Bounds) -> GateFigure:
         return GateFigure(figure="unreplayed_rows", value=rows, bound="", ok=rows == 0, text="")
 
     @property
