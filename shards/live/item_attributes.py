@@ -62,6 +62,18 @@ class ItemAttributes:
         return [read(scalar) if scalar.is_valid else None for scalar in scalars]
 
 
+def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Of a column of moments, times, durations or decimals, or of lists of these: its values as
+    answers have them, which a write takes. Of any other as Arrow gives them."""
+    kind = decoded_type(column.type)
+    element = decoded_type(kind.value_type) if is_list(kind) else kind
+    is_exact = pa.types.is_temporal(element) or pa.types.is_decimal(element)
+    read = _reader_of(column.type) if is_exact else None
+    if read is None:
+        return list(column.to_pylist())
+    return [_read(read, scalar) for scalar in column]
+
+
 def _reader_of(kind: pa.DataType) -> Reader | None:
     """Of a type whose values, or parts of them, Python's own types do not hold exactly; None: of
     any other."""

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardline.bench.vectors import manifold
+from shardline.router.client.conversions import plain, to_attribute
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import Metric
+from shardline.shards.live.attribute_values import arrow_array
 from shardline.shards.live.attributes import (
     check_attributes,
     decoded_schema,
@@ -23,7 +25,7 @@ from shardline.shards.live.attributes import (
     written_table,
 )
 from shardline.shards.live.compaction import attributes_of_rows
-from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.item_attributes import ItemAttributes, column_values
 from shardline.shards.live.live_rows import live_rows
 from shardline.shards.live.state import ShardState, apply
 from shardline.shards.storage.generation import read_attribute_file, write_attributes
@@ -175,6 +177,30 @@ def test_every_type_is_taken_in_the_form_of_answers(kind, values, expected, tmp_
     write_table(tmp_path / "a.arrow", table)
     table = open_ipc(tmp_path / "a.arrow").read_all()
     assert ItemAttributes(table).values("a", np.arange(3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.timestamp("ns"), ["2026-03-01T12:00:01.123456789", None]),
+        (pa.time64("ns"), [1.123456789, None]),
+        (pa.duration("ns"), ["1000000000.123456789", 0.5]),
+        (pa.decimal128(38, 20), ["0.12345678901234567890", 1.5]),
+        (pa.list_(pa.decimal128(38, 20)), [["0.12345678901234567890", None], None]),
+        (pa.dictionary(pa.int8(), pa.timestamp("ns")), ["2026-03-01T12:00:01.123456789"] * 2),
+        (pa.date32(), ["2026-03-01", None]),
+        (pa.string(), ["a", None]),
+    ],
+    ids=str,
+)
+def test_columns_of_files_are_written_as_they_are(kind, values) -> None:
+    """By `shardline upsert`."""
+    column = arrow_array(values, kind)
+    for each_form in (column, pa.chunked_array([column])):
+        sent = [to_attribute(each) for each in column_values(each_form)]
+        packed = msgpack.packb({"a": sent}, default=plain)
+        checked = check_attributes(packed, ids_of(2), pa.schema([("a", kind)]))
+        assert msgpack.unpackb(checked) == {"a": values}
 
 
 @pytest.mark.parametrize(("kind", "value"), REFUSED, ids=lambda v: str(v)[:60])
