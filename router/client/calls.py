@@ -118,6 +118,8 @@ class SearchFields(TypedDict, total=False):
     background: bool | None
     exact: bool | None
     filter: "Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None"
+    exclude: "Sequence[ArrayLike] | None"
+    exclude_history: bool | None
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -178,6 +180,9 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "return_": lambda names: names if isinstance(names, str) else listed(names),
     "min_seq": listed,
     "filter": to_filter,
+    "exclude": lambda lists: [
+        to_ids(ids, f"exclude[{row}]") for row, ids in enumerate(listed(lists))
+    ],
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

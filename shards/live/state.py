@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.errors import DeadlineExceeded, too_much_returned
+from shardline.shards.core.excluded import Excluded
 from shardline.shards.core.messages import MAX_RETURNED_BYTES, SearchParams
 from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, FloatArray, IdArray, Ranked
 from shardline.shards.index.main_index import MainIndex
@@ -25,6 +26,12 @@ from shardline.shards.index.selection import Selection
 from shardline.shards.live.attributes import packed_rows
 from shardline.shards.live.delta import NOT_HERE, Delta
 from shardline.shards.live.delta_search import enter_delta
+from shardline.shards.live.excluding import (
+    Among,
+    ExcludedRows,
+    excluded_rows,
+    search_excluding,
+)
 from shardline.shards.live.filtered import FilterRows, Matching
 from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.records import Record, Upsert
@@ -98,6 +105,16 @@ class ShardState:
         """
         return self.filter_rows.matching(packed, self.selection, self.delta, look)
 
+    def among(self, matching: Matching | None = None) -> Among:
+        """What a search looks at: all that may come back, or those of them that match."""
+        if matching is None:
+            return Among(self.selection, self.delta)
+        return Among(matching.selection, matching.delta)
+
+    def excluded_rows(self, excluded: Excluded, matching: Matching | None = None) -> ExcludedRows:
+        """The rows that queries exclude, of those that a search looks at."""
+        return excluded_rows(excluded, self.ids_by_row, self.among(matching))
+
     def search(
         self,
         queries: FloatArray,
@@ -105,20 +122,25 @@ class ShardState:
         params: SearchParams,
         matching: Matching | None = None,
         look: Callable[[], None] = lambda: None,
+        excluded: ExcludedRows | None = None,
     ) -> Ranked:
-        """The k best items of queries (n, dim) float32, among those that match where that is given;
-        look: as of ``MainIndex.search_filtered``.
+        """The k best items of queries (n, dim) float32, among those that match where that is given,
+        without those that each query excludes; look: as of ``MainIndex.search_filtered``.
+
+        There are k, if there are so many, unless params say how much is visited.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        if matching is None:
-            rows, scores = self.main.search(queries, k, params, self.selection)
-            delta = self.delta
-        else:
-            rows, scores = self.main.search_filtered(queries, k, params, matching.selection, look)
-            delta = matching.delta
-        return enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
+        is_filtered = matching is not None
+
+        def find(queries: FloatArray, k: int, among: Among, beyond: int = 0) -> Ranked:
+            return self._found(queries, k, params, among, is_filtered, look, beyond)
+
+        if excluded is None:
+            return find(queries, k, self.among(matching))
+        among = self.among(matching)
+        return search_excluding(find, queries, k, among, excluded, self.main.rows, look)
 
     def search_exactly(
         self,
@@ -126,13 +148,51 @@ class ShardState:
         k: int,
         look: Callable[[], None],
         matching: Matching | None = None,
+        excluded: ExcludedRows | None = None,
     ) -> Ranked:
         """As ``search``, with every row scored; look: as of ``MainIndex.search_exactly``."""
-        selection, delta = self.selection, self.delta
-        if matching is not None:
-            selection, delta = matching.selection, matching.delta
-        rows, scores = self.main.search_exactly(queries, k, selection, look)
-        return enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
+
+        def find(queries: FloatArray, k: int, among: Among, beyond: int = 0) -> Ranked:
+            return self._found_exactly(queries, k, among, look)
+
+        if excluded is None:
+            return find(queries, k, self.among(matching))
+        among = self.among(matching)
+        return search_excluding(find, queries, k, among, excluded, self.main.rows, look)
+
+    def _found(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        among: Among,
+        is_filtered: bool,
+        look: Callable[[], None],
+        beyond: int,
+    ) -> Ranked:
+        selection, delta = among.selection, among.delta
+        if is_filtered:
+            assert selection is not None
+            rows, scores = self.main.search_filtered(queries, k, params, selection, look)
+        else:
+            rows, scores = self.main.search(queries, k, params, selection, beyond)
+        found = enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
+        if is_filtered or params.nprobe or params.ef_search:
+            return found
+        hidden = 0 if selection is None else selection.num_excluded
+        wanted = min(k, self.main.rows - hidden + delta.num_live)
+        if wanted and EMPTY_ID in found.ids[:, wanted - 1]:
+            # the lists that were visited have too few rows that may come back
+            short = np.flatnonzero(found.ids[:, wanted - 1] == EMPTY_ID)
+            whole = self._found_exactly(queries[short], k, among, look)
+            found.ids[short], found.scores[short] = whole
+        return found
+
+    def _found_exactly(
+        self, queries: FloatArray, k: int, among: Among, look: Callable[[], None]
+    ) -> Ranked:
+        rows, scores = self.main.search_exactly(queries, k, among.selection, look)
+        return enter_delta(among.delta, queries, Ranked(self.ids_by_row[rows], scores))
 
     def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:
         """Those of item_ids (n,) int64 that are here, and their vectors (m, dim) float32.
