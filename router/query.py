@@ -64,9 +64,10 @@ class Merged:
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
     may be shared: nobody writes to them. others_share: the largest of the replies; None
     without any. matched (n,) int64: of each query, how many rows match its filter, NO_FILTER
-    without one; None: none has a filter. excluded (n,): of each query, how many rows, that match if
-    it has a filter, its exclusions left out; None: none has any. left_out (n,): how many rows that
-    were found are not in its answer, 1 for an item that was asked with; None: none.
+    without one; None: none has a filter. excluded (n,): of each query with fewer than k results,
+    how many rows, that match if it has a filter, its exclusions left out; None: none has any.
+    left_out (n,): how many rows that were found are not in its answer, 1 for an item that was asked
+    with; None: none.
     """
 
     ranked: Ranked

@@ -120,8 +120,9 @@ def lists_of(shard: Shard, queries: FloatArray) -> dict[str, list[IdArray]]:
 def exact(shard: Shard, request: SearchRequest) -> IdArray:
     """(n, k): the ids of the exact answer."""
     state = shard.state
-    excluded = None if request.excluded is None else state.excluded_rows(request.excluded)
-    return state.search_exactly(request.queries, request.k, lambda: None, excluded=excluded).ids
+    if request.excluded is None:
+        return state.search_exactly(request.queries, request.k, lambda: None).ids
+    return state.search_excluding(request.queries, request.k, None, request.excluded)[0].ids
 
 
 @click.command()

@@ -116,8 +116,9 @@ class SearchReply:
     generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
     others_share, of a background search: the share of the last seconds in which the shard searched
     for others; 0 if nobody else asked. matched, of a search with a filter: live rows that match it;
-    NO_FILTER of others. excluded (n,) int32: of each query, how many live rows, that match if there
-    is a filter, its exclusions left out; None: the request has none.
+    NO_FILTER of others. excluded (n,) int32: of each query with fewer than k results, how many live
+    rows, that match if there is a filter, its exclusions left out, 0 of others; None: no query of
+    the request has any.
     """
 
     ranked: Ranked

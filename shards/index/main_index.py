@@ -191,15 +191,15 @@ class MainIndex:
         """The k best local rows, as ids, of queries (n, dim) float32; of all rows without a
         ``selection``. Parameters that this kind of index does not have are ignored.
 
-        beyond: how many rows that are not selected may be nearer than these; as much is visited as
-        for so many results more, unless the parameters say how much.
+        beyond: how many rows that are not selected may be nearer than these; more is visited then,
+        unless the parameters say how much.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
         self._check_dim(queries)
         if beyond:
-            params = self._reaching(params, k, beyond)
+            params = self._reaching(params, beyond)
         if self._device is Device.CUDA and k > gpu.GPU_MAX_K:
             return _padded(self.search(queries, gpu.GPU_MAX_K, params, selection), k)
         if k >= self._askable:
@@ -306,14 +306,16 @@ class MainIndex:
                 got=str(queries.shape[1]),
             )
 
-    def _reaching(self, params: SearchParams, k: int, beyond: int) -> SearchParams:
-        """As much visited as by default for k + beyond results; ``beyond`` is rounded up, so that
-        few different parameters come of it."""
-        widening = (k + (1 << (beyond - 1).bit_length())) / MEASURED_K
-        if params.nprobe is not None or widening <= 1 or not self._layers.is_ivf:
+    def _reaching(self, params: SearchParams, beyond: int) -> SearchParams:
+        """With more lists visited, in place of those that ``beyond`` rows that are not selected may
+        have emptied: twice as many as these rows fill, because they are not the whole of a list.
+        Rounded up, so that few different parameters come of it."""
+        if params.nprobe is not None or not self._layers.is_ivf:
             return params  # an index that excludes no rows itself is asked for more results anyway
-        nprobe = math.ceil((self._defaults.nprobe or 1) * widening)
-        return replace(params, nprobe=min(nprobe, int(self._layers.base.nlist), MAX_NPROBE))
+        nlist = int(self._layers.base.nlist)
+        emptied = math.ceil((1 << (beyond - 1).bit_length()) * nlist / self.rows)
+        nprobe = (self._defaults.nprobe or 1) + 2 * emptied
+        return replace(params, nprobe=min(nprobe, nlist, MAX_NPROBE))
 
     @property
     def _takes_selector(self) -> bool:

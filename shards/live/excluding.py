@@ -1,13 +1,12 @@
 """Searches that leave out items of each query's own.
 
-A query that is searched alone has a selection, and a delta, without its excluded rows. Queries that
-are searched together are asked for a few more results than they want; what they exclude is taken
-out of these, and only those queries are searched alone that come out short. Either way an answer is
-that of a shard which does not have the excluded items.
+Queries are asked for a few more results than they want, and what they exclude is taken out of
+these. A query that comes out short is searched alone, with a selection and a delta that lack its
+excluded rows; so is one that comes alone and excludes many. Either way an answer is that of a shard
+which does not have the excluded items.
 """
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -27,8 +26,8 @@ from shardline.shards.core.schema import (
 from shardline.shards.index.selection import Selection
 from shardline.shards.live.delta import NOT_HERE, Delta
 
-# Results beyond k that queries which share a search are asked for. More cost all of them; with
-# fewer, more of them are searched alone.
+# Results beyond k that queries are asked for which share a search, or exclude no more. More cost
+# all of them; with fewer, more of them are searched alone.
 MARGIN = 32
 
 
@@ -42,96 +41,91 @@ class Among(NamedTuple):
     delta: Delta
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ExcludedRows:
-    """Of n queries: the rows of ``Among`` that each excludes. counts (n,) int32: how many; ids: of
-    each the ids that it excludes, ascending, also of items that are not there."""
-
-    counts: NDArray[np.int32]
-    ids: Sequence[IdArray]
-    of_main: Sequence[IdArray]
-    of_delta: Sequence[IdArray]
-
-
 class Find(Protocol):
     def __call__(self, queries: FloatArray, k: int, among: Among, beyond: int = 0, /) -> Ranked:
         """The k best items; beyond: how many rows that are excluded may be nearer than these."""
 
 
-def excluded_rows(excluded: Excluded, ids_by_row: IdArray, among: Among) -> ExcludedRows:
-    """ids_by_row (rows + 1,) int64: as of ``ShardState``."""
-    ends = np.cumsum(excluded.counts)
-    bounds = [0, *ends.tolist()]
-    rows = np.searchsorted(ids_by_row[:-1], excluded.ids)
-    at = np.flatnonzero(ids_by_row[rows] == excluded.ids)
-    rows = rows[at]
-    if among.selection is not None:
-        is_live = among.selection.are_live(rows)
-        at, rows = at[is_live], rows[is_live]
-    of_main = _per_query(rows, at, bounds)
-    of_delta: Sequence[IdArray] = [rows[:0]] * len(of_main)
-    if among.delta.num_live:
-        rows = among.delta.rows_of(excluded.ids)
-        at = np.flatnonzero(rows != NOT_HERE)
-        of_delta = _per_query(rows[at], at, bounds)
-    counts = [len(main) + len(delta) for main, delta in zip(of_main, of_delta, strict=True)]
-    ids = [excluded.ids[start:end] for start, end in itertools.pairwise(bounds)]
-    return ExcludedRows(np.array(counts, np.int32), ids, of_main, of_delta)
+@dataclass(frozen=True, slots=True)
+class Excluding:
+    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; look: called before a query of
+    several is searched alone; what it raises ends the search."""
+
+    find: Find
+    ids_by_row: IdArray
+    among: Among
+    look: Callable[[], None]
+
+    def search(
+        self, queries: FloatArray, k: int, excluded: Excluded
+    ) -> tuple[Ranked, NDArray[np.int32]]:
+        """The k best items of queries (n, dim) among those that are not excluded; and counts (n,)
+        int32: of each query with fewer than k, how many items it excludes that could have been
+        found, 0 of others."""
+        counts = np.zeros(len(queries), np.int32)
+        if len(queries) == 1 and len(excluded.ids) > MARGIN:
+            found, counts[0] = self._alone(queries, k, excluded.ids)
+            return found, counts
+        margin = max(0, min(MARGIN, int(excluded.counts.max()), MAX_K - k))
+        found = self.find(queries, k + margin, self.among)
+        lists = np.split(excluded.ids, np.cumsum(excluded.counts[:-1]))
+        is_excluded = np.zeros(found.ids.shape, np.bool_)
+        for query, ids in enumerate(lists):
+            if len(ids):
+                is_excluded[query] = _are_in(found.ids[query], ids)
+        kept = _kept(found, is_excluded, k)
+        for query in np.flatnonzero(kept.ids[:, -1] == EMPTY_ID).tolist():
+            if not len(lists[query]):
+                continue
+            if found.ids[query, -1] == EMPTY_ID:  # everything that can be found has been
+                counts[query] = self._count(lists[query])
+                continue
+            self.look()
+            some = slice(query, query + 1)
+            alone, counts[query] = self._alone(queries[some], k, lists[query])
+            kept.ids[some], kept.scores[some] = alone
+        return kept, counts
+
+    def _alone(self, query: FloatArray, k: int, ids: IdArray) -> tuple[Ranked, int]:
+        """As ``search``, of one query (1, dim) that excludes ids (m,)."""
+        selection, delta = self.among
+        of_main, of_delta = self._rows_of(ids)
+        if len(of_main):
+            whole = selection if selection is not None else _whole(len(self.ids_by_row) - 1)
+            selection = whole.less(of_main)
+        if len(of_delta):
+            delta = delta.hiding(of_delta)
+        found = self.find(query, k, Among(selection, delta), len(of_main))
+        is_short = found.ids[0, -1] == EMPTY_ID
+        return found, len(of_main) + len(of_delta) if is_short else 0
+
+    def _count(self, ids: IdArray) -> int:
+        return sum(map(len, self._rows_of(ids)))
+
+    def _rows_of(self, ids: IdArray) -> tuple[IdArray, IdArray]:
+        """The rows of main and of the delta that are searched, of ids (m,), ascending."""
+        selection, delta = self.among
+        of_main = rows_of(self.ids_by_row, ids)
+        of_main = of_main[of_main != NOT_HERE]
+        if selection is not None:
+            of_main = of_main[selection.are_live(of_main)]
+        of_delta = of_main[:0]
+        if delta.num_live:
+            of_delta = delta.rows_of(ids)
+            of_delta = of_delta[of_delta != NOT_HERE]
+        return of_main, of_delta
 
 
-def _per_query(rows: IdArray, at: IdArray, bounds: list[int]) -> Sequence[IdArray]:
-    """rows (m,) of the ids at places ``at`` (m,), ascending; query q has places from bounds[q]."""
-    if len(bounds) == 2:
-        return [rows]
-    cuts = np.searchsorted(at, bounds).tolist()
-    return [rows[start:end] for start, end in itertools.pairwise(cuts)]
-
-
-def search_excluding(
-    find: Find,
-    queries: FloatArray,
-    k: int,
-    among: Among,
-    excluded: ExcludedRows,
-    main_rows: int,
-    look: Callable[[], None],
-) -> Ranked:
-    """The k best items of queries (n, dim) among those that are not excluded. look: called before
-    a query is searched alone; what it raises ends the search."""
-    if len(queries) == 1:
-        return _alone(find, queries, k, _without(among, excluded, 0, main_rows), excluded, 0)
-    margin = max(0, min(MARGIN, int(excluded.counts.max()), MAX_K - k))
-    found = find(queries, k + margin, among)
-    is_excluded = np.zeros(found.ids.shape, np.bool_)
-    for query in np.flatnonzero(excluded.counts).tolist():
-        is_excluded[query] = _are_in(found.ids[query], excluded.ids[query])
-    kept = _kept(found, is_excluded, k)
-    # where the last slot is empty, everything that can be found has been
-    is_short = (kept.ids[:, -1] == EMPTY_ID) & (found.ids[:, -1] != EMPTY_ID)
-    for query in np.flatnonzero(is_short).tolist():
-        look()
-        some = slice(query, query + 1)
-        own = _without(among, excluded, query, main_rows)
-        kept.ids[some], kept.scores[some] = _alone(find, queries[some], k, own, excluded, query)
-    return kept
-
-
-def _alone(
-    find: Find, query: FloatArray, k: int, own: Among, excluded: ExcludedRows, at: int
-) -> Ranked:
-    return find(query, k, own, len(excluded.of_main[at]))
-
-
-def _without(among: Among, excluded: ExcludedRows, query: int, main_rows: int) -> Among:
-    """What is left for one query."""
-    selection, delta = among.selection, among.delta
-    of_main, of_delta = excluded.of_main[query], excluded.of_delta[query]
-    if len(of_main):
-        whole = selection if selection is not None else _whole(main_rows)
-        selection = whole.less(of_main)
-    if len(of_delta):
-        delta = delta.hiding(of_delta)
-    return Among(selection, delta)
+def rows_of(ids_by_row: IdArray, item_ids: IdArray) -> IdArray:
+    """(n,) int64: the row of each of item_ids (n,) int64, NOT_HERE where there is none; ids_by_row
+    (rows + 1,) as of ``ShardState``."""
+    rows = len(ids_by_row) - 1
+    if rows and ids_by_row[rows - 1] - ids_by_row[0] == rows - 1:  # no gaps: nothing to look for
+        at = item_ids - ids_by_row[0]
+        return np.where((at >= 0) & (at < rows), at, NOT_HERE)
+    at = np.searchsorted(ids_by_row[:-1], item_ids)
+    at[ids_by_row[at] != item_ids] = NOT_HERE
+    return at
 
 
 @lru_cache(maxsize=2)
@@ -150,6 +144,8 @@ def _are_in(ids: IdArray, some: IdArray) -> NDArray[np.bool_]:
 
 def _kept(found: Ranked, is_excluded: NDArray[np.bool_], k: int) -> Ranked:
     """(n, k): what is not excluded, in order."""
+    if not is_excluded[:, :k].any():
+        return Ranked(found.ids[:, :k].copy(), found.scores[:, :k].copy())
     order = np.argsort(is_excluded, axis=1, kind="stable")[:, :k]
     ids = np.where(is_excluded, EMPTY_ID, found.ids)
     scores = np.where(is_excluded, EMPTY_SCORE, found.scores)

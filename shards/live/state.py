@@ -26,12 +26,7 @@ from shardline.shards.index.selection import Selection
 from shardline.shards.live.attributes import packed_rows
 from shardline.shards.live.delta import NOT_HERE, Delta
 from shardline.shards.live.delta_search import enter_delta
-from shardline.shards.live.excluding import (
-    Among,
-    ExcludedRows,
-    excluded_rows,
-    search_excluding,
-)
+from shardline.shards.live.excluding import Among, Excluding, rows_of
 from shardline.shards.live.filtered import FilterRows, Matching
 from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.records import Record, Upsert
@@ -111,10 +106,6 @@ class ShardState:
             return Among(self.selection, self.delta)
         return Among(matching.selection, matching.delta)
 
-    def excluded_rows(self, excluded: Excluded, matching: Matching | None = None) -> ExcludedRows:
-        """The rows that queries exclude, of those that a search looks at."""
-        return excluded_rows(excluded, self.ids_by_row, self.among(matching))
-
     def search(
         self,
         queries: FloatArray,
@@ -122,25 +113,16 @@ class ShardState:
         params: SearchParams,
         matching: Matching | None = None,
         look: Callable[[], None] = lambda: None,
-        excluded: ExcludedRows | None = None,
     ) -> Ranked:
-        """The k best items of queries (n, dim) float32, among those that match where that is given,
-        without those that each query excludes; look: as of ``MainIndex.search_filtered``.
+        """The k best items of queries (n, dim) float32, among those that match where that is given;
+        look: as of ``MainIndex.search_filtered``.
 
         There are k, if there are so many, unless params say how much is visited.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        is_filtered = matching is not None
-
-        def find(queries: FloatArray, k: int, among: Among, beyond: int = 0) -> Ranked:
-            return self._found(queries, k, params, among, is_filtered, look, beyond)
-
-        if excluded is None:
-            return find(queries, k, self.among(matching))
-        among = self.among(matching)
-        return search_excluding(find, queries, k, among, excluded, self.main.rows, look)
+        return self._best(queries, k, params, self.among(matching), matching is not None, look, 0)
 
     def search_exactly(
         self,
@@ -148,19 +130,31 @@ class ShardState:
         k: int,
         look: Callable[[], None],
         matching: Matching | None = None,
-        excluded: ExcludedRows | None = None,
     ) -> Ranked:
         """As ``search``, with every row scored; look: as of ``MainIndex.search_exactly``."""
+        return self._best_exactly(queries, k, self.among(matching), look)
+
+    def search_excluding(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams | None,
+        excluded: Excluded,
+        matching: Matching | None = None,
+        look: Callable[[], None] = lambda: None,
+    ) -> tuple[Ranked, NDArray[np.int32]]:
+        """As ``search``, without the items that each query excludes, and ``Excluding.search``'s
+        counts. params None: as ``search_exactly``."""
 
         def find(queries: FloatArray, k: int, among: Among, beyond: int = 0) -> Ranked:
-            return self._found_exactly(queries, k, among, look)
+            if params is None:
+                return self._best_exactly(queries, k, among, look)
+            return self._best(queries, k, params, among, matching is not None, look, beyond)
 
-        if excluded is None:
-            return find(queries, k, self.among(matching))
-        among = self.among(matching)
-        return search_excluding(find, queries, k, among, excluded, self.main.rows, look)
+        excluding = Excluding(find, self.ids_by_row, self.among(matching), look)
+        return excluding.search(queries, k, excluded)
 
-    def _found(
+    def _best(
         self,
         queries: FloatArray,
         k: int,
@@ -184,11 +178,11 @@ class ShardState:
         if wanted and EMPTY_ID in found.ids[:, wanted - 1]:
             # the lists that were visited have too few rows that may come back
             short = np.flatnonzero(found.ids[:, wanted - 1] == EMPTY_ID)
-            whole = self._found_exactly(queries[short], k, among, look)
+            whole = self._best_exactly(queries[short], k, among, look)
             found.ids[short], found.scores[short] = whole
         return found
 
-    def _found_exactly(
+    def _best_exactly(
         self, queries: FloatArray, k: int, among: Among, look: Callable[[], None]
     ) -> Ranked:
         rows, scores = self.main.search_exactly(queries, k, among.selection, look)
@@ -269,8 +263,7 @@ class ShardState:
     def main_rows_of(self, item_ids: IdArray) -> IdArray:
         """(n,) int64: the row of main of each of item_ids (n,) int64 that may come back, NOT_HERE
         where there is none."""
-        rows = np.searchsorted(self.ids_by_row[:-1], item_ids)
-        rows[self.ids_by_row[rows] != item_ids] = NOT_HERE
+        rows = rows_of(self.ids_by_row, item_ids)
         if self.selection is not None:
             known = np.flatnonzero(rows != NOT_HERE)
             hidden = ~self.selection.are_live(rows[known])

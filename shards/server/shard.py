@@ -246,11 +246,14 @@ class Shard:
             self._check_seq(state, first.options.min_seq)
             packed = first.options.filter
             matching = state.matching(packed, look) if packed else None
-            excluded = None if given is None else state.excluded_rows(given, matching)
-            if first.options.exact:
-                ranked = state.search_exactly(queries, first.k, look, matching, excluded)
+            k, params = first.k, None if first.options.exact else first.params
+            excluded = None
+            if given is not None:
+                ranked, excluded = state.search_excluding(queries, k, params, given, matching, look)
+            elif params is None:
+                ranked = state.search_exactly(queries, k, look, matching)
             else:
-                ranked = state.search(queries, first.k, first.params, matching, look, excluded)
+                ranked = state.search(queries, k, params, matching, look)
         except ShardlineError as error:
             return [error] * len(group)
         search_ms = (time.perf_counter() - started) * 1e3
@@ -266,7 +269,7 @@ class Shard:
                     seq=state.seq,
                     search_ms=search_ms,
                     matched=NO_FILTER if matching is None else matching.rows,
-                    excluded=None if excluded is None else excluded.counts[start:end],
+                    excluded=None if excluded is None else excluded[start:end],
                 )
             )
             start = end

@@ -22,9 +22,8 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import MAX_K, Metric, Ranked
 from shardline.shards.index.selection import Selection
-from shardline.shards.live import excluding
 from shardline.shards.live.delta import TILE_ROWS
-from shardline.shards.live.excluding import MARGIN
+from shardline.shards.live.excluding import MARGIN, Excluding
 from shardline.shards.live.state import ShardState, apply
 from shardline.shards.server.shard import Shard
 from tests.engine import build_main
@@ -116,9 +115,10 @@ def check(
     kind: str,
 ) -> None:
     assert_answer_order(found)
-    assert counts.tolist() == [len(items.keys() & set(map(int, each))) for each in lists]
     for row, (query, excluded) in enumerate(zip(QUERIES, lists, strict=True)):
         wanted = expected(items, query, excluded, K)
+        are_short = wanted.ids[0, -1] < 0
+        assert counts[row] == (len(items.keys() & set(map(int, excluded))) if are_short else 0)
         got = found.rows(slice(row, row + 1))
         if kind in EXACT:
             np.testing.assert_array_equal(got.ids, wanted.ids)
@@ -143,15 +143,16 @@ def test_answers_are_those_without_the_excluded_items(kind: str, given: Any) -> 
             matching = state.matching(check_filter(given))
             low, high = (0, 300) if given is FEW else (700, 10**9)
             live = {item: vector for item, vector in items.items() if low <= item < high}
-        rows = state.excluded_rows(of(lists), matching)
-        together = state.search(QUERIES, K, NO_PARAMS, matching, excluded=rows)
-        check(together, rows.counts, live, lists, kind)
-        exactly = state.search_exactly(QUERIES, K, lambda: None, matching, rows)
-        check(exactly, rows.counts, live, lists, "flat" if kind in EXACT else kind)
+        together, counts = state.search_excluding(QUERIES, K, NO_PARAMS, of(lists), matching)
+        check(together, counts, live, lists, kind)
+        exactly, counts = state.search_excluding(QUERIES, K, None, of(lists), matching)
+        check(exactly, counts, live, lists, "flat" if kind in EXACT else kind)
         for row, each in enumerate(lists):
             some = slice(row, row + 1)
-            own = state.excluded_rows(of([each]), matching)
-            alone = state.search(QUERIES[some], K, NO_PARAMS, matching, excluded=own)
+            alone, count = state.search_excluding(
+                QUERIES[some], K, NO_PARAMS, of([each]), matching
+            )
+            assert count == counts[row]
             if kind in EXACT:
                 np.testing.assert_array_equal(alone.ids, together.ids[some])
                 np.testing.assert_array_equal(alone.scores, together.scores[some])
@@ -166,28 +167,31 @@ def test_answers_are_those_without_the_excluded_items(kind: str, given: Any) -> 
 def test_a_query_in_a_batch_is_searched_alone_only_if_it_comes_out_short(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    alone: list[int] = []
+    alone: list[list[int]] = []
 
-    def counted(find: Any, query: Any, k: int, own: Any, excluded: Any, at: int) -> Ranked:
-        alone.append(at)
-        return real(find, query, k, own, excluded, at)
+    def counted(self: Excluding, query: Any, k: int, ids: Any) -> Any:
+        alone.append(ids.tolist())
+        return real(self, query, k, ids)
 
-    real = excluding._alone
-    monkeypatch.setattr(excluding, "_alone", counted)
+    real = Excluding._alone
+    monkeypatch.setattr(Excluding, "_alone", counted)
     state = new_state("flat")
     best = brute_force(QUERIES, IDS, VECTORS, ROWS).ids
     lists = [[], best[1, :MARGIN], best[2, : MARGIN + 1], best[3, -200:], [1], best[5, :300]]
-    rows = state.excluded_rows(of(lists))
-    found = state.search(QUERIES, K, NO_PARAMS, excluded=rows)
-    assert alone == [2, 5]
+    found, counts = state.search_excluding(QUERIES, K, NO_PARAMS, of(lists))
+    assert alone == [sorted(lists[2]), sorted(lists[5])]
     items = dict(zip(IDS.tolist(), VECTORS, strict=True))
-    check(found, rows.counts, items, lists, "flat")
+    check(found, counts, items, lists, "flat")
 
     alone.clear()  # nothing more is there to be found
     everything = [IDS.tolist()] * len(QUERIES)
-    rows = state.excluded_rows(of(everything))
-    assert (state.search(QUERIES, ROWS, NO_PARAMS, excluded=rows).ids == -1).all()
+    found, counts = state.search_excluding(QUERIES, ROWS, NO_PARAMS, of(everything))
+    assert (found.ids == -1).all()
+    assert counts.tolist() == [ROWS] * len(QUERIES)
     assert alone == []
+    for size, is_alone in ((MARGIN, False), (MARGIN + 1, True)):
+        state.search_excluding(QUERIES[:1], K, NO_PARAMS, of([best[0, :size]]))
+        assert bool(alone) is is_alone
 
 
 @pytest.mark.parametrize("kind", ["ivf", "ivfpq-fs"])
@@ -199,21 +203,19 @@ def test_a_search_finds_k_items_where_the_lists_that_it_visits_have_too_few(kind
     own = SearchParams(nprobe=1)
     assert (state.search(QUERIES, 200, own).ids == -1).any(), "as its caller wants it"
     best = brute_force(QUERIES, IDS, VECTORS, 300).ids
-    rows = state.excluded_rows(of(list(best)))
-    left = state.search(QUERIES, 200, NO_PARAMS, excluded=rows)
+    left, _ = state.search_excluding(QUERIES, 200, NO_PARAMS, of(list(best)))
     assert (left.ids >= 0).all()
     for row, each in enumerate(best):
         assert sorted([*left.ids[row], *each]) == IDS.tolist()
-    few = state.search(QUERIES, 200, own, excluded=rows)
+    few, _ = state.search_excluding(QUERIES, 200, own, of(list(best)))
     assert (few.ids == -1).any()
 
 
 def test_all_but_a_few_rows_may_be_excluded_or_deleted() -> None:
     state = new_state("ivf")
     state, _ = apply(state, [delete(1, IDS[:-30])])
-    rows = state.excluded_rows(of([IDS[:-5]]))
-    found = state.search(QUERIES[:1], K, NO_PARAMS, excluded=rows)
-    assert rows.counts.tolist() == [25]
+    found, counts = state.search_excluding(QUERIES[:1], K, NO_PARAMS, of([IDS[:-5]]))
+    assert counts.tolist() == [25]
     assert sorted(found.ids[0][:5]) == IDS[-5:].tolist()
     assert (found.ids[0][5:] == -1).all()
 

@@ -287,7 +287,7 @@ async def test_a_partial_answer_says_how_many_items_were_not_searched() -> None:
         shards[0].gate.clear()
         lists = [list(range(10, 50))]
         answer = await ask(
-            service, vectors=VECTORS[:1].tolist(), k=10, exclude=lists, timeout_ms=200
+            service, vectors=VECTORS[:1].tolist(), k=12, exclude=lists, timeout_ms=200
         )
         assert told(answer) == [(0, "exclusion", None, 35), (0, "coverage", None, 15)]
         whole = await ask(service, vectors=VECTORS[:1].tolist(), k=10, timeout_ms=200)
@@ -387,7 +387,7 @@ async def test_the_items_of_a_history_do_not_come_back() -> None:
         for row, gone in enumerate([[1, 5, 40], [], [2]]):
             kept = [item for item in plain.ranked.ids[row].tolist() if item not in gone]
             found = answer.ranked.ids[row]
-            assert found[found >= 0].tolist() == kept
+            assert sorted(found[found >= 0].tolist()) == sorted(kept)
         assert told(answer) == [(0, "exclusion", None, 3), (2, "exclusion", None, 1)]
         both = await ask(
             service, features=features, k=10, exclude_history=True, exclude=[[7], [8], []]
