@@ -63,26 +63,24 @@ class Excluding:
         int32: of each query with fewer than k, how many items it excludes that could have been
         found, 0 of others."""
         counts = np.zeros(len(queries), np.int32)
-        if len(queries) == 1 and len(excluded.ids) > MARGIN:
+        lists = [excluded.ids]
+        if len(queries) > 1:
+            lists = np.split(excluded.ids, np.cumsum(excluded.counts[:-1]))
+        elif len(excluded.ids) > MARGIN:
             found, counts[0] = self._alone(queries, k, excluded.ids)
             return found, counts
-        margin = max(0, min(MARGIN, int(excluded.counts.max()), MAX_K - k))
+        margin = max(0, min(MARGIN, max(map(len, lists)), MAX_K - k))
         found = self.find(queries, k + margin, self.among)
-        lists = np.split(excluded.ids, np.cumsum(excluded.counts[:-1]))
-        is_excluded = np.zeros(found.ids.shape, np.bool_)
+        kept = Ranked(found.ids[:, :k].copy(), found.scores[:, :k].copy())
         for query, ids in enumerate(lists):
-            if len(ids):
-                is_excluded[query] = _are_in(found.ids[query], ids)
-        kept = _kept(found, is_excluded, k)
-        for query in np.flatnonzero(kept.ids[:, -1] == EMPTY_ID).tolist():
-            if not len(lists[query]):
+            some = slice(query, query + 1)
+            if not _take_out(ids, found.rows(some), kept.rows(some)):
                 continue
             if found.ids[query, -1] == EMPTY_ID:  # everything that can be found has been
-                counts[query] = self._count(lists[query])
+                counts[query] = self._count(ids)
                 continue
             self.look()
-            some = slice(query, query + 1)
-            alone, counts[query] = self._alone(queries[some], k, lists[query])
+            alone, counts[query] = self._alone(queries[some], k, ids)
             kept.ids[some], kept.scores[some] = alone
         return kept, counts
 
@@ -134,19 +132,18 @@ def _whole(rows: int) -> Selection:
     return Selection.whole(rows)
 
 
-def _are_in(ids: IdArray, some: IdArray) -> NDArray[np.bool_]:
-    """Whether each of ids (w,) is one of ``some`` (m,), ascending and at least one."""
-    at = np.searchsorted(some, ids)
-    at[at == len(some)] = 0
-    found: NDArray[np.bool_] = some[at] == ids
-    return found
-
-
-def _kept(found: Ranked, is_excluded: NDArray[np.bool_], k: int) -> Ranked:
-    """(n, k): what is not excluded, in order."""
-    if not is_excluded[:, :k].any():
-        return Ranked(found.ids[:, :k].copy(), found.scores[:, :k].copy())
-    order = np.argsort(is_excluded, axis=1, kind="stable")[:, :k]
-    ids = np.where(is_excluded, EMPTY_ID, found.ids)
-    scores = np.where(is_excluded, EMPTY_SCORE, found.scores)
-    return Ranked(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
+def _take_out(ids: IdArray, found: Ranked, kept: Ranked) -> bool:
+    """Writes to ``kept`` (1, k) the first of ``found`` (1, k or more), which it has already, that
+    are not among ids (m,), ascending. Whether there are fewer than k of these."""
+    (of_found,), k = found.ids, kept.ids.shape[1]
+    if not len(ids):
+        return False
+    at = np.searchsorted(ids, of_found)
+    at[at == len(ids)] = 0
+    is_left = ids[at] != of_found
+    if not is_left[:k].all():
+        left = is_left.nonzero()[0][:k]
+        kept.ids[:], kept.scores[:] = EMPTY_ID, EMPTY_SCORE
+        kept.ids[0, : len(left)] = of_found[left]
+        kept.scores[0, : len(left)] = found.scores[0, left]
+    return bool(kept.ids[0, -1] == EMPTY_ID)

@@ -149,9 +149,7 @@ def test_answers_are_those_without_the_excluded_items(kind: str, given: Any) -> 
         check(exactly, counts, live, lists, "flat" if kind in EXACT else kind)
         for row, each in enumerate(lists):
             some = slice(row, row + 1)
-            alone, count = state.search_excluding(
-                QUERIES[some], K, NO_PARAMS, of([each]), matching
-            )
+            alone, count = state.search_excluding(QUERIES[some], K, NO_PARAMS, of([each]), matching)
             assert count == counts[row]
             if kind in EXACT:
                 np.testing.assert_array_equal(alone.ids, together.ids[some])
