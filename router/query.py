@@ -37,7 +37,9 @@ class ResolvedQuery:
     values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, or n ids, none
     of them empty or too many, but not looked at one by one. timeout_ms counts from the arrival.
     min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
-    where queries differ in them, the ``options.filter`` of each; else empty.
+    where queries differ in them, the ``options.filter`` of each; else empty. excluded: of each
+    query the ids (m,) int64 that must not come back, ascending, each once; empty where no query has
+    any. exclude_history: nor the items of its history feature, which are not in ``excluded`` yet.
     """
 
     kind: QueryKind
@@ -51,6 +53,8 @@ class ResolvedQuery:
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
+    excluded: tuple[IdArray, ...] = ()
+    exclude_history: bool = False
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -60,7 +64,10 @@ class Merged:
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
     may be shared: nobody writes to them. others_share: the largest of the replies; None
     without any. matched (n,) int64: of each query, how many rows match its filter, NO_FILTER
-    without one; None: none has a filter.
+    without one; None: none has a filter. excluded (n,): of each query with fewer than k results,
+    how many rows, that match if it has a filter, its exclusions left out; None: none has any.
+    left_out (n,): how many rows that were found are not in its answer, 1 for an item that was asked
+    with; None: none.
     """
 
     ranked: Ranked
@@ -69,6 +76,8 @@ class Merged:
     seq: tuple[int | None, ...]
     others_share: float | None = None
     matched: IdArray | None = None
+    excluded: IdArray | None = None
+    left_out: IdArray | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
