@@ -90,6 +90,7 @@ class ReasonCode(StrEnum):
     NOT_FOUND = "not_found"  # no shard holds the item
     NOT_FOUND_PARTIAL = "not_found_partial"  # no shard that answered holds it, and one did not
     FILTER = "filter"  # fewer items match its filter than were asked for
+    CAP = "cap"  # its caps refuse the items that there are beyond those
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,7 @@ class Reason:
     code: str
     text: str
     matched: int | None = None
+    count: int | None = None
 
     @property
     def content(self) -> dict[str, Any]:

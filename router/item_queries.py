@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardline.router.contract import Coverage, Reason, ReasonCode
-from shardline.router.query import FoundItems, Merged
+from shardline.router.query import FoundItems, Merged, Rearranged
 from shardline.shards.core.messages import NO_FILTER
 from shardline.shards.core.schema import (
     EMPTY_ID,
@@ -64,7 +64,21 @@ class ItemQueries:
             seq=self.seq if merged is None else merged.seq,
             others_share=None if merged is None else merged.others_share,
             matched=matched,
+            rearranged=self._rearranged(merged),
         )
+
+    def _rearranged(self, merged: Merged | None) -> Rearranged | None:
+        """Of all queries; None where nothing was put into another order."""
+        if merged is None or merged.rearranged is None:
+            return None
+        of_all, of_live = Rearranged.none(self.num_queries), merged.rearranged
+        for every, live in (
+            (of_all.considered, of_live.considered),
+            (of_all.refused, of_live.refused),
+            (of_all.is_cut, of_live.is_cut),
+        ):
+            every[self.live] = live
+        return of_all
 
 
 def item_queries(item_ids: IdArray, found: FoundItems, metric: Metric) -> ItemQueries:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardline.router.query import QueryKind, ResolvedQuery, SeqOrigin
+from shardline.router.rearrange.rearrangement import Rearrangement, sized
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
 from shardline.shards.core.filter_language import MAX_FILTER_BYTES
@@ -71,9 +72,10 @@ def resolve(
     original_ids: bool = False,
     min_seq_of: SeqOrigin | None = None,
     filters: tuple[bytes, ...] = (),
+    rearrange: Rearrangement | None = None,
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
-    filters: one per query, or none at all.
+    filters: one per query, or none at all. rearrange: without its pool.
 
     Raises:
         InvalidInput: not one kind, an empty or too large batch, a value out of range.
@@ -107,6 +109,7 @@ def resolve(
         original_ids=original_ids,
         min_seq_of=min_seq_of,
         filters=filters,
+        rearrange=rearrange and sized(rearrange, k, config.max_k, len(values)),
     )
 
 

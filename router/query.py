@@ -4,11 +4,16 @@ body of a request -> ResolvedQuery -> SearchRequest, a frame to every shard
 replies -> Merged, what the shards found -> SearchAnswer, the body of the answer
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shardline.router.contract import Coverage, Degraded, Reason
+from shardline.router.rearrange.rearrangement import Rearrangement
+from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.messages import SearchOptions, SearchParams
 from shardline.shards.core.schema import FloatArray, IdArray, Ranked
 
@@ -51,6 +56,23 @@ class ResolvedQuery:
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
+    rearrange: Rearrangement | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Rearranged:
+    """Of each query (n,) how many items were considered for its answer; where that is short, how
+    many of them caps have refused, else 0; and whether others were given up that may fit."""
+
+    considered: IdArray
+    refused: IdArray
+    is_cut: NDArray[np.bool_]
+
+    @classmethod
+    def none(cls, queries: int) -> "Rearranged":
+        """Of so many queries without an answer."""
+        zeros = np.zeros(queries, np.int64)
+        return cls(considered=zeros, refused=zeros.copy(), is_cut=np.zeros(queries, np.bool_))
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -60,7 +82,7 @@ class Merged:
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
     may be shared: nobody writes to them. others_share: the largest of the replies; None
     without any. matched (n,) int64: of each query, how many rows match its filter, NO_FILTER
-    without one; None: none has a filter.
+    without one; None: none has a filter. rearranged: of a search with caps, boosts or diversity.
     """
 
     ranked: Ranked
@@ -69,6 +91,7 @@ class Merged:
     seq: tuple[int | None, ...]
     others_share: float | None = None
     matched: IdArray | None = None
+    rearranged: Rearranged | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -76,7 +99,8 @@ class SearchAnswer:
     """ranked: a row per query. took_ms is the time from the request's arrival to its answer.
 
     seq: as of ``Merged``. table_version: of the table that the shards were asked by. others_share:
-    as of ``Merged``, of a background search, else None.
+    as of ``Merged``, of a background search, else None. considered: as of ``Rearranged``; None
+    without caps, boosts and diversity.
     """
 
     ranked: Ranked
@@ -91,6 +115,7 @@ class SearchAnswer:
     seq: tuple[int | None, ...] = ()
     table_version: int = 0
     others_share: float | None = None
+    considered: IdArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +150,8 @@ class FoundAttributes:
     """Of each attribute asked for, the values by item id; items that were not found have none.
 
     item_ids: those that were found, in no order. size: bytes of the values, packed. seq: as of
-    ``Merged``; of items that were asked for in several parts, of the last.
+    ``Merged``; of items that were asked for in several parts, of the last. kinds: of the attributes
+    asked for, as far as a shard answered.
     """
 
     item_ids: IdArray
@@ -133,3 +159,4 @@ class FoundAttributes:
     size: int
     missing: tuple[Degraded, ...]
     seq: tuple[int | None, ...] = ()
+    kinds: dict[str, AttributeKind] = field(default_factory=dict)

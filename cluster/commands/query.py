@@ -12,6 +12,7 @@ import numpy as np
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option, launched_of
 from shardline.cluster.commands.publish_text import print_noted
+from shardline.cluster.commands.rearrange_options import rearrange_fields, rearrange_options
 from shardline.cluster.commands.status_text import print_launched, print_status
 from shardline.cluster.console import print_table
 from shardline.cluster.control.publish_note import told_in
@@ -32,10 +33,13 @@ OPTIONS = {
     "k": "-k",
     "return": "--show",
     "filter": "--filter",
+    "cap": "--cap",
+    "boost": "--boost",
+    "diversify": "--diversify",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
-FILTER = "filter"  # fewer items match than were asked for
+NOT_ASKED = ("not_found", NOT_FOUND_PARTIAL)  # all other reasons are of answers that are short
 MOST = float(np.finfo(np.float32).max)
 API_ADVICE = ("send vectors or item_ids", "ask with --vector or --item")
 LARGEST_ID = 2**63 - 1
@@ -117,6 +121,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     "given_filter",
     help='Only items that match, e.g. \'{"price": {"$lt": 20}}\'; see docs/FILTERS.md.',
 )
+@rearrange_options
 @click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
@@ -141,6 +146,9 @@ def query(
     data: Path | None,
     show: str | None,
     given_filter: str | None,
+    caps: tuple[str, ...],
+    boosts: tuple[str, ...],
+    diversify: str | None,
     k: int,
     nprobe: int | None,
     print_request: bool,
@@ -166,6 +174,7 @@ def query(
         body["features"] = [_map(features, "--features", "not features", '{"age": 31}')]
     if given_filter is not None:
         body["filter"] = filter_map(given_filter)
+    body |= rearrange_fields(caps, boosts, diversify)
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]
@@ -207,6 +216,8 @@ def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
         "reasons": [reason.content for reason in answer.reasons],
         "took_ms": answer.took_ms,
     }
+    if answer.pool:
+        report["pool"] = list(answer.pool)
     click.echo(json.dumps(report, indent=2))
 
 
@@ -219,7 +230,7 @@ def _print_tables(answer: SearchAnswer, items: tuple[str, ...]) -> None:
             _print_rows(_rows(answer, place), answer)
     coverage = answer.coverage
     for reason in answer.reasons:
-        if reason.code == FILTER:
+        if reason.code not in NOT_ASKED:
             about = f"item {items[reason.query]}: " if items else ""
             click.echo(f"{about}{reason.text}", err=True)
     if len(unanswered) < len(answer.ids):
@@ -269,7 +280,7 @@ def _rows(answer: SearchAnswer, place: int) -> list[dict[str, Any]]:
 
 def _not_asked(answer: SearchAnswer) -> list[Reason]:
     """The reasons of queries that have no answer at all; not those of short ones."""
-    return [reason for reason in answer.reasons if reason.code != FILTER]
+    return [reason for reason in answer.reasons if reason.code in NOT_ASKED]
 
 
 def _unanswered(

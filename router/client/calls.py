@@ -118,6 +118,9 @@ class SearchFields(TypedDict, total=False):
     background: bool | None
     exact: bool | None
     filter: "Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None"
+    cap: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
+    boost: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
+    diversify: "Mapping[str, Any] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -178,6 +181,9 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "return_": lambda names: names if isinstance(names, str) else listed(names),
     "min_seq": listed,
     "filter": to_filter,
+    "cap": to_filter,
+    "boost": to_filter,
+    "diversify": to_filter,
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },
