@@ -51,6 +51,8 @@ class Counts:
 
 def capped(codes: Codes, counts: Counts, k: int) -> IdArray:
     """Places in the pool of the first k items that no cap refuses; codes (caps, m)."""
+    if not len(codes):
+        return np.arange(min(k, codes.shape[1]))
     taken: list[int] = []
     for place, values in enumerate(codes.T.tolist()):
         if len(taken) == k:

@@ -195,7 +195,7 @@ async def test_caps_are_exact(num_shards: int, max_k: int) -> None:
                     assert 0 < told[row].count <= left
                     assert "no other" in told[row].text
                 kept["short" if short else "whole"] += 1
-                kept["again"] += int((answer.considered > max(4 * k, 100)).any())
+                kept["again"] += int((answer.considered > min(max_k, max(4 * k, 100))).any())
     assert kept["short"]
     assert kept["whole"]
     assert kept["again"] or max_k > 400, "no query had to ask again"
