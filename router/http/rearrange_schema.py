@@ -33,9 +33,7 @@ BOOST_FIELD = _one_or_more("Boost", MAX_BOOSTS)
 DIVERSIFY_FIELD = {"anyOf": [{"$ref": REF + "Diversify"}, {"type": "null"}], "default": None}
 _COLUMN = {"type": "string", "maxLength": MAX_NAME_CHARACTERS}
 _POOL = {
-    "type": ["integer", "null"],
-    "minimum": 1,
-    "maximum": MAX_K,
+    "anyOf": [{"type": "integer", "minimum": 1, "maximum": MAX_K}, {"type": "null"}],
     "description": "best items of each query that are considered, k or more",
 }
 
@@ -55,8 +53,7 @@ REARRANGE_SCHEMAS: dict[str, dict[str, Any]] = {
             "column": {**_COLUMN, "description": "an attribute: numbers, booleans, dates, times"},
             "weight": {"type": "number"},
             "half_life_days": {
-                "type": ["number", "null"],
-                "exclusiveMinimum": 0,
+                "anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "null"}],
                 "description": "of a date: the age at which it adds half of weight",
             },
             "pool": _POOL,

@@ -13,6 +13,7 @@ from shardline.router.rearrange.rearrangement import Rearrangement
 from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.errors import InvalidInput, Unavailable
 
+KINDS_SHARE = 0.3  # of the time: a shard that hangs must leave some for the search itself
 NO_ITEMS = np.empty(0, np.int64)
 
 
@@ -25,11 +26,12 @@ async def kinds_of(
         InvalidInput: no such column; field says where it is named.
         Unavailable: no shard says so in time.
     """
-    known = snapshot.attribute_kinds
+    known, now = snapshot.attribute_kinds, fanout.clock.time()
+    until = now + KINDS_SHARE * (deadline - now)
     for each in asked.by_column:
         if each.column not in known:
             try:
-                await _learn(fanout, snapshot, [each.column], deadline)
+                await _learn(fanout, snapshot, [each.column], until)
             except InvalidInput as error:
                 raise InvalidInput(error.message, field=f"{each.field}.column") from error
     return known

@@ -1,5 +1,6 @@
 """The pools of one search: asked for, what is known of their items, and what they come to."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,12 +12,17 @@ from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.finding import Finder
 from shardline.router.query import Merged, Rearranged, ResolvedQuery
-from shardline.router.rearrange.pool_items import Brought, Chosen, PoolItems, Steps, brought_of
+from shardline.router.rearrange.pool_items import Chosen, PoolItems, Steps, brought_of
 from shardline.shards.core.errors import InvalidInput, Unavailable
 from shardline.shards.core.filter_language import narrowed
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Ranked
 
+# Of the time that is left, for what is known of the first items: pools that follow need the rest,
+# and vectors as much as attributes do. A shard that hangs is awaited for all of it.
+FIRST_SHARE = 0.5
+ATTRIBUTES_SHARE = 0.5
+TAKEN_IN_LOOP = 2000  # items whose attributes and vectors are taken in there, a millisecond
 IDS_AT_ONCE = 4096  # of one question for attributes, whose answer has a limit
 FETCHED_BYTES = 4 << 20  # of vectors in one answer of a shard
 
@@ -99,8 +105,8 @@ class PoolSearch:
             Unavailable: too small a coverage.
         """
         wanted = np.unique(np.concatenate([each.ids for each in pools]))
-        brought, missing = await self._brought(wanted, self._first.seq)
-        items.add(wanted, brought)
+        until = self._in_share(FIRST_SHARE, self.deadline)
+        missing = await self._learn(items, wanted, self._first.seq, until)
         if missing:
             self._coverage = _without(self._coverage, missing, self.snapshot.table)
             least = self.query.min_coverage
@@ -115,7 +121,7 @@ class PoolSearch:
         """Adds the next items to pools, and what is known of them; the pools that have new ones.
 
         Raises:
-            Unavailable: not all of it came in time; nothing has changed.
+            Unavailable: not all of it came in time; the pools are as before.
         """
         rows = np.array([each.row for each in pools])
         filters = list(self.query.filters) or [b""] * (int(self.positions.max()) + 1)
@@ -131,10 +137,8 @@ class PoolSearch:
         )
         found = [self._found(merged, place, each.row) for place, each in enumerate(pools)]
         wanted = items.unasked(np.concatenate([ids for ids, _, _ in found]))
-        brought, missing = await self._brought(wanted, merged.seq)
-        if missing:
+        if await self._learn(items, wanted, merged.seq, self.deadline):
             raise Unavailable("not all shards brought what is known of their items")
-        items.add(wanted, brought)
         self._heard(merged)
         return [each for each, part in zip(pools, found, strict=True) if _extended(each, part)]
 
@@ -184,20 +188,34 @@ class PoolSearch:
         )
         self._search_ms = max(self._search_ms, merged.search_ms)
 
-    async def _brought(
-        self, ids: IdArray, seen: tuple[int | None, ...]
-    ) -> tuple[Brought, tuple[Degraded, ...]]:
-        """What shards bring of items (m,), and which do not bring it in time. seen: as of
+    def _in_share(self, share: float, until: float) -> float:
+        now = self.fanout.clock.time()
+        return now + share * (until - now)
+
+    async def _learn(
+        self, items: PoolItems, ids: IdArray, seen: tuple[int | None, ...], until: float
+    ) -> list[Degraded]:
+        """Adds what shards bring of ids (m,); the shards that do not bring it in time. seen: as of
         ``Fanout.attributes``."""
-        columns, missing = await self._attributes(ids, seen)
+        has_vectors = self.steps.relevance is not None
+        first_until = self._in_share(ATTRIBUTES_SHARE, until) if has_vectors else until
+        columns, missing = await self._attributes(ids, seen, first_until)
         vectors = None
-        if self.steps.relevance is not None:
-            vectors, others = await self._vectors(ids, seen)
+        if has_vectors:
+            vectors, others = await self._vectors(ids, seen, until)
             missing += others
-        return brought_of(ids, columns, vectors), tuple(dict.fromkeys(missing))
+
+        def take() -> None:
+            items.add(ids, brought_of(ids, columns, vectors))
+
+        if len(ids) > TAKEN_IN_LOOP:
+            await asyncio.to_thread(take)
+        else:
+            take()
+        return missing
 
     async def _attributes(
-        self, ids: IdArray, seen: tuple[int | None, ...]
+        self, ids: IdArray, seen: tuple[int | None, ...], until: float
     ) -> tuple[dict[str, dict[int, Any]], list[Degraded]]:
         names = self.steps.columns
         columns: dict[str, dict[int, Any]] = {name: {} for name in names}
@@ -206,7 +224,7 @@ class PoolSearch:
             part = ids[start : start + IDS_AT_ONCE]
             try:
                 found = await self.fanout.attributes(
-                    self.snapshot, part, names, deadline=self.deadline, seen=seen
+                    self.snapshot, part, names, deadline=until, seen=seen
                 )
             except InvalidInput as error:  # values of such a size
                 field = self.steps.by_column[0].field
@@ -217,7 +235,7 @@ class PoolSearch:
         return columns, missing
 
     async def _vectors(
-        self, ids: IdArray, seen: tuple[int | None, ...]
+        self, ids: IdArray, seen: tuple[int | None, ...], until: float
     ) -> tuple[tuple[IdArray, FloatArray], list[Degraded]]:
         table = self.snapshot.table
         at_once = max(1, FETCHED_BYTES // (4 * table.dim))
@@ -227,7 +245,7 @@ class PoolSearch:
             found = await self.fanout.fetch(
                 self.snapshot,
                 part,
-                deadline=self.deadline,
+                deadline=until,
                 min_seq=tuple(seq or 0 for seq in seen),
             )
             parts.append((found.item_ids, found.vectors))

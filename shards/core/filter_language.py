@@ -124,7 +124,10 @@ def narrowed(packed: bytes, left_out: Mapping[str, Sequence[Scalar]]) -> bytes:
         if column.startswith("$"):
             raise _no_operator_of_filters(column, field)
         parts.append(Condition(column, Operator.NIN, _values(list(values), field)))
-    made = _packed(_all_of(parts), msgpack.Packer())
+    together = _all_of(parts)
+    if together == EVERYTHING:
+        return b""
+    made = _packed(together, msgpack.Packer())
     read_filter(made)  # by its limits
     return made
 

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +25,7 @@ from shardline.router.rearrange.rearrangement import (
 from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import Metric
+from shardline.shards.live.item_attributes import ItemAttributes, kind_of_values
 
 NOW = datetime(2026, 3, 8, tzinfo=UTC).timestamp()
 
@@ -285,3 +287,36 @@ def test_kinds_of_columns(kind: AttributeKind) -> None:
         field = "cap" if name == "cap" else "boost"
         is_undated = name == "boost" and kind in may["dated"]
         assert caught.value.field == f"{field}.{'half_life_days' if is_undated else 'column'}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (pa.string(), "text"),
+        (pa.large_string(), "text"),
+        (pa.string_view(), "text"),
+        (pa.dictionary(pa.int8(), pa.string()), "text"),
+        (pa.run_end_encoded(pa.int32(), pa.int16()), "integer"),
+        (pa.uint64(), "integer"),
+        (pa.bool_(), "boolean"),
+        (pa.float16(), "number"),
+        (pa.decimal128(5, 2), "number"),
+        (pa.time64("us"), "number"),
+        (pa.duration("s"), "number"),
+        (pa.date32(), "date"),
+        (pa.date64(), "date"),
+        (pa.timestamp("ns", "UTC"), "timestamp"),
+        (pa.null(), "nothing"),
+        (pa.binary(), "other"),
+        (pa.uuid(), "other"),
+        (pa.list_(pa.string()), "other"),
+        (pa.struct({"a": pa.int8()}), "other"),
+    ],
+    ids=str,
+)
+def test_what_types_are_to_a_router(kind: pa.DataType, expected: str) -> None:
+    assert kind_of_values(kind) == expected
+    columns = ItemAttributes(pa.table({"c": pa.nulls(2, kind)}))
+    assert columns.kinds(["c", "original_id"]) == (expected, "other")
+    with pytest.raises(InvalidInput, match="no such attribute"):
+        columns.kinds(["c", "d"])

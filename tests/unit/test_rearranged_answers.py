@@ -396,6 +396,28 @@ async def test_a_shard_that_does_not_bring_attributes_is_missed() -> None:
         await service.close()
 
 
+async def test_a_shard_that_hangs_is_missed_and_the_others_keep_to_the_caps() -> None:
+    ids, vectors = make_rows(60, 8)
+    async with running_shards(ids, vectors, 3) as shards:
+        for shard in shards:
+            shard.attributes = {item: {"seller": f"{item % 2}"} for item in shard.ids.tolist()}
+        service = SearchService(RouterConfig(**FAST), SECRET, load_encoder=lambda _table: None)
+        await service.apply(make_table(shards, 8))
+        shards[1].gate.clear()
+        for asked in (
+            {"cap": {"column": "seller", "max": 3}},
+            {"cap": {"column": "seller", "max": 3}, "diversify": {"lambda": 0.5}},
+        ):
+            answer = await ask(service, vectors=vectors[:2].tolist(), k=6, timeout_ms=400, **asked)
+            assert answer.coverage.rows_answered == 40
+            for row in range(2):
+                items = live(answer, row)
+                assert Counter(item % 2 for item in items) == {0: 3, 1: 3}
+                assert not set(items) & set(shards[1].ids.tolist())
+        shards[1].gate.set()
+        await service.close()
+
+
 async def test_time_that_runs_out_leaves_the_answer_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
