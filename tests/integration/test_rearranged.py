@@ -101,9 +101,10 @@ def test_both_codecs_and_the_asyncio_client_say_the_same(
         "timeout_ms": TIMEOUT_MS,
     }
     expected = client.search(vectors=queries, **fields)
-    headers = {"authorization": f"Bearer {cluster.endpoint.address_for(Scope.READ).key}"}
+    address = cluster.endpoint.address
+    headers = {"authorization": f"Bearer {address.key}"}
     body = {"vectors": queries.tolist(), **fields}
-    with httpx.Client(base_url=cluster.url, headers=headers) as http:
+    with httpx.Client(base_url=address.url, headers=headers) as http:
         as_json = http.post("/v1/search", json=body).json()
         as_msgpack = http.post(
             "/v1/search",
@@ -115,7 +116,6 @@ def test_both_codecs_and_the_asyncio_client_say_the_same(
         assert each["pool"] == list(expected.pool) == [100] * 3
 
     async def ask() -> None:
-        address = cluster.endpoint.address_for(Scope.READ)
         async with AsyncClient(address.url, key=address.key) as other:
             answer = await other.search(vectors=queries, **fields)
             np.testing.assert_array_equal(answer.ids, expected.ids)
