@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shardline.router.contract import Coverage, Degraded, Reason
 from shardline.router.rearrange.rearrangement import Rearrangement
 from shardline.shards.core.attribute_kinds import AttributeKind
@@ -42,7 +39,9 @@ class ResolvedQuery:
     values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, or n ids, none
     of them empty or too many, but not looked at one by one. timeout_ms counts from the arrival.
     min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
-    where queries differ in them, the ``options.filter`` of each; else empty.
+    where queries differ in them, the ``options.filter`` of each; else empty. excluded: of each
+    query the ids (m,) int64 that must not come back, ascending, each once; empty where no query has
+    any. exclude_history: nor the items of its history feature, which are not in ``excluded`` yet.
     """
 
     kind: QueryKind
@@ -56,23 +55,19 @@ class ResolvedQuery:
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
+    excluded: tuple[IdArray, ...] = ()
+    exclude_history: bool = False
     rearrange: Rearrangement | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Rearranged:
     """Of each query (n,) how many items were considered for its answer; where that is short, how
-    many of them caps have refused, else 0; and whether others were given up that may fit."""
+    many of them caps have refused, else 0; and 1 where others were given up that may fit."""
 
     considered: IdArray
     refused: IdArray
-    is_cut: NDArray[np.bool_]
-
-    @classmethod
-    def none(cls, queries: int) -> "Rearranged":
-        """Of so many queries without an answer."""
-        zeros = np.zeros(queries, np.int64)
-        return cls(considered=zeros, refused=zeros.copy(), is_cut=np.zeros(queries, np.bool_))
+    is_cut: IdArray
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -82,7 +77,10 @@ class Merged:
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
     may be shared: nobody writes to them. others_share: the largest of the replies; None
     without any. matched (n,) int64: of each query, how many rows match its filter, NO_FILTER
-    without one; None: none has a filter. rearranged: of a search with caps, boosts or diversity.
+    without one; None: none has a filter. excluded (n,): of each query with fewer than k results,
+    how many rows, that match if it has a filter, its exclusions left out; None: none has any.
+    left_out (n,): how many rows that were found are not in its answer, 1 for an item that was asked
+    with; None: none. rearranged: of a search with caps, boosts or diversity.
     """
 
     ranked: Ranked
@@ -91,6 +89,8 @@ class Merged:
     seq: tuple[int | None, ...]
     others_share: float | None = None
     matched: IdArray | None = None
+    excluded: IdArray | None = None
+    left_out: IdArray | None = None
     rearranged: Rearranged | None = None
 
 

@@ -118,6 +118,8 @@ class SearchFields(TypedDict, total=False):
     background: bool | None
     exact: bool | None
     filter: "Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None"
+    exclude: "Sequence[ArrayLike] | None"
+    exclude_history: bool | None
     cap: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     boost: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     diversify: "Mapping[str, Any] | None"
@@ -181,6 +183,9 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "return_": lambda names: names if isinstance(names, str) else listed(names),
     "min_seq": listed,
     "filter": to_filter,
+    "exclude": lambda lists: [
+        to_ids(ids, f"exclude[{row}]") for row, ids in enumerate(listed(lists))
+    ],
     "cap": to_filter,
     "boost": to_filter,
     "diversify": to_filter,

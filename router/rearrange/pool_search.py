@@ -146,27 +146,26 @@ class PoolSearch:
         """The answers to all queries, once they are chosen."""
         count, k = len(self.pools), self.steps.k
         ids, scores = np.full((count, k), EMPTY_ID), np.full((count, k), EMPTY_SCORE)
-        told = Rearranged.none(count)
+        considered, refused, is_cut = (np.zeros(count, np.int64) for _ in range(3))
         for pool in self.pools:
             chosen = pool.chosen
             assert chosen is not None
             ids[pool.row, : len(chosen.ids)] = chosen.ids
             scores[pool.row, : len(chosen.ids)] = chosen.scores
-            told.considered[pool.row] = chosen.considered
-            told.refused[pool.row] = chosen.refused
-            told.is_cut[pool.row] = pool.is_cut
-        first = self._first
-        matched = first.matched
-        if matched is not None and self.own is not None:
-            matched = matched - (first.ranked.ids == self.own[:, None]).any(axis=1)
+            considered[pool.row] = chosen.considered
+            refused[pool.row] = chosen.refused
+            is_cut[pool.row] = pool.is_cut
+        first, left_out = self._first, None
+        if self.own is not None:
+            left_out = (first.ranked.ids == self.own[:, None]).any(axis=1).astype(np.int64)
         return replace(
             first,
             ranked=Ranked(ids, scores),
             coverage=self._coverage,
             seq=self._seq,
             search_ms=self._search_ms,
-            matched=matched,
-            rearranged=told,
+            left_out=left_out,
+            rearranged=Rearranged(considered=considered, refused=refused, is_cut=is_cut),
         )
 
     def _found(self, merged: Merged, place: int, row: int) -> tuple[IdArray, FloatArray, bool]:

@@ -95,7 +95,7 @@ class Rearranger:
 
     def _size(self, pool: int, search: PoolSearch) -> int:
         """Of a pool as shards are asked for it: an item that is left out comes on top."""
-        return min(pool + (search.own is not None), self._max_k)
+        return pool + (search.own is not None)
 
     async def _answer(self, search: PoolSearch, pools: Sequence[Pool], pool: int) -> None:
         """The answers of some queries, from as many pools as they take."""

@@ -99,10 +99,10 @@ def encode_frame(request_id: int, message: Message) -> bytes:
         if len(payload) > MAX_FRAME_BYTES:
             raise _too_large(len(payload))
         return HEADER.pack(len(payload), request_id) + payload
-    size, head, body, tail = pack(message)
+    size, parts = pack(message)
     if size > MAX_FRAME_BYTES:
         raise _too_large(size)
-    return b"".join((HEADER.pack(size, request_id), head, body, tail))
+    return b"".join((HEADER.pack(size, request_id), *parts))
 
 
 def _too_large(size: int) -> ProtocolError:

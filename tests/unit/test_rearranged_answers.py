@@ -162,7 +162,7 @@ def brute_force(
 @pytest.mark.parametrize("num_shards", range(1, 8))
 @pytest.mark.parametrize("max_k", [30, 2048])
 async def test_caps_are_exact(num_shards: int, max_k: int) -> None:
-    """Whatever shards, pools, sellers, filters and ties there are."""
+    """Whatever shards, pools, sellers, filters, exclusions and ties there are."""
     kept = Counter[str]()
     for seed in (2 * num_shards, 2 * num_shards + 1):
         given, rng = corpus(seed), np.random.default_rng(seed)
@@ -178,6 +178,13 @@ async def test_caps_are_exact(num_shards: int, max_k: int) -> None:
                     bounds = rng.choice(given.ids, 3).tolist()
                     body["filter"] = [{"item_id": {"$gte": bound}} for bound in bounds]
                     allowed = [given.ids >= bound for bound in bounds]
+                if rng.random() < 0.5:
+                    sizes = rng.integers(0, len(given.ids) // 2, 3)
+                    body["exclude"] = [rng.choice(given.ids, size).tolist() for size in sizes]
+                    allowed = [
+                        each & ~np.isin(given.ids, excluded)
+                        for each, excluded in zip(allowed, body["exclude"], strict=True)
+                    ]
                 answer = await ask(service, **body)
                 assert answer.considered is not None
                 short = {}
