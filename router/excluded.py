@@ -14,7 +14,7 @@ import numpy as np
 
 from shardline.router.query import ResolvedQuery
 from shardline.shards.core.errors import InvalidInput
-from shardline.shards.core.excluded import Excluded
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.partition import Partition
 from shardline.shards.core.schema import IdArray
 

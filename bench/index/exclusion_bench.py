@@ -23,7 +23,7 @@ from shardline.bench.corpus import SEED, clusters_of
 from shardline.bench.index.filter_bench import METRIC, Shards, built, tuned
 from shardline.bench.vectors import BLOCK_ROWS, clustered
 from shardline.shards.core.errors import ShardlineError
-from shardline.shards.core.excluded import Excluded
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.messages import SearchParams, SearchReply, SearchRequest
 from shardline.shards.core.recall import exact_scores, recall_at_k
 from shardline.shards.core.schema import FloatArray, IdArray

@@ -54,8 +54,6 @@ def plain(value: Any) -> Any:
 
 
 def to_ids(values: "ArrayLike", field: str = "item_ids") -> IdArray:
-    if isinstance(values, set | frozenset):
-        values = list(values)
     refuse_hidden(field, values)
     kinds = set(map(type, values)) if isinstance(values, list | tuple) else set()
     if kinds & {bool, np.bool_}:  # numpy would make them 1

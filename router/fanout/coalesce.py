@@ -22,7 +22,7 @@ from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.merge import merge_top_k
 from shardline.router.query import Merged
 from shardline.shards.core.errors import DeadlineExceeded
-from shardline.shards.core.excluded import Excluded, joined_excluded
+from shardline.shards.core.exclusions import Excluded, joined_excluded
 from shardline.shards.core.messages import (
     NO_OPTIONS,
     NO_PARAMS,
@@ -71,6 +71,10 @@ class _Member:
     num_excluded: int
     timer: Deadline | None = None
     place: "tuple[_Frame, slice] | None" = None
+
+    def of(self, shard: int) -> Excluded | None:
+        """What the queries exclude of a shard's items."""
+        return None if self.excluded is None else self.excluded[shard]
 
     def wake(self) -> None:
         if self.timer is not None:
@@ -298,12 +302,7 @@ def _frames_excluding(
     nothing."""
     frames = []
     for route in table.shards:
-        excluded = joined_excluded(
-            [
-                (len(member.queries), member.excluded and member.excluded[route.shard])
-                for member in members
-            ]
-        )
+        excluded = joined_excluded([(len(each.queries), each.of(route.shard)) for each in members])
         own = plain
         if excluded is not None:
             own = encode_frame(request_id, replace(request, excluded=excluded))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from shardline.shards.core.excluded import Excluded
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.partition import Partition, Partitioning
 from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked
 

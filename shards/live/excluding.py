@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shardline.shards.core.excluded import Excluded
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.schema import (
     EMPTY_ID,
     EMPTY_SCORE,

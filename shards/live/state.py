@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.errors import DeadlineExceeded, too_much_returned
-from shardline.shards.core.excluded import Excluded
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.messages import MAX_RETURNED_BYTES, SearchParams
 from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, FloatArray, IdArray, Ranked
 from shardline.shards.index.main_index import MainIndex

@@ -17,7 +17,7 @@ from shardline.shards.core.errors import (
     InvalidInput,
     ShardlineError,
 )
-from shardline.shards.core.excluded import joined_excluded
+from shardline.shards.core.exclusions import joined_excluded
 from shardline.shards.core.messages import (
     MAX_RETURNED,
     NO_FILTER,

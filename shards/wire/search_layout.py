@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.errors import ProtocolError
-from shardline.shards.core.excluded import Excluded
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.messages import (
     NO_FILTER,
     NO_OPTIONS,

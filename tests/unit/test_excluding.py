@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import pytest
 
-from shardline.shards.core.excluded import Excluded, joined_excluded
+from shardline.shards.core.exclusions import Excluded, joined_excluded
 from shardline.shards.core.filter_language import check_filter
 from shardline.shards.core.messages import (
     NO_FILTER,
