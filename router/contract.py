@@ -93,6 +93,7 @@ class ReasonCode(StrEnum):
     EXCLUSION = "exclusion"  # items that it excludes are those that are missing
     COVERAGE = "coverage"  # a shard that did not answer may have more
     PROBE_LIMIT = "probe_limit"  # its search parameters visit too few items
+    CAP = "cap"  # its caps refuse the items that there are beyond those
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shardline.router.contract import Coverage, Reason, ReasonCode
-from shardline.router.query import FoundItems, Merged
+from shardline.router.query import FoundItems, Merged, Rearranged
 from shardline.shards.core.messages import NO_FILTER
 from shardline.shards.core.schema import (
     EMPTY_ID,
@@ -47,7 +47,9 @@ class ItemQueries:
         scores = np.full((self.num_queries, k), EMPTY_SCORE)
         coverage, matched, excluded, left_out = self.coverage, None, None, None
         if merged is not None:
-            is_own = (merged.ranked.ids == self.own[:, None]).any(axis=1)
+            is_own = merged.left_out  # of pools
+            if is_own is None:
+                is_own = (merged.ranked.ids == self.own[:, None]).any(axis=1)
             left_out = self._of_all(is_own, 0)
             if merged.excluded is not None:
                 excluded = self._of_all(merged.excluded, 0)
@@ -69,6 +71,7 @@ class ItemQueries:
             matched=matched,
             excluded=excluded,
             left_out=left_out,
+            rearranged=self._rearranged(merged),
         )
 
     def _of_all(self, values: Any, others: int) -> IdArray:
@@ -76,6 +79,17 @@ class ItemQueries:
         spread = np.full(self.num_queries, others, np.int64)
         spread[self.live] = values
         return spread
+
+    def _rearranged(self, merged: Merged | None) -> Rearranged | None:
+        """Of all queries; None where nothing was put into another order."""
+        if merged is None or merged.rearranged is None:
+            return None
+        told = merged.rearranged
+        return Rearranged(
+            considered=self._of_all(told.considered, 0),
+            refused=self._of_all(told.refused, 0),
+            is_cut=self._of_all(told.is_cut, 0),
+        )
 
 
 def item_queries(item_ids: IdArray, found: FoundItems, metric: Metric) -> ItemQueries:

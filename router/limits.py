@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardline.router.query import QueryKind, ResolvedQuery, SeqOrigin
+from shardline.router.rearrange.rearrangement import Rearrangement, sized
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
 from shardline.shards.core.filter_language import MAX_FILTER_BYTES
@@ -73,9 +74,11 @@ def resolve(
     filters: tuple[bytes, ...] = (),
     excluded: tuple[IdArray, ...] | None = None,
     exclude_history: bool = False,
+    rearrange: Rearrangement | None = None,
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
     filters: one per query, or none at all. excluded: of each query, ascending, each once.
+    rearrange: without its pool.
 
     Raises:
         InvalidInput: not one kind, an empty or too large batch, a value out of range.
@@ -121,6 +124,7 @@ def resolve(
         filters=filters,
         excluded=excluded or (),
         exclude_history=exclude_history,
+        rearrange=rearrange and sized(rearrange, k, config.max_k, len(values)),
     )
 
 

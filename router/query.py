@@ -4,11 +4,13 @@ body of a request -> ResolvedQuery -> SearchRequest, a frame to every shard
 replies -> Merged, what the shards found -> SearchAnswer, the body of the answer
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from shardline.router.contract import Coverage, Degraded, Reason
+from shardline.router.rearrange.rearrangement import Rearrangement
+from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.messages import SearchOptions, SearchParams
 from shardline.shards.core.schema import FloatArray, IdArray, Ranked
 
@@ -55,6 +57,17 @@ class ResolvedQuery:
     filters: tuple[bytes, ...] = ()
     excluded: tuple[IdArray, ...] = ()
     exclude_history: bool = False
+    rearrange: Rearrangement | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Rearranged:
+    """Of each query (n,) how many items were considered for its answer; where that is short, how
+    many of them caps have refused, else 0; and 1 where others were given up that may fit."""
+
+    considered: IdArray
+    refused: IdArray
+    is_cut: IdArray
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -67,7 +80,7 @@ class Merged:
     without one; None: none has a filter. excluded (n,): of each query with fewer than k results,
     how many rows, that match if it has a filter, its exclusions left out; None: none has any.
     left_out (n,): how many rows that were found are not in its answer, 1 for an item that was asked
-    with; None: none.
+    with; None: none. rearranged: of a search with caps, boosts or diversity.
     """
 
     ranked: Ranked
@@ -78,6 +91,7 @@ class Merged:
     matched: IdArray | None = None
     excluded: IdArray | None = None
     left_out: IdArray | None = None
+    rearranged: Rearranged | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -85,7 +99,8 @@ class SearchAnswer:
     """ranked: a row per query. took_ms is the time from the request's arrival to its answer.
 
     seq: as of ``Merged``. table_version: of the table that the shards were asked by. others_share:
-    as of ``Merged``, of a background search, else None.
+    as of ``Merged``, of a background search, else None. considered: as of ``Rearranged``; None
+    without caps, boosts and diversity.
     """
 
     ranked: Ranked
@@ -100,6 +115,7 @@ class SearchAnswer:
     seq: tuple[int | None, ...] = ()
     table_version: int = 0
     others_share: float | None = None
+    considered: IdArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +150,8 @@ class FoundAttributes:
     """Of each attribute asked for, the values by item id; items that were not found have none.
 
     item_ids: those that were found, in no order. size: bytes of the values, packed. seq: as of
-    ``Merged``; of items that were asked for in several parts, of the last.
+    ``Merged``; of items that were asked for in several parts, of the last. kinds: of the attributes
+    asked for, as far as a shard answered.
     """
 
     item_ids: IdArray
@@ -142,3 +159,4 @@ class FoundAttributes:
     size: int
     missing: tuple[Degraded, ...]
     seq: tuple[int | None, ...] = ()
+    kinds: dict[str, AttributeKind] = field(default_factory=dict)

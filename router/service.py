@@ -43,6 +43,7 @@ from shardline.router.query import (
     SearchAnswer,
 )
 from shardline.router.readiness import Readiness
+from shardline.router.rearrange.rearranger import Rearranger
 from shardline.router.recall_watch import RecallWatch
 from shardline.router.returned import bring_returned
 from shardline.router.router_config import RouterConfig
@@ -89,7 +90,9 @@ class SearchService:
         load_encoder: Callable[[RoutingTable], Encoder | None] = load_query_encoder,
         load_items: Callable[[RoutingTable], ItemEncoder | None] = load_item_encoder,
         rng: random.Random | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
+        """wall: seconds since 1970, for the ages of dates that boosts name."""
         self.config = config
         self.recorder = Recorder()
         rng = rng or random.Random()
@@ -111,6 +114,7 @@ class SearchService:
         self._searches = 0
         self._readiness = Readiness(self._fanout)
         self._finder = Finder(self._fanout, self.watch, config.cache_bytes)
+        self._rearranger = Rearranger(self._fanout, self._finder, config.max_k, wall)
         self.writes = WriteService(config, self._fanout, self.recorder, self._finder.wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -215,6 +219,7 @@ class SearchService:
             request_id=request_id,
             returned=returned,
             others_share=merged.others_share if query.options.background else None,
+            considered=None if merged.rearranged is None else merged.rearranged.considered,
         )
 
     def count_rejected(self, error: ShardlineError) -> None:
@@ -320,6 +325,8 @@ class SearchService:
         prepared_at = time.perf_counter()
         if items is not None:
             merged = await self._neighbours(snapshot, items, query, deadline)
+        elif query.rearrange is not None:
+            merged = await self._rearranger.find(snapshot, vectors, query.k, query, deadline)
         else:
             merged = await self._finder.find(snapshot, vectors, query.k, query, deadline)
         if is_timed:
@@ -352,7 +359,12 @@ class SearchService:
         if items.live.size:
             # one more, because an item-to-item query finds itself
             k, live = query.k + 1, items.live
-            merged = await self._finder.find(snapshot, items.vectors, k, query, deadline, live)
+            if query.rearrange is None:
+                merged = await self._finder.find(snapshot, items.vectors, k, query, deadline, live)
+            else:
+                merged = await self._rearranger.find(
+                    snapshot, items.vectors, query.k, query, deadline, live, items.own
+                )
         return items.spread(merged, query.k)
 
 

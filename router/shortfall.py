@@ -10,6 +10,7 @@ import numpy as np
 
 from shardline.router.contract import Reason, ReasonCode
 from shardline.router.query import Merged
+from shardline.router.rearrange.shortened import cap_reason
 from shardline.shards.core.messages import NO_FILTER
 from shardline.shards.core.schema import EMPTY_ID
 
@@ -52,6 +53,9 @@ def _of(merged: Merged, query: int, found: int, k: int) -> Iterator[Reason]:
         text = f"{rows} of {coverage.rows_asked} items were not searched"
         yield Reason(query=query, code=ReasonCode.COVERAGE, text=text, count=rows)
     missed = min(k, available) - found
+    if merged.rearranged is not None and (refusal := cap_reason(merged.rearranged, query)):
+        yield refusal
+        missed = 0 if merged.rearranged.is_cut[query] else missed - (refusal.count or 0)
     if missed > 0:
         text = f"{_items(missed, 'is', 'are')} beyond what the search parameters visit"
         yield Reason(query=query, code=ReasonCode.PROBE_LIMIT, text=text, count=missed)

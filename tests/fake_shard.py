@@ -223,6 +223,7 @@ class FakeShard:
                 item_ids=np.array(mine, dtype=np.int64),
                 names=names,
                 values=self.bad_values or b"".join(map(msgpack.packb, values)),
+                kinds=("text",) * len(names),
                 generation=self.answers_as or self.generation,
                 seq=self.seq,
             )

@@ -12,6 +12,7 @@ import numpy as np
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option, launched_of
 from shardline.cluster.commands.publish_text import print_noted
+from shardline.cluster.commands.rearrange_options import rearrange_fields, rearrange_options
 from shardline.cluster.commands.status_text import print_launched, print_status
 from shardline.cluster.console import print_table
 from shardline.cluster.control.publish_note import told_in
@@ -34,6 +35,9 @@ OPTIONS = {
     "filter": "--filter",
     "exclude_history": "--exclude-history",
     "exclude": "--exclude",
+    "cap": "--cap",
+    "boost": "--boost",
+    "diversify": "--diversify",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
@@ -123,6 +127,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
 @click.option(
     "--exclude-history", is_flag=True, help="With features: leave out the items of the history."
 )
+@rearrange_options
 @click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
@@ -149,6 +154,9 @@ def query(
     given_filter: str | None,
     exclude: str | None,
     exclude_history: bool,
+    caps: tuple[str, ...],
+    boosts: tuple[str, ...],
+    diversify: str | None,
     k: int,
     nprobe: int | None,
     print_request: bool,
@@ -179,6 +187,7 @@ def query(
         body["exclude"] = [_excluded_ids(exclude)] * queries
     if exclude_history:
         body["exclude_history"] = True
+    body |= rearrange_fields(caps, boosts, diversify)
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]
@@ -220,6 +229,8 @@ def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
         "reasons": [reason.content for reason in answer.reasons],
         "took_ms": answer.took_ms,
     }
+    if answer.pool:
+        report["pool"] = list(answer.pool)
     click.echo(json.dumps(report, indent=2))
 
 

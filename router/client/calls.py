@@ -120,6 +120,9 @@ class SearchFields(TypedDict, total=False):
     filter: "Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None"
     exclude: "Sequence[ArrayLike | Set[int]] | None"
     exclude_history: bool | None
+    cap: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
+    boost: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
+    diversify: "Mapping[str, Any] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -184,6 +187,9 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
         to_ids(list(ids) if isinstance(ids, set | frozenset) else ids, f"exclude[{row}]")
         for row, ids in enumerate(listed(lists))
     ],
+    "cap": to_filter,
+    "boost": to_filter,
+    "diversify": to_filter,
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

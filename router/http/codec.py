@@ -20,6 +20,7 @@ from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
 from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
+from shardline.router.http.rearrange_body import read_rearrangement
 from shardline.router.limits import check_batch, resolve
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
@@ -94,6 +95,7 @@ def decode_query(
         filters=filters,
         excluded=None if parsed.exclude is None else to_excluded(parsed.exclude, config.max_batch),
         exclude_history=parsed.exclude_history,
+        rearrange=read_rearrangement(parsed.cap, parsed.boost, parsed.diversify),
     )
 
 
@@ -119,6 +121,8 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
         content["reasons"] = [reason.content for reason in answer.reasons]
     if answer.others_share is not None:
         content["others_share"] = answer.others_share
+    if answer.considered is not None:
+        content["pool"] = answer.considered.tolist()
     if answer.returned is not None:
         if answer.returned.attributes:
             content["attributes"] = answer.returned.attributes

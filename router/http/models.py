@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation, 
 from shardline.router.contract import ReasonCode
 from shardline.router.excluded import MAX_EXCLUDED
 from shardline.router.http.filter_schema import FILTER_FIELD
+from shardline.router.http.rearrange_schema import BOOST_FIELD, CAP_FIELD, DIVERSIFY_FIELD
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
 from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
@@ -129,6 +130,20 @@ class SearchBody(_Body):
         description="only with features: the items that a query brings as its history are not in "
         f"its answer, of longer histories the newest {MAX_EXCLUDED}",
     )
+    cap: Annotated[Any, SkipValidation, WithJsonSchema(CAP_FIELD)] = Field(
+        default=None,
+        description="at most so many items of an answer with the same value of an attribute: a "
+        "map, or a list of maps",
+    )
+    boost: Annotated[Any, SkipValidation, WithJsonSchema(BOOST_FIELD)] = Field(
+        default=None,
+        description="adds to the scores of the best items, by an attribute: a map, or a list of "
+        "maps. The answer's scores have it, and pool says of how many items",
+    )
+    diversify: Annotated[Any, SkipValidation, WithJsonSchema(DIVERSIFY_FIELD)] = Field(
+        default=None,
+        description="items that are much like others before them make way, among the best",
+    )
     returned: list[str] | None = Field(
         default=None,
         alias="return",
@@ -204,6 +219,11 @@ class SearchResponse(_Body):
         default=None,
         description="only with background, if shards were asked: the share of the last two "
         "seconds, 0 to 1, in which the busiest shard searched for others; 0 if nobody else did",
+    )
+    pool: list[int] | None = Field(
+        default=None,
+        description="only with cap, boost or diversify: of each query, how many items were "
+        "considered for its answer",
     )
     attributes: dict[str, list[list[Any]]] | None = Field(
         default=None,

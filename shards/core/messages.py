@@ -171,12 +171,14 @@ class AttributesRequest:
 class AttributesReply:
     """Of the subset that this shard holds, item_ids (m,) int64: for each of names, in order, m
     values of JSON. ``values`` are lists in msgpack, one after the other, each of values of the
-    next items; bytes, because the wire bounds what it unpacks itself.
+    next items; bytes, because the wire bounds what it unpacks itself. kinds: of each of names, an
+    ``AttributeKind``.
     """
 
     item_ids: IdArray
     names: tuple[str, ...]
     values: bytes
+    kinds: tuple[str, ...]
     generation: int
     seq: int
 

@@ -6,7 +6,7 @@ seconds. These and decimals are floats or, where a float does not hold them, the
 bytes are text where they are UTF-8 and hexadecimal digits elsewhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from decimal import Decimal
 from fractions import Fraction
@@ -14,9 +14,10 @@ from typing import Any, TypeAlias
 
 import pyarrow as pa
 
+from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.moments import moment_text
-from shardline.shards.core.schema import IdArray
+from shardline.shards.core.schema import ORIGINAL_ID, IdArray
 from shardline.shards.filters.column_kinds import PER_SECOND, decoded_type, is_list
 
 Reader: TypeAlias = Callable[[Any], Any]  # a scalar of Arrow that is not null, as JSON has it
@@ -25,6 +26,21 @@ Reader: TypeAlias = Callable[[Any], Any]  # a scalar of Arrow that is not null, 
 _PLAIN: tuple[Callable[[pa.DataType], bool], ...] = (
     *(pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_null),
     *(pa.types.is_string, pa.types.is_large_string),
+)
+# of values without their encoding; the first that fits
+_KINDS: tuple[tuple[Callable[[pa.DataType], bool], AttributeKind], ...] = (
+    (pa.types.is_boolean, AttributeKind.BOOLEAN),
+    (pa.types.is_integer, AttributeKind.INTEGER),
+    (pa.types.is_floating, AttributeKind.NUMBER),
+    (pa.types.is_decimal, AttributeKind.NUMBER),
+    (pa.types.is_time, AttributeKind.NUMBER),
+    (pa.types.is_duration, AttributeKind.NUMBER),
+    (pa.types.is_date, AttributeKind.DATE),
+    (pa.types.is_timestamp, AttributeKind.TIMESTAMP),
+    (pa.types.is_string, AttributeKind.TEXT),
+    (pa.types.is_large_string, AttributeKind.TEXT),
+    (pa.types.is_string_view, AttributeKind.TEXT),
+    (pa.types.is_null, AttributeKind.NOTHING),
 )
 
 
@@ -39,6 +55,29 @@ class ItemAttributes:
         self.names: tuple[str, ...] = () if table is None else tuple(table.column_names)
         self.schema: pa.Schema = pa.schema([]) if table is None else table.schema
 
+    def kinds(self, names: Iterable[str]) -> tuple[AttributeKind, ...]:
+        """Of each of names, the kind of its values.
+
+        Raises:
+            InvalidInput: no such attribute.
+        """
+        return tuple(map(self._kind, names))
+
+    def _kind(self, name: str) -> AttributeKind:
+        if name in self.names:
+            return kind_of_values(self.schema.field(name).type)
+        if name == ORIGINAL_ID:  # each item's own id: every shard has that
+            return AttributeKind.OTHER
+        raise self._unknown(name)
+
+    def _unknown(self, name: str) -> InvalidInput:
+        return InvalidInput(
+            "no such attribute",
+            field="return",
+            expected=f"one of {', '.join(self.names) or 'none, as this generation has none'}",
+            got=name,
+        )
+
     def values(self, name: str, rows: IdArray) -> list[Any]:
         """The attribute of each of rows (m,) int64, in their order.
 
@@ -46,12 +85,7 @@ class ItemAttributes:
             InvalidInput: no such attribute.
         """
         if self.table is None or name not in self.names:
-            raise InvalidInput(
-                "no such attribute",
-                field="return",
-                expected=f"one of {', '.join(self.names) or 'none, as this generation has none'}",
-                got=name,
-            )
+            raise self._unknown(name)
         column = self.table.column(name)
         is_plain = any(check(column.type) for check in _PLAIN)
         # one by one: rows lie scattered, and ``take`` costs as much as some hundreds of them
@@ -60,6 +94,12 @@ class ItemAttributes:
             return [scalar.as_py() for scalar in scalars]
         read = _reader_of(column.type) or _read_any
         return [read(scalar) if scalar.is_valid else None for scalar in scalars]
+
+
+def kind_of_values(kind: pa.DataType) -> AttributeKind:
+    """What values of a type are to a router."""
+    plain = decoded_type(kind)
+    return next((name for check, name in _KINDS if check(plain)), AttributeKind.OTHER)
 
 
 def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:

@@ -182,6 +182,7 @@ class Shard:
             ids = check_ids(request.item_ids)
             self._check_seq(state, request.min_seq)
             names = request.names or state.attributes.names[:MAX_RETURNED]
+            kinds = state.attributes.kinds(names)
             found = state.attributes_of(ids, names, deadline, limit)
         except (InvalidInput, Behind, DeadlineExceeded) as error:
             return error
@@ -192,6 +193,7 @@ class Shard:
             item_ids=item_ids,
             names=names,
             values=values,
+            kinds=kinds,
             generation=self.generation,
             seq=state.seq,
         )

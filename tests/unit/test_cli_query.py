@@ -197,6 +197,25 @@ def test_a_filter_is_in_the_body_that_is_printed(
     assert cluster.asked == []
 
 
+def test_caps_boosts_and_diversity_are_passed_on(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--cap", "seller:2", "--boost", "day:0.1:7d", "--diversify", "0.7")
+    code, out, _ = query(capsys, "--item", "42", *options)
+    asked = cluster.asked[0]
+    expected = {
+        "cap": [{"column": "seller", "max": 2}],
+        "boost": [{"column": "day", "weight": 0.1, "half_life_days": 7}],
+        "diversify": {"lambda": 0.7},
+    }
+    assert code == 0
+    assert {name: asked[name] for name in expected} == expected
+    code, out, _ = query(capsys, "--item", "42", *options, "--print-request")
+    assert json.loads(out).items() >= expected.items()
+    query(capsys, "--item", "42")
+    assert cluster.asked[-1].keys().isdisjoint(expected)
+
+
 @pytest.mark.parametrize(("index", "warns"), [("flat", True), ("hnsw", True), ("ivfpq-fs", False)])
 def test_nprobe_for_an_index_without_lists_is_a_warning(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str], index: str, warns: bool

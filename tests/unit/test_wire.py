@@ -81,7 +81,12 @@ MESSAGES = [
     FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0], generation=57, seq=4),
     AttributesRequest(item_ids=IDS[0], names=("preis", "größe"), timeout_ms=3),
     AttributesReply(
-        item_ids=IDS[0], names=("a", "b"), values=msgpack.packb([[1], ["a"]]), generation=57, seq=4
+        item_ids=IDS[0],
+        names=("a", "b"),
+        values=msgpack.packb([[1], ["a"]]),
+        kinds=("integer", "text"),
+        generation=57,
+        seq=4,
     ),
     UpsertRequest(item_ids=IDS[0], vectors=FLOATS, attributes=b"\x80", key="k-1", timeout_ms=3),
     UpsertRequest(
