@@ -71,6 +71,7 @@ def resolve(
     original_ids: bool = False,
     min_seq_of: SeqOrigin | None = None,
     filters: tuple[bytes, ...] = (),
+    exclude_lists: Sequence[str] = (),
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
     filters: one per query, or none at all.
@@ -107,6 +108,7 @@ def resolve(
         original_ids=original_ids,
         min_seq_of=min_seq_of,
         filters=filters,
+        exclude_lists=tuple(exclude_lists),
     )
 
 

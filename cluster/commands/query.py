@@ -32,6 +32,7 @@ OPTIONS = {
     "k": "-k",
     "return": "--show",
     "filter": "--filter",
+    "exclude_lists": "--exclude-list",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
@@ -118,6 +119,13 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     help='Only items that match, e.g. \'{"price": {"$lt": 20}}\'; see docs/FILTERS.md.',
 )
 @click.option(
+    "--exclude-list",
+    "exclude_lists",
+    multiple=True,
+    metavar="NAME",
+    help="No items of this list; `shardline lists`, docs/LISTS.md. Repeatable.",
+)
+@click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
 @click.option(
@@ -141,6 +149,7 @@ def query(
     data: Path | None,
     show: str | None,
     given_filter: str | None,
+    exclude_lists: tuple[str, ...],
     k: int,
     nprobe: int | None,
     print_request: bool,
@@ -166,6 +175,8 @@ def query(
         body["features"] = [_map(features, "--features", "not features", '{"age": 31}')]
     if given_filter is not None:
         body["filter"] = filter_map(given_filter)
+    if exclude_lists:
+        body["exclude_lists"] = list(exclude_lists)
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]

@@ -20,6 +20,7 @@ from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
 from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
 from shardline.router.limits import check_batch, resolve
+from shardline.router.list_names import check_list_name
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
@@ -89,6 +90,7 @@ def decode_query(
         original_ids=parsed.return_original_ids,
         min_seq_of=None if parsed.min_seq_of is None else SeqOrigin(**dict(parsed.min_seq_of)),
         filters=filters,
+        exclude_lists=_list_names(parsed.exclude_lists),
     )
 
 
@@ -167,6 +169,10 @@ def _features(value: Any, max_batch: int) -> list[dict[str, Any]]:
     if len(value) > max_batch:
         check_batch(QueryKind.FEATURES, len(value), max_batch)
     return checked_features(value)
+
+
+def _list_names(given: list[str]) -> list[str]:
+    return [check_list_name(name, f"exclude_lists[{at}]") for at, name in enumerate(given)]
 
 
 def _takes_long(given: Any, body_bytes: int) -> bool:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation, 
 from shardline.router.contract import ReasonCode
 from shardline.router.http.filter_schema import FILTER_FIELD
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
+from shardline.router.list_names import MAX_EXCLUDE_LISTS
 from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
@@ -116,6 +117,12 @@ class SearchBody(_Body):
         description="only items that match come back: one filter for all queries, or a list with "
         "one per query, null for none. An answer has fewer than k results only if fewer items "
         "match; reasons says so then",
+    )
+    exclude_lists: list[str] = Field(
+        default=[],
+        max_length=MAX_EXCLUDE_LISTS,
+        description="names of lists, /v1/lists: their items do not come back, for any query of the "
+        "request. One that does not exist is taken for an empty one",
     )
     returned: list[str] | None = Field(
         default=None,
