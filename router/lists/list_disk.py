@@ -6,6 +6,7 @@ Nothing here retries, and nothing knows what the files mean.
 
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from shardline.shards.core.files import fsync_folder
@@ -53,8 +54,9 @@ class ListDisk:
         fsync_folder(folder)
 
     def remove(self, folder: int, name: str) -> None:
-        """A file of the folder of this descriptor."""
-        os.unlink(name, dir_fd=folder)
+        """A file of the folder of this descriptor. Does nothing where it is gone."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
 
 
 DISK = ListDisk()
