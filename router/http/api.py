@@ -29,6 +29,7 @@ from shardline.router.http.body_values import TakesLong, load_map
 from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
 from shardline.router.http.disconnect import ended_by_client
 from shardline.router.http.filter_paths import at_its_place
+from shardline.router.http.list_api import add_lists
 from shardline.router.http.media import Media, answer_media, body_media
 from shardline.router.http.openapi import (
     DESCRIPTION,
@@ -77,6 +78,7 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
     )
     direct = {("POST", "/v1/search"): _add_search(app, service, config)}
     direct |= add_writes(app, service, config)
+    add_lists(app, service, config)
     guard = guard or Guard()
     _add_reads(app, service, guard)
     _add_health(app, service)
