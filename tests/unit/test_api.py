@@ -680,9 +680,14 @@ def test_openapi_describes_what_the_code_checks():
         "background",
         "exact",
         "filter",
+<<<<<<< HEAD
         "cap",
         "boost",
         "diversify",
+=======
+        "exclude",
+        "exclude_history",
+>>>>>>> excl
         "return",
         "return_original_ids",
     }
