@@ -680,14 +680,12 @@ def test_openapi_describes_what_the_code_checks():
         "background",
         "exact",
         "filter",
-<<<<<<< HEAD
         "cap",
         "boost",
         "diversify",
-=======
         "exclude",
         "exclude_history",
->>>>>>> excl
+        "exclude_lists",
         "return",
         "return_original_ids",
     }
