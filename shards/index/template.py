@@ -36,12 +36,14 @@ def train_template(
     seed: int,
     threads: int,
     progress: Progress | None = None,
+    centroids: FloatArray | None = None,
 ) -> Any:
     """The empty, trained faiss index that every shard starts from.
 
     ``sample`` (n, dim) float32, checked and of unit length under cosine, is drawn from the whole
     corpus; ``resolved.train_rows`` rows are enough. The same sample, seed and thread count give the
-    same template.
+    same template. centroids: as ``centroids_of`` a template with as many lists and the same
+    transform, trained on the same sample; then only the codes are trained.
 
     Raises:
         ConfigError: faiss cannot train this index on this sample.
@@ -51,6 +53,8 @@ def train_template(
     index = faiss.index_factory(dim, resolved.factory, faiss_metric(metric))
     layers = layers_of(index)
     _set_up(layers, resolved, seed, len(sample))
+    if centroids is not None:
+        layers.base.quantizer.add(centroids)  # faiss trains no quantizer that is full
     _report(progress, "train", 0, len(sample))
     try:
         if metric is not Metric.L2:
@@ -65,6 +69,15 @@ def train_template(
         ) from error
     _report(progress, "train", len(sample), len(sample))
     return layers.whole
+
+
+def centroids_of(template: Any) -> FloatArray | None:
+    """(nlist, d) float32: the centroids of a template's lists; None for a kind without lists."""
+    layers = layers_of(template)
+    if not layers.is_ivf:
+        return None
+    quantizer = faiss.downcast_index(layers.base.quantizer)
+    return np.asarray(quantizer.reconstruct_n(0, quantizer.ntotal), dtype=np.float32)
 
 
 def bytes_to_come(resolved: ResolvedIndex, *, dim: int, metric: Metric) -> float:
@@ -124,8 +137,16 @@ def filled(template: Path, blocks: Iterable[FloatArray], *, threads: int) -> Lay
         CorruptFile: the template cannot be read.
         InvalidInput: a vector overflows fp16 copies.
     """
+    return _with_rows(layers_of(read_index(template)), blocks, threads)
+
+
+def filled_copy(template: Any, blocks: Iterable[FloatArray], *, threads: int) -> Layers:
+    """As ``filled``, of a template in memory, which stays as it is."""
+    return _with_rows(layers_of(faiss.clone_index(template)), blocks, threads)
+
+
+def _with_rows(layers: Layers, blocks: Iterable[FloatArray], threads: int) -> Layers:
     faiss.omp_set_num_threads(threads)
-    layers = layers_of(read_index(template))
     is_fp16 = keeps_fp16(layers)
     for block in blocks:
         if is_fp16 and float(np.abs(block).max()) > FP16_MAX:
