@@ -30,7 +30,8 @@ from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.tuner.configurations import Configuration, configurations, within_bytes
 from shardline.cluster.tuner.corpus_sample import NUM_QUERIES, CorpusSample, HeldOut
 from shardline.cluster.tuner.halving import Bounds, halve, misses
-from shardline.cluster.tuner.trial import Outcome, Trial, Trials
+from shardline.cluster.tuner.outcome import Outcome
+from shardline.cluster.tuner.trial import Trial, Trials
 from shardline.cluster.tuner.tuning_report import as_json, describe_bounds
 from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.schema import IdArray, Metric

@@ -13,7 +13,8 @@ from typing import Protocol
 
 from shardline.cluster.tuner.configurations import Configuration
 from shardline.cluster.tuner.corpus_sample import Progress
-from shardline.cluster.tuner.trial import Outcome, Rung, Trial
+from shardline.cluster.tuner.outcome import Outcome, Rung
+from shardline.cluster.tuner.trial import Trial
 from shardline.shards.core.errors import InvalidInput
 
 # After each rung but the last: how many go on at most, and up to which multiple of the best time.

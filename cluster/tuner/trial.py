@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from shardline.cluster.tuner.configurations import Configuration
 from shardline.cluster.tuner.corpus_sample import CorpusSample
+from shardline.cluster.tuner.outcome import STEP, Outcome, Point, Rung, rungs_of
 from shardline.cluster.tuner.timing import (
     Latency,
     Search,
@@ -39,85 +40,15 @@ from shardline.shards.core.recall import exact_scores, hits
 from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray
 from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.main_index import MainIndex, set_search_threads
-from shardline.shards.index.spec import MEASURED_K, IndexKind
+from shardline.shards.index.spec import IndexKind
 from shardline.shards.index.template import centroids_of, filled_copy, in_blocks, train_template
 
-STEP = 4  # rows of a rung over those of the rung before
-RUNGS = 3
-LEAST_RUNG_ROWS = 2000
-LEAST_COUNTED = 5  # results per query: fewer say little
 LEAST_HITS = 200  # held-out items that exact search finds; fewer say less than overlap does
-# Training rows of all rungs but the last, which trains as a build does: at least so many, and so
-# many per list. Fewer lose little recall, equally for all.
-TRAINED = ((4096, 16), (16_384, 32))
 ROUGH_QUERIES = 32  # timed with each parameter; the chosen ones are timed again in rounds
 TIMED_QUERIES = 128
 TIMED_MS = 400.0  # a round of slow searches has fewer queries
 LEAST_TIMED = 8
 ROUNDS, LAST_ROUNDS = 3, 7
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rung:
-    """One step of the halving: so many ``rows`` of the sample are indexed.
-
-    Each query asks for ``asked`` results, of which the first ``counted`` count. trained: training
-    rows, at least and per list; None: as a build.
-    """
-
-    number: int
-    rows: int
-    asked: int
-    counted: int
-    trained: tuple[int, int] | None
-
-    @property
-    def is_last(self) -> bool:
-        return self.trained is None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """What a configuration gives with search parameters.
-
-    recall: the share that the target is on, and its standard error; overlap: of the exact
-    neighbours, the same without held-out interactions. latency: of a query and shard.
-    """
-
-    params: SearchParams
-    recall: float
-    error: float
-    overlap: float
-    latency: Latency
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """A configuration after a rung; ``chosen`` is the point that a build would choose.
-
-    rows: indexed; is_last: as many as are measured at most. growth: of the times, from these rows
-    to those of a shard. build_seconds: of training and adding the rows; seconds: of all of it.
-    """
-
-    configuration: Configuration
-    rows: int
-    is_last: bool
-    points: tuple[Point, ...]
-    chosen: Point
-    growth: float
-    build_seconds: float
-    seconds: float
-
-    def scaled(self, factor: float) -> "Outcome":
-        """With all latencies times a factor."""
-        points = tuple(replace(p, latency=p.latency.scaled(factor)) for p in self.points)
-        chosen = next(p for p in points if p.params == self.chosen.params)
-        return replace(self, points=points, chosen=chosen)
-
-    def with_chosen(self, chosen: Point) -> "Outcome":
-        """With the point of these parameters, which is the chosen one, in place of what it was."""
-        points = tuple(chosen if p.params == chosen.params else p for p in self.points)
-        return replace(self, points=points, chosen=chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,22 +57,6 @@ class Trial:
 
     outcome: Outcome
     main: MainIndex
-
-
-def rungs_of(sample: CorpusSample) -> list[Rung]:
-    """RUNGS at most, ascending; the last has the whole sample."""
-    sizes = [len(sample.vectors)]
-    while len(sizes) < RUNGS and sizes[0] // STEP >= LEAST_RUNG_ROWS:
-        sizes.insert(0, sizes[0] // STEP)
-    trained = [*TRAINED[-len(sizes) + 1 :], None] if len(sizes) > 1 else [None]
-    rungs = []
-    for number, rows in enumerate(sizes):
-        counted = min(MEASURED_K, max(LEAST_COUNTED, round(MEASURED_K * rows / sample.rows)))
-        asked = max(counted, min(MEASURED_K, counted * sample.shards))
-        rungs.append(
-            Rung(number=number, rows=rows, asked=asked, counted=counted, trained=trained[number])
-        )
-    return rungs
 
 
 class Trials:
@@ -328,14 +243,15 @@ class Trials:
             self._exact[rung.number] = exact_top_k(
                 sample.queries, vectors, rung.counted, sample.metric
             )
-            if sample.held_out is not None and not self._hits(self._exact[rung.number][0], rung):
-                if rung.is_last:
-                    raise DataError(
-                        "exact search finds none of the held-out items",
-                        field="held-out interactions",
-                        expected="items of the embedding set, and queries of the same model",
-                        got=f"{len(sample.held_out.items):,} interactions",
-                    )
+            exact_rows = self._exact[rung.number][0]
+            is_measured = sample.held_out is not None and rung.is_last
+            if is_measured and not self._hits(exact_rows, rung):
+                raise DataError(
+                    "exact search finds none of the held-out items",
+                    field="held-out interactions",
+                    expected="items of the embedding set, and queries of the same model",
+                    got=f"{len(self._pair_rows):,} interactions",
+                )
         return self._exact[rung.number]
 
     def _hits(self, found: IdArray, rung: Rung) -> int:

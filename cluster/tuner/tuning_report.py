@@ -12,7 +12,7 @@ import yaml
 
 from shardline.cluster.tuner.corpus_sample import CorpusSample
 from shardline.cluster.tuner.halving import Bounds, Found, misses
-from shardline.cluster.tuner.trial import Outcome, Point
+from shardline.cluster.tuner.outcome import Outcome, Point
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.index.spec import MEASURED_K, IndexSpec
 

@@ -26,16 +26,9 @@ from shardline.cluster.tuner.configurations import (
 )
 from shardline.cluster.tuner.corpus_sample import CorpusSample, HeldOut, draw, read_held_out
 from shardline.cluster.tuner.halving import KEPT, Bounds, excess, halve, misses
+from shardline.cluster.tuner.outcome import Outcome, Point, Rung, rungs_of
 from shardline.cluster.tuner.timing import Latency, in_rounds, latency_of, paired_ratio
-from shardline.cluster.tuner.trial import (
-    Outcome,
-    Point,
-    Rung,
-    Trial,
-    Trials,
-    growth,
-    rungs_of,
-)
+from shardline.cluster.tuner.trial import Trial, Trials, growth
 from shardline.cluster.tuner.tuning_report import failure, front, section
 from shardline.shards.core.errors import DataError, InvalidInput
 from shardline.shards.core.messages import SearchParams
@@ -330,7 +323,7 @@ def test_centroids_are_shared_and_change_nothing() -> None:
 
 
 def held_out_sample(rows: int = ROWS) -> CorpusSample:
-    """Every query took some of its exact neighbours, one item far away and one not in the corpus."""
+    """Each query took some of its exact neighbours and one item far away; one is not indexed."""
     sample = sample_of(rows)
     order = np.argsort(-(sample.queries @ sample.vectors.T), axis=1)
     taken = np.concatenate([order[:, :60:5], order[:, -1:]], axis=1)
