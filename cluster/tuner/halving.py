@@ -188,9 +188,9 @@ def _other_lists(
 
 
 def _seconds(configuration: Configuration, rung: Rung, latest: dict[str, Outcome]) -> float:
-    """What a trial will take, by the last one of this configuration; 0 where there is none."""
-    before = latest.get(configuration.name)
-    return 0.0 if before is None else before.seconds * rung.rows / before.rows
+    """What a trial will take, by those of this kind over fewer rows; 0 where there are none."""
+    same = [o for o in latest.values() if o.configuration.family == configuration.family]
+    return max((each.seconds * rung.rows / each.rows for each in same), default=0.0)
 
 
 def _stage(rung: Rung, rungs: Sequence[Rung]) -> str:

@@ -48,7 +48,7 @@ def front(outcomes: Sequence[Outcome]) -> list[Entry]:
 
 def table_rows(entries: Sequence[Entry], found: Found, shard_rows: int) -> list[tuple[str, ...]]:
     """Rows for HEADER; a star is before what was chosen, ~ before what was extrapolated."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for outcome, point in entries:
         is_chosen = outcome is found.chosen and point == outcome.chosen
         about = "" if outcome.growth == 1.0 else "~"

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from shardline.bench.vectors import clustered, manifold
 from shardline.cluster.cli import cli
+from shardline.cluster.commands import tune as tune_command
 from shardline.cluster.commands.tune import _held_out_of
 from shardline.cluster.store import Store
 from shardline.cluster.tuner.configurations import (
@@ -481,7 +482,13 @@ def test_the_time_limit_begins_nothing_that_would_end_too_late() -> None:
     found, fake = halved(truth, Bounds(target_recall=0.98), time_limit_s=3.0)
     assert found.is_cut_short and found.untried > 0
     with pytest.raises(InvalidInput, match="--time-limit-s: too short for a single trial"):
-        halve(TRIED, fake, Bounds(target_recall=0.98), clock=iter([0, 9]).__next__, time_limit_s=1)
+        halve(
+            TRIED,
+            fake,
+            Bounds(target_recall=0.98),
+            clock=itertools.count(0, 9).__next__,
+            time_limit_s=1,
+        )
 
 
 def test_excess_is_one_at_the_bounds() -> None:
@@ -543,8 +550,9 @@ def test_the_section_is_what_was_measured() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Callable[..., object]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
     """The command, over a set of clustered vectors in a store."""
+    monkeypatch.setattr(tune_command, "cores", lambda: 1)  # threads that wait for busy cores spin
     vectors = clustered(8200, DIM, 40, seed=1)
     write_set(tmp_path / "store" / "embeddings" / "m1", vectors)
     options = itertools.chain.from_iterable(("--kind", str(kind)) for kind in QUICK)
