@@ -1,10 +1,10 @@
 """Successive halving: many configurations over few rows, few configurations over all of them.
 
-A rung builds and asks what is left over STEP times the rows of the rung before. Out go those that
-cannot reach the bounds at any depth, and those whose time at the target is far above the best. The
-number of lists is tried where its kind has survived the first rung: the sample's first rows say
-little about it. After Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
-Hyperparameter Optimization", 2016.
+The first rung tries all, and other numbers of lists for the two fastest kinds that have lists. Each
+further rung has STEP times the rows. It takes what is left in the order of the times estimated so
+far, and ends when it has enough within the bounds, or when the next one is estimated far above the
+best it has measured. So an estimate that was too good costs a trial, not the result. After Jamieson
+and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,14 @@ from shardline.cluster.tuner.outcome import Outcome, Rung
 from shardline.cluster.tuner.trial import Trial
 from shardline.shards.core.errors import InvalidInput
 
-# After each rung but the last: how many go on at most, and up to which multiple of the best time.
-# Few rows fit into caches and make every search look alike, so the first rung is lenient.
-KEPT = ((5, 3.0), (2, 1.5))
+# Of the rungs after the first, the last one last: how many within the bounds are enough, how many
+# are tried at most, and up to which multiple of the best time.
+WIDTHS = ((6, 9, 2.5), (3, 6, 1.2))
+FINALISTS = 2  # of the last rung, timed anew in the same rounds
 ALIKE = 1.03  # of times that differ by less, the smaller index is taken
-LATENCY_SLACK = 1.5  # of a time that is extrapolated, over what it may be
-ERRORS = 2.0  # standard errors by which recall may miss the target on part of the rows
+# How far a configuration may seem to be from the bounds before the last rung, where recall is
+# credited with so many standard errors: rough training costs recall, and times are extrapolated.
+LENIENCE, ERRORS = 1.5, 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,54 +79,127 @@ def halve(
     Raises:
         InvalidInput: it did not suffice for one.
     """
-    stop = None if time_limit_s is None else clock() + time_limit_s
-    latest: dict[str, Outcome] = {}
-    others = [each for each in tried if each.is_scaled] if len(runner.rungs) > 1 else []
-    left = [each for each in tried if each not in others]
-    is_cut_short = False
-    for rung in runner.rungs:
-        done: list[Outcome] = []
-        trials: list[Trial] = []  # of the last rung; earlier indexes are not kept
-        for number, configuration in enumerate(left):
-            progress(_stage(rung, runner.rungs), number, len(left))
-            if stop is not None and clock() + _seconds(configuration, rung, latest) > stop:
-                is_cut_short = True
-                continue
-            trial = runner.run(configuration, rung, bounds.target_recall)
-            done.append(trial.outcome)
-            trials += [trial] if rung.is_last else []
-            latest[configuration.name] = trial.outcome
-            note(_line(trial.outcome))
-        progress(_stage(rung, runner.rungs), len(left), len(left))
-        if not done:
-            break
-        kept = survivors(done, bounds, rung.number)
-        if rung.is_last:
-            for outcome in runner.compare([t for t in trials if t.outcome in kept]):
-                latest[outcome.configuration.name] = outcome
-        left = [outcome.configuration for outcome in kept]
-        left += _other_lists(left, others) if rung.number == 0 else []
-    if not latest:
+    steps = _Steps(runner, bounds, clock, time_limit_s, progress, note)
+    first, *further = runner.rungs
+    others = [each for each in tried if each.is_scaled] if further else []
+    own = [each for each in tried if each not in others]
+    steps.run(own, first)
+    steps.run(_other_lists(steps.ranked(), others), first)
+    widths = WIDTHS[len(WIDTHS) - len(further) :]
+    for rung, width in zip(further, widths, strict=True):
+        steps.run([each.configuration for each in steps.ranked()], rung, width)
+    if not steps.latest:
         raise InvalidInput(
             "too short for a single trial",
             field="--time-limit-s",
             expected="more seconds, or fewer rows (--sample-rows)",
             got=f"{time_limit_s:g}" if time_limit_s is not None else None,
         )
-    untried = sum(each.name not in latest for each in tried if each not in others)
-    return _found(list(latest.values()), bounds, untried, is_cut_short)
+    steps.compare()
+    untried = sum(each.name not in steps.latest for each in own)
+    return _found(list(steps.latest.values()), bounds, untried, steps.is_cut_short)
 
 
-def excess(outcome: Outcome, bounds: Bounds, *, errors: float = 0, slack: float = 1) -> float:
+class _Steps:
+    """What was found so far, and the indexes of the last rung that are asked once more.
+
+    latest: of each configuration, by name, over the most rows that it was tried with.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        bounds: Bounds,
+        clock: Callable[[], float],
+        time_limit_s: float | None,
+        progress: Progress,
+        note: Callable[[str], None],
+    ) -> None:
+        self.latest: dict[str, Outcome] = {}
+        self.is_cut_short = False
+        self._finalists: list[Trial] = []
+        self._runner, self._bounds, self._progress, self._note = runner, bounds, progress, note
+        self._clock, self._stop = clock, None
+        if time_limit_s is not None:
+            self._stop = clock() + time_limit_s
+
+    def run(
+        self,
+        queue: Sequence[Configuration],
+        rung: Rung,
+        width: tuple[int, int, float] | None = None,
+    ) -> None:
+        """Runs trials in this order: all, or as many as the width asks for and the time allows."""
+        stage = f"{rung.rows:,} rows ({rung.number + 1} of {len(self._runner.rungs)})"
+        tried: list[Outcome] = []
+        for number, configuration in enumerate(queue):
+            self._progress(stage, number, len(queue))
+            if width is not None and self._is_beyond(configuration, tried, width):
+                continue
+            if self._is_too_late(configuration, rung):
+                self.is_cut_short = True
+                continue
+            trial = self._runner.run(configuration, rung, self._bounds.target_recall)
+            tried.append(trial.outcome)
+            self.latest[configuration.name] = trial.outcome
+            self._note(_line(trial.outcome))
+            if rung.is_last and self._is_able(trial.outcome):
+                self._finalists = sorted([*self._finalists, trial], key=_trial_ms)[:FINALISTS]
+        self._progress(stage, len(queue), len(queue))
+
+    def ranked(self) -> list[Outcome]:
+        """What may go on: over more rows first, then the fastest. The nearest where none may."""
+        outcomes = list(self.latest.values())
+        able = [each for each in outcomes if self._is_able(each)]
+        if not able:
+            return sorted(outcomes, key=lambda each: excess(each, self._bounds))[:1]
+        target = self._bounds.target_recall
+        lean = [each for each in able if not any(_is_leaner(one, each, target) for one in able)]
+        return sorted(lean, key=lambda each: (-each.rows, _ms(each)))
+
+    def compare(self) -> None:
+        """Times the finalists anew, in the same rounds."""
+        if len(self._finalists) > 1:
+            for outcome in self._runner.compare(self._finalists):
+                self.latest[outcome.configuration.name] = outcome
+
+    def _is_able(self, outcome: Outcome) -> bool:
+        if outcome.is_last:
+            return not misses(outcome, self._bounds)
+        return excess(outcome, self._bounds, errors=ERRORS) <= LENIENCE
+
+    def _is_beyond(
+        self,
+        configuration: Configuration,
+        tried: Sequence[Outcome],
+        width: tuple[int, int, float],
+    ) -> bool:
+        """Whether a rung has no need of it any more."""
+        enough, most, multiple = width
+        able = [_ms(each) for each in tried if self._is_able(each)]
+        if len(tried) >= most or len(able) >= enough:
+            return True
+        return bool(able) and _ms(self.latest[configuration.name]) > multiple * min(able)
+
+    def _is_too_late(self, configuration: Configuration, rung: Rung) -> bool:
+        """By the time of its kind over fewer rows; nothing is known of the first ones."""
+        if self._stop is None:
+            return False
+        same = [o for o in self.latest.values() if o.configuration.family == configuration.family]
+        seconds = max((each.seconds * rung.rows / each.rows for each in same), default=0.0)
+        return self._clock() + seconds > self._stop
+
+
+def excess(outcome: Outcome, bounds: Bounds, *, errors: float = 0) -> float:
     """How far it is from the bounds: 1 or less is within all of them, 2 misses one by its double.
 
-    errors: standard errors that recall is credited with; slack: by which times may be too long.
+    errors: standard errors that recall is credited with.
     """
     allowed = max(1 - bounds.target_recall, 1e-6)
     best = max(min(point.recall + errors * point.error, 1.0) for point in outcome.points)
     found = [(1 - best) / allowed]
     if bounds.max_p99_ms is not None:
-        found.append(outcome.chosen.latency.p99_ms / (bounds.max_p99_ms * slack))
+        found.append(outcome.chosen.latency.p99_ms / bounds.max_p99_ms)
     if bounds.max_bytes_per_vector is not None:
         found.append(outcome.configuration.bytes_per_vector / bounds.max_bytes_per_vector)
     return max(found)
@@ -142,17 +217,6 @@ def misses(outcome: Outcome, bounds: Bounds) -> list[str]:
     if most is not None and size > most:
         found.append(f"{size:.0f} bytes per vector are above {most:g}")
     return found
-
-
-def survivors(outcomes: Sequence[Outcome], bounds: Bounds, rung: int) -> list[Outcome]:
-    """Those that go on after a rung, the fastest first; the nearest one where none may."""
-    able = [o for o in outcomes if excess(o, bounds, errors=ERRORS, slack=LATENCY_SLACK) <= 1]
-    if not able:
-        return [min(outcomes, key=lambda outcome: excess(outcome, bounds))]
-    most, multiple = KEPT[min(rung, len(KEPT) - 1)]
-    ranked = sorted(able, key=lambda outcome: outcome.chosen.latency.p50_ms)
-    limit = ranked[0].chosen.latency.p50_ms * multiple
-    return [each for each in ranked[:most] if each.chosen.latency.p50_ms <= limit]
 
 
 def _found(outcomes: list[Outcome], bounds: Bounds, untried: int, is_cut_short: bool) -> Found:
@@ -179,22 +243,28 @@ def _found(outcomes: list[Outcome], bounds: Bounds, untried: int, is_cut_short: 
     )
 
 
-def _other_lists(
-    kept: Sequence[Configuration], others: Sequence[Configuration]
-) -> list[Configuration]:
-    """Other numbers of lists of the two fastest kinds that have lists."""
-    families = [each.family for each in kept if each.index.nlist is not None][:2]
-    return [each for each in others if each.family in families]
+def _other_lists(ranked: Sequence[Outcome], others: Sequence[Configuration]) -> list[Configuration]:
+    """Other numbers of lists of the two fastest that have lists."""
+    families = [o.configuration.family for o in ranked if o.configuration.index.nlist is not None]
+    return [each for each in others if each.family in families[:2]]
 
 
-def _seconds(configuration: Configuration, rung: Rung, latest: dict[str, Outcome]) -> float:
-    """What a trial will take, by those of this kind over fewer rows; 0 where there are none."""
-    same = [o for o in latest.values() if o.configuration.family == configuration.family]
-    return max((each.seconds * rung.rows / each.rows for each in same), default=0.0)
+def _is_leaner(one: Outcome, other: Outcome, target: float) -> bool:
+    """Whether it is the same index but for smaller copies of the vectors, and as good."""
+    mine, theirs = one.configuration, other.configuration
+    same = mine.spec.model_copy(update={"rerank": theirs.spec.rerank}) == theirs.spec
+    is_smaller = mine.bytes_per_vector < theirs.bytes_per_vector
+    is_found = one.chosen.recall >= min(other.chosen.recall, target)
+    is_fast = one.rows == other.rows and _ms(one) <= ALIKE * _ms(other)
+    return same and is_smaller and is_found and is_fast
 
 
-def _stage(rung: Rung, rungs: Sequence[Rung]) -> str:
-    return f"{rung.rows:,} rows ({rung.number + 1} of {len(rungs)})"
+def _ms(outcome: Outcome) -> float:
+    return outcome.chosen.latency.p50_ms
+
+
+def _trial_ms(trial: Trial) -> float:
+    return _ms(trial.outcome)
 
 
 def _line(outcome: Outcome) -> str:

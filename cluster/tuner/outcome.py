@@ -10,30 +10,23 @@ from shardline.shards.index.spec import MEASURED_K
 
 STEP = 4  # rows of a rung over those of the rung before
 RUNGS = 3
-LEAST_RUNG_ROWS = 2000
+LEAST_RUNG_ROWS = 8000  # of fewer rows, which fit into caches, times say little
 LEAST_COUNTED = 5  # results per query: fewer say little
-# Training rows of all rungs but the last, which trains as a build does: at least so many, and so
-# many per list. Fewer lose little recall, equally for all.
-TRAINED = ((4096, 16), (16_384, 32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rung:
     """One step of the halving: so many ``rows`` of the sample are indexed.
 
-    Each query asks for ``asked`` results, of which the first ``counted`` count. trained: training
-    rows, at least and per list; None: as a build.
+    Each query asks for ``asked`` results, of which the first ``counted`` count. is_last: with the
+    whole sample, and trained as a build trains.
     """
 
     number: int
     rows: int
     asked: int
     counted: int
-    trained: tuple[int, int] | None
-
-    @property
-    def is_last(self) -> bool:
-        return self.trained is None
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +78,11 @@ def rungs_of(sample: CorpusSample) -> list[Rung]:
     sizes = [len(sample.vectors)]
     while len(sizes) < RUNGS and sizes[0] // STEP >= LEAST_RUNG_ROWS:
         sizes.insert(0, sizes[0] // STEP)
-    trained = [*TRAINED[-len(sizes) + 1 :], None] if len(sizes) > 1 else [None]
     rungs = []
     for number, rows in enumerate(sizes):
         counted = min(MEASURED_K, max(LEAST_COUNTED, round(MEASURED_K * rows / sample.rows)))
         asked = max(counted, min(MEASURED_K, counted * sample.shards))
         rungs.append(
-            Rung(number=number, rows=rows, asked=asked, counted=counted, trained=trained[number])
+            Rung(number=number, rows=rows, asked=asked, counted=counted, is_last=rows == sizes[-1])
         )
     return rungs

@@ -40,10 +40,16 @@ from shardline.shards.core.recall import exact_scores, hits
 from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray
 from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.main_index import MainIndex, set_search_threads
-from shardline.shards.index.spec import IndexKind
+from shardline.shards.index.resolve import resolve
+from shardline.shards.index.spec import IndexKind, IndexSpec
 from shardline.shards.index.template import centroids_of, filled_copy, in_blocks, train_template
 
-LEAST_HITS = 200  # held-out items that exact search finds; fewer say less than overlap does
+LEAST_HITS = 50  # held-out items that exact search finds; fewer say less than overlap does
+# Training of all rungs but the last, which trains as a build does. It loses a little recall, and
+# is what most of the time would be spent on.
+ROUGH_ROWS_PER_LIST = 16
+ROUGH_ROWS = 4096  # of codes: 16 for each of 256 centroids
+ROUGH_ITERATIONS = 8
 ROUGH_QUERIES = 32  # timed with each parameter; the chosen ones are timed again in rounds
 TIMED_QUERIES = 128
 TIMED_MS = 400.0  # a round of slow searches has fewer queries
@@ -72,7 +78,7 @@ class Trials:
         self.sample, self.rungs = sample, rungs_of(sample)
         self._threads, self._seed = threads, seed
         self._shares_centroids = shares_centroids
-        self._centroids: dict[tuple[int | None, int | None, int], FloatArray | None] = {}
+        self._centroids: dict[tuple[int | None, int | None, bool], FloatArray | None] = {}
         self._exact: dict[int, tuple[IdArray, FloatArray]] = {}
         self._references: dict[int, _Reference] = {}
         self._pair_rows = _rows_of_items(sample)
@@ -124,24 +130,44 @@ class Trials:
         return outcomes
 
     def _template(self, configuration: Configuration, rung: Rung) -> Any:
-        index, vectors = configuration.index, self.sample.vectors
-        wanted = index.train_rows
-        if rung.trained is not None and wanted:
-            least, per_list = rung.trained
-            wanted = min(wanted, max(least, per_list * (index.nlist or 0)))
-        rows = min(max(wanted, 1), len(vectors))
-        key = (index.nlist, configuration.spec.pca, rows)
+        index, sample = configuration.index, self.sample
+        rows, iterations = max(index.train_rows, 1), None
+        if not rung.is_last:
+            rows, iterations = min(rows, ROUGH_ROWS), ROUGH_ITERATIONS
+            if configuration.spec.pca is not None:  # lists and codes are trained behind it
+                rows = max(rows, ROUGH_ROWS_PER_LIST * (index.nlist or 0))
+        key = (index.nlist, configuration.spec.pca, rung.is_last)
+        if index.nlist is not None and not rung.is_last and key[1] is None:
+            self._train_lists(index.nlist, key)
         template = train_template(
             index,
-            vectors[:rows],
-            metric=self.sample.metric,
+            sample.vectors[:rows],
+            metric=sample.metric,
             seed=self._seed,
             threads=self._threads,
             centroids=self._centroids.get(key),
+            iterations=iterations,
         )
-        if self._shares_centroids and index.nlist is not None and key not in self._centroids:
+        if self._shares_centroids and key not in self._centroids:
             self._centroids[key] = centroids_of(template)
         return template
+
+    def _train_lists(self, nlist: int, key: tuple[int | None, int | None, bool]) -> None:
+        """Centroids of as many lists, for all rungs but the last."""
+        if key in self._centroids:
+            return
+        sample = self.sample
+        spec = IndexSpec(kind=IndexKind.IVF, nlist=nlist)
+        index = resolve(spec, rows=sample.rows, dim=sample.dim, metric=sample.metric)
+        template = train_template(
+            index,
+            sample.vectors[: min(index.train_rows, ROUGH_ROWS_PER_LIST * nlist)],
+            metric=sample.metric,
+            seed=self._seed,
+            threads=self._threads,
+            iterations=ROUGH_ITERATIONS,
+        )
+        self._centroids[key] = centroids_of(template)
 
     def _filled(self, template: Any, configuration: Configuration, rows: int) -> MainIndex:
         blocks = in_blocks(self.sample.vectors[:rows])

@@ -37,13 +37,14 @@ def train_template(
     threads: int,
     progress: Progress | None = None,
     centroids: FloatArray | None = None,
+    iterations: int | None = None,
 ) -> Any:
     """The empty, trained faiss index that every shard starts from.
 
     ``sample`` (n, dim) float32, checked and of unit length under cosine, is drawn from the whole
     corpus; ``resolved.train_rows`` rows are enough. The same sample, seed and thread count give the
     same template. centroids: as ``centroids_of`` a template with as many lists and the same
-    transform, trained on the same sample; then only the codes are trained.
+    transform; then only the codes are trained. iterations: of k-means, for a rough training.
 
     Raises:
         ConfigError: faiss cannot train this index on this sample.
@@ -52,9 +53,9 @@ def train_template(
     faiss.omp_set_num_threads(threads)
     index = faiss.index_factory(dim, resolved.factory, faiss_metric(metric))
     layers = layers_of(index)
-    _set_up(layers, resolved, seed, len(sample))
     if centroids is not None:
         layers.base.quantizer.add(centroids)  # faiss trains no quantizer that is full
+    _set_up(layers, resolved, seed, len(sample), iterations)
     _report(progress, "train", 0, len(sample))
     try:
         if metric is not Metric.L2:
@@ -161,7 +162,9 @@ def _with_rows(layers: Layers, blocks: Iterable[FloatArray], threads: int) -> La
     return layers
 
 
-def _set_up(layers: Layers, resolved: ResolvedIndex, seed: int, rows: int) -> None:
+def _set_up(
+    layers: Layers, resolved: ResolvedIndex, seed: int, rows: int, iterations: int | None
+) -> None:
     """Seeds every random choice of training and sets what a factory string cannot say."""
     centroids = 0
     clusterings = []
@@ -177,7 +180,8 @@ def _set_up(layers: Layers, resolved: ResolvedIndex, seed: int, rows: int) -> No
     for clustering in clusterings:
         clustering.seed = seed
         clustering.min_points_per_centroid = 1  # no print by faiss: it is logged below
-    if rows < ROWS_PER_LIST_MIN * centroids:
+        clustering.niter = iterations or clustering.niter
+    if iterations is None and rows < ROWS_PER_LIST_MIN * centroids:
         logger.warning(
             "training %d centroids on %d rows; %d would be better",
             centroids,

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from shardline.cluster.cli import cli
 from shardline.cluster.commands import tune as tune_command
 from shardline.cluster.commands.tune import _held_out_of
 from shardline.cluster.store import Store
+from shardline.cluster.tuner import outcome as outcome_module
 from shardline.cluster.tuner.configurations import (
     Configuration,
     configurations,
@@ -26,7 +27,7 @@ from shardline.cluster.tuner.configurations import (
     within_bytes,
 )
 from shardline.cluster.tuner.corpus_sample import CorpusSample, HeldOut, draw, read_held_out
-from shardline.cluster.tuner.halving import KEPT, Bounds, excess, halve, misses
+from shardline.cluster.tuner.halving import WIDTHS, Bounds, excess, halve, misses
 from shardline.cluster.tuner.outcome import Outcome, Point, Rung, rungs_of
 from shardline.cluster.tuner.timing import Latency, in_rounds, latency_of, paired_ratio
 from shardline.cluster.tuner.trial import Trial, Trials, growth
@@ -43,7 +44,15 @@ from tests.engine import build_main, write_set
 from tests.tiny import declared_run, tiny_config, tiny_dataset
 
 ROWS, DIM = 9000, 16
+LEAST_RUNG_ROWS = 2000  # in place of more, so that samples are small
 QUICK = (IndexKind.FLAT, IndexKind.IVF, IndexKind.IVFPQ_FS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_rungs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outcome_module, "LEAST_RUNG_ROWS", LEAST_RUNG_ROWS)
+        yield
 
 
 def sample_of(rows: int = ROWS, *, shards: int = 1, **changes: object) -> CorpusSample:
@@ -262,8 +271,7 @@ def test_rungs_end_with_the_whole_sample() -> None:
     assert [rung.rows for rung in rungs_of(sample_of())] == [2250, 9000]
     (only,) = rungs_of(sample_of(3000))
     assert only.is_last
-    part = sample_of(10_000, shards=4)
-    part = replace(part, rows=40_000)
+    part = replace(sample_of(10_000, shards=4), rows=40_000)
     assert [(rung.counted, rung.asked) for rung in rungs_of(part)] == [(6, 24), (25, 100)]
 
 
@@ -374,10 +382,11 @@ def test_compared_in_the_same_rounds(trials: Trials) -> None:
 
 
 class FakeTrials:
-    """Configurations with known recall, times and seconds. A time over few rows is blurred."""
+    """Configurations with known recall, times and seconds."""
 
     def __init__(self, truth: dict[str, tuple[float, float]], rungs: list[Rung]) -> None:
         self.truth, self.rungs = truth, rungs
+        self.at_last: dict[str, tuple[float, float]] = {}  # what is otherwise over all rows
         self.ran: list[tuple[str, int]] = []
         self.now = 0.0
 
@@ -385,6 +394,8 @@ class FakeTrials:
         self.ran.append((configuration.name, rung.number))
         self.now += rung.rows / 1000
         recall, p50 = self.truth.get(configuration.name, (0.99, 50.0))
+        if rung.is_last:
+            recall, p50 = self.at_last.get(configuration.name, (recall, p50))
         point = Point(
             params=SearchParams(),
             recall=recall,
@@ -410,7 +421,10 @@ class FakeTrials:
 
 TRIED = configurations(rows=160_000, dim=32, metric=Metric.COSINE)
 NAMES = [each.name for each in TRIED]
-RUNGS = rungs_of(sample_of(40_000))
+RUNGS = [
+    Rung(number=number, rows=rows, asked=100, counted=100, is_last=number == 2)
+    for number, rows in enumerate((2500, 10_000, 40_000))
+]
 
 
 def halved(truth: dict[str, tuple[float, float]], bounds: Bounds, **options: object):
@@ -418,25 +432,54 @@ def halved(truth: dict[str, tuple[float, float]], bounds: Bounds, **options: obj
     return halve(TRIED, fake, bounds, clock=lambda: fake.now, **options), fake
 
 
+def by_rung(fake: FakeTrials) -> list[list[str]]:
+    return [[name for name, number in fake.ran if number == rung.number] for rung in RUNGS]
+
+
 def test_the_best_survives_and_few_are_built_over_all_rows() -> None:
     best = next(each for each in TRIED if each.spec.kind == "ivfpq" and not each.is_scaled)
     found, fake = halved({best.name: (0.985, 0.1)}, Bounds(target_recall=0.98))
     assert found.chosen is not None and found.chosen.configuration is best
     assert found.chosen.rows == RUNGS[-1].rows
-    by_rung = [[name for name, number in fake.ran if number == r.number] for r in RUNGS]
-    assert by_rung[0] == [each.name for each in TRIED if not each.is_scaled]
-    assert len(by_rung[2]) <= KEPT[1][0]
+    first, second, last = by_rung(fake)
+    own = [each.name for each in TRIED if not each.is_scaled]
+    assert first[: len(own)] == own and len(first) < len(TRIED)
+    assert (second, last) == ([best.name], [best.name]), "all others are 500 times as slow"
     assert found.untried == 0 and not found.is_cut_short
 
 
-def test_other_numbers_of_lists_are_tried_where_the_kind_survives() -> None:
+def test_a_rung_ends_with_enough_or_with_one_that_is_estimated_far_above() -> None:
+    plain = {"ivfpq-fs": "fp16", "ivfpq": "none", "pq": "none"}
+    own = [e for e in TRIED if not e.is_scaled and e.spec.rerank == plain.get(e.spec.kind)]
+    truth = {each.name: (0.99, 1 + 0.1 * place) for place, each in enumerate(own)}
+    found, fake = halved(truth, Bounds(target_recall=0.98))
+    assert found.chosen is not None and found.chosen.configuration is own[0]
+    _, second, last = by_rung(fake)
+    assert second == [each.name for each in own[: WIDTHS[0][0]]]
+    assert last == [each.name for each in own[:3]], "the fourth is 1.3 times as slow"
+
+
+def test_an_estimate_that_was_too_good_costs_a_trial_and_not_the_result() -> None:
+    """A graph, say, that is fast over few rows, and over all of them misses the target."""
+    graph = next(each for each in TRIED if each.spec.kind == "hnsw")
+    right = next(each for each in TRIED if each.spec.kind == "ivf" and not each.is_scaled)
+    truth = {graph.name: (0.999, 0.01), right.name: (0.99, 0.2)}
+    fake = FakeTrials(truth, RUNGS)
+    at_last = {graph.name: (0.9, 8.0)}
+    fake.at_last = at_last
+    found = halve(TRIED, fake, Bounds(target_recall=0.98), clock=lambda: fake.now)
+    assert found.chosen is not None and found.chosen.configuration is right
+    assert by_rung(fake)[2][:2] == [graph.name, right.name]
+
+
+def test_other_numbers_of_lists_are_tried_where_the_kind_is_fast() -> None:
     best = next(each for each in TRIED if each.spec.kind == "ivf" and each.is_scaled)
     own = next(each for each in TRIED if each.family == best.family and not each.is_scaled)
     truth = {best.name: (0.99, 0.1), own.name: (0.99, 0.2)}
     found, fake = halved(truth, Bounds(target_recall=0.98))
     assert found.chosen is not None and found.chosen.configuration is best
     scaled = {name for name, _ in fake.ran} & {each.name for each in TRIED if each.is_scaled}
-    assert {best.name} <= scaled and len(scaled) < sum(each.is_scaled for each in TRIED) / 2
+    assert {best.name} <= scaled and len(scaled) <= 4, "two each of two kinds"
 
 
 def test_what_misses_a_bound_at_any_depth_goes_out_first() -> None:
@@ -445,6 +488,28 @@ def test_what_misses_a_bound_at_any_depth_goes_out_first() -> None:
     found, fake = halved(truth, Bounds(target_recall=0.98, max_p99_ms=2.5))
     assert found.chosen is not None and found.chosen.configuration is right
     assert (fast.name, 1) not in fake.ran and (big.name, 1) not in fake.ran
+
+
+def test_what_nearly_reaches_the_target_over_few_rows_goes_on() -> None:
+    """Rough training costs recall, and a standard error is not nothing."""
+    near, far, *_ = (each for each in TRIED if each.spec.kind == "ivfpq" and not each.is_scaled)
+    truth = {near.name: (0.971, 0.1), far.name: (0.969, 0.1)}
+    _, fake = halved(truth, Bounds(target_recall=0.98))
+    assert (near.name, 1) in fake.ran and (far.name, 1) not in fake.ran
+
+
+def test_larger_copies_go_on_only_if_they_gain_something() -> None:
+    plain, copies = (
+        next(e for e in TRIED if e.spec.kind == "ivfpq" and e.spec.rerank == rerank)
+        for rerank in ("none", "fp16")
+    )
+    bounds = Bounds(target_recall=0.98)
+    alike = {plain.name: (0.985, 1.0), copies.name: (0.999, 1.0)}
+    faster = {plain.name: (0.985, 1.0), copies.name: (0.999, 0.8)}
+    better = {plain.name: (0.975, 1.0), copies.name: (0.985, 1.0)}
+    for truth, goes_on in ((alike, False), (faster, True), (better, True)):
+        _, fake = halved(truth, bounds)
+        assert ((copies.name, 1) in fake.ran) == goes_on
 
 
 def test_of_equal_times_the_smaller_index_is_chosen() -> None:
@@ -475,9 +540,10 @@ def test_when_nothing_meets_the_bounds_the_nearest_and_what_it_misses_are_named(
 def test_the_time_limit_begins_nothing_that_would_end_too_late() -> None:
     best = next(each for each in TRIED if not each.is_scaled)
     truth = {best.name: (0.99, 0.1)}
-    first = sum(not each.is_scaled for each in TRIED) * RUNGS[0].rows / 1000
+    _, whole = halved(truth, Bounds(target_recall=0.98))
+    first = len(by_rung(whole)[0]) * RUNGS[0].rows / 1000
     found, fake = halved(truth, Bounds(target_recall=0.98), time_limit_s=first + 15.0)
-    assert found.is_cut_short and fake.now <= first + 15.0
+    assert found.is_cut_short and fake.now <= first + 15.0 < whole.now
     assert found.chosen is not None and found.chosen.rows == RUNGS[1].rows
     found, fake = halved(truth, Bounds(target_recall=0.98), time_limit_s=3.0)
     assert found.is_cut_short and found.untried > 0
