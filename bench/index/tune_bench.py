@@ -40,7 +40,7 @@ from shardline.training.evaluation.baselines import svd_vectors
 
 CONTENDERS = 3  # of the grid; their first times are too close to tell which is the fastest
 SVD_DIM = 64
-USERS = 1000
+USERS = 500
 
 
 class Data(StrEnum):

@@ -44,7 +44,7 @@ from shardline.shards.index.gpu import gpu_count
 from shardline.shards.index.spec import IndexKind
 from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
 
-MOST_USERS = 1000  # whose held-out items are looked for; the same ones at every call
+MOST_USERS = 500  # whose held-out items are looked for; the same ones at every call
 
 
 @click.command()

@@ -46,13 +46,14 @@ SHOWN = ("nlist", "m", "hnsw_m", "ef_construction", "pca", "rerank")
 class Configuration:
     """One index that could be built over the whole corpus; bytes are per vector, as after a build.
 
-    is_scaled: has another number of lists than a build takes by itself.
+    variations: 0 for what is tried first; 1 for another number of lists than a build takes by
+    itself, for copies in full precision, or for a graph built with more care; 2 for two of these.
     """
 
     spec: IndexSpec
     index: ResolvedIndex
     bytes_per_vector: float
-    is_scaled: bool
+    variations: int
 
     @property
     def name(self) -> str:
@@ -61,9 +62,10 @@ class Configuration:
         return " ".join([self.spec.kind, *(f"{name}={value}" for name, value in given if value)])
 
     @property
-    def family(self) -> str:
-        """The name without the number of lists."""
-        return " ".join(word for word in self.name.split() if not word.startswith("nlist="))
+    def family(self) -> tuple[object, ...]:
+        """What it has in common with its variations."""
+        spec = self.spec
+        return spec.kind, spec.m, spec.hnsw_m, spec.pca, spec.rerank is Rerank.NONE
 
 
 def configurations(
@@ -81,17 +83,18 @@ def configurations(
         if kinds and kind not in kinds:
             continue
         for fields in _fields_of(kind, dim):
-            for nlist, is_scaled in _lists(kind, rows, dim, metric):
+            for nlist, is_own in _lists(kind, rows, dim, metric):
                 spec = IndexSpec(kind=kind, nlist=nlist, device=Device.CPU, **fields)
                 try:
                     index = resolve(spec, rows=rows, dim=dim, metric=metric)
                 except ConfigError:
                     continue  # too few rows for its codes, say
+                careful = fields.get("ef_construction") == GRAPHS[-1][1]
                 made = Configuration(
                     spec=spec,
                     index=index,
                     bytes_per_vector=bytes_to_come(index, dim=dim, metric=metric),
-                    is_scaled=is_scaled,
+                    variations=(not is_own) + (spec.rerank is Rerank.FP32) + careful,
                 )
                 found.setdefault(made.name, made)
     if not found:
@@ -152,12 +155,12 @@ def nearest_divisor(dim: int, share: float) -> int:
 def _lists(
     kind: IndexKind, rows: int, dim: int, metric: Metric
 ) -> Iterator[tuple[int | None, bool]]:
-    """Numbers of lists to try, and whether each differs from what a build takes by itself."""
+    """Numbers of lists to try, and whether each is what a build takes by itself."""
     own = resolve(IndexSpec(kind=IndexKind.IVF), rows=rows, dim=dim, metric=metric).nlist
     if own is None or kind not in (IndexKind.IVF, IndexKind.IVFPQ, IndexKind.IVFPQ_FS):
-        yield None, False
+        yield None, True
         return
     for scale in sorted(NLIST_SCALES, key=lambda scale: scale != 1.0):
         nlist = round(own * scale)
         if scale == 1.0 or 1 <= nlist <= rows // ROWS_PER_LIST_MIN:
-            yield nlist, scale != 1.0
+            yield nlist, scale == 1.0

@@ -1,10 +1,11 @@
 """Successive halving: many configurations over few rows, few configurations over all of them.
 
-The first rung tries all, and other numbers of lists for the two fastest kinds that have lists. Each
-further rung has STEP times the rows. It takes what is left in the order of the times estimated so
-far, and ends when it has enough within the bounds, or when the next one is estimated far above the
-best it has measured. So an estimate that was too good costs a trial, not the result. After Jamieson
-and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization", 2016.
+The first rung tries all that differ much, and then what differs in one thing from the fastest of
+each of the three fastest kinds. Each further rung has STEP times the rows. It takes what is left in
+the order of the times estimated so far, and ends when it has enough within the bounds, or when the
+next one is estimated far above the best it has measured. So an estimate that was too good costs a
+trial, not the result. After Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
+Hyperparameter Optimization", 2016.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +17,13 @@ from shardline.cluster.tuner.corpus_sample import Progress
 from shardline.cluster.tuner.outcome import Outcome, Rung
 from shardline.cluster.tuner.trial import Trial
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.index.spec import IndexKind
 
 # Of the rungs after the first, the last one last: how many within the bounds are enough, how many
 # are tried at most, and up to which multiple of the best time.
 WIDTHS = ((6, 9, 2.5), (3, 6, 1.2))
+VARIED = 3  # kinds whose fastest one is varied
+FAR = 4.0  # excess: where one misses a bound by so much, others of its kind are not tried as well
 FINALISTS = 2  # of the last rung, timed anew in the same rounds
 ALIKE = 1.03  # of times that differ by less, the smaller index is taken
 # How far a configuration may seem to be from the bounds before the last rung, where recall is
@@ -81,10 +85,11 @@ def halve(
     """
     steps = _Steps(runner, bounds, clock, time_limit_s, progress, note)
     first, *further = runner.rungs
-    others = [each for each in tried if each.is_scaled] if further else []
-    own = [each for each in tried if each not in others]
+    # over so few rows that there is one rung, everything is tried
+    own = [each for each in tried if not each.variations or not further]
     steps.run(own, first)
-    steps.run(_other_lists(steps.ranked(), others), first)
+    if further:
+        steps.run(_variations(steps.ranked(), tried), first)
     widths = WIDTHS[len(WIDTHS) - len(further) :]
     for rung, width in zip(further, widths, strict=True):
         steps.run([each.configuration for each in steps.ranked()], rung, width)
@@ -179,6 +184,9 @@ class _Steps:
         able = [_ms(each) for each in tried if self._is_able(each)]
         if len(tried) >= most or len(able) >= enough:
             return True
+        far = [each for each in tried if excess(each, self._bounds) > FAR]
+        if configuration.spec.kind in {each.configuration.spec.kind for each in far}:
+            return True
         return bool(able) and _ms(self.latest[configuration.name]) > multiple * min(able)
 
     def _is_too_late(self, configuration: Configuration, rung: Rung) -> bool:
@@ -243,10 +251,13 @@ def _found(outcomes: list[Outcome], bounds: Bounds, untried: int, is_cut_short: 
     )
 
 
-def _other_lists(ranked: Sequence[Outcome], others: Sequence[Configuration]) -> list[Configuration]:
-    """Other numbers of lists of the two fastest that have lists."""
-    families = [o.configuration.family for o in ranked if o.configuration.index.nlist is not None]
-    return [each for each in others if each.family in families[:2]]
+def _variations(ranked: Sequence[Outcome], tried: Sequence[Configuration]) -> list[Configuration]:
+    """Those that differ in one thing from the fastest of a kind, for the fastest kinds."""
+    fastest: dict[IndexKind, tuple[object, ...]] = {}
+    for outcome in ranked:
+        fastest.setdefault(outcome.configuration.spec.kind, outcome.configuration.family)
+    varied = list(fastest.values())[:VARIED]
+    return [each for each in tried if each.variations == 1 and each.family in varied]
 
 
 def _is_leaner(one: Outcome, other: Outcome, target: float) -> bool:

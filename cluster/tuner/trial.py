@@ -49,7 +49,7 @@ LEAST_HITS = 50  # held-out items that exact search finds; fewer say less than o
 # is what most of the time would be spent on.
 ROUGH_ROWS_PER_LIST = 16
 ROUGH_ROWS = 4096  # of codes: 16 for each of 256 centroids
-ROUGH_ITERATIONS = 8
+ROUGH_ITERATIONS = 4
 ROUGH_QUERIES = 32  # timed with each parameter; the chosen ones are timed again in rounds
 TIMED_QUERIES = 128
 TIMED_MS = 400.0  # a round of slow searches has fewer queries
@@ -178,15 +178,22 @@ class Trials:
     def _sweep(
         self, main: MainIndex, configuration: Configuration, rung: Rung, target: float
     ) -> list[Point]:
-        """A point for each of the parameters that a build would ask with."""
+        """A point for each of the parameters that a build would ask with; before the last rung
+        only up to the cheapest that reaches the target."""
         ladder = ladder_of(configuration.spec, configuration.index)
         enough = 1 - LEFT_TO_GAIN * (1 - target)
-        points = []
+        points: list[Point] = []
+        cheapest = math.inf
         for depth in ladder.depths:
             recall = -1.0
             for params in ladder.rung(depth):
+                cost = cost_us(params, configuration.index, self.sample.shard_rows)
+                if cost >= cheapest:
+                    break
                 points.append(self._point(main, params, rung))
                 before, recall = recall, points[-1].recall
+                if recall >= target and not rung.is_last:
+                    cheapest = min(cheapest, cost)
                 if recall - before < FACTOR_GAIN * (1 - target):
                     break
             if recall >= enough:
