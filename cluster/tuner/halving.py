@@ -229,8 +229,10 @@ def misses(outcome: Outcome, bounds: Bounds) -> list[str]:
 
 def _found(outcomes: list[Outcome], bounds: Bounds, untried: int, is_cut_short: bool) -> Found:
     most = max(outcome.rows for outcome in outcomes)
-    # only what was measured over the most rows is chosen: fewer are for leaving out
-    able = [o for o in outcomes if o.rows == most and not misses(o, bounds)]
+    able = [o for o in outcomes if not misses(o, bounds)]
+    # only what was measured over the most rows is chosen, if there was time for that
+    reached = max((o.rows for o in able), default=most) if is_cut_short else most
+    able = [o for o in able if o.rows == reached]
     chosen = None
     if able:
         fastest = min(outcome.chosen.latency.p50_ms for outcome in able)

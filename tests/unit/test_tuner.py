@@ -477,8 +477,9 @@ def test_variations_are_tried_where_the_kind_is_fast() -> None:
     best = next(each for each in TRIED if each.spec.kind == "ivf" and each.variations)
     own = next(each for each in TRIED if each.family == best.family and not each.variations)
     truth = {best.name: (0.99, 0.1), own.name: (0.99, 0.2)}
-    others = [each.family for each in TRIED if each.spec.kind in ("ivfpq-fs", "ivfpq")][:1]
-    others += [next(each.family for each in TRIED if each.spec.kind == "ivfpq")]
+    others = [
+        next(e.family for e in TRIED if e.spec.kind == kind) for kind in ("ivfpq-fs", "ivfpq")
+    ]
     found, fake = halved(truth, Bounds(target_recall=0.98))
     assert found.chosen is not None and found.chosen.configuration is best
     varied = {name for name, _ in fake.ran} & {each.name for each in TRIED if each.variations}
@@ -550,6 +551,14 @@ def test_the_time_limit_begins_nothing_that_would_end_too_late() -> None:
     found, fake = halved(truth, Bounds(target_recall=0.98), time_limit_s=first + 15.0)
     assert found.is_cut_short and fake.now <= first + 15.0 < whole.now
     assert found.chosen is not None and found.chosen.rows == RUNGS[1].rows
+    fake = FakeTrials(truth, RUNGS)
+    fake.at_last = {best.name: (0.9, 0.1)}
+    limit = first + 60.0  # for a single one over all rows
+    found = halve(
+        TRIED, fake, Bounds(target_recall=0.98), clock=lambda: fake.now, time_limit_s=limit
+    )
+    assert found.is_cut_short and by_rung(fake)[2] == [best.name]
+    assert found.chosen is not None and found.chosen.rows == RUNGS[0].rows, "the best of the others"
     found, fake = halved(truth, Bounds(target_recall=0.98), time_limit_s=3.0)
     assert found.is_cut_short and found.untried > 0
     with pytest.raises(InvalidInput, match="--time-limit-s: too short for a single trial"):
