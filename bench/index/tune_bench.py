@@ -15,7 +15,7 @@ recall is that of their test items. The others: the share of exact neighbours.
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,12 @@ from shardline.bench.corpus import SEED
 from shardline.bench.index.datasets import clustered_data, mnist_data
 from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.serving.ray_session import cores
-from shardline.cluster.tuner.configurations import Configuration, configurations, within_bytes
+from shardline.cluster.tuner.configurations import (
+    KINDS,
+    Configuration,
+    configurations,
+    within_bytes,
+)
 from shardline.cluster.tuner.corpus_sample import NUM_QUERIES, CorpusSample, HeldOut
 from shardline.cluster.tuner.halving import Bounds, halve, misses
 from shardline.cluster.tuner.outcome import Outcome
@@ -35,6 +40,7 @@ from shardline.cluster.tuner.trial import Trial, Trials
 from shardline.cluster.tuner.tuning_report import as_json, describe_bounds
 from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.schema import IdArray, Metric
+from shardline.shards.index.spec import IndexKind
 from shardline.training.data.csr import Csr
 from shardline.training.evaluation.baselines import svd_vectors
 
@@ -123,13 +129,15 @@ def run_grid(
 
 
 def measure(
-    sample: CorpusSample, bounds: Bounds, progress: StageProgress, threads: int
+    sample: CorpusSample,
+    bounds: Bounds,
+    progress: StageProgress,
+    threads: int,
+    kinds: Sequence[IndexKind] = (),
 ) -> dict[str, Any]:
-    """All figures, ready for JSON."""
-    tried = within_bytes(
-        configurations(rows=sample.rows, dim=sample.dim, metric=sample.metric),
-        bounds.max_bytes_per_vector,
-    )
+    """All figures, ready for JSON. kinds: that both try; none for all."""
+    every = configurations(rows=sample.rows, dim=sample.dim, metric=sample.metric, kinds=kinds)
+    tried = within_bytes(every, bounds.max_bytes_per_vector)
     started = time.monotonic()
     found = halve(
         tried,
@@ -235,6 +243,13 @@ def _interactions(path: Path) -> Csr:
 @click.option("--target-recall", default=0.98)
 @click.option("--max-p99-ms", type=float)
 @click.option("--max-bytes-per-vector", type=float)
+@click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice([*map(str, KINDS)]),
+    help="That both try, repeatable.  [default: all]",
+)
 @click.option("--threads", type=int, help="Of builds.  [default: all cores]")
 @click.option("--json", "report_path", type=click.Path(path_type=Path), help="File to write.")
 def main(
@@ -245,6 +260,7 @@ def main(
     target_recall: float,
     max_p99_ms: float | None,
     max_bytes_per_vector: float | None,
+    kinds: tuple[str, ...],
     threads: int | None,
     report_path: Path | None,
 ) -> None:
@@ -256,7 +272,8 @@ def main(
         max_bytes_per_vector=max_bytes_per_vector,
     )
     with StageProgress() as progress:
-        report = measure(sample, bounds, progress, threads or cores())
+        chosen = [IndexKind(kind) for kind in kinds]
+        report = measure(sample, bounds, progress, threads or cores(), chosen)
     show(report, bounds)
     if report_path is not None:
         report_path.write_text(json.dumps(report, indent=2) + "\n")
