@@ -61,7 +61,7 @@ def gowalla_sample(folder: Path) -> CorpusSample:
     num_items = int(max(train.items.max(), test.items.max())) + 1
     vectors = svd_vectors(train, num_items, rank=SVD_DIM)
     rng = np.random.default_rng(SEED)
-    users = np.sort(rng.choice(np.flatnonzero(test.lengths), USERS, replace=False))
+    users = np.sort(rng.permutation(np.flatnonzero(test.lengths))[:USERS])
     taken = test.take(users)
     held_out = HeldOut(queries=vectors.users[users], owners=taken.owners, items=taken.items)
     ids = rng.permutation(num_items)
