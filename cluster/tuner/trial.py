@@ -50,7 +50,8 @@ LEAST_HITS = 50  # held-out items that exact search finds; fewer say less than o
 ROUGH_ROWS_PER_LIST = 16
 ROUGH_ROWS = 4096  # of codes: 16 for each of 256 centroids
 ROUGH_ITERATIONS = 4
-ROUGH_QUERIES = 32  # timed with each parameter; the chosen ones are timed again in rounds
+ROUGH_QUERIES = 256  # asked before the last rung, if neighbours are what recall is measured on
+SWEPT_QUERIES = 32  # timed with each parameter; the chosen ones are timed again in rounds
 TIMED_QUERIES = 128
 TIMED_MS = 400.0  # a round of slow searches has fewer queries
 LEAST_TIMED = 8
@@ -203,8 +204,9 @@ class Trials:
     def _point(self, main: MainIndex, params: SearchParams, rung: Rung) -> Point:
         sample = self.sample
         set_search_threads(self._threads)
-        found = main.search(sample.queries, rung.asked, params).ids[:, : rung.counted]
-        own = exact_scores(sample.queries, sample.vectors, found, sample.metric)
+        queries = self._queries(rung)
+        found = main.search(queries, rung.asked, params).ids[:, : rung.counted]
+        own = exact_scores(queries, sample.vectors, found, sample.metric)
         exact_ids, exact = self._exact_of(rung)
         shares = np.minimum(hits(own, exact).sum(axis=1), exact.shape[1]) / exact.shape[1]
         overlap = float(shares.mean())
@@ -214,7 +216,7 @@ class Trials:
             if wanted >= LEAST_HITS or rung.is_last:
                 recall = min(self._hits(found, rung) / wanted, 1.0)
                 error = math.sqrt(recall * (1 - recall) / wanted)
-        times = self._rounds([_search(main, rung.asked, params)], sample.queries[:ROUGH_QUERIES], 1)
+        times = self._rounds([_search(main, rung.asked, params)], sample.queries[:SWEPT_QUERIES], 1)
         return Point(
             params=params, recall=recall, error=error, overlap=overlap, latency=latency_of(times[0])
         )
@@ -267,6 +269,10 @@ class Trials:
         set_search_threads(1)
         return in_rounds(searches, queries, rounds)
 
+    def _queries(self, rung: Rung) -> FloatArray:
+        is_rough = self.sample.held_out is None and not rung.is_last
+        return self.sample.queries[:ROUGH_QUERIES] if is_rough else self.sample.queries
+
     def _exact_of(self, rung: Rung) -> tuple[IdArray, FloatArray]:
         """Rows and scores of the exact answers, both (n, counted)."""
         if rung.number not in self._exact:
@@ -274,7 +280,7 @@ class Trials:
             set_search_threads(self._threads)
             vectors = sample.vectors[: rung.rows]
             self._exact[rung.number] = exact_top_k(
-                sample.queries, vectors, rung.counted, sample.metric
+                self._queries(rung), vectors, rung.counted, sample.metric
             )
             exact_rows = self._exact[rung.number][0]
             is_measured = sample.held_out is not None and rung.is_last
