@@ -53,6 +53,11 @@ COMMANDS = {
         "build",
         "Turn an embedding set into index shards.",
     ),
+    "tune": (
+        "shardline.cluster.commands.tune",
+        "tune",
+        "Find the fastest index within bounds on recall and size.",
+    ),
     "generations": (
         "shardline.cluster.commands.generations",
         "generations",

@@ -56,6 +56,7 @@ BELOW = {
     "cluster/preflight": (),
     "cluster/rollover": ("batch",),
     "cluster/serving": ("control", "preflight", "rollover"),
+    "cluster/tuner": (),
 }
 
 # library -> the only places that may import it
