@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from shardline import Client
-from shardline.router import service as service_module
+from shardline.router import returned as returned_module
 from shardline.router.contract import Coverage
 from shardline.router.fanout import fanout as fanout_module
 from shardline.router.fanout.fanout import _columns_of
@@ -72,7 +72,16 @@ def read(shard: Shard, ids: list[int], *names: str):
         (pa.array([["a", None], None, []], pa.list_(pa.string())), [["a", None], None, []]),
         (pa.array([Decimal("1.50"), None, Decimal(2)], pa.decimal128(5, 2)), [1.5, None, 2.0]),
         (pa.array([MOMENT, None, None], pa.timestamp("us")), [MOMENT.isoformat(), None, None]),
-        (pa.array([1_000_000_001, None, 0], pa.timestamp("ns", "UTC")), None),
+        (
+            pa.array([1_000_000_001, None, 0], pa.timestamp("ns", "UTC")),
+            ["1970-01-01T00:00:01.000000001+00:00", None, "1970-01-01T00:00:00+00:00"],
+        ),
+        (pa.array([1, None, 10**9], pa.time64("ns")), [1e-9, None, 1.0]),
+        (pa.array([-1, None, 2**62 + 1], pa.duration("ns")), [-1e-9, None, "4611686018.427387905"]),
+        (
+            pa.array([Decimal("0.12345678901234567890"), None, Decimal(1)], pa.decimal128(38, 20)),
+            ["0.12345678901234567890", None, 1.0],
+        ),
         (pa.array([MOMENT.date(), None, None]), ["2026-03-01", None, None]),
         (pa.array([MOMENT.time(), None, None]), [45_000.00025, None, None]),
         (pa.array([dt.timedelta(hours=1), None, None]), [3600.0, None, None]),
@@ -96,7 +105,6 @@ def test_every_type_has_a_form_in_json(column: pa.Array, expected, tmp_path) -> 
     write_table(tmp_path / "a.arrow", pa.table({"a": column}))
     table = open_ipc(tmp_path / "a.arrow").read_all()
     shard = shard_with(table, np.array([5, 6, 9]), VECTORS[:3])
-    expected = expected or ["1970-01-01T00:00:01+00:00", None, "1970-01-01T00:00:00+00:00"]
     found, (values,) = read(shard, [9, 7, 5, 6], "a")
     assert (found, values) == ([9, 5, 6], [expected[2], expected[0], expected[1]])
     returned = Returned(attributes={"a": [values]}, original_ids=None, missing=())
@@ -275,7 +283,7 @@ async def test_many_results_are_asked_for_a_part_at_a_time(monkeypatch: pytest.M
 
 
 async def test_what_many_queries_share_counts_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "MAX_RETURNED_BYTES", 100_000)
+    monkeypatch.setattr(returned_module, "MAX_RETURNED_BYTES", 100_000)
     async with service_over([pa.table({"text": ["x" * 600] * 40})]) as (service, _):
         wanted = {"k": 40, "return": ["text"]}
         answer = await ask(service, vectors=VECTORS[:3].tolist(), **wanted)
