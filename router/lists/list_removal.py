@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 from shardline.router.list_names import is_list_name
@@ -48,9 +49,9 @@ def left_by_writers(store: Path, now: float) -> Iterator[Path]:
     temporary = store / LISTS_FOLDER / TEMPORARY_FOLDER
     yield from (temporary / name for name in _names(temporary) if _is_old(temporary / name, now))
     for folder in _list_folders(store):
-        for version in versions_in(_names(folder))[:-2]:
-            if _is_old(folder / file_name(version), now):
-                yield folder / file_name(version)
+        older = (folder / file_name(version) for version in versions_in(_names(folder))[:-2])
+        # no name may become free while an older one is taken (``list_store``)
+        yield from takewhile(lambda path: _is_old(path, now), older)
 
 
 def remove_deleted(folder: Path, now: float, disk: ListDisk = DISK) -> bool:

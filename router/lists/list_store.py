@@ -67,7 +67,8 @@ Change = Callable[[StoredList], StoredList | None]
 class Written:
     """What came of a change: the list before it and now.
 
-    linked_after, linked_before: two moments, of time.monotonic, between which it took effect.
+    linked_after, linked_before: two moments, of time.monotonic, between which it took effect; both
+    are when it was looked at, where there was nothing to change.
     """
 
     before: StoredList
@@ -106,15 +107,6 @@ def file_name(version: int) -> str:
     return f"{version:012d}.ids"
 
 
-def _is_there(descriptor: int, name: str) -> bool:
-    """Whether the folder has this file. It is opened: NFS may answer ``stat`` from memory."""
-    try:
-        os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor))
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def versions_in(names: Iterable[str]) -> list[int]:
     """The versions among the names in a list's folder, oldest first."""
     return sorted(int(match[1]) for name in names if (match := VERSION.fullmatch(name)))
@@ -139,7 +131,7 @@ class ListStore:
 
         Raises:
             OSError: it cannot be read; of a list that is not there, that the store is not.
-            CorruptFile, NewerFormat: as ``decode_list``. Unavailable: it changes too fast.
+            CorruptFile, NewerFormat: as ``decode_list``. ListsUnavailable: it changes too fast.
         """
         folder = self.folder(name)
         for _ in range(LOOKS):
@@ -155,7 +147,7 @@ class ListStore:
                 return ABSENT
             with suppress(FileNotFoundError):  # two newer ones have come since
                 return self._read(folder, name, version)
-        raise Unavailable(f"{folder}: changes faster than it can be read")
+        raise ListsUnavailable(f"the list {name} changes faster than it can be read")
 
     def write(
         self, name: str, change: Change, until: float, make_room: Callable[[str], None]
@@ -182,17 +174,16 @@ class ListStore:
         self, name: str, change: Change, floor: int, make_room: Callable[[str], None]
     ) -> Written | int:
         """Another writer was first: the version that there is by now, 0 where that is not known."""
-        folder = self.folder(name)
+        folder, began = self.folder(name), self._now()
         with _opened(folder) as descriptor:
             before = self._newest_before(folder, descriptor, name, floor)
             if before is None:
                 return 0
             after = change(before)
             if after is None:
-                now = self._now()
                 if descriptor is not None:  # who made this version may not have done so
                     self._sync(descriptor, folder.parent)
-                return Written(before=before, now=before, linked_after=now, linked_before=now)
+                return Written(before=before, now=before, linked_after=began, linked_before=began)
             after = replace(after, version=before.version + 1)
             self._prepare(folder.parent)
             if before.version == 0:
@@ -276,10 +267,11 @@ class ListStore:
         self._disk.sync_path(bucket)
 
     def _remove_older(self, descriptor: int, than: int) -> None:
-        """The change is durable: what cannot be removed is left to ``shardline gc``."""
-        for version in versions_in(os.listdir(descriptor)):
-            if version < than:
-                with suppress(OSError):
+        """The change is durable: what cannot be removed is left to ``shardline gc``, and all that
+        is newer: no name may become free while an older one is taken."""
+        with suppress(OSError):
+            for version in versions_in(os.listdir(descriptor)):
+                if version < than:
                     self._disk.remove(descriptor, file_name(version))
 
     def _prepare(self, bucket: Path) -> None:
@@ -319,3 +311,12 @@ def _opened(folder: Path) -> Iterator[int | None]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _is_there(descriptor: int, name: str) -> bool:
+    """Whether the folder has this file. It is opened: NFS may answer ``stat`` from memory."""
+    try:
+        os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor))
+    except FileNotFoundError:
+        return False
+    return True

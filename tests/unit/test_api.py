@@ -638,6 +638,8 @@ def test_openapi_describes_what_the_code_checks():
         "/v1/search",
         "/v1/items",
         "/v1/items/{item_id}",
+        "/v1/lists",
+        "/v1/lists/{name}",
         "/v1/status",
         "/healthz",
         "/readyz",
@@ -664,6 +666,7 @@ def test_openapi_describes_what_the_code_checks():
         "background",
         "exact",
         "filter",
+        "exclude_lists",
         "return",
         "return_original_ids",
     }

@@ -90,6 +90,7 @@ def router() -> Iterator[LiveRouter]:
             assert answered.status_code == 200, answered.text
         written = [each for shard in router.shards for each in shard.written]
         assert written, "no write got through"
+        assert any((router.store / "lists").rglob("*.ids")), "no list got through"
 
 
 seen: Counter[int] = Counter()  # answers by status
