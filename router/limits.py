@@ -62,6 +62,7 @@ def resolve(
     vectors: Any = None,
     features: list[dict[str, Any]] | None = None,
     item_ids: Any = None,
+    exclude_lists: Sequence[str] = (),
     k: int | None = None,
     timeout_ms: float | None = None,
     min_coverage: float | None = None,
@@ -71,7 +72,6 @@ def resolve(
     original_ids: bool = False,
     min_seq_of: SeqOrigin | None = None,
     filters: tuple[bytes, ...] = (),
-    exclude_lists: Sequence[str] = (),
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
     filters: one per query, or none at all.
@@ -99,6 +99,7 @@ def resolve(
     return ResolvedQuery(
         kind=kind,
         values=values,
+        exclude_lists=tuple(exclude_lists),
         k=k,
         timeout_ms=timeout_ms,
         min_coverage=min_coverage,
@@ -108,7 +109,6 @@ def resolve(
         original_ids=original_ids,
         min_seq_of=min_seq_of,
         filters=filters,
-        exclude_lists=tuple(exclude_lists),
     )
 
 

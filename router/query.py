@@ -36,10 +36,10 @@ class ResolvedQuery:
 
     values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, or n ids, none
     of them empty or too many, but not looked at one by one. timeout_ms counts from the arrival.
+    exclude_lists: names of lists whose ids are added to ``excluded`` before anything is asked.
     min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
     where queries differ in them, the ``options.filter`` of each; else empty. excluded: of each
-    query the ids (sorted, each once) that must not come back; empty: none. exclude_lists: names of
-    lists whose ids are added to them before anything is asked.
+    query the ids (sorted, each once) that must not come back; empty: none.
     """
 
     kind: QueryKind
@@ -50,11 +50,11 @@ class ResolvedQuery:
     params: SearchParams
     options: SearchOptions
     returned: tuple[str, ...] = ()  # attributes wanted beside the results
+    exclude_lists: tuple[str, ...] = ()
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
     excluded: tuple[IdArray, ...] = ()
-    exclude_lists: tuple[str, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery

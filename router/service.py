@@ -75,6 +75,12 @@ LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the se
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
 
 
+def _share_of(deadline: float, share: float) -> float:
+    """The moment, on the event loop's clock, at which this share of the time left is used up."""
+    now = asyncio.get_running_loop().time()
+    return now + share * (deadline - now)
+
+
 class SearchService:
     """Answers queries on the newest routing table applied. All methods run in one event loop."""
 
@@ -358,9 +364,3 @@ class SearchService:
             k, live = min(query.k + 1, self.config.max_k), items.live
             merged = await self._finder.find(snapshot, items.vectors, k, query, deadline, live)
         return items.spread(merged, query.k)
-
-
-def _share_of(deadline: float, share: float) -> float:
-    """The moment, on the event loop's clock, at which this share of the time left is used up."""
-    now = asyncio.get_running_loop().time()
-    return now + share * (deadline - now)

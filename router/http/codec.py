@@ -81,6 +81,7 @@ def decode_query(
         vectors=None if vectors is None else to_matrix(vectors, "vectors", config.max_batch),
         features=None if features is None else _features(features, config.max_batch),
         item_ids=None if item_ids is None else to_ids(item_ids, "item_ids", config.max_batch),
+        exclude_lists=_list_names(parsed.exclude_lists),
         k=parsed.k,
         timeout_ms=parsed.timeout_ms,
         min_coverage=parsed.min_coverage,
@@ -90,7 +91,6 @@ def decode_query(
         original_ids=parsed.return_original_ids,
         min_seq_of=None if parsed.min_seq_of is None else SeqOrigin(**dict(parsed.min_seq_of)),
         filters=filters,
-        exclude_lists=_list_names(parsed.exclude_lists),
     )
 
 

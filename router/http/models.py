@@ -74,6 +74,12 @@ class SearchBody(_Body):
         default=None,
         description="items whose neighbours are asked for; an item is left out of its own answer",
     )
+    exclude_lists: list[str] = Field(
+        default=[],
+        max_length=MAX_EXCLUDE_LISTS,
+        description="names of lists, /v1/lists: their items do not come back, for any query of the "
+        "request. One that does not exist is taken for an empty one",
+    )
     k: int | None = Field(
         default=None,
         description=f"results per query, 1 to {MAX_K}",
@@ -117,12 +123,6 @@ class SearchBody(_Body):
         description="only items that match come back: one filter for all queries, or a list with "
         "one per query, null for none. An answer has fewer than k results only if fewer items "
         "match; reasons says so then",
-    )
-    exclude_lists: list[str] = Field(
-        default=[],
-        max_length=MAX_EXCLUDE_LISTS,
-        description="names of lists, /v1/lists: their items do not come back, for any query of the "
-        "request. One that does not exist is taken for an empty one",
     )
     returned: list[str] | None = Field(
         default=None,

@@ -654,6 +654,7 @@ def test_openapi_describes_what_the_code_checks():
     assert "no Retry-After" in without
     body = schema["components"]["schemas"]["SearchBody"]
     assert set(body["properties"]) == {
+        "exclude_lists",
         "vectors",
         "features",
         "item_ids",
@@ -666,7 +667,6 @@ def test_openapi_describes_what_the_code_checks():
         "background",
         "exact",
         "filter",
-        "exclude_lists",
         "return",
         "return_original_ids",
     }
