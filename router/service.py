@@ -30,8 +30,8 @@ from shardline.router.filter_groups import filter_reasons
 from shardline.router.finding import Finder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.lists.list_paths import lists_folder
 from shardline.router.lists.list_service import Lists
-from shardline.router.lists.list_store import lists_folder
 from shardline.router.one_item import read_item
 from shardline.router.past_items import encoded
 from shardline.router.query import (

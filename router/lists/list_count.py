@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from shardline.router.lists.list_store import BUCKETS
+from shardline.router.lists.list_paths import BUCKETS
 from shardline.shards.core.errors import InvalidInput
 
 RECOUNT_S = 10.0  # at most so often: a million lists take a second or so

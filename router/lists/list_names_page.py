@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardline.router.list_names import is_list_name
-from shardline.router.lists.list_store import BUCKETS, ListStore, list_name
+from shardline.router.lists.list_paths import BUCKETS, list_name
+from shardline.router.lists.list_store import ListStore
 from shardline.shards.core.errors import CorruptFile, InvalidInput, Unavailable
 
 MAX_LISTED = 50_000  # names looked at for one page, in steps of a bucket: 50 ms or so

@@ -18,16 +18,15 @@ from pathlib import Path
 from shardline.router.list_names import is_list_name
 from shardline.router.lists.list_disk import DISK, FOLDER, ListDisk
 from shardline.router.lists.list_file import HEADER, MAX_FILE_BYTES, decode_list
-from shardline.router.lists.list_store import (
+from shardline.router.lists.list_paths import (
     BUCKETS,
     LISTS_FOLDER,
-    NO_FOLDER,
-    TAKEN,
     TEMPORARY_FOLDER,
     file_name,
     list_name,
     versions_in,
 )
+from shardline.router.lists.list_store import NO_FOLDER, TAKEN
 from shardline.shards.core.errors import CorruptFile, NewerFormat
 from shardline.shards.core.small_files import read_small
 

@@ -12,9 +12,10 @@ import pytest
 from shardline.router.lists.list_change import ListChange, changed, deleted, replaced
 from shardline.router.lists.list_count import RECOUNT_S, ListCount
 from shardline.router.lists.list_disk import ListDisk
-from shardline.router.lists.list_file import ABSENT
+from shardline.router.lists.list_file import ABSENT, StoredList, encode_list
 from shardline.router.lists.list_names_page import MAX_LISTED, check_position, names_page
-from shardline.router.lists.list_store import ListStore, bucket_of, lists_folder, versions_in
+from shardline.router.lists.list_paths import bucket_of, lists_folder, versions_in
+from shardline.router.lists.list_store import ListStore
 from shardline.shards.core.errors import (
     CorruptFile,
     InvalidInput,
@@ -238,6 +239,24 @@ def test_a_link_that_comes_so_late_that_its_name_is_free_again_is_no_version(roo
 
     written = change(ListStore(root, WatchedDisk(overtake)), "a", add=[7])
     assert (held(root, "a"), written.now.version) == ({1, 2, 3, 4, 7}, 5)
+
+
+def test_another_late_link_does_not_pass_for_the_version_that_was_seen(root):
+    store = ListStore(root)
+    put(store, "a", 1)
+    change(store, "a", add=[2])
+
+    def overtake(point, count):
+        if (point, count) == ("before link", 1):
+            for number in (3, 4, 5):
+                change(ListStore(root), "a", add=[number])
+            seen = store.folder("a") / "000000000002.ids"
+            assert not seen.exists()
+            late = StoredList(version=2, ids=ids(1, 99))
+            seen.write_bytes(encode_list("a", late))
+
+    written = change(ListStore(root, WatchedDisk(overtake)), "a", add=[7])
+    assert (held(root, "a"), written.now.version) == ({1, 2, 3, 4, 5, 7}, 6)
 
 
 def test_a_writer_that_is_always_late_gives_up(root):
