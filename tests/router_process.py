@@ -39,11 +39,8 @@ def start_router(
 def main(config: str, search_key: str, store: str | None = None) -> None:
     keyring = Keyring.of([Key(Scope.SEARCH, search_key)]) if search_key else None
     guard = Guard(AuthSettings(keyring=keyring))
-    parsed, folder = (
-        RouterConfig.model_validate_json(config),
-        None if store is None else Path(store),
-    )
-    with running_router(parsed, guard, folder) as router:
+    folder = None if store is None else Path(store)
+    with running_router(RouterConfig.model_validate_json(config), guard, folder) as router:
         print(router.url.rpartition(":")[2], flush=True)
         sys.stdin.read()
 

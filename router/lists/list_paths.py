@@ -1,5 +1,6 @@
 """Where the lists of a store are: folders, and the names of files in them."""
 
+import os
 import re
 import zlib
 from collections.abc import Iterable
@@ -42,6 +43,14 @@ def list_name(folder: str) -> str:
 
 def file_name(version: int) -> str:
     return f"{version:012d}.ids"
+
+
+def names_in(folder: Path) -> list[str]:
+    """What is in a folder; nothing where it does not exist. Raises OSError."""
+    try:
+        return os.listdir(folder)  # noqa: PTH208, half the time of Path.iterdir
+    except FileNotFoundError:
+        return []
 
 
 def versions_in(names: Iterable[str]) -> list[int]:

@@ -51,6 +51,7 @@ from shardline.router.lists.list_paths import (
     bucket_of,
     file_name,
     folder_name,
+    names_in,
     versions_in,
 )
 from shardline.shards.core.errors import CorruptFile, ListsUnavailable, Unavailable
@@ -104,11 +105,9 @@ class ListStore:
         """
         folder = self.folder(name)
         for _ in range(LOOKS):
-            try:
-                found = os.listdir(folder)  # noqa: PTH208, half the time of Path.iterdir
-            except FileNotFoundError:
+            found = names_in(folder)
+            if not found:
                 self.refuse_missing_store(folder.parent)
-                found = []
             version = max(versions_in(found), default=0)
             if version == known:
                 return None
@@ -220,6 +219,8 @@ class ListStore:
         listed = os.listdir(descriptor)  # noqa: PTH208, takes a descriptor
         version = max([floor, *versions_in(listed)])
         if version == 0:
+            if listed:  # nobody else puts anything there, and no folder can take its place
+                raise OSError(errno.ENOTEMPTY, "files in it are none of a list's", str(folder))
             return _Base(ABSENT)
         path, file = folder / file_name(version), None
         try:

@@ -297,6 +297,42 @@ def test_what_is_no_file_is_refused(root, make):
         store.newest("a")
 
 
+def test_a_folder_with_files_of_others_is_an_error_and_no_endless_loop(root):
+    store = ListStore(root)
+    folder = store.folder("a")
+    folder.mkdir(parents=True)
+    (folder / "README").write_text("not ours")
+    assert not store.newest("a").exists
+    with pytest.raises(OSError, match="none of a list's"):
+        put(store, "a", 1)
+    (folder / "README").unlink()
+    put(store, "a", 1)
+    assert held(root, "a") == {1}
+
+
+def test_no_name_becomes_free_while_an_older_one_is_taken(root, monkeypatch):
+    put(ListStore(root), "a", 1)
+    change(ListStore(root), "a", add=[2])
+    disk = failing_at("before remove", errno.EIO)
+    for number in (3, 4, 5):
+        change(ListStore(root, disk), "a", add=[number])
+    names = {path.name for path in ListStore(root).folder("a").iterdir()}
+    assert versions_in(names) == [1, 2, 3, 4, 5]
+    change(ListStore(root), "a", add=[6])
+    names = {path.name for path in ListStore(root).folder("a").iterdir()}
+    assert versions_in(names) == [5, 6]
+
+
+def test_a_list_of_a_newer_program_is_among_the_names(root):
+    store = ListStore(root)
+    put(store, "a", 1)
+    path = store.folder("a") / "000000000001.ids"
+    content = bytearray(path.read_bytes())
+    content[8] = 2  # its format version
+    path.write_bytes(content)
+    assert names_page(store, "", "", 10).names == ["a"]
+
+
 def test_a_store_that_is_not_there_is_not_one_without_lists(tmp_path):
     (tmp_path / "mount").mkdir()
     store = ListStore(tmp_path / "mount" / "lists")

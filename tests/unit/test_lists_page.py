@@ -9,6 +9,7 @@ from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import AuthSettings, Guard
 from shardline.router.http.list_api import MAX_PAGE
 from shardline.router.list_names import MAX_EXCLUDE_LISTS, MAX_NAME, is_list_name
+from shardline.router.lists.list_service import MAX_IDS_OF_ALL
 from shardline.router.router_config import RouterConfig
 from tests.live_router import running_router
 
@@ -39,6 +40,7 @@ def test_limits_are_the_codes() -> None:
     assert found == {
         **{key: getattr(config, key) for key in keys},
         "lists that a search names": MAX_EXCLUDE_LISTS,
+        "these ids times the queries of a request": MAX_IDS_OF_ALL,
         "names per page": MAX_PAGE,
     }
     assert config.lists_fresh_ms == 100
