@@ -5,6 +5,7 @@ own answer; an item that is not known gets an empty answer and a reason.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -41,15 +42,17 @@ class ItemQueries:
     def spread(self, merged: Merged | None, k: int) -> Merged:
         """The answer to all queries, (num_queries, k), from what was found for ``vectors``, or
         None where there are none; the rows of unknown items are empty. ``matched`` counts no item
-        that is left out of its own answer."""
+        that is left out of its own answer, ``left_out`` those that are."""
         ids = np.full((self.num_queries, k), EMPTY_ID)
         scores = np.full((self.num_queries, k), EMPTY_SCORE)
-        coverage, matched = self.coverage, None
+        coverage, matched, excluded, left_out = self.coverage, None, None, None
         if merged is not None:
+            is_own = (merged.ranked.ids == self.own[:, None]).any(axis=1)
+            left_out = self._of_all(is_own, 0)
+            if merged.excluded is not None:
+                excluded = self._of_all(merged.excluded, 0)
             if merged.matched is not None:
-                is_own = (merged.ranked.ids == self.own[:, None]).any(axis=1)
-                matched = np.full(self.num_queries, NO_FILTER)
-                matched[self.live] = merged.matched - is_own
+                matched = self._of_all(merged.matched - is_own, NO_FILTER)
             others = drop_own(merged.ranked, self.own)
             width = min(k, others.ids.shape[1])
             ids[self.live, :width] = others.ids[:, :width]
@@ -64,7 +67,15 @@ class ItemQueries:
             seq=self.seq if merged is None else merged.seq,
             others_share=None if merged is None else merged.others_share,
             matched=matched,
+            excluded=excluded,
+            left_out=left_out,
         )
+
+    def _of_all(self, values: Any, others: int) -> IdArray:
+        """(num_queries,): values (live,), and ``others`` for unknown items."""
+        spread = np.full(self.num_queries, others, np.int64)
+        spread[self.live] = values
+        return spread
 
 
 def item_queries(item_ids: IdArray, found: FoundItems, metric: Metric) -> ItemQueries:

@@ -39,7 +39,8 @@ class ResolvedQuery:
     exclude_lists: names of lists whose ids are added to ``excluded`` before anything is asked.
     min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
     where queries differ in them, the ``options.filter`` of each; else empty. excluded: of each
-    query the ids (sorted, each once) that must not come back; empty: none.
+    query the ids (m,) int64 that must not come back, ascending, each once; empty where no query has
+    any. exclude_history: nor the items of its history feature, which are not in ``excluded`` yet.
     """
 
     kind: QueryKind
@@ -55,6 +56,7 @@ class ResolvedQuery:
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
     excluded: tuple[IdArray, ...] = ()
+    exclude_history: bool = False
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -64,7 +66,10 @@ class Merged:
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
     may be shared: nobody writes to them. others_share: the largest of the replies; None
     without any. matched (n,) int64: of each query, how many rows match its filter, NO_FILTER
-    without one; None: none has a filter.
+    without one; None: none has a filter. excluded (n,): of each query with fewer than k results,
+    how many rows, that match if it has a filter, its exclusions left out; None: none has any.
+    left_out (n,): how many rows that were found are not in its answer, 1 for an item that was asked
+    with; None: none.
     """
 
     ranked: Ranked
@@ -73,6 +78,8 @@ class Merged:
     seq: tuple[int | None, ...]
     others_share: float | None = None
     matched: IdArray | None = None
+    excluded: IdArray | None = None
+    left_out: IdArray | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery

@@ -19,6 +19,12 @@ from shardline.router.asked_seq import pinned_with
 from shardline.router.contract import ItemAnswer, Reason
 from shardline.router.encoder.item_encoder import ItemEncoder
 from shardline.router.encoder_loading import EncoderLoader
+from shardline.router.excluded import (
+    history_names,
+    num_excluded,
+    off_loop,
+    with_history,
+)
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import (
     Encoder,
@@ -26,7 +32,6 @@ from shardline.router.fanout.snapshot import (
     load_item_encoder,
     load_query_encoder,
 )
-from shardline.router.filter_groups import filter_reasons
 from shardline.router.finding import Finder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
@@ -44,6 +49,7 @@ from shardline.router.readiness import Readiness
 from shardline.router.recall_watch import RecallWatch
 from shardline.router.returned import bring_returned
 from shardline.router.router_config import RouterConfig
+from shardline.router.shortfall import shortfall_reasons
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
     ShardlineError,
@@ -324,9 +330,11 @@ class SearchService:
             values = query.values
             if query.kind is QueryKind.FEATURES:
                 values = await encoded(self._fanout, snapshot, query, deadline)
+                if query.exclude_history:
+                    query = await _without_history(snapshot, query)
             table = snapshot.table
             vectors = query_vectors(values, dim=table.dim, metric=table.metric, field=query.kind)
-        check_size(vectors, query.kind)
+        check_size(vectors, query.kind, num_excluded(query.excluded))
         prepared_at = time.perf_counter()
         if items is not None:
             merged = await self._neighbours(snapshot, items, query, deadline)
@@ -337,9 +345,8 @@ class SearchService:
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
             self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
         reasons = () if items is None else items.reasons
-        if merged.matched is not None:
-            reasons += filter_reasons(merged, query.k)
-        return merged, reasons
+        unanswered = {reason.query for reason in reasons}
+        return merged, reasons + shortfall_reasons(merged, query.k, unanswered)
 
     async def _look_up(
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float
@@ -360,7 +367,20 @@ class SearchService:
         """Of all items, those that could not be asked being empty."""
         merged: Merged | None = None
         if items.live.size:
-            # one more, because an item-to-item query finds itself; at the limit it gets k - 1
-            k, live = min(query.k + 1, self.config.max_k), items.live
+            # one more, because an item-to-item query finds itself
+            k, live = query.k + 1, items.live
             merged = await self._finder.find(snapshot, items.vectors, k, query, deadline, live)
         return items.spread(merged, query.k)
+
+
+async def _without_history(snapshot: TableSnapshot, query: ResolvedQuery) -> ResolvedQuery:
+    """A query by features that the snapshot's encoder has taken, with its histories excluded.
+
+    Raises:
+        InvalidInput: the encoder has no history.
+    """
+    features = getattr(snapshot.encoder, "features", ())
+    named = history_names(features)
+    num_ids = sum(len(values[name] or ()) for values in query.values for name in named)
+    found: ResolvedQuery = await off_loop(num_ids, with_history, query, features)
+    return found

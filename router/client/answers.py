@@ -244,6 +244,7 @@ def _reason(content: dict[str, Any]) -> Reason:
         code=content["code"],
         text=content["text"],
         matched=content.get("matched"),
+        count=content.get("count"),
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from shardline.router.contract import Degraded
 from shardline.router.encoder.item_encoder import ItemEncoder
+from shardline.router.excluded import by_shard, num_excluded, off_loop
 from shardline.router.fanout.ask import Ask, Hearing
 from shardline.router.fanout.attempts import Redundancy
 from shardline.router.fanout.choice import Chooser, Replicas
@@ -137,15 +138,27 @@ class Fanout:
         if snapshot.running == 0 and snapshot is not self._snapshot:
             self._release(snapshot)
 
-    async def search(self, queries: FloatArray, key: LaneKey, *, deadline: float) -> Merged:
-        """queries (n, dim) float32, checked; deadline on the clock.
+    async def search(
+        self,
+        queries: FloatArray,
+        key: LaneKey,
+        *,
+        deadline: float,
+        excluded: Sequence[IdArray] = (),
+    ) -> Merged:
+        """queries (n, dim) float32, checked; deadline on the clock. excluded: as of
+        ``ResolvedQuery``.
 
         Raises:
             InvalidInput: a shard says that the caller's request is wrong.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
         self._remaining_ms(deadline)
-        return await self._coalescer.search(queries, key, deadline)
+        if not excluded:
+            return await self._coalescer.search(queries, key, deadline)
+        num_ids, partition = num_excluded(excluded), key.snapshot.table.partition
+        parts = await off_loop(num_ids, by_shard, excluded, partition)
+        return await self._coalescer.search(queries, key, deadline, parts, num_ids)
 
     async def fetch(
         self,

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from shardline.router.contract import Coverage, ItemAnswer, pack_array
 from shardline.router.http.body_values import TakesLong, load_map, to_ids, to_matrix
+from shardline.router.http.excluded_values import takes_long, to_excluded
 from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
@@ -62,6 +63,8 @@ def decode_query(
         _refuse_unknown_fields(content)
     if in_loop and _takes_long(content.get("filter"), len(body)):
         raise TakesLong
+    if in_loop and takes_long(content.get("exclude")):
+        raise TakesLong
     try:
         parsed = validate_search(content)
     except ValidationError as error:
@@ -91,6 +94,8 @@ def decode_query(
         original_ids=parsed.return_original_ids,
         min_seq_of=None if parsed.min_seq_of is None else SeqOrigin(**dict(parsed.min_seq_of)),
         filters=filters,
+        excluded=None if parsed.exclude is None else to_excluded(parsed.exclude, config.max_batch),
+        exclude_history=parsed.exclude_history,
     )
 
 

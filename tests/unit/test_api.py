@@ -667,6 +667,8 @@ def test_openapi_describes_what_the_code_checks():
         "background",
         "exact",
         "filter",
+        "exclude",
+        "exclude_history",
         "return",
         "return_original_ids",
     }

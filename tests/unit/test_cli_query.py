@@ -174,6 +174,21 @@ def test_a_filter_is_passed_on_and_a_short_answer_is_no_error(
     assert err == "item 42: 1 item matches\nerror: no item 5 in generation 6\n"
 
 
+def test_exclusions_are_passed_on_for_every_item(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert query(capsys, "--item", "42", "--item", "42", "--exclude", "1, 2,3")[0] == 0
+    assert cluster.asked[0]["exclude"] == [[1, 2, 3]] * 2
+    assert query(capsys, "--vector", "[1, 2]", "--exclude", "7")[0] == 0
+    assert cluster.asked[1]["exclude"] == [[7]]
+    assert query(capsys, "--features", "{}", "--exclude-history")[0] == 0
+    assert cluster.asked[2]["exclude_history"] is True
+    assert "exclude" not in cluster.asked[2]
+    for wrong in ("1,x", "-1", "1.5", str(2**63)):
+        assert query(capsys, "--item", "42", "--exclude", wrong)[0] == 2
+    assert len(cluster.asked) == 3
+
+
 def test_a_filter_is_in_the_body_that_is_printed(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +218,8 @@ def test_nprobe_for_an_index_without_lists_is_a_warning(
         ("k", "-k"),
         ("params.nprobe", "--nprobe"),
         ("filter.price.$lt", "--filter.price.$lt"),
+        ("exclude[0][1]", "--exclude[1]"),
+        ("exclude_history", "--exclude-history"),
         ("timeout_ms", "timeout_ms"),
     ],
 )
