@@ -53,12 +53,12 @@ class ResolvedQuery:
     params: SearchParams
     options: SearchOptions
     returned: tuple[str, ...] = ()  # attributes wanted beside the results
+    exclude_lists: tuple[str, ...] = ()
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
     excluded: tuple[IdArray, ...] = ()
     exclude_history: bool = False
-    exclude_lists: tuple[str, ...] = ()
     rearrange: Rearrangement | None = None
 
 

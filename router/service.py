@@ -35,8 +35,8 @@ from shardline.router.fanout.snapshot import (
 from shardline.router.finding import Finder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.lists.list_paths import lists_folder
 from shardline.router.lists.list_service import Lists
-from shardline.router.lists.list_store import lists_folder
 from shardline.router.one_item import read_item
 from shardline.router.past_items import encoded
 from shardline.router.query import (
@@ -80,6 +80,12 @@ logger = logging.getLogger(__name__)
 SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
+
+
+def _share_of(deadline: float, share: float) -> float:
+    """The moment, on the event loop's clock, at which this share of the time left is used up."""
+    now = asyncio.get_running_loop().time()
+    return now + share * (deadline - now)
 
 
 class SearchService:

@@ -58,9 +58,15 @@ def health_checked(app: ASGIApp) -> ASGIApp:
 
 
 @contextlib.contextmanager
-def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator[LiveRouter]:
-    """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, and a store for lists; stopped and
-    removed at the end."""
+def running_router(
+    config: RouterConfig, guard: Guard | None = None, store: Path | None = None
+) -> Iterator[LiveRouter]:
+    """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, and a store for lists: one of its own,
+    removed at the end, or the one given."""
+    if store is not None:
+        with _running(config, guard, store) as router:
+            yield router
+        return
     with tempfile.TemporaryDirectory(prefix="live-router-") as folder:
         (Path(folder) / "generations" / "000001").mkdir(parents=True)
         with _running(config, guard, Path(folder)) as router:

@@ -26,6 +26,7 @@ from shardline.shards.core.name_lists import split_names
 
 # fields of the API -> how they are typed here
 OPTIONS = {
+    "exclude_lists": "--exclude-list",
     "vectors": "--vector",
     "features": "--features",
     "item_ids": "--item",
@@ -38,7 +39,6 @@ OPTIONS = {
     "cap": "--cap",
     "boost": "--boost",
     "diversify": "--diversify",
-    "exclude_lists": "--exclude-list",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
@@ -153,6 +153,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
 @click.pass_obj
 def query(
     settings: Settings,
+    exclude_lists: tuple[str, ...],
     vector: str | None,
     features: str | None,
     items: tuple[str, ...],
@@ -165,7 +166,6 @@ def query(
     caps: tuple[str, ...],
     boosts: tuple[str, ...],
     diversify: str | None,
-    exclude_lists: tuple[str, ...],
     k: int,
     nprobe: int | None,
     print_request: bool,
@@ -182,7 +182,7 @@ def query(
         raise InvalidInput("say what to search for", expected=f"exactly one of {', '.join(given)}")
     if user is not None and data is None:
         raise InvalidInput("--user needs --data", hint="name the data set the user is in")
-    body: dict[str, Any] = {}
+    body: dict[str, Any] = {"exclude_lists": list(exclude_lists)} if exclude_lists else {}
     if vector is not None:
         body["vectors"] = [_numbers(vector)]
     elif items:
@@ -197,8 +197,6 @@ def query(
     if exclude_history:
         body["exclude_history"] = True
     body |= rearrange_fields(caps, boosts, diversify)
-    if exclude_lists:
-        body["exclude_lists"] = list(exclude_lists)
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]

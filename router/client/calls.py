@@ -113,6 +113,7 @@ class SearchFields(TypedDict, total=False):
     vectors: "ArrayLike | None"
     features: "Sequence[Mapping[str, Any]] | None"
     item_ids: "ArrayLike | None"
+    exclude_lists: "Sequence[str] | None"
     k: int | None
     timeout_ms: float | None
     min_coverage: float | None
@@ -126,7 +127,6 @@ class SearchFields(TypedDict, total=False):
     cap: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     boost: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     diversify: "Mapping[str, Any] | None"
-    exclude_lists: "Sequence[str] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -180,6 +180,7 @@ def _culprit(fields: Mapping[str, Any]) -> str:
 # fields that are sent in another form than they are given
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "vectors": to_matrix,
+    "exclude_lists": lambda names: names if isinstance(names, str) else listed(names),
     "features": lambda rows: [
         {name: to_json(value) for name, value in dict(row).items()} for row in records(rows)
     ],
@@ -194,7 +195,6 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "cap": to_filter,
     "boost": to_filter,
     "diversify": to_filter,
-    "exclude_lists": lambda names: names if isinstance(names, str) else listed(names),
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

@@ -139,6 +139,7 @@ class Client(ClientCore):
     def search(self, **fields: Unpack[SearchFields]) -> SearchAnswer:
         """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf.
 
+        exclude_lists names lists, as ``put_list`` writes them, whose items are not to come back.
         Exactly one of vectors (n, dim), features (n maps), item_ids (n,). What else is left out is
         the server's choice: k results per query, timeout_ms it may take, min_coverage (share of
         rows below which the answer is Unavailable), params (SearchParams) of the index, min_seq

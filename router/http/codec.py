@@ -85,6 +85,7 @@ def decode_query(
         vectors=None if vectors is None else to_matrix(vectors, "vectors", config.max_batch),
         features=None if features is None else _features(features, config.max_batch),
         item_ids=None if item_ids is None else to_ids(item_ids, "item_ids", config.max_batch),
+        exclude_lists=_list_names(parsed.exclude_lists),
         k=parsed.k,
         timeout_ms=parsed.timeout_ms,
         min_coverage=parsed.min_coverage,
@@ -97,7 +98,6 @@ def decode_query(
         excluded=None if parsed.exclude is None else to_excluded(parsed.exclude, config.max_batch),
         exclude_history=parsed.exclude_history,
         rearrange=read_rearrangement(parsed.cap, parsed.boost, parsed.diversify),
-        exclude_lists=_list_names(parsed.exclude_lists),
     )
 
 

@@ -78,6 +78,12 @@ class SearchBody(_Body):
         default=None,
         description="items whose neighbours are asked for; an item is left out of its own answer",
     )
+    exclude_lists: list[str] = Field(
+        default=[],
+        max_length=MAX_EXCLUDE_LISTS,
+        description="names of lists, /v1/lists: their items do not come back, for any query of the "
+        "request. One that does not exist is taken for an empty one",
+    )
     k: int | None = Field(
         default=None,
         description=f"results per query, 1 to {MAX_K}",
@@ -144,12 +150,6 @@ class SearchBody(_Body):
     diversify: Annotated[Any, SkipValidation, WithJsonSchema(DIVERSIFY_FIELD)] = Field(
         default=None,
         description="items that are much like others before them make way, among the best",
-    )
-    exclude_lists: list[str] = Field(
-        default=[],
-        max_length=MAX_EXCLUDE_LISTS,
-        description="names of lists, /v1/lists: their items do not come back, for any query of the "
-        "request. One that does not exist is taken for an empty one",
     )
     returned: list[str] | None = Field(
         default=None,

@@ -654,6 +654,8 @@ def test_openapi_describes_what_the_code_checks():
         "/v1/search",
         "/v1/items",
         "/v1/items/{item_id}",
+        "/v1/lists",
+        "/v1/lists/{name}",
         "/v1/status",
         "/healthz",
         "/readyz",
@@ -668,6 +670,7 @@ def test_openapi_describes_what_the_code_checks():
     assert "no Retry-After" in without
     body = schema["components"]["schemas"]["SearchBody"]
     assert set(body["properties"]) == {
+        "exclude_lists",
         "vectors",
         "features",
         "item_ids",
@@ -685,7 +688,6 @@ def test_openapi_describes_what_the_code_checks():
         "diversify",
         "exclude",
         "exclude_history",
-        "exclude_lists",
         "return",
         "return_original_ids",
     }
