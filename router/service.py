@@ -396,9 +396,3 @@ async def _without_history(snapshot: TableSnapshot, query: ResolvedQuery) -> Res
     num_ids = sum(len(values[name] or ()) for values in query.values for name in named)
     found: ResolvedQuery = await off_loop(num_ids, with_history, query, features)
     return found
-
-
-def _share_of(deadline: float, share: float) -> float:
-    """The moment, on the event loop's clock, at which this share of the time left is used up."""
-    now = asyncio.get_running_loop().time()
-    return now + share * (deadline - now)
