@@ -97,7 +97,7 @@ class Finder:
                 options=query.options,
             )
             merged = await self._fanout.search(vectors, lane, deadline=deadline)
-            self._watch.offer(lane, vectors, merged)
+            self._watch.offer(lane, vectors, merged, query.assignment)
             if is_cached:
                 is_newest = freshness.heard(merged.seq, asked_at)
                 if is_newest and freshness is self._freshness:  # else another generation is live

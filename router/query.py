@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from shardline.router.contract import Coverage, Degraded, Reason
+from shardline.router.experiments.assignment import Arms, Assignment
 from shardline.shards.core.messages import SearchOptions, SearchParams
 from shardline.shards.core.schema import FloatArray, IdArray, Ranked
 
@@ -51,6 +52,7 @@ class ResolvedQuery:
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
+    assignment: Assignment | None = None  # its arms of experiments; None: it is in none
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -91,6 +93,7 @@ class SearchAnswer:
     seq: tuple[int | None, ...] = ()
     table_version: int = 0
     others_share: float | None = None
+    arms: Arms = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,6 +38,7 @@ class SearchAnswer:
     took_ms is the time from the request's arrival at the server to its answer, search_ms the
     longest search of any shard, both in milliseconds. others_share: of a background search, the
     share of the last two seconds in which the busiest shard searched for others; None of others.
+    arms: of each experiment that the search was part of, the arm.
     """
 
     ids: IdArray
@@ -54,6 +55,7 @@ class SearchAnswer:
     original_ids: list[list[Any]] | None = None
     attributes_missing: tuple[Degraded, ...] = ()
     others_share: float | None = None
+    arms: Mapping[str, str] = field(default_factory=dict)
 
     def to_arrow(self) -> "pyarrow.Table":
         """One row per result, in answer order: query int64, rank int64, id int64, score float32.
@@ -235,6 +237,7 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         original_ids=content.get("original_ids"),
         attributes_missing=tuple(map(_degraded, content.get("attributes_missing") or ())),
         others_share=content.get("others_share"),
+        arms=content.get("arms") or {},
     )
 
 

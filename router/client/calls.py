@@ -33,6 +33,7 @@ from shardline.router.client.conversions import (
     to_json,
     to_matrix,
 )
+from shardline.router.client.event_calls import event_requests, read_events
 from shardline.router.client.http1 import Response, Server
 from shardline.router.client.retries import Attempts, Outcome, Retry
 from shardline.router.client.seq import Seq
@@ -120,6 +121,7 @@ class SearchFields(TypedDict, total=False):
     filter: "Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
+    experiment_key: str | None
 
 
 def search_body(**fields: Unpack[SearchFields]) -> bytes:
@@ -311,6 +313,10 @@ class ClientCore:
 
     def _delete_calls(self, fields: DeleteFields) -> Iterator[tuple[int, Call[DeleteAnswer]]]:
         return self._write_calls("DELETE", delete_requests(**fields), read_delete)
+
+    def _event_calls(self, events: Any) -> Iterator[Call[int]]:
+        for body in event_requests(events):
+            yield Call(self._server.message("POST", "/v1/events", body), read_events)
 
     def _write_calls(
         self, method: str, requests: Iterable[WriteRequest], read: Callable[[bytes], Answer]

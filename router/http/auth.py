@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 SEARCHES = frozenset({"/v1/search"})
-WRITES = frozenset({("PUT", "/v1/items"), ("DELETE", "/v1/items")})
+WRITES = frozenset({("PUT", "/v1/items"), ("DELETE", "/v1/items"), ("POST", "/v1/events")})
 ADMIN_PREFIX = "/v1/admin"
 # what a key of too small a scope is good for
 MAY = {Scope.SEARCH: "search", Scope.WRITE: "search and write items", Scope.ADMIN: "do all"}

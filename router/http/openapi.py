@@ -13,7 +13,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from shardline.router.contract import WRITE_KEY_HEADER
+from shardline.router.experiments.assignment import ARM_HEADER
 from shardline.router.http.auth import needed_scope
+from shardline.router.http.event_models import EventsBody, EventsResponse
 from shardline.router.http.filter_schema import FILTER_SCHEMAS
 from shardline.router.http.models import ItemResponse, Problem, SearchBody, SearchResponse
 from shardline.router.http.write_models import (
@@ -59,9 +61,20 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": texts[status], "content": content} for status in statuses}
 
 
+_ARM_HEADER = {
+    "name": ARM_HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "experiment=arm, or several with commas between them: the search gets these "
+    "arms, whatever its experiment_key says",
+}
 SEARCH_DOC: dict[str, Any] = {
     "tags": ["search"],
-    "openapi_extra": {"requestBody": {"required": True, "content": _content("SearchBody")}},
+    "openapi_extra": {
+        "parameters": [_ARM_HEADER],
+        "requestBody": {"required": True, "content": _content("SearchBody")},
+    },
     "responses": {
         200: {"description": "the answer", "content": _content("SearchResponse")},
         **_problems(400, 401, 406, 408, 413, 415, 429, 503, 504),
@@ -109,6 +122,25 @@ def _write_doc(body: str, response: str, description: str, *problems: int) -> di
 
 UPSERT_DOC = _write_doc("UpsertBody", "UpsertResponse", "every item is written", 409)
 DELETE_DOC = _write_doc("DeleteBody", "DeleteResponse", "every item is gone")
+EVENTS_DOC: dict[str, Any] = {
+    "tags": ["events"],
+    "openapi_extra": {"requestBody": {"required": True, "content": _content("EventsBody")}},
+    "responses": {
+        200: {"description": "every event is stored", "content": _content("EventsResponse")},
+        **_problems(400, 401, 403, 406, 408, 413, 415, 429),
+        **{
+            status: {
+                "description": text,
+                "content": _content("Problem", "application/problem+json"),
+            }
+            for status, text in (
+                (503, "unavailable: no events are stored here; read_only: the disk failed"),
+                (504, "deadline_exceeded: whether the events are stored is not known"),
+                (507, "store_full: the disk, or the room for events, is full"),
+            )
+        },
+    },
+}
 ITEM_DOC: dict[str, Any] = {
     "tags": ["items"],
     "responses": {
@@ -129,6 +161,7 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
     bodies = (
         *(SearchBody, SearchResponse, ItemResponse, Problem),
         *(UpsertBody, UpsertResponse, DeleteBody, DeleteResponse),
+        *(EventsBody, EventsResponse),
     )
     _, definitions = models_json_schema(
         [(model, "validation") for model in bodies], ref_template=REF
