@@ -176,6 +176,7 @@ class RouterConfig(BaseModel):
 
     experiments: tuple[ExperimentConfig, ...] = Field(
         default=(),
+        min_length=0,
         max_length=MAX_EXPERIMENTS,
         description="Experiments that searches with an experiment_key are part of "
         "(docs/EXPERIMENTS.md).",

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from shardline.bench.ab import intervals
 from shardline.bench.ab.event_table import NOBODY, EventTable
 from shardline.bench.ab.intervals import NOTHING, Estimate, Numbers
-from shardline.router.experiments.events import OWN, RECALL, SEARCH
+from shardline.router.experiments.stored_event import OWN, RECALL, SEARCH
 
 MISMATCH = 0.001  # a probability below which keys were not dealt out as configured
 NO_ARM = -1

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from shardline.router.experiments.event_files import SCHEMA, event_files, read_events
-from shardline.router.experiments.events import SEARCH
+from shardline.router.experiments.stored_event import SEARCH
 from shardline.shards.core.errors import CorruptFile
 
 NOBODY = -1

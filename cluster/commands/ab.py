@@ -111,8 +111,8 @@ def interactions(
     One row per event that has an item and a key, or the request_id of a stored search with a key:
     user_id (the key), item_id, timestamp.
     """
+    from shardline.bench.ab.event_interactions import write_interactions
     from shardline.bench.ab.event_table import load_events
-    from shardline.bench.ab.interactions import write_interactions
 
     if out.suffix != ".parquet":
         raise InvalidInput("not a Parquet file", field="--out", expected="a name in .parquet")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from shardline.router.experiments.assignment import Assignment, point_of
 from shardline.router.experiments.event_log import EventLog
-from shardline.router.experiments.events import RECALL, SEARCH, Event
+from shardline.router.experiments.stored_event import RECALL, SEARCH, Event
 from shardline.shards.core.metrics import ARM_REQUEST_MS, ARM_REQUESTS, Recorder
 
 SAMPLING = ""  # no experiment has this name: which keys are stored depends on no arm

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from shardline.router.experiments.events import Event
+from shardline.router.experiments.stored_event import Event
 from shardline.shards.core.errors import CorruptFile
 from shardline.shards.core.files import fsync_folder, write_bytes
 from shardline.shards.core.small_files import read_small

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shardline.router.experiments.events import Event
+from shardline.router.experiments.stored_event import Event
 from shardline.router.hanging import start
 from shardline.shards.core.errors import (
     DeadlineExceeded,

@@ -35,7 +35,7 @@ class ArmConfig(BaseModel):
         "sum to 1.",
     )
     search: dict[str, Any] = Field(
-        default_factory=dict,
+        default={},
         description="Fields of a search, as in the body of a request, for searches that do not "
         "give them themselves.",
     )

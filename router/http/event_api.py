@@ -10,7 +10,7 @@ from contextlib import suppress
 from fastapi import FastAPI, Request, Response
 from starlette.types import Receive, Scope
 
-from shardline.router.experiments.events import Event
+from shardline.router.experiments.stored_event import Event
 from shardline.router.http.body import IS_READ, read_body
 from shardline.router.http.body_values import TakesLong
 from shardline.router.http.codec import encode

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from shardline.router.contract import MAX_EVENTS
 from shardline.router.experiments.assignment import Experiments
-from shardline.router.experiments.events import OWN, Event
+from shardline.router.experiments.stored_event import OWN, Event
 from shardline.router.http.body_values import load_map
 from shardline.router.http.event_models import EventBody, EventsBody
 from shardline.router.http.media import Media

@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation
 
 from shardline.router.contract import MAX_EVENTS
 from shardline.router.experiments.assignment import MAX_KEY_CHARS
-from shardline.router.experiments.events import KIND, MAX_ID_CHARS, OWN
 from shardline.router.experiments.experiment_config import MAX_EXPERIMENTS, NAME
+from shardline.router.experiments.stored_event import KIND, MAX_ID_CHARS, OWN
 
 LIMITED: dict[str, Any] = {"minItems": 1, "maxItems": MAX_EVENTS}
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]

@@ -14,7 +14,7 @@ from shardline.bench.ab.arm_report import ArmFigures, report
 from shardline.bench.ab.event_table import load_events, owned
 from shardline.cluster.cli import cli
 from shardline.router.experiments.event_files import SCHEMA, table_of, write_events
-from shardline.router.experiments.events import Event
+from shardline.router.experiments.stored_event import Event
 
 AT = datetime(2026, 3, 1, 12, tzinfo=UTC).timestamp()
 SHARES = {"control": 0.5, "few": 0.5}

@@ -27,7 +27,7 @@ from shardline.router.experiments.event_files import (
     event_files as files_of,
 )
 from shardline.router.experiments.event_log import MAX_WAITING, EventLog
-from shardline.router.experiments.events import Event
+from shardline.router.experiments.stored_event import Event
 from shardline.shards.core.errors import (
     CorruptFile,
     DeadlineExceeded,
@@ -287,7 +287,7 @@ WRITER = """
 import asyncio, sys
 from pathlib import Path
 from shardline.router.experiments.event_log import EventLog
-from shardline.router.experiments.events import Event
+from shardline.router.experiments.stored_event import Event
 from shardline.shards.core.metrics import Recorder
 
 async def send(log, name):

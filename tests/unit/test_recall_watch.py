@@ -104,6 +104,7 @@ async def watched(num_shards: int = 1, forgets: bool = True, **config):
             now=clock,
             wall=lambda: clock.now_s + 1e9,
         )
+        service._finder._watch = service.watch
         if forgets:
             for shard in shards:
                 make_forgetful(shard)
