@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 from starlette.responses import PlainTextResponse
@@ -53,7 +54,9 @@ def health_checked(app: ASGIApp) -> ASGIApp:
 
 
 @contextlib.contextmanager
-def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator[LiveRouter]:
+def running_router(
+    config: RouterConfig, guard: Guard | None = None, events_folder: Path | None = None
+) -> Iterator[LiveRouter]:
     """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, stopped at the end."""
     listening = socket.create_server(("127.0.0.1", 0))
     ready, stop = threading.Event(), threading.Event()
@@ -67,6 +70,7 @@ def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator
                 SECRET,
                 load_encoder=lambda _table: FakeEncoder(DIM, "m1"),
                 load_items=lambda _table: small_item_encoder(DIM, "m1"),
+                events_folder=events_folder,
             )
             await service.apply(make_table(shards, DIM))
             app = health_checked(create_app(service, config, guard))

@@ -185,6 +185,7 @@ class Client(ClientCore):
 
         Raises:
             InvalidInput: an event is wrong; field names which. Requests before it are stored.
+            NotFound: the server stores no events.
             StoreFull, ReadOnly, DeadlineExceeded, Unavailable: not all are known to be stored.
         """
         return sum(self._send(call) for call in self._event_calls(events))

@@ -19,6 +19,7 @@ from shardline.router.experiments.stored_event import Event
 from shardline.router.hanging import start
 from shardline.shards.core.errors import (
     DeadlineExceeded,
+    NotFound,
     Overloaded,
     ReadOnly,
     StoreFull,
@@ -94,11 +95,12 @@ class EventLog:
         """Returns when all of them are durable, in one file.
 
         Raises:
-            Unavailable: this router stores no events. Overloaded: too many wait already.
+            NotFound: this router stores no events. Unavailable: it is stopping. Overloaded: too
+                many wait already.
             StoreFull, ReadOnly: nothing of it was stored. DeadlineExceeded: nobody knows yet.
         """
         if self._folder is None:
-            raise Unavailable(
+            raise NotFound(
                 "no events are stored here", hint="set router.events_mib, and serve a store"
             )
         if self._is_closed:

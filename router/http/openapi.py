@@ -127,14 +127,14 @@ EVENTS_DOC: dict[str, Any] = {
     "openapi_extra": {"requestBody": {"required": True, "content": _content("EventsBody")}},
     "responses": {
         200: {"description": "every event is stored", "content": _content("EventsResponse")},
-        **_problems(400, 401, 403, 406, 408, 413, 415, 429),
+        **_problems(400, 401, 403, 404, 406, 408, 413, 415, 429),
         **{
             status: {
                 "description": text,
                 "content": _content("Problem", "application/problem+json"),
             }
             for status, text in (
-                (503, "unavailable: no events are stored here; read_only: the disk failed"),
+                (503, "read_only: the disk failed; unavailable: the router is stopping"),
                 (504, "deadline_exceeded: whether the events are stored is not known"),
                 (507, "store_full: the disk, or the room for events, is full"),
             )

@@ -141,7 +141,7 @@ async def test_one_bad_event_refuses_all_and_stores_none(tmp_path: Path, case: s
 async def test_without_a_store_events_are_refused() -> None:
     async with api(None) as (http, _):
         response = await http.post("/v1/events", json={"events": [CLICK]})
-        assert (response.status_code, response.json()["code"]) == (503, "unavailable")
+        assert (response.status_code, response.json()["code"]) == (404, "not_found")
 
 
 async def test_storing_needs_a_key_that_writes(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from shardline.router.experiments.stored_event import Event
 from shardline.shards.core.errors import (
     CorruptFile,
     DeadlineExceeded,
+    NotFound,
     Overloaded,
     ReadOnly,
     StoreFull,
@@ -276,7 +277,7 @@ async def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyP
 async def test_where_nothing_is_stored_callers_are_told(folder: Path | None, limit: int) -> None:
     log = EventLog(folder, limit, Recorder())
     log.note(FULL)
-    with pytest.raises(Unavailable):
+    with pytest.raises(NotFound):
         await log.add([FULL], 10)
     await log.close()
 
