@@ -63,18 +63,35 @@ class EventTable:
 
 def load_events(folder: Path, since: datetime | None = None) -> EventTable:
     """All events of a store since a moment, by the time that they have; [] where there are none."""
-    tables, damaged = [], []
-    for path in event_files(folder, since):
-        try:
-            tables.append(read_events(path))
-        except FileNotFoundError:  # `gc` takes its day just now
-            continue
-        except CorruptFile as error:
-            damaged.append(str(error))
+    tables, damaged = _read_all(folder, since)
     rows = pa.concat_tables(tables) if tables else SCHEMA.empty_table()
     if since is not None:
         rows = rows.filter(pc.greater_equal(rows["at"], pa.scalar(since, SCHEMA.field("at").type)))
     return owned(without_repeats(rows), damaged)
+
+
+def _read_all(folder: Path, since: datetime | None) -> tuple[list[pa.Table], list[str]]:
+    """The tables of all files, and what is wrong with those that are damaged. Looks again where a
+    file has gone meanwhile, because a router may have merged it into another."""
+    known: dict[Path, pa.Table | CorruptFile] = {}
+    while True:
+        paths = list(event_files(folder, since))
+        try:
+            for path in paths:
+                if path not in known:
+                    known[path] = _read(path)
+        except FileNotFoundError:
+            continue  # its day is gone, or its events are in a new file: fewer are left each time
+        found = [known[path] for path in paths]
+        damaged = [str(each) for each in found if isinstance(each, CorruptFile)]
+        return [each for each in found if not isinstance(each, CorruptFile)], damaged
+
+
+def _read(path: Path) -> pa.Table | CorruptFile:
+    try:
+        return read_events(path)
+    except CorruptFile as error:
+        return error
 
 
 def without_repeats(rows: pa.Table) -> pa.Table:

@@ -3,6 +3,9 @@
 ``<store>/events/2026-03-01/<router>-000007-1a2b3c4d.arrow``: the seventh file of one run of a
 router, written on that day (UTC), and the CRC-32 of its bytes. A file appears under its name when
 all of it is on the disk; who reads it checks the CRC. Names of files under way begin with a dot.
+
+Small files of one run are merged: ``<router>-000007_000066-<crc>.arrow`` has the events of files
+7 to 66, which go after it has come. Where a kill leaves both, the small ones do not count.
 """
 
 import re
@@ -37,7 +40,9 @@ SCHEMA = pa.schema(
 )
 MAX_FILE_BYTES = 1 << 30
 DAY = re.compile(r"\d{4}-\d\d-\d\d")
-FILE = re.compile(r"(?P<router>[0-9a-z-]+)-(?P<number>\d+)-(?P<crc>[0-9a-f]{8})\.arrow")
+FILE = re.compile(
+    r"(?P<router>[0-9a-z-]+)-(?P<first>\d+)(?:_(?P<last>\d+))?-(?P<crc>[0-9a-f]{8})\.arrow"
+)
 MICROSECONDS = 1_000_000
 # An event may be dated after its arrival by so much; so those since a moment lie in the folders
 # from the day before it on.
@@ -52,7 +57,7 @@ def write_events(
     Raises:
         OSError: nothing was written, or nobody knows what.
     """
-    content = encode_events(events)
+    content = encode_table(table_of(events))
     day = folder / datetime.fromtimestamp(at, UTC).date().isoformat()
     path = day / f"{router}-{number:06d}-{zlib.crc32(content):08x}.arrow"
     write_bytes(path, content)
@@ -61,12 +66,31 @@ def write_events(
     return path
 
 
-def encode_events(events: Sequence[Event]) -> bytes:
+def merge_files(parts: Sequence[Path]) -> Path:
+    """One file instead of several, which a router has written one after the other on one day.
+
+    Raises:
+        CorruptFile, OSError: all parts are there, or the new file is, and some of them.
+    """
+    names = [FILE.fullmatch(path.name) for path in parts]
+    first, last = names[0], names[-1]
+    assert first is not None
+    assert last is not None
+    content = encode_table(pa.concat_tables([read_events(path) for path in parts]))
+    span = f"{first['first']}_{last['first']}"
+    path = parts[0].with_name(f"{first['router']}-{span}-{zlib.crc32(content):08x}.arrow")
+    write_bytes(path, content)
+    for part in parts:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def encode_table(table: pa.Table) -> bytes:
     """An Arrow IPC file."""
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
-        writer.write_table(table_of(events))
+        writer.write_table(table.combine_chunks())
     content: bytes = sink.getvalue().to_pybytes()
     return content
 
@@ -109,7 +133,7 @@ def event_files(folder: Path, since: datetime | None = None) -> Iterator[Path]:
     first = date.min if since is None else (since.astimezone(UTC) - MAX_AHEAD).date()
     for day in days_of(folder):
         if date.fromisoformat(day.name) >= first:
-            yield from sorted(path for path in day.iterdir() if FILE.fullmatch(path.name))
+            yield from _without_merged(sorted(day.iterdir()))
 
 
 def days_of(folder: Path) -> list[Path]:
@@ -117,6 +141,20 @@ def days_of(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and _is_day(path.name))
+
+
+def _without_merged(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files of events among the sorted paths of a day, without those that others hold, too."""
+    found = [(path, match) for path in paths if (match := FILE.fullmatch(path.name))]
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for _, match in found:
+        if match["last"] is not None:
+            spans.setdefault(match["router"], []).append((int(match["first"]), int(match["last"])))
+    for path, match in found:
+        within = spans.get(match["router"], ())
+        number = int(match["first"])
+        if match["last"] is not None or not any(low <= number <= high for low, high in within):
+            yield path
 
 
 def _is_day(name: str) -> bool:

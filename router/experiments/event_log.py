@@ -18,6 +18,7 @@ from pathlib import Path
 from shardline.router.experiments.stored_event import Event
 from shardline.router.hanging import start
 from shardline.shards.core.errors import (
+    CorruptFile,
     DeadlineExceeded,
     NotFound,
     Overloaded,
@@ -38,6 +39,8 @@ ROOM = 2  # of the configured size: beyond it nothing is stored, until gc has ma
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 RUN_BYTES = 4
 STORED, DROPPED = "stored", "dropped"
+MERGED = 60  # files: a minute of them, under a steady load
+SMALL_BYTES = 256 << 10  # a larger file is not merged: of those there are few
 
 
 @dataclass(slots=True)
@@ -74,6 +77,7 @@ class EventLog:
         self._measured_at = float("-inf")
         self._bytes = 0
         self._is_closed = False
+        self._small: list[Path] = []  # files that are to be merged: numbers without gaps, of a day
         # of one run: files of two must never have the same name
         self._run = f"{HOST}-{secrets.token_hex(RUN_BYTES)}"
 
@@ -153,11 +157,14 @@ class EventLog:
             self._under_way = len(batch.events)
             await self._write(batch)
             self._under_way = 0
+            if len(self._small) >= MERGED:
+                await self._merge()
 
     async def _write(self, batch: _Batch) -> None:
         try:
             await start(lambda: self._store(batch.events), "events")
         except Exception as error:  # noqa: BLE001  whatever it is, who waits is told
+            self._small = []  # its number may be a file, and may be none
             refusal = _refusal(error)
             logger.error("%d events were not stored: %s", len(batch.events), refusal)
             self._recorder.count(EVENTS, DROPPED, by=len(batch.events))
@@ -173,7 +180,7 @@ class EventLog:
 
     def _store(self, events: Sequence[Event]) -> None:
         """In a thread; one at a time."""
-        # pyarrow takes 30 MB, which a router that stores no events need not have
+        # pyarrow takes 30 MB of memory, which a router that stores no events need not have
         from shardline.router.experiments.event_files import days_of, write_events
 
         assert self._folder is not None
@@ -190,7 +197,26 @@ class EventLog:
                 hint="`shardline gc` removes the oldest days",
             )
         self._number += 1
-        self._bytes += _size(write_events(self._folder, self._run, self._number, events, now))
+        path = write_events(self._folder, self._run, self._number, events, now)
+        size = _size(path)
+        self._bytes += size
+        if size > SMALL_BYTES or (self._small and self._small[0].parent != path.parent):
+            self._small = []
+        if size <= SMALL_BYTES:
+            self._small.append(path)
+
+    async def _merge(self) -> None:
+        parts, self._small = self._small, []
+        try:
+            await start(lambda: _merged(parts), "events")
+        except (OSError, CorruptFile) as error:  # they stay as they are, and count as they are
+            logger.error("%d files of events were not merged: %s", len(parts), error)
+
+
+def _merged(parts: Sequence[Path]) -> Path:
+    from shardline.router.experiments.event_files import merge_files  # as in ``_store``
+
+    return merge_files(parts)
 
 
 def _size(path: Path) -> int:

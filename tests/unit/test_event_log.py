@@ -14,13 +14,15 @@ import pyarrow as pa
 import pytest
 
 from shardline.router.contract import MAX_EVENTS
-from shardline.router.experiments import event_files
+from shardline.router.experiments import event_files, event_log
 from shardline.router.experiments.event_files import (
     FILE,
     SCHEMA,
     days_of,
-    encode_events,
+    encode_table,
+    merge_files,
     read_events,
+    table_of,
     write_events,
 )
 from shardline.router.experiments.event_files import (
@@ -137,6 +139,28 @@ def test_files_since_are_those_of_the_day_before_and_later(tmp_path: Path) -> No
     assert [path.parent.name for path in files_of(tmp_path, since)] == days[1:]
     assert len(list(files_of(tmp_path))) == 4
     assert list(files_of(tmp_path / "none")) == []
+
+
+def test_merged_files_hold_the_same_events_once(tmp_path: Path) -> None:
+    parts = [write_events(tmp_path, "h-1", n, clicks(3, 3 * n), AT) for n in range(1, 8)]
+    other = write_events(tmp_path, "h-2", 3, clicks(1, 100), AT)
+    before = sorted(stored(tmp_path))
+    kept = {path: path.read_bytes() for path in parts}
+    merged = merge_files(parts[1:5])
+    assert merged.name.startswith("h-1-000002_000005-")
+    assert set(files_of(tmp_path)) == {parts[0], merged, *parts[5:], other}
+    assert sorted(stored(tmp_path)) == before
+    for gone in ([1], [1, 4], [1, 2, 3, 4]):  # a kill leaves some of the parts
+        for place in gone:
+            parts[place].write_bytes(kept[parts[place]])
+        assert sorted(stored(tmp_path)) == before
+        assert other in set(files_of(tmp_path)), "of another router"
+        for place in gone:
+            parts[place].unlink()
+    parts[5].write_bytes(b"damaged")
+    with pytest.raises(CorruptFile):
+        merge_files(parts[5:])
+    assert parts[6].exists()
 
 
 # The log
@@ -282,14 +306,47 @@ async def test_where_nothing_is_stored_callers_are_told(folder: Path | None, lim
     await log.close()
 
 
+async def test_small_files_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_log, "MERGED", 5)
+    now = [AT]
+    log = EventLog(tmp_path, 100 * MIB, Recorder(), gap_s=0.0, wall=lambda: now[0])
+    for number in range(12):
+        await log.add(clicks(1, number), 10)
+    await log.close()
+    spans = [path.name.split("-")[2] for path in files_of(tmp_path)]
+    assert spans == ["000001_000005", "000006_000010", "000011", "000012"]
+    assert sorted(stored(tmp_path)) == sorted(f"e{n}" for n in range(12))
+
+
+async def test_files_of_two_days_or_beside_a_large_one_are_not_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "MERGED", 3)
+    monkeypatch.setattr(event_log, "SMALL_BYTES", 10_000)
+    now = [AT]
+    log = EventLog(tmp_path, 100 * MIB, Recorder(), gap_s=0.0, wall=lambda: now[0])
+    for number in range(8):
+        if number == 2:
+            now[0] += 86_400
+        count = MAX_EVENTS if number == 4 else 1
+        await log.add(clicks(count, number * MAX_EVENTS), 10)
+    await log.close()
+    spans = [path.name.split("-")[2] for path in files_of(tmp_path)]
+    assert spans == ["000001", "000002", "000003", "000004", "000005", "000006_000008"]
+    assert len(stored(tmp_path)) == 7 + MAX_EVENTS
+
+
 # A process that is killed
 
 WRITER = """
 import asyncio, sys
 from pathlib import Path
+from shardline.router.experiments import event_log
 from shardline.router.experiments.event_log import EventLog
 from shardline.router.experiments.stored_event import Event
 from shardline.shards.core.metrics import Recorder
+
+event_log.MERGED = 3
 
 async def send(log, name):
     number = 0
@@ -342,4 +399,4 @@ def test_an_encoded_file_is_small() -> None:
         )
         for n in range(1000)
     ]
-    assert len(encode_events(searches)) < 120 * len(searches)
+    assert len(encode_table(table_of(searches))) < 120 * len(searches)
