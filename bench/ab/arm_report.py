@@ -45,7 +45,8 @@ class ArmFigures:
     searches: int
     p50_ms: Estimate
     p99_ms: Estimate
-    p50_difference_ms: float
+    p50_difference_ms: Estimate
+    p99_difference_ms: Estimate
     recall: Estimate
     recall_samples: int
     recall_difference: Estimate
@@ -185,16 +186,21 @@ def _figures(
 
     took, recalls = column("took_ms", SEARCH), column("value", RECALL)
     asked = float((column("queries", SEARCH) * column("k", SEARCH)).sum())
-    p50 = intervals.quantile(took, 0.5)
     is_first = number == 0
-    first_p50 = intervals.quantile(column("took_ms", SEARCH, 0), 0.5).value
+    p50, p99 = (intervals.quantile(took, q) for q in (0.5, 0.99))
+    first_took = column("took_ms", SEARCH, 0)
+    of_p50, of_p99 = (
+        NOTHING if is_first else intervals.apart(intervals.quantile(first_took, q), mine)
+        for q, mine in ((0.5, p50), (0.99, p99))
+    )
     return ArmFigures(
         arm=name,
         keys=keys,
         searches=len(took),
         p50_ms=p50,
-        p99_ms=intervals.quantile(took, 0.99),
-        p50_difference_ms=float("nan") if is_first else p50.value - first_p50,
+        p99_ms=p99,
+        p50_difference_ms=of_p50,
+        p99_difference_ms=of_p99,
         recall=intervals.mean(recalls),
         recall_samples=len(recalls),
         recall_difference=NOTHING

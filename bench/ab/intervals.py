@@ -91,6 +91,15 @@ def difference(first: Numbers, second: Numbers) -> Estimate:
     return Estimate(found, found - half, found + half)
 
 
+def apart(first: Estimate, second: Estimate) -> Estimate:
+    """Second less first, of independent estimates with intervals of any form: each end takes the
+    distances to those ends that it depends on (MOVER; Zou and Donner 2008)."""
+    found = second.value - first.value
+    down = math.hypot(second.value - second.low, first.high - first.value)
+    up = math.hypot(second.high - second.value, first.value - first.low)
+    return Estimate(found, found - down, found + up)
+
+
 def resampled_median(values: Numbers, rng: np.random.Generator) -> Estimate:
     """The median of values (n,), and the percentiles of medians of as many values drawn from them
     (the bootstrap; Efron 1979)."""

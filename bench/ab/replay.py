@@ -26,7 +26,7 @@ from shardline.shards.core.schema import EMPTY_ID, Ranked
 WARM_UP = 10  # queries that are asked first, and not counted
 EXACT_TIMEOUT_MS = 10_000.0
 # what an exact search must have in common with the answers that it judges
-JUDGED_BY = ("k", "filter")
+JUDGED_BY = ("k", "filter", "exclude", "exclude_history", "exclude_lists")
 KINDS = tuple(kind.value for kind in QueryKind)
 
 

@@ -187,7 +187,8 @@ def _outcome_rows(arm: "ArmFigures") -> Iterator[list[str]]:
 
 
 def _difference_rows(arm: "ArmFigures") -> Iterator[list[str]]:
-    yield [arm.arm, "p50 ms", _number(arm.p50_difference_ms, "+.2f"), "", ""]
+    yield _difference(arm.arm, "p50 ms", arm.p50_difference_ms)
+    yield _difference(arm.arm, "p99 ms", arm.p99_difference_ms)
     yield _difference(arm.arm, "recall", arm.recall_difference)
     for each in arm.outcomes:
         yield from _outcome_differences(arm.arm, each)

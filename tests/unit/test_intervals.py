@@ -8,6 +8,7 @@ from scipy import stats
 
 from shardline.bench.ab.intervals import (
     NOTHING,
+    apart,
     binomial_cdf,
     difference,
     mean,
@@ -109,6 +110,10 @@ def test_intervals_hold_what_is_true_as_often_as_they_say() -> None:
     assert 0.93 < held(lambda rng: share(int(rng.binomial(60, 0.1)), 60), 0.1) < 0.99
     made = lambda rng: difference(rng.normal(0, 1, 20), rng.normal(2, 4, 10))  # noqa: E731
     assert 0.93 < held(made, 2) < 0.97
+    made = lambda rng: apart(  # noqa: E731
+        quantile(rng.exponential(1, 101), 0.5), quantile(rng.exponential(3, 60), 0.5)
+    )
+    assert 0.94 < held(made, 2 * math.log(2)) < 0.99
     skewed = math.log(2)  # the median of an exponential variable
     assert 0.94 < held(lambda rng: quantile(rng.exponential(1, 101), 0.5), skewed) < 0.99
 
