@@ -5,7 +5,8 @@ router, written on that day (UTC), and the CRC-32 of its bytes. A file appears u
 all of it is on the disk; who reads it checks the CRC. Names of files under way begin with a dot.
 
 Small files of one run are merged: ``<router>-000007_000066-<crc>.arrow`` has the events of files
-7 to 66, which go after it has come. Where a kill leaves both, the small ones do not count.
+7 to 66, which go after it has come. Where a kill leaves both, the small ones do not count. Spans of
+one run are within each other, or apart.
 """
 
 import re
@@ -77,7 +78,7 @@ def merge_files(parts: Sequence[Path]) -> Path:
     assert first is not None
     assert last is not None
     content = encode_table(pa.concat_tables([read_events(path) for path in parts]))
-    span = f"{first['first']}_{last['first']}"
+    span = f"{first['first']}_{last['last'] or last['first']}"
     path = parts[0].with_name(f"{first['router']}-{span}-{zlib.crc32(content):08x}.arrow")
     write_bytes(path, content)
     for part in parts:
@@ -146,15 +147,20 @@ def days_of(folder: Path) -> list[Path]:
 def _without_merged(paths: Sequence[Path]) -> Iterator[Path]:
     """The files of events among the sorted paths of a day, without those that others hold, too."""
     found = [(path, match) for path in paths if (match := FILE.fullmatch(path.name))]
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for _, match in found:
-        if match["last"] is not None:
-            spans.setdefault(match["router"], []).append((int(match["first"]), int(match["last"])))
+    # of each router the widest of those that begin first comes first
+    found.sort(key=lambda each: (each[1]["router"], int(each[1]["first"]), -_last(each[1])))
+    router, covered = "", -1
     for path, match in found:
-        within = spans.get(match["router"], ())
-        number = int(match["first"])
-        if match["last"] is not None or not any(low <= number <= high for low, high in within):
+        if match["router"] != router:
+            router, covered = match["router"], -1
+        if _last(match) > covered:
+            covered = _last(match)
             yield path
+
+
+def _last(match: re.Match[str]) -> int:
+    """The number of the last file whose events a file holds."""
+    return int(match["last"] or match["first"])
 
 
 def _is_day(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 As with a shard's log, what has come together shares one fsync: an event that comes while nothing
 is written goes out at once, and the next file holds all that came meanwhile, GAP_S after the last
-one began, so that there are not more files than seconds. Callers' events are acknowledged when
-their file is durable; the router's own are not waited for, and may be lost with the process.
+one began: callers wait no longer, because their requests take room from searches in HAProxy. Small
+files are merged. Callers' events are acknowledged when their file is durable; the router's own are
+not waited for, and may be lost with the process.
 """
 
 import asyncio
@@ -31,7 +32,8 @@ from shardline.shards.core.metrics import EVENTS, Recorder
 
 logger = logging.getLogger(__name__)
 
-GAP_S = 1.0  # between the beginnings of two files
+GAP_S = 0.05  # between the beginnings of two files
+OWN_GAPS = 20  # so many of them, where nobody waits
 MAX_WAITING = 100_000  # events, 200 bytes or so each; more are refused, own ones dropped
 CLOSE_S = 5.0  # for what waits to be written when the router stops
 MEASURE_S = 60.0  # how often the size of all events of the store is looked at
@@ -39,7 +41,8 @@ ROOM = 2  # of the configured size: beyond it nothing is stored, until gc has ma
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 RUN_BYTES = 4
 STORED, DROPPED = "stored", "dropped"
-MERGED = 60  # files: a minute of them, under a steady load
+MERGED = 60  # files that become one
+MERGES = 3  # how often an event is copied: a file per second is 24 a day after two merges
 SMALL_BYTES = 256 << 10  # a larger file is not merged: of those there are few
 
 
@@ -77,7 +80,8 @@ class EventLog:
         self._measured_at = float("-inf")
         self._bytes = 0
         self._is_closed = False
-        self._small: list[Path] = []  # files that are to be merged: numbers without gaps, of a day
+        # files that are to be merged, by how often they were: numbers without gaps, of one day
+        self._small: list[list[Path]] = [[] for _ in range(MERGES)]
         # of one run: files of two must never have the same name
         self._run = f"{HOST}-{secrets.token_hex(RUN_BYTES)}"
 
@@ -150,21 +154,25 @@ class EventLog:
         """Until nothing waits."""
         clock = asyncio.get_running_loop().time
         while self._batch.events:
-            while (pause_s := self._began_at + self._gap_s - clock()) > 0:
-                await asyncio.sleep(min(pause_s, self._gap_s))
+            while (pause_s := self._began_at + self._pause_s() - clock()) > 0:
+                await asyncio.sleep(min(pause_s, self._gap_s))  # until then somebody may wait
             self._began_at = clock()
             batch, self._batch = self._batch, _Batch()
             self._under_way = len(batch.events)
             await self._write(batch)
             self._under_way = 0
-            if len(self._small) >= MERGED:
-                await self._merge()
+            for merges in range(MERGES):
+                if len(self._small[merges]) >= MERGED:
+                    await self._merge(merges)
+
+    def _pause_s(self) -> float:
+        return self._gap_s * (1 if self._batch.waiting else OWN_GAPS)
 
     async def _write(self, batch: _Batch) -> None:
         try:
             await start(lambda: self._store(batch.events), "events")
         except Exception as error:  # noqa: BLE001  whatever it is, who waits is told
-            self._small = []  # its number may be a file, and may be none
+            self._forget_small()  # its number may be a file, and may be none
             refusal = _refusal(error)
             logger.error("%d events were not stored: %s", len(batch.events), refusal)
             self._recorder.count(EVENTS, DROPPED, by=len(batch.events))
@@ -200,15 +208,26 @@ class EventLog:
         path = write_events(self._folder, self._run, self._number, events, now)
         size = _size(path)
         self._bytes += size
-        if size > SMALL_BYTES or (self._small and self._small[0].parent != path.parent):
-            self._small = []
-        if size <= SMALL_BYTES:
-            self._small.append(path)
+        if any(each[0].parent != path.parent for each in self._small if each):
+            self._forget_small()
+        self._keep_small(path, size, 0)
 
-    async def _merge(self) -> None:
-        parts, self._small = self._small, []
+    def _keep_small(self, path: Path, size: int, merges: int) -> None:
+        if size > SMALL_BYTES:
+            self._forget_small()
+        elif merges < MERGES:
+            self._small[merges].append(path)
+
+    def _forget_small(self) -> None:
+        """Files that come later are not merged with those that there are."""
+        self._small = [[] for _ in range(MERGES)]
+
+    async def _merge(self, merges: int) -> None:
+        """Files that were merged so often become one, and may be merged once more."""
+        parts, self._small[merges] = self._small[merges], []
         try:
-            await start(lambda: _merged(parts), "events")
+            path = await start(lambda: _merged(parts), "events")
+            self._keep_small(path, _size(path), merges + 1)
         except (OSError, CorruptFile) as error:  # they stay as they are, and count as they are
             logger.error("%d files of events were not merged: %s", len(parts), error)
 

@@ -40,9 +40,9 @@ def add_events(
         with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms):
             body = await read_body(headers, receive, config.max_body_bytes, service.arriving)
             scope[IS_READ] = True
-        with service.writes.admit():
+        with service.writes.admit():  # the wait for the disk is bounded by the log of events
             events = await _decoded(service, body, media)
-            await service.events.add(events, write_timeout_ms(config, None) / 1000)
+        await service.events.add(events, write_timeout_ms(config, None) / 1000)
         content = {"events": len(events), "request_id": scope["shardline.request_id"]}
         return encode(content, accepted), accepted
 

@@ -157,6 +157,13 @@ def test_merged_files_hold_the_same_events_once(tmp_path: Path) -> None:
         assert other in set(files_of(tmp_path)), "of another router"
         for place in gone:
             parts[place].unlink()
+    kept[merged] = merged.read_bytes()
+    again = merge_files([parts[0], merged, parts[5]])
+    assert again.name.startswith("h-1-000001_000006-")
+    merged.write_bytes(kept[merged])
+    parts[2].write_bytes(kept[parts[2]])
+    assert set(files_of(tmp_path)) == {again, parts[6], other}
+    assert sorted(stored(tmp_path)) == before
     parts[5].write_bytes(b"damaged")
     with pytest.raises(CorruptFile):
         merge_files(parts[5:])
@@ -213,6 +220,20 @@ async def test_files_begin_a_gap_apart(tmp_path: Path) -> None:
         await log.add(clicks(1, number), 10)
     assert loop.time() - began >= 3 * 0.05, "the first at once, the others a gap after it"
     await log.close()
+
+
+async def test_own_events_wait_longer_unless_a_caller_waits(tmp_path: Path) -> None:
+    log = EventLog(tmp_path, MIB, Recorder(), gap_s=0.05)
+    await log.add(clicks(1), 10)
+    for number in range(1, 4):
+        log.note(clicks(1, number)[0])
+        await asyncio.sleep(0.06)
+    assert len(list(files_of(tmp_path))) == 1, "a second has not passed"
+    await log.add(clicks(1, 4), 10)
+    assert len(list(files_of(tmp_path))) == 2
+    log.note(clicks(1, 5)[0])
+    await log.close()
+    assert stored(tmp_path) == [f"e{n}" for n in range(6)], "what waits is written at the end"
 
 
 async def test_a_disk_that_fails_is_told_and_the_next_file_is_tried(
@@ -306,16 +327,18 @@ async def test_where_nothing_is_stored_callers_are_told(folder: Path | None, lim
     await log.close()
 
 
-async def test_small_files_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_log, "MERGED", 5)
-    now = [AT]
-    log = EventLog(tmp_path, 100 * MIB, Recorder(), gap_s=0.0, wall=lambda: now[0])
-    for number in range(12):
+async def test_small_files_are_merged_and_merged_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(event_log, "MERGED", 3)
+    log = EventLog(tmp_path, 100 * MIB, Recorder(), gap_s=0.0, wall=lambda: AT)
+    for number in range(14):
         await log.add(clicks(1, number), 10)
     await log.close()
     spans = [path.name.split("-")[2] for path in files_of(tmp_path)]
-    assert spans == ["000001_000005", "000006_000010", "000011", "000012"]
-    assert sorted(stored(tmp_path)) == sorted(f"e{n}" for n in range(12))
+    assert spans == ["000001_000009", "000010_000012", "000013", "000014"]
+    assert sorted(stored(tmp_path)) == sorted(f"e{n}" for n in range(14))
+    assert len([*days_of(tmp_path)[0].iterdir()]) == 4, "the parts are gone"
 
 
 async def test_files_of_two_days_or_beside_a_large_one_are_not_merged(
