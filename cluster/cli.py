@@ -111,6 +111,11 @@ COMMANDS = {
         "batch",
         "Answer many queries at once, as Parquet files.",
     ),
+    "ab": (
+        "shardline.cluster.commands.ab",
+        "ab",
+        "Compare the arms of experiments; events as interactions.",
+    ),
     "keys": ("shardline.cluster.commands.keys", "keys", "List, add and remove API keys."),
     "config": ("shardline.cluster.commands.config", "config", "Explain every configuration key."),
     "down": (

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from shardline.router.contract import Coverage, Degraded, Reason
+from shardline.router.experiments.assignment import Arms, Assignment
 from shardline.router.rearrange.rearrangement import Rearrangement
 from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.messages import SearchOptions, SearchParams
@@ -60,6 +61,7 @@ class ResolvedQuery:
     excluded: tuple[IdArray, ...] = ()
     exclude_history: bool = False
     rearrange: Rearrangement | None = None
+    assignment: Assignment | None = None  # its arms of experiments; None: it is in none
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,6 +120,7 @@ class SearchAnswer:
     table_version: int = 0
     others_share: float | None = None
     considered: IdArray | None = None
+    arms: Arms = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ OPTIONS = {
     "cap": "--cap",
     "boost": "--boost",
     "diversify": "--diversify",
+    "experiment_key": "--experiment-key",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
@@ -145,6 +146,10 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     help="Inverted lists visited, instead of the index's default.",
 )
 @click.option(
+    "--experiment-key",
+    help="Who asks, for the experiments of the cluster; docs/EXPERIMENTS.md.",
+)
+@click.option(
     "--print-request", is_flag=True, help="Print the body for POST /v1/search instead of asking."
 )
 @url_option
@@ -168,6 +173,7 @@ def query(
     diversify: str | None,
     k: int,
     nprobe: int | None,
+    experiment_key: str | None,
     print_request: bool,
     url: str | None,
     key_file: Path | None,
@@ -197,6 +203,8 @@ def query(
     if exclude_history:
         body["exclude_history"] = True
     body |= rearrange_fields(caps, boosts, diversify)
+    if experiment_key is not None:
+        body["experiment_key"] = experiment_key
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]
@@ -237,6 +245,7 @@ def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
         "coverage": asdict(answer.coverage),
         "reasons": [reason.content for reason in answer.reasons],
         "took_ms": answer.took_ms,
+        "arms": dict(answer.arms),
     }
     if answer.pool:
         report["pool"] = list(answer.pool)
@@ -261,6 +270,8 @@ def _print_tables(answer: SearchAnswer, items: tuple[str, ...]) -> None:
             f"{coverage.rows_answered:,} of {coverage.rows_asked:,} rows, "
             f"{answer.took_ms:.1f} ms"
         )
+    for experiment, arm in answer.arms.items():
+        click.echo(f"experiment {experiment}: arm {arm}")
     for missing in coverage.degraded:
         click.echo(f"partial: {missing}", err=True)
     for missing in answer.attributes_missing:

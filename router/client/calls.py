@@ -33,6 +33,7 @@ from shardline.router.client.conversions import (
     to_json,
     to_matrix,
 )
+from shardline.router.client.event_calls import event_requests, read_events
 from shardline.router.client.http1 import Response, Server
 from shardline.router.client.list_calls import ListRequest
 from shardline.router.client.retries import Attempts, Outcome, Retry
@@ -129,6 +130,7 @@ class SearchFields(TypedDict, total=False):
     diversify: "Mapping[str, Any] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
+    experiment_key: str | None
 
 
 def search_body(**fields: Unpack[SearchFields]) -> bytes:
@@ -331,6 +333,10 @@ class ClientCore:
 
     def _delete_calls(self, fields: DeleteFields) -> Iterator[tuple[int, Call[DeleteAnswer]]]:
         return self._write_calls("DELETE", delete_requests(**fields), read_delete)
+
+    def _event_calls(self, events: Any) -> Iterator[Call[int]]:
+        for body in event_requests(events):
+            yield Call(self._server.message("POST", "/v1/events", body), read_events)
 
     def _write_calls(
         self, method: str, requests: Iterable[WriteRequest], read: Callable[[bytes], Answer]

@@ -31,7 +31,7 @@ INF = np.float32(np.inf)
 KNOWN_FIELDS = (
     "vectors, features, item_ids, exclude_lists, k, timeout_ms, min_coverage, params, min_seq, "
     "min_seq_of, background, exact, filter, exclude, exclude_history, cap, boost, diversify, "
-    "return, return_original_ids"
+    "return, return_original_ids, experiment_key"
 )
 REASON = Reason(query=1, code=ReasonCode.NOT_FOUND, text="why")
 
