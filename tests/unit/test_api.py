@@ -664,6 +664,8 @@ def test_openapi_describes_what_the_code_checks():
         "background",
         "exact",
         "filter",
+        "exclude",
+        "exclude_history",
         "cap",
         "boost",
         "diversify",
