@@ -17,6 +17,7 @@ import pytest
 from shardline.router.http.codec import decode_query, encode_answer
 from shardline.router.http.media import Media
 from shardline.router.query import SearchAnswer
+from shardline.router.rearrange import pool_search, rearranger
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Unavailable
@@ -316,6 +317,43 @@ async def test_diverse_answers_under_caps_have_k_items_though_the_pool_has_not()
         assert len(items) == len(expected)
 
 
+async def test_many_queries_are_answered_part_by_part_and_off_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = corpus(9)
+    body: dict[str, Any] = {
+        "item_ids": given.ids[:40].tolist(),
+        "k": 15,
+        "cap": {"column": "seller", "max": 2},
+        "boost": {"column": "brand", "weight": 0.5, "pool": 20},
+        "diversify": {"lambda": 0.8},
+        "timeout_ms": 10_000,
+    }
+    async with serving(given, 3, max_k=50) as service:
+        whole = await ask(service, **body)
+        threads = Counter[str]()
+        to_thread = asyncio.to_thread
+
+        async def counted(work: Any, *arguments: Any) -> Any:
+            threads["used"] += 1
+            return await to_thread(work, *arguments)
+
+        monkeypatch.setattr(asyncio, "to_thread", counted)
+        monkeypatch.setattr(rearranger, "ITEMS_AT_ONCE", 100)
+        monkeypatch.setattr(rearranger, "CHOSEN_IN_LOOP", 0)
+        monkeypatch.setattr(pool_search, "TAKEN_IN_LOOP", 0)
+        monkeypatch.setattr(pool_search, "IDS_AT_ONCE", 7)
+        monkeypatch.setattr(pool_search, "FETCHED_BYTES", 100)
+        parts = await ask(service, **body)
+        assert threads["used"] > 10
+        np.testing.assert_array_equal(parts.ranked.ids, whole.ranked.ids)
+        np.testing.assert_array_equal(parts.ranked.scores, whole.ranked.scores)
+        assert parts.considered is not None
+        assert whole.considered is not None
+        assert parts.considered.tolist() == whole.considered.tolist()
+        assert parts.reasons == whole.reasons
+
+
 async def test_what_is_returned_is_of_the_final_items() -> None:
     given = corpus(2)
     async with serving(given, 2) as service:
@@ -356,6 +394,40 @@ async def test_columns_that_do_not_fit_are_refused(
                 await ask(service, vectors=[[1] * DIM], k=4, filter=item_filter, **body)
             assert caught.value.field == field
             assert expected in caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("step", "pools"),
+    [(8, [(100, False)]), (20, [(100, False), (400, False)]), (100, [(100, False), (400, True)])],
+)
+async def test_a_larger_pool_comes_before_a_narrower_filter(
+    step: int, pools: list[tuple[int, bool]]
+) -> None:
+    """One seller has all items but each ``step``-th, and these have one each. pools: their sizes,
+    and whether a filter narrows them."""
+    count, k = 2000, 12
+    ids = np.arange(count)
+    vectors = np.zeros((count, DIM), np.float32)
+    vectors[:, 0] = count - ids
+    is_other = ids % step == step - 1
+    names = [f"{item}" if other else "large" for item, other in zip(ids, is_other, strict=True)]
+    given = Corpus(ids, vectors, {"seller": names})
+    async with serving(given, 2) as service:
+        asked: list[tuple[int, bool]] = []
+        find = service._finder.find
+
+        async def noted(*arguments: Any) -> Any:
+            query = arguments[3]
+            asked.append((arguments[2], any(query.filters)))
+            return await find(*arguments)
+
+        service._finder.find = noted  # type: ignore[method-assign]
+        query = [1.0] + [0.0] * (DIM - 1)
+        answer = await ask(service, vectors=[query], k=k + 1, cap={"column": "seller", "max": 1})
+        others = ids[is_other][:k]
+        assert live(answer, 0) == sorted([0, *others.tolist()])[: k + 1]
+        assert asked == pools
+        assert answer.reasons == ()
 
 
 async def test_kinds_of_columns_are_asked_once_and_other_searches_pay_nothing() -> None:
