@@ -178,8 +178,10 @@ class ShardState:
         if wanted and EMPTY_ID in found.ids[:, wanted - 1]:
             # the lists that were visited have too few rows that may come back
             short = np.flatnonzero(found.ids[:, wanted - 1] == EMPTY_ID)
-            whole = self._best_exactly(queries[short], k, among, look)
-            found.ids[short], found.scores[short] = whole
+            short = short[np.isfinite(queries[short]).all(axis=1)]  # others find nothing anyhow
+            if short.size:
+                whole = self._best_exactly(queries[short], k, among, look)
+                found.ids[short], found.scores[short] = whole
         return found
 
     def _best_exactly(

@@ -96,7 +96,7 @@ async def watched(num_shards: int = 1, forgets: bool = True, **config):
     clock = Clock()
     async with running_shards(IDS, VECTORS, num_shards) as shards:
         service = SearchService(settings, SECRET, load_encoder=lambda _table: None)
-        service.watch = recall_watch.RecallWatch(
+        service.watch = service._finder._watch = recall_watch.RecallWatch(
             service._fanout,
             service.recorder,
             settings.watch_interval_s,
