@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from shardline import Client
 from shardline.router.http.codec import decode_query, encode_answer
 from shardline.router.http.media import Media
 from shardline.router.query import SearchAnswer
@@ -36,6 +37,7 @@ from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from tests.engine import build_main
 from tests.fake_shard import SECRET, make_rows, make_table, running_shards
+from tests.live_router import running_router
 from tests.unit.test_rearrange import slow_capped, slow_diverse
 
 DIM = 6
@@ -537,3 +539,19 @@ async def test_a_filter_at_its_limit_cannot_be_narrowed_and_the_answer_says_so()
         assert len(live(answer, 0)) < 20
         assert [each.code for each in answer.reasons] == ["cap"]
         assert "there may be others" in answer.reasons[0].text
+
+
+def test_a_client_reads_how_many_items_were_considered() -> None:
+    with running_router(RouterConfig(**FAST)) as router, Client(router.url) as client:
+        answer = client.search(
+            item_ids=[1, 10_001],
+            k=3,
+            cap={"column": "title", "max": 1},
+            diversify={"lambda": np.float32(0.5), "pool": 20},
+        )
+        assert answer.pool == (20, 0)
+        assert (answer.ids[0] >= 0).all()
+        assert client.search(item_ids=[1], k=3).pool == ()
+        with pytest.raises(InvalidInput) as caught:
+            client.search(item_ids=[1], k=3, boost={"column": "title", "weight": 1})
+        assert caught.value.field == "boost.column"

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from shardline import Client
-from shardline.router import service as service_module
+from shardline.router import returned as returned_module
 from shardline.router.contract import Coverage
 from shardline.router.fanout import fanout as fanout_module
 from shardline.router.fanout.fanout import _columns_of
@@ -275,7 +275,7 @@ async def test_many_results_are_asked_for_a_part_at_a_time(monkeypatch: pytest.M
 
 
 async def test_what_many_queries_share_counts_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "MAX_RETURNED_BYTES", 100_000)
+    monkeypatch.setattr(returned_module, "MAX_RETURNED_BYTES", 100_000)
     async with service_over([pa.table({"text": ["x" * 600] * 40})]) as (service, _):
         wanted = {"k": 40, "return": ["text"]}
         answer = await ask(service, vectors=VECTORS[:3].tolist(), **wanted)
