@@ -13,7 +13,7 @@ from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.finding import Finder
 from shardline.router.query import Merged, Rearranged, ResolvedQuery
 from shardline.router.rearrange.pool_items import Chosen, PoolItems, Steps, brought_of
-from shardline.shards.core.errors import InvalidInput, Unavailable
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Unavailable
 from shardline.shards.core.filter_language import narrowed
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Ranked
@@ -32,7 +32,7 @@ FETCHED_BYTES = 4 << 20  # of vectors in one answer of a shard
 class Pool:
     """Of the query at ``row`` ids (m,) and scores (m,), each item once. filter: the query's own,
     packed; next_filter: that of the next pool. is_full: there may be more items that this lets in;
-    is_cut: they were given up. has_grown: it is the second one, by the query's own filter."""
+    is_cut: they were given up. is_extended: it is not the first one any more."""
 
     row: int
     filter: bytes
@@ -41,7 +41,7 @@ class Pool:
     is_full: bool
     next_filter: bytes = b""
     is_cut: bool = False
-    has_grown: bool = False
+    is_extended: bool = False
     chosen: Chosen | None = None
 
     def add(self, ids: IdArray, scores: FloatArray, is_full: bool) -> bool:
@@ -63,12 +63,11 @@ def choose_all(items: PoolItems, pools: Sequence[Pool], can_grow: bool) -> list[
             continue
         # shards evaluate a filter that is new to them in milliseconds: where a larger pool will do
         # by the share of items that caps allow, that costs less
-        if can_grow and not pool.has_grown and GROWTH * len(chosen.ids) >= items.steps.k:
-            pool.has_grown, pool.next_filter = True, pool.filter
-            short.append(pool)
-            continue
+        may_do = can_grow and GROWTH * len(chosen.ids) >= items.steps.k
+        left_out = {} if may_do and not pool.is_extended else chosen.full
+        pool.is_extended = True
         try:
-            pool.next_filter = narrowed(pool.filter, chosen.full)
+            pool.next_filter = narrowed(pool.filter, left_out)
         except InvalidInput:  # with the caller's own it would be beyond a limit of filters
             pool.is_cut = True
         else:
@@ -121,7 +120,9 @@ class PoolSearch:
             self._coverage = _without(self._coverage, missing, self.snapshot.table)
             least = self.query.min_coverage
             if self._coverage.share < least or not self._coverage.shards_answered:
-                raise Unavailable(
+                kinds = {each.code for each in missing}
+                is_late = kinds == {DeadlineExceeded.code}
+                raise (DeadlineExceeded if is_late else Unavailable)(
                     "too few shards brought what caps, boosts and diversity need",
                     expected=f"coverage >= {least:g}",
                     hint="; ".join(map(str, self._coverage.degraded)),
