@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgpack
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -31,8 +32,10 @@ from shardline.shards.core.messages import (
     ShardRoute,
 )
 from shardline.shards.core.schema import Metric
+from shardline.shards.live.attributes import check_attributes
 from shardline.shards.live.item_attributes import ItemAttributes
-from shardline.shards.live.state import ShardState
+from shardline.shards.live.records import Record, Upsert
+from shardline.shards.live.state import ShardState, apply
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from tests.engine import build_main
@@ -104,13 +107,39 @@ def corpus(seed: int) -> Corpus:
     )
 
 
+def state_of(given: Corpus, rows: np.ndarray, written: int) -> ShardState:
+    """A shard of these rows, every ``written``-th of which came in a write: until then it had the
+    attributes and the vector of the row before."""
+    old = np.where(np.arange(len(rows)) % written == written - 1, np.roll(rows, 1), rows)
+    main = build_main(given.vectors[old], metric=Metric.DOT, kind="flat")
+    state = ShardState.of(main, given.ids[rows], ItemAttributes(given.table(old)))
+    new = rows[old != rows]
+    if not len(new):
+        return state
+    columns = {
+        name: [given.columns[name][row] for row in new.tolist()] for name in (*CAPPED, "tags")
+    }
+    columns["day"] = [day.isoformat() for day in columns["day"]]
+    change = Upsert(
+        item_ids=given.ids[new],
+        vectors=given.vectors[new],
+        attributes=check_attributes(
+            msgpack.packb(columns), given.ids[new], state.attributes.schema
+        ),
+    )
+    state, _ = apply(state, [Record(seq=1, epoch=1, key="", change=change)])
+    return state
+
+
 @contextlib.asynccontextmanager
-async def serving(given: Corpus, num_shards: int, **config: Any) -> AsyncIterator[SearchService]:
+async def serving(
+    given: Corpus, num_shards: int, *, written: int = 1 << 20, **config: Any
+) -> AsyncIterator[SearchService]:
+    """written: as of ``state_of``."""
     parts = np.array_split(np.arange(len(given.ids)), num_shards)
     servers, routes = [], []
     for number, rows in enumerate(parts):
-        main = build_main(given.vectors[rows], metric=Metric.DOT, kind="flat")
-        state = ShardState.of(main, given.ids[rows], ItemAttributes(given.table(rows)))
+        state = state_of(given, rows, written)
         server = ShardServer(Shard(shard=number, generation=1, state=state), secret=SECRET)
         address = server.bind()
         server.start(1)
@@ -165,11 +194,12 @@ def brute_force(
 @pytest.mark.parametrize("num_shards", range(1, 8))
 @pytest.mark.parametrize("max_k", [30, 2048])
 async def test_caps_are_exact(num_shards: int, max_k: int) -> None:
-    """Whatever shards, pools, sellers, filters, exclusions and ties there are."""
+    """Whatever shards, pools, sellers, filters, exclusions, writes and ties there are."""
     kept = Counter[str]()
     for seed in (2 * num_shards, 2 * num_shards + 1):
         given, rng = corpus(seed), np.random.default_rng(seed)
-        async with serving(given, num_shards, max_k=max_k) as service:
+        written = int(rng.choice([2, 3, 1 << 20]))
+        async with serving(given, num_shards, max_k=max_k, written=written) as service:
             for _ in range(12):
                 k = int(rng.integers(1, min(max_k, 60) + 1))
                 columns = rng.choice(CAPPED, int(rng.integers(1, 4)), replace=False).tolist()
