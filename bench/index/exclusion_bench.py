@@ -4,8 +4,8 @@ A shard of the default kind over a clustered corpus, asked in this process as it
 asks it: single queries, and batches. Queries exclude the items that are nearest to them, which is
 the worst case, or items at random, as a history that has little to do with the query. Recall is of
 what is left, by score, against an exact scan. A time is the median over queries, or batches, of the
-fastest of REPEATS: of what a search takes where nothing else is in its way. The baseline, on the first line of each, is the same
-search without exclusions.
+fastest of REPEATS: what a search takes where nothing else is in its way. The baseline, on the first
+line of each, is the same search without exclusions.
 
     python -m shardline.bench.index.exclusion_bench [--rows 250000]
 """
