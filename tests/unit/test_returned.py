@@ -133,6 +133,19 @@ def test_rows_are_found_in_every_chunk_of_a_column() -> None:
         assert read(shard, asked, "title", "n") == (asked, expected)
 
 
+def test_values_of_dictionaries_are_read_from_every_chunk() -> None:
+    """Each chunk has a dictionary of its own; null is no value of it, or one."""
+    parts = [pa.array(part, pa.string()) for part in (TITLES[:7], [], TITLES[7:20], TITLES[20:])]
+    chunks = [part.dictionary_encode() for part in parts]
+    chunks[-1] = parts[-1].dictionary_encode(null_encoding="encode")
+    shard = shard_with(pa.table({"title": pa.chunked_array(chunks)}))
+    for asked in ([7, 6, 39, 3, 0, 20, 19], [6], [3], [], list(range(40))):
+        assert read(shard, asked, "title") == (asked, [[TITLES[item] for item in asked]])
+    days = [MOMENT.date() if item % 3 else None for item in range(40)]
+    shard = shard_with(pa.table({"day": pa.array(days).dictionary_encode()}))
+    assert read(shard, [4, 3, 5], "day") == ([4, 3, 5], [["2026-03-01", None, "2026-03-01"]])
+
+
 @pytest.mark.parametrize("names", [("price",), ("title", "price")])
 def test_an_unknown_attribute_is_refused_with_those_there_are(names: tuple[str, ...]) -> None:
     shard = shard_with(pa.table({"title": TITLES}))
