@@ -74,7 +74,7 @@ def test_recall_of_each_arm_is_watched(cluster: Cluster, client: Client) -> None
     while len(qualities) < 2:
         assert time.monotonic() < deadline, f"only {list(qualities)} was watched"
         for number, key in enumerate((few, control)):
-            vectors = np.random.default_rng(number).normal(size=(1, 64)).astype(np.float32)
+            vectors = np.random.default_rng(number).normal(size=(1, 128)).astype(np.float32)
             vectors = vectors[:, : client.status()["dim"]]
             client.search(vectors=vectors, k=K, experiment_key=key)
         found = client.status()["experiments"]
