@@ -89,6 +89,7 @@ class ItemQueries:
             considered=self._of_all(told.considered, 0),
             refused=self._of_all(told.refused, 0),
             is_cut=self._of_all(told.is_cut, 0),
+            dropped=self._of_all(told.dropped, 0),
         )
 
 

@@ -67,11 +67,13 @@ class ResolvedQuery:
 @dataclass(slots=True, kw_only=True)
 class Rearranged:
     """Of each query (n,) how many items were considered for its answer; where that is short, how
-    many of them caps have refused, else 0; and 1 where others were given up that may fit."""
+    many of them caps have refused, else 0; 1 where others were given up that may fit; and how many
+    items were found that are left out, as their shards did not bring what was asked of them."""
 
     considered: IdArray
     refused: IdArray
     is_cut: IdArray
+    dropped: IdArray
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery

@@ -53,6 +53,8 @@ def _of(merged: Merged, query: int, found: int, k: int) -> Iterator[Reason]:
         text = f"{rows} of {coverage.rows_asked} items were not searched"
         yield Reason(query=query, code=ReasonCode.COVERAGE, text=text, count=rows)
     missed = min(k, available) - found
+    if merged.rearranged is not None:
+        missed -= int(merged.rearranged.dropped[query])
     if merged.rearranged is not None and (refusal := cap_reason(merged.rearranged, query)):
         yield refusal
         missed = 0 if merged.rearranged.is_cut[query] else missed - (refusal.count or 0)

@@ -192,7 +192,8 @@ class ReasonBody(_Body):
     )
     count: int | None = Field(
         default=None,
-        description="with exclusion: items that the query excludes, of those that match its "
+        description="with cap: items considered that caps refuse; "
+        "with exclusion: items that the query excludes, of those that match its "
         "filter; with coverage: items that were not searched; with probe_limit: results that are "
         "missing",
     )

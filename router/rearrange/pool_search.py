@@ -13,8 +13,9 @@ from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.finding import Finder
 from shardline.router.query import Merged, Rearranged, ResolvedQuery
 from shardline.router.rearrange.pool_items import Chosen, PoolItems, Steps, brought_of
+from shardline.router.rearrange.rearrangement import MAX_POOLED
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Unavailable
-from shardline.shards.core.filter_language import narrowed
+from shardline.shards.core.filter_language import Scalar, narrowed
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Ranked
 
@@ -23,7 +24,7 @@ from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdAr
 FIRST_SHARE = 0.5
 ATTRIBUTES_SHARE = 0.5
 GROWTH = 4  # of a pool over the one before
-TAKEN_IN_LOOP = 2000  # items whose attributes and vectors are taken in there, a millisecond
+TAKEN_IN_LOOP = 2000  # values of items that are taken in there, a millisecond
 IDS_AT_ONCE = 4096  # of one question for attributes, whose answer has a limit
 FETCHED_BYTES = 4 << 20  # of vectors in one answer of a shard
 
@@ -32,7 +33,8 @@ FETCHED_BYTES = 4 << 20  # of vectors in one answer of a shard
 class Pool:
     """Of the query at ``row`` ids (m,) and scores (m,), each item once. filter: the query's own,
     packed; next_filter: that of the next pool. is_full: there may be more items that this lets in;
-    is_cut: they were given up. is_extended: it is not the first one any more."""
+    is_cut: they were given up. is_extended: it is not the first one any more. left_out: the
+    values of columns that the last filter left out, besides."""
 
     row: int
     filter: bytes
@@ -42,6 +44,7 @@ class Pool:
     next_filter: bytes = b""
     is_cut: bool = False
     is_extended: bool = False
+    left_out: dict[str, list[Scalar]] = field(default_factory=dict)
     chosen: Chosen | None = None
 
     def add(self, ids: IdArray, scores: FloatArray, is_full: bool) -> bool:
@@ -59,13 +62,18 @@ def choose_all(items: PoolItems, pools: Sequence[Pool], can_grow: bool) -> list[
     short = []
     for pool in pools:
         pool.chosen = chosen = items.choose(pool.ids, pool.scores)
-        if len(chosen.ids) == items.steps.k or not pool.is_full:
+        # boosted and diverse answers may change: what a value was full with is displaced
+        is_reopened = any(
+            not set(values).issubset(chosen.full.get(column, ()))
+            for column, values in pool.left_out.items()
+        )
+        if len(chosen.ids) == items.steps.k or not (pool.is_full or is_reopened):
             continue
         # shards evaluate a filter that is new to them in milliseconds: where a larger pool will do
         # by the share of items that caps allow, that costs less
         may_do = can_grow and GROWTH * len(chosen.ids) >= items.steps.k
         left_out = {} if may_do and not pool.is_extended else chosen.full
-        pool.is_extended = True
+        pool.is_extended, pool.left_out = True, left_out
         try:
             pool.next_filter = narrowed(pool.filter, left_out)
         except InvalidInput:  # with the caller's own it would be beyond a limit of filters
@@ -94,12 +102,14 @@ class PoolSearch:
     _coverage: Coverage = field(init=False)
     _seq: tuple[int | None, ...] = field(init=False)
     _search_ms: float = field(init=False)
+    _asked: int = field(init=False)  # items, of all pools together
 
     async def begin(self, size: int, until: float) -> None:
         """Asks for the first pools. Raises as ``Fanout.search``."""
         query = self.query
         found = self.finder.find(self.snapshot, self.vectors, size, query, until, self.positions)
         self._first = first = await found
+        self._asked = size * len(self.vectors)
         self._coverage, self._seq, self._search_ms = first.coverage, first.seq, first.search_ms
         self.pools = []
         for row, position in enumerate(self.positions.tolist()):
@@ -134,6 +144,9 @@ class PoolSearch:
         Raises:
             Unavailable: not all of it came in time; the pools are as before.
         """
+        self._asked += size * len(pools)
+        if self._asked > MAX_POOLED:
+            raise Unavailable("as many items were asked for as one request may consider")
         rows = np.array([each.row for each in pools])
         filters = list(self.query.filters) or [b""] * (int(self.positions.max()) + 1)
         for each in pools:
@@ -157,7 +170,7 @@ class PoolSearch:
         """The answers to all queries, once they are chosen."""
         count, k = len(self.pools), self.steps.k
         ids, scores = np.full((count, k), EMPTY_ID), np.full((count, k), EMPTY_SCORE)
-        considered, refused, is_cut = (np.zeros(count, np.int64) for _ in range(3))
+        considered, refused, is_cut, dropped = (np.zeros(count, np.int64) for _ in range(4))
         for pool in self.pools:
             chosen = pool.chosen
             assert chosen is not None
@@ -165,7 +178,8 @@ class PoolSearch:
             scores[pool.row, : len(chosen.ids)] = chosen.scores
             considered[pool.row] = chosen.considered
             refused[pool.row] = chosen.refused
-            is_cut[pool.row] = pool.is_cut
+            is_cut[pool.row] = pool.is_cut and bool(self.steps.caps)
+            dropped[pool.row] = len(pool.ids) - chosen.considered
         first, left_out = self._first, None
         if self.own is not None:
             left_out = (first.ranked.ids == self.own[:, None]).any(axis=1).astype(np.int64)
@@ -176,7 +190,9 @@ class PoolSearch:
             seq=self._seq,
             search_ms=self._search_ms,
             left_out=left_out,
-            rearranged=Rearranged(considered=considered, refused=refused, is_cut=is_cut),
+            rearranged=Rearranged(
+                considered=considered, refused=refused, is_cut=is_cut, dropped=dropped
+            ),
         )
 
     def _found(self, merged: Merged, place: int, row: int) -> tuple[IdArray, FloatArray, bool]:
@@ -218,7 +234,7 @@ class PoolSearch:
         def take() -> None:
             items.add(ids, brought_of(ids, columns, vectors))
 
-        if len(ids) > TAKEN_IN_LOOP:
+        if len(ids) * max(1, len(columns)) > TAKEN_IN_LOOP:
             await asyncio.to_thread(take)
         else:
             take()

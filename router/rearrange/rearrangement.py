@@ -14,6 +14,7 @@ MAX_BOOSTS = 8
 MAX_NAME_CHARACTERS = 1024  # of a column, which every shard is sent
 # Queries x pool of one request: a microsecond each in a shard for every column, and in the router
 MAX_POOLED = 1 << 19
+MAX_COMPARED = 1 << 26  # queries x pool x k of diverse answers: about two seconds at 128 dimensions
 # What a pool has at least where the caller leaves it open, and for each of the k results: a cap of
 # one item per value that refuses two items in three still leaves k
 LEAST_POOL = 200
@@ -93,6 +94,14 @@ def sized(asked: Rearrangement, k: int, max_k: int, queries: int) -> Rearrangeme
             expected=f"queries x pool <= {MAX_POOLED}",
             got=f"{queries} x {pool}",
             hint="send the queries in several requests, or ask for fewer results",
+        )
+    if asked.relevance is not None and queries * pool * k > MAX_COMPARED:
+        raise InvalidInput(
+            "too many items to compare",
+            field="diversify",
+            expected=f"queries x pool x k <= {MAX_COMPARED}",
+            got=f"{queries} x {pool} x {k}",
+            hint="send the queries in several requests, or name a smaller pool",
         )
     return replace(asked, pool=pool)
 

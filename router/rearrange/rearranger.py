@@ -25,7 +25,7 @@ from shardline.router.rearrange.attribute_columns import kinds_of
 from shardline.router.rearrange.pool_items import PoolItems, Steps
 from shardline.router.rearrange.pool_search import GROWTH, Pool, PoolSearch, choose_all
 from shardline.router.rearrange.rearrangement import check_kinds
-from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.errors import InvalidInput, Unavailable
 from shardline.shards.core.schema import FloatArray, IdArray
 
 MAX_POOLS = 16  # of one query, each larger than the last, up to the largest k
@@ -106,8 +106,8 @@ class Rearranger:
                 pool = min(GROWTH * pool, self._max_k)
                 try:
                     pools = await search.more(items, pools, self._size(pool, search))
-                except Unavailable:  # there is an answer, though a short one
-                    break
+                except (Unavailable, InvalidInput):  # too late, or too large values: there is
+                    break  # an answer, though a short one
             choose = partial(choose_all, items, pools, can_grow=pool < self._max_k)
             pools = await asyncio.to_thread(choose) if _takes_long(search, pools) else choose()
             if not pools:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from shardline.router.rearrange.boosts import added, boosted
 from shardline.router.rearrange.greedy import NO_VALUE, Counts, capped, comparable, diverse
 from shardline.router.rearrange.pool_items import Brought, PoolItems, Steps, brought_of
+from shardline.router.rearrange.pool_search import Pool, choose_all
 from shardline.router.rearrange.rearrangement import (
     MAX_POOLED,
     Boost,
@@ -145,6 +146,7 @@ def test_scores_become_comparable_with_cosines() -> None:
         (None, -2.5, -1.25),
         (None, True, 0.5),
         (None, None, 0.0),
+        (None, "1.50", 0.75),  # a decimal that no float holds
         (None, math.nan, 0.0),
         (None, math.inf, 0.0),
         (None, -math.inf, 0.0),
@@ -261,6 +263,32 @@ def test_a_pool_below_k_or_above_the_largest_k_or_too_many_items_are_refused() -
     with pytest.raises(InvalidInput, match="queries x pool") as caught:
         sized(Rearrangement(caps=(cap("a", 1),)), 10, 2048, MAX_POOLED // 100 + 1)
     assert caught.value.field == "cap"
+
+
+def test_comparisons_of_a_request_are_bounded() -> None:
+    asked = Rearrangement(relevance=0.5)
+    assert sized(asked, 2048, 2048, 16).pool == 2048
+    with pytest.raises(InvalidInput, match="queries x pool x k") as caught:
+        sized(asked, 2048, 2048, 17)
+    assert caught.value.field == "diversify"
+
+
+def test_a_value_that_is_no_longer_full_is_asked_for_again() -> None:
+    """The second pool's item displaces what the first one's filter took for full."""
+    boost = Boost(column="n", weight=1.0, field="boost")
+    items = PoolItems(steps(k=4, caps=(cap("s", 1), cap("b", 1)), boosts=(boost,)))
+    columns = {"s": ["x", "y"], "b": ["p", "q"], "n": [0, 0]}
+    items.add(np.arange(2), Brought(ids=np.arange(2), columns=columns, vectors=None))
+    pool = Pool(0, b"", np.arange(2), np.array([2, 1], np.float32), True)
+    assert choose_all(items, [pool], can_grow=False) == [pool]
+    assert pool.left_out == {"s": ["x", "y"], "b": ["p", "q"]}
+    # one that has another seller and brand p, as the pool was found in another state, ranks first
+    more = Brought(ids=np.array([2]), columns={"s": ["z"], "b": ["p"], "n": [9]}, vectors=None)
+    items.add(np.array([2]), more)
+    pool.add(np.array([2]), np.array([0], np.float32), is_full=False)
+    assert choose_all(items, [pool], can_grow=False) == [pool], "x is free again"
+    assert pool.left_out == {"s": ["z", "y"], "b": ["p", "q"]}
+    assert choose_all(items, [pool], can_grow=False) == []
 
 
 @pytest.mark.parametrize("kind", AttributeKind)

@@ -386,6 +386,35 @@ async def test_many_queries_are_answered_part_by_part_and_off_the_loop(
         assert parts.reasons == whole.reasons
 
 
+async def test_a_value_that_boosted_items_have_freed_is_asked_for_again() -> None:
+    """Whatever the pool is, no item is left out of a short answer that its caps allow."""
+    for seed in range(6):
+        given = corpus(2 * seed)
+        caps = [{"column": "seller", "max": 2}, {"column": "brand", "max": 2}]
+        boost = {"column": "brand", "weight": 2.0, "pool": 16}
+        async with serving(given, 3, max_k=16) as service:
+            body = {"vectors": [[1.0, 2, -1, 0, 1, 1]], "k": 16, "cap": caps, "boost": boost}
+            for asked in (body, body | {"diversify": {"lambda": 0.5, "pool": 16}}):
+                answer = await ask(service, **asked)
+                items = live(answer, 0)
+                told = [each for each in answer.reasons if each.code == "cap"]
+                if len(items) == 16 or "there may be" in told[0].text:
+                    continue
+                for cap in caps:
+                    name, most = cap["column"], cap["max"]
+                    counts = Counter(given.value(name, item) for item in items)
+                    cap["full"] = {v for v, n in counts.items() if v is not None and n >= most}
+                others = set(given.ids.tolist()) - set(items)
+                allowed = [
+                    item
+                    for item in others
+                    if not any(given.value(c["column"], item) in c["full"] for c in caps)
+                ]
+                assert allowed == []
+                for cap in caps:
+                    del cap["full"]
+
+
 async def test_what_is_returned_is_of_the_final_items() -> None:
     given = corpus(2)
     async with serving(given, 2) as service:
@@ -489,7 +518,11 @@ async def test_a_shard_that_does_not_bring_attributes_is_missed() -> None:
     async with running_shards(ids, vectors, 3) as shards:
         service = SearchService(RouterConfig(**FAST), SECRET, load_encoder=lambda _table: None)
         await service.apply(make_table(shards, 8))
-        for asked in ({"cap": {"column": "title", "max": 1}}, {"diversify": {"lambda": 0.5}}):
+        for asked in (
+            {"cap": {"column": "title", "max": 1}},
+            {"diversify": {"lambda": 0.5}},
+            {"diversify": {"lambda": 0.5, "pool": 50}},  # a full one
+        ):
             shards[1].fetch_error = None
             body = {"vectors": vectors[:2].tolist(), "k": 50, **asked}
             await ask(service, **body)
@@ -501,7 +534,8 @@ async def test_a_shard_that_does_not_bring_attributes_is_missed() -> None:
                 (1, "overloaded")
             ]
             assert not set(live(answer, 0)) & set(shards[1].ids.tolist())
-            assert len(live(answer, 0)) == 40
+            assert {each.code for each in answer.reasons} <= {"coverage", "cap"}
+            assert "cap" in asked or "cap" not in {each.code for each in answer.reasons}
             with pytest.raises(Unavailable):
                 await ask(service, **body, min_coverage=0.9)
         await service.close()
