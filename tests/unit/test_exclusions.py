@@ -137,12 +137,13 @@ def test_what_is_no_list_of_ids_is_refused_by_its_place(
         np.array([1.0], "<f4"),
         np.array([-1], "<i8"),
         np.array([[1]], "<i8"),
+        np.array(1, "<i8"),
         np.zeros(MAX_EXCLUDED + 1, "<i4"),
     ],
 )
 def test_other_arrays_are_refused(array: np.ndarray) -> None:
     with pytest.raises(InvalidInput) as caught:
-        decoded(Media.MSGPACK, item_ids=[1], exclude=[array])
+        decoded(Media.MSGPACK, in_loop=True, item_ids=[1], exclude=[array])
     assert caught.value.field is not None
     assert caught.value.field.startswith("exclude[0]")
     with pytest.raises(InvalidInput) as caught:
