@@ -28,9 +28,10 @@ def cache_key(generation: int, queries: FloatArray, k: int, query: ResolvedQuery
     query: ``excluded`` is of these queries; of its ids, maybe thousands, the key has a digest."""
     asked = queries.tobytes()
     if query.excluded:
-        digest = blake2b(np.array([len(ids) for ids in query.excluded], np.int32), digest_size=32)
+        counts = np.array([len(ids) for ids in query.excluded], np.int32)
+        digest = blake2b(counts.data, digest_size=32)
         for ids in query.excluded:
-            digest.update(np.ascontiguousarray(ids))
+            digest.update(np.ascontiguousarray(ids).data)
         asked += digest.digest()
     return generation, k, query.params, query.options, len(queries), asked
 
