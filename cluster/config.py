@@ -159,8 +159,14 @@ def load_config(
 
 def given_keys(section: str, overrides: Sequence[str]) -> set[str]:
     """The keys of a section that ``key.path=value`` overrides name, right or wrong."""
-    paths = (override.partition("=")[0].split(".") for override in overrides)
-    return {path[1] for path in paths if path[0] == section and len(path) > 1}
+    keys: set[str] = set()
+    for override in overrides:
+        path, _, value = override.partition("=")
+        first, *rest = path.split(".")
+        if first == section:
+            whole = None if rest else yaml.safe_load(value)
+            keys |= {rest[0]} if rest else set(whole if isinstance(whole, dict) else ())
+    return keys
 
 
 def config_error(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:

@@ -7,6 +7,7 @@ was found in: ``freshness`` says which sequence numbers it must have to be given
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import TypeAlias
 
 import numpy as np
@@ -24,11 +25,14 @@ LARGEST_SHARE = 16  # an answer above this fraction of the cache would empty it 
 
 def cache_key(generation: int, queries: FloatArray, k: int, query: ResolvedQuery) -> CacheKey:
     """queries (n, dim) float32 as they go to the shards: normalised, encoded; k as it is asked.
-    query: ``excluded`` is of these queries."""
+    query: ``excluded`` is of these queries; of its ids, maybe thousands, the key has a digest."""
     asked = queries.tobytes()
     if query.excluded:
         counts = np.array([len(ids) for ids in query.excluded], np.int32)
-        asked = b"".join((asked, counts.tobytes(), *(ids.tobytes() for ids in query.excluded)))
+        digest = blake2b(counts.data, digest_size=32)
+        for ids in query.excluded:
+            digest.update(np.ascontiguousarray(ids).data)
+        asked += digest.digest()
     return generation, k, query.params, query.options, len(queries), asked
 
 

@@ -104,9 +104,9 @@ class Reason:
 
     code is a ``ReasonCode``, or what a newer server says. matched: of code ``filter``, how many
     items match, in the shards that answered, without the item that was asked with; else None.
-    count: of code ``cap``, how many of the items considered its caps refuse;
-    of code ``exclusion``, how many items it excludes, of those that match its filter;
-    ``coverage``: how many were not searched; ``probe_limit``: how many results are missing.
+    count: of code ``exclusion``, how many items it excludes, of those that match its filter;
+    ``coverage``: how many were not searched; ``cap``: how many of the items considered its caps
+    refuse; ``probe_limit``: how many results are missing; of others None.
     """
 
     query: int

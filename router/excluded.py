@@ -61,6 +61,17 @@ def with_history(query: ResolvedQuery, features: Any) -> ResolvedQuery:
     return _with_each(query, histories)
 
 
+def without_own(query: ResolvedQuery, own: IdArray) -> ResolvedQuery:
+    """A query by items that lets each exclude others alone: an item never comes back to itself, and
+    is not to be counted twice. own (n,): of each query the item that it is asked with."""
+    kept = []
+    for ids, item in zip(query.excluded, own.tolist(), strict=True):
+        place = int(ids.searchsorted(item))
+        is_there = place < len(ids) and ids[place] == item
+        kept.append(np.delete(ids, place) if is_there else ids)
+    return replace(query, excluded=tuple(kept) if any(map(len, kept)) else ())
+
+
 def history_names(features: Any) -> list[str]:
     """The features of a query encoder that are histories.
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from shardline.router.cache import CacheStats, ResultCache, cache_key
-from shardline.router.excluded import of_queries
+from shardline.router.excluded import num_excluded, of_queries, off_loop
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import TableSnapshot
@@ -89,8 +89,9 @@ class Finder:
         # the many answers of a background search would push out those that others ask for again
         is_cached = self._cache.enabled and is_current and not query.options.background
         if is_cached:
+            num_ids, generation = num_excluded(query.excluded), snapshot.table.generation
+            key = await off_loop(num_ids, cache_key, generation, vectors, k, query)
             asked_at = asyncio.get_running_loop().time()
-            key = cache_key(snapshot.table.generation, vectors, k, query)
             merged = self._cache.get(key, freshness.seq_at(asked_at))
         if merged is None:
             lane = LaneKey(

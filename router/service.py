@@ -24,6 +24,7 @@ from shardline.router.excluded import (
     num_excluded,
     off_loop,
     with_history,
+    without_own,
 )
 from shardline.router.experiments.arm_outcomes import ArmOutcomes
 from shardline.router.experiments.assignment import Experiments
@@ -361,6 +362,9 @@ class SearchService:
         if query.kind is QueryKind.ITEM_IDS:
             items = await self._look_up(snapshot, query, deadline)
             vectors = items.vectors
+            if query.excluded:
+                num_ids, own = num_excluded(query.excluded), check_ids(query.values)
+                query = await off_loop(num_ids, without_own, query, own)
         else:
             values = query.values
             if query.kind is QueryKind.FEATURES:
@@ -424,5 +428,6 @@ async def _without_history(snapshot: TableSnapshot, query: ResolvedQuery) -> Res
     features = getattr(snapshot.encoder, "features", ())
     named = history_names(features)
     num_ids = sum(len(values[name] or ()) for values in query.values for name in named)
+    num_ids += num_excluded(query.excluded)  # which each query's history is put together with
     found: ResolvedQuery = await off_loop(num_ids, with_history, query, features)
     return found

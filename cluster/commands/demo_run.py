@@ -32,6 +32,7 @@ from shardline.cluster.preflight.machine import before_ray
 from shardline.cluster.preflight.open_files import requests_in_flight
 from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.endpoint import Endpoint
+from shardline.cluster.serving.going_live import make_live
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.store import Store
 from shardline.shards.core import files
@@ -197,7 +198,7 @@ class Demo:
                 run_jobs=run_on_ray,
                 progress=self.progress,
             )
-            self.store.set_current(manifest.generation)
+            make_live(self.store, manifest.generation)
         self.figures["generation"] = {
             "index": manifest.index.model_dump(mode="json"),
             "shards": len(manifest.shards),

@@ -15,6 +15,7 @@ from shardline.cluster.control.publish_state import PublishKind, PublishOptions
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.servable import servable_generation
 from shardline.cluster.rollover.left_behind import check_none_left_behind, part_from_live
+from shardline.cluster.serving.going_live import make_live
 from shardline.cluster.serving.launched import Report, asked, controller
 from shardline.cluster.serving.reaching import note_served, reached
 from shardline.cluster.serving.survey import check_beside
@@ -84,7 +85,7 @@ def publish(
                 part_from_live(settings.store, number)
             else:
                 check_none_left_behind(settings.store, number)
-            settings.store.set_current(number)
+            make_live(settings.store, number)
             click.echo(f"generation {number} is live; no cluster serves this store now")
             return
         with StageProgress() as progress:

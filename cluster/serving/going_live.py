@@ -5,6 +5,7 @@ from shardline.cluster.rollover.left_behind import check_none_left_behind
 from shardline.cluster.serving.served import served_generation
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, GateFailed, NotFound, Unavailable
+from shardline.shards.live.went_live import NAME, WentLive, write_went_live
 
 
 def made_live(config: ShardlineConfig, number: int, *, verbose: bool = False) -> str | None:
@@ -24,8 +25,23 @@ def made_live(config: ShardlineConfig, number: int, *, verbose: bool = False) ->
             check_none_left_behind(store, number)
         except GateFailed as error:
             return str(error)
-        store.set_current(number)
+        make_live(store, number)
     return reason
+
+
+def make_live(store: Store, number: int) -> None:
+    """Where no cluster serves the store: what an earlier switch to the generation noted of the
+    writes that it had holds no longer, because the one before may have been written since.
+
+    Raises: as ``Store.set_current``.
+    """
+    try:
+        is_live = store.current() == number
+    except (NotFound, CorruptFile):
+        is_live = False
+    if not is_live and (store.writes(number) / NAME).exists():
+        write_went_live(store.writes(number), WentLive())
+    store.set_current(number)
 
 
 def cluster_there(config: ShardlineConfig, number: int, *, verbose: bool = False) -> str | None:

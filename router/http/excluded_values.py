@@ -21,7 +21,7 @@ def takes_long(given: Any) -> bool:
     """Whether what a body has for ``exclude`` is to be checked outside the event loop."""
     if not isinstance(given, list):
         return False
-    return sum(len(ids) for ids in given if isinstance(ids, list | np.ndarray)) > EXCLUDED_IN_LOOP
+    return sum(_size(ids) for ids in given if isinstance(ids, list | np.ndarray)) > EXCLUDED_IN_LOOP
 
 
 def to_excluded(value: Any, max_batch: int) -> tuple[IdArray, ...]:
@@ -42,14 +42,19 @@ def _ids(value: Any, field: str) -> IdArray:
     if not isinstance(value, list | np.ndarray):
         advice = "even for one query it is a list with one list"
         raise wrong_type(field, "a list of item ids", value, advice)
-    if len(value) > MAX_EXCLUDED:
+    if _size(value) > MAX_EXCLUDED:
         raise InvalidInput(
             "too many items excluded",
             field=field,
             expected=f"<= {MAX_EXCLUDED} ids per query",
-            got=f"{len(value)} ids",
+            got=f"{_size(value)} ids",
         )
     ids = to_ids(value, field, MAX_EXCLUDED)
     with suppress(OverflowError):  # which the check below tells
         ids = np.array(ids, np.int64) if isinstance(ids, list) else ids  # sooner than by the check
     return ascending(check_ids(ids, field=field))
+
+
+def _size(ids: Any) -> int:
+    """Of a list, or of an array of any shape: one without dimensions has no length."""
+    return ids.size if isinstance(ids, np.ndarray) else len(ids)

@@ -192,10 +192,9 @@ class ReasonBody(_Body):
     )
     count: int | None = Field(
         default=None,
-        description="with cap: items considered that caps refuse; "
-        "with exclusion: items that the query excludes, of those that match its "
-        "filter; with coverage: items that were not searched; with probe_limit: results that are "
-        "missing",
+        description="with exclusion: items that the query excludes, of those that match its "
+        "filter; with coverage: items that were not searched; with cap: items considered that the "
+        "caps refuse; with probe_limit: results that are missing",
     )
 
 

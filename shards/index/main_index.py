@@ -121,7 +121,7 @@ class MainIndex:
         self._largest_value = FP16_MAX if keeps_fp16(self._layers) else float(np.finfo("f4").max)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._selecting = _Selecting()
-        self._reaching_params: dict[tuple[SearchParams, int], SearchParams] = {}
+        self._reaching_params: dict[tuple[SearchParams, int, int], SearchParams] = {}
         # The rows that may be asked for to see whether a tie goes on beyond an answer. Not with the
         # 8-bit scores of FastScan alone: nearly every answer ends in a tie that means nothing.
         can_tie = self._layers.refine is not None or not self._layers.is_fastscan
@@ -200,7 +200,7 @@ class MainIndex:
         """
         self._check_dim(queries)
         if beyond:
-            params = self._reaching(params, beyond)
+            params = self._reaching(params, k, beyond)
         if self._device is Device.CUDA and k > gpu.GPU_MAX_K:
             return _padded(self.search(queries, gpu.GPU_MAX_K, params, selection), k)
         if k >= self._askable:
@@ -307,21 +307,22 @@ class MainIndex:
                 got=str(queries.shape[1]),
             )
 
-    def _reaching(self, params: SearchParams, beyond: int) -> SearchParams:
+    def _reaching(self, params: SearchParams, k: int, beyond: int) -> SearchParams:
         """With more lists visited, in place of those that ``beyond`` rows that are not selected may
         have emptied: twice as many as these rows fill, because they are not the whole of a list.
         Rounded up, so that few different parameters come of it."""
         if params.nprobe is not None or not self._layers.is_ivf:
             return params  # an index that excludes no rows itself is asked for more results anyway
         rounded = 1 << (beyond - 1).bit_length()
-        reaching = self._reaching_params.get((params, rounded))
+        reaching = self._reaching_params.get((params, k, rounded))
         if reaching is None:
             nlist = int(self._layers.base.nlist)
-            nprobe = (self._defaults.nprobe or 1) + 2 * math.ceil(rounded * nlist / self.rows)
+            usual = math.ceil((self._defaults.nprobe or 1) * max(k / MEASURED_K, 1))
+            nprobe = usual + 2 * math.ceil(rounded * nlist / self.rows)
             reaching = replace(params, nprobe=min(nprobe, nlist, MAX_NPROBE))
             if len(self._reaching_params) >= PARAMETER_CACHE:
                 self._reaching_params.clear()
-            self._reaching_params[params, rounded] = reaching
+            self._reaching_params[params, k, rounded] = reaching
         return reaching
 
     @property

@@ -92,6 +92,9 @@ def router() -> Iterator[LiveRouter]:
             item = {"item_id": 1 << 60, "vector": [0.5] * DIM}
             answered = http.put("/v1/items", json={"items": [item]})
             assert answered.status_code == 200, answered.text
+            # whatever has been asked, a list can be written
+            answered = http.put("/v1/lists/seen:1", json={"item_ids": [1 << 60]})
+            assert answered.status_code == 200, answered.text
         written = [each for shard in router.shards for each in shard.written]
         assert written, "no write got through"
         assert any((router.store / "lists").rglob("*.ids")), "no list got through"

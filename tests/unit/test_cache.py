@@ -97,6 +97,19 @@ def test_two_short_queries_are_not_one_long_one() -> None:
     assert cache_key(1, one, 3, query) != cache_key(1, two, 3, query)
 
 
+def test_many_excluded_ids_take_no_more_of_the_cache_than_one() -> None:
+    kept = []
+    for count in (1, 30_000):
+        cache = ResultCache(1 << 20)
+        excluded = (np.arange(count, dtype=np.int64),)
+        query = resolve(RouterConfig(), item_ids=[1], excluded=excluded)
+        asked = cache_key(1, np.zeros((1, DIM), np.float32), 3, query)
+        cache.put(asked, found(1))
+        assert cache.get(asked, SEQ) is not None
+        kept.append(cache.stats.bytes)
+    assert kept[0] == kept[1] < 2 * SIZE
+
+
 def test_a_partial_answer_and_a_huge_one_are_not_kept() -> None:
     cache = ResultCache(16 * SIZE - 1)
     cache.put(key(1), found(1))

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 from shardline.cluster.rollover.replayed_note import key_prefix
+from shardline.cluster.serving.going_live import make_live
+from shardline.cluster.store import Store
 from shardline.router.written import Part, by_shard
+from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.messages import DeleteRequest, UpsertRequest, WriteReply
 from shardline.shards.live import carried_keys
-from shardline.shards.live.went_live import NAME, WentLive, write_went_live
+from shardline.shards.live.went_live import NAME, WentLive, read_went_live, write_went_live
 from tests.two_generations import Written, build, unit_vectors
 
 OLD, NEW = 1, 2
@@ -160,3 +163,19 @@ def test_keys_that_cannot_be_read_are_told_of_and_writes_go_on(
     deliver(fresh, delete(8, "a"))
     assert 8 not in fresh.contents()
     assert "instead of a generation's folder" in caplog.text
+
+
+@pytest.mark.parametrize("live", [1, 2])
+def test_what_a_switch_noted_is_void_where_a_generation_goes_live_without_one(
+    tmp_path: Path, live: int
+) -> None:
+    store = Store(tmp_path)
+    for number in (1, 2):
+        store.generation(number).mkdir(parents=True)
+        (store.generation(number) / MANIFEST_NAME).write_text("{}")
+    noted = WentLive(has=(3,), keys_of="000001")
+    write_went_live(store.writes(2), noted)
+    store.set_current(live)
+    make_live(store, 2)
+    assert store.current() == 2
+    assert read_went_live(store.writes(2)) == (noted if live == 2 else WentLive())

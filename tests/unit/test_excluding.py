@@ -286,3 +286,11 @@ def test_a_selection_less_some_rows_has_all_others(rows: int) -> None:
         assert less.num_selected == origin.num_selected - len(more)
         assert less.origin is origin
         assert less.base is origin
+
+
+def test_exclusions_add_to_the_lists_that_many_results_need() -> None:
+    """Beyond MEASURED_K results a default visits more lists; with exclusions not fewer than that."""
+    main = build_main(clustered(4000, 16, 40, seed=1), kind="ivf", nlist=64, nprobe=2)
+    k = 10 * MEASURED_K
+    assert main._reaching(NO_PARAMS, k, 40).nprobe > 2 * 10
+    assert main._reaching(NO_PARAMS, 10, 40).nprobe > 2

@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Sequence
+from threading import get_ident
 from typing import Any
 
 import msgpack
 import numpy as np
 import pytest
 
+from shardline.router import finding
+from shardline.router import service as service_module
 from shardline.router.cache import cache_key
 from shardline.router.contract import pack_array
 from shardline.router.excluded import MAX_EXCLUDED, ascending, by_shard, with_excluded
@@ -137,12 +140,13 @@ def test_what_is_no_list_of_ids_is_refused_by_its_place(
         np.array([1.0], "<f4"),
         np.array([-1], "<i8"),
         np.array([[1]], "<i8"),
+        np.array(1, "<i8"),
         np.zeros(MAX_EXCLUDED + 1, "<i4"),
     ],
 )
 def test_other_arrays_are_refused(array: np.ndarray) -> None:
     with pytest.raises(InvalidInput) as caught:
-        decoded(Media.MSGPACK, item_ids=[1], exclude=[array])
+        decoded(Media.MSGPACK, in_loop=True, item_ids=[1], exclude=[array])
     assert caught.value.field is not None
     assert caught.value.field.startswith("exclude[0]")
     with pytest.raises(InvalidInput) as caught:
@@ -371,7 +375,7 @@ async def test_the_cache_keeps_answers_of_exclusions_apart_with_their_reasons() 
 async def test_searches_with_exclusions_are_not_watched() -> None:
     async with serving() as (service, _):
         seen: list[int] = []
-        service.watch.offer = lambda lane, queries, answer: seen.append(len(queries))  # type: ignore[method-assign]
+        service.watch.offer = lambda lane, queries, answer, *_: seen.append(len(queries))  # type: ignore[method-assign]
         await ask(service, vectors=VECTORS[:1].tolist(), exclude=[[1]])
         assert seen == []
         await ask(service, vectors=VECTORS[:2].tolist())
@@ -421,3 +425,57 @@ async def test_a_history_is_excluded_only_where_there_is_one() -> None:
         assert caught.value.field == "exclude_history"
         assert not shards[0].requests
         await ask(service, features=[{"slope": 1}])
+
+
+async def test_an_item_that_excludes_itself_is_counted_once() -> None:
+    async with serving() as (service, _):
+        body: dict[str, Any] = {"item_ids": [4, 4, 7], "k": 5}
+        few = {"item_id": {"$lt": 6}}
+        for asked in (body, body | {"filter": few}):
+            plain = await ask(service, **asked, exclude=[[2], [], [1, 3]])
+            itself = await ask(service, **asked, exclude=[[4, 2], [4], [1, 3, 7]])
+            np.testing.assert_array_equal(itself.ranked.ids, plain.ranked.ids)
+            assert itself.reasons == plain.reasons
+        answer = await ask(service, **body, filter=few, exclude=[[4], [4], [7]])
+        assert answer.reasons == (await ask(service, **body, filter=few)).reasons
+
+
+async def test_histories_are_joined_with_many_other_ids_outside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = []
+    real = service_module.with_history
+
+    def watched(*arguments: Any) -> ResolvedQuery:
+        threads.append(get_ident())
+        return real(*arguments)
+
+    monkeypatch.setattr(service_module, "with_history", watched)
+    known = np.eye(6, dtype=np.float32)
+    async with serving(encoder=history_encoder(DIM, known)) as (service, _):
+        for count in (1, MAX_EXCLUDED):
+            await ask(
+                service,
+                features=[{"history": [1]}] * 4,
+                exclude=[list(range(count))] * 4,
+                exclude_history=True,
+            )
+    assert [thread == get_ident() for thread in threads] == [True, False]
+
+
+async def test_the_cache_key_of_many_ids_is_made_outside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = []
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(get_ident())
+        return cache_key(*arguments)
+
+    monkeypatch.setattr(finding, "cache_key", watched)
+    config = CONFIG.model_copy(update={"cache_bytes": 1 << 20})
+    async with serving(config) as (service, _):
+        for count in (1, MAX_EXCLUDED):
+            exclude = [list(range(count))] * 4
+            await ask(service, vectors=VECTORS[:4].tolist(), exclude=exclude)
+    assert [thread == get_ident() for thread in threads] == [True, False]

@@ -217,7 +217,7 @@ async def test_a_generation_of_the_same_rows_passes() -> None:
 
 
 async def test_a_generation_with_a_poor_index_fails_by_recall_and_overlap() -> None:
-    coarse = states_of(VECTORS, kind="ivf", nlist=30, nprobe=1)
+    coarse = states_of(VECTORS, kind="ivf", nlist=5, nprobe=1)
     async with two(coarse) as (candidate, live):
         figures = await measured(candidate, live)
         by_hand = []
