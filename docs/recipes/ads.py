@@ -28,9 +28,9 @@ K = 10
 PLACES = 5  # ads per page in the simulated day
 PEOPLE = 40  # who look at pages that day
 BUDGET = 6.0
-ACTIVE = {"active": True}
-CAP = {"cap": {"column": "advertiser", "max": 2}}
-BOOST = {"boost": {"column": "bid", "weight": 0.1}}
+ACTIVE: dict[str, Any] = {"active": True}
+CAP: dict[str, Any] = {"cap": {"column": "advertiser", "max": 2}}
+BOOST: dict[str, Any] = {"boost": {"column": "bid", "weight": 0.1}}
 CONFIG = {
     "training": {
         "dim": 64,

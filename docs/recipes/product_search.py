@@ -87,7 +87,7 @@ class Query:
 
     def fits(self, parts: np.ndarray) -> np.ndarray:
         """(n,) whether each product of parts (n, 4) has everything that was asked for."""
-        return ((self.asked < 0) | (parts == self.asked)).all(axis=1)
+        return np.asarray(((self.asked < 0) | (parts == self.asked)).all(axis=1))
 
 
 def words_of(parts: np.ndarray) -> list[str]:
@@ -224,6 +224,7 @@ def show_filters(
 def show_new_products(recipe: Recipe, client: Client, parts: np.ndarray, first_id: int) -> None:
     """New products are found by the search after their write, and no more once sold out."""
     ids = np.arange(first_id, first_id + len(parts))
+    seq: Seq | None = None
     titles = [title_of(row) for row in parts]
     searched = [{"query": title.lower()} for title in titles]
     products = {
@@ -244,7 +245,6 @@ def show_new_products(recipe: Recipe, client: Client, parts: np.ndarray, first_i
         )
         return int((answer.ids == ids[:, None]).any(axis=1).sum())
 
-    seq: Seq | None = None
     written(AFFORDABLE / 2, in_stock=True)
     recipe.outcome("new products found first, of 20", ">= 18", found(within=1))
     recipe.outcome(f"new products among the first {K}, of 20", "= 20", found(within=K))

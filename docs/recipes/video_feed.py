@@ -25,9 +25,9 @@ OLDEST_DAYS = 365
 K = 20
 VIEWERS = 60  # asked for
 UPLOADS = 20
-EXCLUDE = {"exclude_history": True}
-BOOST = {"boost": {"column": "published_at", "weight": 0.3, "half_life_days": 14}}
-DIVERSIFY = {"diversify": {"lambda": 0.6, "pool": 200}}
+EXCLUDE: dict[str, Any] = {"exclude_history": True}
+BOOST: dict[str, Any] = {"boost": {"column": "published_at", "weight": 0.3, "half_life_days": 30}}
+DIVERSIFY: dict[str, Any] = {"diversify": {"lambda": 0.6, "pool": 200}}
 CONFIG = {
     "training": {
         "dim": 64,
@@ -86,6 +86,11 @@ class Viewers:
         ]
 
 
+def utc_now() -> datetime:
+    """The time in UTC without a zone, as ``shardline data import`` keeps times."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
 def make_videos(count: int, rng: np.random.Generator) -> Videos:
     return Videos(
         channel=rng.integers(0, CHANNELS, count),
@@ -122,7 +127,7 @@ def watch(
 def video_feed(recipe: Recipe) -> None:
     """From a log of what was watched to feeds, asked for with one rule at a time and with all."""
     rng = np.random.default_rng(2026)
-    now = datetime.now(UTC)
+    now = utc_now()
     videos = make_videos(recipe.size(12_000, 3000), rng)
     viewers = make_viewers(recipe.size(4000, 1000), videos, rng)
     count, topics = len(viewers.watched), [f"topic {topic}" for topic in range(TOPICS)]
@@ -220,7 +225,7 @@ def show_uploads(
             "channel": [f"channel {channel}" for channel in channels],
             "minutes": [7.0] * len(ids),
         },
-        attributes={"published_at": [datetime.now(UTC)] * len(ids)},
+        attributes={"published_at": [utc_now()] * len(ids)},
     )
     answer = client.search(
         features=viewers.feature_maps(fans),
