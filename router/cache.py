@@ -9,6 +9,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import numpy as np
+
 from shardline.router.freshness import Seq
 from shardline.router.query import Merged, ResolvedQuery
 from shardline.shards.core.messages import SearchOptions, SearchParams
@@ -21,8 +23,13 @@ LARGEST_SHARE = 16  # an answer above this fraction of the cache would empty it 
 
 
 def cache_key(generation: int, queries: FloatArray, k: int, query: ResolvedQuery) -> CacheKey:
-    """queries (n, dim) float32 as they go to the shards: normalised, encoded; k as it is asked."""
-    return generation, k, query.params, query.options, len(queries), queries.tobytes()
+    """queries (n, dim) float32 as they go to the shards: normalised, encoded; k as it is asked.
+    query: ``excluded`` is of these queries."""
+    asked = queries.tobytes()
+    if query.excluded:
+        counts = np.array([len(ids) for ids in query.excluded], np.int32)
+        asked = b"".join((asked, counts.tobytes(), *(ids.tobytes() for ids in query.excluded)))
+    return generation, k, query.params, query.options, len(queries), asked
 
 
 @dataclass(slots=True)

@@ -90,6 +90,10 @@ class ReasonCode(StrEnum):
     NOT_FOUND = "not_found"  # no shard holds the item
     NOT_FOUND_PARTIAL = "not_found_partial"  # no shard that answered holds it, and one did not
     FILTER = "filter"  # fewer items match its filter than were asked for
+    EXCLUSION = "exclusion"  # items that it excludes are those that are missing
+    COVERAGE = "coverage"  # a shard that did not answer may have more
+    PROBE_LIMIT = "probe_limit"  # its search parameters visit too few items
+    CAP = "cap"  # its caps refuse the items that there are beyond those
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +103,15 @@ class Reason:
 
     code is a ``ReasonCode``, or what a newer server says. matched: of code ``filter``, how many
     items match, in the shards that answered, without the item that was asked with; else None.
+    count: of code ``exclusion``, how many items it excludes, of those that match its filter;
+    ``coverage``: how many were not searched; ``probe_limit``: how many results are missing.
     """
 
     query: int
     code: str
     text: str
     matched: int | None = None
+    count: int | None = None
 
     @property
     def content(self) -> dict[str, Any]:

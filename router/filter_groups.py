@@ -1,4 +1,4 @@
-"""Searches with filters: queries of one filter are asked together, and short answers say why.
+"""Searches with filters: queries of one filter are asked together.
 
 Pure functions of what queries ask for and of what was found.
 """
@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shardline.router.contract import Reason, ReasonCode
 from shardline.router.query import Merged
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import NO_FILTER
-from shardline.shards.core.schema import EMPTY_ID, IdArray, Ranked
+from shardline.shards.core.schema import IdArray, Ranked
 
 FILTERS_AT_ONCE = 16  # of one request that are asked for at a time, each with a frame of its own
 
@@ -34,11 +33,14 @@ def joined(parts: Sequence[tuple[IdArray, Merged]]) -> Merged:
     k = first.ranked.ids.shape[1]
     ranked = Ranked(np.empty((count, k), np.int64), np.empty((count, k), np.float32))
     matched = np.full(count, NO_FILTER)
+    excluded = np.zeros(count, np.int64)
     coverage = first.coverage
     for rows, merged in parts:
         ranked.ids[rows], ranked.scores[rows] = merged.ranked
         if merged.matched is not None:
             matched[rows] = merged.matched
+        if merged.excluded is not None:
+            excluded[rows] = merged.excluded
         coverage = coverage.joined(merged.coverage)
     shares = [merged.others_share for _, merged in parts if merged.others_share is not None]
     return Merged(
@@ -48,26 +50,7 @@ def joined(parts: Sequence[tuple[IdArray, Merged]]) -> Merged:
         seq=tuple(map(_oldest, zip(*(merged.seq for _, merged in parts), strict=True))),
         others_share=max(shares, default=None),
         matched=matched,
-    )
-
-
-def filter_reasons(merged: Merged, k: int) -> tuple[Reason, ...]:
-    """Of each query whose filter leaves fewer than k items: how many match it."""
-    if merged.matched is None:
-        return ()
-    live = (merged.ranked.ids != EMPTY_ID).sum(axis=1)
-    is_short = (live < k) & (merged.matched != NO_FILTER) & (merged.matched < k)
-    where = " in the shards that answered" if merged.coverage.degraded else ""
-    return tuple(
-        Reason(
-            query=query,
-            code=ReasonCode.FILTER,
-            text=f"{_items(matched)} the filter{where}",
-            matched=matched,
-        )
-        for query, matched in zip(
-            np.flatnonzero(is_short).tolist(), merged.matched[is_short].tolist(), strict=True
-        )
+        excluded=excluded if any(merged.excluded is not None for _, merged in parts) else None,
     )
 
 
@@ -87,9 +70,3 @@ def at_query(error: InvalidInput, query: int) -> InvalidInput:
 
 def _oldest(seqs: Sequence[int | None]) -> int | None:
     return None if None in seqs else min(seq for seq in seqs if seq is not None)
-
-
-def _items(matched: int) -> str:
-    if matched == 1:
-        return "1 item matches"
-    return f"{matched or 'no'} item{'s' if matched else ''} match{'' if matched else 'es'}"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from shardline.router.cache import CacheStats, ResultCache, cache_key
+from shardline.router.excluded import of_queries
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import TableSnapshot
@@ -63,6 +64,8 @@ class Finder:
 
         Raises: as ``Fanout.search``.
         """
+        if query.excluded and positions is not None:
+            query = replace(query, excluded=of_queries(query.excluded, positions))
         if not query.filters:
             return await self._find_alike(snapshot, vectors, k, query, deadline)
         if positions is None:
@@ -77,7 +80,8 @@ class Finder:
         query: ResolvedQuery,
         deadline: float,
     ) -> Merged:
-        """From the cache, or from the shards; k as the shards are asked."""
+        """From the cache, or from the shards; k as the shards are asked. ``query.excluded`` is of
+        these vectors."""
         merged: Merged | None = None
         freshness = self._freshness
         # a query that began before another generation went live is answered by the old one's shards
@@ -96,8 +100,11 @@ class Finder:
                 params=query.params,
                 options=query.options,
             )
-            merged = await self._fanout.search(vectors, lane, deadline=deadline)
-            self._watch.offer(lane, vectors, merged)
+            merged = await self._fanout.search(
+                vectors, lane, deadline=deadline, excluded=query.excluded
+            )
+            if not query.excluded:
+                self._watch.offer(lane, vectors, merged)
             if is_cached:
                 is_newest = freshness.heard(merged.seq, asked_at)
                 if is_newest and freshness is self._freshness:  # else another generation is live
@@ -114,12 +121,17 @@ class Finder:
         deadline: float,
     ) -> Merged:
         """As ``find``, for queries of several filters: ``query.filters`` has that of each of
-        vectors (n, dim), at positions (n,)."""
+        vectors (n, dim), at positions (n,), and ``query.excluded``, if any, is of these vectors."""
         is_free = asyncio.Semaphore(FILTERS_AT_ONCE)
         refused: list[InvalidInput] = []
 
         async def find(packed: bytes, rows: IdArray) -> tuple[IdArray, Merged]:
-            own = replace(query, options=replace(query.options, filter=packed), filters=())
+            own = replace(
+                query,
+                options=replace(query.options, filter=packed),
+                filters=(),
+                excluded=of_queries(query.excluded, rows),
+            )
             async with is_free:
                 if refused:  # nobody would get what is found now
                     raise refused[0]

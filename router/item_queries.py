@@ -5,11 +5,12 @@ own answer; an item that is not known gets an empty answer and a reason.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from shardline.router.contract import Coverage, Reason, ReasonCode
-from shardline.router.query import FoundItems, Merged
+from shardline.router.query import FoundItems, Merged, Rearranged
 from shardline.shards.core.messages import NO_FILTER
 from shardline.shards.core.schema import (
     EMPTY_ID,
@@ -41,15 +42,19 @@ class ItemQueries:
     def spread(self, merged: Merged | None, k: int) -> Merged:
         """The answer to all queries, (num_queries, k), from what was found for ``vectors``, or
         None where there are none; the rows of unknown items are empty. ``matched`` counts no item
-        that is left out of its own answer."""
+        that is left out of its own answer, ``left_out`` those that are."""
         ids = np.full((self.num_queries, k), EMPTY_ID)
         scores = np.full((self.num_queries, k), EMPTY_SCORE)
-        coverage, matched = self.coverage, None
+        coverage, matched, excluded, left_out = self.coverage, None, None, None
         if merged is not None:
-            if merged.matched is not None:
+            is_own = merged.left_out  # of pools
+            if is_own is None:
                 is_own = (merged.ranked.ids == self.own[:, None]).any(axis=1)
-                matched = np.full(self.num_queries, NO_FILTER)
-                matched[self.live] = merged.matched - is_own
+            left_out = self._of_all(is_own, 0)
+            if merged.excluded is not None:
+                excluded = self._of_all(merged.excluded, 0)
+            if merged.matched is not None:
+                matched = self._of_all(merged.matched - is_own, NO_FILTER)
             others = drop_own(merged.ranked, self.own)
             width = min(k, others.ids.shape[1])
             ids[self.live, :width] = others.ids[:, :width]
@@ -64,6 +69,26 @@ class ItemQueries:
             seq=self.seq if merged is None else merged.seq,
             others_share=None if merged is None else merged.others_share,
             matched=matched,
+            excluded=excluded,
+            left_out=left_out,
+            rearranged=self._rearranged(merged),
+        )
+
+    def _of_all(self, values: Any, others: int) -> IdArray:
+        """(num_queries,): values (live,), and ``others`` for unknown items."""
+        spread = np.full(self.num_queries, others, np.int64)
+        spread[self.live] = values
+        return spread
+
+    def _rearranged(self, merged: Merged | None) -> Rearranged | None:
+        """Of all queries; None where nothing was put into another order."""
+        if merged is None or merged.rearranged is None:
+            return None
+        told = merged.rearranged
+        return Rearranged(
+            considered=self._of_all(told.considered, 0),
+            refused=self._of_all(told.refused, 0),
+            is_cut=self._of_all(told.is_cut, 0),
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from shardline.router.query import QueryKind, ResolvedQuery, SeqOrigin
+from shardline.router.rearrange.rearrangement import Rearrangement, sized
 from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
 from shardline.shards.core.filter_language import MAX_FILTER_BYTES
@@ -19,7 +20,7 @@ from shardline.shards.core.messages import (
     SearchParams,
 )
 from shardline.shards.core.metrics import REJECTED, Recorder
-from shardline.shards.core.schema import FloatArray, check_k
+from shardline.shards.core.schema import FloatArray, IdArray, check_k
 from shardline.shards.wire.frames import MAX_FRAME_BYTES
 
 # Vectors of one request travel in one frame, with a filter; the rest takes far less than this.
@@ -71,9 +72,13 @@ def resolve(
     original_ids: bool = False,
     min_seq_of: SeqOrigin | None = None,
     filters: tuple[bytes, ...] = (),
+    excluded: tuple[IdArray, ...] | None = None,
+    exclude_history: bool = False,
+    rearrange: Rearrangement | None = None,
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
-    filters: one per query, or none at all.
+    filters: one per query, or none at all. excluded: of each query, ascending, each once.
+    rearrange: without its pool.
 
     Raises:
         InvalidInput: not one kind, an empty or too large batch, a value out of range.
@@ -93,6 +98,16 @@ def resolve(
         check_filters(len(filters), len(values))
         if len(set(filters)) == 1:
             options, filters = replace(options, filter=filters[0]), ()
+    if excluded is not None:
+        excluded = check_excluded(excluded, len(values))
+    if exclude_history and kind is not QueryKind.FEATURES:
+        raise InvalidInput(
+            "there is no history",
+            field="exclude_history",
+            expected="queries by features",
+            got=f"queries by {kind}",
+            hint="name the items in exclude",
+        )
     if returned or original_ids:
         _check_returned(len(values) * k * (len(returned) + original_ids), returned)
     return ResolvedQuery(
@@ -107,6 +122,9 @@ def resolve(
         original_ids=original_ids,
         min_seq_of=min_seq_of,
         filters=filters,
+        excluded=excluded or (),
+        exclude_history=exclude_history,
+        rearrange=rearrange and sized(rearrange, k, config.max_k, len(values)),
     )
 
 
@@ -119,6 +137,19 @@ def check_filters(filters: int, queries: int) -> None:
             expected=f"one map for all queries, or a list with one for each of {queries}",
             got=f"a list of {filters}",
         )
+
+
+def check_excluded(excluded: tuple[IdArray, ...], queries: int) -> tuple[IdArray, ...]:
+    """As it is, or empty where no query excludes anything. Raises InvalidInput for a list of
+    exclusions that is not as long as the queries are many."""
+    if len(excluded) != queries:
+        raise InvalidInput(
+            "wrong number of exclusions",
+            field="exclude",
+            expected=f"a list with a list of item ids for each of {queries} queries",
+            got=f"a list of {len(excluded)}",
+        )
+    return excluded if any(map(len, excluded)) else ()
 
 
 def _check_returned(num_values: int, names: Sequence[str]) -> None:
@@ -161,8 +192,18 @@ def write_timeout_ms(config: RouterConfig, timeout_ms: float | None) -> float:
     return timeout_ms
 
 
-def check_size(vectors: FloatArray, kind: str) -> None:
-    """Raises InvalidInput for more vectors (n, dim) than one frame to a shard can carry."""
+def check_size(vectors: FloatArray, kind: str, num_excluded: int = 0) -> None:
+    """Raises InvalidInput for more vectors (n, dim), and ids that they exclude, than one frame to a
+    shard can carry."""
+    excluded_bytes = 8 * num_excluded + 4 * len(vectors) if num_excluded else 0
+    if vectors.nbytes <= MAX_QUERY_BYTES < vectors.nbytes + excluded_bytes:
+        raise InvalidInput(
+            "too many items excluded",
+            field="exclude",
+            expected=f"<= {MAX_QUERY_BYTES - vectors.nbytes} bytes, 8 per id, of all queries",
+            got=f"{excluded_bytes} bytes",
+            hint="send the queries in several requests",
+        )
     if vectors.nbytes > MAX_QUERY_BYTES:
         raise InvalidInput(
             "batch too large",

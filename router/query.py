@@ -4,11 +4,13 @@ body of a request -> ResolvedQuery -> SearchRequest, a frame to every shard
 replies -> Merged, what the shards found -> SearchAnswer, the body of the answer
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from shardline.router.contract import Coverage, Degraded, Reason
+from shardline.router.rearrange.rearrangement import Rearrangement
+from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.messages import SearchOptions, SearchParams
 from shardline.shards.core.schema import FloatArray, IdArray, Ranked
 
@@ -37,7 +39,9 @@ class ResolvedQuery:
     values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, or n ids, none
     of them empty or too many, but not looked at one by one. timeout_ms counts from the arrival.
     min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
-    where queries differ in them, the ``options.filter`` of each; else empty.
+    where queries differ in them, the ``options.filter`` of each; else empty. excluded: of each
+    query the ids (m,) int64 that must not come back, ascending, each once; empty where no query has
+    any. exclude_history: nor the items of its history feature, which are not in ``excluded`` yet.
     """
 
     kind: QueryKind
@@ -51,6 +55,19 @@ class ResolvedQuery:
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
+    excluded: tuple[IdArray, ...] = ()
+    exclude_history: bool = False
+    rearrange: Rearrangement | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Rearranged:
+    """Of each query (n,) how many items were considered for its answer; where that is short, how
+    many of them caps have refused, else 0; and 1 where others were given up that may fit."""
+
+    considered: IdArray
+    refused: IdArray
+    is_cut: IdArray
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -60,7 +77,10 @@ class Merged:
     seq: of each shard, how many writes its rows had; None for one that did not answer. Its arrays
     may be shared: nobody writes to them. others_share: the largest of the replies; None
     without any. matched (n,) int64: of each query, how many rows match its filter, NO_FILTER
-    without one; None: none has a filter.
+    without one; None: none has a filter. excluded (n,): of each query with fewer than k results,
+    how many rows, that match if it has a filter, its exclusions left out; None: none has any.
+    left_out (n,): how many rows that were found are not in its answer, 1 for an item that was asked
+    with; None: none. rearranged: of a search with caps, boosts or diversity.
     """
 
     ranked: Ranked
@@ -69,6 +89,9 @@ class Merged:
     seq: tuple[int | None, ...]
     others_share: float | None = None
     matched: IdArray | None = None
+    excluded: IdArray | None = None
+    left_out: IdArray | None = None
+    rearranged: Rearranged | None = None
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as ResolvedQuery
@@ -76,7 +99,8 @@ class SearchAnswer:
     """ranked: a row per query. took_ms is the time from the request's arrival to its answer.
 
     seq: as of ``Merged``. table_version: of the table that the shards were asked by. others_share:
-    as of ``Merged``, of a background search, else None.
+    as of ``Merged``, of a background search, else None. considered: as of ``Rearranged``; None
+    without caps, boosts and diversity.
     """
 
     ranked: Ranked
@@ -91,6 +115,7 @@ class SearchAnswer:
     seq: tuple[int | None, ...] = ()
     table_version: int = 0
     others_share: float | None = None
+    considered: IdArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +150,8 @@ class FoundAttributes:
     """Of each attribute asked for, the values by item id; items that were not found have none.
 
     item_ids: those that were found, in no order. size: bytes of the values, packed. seq: as of
-    ``Merged``; of items that were asked for in several parts, of the last.
+    ``Merged``; of items that were asked for in several parts, of the last. kinds: of the attributes
+    asked for, as far as a shard answered.
     """
 
     item_ids: IdArray
@@ -133,3 +159,4 @@ class FoundAttributes:
     size: int
     missing: tuple[Degraded, ...]
     seq: tuple[int | None, ...] = ()
+    kinds: dict[str, AttributeKind] = field(default_factory=dict)

@@ -18,6 +18,12 @@ from shardline.router.asked_seq import pinned_with
 from shardline.router.contract import ItemAnswer, Reason
 from shardline.router.encoder.item_encoder import ItemEncoder
 from shardline.router.encoder_loading import EncoderLoader
+from shardline.router.excluded import (
+    history_names,
+    num_excluded,
+    off_loop,
+    with_history,
+)
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import (
     Encoder,
@@ -25,7 +31,6 @@ from shardline.router.fanout.snapshot import (
     load_item_encoder,
     load_query_encoder,
 )
-from shardline.router.filter_groups import filter_reasons
 from shardline.router.finding import Finder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
@@ -38,9 +43,11 @@ from shardline.router.query import (
     SearchAnswer,
 )
 from shardline.router.readiness import Readiness
+from shardline.router.rearrange.rearranger import Rearranger
 from shardline.router.recall_watch import RecallWatch
 from shardline.router.returned import bring_returned
 from shardline.router.router_config import RouterConfig
+from shardline.router.shortfall import shortfall_reasons
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
     ShardlineError,
@@ -83,7 +90,9 @@ class SearchService:
         load_encoder: Callable[[RoutingTable], Encoder | None] = load_query_encoder,
         load_items: Callable[[RoutingTable], ItemEncoder | None] = load_item_encoder,
         rng: random.Random | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
+        """wall: seconds since 1970, for the ages of dates that boosts name."""
         self.config = config
         self.recorder = Recorder()
         rng = rng or random.Random()
@@ -105,6 +114,7 @@ class SearchService:
         self._searches = 0
         self._readiness = Readiness(self._fanout)
         self._finder = Finder(self._fanout, self.watch, config.cache_bytes)
+        self._rearranger = Rearranger(self._fanout, self._finder, config.max_k, wall)
         self.writes = WriteService(config, self._fanout, self.recorder, self._finder.wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -209,6 +219,7 @@ class SearchService:
             request_id=request_id,
             returned=returned,
             others_share=merged.others_share if query.options.background else None,
+            considered=None if merged.rearranged is None else merged.rearranged.considered,
         )
 
     def count_rejected(self, error: ShardlineError) -> None:
@@ -306,12 +317,16 @@ class SearchService:
             values = query.values
             if query.kind is QueryKind.FEATURES:
                 values = await encoded(self._fanout, snapshot, query, deadline)
+                if query.exclude_history:
+                    query = await _without_history(snapshot, query)
             table = snapshot.table
             vectors = query_vectors(values, dim=table.dim, metric=table.metric, field=query.kind)
-        check_size(vectors, query.kind)
+        check_size(vectors, query.kind, num_excluded(query.excluded))
         prepared_at = time.perf_counter()
         if items is not None:
             merged = await self._neighbours(snapshot, items, query, deadline)
+        elif query.rearrange is not None:
+            merged = await self._rearranger.find(snapshot, vectors, query.k, query, deadline)
         else:
             merged = await self._finder.find(snapshot, vectors, query.k, query, deadline)
         if is_timed:
@@ -319,9 +334,8 @@ class SearchService:
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
             self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
         reasons = () if items is None else items.reasons
-        if merged.matched is not None:
-            reasons += filter_reasons(merged, query.k)
-        return merged, reasons
+        unanswered = {reason.query for reason in reasons}
+        return merged, reasons + shortfall_reasons(merged, query.k, unanswered)
 
     async def _look_up(
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float
@@ -343,7 +357,25 @@ class SearchService:
         """Of all items, those that could not be asked being empty."""
         merged: Merged | None = None
         if items.live.size:
-            # one more, because an item-to-item query finds itself; at the limit it gets k - 1
-            k, live = min(query.k + 1, self.config.max_k), items.live
-            merged = await self._finder.find(snapshot, items.vectors, k, query, deadline, live)
+            # one more, because an item-to-item query finds itself
+            k, live = query.k + 1, items.live
+            if query.rearrange is None:
+                merged = await self._finder.find(snapshot, items.vectors, k, query, deadline, live)
+            else:
+                merged = await self._rearranger.find(
+                    snapshot, items.vectors, query.k, query, deadline, live, items.own
+                )
         return items.spread(merged, query.k)
+
+
+async def _without_history(snapshot: TableSnapshot, query: ResolvedQuery) -> ResolvedQuery:
+    """A query by features that the snapshot's encoder has taken, with its histories excluded.
+
+    Raises:
+        InvalidInput: the encoder has no history.
+    """
+    features = getattr(snapshot.encoder, "features", ())
+    named = history_names(features)
+    num_ids = sum(len(values[name] or ()) for values in query.values for name in named)
+    found: ResolvedQuery = await off_loop(num_ids, with_history, query, features)
+    return found

@@ -223,6 +223,7 @@ class FakeShard:
                 item_ids=np.array(mine, dtype=np.int64),
                 names=names,
                 values=self.bad_values or b"".join(map(msgpack.packb, values)),
+                kinds=("text",) * len(names),
                 generation=self.answers_as or self.generation,
                 seq=self.seq,
             )
@@ -235,6 +236,9 @@ class FakeShard:
         except InvalidInput as error:
             return ErrorReply(code=error.code, message=error.details, field=error.field)
         ranked = brute_force(message.queries, self.ids[here], self.vectors[here], message.k)
+        excluded = None
+        if message.excluded is not None:
+            ranked, excluded = self.without_excluded(message, here)
         if self.short:
             ranked = Ranked(ranked.ids[:, :-1], ranked.scores[:, :-1])
         return SearchReply(
@@ -244,7 +248,22 @@ class FakeShard:
             seq=self.seq,
             search_ms=0.25,
             matched=int(here.sum()) if message.options.filter else NO_FILTER,
+            excluded=excluded,
         )
+
+    def without_excluded(self, message, here):
+        """The answer without what each query excludes, and how many rows that is of ``here``."""
+        counts, ids = message.excluded
+        parts, left_out, start = [], [], 0
+        for row, count in enumerate(counts.tolist()):
+            is_excluded = np.isin(self.ids, ids[start : start + count])
+            start += count
+            kept = here & ~is_excluded
+            query = message.queries[row : row + 1]
+            parts.append(brute_force(query, self.ids[kept], self.vectors[kept], message.k))
+            left_out.append(int((here & is_excluded).sum()))
+        ranked = Ranked(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        return ranked, np.array(left_out, np.int32)
 
     def matching(self, packed):
         """(rows,) bool: the rows that match a filter on ``item_id``, the only column."""

@@ -98,6 +98,14 @@ def _queries(start: bytes, unit: bytes, end: bytes, most: int) -> Body:
     return body
 
 
+def _excluding(size: int) -> bytes:
+    """A batch of 1024 queries that exclude as many items as are legal, or as fit."""
+    count = min(10_000, size // 1024 // 6)
+    ids = b"[" + b",".join(b"%d" % item for item in range(10_000, 10_000 + count)) + b"]"
+    queries = b",".join([b"1"] * 1024)
+    return b'{"item_ids":[' + queries + b'],"exclude":[' + b",".join([ids] * 1024) + b"]}"
+
+
 def _fields(size: int) -> bytes:
     return b"{" + b",".join(b'"%x":0' % number for number in range(size // 11)) + b"}"
 
@@ -116,6 +124,10 @@ KINDS: dict[tuple[str, Media], Body] = {
     ),
     ("one vector, numbers of 800 digits", Media.JSON): _rows(b"0." + b"123456789" * 88, 1),
     ("item ids", Media.JSON): _repeated(b'{"item_ids":[', b"1000,", b"1]}"),
+    ("exclusions of 1024 queries", Media.JSON): _excluding,
+    ("exclusions of one query", Media.JSON): _repeated(
+        b'{"item_ids":[1],"exclude":[[', b"1000,", b"1]]}"
+    ),
     ("empty lists", Media.JSON): _repeated(b'{"features":[', b"[],", b"[]]}"),
     ("lists of lists", Media.JSON): _repeated(b'{"vectors":[', b"[[[]]],", b"[]]}"),
     ("empty maps", Media.JSON): _repeated(b'{"features":[', b"{},", b"{}]}"),

@@ -12,6 +12,7 @@ import numpy as np
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.address import address_of, key_file_option, launched_of
 from shardline.cluster.commands.publish_text import print_noted
+from shardline.cluster.commands.rearrange_options import rearrange_fields, rearrange_options
 from shardline.cluster.commands.status_text import print_launched, print_status
 from shardline.cluster.console import print_table
 from shardline.cluster.control.publish_note import told_in
@@ -32,10 +33,15 @@ OPTIONS = {
     "k": "-k",
     "return": "--show",
     "filter": "--filter",
+    "exclude_history": "--exclude-history",
+    "exclude": "--exclude",
+    "cap": "--cap",
+    "boost": "--boost",
+    "diversify": "--diversify",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
-FILTER = "filter"  # fewer items match than were asked for
+NOT_FOUND = ("not_found", NOT_FOUND_PARTIAL)  # all other codes are of short answers
 MOST = float(np.finfo(np.float32).max)
 API_ADVICE = ("send vectors or item_ids", "ask with --vector or --item")
 LARGEST_ID = 2**63 - 1
@@ -117,6 +123,11 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     "given_filter",
     help='Only items that match, e.g. \'{"price": {"$lt": 20}}\'; see docs/FILTERS.md.',
 )
+@click.option("--exclude", help="Ids of items that must not come back, as in 1,2,3.")
+@click.option(
+    "--exclude-history", is_flag=True, help="With features: leave out the items of the history."
+)
+@rearrange_options
 @click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
@@ -141,6 +152,11 @@ def query(
     data: Path | None,
     show: str | None,
     given_filter: str | None,
+    exclude: str | None,
+    exclude_history: bool,
+    caps: tuple[str, ...],
+    boosts: tuple[str, ...],
+    diversify: str | None,
     k: int,
     nprobe: int | None,
     print_request: bool,
@@ -166,6 +182,12 @@ def query(
         body["features"] = [_map(features, "--features", "not features", '{"age": 31}')]
     if given_filter is not None:
         body["filter"] = filter_map(given_filter)
+    if exclude is not None:
+        queries = len(body.get("item_ids", (None,)))
+        body["exclude"] = [_excluded_ids(exclude)] * queries
+    if exclude_history:
+        body["exclude_history"] = True
+    body |= rearrange_fields(caps, boosts, diversify)
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]
@@ -207,6 +229,8 @@ def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
         "reasons": [reason.content for reason in answer.reasons],
         "took_ms": answer.took_ms,
     }
+    if answer.pool:
+        report["pool"] = list(answer.pool)
     click.echo(json.dumps(report, indent=2))
 
 
@@ -219,7 +243,7 @@ def _print_tables(answer: SearchAnswer, items: tuple[str, ...]) -> None:
             _print_rows(_rows(answer, place), answer)
     coverage = answer.coverage
     for reason in answer.reasons:
-        if reason.code == FILTER:
+        if reason.code not in NOT_FOUND:
             about = f"item {items[reason.query]}: " if items else ""
             click.echo(f"{about}{reason.text}", err=True)
     if len(unanswered) < len(answer.ids):
@@ -269,7 +293,7 @@ def _rows(answer: SearchAnswer, place: int) -> list[dict[str, Any]]:
 
 def _not_asked(answer: SearchAnswer) -> list[Reason]:
     """The reasons of queries that have no answer at all; not those of short ones."""
-    return [reason for reason in answer.reasons if reason.code != FILTER]
+    return [reason for reason in answer.reasons if reason.code in NOT_FOUND]
 
 
 def _unanswered(
@@ -310,14 +334,20 @@ def _item_ids(items: tuple[str, ...], data: Path | None) -> list[int]:
 
         dataset = open_dataset(data)
         return [dataset.id_of(ITEMS, item) for item in items]
-    for item in items:
-        if not (item.isascii() and item.isdigit() and int(item) <= LARGEST_ID):
-            raise click.BadParameter(
-                f"{item!r} is not an id of the cluster, 0 to {LARGEST_ID}; "
-                "with --data it may be an id of your own",
-                param_hint="--item",
-            )
-    return list(map(int, items))
+    return [_id(item, "--item", "; with --data it may be an id of your own") for item in items]
+
+
+def _id(text: str, option: str, advice: str = "") -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= LARGEST_ID):
+        raise click.BadParameter(
+            f"{text!r} is not an id of the cluster, 0 to {LARGEST_ID}{advice}", param_hint=option
+        )
+    return int(text)
+
+
+def _excluded_ids(text: str) -> list[int]:
+    """The value of ``--exclude``."""
+    return [_id(each.strip(), "--exclude") for each in text.split(",") if each.strip()]
 
 
 def _features_of(client: Client, user: str, data: Path) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class SearchAnswer:
     took_ms is the time from the request's arrival at the server to its answer, search_ms the
     longest search of any shard, both in milliseconds. others_share: of a background search, the
     share of the last two seconds in which the busiest shard searched for others; None of others.
+    pool: of a search with cap, boost or diversify, how many items were considered for each query;
+    scores have what boosts add, and items are in the order of the answer, by score or diverse.
     """
 
     ids: IdArray
@@ -54,6 +56,7 @@ class SearchAnswer:
     original_ids: list[list[Any]] | None = None
     attributes_missing: tuple[Degraded, ...] = ()
     others_share: float | None = None
+    pool: tuple[int, ...] = ()
 
     def to_arrow(self) -> "pyarrow.Table":
         """One row per result, in answer order: query int64, rank int64, id int64, score float32.
@@ -235,6 +238,7 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         original_ids=content.get("original_ids"),
         attributes_missing=tuple(map(_degraded, content.get("attributes_missing") or ())),
         others_share=content.get("others_share"),
+        pool=tuple(content.get("pool") or ()),
     )
 
 
@@ -244,6 +248,7 @@ def _reason(content: dict[str, Any]) -> Reason:
         code=content["code"],
         text=content["text"],
         matched=content.get("matched"),
+        count=content.get("count"),
     )
 
 

@@ -8,7 +8,7 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypedDict, Unpack
 
@@ -118,6 +118,11 @@ class SearchFields(TypedDict, total=False):
     background: bool | None
     exact: bool | None
     filter: "Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None"
+    exclude: "Sequence[ArrayLike | Set[int]] | None"
+    exclude_history: bool | None
+    cap: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
+    boost: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
+    diversify: "Mapping[str, Any] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -178,6 +183,13 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "return_": lambda names: names if isinstance(names, str) else listed(names),
     "min_seq": listed,
     "filter": to_filter,
+    "exclude": lambda lists: [
+        to_ids(list(ids) if isinstance(ids, set | frozenset) else ids, f"exclude[{row}]")
+        for row, ids in enumerate(listed(lists))
+    ],
+    "cap": to_filter,
+    "boost": to_filter,
+    "diversify": to_filter,
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },

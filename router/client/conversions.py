@@ -53,14 +53,14 @@ def plain(value: Any) -> Any:
     return pack_array(value)
 
 
-def to_ids(values: "ArrayLike") -> IdArray:
-    refuse_hidden("item_ids", values)
+def to_ids(values: "ArrayLike", field: str = "item_ids") -> IdArray:
+    refuse_hidden(field, values)
     kinds = set(map(type, values)) if isinstance(values, list | tuple) else set()
     if kinds & {bool, np.bool_}:  # numpy would make them 1
         raise InvalidInput(
-            "not an array of integers", field="item_ids", expected="1-d int64", got="a bool"
+            "not an array of integers", field=field, expected="1-d int64", got="a bool"
         )
-    return check_ids(values).astype("<i8", copy=False)
+    return check_ids(values, field=field).astype("<i8", copy=False)
 
 
 def refuse_hidden(field: str, values: "ArrayLike") -> None:

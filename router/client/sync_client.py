@@ -136,9 +136,12 @@ class Client(ClientCore):
         (the ``seq`` of an answer: of each shard, how many writes it must have applied to be asked),
         background (True: it gives way to all other searches), exact (True: every item is scored,
         which takes long: for measuring recall), filter (only items that match it: a map as
-        docs/FILTERS.md describes it, or a list with one per query, None for none). return_ names
-        attributes of items that the answer is to bring, return_original_ids the ids they had before
-        their import.
+        docs/FILTERS.md describes it, or a list with one per query, None for none), exclude (a list
+        with one list or array of item ids per query, which do not come back), exclude_history
+        (True: nor do the items of the history feature), cap, boost, diversify (at most so many
+        items per value of an attribute, scores by attributes, different items: maps as
+        docs/RESULTS.md describes them). return_ names attributes of items that the
+        answer is to bring, return_original_ids the ids they had before their import.
 
         Raises:
             InvalidInput: a field is wrong; field names which.

@@ -1,16 +1,17 @@
 """Searches that arrive while another is under way leave together, as one frame to every shard.
 
 An idle lane asks at once. While a frame is under way, compatible searches (same table, k, params
-and coverage) wait in its lane; they leave when it is answered, or after HOLD_MS, so that a slow
-shard holds up nobody. Under load a frame, four sends and four replies then serve many queries.
+and coverage, whatever they exclude) wait in its lane; they leave when it is answered, or after
+HOLD_MS, so that a slow shard holds up nobody. Under load a frame, four sends and four replies then
+serve many queries.
 Each search keeps its own deadline, and is answered with what has come by then.
 """
 
 import asyncio
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +22,11 @@ from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.merge import merge_top_k
 from shardline.router.query import Merged
 from shardline.shards.core.errors import DeadlineExceeded
+from shardline.shards.core.exclusions import Excluded, joined_excluded
 from shardline.shards.core.messages import (
     NO_OPTIONS,
     NO_PARAMS,
+    RoutingTable,
     SearchOptions,
     SearchParams,
     SearchReply,
@@ -35,6 +38,8 @@ from shardline.shards.wire.frames import encode_frame
 
 HOLD_MS = 5.0  # the longest a frame under way holds back the searches behind it
 MAX_FRAME_ROWS = 256  # queries in one frame; a larger request travels alone
+# Ids that these exclude, 512 KB: more would hold up the others of the frame
+MAX_FRAME_EXCLUDED = 1 << 16
 # Elements sorted in the event loop, about 10 ms; a larger merge goes to a thread so that other
 # requests, health checks among them, are not held up.
 MERGE_IN_LOOP = 200_000
@@ -55,13 +60,21 @@ class LaneKey(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """One search. ``place`` is set when its frame leaves: the frame, and its rows in it."""
+    """One search. ``place`` is set when its frame leaves: the frame, and its rows in it. excluded:
+    of each shard, by its number, what the queries exclude of its items; None: nothing at all.
+    num_excluded: how many ids these are."""
 
     queries: FloatArray
     deadline: float
     ready: asyncio.Future[None]
+    excluded: Sequence[Excluded | None] | None
+    num_excluded: int
     timer: Deadline | None = None
     place: "tuple[_Frame, slice] | None" = None
+
+    def of(self, shard: int) -> Excluded | None:
+        """What the queries exclude of a shard's items."""
+        return None if self.excluded is None else self.excluded[shard]
 
     def wake(self) -> None:
         if self.timer is not None:
@@ -74,6 +87,7 @@ class _Member:
 class _Frame:
     """What left together; merged once for all its members when every reply is in.
 
+    excludes: whether some of its queries exclude items.
     holds_until: when it lets those past who wait behind it, on the clock; left_at: when it left,
     in seconds of ``time.perf_counter``, for the metrics.
     """
@@ -81,6 +95,7 @@ class _Frame:
     ask: Ask
     rows: int
     members: list[_Member]
+    excludes: bool
     holds_until: float
     left_at: float
     lets_past: asyncio.Handle | None = None
@@ -110,14 +125,23 @@ class Coalescer:
     def _clock(self) -> Clock:
         return self._given_clock or running_clock()
 
-    async def search(self, queries: FloatArray, key: LaneKey, deadline: float) -> Merged:
-        """queries (n, dim) float32; deadline on the clock.
+    async def search(
+        self,
+        queries: FloatArray,
+        key: LaneKey,
+        deadline: float,
+        excluded: Sequence[Excluded | None] | None = None,
+        num_excluded: int = 0,
+    ) -> Merged:
+        """queries (n, dim) float32; deadline on the clock. excluded, num_excluded: as of
+        ``_Member``.
 
         Raises:
             InvalidInput: a shard says that the caller's request is wrong.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
-        member = _Member(queries, deadline, asyncio.get_running_loop().create_future())
+        ready = asyncio.get_running_loop().create_future()
+        member = _Member(queries, deadline, ready, excluded, num_excluded)
         lane = self._lanes.setdefault(key, _Lane())
         lane.waiting.append(member)
         if lane.held is None:
@@ -157,6 +181,7 @@ class Coalescer:
             seq=seq,
             others_share=max([each.others_share for each in replies]) if is_background else None,
             matched=_matched(replies, rows) if key.options.filter else None,
+            excluded=_excluded(replies, rows) if frame.excludes else None,
         )
 
     # Lanes
@@ -186,7 +211,9 @@ class Coalescer:
         )
         now = clock.time()
         holds_until = now + HOLD_MS / 1000
-        frame = lane.held = _Frame(ask, rows, members, holds_until, time.perf_counter())
+        excludes = sum([member.num_excluded for member in members]) > 0
+        left_at = time.perf_counter()
+        frame = lane.held = _Frame(ask, rows, members, excludes, holds_until, left_at)
         self._recorder.observe(FRAME_QUERIES, rows)
         start = 0
         for member in members:
@@ -202,7 +229,10 @@ class Coalescer:
         )
         if lane.waiting:  # they did not fit
             self._limit_hold(key, lane, frame)
-        ask.send([encode_frame(request_id, request)], request)
+        frames = [encode_frame(request_id, request)]
+        if excludes:
+            frames = _frames_excluding(frames[0], request_id, request, members, key.snapshot.table)
+        ask.send(frames, request)
 
     def _limit_hold(self, key: LaneKey, lane: _Lane, frame: _Frame) -> None:
         """The frame under way lets those past who wait, once it has been under way for HOLD_MS."""
@@ -253,13 +283,45 @@ def _that_fit(waiting: list[_Member]) -> list[_Member]:
     if len(waiting) == 1:  # as a rule
         return waiting[:]
     sizes = itertools.accumulate(len(member.queries) for member in waiting)
-    count = sum(size <= MAX_FRAME_ROWS for size in sizes)
+    counts = itertools.accumulate(member.num_excluded for member in waiting)
+    count = sum(
+        size <= MAX_FRAME_ROWS and ids <= MAX_FRAME_EXCLUDED
+        for size, ids in zip(sizes, counts, strict=True)
+    )
     return waiting[: max(1, count)]
+
+
+def _frames_excluding(
+    plain: bytes,
+    request_id: int,
+    request: SearchRequest,
+    members: list[_Member],
+    table: RoutingTable,
+) -> list[bytes]:
+    """A frame for each shard, with what queries exclude of its items; the plain one where that is
+    nothing."""
+    frames = []
+    for route in table.shards:
+        excluded = joined_excluded([(len(each.queries), each.of(route.shard)) for each in members])
+        own = plain
+        if excluded is not None:
+            own = encode_frame(request_id, replace(request, excluded=excluded))
+        frames.append(own)
+    return frames
 
 
 def _matched(replies: list[SearchReply], rows: slice) -> IdArray:
     """Of each query of a frame that has a filter, how many rows of all shards match it."""
     return np.full(rows.stop - rows.start, sum(reply.matched for reply in replies))
+
+
+def _excluded(replies: list[SearchReply], rows: slice) -> IdArray:
+    """Of each query, how many rows of all shards its exclusions left out."""
+    counts = np.zeros(rows.stop - rows.start, np.int64)
+    for reply in replies:
+        if reply.excluded is not None:
+            counts += reply.excluded[rows]
+    return counts
 
 
 async def _merge(frame: _Frame, rows: slice, parts: list[Ranked], k: int) -> Ranked:

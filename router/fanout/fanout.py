@@ -20,6 +20,7 @@ import numpy as np
 
 from shardline.router.contract import Degraded
 from shardline.router.encoder.item_encoder import ItemEncoder
+from shardline.router.excluded import by_shard, num_excluded, off_loop
 from shardline.router.fanout.ask import Ask, Hearing
 from shardline.router.fanout.attempts import Redundancy
 from shardline.router.fanout.choice import Chooser, Replicas
@@ -34,6 +35,7 @@ from shardline.router.fanout.snapshot import (
 )
 from shardline.router.query import FoundAttributes, FoundItems, Merged
 from shardline.router.router_config import RouterConfig
+from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.errors import DeadlineExceeded, Unavailable, too_much_returned
 from shardline.shards.core.messages import (
     MAX_RETURNED_BYTES,
@@ -55,6 +57,7 @@ LATE_MS = 50.0  # beyond the time after which a shard is late, when it is asked 
 # table in use still has: far below the minute for which the generation before lives on.
 GENERATION_WAIT_S = 10.0
 LOOK_S = 0.02  # between two looks at them
+_KINDS = frozenset(AttributeKind)
 IDS_AT_A_TIME = 1024  # of a question for attributes: a millisecond or so of a shard for each name
 
 
@@ -137,15 +140,27 @@ class Fanout:
         if snapshot.running == 0 and snapshot is not self._snapshot:
             self._release(snapshot)
 
-    async def search(self, queries: FloatArray, key: LaneKey, *, deadline: float) -> Merged:
-        """queries (n, dim) float32, checked; deadline on the clock.
+    async def search(
+        self,
+        queries: FloatArray,
+        key: LaneKey,
+        *,
+        deadline: float,
+        excluded: Sequence[IdArray] = (),
+    ) -> Merged:
+        """queries (n, dim) float32, checked; deadline on the clock. excluded: as of
+        ``ResolvedQuery``.
 
         Raises:
             InvalidInput: a shard says that the caller's request is wrong.
             DeadlineExceeded, Overloaded, Unavailable: no answer, or less coverage than asked for.
         """
         self._remaining_ms(deadline)
-        return await self._coalescer.search(queries, key, deadline)
+        if not excluded:
+            return await self._coalescer.search(queries, key, deadline)
+        num_ids, partition = num_excluded(excluded), key.snapshot.table.partition
+        parts = await off_loop(num_ids, by_shard, excluded, partition)
+        return await self._coalescer.search(queries, key, deadline, parts, num_ids)
 
     async def fetch(
         self,
@@ -223,12 +238,16 @@ class Fanout:
         min_seq = tuple(seq or 0 for seq in seen)
         homes, size = snapshot.table.partition.shard_of(item_ids), 0
         seq: tuple[int | None, ...] = ()
+        kinds: dict[str, AttributeKind] = {}
 
         def taken(reply: AttributesReply) -> bool:
             nonlocal size
             columns = _columns_of(reply, len(reply.names))
             if names and reply.names != names:
                 return False
+            if len(reply.kinds) != len(reply.names) or not _KINDS.issuperset(reply.kinds):
+                return False
+            kinds.update(zip(reply.names, map(AttributeKind, reply.kinds), strict=True))
             for name, column in zip(reply.names, columns or (), strict=columns is not None):
                 found = zip(reply.item_ids.tolist(), column, strict=True)
                 values.setdefault(name, {}).update(found)
@@ -267,6 +286,7 @@ class Fanout:
             size=size,
             missing=tuple(missing),
             seq=seq,
+            kinds=kinds,
         )
 
     async def _asked(

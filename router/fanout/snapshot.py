@@ -17,6 +17,7 @@ from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.fanout.attempts import Redundancy
 from shardline.router.fanout.choice import Replicas
 from shardline.router.fanout.connection import ShardConnection
+from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import (
     EncoderUnavailable,
@@ -65,6 +66,7 @@ class TableSnapshot:
 
     ``encoder``, ``items`` None: the generation has none for queries, or for items. ``running``
     counts the queries that use the snapshot, so its connections outlive its replacement.
+    ``attribute_kinds``: of the generation's attributes, those that searches have asked about.
     """
 
     table: RoutingTable
@@ -75,6 +77,7 @@ class TableSnapshot:
     items: ItemEncoder | UnusableEncoder | None = None
     only: tuple[ShardConnection | None, ...] = field(init=False)
     new_items: NewItemCache = field(default_factory=NewItemCache, init=False)
+    attribute_kinds: dict[str, AttributeKind] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         known = [[each for each in replicas if each is not None] for replicas in self.shards]

@@ -15,10 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from shardline.router.contract import Coverage, ItemAnswer, pack_array
 from shardline.router.http.body_values import TakesLong, load_map, to_ids, to_matrix
+from shardline.router.http.excluded_values import takes_long, to_excluded
 from shardline.router.http.feature_values import checked_features
 from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
 from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
+from shardline.router.http.rearrange_body import read_rearrangement
 from shardline.router.limits import check_batch, resolve
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
@@ -61,6 +63,8 @@ def decode_query(
         _refuse_unknown_fields(content)
     if in_loop and _takes_long(content.get("filter"), len(body)):
         raise TakesLong
+    if in_loop and takes_long(content.get("exclude")):
+        raise TakesLong
     try:
         parsed = validate_search(content)
     except ValidationError as error:
@@ -89,6 +93,9 @@ def decode_query(
         original_ids=parsed.return_original_ids,
         min_seq_of=None if parsed.min_seq_of is None else SeqOrigin(**dict(parsed.min_seq_of)),
         filters=filters,
+        excluded=None if parsed.exclude is None else to_excluded(parsed.exclude, config.max_batch),
+        exclude_history=parsed.exclude_history,
+        rearrange=read_rearrangement(parsed.cap, parsed.boost, parsed.diversify),
     )
 
 
@@ -114,6 +121,8 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
         content["reasons"] = [reason.content for reason in answer.reasons]
     if answer.others_share is not None:
         content["others_share"] = answer.others_share
+    if answer.considered is not None:
+        content["pool"] = answer.considered.tolist()
     if answer.returned is not None:
         if answer.returned.attributes:
             content["attributes"] = answer.returned.attributes

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation, WithJsonSchema
 
 from shardline.router.contract import ReasonCode
+from shardline.router.excluded import MAX_EXCLUDED
 from shardline.router.http.filter_schema import FILTER_FIELD
+from shardline.router.http.rearrange_schema import BOOST_FIELD, CAP_FIELD, DIVERSIFY_FIELD
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
 from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
@@ -20,6 +22,8 @@ from shardline.shards.core.messages import (
     MAX_SHARDS,
 )
 from shardline.shards.core.schema import MAX_K
+
+ExcludedIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(max_length=MAX_EXCLUDED)]
 
 
 class _Body(BaseModel):
@@ -114,8 +118,31 @@ class SearchBody(_Body):
     filter: Annotated[Any, SkipValidation, WithJsonSchema(FILTER_FIELD)] = Field(
         default=None,
         description="only items that match come back: one filter for all queries, or a list with "
-        "one per query, null for none. An answer has fewer than k results only if fewer items "
-        "match; reasons says so then",
+        "one per query, null for none",
+    )
+    exclude: Annotated[list[ExcludedIds] | None, SkipValidation] = Field(
+        default=None,
+        description="items that must not come back: a list with a list of item ids per query; in "
+        "msgpack an array of integers may stand for a list of ids. Ids of no item do no harm",
+    )
+    exclude_history: bool = Field(
+        default=False,
+        description="only with features: the items that a query brings as its history are not in "
+        f"its answer, of longer histories the newest {MAX_EXCLUDED}",
+    )
+    cap: Annotated[Any, SkipValidation, WithJsonSchema(CAP_FIELD)] = Field(
+        default=None,
+        description="at most so many items of an answer with the same value of an attribute: a "
+        "map, or a list of maps",
+    )
+    boost: Annotated[Any, SkipValidation, WithJsonSchema(BOOST_FIELD)] = Field(
+        default=None,
+        description="adds to the scores of the best items, by an attribute: a map, or a list of "
+        "maps. The answer's scores have it, and pool says of how many items",
+    )
+    diversify: Annotated[Any, SkipValidation, WithJsonSchema(DIVERSIFY_FIELD)] = Field(
+        default=None,
+        description="items that are much like others before them make way, among the best",
     )
     returned: list[str] | None = Field(
         default=None,
@@ -148,6 +175,12 @@ class ReasonBody(_Body):
         description="only with filter: items that match, in the shards that answered; without the "
         "item that was asked with",
     )
+    count: int | None = Field(
+        default=None,
+        description="with exclusion: items that the query excludes, of those that match its "
+        "filter; with coverage: items that were not searched; with probe_limit: results that are "
+        "missing",
+    )
 
 
 class CoverageBody(_Body):
@@ -179,13 +212,18 @@ class SearchResponse(_Body):
     request_id: str
     reasons: list[ReasonBody] | None = Field(
         default=None,
-        description="only when some query could not be asked, or has fewer than k results because "
-        "of its filter",
+        description="only when some query could not be asked, or has fewer than k results though "
+        "the index has as many items: why",
     )
     others_share: float | None = Field(
         default=None,
         description="only with background, if shards were asked: the share of the last two "
         "seconds, 0 to 1, in which the busiest shard searched for others; 0 if nobody else did",
+    )
+    pool: list[int] | None = Field(
+        default=None,
+        description="only with cap, boost or diversify: of each query, how many items were "
+        "considered for its answer",
     )
     attributes: dict[str, list[list[Any]]] | None = Field(
         default=None,

@@ -16,6 +16,7 @@ from shardline.router.contract import WRITE_KEY_HEADER
 from shardline.router.http.auth import needed_scope
 from shardline.router.http.filter_schema import FILTER_SCHEMAS
 from shardline.router.http.models import ItemResponse, Problem, SearchBody, SearchResponse
+from shardline.router.http.rearrange_schema import REARRANGE_SCHEMAS
 from shardline.router.http.write_models import (
     DeleteBody,
     DeleteResponse,
@@ -134,7 +135,7 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
         [(model, "validation") for model in bodies], ref_template=REF
     )
     components = schema.setdefault("components", {})
-    components["schemas"] = {**definitions["$defs"], **FILTER_SCHEMAS}
+    components["schemas"] = {**definitions["$defs"], **FILTER_SCHEMAS, **REARRANGE_SCHEMAS}
     components["securitySchemes"] = {"key": KEY_SCHEME}
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():

@@ -11,7 +11,7 @@ its recursion is bounded, so a router can call it on any body.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -109,6 +109,27 @@ def check_filter(value: Any, field: str = "filter") -> bytes:
     if len(packed) > MAX_FILTER_BYTES:
         raise _too_large(len(packed), field)
     return packed
+
+
+def narrowed(packed: bytes, left_out: Mapping[str, Sequence[Scalar]]) -> bytes:
+    """A filter that leaves out, besides, every item that has one of these values in a column; as
+    ``check_filter`` packs it.
+
+    Raises:
+        InvalidInput: together that is beyond a limit, or a column that no filter can name.
+    """
+    parts = [read_filter(packed)]
+    for column, values in left_out.items():
+        field = path_of("filter", column)
+        if column.startswith("$"):
+            raise _no_operator_of_filters(column, field)
+        parts.append(Condition(column, Operator.NIN, _values(list(values), field)))
+    together = _all_of(parts)
+    if together == EVERYTHING:
+        return b""
+    made = _packed(together, msgpack.Packer())
+    read_filter(made)  # by its limits
+    return made
 
 
 def read_filter(packed: bytes, field: str = "filter") -> Filter:

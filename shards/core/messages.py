@@ -3,10 +3,12 @@
 Plain data only. How they become bytes, and what is refused on the way back, is in ``shards.wire``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.partition import Partition, Partitioning
 from shardline.shards.core.schema import FloatArray, IdArray, Metric, Ranked
 
@@ -91,6 +93,7 @@ class SearchRequest:
 
     What all queries share is in ``params`` and ``options``; what each has for itself is an array
     with a row per query, as ``queries`` is, so that queries of many callers can share a frame.
+    excluded: of these the ids that the shard may hold; None where no query excludes any.
     """
 
     queries: FloatArray
@@ -98,6 +101,12 @@ class SearchRequest:
     timeout_ms: float
     params: SearchParams = NO_PARAMS
     options: SearchOptions = NO_OPTIONS
+    excluded: Excluded | None = None
+
+    def rows(self, rows: slice) -> "SearchRequest":
+        """Of some of its queries."""
+        excluded = None if self.excluded is None else self.excluded.rows(rows)
+        return replace(self, queries=self.queries[rows], excluded=excluded)
 
 
 @dataclass(slots=True, kw_only=True)  # not frozen: as SearchRequest
@@ -107,7 +116,9 @@ class SearchReply:
     generation and seq say what was searched: seq counts the writes applied to it, 0 for none.
     others_share, of a background search: the share of the last seconds in which the shard searched
     for others; 0 if nobody else asked. matched, of a search with a filter: live rows that match it;
-    NO_FILTER of others.
+    NO_FILTER of others. excluded (n,) int32: of each query with fewer than k results, how many live
+    rows, that match if there is a filter, its exclusions left out, 0 of others; None: no query of
+    the request has any.
     """
 
     ranked: Ranked
@@ -117,6 +128,7 @@ class SearchReply:
     search_ms: float
     others_share: float = 0.0
     matched: int = NO_FILTER
+    excluded: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,12 +171,14 @@ class AttributesRequest:
 class AttributesReply:
     """Of the subset that this shard holds, item_ids (m,) int64: for each of names, in order, m
     values of JSON. ``values`` are lists in msgpack, one after the other, each of values of the
-    next items; bytes, because the wire bounds what it unpacks itself.
+    next items; bytes, because the wire bounds what it unpacks itself. kinds: of each of names, an
+    ``AttributeKind``.
     """
 
     item_ids: IdArray
     names: tuple[str, ...]
     values: bytes
+    kinds: tuple[str, ...]
     generation: int
     seq: int
 

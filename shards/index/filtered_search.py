@@ -212,6 +212,7 @@ class FilteredSearch:
         self, queries: FloatArray, k: int, derived: _Derived, chosen: Selection
     ) -> Ranked:
         """All rows scored."""
+        whole = chosen.base or chosen  # what one query lacks is not kept
         with self._lock:
             if derived.rows is None or derived.copies is None:
                 origin = chosen.origin or chosen
@@ -221,11 +222,14 @@ class FilteredSearch:
                 self._count(origin, derived.rows.nbytes + index.ntotal * index.code_size)
                 derived.some = None
             part = derived.part
-            if derived.some is not chosen or (part is not None and part.lists is not None):
+            if derived.some is not whole or (part is not None and part.lists is not None):
                 part = None
-                if chosen.origin is not None:
-                    part = Selection.of(chosen.are_live(derived.rows))
-                derived.some, derived.part = chosen, part
+                if whole.origin is not None:
+                    part = Selection.of(whole.are_live(derived.rows))
+                derived.some, derived.part = whole, part
+        if chosen.less_rows is not None:
+            places = np.searchsorted(derived.rows, chosen.less_rows)
+            part = (part or Selection.whole(len(derived.rows))).excluding(places)
         asked = self._stored.queries(queries)
         places, scores = derived.copies.search(asked, k, NO_PARAMS, part)
         rows = derived.rows[places]
@@ -279,6 +283,8 @@ class FilteredSearch:
             has_some = np.packbits(derived.lists > 0, bitorder="little")
             derived.filled = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(has_some))
             self._count(origin, derived.lists.nbytes)
+        if chosen.base is not None:  # of one query: not kept
+            return replace(chosen, lists=derived.filled), derived.lists
         part = derived.part
         if derived.some is not chosen or part is None or part.lists is None:
             part = replace(chosen, lists=derived.filled)

@@ -10,7 +10,7 @@ called beside it.
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,14 +186,22 @@ class MainIndex:
         k: int,
         params: SearchParams,
         selection: Selection | None = None,
+        beyond: int = 0,
     ) -> Ranked:
         """The k best local rows, as ids, of queries (n, dim) float32; of all rows without a
         ``selection``. Parameters that this kind of index does not have are ignored.
+
+        beyond: how many rows that are not selected may be nearer than these; more is visited then,
+        unless the parameters say how much.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
         self._check_dim(queries)
+        if beyond:
+            params = self._reaching(params, beyond)
+        if self._device is Device.CUDA and k > gpu.GPU_MAX_K:
+            return _padded(self.search(queries, gpu.GPU_MAX_K, params, selection), k)
         if k >= self._askable:
             return self._ranked(queries, k, k, params, selection)[0]
         (rows, scores), has_ties = self._ranked(queries, k, k + 1, params, selection)
@@ -298,6 +306,17 @@ class MainIndex:
                 got=str(queries.shape[1]),
             )
 
+    def _reaching(self, params: SearchParams, beyond: int) -> SearchParams:
+        """With more lists visited, in place of those that ``beyond`` rows that are not selected may
+        have emptied: twice as many as these rows fill, because they are not the whole of a list.
+        Rounded up, so that few different parameters come of it."""
+        if params.nprobe is not None or not self._layers.is_ivf:
+            return params  # an index that excludes no rows itself is asked for more results anyway
+        nlist = int(self._layers.base.nlist)
+        emptied = math.ceil((1 << (beyond - 1).bit_length()) * nlist / self.rows)
+        nprobe = (self._defaults.nprobe or 1) + 2 * emptied
+        return replace(params, nprobe=min(nprobe, nlist, MAX_NPROBE))
+
     @property
     def _takes_selector(self) -> bool:
         return self._layers.takes_selector and self._device is Device.CPU
@@ -367,7 +386,7 @@ class MainIndex:
         fetch = min(2 * wanted + OVERFETCH_START, most)
         while True:
             distances, rows = self._search(queries, max(k, fetch), fetch, params, None)
-            keep = (rows >= 0) & selection.live[rows]
+            keep = (rows >= 0) & selection.are_live(rows)
             if fetch == most or (keep.sum(axis=1) >= wanted).all():
                 break
             fetch = min(4 * fetch, most)
@@ -452,6 +471,15 @@ def _point(innermost: Any, selection: Selection) -> None:
     innermost.sel = selection.selector
     if isinstance(innermost, faiss.SearchParametersIVF):
         innermost.quantizer_params = selection.lists
+
+
+def _padded(ranked: Ranked, k: int) -> Ranked:
+    """(n, k): with empty slots at the end."""
+    pad = ((0, 0), (0, k - ranked.ids.shape[1]))
+    return Ranked(
+        np.pad(ranked.ids, pad, constant_values=EMPTY_ID),
+        np.pad(ranked.scores, pad, constant_values=EMPTY_SCORE),
+    )
 
 
 def _check_params(params: SearchParams) -> None:

@@ -24,8 +24,9 @@ class Selection:
     """bits (rows / 8,) uint8, rounded up: bit ``row % 8`` of byte ``row // 8`` is 1 where the row
     may come back; num_excluded rows may not. ``selector`` is faiss's form of it, over the same
     memory. origin: the selection that this one was narrowed from with ``&``, which has all of its
-    rows; None: itself. lists: faiss's parameters of a search for inverted lists that finds those
-    only that have some of the rows; None: all.
+    rows; None: itself. base: the selection that this one was made from with ``less``, and less_rows
+    (m,) the rows that it lacks of that one, ascending. lists: faiss's parameters of a search for
+    inverted lists that finds those only that have some of the rows; None: all.
     """
 
     bits: NDArray[np.uint8]
@@ -35,6 +36,8 @@ class Selection:
     _live: list[NDArray[np.bool_]] = field(default_factory=list)
     origin: "Selection | None" = None
     lists: Any | None = None
+    base: "Selection | None" = None
+    less_rows: IdArray | None = None
 
     @classmethod
     def without(cls, excluded: IdArray, *, rows: int) -> "Selection | None":
@@ -53,6 +56,14 @@ class Selection:
         bits = np.packbits(mask, bitorder="little")
         excluded = mask.size - int(np.count_nonzero(mask))
         return cls(bits, mask.size, excluded, _selector(bits))
+
+    @classmethod
+    def whole(cls, rows: int) -> "Selection":
+        """All of ``rows`` local rows."""
+        bits = np.full((rows + 7) // 8, 255, np.uint8)
+        if rows % 8:
+            bits[-1] = (1 << rows % 8) - 1
+        return cls(bits, rows, 0, _selector(bits))
 
     def __and__(self, hidden: "Selection | None") -> "Selection":
         """The rows of both; None stands for all rows. What a main index has derived from this one
@@ -77,10 +88,27 @@ class Selection:
 
     def excluding(self, more: IdArray) -> "Selection":
         """Without ``more`` (m,) int64 as well, rows that may come back, each once."""
+        bits = self._bits_without(more)
+        return Selection(bits, self.rows, self.num_excluded + more.size, _selector(bits))
+
+    def less(self, more: IdArray) -> "Selection":
+        """As ``excluding``, for the search of one query: what a main index has derived from this
+        selection, or for it, serves the result too. more: ascending."""
+        bits = self._bits_without(more)
+        return Selection(
+            bits,
+            self.rows,
+            self.num_excluded + more.size,
+            _selector(bits),
+            origin=self.origin or self,
+            base=self,
+            less_rows=more,
+        )
+
+    def _bits_without(self, more: IdArray) -> NDArray[np.uint8]:
         bits = self.bits.copy()
         np.bitwise_and.at(bits, more >> 3, _without_bit(more))
-        excluded = self.num_excluded + more.size
-        return Selection(bits, self.rows, excluded, _selector(bits))
+        return bits
 
     def are_live(self, rows: IdArray) -> NDArray[np.bool_]:
         """(m,) bool: which of rows (m,) int64 may come back."""

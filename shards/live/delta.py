@@ -7,7 +7,7 @@ One thread may append while others search; appending to a version that is not th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,6 +141,23 @@ class Delta:
     def attributes_of(self, row: int) -> bytes:
         """As they were appended."""
         return self.buffer.attributes[row]
+
+    def hiding(self, rows: IdArray) -> "Delta":
+        """In which ``rows`` (m,) int64, live ones, are not; only to be searched."""
+        hidden = self.hidden.copy()
+        by_row = hidden.reshape(-1)
+        by_row[rows] = True
+        hides = list(self.hides)
+        for tile in np.unique(rows // self.buffer.tile_rows).tolist():
+            hides[tile] = True
+        is_live = ~by_row[self.rows_of_ids]
+        return replace(
+            self,
+            hidden=hidden,
+            hides=tuple(hides),
+            ids=self.ids[is_live],
+            rows_of_ids=self.rows_of_ids[is_live],
+        )
 
     def changed(
         self,

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.errors import DeadlineExceeded, too_much_returned
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.messages import MAX_RETURNED_BYTES, SearchParams
 from shardline.shards.core.schema import EMPTY_ID, ORIGINAL_ID, FloatArray, IdArray, Ranked
 from shardline.shards.index.main_index import MainIndex
@@ -25,6 +26,7 @@ from shardline.shards.index.selection import Selection
 from shardline.shards.live.attributes import packed_rows
 from shardline.shards.live.delta import NOT_HERE, Delta
 from shardline.shards.live.delta_search import enter_delta
+from shardline.shards.live.excluding import Among, Excluding, rows_of
 from shardline.shards.live.filtered import FilterRows, Matching
 from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.records import Record, Upsert
@@ -98,6 +100,12 @@ class ShardState:
         """
         return self.filter_rows.matching(packed, self.selection, self.delta, look)
 
+    def among(self, matching: Matching | None = None) -> Among:
+        """What a search looks at: all that may come back, or those of them that match."""
+        if matching is None:
+            return Among(self.selection, self.delta)
+        return Among(matching.selection, matching.delta)
+
     def search(
         self,
         queries: FloatArray,
@@ -109,16 +117,12 @@ class ShardState:
         """The k best items of queries (n, dim) float32, among those that match where that is given;
         look: as of ``MainIndex.search_filtered``.
 
+        There are k, if there are so many, unless params say how much is visited.
+
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        if matching is None:
-            rows, scores = self.main.search(queries, k, params, self.selection)
-            delta = self.delta
-        else:
-            rows, scores = self.main.search_filtered(queries, k, params, matching.selection, look)
-            delta = matching.delta
-        return enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
+        return self._best(queries, k, params, self.among(matching), matching is not None, look, 0)
 
     def search_exactly(
         self,
@@ -128,11 +132,61 @@ class ShardState:
         matching: Matching | None = None,
     ) -> Ranked:
         """As ``search``, with every row scored; look: as of ``MainIndex.search_exactly``."""
-        selection, delta = self.selection, self.delta
-        if matching is not None:
-            selection, delta = matching.selection, matching.delta
-        rows, scores = self.main.search_exactly(queries, k, selection, look)
-        return enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
+        return self._best_exactly(queries, k, self.among(matching), look)
+
+    def search_excluding(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams | None,
+        excluded: Excluded,
+        matching: Matching | None = None,
+        look: Callable[[], None] = lambda: None,
+    ) -> tuple[Ranked, NDArray[np.int32]]:
+        """As ``search``, without the items that each query excludes, and ``Excluding.search``'s
+        counts. params None: as ``search_exactly``."""
+
+        def find(queries: FloatArray, k: int, among: Among, beyond: int = 0) -> Ranked:
+            if params is None:
+                return self._best_exactly(queries, k, among, look)
+            return self._best(queries, k, params, among, matching is not None, look, beyond)
+
+        excluding = Excluding(find, self.ids_by_row, self.among(matching), look)
+        return excluding.search(queries, k, excluded)
+
+    def _best(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        among: Among,
+        is_filtered: bool,
+        look: Callable[[], None],
+        beyond: int,
+    ) -> Ranked:
+        selection, delta = among.selection, among.delta
+        if is_filtered:
+            assert selection is not None
+            rows, scores = self.main.search_filtered(queries, k, params, selection, look)
+        else:
+            rows, scores = self.main.search(queries, k, params, selection, beyond)
+        found = enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
+        if is_filtered or params.nprobe or params.ef_search:
+            return found
+        hidden = 0 if selection is None else selection.num_excluded
+        wanted = min(k, self.main.rows - hidden + delta.num_live)
+        if wanted and EMPTY_ID in found.ids[:, wanted - 1]:
+            # the lists that were visited have too few rows that may come back
+            short = np.flatnonzero(found.ids[:, wanted - 1] == EMPTY_ID)
+            whole = self._best_exactly(queries[short], k, among, look)
+            found.ids[short], found.scores[short] = whole
+        return found
+
+    def _best_exactly(
+        self, queries: FloatArray, k: int, among: Among, look: Callable[[], None]
+    ) -> Ranked:
+        rows, scores = self.main.search_exactly(queries, k, among.selection, look)
+        return enter_delta(among.delta, queries, Ranked(self.ids_by_row[rows], scores))
 
     def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:
         """Those of item_ids (n,) int64 that are here, and their vectors (m, dim) float32.
@@ -209,8 +263,7 @@ class ShardState:
     def main_rows_of(self, item_ids: IdArray) -> IdArray:
         """(n,) int64: the row of main of each of item_ids (n,) int64 that may come back, NOT_HERE
         where there is none."""
-        rows = np.searchsorted(self.ids_by_row[:-1], item_ids)
-        rows[self.ids_by_row[rows] != item_ids] = NOT_HERE
+        rows = rows_of(self.ids_by_row, item_ids)
         if self.selection is not None:
             known = np.flatnonzero(rows != NOT_HERE)
             hidden = ~self.selection.are_live(rows[known])

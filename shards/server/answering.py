@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from shardline.shards.core.errors import DeadlineExceeded, ShardlineError
 from shardline.shards.core.messages import ErrorReply, ReplicaKey
@@ -81,10 +81,10 @@ class Answerer:
             return error_reply(DeadlineExceeded("the request's time ran out before the search"))
         estimate = search.ms_per_row if work.has_filter else self.background_ms_per_row
         rows = max(1, int(PIECE_MS / estimate))
-        queries = work.request.queries[search.done : search.done + rows]
+        piece = in_time(work).rows(slice(search.done, search.done + rows))
         started = time.perf_counter()
         try:
-            (reply,) = self._shard.search_batch([replace(in_time(work), queries=queries)])
+            (reply,) = self._shard.search_batch([piece])
         except Exception:  # as in ``_answer``
             logger.exception("a request failed")
             stats.failed += 1
@@ -93,13 +93,13 @@ class Answerer:
             stats.expired += isinstance(reply, DeadlineExceeded)
             return error_reply(reply)
         took_ms = (time.perf_counter() - started) * 1e3
-        self._observe(took_ms, len(queries))
-        estimate = followed(estimate, took_ms / len(queries))
+        self._observe(took_ms, len(piece.queries))
+        estimate = followed(estimate, took_ms / len(piece.queries))
         if work.has_filter:
             search.ms_per_row = estimate
         else:
             self.background_ms_per_row = estimate
-        search.done += len(queries)
+        search.done += len(piece.queries)
         search.replies.append(reply)
         if search.done < work.rows:
             return None

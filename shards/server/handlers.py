@@ -28,6 +28,7 @@ from shardline.shards.wire.frames import Message
 
 ID_BYTES = 8
 BYTES_PER_RESULT = 12  # an id and a float32 score
+COUNT_BYTES = 4  # of what a query's exclusions left out
 
 WRITE_REPLY_BYTES = 64  # four integers
 VALUE_BYTES = 256  # of an attribute's value, packed: titles and numbers have less
@@ -114,7 +115,7 @@ def _search(shard: Shard, works: Sequence[Work]) -> Sequence[Reply]:
 def in_time(work: Work) -> SearchRequest:
     """The request of a search, with what is left of its time."""
     request: SearchRequest = work.request
-    if not work.has_filter:  # it does not look at it
+    if not work.has_filter and request.excluded is None:  # it does not look at it
         return request
     return replace(request, timeout_ms=(work.deadline - time.monotonic()) * 1e3)
 
@@ -139,7 +140,7 @@ _WRITE = Handler(
 HANDLERS: dict[type, Handler] = {
     SearchRequest: Handler(
         rows_of=attrgetter("queries"),
-        reply_bytes=lambda request, rows, dim: rows * request.k * BYTES_PER_RESULT,
+        reply_bytes=lambda request, rows, dim: rows * (request.k * BYTES_PER_RESULT + COUNT_BYTES),
         answer=_search,
         may_expire=True,
         is_search=True,

@@ -36,6 +36,13 @@ class BackgroundSearch:
         """Of all pieces. seq: of the first one, because later ones may have had more writes.
         matched: the fewest of any, so that none is short without a reason."""
         first = self.replies[0]
+        excluded = None
+        if self.work.request.excluded is not None:
+            parts = [
+                np.zeros(len(each.ranked.ids), np.int32) if each.excluded is None else each.excluded
+                for each in self.replies
+            ]
+            excluded = np.concatenate(parts)
         return SearchReply(
             ranked=Ranked(
                 np.concatenate([each.ranked.ids for each in self.replies]),
@@ -47,6 +54,7 @@ class BackgroundSearch:
             seq=first.seq,
             search_ms=sum(each.search_ms for each in self.replies),
             others_share=others_share,
+            excluded=excluded,
         )
 
 

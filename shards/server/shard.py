@@ -17,6 +17,7 @@ from shardline.shards.core.errors import (
     InvalidInput,
     ShardlineError,
 )
+from shardline.shards.core.exclusions import joined_excluded
 from shardline.shards.core.messages import (
     MAX_RETURNED,
     NO_FILTER,
@@ -28,6 +29,7 @@ from shardline.shards.core.messages import (
     SearchRequest,
 )
 from shardline.shards.core.schema import (
+    MAX_K,
     check_ids,
     check_k,
 )
@@ -99,8 +101,8 @@ class Shard:
     def search_batch(self, requests: Sequence[SearchRequest]) -> list[SearchReply | ShardlineError]:
         """A reply to each request, in order; requests that differ in their queries alone share one
         search. One that is wrong gets its error in place of a reply and harms no other; what is no
-        ``ShardlineError`` is raised if there is one request alone. One with a filter is given up,
-        as ``DeadlineExceeded``, when its ``timeout_ms`` from now are over.
+        ``ShardlineError`` is raised if there is one request alone. One with a filter or exclusions
+        is given up, as ``DeadlineExceeded``, when its ``timeout_ms`` from now are over.
         """
         state, now = self.state, time.monotonic()
         if len(requests) == 1:
@@ -180,6 +182,7 @@ class Shard:
             ids = check_ids(request.item_ids)
             self._check_seq(state, request.min_seq)
             names = request.names or state.attributes.names[:MAX_RETURNED]
+            kinds = state.attributes.kinds(names)
             found = state.attributes_of(ids, names, deadline, limit)
         except (InvalidInput, Behind, DeadlineExceeded) as error:
             return error
@@ -190,6 +193,7 @@ class Shard:
             item_ids=item_ids,
             names=names,
             values=values,
+            kinds=kinds,
             generation=self.generation,
             seq=state.seq,
         )
@@ -233,19 +237,25 @@ class Shard:
         first = group[0]
         started = time.perf_counter()
         queries = first.queries
+        given = first.excluded
         if len(group) > 1:
             queries = np.concatenate([request.queries for request in group])
+            given = joined_excluded([(len(each.queries), each.excluded) for each in group])
         try:
-            check_k(first.k)
+            check_k(first.k, limit=MAX_K + 1)  # one more: an item is left out of its own answer
             if len(queries) == 0:
                 raise InvalidInput("empty batch", field="queries", expected="at least one query")
             self._check_seq(state, first.options.min_seq)
             packed = first.options.filter
             matching = state.matching(packed, look) if packed else None
-            if first.options.exact:
-                ranked = state.search_exactly(queries, first.k, look, matching)
+            k, params = first.k, None if first.options.exact else first.params
+            excluded = None
+            if given is not None:
+                ranked, excluded = state.search_excluding(queries, k, params, given, matching, look)
+            elif params is None:
+                ranked = state.search_exactly(queries, k, look, matching)
             else:
-                ranked = state.search(queries, first.k, first.params, matching, look)
+                ranked = state.search(queries, k, params, matching, look)
         except ShardlineError as error:
             return [error] * len(group)
         search_ms = (time.perf_counter() - started) * 1e3
@@ -261,6 +271,7 @@ class Shard:
                     seq=state.seq,
                     search_ms=search_ms,
                     matched=NO_FILTER if matching is None else matching.rows,
+                    excluded=None if excluded is None else excluded[start:end],
                 )
             )
             start = end

@@ -39,7 +39,7 @@ from shardline.shards.wire.readers import (
     unpack,
 )
 
-PROTOCOL_VERSION = 9
+PROTOCOL_VERSION = 10
 MAX_FRAME_BYTES = 64 << 20  # 2048 queries x k=2048 x 12 bytes is 50 MB: the largest legal answer
 HEADER = struct.Struct("<IQ")
 CHEAP_COPY_BYTES = 16 << 10  # up to here numpy's extra work for a memoryview costs more than a copy
@@ -99,10 +99,10 @@ def encode_frame(request_id: int, message: Message) -> bytes:
         if len(payload) > MAX_FRAME_BYTES:
             raise _too_large(len(payload))
         return HEADER.pack(len(payload), request_id) + payload
-    size, head, body, tail = pack(message)
+    size, parts = pack(message)
     if size > MAX_FRAME_BYTES:
         raise _too_large(size)
-    return b"".join((HEADER.pack(size, request_id), head, body, tail))
+    return b"".join((HEADER.pack(size, request_id), *parts))
 
 
 def _too_large(size: int) -> ProtocolError:

@@ -664,6 +664,11 @@ def test_openapi_describes_what_the_code_checks():
         "background",
         "exact",
         "filter",
+        "exclude",
+        "exclude_history",
+        "cap",
+        "boost",
+        "diversify",
         "return",
         "return_original_ids",
     }
@@ -730,6 +735,7 @@ def test_the_documented_response_is_the_real_one():
             "return": ["title"],
             "return_original_ids": True,
             "background": True,
+            "cap": {"column": "title", "max": 1},
         },
     ).json()
     only_if_missing = {"attributes_missing"}

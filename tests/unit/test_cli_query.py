@@ -174,12 +174,46 @@ def test_a_filter_is_passed_on_and_a_short_answer_is_no_error(
     assert err == "item 42: 1 item matches\nerror: no item 5 in generation 6\n"
 
 
+def test_exclusions_are_passed_on_for_every_item(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert query(capsys, "--item", "42", "--item", "42", "--exclude", "1, 2,3")[0] == 0
+    assert cluster.asked[0]["exclude"] == [[1, 2, 3]] * 2
+    assert query(capsys, "--vector", "[1, 2]", "--exclude", "7")[0] == 0
+    assert cluster.asked[1]["exclude"] == [[7]]
+    assert query(capsys, "--features", "{}", "--exclude-history")[0] == 0
+    assert cluster.asked[2]["exclude_history"] is True
+    assert "exclude" not in cluster.asked[2]
+    for wrong in ("1,x", "-1", "1.5", str(2**63)):
+        assert query(capsys, "--item", "42", "--exclude", wrong)[0] == 2
+    assert len(cluster.asked) == 3
+
+
 def test_a_filter_is_in_the_body_that_is_printed(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, _ = query(capsys, "--item", "42", "--filter", '{"a": 1}', "--print-request")
     assert (code, json.loads(out)["filter"]) == (0, {"a": 1})
     assert cluster.asked == []
+
+
+def test_caps_boosts_and_diversity_are_passed_on(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--cap", "seller:2", "--boost", "day:0.1:7d", "--diversify", "0.7")
+    code, out, _ = query(capsys, "--item", "42", *options)
+    asked = cluster.asked[0]
+    expected = {
+        "cap": [{"column": "seller", "max": 2}],
+        "boost": [{"column": "day", "weight": 0.1, "half_life_days": 7}],
+        "diversify": {"lambda": 0.7},
+    }
+    assert code == 0
+    assert {name: asked[name] for name in expected} == expected
+    code, out, _ = query(capsys, "--item", "42", *options, "--print-request")
+    assert json.loads(out).items() >= expected.items()
+    query(capsys, "--item", "42")
+    assert cluster.asked[-1].keys().isdisjoint(expected)
 
 
 @pytest.mark.parametrize(("index", "warns"), [("flat", True), ("hnsw", True), ("ivfpq-fs", False)])
@@ -203,6 +237,8 @@ def test_nprobe_for_an_index_without_lists_is_a_warning(
         ("k", "-k"),
         ("params.nprobe", "--nprobe"),
         ("filter.price.$lt", "--filter.price.$lt"),
+        ("exclude[0][1]", "--exclude[1]"),
+        ("exclude_history", "--exclude-history"),
         ("timeout_ms", "timeout_ms"),
     ],
 )

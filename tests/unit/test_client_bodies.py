@@ -53,9 +53,21 @@ def test_ids_of_every_integer_type_arrive_as_int64(dtype: str) -> None:
     assert (ids.dtype, ids.tolist()) == (np.int64, [1, 200])
 
 
+def test_exclusions_arrive_as_arrays_of_ids() -> None:
+    lists = [[3, 1, 3], np.array([9, 7], np.uint8), {5}, pd.Series([2, 1]), ()]
+    query = sent(item_ids=[1] * 5, exclude=lists)
+    assert [ids.tolist() for ids in query.excluded] == [[1, 3], [7, 9], [5], [1, 2], []]
+    query = sent(item_ids=[1, 2], exclude=np.array([[4, 3], [2, 2]]))
+    assert [ids.tolist() for ids in query.excluded] == [[3, 4], [2]]
+    assert sent(features=[{"a": 1}], exclude_history=True).exclude_history
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        *(("exclude[0]", value) for value in ([1, 2], [[1.5]], [["1"]], [[True]], [[[1]]])),
+        ("exclude[1][1]", [[], [3, -1]]),
+        ("exclude", 7),
         *(("vectors", ROWS.astype(kind)) for kind in (bool, complex, object, str, "M8[s]")),
         *(("vectors", value) for value in ([[1, 2], [3]], [1.0, 2.0], 5, [["1", "2"]], "text")),
         *(("item_ids", value) for value in ([1.5], ["1"], [True], [[1]], [2**63], [None], 7)),

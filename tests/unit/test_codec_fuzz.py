@@ -49,6 +49,8 @@ BODIES = st.fixed_dictionaries(
         "vectors": VECTORS,
         "item_ids": st.lists(NUMBERS, max_size=3) | ARRAYS,
         "features": st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=2),
+        "exclude": st.lists(st.lists(NUMBERS, max_size=3) | ARRAYS, max_size=3) | VALUES,
+        "exclude_history": st.booleans() | VALUES,
         "k": NUMBERS | VALUES,
         "timeout_ms": NUMBERS,
         "min_coverage": NUMBERS,
@@ -71,6 +73,12 @@ def accept(body: bytes, media: Media) -> ResolvedQuery | None:
     except InvalidInput as error:
         assert error.field is not None
         return None
+    assert len(query.excluded) in (0, len(query.values))
+    for ids in query.excluded:
+        assert ids.dtype == np.int64
+        assert ids.tolist() == sorted({*ids.tolist()})
+        assert ids.min(initial=0) >= 0
+    assert not query.exclude_history or query.kind is QueryKind.FEATURES
     assert 1 <= query.k <= CONFIG.max_k
     assert 0 < query.timeout_ms <= CONFIG.max_timeout_ms
     assert 0 <= query.min_coverage <= 1

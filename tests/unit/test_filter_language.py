@@ -27,6 +27,7 @@ from shardline.shards.core.filter_language import (
     Negation,
     Operator,
     check_filter,
+    narrowed,
     read_filter,
 )
 from tests.filter_model import filter_of
@@ -267,3 +268,28 @@ def test_the_filters_of_the_page_are_filters() -> None:
     assert len(spans) >= 8
     for text in (*blocks, *spans):
         check_filter(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "filter_map",
+    [{}, {"a": 1}, {"a": 1, "b": "x"}, {"$or": [{"a": 1}, {"b": "x"}]}, {"$not": {"a": 1}}],
+)
+def test_a_narrowed_filter_is_one_with_the_condition_besides(filter_map: dict[str, Any]) -> None:
+    left_out = {"b": ["y", "x", "y"], "d": ["2026-03-01"]}
+    expected = {"$and": [filter_map, {"b": {"$nin": ["x", "y"]}}, {"d": {"$nin": ["2026-03-01"]}}]}
+    assert narrowed(check_filter(filter_map), left_out) == check_filter(expected)
+    assert narrowed(check_filter(filter_map), {}) == check_filter(filter_map)
+
+
+def test_a_filter_is_narrowed_within_the_limits() -> None:
+    largest = check_filter({"$and": [{"a": {"$gt": number}} for number in range(MAX_CLAUSES)]})
+    with pytest.raises(InvalidInput, match="too many conditions"):
+        narrowed(largest, {"a": [1]})
+    with pytest.raises(InvalidInput, match="too large"):
+        narrowed(b"", {"b": ["x" * MAX_FILTER_BYTES]})
+    with pytest.raises(InvalidInput, match="no operator"):
+        narrowed(b"", {"$b": ["x"]})
+    deepest: dict[str, Any] = {"a": 1}
+    for _ in range(MAX_DEPTH // 2):
+        deepest = {"$not": {"$or": [deepest, {"b": "x"}]}}
+    assert narrowed(check_filter(deepest), {"a": [2]})

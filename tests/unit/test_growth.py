@@ -95,9 +95,10 @@ LARGE = 1 << 20
         pytest.param(b"\xdd" + struct.pack(">I", LARGE) + b"\x90" * LARGE, id="empty arrays"),
         pytest.param(msgpack.packb([6, bytes(LARGE), 1.0]), id="bytes for an array"),
         pytest.param(msgpack.packb([6, ["<i8", [9], bytes(LARGE)], 1.0]), id="sizes"),
-        pytest.param(REQUEST.pack(4, *[2**32 - 1] * 3, 1.0, 0, 0, 0, 0), id="a request's sizes"),
+        pytest.param(REQUEST.pack(4, *[2**32 - 1] * 3, 1.0, *[0] * 6), id="a request's sizes"),
         pytest.param(
-            REPLY.pack(5, 2**32 - 1, 2**32 - 1, 0, 1, 0, 1, 1.0, 0.0, -1), id="a reply's sizes"
+            REPLY.pack(5, 2**32 - 1, 2**32 - 1, 0, 1, 0, 1, 1.0, 0.0, -1, 0, 0),
+            id="a reply's sizes",
         ),
     ],
 )

@@ -26,7 +26,11 @@ from tests.fake_shard import SECRET, ReplicaRoute, ShardRoute, make_rows, make_t
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("shards", "router", "cluster", "training")
-ASKING = {"router/recall_watch.py", "router/past_items.py"}
+ASKING = {
+    "router/past_items.py",
+    "router/rearrange/pool_search.py",
+    "router/recall_watch.py",
+}
 # where the numbers are from, and so what they ask of the generation that is live
 ORIGIN = {
     "router/asked_seq.py",

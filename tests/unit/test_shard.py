@@ -81,7 +81,7 @@ def test_ties_come_in_order_of_item_id(shard, vectors, ids) -> None:
         (request(np.zeros((0, DIM), np.float32)), "queries"),
         (request(np.zeros((1, DIM), np.float32), 0), "k"),
         (request(np.zeros((1, DIM), np.float32), -3), "k"),
-        (request(np.zeros((1, DIM), np.float32), 2049), "k"),
+        (request(np.zeros((1, DIM), np.float32), 2050), "k"),
         (
             request(np.zeros((1, DIM), np.float32), params=SearchParams(nprobe=9999)),
             "params.nprobe",
@@ -120,10 +120,10 @@ def test_a_bug_costs_the_requests_that_meet_it(shard, vectors, monkeypatch, capl
     main = shard.state.main
     search = main.search
 
-    def broken(queries, k, params, selection):
+    def broken(queries, k, *others):
         if k == 5:
             raise RuntimeError("a bug")
-        return search(queries, k, params, selection)
+        return search(queries, k, *others)
 
     monkeypatch.setattr(main, "search", broken)
     good, bad = request(vectors[:2]), request(vectors[:2], 5)
@@ -142,9 +142,9 @@ def test_compatible_requests_share_one_search(shard, vectors, monkeypatch) -> No
     main = shard.state.main
     search = main.search
 
-    def counted(queries, k, params, selection):
+    def counted(queries, k, *others):
         sizes.append((len(queries), k))
-        return search(queries, k, params, selection)
+        return search(queries, k, *others)
 
     monkeypatch.setattr(main, "search", counted)
     shard.search_batch([request(vectors[:2]), request(vectors[:3], 5), request(vectors[:4])])

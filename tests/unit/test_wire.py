@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardline.shards.core.errors import ProtocolError
+from shardline.shards.core.exclusions import Excluded
 from shardline.shards.core.messages import (
     AttributesReply,
     AttributesRequest,
@@ -19,6 +20,7 @@ from shardline.shards.core.messages import (
     FetchRequest,
     Hello,
     Proof,
+    SearchOptions,
     SearchParams,
     SearchReply,
     SearchRequest,
@@ -58,13 +60,33 @@ MESSAGES = [
         others_share=0.125,
         matched=0,
     ),
+    SearchRequest(
+        queries=FLOATS,
+        k=7,
+        timeout_ms=12.5,
+        options=SearchOptions(background=True),
+        excluded=Excluded(np.array([0, 3], np.int32), np.array([0, 7, 2**62])),
+    ),
+    SearchReply(
+        ranked=Ranked(IDS, FLOATS),
+        rows=10,
+        generation=57,
+        seq=0,
+        search_ms=0.25,
+        excluded=np.array([10, 0], np.int32),
+    ),
     FetchRequest(item_ids=IDS[0], timeout_ms=3),
     FetchRequest(item_ids=IDS[0], timeout_ms=3, min_seq=(4, 0)),
     FetchReply(item_ids=IDS[0], vectors=FLOATS, generation=57, seq=4),
     FetchReply(item_ids=IDS[0][:0], vectors=FLOATS[:0], generation=57, seq=4),
     AttributesRequest(item_ids=IDS[0], names=("preis", "größe"), timeout_ms=3),
     AttributesReply(
-        item_ids=IDS[0], names=("a", "b"), values=msgpack.packb([[1], ["a"]]), generation=57, seq=4
+        item_ids=IDS[0],
+        names=("a", "b"),
+        values=msgpack.packb([[1], ["a"]]),
+        kinds=("integer", "text"),
+        generation=57,
+        seq=4,
     ),
     UpsertRequest(item_ids=IDS[0], vectors=FLOATS, attributes=b"\x80", key="k-1", timeout_ms=3),
     UpsertRequest(
@@ -79,7 +101,7 @@ def assert_equal(got: object, expected: object) -> None:
     assert type(got) is type(expected)
     for field in fields(expected):
         a, b = getattr(got, field.name), getattr(expected, field.name)
-        for x, y in zip(a, b, strict=True) if isinstance(b, Ranked) else [(a, b)]:
+        for x, y in zip(a, b, strict=True) if isinstance(b, Ranked | Excluded) else [(a, b)]:
             if isinstance(y, np.ndarray):
                 assert x.dtype == y.dtype
                 np.testing.assert_array_equal(x, y)
@@ -131,14 +153,14 @@ def request(**changes: object) -> bytes:
 def search(data: bytes = bytes(8), **changes: object) -> bytes:
     """A SearchRequest's payload: one query of two numbers."""
     head = {"kind": 4, "n": 1, "dim": 2, "k": 1, "timeout_ms": 1.0}
-    head |= {"nprobe": 0, "ef_search": 0, "rerank_factor": 0, "tail": 0}
+    head |= {"nprobe": 0, "ef_search": 0, "rerank_factor": 0, "tail": 0, "excluded": 0, "zero": 0}
     return REQUEST.pack(*(head | changes).values()) + data
 
 
 def found(data: bytes = bytes(24), **changes: object) -> bytes:
     """A SearchReply's payload: two results of one query."""
     head = {"kind": 5, "n": 1, "k": 2, "zero": 0, "generation": 1, "seq": 0, "rows": 10}
-    head |= {"search_ms": 0.5, "others_share": 0.25, "matched": -1}
+    head |= {"search_ms": 0.5, "others_share": 0.25, "matched": -1, "counts": 0, "zeros": 0}
     return REPLY.pack(*(head | changes).values()) + data
 
 
@@ -227,6 +249,13 @@ def array(dtype: object, shape: object, data: object) -> dict:
         search(n=2),
         search(dim=0),
         search(n=2**32 - 1, dim=2**32 - 1),
+        search(zero=1),
+        search(bytes(16), excluded=1),
+        search(bytes(8 + 8 + 4), excluded=1),  # counts that name no id
+        search(bytes(16 + 8) + b"\x03\0\0\0", excluded=2),
+        search(bytes(16 + 8) + b"\xff" * 4, excluded=2),
+        search(bytes(8 + 16) + b"\x02\0\0\0\xff\xff\xff\xff", n=2, excluded=1),
+        search(excluded=2**32 - 1),
         search(timeout_ms=float("nan")),
         search(timeout_ms=float("-inf")),
         found()[:-1],
@@ -242,6 +271,11 @@ def array(dtype: object, shape: object, data: object) -> dict:
         found(others_share=-0.25),
         found(others_share=1.5),
         found(others_share=float("nan")),
+        found(zeros=1),
+        found(counts=1),
+        found(bytes(24 + 8), counts=2),
+        found(bytes(24) + b"\xff" * 4, counts=1),
+        found(bytes(24) + b"\x0b\0\0\0", counts=1),
         found(matched=-2),
         found(matched=11),
     ],

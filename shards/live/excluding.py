@@ -1,0 +1,149 @@
+"""Searches that leave out items of each query's own.
+
+Queries are asked for a few more results than they want, and what they exclude is taken out of
+these. A query that comes out short is searched alone, with a selection and a delta that lack its
+excluded rows; so is one that comes alone and excludes many. Either way an answer is that of a shard
+which does not have the excluded items.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shardline.shards.core.exclusions import Excluded
+from shardline.shards.core.schema import (
+    EMPTY_ID,
+    EMPTY_SCORE,
+    MAX_K,
+    FloatArray,
+    IdArray,
+    Ranked,
+)
+from shardline.shards.index.selection import Selection
+from shardline.shards.live.delta import NOT_HERE, Delta
+
+# Results beyond k that queries are asked for which share a search, or exclude no more. More cost
+# all of them; with fewer, more of them are searched alone.
+MARGIN = 32
+
+
+class Among(NamedTuple):
+    """What is searched: these rows of a main index, None for all, and the live rows of a delta.
+
+    A tuple, because every search makes one.
+    """
+
+    selection: Selection | None
+    delta: Delta
+
+
+class Find(Protocol):
+    def __call__(self, queries: FloatArray, k: int, among: Among, beyond: int = 0, /) -> Ranked:
+        """The k best items; beyond: how many rows that are excluded may be nearer than these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Excluding:
+    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; look: called before a query of
+    several is searched alone; what it raises ends the search."""
+
+    find: Find
+    ids_by_row: IdArray
+    among: Among
+    look: Callable[[], None]
+
+    def search(
+        self, queries: FloatArray, k: int, excluded: Excluded
+    ) -> tuple[Ranked, NDArray[np.int32]]:
+        """The k best items of queries (n, dim) among those that are not excluded; and counts (n,)
+        int32: of each query with fewer than k, how many items it excludes that could have been
+        found, 0 of others."""
+        counts = np.zeros(len(queries), np.int32)
+        lists = [excluded.ids]
+        if len(queries) > 1:
+            lists = np.split(excluded.ids, np.cumsum(excluded.counts[:-1]))
+        elif len(excluded.ids) > MARGIN:
+            found, counts[0] = self._alone(queries, k, excluded.ids)
+            return found, counts
+        margin = max(0, min(MARGIN, max(map(len, lists)), MAX_K - k))
+        found = self.find(queries, k + margin, self.among)
+        kept = Ranked(found.ids[:, :k].copy(), found.scores[:, :k].copy())
+        for query, ids in enumerate(lists):
+            some = slice(query, query + 1)
+            if not _take_out(ids, found.rows(some), kept.rows(some)):
+                continue
+            if found.ids[query, -1] == EMPTY_ID:  # everything that can be found has been
+                counts[query] = self._count(ids)
+                continue
+            self.look()
+            alone, counts[query] = self._alone(queries[some], k, ids)
+            kept.ids[some], kept.scores[some] = alone
+        return kept, counts
+
+    def _alone(self, query: FloatArray, k: int, ids: IdArray) -> tuple[Ranked, int]:
+        """As ``search``, of one query (1, dim) that excludes ids (m,)."""
+        selection, delta = self.among
+        of_main, of_delta = self._rows_of(ids)
+        if len(of_main):
+            whole = selection if selection is not None else _whole(len(self.ids_by_row) - 1)
+            selection = whole.less(of_main)
+        if len(of_delta):
+            delta = delta.hiding(of_delta)
+        found = self.find(query, k, Among(selection, delta), len(of_main))
+        is_short = found.ids[0, -1] == EMPTY_ID
+        return found, len(of_main) + len(of_delta) if is_short else 0
+
+    def _count(self, ids: IdArray) -> int:
+        return sum(map(len, self._rows_of(ids)))
+
+    def _rows_of(self, ids: IdArray) -> tuple[IdArray, IdArray]:
+        """The rows of main and of the delta that are searched, of ids (m,), ascending."""
+        selection, delta = self.among
+        of_main = rows_of(self.ids_by_row, ids)
+        of_main = of_main[of_main != NOT_HERE]
+        if selection is not None:
+            of_main = of_main[selection.are_live(of_main)]
+        of_delta = of_main[:0]
+        if delta.num_live:
+            of_delta = delta.rows_of(ids)
+            of_delta = of_delta[of_delta != NOT_HERE]
+        return of_main, of_delta
+
+
+def rows_of(ids_by_row: IdArray, item_ids: IdArray) -> IdArray:
+    """(n,) int64: the row of each of item_ids (n,) int64, NOT_HERE where there is none; ids_by_row
+    (rows + 1,) as of ``ShardState``."""
+    rows = len(ids_by_row) - 1
+    if rows and ids_by_row[rows - 1] - ids_by_row[0] == rows - 1:  # no gaps: nothing to look for
+        at = item_ids - ids_by_row[0]
+        return np.where((at >= 0) & (at < rows), at, NOT_HERE)
+    at = np.searchsorted(ids_by_row[:-1], item_ids)
+    at[ids_by_row[at] != item_ids] = NOT_HERE
+    return at
+
+
+@lru_cache(maxsize=2)
+def _whole(rows: int) -> Selection:
+    """Kept: a copy of its bits takes less time."""
+    return Selection.whole(rows)
+
+
+def _take_out(ids: IdArray, found: Ranked, kept: Ranked) -> bool:
+    """Writes to ``kept`` (1, k) the first of ``found`` (1, k or more), which it has already, that
+    are not among ids (m,), ascending. Whether there are fewer than k of these."""
+    (of_found,), k = found.ids, kept.ids.shape[1]
+    if not len(ids):
+        return False
+    at = np.searchsorted(ids, of_found)
+    at[at == len(ids)] = 0
+    is_left = ids[at] != of_found
+    if not is_left[:k].all():
+        left = is_left.nonzero()[0][:k]
+        kept.ids[:], kept.scores[:] = EMPTY_ID, EMPTY_SCORE
+        kept.ids[0, : len(left)] = of_found[left]
+        kept.scores[0, : len(left)] = found.scores[0, left]
+    return bool(kept.ids[0, -1] == EMPTY_ID)
