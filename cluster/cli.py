@@ -96,6 +96,11 @@ COMMANDS = {
         "delete",
         "Delete items of a running cluster.",
     ),
+    "lists": (
+        "shardline.cluster.commands.lists",
+        "lists",
+        "Lists of items that searches leave out: seen, blocked, sold out.",
+    ),
     "batch": (
         "shardline.cluster.commands.batch",
         "batch",

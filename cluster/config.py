@@ -151,6 +151,12 @@ def load_config(
         raise config_error(error, ShardlineConfig, source) from error
 
 
+def given_keys(section: str, overrides: Sequence[str]) -> set[str]:
+    """The keys of a section that ``key.path=value`` overrides name, right or wrong."""
+    paths = (override.partition("=")[0].split(".") for override in overrides)
+    return {path[1] for path in paths if path[0] == section and len(path) > 1}
+
+
 def config_error(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:
     """The first problem of a pydantic error as one ConfigError with the key's path."""
     problem = error.errors(include_url=False)[0]

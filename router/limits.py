@@ -75,6 +75,7 @@ def resolve(
     excluded: tuple[IdArray, ...] | None = None,
     exclude_history: bool = False,
     rearrange: Rearrangement | None = None,
+    exclude_lists: Sequence[str] = (),
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
     filters: one per query, or none at all. excluded: of each query, ascending, each once.
@@ -125,6 +126,7 @@ def resolve(
         excluded=excluded or (),
         exclude_history=exclude_history,
         rearrange=rearrange and sized(rearrange, k, config.max_k, len(values)),
+        exclude_lists=tuple(exclude_lists),
     )
 
 

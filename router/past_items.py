@@ -86,8 +86,10 @@ async def _take(
 def made_of(encoder: ItemEncoder, beside: FoundAttributes) -> dict[int, NewItem]:
     """Of each item that shards hold its part in histories, NOTHING where it has none."""
     held = np.unique(beside.item_ids)
+    feature = encoder.attributes.feature
     rows = [
-        {name: beside.values[name][item_id] for name in encoder.names} for item_id in held.tolist()
+        {name: feature(name, beside.values[name][item_id]) for name in encoder.names}
+        for item_id in held.tolist()
     ]
     if not rows:
         return {}

@@ -41,7 +41,8 @@ class ResolvedQuery:
     min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
     where queries differ in them, the ``options.filter`` of each; else empty. excluded: of each
     query the ids (m,) int64 that must not come back, ascending, each once; empty where no query has
-    any. exclude_history: nor the items of its history feature, which are not in ``excluded`` yet.
+    any. exclude_history: nor the items of its history feature; exclude_lists: nor those of lists of
+    these names. Neither are in ``excluded`` yet.
     """
 
     kind: QueryKind
@@ -57,6 +58,7 @@ class ResolvedQuery:
     filters: tuple[bytes, ...] = ()
     excluded: tuple[IdArray, ...] = ()
     exclude_history: bool = False
+    exclude_lists: tuple[str, ...] = ()
     rearrange: Rearrangement | None = None
 
 

@@ -4,6 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shardline.router.list_names import LARGEST_LIST
 from shardline.shards.core.schema import MAX_K
 
 # Queries that the default time limit is meant for; more get longer. Flat, 60,000 x 784, two cores:
@@ -90,6 +91,37 @@ class RouterConfig(BaseModel):
         le=1 << 40,
         description="Memory per router for complete answers to repeated queries; 0 turns the cache "
         "off.",
+    )
+    lists_fresh_ms: float = Field(
+        default=100.0,
+        ge=0,
+        le=60_000,
+        description="Time for which a router goes by what it has read of a list; then it looks "
+        "whether there is a newer version. So a change is seen by every router at the latest this "
+        "long after it was acknowledged (on NFS add `actimeo`). 0 looks every time.",
+    )
+    lists_cache_bytes: int = Field(
+        default=64 << 20,
+        ge=0,
+        le=1 << 40,
+        description="Memory per router for lists that searches have named.",
+    )
+    max_list_ids: int = Field(
+        default=10_000, ge=1, le=LARGEST_LIST, description="[ids] Largest list."
+    )
+    max_lists: int = Field(
+        default=1_000_000,
+        ge=1,
+        le=1 << 30,
+        description="[lists] Lists per store; no more are created then. Approximately: a router "
+        "may miss some hundreds that others have created lately. Deleted ones count until "
+        "`shardline gc` removes them.",
+    )
+    max_listed_ids: int = Field(
+        default=20_000,
+        ge=1,
+        le=16 * LARGEST_LIST,
+        description="[ids] Different ids that the lists named by one search may hold together.",
     )
     shard_max_in_flight: int = Field(
         default=256,

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from shardline.router.fanout.snapshot import (
 from shardline.router.finding import Finder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.lists.list_service import Lists
+from shardline.router.lists.list_store import lists_folder
 from shardline.router.one_item import read_item
 from shardline.router.past_items import encoded
 from shardline.router.query import (
@@ -112,6 +115,7 @@ class SearchService:
         # around bodies that come in pieces: slow ones must not count as requests in flight
         self.arriving = InFlightLimit(config.max_in_flight, self.recorder)
         self._searches = 0
+        self.lists = Lists(config, self.recorder, self._lists_root)
         self._readiness = Readiness(self._fanout)
         self._finder = Finder(self._fanout, self.watch, config.cache_bytes)
         self._rearranger = Rearranger(self._fanout, self._finder, config.max_k, wall)
@@ -156,6 +160,7 @@ class SearchService:
 
     async def close(self) -> None:
         await self.watch.close()
+        await self.lists.close()
         await self._fanout.close()
         await self._readiness.ended()
 
@@ -185,6 +190,8 @@ class SearchService:
         began_at = time.perf_counter() if began_at is None else began_at
         deadline = arrived_at + query.timeout_ms / 1000
         try:
+            if query.exclude_lists:
+                query = await self.lists.excluding(query, _share_of(deadline, LOOK_UP_SHARE))
             pin = self._fanout.pin()
             if query.options.min_seq:
                 pin, query = await pinned_with(self._fanout, query, deadline)
@@ -300,6 +307,11 @@ class SearchService:
             recorder.set(GENERATION, snapshot.table.generation)
             recorder.set(SHARDS_CONNECTED, snapshot.connected_shards)
 
+    def _lists_root(self) -> Path:
+        """Raises Unavailable: no routing table has come yet."""
+        with self._fanout.pin() as snapshot:
+            return lists_folder(snapshot.table.generation_dir)
+
     # Steps
 
     async def _answer(
@@ -341,11 +353,10 @@ class SearchService:
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float
     ) -> ItemQueries:
         item_ids = check_ids(query.values)
-        now = asyncio.get_running_loop().time()
         found = await self._fanout.fetch(
             snapshot,
             np.unique(item_ids),
-            deadline=now + LOOK_UP_SHARE * (deadline - now),
+            deadline=_share_of(deadline, LOOK_UP_SHARE),
             min_coverage=query.min_coverage,
             min_seq=query.options.min_seq,
         )
@@ -379,3 +390,9 @@ async def _without_history(snapshot: TableSnapshot, query: ResolvedQuery) -> Res
     num_ids = sum(len(values[name] or ()) for values in query.values for name in named)
     found: ResolvedQuery = await off_loop(num_ids, with_history, query, features)
     return found
+
+
+def _share_of(deadline: float, share: float) -> float:
+    """The moment, on the event loop's clock, at which this share of the time left is used up."""
+    now = asyncio.get_running_loop().time()
+    return now + share * (deadline - now)

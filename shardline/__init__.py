@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shardline.shards.core.errors import DeltaFull as DeltaFull
     from shardline.shards.core.errors import EncoderUnavailable as EncoderUnavailable
     from shardline.shards.core.errors import InvalidInput as InvalidInput
+    from shardline.shards.core.errors import ListsUnavailable as ListsUnavailable
     from shardline.shards.core.errors import NotFound as NotFound
     from shardline.shards.core.errors import NotPrimary as NotPrimary
     from shardline.shards.core.errors import Overloaded as Overloaded
@@ -51,6 +52,7 @@ else:
                 "DeltaFull",
                 "EncoderUnavailable",
                 "InvalidInput",
+                "ListsUnavailable",
                 "NotFound",
                 "NotPrimary",
                 "Overloaded",

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 from starlette.responses import PlainTextResponse
@@ -32,13 +34,16 @@ class LiveRouter:
     service: SearchService
     shards: list[FakeShard]
     loop: asyncio.AbstractEventLoop
+    store: Path
 
     def switch(self, generation: int, **changes: object) -> None:
         """Has the same rows go live as another generation, whose shards have counted no writes."""
         for shard in self.shards:
             shard.generation, shard.seq = generation, 0
         version = self.service._fanout.snapshot.table.version + 1
-        table = make_table(self.shards, DIM, generation=generation, version=version, **changes)
+        place = {"generation_dir": str(self.store / "generations" / "000001")}
+        given = {"generation": generation, "version": version, **place, **changes}
+        table = make_table(self.shards, DIM, **given)
         asyncio.run_coroutine_threadsafe(self.service.apply(table), self.loop).result(10)
 
 
@@ -54,7 +59,16 @@ def health_checked(app: ASGIApp) -> ASGIApp:
 
 @contextlib.contextmanager
 def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator[LiveRouter]:
-    """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, stopped at the end."""
+    """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, and a store for lists; stopped and
+    removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="live-router-") as folder:
+        (Path(folder) / "generations" / "000001").mkdir(parents=True)
+        with _running(config, guard, Path(folder)) as router:
+            yield router
+
+
+@contextlib.contextmanager
+def _running(config: RouterConfig, guard: Guard | None, store: Path) -> Iterator[LiveRouter]:
     listening = socket.create_server(("127.0.0.1", 0))
     ready, stop = threading.Event(), threading.Event()
     state: dict[str, LiveRouter] = {}
@@ -68,12 +82,13 @@ def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator
                 load_encoder=lambda _table: FakeEncoder(DIM, "m1"),
                 load_items=lambda _table: small_item_encoder(DIM, "m1"),
             )
-            await service.apply(make_table(shards, DIM))
+            place = str(store / "generations" / "000001")
+            await service.apply(make_table(shards, DIM, generation_dir=place))
             app = health_checked(create_app(service, config, guard))
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
             serving = asyncio.create_task(server.serve(sockets=[listening]))
             url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-            state["router"] = LiveRouter(url, service, shards, asyncio.get_running_loop())
+            state["router"] = LiveRouter(url, service, shards, asyncio.get_running_loop(), store)
             # both threads start here, and none within a test, where it would look left behind
             asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
             stopped = asyncio.create_task(asyncio.to_thread(stop.wait))

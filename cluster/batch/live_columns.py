@@ -1,6 +1,7 @@
 """The columns that the answers of a live cluster bring beside the results, as a part has them."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,8 @@ def _kept(answer: SearchAnswer, rows: list[list[Any]]) -> list[Any]:
 def _array(name: str, values: list[Any], kind: pa.DataType) -> pa.Array:
     """Values of JSON in the type that the generation's files have."""
     try:
+        if pa.types.is_decimal(kind):  # floats, and texts of those that floats do not hold
+            values = [None if value is None else Decimal(str(value)) for value in values]
         try:
             return pa.array(values, kind)
         except LIBRARY_ERRORS:  # times are texts in JSON

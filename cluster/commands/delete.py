@@ -45,7 +45,7 @@ def delete(
     per line. Nothing else of them is read.
     """
     began = time.perf_counter()
-    item_ids = _typed(files) if are_ids else _ids_of(files, id_column)
+    item_ids = typed_ids(files) if are_ids else ids_of_files(files, id_column)
     if not len(item_ids):
         raise DataError("no items", field=", ".join(files), expected="at least one id")
     address = address_of(settings, url, key_file, scope=Scope.WRITE)
@@ -64,7 +64,8 @@ def delete(
     say_written(answer, time.perf_counter() - began, as_json)
 
 
-def _typed(words: tuple[str, ...]) -> IdArray:
+def typed_ids(words: tuple[str, ...]) -> IdArray:
+    """Ids as arguments of a command: 1 2, or 1,2. Raises click.BadParameter."""
     ids = []
     for word in (word for each in words for word in each.split(",") if word):
         number = _id_of(word)
@@ -86,7 +87,8 @@ def _id_of(word: str) -> int | None:
     return number if number <= MAX_ID else None
 
 
-def _ids_of(files: tuple[str, ...], id_column: str | None) -> IdArray:
+def ids_of_files(files: tuple[str, ...], id_column: str | None) -> IdArray:
+    """The ids in tables or texts, as ``delete`` describes them. Raises DataError."""
     texts = [file for file in files if file.endswith(TEXT)]
     tables = [file for file in files if not file.endswith(TEXT)]
     found = [_ids_of_text(Path(file), id_column) for file in texts]

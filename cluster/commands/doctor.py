@@ -20,6 +20,8 @@ from shardline.cluster.serving.endpoint import find_endpoint, serving_now
 from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
 from shardline.router.http.api_keys import Scope
+from shardline.router.lists.list_names_page import all_names
+from shardline.router.lists.list_store import LISTS_FOLDER, ListStore
 from shardline.shards.core.errors import CorruptFile, NotFound, ShardlineError
 from shardline.shards.live.loading import last_write
 from shardline.shards.storage.embedding_set import open_embedding_set
@@ -157,6 +159,8 @@ def _store_checks(store: Store) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"writes to generation {number}", partial(_writes, store.generation(number))
     if store.generation_numbers():
         yield "live generation", lambda: _live(store)
+    if (store.root / LISTS_FOLDER).is_dir():
+        yield "lists", lambda: _lists(store)
     yield "state", lambda: _state(store)
 
 
@@ -197,6 +201,21 @@ def _writes(folder: Path) -> str:
     counts = [last_write(folder, manifest, entry.shard) for entry in manifest.shards]
     total = sum(counts)
     return f"{total:,} writes to {sum(map(bool, counts))} shards, every checksum right"
+
+
+def _lists(store: Store) -> str:
+    """Reads every one; all that are damaged are named."""
+    lists, damaged, count = ListStore(store.root / LISTS_FOLDER), [], 0
+    for name in all_names(lists):
+        try:
+            found = lists.newest(name)
+        except CorruptFile as error:
+            damaged.append(str(error))
+        else:
+            count += found is not None and found.exists
+    if damaged:
+        raise CorruptFile("; ".join(damaged))
+    return f"{count:,} lists, every checksum right"
 
 
 def _unfinished(folders: list[Path]) -> str:

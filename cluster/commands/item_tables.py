@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from shardline.shards.core.errors import DataError, NotFound
 from shardline.shards.core.schema import IdArray
+from shardline.shards.live.item_attributes import column_values
 from shardline.shards.storage.column_types import Unusable, feature_column, id_column
 from shardline.shards.storage.foreign_vectors import ID_COLUMNS
 from shardline.shards.storage.locations import Location
@@ -84,7 +85,7 @@ class ItemTable:
             yield ItemBatch(
                 item_ids=self._ids(batch.column(id_name), id_name, row),
                 features={n: self._values(batch.column(n), n, row, kinds[n]) for n in kinds},
-                attributes={name: batch.column(name).to_pylist() for name in others},
+                attributes={name: column_values(batch.column(name)) for name in others},
             )
 
     def _record_batches(self, names: list[str]) -> Iterator[tuple[int, Any]]:

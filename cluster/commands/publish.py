@@ -9,11 +9,12 @@ import click
 
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.publish_text import print_publish, publish_line
+from shardline.cluster.config import given_keys
 from shardline.cluster.console import StageProgress
 from shardline.cluster.control.publish_state import PublishKind, PublishOptions
 from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.servable import servable_generation
-from shardline.cluster.rollover.left_behind import check_none_left_behind
+from shardline.cluster.rollover.left_behind import check_none_left_behind, part_from_live
 from shardline.cluster.serving.launched import Report, asked, controller
 from shardline.cluster.serving.reaching import note_served, reached
 from shardline.cluster.serving.survey import check_beside
@@ -25,6 +26,7 @@ ANSWERS_WITHIN_S = 10.0
 STOPPED_WITHIN_S = 40.0  # the mirror ends what it has under way first
 # A controller that dies is started again by Ray, and goes on with the publish.
 AWAY_S = 120.0
+CLUSTERS_OWN = {"keep_s"}  # keys of the section ``publish`` that are no bounds of one publish
 
 Progress = dict[str, Any]
 
@@ -54,8 +56,9 @@ def publish(
 
     It is loaded beside the live one, which serves on. It gets what was written since its data were
     read, is measured, and takes over in one step if every figure is within its bound (section
-    `publish` of the configuration that `shardline serve` was started with). The generation before
-    is kept for `shardline rollback`.
+    `publish` of the configuration that `shardline serve` was started with; `shardline --set
+    publish.min_recall=0.95 publish` gives this publish another one). The generation before is kept
+    for `shardline rollback`.
     Interrupting the command stops the display, not the publish: --stop does, and leaves the live
     generation as it is; `shardline status` shows how far it is.
     Where no cluster serves the store, the next `shardline serve` takes the generation, if it has
@@ -65,15 +68,21 @@ def publish(
         raise InvalidInput("no reason given", field="--skip-gate", expected="a few words")
     if finish + stop + (generation is not None or without_writes or skip_gate is not None) > 1:
         raise InvalidInput("--finish and --stop go alone")
-    config = settings.config
+    config, bounds = settings.config, _bounds(settings)
+    if bounds and (finish or stop or skip_gate is not None):
+        raise _unused(bounds, "nothing is measured")
     with reached(config, verbose=settings.verbose) as report:
         if finish or stop:
             click.echo(_finished(report) if finish else _stopped(report))
             return
         number = generation or newest(settings.store)
         if report is None:
+            if bounds:
+                raise _unused(bounds, "no cluster serves this store, so nothing is measured")
             servable_generation(settings.store, number)
-            if not without_writes:
+            if without_writes:
+                part_from_live(settings.store, number)
+            else:
                 check_none_left_behind(settings.store, number)
             settings.store.set_current(number)
             click.echo(f"generation {number} is live; no cluster serves this store now")
@@ -84,6 +93,7 @@ def publish(
                 kind=PublishKind.PUBLISH,
                 with_writes=not without_writes,
                 skip_gate=skip_gate,
+                bounds=bounds,
             )
             if number != report["generation"]:  # else the controller says so at once
                 progress.note("looking at the memory of the hosts")
@@ -114,6 +124,31 @@ def rollback(settings: Settings, as_json: bool) -> None:
         begun = asked(controller().roll_back.remote(), timeout_s=ANSWERS_WITHIN_S)
         done = follow(begun, _progress, progress)
     _ended(settings.store, done, as_json)
+
+
+def _bounds(settings: Settings) -> dict[str, Any]:
+    """The values of the section ``publish`` that --set gives, as JSON has them."""
+    config = settings.config.publish
+    names = given_keys("publish", settings.overrides)
+    if CLUSTERS_OWN & names:
+        raise InvalidInput(
+            "not a bound of one publish",
+            field=", ".join(f"publish.{name}" for name in sorted(CLUSTERS_OWN & names)),
+            hint="the cluster keeps it for as long as it runs: give it to `shardline serve`",
+        )
+    bounds = config.model_dump(mode="json", include=names)
+    if "held_out" in names and config.held_out is not None:
+        bounds["held_out"] = str(config.held_out.absolute())  # another process reads it
+    return bounds
+
+
+def _unused(bounds: dict[str, Any], why: str) -> InvalidInput:
+    return InvalidInput(
+        "bounds of no use",
+        field=", ".join(f"publish.{name}" for name in bounds),
+        got=why,
+        hint="leave --set publish... out",
+    )
 
 
 def newest(store: Store) -> int:

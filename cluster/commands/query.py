@@ -38,6 +38,7 @@ OPTIONS = {
     "cap": "--cap",
     "boost": "--boost",
     "diversify": "--diversify",
+    "exclude_lists": "--exclude-list",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
@@ -129,6 +130,13 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
 )
 @rearrange_options
 @click.option(
+    "--exclude-list",
+    "exclude_lists",
+    multiple=True,
+    metavar="NAME",
+    help="No items of this list; `shardline lists`, docs/LISTS.md. Repeatable.",
+)
+@click.option(
     "-k", type=click.IntRange(min=1), default=10, show_default=True, help="Results wanted."
 )
 @click.option(
@@ -157,6 +165,7 @@ def query(
     caps: tuple[str, ...],
     boosts: tuple[str, ...],
     diversify: str | None,
+    exclude_lists: tuple[str, ...],
     k: int,
     nprobe: int | None,
     print_request: bool,
@@ -188,6 +197,8 @@ def query(
     if exclude_history:
         body["exclude_history"] = True
     body |= rearrange_fields(caps, boosts, diversify)
+    if exclude_lists:
+        body["exclude_lists"] = list(exclude_lists)
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]

@@ -12,10 +12,11 @@ def print_status(report: dict[str, Any], *, has_quality: bool = True) -> None:
     """A router's status: what is served, and which replicas it is connected to. has_quality: with
     what it has found of its answers, where the controller's report does not say it of all."""
     for name in ("generation", "model_version", "index", "dim", "metric", "rows"):
-        click.echo(f"{name:>14}  {report[name]}")
+        built = " when it was built" if name == "rows" else ""
+        click.echo(f"{name:>14}  {report[name]}{built}")
     print_table(
         "shards",
-        ("shard", "replica", "rows", "epoch", "address", "connected", "writes", "why not"),
+        ("shard", "replica", "built", "epoch", "address", "connected", "writes", "why not"),
         [
             (
                 str(shard["shard"]),
@@ -74,7 +75,10 @@ def print_launched(report: dict[str, Any]) -> None:
     shards = {shard["shard"]: shard for shard in report["shards"]}
     print_table(
         "replicas",
-        ("shard", "replica", "host", "epoch", "answers", "stage", "writes", "applied", "behind"),
+        (
+            *("shard", "replica", "host", "epoch", "answers", "stage", "rows"),
+            *("writes", "applied", "behind"),
+        ),
         [
             (
                 str(replica["shard"]),
@@ -83,6 +87,7 @@ def print_launched(report: dict[str, Any]) -> None:
                 str(replica["epoch"]),
                 "yes" if replica["answers"] else "no",
                 str(replica["stage"]),
+                _count(replica.get("rows")),  # controllers before this one do not say it
                 _role(shards[replica["shard"]], replica),
                 _count(replica["seq"]),
                 _count(replica["lag"]),

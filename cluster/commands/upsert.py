@@ -135,6 +135,7 @@ def _by_features(
 
 
 def _by_vector(given: Given) -> Iterator[dict[str, Any]]:
+    from shardline.shards.live.item_attributes import column_values
     from shardline.shards.storage.foreign_vectors import read_foreign
 
     batches = read_foreign(
@@ -151,7 +152,9 @@ def _by_vector(given: Given) -> Iterator[dict[str, Any]]:
         yield {
             "item_ids": batch.item_ids,
             "vectors": batch.vectors,
-            "attributes": dict(zip(names, batch.attributes.columns, strict=True)),
+            "attributes": dict(
+                zip(names, map(column_values, batch.attributes.columns), strict=True)
+            ),
         }
 
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from shardline.cluster.control.events import BesideOpened
@@ -19,6 +20,7 @@ from shardline.cluster.control.shard_actors import ShardActors
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.messages import RoutingTable
+from shardline.shards.live.went_live import read_went_live
 from shardline.shards.storage.generation import (
     GenerationManifest,
     read_generation,
@@ -66,8 +68,12 @@ class Opener:
     ) -> Outcome:
         """As ``open_generation``, from the last number that the store has given out. Raises
         RayError: the head does not answer."""
+        table = self.table(folder, manifest)
+        has = read_went_live(self._store.writes(manifest.generation)).has
+        if len(has) == len(table.shards):
+            table = replace(table, went_live_with=has)
         return open_generation(
-            self.table(folder, manifest),
+            table,
             counter=self._store.counter() + 1,
             rules=self.rules(manifest.generation),
             hosts=hosts,

@@ -1,5 +1,6 @@
 """What the controller tells of the cluster, as plain data: hosts, replicas, routers, progress."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from shardline.cluster.control.leading import epoch_of, primary_key
 from shardline.cluster.control.news import Heard, News
 from shardline.cluster.control.placement_state import Placement, ReplicaState, Stage
 from shardline.cluster.http_address import url_of
+from shardline.shards.core.messages import ReplicaKey, ShardHealth
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,7 @@ def cluster_report(
     *,
     news: News,
     applied: Applied,
+    health: Mapping[ReplicaKey, ShardHealth],
     http: Http,
     now_s: float,
 ) -> dict[str, Any]:
@@ -37,12 +40,13 @@ def cluster_report(
     "hosts": [{"host", "node_id", "alive", "replicas": ["shard/replica", ..], "router"}],
     "shards": [{"shard", "primary", "primary_epoch"}],
     "replicas": [{"shard", "replica", "host", "address", "epoch", "answers", "stage", "failures",
-    "seq", "lag", "reason": {"code", "text"} or None}],
+    "seq", "lag", "rows", "reason": {"code", "text"} or None}],
     "routers": [{"host", "node_id", "pid", "url", "heard_s"}], "notes": [{"code", "text"}],
     "restart": as ``restart_progress``}. A router is one that was heard of lately, on a living host.
     writes: whether shards take any. primary: the number of the replica that takes them, and its
     epoch. seq: writes that a replica has applied; lag: how many fewer than its primary
-    (``Applied.lag``). Each is None where there is none, or it is not known.
+    (``Applied.lag``); rows: live ones, written and deleted items counted, by its last look at
+    itself. Each is None where there is none, or it is not known.
     """
     table = placement.table
     living = [each for each in news.routers(now_s) if each.router.node_id in placement.hosts]
@@ -58,7 +62,7 @@ def cluster_report(
         "hosts": [_host(host, placement, living) for host in news.hosts()],
         "shards": [_shard(shard.shard, placement) for shard in table.shards],
         "replicas": [
-            _replica(state) | _applied(state, placement, applied)
+            _replica(state) | _applied(state, placement, applied) | _live(state, health)
             for state in placement.replicas.values()
         ],
         "routers": [
@@ -118,6 +122,11 @@ def _applied(state: ReplicaState, placement: Placement, applied: Applied) -> dic
     primary = primary_key(placement, state.key.shard)
     lag = None if primary is None else applied.lag(state.key, primary)
     return {"seq": applied.seq(state.key), "lag": lag}
+
+
+def _live(state: ReplicaState, health: Mapping[ReplicaKey, ShardHealth]) -> dict[str, Any]:
+    found = health.get(state.key) if state.answers else None
+    return {"rows": None if found is None else found.rows}
 
 
 def _replica(state: ReplicaState) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from shardline.cluster.control.events import (
     ReplicaRegistered,
 )
 from shardline.cluster.control.fleet_state import Fleet
+from shardline.cluster.control.leading import primary_key
 from shardline.cluster.control.news import News
 from shardline.cluster.control.opening import (
     claimed,
@@ -146,6 +147,7 @@ class Controller:
             keep_s=settings.publish.keep_s,
             load_s=settings.load_limit_s * LOAD_TRIES,
             is_pinned=settings.generation is not None,
+            written=self._written,
         )
         self._restarts = Restarts(self._decisions, restart_note, self._publishing.refuse_restart)
         self._tasks.spawn(self._open((*instructions, *more)))
@@ -283,6 +285,7 @@ class Controller:
             self._placement,
             news=self._news,
             applied=self._shards.applied,
+            health=self._shards.health,
             http=self._http,
             now_s=now_s,
         )
@@ -330,6 +333,14 @@ class Controller:
         self._tasks.cancel()
         await tried(self._publishing.close, "note that the cluster ends")
         self._shards.end()
+
+    def _written(self) -> int | None:
+        """To all shards of the live generation; None: not known of every one."""
+        shards = [route.shard for route in self._placement.table.shards]
+        primaries = [primary_key(self._placement, shard) for shard in shards]
+        seqs = [None if key is None else self._shards.applied.seq(key) for key in primaries]
+        known = [seq for seq in seqs if seq is not None]
+        return sum(known) if len(known) == len(seqs) else None
 
     async def _open(self, instructions: tuple[Instruction, ...]) -> None:
         self._decisions.order(instructions)

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 
-from shardline.cluster.control.events import Instruction, Publish, SealDropped
+from shardline.cluster.control.events import Instruction, Publish, SealDropped, Switched
 from shardline.cluster.control.fleet_rules import FleetEvent, fleet_step
 from shardline.cluster.control.fleet_state import Fleet
 from shardline.cluster.control.placement_state import Placement
@@ -16,6 +16,7 @@ from shardline.cluster.exits import as_known
 from shardline.cluster.store import Store, unguarded
 from shardline.shards.core.errors import DataError, ShardlineError
 from shardline.shards.core.messages import Absence, RoutingTable
+from shardline.shards.live.went_live import WentLive, write_went_live
 
 
 class Decisions:
@@ -70,20 +71,34 @@ class Decisions:
         except OSError as error:
             await self._cannot_save(error)
             raise
-        self._keep_current(changed.live.table.generation, event)
+        self._keep_current(changed.live.table, event)
         self.fleet = changed
         self.order(instructions)
         await self._tell()
 
-    def _keep_current(self, generation: int, event: FleetEvent) -> None:
+    def _keep_current(self, table: RoutingTable, event: FleetEvent) -> None:
         """Where a disk fails after the file has its new name, either number may be found by the
         next controller. Then no write may be taken before it is certain again which."""
+        generation, model = table.generation, table.model_version
         is_same = generation == self.placement.table.generation
         if is_same and (self._is_current_known or not isinstance(event, SealDropped)):
             return
+        if isinstance(event, Switched):
+            self._note_switch(event, model)
         self._is_current_known = False
         self._store.set_current(generation, self._guard)
         self._is_current_known = True
+
+    def _note_switch(self, event: Switched, model: str) -> None:
+        """What the coming generation has, before it is on record as the live one: a controller that
+        is started again tells it, and shards of the same model take over the keys of writes."""
+        before = self.placement.table
+        is_like = event.has_all and before.model_version == model
+        note = WentLive(
+            has=event.has,
+            keys_of=self._store.writes(before.generation).name if is_like else None,
+        )
+        write_went_live(self._store.writes(event.generation), note)
 
     def order(self, instructions: tuple[Instruction, ...]) -> None:
         """Has them carried out."""

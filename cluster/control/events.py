@@ -186,13 +186,15 @@ class Switched:
     """The generation beside is to be the live one, and the live one to be kept beside it.
 
     generation: which is expected beside. is_mirrored: writes are brought to the kept one. has: of
-    each of its shards, how many writes it has; empty: none were brought to it.
+    each of its shards, how many writes it has; empty: none were brought to it. has_all: every row
+    that was written to the live one was brought to it.
     """
 
     generation: int
     now_s: float
     is_mirrored: bool = False
     has: tuple[int, ...] = ()
+    has_all: bool = False
 
 
 Event: TypeAlias = (

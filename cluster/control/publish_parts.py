@@ -1,12 +1,14 @@
 """What a publish needs of others: the mirror of writes, and the gate. Behind protocols, with fakes
 in the tests."""
 
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.shards.core.messages import RoutingTable
+
+Bounds: TypeAlias = Mapping[str, Any]
 
 
 class Mirror(Protocol):
@@ -51,14 +53,21 @@ class PublishParts(Protocol):
                 is returned too.
         """
 
+    def check_bounds(self, bounds: Bounds) -> None:
+        """Raises InvalidInput: they do not go with what the cluster was started with."""
+
     async def run_gate(
-        self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
+        self,
+        live: RoutingTable,
+        candidate: RoutingTable,
+        mirrored: MirrorProgress | None,
+        bounds: Bounds,
     ) -> GateReport:
-        """Measures both, and judges the candidate.
+        """Measures both, and judges the candidate. bounds: as of ``PublishOptions``.
 
         Raises:
             ShardlineError: it cannot be measured.
         """
 
-    def judge_unreplayed(self, rows: int) -> GateFigure:
+    def judge_unreplayed(self, rows: int, bounds: Bounds) -> GateFigure:
         """The figure of the gate that says how many written rows the candidate lacks."""

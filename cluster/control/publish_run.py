@@ -34,7 +34,7 @@ TROUBLE_S = 60.0  # of a mirror that does not go on
 class RunTools:
     """What a run works with. load_s: in which a generation is to be loaded. ended: raises nothing
     once what is beside the live generation may be ended. opening: notes what is to be loaded.
-    tell: changes of the progress."""
+    written: as of ``Publishing``. tell: changes of the progress."""
 
     decisions: Decisions
     opener: Opener
@@ -43,6 +43,7 @@ class RunTools:
     load_s: float
     ended: Callable[[], Awaitable[None]]
     opening: Callable[[PublishOptions], Awaitable[None]]
+    written: Callable[[], int | None]
     tell: Callable[..., Awaitable[None]]
 
 
@@ -158,7 +159,9 @@ class PublishRun:
             found = await self._tools.mirrors.look(*self._tables)
             if found.is_apart and self._options.kind is PublishKind.PUBLISH:
                 raise _apart(*self._tables)
-            done, total = sum(found.positions), sum(found.ends)
+            done, written = sum(found.positions), self._tools.written()
+            # a log whose end has not been read is counted by a guess
+            total = sum(found.ends) if written is None else max(done, written)
             text = "bringing writes over" if found.trouble is None else found.trouble.text
             await self._tell(PublishStage.REPLAYING, text, done, total)
             await self._tools.tell(unreplayed=found.unreplayed, examples=found.examples)
@@ -172,7 +175,11 @@ class PublishRun:
 
     async def _judged(self, mirrored: MirrorProgress | None) -> None:
         await self._tell(PublishStage.GATE, "measuring it beside the live one")
-        await self._judged_by(await self._tools.parts.run_gate(*self._tables, mirrored))
+        await self._judged_by(await self._gate(mirrored))
+
+    def _gate(self, mirrored: MirrorProgress | None) -> Awaitable[GateReport]:
+        live, candidate = self._tables
+        return self._tools.parts.run_gate(live, candidate, mirrored, self._options.bounds)
 
     async def _judged_by(self, report: GateReport) -> None:
         self._report = report
@@ -188,7 +195,7 @@ class PublishRun:
         """Rows that came after the gate may have been left out too."""
         await self._tools.tell(unreplayed=reached.unreplayed, examples=reached.examples)
         if self._report is not None:
-            figure = self._tools.parts.judge_unreplayed(reached.unreplayed)
+            figure = self._tools.parts.judge_unreplayed(reached.unreplayed, self._options.bounds)
             await self._judged_by(self._report.with_figure(figure))
 
     async def _on_try(self, number: int, said: str) -> None:

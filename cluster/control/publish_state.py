@@ -3,7 +3,8 @@
 ``publishing`` runs it, ``publish_note`` keeps it in the store, ``status`` shows it.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -34,12 +35,14 @@ class PublishKind(StrEnum):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishOptions:
     """generation: which is to be live. with_writes: it is to have what was written to the live one.
-    skip_gate: why it need not pass the gate; None: it must."""
+    skip_gate: why it need not pass the gate; None: it must. bounds: values of the section
+    ``publish`` of the configuration, as JSON has them, that count for this one."""
 
     generation: int
     kind: PublishKind = PublishKind.PUBLISH
     with_writes: bool = True
     skip_gate: str | None = None
+    bounds: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def has_gate(self) -> bool:
@@ -89,6 +92,7 @@ class PublishProgress:
             kind=PublishKind(given.pop("kind")),
             with_writes=given.pop("with_writes") is True,
             skip_gate=given.pop("skip_gate"),
+            bounds=dict(given.pop("bounds", {})),  # not in notes of older versions
         )
         reason = given.pop("reason")
         progress = cls(

@@ -74,6 +74,7 @@ async def _attempt(
     await decisions.take(SealAsked(now_s=time.monotonic()))
     seqs = await _sealed(decisions, SWITCH_S)
     has: tuple[int, ...] = ()
+    has_all = False
     if mirror is not None:
         reached = await _drained(mirror, seqs, max(0.0, deadline - time.monotonic()))
         if any(has < wants for has, wants in zip(reached.positions, seqs, strict=True)):
@@ -81,14 +82,15 @@ async def _attempt(
             trouble = "" if reached.trouble is None else f": {reached.trouble.text}"
             raise Unavailable(f"{behind} writes were not brought over in time{trouble}")
         await on_drained(reached)
-        has = reached.target_seqs
+        has, has_all = reached.target_seqs, not reached.unreplayed
     else:
         await on_parting()
     if time.monotonic() > deadline:
         raise Unavailable(f"it took longer than {SWITCH_S:g} s")
     now_s = time.monotonic()
-    switched = Switched(generation=generation, now_s=now_s, is_mirrored=True, has=has)
-    await decisions.take(switched)
+    await decisions.take(
+        Switched(generation=generation, now_s=now_s, is_mirrored=True, has=has, has_all=has_all)
+    )
     if decisions.placement.table.generation != generation:
         raise Unavailable("not every shard of it answers")
 

@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from shardline.cluster.control.opening import cluster_id_of
-from shardline.cluster.control.publish_parts import Mirror
+from shardline.cluster.control.publish_parts import Bounds, Mirror
 from shardline.cluster.control.shard_actors import DIGEST_DIGITS
 from shardline.cluster.rollover.gate import GateFigure, GateReport, unreplayed_figure
 from shardline.cluster.rollover.gate_actor import GateOrder, judged_in_a_process
@@ -59,8 +59,16 @@ class WiredParts:
         note = await asyncio.to_thread(parting, self._store, live.generation, candidate.generation)
         return partial(asyncio.to_thread, note)
 
+    def check_bounds(self, bounds: Bounds) -> None:
+        """As ``PublishParts``."""
+        self._config.with_bounds(bounds)
+
     async def run_gate(
-        self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
+        self,
+        live: RoutingTable,
+        candidate: RoutingTable,
+        mirrored: MirrorProgress | None,
+        bounds: Bounds,
     ) -> GateReport:
         """As ``PublishParts``."""
         order = GateOrder(
@@ -68,15 +76,15 @@ class WiredParts:
             live=live.generation,
             controller=self._controller,
             secret=self._secret,
-            config=self._config,
+            config=self._config.with_bounds(bounds),
             served=self._served(live.model_version),
             unreplayed=0 if mirrored is None else mirrored.unreplayed,
         )
         return await judged_in_a_process(order)
 
-    def judge_unreplayed(self, rows: int) -> GateFigure:
+    def judge_unreplayed(self, rows: int, bounds: Bounds) -> GateFigure:
         """As ``PublishParts``."""
-        return unreplayed_figure(rows, self._config)
+        return unreplayed_figure(rows, self._config.with_bounds(bounds))
 
     @property
     def _digest(self) -> str:

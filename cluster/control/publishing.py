@@ -49,7 +49,8 @@ class Publishing:
     """book: what is known of the publish before.
 
     keep_s: for so long the generation before is kept. load_s: in which one is to be loaded.
-    is_pinned: the cluster serves one generation for life.
+    is_pinned: the cluster serves one generation for life. written: how many writes the live one has
+    had, if that is known.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Publishing:
         keep_s: float,
         load_s: float,
         is_pinned: bool,
+        written: Callable[[], int | None],
     ) -> None:
         self._store, self._decisions, self._book = store, decisions, book
         self._mirrors = Mirrors(parts)
@@ -81,6 +83,7 @@ class Publishing:
             load_s=load_s,
             ended=self._until_kept_is_idle,
             opening=book.opening,
+            written=written,
             tell=book.told,
         )
 
@@ -106,12 +109,14 @@ class Publishing:
         """Its progress at first.
 
         Raises:
-            InvalidInput: it is live already, or the cluster is pinned to another.
+            InvalidInput: it is live already, or the cluster is pinned to another; or its bounds do
+                not go with those of the cluster.
             NotFound, CorruptFile, NewerFormat: there is no such generation that can be loaded.
             Unavailable: another publish is under way, or a restart; or no host has room.
         """
         check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
         check_room(self._store, self._decisions, options.generation)
+        self._tools.parts.check_bounds(options.bounds)
         return self._begun(options)
 
     async def roll_back(self) -> dict[str, Any]:

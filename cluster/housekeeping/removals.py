@@ -4,13 +4,15 @@ of it that anybody takes for a whole, and that the next time removes the rest.
 
 import os
 import stat
+import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
 from shardline.cluster.backup.restore import FOLDER as RESTORED
 from shardline.cluster.store import Store
+from shardline.router.lists.list_removal import deleted_lists, left_by_writers, remove_deleted
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.files import (
     LIVE_FOLDER,
@@ -30,7 +32,7 @@ _STAGED = f".{RESTORED}.*"
 class Kind(StrEnum):
     """generation: with what was written to it. writes: of a generation that is gone. unfinished:
     what a command that was killed has left. compaction: an older one of a shard, or half of one.
-    log: kept segments beyond the bound. embeddings: an embedding set."""
+    log: kept segments beyond the bound. embeddings: an embedding set. list: a deleted one."""
 
     GENERATION = "generation"
     WRITES = "writes"
@@ -38,6 +40,7 @@ class Kind(StrEnum):
     COMPACTION = "compaction"
     LOG = "log"
     EMBEDDINGS = "embeddings"
+    LIST = "list"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Removal:
 class Policy:
     """live: what CURRENT names. held: generations that nobody may touch. keep: older ones to leave.
     keep_log_bytes: of each shard. keep_embeddings: embedding sets to leave, the newest; None: all.
+    now: of time.time; lists that were deleted lately are left.
     """
 
     live: int | None
@@ -60,6 +64,7 @@ class Policy:
     keep: int
     keep_log_bytes: int
     keep_embeddings: int | None = None
+    now: float = field(default_factory=time.time)
 
 
 def removals(store: Store, policy: Policy) -> list[Removal]:
@@ -74,6 +79,8 @@ def removals(store: Store, policy: Policy) -> list[Removal]:
         for number in gone
     ]
     found += _described(Kind.UNFINISHED, _unfinished(store, policy.held))
+    found += _described(Kind.UNFINISHED, left_by_writers(store.root, policy.now))
+    found += _described(Kind.LIST, deleted_lists(store.root, policy.now))
     found += _described(Kind.WRITES, _orphaned_writes(store))
     for number in store.generation_numbers():
         if number not in gone:
@@ -95,12 +102,14 @@ def old_generations(complete: list[int], policy: Policy) -> list[int]:
 
 
 def remove(store: Store, removal: Removal, in_use: Callable[[], Collection[int]]) -> bool:
-    """False: it is left, because its generation is among those ``in_use`` by now. Raises OSError,
-    and what ``in_use`` raises."""
+    """False: it is left, because its generation is among those ``in_use`` by now, or somebody
+    writes to the list again. Raises OSError, and what ``in_use`` raises."""
     if removal.kind is Kind.GENERATION:
         number = number_of(removal.path.name)
         assert number is not None
         return remove_generation(store, number, in_use)
+    if removal.kind is Kind.LIST:
+        return remove_deleted(removal.path, time.time())
     if removal.path.is_dir():
         (removal.path / MANIFEST_NAME).unlink(missing_ok=True)  # first: half of it is not complete
         remove_tree(removal.path)

@@ -18,6 +18,9 @@ from shardline.shards.storage.generation import ATTRIBUTES_NAME, GenerationManif
 
 # as docs/OPERATIONS.md lists them, in bytes of resident memory
 SHARD_BYTES = 165 << 20
+# of a shard that is searched with many filters, at most: which rows match (``live.filtered``), and
+# copies of those that are few (``index.filtered_search``)
+FILTER_BYTES = 128 << 20
 ROUTER_BYTES = 240 << 20
 # the serving process, Serve's controller, HAProxy's manager, Serve's proxy, our controller, Ray's
 # own agents and monitor
@@ -55,7 +58,7 @@ def needed_memory(config: ShardlineConfig, manifest: GenerationManifest) -> Need
         if not file.name.endswith(ATTRIBUTES_NAME)
     )
     routers = config.cluster.routers_per_host * (ROUTER_BYTES + config.router.cache_bytes)
-    processes = len(manifest.shards) * SHARD_BYTES + routers + OTHER_BYTES
+    processes = len(manifest.shards) * (SHARD_BYTES + FILTER_BYTES) + routers + OTHER_BYTES
     return NeededMemory(loaded_bytes=loaded, process_bytes=processes, shards=len(manifest.shards))
 
 

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 
 from shardline.cluster.preflight.check import Check, failed, mib, passed, warned
 from shardline.cluster.preflight.folders import check_writable
-from shardline.cluster.preflight.free_memory import ROUTER_BYTES, SHARD_BYTES, FreeMemory
+from shardline.cluster.preflight.free_memory import (
+    FILTER_BYTES,
+    ROUTER_BYTES,
+    SHARD_BYTES,
+    FreeMemory,
+)
 from shardline.cluster.preflight.host_facts import HostFacts
 from shardline.cluster.preflight.open_files import check_open_files
 from shardline.shards.core.errors import DataError, ShardlineError, Unavailable
@@ -155,7 +160,7 @@ def check_room(free: FreeMemory, loaded: Sequence[int], *, cache_bytes: int) -> 
             "(index.kind=ivfpq-fs)",
         )
         return failed(name, error)
-    processes = len(loaded) * SHARD_BYTES + ROUTER_BYTES + cache_bytes
+    processes = len(loaded) * (SHARD_BYTES + FILTER_BYTES) + ROUTER_BYTES + cache_bytes
     if total + processes > free.available_bytes:
         return warned(
             name,

@@ -1,8 +1,9 @@
-"""What a generation lacks of the writes of the live one, by the rule that a mirror starts with:
-where no cluster runs, nothing brings them over."""
+"""A publish where no cluster runs and nothing brings writes over: what a generation lacks of those
+of the live one, by the rule that a mirror starts with; and the note that they were left out."""
 
 from shardline.cluster.rollover.mirror_start import Made, check_not_ahead, start_of
 from shardline.cluster.rollover.replayed_note import new_run, read_note
+from shardline.cluster.rollover.way_back import parting
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import (
     CorruptFile,
@@ -67,6 +68,22 @@ def check_none_left_behind(store: Store, number: int) -> None:
             f"{_said(writes, start.unreplayed.rows)} of generation {live}, which is live",
             hint=hint,
         )
+
+
+def part_from_live(store: Store, number: int) -> None:
+    """Before ``number`` goes live without the writes of the live generation: notes, as a cluster's
+    publish without writes does, where a mirror back begins. Without that it would bring older
+    writes over newer ones. Nothing where there is no live generation that can be returned to.
+
+    Raises:
+        CorruptFile, NotFound, OSError: of the logs of ``number``; or the store takes no note.
+    """
+    try:
+        live = store.current()
+    except (NotFound, CorruptFile):
+        return
+    if live != number and (store.generation(live) / MANIFEST_NAME).is_file():
+        parting(store, live, number, is_written=lambda: False)()
 
 
 def _said(writes: int, rows: int) -> str:

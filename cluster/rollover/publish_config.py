@@ -1,9 +1,12 @@
 """What a generation must reach to go live: the section ``publish`` of the configuration."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shardline.shards.core.errors import InvalidInput
 
 
 class PublishConfig(BaseModel):
@@ -73,6 +76,22 @@ class PublishConfig(BaseModel):
         description="[s] Time that the generation before stays loaded after a switch, for a "
         "rollback at once. It takes its memory.",
     )
+
+    def with_bounds(self, bounds: Mapping[str, Any]) -> Self:
+        """With values of JSON in place of some of its own, for one publish.
+
+        Raises:
+            InvalidInput: they are not to be had, or do not go with the others.
+        """
+        try:
+            return self.model_validate(self.model_dump() | dict(bounds))
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise InvalidInput(
+                f"bounds that cannot be: {problem['msg']}",
+                field=".".join(("publish", *map(str, problem["loc"]))),
+                hint="the other values are those that `shardline serve` was started with",
+            ) from error
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> Self:

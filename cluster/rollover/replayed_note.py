@@ -20,6 +20,7 @@ from shardline.cluster.rollover.mirror_plan import NONE_UNREPLAYED, Unreplayed
 from shardline.shards.core import files
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.small_files import read_json
+from shardline.shards.live.write_keys import MIRRORS
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def new_run() -> str:
 
 def key_prefix(run: str) -> str:
     """What the idempotency keys of a run begin with."""
-    return f"mirror-{run}-"
+    return f"{MIRRORS}{run}-"
 
 
 def note_path(live: Path) -> Path:

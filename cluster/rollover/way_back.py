@@ -65,11 +65,14 @@ def _is_of_run(live: Path, after: int, run: str) -> bool:
     return all(record.key.startswith(key_prefix(run)) for record in records)
 
 
-def parting(store: Store, live: int, coming: int) -> Callable[[], None]:
+def parting(
+    store: Store, live: int, coming: int, *, is_written: Callable[[], bool] = lambda: True
+) -> Callable[[], None]:
     """For a switch from ``live`` to ``coming`` that brings no writes over. What it returns notes
     that a mirror back begins behind what ``coming`` has now: anything older would come over newer
     writes that ``live`` has acknowledged. Call that under the seal, and let nobody write to
-    ``coming`` meanwhile; a mirror that still could is ended for good here.
+    ``coming`` meanwhile; a mirror that still could is ended for good here. is_written: whether a
+    primary of ``coming`` may be running.
 
     Raises:
         CorruptFile, NotFound, OSError: of the logs of ``coming``. What is returned raises OSError,
@@ -78,7 +81,7 @@ def parting(store: Store, live: int, coming: int) -> Callable[[], None]:
     term = MirrorTerm(store, (live, coming))
     folder = store.generation(coming)
     shards = [entry.shard for entry in read_generation(folder).shards]
-    seqs = tuple(newest_write(folder, shard) for shard in shards)
+    seqs = tuple(newest_write(folder, shard, is_written=is_written) for shard in shards)
     note = Replayed(
         generation=coming,
         seqs=seqs,

@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -26,6 +26,15 @@ from shardline.router.client.answers import (
 )
 from shardline.router.client.calls import Call, ClientCore, SearchFields
 from shardline.router.client.http1 import Response, ResponseReader
+from shardline.router.client.list_calls import (
+    ListAnswer,
+    ListWritten,
+    list_change,
+    list_delete,
+    list_get,
+    list_names,
+    list_put,
+)
 from shardline.router.client.retries import CONNECT_TIMEOUT_S, Attempts, Outcome
 from shardline.router.client.write_calls import (
     DeleteFields,
@@ -163,6 +172,35 @@ class AsyncClient(ClientCore):
                 progress(done)
         assert total is not None  # there is at least one request
         return total
+
+    async def put_list(self, name: str, item_ids: "ArrayLike") -> ListWritten:
+        """As ``Client.put_list``."""
+        return await self._send(self._list_call(list_put(name, item_ids)))
+
+    async def change_list(
+        self, name: str, *, add: "ArrayLike | None" = None, remove: "ArrayLike | None" = None
+    ) -> ListWritten:
+        """As ``Client.change_list``."""
+        return await self._send(self._list_call(list_change(name, add, remove)))
+
+    async def delete_list(self, name: str) -> ListWritten:
+        """As ``Client.delete_list``."""
+        return await self._send(self._list_call(list_delete(name)))
+
+    async def get_list(self, name: str) -> ListAnswer:
+        """As ``Client.get_list``."""
+        return await self._send(self._list_call(list_get(name)))
+
+    async def lists(self, prefix: str = "") -> AsyncIterator[str]:
+        """As ``Client.lists``."""
+        after: str | None = None
+        is_last = False
+        while not is_last:
+            page = await self._send(self._list_call(list_names(prefix, after)))
+            for name in page.names:
+                yield name
+            after = page.next
+            is_last = after is None
 
     async def item(self, item_id: int, *, timeout_ms: float | None = None) -> ItemAnswer:
         """As ``Client.item``."""

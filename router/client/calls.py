@@ -34,6 +34,7 @@ from shardline.router.client.conversions import (
     to_matrix,
 )
 from shardline.router.client.http1 import Response, Server
+from shardline.router.client.list_calls import ListRequest
 from shardline.router.client.retries import Attempts, Outcome, Retry
 from shardline.router.client.seq import Seq
 from shardline.router.client.write_calls import (
@@ -57,6 +58,7 @@ from shardline.shards.core.errors import (
     DeltaFull,
     EncoderUnavailable,
     InvalidInput,
+    ListsUnavailable,
     NotFound,
     NotPrimary,
     Overloaded,
@@ -90,6 +92,7 @@ _KINDS: tuple[type[ShardlineError], ...] = (
     NotPrimary,
     ReadOnly,
     StoreFull,
+    ListsUnavailable,
     EncoderUnavailable,
     *REFUSALS,
 )
@@ -123,6 +126,7 @@ class SearchFields(TypedDict, total=False):
     cap: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     boost: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     diversify: "Mapping[str, Any] | None"
+    exclude_lists: "Sequence[str] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
 
@@ -190,6 +194,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "cap": to_filter,
     "boost": to_filter,
     "diversify": to_filter,
+    "exclude_lists": lambda names: names if isinstance(names, str) else listed(names),
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },
@@ -317,6 +322,9 @@ class ClientCore:
 
     def _get_call(self, path: str) -> Call[dict[str, Any]]:
         return Call(self._server.message("GET", path), _read_json)
+
+    def _list_call(self, request: ListRequest[Answer]) -> Call[Answer]:
+        return Call(self._server.message(request.method, request.path, request.body), request.read)
 
     def _upsert_calls(self, fields: UpsertFields) -> Iterator[tuple[int, Call[UpsertAnswer]]]:
         return self._write_calls("PUT", upsert_requests(**fields), read_upsert)

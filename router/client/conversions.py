@@ -120,6 +120,15 @@ def to_filter(value: Any) -> Any:
     return value if isinstance(value, float | np.floating) else to_json(value)
 
 
+def to_attribute(value: Any) -> Any:
+    """As ``to_json``; decimals that a float does not hold as their digits, which a column of
+    decimals takes."""
+    if isinstance(value, Decimal) and value.is_finite():
+        number = float(value)
+        return number if Decimal(repr(number)) == value else format(value, "f")
+    return to_json(value)
+
+
 def to_json(value: Any) -> Any:
     """As an import reads it: NaN, which is how frames write a missing number, as None; decimals as
     numbers, times of day and durations as seconds, a UUID as text."""

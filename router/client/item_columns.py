@@ -1,6 +1,6 @@
 """Items to write, in whatever form a caller has them, as columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,6 +10,7 @@ from shardline.router.client.conversions import (
     MAX_GOT,
     listed,
     refuse_hidden,
+    to_attribute,
     to_ids,
     to_json,
     to_matrix,
@@ -71,8 +72,10 @@ def _given(values: Sequence[Any]) -> list[bool]:
 
 
 def _converted(values: Any, field: str) -> Columns:
+    convert = to_attribute if field == ATTRIBUTES else to_json
     return {
-        name: _values(column, f"{field}.{name}") for name, column in _columns(values, field).items()
+        name: _values(column, f"{field}.{name}", convert)
+        for name, column in _columns(values, field).items()
     }
 
 
@@ -165,7 +168,7 @@ def _columns(values: Any, field: str) -> dict[str, Any]:
     return {name: values.column(name) if is_arrow else values[name] for name in names}
 
 
-def _values(values: Any, field: str) -> list[Any]:
+def _values(values: Any, field: str, convert: Callable[[Any], Any]) -> list[Any]:
     """Of a column, as JSON has them; NaN is how frames write what is missing."""
     refuse_hidden(field, values)
     if isinstance(values, str | bytes) or not (
@@ -178,12 +181,12 @@ def _values(values: Any, field: str) -> list[Any]:
             got=repr(values)[:MAX_GOT],
         )
     plain = values.tolist() if isinstance(values, np.ndarray) else listed(values)
-    return [_value(each) for each in plain]
+    return [_value(each, convert) for each in plain]
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any, convert: Callable[[Any], Any]) -> Any:
     if isinstance(value, list | tuple | np.ndarray):
-        return [_value(each) for each in value]
+        return [_value(each, convert) for each in value]
     if isinstance(value, Mapping):
-        return {str(name): _value(each) for name, each in value.items()}
-    return to_json(value)
+        return {str(name): _value(each, convert) for name, each in value.items()}
+    return convert(value)

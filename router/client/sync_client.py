@@ -13,7 +13,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -29,6 +29,15 @@ from shardline.router.client.answers import (
 )
 from shardline.router.client.calls import Call, ClientCore, SearchFields
 from shardline.router.client.http1 import Response, ResponseReader, Server
+from shardline.router.client.list_calls import (
+    ListAnswer,
+    ListWritten,
+    list_change,
+    list_delete,
+    list_get,
+    list_names,
+    list_put,
+)
 from shardline.router.client.retries import CONNECT_TIMEOUT_S, Attempts, Outcome
 from shardline.router.client.write_calls import (
     DeleteFields,
@@ -137,11 +146,12 @@ class Client(ClientCore):
         background (True: it gives way to all other searches), exact (True: every item is scored,
         which takes long: for measuring recall), filter (only items that match it: a map as
         docs/FILTERS.md describes it, or a list with one per query, None for none), exclude (a list
-        with one list or array of item ids per query, which do not come back), exclude_history
-        (True: nor do the items of the history feature), cap, boost, diversify (at most so many
-        items per value of an attribute, scores by attributes, different items: maps as
-        docs/RESULTS.md describes them). return_ names attributes of items that the
-        answer is to bring, return_original_ids the ids they had before their import.
+        with one list or array of item ids per query, which do not come back), exclude_lists (names
+        of lists whose items do not come back), exclude_history (True: nor do the items of the
+        history feature), cap, boost, diversify (at most so many items per value of an attribute,
+        scores by attributes, different items: maps as docs/RESULTS.md describes them). return_
+        names attributes of items that the answer is to bring, return_original_ids the ids they had
+        before their import.
 
         Raises:
             InvalidInput: a field is wrong; field names which.
@@ -190,6 +200,43 @@ class Client(ClientCore):
                 progress(done)
         assert total is not None  # there is at least one request
         return total
+
+    def put_list(self, name: str, item_ids: "ArrayLike") -> ListWritten:
+        """Replaces the list of this name by these ids (n,), or creates it. With a key of scope
+        write. A search names lists in ``exclude_lists``; docs/LISTS.md has the rules.
+
+        Raises:
+            InvalidInput: not a name, or beyond a limit. StoreFull, ReadOnly: the store does not
+                take it. DeadlineExceeded, Unavailable: it may have been written or not; to send it
+                again does no harm.
+        """
+        return self._send(self._list_call(list_put(name, item_ids)))
+
+    def change_list(
+        self, name: str, *, add: "ArrayLike | None" = None, remove: "ArrayLike | None" = None
+    ) -> ListWritten:
+        """Adds ids to a list and removes some, in one step, with no loss of what others change at
+        the same time; one that does not exist is taken for an empty one. Raises: as ``put_list``.
+        """
+        return self._send(self._list_call(list_change(name, add, remove)))
+
+    def delete_list(self, name: str) -> ListWritten:
+        """Deletes a list; that there is none is no error. Raises: as ``put_list``."""
+        return self._send(self._list_call(list_delete(name)))
+
+    def get_list(self, name: str) -> ListAnswer:
+        """The ids of a list. Raises NotFound, or Unavailable."""
+        return self._send(self._list_call(list_get(name)))
+
+    def lists(self, prefix: str = "") -> Iterator[str]:
+        """The names of all lists that begin with the prefix, asked for page by page."""
+        after: str | None = None
+        is_last = False
+        while not is_last:
+            page = self._send(self._list_call(list_names(prefix, after)))
+            yield from page.names
+            after = page.next
+            is_last = after is None
 
     def item(self, item_id: int, *, timeout_ms: float | None = None) -> ItemAnswer:
         """One item's stored vector (dim,) float32, and attributes. Raises NotFound, or as

@@ -25,9 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shardline.router.contract import MethodNotAllowed
 from shardline.router.http.auth import Guard
 from shardline.router.http.body import IS_READ, closing, read_body
-from shardline.router.http.body_values import TakesLong
+from shardline.router.http.body_values import TakesLong, load_map
 from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
 from shardline.router.http.disconnect import ended_by_client
+from shardline.router.http.filter_paths import at_its_place
+from shardline.router.http.list_api import add_lists
 from shardline.router.http.media import Media, answer_media, body_media
 from shardline.router.http.openapi import (
     DESCRIPTION,
@@ -76,6 +78,7 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
     )
     direct = {("POST", "/v1/search"): _add_search(app, service, config)}
     direct |= add_writes(app, service, config)
+    add_lists(app, service, config)
     guard = guard or Guard()
     _add_reads(app, service, guard)
     _add_health(app, service)
@@ -100,12 +103,15 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
                     service.count_rejected(error)
                     raise
                 client.body_is_read()
-                found = await service.search(
-                    query,
-                    arrived_at=scope["shardline.arrived_at"],
-                    began_at=scope["shardline.began_at"],
-                    request_id=scope["shardline.request_id"],
-                )
+                try:
+                    found = await service.search(
+                        query,
+                        arrived_at=scope["shardline.arrived_at"],
+                        began_at=scope["shardline.began_at"],
+                        request_id=scope["shardline.request_id"],
+                    )
+                except InvalidInput as error:
+                    raise await _placed(error, body, media) from error
                 return encode_answer(found, accepted), accepted
 
     @app.post("/v1/search", **SEARCH_DOC)
@@ -125,6 +131,14 @@ async def _decoded(
             return decode_query(body, media, config, in_loop=True)
     client.pause()  # whoever leaves now counts as in flight while it decodes
     return await asyncio.to_thread(decode_query, body, media, config)
+
+
+async def _placed(error: InvalidInput, body: bytes, media: Media) -> InvalidInput:
+    """A complaint about a filter with its path in the body; any other as it is."""
+    if error.field is None or not error.field.startswith("filter"):
+        return error
+    content = await asyncio.to_thread(load_map, body, media)
+    return at_its_place(error, content.get("filter"))
 
 
 def _add_reads(app: FastAPI, service: SearchService, guard: Guard) -> None:

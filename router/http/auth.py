@@ -1,7 +1,8 @@
 """Who may ask what: the check that every request passes before anything else is done with it.
 
-Reading and searching need the scope search, writing items the scope write; whatever else there is,
-or may be one day, needs admin, so a route that somebody forgets to list here is closed, not open.
+Reading and searching need the scope search, writing items and lists the scope write; whatever else
+there is, or may be one day, needs admin, so a route that somebody forgets to list here is closed,
+not open.
 """
 
 import asyncio
@@ -23,9 +24,15 @@ OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 SEARCHES = frozenset({"/v1/search"})
 WRITES = frozenset({("PUT", "/v1/items"), ("DELETE", "/v1/items")})
+LIST_WRITES = frozenset({"PUT", "POST", "DELETE"})
+LIST_PREFIX = "/v1/lists/"
 ADMIN_PREFIX = "/v1/admin"
 # what a key of too small a scope is good for
-MAY = {Scope.SEARCH: "search", Scope.WRITE: "search and write items", Scope.ADMIN: "do all"}
+MAY = {
+    Scope.SEARCH: "search",
+    Scope.WRITE: "search, and write items and lists",
+    Scope.ADMIN: "do all",
+}
 HEADER = b"authorization"
 SCHEME = b"bearer"
 # how often a key file is looked at: the longest that a key taken out of it goes on working
@@ -64,7 +71,8 @@ def needed_scope(method: str, path: str) -> Scope | None:
         return Scope.ADMIN
     if method in READING or (method == "POST" and path in SEARCHES):
         return Scope.SEARCH
-    return Scope.WRITE if (method, path) in WRITES else Scope.ADMIN
+    is_of_list = method in LIST_WRITES and path.startswith(LIST_PREFIX)
+    return Scope.WRITE if is_of_list or (method, path) in WRITES else Scope.ADMIN
 
 
 class Guard:

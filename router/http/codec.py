@@ -22,6 +22,7 @@ from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
 from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
 from shardline.router.http.rearrange_body import read_rearrangement
 from shardline.router.limits import check_batch, resolve
+from shardline.router.list_names import check_list_name
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer, SeqOrigin
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import InvalidInput
@@ -96,6 +97,7 @@ def decode_query(
         excluded=None if parsed.exclude is None else to_excluded(parsed.exclude, config.max_batch),
         exclude_history=parsed.exclude_history,
         rearrange=read_rearrangement(parsed.cap, parsed.boost, parsed.diversify),
+        exclude_lists=_list_names(parsed.exclude_lists),
     )
 
 
@@ -176,6 +178,10 @@ def _features(value: Any, max_batch: int) -> list[dict[str, Any]]:
     if len(value) > max_batch:
         check_batch(QueryKind.FEATURES, len(value), max_batch)
     return checked_features(value)
+
+
+def _list_names(given: list[str]) -> list[str]:
+    return [check_list_name(name, f"exclude_lists[{at}]") for at, name in enumerate(given)]
 
 
 def _takes_long(given: Any, body_bytes: int) -> bool:

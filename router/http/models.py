@@ -13,6 +13,7 @@ from shardline.router.excluded import MAX_EXCLUDED
 from shardline.router.http.filter_schema import FILTER_FIELD
 from shardline.router.http.rearrange_schema import BOOST_FIELD, CAP_FIELD, DIVERSIFY_FIELD
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
+from shardline.router.list_names import MAX_EXCLUDE_LISTS
 from shardline.router.router_config import QUERIES_IN_TIME
 from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
@@ -143,6 +144,12 @@ class SearchBody(_Body):
     diversify: Annotated[Any, SkipValidation, WithJsonSchema(DIVERSIFY_FIELD)] = Field(
         default=None,
         description="items that are much like others before them make way, among the best",
+    )
+    exclude_lists: list[str] = Field(
+        default=[],
+        max_length=MAX_EXCLUDE_LISTS,
+        description="names of lists, /v1/lists: their items do not come back, for any query of the "
+        "request. One that does not exist is taken for an empty one",
     )
     returned: list[str] | None = Field(
         default=None,

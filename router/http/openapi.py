@@ -15,6 +15,13 @@ from pydantic.json_schema import models_json_schema
 from shardline.router.contract import WRITE_KEY_HEADER
 from shardline.router.http.auth import needed_scope
 from shardline.router.http.filter_schema import FILTER_SCHEMAS
+from shardline.router.http.list_models import (
+    ListBody,
+    ListChangeBody,
+    ListNamesResponse,
+    ListResponse,
+    ListWrittenResponse,
+)
 from shardline.router.http.models import ItemResponse, Problem, SearchBody, SearchResponse
 from shardline.router.http.rearrange_schema import REARRANGE_SCHEMAS
 from shardline.router.http.write_models import (
@@ -40,6 +47,10 @@ def _content(model: str, *media: str) -> dict[str, Any]:
     return dict.fromkeys(media or ("application/json", "application/msgpack"), schema)
 
 
+def _problem(text: str) -> dict[str, Any]:
+    return {"description": text, "content": _content("Problem", "application/problem+json")}
+
+
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     texts = {
         400: "invalid_input: field, expected and got say what",
@@ -52,12 +63,12 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "payload_too_large",
         415: "unsupported_media_type",
         429: "overloaded: try again after Retry-After seconds",
-        503: "unavailable or version_mismatch: try again after Retry-After seconds; "
+        503: "unavailable, version_mismatch or lists_unavailable: try again after Retry-After "
+        "seconds; "
         "encoder_unavailable: no Retry-After, because waiting alone mends nothing",
         504: "deadline_exceeded: no shard answered in time",
     }
-    content = _content("Problem", "application/problem+json")
-    return {status: {"description": texts[status], "content": content} for status in statuses}
+    return {status: _problem(texts[status]) for status in statuses}
 
 
 SEARCH_DOC: dict[str, Any] = {
@@ -71,7 +82,7 @@ SEARCH_DOC: dict[str, Any] = {
 _WRITE_PROBLEMS: dict[int | str, dict[str, Any]] = {
     **_problems(400, 401, 403, 406, 408, 413, 415),
     **{
-        status: {"description": text, "content": _content("Problem", "application/problem+json")}
+        status: _problem(text)
         for status, text in (
             (429, "overloaded, or delta_full: try again after Retry-After seconds"),
             (
@@ -108,8 +119,42 @@ def _write_doc(body: str, response: str, description: str, *problems: int) -> di
     }
 
 
+_LIST_WRITES: dict[int | str, dict[str, Any]] = {
+    **_problems(408, 413, 415),
+    503: _problem("lists_unavailable or read_only: nothing has changed, as far as is known"),
+    504: _problem("deadline_exceeded: whether the list was written is not known"),
+    507: _problem("store_full: the store's disk is full; searches go on"),
+}
+
+
+def _list_doc(
+    response: str,
+    description: str,
+    problems: dict[int | str, dict[str, Any]] | None = None,
+    body: str | None = None,
+) -> dict[str, Any]:
+    request = {} if body is None else {"requestBody": {"required": True, "content": _content(body)}}
+    return {
+        "tags": ["lists"],
+        "openapi_extra": request,
+        "responses": {
+            200: {"description": description, "content": _content(response)},
+            **_problems(400, 401, 403, 406, 429),
+            503: _problem("lists_unavailable: the store does not answer; try again"),
+            **(problems or {}),
+        },
+    }
+
+
 UPSERT_DOC = _write_doc("UpsertBody", "UpsertResponse", "every item is written", 409)
 DELETE_DOC = _write_doc("DeleteBody", "DeleteResponse", "every item is gone")
+LIST_NAMES_DOC = _list_doc("ListNamesResponse", "a page of names")
+LIST_DOC = _list_doc("ListResponse", "the list", _problems(404))
+LIST_PUT_DOC = _list_doc("ListWrittenResponse", "the list is replaced", _LIST_WRITES, "ListBody")
+LIST_CHANGE_DOC = _list_doc(
+    "ListWrittenResponse", "the list is changed", _LIST_WRITES, "ListChangeBody"
+)
+LIST_DELETE_DOC = _list_doc("ListWrittenResponse", "there is no such list", _LIST_WRITES)
 ITEM_DOC: dict[str, Any] = {
     "tags": ["items"],
     "responses": {
@@ -130,6 +175,7 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
     bodies = (
         *(SearchBody, SearchResponse, ItemResponse, Problem),
         *(UpsertBody, UpsertResponse, DeleteBody, DeleteResponse),
+        *(ListBody, ListChangeBody, ListResponse, ListWrittenResponse, ListNamesResponse),
     )
     _, definitions = models_json_schema(
         [(model, "validation") for model in bodies], ref_template=REF

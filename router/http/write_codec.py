@@ -43,7 +43,7 @@ def decode_upsert(
         PayloadTooLarge: would take too much memory or time.
     """
     content = load_map(body, media, in_loop=in_loop)
-    parsed = _checked(content, UPSERT_FIELDS, _validate_upsert)
+    parsed = checked_fields(content, UPSERT_FIELDS, _validate_upsert)
     columns = [name for name in COLUMNS if name in content]
     if (parsed.items is None) == (parsed.item_ids is None) or (parsed.items and columns):
         raise InvalidInput(
@@ -64,7 +64,7 @@ def decode_delete(
 ) -> Deletes:
     """The body of a request to delete items. Raises as ``decode_upsert``."""
     content = load_map(body, media, in_loop=in_loop)
-    parsed = _checked(content, DELETE_FIELDS, _validate_delete)
+    parsed = checked_fields(content, DELETE_FIELDS, _validate_delete)
     item_ids = to_ids(parsed.item_ids, "item_ids", MAX_WRITE_ITEMS, "items")
     _check_count("item_ids", len(item_ids))
     return Deletes(item_ids=item_ids, timeout_ms=write_timeout_ms(config, parsed.timeout_ms))
@@ -93,9 +93,10 @@ def encode_written(answer: WriteAnswer, media: Media) -> bytes:
     )
 
 
-def _checked(
+def checked_fields(
     content: dict[Any, Any], known: Sequence[str], validate: Callable[[Any], BaseModel]
 ) -> Any:
+    """The model of a body. Raises InvalidInput: a field is unknown, or has a wrong value."""
     # before pydantic, which would keep a complaint about each of millions of them
     _refuse_unknown(content, known, "")
     try:

@@ -20,8 +20,8 @@ Ray (2.60) writes the configuration and starts the program that RAY_SERVE_HAPROX
   and at the end, it would answer 404, at which clients give up.
 - A replica that has stopped is left alone within seconds, and what it holds is answered with 503.
 - Each host's HAProxy asks the replica of its own host, and those of others only while that one is
-  away: a query crosses the network once. A replica that refuses, or a host that has vanished, costs
-  half a second and another try elsewhere, not 10 s.
+  away: a query crosses the network once. A replica that refuses costs another try elsewhere at
+  once; a host that has vanished half a second, not 10 s.
 """
 
 import json
@@ -78,7 +78,7 @@ OBSERVED = re.compile(r" observe \S+ error-limit \d+ on-error \S+")
 CHECKED_SOONER = " observe layer4 error-limit 1 on-error fastinter"
 SHUT_DOWN = "shutdown-sessions"
 # what ``_own_host_first`` adds to a server's line
-OWN_OPTIONS = re.compile(rf" tcp-ut \S+| backup| on-marked-down {SHUT_DOWN}")
+OWN_OPTIONS = re.compile(rf" tcp-ut \S+| on-marked-down {SHUT_DOWN}")
 SERVERS = "    # Servers in"
 CONNECT_TIMEOUT = re.compile(r"^    timeout connect \S+$", re.MULTILINE)
 CHECKS = re.compile(r"^    (?:option httpchk|http-check|default-server) .*\n", re.MULTILINE)
@@ -194,7 +194,12 @@ def _bounded(text: str, limits: Limits) -> str:
 
 
 def _own_host_first(section: str) -> str:
-    """With the replicas of other hosts as backups, all alike, if there is one of this host.
+    """With the replicas of this host asked first, if there are any.
+
+    Not as others' backups would be: a server's backups are asked when health checks have found it
+    down, and an HAProxy that ends after a reload makes no more checks. A request whose connection
+    is refused would be tried at the same server, with pauses, until none is left. With
+    ``use-server`` the next try is at another one, at once.
 
     A connection that fails only has the replica checked more often. Ray's own setting takes three
     of them for its end, which ends the very requests that have just failed: the connection of one
@@ -202,16 +207,23 @@ def _own_host_first(section: str) -> str:
     another host, where opening one may take time, are not ended with it: what was sent to a host
     that has vanished fails after ``UNHEARD_MS``.
     """
-    own = [_is_own(address) for _, address in SERVER.findall(section)]
-    has_both = any(own) and not all(own)
+    servers = SERVER.findall(section)
+    own = [name for name, address in servers if _is_own(address)]
 
     def server(found: re.Match[str]) -> str:
         line = OBSERVED.sub("", found[0]) + CHECKED_SOONER
         if _is_own(found[2]):
             return f"{line} on-marked-down {SHUT_DOWN}"
-        return f"{line} tcp-ut {UNHEARD_MS}ms{' backup' if has_both else ''}"
+        return f"{line} tcp-ut {UNHEARD_MS}ms"
 
-    options = [*(() if all(own) else KEPT_ALIVE), *(("option allbackups",) if has_both else ())]
+    has_others = len(own) < len(servers)
+    options = list(KEPT_ALIVE) if has_others else []
+    if has_others:
+        # of those that are left each is taken as often as any other
+        options += [
+            f"use-server {name} if {{ rand({left}) lt 1 }}"
+            for name, left in zip(own, range(len(own), 0, -1), strict=True)
+        ]
     section = SERVER.sub(server, section)
     return section.replace(SERVERS, "".join(f"    {each}\n" for each in options) + SERVERS)
 

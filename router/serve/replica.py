@@ -8,6 +8,7 @@ controller; while the controller is away the replica serves on with the table it
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ SECRET_S = 30.0
 FIRST_TABLE_S = 300.0  # above ENCODER_WAIT_S
 # pauses between attempts to load an encoder that is damaged: its files may be large
 FIRST_MEND_S, LAST_MEND_S = 5.0, 60.0
+END_S = 5.0  # after the server's end, when Serve should have ended the process
 
 
 class ServeApp:
@@ -74,7 +76,7 @@ class RouterReplica:
     """Serves the HTTP API to who has a key of ``auth``.
 
     ``controller`` is the name of the actor that has the routing table, and the secret that proves
-    this router to shards.
+    this router to shards. end_process: called when it stops; for tests.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class RouterReplica:
         namespace: str,
         auth: AuthSettings,
         huge_pages: bool,
+        end_process: Callable[[], None] | None = None,
     ) -> None:
+        self._end_process = end_process or _end_process_soon
         self._config = config
         self._controller = (controller, namespace)
         self._huge_pages = huge_pages
@@ -127,7 +131,8 @@ class RouterReplica:
         prepare_memory(huge_pages=self._huge_pages)
 
     async def stop(self) -> None:
-        """Stops following, closes the shard connections."""
+        """Stops following, closes the shard connections; then the process ends."""
+        self._end_process()
         if self._exporter is not None:
             self._exporter.stop()
         for task in self._following:
@@ -219,6 +224,18 @@ class RouterReplica:
     def _find_controller(self) -> Any:
         name, namespace = self._controller
         return ray.get_actor(name, namespace=namespace)
+
+
+def _end_process_soon() -> None:
+    """Ends this process in END_S, unless Serve does before.
+
+    Serve tells a replica to stop, and has Ray end its process then. While Ray's head is away that
+    second step does nothing, and a controller of Serve's that starts afterwards takes the process
+    for a replica that serves: its host would be without a router for good.
+    """
+    timer = threading.Timer(END_S, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def _load_classes_from_here() -> None:

@@ -19,6 +19,7 @@
         ├── NotPrimary      this replica does not take writes: another does, or none yet
         ├── ReadOnly        a shard's log cannot be written; searches go on
         │   └── StoreFull   because the disk is full
+        ├── ListsUnavailable    a list of items cannot be read from the store now
         └── EncoderUnavailable  the generation's query encoder is damaged, or cannot be read
 
 Each error says what was expected, what was found and what to do. All of them can be pickled,
@@ -157,6 +158,10 @@ class ReadOnly(Unavailable):
 
 class StoreFull(ReadOnly):
     code = "store_full"
+
+
+class ListsUnavailable(Unavailable):
+    code = "lists_unavailable"
 
 
 class EncoderUnavailable(Unavailable):

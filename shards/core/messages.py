@@ -399,8 +399,7 @@ class RoutingTable:
     secret, so a restarted controller has the same. other_model: the model version of a generation
     that is loaded beside this one and gets the same writes, if it is another; None: there is none.
     went_live_with: of each shard, how many writes it had when the generation took the place of
-    another, all of whose writes are among them; empty where none were brought over, and in tables
-    of a controller that was started since.
+    another, all of whose writes are among them; empty where none were brought over.
     """
 
     version: int

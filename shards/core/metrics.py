@@ -148,6 +148,21 @@ WRITE_MS = Metric(
     ("kind",),
     MS_BUCKETS,
 )
+LIST_READS = Metric(
+    "shardline_list_reads",
+    _C,
+    "lists",
+    "Named lists that searches and readers asked for: cached (known to be fresh), unchanged (one "
+    "look at the store), read (its file).",
+    ("how",),
+)
+LIST_WRITES = Metric(
+    "shardline_list_writes",
+    _C,
+    "requests",
+    "Requests to write a list, by kind (put, change, delete) and the code of their answer.",
+    ("kind", "code"),
+)
 SEARCH_MS = Metric(
     "shardline_search_ms", _H, "ms", "Time of one batch in a shard's index.", REPLICA, MS_BUCKETS
 )
@@ -197,6 +212,8 @@ METRICS = (
     WRITES,
     WRITTEN_ROWS,
     WRITE_MS,
+    LIST_READS,
+    LIST_WRITES,
     SEARCH_MS,
     BATCH_QUERIES,
     QUEUE_DEPTH,

@@ -166,8 +166,8 @@ def check_k(k: Any, *, limit: int = MAX_K, field: str = "k") -> int:
 
 def in_order(ids: IdArray, scores: FloatArray) -> Ranked:
     """Results (n, m) of any order in the order of ``Ranked``; new arrays."""
-    ids_last = np.where(ids == EMPTY_ID, np.iinfo(np.int64).max, ids)
-    order = np.lexsort((ids_last, -scores), axis=1)
+    # as unsigned, the id of an empty slot is the largest there is
+    order = np.lexsort((ids.view(np.uint64), -scores), axis=1)
     return Ranked(np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from shardline.shards.core.filter_language import Operator, Scalar
+from shardline.shards.core.moments import read_moment
 from shardline.shards.filters.column_tests import Compared, Every, No, OneOf, Substring, Test
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -27,10 +28,7 @@ DAY_SECONDS = 86_400
 DAY_MS = DAY_SECONDS * 1000
 MICROSECOND = timedelta(microseconds=1)
 MAX_DECIMAL_DIGITS = 200  # of a decimal as a text: twice as many as any type of decimals has
-_DECIMAL = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
-NANOSECOND_DIGITS = 9
-# of a second's fraction in a time of ISO 8601, extended or basic; those of an offset do not count
-_FRACTION_DIGITS = re.compile(r".{7,10}.[0-9:]+[.,]([0-9]+)(?:Z|[+-].*)?")
+DECIMAL_TEXT = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?")
 # of a second's value: what the fraction of a float may be off a whole number of units
 FRACTION = Fraction(1, 10**9)
 RANGES = (Operator.LT, Operator.LTE, Operator.GT, Operator.GTE)
@@ -262,14 +260,7 @@ def _decimals(kind: pa.DataType) -> Kind:
     def array(units: list[int]) -> pa.Array:
         return pa.array([_decimal(each, kind.scale) for each in units], stored)
 
-    def units(value: Scalar) -> Exact:
-        if not isinstance(value, str):
-            return _written(value) / unit
-        if len(value) > MAX_DECIMAL_DIGITS or not _DECIMAL.fullmatch(value):
-            raise WrongValue("a number, or its digits as a text")
-        return Fraction(value) / unit
-
-    return ExactNumbers(-largest, largest, units, array)
+    return ExactNumbers(-largest, largest, lambda value: _written(value) / unit, array)
 
 
 def _decimal(units: int, scale: int) -> Decimal:
@@ -298,17 +289,13 @@ def _timestamps(kind: pa.DataType) -> Kind:
 
     def units(value: Scalar) -> Exact:
         expected = f"a time as {shown}, with at most 9 digits of a second's fraction"
-        text = _text(value, expected)
-        fraction = _FRACTION_DIGITS.fullmatch(text)
-        digits = fraction[1] if fraction else ""
         try:
-            moment = datetime.fromisoformat(text)
+            moment, nanoseconds = read_moment(_text(value, expected))
         except ValueError:
             raise WrongValue(expected) from None
-        if (moment.tzinfo is not None) != has_zone or len(digits) > NANOSECOND_DIGITS:
+        if (moment.tzinfo is not None) != has_zone:
             raise WrongValue(expected)
-        # datetime has cut off what is behind its six digits
-        ns = (moment - epoch) // MICROSECOND * 1000 + int(digits[6:].ljust(3, "0"))
+        ns = (moment - epoch) // MICROSECOND * 1000 + nanoseconds
         return Fraction(ns * per_second, 10**9)
 
     return _units_of(compared_type(kind), units)
@@ -319,6 +306,8 @@ def _seconds(kind: pa.DataType) -> Kind:
 
     def units(value: Scalar) -> Exact:
         seconds = _written(value)
+        if isinstance(value, str):
+            return seconds * per_second
         whole = round(seconds * per_second)
         # a float near a whole number of units is what answers give for it
         off = abs(Fraction(whole, per_second) - seconds)
@@ -345,8 +334,13 @@ def _exact(value: Scalar) -> Exact:
 
 
 def _written(value: Scalar) -> Fraction:
-    """The decimal that whoever sent a float wrote, which is its shortest text: .1 is a tenth."""
-    return Fraction(repr(_number(value)))
+    """The decimal that was written: of a float that is its shortest text, .1 is a tenth. A text
+    says its digits."""
+    if not isinstance(value, str):
+        return Fraction(repr(_number(value)))
+    if len(value) > MAX_DECIMAL_DIGITS or not DECIMAL_TEXT.fullmatch(value):
+        raise WrongValue("a number, or its digits as a text")
+    return Fraction(value)
 
 
 def _text(value: Scalar, expected: str) -> str:

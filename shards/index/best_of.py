@@ -14,10 +14,10 @@ from shardline.shards.core.schema import (
     Ranked,
 )
 
-# Where scores are equal, a heap of faiss keeps the larger number. So items are numbered downwards,
-# from -2; -1 is the empty slot, here and there.
-HIGHEST = -2
-assert HIGHEST - EMPTY_ID == EMPTY_ID == -1
+# Where scores are equal, a heap of faiss keeps the larger number, and -1 is its own empty slot. So
+# items are numbered downwards from the largest int64 to 0; our empty slot gets the smallest int64,
+# which comes behind all of them.
+_ALL_BUT_THE_SIGN = np.int64(2**63 - 1)
 
 
 class BestOf:
@@ -34,7 +34,8 @@ class BestOf:
         self._scores = np.empty((queries, k + 1), np.float32)
         self._scores[:, 0], self._scores[:, 1:] = EMPTY_SCORE, ranked.scores[:, ::-1]
         self._ids = np.empty((queries, k + 1), np.int64)
-        self._ids[:, 0], self._ids[:, 1:] = EMPTY_ID, flipped(ranked.ids[:, ::-1])
+        self._ids[:, 0], self._ids[:, 1:] = EMPTY_ID, ranked.ids[:, ::-1]
+        self._ids = flipped(self._ids)
         self._heaps = faiss.float_minheap_array_t()
         self._heaps.nh, self._heaps.k = self._scores.shape
         self._heaps.val = faiss.swig_ptr(self._scores)
@@ -54,10 +55,9 @@ class BestOf:
     def result(self) -> Ranked:
         """(n, k + 1), in the order of answers: score descending, then id ascending."""
         self._heaps.reorder()
-        self._scores[self._ids == EMPTY_ID] = EMPTY_SCORE
         return Ranked(flipped(self._ids), self._scores)
 
 
 def flipped(item_ids: IdArray) -> IdArray:
     """As ``BestOf`` numbers items, int64 of any shape, and back."""
-    return HIGHEST - item_ids
+    return item_ids ^ _ALL_BUT_THE_SIGN

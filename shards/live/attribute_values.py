@@ -1,9 +1,10 @@
 """Values of attributes from the form that answers have (``item_attributes``) to Arrow's types.
 
 Numbers, booleans and texts stand for themselves. Dates and timestamps are ISO 8601 texts, with an
-offset where the type has a time zone; times of day and durations are seconds, decimals numbers;
-bytes are texts, taken as their UTF-8; structs are maps, maps lists of pairs. Nothing is rounded
-except floats to the width of their type.
+offset where the type has a time zone; times of day, durations (in seconds) and decimals are numbers
+or, where a float does not hold them, their digits as a text; bytes are texts, taken as their UTF-8;
+structs are maps, maps lists of pairs. What a type does not hold exactly is refused: nothing is
+rounded, except floats to the width of their type.
 """
 
 import math
@@ -11,20 +12,24 @@ import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shardline.shards.core.moments import read_moment
+from shardline.shards.filters.column_kinds import DECIMAL_TEXT, MAX_DECIMAL_DIGITS, PER_SECOND
+
 Taker: TypeAlias = Callable[[Any], Any]  # a value of JSON, not null, as pa.array takes it
 
-PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 DAY_SECONDS = 86_400
 MICROSECOND = timedelta(microseconds=1)
 INT64 = 1 << 63
 _FLOATS: dict[int, type[np.floating[Any]]] = {16: np.float16, 32: np.float32, 64: np.float64}
-FRACTION = 1e-9  # of a second's value: what the fraction of a float may be off
+# of a float's last digit: what a sum of two floats may be off the number of units that is meant
+NOISE_ULPS = 2
 _TEXTS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 _BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 _LISTS = (
@@ -196,13 +201,15 @@ def _take_timestamp(kind: pa.DataType) -> Taker:
 
     def take(value: Any) -> int:
         expected = f"{kind}: a time as {shown}"
+        text = _text(value, expected)
         try:
-            moment = datetime.fromisoformat(_text(value, expected))
+            moment, nanoseconds = read_moment(text)
         except ValueError:
             raise Unfit(expected, value) from None
         if (moment.tzinfo is not None) != has_zone:
             raise Unfit(expected, value)
-        units, rest = divmod((moment - epoch) // MICROSECOND * per_second, 10**6)
+        ns = (moment - epoch) // MICROSECOND * 1000 + nanoseconds
+        units, rest = divmod(ns * per_second, PER_SECOND["ns"])
         if rest or not -INT64 <= units < INT64:
             raise Unfit(f"{kind}: a time that fits its unit and range", value)
         return units
@@ -216,9 +223,10 @@ def _take_seconds(kind: pa.DataType) -> Taker:
     per_second = PER_SECOND[kind.unit]
 
     def take(value: Any) -> int:
-        seconds = _number(value, str(kind))
+        seconds = Fraction(_written(value, str(kind)))
         units = round(seconds * per_second)
-        is_off = abs(units / per_second - seconds) > FRACTION * max(1.0, abs(seconds))
+        noise = NOISE_ULPS * Fraction(math.ulp(value)) if isinstance(value, float) else 0
+        is_off = abs(Fraction(units, per_second) - seconds) > noise
         if is_off or not -INT64 <= units < INT64:
             raise Unfit(expected, value)
         if is_time and not 0 <= units < DAY_SECONDS * per_second:
@@ -228,16 +236,26 @@ def _take_seconds(kind: pa.DataType) -> Taker:
     return take
 
 
+def _written(value: Any, kind: str) -> Decimal:
+    """A finite number of JSON, or its digits as a text, as the decimal that was written: of a float
+    that is its shortest text."""
+    if isinstance(value, str):
+        if len(value) > MAX_DECIMAL_DIGITS or not DECIMAL_TEXT.fullmatch(value):
+            raise Unfit(f"{kind}: a number, or its digits as a text", value)
+        return Decimal(value)
+    _number(value, kind)
+    return Decimal(value) if isinstance(value, int) else Decimal(repr(value))
+
+
 def _take_decimal(kind: pa.DataType) -> Taker:
     def take(value: Any) -> Decimal:
-        _number(value, str(kind))
-        # the shortest text of a float is the decimal that whoever sent it wrote
-        number = Decimal(value) if isinstance(value, int) else Decimal(repr(value))
-        sign, digits, exponent = number.as_tuple()
+        sign, digits, exponent = _written(value, str(kind)).as_tuple()
         assert isinstance(exponent, int)
         digits = tuple(digits) if any(digits) else ()
         while digits and digits[-1] == 0:
             digits, exponent = digits[:-1], exponent + 1
+        while digits and digits[0] == 0:
+            digits = digits[1:]
         if digits and (
             -exponent > kind.scale or len(digits) + exponent > kind.precision - kind.scale
         ):

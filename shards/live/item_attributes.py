@@ -1,21 +1,26 @@
 """Attributes of a shard's items, as answers return them: read from a mapped file, row by row.
 
 Values leave as JSON has them: numbers, booleans, texts, null, lists and maps of these. Dates and
-times are ISO 8601 texts, times of day and durations seconds, decimals floats, bytes text where
-they are UTF-8 and hexadecimal digits elsewhere.
+times are ISO 8601 texts, of nine digits where nanoseconds need them; times of day and durations
+seconds. These and decimals are floats or, where a float does not hold them, their digits as a text;
+bytes are text where they are UTF-8 and hexadecimal digits elsewhere.
 """
 
 from collections.abc import Callable, Iterable
-from datetime import date, time, timedelta
+from datetime import date
 from decimal import Decimal
-from typing import Any
+from fractions import Fraction
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
 from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.moments import moment_text
 from shardline.shards.core.schema import ORIGINAL_ID, IdArray
-from shardline.shards.filters.column_kinds import decoded_type
+from shardline.shards.filters.column_kinds import PER_SECOND, decoded_type, is_list
+
+Reader: TypeAlias = Callable[[Any], Any]  # a scalar of Arrow that is not null, as JSON has it
 
 # types whose Python values are JSON's already
 _PLAIN: tuple[Callable[[pa.DataType], bool], ...] = (
@@ -87,7 +92,8 @@ class ItemAttributes:
         scalars = [column[row] for row in rows.tolist()]
         if is_plain:
             return [scalar.as_py() for scalar in scalars]
-        return [_json_value(_python_value(scalar)) for scalar in scalars]
+        read = _reader_of(column.type) or _read_any
+        return [read(scalar) if scalar.is_valid else None for scalar in scalars]
 
 
 def kind_of_values(kind: pa.DataType) -> AttributeKind:
@@ -96,20 +102,103 @@ def kind_of_values(kind: pa.DataType) -> AttributeKind:
     return next((name for check, name in _KINDS if check(plain)), AttributeKind.OTHER)
 
 
-def _python_value(scalar: Any) -> Any:
+def column_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """Of a column of moments, times, durations or decimals, or of lists of these: its values as
+    answers have them, which a write takes. Of any other as Arrow gives them."""
+    kind = decoded_type(column.type)
+    element = decoded_type(kind.value_type) if is_list(kind) else kind
+    is_exact = pa.types.is_temporal(element) or pa.types.is_decimal(element)
+    read = _reader_of(column.type) if is_exact else None
+    if read is None:
+        return list(column.to_pylist())
+    return [_read(read, scalar) for scalar in column]
+
+
+def _reader_of(kind: pa.DataType) -> Reader | None:
+    """Of a type whose values, or parts of them, Python's own types do not hold exactly; None: of
+    any other."""
+    if decoded_type(kind) != kind:
+        inner = _reader_of(kind.value_type)
+        return None if inner is None else lambda scalar: _read(inner, scalar.value)
+    if pa.types.is_timestamp(kind):
+        return _read_nanoseconds if kind.unit == "ns" else None
+    if pa.types.is_time(kind) or pa.types.is_duration(kind):
+        per_second = PER_SECOND[kind.unit]
+        return lambda scalar: _seconds(scalar.value, per_second)
+    if pa.types.is_decimal(kind):
+        return lambda scalar: _decimal(scalar.as_py())
+    if is_list(kind):
+        return _list_reader(kind)
+    if pa.types.is_struct(kind) or pa.types.is_map(kind):
+        return _fields_reader(kind)
+    return None
+
+
+def _list_reader(kind: pa.DataType) -> Reader | None:
+    if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
+        return _read_vector
+    inner = _reader_of(kind.value_type)
+    return None if inner is None else lambda scalar: [_read(inner, each) for each in scalar.values]
+
+
+def _fields_reader(kind: pa.DataType) -> Reader | None:
+    """Of maps as their lists of keys and values, and of structs as their fields by name."""
+    is_map = pa.types.is_map(kind)
+    fields = (kind.key_field, kind.item_field) if is_map else tuple(kind)
+    found = [_reader_of(field.type) for field in fields]
+    if not any(found):
+        return None
+    readers = [reader or _read_any for reader in found]
+
+    def parts(scalar: Any) -> list[Any]:
+        return [_read(read, scalar[place]) for place, read in enumerate(readers)]
+
+    if is_map:
+        return lambda scalar: [parts(pair) for pair in scalar.values]
+    names = [field.name for field in fields]
+    return lambda scalar: dict(zip(names, parts(scalar), strict=True))
+
+
+def _read(read: Reader, scalar: Any) -> Any:
+    return read(scalar) if scalar.is_valid else None
+
+
+def _read_any(scalar: Any) -> Any:
     """As Arrow gives it; None where Python has no such value, a time of the year 300,000 say."""
-    kind = scalar.type
     try:
-        if pa.types.is_timestamp(kind) and kind.unit == "ns":
-            scalar = scalar.cast(pa.timestamp("us", kind.tz), safe=False)
-        if pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type):
-            # a vector by Arrow's way takes a microsecond for each of its numbers
-            values = scalar.values
-            if values is not None and not values.null_count:
-                return values.to_numpy(zero_copy_only=False).tolist()
-        return scalar.as_py()
+        return _json_value(scalar.as_py())
     except (pa.ArrowException, ValueError, OverflowError):
         return None
+
+
+def _read_vector(scalar: Any) -> Any:
+    """By Arrow's own way it takes a microsecond for each of its numbers."""
+    values = scalar.values
+    if values.null_count:
+        return _read_any(scalar)
+    return values.to_numpy(zero_copy_only=False).tolist()
+
+
+def _read_nanoseconds(scalar: Any) -> str | None:
+    microseconds, nanoseconds = divmod(scalar.value, 1000)
+    try:
+        moment = pa.scalar(microseconds, pa.timestamp("us", scalar.type.tz)).as_py()
+    except (pa.ArrowException, ValueError, OverflowError):  # as of ``_read_any``
+        return None
+    return moment_text(moment, nanoseconds)
+
+
+def _seconds(units: int, per_second: int) -> float | str:
+    seconds = units / per_second
+    if Fraction(repr(seconds)) * per_second == units:
+        return seconds
+    digits = len(str(per_second)) - 1
+    return format(Decimal(units).scaleb(-digits), "f")
+
+
+def _decimal(value: Decimal) -> float | str:
+    number = float(value)
+    return number if Decimal(repr(number)) == value else format(value, "f")
 
 
 def _json_value(value: Any) -> Any:
@@ -126,11 +215,4 @@ def _json_value(value: Any) -> Any:
         return {str(key): _json_value(each) for key, each in value.items()}
     if isinstance(value, date):  # a datetime too
         return value.isoformat()
-    if isinstance(value, time):
-        seconds = (value.hour * 60 + value.minute) * 60 + value.second
-        return seconds + value.microsecond / 1e6
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    if isinstance(value, Decimal):
-        return float(value)
     return str(value)  # a UUID, say

@@ -15,9 +15,10 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import check_ids
 from shardline.shards.live.attributes import check_attributes
+from shardline.shards.live.carried_keys import CarriedKeys
 from shardline.shards.live.records import Change, Delete, Record, Upsert
 from shardline.shards.live.state import Applied, ShardState
-from shardline.shards.live.write_keys import WriteKeys, digest_of, refuse_another
+from shardline.shards.live.write_keys import WriteKeys, Written, digest_of, refuse_another
 
 WriteRequest: TypeAlias = UpsertRequest | DeleteRequest
 
@@ -33,12 +34,15 @@ class Holder(Protocol):
 class WriteGroup:
     """``add`` the requests; then write ``records``, which may be none; then take the ``replies``.
 
-    A request that repeats a key, of this group too, is no new record.
+    A request that repeats a key, of this group too, or one of ``carried``, is no new record.
     """
 
-    def __init__(self, keys: WriteKeys, holder: Holder, epoch: int, most: int) -> None:
+    def __init__(
+        self, keys: WriteKeys, carried: CarriedKeys, holder: Holder, epoch: int, most: int
+    ) -> None:
         self.records: list[Record] = []
-        self._keys, self._epoch, self._state = keys, epoch, holder.state
+        self._keys, self._carried, self._epoch = keys, carried, epoch
+        self._state = holder.state
         self._generation, self._seq = holder.generation, holder.state.seq
         self._room = most - holder.state.delta.rows
         self._most = most
@@ -93,12 +97,11 @@ class WriteGroup:
                 return known
             written = self._keys.find(request.key, change)
             if written is not None:
-                return WriteReply(
-                    rows=written.rows,
-                    existed=written.existed,
-                    generation=self._generation,
-                    seq=written.seq,
-                )
+                return self._repeated(written, written.seq)
+            written = self._carried.find(request.key)
+            if written is not None:
+                # its effect was brought over, and is in this state under another number
+                return self._repeated(written, self._seq)
         if isinstance(change, Upsert):
             self._make_room(len(change.item_ids))
         self._by_key[request.key] = number = len(self.records)
@@ -106,6 +109,11 @@ class WriteGroup:
             Record(seq=self._seq + number + 1, epoch=self._epoch, key=request.key, change=change)
         )
         return number
+
+    def _repeated(self, written: Written, seq: int) -> WriteReply:
+        return WriteReply(
+            rows=written.rows, existed=written.existed, generation=self._generation, seq=seq
+        )
 
     def _change_of(self, request: WriteRequest) -> Change:
         """What is logged: as an answer would show it. Raises InvalidInput."""

@@ -6,6 +6,7 @@ saved with every compaction, so that it outlives the segments that are trimmed.
 
 import zlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shardline.shards.core.errors import CorruptFile, InvalidInput
 from shardline.shards.live.records import Change, Record, Upsert, encode_record
 
 WINDOW = 65_536  # keys; about 20 MB of memory
+MIRRORS = "mirror-"  # what the keys of writes that come from another generation begin with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,19 @@ class WriteKeys:
 
     def __len__(self) -> int:
         return len(self._written)
+
+    @property
+    def written(self) -> Mapping[str, Written]:
+        """By key, the oldest first."""
+        return self._written
+
+    def of_callers(self) -> "WriteKeys":
+        """Those of them that are no mirror's."""
+        found = WriteKeys(self._window)
+        found._written.update(
+            (key, each) for key, each in self._written.items() if not key.startswith(MIRRORS)
+        )
+        return found
 
     def find(self, key: str, change: Change) -> Written | None:
         """What was written under this key; None: nothing yet, or it is forgotten.

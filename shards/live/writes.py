@@ -23,6 +23,7 @@ from shardline.shards.core.messages import (
     Absence,
     WriteReply,
 )
+from shardline.shards.live.carried_keys import CarriedKeys, leave_keys
 from shardline.shards.live.epoch_file import read_epoch
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.loading import Loaded
@@ -57,6 +58,7 @@ class ShardWrites:
         self._holder = holder
         self._folder = folder
         self._keys = keys or WriteKeys()
+        self._carried = CarriedKeys(folder)
         self._config = config or LiveConfig()
         self._files, self._clock = files, clock
         self._log: Log | None = None
@@ -131,10 +133,11 @@ class ShardWrites:
 
         It takes the epoch and reads the log as ``lead`` does, so every primary before it is fenced,
         and gives up the lead. Replicas, this one too, follow the log to that number. The same
-        epoch again answers the same.
+        epoch again answers the same. Its keys are left for the generation that goes live.
 
         Raises:
-            NotPrimary: a later epoch, or this one, has been given to a primary. Else as ``lead``.
+            NotPrimary: a later epoch, or this one, has been given to a primary. OSError: the keys
+                cannot be left. Else as ``lead``.
         """
         if epoch == self._sealed == self.newest_epoch():
             return self.seq
@@ -144,6 +147,7 @@ class ShardWrites:
             )
         self.lead(epoch)
         self._close_log()
+        leave_keys(self._folder, epoch, self._keys, self._files)
         self._sealed = epoch
         logger.info("shard %d: sealed, no writes are taken from %d on", *self._numbers)
         return self.seq
@@ -184,7 +188,9 @@ class ShardWrites:
             log = self._writable_log()
         except ShardlineError as error:
             return [error] * len(requests)
-        group = WriteGroup(self._keys, self._holder, self.epoch, self._config.max_delta_rows)
+        self._carried.look(self._files)
+        most = self._config.max_delta_rows
+        group = WriteGroup(self._keys, self._carried, self._holder, self.epoch, most)
         for request in requests:
             group.add(request)
         if group.records:

@@ -174,6 +174,23 @@ def test_a_stalled_shard_costs_its_rows_alone_and_memory_stays_flat(cluster: Clu
     assert grown.max() <= FLAT_MIB
 
 
+def test_a_router_that_serve_has_stopped_but_not_ended_is_replaced(cluster: Cluster) -> None:
+    """As Serve leaves one behind while Ray's head is away."""
+    names = [
+        each["name"]
+        for each in ray.util.list_named_actors(all_namespaces=True)
+        if each["namespace"] == "serve" and "#router#" in each["name"]
+    ]
+    before = router_process(os.getpid())
+    assert len(names) == 1
+    ray.get(ray.get_actor(names[0], namespace="serve").perform_graceful_shutdown.remote())
+    psutil.wait_procs([before], timeout=RECOVERY_S)
+    assert not before.is_running()
+    with Questions(cluster.endpoint.address) as questions:
+        questions.wait_for(is_full, since=time.perf_counter())
+    assert router_process(os.getpid()).pid != before.pid
+
+
 def test_queries_go_on_while_the_controller_is_away(cluster: Cluster) -> None:
     before = {report["shard"]: report for report in shard_reports()}
     with Questions(cluster.endpoint.address) as questions:

@@ -12,6 +12,8 @@ import psutil
 import pytest
 import ray
 
+from tests.index_kinds import one_thread, queries, vectors  # noqa: F401 - fixtures
+
 # helpers of multiprocessing, which stay until the interpreter ends
 PYTHONS_OWN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 ENDS_WITHIN_S = 2.0  # what was told to end may take so long to be gone

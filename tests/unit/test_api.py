@@ -17,6 +17,7 @@ from shardline.router.http.api import DECODE_IN_LOOP, create_app
 from shardline.router.http.problems import PROBLEMS
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
+from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import Metric
 from tests.fake_encoder import FakeEncoder
 from tests.fake_shard import (
@@ -564,6 +565,21 @@ def test_an_unexpected_error_is_500_without_details(path, caplog):
     assert response.json()["code"] == "internal"
     assert "secret" not in response.text
     assert "a secret detail" in caplog.text
+
+
+async def test_a_condition_that_a_shard_refuses_is_named_by_its_path():
+    async with api() as (http, _, service, _):
+
+        async def refused(*_args, **_options):
+            raise InvalidInput("wrong type of value", field="filter.price.$lt", got="'2'")
+
+        service.search = refused
+        parts = [{"price": {"$lt": 1}}, {"price": {"$lt": "2"}}]
+        body = {"item_ids": [1], "filter": {"$or": parts}}
+        for content in ({"json": body}, {"content": msgpack.packb(body), "headers": MSGPACK}):
+            response = await http.post("/v1/search", **content)
+            field = response.json()["field"]
+            assert (response.status_code, field) == (400, "filter.$or[1].price.$lt")
 
 
 async def test_item_gives_its_vector():

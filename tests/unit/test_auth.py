@@ -45,6 +45,13 @@ ROUTES = [
     ("PUT", "/v1/items/", Scope.ADMIN),
     ("DELETE", "/v1/items/7", Scope.ADMIN),
     ("POST", "/v1/items", Scope.ADMIN),
+    ("GET", "/v1/lists", Scope.SEARCH),
+    ("PUT", "/v1/lists/a", Scope.WRITE),
+    ("POST", "/v1/lists/a", Scope.WRITE),
+    ("DELETE", "/v1/lists/a/b", Scope.WRITE),
+    ("PUT", "/v1/lists", Scope.ADMIN),
+    ("PATCH", "/v1/lists/a", Scope.ADMIN),
+    ("PUT", "/v1/listsa", Scope.ADMIN),
     ("PATCH", "/v1/search", Scope.ADMIN),
     ("POST", "/v1/search/", Scope.ADMIN),
     ("POST", "/v1/admin/publish", Scope.ADMIN),
@@ -69,7 +76,7 @@ def test_what_is_not_listed_as_reading_needs_the_admin_scope(method, path, scope
         guard.check(method, path, [])
     with pytest.raises(Unauthenticated):
         guard.check(method, path, bearer(SECOND))
-    for key, may in ((SEARCH, "search"), (WRITE, "search and write items")):
+    for key, may in ((SEARCH, "search"), (WRITE, "search, and write items and lists")):
         if key.scope is scope or scope is Scope.SEARCH:
             guard.check(method, path, bearer(key))
         elif key.scope is not scope and not key.scope.covers(scope):

@@ -3,7 +3,9 @@
 import random
 import threading
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 
 from shardline.cluster.batch.batch_job import Wanted
 from shardline.cluster.batch.live_batch import WAITS_S, LiveCluster, LiveSearch
+from shardline.cluster.batch.live_columns import AnsweredColumns
 from shardline.cluster.batch.pace import (
     FULL_IN_FLIGHT,
     LEAST_DUTY,
@@ -95,6 +98,18 @@ def test_a_filter_is_the_clusters_to_evaluate(router: LiveRouter, tmp_path: Path
     expected = brute_force(vectors[:9], vectors[40:], ids[40:], K, Metric.COSINE)
     found = read_parts(tmp_path / "out")["ids"].to_pylist()
     assert found == [[item for item in row if item >= 0] for row in expected.ids.tolist()]
+
+
+def test_decimals_of_answers_are_those_of_the_files() -> None:
+    """Some are texts: floats do not hold them."""
+    kind, text = pa.decimal128(38, 20), "0.12345678901234567890"
+    answer: Any = SimpleNamespace(
+        ids=np.array([[1, 2, 3, -1]]), attributes={"price": [[0.1, text, None, None]]}
+    )
+    wanted = Wanted(k=4, attributes=("price",), original_ids=False)
+    (column,) = AnsweredColumns([answer], wanted, {"price": kind}).of(np.array([1, 2, 3])).values()
+    assert column.type == kind
+    assert column.to_pylist() == [Decimal("0.1"), Decimal(text), None]
 
 
 def test_smaller_limits_of_a_cluster_are_kept(narrow: LiveRouter) -> None:

@@ -62,6 +62,17 @@ def test_it_is_a_sort_but_for_those_that_score_as_the_last(seed: int) -> None:
         assert {(item, float(got.scores[query, -1])) for item in last} <= set(row)
 
 
+def test_the_largest_id_loses_ties_as_any_larger_one_does() -> None:
+    largest = 2**63 - 1
+    best = BestOf(ranked([[(largest, 1.0), (7, 1.0)], [(3, 1.0)], []], 5))
+    best.add(np.full((3, 3), 1.0, np.float32), flipped(np.array([0, largest - 1, 5])))
+    ids = best.result().ids.tolist()
+    assert ids[0] == [0, 5, 7, largest - 1, largest, EMPTY_ID]
+    assert ids[1:] == [[0, 3, 5, largest - 1, -1, -1], [0, 5, largest - 1, -1, -1, -1]]
+    every = np.array([0, 1, largest, EMPTY_ID])
+    np.testing.assert_array_equal(flipped(flipped(every)), every)
+
+
 def test_the_least_is_what_has_to_be_exceeded() -> None:
     best = BestOf(ranked([[(1, 5.0), (2, 4.0)], []], 2))
     assert best.least.tolist() == [-np.inf, -np.inf]  # there is one slot more than in the answer

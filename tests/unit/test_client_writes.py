@@ -208,6 +208,16 @@ def test_values_travel_as_answers_have_them():
     assert got.attributes == {"a": [text, 1.5, 2.0, [None, {"a": text}]]}
 
 
+def test_decimals_of_attributes_keep_their_digits_and_those_of_features_are_floats():
+    long = Decimal("0.12345678901234567890")
+    given = {"a": [long, Decimal("1E+3"), [long], {"a": Decimal(2**63 + 1)}]}
+    text = "0.12345678901234567890"
+    ((_, got),) = read(upsert_requests(item_ids=[1, 2, 3, 4], vectors=np.eye(4), attributes=given))
+    assert got.attributes == {"a": [text, 1000.0, [text], {"a": "9223372036854775809"}]}
+    ((_, got),) = read(upsert_requests(item_ids=[1, 2], features={"a": [long, Decimal(3)]}))
+    assert got.features == [{"a": float(long)}, {"a": 3.0}]
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [

@@ -37,6 +37,7 @@ from shardline.shards.core.messages import (
     RouterNews,
     RouterSeen,
     RoutingTable,
+    ShardHealth,
 )
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.storage.generation import write_generation
@@ -767,6 +768,8 @@ async def test_the_report_tells_hosts_replicas_and_routers(
         (due,) = await controller.router_lives(seen, RouterNews(quality=poor))
         assert due.code == "retrain_index"
         table = await controller.table_after(0, 1)
+        health = ShardHealth(rows=777, changed=0, unseen=0, imbalance=1.0)
+        controller._shards.health[ReplicaKey(57, 0, 1)] = health
         report = await controller.report()
         assert report["quality"]["recall"] == 0.5
         assert [each["code"] for each in report["repairs"]] == ["retrain_index"]
@@ -785,6 +788,7 @@ async def test_the_report_tells_hosts_replicas_and_routers(
             "address": ("10.0.0.2", 1), "epoch": table.shards[0].replicas[1].epoch,
             "answers": True, "stage": "staying", "failures": 0, "reason": None,
             "seq": report["replicas"][1]["seq"], "lag": report["replicas"][1]["lag"],
+            "rows": 777,
         }  # fmt: skip
         (router,) = report["routers"]
         assert 0 <= router.pop("heard_s") < 5

@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 import pytest
 
-from shardline.bench.vectors import clustered, manifold
+from shardline.bench.vectors import clustered
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput
 from shardline.shards.core.messages import NO_PARAMS, SearchParams
 from shardline.shards.core.recall import exact_scores, recall_at_k
@@ -17,10 +17,12 @@ from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.selection import Selection
 from tests.engine import build_main
+from tests.index_kinds import DIM, FULL, KINDS, ROWS
 from tests.reference import assert_answer_order, assert_same_answers, brute_force, recall_by_ids
-from tests.unit.test_main_index import FULL, KINDS
 
-ROWS, DIM, K = 600, 16, 10
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+K = 10
 EXACT = ["flat", "ivf", "ivfpq-fs-fp32"]
 RNG = np.random.default_rng(3)
 MASKS = {
@@ -33,23 +35,6 @@ MASKS = {
     "most": RNG.random(ROWS) < 0.9,
     "copies": (np.arange(ROWS) >= 95) & (np.arange(ROWS) < 115),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    faiss.omp_set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def vectors() -> np.ndarray:
-    rows = manifold(ROWS, DIM, 4, seed=1)
-    rows[100:110] = rows[0]  # eleven exact copies
-    return rows
-
-
-@pytest.fixture(scope="module")
-def queries(vectors: np.ndarray) -> np.ndarray:
-    return np.concatenate([vectors[:2], manifold(4, DIM, 4, seed=1, stream=1)])
 
 
 @pytest.fixture(scope="module")

@@ -189,7 +189,7 @@ def test_memory_is_compared_host_by_host() -> None:
     assert "expected at least 2 shards = 600 MiB; got 500 MiB free" in text
     (_, _), (second, text) = verdicts(memory(8000), memory(700))
     assert second is Verdict.WARN
-    assert "2 shards = 600 MiB + about 570 MiB of processes are more than 700 MiB" in text
+    assert "2 shards = 600 MiB + about 826 MiB of processes are more than 700 MiB" in text
     (_, _), (second, _) = verdicts(memory(8000), memory(500, swap=200))
     assert second is Verdict.WARN
 

@@ -222,6 +222,9 @@ def test_features_are_what_attributes_take(trained: Exported, wide: Dataset) -> 
         ("timestamp[us]", 1_500_000_000.25, "2017-07-14T02:40:00.250000"),
         ("timestamp[us]", "2017-07-14T04:40:00+02:00", "2017-07-14T02:40:00"),
         ("timestamp[us]", "2017-07-14", "2017-07-14T00:00:00"),
+        ("timestamp[ns]", "2017-07-14T04:40:00.123456789+02:00", "2017-07-14T02:40:00.123456789"),
+        ("timestamp[ns, tz=UTC]", "2017-07-14T02:40:00.000000001",
+         "2017-07-14T02:40:00.000000001+00:00"),
         ("timestamp[us, tz=UTC]", "2017-07-14T02:40:00", "2017-07-14T02:40:00+00:00"),
         ("timestamp[us]", 1e300, 1e300),
         ("int64", 3.0, 3),
@@ -233,12 +236,31 @@ def test_features_are_what_attributes_take(trained: Exported, wide: Dataset) -> 
         ("dictionary<values=string, indices=int32, ordered=0>", "a", "a"),
         ("bool", None, None),
     ],
-)
+)  # fmt: skip
 def test_one_feature_as_its_attribute(kind: str, given: Any, taken: Any) -> None:
     attributes = FeatureAttributes({"f": kind, "other": "int64"}, [{"column": "f"}])
     assert attributes.names == ("f",)
     (found,) = attributes.column("f", [given])
     assert found == taken and type(found) is type(taken)
+
+
+@pytest.mark.parametrize(
+    ("kind", "answered", "feature"),
+    [
+        ("decimal128(38, 20)", "0.12345678901234567890", 0.12345678901234568),
+        ("decimal128(38, 20)", 0.5, 0.5),
+        ("duration[ns]", "1000000000.123456789", 1000000000.1234568),
+        ("list<element: decimal128(38, 20)>", ["1.00000000000000000001", None, 2.0],
+         [1.0, None, 2.0]),
+        ("string", "0.5", "0.5"),
+        ("decimal128(38, 20)", None, None),
+    ],
+)  # fmt: skip
+def test_one_attribute_as_its_feature(kind: str, answered: Any, feature: Any) -> None:
+    attributes = FeatureAttributes({"f": kind}, [{"column": "f"}])
+    found = attributes.feature("f", answered)
+    assert found == feature and type(found) is type(feature)
+    assert attributes.feature("g", answered) == answered
 
 
 def test_times_are_the_same_in_seconds_and_as_text(trained: Exported) -> None:

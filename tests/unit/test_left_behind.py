@@ -9,7 +9,8 @@ import pytest
 from shardline.cluster.build import build_generation
 from shardline.cluster.rollover.left_behind import check_none_left_behind
 from shardline.cluster.rollover.mirror_plan import Unreplayed
-from shardline.cluster.rollover.replayed_note import Replayed, write_note
+from shardline.cluster.rollover.replayed_note import Replayed, read_note, write_note
+from shardline.cluster.rollover.way_back import parting
 from shardline.cluster.serving import going_live
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import CorruptFile, GateFailed, Unavailable
@@ -111,6 +112,30 @@ def test_what_was_brought_before_counts(made: LiveStore) -> None:
     write_note(made.store.writes(2), replace(note, generation=3))
     with pytest.raises(GateFailed, match="it lacks 3 writes"):
         check_none_left_behind(made.store, 2)
+
+
+def test_writes_that_are_left_out_are_noted_as_a_cluster_notes_them(made: LiveStore) -> None:
+    """Where a way back begins."""
+    made.run("publish", "2", "--without-writes")
+    noted = read_note(made.store.writes(1))
+    assert noted is not None
+    assert (noted.generation, noted.seqs, noted.is_apart) == (2, (0, 0), False)
+    made.upsert([1, 100])  # to generation 2
+    made.run("publish", "3", "--without-writes")
+    noted = read_note(made.store.writes(2))
+    assert noted is not None
+    assert (noted.generation, noted.seqs, noted.is_apart) == (3, (0, 0), False)
+    made.store.set_current(1)
+    made.run("publish", "2", "--without-writes")
+    offline = read_note(made.store.writes(1))
+    assert offline is not None
+    assert (offline.generation, offline.is_apart) == (2, True), "1 lacks what 2 was written"
+    assert sum(offline.seqs) >= 1
+    parting(made.store, 1, 2)()
+    online = read_note(made.store.writes(1))
+    assert online is not None
+    assert replace(online, run=offline.run) == offline
+    assert online.run != offline.run
 
 
 def test_what_went_live_without_the_writes_of_another_may_lack_some(made: LiveStore) -> None:

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardline.bench.vectors import manifold
+from shardline.router.client.conversions import plain, to_attribute
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import Metric
+from shardline.shards.live.attribute_values import arrow_array
 from shardline.shards.live.attributes import (
     check_attributes,
     decoded_schema,
@@ -23,7 +25,7 @@ from shardline.shards.live.attributes import (
     written_table,
 )
 from shardline.shards.live.compaction import attributes_of_rows
-from shardline.shards.live.item_attributes import ItemAttributes
+from shardline.shards.live.item_attributes import ItemAttributes, column_values
 from shardline.shards.live.live_rows import live_rows
 from shardline.shards.live.state import ShardState, apply
 from shardline.shards.storage.generation import read_attribute_file, write_attributes
@@ -59,6 +61,12 @@ TAKEN: list[tuple[pa.DataType, list[Any], list[Any] | None]] = [
      ["2026-03-01T12:00:01.250000", "1969-12-31T23:59:59.999000"]),
     (pa.timestamp("us"), ["2026-03-01T12:00:01.000001", "0001-01-01T00:00:00"], None),
     (pa.timestamp("ns"), ["2026-03-01T12:00:01.000001", "1700-01-01T00:00:00"], None),
+    (pa.timestamp("ns"), ["2026-03-01T12:00:01.123456789", "1969-12-31T23:59:59.000000001"],
+     None),
+    (pa.timestamp("ns", "+02:00"), ["2026-03-01T12:00:01.123456789Z", "2026-03-01T00:00:00Z"],
+     ["2026-03-01T14:00:01.123456789+02:00", "2026-03-01T02:00:00+02:00"]),
+    (pa.timestamp("us"), ["2026-03-01 12:00:01.123456000", "20260301T120001,5"],
+     ["2026-03-01T12:00:01.123456", "2026-03-01T12:00:01.500000"]),
     (pa.timestamp("us", "UTC"), ["2026-03-01T12:00:00+02:00", "2026-03-01T12:00:00Z"],
      ["2026-03-01T10:00:00+00:00", "2026-03-01T12:00:00+00:00"]),
     (pa.timestamp("s", "+02:00"), ["2026-03-01T12:00:00+00:00", "2026-03-01T12:00:00+02:00"],
@@ -67,11 +75,18 @@ TAKEN: list[tuple[pa.DataType, list[Any], list[Any] | None]] = [
     (pa.time32("ms"), [0.25, 1], [0.25, 1.0]),
     (pa.time64("us"), [45_000.00025, 86_399.999999], None),
     (pa.time64("ns"), [45_000.00025, 1.5], None),
+    (pa.time64("ns"), [86_399.999999999, "0.000000001"], [86_399.999999999, 1e-9]),
+    (pa.duration("ns"), [-0.123456789, "1000000000.123456789"], None),
+    (pa.duration("s"), [2**53 + 1, "-9007199254740993"], ["9007199254740993", "-9007199254740993"]),
+    (pa.duration("ms"), [0.1 + 0.2, "1"], [0.3, 1.0]),
     (pa.duration("s"), [-5, 3600], [-5.0, 3600.0]),
     (pa.duration("us"), [0.000001, 3600.5], None),
     (pa.decimal128(5, 2), [1.5, -2], [1.5, -2.0]),
     (pa.decimal128(38, 20), [0.1, 123456789012.5], None),
     (pa.decimal256(50, 3), [1.125, 1e30], None),
+    (pa.decimal128(38, 20), ["0.12345678901234567890", "-1.5"], ["0.12345678901234567890", -1.5]),
+    (pa.decimal128(25, 0), [2**63 + 1, "1234567890123456789012345"],
+     ["9223372036854775809", "1234567890123456789012345"]),
     (pa.decimal128(5, -2), [100, 1234500], [100.0, 1234500.0]),
     (pa.dictionary(pa.int8(), pa.string()), ["a", "b"], None),
     (pa.dictionary(pa.int8(), pa.date32()), ["2026-03-01", "2026-03-02"], None),
@@ -82,6 +97,14 @@ TAKEN: list[tuple[pa.DataType, list[Any], list[Any] | None]] = [
     (pa.list_(pa.float32(), 2), [[1, 2], [0.5, 4]], [[1.0, 2.0], [0.5, 4.0]]),
     (pa.list_(pa.list_(pa.date32())), [[["2026-03-01"], None], []], None),
     (pa.list_(pa.dictionary(pa.int8(), pa.string())), [["a"], ["b", None]], None),
+    (pa.list_(pa.timestamp("ns")), [["2026-03-01T12:00:01.123456789", None], []], None),
+    (pa.struct([("t", pa.timestamp("ns")), ("d", pa.decimal128(30, 20))]),
+     [{"t": "2026-03-01T12:00:01.123456789", "d": "1.00000000000000000001"}, {"d": 2}],
+     [{"t": "2026-03-01T12:00:01.123456789", "d": "1.00000000000000000001"},
+      {"t": None, "d": 2.0}]),
+    (pa.map_(pa.string(), pa.duration("ns")), [[["a", 0.5], ["b", None]], []], None),
+    (pa.dictionary(pa.int8(), pa.timestamp("ns")), ["2026-03-01T12:00:01.123456789"] * 2, None),
+    (pa.run_end_encoded(pa.int32(), pa.decimal128(30, 20)), ["1.00000000000000000001"] * 2, None),
     (STRUCT, [{"a": "2026-03-01", "b": [1.5, None]}, {}],
      [{"a": "2026-03-01", "b": [1.5, None]}, {"a": None, "b": None}]),
     (MAP, [[["a", 1], ["b", None]], []], None),
@@ -100,11 +123,19 @@ REFUSED: list[tuple[pa.DataType, Any]] = [
     *((pa.date32(), value) for value in ("2026-02-30", "today", 20_000, "2026-03-01T00:00:00")),
     *((pa.timestamp("s"), value) for value in ("2026-03-01T00:00:00.5", "x", 5)),
     (pa.timestamp("s"), "2026-03-01T00:00:00+00:00"),
+    # digits that the column, or nobody, has room for are refused, not cut off
+    *((pa.timestamp("us"), f"2026-03-01T00:00:00.{digits}") for digits in ("0000001", "123456789")),
+    *((pa.timestamp(unit), "2026-03-01T00:00:00.0000000001") for unit in ("us", "ns")),
+    (pa.timestamp("us", "UTC"), "2026-03-01T00:00:00.1234567+01:00"),
+    (pa.timestamp("us", "UTC"), "2026-03-01T00:00:00+01:00:00.1234567"),
+    *((pa.time64("us"), value) for value in (43_200.0000301, 43_200.00000001)),
+    (pa.time32("ms"), 43_200.00001),
+    *((pa.duration("s"), value) for value in (1e9 + 0.25, "1000000000.25", "1e3", "٣")),
     *((pa.timestamp("ns"), value) for value in ("1600-01-01T00:00:00", "2300-01-01T00:00:00")),
     *((pa.timestamp("us", "UTC"), value) for value in ("2026-03-01T00:00:00", "2026-03-01")),
     *((pa.time32("s"), value) for value in (-1, 86_400, 0.5, "12:00:00")),
-    *((pa.duration("ms"), value) for value in (1e-4, 1e300, "1", True)),
-    *((pa.decimal128(5, 2), value) for value in (1000, 1.234, "1.5", 1e-9, True)),
+    *((pa.duration("ms"), value) for value in (1e-4, 1e300, "1.0001", "", True)),
+    *((pa.decimal128(5, 2), value) for value in (1000, 1.234, "1.555", "1,5", 1e-9, True)),
     *((pa.decimal128(5, -2), value) for value in (150, 1e9)),
     *((pa.dictionary(pa.int8(), pa.string()), value) for value in (1, ["a"])),
     *((pa.list_(pa.int8()), value) for value in (1, "a", [300], {"a": 1})),
@@ -146,6 +177,30 @@ def test_every_type_is_taken_in_the_form_of_answers(kind, values, expected, tmp_
     write_table(tmp_path / "a.arrow", table)
     table = open_ipc(tmp_path / "a.arrow").read_all()
     assert ItemAttributes(table).values("a", np.arange(3)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.timestamp("ns"), ["2026-03-01T12:00:01.123456789", None]),
+        (pa.time64("ns"), [1.123456789, None]),
+        (pa.duration("ns"), ["1000000000.123456789", 0.5]),
+        (pa.decimal128(38, 20), ["0.12345678901234567890", 1.5]),
+        (pa.list_(pa.decimal128(38, 20)), [["0.12345678901234567890", None], None]),
+        (pa.dictionary(pa.int8(), pa.timestamp("ns")), ["2026-03-01T12:00:01.123456789"] * 2),
+        (pa.date32(), ["2026-03-01", None]),
+        (pa.string(), ["a", None]),
+    ],
+    ids=str,
+)
+def test_columns_of_files_are_written_as_they_are(kind, values) -> None:
+    """By `shardline upsert`."""
+    column = arrow_array(values, kind)
+    for each_form in (column, pa.chunked_array([column])):
+        sent = [to_attribute(each) for each in column_values(each_form)]
+        packed = msgpack.packb({"a": sent}, default=plain)
+        checked = check_attributes(packed, ids_of(2), pa.schema([("a", kind)]))
+        assert msgpack.unpackb(checked) == {"a": values}
 
 
 @pytest.mark.parametrize(("kind", "value"), REFUSED, ids=lambda v: str(v)[:60])

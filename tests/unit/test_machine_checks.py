@@ -34,6 +34,7 @@ from shardline.cluster.preflight.folders import (
     temporary_root,
 )
 from shardline.cluster.preflight.free_memory import (
+    FILTER_BYTES,
     FreeMemory,
     NeededMemory,
     check_memory,
@@ -53,7 +54,9 @@ from shardline.router.serve.connections import (
 from shardline.shards.core.errors import ConfigError, DataError, Unavailable
 from shardline.shards.core.partition import Partitioning
 from shardline.shards.core.schema import Metric
+from shardline.shards.index.filtered_search import KEPT_BYTES
 from shardline.shards.index.spec import IndexSpec
+from shardline.shards.live.filtered import MAX_KEPT_BYTES
 from shardline.shards.storage.embedding_set import embedding_writer
 
 ROOMY = Folder(path=Path("/tmp"), free_bytes=1 << 40, can_execute=True, refusal=None)
@@ -270,6 +273,10 @@ def machine(root: Path, **files: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root
+
+
+def test_what_filters_may_keep_is_counted() -> None:
+    assert FILTER_BYTES == MAX_KEPT_BYTES + KEPT_BYTES
 
 
 def test_memory_without_control_groups_is_what_the_machine_has(tmp_path: Path) -> None:

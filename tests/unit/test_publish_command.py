@@ -123,6 +123,34 @@ def test_a_publish_is_followed_to_its_end(
     assert "publish of generation 2: live since" in said.out
 
 
+def test_bounds_of_the_command_line_go_to_the_controller_or_are_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("--set", "publish.min_recall=0.5", "--set", "publish.held_out=held.parquet")
+    cluster = Cluster(monkeypatch, store, progress(stage=PublishStage.LIVE))
+    assert run(store, *given, "--set", "index.nlist=8", "publish", "2") == 0
+    (options,) = cluster.asked
+    assert options.bounds == {"min_recall": 0.5, "held_out": str(Path("held.parquet").absolute())}
+    capsys.readouterr()
+    for arguments in (("--skip-gate", "an emergency"), ("--finish",), ("--stop",)):
+        assert run(store, *given, "publish", *arguments) == 2
+        said = capsys.readouterr().err
+        assert "publish.min_recall, publish.held_out" in said or "publish.held_out" in said
+        assert "nothing is measured" in said
+    assert run(store, "--set", "publish.keep_s=1", "publish", "2") == 2
+    assert "publish.keep_s" in capsys.readouterr().err
+    assert run(store, "--set", "publish.min_recal=1", "publish", "2") == 2
+    assert len(cluster.asked) == 1
+
+
+def test_without_a_cluster_bounds_are_of_no_use(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(store, "--set", "publish.min_recall=0.5", "publish", "2") == 2
+    assert "no cluster serves this store" in capsys.readouterr().err
+    assert store.current() == 1
+
+
 def test_a_gate_that_fails_is_told_by_its_figure_and_an_exit_code_of_its_own(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

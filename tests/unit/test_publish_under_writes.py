@@ -4,6 +4,7 @@ mirror, over real sockets. In place of Ray's actors are objects of this process.
 import asyncio
 import contextlib
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ from shardline.cluster.control import controller as module
 from shardline.cluster.control import mirrors, publish_run, publishing
 from shardline.cluster.control.actor_name import ActorName
 from shardline.cluster.control.controller import Controller
-from shardline.cluster.control.publish_parts import Mirror
+from shardline.cluster.control.publish_parts import Bounds, Mirror
 from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_actor import MirrorActor
@@ -25,10 +26,11 @@ from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.way_back import parting
 from shardline.cluster.store import Store
 from shardline.router.service import SearchService
+from shardline.router.written import Deletes, Upserts, WriteAnswer
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.storage.generation import read_generation, write_generation
 from tests.fake_shard import SECRET, until
-from tests.live_shard import NEW_ITEMS, built, contents, opened
+from tests.live_shard import NEW_ITEMS, built, contents, opened, unit_vectors
 from tests.unit.test_controller import settings
 from tests.unit.test_handing_over import (
     CONFIG,
@@ -101,13 +103,20 @@ class Published(Cluster):
         note = await asyncio.to_thread(parting, self.store, live.generation, candidate.generation)
         return partial(asyncio.to_thread, note)
 
+    def check_bounds(self, bounds: Bounds) -> None:
+        assert not bounds
+
     async def run_gate(
-        self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
+        self,
+        live: RoutingTable,
+        candidate: RoutingTable,
+        mirrored: MirrorProgress | None,
+        bounds: Bounds,
     ) -> GateReport:
         assert mirrored is not None
         return GateReport(())
 
-    def judge_unreplayed(self, rows: int) -> GateFigure:
+    def judge_unreplayed(self, rows: int, bounds: Bounds) -> GateFigure:
         return GateFigure(figure="unreplayed_rows", value=rows, bound="", ok=rows == 0, text="")
 
     @property
@@ -197,6 +206,42 @@ async def test_no_write_is_refused_or_lost_there_back_and_there_again(
             cluster.assert_kept(generation)
         assert cluster.longest_s < 4
     assert cluster.store.current() == 8
+
+
+async def test_a_write_that_is_repeated_after_the_switch_is_one_effect(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: None,  # noqa: F811
+) -> None:
+    async with published(tmp_path, monkeypatch) as cluster:
+        writes, loop = cluster.service.writes, asyncio.get_running_loop()
+
+        async def delete(key: str) -> WriteAnswer:
+            given = Deletes(item_ids=[5], timeout_ms=20_000)
+            now_s = time.perf_counter()
+            return await writes.delete(given, key, arrived_at=loop.time(), began_at=now_s)
+
+        async def upsert() -> None:
+            vectors = unit_vectors(1, 5).tolist()
+            given = Upserts(item_ids=[5], vectors=vectors, attributes={}, timeout_ms=20_000)
+            now_s = time.perf_counter()
+            await writes.upsert(given, "u", arrived_at=loop.time(), began_at=now_s)
+
+        def is_there() -> bool:
+            return 5 in contents(opened(cluster.store.generation(8))[0])
+
+        assert (await delete("once")).existed == 1
+        await cluster.controller.publish(PublishOptions(generation=8))
+        await cluster.ended()
+        await until(lambda: cluster.service._fanout.snapshot.table.generation == 8, timeout=30)
+        await upsert()  # newer than the delete
+        assert is_there()
+        again = await delete("once")
+        assert (again.existed, again.generation) == (1, 8)
+        assert again.seq[0] is not None
+        assert is_there(), "it was applied before the upsert, and not after it"
+        assert (await delete("twice")).existed == 1
+        assert not is_there()
 
 
 async def test_a_rollback_after_a_publish_without_writes_has_those_of_before_and_since(

@@ -3,6 +3,7 @@ actors, mirror and gate are stand-ins."""
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +23,7 @@ from shardline.cluster.control import (
     watch,
 )
 from shardline.cluster.control.controller import Controller
-from shardline.cluster.control.publish_parts import Mirror
+from shardline.cluster.control.publish_parts import Bounds, Mirror
 from shardline.cluster.control.publish_state import PublishOptions
 from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
@@ -37,6 +38,7 @@ from shardline.shards.core.errors import (
     WritesLost,
 )
 from shardline.shards.core.messages import Absence, ReplicaKey, RoutingTable
+from shardline.shards.live.went_live import WentLive, read_went_live
 from tests.fake_actor import Handle, LeadMethod, Method, raised_in_a_method
 from tests.fake_shard import until
 from tests.unit.test_controller import (  # noqa: F401 - fixtures
@@ -93,6 +95,7 @@ class FakeParts:
     mirrors: list[FakeMirror] = field(default_factory=list)
     judged: list[tuple[int, int]] = field(default_factory=list)
     parted: list[tuple[int, int]] = field(default_factory=list)
+    bounds: list[Bounds] = field(default_factory=list)
     failed: bool = False
     step: int = WRITES
     trouble: Absence | None = None
@@ -130,14 +133,23 @@ class FakeParts:
 
         return part
 
+    def check_bounds(self, bounds: Bounds) -> None:
+        PublishConfig().with_bounds(bounds)
+
     async def run_gate(
-        self, live: RoutingTable, candidate: RoutingTable, mirrored: MirrorProgress | None
+        self,
+        live: RoutingTable,
+        candidate: RoutingTable,
+        mirrored: MirrorProgress | None,
+        bounds: Bounds,
     ) -> GateReport:
         await self.gate_open.wait()
+        self.bounds.append(bounds)
         self.judged.append((live.generation, candidate.generation))
         return GateReport((figure("recall", 0.9, 0.95, ok=not self.failed),))
 
-    def judge_unreplayed(self, rows: int) -> GateFigure:
+    def judge_unreplayed(self, rows: int, bounds: Bounds) -> GateFigure:
+        self.bounds.append(bounds)
         return figure("unreplayed_rows", rows, 0, ok=rows == 0)
 
 
@@ -293,6 +305,71 @@ async def test_the_gate_can_be_skipped_for_a_reason(store: Store, parts: FakePar
         await controller.publish(PublishOptions(generation=3, skip_gate="an emergency"))
         done = await ended(controller)
         assert (done["stage"], done["skip_gate"], parts.judged) == ("live", "an emergency", [])
+
+
+async def test_bounds_of_one_publish_go_to_its_gate_and_outlive_its_controller(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bounds = {"min_recall": 0.5, "max_unreplayed_rows": 7}
+    parts.gate_open.clear()
+    async with cluster(store) as controller:
+        with pytest.raises(InvalidInput, match="min_held_out_recall needs held_out"):
+            await controller.publish(
+                PublishOptions(generation=3, bounds={"min_held_out_recall": 0.5})
+            )
+        with pytest.raises(InvalidInput, match=r"publish\.min_recall"):
+            await controller.publish(PublishOptions(generation=3, bounds={"min_recall": 2}))
+        await controller.publish(PublishOptions(generation=3, bounds=bounds))
+        await until(lambda: at(controller) == "gate", timeout=5)
+        controller._tasks.cancel()
+        monkeypatch.setattr(controller, "close", nothing)
+    parts.gate_open.set()
+    async with cluster(store) as again:
+        done = await ended(again)
+        assert (done["stage"], done["bounds"]) == ("live", bounds)
+    assert parts.bounds == [bounds, bounds], "of the gate, and of what came after it"
+
+
+async def test_a_controller_that_is_started_again_tells_what_its_generation_went_live_with(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+) -> None:
+    async with cluster(store) as controller:
+        assert went_live_with(controller) == ()
+        await controller.publish(PublishOptions(generation=3))
+        await ended(controller)
+    expected = (WRITES + 3,) * SHARDS
+    async with cluster(store) as again:
+        assert (live(again), went_live_with(again)) == (3, expected)
+        await again.publish(PublishOptions(generation=57, with_writes=False))
+        await ended(again)
+        assert (live(again), went_live_with(again)) == (57, ())
+    async with cluster(store) as again:
+        assert (live(again), went_live_with(again)) == (57, ()), "nothing was brought over"
+    note = store.writes(57) / "went_live.json"
+    note.write_text(json.dumps({"format": 1, "has": [1], "keys_of": None}))
+    async with cluster(store) as again:
+        assert went_live_with(again) == (), "of another number of shards"
+    note.write_text("{")
+    async with cluster(store) as again:
+        assert went_live_with(again) == ()
+
+
+async def test_a_generation_takes_over_the_keys_of_one_of_its_model_if_it_has_all_rows(
+    store: Store,  # noqa: F811
+    parts: FakeParts,
+) -> None:
+    async with cluster(store) as controller:
+        await controller.publish(PublishOptions(generation=3))
+        await ended(controller)
+        assert read_went_live(store.writes(3)).keys_of == "000057"
+        await until(lambda: len(parts.mirrors) == 2)
+        parts.mirrors[1].unreplayed = 1
+        await controller.roll_back()
+        await ended(controller)
+        assert read_went_live(store.writes(57)) == WentLive(has=(WRITES + 57,) * SHARDS)
 
 
 async def test_writes_are_brought_over_before_the_gate_and_all_of_them_before_the_switch(

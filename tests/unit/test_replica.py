@@ -77,20 +77,24 @@ async def following(
     exporter = SimpleNamespace(stop=lambda: None)
     monkeypatch.setattr(module, "RayExporter", lambda *_: exporter)
     plain = RouterReplica.__mro__[1]  # without Serve's wrapper
+    ended: list[bool] = []
     replica = plain(
         config=RouterConfig(),
         controller="controller",
         namespace="shardline",
         auth=AuthSettings(keyring=None),
         huge_pages=False,
+        end_process=lambda: ended.append(True),
     )
     replica._service = service
     replica._has_table.set()
     await replica.start()
     try:
         yield replica
+        assert not ended
     finally:
         await replica.stop()
+    assert ended, "a router that serves no more is not to be taken for one that does"
 
 
 async def test_whatever_fails_is_tried_again(monkeypatch, caplog):

@@ -22,6 +22,7 @@ REPLICA = {
     "failures": 1,
     "seq": 1200,
     "lag": 34,
+    "rows": 5678,
     "reason": {"code": "not_found", "text": "no such folder"},
 }
 
@@ -88,7 +89,7 @@ def test_hosts_routers_and_replicas_are_shown(status) -> None:
     assert "10.0.0.1 yes none none" in lines
     assert "10.0.0.2 yes none http://10.0.0.2:8000 0.2 s ago" in lines
     assert "10.0.0.10 no none none" in lines
-    assert "0 3 10.0.0.2 17 no staying primary 1,200 34" in lines
+    assert "0 3 10.0.0.2 17 no staying 5,678 primary 1,200 34" in lines
     assert "shard 0, replica 3: not_found: no such folder" in lines
     assert "warning: fewer hosts than replicas" in lines
     assert "generation 1" in lines

@@ -11,10 +11,12 @@ from shardline.cluster.build import build_generation
 from shardline.cluster.store import Store
 from shardline.router.merge import merge_top_k
 from shardline.shards.core.messages import SearchParams
-from shardline.shards.core.schema import Metric, Ranked
+from shardline.shards.core.schema import Metric, Ranked, in_order
 from shardline.shards.index import main_index
 from shardline.shards.index.stages import without_rerank
+from shardline.shards.live.state import ShardState, apply
 from tests.engine import build_main, plan_of, write_set
+from tests.live_model import upsert
 from tests.unit.test_sharding_changes_nothing import load
 
 ROWS, DIM, K = 1500, 8, 50
@@ -81,6 +83,30 @@ def test_ties_at_the_cut_are_cut_by_id_for_any_number_of_shards(tmp_path, kind, 
         merged = merge_top_k(parts, K)
         np.testing.assert_array_equal(merged.ids, expected.ids)
         np.testing.assert_array_equal(merged.scores, expected.scores)
+
+
+def test_the_largest_id_loses_ties_in_main_and_delta_and_between_shards() -> None:
+    largest = 2**63 - 1
+    alike = np.ones((4, DIM), np.float32)
+    low, high = np.array([0, 5, 9, 11]), np.array([largest - 3, largest - 2, largest - 1, largest])
+    main = build_main(alike, metric=Metric.DOT, kind="flat")
+    for ids in (low, high):
+        for written in ([largest], [largest - 1, 7], [0, 1, 2, 3, largest]):
+            records = [upsert(1, written, alike[:1].repeat(len(written), 0))]
+            state, _ = apply(ShardState.of(main, ids), records)
+            expected = sorted({*ids.tolist(), *written})
+            for k in range(1, len(expected) + 2):
+                got = state.search(QUERIES, k, SearchParams())
+                wanted = [*expected, -1][:k]
+                assert got.ids.tolist() == [wanted] * len(QUERIES)
+    parts = [
+        Ranked(np.array([[largest, -1]]), np.array([[1.0, -np.inf]], np.float32)),
+        Ranked(np.array([[4, largest - 1]]), np.array([[1.0, 1.0]], np.float32)),
+    ]
+    assert merge_top_k(parts, 4).ids.tolist() == [[4, largest - 1, largest, -1]]
+    assert in_order(*parts[1]).ids.tolist() == [[4, largest - 1]]
+    infinite = np.full((1, 3), -np.inf, np.float32)
+    assert in_order(np.array([[-1, largest, 3]]), infinite).ids.tolist() == [[3, largest, -1]]
 
 
 @pytest.mark.parametrize("k", [1, 2, 99, 100, 101, 1024, ROWS - 1, ROWS, ROWS + 5])
