@@ -27,7 +27,7 @@ CLICKS = 8  # per person and page
 K = 10
 PLACES = 5  # ads per page in the simulated day
 PEOPLE = 40  # who look at pages that day
-BUDGET = 6.0
+BUDGET = 15.0
 ACTIVE: dict[str, Any] = {"active": True}
 CAP: dict[str, Any] = {"cap": {"column": "advertiser", "max": 2}}
 BOOST: dict[str, Any] = {"boost": {"column": "bid", "weight": 0.1}}
@@ -168,7 +168,7 @@ def ads_recipe(recipe: Recipe) -> None:
     with recipe.served() as client:
         show_answers(recipe, client, ads, fresh)
         day = Day(client, ads)
-        day.pages(rng, recipe.size(600, 300))
+        day.pages(rng, recipe.size(400, 120))
         show_day(recipe, day)
 
 
