@@ -174,7 +174,7 @@ def video_feed(recipe: Recipe) -> None:
     with recipe.served() as client:
         asked = rng.choice(count, VIEWERS, replace=False)
         show_rules(recipe, client, videos, viewers, asked)
-        show_uploads(recipe, client, len(videos.channel), viewers, asked[:UPLOADS], rng)
+        show_uploads(recipe, client, videos, viewers, asked[:UPLOADS])
 
 
 def show_rules(
@@ -227,29 +227,31 @@ def similarity(client: Client, feeds: np.ndarray) -> float:
     return float((cosines.sum(axis=(1, 2)) - k).mean() / (k * (k - 1)))
 
 
+def last_liked(videos: Videos, viewers: Viewers, viewer: int) -> int:
+    """The video of a liked channel that was watched last."""
+    watched = viewers.watched[viewer]
+    return int(watched[np.isin(videos.channel[watched], viewers.channels[viewer])][-1])
+
+
 def show_uploads(
-    recipe: Recipe,
-    client: Client,
-    first_id: int,
-    viewers: Viewers,
-    fans: np.ndarray,
-    rng: np.random.Generator,
+    recipe: Recipe, client: Client, videos: Videos, viewers: Viewers, asked: np.ndarray
 ) -> None:
-    """Each fan's first channel uploads a video now: is it in the fan's next feed?"""
-    ids = np.arange(first_id, first_id + len(fans))
-    channels = viewers.channels[fans, 0]
+    """A channel that the viewer likes uploads a video like the one watched last: is it in the next
+    feed?"""
+    ids = len(videos.channel) + np.arange(len(asked))
+    last = np.array([last_liked(videos, viewers, viewer) for viewer in asked.tolist()])
     written = client.upsert(
         item_ids=ids,
         features={
-            "topic": [f"topic {channel % TOPICS}" for channel in channels],
-            "channel": [f"channel {channel}" for channel in channels],
-            "tags": [[f"tag {tag}" for tag in tags] for tags in tags_of(channels % TOPICS, rng)],
+            "topic": [f"topic {topic}" for topic in videos.topic[last]],
+            "channel": [f"channel {channel}" for channel in videos.channel[last]],
+            "tags": [[f"tag {tag}" for tag in tags] for tags in videos.tags[last]],
             "minutes": [7.0] * len(ids),
         },
         attributes={"published_at": [utc_now()] * len(ids)},
     )
     answer = client.search(
-        features=viewers.feature_maps(fans),
+        features=viewers.feature_maps(asked),
         k=K,
         min_seq=written.seq,
         timeout_ms=TIMEOUT_MS,
@@ -258,7 +260,7 @@ def show_uploads(
         **DIVERSIFY,
     )
     found = (answer.ids == ids[:, None]).any(axis=1).sum()
-    recipe.outcome("uploads in the next feed of a viewer of the channel, of 20", ">= 18", found)
+    recipe.outcome("uploads of a liked channel in the viewer's next feed, of 20", ">= 18", found)
 
 
 if __name__ == "__main__":
