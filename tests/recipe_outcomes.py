@@ -1,5 +1,6 @@
 """The recipes' module of outcomes, which is no part of the package; the tables of their page."""
 
+import functools
 import importlib.util
 import re
 import sys
@@ -11,6 +12,7 @@ RECIPES = Path(__file__).parents[1] / "docs" / "recipes"
 SHARED = {"outcomes", "recipe"}  # modules that are no recipes
 
 
+@functools.cache
 def outcomes_module() -> ModuleType:
     spec = importlib.util.spec_from_file_location("recipe_outcomes", RECIPES / "outcomes.py")
     assert spec is not None and spec.loader is not None
