@@ -54,6 +54,33 @@ def plot_pareto(kinds: Sequence[dict[str, Any]], title: str, path: Path) -> None
     save(figure, path)
 
 
+def plot_tuning(report: dict[str, Any], path: Path) -> None:
+    """Time of a query and shard against recall: what `shardline tune` measured over most rows as
+    lines, what it left out earlier as crosses; the front, the target, and a star for the choice."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for each in report["configurations"]:
+        points = each["points"] if each["is_last"] else [each["chosen"]]
+        where = sorted((point["recall"], point["p50_ms"]) for point in points)
+        marker = "o" if each["is_last"] else "x"
+        label = each["name"] if each["is_last"] else None
+        axes.plot(*zip(*where, strict=True), marker=marker, label=label, linewidth=1)
+        if each["name"] == report["chosen"]:
+            best = each["chosen"]
+            axes.plot(best["recall"], best["p50_ms"], marker="*", markersize=18, color="red")
+    ends = frontier([(each["recall"], 1 / each["p50_ms"]) for each in report["front"]])
+    speeds = np.array([speed for _, speed in ends])
+    label = "the front" if ends else None
+    axes.plot([recall for recall, _ in ends], 1 / speeds, "k:", label=label)
+    axes.axvline(report["bounds"]["target_recall"], color="grey", linestyle="--")
+    axes.set(xlabel="recall", ylabel="ms per query and shard", yscale="log", xlim=(0.5, 1.005))
+    if ends:
+        axes.legend(title="over most rows; x: left out earlier", fontsize="small")
+    setup = report["setup"]
+    figure.suptitle(f"{setup['rows']:,} rows x {setup['dim']}, {setup['shards']} shards")
+    save(figure, path)
+
+
 def plot_changes(
     seen: Sequence[tuple[float, float, int]],
     changes: Sequence[tuple[str, float, float]],

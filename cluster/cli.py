@@ -53,6 +53,11 @@ COMMANDS = {
         "build",
         "Turn an embedding set into index shards.",
     ),
+    "tune": (
+        "shardline.cluster.commands.tune",
+        "tune",
+        "Find the fastest index within bounds on recall and size.",
+    ),
     "generations": (
         "shardline.cluster.commands.generations",
         "generations",
@@ -105,6 +110,11 @@ COMMANDS = {
         "shardline.cluster.commands.batch",
         "batch",
         "Answer many queries at once, as Parquet files.",
+    ),
+    "ab": (
+        "shardline.cluster.commands.ab",
+        "ab",
+        "Compare the arms of experiments; events as interactions.",
     ),
     "keys": ("shardline.cluster.commands.keys", "keys", "List, add and remove API keys."),
     "config": ("shardline.cluster.commands.config", "config", "Explain every configuration key."),

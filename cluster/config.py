@@ -146,9 +146,15 @@ def load_config(
     for key, value in (preferences or {}).items():
         _set_if_absent(content, key, value)
     try:
-        return ShardlineConfig.model_validate(content)
+        config = ShardlineConfig.model_validate(content)
     except ValidationError as error:
         raise config_error(error, ShardlineConfig, source) from error
+    if config.router.experiments:
+        # the checker of request bodies, which takes 30 ms to load, and needs orjson
+        from shardline.router.http.arm_settings import check_arm_settings
+
+        check_arm_settings(config.router)
+    return config
 
 
 def given_keys(section: str, overrides: Sequence[str]) -> set[str]:

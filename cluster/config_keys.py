@@ -13,7 +13,7 @@ from shardline.cluster.config import ShardlineConfig
 
 UNITS = {"_ms": "ms", "_s": "s", "_bytes": "bytes", "_mib": "MiB", "_steps": "steps"}
 UNITS["epochs"] = "epochs"
-TYPES = {"string": "text", "boolean": "true or false", "null": "null"}
+TYPES = {"string": "text", "boolean": "true or false", "null": "null", "object": "map"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +92,13 @@ def _type(field: dict[str, Any], defined: dict[str, Any]) -> tuple[str, str]:
     field = _target(field, defined)
     if "enum" in field:
         return "choice", " | ".join(field["enum"])
-    if "oneOf" in field:
+    if "oneOf" in field or "properties" in field:
         return "section", ""
     if field["type"] == "array":
         parts = field.get("prefixItems") or [field["items"]]
         kind, bounds = _type(parts[0], defined)
+        if kind == "section" and "maxItems" in field:
+            bounds = f"{field.get('minItems', 0)} to {field['maxItems']} sections"
         return f"{len(parts) if 'prefixItems' in field else 'list of'} {kind}s", bounds
     return TYPES.get(field["type"], field["type"]), _bounds(field)
 

@@ -10,6 +10,7 @@
 <store>/live/000001/               what was written to a generation since it was built
 <store>/publish.json               what is loaded beside the live generation, the newest publish
 <store>/controllers.json           of each cluster, which controller was started last
+<store>/events/2026-03-01/         what routers have stored of searches, and callers of outcomes
 """
 
 import fcntl
@@ -63,6 +64,10 @@ class Store:
     def writes(self, number: int) -> Path:
         """The folder of what was written to a generation's shards, existing or to come."""
         return self.root / files.LIVE_FOLDER / self.generation(number).name
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events"
 
     def counter(self) -> int:
         """The largest number on record as a table version or an epoch, of any generation; 0: none.

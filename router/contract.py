@@ -30,6 +30,7 @@ ARRAY_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "<i4", "<i8")}
 ARRAY_NAMES = {dtype: name for name, dtype in ARRAY_DTYPES.items()}  # dtype.str builds it anew
 MAX_NDIM = 2
 MAX_WRITE_ITEMS = 10_000  # of one request to write
+MAX_EVENTS = 10_000  # of one request to store events
 WRITE_KEY = re.compile(r"[!-~]{1,128}")  # what an Idempotency-Key may be
 WRITE_KEY_HEADER = "Idempotency-Key"
 PLAIN_KINDS = "biufU"  # numpy kinds whose values JSON and msgpack have: bool, numbers, text

@@ -15,7 +15,7 @@ import numpy as np
 from shardline.router.query import ResolvedQuery
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.exclusions import Excluded
-from shardline.shards.core.partition import Partition
+from shardline.shards.core.partition import Partition, Partitioning
 from shardline.shards.core.schema import IdArray
 
 MAX_EXCLUDED = 10_000  # ids of one query in a body, and the newest of its history
@@ -107,7 +107,15 @@ async def off_loop(num_ids: int, work: Callable[..., Any], *arguments: Any) -> A
 
 def by_shard(excluded: Sequence[IdArray], partition: Partition) -> list[Excluded | None]:
     """Of each shard, by its number, what queries exclude of its items; None where that is nothing.
-    excluded: of each query."""
+    excluded: of each query, ascending."""
+    if len(excluded) == 1 and partition.partitioning is Partitioning.RANGE:  # nothing to sort
+        (ids,) = excluded
+        first_ids = partition.upper_keys.astype(np.int64)
+        cuts = [0, *np.searchsorted(ids, first_ids).tolist(), len(ids)]
+        return [
+            Excluded(np.array([end - start], np.int32), ids[start:end]) if end > start else None
+            for start, end in itertools.pairwise(cuts)
+        ]
     lengths = [len(ids) for ids in excluded]
     ids = excluded[0] if len(excluded) == 1 else np.concatenate(excluded)
     homes = partition.shard_of(ids)

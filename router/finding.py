@@ -104,7 +104,7 @@ class Finder:
                 vectors, lane, deadline=deadline, excluded=query.excluded
             )
             if not query.excluded:
-                self._watch.offer(lane, vectors, merged)
+                self._watch.offer(lane, vectors, merged, query.assignment)
             if is_cached:
                 is_newest = freshness.heard(merged.seq, asked_at)
                 if is_newest and freshness is self._freshness:  # else another generation is live

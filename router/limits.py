@@ -63,6 +63,7 @@ def resolve(
     vectors: Any = None,
     features: list[dict[str, Any]] | None = None,
     item_ids: Any = None,
+    exclude_lists: Sequence[str] = (),
     k: int | None = None,
     timeout_ms: float | None = None,
     min_coverage: float | None = None,
@@ -75,7 +76,6 @@ def resolve(
     excluded: tuple[IdArray, ...] | None = None,
     exclude_history: bool = False,
     rearrange: Rearrangement | None = None,
-    exclude_lists: Sequence[str] = (),
 ) -> ResolvedQuery:
     """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
     filters: one per query, or none at all. excluded: of each query, ascending, each once.
@@ -114,6 +114,7 @@ def resolve(
     return ResolvedQuery(
         kind=kind,
         values=values,
+        exclude_lists=tuple(exclude_lists),
         k=k,
         timeout_ms=timeout_ms,
         min_coverage=min_coverage,
@@ -126,7 +127,6 @@ def resolve(
         excluded=excluded or (),
         exclude_history=exclude_history,
         rearrange=rearrange and sized(rearrange, k, config.max_k, len(values)),
-        exclude_lists=tuple(exclude_lists),
     )
 
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from shardline.router.contract import Coverage, Degraded, Reason
+from shardline.router.experiments.assignment import Arms, Assignment
 from shardline.router.rearrange.rearrangement import Rearrangement
 from shardline.shards.core.attribute_kinds import AttributeKind
 from shardline.shards.core.messages import SearchOptions, SearchParams
@@ -53,13 +54,14 @@ class ResolvedQuery:
     params: SearchParams
     options: SearchOptions
     returned: tuple[str, ...] = ()  # attributes wanted beside the results
+    exclude_lists: tuple[str, ...] = ()
     original_ids: bool = False
     min_seq_of: SeqOrigin | None = None
     filters: tuple[bytes, ...] = ()
     excluded: tuple[IdArray, ...] = ()
     exclude_history: bool = False
-    exclude_lists: tuple[str, ...] = ()
     rearrange: Rearrangement | None = None
+    assignment: Assignment | None = None  # its arms of experiments; None: it is in none
 
 
 @dataclass(slots=True, kw_only=True)
@@ -118,6 +120,7 @@ class SearchAnswer:
     table_version: int = 0
     others_share: float | None = None
     considered: IdArray | None = None
+    arms: Arms = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,11 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shardline.router.experiments.experiment_config import (
+    MAX_EXPERIMENTS,
+    ExperimentConfig,
+    check_together,
+)
 from shardline.router.list_names import LARGEST_LIST
 from shardline.shards.core.schema import MAX_K
 
@@ -200,6 +205,33 @@ class RouterConfig(BaseModel):
         "recall; 0 watches nothing. It is longer where an exact search takes more than a twentieth "
         "of it.",
     )
+
+    experiments: tuple[ExperimentConfig, ...] = Field(
+        default=(),
+        min_length=0,
+        max_length=MAX_EXPERIMENTS,
+        description="Experiments that searches with an experiment_key are part of "
+        "(docs/EXPERIMENTS.md).",
+    )
+    event_share: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="[share] Share of the experiment keys whose searches are stored as events; "
+        "reports are over those keys.",
+    )
+    events_mib: int = Field(
+        default=1024,
+        ge=0,
+        le=1 << 20,
+        description="Disk for the events of all routers, in <store>/events. Beyond it `shardline "
+        "gc` removes the oldest days; at twice as much routers store none. 0 stores none.",
+    )
+
+    @model_validator(mode="after")
+    def _experiments_fit_together(self) -> Self:
+        check_together(self.experiments)
+        return self
 
     @model_validator(mode="after")
     def _defaults_within_limits(self) -> Self:

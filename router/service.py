@@ -25,6 +25,9 @@ from shardline.router.excluded import (
     off_loop,
     with_history,
 )
+from shardline.router.experiments.arm_outcomes import ArmOutcomes
+from shardline.router.experiments.assignment import Experiments
+from shardline.router.experiments.event_log import EventLog
 from shardline.router.fanout.fanout import Fanout
 from shardline.router.fanout.snapshot import (
     Encoder,
@@ -35,8 +38,8 @@ from shardline.router.fanout.snapshot import (
 from shardline.router.finding import Finder
 from shardline.router.item_queries import ItemQueries, item_queries
 from shardline.router.limits import InFlightLimit, check_size, check_timeout_ms, default_timeout_ms
+from shardline.router.lists.list_paths import lists_folder
 from shardline.router.lists.list_service import Lists
-from shardline.router.lists.list_store import lists_folder
 from shardline.router.one_item import read_item
 from shardline.router.past_items import encoded
 from shardline.router.query import (
@@ -71,6 +74,7 @@ from shardline.shards.core.metrics import (
     Recorder,
 )
 from shardline.shards.core.schema import (
+    EMPTY_ID,
     check_ids,
     query_vectors,
 )
@@ -80,6 +84,12 @@ logger = logging.getLogger(__name__)
 SEARCH_SHARE = 0.8  # of the whole time, where attributes are to be fetched after the search
 LOOK_UP_SHARE = 0.5  # of the time left: a slow shard must leave some for the search itself
 STAGES_OF_ONE_IN = 8  # searches whose stages are timed; all have their whole time taken
+
+
+def _share_of(deadline: float, share: float) -> float:
+    """The moment, on the event loop's clock, at which this share of the time left is used up."""
+    now = asyncio.get_running_loop().time()
+    return now + share * (deadline - now)
 
 
 class SearchService:
@@ -94,13 +104,25 @@ class SearchService:
         load_items: Callable[[RoutingTable], ItemEncoder | None] = load_item_encoder,
         rng: random.Random | None = None,
         wall: Callable[[], float] = time.time,
+        events_folder: Path | None = None,
     ) -> None:
-        """wall: seconds since 1970, for the ages of dates that boosts name."""
+        """wall: seconds since 1970, for the ages of dates that boosts name. events_folder: where
+        events are stored; None: they are not."""
         self.config = config
         self.recorder = Recorder()
         rng = rng or random.Random()
         self._fanout = Fanout(secret, config, rng, self.recorder)
-        self.watch = RecallWatch(self._fanout, self.recorder, config.watch_interval_s, rng)
+        self.experiments = Experiments(config.experiments)
+        self.events = EventLog(events_folder, config.events_mib << 20, self.recorder)
+        self._outcomes = ArmOutcomes(self.recorder, self.events, config.event_share)
+        self.watch = RecallWatch(
+            self._fanout,
+            self.recorder,
+            config.watch_interval_s,
+            rng,
+            arms=self.experiments.all_arms,
+            on_sample=self._outcomes.watched,
+        )
         self._encoders = EncoderLoader(
             load_encoder, lambda table: table.encoder_checksum, "query encoder"
         )
@@ -163,6 +185,7 @@ class SearchService:
         await self.lists.close()
         await self._fanout.close()
         await self._readiness.ended()
+        await self.events.close()
 
     def admit(self) -> InFlightLimit:
         """Around all work on a request; ``InFlightLimit`` says when it raises."""
@@ -208,11 +231,19 @@ class SearchService:
                     )
         except ShardlineError as error:
             self.count_rejected(error)
+            if query.assignment is not None:
+                self._outcomes.failed(query.assignment, error.code)
             raise
         took_ms = (time.perf_counter() - began_at) * 1000
         self.recorder.observe(REQUEST_MS, took_ms, query.kind)
         self.recorder.observe(REQUEST_QUERIES, len(merged.ranked.ids))
         self.recorder.observe(COVERAGE, merged.coverage.share)
+        if query.assignment is not None:
+            ids = merged.ranked.ids
+            shape = len(ids), query.k, int((ids != EMPTY_ID).sum())
+            self._outcomes.answered(
+                query.assignment, request_id=request_id, took_ms=took_ms, shape=shape
+            )
         return SearchAnswer(
             ranked=merged.ranked,
             seq=merged.seq,
@@ -227,6 +258,7 @@ class SearchService:
             returned=returned,
             others_share=merged.others_share if query.options.background else None,
             considered=None if merged.rearranged is None else merged.rearranged.considered,
+            arms=() if query.assignment is None else query.assignment.arms,
         )
 
     def count_rejected(self, error: ShardlineError) -> None:
@@ -290,6 +322,10 @@ class SearchService:
             return {
                 **described,
                 "quality": None if quality is None else asdict(quality),
+                "experiments": [
+                    {"experiment": name, "arm": arm, "quality": found and asdict(found)}
+                    for (name, arm), found in self.watch.arm_qualities().items()
+                ],
                 "repairs": [asdict(repair) for repair in self.repairs],
                 "in_flight": self._in_flight.taken,
                 "cache": asdict(self._finder.stats) if self._finder.keeps_answers else None,
@@ -390,9 +426,3 @@ async def _without_history(snapshot: TableSnapshot, query: ResolvedQuery) -> Res
     num_ids = sum(len(values[name] or ()) for values in query.values for name in named)
     found: ResolvedQuery = await off_loop(num_ids, with_history, query, features)
     return found
-
-
-def _share_of(deadline: float, share: float) -> float:
-    """The moment, on the event loop's clock, at which this share of the time left is used up."""
-    now = asyncio.get_running_loop().time()
-    return now + share * (deadline - now)

@@ -58,17 +58,28 @@ def health_checked(app: ASGIApp) -> ASGIApp:
 
 
 @contextlib.contextmanager
-def running_router(config: RouterConfig, guard: Guard | None = None) -> Iterator[LiveRouter]:
-    """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, and a store for lists; stopped and
-    removed at the end."""
+def running_router(
+    config: RouterConfig,
+    guard: Guard | None = None,
+    store: Path | None = None,
+    events_folder: Path | None = None,
+) -> Iterator[LiveRouter]:
+    """NUM_ROWS rows of ``make_rows`` in NUM_SHARDS shards, and a store for lists: one of its own,
+    removed at the end, or the one given."""
+    if store is not None:
+        with _running(config, guard, store, events_folder) as router:
+            yield router
+        return
     with tempfile.TemporaryDirectory(prefix="live-router-") as folder:
         (Path(folder) / "generations" / "000001").mkdir(parents=True)
-        with _running(config, guard, Path(folder)) as router:
+        with _running(config, guard, Path(folder), events_folder) as router:
             yield router
 
 
 @contextlib.contextmanager
-def _running(config: RouterConfig, guard: Guard | None, store: Path) -> Iterator[LiveRouter]:
+def _running(
+    config: RouterConfig, guard: Guard | None, store: Path, events_folder: Path | None
+) -> Iterator[LiveRouter]:
     listening = socket.create_server(("127.0.0.1", 0))
     ready, stop = threading.Event(), threading.Event()
     state: dict[str, LiveRouter] = {}
@@ -81,6 +92,7 @@ def _running(config: RouterConfig, guard: Guard | None, store: Path) -> Iterator
                 SECRET,
                 load_encoder=lambda _table: FakeEncoder(DIM, "m1"),
                 load_items=lambda _table: small_item_encoder(DIM, "m1"),
+                events_folder=events_folder,
             )
             place = str(store / "generations" / "000001")
             await service.apply(make_table(shards, DIM, generation_dir=place))

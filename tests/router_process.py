@@ -17,10 +17,7 @@ ROOT = Path(__file__).parents[1]
 @contextlib.contextmanager
 def router_process(config: RouterConfig, search_key: str = "") -> Iterator[int]:
     """The port it listens on. Without a key it asks for none."""
-    command = [sys.executable, "-m", "tests.router_process", config.model_dump_json(), search_key]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = start_router(config, search_key)
     try:
         assert process.stdout is not None
         yield int(process.stdout.readline())
@@ -28,10 +25,22 @@ def router_process(config: RouterConfig, search_key: str = "") -> Iterator[int]:
         process.communicate(timeout=30)  # the end of its input is the end
 
 
-def main(config: str, search_key: str) -> None:
+def start_router(
+    config: RouterConfig, search_key: str = "", store: Path | None = None
+) -> "subprocess.Popen[str]":
+    """It writes its port to its output, and ends with its input. store: as ``running_router``."""
+    options = [config.model_dump_json(), search_key, *([] if store is None else [str(store)])]
+    command = [sys.executable, "-m", "tests.router_process", *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def main(config: str, search_key: str, store: str | None = None) -> None:
     keyring = Keyring.of([Key(Scope.SEARCH, search_key)]) if search_key else None
     guard = Guard(AuthSettings(keyring=keyring))
-    with running_router(RouterConfig.model_validate_json(config), guard) as router:
+    folder = None if store is None else Path(store)
+    with running_router(RouterConfig.model_validate_json(config), guard, folder) as router:
         print(router.url.rpartition(":")[2], flush=True)
         sys.stdin.read()
 

@@ -8,6 +8,7 @@ import click
 
 from shardline.bench.load.scenarios import find_scenario
 from shardline.cluster.cli import Settings
+from shardline.cluster.commands.bench_ab import ab
 from shardline.cluster.commands.bench_load import WARM_UP_S, load, measure
 from shardline.cluster.commands.bench_options import (
     AT_LEAST_ONE,
@@ -223,3 +224,4 @@ def client(calls: int, json_path: Path | None) -> None:
 
 
 bench.add_command(load)
+bench.add_command(ab)

@@ -21,7 +21,8 @@ from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
 from shardline.router.http.api_keys import Scope
 from shardline.router.lists.list_names_page import all_names
-from shardline.router.lists.list_store import LISTS_FOLDER, ListStore
+from shardline.router.lists.list_paths import LISTS_FOLDER
+from shardline.router.lists.list_store import ListStore
 from shardline.shards.core.errors import CorruptFile, NotFound, ShardlineError
 from shardline.shards.live.loading import last_write
 from shardline.shards.storage.embedding_set import open_embedding_set

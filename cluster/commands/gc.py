@@ -75,6 +75,7 @@ def gc(
             keep=0 if erase else settings.config.housekeeping.keep_generations,
             keep_log_bytes=settings.config.live.keep_log_bytes,
             keep_embeddings=embeddings,
+            keep_event_bytes=settings.config.router.events_mib << 20 or None,
         )
         found = removals(store, policy)
         if not dry_run:

@@ -26,6 +26,7 @@ from shardline.shards.core.name_lists import split_names
 
 # fields of the API -> how they are typed here
 OPTIONS = {
+    "exclude_lists": "--exclude-list",
     "vectors": "--vector",
     "features": "--features",
     "item_ids": "--item",
@@ -38,7 +39,7 @@ OPTIONS = {
     "cap": "--cap",
     "boost": "--boost",
     "diversify": "--diversify",
-    "exclude_lists": "--exclude-list",
+    "experiment_key": "--experiment-key",
 }
 API_FIELD = re.compile(rf"^({'|'.join(map(re.escape, OPTIONS))})\b(\[\d+\])?")
 NOT_FOUND_PARTIAL = "not_found_partial"  # a shard that did not answer may hold the item
@@ -145,6 +146,10 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     help="Inverted lists visited, instead of the index's default.",
 )
 @click.option(
+    "--experiment-key",
+    help="Who asks, for the experiments of the cluster; docs/EXPERIMENTS.md.",
+)
+@click.option(
     "--print-request", is_flag=True, help="Print the body for POST /v1/search instead of asking."
 )
 @url_option
@@ -153,6 +158,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
 @click.pass_obj
 def query(
     settings: Settings,
+    exclude_lists: tuple[str, ...],
     vector: str | None,
     features: str | None,
     items: tuple[str, ...],
@@ -165,9 +171,9 @@ def query(
     caps: tuple[str, ...],
     boosts: tuple[str, ...],
     diversify: str | None,
-    exclude_lists: tuple[str, ...],
     k: int,
     nprobe: int | None,
+    experiment_key: str | None,
     print_request: bool,
     url: str | None,
     key_file: Path | None,
@@ -182,7 +188,7 @@ def query(
         raise InvalidInput("say what to search for", expected=f"exactly one of {', '.join(given)}")
     if user is not None and data is None:
         raise InvalidInput("--user needs --data", hint="name the data set the user is in")
-    body: dict[str, Any] = {}
+    body: dict[str, Any] = {"exclude_lists": list(exclude_lists)} if exclude_lists else {}
     if vector is not None:
         body["vectors"] = [_numbers(vector)]
     elif items:
@@ -197,8 +203,8 @@ def query(
     if exclude_history:
         body["exclude_history"] = True
     body |= rearrange_fields(caps, boosts, diversify)
-    if exclude_lists:
-        body["exclude_lists"] = list(exclude_lists)
+    if experiment_key is not None:
+        body["experiment_key"] = experiment_key
     with address_of(settings, url, key_file).client() as client:
         if user is not None and data is not None:
             body["features"] = [_features_of(client, user, data)]
@@ -239,6 +245,7 @@ def _print_json(answer: SearchAnswer, items: list[int] | None) -> None:
         "coverage": asdict(answer.coverage),
         "reasons": [reason.content for reason in answer.reasons],
         "took_ms": answer.took_ms,
+        "arms": dict(answer.arms),
     }
     if answer.pool:
         report["pool"] = list(answer.pool)
@@ -263,6 +270,8 @@ def _print_tables(answer: SearchAnswer, items: tuple[str, ...]) -> None:
             f"{coverage.rows_answered:,} of {coverage.rows_asked:,} rows, "
             f"{answer.took_ms:.1f} ms"
         )
+    for experiment, arm in answer.arms.items():
+        click.echo(f"experiment {experiment}: arm {arm}")
     for missing in coverage.degraded:
         click.echo(f"partial: {missing}", err=True)
     for missing in answer.attributes_missing:

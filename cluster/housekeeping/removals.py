@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardline.cluster.backup.restore import FOLDER as RESTORED
 from shardline.cluster.store import Store
+from shardline.router.experiments.event_files import days_of
 from shardline.router.lists.list_removal import deleted_lists, left_by_writers, remove_deleted
 from shardline.shards.core.errors import ShardlineError
 from shardline.shards.core.files import (
@@ -32,7 +33,8 @@ _STAGED = f".{RESTORED}.*"
 class Kind(StrEnum):
     """generation: with what was written to it. writes: of a generation that is gone. unfinished:
     what a command that was killed has left. compaction: an older one of a shard, or half of one.
-    log: kept segments beyond the bound. embeddings: an embedding set. list: a deleted one."""
+    log: kept segments beyond the bound. embeddings: an embedding set. list: a deleted one.
+    events: those of a day."""
 
     GENERATION = "generation"
     WRITES = "writes"
@@ -41,6 +43,7 @@ class Kind(StrEnum):
     LOG = "log"
     EMBEDDINGS = "embeddings"
     LIST = "list"
+    EVENTS = "events"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,8 @@ class Removal:
 class Policy:
     """live: what CURRENT names. held: generations that nobody may touch. keep: older ones to leave.
     keep_log_bytes: of each shard. keep_embeddings: embedding sets to leave, the newest; None: all.
-    now: of time.time; lists that were deleted lately are left.
+    keep_event_bytes: of events, the newest days; None: all. now: of time.time; lists that were
+    deleted lately are left.
     """
 
     live: int | None
@@ -65,6 +69,7 @@ class Policy:
     keep_log_bytes: int
     keep_embeddings: int | None = None
     now: float = field(default_factory=time.time)
+    keep_event_bytes: int | None = None
 
 
 def removals(store: Store, policy: Policy) -> list[Removal]:
@@ -90,6 +95,8 @@ def removals(store: Store, policy: Policy) -> list[Removal]:
                 found += _described(Kind.LOG, surplus(live, policy.keep_log_bytes, FILES))
     if policy.keep_embeddings is not None:
         found += _described(Kind.EMBEDDINGS, _old_embeddings(store, policy.keep_embeddings))
+    if policy.keep_event_bytes is not None:
+        found += _old_events(store, policy.keep_event_bytes)
     return found
 
 
@@ -191,6 +198,20 @@ def _unlisted_shards(generation: Path) -> Iterator[Path]:
 
 def _shard_folders(writes: Path) -> list[Path]:
     return sorted(path for path in writes.glob("shard-*") if path.is_dir())
+
+
+def _old_events(store: Store, keep_bytes: int) -> list[Removal]:
+    """The oldest days, until the others have at most so many bytes; never the newest, which routers
+    write to."""
+    days = _described(Kind.EVENTS, days_of(store.events))
+    surplus_bytes = sum(day.bytes for day in days) - keep_bytes
+    old = []
+    for day in days[:-1]:
+        if surplus_bytes <= 0:
+            break
+        old.append(day)
+        surplus_bytes -= day.bytes
+    return old
 
 
 def _old_embeddings(store: Store, keep: int) -> list[Path]:

@@ -19,6 +19,7 @@ from shardline.cluster.config import ClusterConfig, ShardlineConfig
 from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.http_address import LOOPBACK, host_and_port, literal_address
 from shardline.cluster.serving.ray_session import NAMESPACE
+from shardline.cluster.store import Store
 from shardline.router.http.auth import AuthSettings
 from shardline.router.serve.environment import write_launcher
 from shardline.router.serve.replica import RouterReplica
@@ -66,6 +67,7 @@ def router_application(
         namespace=NAMESPACE,
         auth=auth,
         huge_pages=cluster.huge_pages,
+        events_folder=str(Store(config.store.resolve()).events) if cluster.writes else None,
     )
     return application
 

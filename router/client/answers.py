@@ -40,6 +40,7 @@ class SearchAnswer:
     share of the last two seconds in which the busiest shard searched for others; None of others.
     pool: of a search with cap, boost or diversify, how many items were considered for each query;
     scores have what boosts add, and items are in the order of the answer, by score or diverse.
+    arms: of each experiment that the search was part of, the arm.
     """
 
     ids: IdArray
@@ -57,6 +58,7 @@ class SearchAnswer:
     attributes_missing: tuple[Degraded, ...] = ()
     others_share: float | None = None
     pool: tuple[int, ...] = ()
+    arms: Mapping[str, str] = field(default_factory=dict)
 
     def to_arrow(self) -> "pyarrow.Table":
         """One row per result, in answer order: query int64, rank int64, id int64, score float32.
@@ -239,6 +241,7 @@ def _search_of(content: dict[str, Any]) -> SearchAnswer:
         attributes_missing=tuple(map(_degraded, content.get("attributes_missing") or ())),
         others_share=content.get("others_share"),
         pool=tuple(content.get("pool") or ()),
+        arms=content.get("arms") or {},
     )
 
 

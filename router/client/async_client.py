@@ -12,7 +12,7 @@ import contextlib
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -159,6 +159,10 @@ class AsyncClient(ClientCore):
         """As ``Client.delete``."""
         given: DeleteFields = {**fields, "item_ids": item_ids}
         return await self._written(self._delete_calls(given), fields.get("progress"))
+
+    async def send_events(self, events: Iterable[Mapping[str, Any]]) -> int:
+        """As ``Client.send_events``."""
+        return sum([await self._send(call) for call in self._event_calls(events)])
 
     async def _written(
         self, calls: Iterable[tuple[int, Call[Written]]], progress: Callable[[int], None] | None

@@ -33,6 +33,7 @@ from shardline.router.client.conversions import (
     to_json,
     to_matrix,
 )
+from shardline.router.client.event_calls import event_requests, read_events
 from shardline.router.client.http1 import Response, Server
 from shardline.router.client.list_calls import ListRequest
 from shardline.router.client.retries import Attempts, Outcome, Retry
@@ -113,6 +114,7 @@ class SearchFields(TypedDict, total=False):
     vectors: "ArrayLike | None"
     features: "Sequence[Mapping[str, Any]] | None"
     item_ids: "ArrayLike | None"
+    exclude_lists: "Sequence[str] | None"
     k: int | None
     timeout_ms: float | None
     min_coverage: float | None
@@ -126,9 +128,9 @@ class SearchFields(TypedDict, total=False):
     cap: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     boost: "Mapping[str, Any] | Sequence[Mapping[str, Any]] | None"
     diversify: "Mapping[str, Any] | None"
-    exclude_lists: "Sequence[str] | None"
     return_: "Sequence[str] | None"
     return_original_ids: bool | None
+    experiment_key: str | None
 
 
 def search_body(**fields: Unpack[SearchFields]) -> bytes:
@@ -180,6 +182,7 @@ def _culprit(fields: Mapping[str, Any]) -> str:
 # fields that are sent in another form than they are given
 _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "vectors": to_matrix,
+    "exclude_lists": lambda names: names if isinstance(names, str) else listed(names),
     "features": lambda rows: [
         {name: to_json(value) for name, value in dict(row).items()} for row in records(rows)
     ],
@@ -194,7 +197,6 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
     "cap": to_filter,
     "boost": to_filter,
     "diversify": to_filter,
-    "exclude_lists": lambda names: names if isinstance(names, str) else listed(names),
     "params": lambda params: {
         name: value for name in params.__slots__ if (value := getattr(params, name)) is not None
     },
@@ -331,6 +333,10 @@ class ClientCore:
 
     def _delete_calls(self, fields: DeleteFields) -> Iterator[tuple[int, Call[DeleteAnswer]]]:
         return self._write_calls("DELETE", delete_requests(**fields), read_delete)
+
+    def _event_calls(self, events: Any) -> Iterator[Call[int]]:
+        for body in event_requests(events):
+            yield Call(self._server.message("POST", "/v1/events", body), read_events)
 
     def _write_calls(
         self, method: str, requests: Iterable[WriteRequest], read: Callable[[bytes], Answer]

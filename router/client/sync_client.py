@@ -13,7 +13,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -139,6 +139,7 @@ class Client(ClientCore):
     def search(self, **fields: Unpack[SearchFields]) -> SearchAnswer:
         """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf.
 
+        exclude_lists names lists, as ``put_list`` writes them, whose items are not to come back.
         Exactly one of vectors (n, dim), features (n maps), item_ids (n,). What else is left out is
         the server's choice: k results per query, timeout_ms it may take, min_coverage (share of
         rows below which the answer is Unavailable), params (SearchParams) of the index, min_seq
@@ -151,7 +152,8 @@ class Client(ClientCore):
         history feature), cap, boost, diversify (at most so many items per value of an attribute,
         scores by attributes, different items: maps as docs/RESULTS.md describes them). return_
         names attributes of items that the answer is to bring, return_original_ids the ids they had
-        before their import.
+        before their import. experiment_key (who asks) makes the search part of the server's
+        experiments; the answer's ``arms`` says how.
 
         Raises:
             InvalidInput: a field is wrong; field names which.
@@ -187,6 +189,20 @@ class Client(ClientCore):
         errors as of ``upsert``."""
         given: DeleteFields = {**fields, "item_ids": item_ids}
         return self._written(self._delete_calls(given), fields.get("progress"))
+
+    def send_events(self, events: Iterable[Mapping[str, Any]]) -> int:
+        """Stores what came of searches; returns how many events were stored. Each is a map with
+        ``event``, its kind, and ``key`` or ``request_id``; ``item_id``, ``value``, ``at`` (a
+        datetime with a zone, or seconds since 1970), ``event_id`` and ``arms`` may be in it.
+        Returns when all are on the server's disk. More than a server takes at once is sent in
+        several requests, in order; a request that is sent again adds nothing.
+
+        Raises:
+            InvalidInput: an event is wrong; field names which. Requests before it are stored.
+            NotFound: the server stores no events.
+            StoreFull, ReadOnly, DeadlineExceeded, Unavailable: not all are known to be stored.
+        """
+        return sum(self._send(call) for call in self._event_calls(events))
 
     def _written(
         self, calls: Iterable[tuple[int, Call[Written]]], progress: Callable[[int], None] | None

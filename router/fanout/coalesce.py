@@ -95,11 +95,11 @@ class _Frame:
     ask: Ask
     rows: int
     members: list[_Member]
-    excludes: bool
     holds_until: float
     left_at: float
     lets_past: asyncio.Handle | None = None
     merged: Ranked | None = None
+    excludes: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -211,14 +211,13 @@ class Coalescer:
         )
         now = clock.time()
         holds_until = now + HOLD_MS / 1000
-        excludes = sum([member.num_excluded for member in members]) > 0
-        left_at = time.perf_counter()
-        frame = lane.held = _Frame(ask, rows, members, excludes, holds_until, left_at)
+        frame = lane.held = _Frame(ask, rows, members, holds_until, time.perf_counter())
         self._recorder.observe(FRAME_QUERIES, rows)
         start = 0
         for member in members:
             end = start + len(member.queries)
             member.place = frame, slice(start, end)
+            frame.excludes |= member.num_excluded > 0
             start = end
         request = SearchRequest(
             queries=queries,
@@ -230,7 +229,7 @@ class Coalescer:
         if lane.waiting:  # they did not fit
             self._limit_hold(key, lane, frame)
         frames = [encode_frame(request_id, request)]
-        if excludes:
+        if frame.excludes:
             frames = _frames_excluding(frames[0], request_id, request, members, key.snapshot.table)
         ask.send(frames, request)
 

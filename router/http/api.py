@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any, TypeAlias
 
 from fastapi import FastAPI, Path, Query, Request, Response
@@ -23,11 +24,19 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shardline.router.contract import MethodNotAllowed
+from shardline.router.experiments.assignment import ARM_HEADER, Experiments
 from shardline.router.http.auth import Guard
 from shardline.router.http.body import IS_READ, closing, read_body
 from shardline.router.http.body_values import TakesLong, load_map
-from shardline.router.http.codec import decode_query, encode, encode_answer, encode_item
+from shardline.router.http.codec import (
+    NONE_FORCED,
+    decode_query,
+    encode,
+    encode_answer,
+    encode_item,
+)
 from shardline.router.http.disconnect import ended_by_client
+from shardline.router.http.event_api import add_events
 from shardline.router.http.filter_paths import at_its_place
 from shardline.router.http.list_api import add_lists
 from shardline.router.http.media import Media, answer_media, body_media
@@ -79,6 +88,7 @@ def create_app(service: SearchService, config: RouterConfig, guard: Guard | None
     direct = {("POST", "/v1/search"): _add_search(app, service, config)}
     direct |= add_writes(app, service, config)
     add_lists(app, service, config)
+    direct |= add_events(app, service, config)
     guard = guard or Guard()
     _add_reads(app, service, guard)
     _add_health(app, service)
@@ -93,12 +103,13 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
         headers = scope["shardline.headers"]
         media = body_media(headers.get(b"content-type", b"").decode("latin-1"))
         accepted = answer_media(headers.get(b"accept", b"").decode("latin-1"), media)
+        forced = _forced_arms(headers, service.experiments)
         with ended_by_client(receive, body_timeout_ms=config.body_timeout_ms) as client:
             body = await read_body(headers, receive, config.max_body_bytes, service.arriving)
             scope[IS_READ] = True
             with service.admit():  # from here on it costs more than patience
                 try:
-                    query = await _decoded(body, media, config, client)
+                    query = await _decoded(body, media, service, forced, client)
                 except InvalidInput as error:
                     service.count_rejected(error)
                     raise
@@ -123,14 +134,31 @@ def _add_search(app: FastAPI, service: SearchService, config: RouterConfig) -> E
     return answer
 
 
+def _forced_arms(headers: Mapping[bytes, bytes], experiments: Experiments) -> Mapping[str, str]:
+    given = headers.get(ARM_HEADER.encode())
+    return NONE_FORCED if given is None else experiments.parsed(given.decode("latin-1"))
+
+
 async def _decoded(
-    body: bytes, media: Media, config: RouterConfig, client: ended_by_client
+    body: bytes,
+    media: Media,
+    service: SearchService,
+    forced: Mapping[str, str],
+    client: ended_by_client,
 ) -> ResolvedQuery:
+    decode = partial(
+        decode_query,
+        body,
+        media,
+        service.config,
+        experiments=service.experiments,
+        forced=forced,
+    )
     if len(body) <= DECODE_IN_LOOP:
         with suppress(TakesLong):
-            return decode_query(body, media, config, in_loop=True)
+            return decode(in_loop=True)
     client.pause()  # whoever leaves now counts as in flight while it decodes
-    return await asyncio.to_thread(decode_query, body, media, config)
+    return await asyncio.to_thread(decode)
 
 
 async def _placed(error: InvalidInput, body: bytes, media: Media) -> InvalidInput:

@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/docs", "/openapi.json"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 SEARCHES = frozenset({"/v1/search"})
-WRITES = frozenset({("PUT", "/v1/items"), ("DELETE", "/v1/items")})
 LIST_WRITES = frozenset({"PUT", "POST", "DELETE"})
 LIST_PREFIX = "/v1/lists/"
+WRITES = frozenset({("PUT", "/v1/items"), ("DELETE", "/v1/items"), ("POST", "/v1/events")})
 ADMIN_PREFIX = "/v1/admin"
 # what a key of too small a scope is good for
 MAY = {

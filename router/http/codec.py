@@ -14,6 +14,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from shardline.router.contract import Coverage, ItemAnswer, pack_array
+from shardline.router.experiments.assignment import KEY_FIELD, Experiments
 from shardline.router.http.body_values import TakesLong, load_map, to_ids, to_matrix
 from shardline.router.http.excluded_values import takes_long, to_excluded
 from shardline.router.http.feature_values import checked_features
@@ -45,12 +46,23 @@ FILTERS_IN_LOOP = 64
 FILTERS_BYTES_IN_LOOP = 8 << 10
 # SearchBody.model_validate without its layer of Python, a third of its time
 validate_search = TypeAdapter(SearchBody).validator.validate_python
+NO_EXPERIMENTS = Experiments()
+NONE_FORCED: Mapping[str, str] = {}
 
 
 def decode_query(
-    body: bytes, media: Media, config: RouterConfig, *, in_loop: bool = False
+    body: bytes,
+    media: Media,
+    config: RouterConfig,
+    *,
+    in_loop: bool = False,
+    experiments: Experiments = NO_EXPERIMENTS,
+    forced: Mapping[str, str] = NONE_FORCED,
 ) -> ResolvedQuery:
     """A search request's body; its vectors and ids are numpy arrays, not yet checked one by one.
+
+    What it does not give may come from its arms of ``experiments``; forced: experiment -> arm,
+    whatever its key says.
 
     Raises:
         TakesLong: ``in_loop``, and it is too large for that: its values must be counted first, or
@@ -66,6 +78,19 @@ def decode_query(
         raise TakesLong
     if in_loop and takes_long(content.get("exclude")):
         raise TakesLong
+    if not forced and (not experiments or content.get(KEY_FIELD) is None):
+        return _query_of(content, config)
+    whole, assignment = experiments.enter(content, forced)
+    try:
+        query = _query_of(whole, config)
+    except InvalidInput as error:
+        raise error if assignment is None else experiments.of_arm(error, assignment) from None
+    query.assignment = assignment
+    return query
+
+
+def _query_of(content: Mapping[Any, Any], config: RouterConfig) -> ResolvedQuery:
+    """Raises as ``decode_query``, but for TakesLong."""
     try:
         parsed = validate_search(content)
     except ValidationError as error:
@@ -85,6 +110,7 @@ def decode_query(
         vectors=None if vectors is None else to_matrix(vectors, "vectors", config.max_batch),
         features=None if features is None else _features(features, config.max_batch),
         item_ids=None if item_ids is None else to_ids(item_ids, "item_ids", config.max_batch),
+        exclude_lists=_list_names(parsed.exclude_lists),
         k=parsed.k,
         timeout_ms=parsed.timeout_ms,
         min_coverage=parsed.min_coverage,
@@ -97,7 +123,6 @@ def decode_query(
         excluded=None if parsed.exclude is None else to_excluded(parsed.exclude, config.max_batch),
         exclude_history=parsed.exclude_history,
         rearrange=read_rearrangement(parsed.cap, parsed.boost, parsed.diversify),
-        exclude_lists=_list_names(parsed.exclude_lists),
     )
 
 
@@ -125,6 +150,8 @@ def encode_answer(answer: SearchAnswer, media: Media) -> bytes:
         content["others_share"] = answer.others_share
     if answer.considered is not None:
         content["pool"] = answer.considered.tolist()
+    if answer.arms:
+        content["arms"] = dict(answer.arms)
     if answer.returned is not None:
         if answer.returned.attributes:
             content["attributes"] = answer.returned.attributes

@@ -1,5 +1,6 @@
 """The items that a body excludes: of each query a list of ids, checked as arrays."""
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -48,4 +49,7 @@ def _ids(value: Any, field: str) -> IdArray:
             expected=f"<= {MAX_EXCLUDED} ids per query",
             got=f"{len(value)} ids",
         )
-    return ascending(check_ids(to_ids(value, field, MAX_EXCLUDED), field=field))
+    ids = to_ids(value, field, MAX_EXCLUDED)
+    with suppress(OverflowError):  # which the check below tells
+        ids = np.array(ids, np.int64) if isinstance(ids, list) else ids  # sooner than by the check
+    return ascending(check_ids(ids, field=field))

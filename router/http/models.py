@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SkipValidation, 
 
 from shardline.router.contract import ReasonCode
 from shardline.router.excluded import MAX_EXCLUDED
+from shardline.router.experiments.assignment import MAX_KEY_CHARS
 from shardline.router.http.filter_schema import FILTER_FIELD
 from shardline.router.http.rearrange_schema import BOOST_FIELD, CAP_FIELD, DIVERSIFY_FIELD
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
@@ -78,6 +79,12 @@ class SearchBody(_Body):
         default=None,
         description="items whose neighbours are asked for; an item is left out of its own answer",
     )
+    exclude_lists: list[str] = Field(
+        default=[],
+        max_length=MAX_EXCLUDE_LISTS,
+        description="names of lists, /v1/lists: their items do not come back, for any query of the "
+        "request. One that does not exist is taken for an empty one",
+    )
     k: int | None = Field(
         default=None,
         description=f"results per query, 1 to {MAX_K}",
@@ -145,12 +152,6 @@ class SearchBody(_Body):
         default=None,
         description="items that are much like others before them make way, among the best",
     )
-    exclude_lists: list[str] = Field(
-        default=[],
-        max_length=MAX_EXCLUDE_LISTS,
-        description="names of lists, /v1/lists: their items do not come back, for any query of the "
-        "request. One that does not exist is taken for an empty one",
-    )
     returned: list[str] | None = Field(
         default=None,
         alias="return",
@@ -160,6 +161,13 @@ class SearchBody(_Body):
     return_original_ids: bool = Field(
         default=False,
         description="bring the ids that items had before their import, where it numbered them",
+    )
+    experiment_key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=MAX_KEY_CHARS,
+        description="who asks, as a user's or a session's id: by it the search gets one arm of "
+        "each experiment of the configuration, always the same; without it, none",
     )
 
 
@@ -244,6 +252,11 @@ class SearchResponse(_Body):
         default=None,
         description="only with return_original_ids: a row per query, an id per result; "
         "an item whose id was kept at its import has that id",
+    )
+    arms: dict[str, str] | None = Field(
+        default=None,
+        description="only where the search was part of experiments: of each, the arm whose "
+        "settings it had",
     )
 
 

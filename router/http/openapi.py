@@ -13,7 +13,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from shardline.router.contract import WRITE_KEY_HEADER
+from shardline.router.experiments.assignment import ARM_HEADER
 from shardline.router.http.auth import needed_scope
+from shardline.router.http.event_models import EventsBody, EventsResponse
 from shardline.router.http.filter_schema import FILTER_SCHEMAS
 from shardline.router.http.list_models import (
     ListBody,
@@ -71,9 +73,20 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _problem(texts[status]) for status in statuses}
 
 
+_ARM_HEADER = {
+    "name": ARM_HEADER,
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "experiment=arm, or several with commas between them: the search gets these "
+    "arms, whatever its experiment_key says",
+}
 SEARCH_DOC: dict[str, Any] = {
     "tags": ["search"],
-    "openapi_extra": {"requestBody": {"required": True, "content": _content("SearchBody")}},
+    "openapi_extra": {
+        "parameters": [_ARM_HEADER],
+        "requestBody": {"required": True, "content": _content("SearchBody")},
+    },
     "responses": {
         200: {"description": "the answer", "content": _content("SearchResponse")},
         **_problems(400, 401, 406, 408, 413, 415, 429, 503, 504),
@@ -155,6 +168,25 @@ LIST_CHANGE_DOC = _list_doc(
     "ListWrittenResponse", "the list is changed", _LIST_WRITES, "ListChangeBody"
 )
 LIST_DELETE_DOC = _list_doc("ListWrittenResponse", "there is no such list", _LIST_WRITES)
+EVENTS_DOC: dict[str, Any] = {
+    "tags": ["events"],
+    "openapi_extra": {"requestBody": {"required": True, "content": _content("EventsBody")}},
+    "responses": {
+        200: {"description": "every event is stored", "content": _content("EventsResponse")},
+        **_problems(400, 401, 403, 404, 406, 408, 413, 415, 429),
+        **{
+            status: {
+                "description": text,
+                "content": _content("Problem", "application/problem+json"),
+            }
+            for status, text in (
+                (503, "read_only: the disk failed; unavailable: the router is stopping"),
+                (504, "deadline_exceeded: whether the events are stored is not known"),
+                (507, "store_full: the disk, or the room for events, is full"),
+            )
+        },
+    },
+}
 ITEM_DOC: dict[str, Any] = {
     "tags": ["items"],
     "responses": {
@@ -176,6 +208,7 @@ def openapi_schema(app: FastAPI) -> dict[str, Any]:
         *(SearchBody, SearchResponse, ItemResponse, Problem),
         *(UpsertBody, UpsertResponse, DeleteBody, DeleteResponse),
         *(ListBody, ListChangeBody, ListResponse, ListWrittenResponse, ListNamesResponse),
+        *(EventsBody, EventsResponse),
     )
     _, definitions = models_json_schema(
         [(model, "validation") for model in bodies], ref_template=REF

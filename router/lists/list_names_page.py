@@ -4,15 +4,15 @@ A list that exists from the first page to the last is on one of them; one that i
 meanwhile is on one or on none.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardline.router.list_names import is_list_name
-from shardline.router.lists.list_store import BUCKETS, ListStore, list_name
-from shardline.shards.core.errors import CorruptFile, InvalidInput, Unavailable
+from shardline.router.lists.list_paths import BUCKETS, list_name, names_in
+from shardline.router.lists.list_store import ListStore
+from shardline.shards.core.errors import CorruptFile, InvalidInput, NewerFormat, Unavailable
 
 MAX_LISTED = 50_000  # names looked at for one page, in steps of a bucket: 50 ms or so
 MAX_READ = 4_000  # of them those whose newest version is read, to see that they are not deleted
@@ -71,17 +71,13 @@ def all_names(store: ListStore) -> Iterator[str]:
 
 
 def _names_in(bucket: Path) -> list[str]:
-    try:
-        found = os.listdir(bucket)  # noqa: PTH208, half the time of Path.iterdir
-    except FileNotFoundError:
-        return []
-    return [name for folder in found if is_list_name(name := list_name(folder))]
+    return [name for folder in names_in(bucket) if is_list_name(name := list_name(folder))]
 
 
 def _exists(store: ListStore, name: str) -> bool:
-    """A damaged list does: it is to be replaced."""
+    """One that is damaged, or of a newer program, does."""
     try:
         stored = store.newest(name)
-    except (CorruptFile, Unavailable):
+    except (CorruptFile, NewerFormat, Unavailable):
         return True
     return stored is not None and stored.exists

@@ -12,21 +12,22 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 from shardline.router.list_names import is_list_name
 from shardline.router.lists.list_disk import DISK, FOLDER, ListDisk
 from shardline.router.lists.list_file import HEADER, MAX_FILE_BYTES, decode_list
-from shardline.router.lists.list_store import (
+from shardline.router.lists.list_paths import (
     BUCKETS,
     LISTS_FOLDER,
-    NO_FOLDER,
-    TAKEN,
     TEMPORARY_FOLDER,
     file_name,
     list_name,
+    names_in,
     versions_in,
 )
+from shardline.router.lists.list_store import NO_FOLDER, TAKEN
 from shardline.shards.core.errors import CorruptFile, NewerFormat
 from shardline.shards.core.small_files import read_small
 
@@ -38,7 +39,7 @@ KEEP_S = 86_400.0
 def deleted_lists(store: Path, now: float) -> Iterator[Path]:
     """Folders of lists that were deleted KEEP_S ago or longer. now: of time.time."""
     for folder in _list_folders(store):
-        if _gone_since(folder, versions_in(_names(folder)), now):
+        if _gone_since(folder, versions_in(names_in(folder)), now):
             yield folder
 
 
@@ -46,11 +47,13 @@ def left_by_writers(store: Path, now: float) -> Iterator[Path]:
     """Files and folders that writers who were killed have left, KEEP_S ago or longer: versions
     before the last but one, which nobody reads any more, and temporary ones."""
     temporary = store / LISTS_FOLDER / TEMPORARY_FOLDER
-    yield from (temporary / name for name in _names(temporary) if _is_old(temporary / name, now))
+    yield from (
+        temporary / name for name in sorted(names_in(temporary)) if _is_old(temporary / name, now)
+    )
     for folder in _list_folders(store):
-        for version in versions_in(_names(folder))[:-2]:
-            if _is_old(folder / file_name(version), now):
-                yield folder / file_name(version)
+        older = (folder / file_name(version) for version in versions_in(names_in(folder))[:-2])
+        # no name may become free while an older one is taken (``list_store``)
+        yield from takewhile(lambda path: _is_old(path, now), older)
 
 
 def remove_deleted(folder: Path, now: float, disk: ListDisk = DISK) -> bool:
@@ -108,11 +111,5 @@ def _is_old(path: Path, now: float) -> bool:
 def _list_folders(store: Path) -> Iterator[Path]:
     for bucket in BUCKETS:
         path = store / LISTS_FOLDER / bucket
-        yield from (path / name for name in _names(path) if is_list_name(list_name(name)))
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(os.listdir(folder))  # noqa: PTH208, half the time of Path.iterdir
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        folders = (path / name for name in sorted(names_in(path)) if is_list_name(list_name(name)))
+        yield from (folder for folder in folders if folder.is_dir())

@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -48,9 +48,15 @@ logger = logging.getLogger(__name__)
 
 MAX_LOOKS = 32  # threads at the store at a time, of searches and reads; each may hang with it
 MAX_WRITING = 16  # the same of writes
+MAX_PAGING = 2  # the same of pages of names, each of which takes long
+MAX_WAITING = 1024  # looks that are under way or wait; more names at a time than are in use
+# Ids of all queries together, that are put together in the event loop, in 2 ms or so
+IDS_IN_LOOP = 32_768
 # After which a version number does not tell whether a list is as it was: it may have been deleted,
 # removed by `shardline gc`, a day later at the earliest, and made anew
 FORGET_S = 3600.0
+# Of lists, for all queries of a request: 16 MiB, a quarter of a frame
+MAX_IDS_OF_ALL = 1 << 21
 FULL = {errno.ENOSPC, errno.EDQUOT}
 T = TypeVar("T")
 
@@ -77,6 +83,7 @@ class Lists:
         self._looks: dict[str, asyncio.Task[CachedList]] = {}
         self._looking = asyncio.Semaphore(MAX_LOOKS)
         self._writing = asyncio.Semaphore(MAX_WRITING)
+        self._paging = asyncio.Semaphore(MAX_PAGING)
         # writes of one list one after the other: side by side all but one would begin anew
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -93,17 +100,35 @@ class Lists:
             ListsUnavailable: a list could not be read in time. InvalidInput: too many ids.
         """
         found = await self._current(query.exclude_lists, deadline)
-        ids = _union([each.ids for each in found])
+        lists = [each.ids for each in found if each.ids.size]
+        if not lists:
+            return query
+        num_ids = sum(map(len, lists))
+        ids = await _off_loop(num_ids if len(lists) > 1 else 0, _union, lists)
+        self._refuse_many(len(ids), len(query.values))
+        own = sum(map(len, query.excluded))
+        work = own + len(ids) * len(query.values) if own else len(ids)
+        excluding: ResolvedQuery = await _off_loop(work, with_excluded, query, ids)
+        return excluding
+
+    def _refuse_many(self, num_ids: int, queries: int) -> None:
         limit = self._config.max_listed_ids
-        if len(ids) > limit:
+        if num_ids > limit:
             raise InvalidInput(
                 "too many ids in these lists together",
                 field="exclude_lists",
                 expected=f"<= {limit} different ids, router.max_listed_ids",
-                got=str(len(ids)),
+                got=str(num_ids),
                 hint="name fewer lists, or filter by an attribute",
             )
-        return with_excluded(query, ids)
+        if num_ids * queries > MAX_IDS_OF_ALL:
+            raise InvalidInput(
+                "too many ids for all queries together",
+                field="exclude_lists",
+                expected=f"queries x ids in lists <= {MAX_IDS_OF_ALL}",
+                got=str(num_ids * queries),
+                hint="send the queries in several requests",
+            )
 
     async def read(self, name: str, deadline: float) -> StoredList:
         """Raises ListsUnavailable: as ``excluding``."""
@@ -114,7 +139,7 @@ class Lists:
         store, _ = self._store()
         try:
             return await self._in_time(
-                self._looking, lambda: names_page(store, prefix, after, limit), deadline
+                self._paging, lambda: names_page(store, prefix, after, limit), deadline
             )
         except TimeoutError as error:
             raise ListsUnavailable("the lists were not read in time") from error
@@ -213,9 +238,15 @@ class Lists:
         return entries
 
     def _look_of(self, name: str) -> "asyncio.Task[CachedList]":
-        """The look under way, or one that begins; one per list, whoever waits for it."""
+        """The look under way, or one that begins; one per list, whoever waits for it.
+
+        Raises:
+            ListsUnavailable: too many are under way, because the store does not answer, say.
+        """
         look = self._looks.get(name)
         if look is None:
+            if len(self._looks) >= MAX_WAITING:
+                raise ListsUnavailable("too many lists are being read", got="no answer")
             look = self._looks[name] = asyncio.create_task(self._look(name))
             look.add_done_callback(lambda done: self._ended(name, done))
         return look
@@ -231,9 +262,10 @@ class Lists:
         began, known = self._now(), self._cache.get(name)
         if known is not None and began - known.seen_at > FORGET_S:
             known = None
-        version = -1 if known is None else known.stored.version
-        looking = start(lambda: store.newest(name, version), "list")
-        looking.add_done_callback(lambda _: self._looking.release())
+        # of a deleted list the folder may be gone soon, and one made anew counts from 1
+        is_telling = known is not None and not known.stored.is_gone
+        version = known.stored.version if known is not None and is_telling else -1
+        looking = _started(self._looking, lambda: store.newest(name, version))
         await asyncio.wait([looking])
         found = looking.result()
         self._recorder.count(LIST_READS, "unchanged" if found is None else "read")
@@ -251,8 +283,7 @@ class Lists:
         """
         async with asyncio.timeout_at(deadline):
             await room.acquire()
-        working = start(work, "list")
-        working.add_done_callback(lambda _: room.release())
+        working = _started(room, work)
         left = max(0.0, deadline - asyncio.get_running_loop().time())
         await asyncio.wait([working], timeout=left)
         if not working.done():
@@ -267,6 +298,28 @@ class Lists:
             self._opened = ListStore(root, self._disk, self._now), count
             self._cache = ListCache(self._config.lists_cache_bytes)
         return self._opened
+
+
+def _started(room: asyncio.Semaphore, work: Callable[[], T]) -> "asyncio.Future[T]":
+    """The work in a thread, which gives back its place in ``room`` when it ends.
+
+    Raises:
+        ListsUnavailable: there can be no more threads.
+    """
+    try:
+        working = start(work, "list")
+    except RuntimeError as error:
+        room.release()
+        raise ListsUnavailable("no thread for a look at the store", got=str(error)) from error
+    working.add_done_callback(lambda _: room.release())
+    return working
+
+
+async def _off_loop(num_ids: int, work: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``work`` returns; of many ids it runs in a thread."""
+    if num_ids <= IDS_IN_LOOP:
+        return work(*arguments)
+    return await asyncio.to_thread(work, *arguments)
 
 
 def _union(lists: Sequence[IdArray]) -> IdArray:

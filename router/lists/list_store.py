@@ -9,9 +9,10 @@ that it has seen, by a hard link: which fails if another writer was first, and t
 and makes its change anew. So no change is lost, and nobody sees half of one. A change is
 acknowledged after the folder has been fsynced. The version before stays for those who read it now,
 older ones are removed, oldest first. So a name may be free because it was taken long ago: a writer
-who has made a link looks whether the version that it saw is still there. If it is, the name was
-never taken. If not, its link came too late, among the older versions, where nobody reads it; or in
-time, and others have gone on from there: to make the change once more does no harm in either case.
+who has made a link looks whether the version that it saw is still there, the very same file. If it
+is, the name was never taken. If not, its link came too late, among the older versions, where nobody
+reads it; or in time, and others have gone on from there: to make the change once more does no harm
+in either case.
 
 Deleting a list writes a version that says so: a change that is made at the same time is based on
 it, or it on the change. Some day `shardline gc` removes the folder (``list_removal``). So that a
@@ -26,14 +27,14 @@ was acknowledged: reading the list fails until it is replaced.
 import errno
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import BufferedReader
+from os.path import sameopenfile
 from pathlib import Path
 
 from shardline.router.lists.list_disk import DISK, FOLDER, ListDisk
@@ -44,16 +45,20 @@ from shardline.router.lists.list_file import (
     decode_list,
     encode_list,
 )
+from shardline.router.lists.list_paths import (
+    GENERATIONS_FOLDER,
+    TEMPORARY_FOLDER,
+    bucket_of,
+    file_name,
+    folder_name,
+    names_in,
+    versions_in,
+)
 from shardline.shards.core.errors import CorruptFile, ListsUnavailable, Unavailable
-from shardline.shards.core.small_files import read_small
+from shardline.shards.core.small_files import open_regular, read_open, read_small
 
 logger = logging.getLogger(__name__)
 
-LISTS_FOLDER = "lists"  # of a store
-GENERATIONS_FOLDER = "generations"  # every store that is served has it
-TEMPORARY_FOLDER = "tmp"
-BUCKETS = tuple(f"{number:02x}" for number in range(256))
-VERSION = re.compile(r"(\d{12})\.ids")
 LOOKS = 100  # each misses only if the list was changed twice while it was read
 TAKEN = {errno.ENOTEMPTY, errno.EEXIST}
 NO_FOLDER = {errno.ENOENT, errno.ESTALE}  # ESTALE is how NFS says it
@@ -67,57 +72,14 @@ Change = Callable[[StoredList], StoredList | None]
 class Written:
     """What came of a change: the list before it and now.
 
-    linked_after, linked_before: two moments, of time.monotonic, between which it took effect.
+    linked_after, linked_before: two moments, of time.monotonic, between which it took effect; both
+    are when it was looked at, where there was nothing to change.
     """
 
     before: StoredList
     now: StoredList
     linked_after: float
     linked_before: float
-
-
-def lists_folder(generation_dir: str) -> Path:
-    """Of the store that has the generation in this folder.
-
-    Raises:
-        ListsUnavailable: the folder is not one of a store.
-    """
-    generation = Path(generation_dir)
-    if generation.parent.name != GENERATIONS_FOLDER:
-        raise ListsUnavailable("it is not known where the store is")
-    return generation.parent.parent / LISTS_FOLDER
-
-
-def bucket_of(name: str) -> str:
-    return BUCKETS[zlib.crc32(name.encode("ascii")) & 0xFF]
-
-
-def folder_name(name: str) -> str:
-    """No name begins with a dot then, as those of hidden files do; % is in no list's name."""
-    return f"%2E{name[1:]}" if name.startswith(".") else name
-
-
-def list_name(folder: str) -> str:
-    """The reverse of ``folder_name``."""
-    return f".{folder[3:]}" if folder.startswith("%2E") else folder
-
-
-def file_name(version: int) -> str:
-    return f"{version:012d}.ids"
-
-
-def _is_there(descriptor: int, name: str) -> bool:
-    """Whether the folder has this file. It is opened: NFS may answer ``stat`` from memory."""
-    try:
-        os.close(os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=descriptor))
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def versions_in(names: Iterable[str]) -> list[int]:
-    """The versions among the names in a list's folder, oldest first."""
-    return sorted(int(match[1]) for name in names if (match := VERSION.fullmatch(name)))
 
 
 class ListStore:
@@ -139,15 +101,13 @@ class ListStore:
 
         Raises:
             OSError: it cannot be read; of a list that is not there, that the store is not.
-            CorruptFile, NewerFormat: as ``decode_list``. Unavailable: it changes too fast.
+            CorruptFile, NewerFormat: as ``decode_list``. ListsUnavailable: it changes too fast.
         """
         folder = self.folder(name)
         for _ in range(LOOKS):
-            try:
-                found = os.listdir(folder)  # noqa: PTH208, half the time of Path.iterdir
-            except FileNotFoundError:
+            found = names_in(folder)
+            if not found:
                 self.refuse_missing_store(folder.parent)
-                found = []
             version = max(versions_in(found), default=0)
             if version == known:
                 return None
@@ -155,7 +115,7 @@ class ListStore:
                 return ABSENT
             with suppress(FileNotFoundError):  # two newer ones have come since
                 return self._read(folder, name, version)
-        raise Unavailable(f"{folder}: changes faster than it can be read")
+        raise ListsUnavailable(f"the list {name} changes faster than it can be read")
 
     def write(
         self, name: str, change: Change, until: float, make_room: Callable[[str], None]
@@ -182,24 +142,25 @@ class ListStore:
         self, name: str, change: Change, floor: int, make_room: Callable[[str], None]
     ) -> Written | int:
         """Another writer was first: the version that there is by now, 0 where that is not known."""
-        folder = self.folder(name)
-        with _opened(folder) as descriptor:
-            before = self._newest_before(folder, descriptor, name, floor)
-            if before is None:
+        folder, began = self.folder(name), self._now()
+        with ExitStack() as opened:
+            descriptor = opened.enter_context(_opened(folder))
+            base = self._newest_before(folder, descriptor, name, floor, opened)
+            if base is None:
                 return 0
+            before = base.stored
             after = change(before)
             if after is None:
-                now = self._now()
                 if descriptor is not None:  # who made this version may not have done so
                     self._sync(descriptor, folder.parent)
-                return Written(before=before, now=before, linked_after=now, linked_before=now)
+                return Written(before=before, now=before, linked_after=began, linked_before=began)
             after = replace(after, version=before.version + 1)
             self._prepare(folder.parent)
             if before.version == 0:
                 make_room(folder.parent.name)
                 return self._created(folder, name, after)
             assert descriptor is not None
-            return self._followed(folder, descriptor, name, before, after)
+            return self._followed(folder, descriptor, name, base, after)
 
     def _created(self, folder: Path, name: str, after: StoredList) -> Written | int:
         """A list's first version, in a folder that appears with it."""
@@ -221,9 +182,10 @@ class ListStore:
         )
 
     def _followed(
-        self, folder: Path, descriptor: int, name: str, before: StoredList, after: StoredList
+        self, folder: Path, descriptor: int, name: str, base: "_Base", after: StoredList
     ) -> Written | int:
-        """The version after ``before``, in the folder of the descriptor."""
+        """The version after ``base``, in the folder of the descriptor."""
+        before = base.stored
         with self._temporary() as temporary:
             self._disk.write_new(temporary, encode_list(name, after))
             linked_after = self._now()
@@ -236,7 +198,7 @@ class ListStore:
                     return 0
                 raise
         linked_before = self._now()
-        if not _is_there(descriptor, file_name(before.version)):
+        if not base.is_there(descriptor):
             with suppress(OSError):
                 self._disk.remove(descriptor, file_name(after.version))
             return 0
@@ -247,24 +209,29 @@ class ListStore:
         )
 
     def _newest_before(
-        self, folder: Path, descriptor: int | None, name: str, floor: int
-    ) -> StoredList | None:
+        self, folder: Path, descriptor: int | None, name: str, floor: int, opened: ExitStack
+    ) -> "_Base | None":
         """What a change is based on; None: others have changed it meanwhile. floor: a version that
         there has been, which NFS may not list yet."""
         if descriptor is None:
             self.refuse_missing_store(folder.parent)
-            return ABSENT
+            return _Base(ABSENT)
         listed = os.listdir(descriptor)  # noqa: PTH208, takes a descriptor
         version = max([floor, *versions_in(listed)])
         if version == 0:
-            return ABSENT
+            if listed:  # nobody else puts anything there, and no folder can take its place
+                raise OSError(errno.ENOTEMPTY, "files in it are none of a list's", str(folder))
+            return _Base(ABSENT)
+        path, file = folder / file_name(version), None
         try:
-            return self._read(folder, name, version)
+            file = opened.enter_context(open_regular(path))
+            content = read_open(file, path, MAX_FILE_BYTES)
+            return _Base(decode_list(content, name, version, path), file)
         except FileNotFoundError:
             return None
         except CorruptFile as error:
             logger.error("%s", error)
-            return StoredList(version=version, is_damaged=True)
+            return _Base(StoredList(version=version, is_damaged=True), file)
 
     def _read(self, folder: Path, name: str, version: int) -> StoredList:
         path = folder / file_name(version)
@@ -276,10 +243,11 @@ class ListStore:
         self._disk.sync_path(bucket)
 
     def _remove_older(self, descriptor: int, than: int) -> None:
-        """The change is durable: what cannot be removed is left to ``shardline gc``."""
-        for version in versions_in(os.listdir(descriptor)):
-            if version < than:
-                with suppress(OSError):
+        """The change is durable: what cannot be removed is left to ``shardline gc``, and all that
+        is newer: no name may become free while an older one is taken."""
+        with suppress(OSError):
+            for version in versions_in(os.listdir(descriptor)):
+                if version < than:
                     self._disk.remove(descriptor, file_name(version))
 
     def _prepare(self, bucket: Path) -> None:
@@ -305,6 +273,28 @@ class ListStore:
         """A store that is not mounted has no lists either, and that must not pass for none."""
         if not folder.is_dir() and not (self.root.parent / GENERATIONS_FOLDER).is_dir():
             raise FileNotFoundError(errno.ENOENT, "the store is not there", str(self.root.parent))
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """A version that a change is based on. file: where it was read, which stays open meanwhile, so
+    that no other file gets its number; None: there is none, or it is no regular file."""
+
+    stored: StoredList
+    file: BufferedReader | None = None
+
+    def is_there(self, descriptor: int) -> bool:
+        """Whether the folder still has it, and not what a writer who was too late has put in its
+        place for a moment. It is opened: NFS may answer ``stat`` from memory."""
+        name, flags = file_name(self.stored.version), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            found = os.open(name, flags, dir_fd=descriptor)
+        except FileNotFoundError:
+            return False
+        try:
+            return self.file is None or sameopenfile(found, self.file.fileno())
+        finally:
+            os.close(found)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from shardline.router.fanout.snapshot import TableSnapshot
 from shardline.router.finding import Finder
 from shardline.router.query import Merged, Rearranged, ResolvedQuery
 from shardline.router.rearrange.pool_items import Chosen, PoolItems, Steps, brought_of
-from shardline.shards.core.errors import InvalidInput, Unavailable
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Unavailable
 from shardline.shards.core.filter_language import narrowed
 from shardline.shards.core.messages import RoutingTable
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdArray, Ranked
@@ -22,6 +22,7 @@ from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, FloatArray, IdAr
 # and vectors as much as attributes do. A shard that hangs is awaited for all of it.
 FIRST_SHARE = 0.5
 ATTRIBUTES_SHARE = 0.5
+GROWTH = 4  # of a pool over the one before
 TAKEN_IN_LOOP = 2000  # items whose attributes and vectors are taken in there, a millisecond
 IDS_AT_ONCE = 4096  # of one question for attributes, whose answer has a limit
 FETCHED_BYTES = 4 << 20  # of vectors in one answer of a shard
@@ -30,8 +31,8 @@ FETCHED_BYTES = 4 << 20  # of vectors in one answer of a shard
 @dataclass(slots=True)
 class Pool:
     """Of the query at ``row`` ids (m,) and scores (m,), each item once. filter: the query's own,
-    packed; next_filter: without the values that are full. is_full: there may be more items that it
-    lets in; is_cut: they were given up."""
+    packed; next_filter: that of the next pool. is_full: there may be more items that this lets in;
+    is_cut: they were given up. is_extended: it is not the first one any more."""
 
     row: int
     filter: bytes
@@ -40,6 +41,7 @@ class Pool:
     is_full: bool
     next_filter: bytes = b""
     is_cut: bool = False
+    is_extended: bool = False
     chosen: Chosen | None = None
 
     def add(self, ids: IdArray, scores: FloatArray, is_full: bool) -> bool:
@@ -51,18 +53,25 @@ class Pool:
         return bool(is_new.any())
 
 
-def choose_all(items: PoolItems, pools: Sequence[Pool]) -> list[Pool]:
-    """Makes the answer of each pool; those that are short while there is more to ask for."""
+def choose_all(items: PoolItems, pools: Sequence[Pool], can_grow: bool) -> list[Pool]:
+    """Makes the answer of each pool; those that are short while there is more to ask for.
+    can_grow: whether the next pools may be larger."""
     short = []
     for pool in pools:
-        pool.chosen = items.choose(pool.ids, pool.scores)
-        if len(pool.chosen.ids) < items.steps.k and pool.is_full:
-            try:
-                pool.next_filter = narrowed(pool.filter, pool.chosen.full)
-            except InvalidInput:  # with the caller's own it would be beyond a limit of filters
-                pool.is_cut = True
-            else:
-                short.append(pool)
+        pool.chosen = chosen = items.choose(pool.ids, pool.scores)
+        if len(chosen.ids) == items.steps.k or not pool.is_full:
+            continue
+        # shards evaluate a filter that is new to them in milliseconds: where a larger pool will do
+        # by the share of items that caps allow, that costs less
+        may_do = can_grow and GROWTH * len(chosen.ids) >= items.steps.k
+        left_out = {} if may_do and not pool.is_extended else chosen.full
+        pool.is_extended = True
+        try:
+            pool.next_filter = narrowed(pool.filter, left_out)
+        except InvalidInput:  # with the caller's own it would be beyond a limit of filters
+            pool.is_cut = True
+        else:
+            short.append(pool)
     return short
 
 
@@ -111,7 +120,9 @@ class PoolSearch:
             self._coverage = _without(self._coverage, missing, self.snapshot.table)
             least = self.query.min_coverage
             if self._coverage.share < least or not self._coverage.shards_answered:
-                raise Unavailable(
+                kinds = {each.code for each in missing}
+                is_late = kinds == {DeadlineExceeded.code}
+                raise (DeadlineExceeded if is_late else Unavailable)(
                     "too few shards brought what caps, boosts and diversity need",
                     expected=f"coverage >= {least:g}",
                     hint="; ".join(map(str, self._coverage.degraded)),

@@ -1,12 +1,12 @@
 """Searches with caps, boosts or diversity: pools are asked for, put into order, and cut to k.
 
 Caps are exact. A pool is the best P of all items that match. Where caps leave fewer than k of it
-though there are more, the next P are asked for with a filter that leaves out the values of which an
-answer has as many as it may. Without boosts and diversity, choosing from both together is choosing
-from all items there are, as far down as the last item of the second pool: an item between, in
-neither pool, has one of those values; the items that made the value full rank above it, so going
-down the whole ranking refuses it too; and what is refused changes nothing that follows. The same
-holds for each pool after that, until there are k, or a pool is not full: then every item that is in
+though there are more, a larger one is asked for; if that will not do, with a filter that leaves out
+the values of which the answer has as many as it may. Without boosts and diversity, choosing from
+all pools together is choosing from all items there are, as far down as the last item of the last
+pool: an item above that, in no pool, has one of those values; the items that made the value full
+rank above it, so going down the whole ranking refuses it too; and what is refused changes nothing
+that follows. So it goes on until there are k, or a pool is not full: then every item that is in
 none has a value that is full.
 """
 
@@ -23,12 +23,12 @@ from shardline.router.finding import Finder
 from shardline.router.query import Merged, ResolvedQuery
 from shardline.router.rearrange.attribute_columns import kinds_of
 from shardline.router.rearrange.pool_items import PoolItems, Steps
-from shardline.router.rearrange.pool_search import Pool, PoolSearch, choose_all
+from shardline.router.rearrange.pool_search import GROWTH, Pool, PoolSearch, choose_all
 from shardline.router.rearrange.rearrangement import check_kinds
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.schema import FloatArray, IdArray
 
-MAX_POOLS = 16  # of one query, each of twice the last one's size, up to the largest k
+MAX_POOLS = 16  # of one query, each larger than the last, up to the largest k
 POOL_SHARE = 0.6  # of the time, for the first pools: what is known of the items is asked for then
 ITEMS_AT_ONCE = 1 << 14  # of pools whose items' attributes and vectors are in memory together
 # What is chosen in the event loop, within a millisecond: items of pools, pairs of similar ones,
@@ -103,12 +103,12 @@ class Rearranger:
         await search.learn_first(items, pools)
         for number in range(MAX_POOLS):
             if number:
-                pool = min(2 * pool, self._max_k)
+                pool = min(GROWTH * pool, self._max_k)
                 try:
                     pools = await search.more(items, pools, self._size(pool, search))
                 except Unavailable:  # there is an answer, though a short one
                     break
-            choose = partial(choose_all, items, pools)
+            choose = partial(choose_all, items, pools, can_grow=pool < self._max_k)
             pools = await asyncio.to_thread(choose) if _takes_long(search, pools) else choose()
             if not pools:
                 return

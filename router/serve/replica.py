@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -88,9 +89,11 @@ class RouterReplica:
         auth: AuthSettings,
         huge_pages: bool,
         end_process: Callable[[], None] | None = None,
+        events_folder: str | None = None,
     ) -> None:
         self._end_process = end_process or _end_process_soon
         self._config = config
+        self._events_folder = None if events_folder is None else Path(events_folder)
         self._controller = (controller, namespace)
         self._huge_pages = huge_pages
         self._guard = Guard(auth)
@@ -105,7 +108,7 @@ class RouterReplica:
             TimeoutError: the controller does not answer; Serve starts the replica again.
         """
         secret = await asyncio.wait_for(self._connection_secret(), SECRET_S)
-        self._service = SearchService(self._config, secret)
+        self._service = SearchService(self._config, secret, events_folder=self._events_folder)
         Front.ours = app = create_app(self._service, self._config, self._guard)
         return ServeApp(app, self.start, self.stop)
 

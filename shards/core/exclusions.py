@@ -31,6 +31,8 @@ class Excluded(NamedTuple):
 def joined_excluded(parts: Sequence[tuple[int, Excluded | None]]) -> Excluded | None:
     """Of the queries of all parts, in order: each the number of its queries, and what they exclude;
     None where none excludes anything."""
+    if len(parts) == 1:
+        return parts[0][1]
     if all(excluded is None for _, excluded in parts):
         return None
     counts = [

@@ -129,6 +129,36 @@ RECALL_SAMPLES = Metric(
     "between) or unanswered.",
     ("outcome",),
 )
+ARM_REQUESTS = Metric(
+    "shardline_arm_requests",
+    _C,
+    "requests",
+    "Searches of each arm of an experiment, by the code of their answer, ok or an error's.",
+    ("experiment", "arm", "code"),
+)
+ARM_REQUEST_MS = Metric(
+    "shardline_arm_request_ms",
+    _H,
+    "ms",
+    "From arrival to answer, of searches of each arm.",
+    ("experiment", "arm"),
+    MS_BUCKETS,
+)
+ARM_RECALL = Metric(
+    "shardline_arm_recall",
+    _G,
+    "share",
+    "recall@k of the last 256 watched queries of each arm, against exact answers.",
+    ("experiment", "arm"),
+)
+EVENTS = Metric(
+    "shardline_events",
+    _C,
+    "events",
+    "Events of callers and of this router itself: stored on the disk, or dropped because it failed "
+    "or too many waited.",
+    ("outcome",),
+)
 WRITES = Metric(
     "shardline_writes",
     _C,
@@ -209,6 +239,10 @@ METRICS = (
     CACHE_BYTES,
     RECALL,
     RECALL_SAMPLES,
+    ARM_REQUESTS,
+    ARM_REQUEST_MS,
+    ARM_RECALL,
+    EVENTS,
     WRITES,
     WRITTEN_ROWS,
     WRITE_MS,

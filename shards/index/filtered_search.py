@@ -58,6 +58,9 @@ KEPT_BYTES = 64 << 20  # derived from filters, per index; what was not used for 
 # apart less well: of the results in 256 of 1,024 lists factor 2 finds .93, factor 4 .98.
 RERANK_FACTOR = 4
 GROWTH = 16  # of the lists visited, between two estimates: each is better than the one before
+# Results whose last score is estimated, as a multiple of those that count: the lists that follow
+# are about those that are needed; with fewer results too few.
+LIKELY_DEPTH = 2
 CALIBRATION_QUERIES = 32
 CALIBRATION_GROWTH = 64  # of the lists, to see what the default does not find
 COVERED = 0.95  # of the results that a wider search finds: then all of them count
@@ -266,8 +269,15 @@ class FilteredSearch:
                 search = self._main.search if is_first else self._search_far
                 given = replace(params, nprobe=nprobe)
                 ranked.ids[some], ranked.scores[some] = search(queries[some], k, given, part)
-            needed = _rounded(near.needed(asked, depth, ranked.scores[asked, depth - 1]))
-            needed = np.minimum(needed, np.minimum(GROWTH * wanted, most))
+            needed, growth = near.needed(asked, depth, ranked.scores[asked, depth - 1]), GROWTH
+            is_far = needed > wanted
+            if is_first and is_far.any():
+                # what few lists have found says little; what all of them may hold says more
+                far, growth = asked[is_far], most
+                likely = near.likely(far, LIKELY_DEPTH * depth)
+                likely = np.maximum(likely, ranked.scores[far, depth - 1])
+                needed[is_far] = np.maximum(near.needed(far, depth, likely), 2 * wanted[is_far])
+            needed = np.minimum(_rounded(needed), np.minimum(growth * wanted, most))
             more = needed > wanted
             asked, wanted, is_first = asked[more], needed[more], False
         return ranked

@@ -121,6 +121,7 @@ class MainIndex:
         self._largest_value = FP16_MAX if keeps_fp16(self._layers) else float(np.finfo("f4").max)
         self._prepared: dict[tuple[Any, ...], _Prepared] = {}
         self._selecting = _Selecting()
+        self._reaching_params: dict[tuple[SearchParams, int], SearchParams] = {}
         # The rows that may be asked for to see whether a tie goes on beyond an answer. Not with the
         # 8-bit scores of FastScan alone: nearly every answer ends in a tie that means nothing.
         can_tie = self._layers.refine is not None or not self._layers.is_fastscan
@@ -312,10 +313,16 @@ class MainIndex:
         Rounded up, so that few different parameters come of it."""
         if params.nprobe is not None or not self._layers.is_ivf:
             return params  # an index that excludes no rows itself is asked for more results anyway
-        nlist = int(self._layers.base.nlist)
-        emptied = math.ceil((1 << (beyond - 1).bit_length()) * nlist / self.rows)
-        nprobe = (self._defaults.nprobe or 1) + 2 * emptied
-        return replace(params, nprobe=min(nprobe, nlist, MAX_NPROBE))
+        rounded = 1 << (beyond - 1).bit_length()
+        reaching = self._reaching_params.get((params, rounded))
+        if reaching is None:
+            nlist = int(self._layers.base.nlist)
+            nprobe = (self._defaults.nprobe or 1) + 2 * math.ceil(rounded * nlist / self.rows)
+            reaching = replace(params, nprobe=min(nprobe, nlist, MAX_NPROBE))
+            if len(self._reaching_params) >= PARAMETER_CACHE:
+                self._reaching_params.clear()
+            self._reaching_params[params, rounded] = reaching
+        return reaching
 
     @property
     def _takes_selector(self) -> bool:

@@ -31,9 +31,36 @@ SHARES = np.concatenate((np.linspace(1, 0.01, 100), np.geomspace(0.0099, 4e-6, 1
 # Results that may be missing, of k, by the estimate, where .05 may be missing in all: codes lose
 # some, too. The number of lists that follows is right within a factor of three.
 MISSED_SHARE = 0.03
+BINS = 1024  # steps of the lift
 TINY = np.float32(1e-12)
 LOG_SHARES = np.log(SHARES)
 LOWEST = np.float32(-1e30)  # in place of the score of an empty slot
+
+
+class Lifts:
+    """How rows' lift is spread: which share of rows has more, in BINS steps of equal width.
+
+    values: those that a share SHARES of rows exceeds, ascending.
+    """
+
+    def __init__(self, values: NDArray[np.float64]) -> None:
+        self.low = np.float32(values[0])
+        self.width = np.float32(max(float(values[-1] - values[0]) / BINS, float(TINY)))
+        middles = self.low + self.width * (np.arange(BINS) + 0.5)
+        self.shares = np.exp(np.interp(middles, values, LOG_SHARES))
+        # by step, from BINS steps below the first one to as many behind the last one
+        self._padded = np.concatenate((np.ones(BINS), self.shares, np.zeros(BINS)))
+
+    def steps(self, lift: FloatArray) -> NDArray[np.int32]:
+        """(m,): in which step each of lift (m,) lies; BINS where no row has as much."""
+        found: NDArray[np.int32] = np.clip((lift - self.low) / self.width, 0, BINS).astype(np.int32)
+        return found
+
+    def above(self, rows: NDArray[np.float64], step: int) -> float:
+        """How many rows are above a score. rows (BINS,): by how many steps their centroids are
+        below the best one; step: that of the lift which the score is for the best one, from -BINS
+        to BINS."""
+        return float(rows @ self._padded[BINS + step : 2 * BINS + step])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +69,12 @@ class NearLists:
 
     rows (lists,): how many of the selection each has; scores (n, lists): of the centroids; scales
     (n,): the unit of the lift, of inner products; None under L2, where each list has its own.
-    lifts: those that a share SHARES of rows exceeds.
     """
 
-    rows: NDArray[np.int64]
+    rows: NDArray[np.float64]
     scores: FloatArray
     scales: FloatArray | None
-    lifts: NDArray[np.float64]
+    lifts: Lifts
 
     def needed(self, queries: IdArray, k: int, last: FloatArray) -> NDArray[np.int64]:
         """(m,): how many of the lists, nearest first, those ``queries`` (m,) have to visit.
@@ -59,13 +85,31 @@ class NearLists:
             scores = self.scores[query]
             lift = floors[place] - scores
             lift /= np.sqrt(-scores) + TINY if self.scales is None else self.scales[query]
-            # the lift that a better row needs rises from the nearest list to the farthest, so those
-            # out of reach are the last ones
-            some = lift < self.lifts[-1]
-            order = np.argsort(lift[some])
-            shares = np.exp(np.interp(lift[some][order], self.lifts, LOG_SHARES))
-            rest = np.cumsum((self.rows[some][order] * shares)[::-1])
-            found[place] = np.count_nonzero(rest > MISSED_SHARE * k)
+            # the lift that a better row needs rises from the nearest list to the farthest
+            steps = self.lifts.steps(lift)
+            better = np.bincount(steps, self.rows, BINS + 1)[:BINS] * self.lifts.shares
+            rest = np.cumsum(better[::-1])[::-1]
+            last_step = np.count_nonzero(rest > MISSED_SHARE * k)
+            found[place] = np.count_nonzero(steps < last_step)
+        return found
+
+    def likely(self, queries: IdArray, k: int) -> FloatArray:
+        """(m,): about the score of the k-th best row of all lists, for those ``queries`` (m,); -inf
+        under L2, of which nothing is known before a search."""
+        found = np.full(len(queries), -np.inf, np.float32)
+        if self.scales is None:
+            return found
+        lifts = self.lifts
+        for place, query in enumerate(queries.tolist()):
+            scores, scale = self.scores[query], self.scales[query]
+            best = scores.max()
+            below = np.minimum((best - scores) / (scale * lifts.width), BINS - 1).astype(np.int32)
+            rows = np.bincount(below, self.rows, BINS).astype(np.float64, copy=False)
+            low, high = -BINS, BINS
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if lifts.above(rows, middle) >= k else (low, middle)
+            found[place] = best + scale * (lifts.low + lifts.width * low)
         return found
 
 
@@ -79,7 +123,7 @@ class Lists:
         self._centroids = layers.base.quantizer.reconstruct_n(0, self.count)
         self._norms = np.vecdot(self._centroids, self._centroids)
         self.of_row = _list_of_row(layers.base.invlists, stored.rows)
-        self._lifts = self._sampled_lifts(stored)
+        self._lifts = Lifts(self._sampled_lifts(stored))
 
     @staticmethod
     def can_be_read(layers: Layers) -> bool:
@@ -97,7 +141,9 @@ class Lists:
         if not rows.all():
             filled = np.flatnonzero(rows)
             rows, scores = rows[filled], scores[:, filled]
-        return NearLists(rows=rows, scores=scores, scales=scales, lifts=self._lifts)
+        return NearLists(
+            rows=rows.astype(np.float64), scores=scores, scales=scales, lifts=self._lifts
+        )
 
     def _scored(self, queries: FloatArray) -> tuple[FloatArray, FloatArray | None]:
         """(n, lists): the score of every centroid; and the scales of ``NearLists``."""

@@ -9,7 +9,7 @@ anew, or they do not match a filter. Hidden rows change with every write, what m
 not. So a filter's selection is made once, and ``filter & hidden`` for every state.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -33,7 +33,6 @@ class Selection:
     rows: int
     num_excluded: int
     selector: Any
-    _live: list[NDArray[np.bool_]] = field(default_factory=list)
     origin: "Selection | None" = None
     lists: Any | None = None
     base: "Selection | None" = None
@@ -117,11 +116,8 @@ class Selection:
 
     @property
     def live(self) -> NDArray[np.bool_]:
-        """(rows,) bool, made when it is first asked for: only some kinds of index need it."""
-        if not self._live:
-            unpacked = np.unpackbits(self.bits, count=self.rows, bitorder="little")
-            self._live.append(unpacked.view(np.bool_))
-        return self._live[0]
+        """(rows,) bool, made anew each time."""
+        return np.unpackbits(self.bits, count=self.rows, bitorder="little").view(np.bool_)
 
 
 def _selector(bits: NDArray[np.uint8]) -> Any:

@@ -36,12 +36,15 @@ def train_template(
     seed: int,
     threads: int,
     progress: Progress | None = None,
+    centroids: FloatArray | None = None,
+    iterations: int | None = None,
 ) -> Any:
     """The empty, trained faiss index that every shard starts from.
 
     ``sample`` (n, dim) float32, checked and of unit length under cosine, is drawn from the whole
     corpus; ``resolved.train_rows`` rows are enough. The same sample, seed and thread count give the
-    same template.
+    same template. centroids: as ``centroids_of`` a template with as many lists and the same
+    transform; then only the codes are trained. iterations: of k-means, for a rough training.
 
     Raises:
         ConfigError: faiss cannot train this index on this sample.
@@ -50,7 +53,9 @@ def train_template(
     faiss.omp_set_num_threads(threads)
     index = faiss.index_factory(dim, resolved.factory, faiss_metric(metric))
     layers = layers_of(index)
-    _set_up(layers, resolved, seed, len(sample))
+    if centroids is not None:
+        layers.base.quantizer.add(centroids)  # faiss trains no quantizer that is full
+    _set_up(layers, resolved, seed, len(sample), iterations)
     _report(progress, "train", 0, len(sample))
     try:
         if metric is not Metric.L2:
@@ -65,6 +70,15 @@ def train_template(
         ) from error
     _report(progress, "train", len(sample), len(sample))
     return layers.whole
+
+
+def centroids_of(template: Any) -> FloatArray | None:
+    """(nlist, d) float32: the centroids of a template's lists; None for a kind without lists."""
+    layers = layers_of(template)
+    if not layers.is_ivf:
+        return None
+    quantizer = faiss.downcast_index(layers.base.quantizer)
+    return np.asarray(quantizer.reconstruct_n(0, quantizer.ntotal), dtype=np.float32)
 
 
 def bytes_to_come(resolved: ResolvedIndex, *, dim: int, metric: Metric) -> float:
@@ -124,8 +138,16 @@ def filled(template: Path, blocks: Iterable[FloatArray], *, threads: int) -> Lay
         CorruptFile: the template cannot be read.
         InvalidInput: a vector overflows fp16 copies.
     """
+    return _with_rows(layers_of(read_index(template)), blocks, threads)
+
+
+def filled_copy(template: Any, blocks: Iterable[FloatArray], *, threads: int) -> Layers:
+    """As ``filled``, of a template in memory, which stays as it is."""
+    return _with_rows(layers_of(faiss.clone_index(template)), blocks, threads)
+
+
+def _with_rows(layers: Layers, blocks: Iterable[FloatArray], threads: int) -> Layers:
     faiss.omp_set_num_threads(threads)
-    layers = layers_of(read_index(template))
     is_fp16 = keeps_fp16(layers)
     for block in blocks:
         if is_fp16 and float(np.abs(block).max()) > FP16_MAX:
@@ -140,7 +162,9 @@ def filled(template: Path, blocks: Iterable[FloatArray], *, threads: int) -> Lay
     return layers
 
 
-def _set_up(layers: Layers, resolved: ResolvedIndex, seed: int, rows: int) -> None:
+def _set_up(
+    layers: Layers, resolved: ResolvedIndex, seed: int, rows: int, iterations: int | None
+) -> None:
     """Seeds every random choice of training and sets what a factory string cannot say."""
     centroids = 0
     clusterings = []
@@ -156,7 +180,8 @@ def _set_up(layers: Layers, resolved: ResolvedIndex, seed: int, rows: int) -> No
     for clustering in clusterings:
         clustering.seed = seed
         clustering.min_points_per_centroid = 1  # no print by faiss: it is logged below
-    if rows < ROWS_PER_LIST_MIN * centroids:
+        clustering.niter = iterations or clustering.niter
+    if iterations is None and rows < ROWS_PER_LIST_MIN * centroids:
         logger.warning(
             "training %d centroids on %d rows; %d would be better",
             centroids,

@@ -12,6 +12,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, TypeAlias
 
+import numpy as np
 import pyarrow as pa
 
 from shardline.shards.core.attribute_kinds import AttributeKind
@@ -87,13 +88,34 @@ class ItemAttributes:
         if self.table is None or name not in self.names:
             raise self._unknown(name)
         column = self.table.column(name)
-        is_plain = any(check(column.type) for check in _PLAIN)
+        if pa.types.is_dictionary(column.type) and _is_plain(column.type.value_type):
+            return _dictionary_values(column, rows)
+        is_plain = _is_plain(column.type)
         # one by one: rows lie scattered, and ``take`` costs as much as some hundreds of them
         scalars = [column[row] for row in rows.tolist()]
         if is_plain:
             return [scalar.as_py() for scalar in scalars]
         read = _reader_of(column.type) or _read_any
         return [read(scalar) if scalar.is_valid else None for scalar in scalars]
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in _PLAIN)
+
+
+def _dictionary_values(column: pa.ChunkedArray, rows: IdArray) -> list[Any]:
+    """Of plain values: chunk by chunk, as a scalar of a dictionary takes 6 us, ten times as long as
+    one of texts."""
+    starts = np.cumsum([0, *map(len, column.chunks)])
+    chunk_of = np.searchsorted(starts, rows, side="right") - 1
+    values: list[Any] = [None] * len(rows)
+    for number in np.unique(chunk_of).tolist():
+        places = np.flatnonzero(chunk_of == number)
+        part = column.chunk(number).take(pa.array(rows[places] - starts[number]))
+        found = part.dictionary.take(part.indices).to_pylist()
+        for place, value in zip(places.tolist(), found, strict=True):
+            values[place] = value
+    return values
 
 
 def kind_of_values(kind: pa.DataType) -> AttributeKind:

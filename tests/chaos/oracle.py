@@ -162,12 +162,19 @@ class Oracle:
         texts = self.identity(said)
         if len(said.ids) != len(said.scores):
             return [*texts, f"{len(said.ids)} ids, {len(said.scores)} scores"]
-        if said.reasons:
+        is_partial = self._is_short_of_shards(question, said)
+        if said.reasons and not is_partial:
             return texts + self._not_found(question, said)
         texts += self._results(question, said)
         if question.titled:
             texts += self._titles(said)
         return texts
+
+    def _is_short_of_shards(self, question: Question, said: Said) -> bool:
+        """Whether the reasons say, truly, that a missing shard is why there are few results."""
+        codes = [each.code for each in said.reasons]
+        is_short = 0 < len(said.ids) < question.k
+        return codes == [ReasonCode.COVERAGE] and is_short and bool(said.coverage.degraded)
 
     def _not_found(self, question: Question, said: Said) -> list[str]:
         """An item is known, so the one reason not to find it is that its shard is missing."""

@@ -26,6 +26,11 @@ from shardline.training.loop.launch import train
 from shardline.training.synthetic.generator import PRESETS, generate
 
 NUM_ITEMS = 3000
+# only searches with an experiment_key are part of it
+EXPERIMENTS = (
+    "[{name: probes, arms: [{name: control, share: 0.5},"
+    " {name: few, share: 0.5, search: {params: {nprobe: 1, rerank_factor: 1}}}]}]"
+)
 SESSION = re.compile(rf"/{SESSION_PREFIX}([0-9]+)-")
 
 
@@ -71,6 +76,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardlineConfig, Data
             "cluster.http_port=0",
             "router.watch_interval_s=0.2",
             "quality.min_queries=1",
+            f"router.experiments={EXPERIMENTS}",
             "training.num_workers=1",
             "training.epochs=2",
             "training.batch_size=1024",

@@ -173,6 +173,19 @@ def not_found(code: str, missing: tuple[int, ...], query: int = 0) -> Said:
     )
 
 
+def test_few_results_are_right_where_a_shard_is_missing() -> None:
+    missing = (0, 1, 3)
+    question = replace(QUESTIONS[0], k=500)
+    said = right(question, missing)
+    assert 0 < len(said.ids) < question.k
+    told = replace(said, reasons=(Reason(query=0, code="coverage", text=""),))
+    assert kinds(question, told) == set()
+    whole = replace(right(question), reasons=told.reasons)
+    assert kinds(question, whole) == {FindingKind.WRONG}
+    enough = replace(right(QUESTIONS[0], missing), reasons=told.reasons)
+    assert kinds(QUESTIONS[0], enough) == {FindingKind.WRONG}
+
+
 def test_an_item_is_not_found_only_while_its_shard_is_away() -> None:
     question = QUESTIONS[1]
     assert kinds(question, not_found("not_found_partial", (1,))) == set()

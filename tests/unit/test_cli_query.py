@@ -30,6 +30,7 @@ class FakeClient:
         self.matched: int | None = None  # items that match the filter of any query
         self.asked: list[dict[str, Any]] = []
         self.report: dict[str, Any] = {}
+        self.arms: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -77,6 +78,7 @@ class FakeClient:
                 if item in KNOWN and self.matched is not None
             ),
             request_id="r",
+            arms=self.arms,
         )
 
 
@@ -237,6 +239,9 @@ def test_nprobe_for_an_index_without_lists_is_a_warning(
         ("k", "-k"),
         ("params.nprobe", "--nprobe"),
         ("filter.price.$lt", "--filter.price.$lt"),
+        ("cap[1].column", "--cap.column"),
+        ("boost[0].weight", "--boost.weight"),
+        ("diversify.lambda", "--diversify.lambda"),
         ("exclude[0][1]", "--exclude[1]"),
         ("exclude_history", "--exclude-history"),
         ("timeout_ms", "timeout_ms"),
@@ -414,3 +419,14 @@ def test_status_shows_recall_and_the_repairs_that_are_due(
     out = capsys.readouterr().out
     assert "against exact answers" not in out
     assert "repair due" not in out
+
+
+def test_an_experiment_key_is_sent_and_the_arm_shown(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.arms = {"probes": "few"}
+    code, out, _ = query(capsys, "--item", "42", "--experiment-key", "u")
+    assert (code, cluster.asked[-1]["experiment_key"]) == (0, "u")
+    assert "experiment probes: arm few\n" in out
+    _, out, _ = query(capsys, "--item", "42", "--experiment-key", "u", "--json")
+    assert json.loads(out)["arms"] == {"probes": "few"}

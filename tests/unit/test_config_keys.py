@@ -95,7 +95,7 @@ def test_a_default_is_written_as_in_yaml(section: Section, key: Key) -> None:
     written = yaml.safe_load(key.default)
     if isinstance(expected, tuple):
         assert tuple(written) == expected
-    elif isinstance(expected, bool | int | float) or expected is None:
+    elif isinstance(expected, bool | int | float | dict) or expected is None:
         assert written == expected
     else:
         assert written == str(expected)
@@ -121,9 +121,10 @@ def test_the_command_prints_a_section_and_those_below(capsys: pytest.CaptureFixt
     shown = capsys.readouterr().out
     (router,) = (section for section in SECTIONS if section.paths == ("router",))
     assert shown.startswith(f"router: {router.about[:30]}")
+    below = [s for s in SECTIONS if s.paths[0].startswith("router.")]
     assert [
         line.split(":")[0].strip() for line in shown.splitlines() if re.match("  [a-z]", line)
-    ] == [key.name for key in router.keys]
+    ] == [key.name for section in (router, *below) for key in section.keys]
     assert "  max_batch: 1024  (integer, 1 to 65,536, queries)\n" in shown
 
 

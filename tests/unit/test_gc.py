@@ -302,6 +302,29 @@ def test_kept_segments_beyond_their_bound_go(store: LiveStore) -> None:
     assert names[0] == f"log-{1:020d}-{3:06d}-{3:020d}.seg", "the oldest go"
 
 
+def test_days_of_events_beyond_their_room_go_the_oldest_first(tmp_path: Path) -> None:
+    made = Store(tmp_path)
+    for day in range(1, 6):
+        folder = made.events / f"2026-03-0{day}"
+        folder.mkdir(parents=True)
+        (folder / "h-000001-00000000.arrow").write_bytes(b"x" * 1000)
+
+    def going(keep_bytes: int | None) -> list[str]:
+        policy = Policy(live=None, held=(), keep=0, keep_log_bytes=0, keep_event_bytes=keep_bytes)
+        found = removals_module.removals(made, policy)
+        assert {each.kind for each in found} <= {removals_module.Kind.EVENTS}
+        return [each.path.name[-1] for each in found]
+
+    assert going(None) == going(5000) == []
+    assert going(4999) == going(4000) == ["1"]
+    assert going(2500) == ["1", "2", "3"]
+    assert going(1) == ["1", "2", "3", "4"], "routers write to the newest"
+    policy = Policy(live=None, held=(), keep=0, keep_log_bytes=0, keep_event_bytes=4000)
+    (first,) = removals_module.removals(made, policy)
+    assert removals_module.remove(made, first, lambda: ())
+    assert not first.path.exists() and len(list(made.events.iterdir())) == 4
+
+
 def test_embedding_sets_go_only_if_asked(store: LiveStore) -> None:
     for number in range(3):
         folder = store.store.embeddings / f"m{number}"

@@ -148,7 +148,7 @@ async def recall_of(state: ShardState, queries: np.ndarray):
     config = RouterConfig(watch_interval_s=1.0)
     service = SearchService(config, SECRET, load_encoder=lambda _table: None)
     clock = [0.0]
-    service.watch = RecallWatch(
+    service.watch = service._finder._watch = RecallWatch(
         service._fanout, service.recorder, 1.0, random.Random(1), now=lambda: clock[0]
     )
     try:

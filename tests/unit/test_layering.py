@@ -32,10 +32,11 @@ BELOW = {
     "shards/process": ("core", "filters", "index", "live", "server", "storage"),
     "router/client": (),
     "router/encoder": (),
+    "router/experiments": (),
     "router/fanout": ("encoder",),
-    "router/http": ("lists", "rearrange"),
-    "router/rearrange": ("fanout",),
+    "router/http": ("experiments", "lists", "rearrange"),
     "router/lists": (),
+    "router/rearrange": ("fanout",),
     "router/serve": ("http",),
     "training/config": (),
     "training/data": (),
@@ -56,6 +57,7 @@ BELOW = {
     "cluster/preflight": (),
     "cluster/rollover": ("batch",),
     "cluster/serving": ("control", "preflight", "rollover"),
+    "cluster/tuner": (),
 }
 
 # library -> the only places that may import it

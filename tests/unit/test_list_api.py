@@ -1,6 +1,7 @@
 """Named lists over HTTP: bodies in both formats, keys, bad input, and searches that name lists."""
 
 import contextlib
+import errno
 
 import httpx
 import msgpack
@@ -16,7 +17,7 @@ from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from tests.fake_shard import SECRET, make_rows, make_table, running_shards
 from tests.http_bodies import packed, unpacked
-from tests.list_disk import new_store
+from tests.list_disk import failing_at, new_store
 
 DIM = 8
 CONFIG = RouterConfig(max_list_ids=100, max_listed_ids=150, max_body_bytes=1 << 16)
@@ -280,3 +281,22 @@ async def test_more_writes_than_allowed_are_429(tmp_path):
             response = await http.put("/v1/lists/a", json={"item_ids": [1]})
             assert (response.status_code, response.json()["code"]) == (429, "overloaded")
             assert (await http.get("/v1/lists")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "code"),
+    [(errno.ENOSPC, 507, "store_full"), (errno.EIO, 503, "read_only")],
+)
+@pytest.mark.parametrize("method", ["PUT", "POST", "DELETE"])
+async def test_a_disk_that_fails_is_507_or_503_and_nothing_has_changed(
+    tmp_path, method, number, status, code
+):
+    async with api(tmp_path) as (http, service):
+        await http.put("/v1/lists/a", json={"item_ids": [1]})
+        service.lists._opened[0]._disk = failing_at("before write_new", number)
+        body = {"PUT": {"item_ids": [2]}, "POST": {"add": [2]}, "DELETE": None}[method]
+        response = await http.request(method, "/v1/lists/a", json=body)
+        assert (response.status_code, response.json()["code"]) == (status, code)
+        assert "secret" not in response.text
+        assert (await http.get("/v1/lists/a")).json()["item_ids"] == [1]
+        assert ListStore(tmp_path / "lists").newest("a").ids.tolist() == [1]

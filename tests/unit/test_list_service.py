@@ -3,17 +3,19 @@
 import asyncio
 import errno
 import threading
+from threading import get_ident
 
 import numpy as np
 import pytest
 
 from shardline.router.limits import resolve
 from shardline.router.list_names import MAX_EXCLUDE_LISTS
+from shardline.router.lists import list_service as service_module
 from shardline.router.lists.list_cache import ENTRY_BYTES, CachedList, ListCache
-from shardline.router.lists.list_change import ListChange
+from shardline.router.lists.list_change import ListChange, changed
 from shardline.router.lists.list_disk import ListDisk
 from shardline.router.lists.list_file import StoredList
-from shardline.router.lists.list_service import FORGET_S, MAX_LOOKS, Lists
+from shardline.router.lists.list_service import FORGET_S, MAX_IDS_OF_ALL, MAX_LOOKS, Lists
 from shardline.router.lists.list_store import ListStore
 from shardline.router.router_config import RouterConfig
 from shardline.shards.core.errors import (
@@ -216,6 +218,109 @@ async def test_a_list_made_anew_after_a_long_time_is_not_taken_for_the_old_one(t
     await Router(root).put("a", 2)  # version 1 again
     router.clock[0] += FORGET_S + 1
     assert await router.ids("a") == [2]
+
+
+async def test_a_list_made_anew_is_not_taken_for_the_deleted_one(tmp_path):
+    root = new_store(tmp_path)
+    router = Router(root)
+    await Router(root).put("a", 1)
+    await Router(root).lists.delete("a", router.until)
+    assert await router.ids("a") == []
+    folder = ListStore(root).folder("a")
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    await Router(root).put("a", 1)
+    await Router(root).add("a", 2)  # version 2, as the one that said that it was deleted
+    router.clock[0] += 2 * FRESH_S
+    assert await router.ids("a") == [1, 2]
+
+
+async def test_a_write_that_changes_nothing_knows_no_more_than_its_look(tmp_path, monkeypatch):
+    root = new_store(tmp_path)
+    router = Router(root)
+    await Router(root).put("a", 1)
+    before = ListStore._newest_before
+
+    def overtaken(self, *arguments):
+        found = before(self, *arguments)
+        monkeypatch.setattr(ListStore, "_newest_before", before)
+        given = ListChange(add=np.array([2], np.int64), remove=np.array([], np.int64))
+        ListStore(root).write("a", changed(given, 10), 1e12, lambda _: None)
+        router.clock[0] += 2 * FRESH_S
+        return found
+
+    monkeypatch.setattr(ListStore, "_newest_before", overtaken)
+    await router.put("a", 1)
+    assert await router.ids("a") == [1, 2]
+
+
+async def test_ids_of_all_queries_together_are_bounded_before_any_work(tmp_path, monkeypatch):
+    config = RouterConfig(max_batch=4096)
+    router = Router(new_store(tmp_path), config=config)
+    await router.put("a", *range(5000))
+    monkeypatch.setattr(service_module, "with_excluded", lambda *_: pytest.fail("too much work"))
+    with pytest.raises(InvalidInput) as caught:
+        await router.excluded("a", queries=1024, config=config)
+    assert caught.value.got == str(1024 * 5000)
+    assert MAX_IDS_OF_ALL < 1024 * 5000
+
+
+async def test_lists_of_many_ids_are_joined_outside_the_event_loop(tmp_path, monkeypatch):
+    router, config = Router(new_store(tmp_path)), RouterConfig()
+    for name in "abcd":
+        await router.put(name, *range(9000))
+    threads = []
+    union = service_module._union
+    monkeypatch.setattr(
+        service_module, "_union", lambda lists: threads.append(get_ident()) or union(lists)
+    )
+    assert len((await router.excluded(*"abcd", config=config))[0]) == 9000
+    await router.excluded("a", "b", config=config)
+    assert [thread == get_ident() for thread in threads] == [False, True]
+
+
+async def test_pages_of_names_that_hang_leave_searches_alone(tmp_path, monkeypatch):
+    router, go = Router(new_store(tmp_path)), threading.Event()
+    monkeypatch.setattr(service_module, "names_page", lambda *_: go.wait(30))
+    soon = asyncio.get_running_loop().time() + 0.05
+    asked = [router.lists.names("", "", 10, soon) for _ in range(MAX_LOOKS + 5)]
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(each) for each in found} == {ListsUnavailable}
+    assert await router.ids("a") == []
+    go.set()
+
+
+async def test_looks_that_nobody_waits_for_do_not_pile_up(tmp_path, monkeypatch):
+    router, go = Router(new_store(tmp_path)), threading.Event()
+
+    def hang(self, name, known=-1):
+        go.wait(30)
+        return StoredList()
+
+    monkeypatch.setattr(ListStore, "newest", hang)
+    monkeypatch.setattr(service_module, "MAX_WAITING", 50)
+    for turn in range(10):
+        soon = asyncio.get_running_loop().time() + 0.01
+        asked = [router.lists.read(f"l{turn}-{n}", soon) for n in range(20)]
+        await asyncio.gather(*asked, return_exceptions=True)
+    assert len(router.lists._looks) == 50
+    go.set()
+    await router.lists.close()
+
+
+async def test_without_a_thread_a_read_fails_and_keeps_no_room(tmp_path, monkeypatch):
+    router = Router(new_store(tmp_path))
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service_module, "start", refuse)
+        for number in range(2 * MAX_LOOKS):
+            with pytest.raises(ListsUnavailable):
+                await router.ids(f"l{number}")
+    assert await router.ids("a") == []
 
 
 async def test_a_store_that_hangs_fails_searches_in_time_and_takes_so_many_threads(

@@ -12,9 +12,10 @@ import pytest
 from shardline.router.lists.list_change import ListChange, changed, deleted, replaced
 from shardline.router.lists.list_count import RECOUNT_S, ListCount
 from shardline.router.lists.list_disk import ListDisk
-from shardline.router.lists.list_file import ABSENT
+from shardline.router.lists.list_file import ABSENT, StoredList, encode_list
 from shardline.router.lists.list_names_page import MAX_LISTED, check_position, names_page
-from shardline.router.lists.list_store import ListStore, bucket_of, lists_folder, versions_in
+from shardline.router.lists.list_paths import bucket_of, lists_folder, versions_in
+from shardline.router.lists.list_store import ListStore
 from shardline.shards.core.errors import (
     CorruptFile,
     InvalidInput,
@@ -240,6 +241,24 @@ def test_a_link_that_comes_so_late_that_its_name_is_free_again_is_no_version(roo
     assert (held(root, "a"), written.now.version) == ({1, 2, 3, 4, 7}, 5)
 
 
+def test_another_late_link_does_not_pass_for_the_version_that_was_seen(root):
+    store = ListStore(root)
+    put(store, "a", 1)
+    change(store, "a", add=[2])
+
+    def overtake(point, count):
+        if (point, count) == ("before link", 1):
+            for number in (3, 4, 5):
+                change(ListStore(root), "a", add=[number])
+            seen = store.folder("a") / "000000000002.ids"
+            assert not seen.exists()
+            late = StoredList(version=2, ids=ids(1, 99))
+            seen.write_bytes(encode_list("a", late))
+
+    written = change(ListStore(root, WatchedDisk(overtake)), "a", add=[7])
+    assert (held(root, "a"), written.now.version) == ({1, 2, 3, 4, 5, 7}, 6)
+
+
 def test_a_writer_that_is_always_late_gives_up(root):
     put(ListStore(root), "a", 1)
     others = iter(range(100, 200))
@@ -276,6 +295,42 @@ def test_what_is_no_file_is_refused(root, make):
     make(store.folder("a") / "000000000002.ids")
     with pytest.raises(CorruptFile):
         store.newest("a")
+
+
+def test_a_folder_with_files_of_others_is_an_error_and_no_endless_loop(root):
+    store = ListStore(root)
+    folder = store.folder("a")
+    folder.mkdir(parents=True)
+    (folder / "README").write_text("not ours")
+    assert not store.newest("a").exists
+    with pytest.raises(OSError, match="none of a list's"):
+        put(store, "a", 1)
+    (folder / "README").unlink()
+    put(store, "a", 1)
+    assert held(root, "a") == {1}
+
+
+def test_no_name_becomes_free_while_an_older_one_is_taken(root, monkeypatch):
+    put(ListStore(root), "a", 1)
+    change(ListStore(root), "a", add=[2])
+    disk = failing_at("before remove", errno.EIO)
+    for number in (3, 4, 5):
+        change(ListStore(root, disk), "a", add=[number])
+    names = {path.name for path in ListStore(root).folder("a").iterdir()}
+    assert versions_in(names) == [1, 2, 3, 4, 5]
+    change(ListStore(root), "a", add=[6])
+    names = {path.name for path in ListStore(root).folder("a").iterdir()}
+    assert versions_in(names) == [5, 6]
+
+
+def test_a_list_of_a_newer_program_is_among_the_names(root):
+    store = ListStore(root)
+    put(store, "a", 1)
+    path = store.folder("a") / "000000000001.ids"
+    content = bytearray(path.read_bytes())
+    content[8] = 2  # its format version
+    path.write_bytes(content)
+    assert names_page(store, "", "", 10).names == ["a"]
 
 
 def test_a_store_that_is_not_there_is_not_one_without_lists(tmp_path):

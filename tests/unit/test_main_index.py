@@ -310,6 +310,12 @@ def test_over_fetch_and_filter_on_a_gpu_that_ignores_selectors(
     got = main.search(queries, 50, FULL, without(excluded))
     expected = brute_force(queries, vectors, np.arange(ROWS), 50, Metric.DOT, excluded.tolist())
     assert_same_answers(got, expected)
+    monkeypatch.setattr(gpu, "GPU_MAX_K", 20)
+    most = main.search(queries, 50, FULL)
+    expected = brute_force(queries, vectors, np.arange(ROWS), 20, Metric.DOT)
+    assert_same_answers(Ranked(most.ids[:, :20], most.scores[:, :20]), expected)
+    assert (most.ids[:, 20:] == -1).all()
+    assert np.isneginf(most.scores[:, 20:]).all()
 
 
 def test_a_gpu_that_answers_wrongly_is_refused(vectors, monkeypatch) -> None:

@@ -7,6 +7,7 @@ import pytest
 from shardline.bench.vectors import clustered, manifold
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.exact import exact_top_k
+from shardline.shards.index.filtered_search import LIKELY_DEPTH
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.probing import Lists
 from tests.engine import build_main
@@ -76,3 +77,20 @@ def test_an_empty_slot_needs_all_lists(corpus, main) -> None:
     near = lists.near(corpus[1][:2], lists.rows_of(np.arange(ROWS)))
     needed = near.needed(np.arange(2), K, np.full(2, -np.inf, np.float32))
     assert (needed >= len(near.rows) - 2).all()
+
+
+def test_the_score_estimated_before_a_search_leads_to_about_the_lists_needed(corpus, main) -> None:
+    """Among the rows outside a query's nearest lists, which few lists say nothing about."""
+    vectors, queries = corpus
+    lists, ratios = lists_of(main), []
+    for query in queries[:20, None]:
+        nearest = np.argsort(-lists._scored(query)[0][0])[:16]
+        rows = np.flatnonzero(~np.isin(lists.of_row, nearest))
+        near, own = lists.near(query, lists.rows_of(rows)), np.arange(1)
+        likely = near.likely(own, LIKELY_DEPTH * K)
+        if main.metric is Metric.L2:
+            assert likely == -np.inf
+            continue
+        _, exact = exact_top_k(query, vectors[rows], K, main.metric)
+        ratios.append(near.needed(own, K, likely)[0] / near.needed(own, K, exact[:, -1])[0])
+    assert main.metric is Metric.L2 or 0.4 <= np.median(ratios) <= 2.5, ratios

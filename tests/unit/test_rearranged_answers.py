@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import msgpack
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from shardline import Client
 from shardline.router.http.codec import decode_query, encode_answer
 from shardline.router.http.media import Media
 from shardline.router.query import SearchAnswer
+from shardline.router.rearrange import pool_search, rearranger
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Unavailable
@@ -29,12 +32,15 @@ from shardline.shards.core.messages import (
     ShardRoute,
 )
 from shardline.shards.core.schema import Metric
+from shardline.shards.live.attributes import check_attributes
 from shardline.shards.live.item_attributes import ItemAttributes
-from shardline.shards.live.state import ShardState
+from shardline.shards.live.records import Record, Upsert
+from shardline.shards.live.state import ShardState, apply
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.shard_server import ShardServer
 from tests.engine import build_main
 from tests.fake_shard import SECRET, make_rows, make_table, running_shards
+from tests.live_router import running_router
 from tests.unit.test_rearrange import slow_capped, slow_diverse
 
 DIM = 6
@@ -101,13 +107,39 @@ def corpus(seed: int) -> Corpus:
     )
 
 
+def state_of(given: Corpus, rows: np.ndarray, written: int) -> ShardState:
+    """A shard of these rows, every ``written``-th of which came in a write: until then it had the
+    attributes and the vector of the row before."""
+    old = np.where(np.arange(len(rows)) % written == written - 1, np.roll(rows, 1), rows)
+    main = build_main(given.vectors[old], metric=Metric.DOT, kind="flat")
+    state = ShardState.of(main, given.ids[rows], ItemAttributes(given.table(old)))
+    new = rows[old != rows]
+    if not len(new):
+        return state
+    columns = {
+        name: [given.columns[name][row] for row in new.tolist()] for name in (*CAPPED, "tags")
+    }
+    columns["day"] = [day.isoformat() for day in columns["day"]]
+    change = Upsert(
+        item_ids=given.ids[new],
+        vectors=given.vectors[new],
+        attributes=check_attributes(
+            msgpack.packb(columns), given.ids[new], state.attributes.schema
+        ),
+    )
+    state, _ = apply(state, [Record(seq=1, epoch=1, key="", change=change)])
+    return state
+
+
 @contextlib.asynccontextmanager
-async def serving(given: Corpus, num_shards: int, **config: Any) -> AsyncIterator[SearchService]:
+async def serving(
+    given: Corpus, num_shards: int, *, written: int = 1 << 20, **config: Any
+) -> AsyncIterator[SearchService]:
+    """written: as of ``state_of``."""
     parts = np.array_split(np.arange(len(given.ids)), num_shards)
     servers, routes = [], []
     for number, rows in enumerate(parts):
-        main = build_main(given.vectors[rows], metric=Metric.DOT, kind="flat")
-        state = ShardState.of(main, given.ids[rows], ItemAttributes(given.table(rows)))
+        state = state_of(given, rows, written)
         server = ShardServer(Shard(shard=number, generation=1, state=state), secret=SECRET)
         address = server.bind()
         server.start(1)
@@ -162,11 +194,12 @@ def brute_force(
 @pytest.mark.parametrize("num_shards", range(1, 8))
 @pytest.mark.parametrize("max_k", [30, 2048])
 async def test_caps_are_exact(num_shards: int, max_k: int) -> None:
-    """Whatever shards, pools, sellers, filters, exclusions and ties there are."""
+    """Whatever shards, pools, sellers, filters, exclusions, writes and ties there are."""
     kept = Counter[str]()
     for seed in (2 * num_shards, 2 * num_shards + 1):
         given, rng = corpus(seed), np.random.default_rng(seed)
-        async with serving(given, num_shards, max_k=max_k) as service:
+        written = int(rng.choice([2, 3, 1 << 20]))
+        async with serving(given, num_shards, max_k=max_k, written=written) as service:
             for _ in range(12):
                 k = int(rng.integers(1, min(max_k, 60) + 1))
                 columns = rng.choice(CAPPED, int(rng.integers(1, 4)), replace=False).tolist()
@@ -316,6 +349,43 @@ async def test_diverse_answers_under_caps_have_k_items_though_the_pool_has_not()
         assert len(items) == len(expected)
 
 
+async def test_many_queries_are_answered_part_by_part_and_off_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = corpus(9)
+    body: dict[str, Any] = {
+        "item_ids": given.ids[:40].tolist(),
+        "k": 15,
+        "cap": {"column": "seller", "max": 2},
+        "boost": {"column": "brand", "weight": 0.5, "pool": 20},
+        "diversify": {"lambda": 0.8},
+        "timeout_ms": 10_000,
+    }
+    async with serving(given, 3, max_k=50) as service:
+        whole = await ask(service, **body)
+        threads = Counter[str]()
+        to_thread = asyncio.to_thread
+
+        async def counted(work: Any, *arguments: Any) -> Any:
+            threads["used"] += 1
+            return await to_thread(work, *arguments)
+
+        monkeypatch.setattr(asyncio, "to_thread", counted)
+        monkeypatch.setattr(rearranger, "ITEMS_AT_ONCE", 100)
+        monkeypatch.setattr(rearranger, "CHOSEN_IN_LOOP", 0)
+        monkeypatch.setattr(pool_search, "TAKEN_IN_LOOP", 0)
+        monkeypatch.setattr(pool_search, "IDS_AT_ONCE", 7)
+        monkeypatch.setattr(pool_search, "FETCHED_BYTES", 100)
+        parts = await ask(service, **body)
+        assert threads["used"] > 10
+        np.testing.assert_array_equal(parts.ranked.ids, whole.ranked.ids)
+        np.testing.assert_array_equal(parts.ranked.scores, whole.ranked.scores)
+        assert parts.considered is not None
+        assert whole.considered is not None
+        assert parts.considered.tolist() == whole.considered.tolist()
+        assert parts.reasons == whole.reasons
+
+
 async def test_what_is_returned_is_of_the_final_items() -> None:
     given = corpus(2)
     async with serving(given, 2) as service:
@@ -356,6 +426,40 @@ async def test_columns_that_do_not_fit_are_refused(
                 await ask(service, vectors=[[1] * DIM], k=4, filter=item_filter, **body)
             assert caught.value.field == field
             assert expected in caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("step", "pools"),
+    [(8, [(100, False)]), (20, [(100, False), (400, False)]), (100, [(100, False), (400, True)])],
+)
+async def test_a_larger_pool_comes_before_a_narrower_filter(
+    step: int, pools: list[tuple[int, bool]]
+) -> None:
+    """One seller has all items but each ``step``-th, and these have one each. pools: their sizes,
+    and whether a filter narrows them."""
+    count, k = 2000, 12
+    ids = np.arange(count)
+    vectors = np.zeros((count, DIM), np.float32)
+    vectors[:, 0] = count - ids
+    is_other = ids % step == step - 1
+    names = [f"{item}" if other else "large" for item, other in zip(ids, is_other, strict=True)]
+    given = Corpus(ids, vectors, {"seller": names})
+    async with serving(given, 2) as service:
+        asked: list[tuple[int, bool]] = []
+        find = service._finder.find
+
+        async def noted(*arguments: Any) -> Any:
+            query = arguments[3]
+            asked.append((arguments[2], any(query.filters)))
+            return await find(*arguments)
+
+        service._finder.find = noted  # type: ignore[method-assign]
+        query = [1.0] + [0.0] * (DIM - 1)
+        answer = await ask(service, vectors=[query], k=k + 1, cap={"column": "seller", "max": 1})
+        others = ids[is_other][:k]
+        assert live(answer, 0) == sorted([0, *others.tolist()])[: k + 1]
+        assert asked == pools
+        assert answer.reasons == ()
 
 
 async def test_kinds_of_columns_are_asked_once_and_other_searches_pay_nothing() -> None:
@@ -465,3 +569,19 @@ async def test_a_filter_at_its_limit_cannot_be_narrowed_and_the_answer_says_so()
         assert len(live(answer, 0)) < 20
         assert [each.code for each in answer.reasons] == ["cap"]
         assert "there may be others" in answer.reasons[0].text
+
+
+def test_a_client_reads_how_many_items_were_considered() -> None:
+    with running_router(RouterConfig(**FAST)) as router, Client(router.url) as client:
+        answer = client.search(
+            item_ids=[1, 10_001],
+            k=3,
+            cap={"column": "title", "max": 1},
+            diversify={"lambda": np.float32(0.5), "pool": 20},
+        )
+        assert answer.pool == (20, 0)
+        assert (answer.ids[0] >= 0).all()
+        assert client.search(item_ids=[1], k=3).pool == ()
+        with pytest.raises(InvalidInput) as caught:
+            client.search(item_ids=[1], k=3, boost={"column": "title", "weight": 1})
+        assert caught.value.field == "boost.column"

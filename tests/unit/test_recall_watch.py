@@ -9,6 +9,7 @@ import pytest
 
 from shardline.router import recall_watch
 from shardline.router.contract import Coverage
+from shardline.router.experiments.assignment import Assignment
 from shardline.router.fanout.coalesce import LaneKey
 from shardline.router.limits import resolve
 from shardline.router.query import Merged
@@ -24,7 +25,7 @@ from shardline.shards.core.messages import (
     SearchParams,
     SearchRequest,
 )
-from shardline.shards.core.metrics import RECALL, RECALL_SAMPLES
+from shardline.shards.core.metrics import ARM_RECALL, RECALL, RECALL_SAMPLES
 from shardline.shards.core.recall import count_matches
 from shardline.shards.core.schema import Ranked
 from tests.fake_shard import SECRET, brute_force, make_rows, make_table, running_shards, until
@@ -59,8 +60,11 @@ class Watched:
         if at_s is not None:
             self.clock.now_s = 100.0 + at_s
         query = {"vectors": VECTORS[:2].tolist(), "k": 10} | query
+        assignment = query.pop("assignment", None)
         now = asyncio.get_running_loop().time()
-        answer = await self.service.search(resolve(CONFIG, **query), arrived_at=now)
+        resolved = resolve(CONFIG, **query)
+        resolved.assignment = assignment
+        answer = await self.service.search(resolved, arrived_at=now)
         if (task := self.watch._task) is not None:
             await asyncio.wait([task])
             await asyncio.sleep(0)
@@ -91,19 +95,22 @@ def make_forgetful(shard) -> None:
 
 
 @contextlib.asynccontextmanager
-async def watched(num_shards: int = 1, forgets: bool = True, **config):
+async def watched(num_shards: int = 1, forgets: bool = True, arms=(), on_sample=None, **config):
     settings = CONFIG.model_copy(update=config)
     clock = Clock()
     async with running_shards(IDS, VECTORS, num_shards) as shards:
         service = SearchService(settings, SECRET, load_encoder=lambda _table: None)
-        service.watch = recall_watch.RecallWatch(
+        service.watch = service._finder._watch = recall_watch.RecallWatch(
             service._fanout,
             service.recorder,
             settings.watch_interval_s,
             random.Random(1),
+            arms=arms,
+            on_sample=on_sample,
             now=clock,
             wall=lambda: clock.now_s + 1e9,
         )
+        service._finder._watch = service.watch
         if forgets:
             for shard in shards:
                 make_forgetful(shard)
@@ -317,3 +324,61 @@ def test_matches_are_counted_as_by_hand(seed) -> None:
     assert count_matches(found, exact) == (by_hand, 10)
     far = Ranked(exact.ids, exact.scores - 1)  # of rounding, as of squared distances far away
     assert count_matches(far, exact) == (10, 10)
+
+
+# Arms of experiments
+
+FEW, CONTROL = ("probes", "few"), ("probes", "control")
+NPROBE = {"params": SearchParams(nprobe=2)}
+
+
+def in_arm(arm, *, is_whole=True) -> Assignment:
+    return Assignment(arms=(arm,), key="u", is_whole=is_whole)
+
+
+async def test_each_arm_has_its_turn_however_few_searches_it_has() -> None:
+    told = []
+
+    def on_sample(assignment, recall) -> None:
+        told.append((assignment.arms[0], recall))
+
+    async with watched(arms=(FEW, CONTROL), on_sample=on_sample) as made:
+        for step in range(1, 401):
+            is_few = step % 20 == 0
+            arm = {"assignment": in_arm(FEW), **NPROBE} if is_few else {}
+            if not is_few and step % 2:
+                arm = {"assignment": in_arm(CONTROL)}
+            await made.search(1.0 * step, **arm)
+        found = made.watch.arm_qualities()
+        assert set(found) == {FEW, CONTROL}
+        assert 0.5 < found[FEW].recall < 1
+        # one look per five seconds in all; three windows, one of which also takes control's
+        assert made.outcomes()["compared"] <= 80
+        assert found[FEW].queries >= 15
+        assert found[CONTROL].queries >= 15
+        assert made.watch.quality().queries >= found[CONTROL].queries
+        assert [arm for arm, _ in told].count(FEW) == found[FEW].queries
+        assert np.mean([r for arm, r in told if arm == FEW]) == pytest.approx(found[FEW].recall)
+        made.service.refresh_metrics()
+        assert made.service.recorder._gauges[ARM_RECALL, FEW] == found[FEW].recall
+
+
+async def test_searches_that_are_not_as_their_arm_says_are_not_its_samples() -> None:
+    async with watched(arms=(FEW,)) as made:
+        for step in range(1, 30):
+            await made.search(5.0 * step, assignment=in_arm(FEW, is_whole=False), **NPROBE)
+            await made.search(assignment=in_arm(("gone", "arm")), **NPROBE)
+        assert made.exact_requests() == []
+        assert made.watch.arm_qualities() == {FEW: None}
+        assert made.watch.quality() is None
+
+
+async def test_an_arm_of_another_generation_begins_anew() -> None:
+    async with watched(arms=(FEW,)) as made, running_shards(IDS, VECTORS, 1, generation=2) as new:
+        await made.search(10.0, assignment=in_arm(FEW), **NPROBE)
+        assert made.watch.arm_qualities()[FEW].queries == 1
+        await made.service.apply(make_table(new, DIM, generation=2, version=2))
+        assert made.watch.arm_qualities() == {FEW: None}
+        await made.search(40.0, assignment=in_arm(FEW), **NPROBE)
+        found = made.watch.arm_qualities()[FEW]
+        assert (found.generation, found.queries, found.recall) == (2, 1, 1.0)

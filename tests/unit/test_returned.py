@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from shardline import Client
-from shardline.router import service as service_module
+from shardline.router import returned as returned_module
 from shardline.router.contract import Coverage
 from shardline.router.fanout import fanout as fanout_module
 from shardline.router.fanout.fanout import _columns_of
@@ -72,7 +72,16 @@ def read(shard: Shard, ids: list[int], *names: str):
         (pa.array([["a", None], None, []], pa.list_(pa.string())), [["a", None], None, []]),
         (pa.array([Decimal("1.50"), None, Decimal(2)], pa.decimal128(5, 2)), [1.5, None, 2.0]),
         (pa.array([MOMENT, None, None], pa.timestamp("us")), [MOMENT.isoformat(), None, None]),
-        (pa.array([1_000_000_001, None, 0], pa.timestamp("ns", "UTC")), None),
+        (
+            pa.array([1_000_000_001, None, 0], pa.timestamp("ns", "UTC")),
+            ["1970-01-01T00:00:01.000000001+00:00", None, "1970-01-01T00:00:00+00:00"],
+        ),
+        (pa.array([1, None, 10**9], pa.time64("ns")), [1e-9, None, 1.0]),
+        (pa.array([-1, None, 2**62 + 1], pa.duration("ns")), [-1e-9, None, "4611686018.427387905"]),
+        (
+            pa.array([Decimal("0.12345678901234567890"), None, Decimal(1)], pa.decimal128(38, 20)),
+            ["0.12345678901234567890", None, 1.0],
+        ),
         (pa.array([MOMENT.date(), None, None]), ["2026-03-01", None, None]),
         (pa.array([MOMENT.time(), None, None]), [45_000.00025, None, None]),
         (pa.array([dt.timedelta(hours=1), None, None]), [3600.0, None, None]),
@@ -96,7 +105,6 @@ def test_every_type_has_a_form_in_json(column: pa.Array, expected, tmp_path) -> 
     write_table(tmp_path / "a.arrow", pa.table({"a": column}))
     table = open_ipc(tmp_path / "a.arrow").read_all()
     shard = shard_with(table, np.array([5, 6, 9]), VECTORS[:3])
-    expected = expected or ["1970-01-01T00:00:01+00:00", None, "1970-01-01T00:00:00+00:00"]
     found, (values,) = read(shard, [9, 7, 5, 6], "a")
     assert (found, values) == ([9, 5, 6], [expected[2], expected[0], expected[1]])
     returned = Returned(attributes={"a": [values]}, original_ids=None, missing=())
@@ -123,6 +131,19 @@ def test_rows_are_found_in_every_chunk_of_a_column() -> None:
     for asked in ([7, 6, 39, 0], [6], [7], [3], []):
         expected = [[TITLES[item] for item in asked], asked]
         assert read(shard, asked, "title", "n") == (asked, expected)
+
+
+def test_values_of_dictionaries_are_read_from_every_chunk() -> None:
+    """Each chunk has a dictionary of its own; null is no value of it, or one."""
+    parts = [pa.array(part, pa.string()) for part in (TITLES[:7], [], TITLES[7:20], TITLES[20:])]
+    chunks = [part.dictionary_encode() for part in parts]
+    chunks[-1] = parts[-1].dictionary_encode(null_encoding="encode")
+    shard = shard_with(pa.table({"title": pa.chunked_array(chunks)}))
+    for asked in ([7, 6, 39, 3, 0, 20, 19], [6], [3], [], list(range(40))):
+        assert read(shard, asked, "title") == (asked, [[TITLES[item] for item in asked]])
+    days = [MOMENT.date() if item % 3 else None for item in range(40)]
+    shard = shard_with(pa.table({"day": pa.array(days).dictionary_encode()}))
+    assert read(shard, [4, 3, 5], "day") == ([4, 3, 5], [["2026-03-01", None, "2026-03-01"]])
 
 
 @pytest.mark.parametrize("names", [("price",), ("title", "price")])
@@ -275,7 +296,7 @@ async def test_many_results_are_asked_for_a_part_at_a_time(monkeypatch: pytest.M
 
 
 async def test_what_many_queries_share_counts_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "MAX_RETURNED_BYTES", 100_000)
+    monkeypatch.setattr(returned_module, "MAX_RETURNED_BYTES", 100_000)
     async with service_over([pa.table({"text": ["x" * 600] * 40})]) as (service, _):
         wanted = {"k": 40, "return": ["text"]}
         answer = await ask(service, vectors=VECTORS[:3].tolist(), **wanted)

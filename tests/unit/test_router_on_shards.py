@@ -84,6 +84,45 @@ async def test_answers_equal_brute_force_for_any_number_of_shards(metric, num_sh
         assert [str(reason.text) for reason in answer.reasons] == ["item 10001 not found"]
 
 
+@pytest.mark.parametrize("num_shards", [1, 2, 3, 7])
+@pytest.mark.parametrize("metric", list(Metric))
+async def test_exclusions_equal_brute_force_for_any_number_of_shards(metric, num_shards):
+    """Of searches alone, of a batch, and of searches that share frames."""
+    rng = np.random.default_rng(num_shards)
+    async with cluster(metric, num_shards) as (service, _, _, ids, vectors):
+        lists = [rng.choice(ids, size, replace=False).tolist() for size in (0, 5, 40, 60, 88, 90)]
+        lists[1].append(10_001)
+        expected = [
+            reference.brute_force(vectors[row : row + 1], vectors, ids, 20, metric, excluded=each)
+            for row, each in enumerate(lists)
+        ]
+        arrays = tuple(np.unique(np.array(each, np.int64)) for each in lists)
+        whole = await search(service, vectors=vectors[:6], k=20, excluded=arrays)
+        shared = await asyncio.gather(
+            *(
+                search(
+                    service, vectors=vectors[row : row + 1], k=20, excluded=arrays[row : row + 1]
+                )
+                for row in range(6)
+            )
+        )
+        for row, wanted in enumerate(expected):
+            found = whole.ranked.rows(slice(row, row + 1))
+            for got in (found, shared[row].ranked):
+                np.testing.assert_array_equal(got.ids, wanted.ids)
+                np.testing.assert_allclose(got.scores, wanted.scores, rtol=1e-5, atol=1e-5)
+        told = [(each.query, str(each.code), each.count) for each in whole.reasons]
+        assert told == [(4, "exclusion", 88), (5, "exclusion", 90)]
+
+        item, others = int(ids[7]), ids[10:80]
+        answer = await search(service, item_ids=[item], k=20, excluded=(others,))
+        gone = [item, *others.tolist()]
+        wanted = reference.brute_force(vectors[7:8], vectors, ids, 20, metric, excluded=gone)
+        np.testing.assert_array_equal(answer.ranked.ids, wanted.ids)
+        told = [(each.query, str(each.code), each.count) for each in answer.reasons]
+        assert told == [(0, "exclusion", 70)]
+
+
 async def test_an_item_without_attributes_is_answered_and_costs_no_link():
     """A search that is under way on the same connections is not harmed by it."""
     async with cluster(Metric.COSINE, 3) as (service, _, _, ids, vectors):

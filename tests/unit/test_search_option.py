@@ -31,6 +31,7 @@ ASKING = {
     "router/rearrange/pool_search.py",
     "router/recall_watch.py",
 }
+REFUSING = {"router/http/arm_settings.py"}  # as a setting of an arm
 # where the numbers are from, and so what they ask of the generation that is live
 ORIGIN = {
     "router/asked_seq.py",
@@ -61,7 +62,7 @@ def test_an_optional_field_touches_few_modules() -> None:
         path.relative_to(ROOT).as_posix() for path in modules if "min_seq" in path.read_text()
     }
     assert naming >= {"shards/core/messages.py", "router/http/models.py", "shards/server/shard.py"}
-    assert len(naming - ASKING - ORIGIN) <= 7
+    assert len(naming - ASKING - REFUSING - ORIGIN) <= 7
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ def test_refusals_in_the_loop_thread_are_those_of_the_search_thread(serve) -> No
     [
         (search(np.zeros((1, DIM + 1), np.float32)), "queries", "wrong dimension"),
         (search(np.zeros((0, DIM), np.float32)), "queries", "empty batch"),
-        (search(k=0), "k", "out of range; expected 1 to 2048; got 0"),
+        (search(k=0), "k", "out of range; expected 1 to 2049; got 0"),
         (search(k=2050), "k", "out of range"),
         (search(k=2**32 - 1), None, "would not fit a frame"),
         (search(nprobe=10**9), "params.nprobe", "out of range; expected 1 to 2048"),

@@ -220,3 +220,12 @@ def test_one_router_per_host_unless_another_number_is_asked_for(
     deployment = application._bound_deployment
     assert deployment.num_replicas == wanted[0]
     assert deployment._replica_config.max_replicas_per_node == wanted[1]
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_routers_store_events_in_the_store_unless_that_is_read_alone(
+    tmp_path: Path, writes: bool
+) -> None:
+    config = load_config(None, [f"store={tmp_path}", f"cluster.writes={str(writes).lower()}"])
+    given = router_application(config, INSECURE, hosts=1)._bound_deployment.init_kwargs
+    assert given["events_folder"] == (str(tmp_path.resolve() / "events") if writes else None)

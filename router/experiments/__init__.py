@@ -1,0 +1,1 @@
+"""Experiments: arms assigned by key, and events stored for comparing them"""
