@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # every page but the generated tree; CLIENT.md is read like the others
 PAGES = sorted(
-    {ROOT / "README.md", ROOT / "bench" / "LOG.md", *(ROOT / "docs").glob("*.md")}
+    {ROOT / "README.md", ROOT / "bench" / "LOG.md", *(ROOT / "docs").rglob("*.md")}
     - {ROOT / "docs" / "TREE.md"}
 )
 README_LINES = 160
