@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 FAISS ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-machines test-chaos test-hosts lint format docs bench clean
+.PHONY: help install demo serve test test-recipes test-machines test-chaos test-hosts lint format docs bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,11 @@ test: install lint ## lint, unit tests, then tests on a real local cluster, then
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=10 tests/unit
 	$(BIN)/pytest --durations=10 tests/integration
 	$(BIN)/pytest --durations=10 tests/hosts/test_rig.py tests/hosts/test_two_hosts.py
+
+test-recipes: export OMP_NUM_THREADS = 1
+test-recipes: export RECIPES = all
+test-recipes: install ## the four recipes of docs/recipes, in their short form; two minutes
+	$(BIN)/pytest --durations=4 tests/integration/test_recipes.py
 
 test-machines: export OMP_NUM_THREADS = 1
 test-machines: install ## real starts, ends and kills of the commands on this machine; minutes

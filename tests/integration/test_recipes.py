@@ -1,5 +1,9 @@
-"""The recipes of docs/recipes: each by its command, quick, beside the table of their page."""
+"""The recipes of docs/recipes: each by its command, quick, beside the table of their page.
 
+`make test` runs two of them, `make test-recipes` all.
+"""
+
+import os
 import subprocess
 import sys
 import tempfile
@@ -9,6 +13,7 @@ import pytest
 
 from tests.recipe_outcomes import RECIPES, outcomes_module, recipe_names, tables_of_the_page
 
+USUAL = ("ads", "product_search")  # those of `make test`
 LONGEST_S = 240.0  # 40 are usual on two cores
 
 outcomes = outcomes_module()
@@ -20,6 +25,8 @@ def work_folders() -> set[Path]:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_shows_what_its_page_says(name: str, tmp_path: Path) -> None:
+    if name not in USUAL and os.environ.get("RECIPES") != "all":
+        pytest.skip("make test-recipes runs it")
     before = work_folders()
     done = subprocess.run(
         [sys.executable, str(RECIPES / f"{name}.py"), "--quick"],

@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import pytest
 
+from shardline.bench.vectors import clustered
 from shardline.shards.core.exclusions import Excluded, joined_excluded
 from shardline.shards.core.filter_language import check_filter
 from shardline.shards.core.messages import (
@@ -22,6 +23,7 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import MAX_K, Metric, Ranked
 from shardline.shards.index.selection import Selection
+from shardline.shards.index.spec import MEASURED_K
 from shardline.shards.live.delta import TILE_ROWS
 from shardline.shards.live.excluding import MARGIN, Excluding
 from shardline.shards.live.state import ShardState, apply
@@ -289,7 +291,7 @@ def test_a_selection_less_some_rows_has_all_others(rows: int) -> None:
 
 
 def test_exclusions_add_to_the_lists_that_many_results_need() -> None:
-    """Beyond MEASURED_K results a default visits more lists; with exclusions not fewer than that."""
+    """Beyond MEASURED_K results a default visits more lists; with exclusions not fewer."""
     main = build_main(clustered(4000, 16, 40, seed=1), kind="ivf", nlist=64, nprobe=2)
     k = 10 * MEASURED_K
     assert main._reaching(NO_PARAMS, k, 40).nprobe > 2 * 10
