@@ -1,8 +1,9 @@
 """Searches that leave out items of each query's own.
 
 Queries are asked for a few more results than they want, and what they exclude is taken out of
-these. A query that comes out short is searched alone, with a selection and a delta that lack its
-excluded rows; so is one that comes alone and excludes many. Either way an answer is that of a shard
+these. Those that come out short are asked once more together, for as many more as they exclude. A
+query that is short even then is searched alone, with a selection and a delta that lack its excluded
+rows; so is one that comes alone and excludes many. Either way an answer is that of a shard
 which does not have the excluded items.
 """
 
@@ -29,6 +30,9 @@ from shardline.shards.live.delta import NOT_HERE, Delta
 # Results beyond k that queries are asked for which share a search, or exclude no more. More cost
 # all of them; with fewer, more of them are searched alone.
 MARGIN = 32
+# The same of queries that came out short with MARGIN. A batch of k = 10 takes 4 % longer with 60
+# more, and three times as long where each query is searched alone.
+LARGEST_MARGIN = 256
 
 
 class Among(NamedTuple):
@@ -48,8 +52,8 @@ class Find(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Excluding:
-    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; look: called before a query of
-    several is searched alone; what it raises ends the search."""
+    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; look: called before
+    queries are searched once more; what it raises ends the search."""
 
     find: Find
     ids_by_row: IdArray
@@ -69,20 +73,46 @@ class Excluding:
         elif len(excluded.ids) > MARGIN:
             found, counts[0] = self._alone(queries, k, excluded.ids)
             return found, counts
-        margin = max(0, min(MARGIN, max(map(len, lists)), MAX_K - k))
-        found = self.find(queries, k + margin, self.among)
-        kept = Ranked(found.ids[:, :k].copy(), found.scores[:, :k].copy())
-        for query, ids in enumerate(lists):
-            some = slice(query, query + 1)
-            if not _take_out(ids, found.rows(some), kept.rows(some)):
-                continue
-            if found.ids[query, -1] == EMPTY_ID:  # everything that can be found has been
-                counts[query] = self._count(ids)
-                continue
+        kept = Ranked(
+            np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+        )
+        short = list(range(len(queries)))
+        for most in (MARGIN, LARGEST_MARGIN):
+            margin = max(0, min(most, max(len(lists[query]) for query in short), MAX_K - k))
+            short = self._together(queries, short, lists, margin, kept, counts)
+            if len(short) < 2:
+                break
             self.look()
-            alone, counts[query] = self._alone(queries[some], k, ids)
+        for query in short:
+            some = slice(query, query + 1)
+            self.look()
+            alone, counts[query] = self._alone(queries[some], k, lists[query])
             kept.ids[some], kept.scores[some] = alone
         return kept, counts
+
+    def _together(
+        self,
+        queries: FloatArray,
+        asked: list[int],
+        lists: list[IdArray],
+        margin: int,
+        kept: Ranked,
+        counts: NDArray[np.int32],
+    ) -> list[int]:
+        """Fills ``kept`` (n, k), and counts (n,), of the queries ``asked``; those that came out
+        short though there may be more."""
+        k, short = kept.ids.shape[1], []
+        found = self.find(queries[asked], k + margin, self.among)
+        kept.ids[asked], kept.scores[asked] = found.ids[:, :k], found.scores[:, :k]
+        for place, query in enumerate(asked):
+            own = found.rows(slice(place, place + 1))
+            if not _take_out(lists[query], own, kept.rows(slice(query, query + 1))):
+                continue
+            if own.ids[0, -1] == EMPTY_ID:  # everything that can be found has been
+                counts[query] = self._count(lists[query])
+            else:
+                short.append(query)
+        return short
 
     def _alone(self, query: FloatArray, k: int, ids: IdArray) -> tuple[Ranked, int]:
         """As ``search``, of one query (1, dim) that excludes ids (m,)."""
