@@ -58,19 +58,22 @@ class Finder:
         query: ResolvedQuery,
         deadline: float,
         positions: IdArray | None = None,
+        *,
+        is_kept: bool = True,
     ) -> Merged:
         """The k best of each of vectors (n, dim); k as the shards are asked. positions (n,): those
-        of vectors among the queries, None where they are all of them.
+        of vectors among the queries, None where they are all of them. is_kept: whether the answers
+        may be asked for again.
 
         Raises: as ``Fanout.search``.
         """
         if query.excluded and positions is not None:
             query = replace(query, excluded=of_queries(query.excluded, positions))
         if not query.filters:
-            return await self._find_alike(snapshot, vectors, k, query, deadline)
+            return await self._find_alike(snapshot, vectors, k, query, deadline, is_kept)
         if positions is None:
             positions = np.arange(len(vectors))
-        return await self._find_each(snapshot, vectors, k, query, positions, deadline)
+        return await self._find_each(snapshot, vectors, k, query, positions, deadline, is_kept)
 
     async def _find_alike(
         self,
@@ -79,6 +82,7 @@ class Finder:
         k: int,
         query: ResolvedQuery,
         deadline: float,
+        is_kept: bool,
     ) -> Merged:
         """From the cache, or from the shards; k as the shards are asked. ``query.excluded`` is of
         these vectors."""
@@ -87,7 +91,7 @@ class Finder:
         # a query that began before another generation went live is answered by the old one's shards
         is_current = freshness.generation == snapshot.table.generation
         # the many answers of a background search would push out those that others ask for again
-        is_cached = self._cache.enabled and is_current and not query.options.background
+        is_cached = self._cache.enabled and is_kept and is_current and not query.options.background
         if is_cached:
             num_ids, generation = num_excluded(query.excluded), snapshot.table.generation
             key = await off_loop(num_ids, cache_key, generation, vectors, k, query)
@@ -120,6 +124,7 @@ class Finder:
         query: ResolvedQuery,
         positions: IdArray,
         deadline: float,
+        is_kept: bool,
     ) -> Merged:
         """As ``find``, for queries of several filters: ``query.filters`` has that of each of
         vectors (n, dim), at positions (n,), and ``query.excluded``, if any, is of these vectors."""
@@ -137,7 +142,10 @@ class Finder:
                 if refused:  # nobody would get what is found now
                     raise refused[0]
                 try:
-                    return rows, await self._find_alike(snapshot, vectors[rows], k, own, deadline)
+                    merged = await self._find_alike(
+                        snapshot, vectors[rows], k, own, deadline, is_kept
+                    )
+                    return rows, merged
                 except InvalidInput as error:
                     refused.append(at_query(error, int(positions[rows[0]])))
                     raise refused[-1] from error

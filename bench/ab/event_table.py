@@ -54,9 +54,10 @@ class EventTable:
         return found
 
     def experiments(self) -> list[str]:
-        """The names of all that any event is in."""
+        """The names of all that any search is in; callers' events may name others."""
         names: set[str] = set()
-        for chunk in self.rows["arms"].chunks:
+        searches = self.rows.filter(pc.equal(self.rows["event"], SEARCH))
+        for chunk in searches["arms"].chunks:
             names.update(pc.unique(pa.concat_arrays([chunk]).keys).to_pylist())
         return sorted(names)
 

@@ -20,7 +20,7 @@ from shardline.shards.core.errors import InvalidInput
 from shardline.shards.index.spec import IndexKind
 
 # Of the rungs after the first, the last one last: how many within the bounds are enough, how many
-# are tried at most, and up to which multiple of the best time.
+# are tried at most if any of them is, and up to which multiple of the best time.
 WIDTHS = ((6, 9, 2.5), (3, 6, 1.2))
 VARIED = 3  # kinds whose fastest one is varied
 FAR = 4.0  # excess: where one misses a bound by so much, others of its kind are not tried as well
@@ -100,9 +100,9 @@ def halve(
             expected="more seconds, or fewer rows (--sample-rows)",
             got=f"{time_limit_s:g}" if time_limit_s is not None else None,
         )
-    steps.compare()
+    finalists = steps.compare()
     untried = sum(each.name not in steps.latest for each in own)
-    return _found(list(steps.latest.values()), bounds, untried, steps.is_cut_short)
+    return _found(list(steps.latest.values()), bounds, finalists, untried, steps.is_cut_short)
 
 
 class _Steps:
@@ -162,11 +162,12 @@ class _Steps:
         lean = [each for each in able if not any(_is_leaner(one, each, target) for one in able)]
         return sorted(lean, key=lambda each: (-each.rows, _ms(each)))
 
-    def compare(self) -> None:
-        """Times the finalists anew, in the same rounds."""
-        if len(self._finalists) > 1:
+    def compare(self) -> set[str]:
+        """Times the finalists anew, in the same rounds; their names."""
+        if self._finalists:
             for outcome in self._runner.compare(self._finalists):
                 self.latest[outcome.configuration.name] = outcome
+        return {trial.outcome.configuration.name for trial in self._finalists}
 
     def _is_able(self, outcome: Outcome) -> bool:
         if outcome.is_last:
@@ -182,7 +183,7 @@ class _Steps:
         """Whether a rung has no need of it any more."""
         enough, most, multiple = width
         able = [_ms(each) for each in tried if self._is_able(each)]
-        if len(tried) >= most or len(able) >= enough:
+        if len(able) >= enough or (able and len(tried) >= most):
             return True
         far = [each for each in tried if excess(each, self._bounds) > FAR]
         if configuration.spec.kind in {each.configuration.spec.kind for each in far}:
@@ -227,12 +228,20 @@ def misses(outcome: Outcome, bounds: Bounds) -> list[str]:
     return found
 
 
-def _found(outcomes: list[Outcome], bounds: Bounds, untried: int, is_cut_short: bool) -> Found:
+def _found(
+    outcomes: list[Outcome],
+    bounds: Bounds,
+    finalists: set[str],
+    untried: int,
+    is_cut_short: bool,
+) -> Found:
     most = max(outcome.rows for outcome in outcomes)
     able = [o for o in outcomes if not misses(o, bounds)]
     # only what was measured over the most rows is chosen, if there was time for that
     reached = max((o.rows for o in able), default=most) if is_cut_short else most
     able = [o for o in able if o.rows == reached]
+    # and of that what has been timed in the same rounds, unless none of it stayed within the bounds
+    able = [o for o in able if o.configuration.name in finalists] or able
     chosen = None
     if able:
         fastest = min(outcome.chosen.latency.p50_ms for outcome in able)

@@ -52,7 +52,7 @@ ROUGH_ROWS = 4096  # of codes: 16 for each of 256 centroids
 ROUGH_ITERATIONS = 4
 ROUGH_QUERIES = 256  # asked before the last rung, if neighbours are what recall is measured on
 SWEPT_QUERIES = 32  # timed with each parameter; the chosen ones are timed again in rounds
-TIMED_QUERIES = 128
+TIMED_QUERIES, LAST_TIMED_QUERIES = 128, 512  # the last ones say what p99 is
 TIMED_MS = 400.0  # a round of slow searches has fewer queries
 LEAST_TIMED = 8
 ROUNDS, LAST_ROUNDS = 3, 7
@@ -119,7 +119,8 @@ class Trials:
         asked = self.rungs[-1].asked
         searches = [_search(trial.main, asked, trial.outcome.chosen.params) for trial in trials]
         slowest = max(trial.outcome.chosen.latency.p50_ms for trial in trials)
-        times = self._rounds(searches, self._timed_queries(slowest), LAST_ROUNDS)
+        queries = self._timed_queries(slowest, LAST_TIMED_QUERIES)
+        times = self._rounds(searches, queries, LAST_ROUNDS)
         base = latency_of(times[0]).p50_ms
         outcomes = []
         for trial, own in zip(trials, times, strict=True):
@@ -261,8 +262,9 @@ class Trials:
         is_graph = configuration.spec.kind is IndexKind.HNSW
         return times[0], growth(ratio, self.sample.shard_rows / rung.rows, is_graph=is_graph)
 
-    def _timed_queries(self, milliseconds: float) -> FloatArray:
-        count = int(min(TIMED_QUERIES, max(LEAST_TIMED, TIMED_MS / max(milliseconds, 1e-3))))
+    def _timed_queries(self, milliseconds: float, most: int = TIMED_QUERIES) -> FloatArray:
+        """As many as a round has time for, if one takes so long."""
+        count = int(min(most, max(LEAST_TIMED, TIMED_MS / max(milliseconds, 1e-3))))
         return self.sample.queries[:count]
 
     def _rounds(self, searches: Sequence[Search], queries: FloatArray, rounds: int) -> list[Times]:

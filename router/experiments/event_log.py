@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 GAP_S = 0.05  # between the beginnings of two files
 OWN_GAPS = 20  # so many of them, where nobody waits
-MAX_WAITING = 100_000  # events, 200 bytes or so each; more are refused, own ones dropped
+MAX_WAITING = 100_000  # events; more are refused, own ones dropped
+MAX_WAITING_BYTES = 32 << 20  # of the requests that brought them
+COMPLAIN_S = 60.0  # between two lines of log on events that were not stored
 CLOSE_S = 5.0  # for what waits to be written when the router stops
 MEASURE_S = 60.0  # how often the size of all events of the store is looked at
 ROOM = 2  # of the configured size: beyond it nothing is stored, until gc has made room
@@ -48,9 +50,11 @@ SMALL_BYTES = 256 << 10  # a larger file is not merged: of those there are few
 
 @dataclass(slots=True)
 class _Batch:
-    """Events that will be in one file, and who waits for that."""
+    """Events that will be in one file, the bytes of the requests that brought them, and who waits
+    for it."""
 
     events: list[Event] = field(default_factory=list)
+    size: int = 0
     waiting: "list[asyncio.Future[None]]" = field(default_factory=list)
 
 
@@ -74,7 +78,9 @@ class EventLog:
         self._wall = wall
         self._batch = _Batch()
         self._writing: asyncio.Task[None] | None = None
-        self._under_way = 0  # events in the file that is being written
+        self._under_way = _Batch()  # what is being written
+        self._complained_at = float("-inf")
+        self._lost_quietly = 0  # events not stored since then
         self._number = 0
         self._began_at = float("-inf")
         self._measured_at = float("-inf")
@@ -93,19 +99,19 @@ class EventLog:
         """One of the router's own, if there is room; it will be written, or counted as dropped."""
         if self._folder is None:
             return
-        if self._is_closed or self._taken() >= MAX_WAITING:
+        if self._is_closed or self._waiting() >= MAX_WAITING:
             self._recorder.count(EVENTS, DROPPED)
             return
         self._batch.events.append(event)
         self._begin()
 
-    async def add(self, events: Sequence[Event], timeout_s: float) -> None:
-        """Returns when all of them are durable, in one file.
+    async def add(self, events: Sequence[Event], timeout_s: float, *, size: int) -> None:
+        """Returns when all of them are durable, in one file. size: bytes of the request.
 
         Raises:
             NotFound: this router stores no events. Unavailable: it is stopping. Overloaded: too
                 many wait already.
-            StoreFull, ReadOnly: nothing of it was stored. DeadlineExceeded: nobody knows yet.
+            StoreFull, ReadOnly: they cannot be acknowledged. DeadlineExceeded: nobody knows yet.
         """
         if self._folder is None:
             raise NotFound(
@@ -113,12 +119,16 @@ class EventLog:
             )
         if self._is_closed:
             raise Unavailable("this router is stopping")
-        if self._taken() + len(events) > MAX_WAITING:
+        is_large = self._batch.size + self._under_way.size + size > MAX_WAITING_BYTES
+        if is_large or self._waiting() + len(events) > MAX_WAITING:
             raise Overloaded(
-                "too many events at once", expected=f"<= {MAX_WAITING:,} that wait for the disk"
+                "too many events at once",
+                expected=f"<= {MAX_WAITING:,}, and {MAX_WAITING_BYTES >> 20} MiB of requests, that "
+                "wait for the disk",
             )
         stored: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._batch.events.extend(events)
+        self._batch.size += size
         self._batch.waiting.append(stored)
         self._begin()
         await asyncio.wait([stored], timeout=timeout_s)
@@ -137,8 +147,9 @@ class EventLog:
             self._gap_s = 0.0
             await asyncio.wait([self._writing], timeout=CLOSE_S)
 
-    def _taken(self) -> int:
-        return len(self._batch.events) + self._under_way
+    def _waiting(self) -> int:
+        """Events."""
+        return len(self._batch.events) + len(self._under_way.events)
 
     def _begin(self) -> None:
         if self._writing is None:
@@ -158,9 +169,9 @@ class EventLog:
                 await asyncio.sleep(min(pause_s, self._gap_s))  # until then somebody may wait
             self._began_at = clock()
             batch, self._batch = self._batch, _Batch()
-            self._under_way = len(batch.events)
+            self._under_way = batch
             await self._write(batch)
-            self._under_way = 0
+            self._under_way = _Batch()
             for merges in range(MERGES):
                 if len(self._small[merges]) >= MERGED:
                     await self._merge(merges)
@@ -174,7 +185,7 @@ class EventLog:
         except Exception as error:  # noqa: BLE001  whatever it is, who waits is told
             self._forget_small()  # its number may be a file, and may be none
             refusal = _refusal(error)
-            logger.error("%d events were not stored: %s", len(batch.events), refusal)
+            self._complain(len(batch.events), refusal)
             self._recorder.count(EVENTS, DROPPED, by=len(batch.events))
             for each in batch.waiting:
                 if not each.done():
@@ -185,6 +196,14 @@ class EventLog:
         for each in batch.waiting:
             if not each.done():
                 each.set_result(None)
+
+    def _complain(self, events: int, refusal: Exception) -> None:
+        """In the log, now and then: a disk that is full stays so for more than one file."""
+        self._lost_quietly += events
+        now = asyncio.get_running_loop().time()
+        if now >= self._complained_at + COMPLAIN_S:
+            logger.error("%d events were not stored: %s", self._lost_quietly, refusal)
+            self._complained_at, self._lost_quietly = now, 0
 
     def _store(self, events: Sequence[Event]) -> None:
         """In a thread; one at a time."""
@@ -230,6 +249,8 @@ class EventLog:
             self._keep_small(path, _size(path), merges + 1)
         except (OSError, CorruptFile) as error:  # they stay as they are, and count as they are
             logger.error("%d files of events were not merged: %s", len(parts), error)
+        except Exception:  # a bug: what waits is to be written nevertheless
+            logger.exception("%d files of events were not merged", len(parts))
 
 
 def _merged(parts: Sequence[Path]) -> Path:
@@ -249,4 +270,8 @@ def _refusal(error: Exception) -> Exception:
     if not isinstance(error, OSError):
         return error
     kind = StoreFull if error.errno in FULL else ReadOnly
-    return kind(f"events cannot be stored: {error}")
+    # the file may be there, and the sync of a folder above it have failed
+    return kind(
+        f"events cannot be stored: {error}",
+        hint="some may have been: send them again with the same event_id, which counts once",
+    )

@@ -23,8 +23,9 @@ from shardline.router.limits import write_timeout_ms
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 
-# Bytes of a body decoded in the event loop: a hundred events or so, half a millisecond
+# Of a body that is decoded in the event loop: its bytes, and its events, 15 to 60 us each
 DECODE_IN_LOOP = 16 << 10
+EVENTS_IN_LOOP = 32
 PATH = "/v1/events"
 
 
@@ -42,7 +43,8 @@ def add_events(
             scope[IS_READ] = True
         with service.writes.admit():  # the wait for the disk is bounded by the log of events
             events = await _decoded(service, body, media)
-        await service.events.add(events, write_timeout_ms(config, None) / 1000)
+        timeout_s = write_timeout_ms(config, None) / 1000
+        await service.events.add(events, timeout_s, size=len(body))
         content = {"events": len(events), "request_id": scope["shardline.request_id"]}
         return encode(content, accepted), accepted
 
@@ -59,5 +61,5 @@ def add_events(
 async def _decoded(service: SearchService, body: bytes, media: Media) -> list[Event]:
     if len(body) <= DECODE_IN_LOOP:
         with suppress(TakesLong):
-            return decode_events(body, media, service.experiments, in_loop=True)
+            return decode_events(body, media, service.experiments, at_once=EVENTS_IN_LOOP)
     return await asyncio.to_thread(decode_events, body, media, service.experiments)

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from shardline.router.contract import MAX_EVENTS
 from shardline.router.experiments.assignment import Experiments
 from shardline.router.experiments.stored_event import OWN, Event
-from shardline.router.http.body_values import load_map
+from shardline.router.http.body_values import TakesLong, load_map
 from shardline.router.http.event_models import EventBody, EventsBody
 from shardline.router.http.media import Media
 from shardline.router.http.problems import (
@@ -33,17 +33,18 @@ def decode_events(
     media: Media,
     experiments: Experiments,
     *,
-    in_loop: bool = False,
+    at_once: int | None = None,
     wall: Callable[[], float] = time.time,
 ) -> list[Event]:
-    """The events of a request.
+    """The events of a request. at_once: so many may be decoded in the event loop; None: all, this
+    is another thread.
 
     Raises:
-        TakesLong, PayloadTooLarge: as ``load_map``.
+        TakesLong: there are more than ``at_once``; or as ``load_map``. PayloadTooLarge: likewise.
         InvalidInput: does not parse; or an event has an unknown field, one of the wrong type or out
             of range, or neither key nor request_id.
     """
-    content = load_map(body, media, in_loop=in_loop)
+    content = load_map(body, media, in_loop=at_once is not None)
     for name in content:
         if name not in BODY_FIELDS:
             raise unknown_field(short_name(name), BODY_FIELDS)
@@ -58,6 +59,8 @@ def decode_events(
             got=str(len(given)),
             hint="send more in several requests" if given else None,
         )
+    if at_once is not None and len(given) > at_once:
+        raise TakesLong
     now = wall()
     return [_event(each, f"events[{row}]", experiments, now) for row, each in enumerate(given)]
 

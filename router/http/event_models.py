@@ -8,6 +8,7 @@ from shardline.router.contract import MAX_EVENTS
 from shardline.router.experiments.assignment import MAX_KEY_CHARS
 from shardline.router.experiments.experiment_config import MAX_EXPERIMENTS, NAME
 from shardline.router.experiments.stored_event import KIND, MAX_ID_CHARS, OWN
+from shardline.router.http.text_fields import KeyText
 
 LIMITED: dict[str, Any] = {"minItems": 1, "maxItems": MAX_EVENTS}
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
@@ -24,19 +25,19 @@ class EventBody(_Body):
         pattern=f"^{KIND.pattern}$",
         description=f"its kind, any name: click, purchase; not {' or '.join(OWN)}",
     )
-    key: str | None = Field(
+    key: KeyText | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_KEY_CHARS,
         description="the experiment_key of the searches that it belongs to",
     )
-    request_id: str | None = Field(
+    request_id: KeyText | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_ID_CHARS,
         description="that of the answer that it belongs to",
     )
-    event_id: str | None = Field(
+    event_id: KeyText | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_ID_CHARS,

@@ -13,6 +13,7 @@ from shardline.router.excluded import MAX_EXCLUDED
 from shardline.router.experiments.assignment import MAX_KEY_CHARS
 from shardline.router.http.filter_schema import FILTER_FIELD
 from shardline.router.http.rearrange_schema import BOOST_FIELD, CAP_FIELD, DIVERSIFY_FIELD
+from shardline.router.http.text_fields import KeyText
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
 from shardline.router.list_names import MAX_EXCLUDE_LISTS
 from shardline.router.router_config import QUERIES_IN_TIME
@@ -162,7 +163,7 @@ class SearchBody(_Body):
         default=False,
         description="bring the ids that items had before their import, where it numbered them",
     )
-    experiment_key: str | None = Field(
+    experiment_key: KeyText | None = Field(
         default=None,
         min_length=1,
         max_length=MAX_KEY_CHARS,

@@ -1,7 +1,7 @@
 """The pools of one search: asked for, what is known of their items, and what they come to."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,11 +56,15 @@ class Pool:
         return bool(is_new.any())
 
 
-def choose_all(items: PoolItems, pools: Sequence[Pool], can_grow: bool) -> list[Pool]:
+def choose_all(
+    items: PoolItems, pools: Sequence[Pool], can_grow: bool, look: Callable[[], None]
+) -> list[Pool]:
     """Makes the answer of each pool; those that are short while there is more to ask for.
-    can_grow: whether the next pools may be larger."""
+    can_grow: whether the next pools may be larger. look: called before each; what it raises ends
+    it."""
     short = []
     for pool in pools:
+        look()
         pool.chosen = chosen = items.choose(pool.ids, pool.scores)
         # boosted and diverse answers may change: what a value was full with is displaced
         is_reopened = any(
@@ -158,6 +162,8 @@ class PoolSearch:
             replace(self.query, filters=tuple(filters)),
             self.deadline,
             self.positions[rows],
+            # nobody else will ask without what this answer is full of
+            is_kept=all(each.next_filter == each.filter for each in pools),
         )
         found = [self._found(merged, place, each.row) for place, each in enumerate(pools)]
         wanted = items.unasked(np.concatenate([ids for ids, _, _ in found]))

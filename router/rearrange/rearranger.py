@@ -25,7 +25,7 @@ from shardline.router.rearrange.attribute_columns import kinds_of
 from shardline.router.rearrange.pool_items import PoolItems, Steps
 from shardline.router.rearrange.pool_search import GROWTH, Pool, PoolSearch, choose_all
 from shardline.router.rearrange.rearrangement import check_kinds
-from shardline.shards.core.errors import InvalidInput, Unavailable
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Unavailable
 from shardline.shards.core.schema import FloatArray, IdArray
 
 MAX_POOLS = 16  # of one query, each larger than the last, up to the largest k
@@ -99,6 +99,12 @@ class Rearranger:
 
     async def _answer(self, search: PoolSearch, pools: Sequence[Pool], pool: int) -> None:
         """The answers of some queries, from as many pools as they take."""
+        clock = self._fanout.clock  # of this thread's event loop
+
+        def look() -> None:
+            if clock.time() > search.deadline:
+                raise DeadlineExceeded("the request's time ran out while results were put in order")
+
         items = PoolItems(search.steps)
         await search.learn_first(items, pools)
         for number in range(MAX_POOLS):
@@ -108,8 +114,13 @@ class Rearranger:
                     pools = await search.more(items, pools, self._size(pool, search))
                 except (Unavailable, InvalidInput):  # too late, or too large values: there is
                     break  # an answer, though a short one
-            choose = partial(choose_all, items, pools, can_grow=pool < self._max_k)
-            pools = await asyncio.to_thread(choose) if _takes_long(search, pools) else choose()
+            choose = partial(choose_all, items, pools, can_grow=pool < self._max_k, look=look)
+            try:
+                pools = await asyncio.to_thread(choose) if _takes_long(search, pools) else choose()
+            except DeadlineExceeded:
+                if any(each.chosen is None for each in pools):
+                    raise
+                break  # as above
             if not pools:
                 return
         for each in pools:

@@ -75,8 +75,12 @@ class CarriedKeys:
         return self._written.get(key)
 
     def _read(self, keys_of: str, files: LogFiles) -> dict[str, Written]:
+        """Nothing where gc has removed the folder."""
         folder = self._live.parent.parent / keys_of
-        names = sorted(name for name in files.names(folder) if name.startswith("shard-"))
+        try:
+            names = sorted(name for name in files.names(folder) if name.startswith("shard-"))
+        except FileNotFoundError:
+            return {}
         found: dict[str, Written] = {}
         for name in names:
             for sealed in _sealed_names(folder / name, files)[-1:]:

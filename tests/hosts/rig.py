@@ -2,8 +2,9 @@
 
 A host has its own address, sshd, /tmp, /dev/shm, /run and home folder, and sees this machine's
 other folders; /mnt/shardline is shared by all of them, as a mounted store would be. They share the
-machine's cores, memory and clock. One more, the desk, is the machine of whoever operates the
-cluster: commands that a user would run there leave nothing on this one.
+machine's memory and clock, and compete for its cores by niceness alone. One more, the desk, is the
+machine of whoever operates the cluster: commands that a user would run there leave nothing on this
+one.
 
             desk .200      host 1 .1      host 2 .2      host 3 .3
                 |              |              |              |
@@ -35,6 +36,7 @@ OUTSIDE = 254
 # a hardware address that nobody has: what is sent there is lost without a word
 NOBODY = "02:00:00:00:00:99"
 STORE = Path("/mnt/shardline")
+AUTOGROUP = Path("/proc/sys/kernel/sched_autogroup_enabled")
 STAGE = "/run/rig"
 STARTS_WITHIN_S = 20.0
 ENDS_WITHIN_S = 10.0
@@ -245,6 +247,7 @@ class Rig:
             raise CannotRaise(reason)
         with contextlib.ExitStack() as stack:
             self._number = stack.enter_context(_free_number())
+            stack.enter_context(_niceness_counts())
             self.folder = Path(tempfile.mkdtemp(prefix="shardline-rig-"))
             stack.callback(shutil.rmtree, self.folder)
             self._remove_devices()  # of a rig that was killed
@@ -333,6 +336,23 @@ def raised(count: int, lent: Sequence[Path] = ()) -> Iterator[Rig]:
 def environment_folders() -> list[Path]:
     """The Python environment of this process: what hosts must be lent to run with it."""
     return [Path(sys.prefix), Path(sys.base_prefix).resolve()]
+
+
+@contextlib.contextmanager
+def _niceness_counts() -> Iterator[None]:
+    """The kernel gives every session the same share of the processors, however nice its processes
+    are, so one host's would take from another's what they leave to their own. Off meanwhile; where
+    there is no such setting, or it may not be changed, it stays as it is."""
+    try:
+        before = AUTOGROUP.read_text()
+        AUTOGROUP.write_text("0")
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        AUTOGROUP.write_text(before)
 
 
 @contextlib.contextmanager

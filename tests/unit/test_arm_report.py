@@ -61,6 +61,16 @@ def figures(events: list[Event], shares: dict[str, float] | None = SHARES) -> di
     return {arm.arm: arm for arm in report(owned(table_of(events)), "probes", shares).arms}
 
 
+def test_arms_that_callers_invent_are_in_no_report() -> None:
+    invented = [
+        click("few-0", arms={"probes": "best"}),
+        click("few-0", arms={"nonsense": "best"}),
+    ]
+    table = owned(table_of([*made_up(), *invented]))
+    assert table.experiments() == ["probes"]
+    assert {arm.arm for arm in report(table, "probes", None).arms} == set(SHARES)
+
+
 def test_a_known_difference_is_found() -> None:
     control, few = figures(made_up()).values()
     assert (control.keys, few.keys) == (KEYS, KEYS)

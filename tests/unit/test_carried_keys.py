@@ -1,6 +1,7 @@
 """A write that is repeated after another generation went live, and was applied before, is one
 effect."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,23 @@ def test_keys_that_cannot_be_read_are_told_of_and_writes_go_on(
     deliver(fresh, delete(8, "a"))
     assert 8 not in fresh.contents()
     assert "instead of a generation's folder" in caplog.text
+
+
+def test_where_gc_has_removed_the_generation_before_there_are_no_keys_and_no_complaint(
+    tmp_path: Path, old: Written, new: Written, caplog: pytest.LogCaptureFixture
+) -> None:
+    deliver(old, delete(8, "a"))
+    old.seal(5)
+    go_live(tmp_path)
+    shutil.rmtree(tmp_path / "live" / f"{OLD:06d}")
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        parse = carried_keys.parse_went_live
+        patch.setattr(carried_keys, "parse_went_live", lambda *a: read.append(1) or parse(*a))
+        assert deliver(new, delete(8, "a")).existed == 1
+        assert deliver(new, delete(8, "b")).existed == 0
+    assert len(read) == 1, "not for every write"
+    assert "not known" not in caplog.text
 
 
 @pytest.mark.parametrize("live", [1, 2])

@@ -90,6 +90,30 @@ def ray_calls(home: Path, *, head: bool, is_running: bool) -> list[str]:
     return done.stdout.splitlines()
 
 
+AT_RAY = "/home/u/shardline/.venv/lib/python3.11/site-packages/ray"
+PYTHON = "/home/u/shardline/.venv/bin/python"
+OF_DASHBOARD = (
+    f"{PYTHON} {AT_RAY}/dashboard/dashboard.py --host=127.0.0.1",
+    f"{PYTHON} -u {AT_RAY}/dashboard/agent.py --node-id=1",
+    f'ray-dashboard-NodeHead-0 ({PYTHON} -Wignore -c "from multiprocessing.forkserver")',
+    "ray::DashboardAgent",
+)
+OTHERS = (
+    f"{AT_RAY}/core/src/ray/raylet/raylet --x=1 --dashboard_agent_command={PYTHON} -u "
+    f"{AT_RAY}/dashboard/agent.py",
+    f"{PYTHON} {AT_RAY}/_private/workers/setup_worker.py",
+    "ray::ShardActor",
+    "ray::RuntimeEnvAgent",
+)
+
+
+def test_only_processes_of_the_dashboard_get_less_processor_time() -> None:
+    script = (RAY / "dashboard-last.sh").read_text()
+    (theirs,) = re.findall(r"^theirs='(.*)'$", script, re.MULTILINE)
+    assert all(re.search(theirs, command) for command in OF_DASHBOARD)
+    assert not any(re.search(theirs, command) for command in OTHERS)
+
+
 @pytest.mark.parametrize("login_file", [".bash_profile", ".bash_login", ".profile"])
 def test_a_login_shell_of_a_host_finds_the_commands(login_file: str, tmp_path: Path) -> None:
     shutil.copytree(RAY, tmp_path / "shardline" / "deploy" / "ray")

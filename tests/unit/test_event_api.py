@@ -1,7 +1,10 @@
 """POST /v1/events through the whole app: what is stored, what is refused, by which key."""
 
 import contextlib
+import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -9,10 +12,16 @@ import msgpack
 import pytest
 
 from shardline.router.contract import MAX_EVENTS
+from shardline.router.experiments.assignment import Experiments
 from shardline.router.experiments.event_files import event_files, read_events
+from shardline.router.experiments.stored_event import Event
+from shardline.router.http import event_api
 from shardline.router.http.api import create_app
 from shardline.router.http.api_keys import Key, Keyring, Scope
 from shardline.router.http.auth import AuthSettings, Guard
+from shardline.router.http.event_api import DECODE_IN_LOOP, EVENTS_IN_LOOP
+from shardline.router.http.event_codec import decode_events
+from shardline.router.http.media import Media
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from tests.fake_encoder import FakeEncoder
@@ -118,6 +127,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "milliseconds": ({"events": [{**CLICK, "at": 1.7e12}]}, "events[0].at"),
     "before 1970": ({"events": [{**CLICK, "at": -1}]}, "events[0].at"),
     "long key": ({"events": [{**CLICK, "key": "x" * 257}]}, "events[0].key"),
+    "NUL in a key": ({"events": [{**CLICK, "key": "\0u"}]}, "events[0].key"),
+    "NUL in an id": ({"events": [{**CLICK, "request_id": "r\0"}]}, "events[0].request_id"),
     "arms": ({"events": [{**CLICK, "arms": {"a": 1}}]}, "events[0].arms.a"),
     "names of arms": ({"events": [{**CLICK, "arms": {"a": "b c"}}]}, "events[0].arms.a"),
     "many arms": (
@@ -136,6 +147,23 @@ async def test_one_bad_event_refuses_all_and_stores_none(tmp_path: Path, case: s
         assert response.json()["field"] == field
         assert response.json()["code"] == "invalid_input"
     assert rows(tmp_path) == []
+
+
+async def test_many_short_events_do_not_hold_the_event_loop() -> None:
+    service = SimpleNamespace(experiments=Experiments(()))
+    decoded = []
+
+    def decode(*args: Any, **given: Any) -> list[Event]:
+        decoded.append(threading.current_thread() is threading.main_thread())
+        return decode_events(*args, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(event_api, "decode_events", decode)
+        for count in (EVENTS_IN_LOOP, EVENTS_IN_LOOP + 1):
+            body = json.dumps({"events": [CLICK] * count}).encode()
+            assert len(body) < DECODE_IN_LOOP
+            assert len(await event_api._decoded(service, body, Media.JSON)) == count
+    assert decoded == [True, True, False], "the second begins in the loop, and moves"
 
 
 async def test_without_a_store_events_are_refused() -> None:

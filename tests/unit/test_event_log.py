@@ -28,7 +28,7 @@ from shardline.router.experiments.event_files import (
 from shardline.router.experiments.event_files import (
     event_files as files_of,
 )
-from shardline.router.experiments.event_log import MAX_WAITING, EventLog
+from shardline.router.experiments.event_log import MAX_WAITING, MAX_WAITING_BYTES, EventLog
 from shardline.router.experiments.stored_event import Event
 from shardline.shards.core.errors import (
     CorruptFile,
@@ -180,14 +180,14 @@ def counted(recorder: Recorder) -> dict[str, float]:
 async def test_what_is_acknowledged_is_on_the_disk(tmp_path: Path) -> None:
     recorder = Recorder()
     log = EventLog(tmp_path / "events", MIB, recorder, gap_s=0.01, wall=lambda: AT)
-    await log.add(clicks(3), 10)
+    await log.add(clicks(3), 10, size=100)
     assert stored(tmp_path / "events") == ["e0", "e1", "e2"]
     log.note(Event(event="search", at=AT, key="u", event_id="own"))
     await log.close()
     assert stored(tmp_path / "events")[3:] == ["own"]
     assert counted(recorder) == {"stored": 4}
     with pytest.raises(Unavailable):
-        await log.add(clicks(1), 10)
+        await log.add(clicks(1), 10, size=100)
 
 
 async def test_what_waits_shares_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +200,9 @@ async def test_what_waits_shares_a_file(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(event_files, "write_events", held_up)
     log = EventLog(tmp_path, MIB, Recorder(), gap_s=0.0)
-    first = asyncio.ensure_future(log.add(clicks(1), 10))
+    first = asyncio.ensure_future(log.add(clicks(1), 10, size=100))
     await asyncio.to_thread(begun.wait, 10)
-    others = [asyncio.ensure_future(log.add(clicks(1, n), 10)) for n in range(1, 50)]
+    others = [asyncio.ensure_future(log.add(clicks(1, n), 10, size=100)) for n in range(1, 50)]
     await asyncio.sleep(0)
     assert not first.done()
     may_write.set()
@@ -217,19 +217,19 @@ async def test_files_begin_a_gap_apart(tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
     for number in range(4):
-        await log.add(clicks(1, number), 10)
+        await log.add(clicks(1, number), 10, size=100)
     assert loop.time() - began >= 3 * 0.05, "the first at once, the others a gap after it"
     await log.close()
 
 
 async def test_own_events_wait_longer_unless_a_caller_waits(tmp_path: Path) -> None:
     log = EventLog(tmp_path, MIB, Recorder(), gap_s=0.05)
-    await log.add(clicks(1), 10)
+    await log.add(clicks(1), 10, size=100)
     for number in range(1, 4):
         log.note(clicks(1, number)[0])
         await asyncio.sleep(0.06)
     assert len(list(files_of(tmp_path))) == 1, "a second has not passed"
-    await log.add(clicks(1, 4), 10)
+    await log.add(clicks(1, 4), 10, size=100)
     assert len(list(files_of(tmp_path))) == 2
     log.note(clicks(1, 5)[0])
     await log.close()
@@ -249,8 +249,8 @@ async def test_a_disk_that_fails_is_told_and_the_next_file_is_tried(
         with monkeypatch.context() as patch:
             patch.setattr(event_files, "write_events", fail)
             with pytest.raises(kind):
-                await log.add(clicks(1), 10)
-    await log.add(clicks(1), 10)
+                await log.add(clicks(1), 10, size=100)
+    await log.add(clicks(1), 10, size=100)
     assert stored(tmp_path) == ["e0"]
     assert counted(recorder) == {"dropped": 2, "stored": 1}
     await log.close()
@@ -258,10 +258,10 @@ async def test_a_disk_that_fails_is_told_and_the_next_file_is_tried(
 
 async def test_beyond_twice_the_room_nothing_is_stored(tmp_path: Path) -> None:
     log = EventLog(tmp_path, 1000, Recorder(), gap_s=0.0, wall=lambda: AT)
-    await log.add(clicks(MAX_EVENTS), 10)  # a file may go over it
+    await log.add(clicks(MAX_EVENTS), 10, size=100)  # a file may go over it
     assert sum(path.stat().st_size for path in files_of(tmp_path)) > 2000
     with pytest.raises(StoreFull) as caught:
-        await log.add(clicks(1), 10)
+        await log.add(clicks(1), 10, size=100)
     assert "shardline gc" in str(caught.value)
     assert len(list(files_of(tmp_path))) == 1
     await log.close()
@@ -270,11 +270,11 @@ async def test_beyond_twice_the_room_nothing_is_stored(tmp_path: Path) -> None:
 async def test_room_that_gc_has_made_is_seen(tmp_path: Path) -> None:
     now = [AT]
     log = EventLog(tmp_path, 1000, Recorder(), gap_s=0.0, wall=lambda: now[0])
-    await log.add(clicks(MAX_EVENTS), 10)
+    await log.add(clicks(MAX_EVENTS), 10, size=100)
     (path,) = files_of(tmp_path)
     path.unlink()
     now[0] += 61
-    await log.add(clicks(1), 10)
+    await log.add(clicks(1), 10, size=100)
     await log.close()
 
 
@@ -290,14 +290,72 @@ async def test_too_many_that_wait_are_refused_and_own_ones_dropped(
     monkeypatch.setattr(event_files, "write_events", held_up)
     log = EventLog(tmp_path, MIB * 100, recorder, gap_s=0.0)
     whole = clicks(MAX_EVENTS)
-    adds = [asyncio.ensure_future(log.add(whole, 30)) for _ in range(MAX_WAITING // MAX_EVENTS)]
+    adds = [
+        asyncio.ensure_future(log.add(whole, 30, size=100))
+        for _ in range(MAX_WAITING // MAX_EVENTS)
+    ]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
-        await log.add(clicks(1), 10)
+        await log.add(clicks(1), 10, size=100)
     log.note(clicks(1)[0])
     assert counted(recorder) == {"dropped": 1}
     may_write.set()
     await asyncio.gather(*adds)
+    await log.close()
+
+
+async def test_requests_that_wait_are_bounded_by_their_bytes_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_write = threading.Event()
+
+    def held_up(*args: object) -> Path:
+        assert may_write.wait(10)
+        return write_events(*args)
+
+    monkeypatch.setattr(event_files, "write_events", held_up)
+    log = EventLog(tmp_path, MIB, Recorder(), gap_s=0.0)
+    half = MAX_WAITING_BYTES // 2
+    under_way = asyncio.ensure_future(log.add(clicks(1), 30, size=half))
+    await asyncio.sleep(0.05)
+    waits = asyncio.ensure_future(log.add(clicks(1, 1), 30, size=half))
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await log.add(clicks(1, 2), 10, size=1)
+    may_write.set()
+    await asyncio.gather(under_way, waits)
+    await log.add(clicks(1, 3), 10, size=half)
+    assert stored(tmp_path) == ["e0", "e1", "e3"]
+    await log.close()
+
+
+async def test_a_disk_that_stays_full_is_logged_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> Path:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(event_files, "write_events", fail)
+    log = EventLog(tmp_path, MIB, Recorder(), gap_s=0.0)
+    for _ in range(5):
+        with pytest.raises(StoreFull):
+            await log.add(clicks(1), 10, size=100)
+    assert len([each for each in caplog.records if "not stored" in each.message]) == 1
+    await log.close()
+
+
+async def test_a_bug_in_merging_keeps_no_event_from_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> Path:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(event_log, "MERGED", 2)
+    monkeypatch.setattr(event_files, "merge_files", fail)
+    log = EventLog(tmp_path, MIB, Recorder(), gap_s=0.0)
+    for number in range(6):
+        await log.add(clicks(1, number), 10, size=100)
+    assert stored(tmp_path) == [f"e{number}" for number in range(6)]
     await log.close()
 
 
@@ -311,9 +369,9 @@ async def test_nobody_waits_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(event_files, "write_events", held_up)
     log = EventLog(tmp_path, MIB, Recorder(), gap_s=0.0)
     with pytest.raises(DeadlineExceeded):
-        await log.add(clicks(1), 0.01)
+        await log.add(clicks(1), 0.01, size=100)
     may_write.set()
-    await log.add(clicks(1, 1), 10)
+    await log.add(clicks(1, 1), 10, size=100)
     assert stored(tmp_path) == ["e0", "e1"]
     await log.close()
 
@@ -323,7 +381,7 @@ async def test_where_nothing_is_stored_callers_are_told(folder: Path | None, lim
     log = EventLog(folder, limit, Recorder())
     log.note(FULL)
     with pytest.raises(NotFound):
-        await log.add([FULL], 10)
+        await log.add([FULL], 10, size=100)
     await log.close()
 
 
@@ -333,7 +391,7 @@ async def test_small_files_are_merged_and_merged_again(
     monkeypatch.setattr(event_log, "MERGED", 3)
     log = EventLog(tmp_path, 100 * MIB, Recorder(), gap_s=0.0, wall=lambda: AT)
     for number in range(14):
-        await log.add(clicks(1, number), 10)
+        await log.add(clicks(1, number), 10, size=100)
     await log.close()
     spans = [path.name.split("-")[2] for path in files_of(tmp_path)]
     assert spans == ["000001_000009", "000010_000012", "000013", "000014"]
@@ -352,7 +410,7 @@ async def test_files_of_two_days_or_beside_a_large_one_are_not_merged(
         if number == 2:
             now[0] += 86_400
         count = MAX_EVENTS if number == 4 else 1
-        await log.add(clicks(count, number * MAX_EVENTS), 10)
+        await log.add(clicks(count, number * MAX_EVENTS), 10, size=100)
     await log.close()
     spans = [path.name.split("-")[2] for path in files_of(tmp_path)]
     assert spans == ["000001", "000002", "000003", "000004", "000005", "000006_000008"]
@@ -375,7 +433,8 @@ async def send(log, name):
     number = 0
     while True:
         ids = [f"{name}-{number}-{part}" for part in range(1 + number % 5)]
-        await log.add([Event(event="click", at=1.0, key="u", event_id=each) for each in ids], 30)
+        events = [Event(event="click", at=1.0, key="u", event_id=each) for each in ids]
+        await log.add(events, 30, size=100)
         print(*ids, flush=True)
         number += 1
 

@@ -24,7 +24,7 @@ from shardline.router.rearrange.rearrangement import (
     sized,
 )
 from shardline.shards.core.attribute_kinds import AttributeKind
-from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.errors import DeadlineExceeded, InvalidInput
 from shardline.shards.core.schema import Metric
 from shardline.shards.live.item_attributes import ItemAttributes, kind_of_values
 
@@ -280,15 +280,32 @@ def test_a_value_that_is_no_longer_full_is_asked_for_again() -> None:
     columns = {"s": ["x", "y"], "b": ["p", "q"], "n": [0, 0]}
     items.add(np.arange(2), Brought(ids=np.arange(2), columns=columns, vectors=None))
     pool = Pool(0, b"", np.arange(2), np.array([2, 1], np.float32), True)
-    assert choose_all(items, [pool], can_grow=False) == [pool]
+    assert choose_all(items, [pool], can_grow=False, look=lambda: None) == [pool]
     assert pool.left_out == {"s": ["x", "y"], "b": ["p", "q"]}
     # one that has another seller and brand p, as the pool was found in another state, ranks first
     more = Brought(ids=np.array([2]), columns={"s": ["z"], "b": ["p"], "n": [9]}, vectors=None)
     items.add(np.array([2]), more)
     pool.add(np.array([2]), np.array([0], np.float32), is_full=False)
-    assert choose_all(items, [pool], can_grow=False) == [pool], "x is free again"
+    assert choose_all(items, [pool], can_grow=False, look=lambda: None) == [pool], "x is free again"
     assert pool.left_out == {"s": ["z", "y"], "b": ["p", "q"]}
-    assert choose_all(items, [pool], can_grow=False) == []
+    assert choose_all(items, [pool], can_grow=False, look=lambda: None) == []
+
+
+def test_time_that_runs_out_ends_between_two_pools() -> None:
+    items = PoolItems(steps(k=1, caps=(cap("s", 1),)))
+    items.add(np.arange(2), Brought(ids=np.arange(2), columns={"s": ["x", "y"]}, vectors=None))
+    pools = [Pool(row, b"", np.arange(2), np.array([2, 1], np.float32), False) for row in (0, 1)]
+    looks = []
+
+    def look() -> None:
+        looks.append(1)
+        if len(looks) > 1:
+            raise DeadlineExceeded("too late")
+
+    with pytest.raises(DeadlineExceeded):
+        choose_all(items, pools, can_grow=False, look=look)
+    assert pools[0].chosen is not None
+    assert pools[1].chosen is None
 
 
 @pytest.mark.parametrize("kind", AttributeKind)

@@ -477,10 +477,11 @@ async def test_a_larger_pool_comes_before_a_narrower_filter(
         asked: list[tuple[int, bool]] = []
         find = service._finder.find
 
-        async def noted(*arguments: Any) -> Any:
+        async def noted(*arguments: Any, is_kept: bool = True) -> Any:
             query = arguments[3]
             asked.append((arguments[2], any(query.filters)))
-            return await find(*arguments)
+            assert is_kept != any(query.filters), "nobody asks for those again"
+            return await find(*arguments, is_kept=is_kept)
 
         service._finder.find = noted  # type: ignore[method-assign]
         query = [1.0] + [0.0] * (DIM - 1)
@@ -574,11 +575,11 @@ async def test_time_that_runs_out_leaves_the_answer_there_is(
         find = service._finder.find
         calls = Counter[str]()
 
-        async def late(*arguments: Any) -> Any:
+        async def late(*arguments: Any, **given: Any) -> Any:
             calls["find"] += 1
             if calls["find"] > 1:
                 raise DeadlineExceeded("too late")
-            return await find(*arguments)
+            return await find(*arguments, **given)
 
         monkeypatch.setattr(service._finder, "find", late)
         answer = await ask(service, **body)

@@ -175,6 +175,30 @@ def test_an_estimate_that_was_too_good_costs_a_trial_and_not_the_result() -> Non
     assert by_rung(fake)[2] == [graph.name, right.name], "one graph is enough to know"
 
 
+def test_a_rung_goes_on_until_something_is_within_the_bounds() -> None:
+    """However many fast ones have just missed the target over all rows."""
+    flat = next(each for each in TRIED if each.spec.kind == "flat")
+    fake = FakeTrials(dict.fromkeys(NAMES, (0.99, 1.0)) | {flat.name: (1.0, 80.0)}, RUNGS)
+    fake.at_last = dict.fromkeys(NAMES, (0.975, 1.0)) | {flat.name: (1.0, 80.0)}
+    found = halve(TRIED, fake, Bounds(target_recall=0.98), clock=lambda: fake.now)
+    assert found.chosen is not None and found.chosen.configuration is flat
+    assert len(by_rung(fake)[2]) > WIDTHS[1][1]
+
+
+def test_only_what_was_timed_in_the_same_rounds_is_chosen() -> None:
+    class Retimed(FakeTrials):
+        def compare(self, trials: Sequence[Trial]) -> list[Outcome]:
+            return [trial.outcome.scaled(2.0) for trial in trials]
+
+    first, second, third = (each for each in TRIED if each.spec.kind == "ivf")
+    truth = {first.name: (0.99, 1.0), second.name: (0.99, 1.1), third.name: (0.99, 1.15)}
+    fake = Retimed(truth, RUNGS)
+    found = halve(TRIED, fake, Bounds(target_recall=0.98), clock=lambda: fake.now)
+    assert (third.name, 2) in fake.ran, "it is in the last rung"
+    assert found.chosen is not None and found.chosen.configuration is first
+    assert found.chosen.chosen.latency.p50_ms == 2.0
+
+
 def test_variations_are_tried_where_the_kind_is_fast() -> None:
     best = next(each for each in TRIED if each.spec.kind == "ivf" and each.variations)
     own = next(each for each in TRIED if each.family == best.family and not each.variations)
