@@ -20,6 +20,7 @@ from shardline.router.http.codec import decode_query, encode_answer
 from shardline.router.http.media import Media
 from shardline.router.query import SearchAnswer
 from shardline.router.rearrange import pool_search, rearranger
+from shardline.router.rearrange.pool_items import PoolItems
 from shardline.router.router_config import RouterConfig
 from shardline.router.service import SearchService
 from shardline.shards.core.errors import DeadlineExceeded, InvalidInput, Unavailable
@@ -335,18 +336,38 @@ async def test_diversity_is_the_formula_over_stored_vectors_with_caps() -> None:
             np.testing.assert_allclose(answer.ranked.scores[0], scores[taken], rtol=1e-6)
 
 
-async def test_diverse_answers_under_caps_have_k_items_though_the_pool_has_not() -> None:
-    given = corpus(11)
+@pytest.mark.parametrize("seed", range(6))
+async def test_diverse_answers_under_caps_are_the_formula_over_all_pools(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And have k items, or all that caps allow, though the first pool has fewer."""
+    given, query, share = corpus(2 * seed + 1), np.ones(DIM, np.float32), 0.5
+    unit = given.vectors / np.linalg.norm(given.vectors, axis=1, keepdims=True)
+    pools: list[np.ndarray] = []
+    choose = PoolItems.choose
+
+    def noted(items: PoolItems, ids: np.ndarray, scores: np.ndarray) -> Any:
+        pools.append(ids)
+        return choose(items, ids, scores)
+
+    monkeypatch.setattr(PoolItems, "choose", noted)
     async with serving(given, 3) as service:
-        body = {"vectors": [[1.0] * DIM], "k": 12, "cap": {"column": "seller", "max": 2}}
-        answer = await ask(service, **body, diversify={"lambda": 0.5, "pool": 12})
-        items = live(answer, 0)
-        sellers = Counter(given.value("seller", item) for item in items)
-        assert all(count <= 2 for seller, count in sellers.items() if seller is not None)
-        expected = brute_force(
-            given, np.ones(DIM, np.float32), np.ones(len(given.ids), np.bool_), [body["cap"]], 12
-        )
-        assert len(items) == len(expected)
+        body = {"vectors": [query.tolist()], "k": 12, "cap": {"column": "seller", "max": 2}}
+        answer = await ask(service, **body, diversify={"lambda": share, "pool": 12})
+    assert len(pools) > 1, "the first one does not do"
+    pool = given.ranking(query, np.isin(given.ids, pools[-1]))
+    items, scores = [item for item, _ in pool], np.array([score for _, score in pool])
+    taken = slow_diverse(
+        ((scores - scores.min()) / (scores.max() - scores.min())).tolist(),
+        unit[np.searchsorted(given.ids, items)].astype(np.float32),
+        codes_of(given, items, ["seller"]),
+        [2],
+        12,
+        share,
+    )
+    assert live(answer, 0) == [items[place] for place in taken]
+    everything = np.ones(len(given.ids), np.bool_)
+    assert len(taken) == len(brute_force(given, query, everything, [body["cap"]], 12))
 
 
 async def test_many_queries_are_answered_part_by_part_and_off_the_loop(
