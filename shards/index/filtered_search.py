@@ -49,9 +49,9 @@ from shardline.shards.index.spec import MEASURED_K
 # Filters with so few values (rows x dimensions) are copied and scored as a whole: 8,192 rows of 128
 # take 0.1 ms of one core, and copying them 0.2 ms.
 COPIED_VALUES = 1 << 20
-# Those with so few, when they are used again: 65,536 rows take 0.6 ms, less than the lists that
-# would have to be visited; copying them takes 10 ms.
-COPIED_AGAIN_VALUES = 8 << 20
+# Those with so few, once so many queries have used them: 65,536 rows take 0.6 ms, less than the
+# lists that would have to be visited; copying them takes 10 ms, and few of them are kept.
+COPIED_AGAIN_VALUES, COPIED_AFTER = 8 << 20, 16
 ENTRY_BYTES = 6000  # of a filter beside its arrays: two forms of faiss, an index, objects
 KEPT_BYTES = 64 << 20  # derived from filters, per index; what was not used for longest goes
 # Results in many lists have scores nearer to each other than those in few, and codes tell them
@@ -61,6 +61,9 @@ GROWTH = 16  # of the lists visited, between two estimates: each is better than 
 # Results whose last score is estimated, as a multiple of those that count: the lists that follow
 # are about those that are needed; with fewer results too few.
 LIKELY_DEPTH = 2
+# Fewer results than k may be all that count of a shard; to have k of them, as many lists are
+# visited as have so many times k matching rows, because to score all of these takes far longer.
+FILLED_FROM = (4, 64)
 CALIBRATION_QUERIES = 32
 CALIBRATION_GROWTH = 64  # of the lists, to see what the default does not find
 COVERED = 0.95  # of the results that a wider search finds: then all of them count
@@ -162,7 +165,7 @@ class FilteredSearch:
             return _nothing(len(queries), k)
         origin = chosen.origin or chosen
         derived = self._derived_of(origin, len(queries))
-        most = self._copied_again if derived.uses > 1 else self._copied
+        most = self._copied_again if derived.uses > COPIED_AFTER else self._copied
         if origin.num_selected <= most:
             return self._among_copies(queries, k, derived, chosen)
         if self._has_lists:
@@ -280,6 +283,15 @@ class FilteredSearch:
             needed = np.minimum(_rounded(needed), np.minimum(growth * wanted, most))
             more = needed > wanted
             asked, wanted, is_first = asked[more], needed[more], False
+        for times in FILLED_FROM:
+            short = np.flatnonzero(ranked.ids[:, min(k, chosen.num_selected) - 1] == EMPTY_ID)
+            wanted = np.minimum(_rounded(near.holding(short, times * k)), most)
+            for nprobe in sorted(set(wanted.tolist())):
+                look()
+                some, given = short[wanted == nprobe], replace(params, nprobe=nprobe)
+                ranked.ids[some], ranked.scores[some] = self._search_far(
+                    queries[some], k, given, part
+                )
         return ranked
 
     def _part(

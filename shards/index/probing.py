@@ -93,6 +93,15 @@ class NearLists:
             found[place] = np.count_nonzero(steps < last_step)
         return found
 
+    def holding(self, queries: IdArray, count: int) -> NDArray[np.int64]:
+        """(m,): how many of the lists, nearest first, have ``count`` rows together, for those
+        ``queries`` (m,); all where they have fewer."""
+        found = np.empty(len(queries), np.int64)
+        for place, query in enumerate(queries.tolist()):
+            held = np.cumsum(self.rows[np.argsort(-self.scores[query])])
+            found[place] = min(int(np.searchsorted(held, count)) + 1, len(held))
+        return found
+
     def likely(self, queries: IdArray, k: int) -> FloatArray:
         """(m,): about the score of the k-th best row of all lists, for those ``queries`` (m,); -inf
         under L2, of which nothing is known before a search."""

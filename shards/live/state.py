@@ -32,6 +32,9 @@ from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.records import Record, Upsert
 
 NO_ATTRIBUTES = ItemAttributes()
+# Where lists have fewer than k rows, as many are visited as have so many times k besides, because a
+# scan of a whole shard takes as long as a hundred searches.
+FILLED_FROM = (4, 64)
 READ_ROWS = 64  # values of an attribute between two looks at the clock
 
 
@@ -176,13 +179,19 @@ class ShardState:
         # one number is looked at in a tenth of the time of an array
         least = found.ids.item(-1) if len(queries) == 1 else found.ids[:, -1].min()
         if least == EMPTY_ID:
-            self._fill(found, queries, among, look)
+            self._fill(found, queries, params, among, look)
         return found
 
     def _fill(
-        self, found: Ranked, queries: FloatArray, among: Among, look: Callable[[], None]
+        self,
+        found: Ranked,
+        queries: FloatArray,
+        params: SearchParams,
+        among: Among,
+        look: Callable[[], None],
     ) -> None:
-        """Finds k items where what was visited has fewer though there are more."""
+        """Finds k items where what was visited has fewer though there are more: in further lists,
+        where there are such, and at last in all rows."""
         selection, delta = among
         hidden = 0 if selection is None else selection.num_excluded
         k = found.ids.shape[1]
@@ -192,6 +201,13 @@ class ShardState:
         is_short = found.ids[:, wanted - 1] == EMPTY_ID
         is_short &= np.isfinite(queries).all(axis=1)  # others find nothing anyhow
         short = np.flatnonzero(is_short)
+        for times in FILLED_FROM if self.main.layers.is_ivf else ():
+            if not short.size:
+                return
+            rows, scores = self.main.search(queries[short], k, params, selection, times * k)
+            more = enter_delta(delta, queries[short], Ranked(self.ids_by_row[rows], scores))
+            found.ids[short], found.scores[short] = more
+            short = short[more.ids[:, wanted - 1] == EMPTY_ID]
         if short.size:
             whole = self._best_exactly(queries[short], k, among, look)
             found.ids[short], found.scores[short] = whole

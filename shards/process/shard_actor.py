@@ -15,6 +15,7 @@ import ray
 
 from shardline.shards.core.errors import CorruptFile, ShardlineError
 from shardline.shards.core.messages import Pulse, ReplicaKey, ShardHealth
+from shardline.shards.core.unused_imports import forgo_pandas
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.health import HealthLook
@@ -55,12 +56,15 @@ class ShardActor:
             ShardlineError: the generation cannot be loaded, or the controller refuses it.
         """
         started = time.perf_counter()
+        forgo_pandas()
         generation = Path(folder)
         manifest = read_generation(generation)
         if manifest.index.device is Device.CPU:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor without one
         # before anybody is answered: a shard that was written and starts again must know all of it
         loaded = load_caught_up(generation, manifest, key.shard)
+        if loaded.state.attributes.names:  # or the first search with a filter would wait for it
+            loaded.state.main.prepare_for_filters()
         self._shard = Shard(shard=key.shard, generation=key.generation, state=loaded.state)
         self._writes = ShardWrites(
             self._shard, live_folder(generation, key.shard), keys=loaded.keys, config=live

@@ -239,16 +239,16 @@ def test_a_query_gets_the_same_answer_alone_and_in_a_batch(
     assert_answer_order(together)
 
 
-def test_a_filter_that_comes_again_is_copied(large) -> None:
+def test_a_filter_that_comes_again_and_again_is_copied(large) -> None:
     main = build_main(large[0], **LARGE_KINDS["ivfpq-fs"])
     filtered = main._filtered
     filtered._copied, filtered._copied_again = 100, LARGE
     chosen = Selection.of(np.arange(LARGE) % 3 == 0)
     asked = []
-    for _ in range(3):
+    for _ in range(filtered_search.COPIED_AFTER + 2):
         main.search_filtered(large[1][:1], 20, NO_PARAMS, chosen)
         asked.append(filtered._derived[chosen].copies is not None)
-    assert asked == [False, True, True]
+    assert asked == [False] * filtered_search.COPIED_AFTER + [True, True]
     main.search_filtered(
         large[1][:1], 20, NO_PARAMS, chosen & Selection.without(chosen.selected()[:3], rows=LARGE)
     )

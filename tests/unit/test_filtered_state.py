@@ -471,6 +471,7 @@ def test_a_server_stops_though_filters_wait(held: Any) -> None:
 def test_dear_searches_with_filters_are_not_the_loop_threads(monkeypatch) -> None:
     monkeypatch.setattr(filtered_search, "COPIED_VALUES", 100 * DIM)
     monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
+    monkeypatch.setattr(filtered_search, "COPIED_AFTER", 1)
     shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
     few, many = {"item_id": {"$lt": 300}}, {"item_id": {"$gte": 300}}
     for _ in range(2):  # copies of 150 rows are made when they are searched again, not of 250
@@ -497,6 +498,7 @@ def test_a_search_of_a_known_filter_ends_with_its_time_too(monkeypatch) -> None:
 def test_the_loop_thread_searches_only_copies_that_are_made(monkeypatch) -> None:
     monkeypatch.setattr(filtered_search, "COPIED_VALUES", 0)
     monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
+    monkeypatch.setattr(filtered_search, "COPIED_AFTER", 1)
     shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
     threads: list[str] = []
     search_batch = shard.search_batch

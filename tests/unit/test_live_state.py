@@ -11,8 +11,9 @@ import pytest
 
 from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import Behind
-from shardline.shards.core.messages import SearchOptions, SearchParams, SearchRequest
-from shardline.shards.core.schema import Metric, Ranked
+from shardline.shards.core.messages import NO_PARAMS, SearchOptions, SearchParams, SearchRequest
+from shardline.shards.core.schema import EMPTY_ID, Metric, Ranked
+from shardline.shards.index.selection import Selection
 from shardline.shards.live import delta, delta_search
 from shardline.shards.live.records import Record
 from shardline.shards.live.state import Applied, ShardState, apply
@@ -427,3 +428,27 @@ def test_a_shard_answers_by_its_state_and_says_what_it_holds(states) -> None:
     described = shard.describe()
     assert (described["seq"], described["rows"]) == (2, ROWS + 1)
     assert (described["delta_rows"], described["hidden_rows"]) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq-fs"])
+def test_lists_with_fewer_than_k_rows_are_followed_by_others_not_by_all_rows(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan of all rows takes as long as a hundred searches."""
+    vectors = manifold(4000, 32, 8, seed=3)
+    main = build_main(vectors, kind=kind, nlist=100, nprobe=1)
+    state = ShardState.of(main, np.arange(4000))
+    monkeypatch.setattr(main, "search_exactly", None)
+    for hidden in (None, np.arange(0, 4000, 2)):
+        if hidden is not None:
+            state = replace(state, selection=Selection.without(hidden, rows=4000))
+        found = state.search(vectors[:50], 100, NO_PARAMS)
+        assert (found.ids != EMPTY_ID).all(), "lists have 40 rows"
+        assert all(len(set(ids)) == 100 for ids in found.ids.tolist())
+        exact = vectors[:50] @ vectors.T
+        if hidden is not None:
+            exact[:, hidden] = -np.inf
+        least = np.sort(exact, axis=1)[:, -400]
+        assert (found.scores[:, 50] >= least).mean() > 0.9, "the nearest lists, not any"
+    given = state.search(vectors[:1], 100, SearchParams(nprobe=1))
+    assert (given.ids == EMPTY_ID).any(), "who says how much is visited gets that"
