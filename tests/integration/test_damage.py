@@ -123,6 +123,8 @@ def test_a_controller_waits_for_current_and_needs_no_counter(
         while time.perf_counter() < until:
             assert client.search(item_ids=[2], k=5).coverage.share == 1
     took = wait_for(lambda: client.status()["version"] > version and is_whole(client))
+    # routers ask for what troubles the controller apart from its table
+    wait_for(lambda: client.status()["warnings"] != [])
     (warning,) = client.status()["warnings"]
     assert (warning["about"], warning["code"]) == ("state", "corrupt_file")
     assert all(
