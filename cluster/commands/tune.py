@@ -261,7 +261,7 @@ def _show(sample: CorpusSample, bounds: Bounds, found: Found) -> None:
         f"{sample.shards} shards; bounds: {describe_bounds(bounds)}; {measure}; "
         f"{len(sample.queries)} {sample.query_source}; times of a query and shard on one thread"
     )
-    rows = table_rows(front(found.outcomes), found, sample.shard_rows)
+    rows = table_rows(front(found), found, sample.shard_rows)
     print_table(title, HEADER, rows)
     if found.is_cut_short:
         click.echo(f"the time did not suffice for everything; not tried: {found.untried}")

@@ -33,24 +33,32 @@ BUILD_FIELDS = ("nlist", "m", "hnsw_m", "ef_construction", "rerank", "pca")
 Entry = tuple[Outcome, Point]
 
 
-def front(outcomes: Sequence[Outcome]) -> list[Entry]:
+def front(found: Found) -> list[Entry]:
     """The Pareto front, the highest recall first. Of what was measured over part of the rows only
-    the chosen point counts, whose time is known best."""
+    the chosen point counts, whose time is known best.
+
+    What was chosen is always there: it was timed anew, beside other finalists only, and a point
+    that was timed once may seem to be better.
+    """
     entries = [
         (outcome, point)
-        for outcome in outcomes
+        for outcome in found.outcomes
         for point in (outcome.points if outcome.is_last else (outcome.chosen,))
-        if point.recall >= LEAST_SHOWN
+        if point.recall >= LEAST_SHOWN or _is_chosen(found, outcome, point)
     ]
     entries.sort(key=lambda entry: (-entry[1].recall, *_costs(entry)))
-    return [each for each in entries if not any(_beats(other, each) for other in entries)]
+    return [
+        each
+        for each in entries
+        if _is_chosen(found, *each) or not any(_beats(other, each) for other in entries)
+    ]
 
 
 def table_rows(entries: Sequence[Entry], found: Found, shard_rows: int) -> list[tuple[str, ...]]:
     """Rows for HEADER; a star is before what was chosen, ~ before what was extrapolated."""
     rows: list[tuple[str, ...]] = []
     for outcome, point in entries:
-        is_chosen = outcome is found.chosen and point == outcome.chosen
+        is_chosen = _is_chosen(found, outcome, point)
         about = "" if outcome.growth == 1.0 else "~"
         rows.append(
             (
@@ -135,8 +143,7 @@ def as_json(sample: CorpusSample, bounds: Bounds, found: Found, seconds: float) 
         "chosen": None if found.chosen is None else found.chosen.configuration.name,
         "configurations": [_outcome(outcome) for outcome in found.outcomes],
         "front": [
-            {"name": outcome.configuration.name} | _point(point)
-            for outcome, point in front(found.outcomes)
+            {"name": outcome.configuration.name} | _point(point) for outcome, point in front(found)
         ],
     }
 
@@ -170,6 +177,10 @@ def _point(point: Point) -> dict[str, Any]:
 
 def _knobs(point: Point) -> str:
     return " ".join(f"{name}={value}" for name, value in asdict(point.params).items() if value)
+
+
+def _is_chosen(found: Found, outcome: Outcome, point: Point) -> bool:
+    return outcome is found.chosen and point == outcome.chosen
 
 
 def _costs(entry: Entry) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from shardline.cluster.tuner.halving import WIDTHS, Bounds, excess, halve, misse
 from shardline.cluster.tuner.outcome import Outcome, Point, Rung
 from shardline.cluster.tuner.timing import Latency
 from shardline.cluster.tuner.trial import Trial
-from shardline.cluster.tuner.tuning_report import failure, front, section
+from shardline.cluster.tuner.tuning_report import failure, front, section, table_rows
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.messages import SearchParams
 from shardline.shards.core.schema import Metric
@@ -330,10 +330,24 @@ def test_the_front_against_all_pairs() -> None:
             for other in entries
         )
     }
-    shown = front(found.outcomes)
+    shown = front(found)
     assert {outcome.configuration.name for outcome, _ in shown} == expected
     recalls = [point.recall for _, point in shown]
     assert recalls == sorted(recalls, reverse=True)
+
+
+def test_the_choice_is_shown_though_another_point_seems_better() -> None:
+    found, _ = halved({NAMES[0]: (0.98, 1.0), NAMES[1]: (0.99, 1.2)}, Bounds(target_recall=0.97))
+    chosen = found.chosen
+    assert chosen is not None
+    other = next(o for o in found.outcomes if o is not chosen)
+    better = replace(chosen.chosen, recall=1.0, latency=chosen.chosen.latency.scaled(0.5))
+    smaller = replace(chosen, points=(better,), chosen=better)
+    outcomes = (chosen, *(smaller if o is other else o for o in found.outcomes if o is not chosen))
+    shown = front(replace(found, outcomes=outcomes))
+    assert (chosen, chosen.chosen) in shown and (smaller, better) in shown
+    stars = [row for row in table_rows(shown, found, 1000) if row[0].startswith("* ")]
+    assert [row[0] for row in stars] == [f"* {chosen.configuration.name}"]
 
 
 def test_the_section_is_what_was_measured() -> None:
