@@ -45,6 +45,18 @@ class StoredVectors:
         self.rows = int(self._index.ntotal)
         self.dim = int(self._outer.d)
 
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of ``copied``, and its number."""
+        size = self._outer.code_size if self._is_copied_as_stored else 4 * self.dim
+        return 8 + int(size)
+
+    @property
+    def _is_copied_as_stored(self) -> bool:
+        return self._codes is not None and isinstance(
+            self._outer, faiss.IndexFlat | faiss.IndexScalarQuantizer
+        )
+
     def queries(self, queries: FloatArray) -> FloatArray:
         """queries (n, d of the index) float32 in that space, (n, dim) float32."""
         if self._transform is None:
@@ -70,9 +82,7 @@ class StoredVectors:
         form they are stored in, if that is full or half precision."""
         outer = self._outer
         made: Any = faiss.IndexFlat(self.dim, outer.metric_type)
-        if self._codes is None or not isinstance(
-            outer, faiss.IndexFlat | faiss.IndexScalarQuantizer
-        ):
+        if self._codes is None or not self._is_copied_as_stored:
             made.add(self.of(rows))
             return made
         if isinstance(outer, faiss.IndexScalarQuantizer):

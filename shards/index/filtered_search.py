@@ -16,15 +16,14 @@ and hidden rows are left out when it is searched.
 
 import math
 import threading
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import faiss
 import numpy as np
-from numpy.typing import NDArray
 
 from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
@@ -42,16 +41,19 @@ from shardline.shards.core.schema import (
 )
 from shardline.shards.index.exact_scan import StoredVectors, scan
 from shardline.shards.index.layers import Layers
-from shardline.shards.index.probing import Lists
+from shardline.shards.index.list_scan import ListScan, ListWalk
+from shardline.shards.index.probing import FilledLists, Lists, NearLists
 from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import MEASURED_K
 
 # Filters with so few values (rows x dimensions) are copied and scored as a whole: 8,192 rows of 128
 # take 0.1 ms of one core, and copying them 0.2 ms.
 COPIED_VALUES = 1 << 20
-# Those with so few, once so many queries have used them: 65,536 rows take 0.6 ms, less than the
-# lists that would have to be visited; copying them takes 10 ms, and few of them are kept.
+# Those with so few, once so many queries have used them, if that is far less than what these took:
+# 65,536 rows take a millisecond where other shards read memory too. Copying them takes 10 ms, and
+# few of them are kept.
 COPIED_AGAIN_VALUES, COPIED_AFTER = 8 << 20, 16
+COPIES_MS, COPIES_GAIN = 1.0, 3  # of as many values; and how many times as long a walk has to take
 ENTRY_BYTES = 6000  # of a filter beside its arrays: two forms of faiss, an index, objects
 KEPT_BYTES = 64 << 20  # derived from filters, per index; what was not used for longest goes
 # Results in many lists have scores nearer to each other than those in few, and codes tell them
@@ -60,12 +62,13 @@ RERANK_FACTOR = 4
 GROWTH = 16  # of the lists visited, between two estimates: each is better than the one before
 # Results whose last score is estimated, as a multiple of those that count: the lists that follow
 # are about those that are needed; with fewer results too few.
-LIKELY_DEPTH = 2
+LIKELY_DEPTH = 4
 # Fewer results than k may be all that count of a shard; to have k of them, as many lists are
 # visited as have so many times k matching rows, because to score all of these takes far longer.
 FILLED_FROM = (4, 64)
 CALIBRATION_QUERIES = 32
 CALIBRATION_GROWTH = 64  # of the lists, to see what the default does not find
+CHEAP_MS = 2.0  # of a search that may keep others waiting who wait for no search
 COVERED = 0.95  # of the results that a wider search finds: then all of them count
 
 
@@ -92,13 +95,18 @@ class _Derived:
     """
 
     uses: int = 0
-    lists: NDArray[np.int64] | None = None
-    filled: Any | None = None
+    lists: FilledLists | None = None
+    goes_far: bool = False
     rows: IdArray | None = None
     copies: Searched | None = None
     some: Selection | None = None
     part: Selection | None = None
+    ms: float = math.inf
     bytes: int = 0
+
+    def note_time(self, ms: float) -> None:
+        """Takes in what a query has taken: the first ones derive more than they search."""
+        self.ms = ms if math.isinf(self.ms) else max(ms, self.ms / 2)
 
 
 class FilteredSearch:
@@ -114,15 +122,18 @@ class FilteredSearch:
         metric: Metric,
         defaults: SearchParams,
         has_lists: bool,
+        can_tie: bool,
         index_of: Callable[[Any], Searched],
     ) -> None:
-        """has_lists: ``main`` takes ``Selection.lists``. index_of: makes a main index of an index
-        of faiss."""
+        """has_lists: if the index has inverted lists, they may be searched. can_tie: whether equal
+        scores mean equal vectors. index_of: makes a main index of an index of faiss."""
         # weak: what holds the memory of an index must be gone with the last reference to it
         self._main: Searched = weakref.proxy(main)
         self._layers, self._stored, self._metric = layers, stored, metric
         self._defaults, self._index_of = defaults, index_of
+        self._can_tie = can_tie
         self._has_lists = has_lists and Lists.can_be_read(layers)
+        self._list_scan = ListScan(layers, stored, metric)
         self._lists: Lists | None = None
         self._depth = 1.0
         self._copied = COPIED_VALUES // stored.dim
@@ -144,12 +155,14 @@ class FilteredSearch:
 
     def is_cheap(self, origin: Selection, queries: int, others: int = 0) -> bool:
         """Whether a search is one of copies that have been made, or of an index that has as few
-        rows, and with ``others`` few enough are scored."""
+        rows, and with ``others`` few enough are scored; or the last ones took so little time."""
         derived = self._derived.get(origin)
-        is_copied = derived is not None and derived.copies is not None
-        rows = origin.num_selected if is_copied else origin.rows
-        is_small = queries * (rows + others) <= self._copied_again
-        return is_small and (is_copied or rows <= self._copied)
+        if derived is None:
+            rows = origin.rows
+            return rows <= self._copied and queries * (rows + others) <= self._copied_again
+        if derived.copies is not None:
+            return queries * (origin.num_selected + others) <= self._copied_again
+        return queries * derived.ms <= CHEAP_MS and queries * others <= self._copied_again
 
     def search(
         self,
@@ -163,10 +176,22 @@ class FilteredSearch:
         called before lists are visited and before each block of rows; what it raises ends it."""
         if not chosen.num_selected:
             return _nothing(len(queries), k)
-        origin = chosen.origin or chosen
-        derived = self._derived_of(origin, len(queries))
-        most = self._copied_again if derived.uses > COPIED_AFTER else self._copied
-        if origin.num_selected <= most:
+        derived = self._derived_of(chosen.origin or chosen, len(queries))
+        began = time.perf_counter()
+        ranked = self._best(queries, k, params, derived, chosen, look)
+        derived.note_time((time.perf_counter() - began) * 1e3 / max(len(queries), 1))
+        return ranked
+
+    def _best(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        derived: _Derived,
+        chosen: Selection,
+        look: Callable[[], None],
+    ) -> Ranked:
+        if self._is_copied(derived, chosen.origin or chosen):
             return self._among_copies(queries, k, derived, chosen)
         if self._has_lists:
             ranked = self._in_lists(queries, k, params, derived, chosen, look)
@@ -191,6 +216,29 @@ class FilteredSearch:
             while self._bytes > KEPT_BYTES and len(self._derived) > 1:
                 self._bytes -= self._derived.popitem(last=False)[1].bytes
         return derived
+
+    def _is_copied(self, derived: _Derived, origin: Selection) -> bool:
+        """Whether all rows of a filter are to be scored."""
+        rows = origin.num_selected
+        if derived.copies is not None or rows <= self._copied:
+            return True
+        if rows > self._copied_again or derived.uses <= COPIED_AFTER:
+            return False
+        copies_ms = COPIES_MS * rows / self._copied_again
+        return copies_ms * COPIES_GAIN <= derived.ms and self._has_room(derived, rows)
+
+    def _has_room(self, derived: _Derived, rows: int) -> bool:
+        """Whether copies of so many rows fit beside what else is kept, or beside what is not used
+        more rarely: filters that take turns must not drive out each other's copies."""
+        with self._lock:
+            over = self._bytes + rows * self._stored.row_bytes - KEPT_BYTES
+            for other in self._derived.values():
+                if over <= 0:
+                    return True
+                if other is derived or 2 * other.uses > derived.uses:
+                    return False
+                over -= other.bytes
+        return over <= 0
 
     def _count(self, origin: Selection, more: int) -> None:
         """Adds bytes to an entry, and to the total unless the entry has been dropped meanwhile."""
@@ -228,7 +276,7 @@ class FilteredSearch:
                 self._count(origin, derived.rows.nbytes + index.ntotal * index.code_size)
                 derived.some = None
             part = derived.part
-            if derived.some is not whole or (part is not None and part.lists is not None):
+            if derived.some is not whole:
                 part = None
                 if whole.origin is not None:
                     part = Selection.of(whole.are_live(derived.rows))
@@ -254,76 +302,78 @@ class FilteredSearch:
         """Visits lists that have matching rows, nearest first, until few results can be missing."""
         with self._lock:
             lists = self._lists or self._read_lists()
-            part, rows = self._part(lists, derived, chosen)
-        near = lists.near(queries, rows)
-        most = min(len(near.rows), MAX_NPROBE)
+            filled = self._filled(lists, derived, chosen)
         widening = 1 if params.nprobe else max(k / MEASURED_K, 1)
-        times = widening * chosen.rows / chosen.num_selected
-        usual = min(self._nprobe(params, times), most)
-        wanted = np.full(len(queries), usual)
-        depth = max(1, math.ceil(k * self._depth))
-        shape = len(queries), k
-        ranked = Ranked(np.empty(shape, np.int64), np.empty(shape, np.float32))
-        asked, is_first = np.arange(len(queries)), True
-        while asked.size:
-            for nprobe in sorted(set(wanted.tolist())):
-                look()
-                some = asked[wanted == nprobe]
-                search = self._main.search if is_first else self._search_far
-                given = replace(params, nprobe=nprobe)
-                ranked.ids[some], ranked.scores[some] = search(queries[some], k, given, part)
-            needed, growth = near.needed(asked, depth, ranked.scores[asked, depth - 1]), GROWTH
-            is_far = needed > wanted
-            if is_first and is_far.any():
-                # what few lists have found says little; what all of them may hold says more
-                far, growth = asked[is_far], most
-                likely = near.likely(far, LIKELY_DEPTH * depth)
-                likely = np.maximum(likely, ranked.scores[far, depth - 1])
-                needed[is_far] = np.maximum(near.needed(far, depth, likely), 2 * wanted[is_far])
-            needed = np.minimum(_rounded(needed), np.minimum(growth * wanted, most))
-            more = needed > wanted
-            asked, wanted, is_first = asked[more], needed[more], False
-        for times in FILLED_FROM:
-            short = np.flatnonzero(ranked.ids[:, min(k, chosen.num_selected) - 1] == EMPTY_ID)
-            wanted = np.minimum(_rounded(near.holding(short, times * k)), most)
-            for nprobe in sorted(set(wanted.tolist())):
-                look()
-                some, given = short[wanted == nprobe], replace(params, nprobe=nprobe)
-                ranked.ids[some], ranked.scores[some] = self._search_far(
-                    queries[some], k, given, part
-                )
+        usual = self._nprobe(params, widening * chosen.rows / chosen.num_selected)
+        ranked = _nothing(len(queries), k)
+        cut = []
+        for place, near in enumerate(lists.near(queries, filled)):
+            walk = ListWalk(self._list_scan, near, queries[place], k, chosen, look)
+            self._find(walk, near, k, params, usual, derived)
+            self._fill(walk, near, k, params, min(k, chosen.num_selected))
+            ranked.ids[place, : len(walk.rows)] = walk.rows
+            ranked.scores[place, : len(walk.rows)] = walk.scores
+            if walk.is_cut:
+                cut.append(place)
+        if cut and self._can_tie:
+            given = replace(params, nprobe=min(lists.count, MAX_NPROBE))
+            ranked.ids[cut], ranked.scores[cut] = self._main.search(queries[cut], k, given, chosen)
         return ranked
 
-    def _part(
-        self, lists: Lists, derived: _Derived, chosen: Selection
-    ) -> tuple[Selection, NDArray[np.int64]]:
-        """What to search, with the lists alone that have rows of the filter; and how many of these
-        each list has."""
+    def _find(
+        self,
+        walk: ListWalk,
+        near: NearLists,
+        k: int,
+        params: SearchParams,
+        usual: int,
+        derived: _Derived,
+    ) -> None:
+        """Walks on until few of the k best can be missing."""
+        most = min(len(near.rows), MAX_NPROBE)
+        usual, depth = min(usual, most), max(1, math.ceil(k * self._depth))
+        if not derived.goes_far:
+            walk.to(usual, self._candidates(k, params, 1))
+            needed = near.needed(depth, walk.last(depth), walk.places)
+            if needed <= usual:
+                return
+        # what few lists have found says little; what all of them may hold says more
+        likely = max(near.likely(LIKELY_DEPTH * depth), walk.last(depth))
+        needed = max(near.needed(depth, likely, near.nearest(usual)), 2 * usual)
+        derived.goes_far = needed > 2 * usual and near.can_estimate
+        candidates = self._candidates(k, params, RERANK_FACTOR)
+        walk.begin()  # with more candidates
+        while needed > walk.visited and walk.visited < most:
+            walk.to(min(needed, GROWTH * walk.visited or most, most), candidates)
+            needed = near.needed(depth, walk.last(depth), walk.places)
+
+    def _fill(
+        self, walk: ListWalk, near: NearLists, k: int, params: SearchParams, wanted: int
+    ) -> None:
+        """Walks on until there are ``wanted`` results, or FILLED_FROM has been reached."""
+        most = min(len(near.rows), MAX_NPROBE)
+        for times in FILLED_FROM:
+            if len(walk.rows) >= wanted:
+                return
+            walk.to(min(near.holding(times * k), most), self._candidates(k, params, RERANK_FACTOR))
+
+    def _candidates(self, k: int, params: SearchParams, factor: int) -> int:
+        """How many rows are scored exactly for k results; ``factor`` times as many as results, and
+        as of MEASURED_K results, where neither ``params`` nor the defaults say more."""
+        if self._layers.refine is None:
+            return k + 1
+        if params.rerank_factor is not None:
+            return max(k + 1, round(k * params.rerank_factor))
+        factor = max(factor, self._defaults.rerank_factor or 1)
+        return max(k + 1, max(k, MEASURED_K) * factor)
+
+    def _filled(self, lists: Lists, derived: _Derived, chosen: Selection) -> FilledLists:
+        """The lists that have rows of the filter."""
         if derived.lists is None:
             origin = chosen.origin or chosen
-            derived.lists = lists.rows_of(origin.selected())
-            has_some = np.packbits(derived.lists > 0, bitorder="little")
-            derived.filled = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(has_some))
-            self._count(origin, derived.lists.nbytes)
-        if chosen.base is not None:  # of one query: not kept
-            return replace(chosen, lists=derived.filled), derived.lists
-        part = derived.part
-        if derived.some is not chosen or part is None or part.lists is None:
-            part = replace(chosen, lists=derived.filled)
-            derived.some, derived.part = chosen, part
-        return part, derived.lists
-
-    def _search_far(
-        self, queries: FloatArray, k: int, params: SearchParams, chosen: Selection
-    ) -> Ranked:
-        """With RERANK_FACTOR times as many candidates as results, of MEASURED_K results at least,
-        unless there are more anyway."""
-        is_enough = (self._defaults.rerank_factor or 1) >= RERANK_FACTOR
-        if is_enough or self._layers.refine is None or params.rerank_factor is not None:
-            return self._main.search(queries, k, params, chosen)
-        given = replace(params, rerank_factor=RERANK_FACTOR)
-        found = self._main.search(queries, max(k, MEASURED_K), given, chosen)
-        return Ranked(found.ids[:, :k], found.scores[:, :k])
+            derived.lists = lists.filled(origin.selected())
+            self._count(origin, 2 * derived.lists.rows.nbytes)
+        return derived.lists
 
     def _read_lists(self) -> Lists:
         """With ``_depth``: the share of k results that count. A default that was measured to be
@@ -342,13 +392,6 @@ class FilteredSearch:
         if covered < COVERED:
             self._depth = covered / 3
         return self._lists
-
-
-def _rounded(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Up to a power of the root of two: queries with about as many are searched together."""
-    powers = np.ceil(2 * np.log2(np.maximum(counts, 1)))
-    rounded: NDArray[np.int64] = np.ceil(np.exp2(powers / 2)).astype(np.int64)
-    return rounded
 
 
 def _nothing(queries: int, k: int) -> Ranked:

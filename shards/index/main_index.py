@@ -134,6 +134,7 @@ class MainIndex:
             metric=metric,
             defaults=defaults,
             has_lists=device is Device.CPU,
+            can_tie=can_tie,
             index_of=lambda index: MainIndex(index, metric=metric, defaults=NO_PARAMS),
         )
 
@@ -418,7 +419,7 @@ class MainIndex:
                 cache.clear()
             prepared = cache[key] = self._make_parameters(k, fetch, params, selection)
         elif selection is not None and prepared.selection is not selection:
-            _point(prepared.parts[0], selection)
+            prepared.parts[0].sel = selection.selector
             prepared.selection = selection
         return prepared
 
@@ -470,15 +471,8 @@ class MainIndex:
         else:
             return None
         if selection is not None:
-            _point(made, selection)
+            made.sel = selection.selector
         return made
-
-
-def _point(innermost: Any, selection: Selection) -> None:
-    """Makes parameters of faiss those of a search with this selection."""
-    innermost.sel = selection.selector
-    if isinstance(innermost, faiss.SearchParametersIVF):
-        innermost.quantizer_params = selection.lists
 
 
 def _padded(ranked: Ranked, k: int) -> Ranked:

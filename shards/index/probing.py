@@ -40,21 +40,24 @@ LOWEST = np.float32(-1e30)  # in place of the score of an empty slot
 class Lifts:
     """How rows' lift is spread: which share of rows has more, in BINS steps of equal width.
 
-    values: those that a share SHARES of rows exceeds, ascending.
+    values: those that a share SHARES of rows exceeds, ascending. shares (BINS + 1,): by step.
     """
 
     def __init__(self, values: NDArray[np.float64]) -> None:
         self.low = np.float32(values[0])
         self.width = np.float32(max(float(values[-1] - values[0]) / BINS, float(TINY)))
         middles = self.low + self.width * (np.arange(BINS) + 0.5)
-        self.shares = np.exp(np.interp(middles, values, LOG_SHARES))
+        shares = np.exp(np.interp(middles, values, LOG_SHARES))
         # by step, from BINS steps below the first one to as many behind the last one
-        self._padded = np.concatenate((np.ones(BINS), self.shares, np.zeros(BINS)))
+        self._padded = np.concatenate((np.ones(BINS), shares, np.zeros(BINS)))
+        self.shares = self._padded[BINS : 2 * BINS + 1]
 
     def steps(self, lift: FloatArray) -> NDArray[np.int32]:
         """(m,): in which step each of lift (m,) lies; BINS where no row has as much."""
-        found: NDArray[np.int32] = np.clip((lift - self.low) / self.width, 0, BINS).astype(np.int32)
-        return found
+        found = (lift - self.low) / self.width
+        # of what has overflowed nothing is known: then many rows may have more
+        np.fmin(np.fmax(found, 0, out=found), BINS, out=found)
+        return found.astype(np.int32)
 
     def above(self, rows: NDArray[np.float64], step: int) -> float:
         """How many rows are above a score. rows (BINS,): by how many steps their centroids are
@@ -63,63 +66,93 @@ class Lifts:
         return float(rows @ self._padded[BINS + step : 2 * BINS + step])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NearLists:
-    """The lists that have rows of a selection, as some queries see them.
+@dataclass(frozen=True, slots=True)
+class FilledLists:
+    """The lists that have rows of a selection.
 
-    rows (lists,): how many of the selection each has; scores (n, lists): of the centroids; scales
-    (n,): the unit of the lift, of inner products; None under L2, where each list has its own.
+    rows (lists,): how many each has; numbers (lists,): which of all lists they are; None: all.
     """
 
     rows: NDArray[np.float64]
-    scores: FloatArray
-    scales: FloatArray | None
-    lifts: Lifts
+    numbers: IdArray | None
 
-    def needed(self, queries: IdArray, k: int, last: FloatArray) -> NDArray[np.int64]:
-        """(m,): how many of the lists, nearest first, those ``queries`` (m,) have to visit.
-        last (m,): the score of the k-th result, -inf where there are fewer."""
-        found = np.empty(len(queries), np.int64)
-        floors = np.maximum(last, LOWEST)
-        for place, query in enumerate(queries.tolist()):
-            scores = self.scores[query]
-            lift = floors[place] - scores
-            lift /= np.sqrt(-scores) + TINY if self.scales is None else self.scales[query]
-            # the lift that a better row needs rises from the nearest list to the farthest
-            steps = self.lifts.steps(lift)
-            better = np.bincount(steps, self.rows, BINS + 1)[:BINS] * self.lifts.shares
-            rest = np.cumsum(better[::-1])[::-1]
-            last_step = np.count_nonzero(rest > MISSED_SHARE * k)
-            found[place] = np.count_nonzero(steps < last_step)
-        return found
 
-    def holding(self, queries: IdArray, count: int) -> NDArray[np.int64]:
-        """(m,): how many of the lists, nearest first, have ``count`` rows together, for those
-        ``queries`` (m,); all where they have fewer."""
-        found = np.empty(len(queries), np.int64)
-        for place, query in enumerate(queries.tolist()):
-            held = np.cumsum(self.rows[np.argsort(-self.scores[query])])
-            found[place] = min(int(np.searchsorted(held, count)) + 1, len(held))
-        return found
+class NearLists:
+    """The lists that have rows of a selection, as one query sees them.
 
-    def likely(self, queries: IdArray, k: int) -> FloatArray:
-        """(m,): about the score of the k-th best row of all lists, for those ``queries`` (m,); -inf
-        under L2, of which nothing is known before a search."""
-        found = np.full(len(queries), -np.inf, np.float32)
-        if self.scales is None:
-            return found
-        lifts = self.lifts
-        for place, query in enumerate(queries.tolist()):
-            scores, scale = self.scores[query], self.scales[query]
-            best = scores.max()
-            below = np.minimum((best - scores) / (scale * lifts.width), BINS - 1).astype(np.int32)
-            rows = np.bincount(below, self.rows, BINS).astype(np.float64, copy=False)
-            low, high = -BINS, BINS
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if lifts.above(rows, middle) >= k else (low, middle)
-            found[place] = best + scale * (lifts.low + lifts.width * low)
-        return found
+    seen (d,): the query as the lists see it; scores (lists,): of the centroids; scale: the unit of
+    the lift, of inner products; None under L2, where each list has its own.
+    """
+
+    __slots__ = ("_lifts", "_order", "numbers", "rows", "scale", "scores", "seen")
+
+    def __init__(
+        self,
+        seen: FloatArray,
+        scores: FloatArray,
+        scale: np.float32 | None,
+        filled: FilledLists,
+        lifts: Lifts,
+    ) -> None:
+        self.seen, self.scores, self.scale = seen, scores, scale
+        self.rows, self.numbers, self._lifts = filled.rows, filled.numbers, lifts
+        self._order: IdArray | None = None
+
+    @property
+    def can_estimate(self) -> bool:
+        """Whether ``likely`` knows anything."""
+        return self.scale is not None
+
+    def nearest(self, count: int) -> IdArray:
+        """(count,): places of the nearest lists, in no order."""
+        if self._order is not None:
+            return self._order[:count]
+        if count >= len(self.scores):
+            return np.arange(len(self.scores))
+        return np.argpartition(-self.scores, count - 1)[:count]
+
+    @property
+    def order(self) -> IdArray:
+        """(lists,): places of all of them, from the nearest to the farthest."""
+        if self._order is None:
+            self._order = np.argsort(-self.scores)
+        return self._order
+
+    def needed(self, k: int, last: np.float32, visited: IdArray) -> int:
+        """How many of the lists, nearest first, have to be visited, if that is more than those at
+        the places ``visited``; else 0. last: the score of the k-th result, -inf where there are
+        fewer."""
+        lift = max(last, LOWEST) - self.scores
+        lift /= np.sqrt(-self.scores) + TINY if self.scale is None else self.scale
+        # the lift that a better row needs rises from the nearest list to the farthest
+        steps = self._lifts.steps(lift)
+        better = self.rows * self._lifts.shares[steps]
+        if better.sum() - better[visited].sum() <= MISSED_SHARE * k:
+            return 0
+        rest = np.cumsum(np.bincount(steps, better, BINS + 1)[BINS - 1 :: -1])[::-1]
+        last_step = np.count_nonzero(rest > MISSED_SHARE * k)
+        return int(np.count_nonzero(steps < last_step))
+
+    def holding(self, count: int) -> int:
+        """How many of the lists, nearest first, have ``count`` rows together; all where they have
+        fewer."""
+        held = np.cumsum(self.rows[self.order])
+        return min(int(np.searchsorted(held, count)) + 1, len(held))
+
+    def likely(self, k: int) -> np.float32:
+        """About the score of the k-th best row of all lists; -inf under L2, of which nothing is
+        known before a search."""
+        if self.scale is None:
+            return np.float32(-np.inf)
+        lifts, best = self._lifts, self.scores.max()
+        below = np.fmin((best - self.scores) / (self.scale * lifts.width), BINS - 1)
+        steps = below.astype(np.int32)
+        rows = np.bincount(steps, self.rows, BINS).astype(np.float64, copy=False)
+        low, high = -BINS, BINS
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if lifts.above(rows, middle) >= k else (low, middle)
+        return np.float32(best + self.scale * (lifts.low + lifts.width * low))
 
 
 class Lists:
@@ -140,23 +173,34 @@ class Lists:
             faiss.downcast_index(layers.base.quantizer), faiss.IndexFlat
         )
 
-    def rows_of(self, rows: IdArray) -> NDArray[np.int64]:
-        """(lists,): how many of rows (m,) lie in each."""
-        return np.bincount(self.of_row[rows], minlength=self.count)
-
-    def near(self, queries: FloatArray, rows: NDArray[np.int64]) -> NearLists:
-        """Of queries (n, d); rows (lists,): what ``rows_of`` says of a selection."""
-        scores, scales = self._scored(queries)
-        if not rows.all():
-            filled = np.flatnonzero(rows)
-            rows, scores = rows[filled], scores[:, filled]
-        return NearLists(
-            rows=rows.astype(np.float64), scores=scores, scales=scales, lifts=self._lifts
+    def filled(self, rows: IdArray) -> FilledLists:
+        """Those that have some of rows (m,)."""
+        counts = np.bincount(self.of_row[rows], minlength=self.count)
+        numbers = np.flatnonzero(counts)
+        return FilledLists(
+            counts[numbers].astype(np.float64), None if len(numbers) == self.count else numbers
         )
 
-    def _scored(self, queries: FloatArray) -> tuple[FloatArray, FloatArray | None]:
-        """(n, lists): the score of every centroid; and the scales of ``NearLists``."""
-        inner = self._inner(queries)
+    def near(self, queries: FloatArray, filled: FilledLists) -> list[NearLists]:
+        """Of each of queries (n, d)."""
+        seen = self._inner(queries)
+        scores, scales = self._scored(seen)
+        if filled.numbers is not None:
+            scores = scores[:, filled.numbers]
+        return [
+            NearLists(
+                seen[query],
+                scores[query],
+                None if scales is None else scales[query],
+                filled,
+                self._lifts,
+            )
+            for query in range(len(queries))
+        ]
+
+    def _scored(self, inner: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+        """(n, lists): the score of every centroid for ``_inner`` queries (n, d); and the scales of
+        ``NearLists``."""
         scores = inner @ self._centroids.T
         norms = np.vecdot(inner, inner)
         if self._metric is Metric.L2:
@@ -178,7 +222,7 @@ class Lists:
         chosen = np.sort(rng.permutation(stored.rows)[:SAMPLE_ROWS])
         rows = np.asarray(self._layers.whole.reconstruct_batch(chosen), np.float32)
         asked = rng.permutation(len(chosen))[:SAMPLE_QUERIES]
-        scores, scales = self._scored(rows[asked])
+        scores, scales = self._scored(self._inner(rows[asked]))
         exact = rows[asked] @ rows.T
         if self._metric is Metric.L2:
             norms = np.vecdot(rows, rows)

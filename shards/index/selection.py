@@ -25,8 +25,7 @@ class Selection:
     may come back; num_excluded rows may not. ``selector`` is faiss's form of it, over the same
     memory. origin: the selection that this one was narrowed from with ``&``, which has all of its
     rows; None: itself. base: the selection that this one was made from with ``less``, and less_rows
-    (m,) the rows that it lacks of that one, ascending. lists: faiss's parameters of a search for
-    inverted lists that finds those only that have some of the rows; None: all.
+    (m,) the rows that it lacks of that one, ascending.
     """
 
     bits: NDArray[np.uint8]
@@ -34,7 +33,6 @@ class Selection:
     num_excluded: int
     selector: Any
     origin: "Selection | None" = None
-    lists: Any | None = None
     base: "Selection | None" = None
     less_rows: IdArray | None = None
 

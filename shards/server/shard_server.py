@@ -60,6 +60,7 @@ BACKLOG = 128
 # The longest search in the loop thread: nobody notices a handshake that waits this long.
 INLINE_MS = 2.0
 INLINE_ROWS = 8  # and the largest batch, because what a row costs is only estimated
+INLINE_FILTERED = 2  # searches with filters of it, each of which may take as long as that
 STOP_TIMEOUT_S = 10.0
 # While a search runs, routers hear so often that we live. Far below their ``silent_after_ms``.
 KEEP_ALIVE_S = 0.1
@@ -298,9 +299,11 @@ class ShardServer:
         for work in batch:
             rows += work.rows
             may_be_inline = may_be_inline and work.handler.may_be_inline(self.shard, work.request)
-        searched = sum(work.rows for work in batch if not work.has_filter)
-        is_short = rows <= INLINE_ROWS and (
-            not searched or searched * self._answerer.ms_per_row <= INLINE_MS
+        plain = [work.rows for work in batch if not work.has_filter]
+        is_short = (
+            rows <= INLINE_ROWS
+            and len(batch) - len(plain) <= INLINE_FILTERED
+            and (not plain or sum(plain) * self._answerer.ms_per_row <= INLINE_MS)
         )
         if is_short and may_be_inline:
             self._deliver(self._answerer.answer(batch))

@@ -239,20 +239,54 @@ def test_a_query_gets_the_same_answer_alone_and_in_a_batch(
     assert_answer_order(together)
 
 
-def test_a_filter_that_comes_again_and_again_is_copied(large) -> None:
+def test_a_filter_that_comes_again_and_again_is_copied_where_that_saves_time(
+    large, monkeypatch
+) -> None:
+    monkeypatch.setattr(filtered_search, "COPIES_MS", 1e6)
     main = build_main(large[0], **LARGE_KINDS["ivfpq-fs"])
     filtered = main._filtered
     filtered._copied, filtered._copied_again = 100, LARGE
     chosen = Selection.of(np.arange(LARGE) % 3 == 0)
     asked = []
-    for _ in range(filtered_search.COPIED_AFTER + 2):
-        main.search_filtered(large[1][:1], 20, NO_PARAMS, chosen)
-        asked.append(filtered._derived[chosen].copies is not None)
-    assert asked == [False] * filtered_search.COPIED_AFTER + [True, True]
+
+    def ask(times: int) -> None:
+        for _ in range(times):
+            main.search_filtered(large[1][:1], 20, NO_PARAMS, chosen)
+            asked.append(filtered._derived[chosen].copies is not None)
+
+    ask(filtered_search.COPIED_AFTER + 2)
+    assert not any(asked)
+    monkeypatch.setattr(filtered_search, "COPIES_MS", 0.0)
+    ask(2)
+    assert asked[-2:] == [True, True]
+    another = Selection.of(np.arange(LARGE) % 3 == 1)
+    main.search_filtered(large[1][:4], 20, NO_PARAMS, another)
+    assert filtered._derived[another].copies is None  # used too rarely so far
     main.search_filtered(
         large[1][:1], 20, NO_PARAMS, chosen & Selection.without(chosen.selected()[:3], rows=LARGE)
     )
-    assert len(filtered._derived) == 1
+    assert len(filtered._derived) == 2
+
+
+def test_filters_that_take_turns_do_not_drive_out_each_others_copies(large, monkeypatch) -> None:
+    monkeypatch.setattr(filtered_search, "COPIES_MS", 0.0)
+    main = build_main(large[0], **LARGE_KINDS["ivfpq-fs"])
+    filtered = main._filtered
+    filtered._copied, filtered._copied_again = 100, LARGE
+    third = LARGE // 3 * main._stored.row_bytes
+    monkeypatch.setattr(filtered_search, "KEPT_BYTES", 2 * third + third // 2)
+    chosen = [Selection.of(np.arange(LARGE) % 3 == rest) for rest in range(3)]
+
+    def ask(which: list[Selection], times: int) -> list[bool]:
+        for _ in range(times):
+            for each in which:
+                main.search_filtered(large[1][:1], 20, NO_PARAMS, each)
+        kept = [filtered._derived.get(each) for each in chosen]
+        return [each is not None and each.copies is not None for each in kept]
+
+    assert ask(chosen, 4 * filtered_search.COPIED_AFTER) == [True, True, False]
+    # one that is used far more often than another takes its place
+    assert ask(chosen[1:], 8 * filtered_search.COPIED_AFTER) == [False, True, True]
 
 
 def test_an_index_is_gone_with_the_last_reference_to_it(large) -> None:

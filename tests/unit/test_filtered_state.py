@@ -472,6 +472,8 @@ def test_dear_searches_with_filters_are_not_the_loop_threads(monkeypatch) -> Non
     monkeypatch.setattr(filtered_search, "COPIED_VALUES", 100 * DIM)
     monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
     monkeypatch.setattr(filtered_search, "COPIED_AFTER", 1)
+    monkeypatch.setattr(filtered_search, "COPIES_MS", 0.0)
+    monkeypatch.setattr(filtered_search, "CHEAP_MS", 0.0)
     shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
     few, many = {"item_id": {"$lt": 300}}, {"item_id": {"$gte": 300}}
     for _ in range(2):  # copies of 150 rows are made when they are searched again, not of 250
@@ -481,6 +483,10 @@ def test_dear_searches_with_filters_are_not_the_loop_threads(monkeypatch) -> Non
     assert shard.is_cheap(request(few))
     assert not shard.is_cheap(request(few, 2))
     assert not shard.is_cheap(request(many))
+    monkeypatch.setattr(filtered_search, "CHEAP_MS", 1e6)
+    assert shard.is_cheap(request(many))  # by the time that it took
+    assert not shard.is_cheap(request({"item_id": {"$gte": 301}}))  # not searched yet
+    monkeypatch.setattr(filtered_search, "CHEAP_MS", 0.0)
     shard.state, _ = apply(shard.state, [upsert(1, np.arange(60), OTHERS[:60])])
     assert shard.is_prepared(request(few))
     assert not shard.is_cheap(request(few))  # with what the delta has
@@ -495,10 +501,15 @@ def test_a_search_of_a_known_filter_ends_with_its_time_too(monkeypatch) -> None:
         shard.search(replace(request(CHEAP), timeout_ms=-1.0))
 
 
-def test_the_loop_thread_searches_only_copies_that_are_made(monkeypatch) -> None:
+@pytest.mark.parametrize(("cheap_ms", "later"), [(0.0, "shard-search"), (1e6, "shard-loop")])
+def test_the_loop_thread_searches_copies_that_are_made_and_what_took_little_time(
+    cheap_ms: float, later: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(filtered_search, "CHEAP_MS", cheap_ms)
     monkeypatch.setattr(filtered_search, "COPIED_VALUES", 0)
     monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
     monkeypatch.setattr(filtered_search, "COPIED_AFTER", 1)
+    monkeypatch.setattr(filtered_search, "COPIES_MS", 0.0)
     shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
     threads: list[str] = []
     search_batch = shard.search_batch
@@ -519,7 +530,9 @@ def test_the_loop_thread_searches_only_copies_that_are_made(monkeypatch) -> None
     finally:
         link.close()
         server.stop()
-    assert threads == ["shard-search"] * 2 + ["shard-loop"] + ["shard-search"] * 3
+    # of a filter's first search nothing is known, and its second may make copies
+    copied = ["shard-search", later, "shard-loop"]
+    assert threads == [*copied, "shard-search", later, later]
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from shardline.bench.vectors import clustered, manifold
-from shardline.shards.core.schema import Metric
+from shardline.shards.core.schema import EMPTY_SCORE, Metric
 from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.filtered_search import LIKELY_DEPTH
 from shardline.shards.index.main_index import MainIndex
@@ -13,6 +13,7 @@ from shardline.shards.index.probing import Lists
 from tests.engine import build_main
 
 ROWS, DIM, K = 20_000, 32, 50
+NONE = np.empty(0, np.int64)
 CORPORA = {
     "clustered": lambda rows, stream: clustered(rows, DIM, 200, 3, first_row=stream << 20),
     "manifold": lambda rows, stream: manifold(rows, DIM, 8, 3, stream=stream),
@@ -46,7 +47,11 @@ def test_each_row_lies_in_the_list_that_it_is_assigned_to(corpus, main) -> None:
     assigned = main.layers.base.quantizer.assign(lists._inner(corpus[0]), 1)[:, 0]
     np.testing.assert_array_equal(lists.of_row, assigned)
     some = np.arange(0, ROWS, 7)
-    np.testing.assert_array_equal(lists.rows_of(some), np.bincount(assigned[some], minlength=128))
+    counts = np.bincount(assigned[some], minlength=128)
+    filled = lists.filled(some)
+    np.testing.assert_array_equal(filled.rows, counts[counts > 0])
+    numbers = np.arange(128) if filled.numbers is None else filled.numbers
+    np.testing.assert_array_equal(numbers, np.flatnonzero(counts))
 
 
 @pytest.mark.parametrize("share", [1, 0.3, 0.05])
@@ -58,11 +63,12 @@ def test_the_lists_needed_hold_nearly_all_of_the_best_and_are_not_many_more(
     rows = np.flatnonzero(mask)
     best = exact_top_k(queries, vectors[rows], K, main.metric)
     lists = lists_of(main)
-    matching = lists.rows_of(rows)
-    near = lists.near(queries, matching)
-    needed = near.needed(np.arange(50), K, best.scores[:, -1])
+    matching = np.bincount(lists.of_row[rows], minlength=lists.count)
+    near = lists.near(queries, lists.filled(rows))
+    lasts = best.scores[:, -1]
+    needed = np.array([each.needed(K, last, NONE) for each, last in zip(near, lasts, strict=True)])
     order = np.flatnonzero(matching)[
-        np.argsort(-lists._scored(queries)[0][:, matching > 0], axis=1)
+        np.argsort(-lists._scored(lists._inner(queries))[0][:, matching > 0], axis=1)
     ]
     rank = np.argsort(order, axis=1)  # of every list, by query
     place = np.searchsorted(np.flatnonzero(matching), lists.of_row[rows[best.ids]])
@@ -74,9 +80,18 @@ def test_the_lists_needed_hold_nearly_all_of_the_best_and_are_not_many_more(
 
 def test_an_empty_slot_needs_all_lists(corpus, main) -> None:
     lists = lists_of(main)
-    near = lists.near(corpus[1][:2], lists.rows_of(np.arange(ROWS)))
-    needed = near.needed(np.arange(2), K, np.full(2, -np.inf, np.float32))
-    assert (needed >= len(near.rows) - 2).all()
+    for near in lists.near(corpus[1][:2], lists.filled(np.arange(ROWS))):
+        assert near.needed(K, EMPTY_SCORE, NONE) >= len(near.rows) - 2
+
+
+def test_no_more_lists_are_needed_than_all(corpus, main) -> None:
+    lists = lists_of(main)
+    (near,) = lists.near(corpus[1][:1], lists.filled(np.arange(ROWS)))
+    assert near.needed(K, EMPTY_SCORE, near.order) == 0
+    some = near.nearest(7)
+    assert sorted(some) == sorted(near.order[:7]) == sorted(near.nearest(7))
+    held = np.cumsum(near.rows[near.order])
+    assert held[near.holding(900) - 1] >= 900 > held[near.holding(900) - 2]
 
 
 def test_the_score_estimated_before_a_search_leads_to_about_the_lists_needed(corpus, main) -> None:
@@ -84,13 +99,13 @@ def test_the_score_estimated_before_a_search_leads_to_about_the_lists_needed(cor
     vectors, queries = corpus
     lists, ratios = lists_of(main), []
     for query in queries[:20, None]:
-        nearest = np.argsort(-lists._scored(query)[0][0])[:16]
+        nearest = np.argsort(-lists._scored(lists._inner(query))[0][0])[:16]
         rows = np.flatnonzero(~np.isin(lists.of_row, nearest))
-        near, own = lists.near(query, lists.rows_of(rows)), np.arange(1)
-        likely = near.likely(own, LIKELY_DEPTH * K)
+        (near,) = lists.near(query, lists.filled(rows))
+        likely = near.likely(LIKELY_DEPTH * K)
         if main.metric is Metric.L2:
             assert likely == -np.inf
             continue
         _, exact = exact_top_k(query, vectors[rows], K, main.metric)
-        ratios.append(near.needed(own, K, likely)[0] / near.needed(own, K, exact[:, -1])[0])
+        ratios.append(near.needed(K, likely, NONE) / near.needed(K, exact[0, -1], NONE))
     assert main.metric is Metric.L2 or 0.4 <= np.median(ratios) <= 2.5, ratios
