@@ -49,6 +49,8 @@ MAX_TIED = 16_384
 # How what it is asked for grows, at last to that bound: most ties are short, and a long one must
 # not cost many searches.
 TIE_GROWTHS = (4, 32, MAX_TIED)
+# faiss multiplies queries with all centroids at once, but with a few one by one
+NAMED_SHARE = 4
 PARAMETER_CACHE = 64  # (k, params) whose faiss objects are kept; callers use a handful
 OVERFETCH_START = 32  # extra candidates of the first attempt where faiss cannot exclude rows itself
 
@@ -63,6 +65,26 @@ class _Prepared:
     top: Any | None
     parts: tuple[Any, ...]
     selection: Selection | None
+
+
+@dataclass(frozen=True, slots=True)
+class ByList:
+    """In which order queries (n, dim) are best searched, and which lists they visit.
+
+    order (n,): those of one nearest list follow each other, and find the codes and copies that they
+    share in a cache. lists (n, nprobe): of each query; most: of how many lists some are better
+    chosen as of all.
+    """
+
+    order: IdArray
+    lists: IdArray
+    most: int
+
+    def of(self, queries: IdArray) -> IdArray | None:
+        """The lists that some queries (m,) visit, for ``MainIndex.search``: to choose among these
+        takes less time than among all. None where it does not."""
+        lists = np.unique(self.lists[queries])
+        return lists if len(lists) <= self.most else None
 
 
 class _Selecting(threading.local):
@@ -189,12 +211,13 @@ class MainIndex:
         params: SearchParams,
         selection: Selection | None = None,
         beyond: int = 0,
+        lists: IdArray | None = None,
     ) -> Ranked:
         """The k best local rows, as ids, of queries (n, dim) float32; of all rows without a
         ``selection``. Parameters that this kind of index does not have are ignored.
 
         beyond: how many rows that are not selected may be nearer than these; more is visited then,
-        unless the parameters say how much.
+        unless the parameters say how much. lists: of ``ByList``, without a selection.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
@@ -205,8 +228,8 @@ class MainIndex:
         if self._device is Device.CUDA and k > gpu.GPU_MAX_K:
             return _padded(self.search(queries, gpu.GPU_MAX_K, params, selection), k)
         if k >= self._askable:
-            return self._ranked(queries, k, k, params, selection)[0]
-        (rows, scores), has_ties = self._ranked(queries, k, k + 1, params, selection)
+            return self._ranked(queries, k, k, params, selection, lists)[0]
+        (rows, scores), has_ties = self._ranked(queries, k, k + 1, params, selection, lists)
         ranked = Ranked(rows[:, :k], np.ascontiguousarray(scores[:, :k]))
         if has_ties:
             is_cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
@@ -287,17 +310,30 @@ class MainIndex:
                 got=f"{largest:g}",
             )
 
-    def by_list(self, queries: FloatArray) -> IdArray | None:
-        """An order (n,) of queries (n, dim) in which those of one nearest list follow each other;
-        None where the index has no lists on a CPU, or transforms queries before it chooses one.
+    def by_list(self, queries: FloatArray, k: int, params: SearchParams) -> ByList | None:
+        """How queries (n, dim) are best cut into searches with k and params; None where the index
+        has no lists on a CPU, or transforms queries before it chooses some.
 
-        Searched in this order, queries find the codes and the copies that they share in a cache.
+        Raises: as ``search``.
         """
         layers = self._layers
         if not layers.is_ivf or layers.transform is not None or self._device is not Device.CPU:
             return None
-        nearest = layers.base.quantizer.assign(queries, 1)[:, 0]
-        return np.argsort(nearest, kind="stable")
+        self._check_dim(queries)
+        _check_params(params)
+        quantizer = faiss.downcast_index(layers.base.quantizer)
+        _, lists = quantizer.search(queries, self._nprobe(params, k))
+        most = quantizer.ntotal // NAMED_SHARE if isinstance(quantizer, faiss.IndexFlat) else 0
+        return ByList(np.argsort(lists[:, 0], kind="stable"), lists, most)
+
+    def has_lists_of(self, other: "MainIndex") -> bool:
+        """Whether both have inverted lists, with the same centroids."""
+        if not self._layers.is_ivf or not other.layers.is_ivf:
+            return False
+        mine, theirs = (each.base.quantizer for each in (self._layers, other.layers))
+        return mine.ntotal == theirs.ntotal and bool(
+            (mine.reconstruct_n() == theirs.reconstruct_n()).all()
+        )
 
     def _check_dim(self, queries: FloatArray) -> None:
         if queries.shape[1] != self.dim:
@@ -307,6 +343,11 @@ class MainIndex:
                 expected=str(self.dim),
                 got=str(queries.shape[1]),
             )
+
+    def _nprobe(self, params: SearchParams, k: int) -> int:
+        """Of an index with lists: how many a search for k visits."""
+        nprobe = params.nprobe or math.ceil((self._defaults.nprobe or 1) * _widening(k))
+        return min(nprobe, int(self._layers.base.nlist), MAX_NPROBE)
 
     def _reaching(self, params: SearchParams, k: int, beyond: int) -> SearchParams:
         """With more lists visited, in place of those that ``beyond`` rows that are not selected may
@@ -318,7 +359,7 @@ class MainIndex:
         reaching = self._reaching_params.get((params, k, rounded))
         if reaching is None:
             nlist = int(self._layers.base.nlist)
-            usual = math.ceil((self._defaults.nprobe or 1) * max(k / MEASURED_K, 1))
+            usual = math.ceil((self._defaults.nprobe or 1) * _widening(k))
             nprobe = usual + 2 * math.ceil(rounded * nlist / self.rows)
             reaching = replace(params, nprobe=min(nprobe, nlist, MAX_NPROBE))
             if len(self._reaching_params) >= PARAMETER_CACHE:
@@ -337,11 +378,12 @@ class MainIndex:
         fetch: int,
         params: SearchParams,
         selection: Selection | None,
+        lists: IdArray | None = None,
     ) -> tuple[Ranked, bool]:
         """The ``fetch`` best rows, found with the parameters of a search for k, and whether some
         have the same score."""
         if selection is None or self._takes_selector:
-            distances, rows = self._search(queries, k, fetch, params, selection)
+            distances, rows = self._search(queries, k, fetch, params, selection, lists)
         else:
             distances, rows = self._search_and_filter(queries, k, fetch, params, selection)
         scores = -distances if self.metric is Metric.L2 else distances
@@ -374,9 +416,15 @@ class MainIndex:
         fetch: int,
         params: SearchParams,
         selection: Selection | None,
+        lists: IdArray | None = None,
     ) -> tuple[FloatArray, IdArray]:
         """faiss's own distances of the ``fetch`` best, and the rows they belong to."""
-        prepared = self._prepare(k, fetch, params, selection)
+        if lists is None:
+            prepared = self._prepare(k, fetch, params, selection)
+        else:  # nearly every search has others
+            prepared = self._make_parameters(k, fetch, params, selection)
+            named = faiss.SearchParameters(sel=faiss.IDSelectorArray(lists))
+            prepared.parts[0].quantizer_params = named
         distances, rows = self._searched.search(queries, fetch, params=prepared.top)
         return distances, rows
 
@@ -434,9 +482,7 @@ class MainIndex:
             # 10: fewer results than a default was measured with need as many candidates
             factor *= max(k, MEASURED_K) / k
         candidates = max(fetch, round(k * factor)) if layers.refine else fetch
-        # and more results lie in more lists
-        widening = max(k / MEASURED_K, 1)
-        inner: Any = self._base_parameters(candidates, widening, params, selection)
+        inner: Any = self._base_parameters(candidates, k, params, selection)
         outer: Any
         parts = [inner]
         if layers.transform is not None and inner is not None:
@@ -454,14 +500,13 @@ class MainIndex:
         return _Prepared(inner, tuple(parts), selection)
 
     def _base_parameters(
-        self, candidates: int, widening: float, params: SearchParams, selection: Selection | None
+        self, candidates: int, k: int, params: SearchParams, selection: Selection | None
     ) -> Any | None:
-        layers = self._layers
+        layers, widening = self._layers, _widening(k)
         made: Any
         if layers.is_ivf:
             made = faiss.SearchParametersIVF()
-            nprobe = params.nprobe or math.ceil((self._defaults.nprobe or 1) * widening)
-            made.nprobe = min(nprobe, layers.base.nlist, MAX_NPROBE)
+            made.nprobe = self._nprobe(params, k)
         elif layers.is_hnsw:
             made = faiss.SearchParametersHNSW()
             ef_search = params.ef_search or math.ceil((self._defaults.ef_search or 0) * widening)
@@ -473,6 +518,11 @@ class MainIndex:
         if selection is not None:
             made.sel = selection.selector
         return made
+
+
+def _widening(k: int) -> float:
+    """More results lie in more lists, and behind more links."""
+    return max(k / MEASURED_K, 1)
 
 
 def _padded(ranked: Ranked, k: int) -> Ranked:

@@ -120,8 +120,8 @@ def test_slices_and_their_order_change_no_answer(
     loaded = LoadedShards.load(made.folder, range(SHARDS))
     drawn = np.random.default_rng(1).standard_normal((101, DIM))
     queries = normalise(drawn.astype(np.float32))
-    order = loaded.shards[0].state.main.by_list(queries)
-    assert (order is not None) == has_lists
+    grouped = loaded.shards[0].state.main.by_list(queries, 10, SearchParams(nprobe=8))
+    assert (grouped is not None) == has_lists
     monkeypatch.setattr(loaded_shards, "SEARCHED_ROWS", rows_at_once)
     found = loaded.search(queries, Wanted(k=10, params=SearchParams(nprobe=8)))
     expected = brute_force(queries, made.vectors, made.ids, 10, Metric.COSINE)
@@ -132,8 +132,9 @@ def test_slices_and_their_order_change_no_answer(
 def test_queries_of_one_list_follow_each_other(tmp_path: Path) -> None:
     made = make_store(tmp_path, kind="ivf", nlist=8)
     shard = LoadedShards.load(made.folder, [0]).shards[0]
-    order = shard.state.main.by_list(made.vectors)
-    assert order is not None
+    grouped = shard.state.main.by_list(made.vectors, 10, SearchParams(nprobe=1))
+    assert grouped is not None
+    order = grouped.order
     assert sorted(order.tolist()) == list(range(len(made.vectors)))
     template = faiss.read_index(str(made.folder / "template.faiss"))
     lists = template.quantizer.assign(made.vectors, 1)[order, 0]

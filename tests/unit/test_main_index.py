@@ -141,8 +141,38 @@ def test_selections_used_alternately_do_not_undo_each_other(built, queries, kind
 def test_a_default_widened_for_a_large_k_stays_within_the_limit(built, monkeypatch) -> None:
     main = build_main(manifold(ROWS, DIM, 4, seed=1), kind="ivf", nlist=8, nprobe=4)
     monkeypatch.setattr("shardline.shards.index.main_index.MAX_NPROBE", 6)
-    made = main._base_parameters(200, 2.0, SearchParams(), None)
+    made = main._base_parameters(200, 200, SearchParams(), None)
     assert made.nprobe == 6
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+@pytest.mark.parametrize("kind", [{"kind": "ivf"}, {"kind": "ivfpq-fs", "m": 8}])
+def test_a_search_that_is_told_its_lists_finds_the_same(kind, metric) -> None:
+    rows = manifold(4000, DIM, 4, seed=1)
+    main = build_main(rows, metric=metric, nlist=64, **kind)
+    queries, params = rows[::40], SearchParams(nprobe=2)
+    grouped = main.by_list(queries, 10, params)
+    assert grouped is not None
+    told = 0
+    for start in range(0, len(queries), 8):
+        some = grouped.order[start : start + 8]
+        lists = grouped.of(some)
+        told += lists is not None
+        got = main.search(queries[some], 10, params, lists=lists)
+        expected = main.search(queries[some], 10, params)
+        np.testing.assert_array_equal(got.ids, expected.ids)
+        np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-5)
+    assert told > 3
+    assert grouped.of(grouped.order) is None  # nearly all lists
+
+
+def test_whether_indexes_have_the_same_lists(vectors) -> None:
+    ivf = build_main(vectors, kind="ivf", nlist=8)
+    assert ivf.has_lists_of(ivf)
+    assert ivf.has_lists_of(build_main(vectors, kind="ivf", nlist=8))
+    others = [{"kind": "ivf", "nlist": 7}, {"kind": "flat"}]
+    assert not any(ivf.has_lists_of(build_main(vectors, **fields)) for fields in others)
+    assert not ivf.has_lists_of(build_main(-vectors, kind="ivf", nlist=8))
 
 
 def test_ties_are_ordered_by_row(built, vectors) -> None:
