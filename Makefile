@@ -30,13 +30,14 @@ serve: install ## the same, and stays up until Ctrl-C
 test: export OMP_NUM_THREADS = 1
 test: install lint ## lint, unit tests, then tests on a real local cluster, then on two simulated hosts
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=10 tests/unit
-	$(BIN)/pytest --durations=10 tests/integration
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=10 tests/integration/own
+	$(BIN)/pytest --durations=10 --ignore=tests/integration/own tests/integration
 	$(BIN)/pytest --durations=10 tests/hosts/test_rig.py tests/hosts/test_two_hosts.py
 
 test-recipes: export OMP_NUM_THREADS = 1
 test-recipes: export RECIPES = all
 test-recipes: install ## the four recipes of docs/recipes, in their short form; two minutes
-	$(BIN)/pytest --durations=4 tests/integration/test_recipes.py
+	$(BIN)/pytest --durations=4 tests/integration/own/test_recipes.py
 
 test-machines: export OMP_NUM_THREADS = 1
 test-machines: install ## real starts, ends and kills of the commands on this machine; minutes

@@ -1,5 +1,5 @@
 """What Ray Serve's tools get from the application builder; the deployment itself is
-tests/integration/test_application.py."""
+tests/integration/own/test_application.py."""
 
 import subprocess
 from pathlib import Path

@@ -3,22 +3,22 @@
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 
 from shardline.shards.core.errors import ConfigError, DataError
 from shardline.training.evaluation.evaluate import evaluate_exact
 from shardline.training.loop.launch import train
 from shardline.training.model.checkpoint import load_best
-from tests.integration.conftest import Cluster
 from tests.tiny import tiny_config, tiny_dataset
 
 # Ray Train brings up Ray Data's context, which warns about the defaults of its own settings
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+    pytest.mark.usefixtures("private_ray"),
+]
 
 
-def test_two_ranks_train_what_one_does(tmp_path: Path, cluster: Cluster) -> None:
-    assert ray.is_initialized(), "the session's cluster has CPUs to spare"
+def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
     dataset = tiny_dataset(tmp_path / "data")
     events: list[dict] = []
     two = train(tiny_config(num_workers=2), dataset.path, tmp_path / "two", on_event=events.append)

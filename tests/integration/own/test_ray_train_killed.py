@@ -15,10 +15,12 @@ from shardline.training.config.training_config import TrainingConfig
 from shardline.training.loop.launch import train
 from shardline.training.loop.runlog import read_log
 from shardline.training.model.checkpoint import load_best
-from tests.integration.conftest import Cluster
 from tests.tiny import tiny_config, tiny_dataset
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+    pytest.mark.usefixtures("private_ray"),
+]
 
 
 def config(max_failures: int = 0) -> TrainingConfig:
@@ -56,7 +58,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
 
 
-def test_ctrl_c_is_an_interrupt_and_the_run_goes_on(tmp_path: Path, cluster: Cluster) -> None:
+def test_ctrl_c_is_an_interrupt_and_the_run_goes_on(tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path / "data").path
     sent: list[int] = []
 
@@ -74,7 +76,7 @@ def test_ctrl_c_is_an_interrupt_and_the_run_goes_on(tmp_path: Path, cluster: Clu
     assert train(config(), data, tmp_path / "run", resume=True).steps == 150
 
 
-def test_a_killed_rank_ends_the_run_or_starts_it_again(tmp_path: Path, cluster: Cluster) -> None:
+def test_a_killed_rank_ends_the_run_or_starts_it_again(tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path / "data").path
     whole = train(config(), data, tmp_path / "whole")
 
