@@ -141,7 +141,11 @@ def _best_of(
         if cut.size:  # the tie goes on beyond the answer: all of the block, in order
             every = in_order(*_knn(queries[cut], vectors, len(rows), metric))
             ids[cut], scores[cut] = every.ids[:, :asked], every.scores[:, :asked]
-    return Ranked(rows[ids[:, :width]], scores[:, :width])
+    ids, scores = ids[:, :width], scores[:, :width]
+    found = rows[ids]
+    if ids.size and ids.min() < 0:  # scores that have overflowed are no results
+        found[ids < 0], scores[ids < 0] = EMPTY_ID, EMPTY_SCORE
+    return Ranked(found, scores)
 
 
 def _knn(

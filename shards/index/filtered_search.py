@@ -20,7 +20,7 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,6 +69,8 @@ FILLED_FROM = (4, 64)
 CALIBRATION_QUERIES = 32
 CALIBRATION_GROWTH = 64  # of the lists, to see what the default does not find
 CHEAP_MS = 2.0  # of a search that may keep others waiting who wait for no search
+TIME_DECAY = 0.9  # so that the dear ones among a filter's queries are not forgotten at once
+FADING_USES = 4096  # queries after which all earlier ones count half
 COVERED = 0.95  # of the results that a wider search finds: then all of them count
 
 
@@ -89,9 +91,10 @@ class _Derived:
     """Of a filter. uses: queries so far; bytes: of it all, about.
 
     rows (m,) int64: those that match, ascending, once they are copied; copies: an index of their
-    vectors. Before that, lists (lists,): how many of them each has; filled: faiss's form of which
-    have some. some: the selection that was searched last, and part: what to search it with, as a
-    selection of the copies (None: all) or of the index.
+    vectors. some: the selection whose copies were searched last, and part: the same as a selection
+    of the copies; None: all. Before that, lists: those that have some of the rows; goes_far:
+    whether the last query had to leave the nearest of them; ms: what a query without parameters is
+    estimated to take, by the size of k, which rises at once and falls slowly.
     """
 
     uses: int = 0
@@ -101,12 +104,17 @@ class _Derived:
     copies: Searched | None = None
     some: Selection | None = None
     part: Selection | None = None
-    ms: float = math.inf
+    ms: dict[int, float] = field(default_factory=dict)
     bytes: int = 0
 
-    def note_time(self, ms: float) -> None:
-        """Takes in what a query has taken: the first ones derive more than they search."""
-        self.ms = ms if math.isinf(self.ms) else max(ms, self.ms / 2)
+    def note_time(self, k: int, ms: float) -> None:
+        """Takes in what a query for k has taken."""
+        size = k.bit_length()
+        self.ms[size] = max(ms, TIME_DECAY * self.ms.get(size, 0))
+
+    def ms_of(self, k: int) -> float:
+        """What a query for k is estimated to take; infinite where none has been searched."""
+        return self.ms.get(k.bit_length(), math.inf)
 
 
 class FilteredSearch:
@@ -140,6 +148,7 @@ class FilteredSearch:
         self._copied_again = COPIED_AGAIN_VALUES // stored.dim
         self._derived: OrderedDict[Selection, _Derived] = OrderedDict()
         self._bytes = 0  # of these
+        self._uses = 0  # since they have faded
         self._lock = threading.Lock()  # around what is derived
 
     @property
@@ -153,7 +162,9 @@ class FilteredSearch:
             with self._lock:
                 self._lists = self._lists or self._read_lists()
 
-    def is_cheap(self, origin: Selection, queries: int, others: int = 0) -> bool:
+    def is_cheap(
+        self, origin: Selection, queries: int, k: int, params: SearchParams, others: int
+    ) -> bool:
         """Whether a search is one of copies that have been made, or of an index that has as few
         rows, and with ``others`` few enough are scored; or the last ones took so little time."""
         derived = self._derived.get(origin)
@@ -162,7 +173,10 @@ class FilteredSearch:
             return rows <= self._copied and queries * (rows + others) <= self._copied_again
         if derived.copies is not None:
             return queries * (origin.num_selected + others) <= self._copied_again
-        return queries * derived.ms <= CHEAP_MS and queries * others <= self._copied_again
+        if params != NO_PARAMS or self._is_copied(derived, origin, queries):
+            return False
+        is_quick = queries * derived.ms_of(k) <= CHEAP_MS
+        return is_quick and queries * others <= self._copied_again
 
     def search(
         self,
@@ -179,7 +193,8 @@ class FilteredSearch:
         derived = self._derived_of(chosen.origin or chosen, len(queries))
         began = time.perf_counter()
         ranked = self._best(queries, k, params, derived, chosen, look)
-        derived.note_time((time.perf_counter() - began) * 1e3 / max(len(queries), 1))
+        if params == NO_PARAMS and len(queries):
+            derived.note_time(k, (time.perf_counter() - began) * 1e3 / len(queries))
         return ranked
 
     def _best(
@@ -191,7 +206,7 @@ class FilteredSearch:
         chosen: Selection,
         look: Callable[[], None],
     ) -> Ranked:
-        if self._is_copied(derived, chosen.origin or chosen):
+        if self._is_copied(derived, chosen.origin or chosen, 0):
             return self._among_copies(queries, k, derived, chosen)
         if self._has_lists:
             ranked = self._in_lists(queries, k, params, derived, chosen, look)
@@ -213,19 +228,25 @@ class FilteredSearch:
                 self._count(origin, ENTRY_BYTES + 2 * origin.bits.nbytes)
             self._derived.move_to_end(origin)
             derived.uses += queries
+            self._uses += queries
+            if self._uses >= FADING_USES:
+                self._uses = 0
+                for each in self._derived.values():
+                    each.uses //= 2
             while self._bytes > KEPT_BYTES and len(self._derived) > 1:
                 self._bytes -= self._derived.popitem(last=False)[1].bytes
         return derived
 
-    def _is_copied(self, derived: _Derived, origin: Selection) -> bool:
-        """Whether all rows of a filter are to be scored."""
+    def _is_copied(self, derived: _Derived, origin: Selection, more: int) -> bool:
+        """Whether all rows of a filter are to be scored, after ``more`` further uses."""
         rows = origin.num_selected
         if derived.copies is not None or rows <= self._copied:
             return True
-        if rows > self._copied_again or derived.uses <= COPIED_AFTER:
+        if rows > self._copied_again or derived.uses + more <= COPIED_AFTER:
             return False
         copies_ms = COPIES_MS * rows / self._copied_again
-        return copies_ms * COPIES_GAIN <= derived.ms and self._has_room(derived, rows)
+        is_gain = copies_ms * COPIES_GAIN <= max(derived.ms.values(), default=0.0)
+        return is_gain and self._has_room(derived, rows)
 
     def _has_room(self, derived: _Derived, rows: int) -> bool:
         """Whether copies of so many rows fit beside what else is kept, or beside what is not used

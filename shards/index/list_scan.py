@@ -1,8 +1,8 @@
 """Searches of inverted lists that the caller names, instead of those nearest to a query.
 
-faiss visits the lists nearest to a query from the first one on with every search. Who learns on the
-way how many lists a query needs goes on here where the last search ended, and has the lists in
-order already.
+faiss chooses the lists nearest to a query anew with every search, and visits them from the first
+one on. Who learns on the way how many lists a query needs has them in order already, and goes on
+here where the last search ended.
 """
 
 import threading

@@ -2,9 +2,8 @@
 
 Rows are dense local numbers 0..n-1 in ascending item-id order; row -1 with score -inf is an empty
 slot. Scores are higher-is-better for every metric: inner products as they are, L2 as *minus the
-squared distance*; only this module and ``exact_scan`` change that sign. Not thread-safe: only one
-thread may search (a shard has one search thread). ``search_exactly`` and ``reconstruct`` may be
-called beside it.
+squared distance*; nothing outside of ``shards.index`` sees another sign. Several threads may search
+on a CPU (those of a batch job do), one alone on a GPU.
 """
 
 import math
@@ -49,8 +48,9 @@ MAX_TIED = 16_384
 # How what it is asked for grows, at last to that bound: most ties are short, and a long one must
 # not cost many searches.
 TIE_GROWTHS = (4, 32, MAX_TIED)
-# faiss multiplies queries with all centroids at once, but with a few one by one
-NAMED_SHARE = 4
+# faiss multiplies queries with all centroids at once, but with a few one by one: up to a quarter of
+# all that takes less time. Some hundred queries visit so few lists only where each visits very few.
+NAMED_SHARE, ALIKE_QUERIES = 4, 8
 PARAMETER_CACHE = 64  # (k, params) whose faiss objects are kept; callers use a handful
 OVERFETCH_START = 32  # extra candidates of the first attempt where faiss cannot exclude rows itself
 
@@ -83,8 +83,11 @@ class ByList:
     def of(self, queries: IdArray) -> IdArray | None:
         """The lists that some queries (m,) visit, for ``MainIndex.search``: to choose among these
         takes less time than among all. None where it does not."""
+        if not self.most:
+            return None
         lists = np.unique(self.lists[queries])
-        return lists if len(lists) <= self.most else None
+        lists = lists[np.searchsorted(lists, 0) :]  # a query that overflows has none
+        return lists if 0 < len(lists) <= self.most else None
 
 
 class _Selecting(threading.local):
@@ -222,6 +225,7 @@ class MainIndex:
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
+        assert lists is None or (selection is None and not beyond)
         self._check_dim(queries)
         if beyond:
             params = self._reaching(params, k, beyond)
@@ -255,10 +259,12 @@ class MainIndex:
         _check_params(params)
         return self._filtered.search(queries, k, params, selection, look)
 
-    def is_cheap(self, selection: Selection, queries: int, others: int = 0) -> bool:
+    def is_cheap(
+        self, selection: Selection, queries: int, k: int, params: SearchParams, others: int
+    ) -> bool:
         """Whether ``search_filtered`` of so many queries, with this selection or what was narrowed
         from it, surely takes a millisecond or two at most, with ``others`` rows scored besides."""
-        return self._filtered.is_cheap(selection, queries, others)
+        return self._filtered.is_cheap(selection, queries, k, params, others)
 
     @property
     def is_prepared_for_filters(self) -> bool:
@@ -322,8 +328,10 @@ class MainIndex:
         self._check_dim(queries)
         _check_params(params)
         quantizer = faiss.downcast_index(layers.base.quantizer)
-        _, lists = quantizer.search(queries, self._nprobe(params, k))
-        most = quantizer.ntotal // NAMED_SHARE if isinstance(quantizer, faiss.IndexFlat) else 0
+        nprobe, most = self._nprobe(params, k), quantizer.ntotal // NAMED_SHARE
+        if not isinstance(quantizer, faiss.IndexFlat) or nprobe * ALIKE_QUERIES > most:
+            nprobe, most = 1, 0
+        _, lists = quantizer.search(queries, nprobe)
         return ByList(np.argsort(lists[:, 0], kind="stable"), lists, most)
 
     def has_lists_of(self, other: "MainIndex") -> bool:

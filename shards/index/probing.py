@@ -84,7 +84,7 @@ class NearLists:
     the lift, of inner products; None under L2, where each list has its own.
     """
 
-    __slots__ = ("_lifts", "_order", "numbers", "rows", "scale", "scores", "seen")
+    __slots__ = ("_first", "_lifts", "_order", "numbers", "rows", "scale", "scores", "seen")
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class NearLists:
     ) -> None:
         self.seen, self.scores, self.scale = seen, scores, scale
         self.rows, self.numbers, self._lifts = filled.rows, filled.numbers, lifts
+        self._first: IdArray | None = None
         self._order: IdArray | None = None
 
     @property
@@ -109,13 +110,20 @@ class NearLists:
             return self._order[:count]
         if count >= len(self.scores):
             return np.arange(len(self.scores))
-        return np.argpartition(-self.scores, count - 1)[:count]
+        if self._first is None or len(self._first) != count:
+            self._first = np.argpartition(-self.scores, count - 1)[:count]
+        return self._first
 
     @property
     def order(self) -> IdArray:
-        """(lists,): places of all of them, from the nearest to the farthest."""
+        """(lists,): places of all of them, from the nearest to the farthest; first those that
+        ``nearest`` has returned last, which may be others of equal scores."""
         if self._order is None:
-            self._order = np.argsort(-self.scores)
+            rest = -self.scores
+            first = self._first if self._first is not None else np.empty(0, np.int64)
+            rest[first] = -np.inf
+            self._order = np.argsort(rest)
+            self._order[: len(first)] = first
         return self._order
 
     def needed(self, k: int, last: np.float32, visited: IdArray) -> int:
@@ -183,7 +191,7 @@ class Lists:
 
     def near(self, queries: FloatArray, filled: FilledLists) -> list[NearLists]:
         """Of each of queries (n, d)."""
-        seen = self._inner(queries)
+        seen = np.ascontiguousarray(self._inner(queries))
         scores, scales = self._scored(seen)
         if filled.numbers is not None:
             scores = scores[:, filled.numbers]

@@ -131,7 +131,8 @@ class Shard:
         of_main = state.filter_rows.known(request.options.filter, state.delta)
         if of_main is None:
             return False
-        return state.main.is_cheap(of_main, len(request.queries), state.delta.rows)
+        queries, others = len(request.queries), state.delta.rows
+        return state.main.is_cheap(of_main, queries, request.k, request.params, others)
 
     def prepare(self, request: SearchRequest, look: Callable[[], None]) -> None:
         """Evaluates a request's filter, for its search to find it known; beside the one thread that

@@ -155,6 +155,25 @@ def test_what_a_look_raises_ends_a_filtered_search(built, queries, monkeypatch) 
     assert found.ids.shape == shape
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq-fs-fp32", "ivfpq-fs"])
+@pytest.mark.parametrize(("metric", "value"), [(Metric.L2, 1e19), (Metric.DOT, 3e38)])
+@pytest.mark.parametrize("share", [2, 40])
+def test_a_query_whose_scores_overflow_finds_no_row_twice(
+    vectors, way, kind, metric, value, share
+) -> None:
+    main = build_main(vectors, metric=metric, **KINDS[kind])
+    query = np.full((1, DIM), value, np.float32)
+    mask = np.arange(ROWS) % share == 0
+    for got in (
+        main.search_filtered(query, K, NO_PARAMS, Selection.of(mask)),
+        main.search_exactly(query, K, Selection.of(mask), lambda: None),
+    ):
+        found = got.ids[got.ids != EMPTY_ID]
+        assert len(set(found.tolist())) == len(found)
+        assert mask[found].all()
+        assert (got.scores[got.ids == EMPTY_ID] == EMPTY_SCORE).all()
+
+
 def test_parameters_and_dimension_are_checked(built, queries) -> None:
     one = Selection.of(MASKS["the first"])
     with pytest.raises(InvalidInput, match="out of range"):

@@ -22,6 +22,7 @@ from shardline.shards.core.messages import (
     NO_PARAMS,
     ErrorReply,
     SearchOptions,
+    SearchParams,
     SearchReply,
     SearchRequest,
 )
@@ -485,6 +486,8 @@ def test_dear_searches_with_filters_are_not_the_loop_threads(monkeypatch) -> Non
     assert not shard.is_cheap(request(many))
     monkeypatch.setattr(filtered_search, "CHEAP_MS", 1e6)
     assert shard.is_cheap(request(many))  # by the time that it took
+    assert not shard.is_cheap(replace(request(many), k=100))  # not searched for so many yet
+    assert not shard.is_cheap(replace(request(many), params=SearchParams(nprobe=2)))
     assert not shard.is_cheap(request({"item_id": {"$gte": 301}}))  # not searched yet
     monkeypatch.setattr(filtered_search, "CHEAP_MS", 0.0)
     shard.state, _ = apply(shard.state, [upsert(1, np.arange(60), OTHERS[:60])])
@@ -530,8 +533,8 @@ def test_the_loop_thread_searches_copies_that_are_made_and_what_took_little_time
     finally:
         link.close()
         server.stop()
-    # of a filter's first search nothing is known, and its second may make copies
-    copied = ["shard-search", later, "shard-loop"]
+    # of a filter's first search nothing is known, and the second one makes the copies
+    copied = ["shard-search", "shard-search", "shard-loop"]
     assert threads == [*copied, "shard-search", later, later]
 
 

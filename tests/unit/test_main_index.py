@@ -8,7 +8,7 @@ import pytest
 
 from shardline.bench.vectors import manifold
 from shardline.shards.core.errors import ConfigError, CorruptFile, InvalidInput
-from shardline.shards.core.messages import SearchParams
+from shardline.shards.core.messages import NO_PARAMS, SearchParams
 from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.index import gpu
 from shardline.shards.index.main_index import MainIndex
@@ -164,6 +164,21 @@ def test_a_search_that_is_told_its_lists_finds_the_same(kind, metric) -> None:
         np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-5)
     assert told > 3
     assert grouped.of(grouped.order) is None  # nearly all lists
+    many = main.by_list(queries, 10, SearchParams(nprobe=16))
+    assert many is not None and many.of(many.order[:1]) is None
+
+
+@pytest.mark.parametrize("metric", [Metric.L2, Metric.DOT])
+@pytest.mark.parametrize("kind", [{"kind": "ivf"}, {"kind": "ivfpq-fs", "m": 8}])
+def test_a_query_that_overflows_costs_the_others_nothing(kind, metric) -> None:
+    rows = manifold(4000, DIM, 4, seed=1)
+    main = build_main(rows, metric=metric, nlist=64, **kind)
+    queries, params = np.concatenate((rows[:5], np.full((1, DIM), 1e19, np.float32))), NO_PARAMS
+    grouped = main.by_list(queries, 10, params)
+    assert grouped is not None
+    got = main.search(queries, 10, params, lists=grouped.of(np.arange(6)))
+    expected = main.search(queries, 10, params)
+    np.testing.assert_array_equal(got.ids[:5], expected.ids[:5])
 
 
 def test_whether_indexes_have_the_same_lists(vectors) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from shardline.shards.core.errors import DataError, Unavailable
 from shardline.training.config.training_config import TrainingConfig
-from shardline.training.loop.launch import train
+from shardline.training.loop.launch import TrainResult, train
 from shardline.training.loop.runlog import read_log
 from shardline.training.model.checkpoint import load_best
 from tests.tiny import tiny_config, tiny_dataset
@@ -58,28 +58,35 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(max((run / "checkpoints").iterdir()) / "model.safetensors")
 
 
-def test_ctrl_c_is_an_interrupt_and_the_run_goes_on(tmp_path: Path) -> None:
-    data = tiny_dataset(tmp_path / "data").path
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, private_ray: None) -> TrainResult:
+    """A run that Ctrl-C has interrupted, and that went on to its end. Not where a rank is killed:
+    what went on from elsewhere is a reference."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = tiny_dataset(folder / "data").path
     sent: list[int] = []
 
     def on_event(event: dict) -> None:
-        if not sent and event["event"] == "step" and event["step"] >= 8:
+        if not sent and event["event"] == "step" and event["step"] >= 30:
             sent.append(event["step"])
             os.kill(os.getpid(), signal.SIGINT)  # in this process, as a terminal would
 
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(config(), data, tmp_path / "run", on_event=on_event)
+        train(config(), data, folder / "run", on_event=on_event)
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(DataError, match=r"training has not ended.*--resume"):
-        load_best(tmp_path / "run")
-    assert train(config(), data, tmp_path / "run", resume=True).steps == 150
+        load_best(folder / "run")
+    return train(config(), data, folder / "run", resume=True)
 
 
-def test_a_killed_rank_ends_the_run_or_starts_it_again(tmp_path: Path) -> None:
+def test_ctrl_c_is_an_interrupt_and_the_run_goes_on(whole: TrainResult) -> None:
+    assert whole.steps == 150
+
+
+def test_a_killed_rank_ends_the_run_or_starts_it_again(whole: TrainResult, tmp_path: Path) -> None:
+    """And however a run was disturbed, its model is the same."""
     data = tiny_dataset(tmp_path / "data").path
-    whole = train(config(), data, tmp_path / "whole")
-
     with pytest.raises(Unavailable, match=r"training failed.*--resume goes on"):
         train(config(), data, tmp_path / "killed", on_event=killer())
     resumed = train(config(), data, tmp_path / "killed", resume=True)
