@@ -385,9 +385,10 @@ class SearchService:
             self.recorder.observe(STAGE_MS, (parsed_at - began_at) * 1000, "parse")
             self.recorder.observe(STAGE_MS, (prepared_at - parsed_at) * 1000, "prepare")
             self.recorder.observe(STAGE_MS, (time.perf_counter() - prepared_at) * 1000, "find")
-        reasons = () if items is None else items.reasons
-        unanswered = {reason.query for reason in reasons}
-        return merged, reasons + shortfall_reasons(merged, query.k, unanswered)
+        if items is None:
+            return merged, shortfall_reasons(merged, query.k)
+        unanswered = {reason.query for reason in items.reasons}
+        return merged, items.reasons + shortfall_reasons(merged, query.k, unanswered)
 
     async def _look_up(
         self, snapshot: TableSnapshot, query: ResolvedQuery, deadline: float

@@ -21,8 +21,11 @@ def shortfall_reasons(
     """Of each query with fewer than k items, except those that have a reason already: queries by
     position, of each the reasons in the order in which items are taken."""
     ids = merged.ranked.ids
-    if k <= ids.shape[1] and EMPTY_ID not in ids[:, k - 1]:
-        return ()
+    if k <= ids.shape[1]:
+        # one number is looked at in a tenth of the time of an array
+        least = ids.item(k - 1) if len(ids) == 1 else ids[:, k - 1].min(initial=0)
+        if least != EMPTY_ID:
+            return ()
     found = (ids != EMPTY_ID).sum(axis=1).tolist()
     return tuple(
         reason

@@ -81,7 +81,8 @@ class SearchBody(_Body):
         description="items whose neighbours are asked for; an item is left out of its own answer",
     )
     exclude_lists: list[str] = Field(
-        default=[],
+        default_factory=list,  # a default is copied deeply for every request
+        json_schema_extra={"default": []},
         max_length=MAX_EXCLUDE_LISTS,
         description="names of lists, /v1/lists: their items do not come back, for any query of the "
         "request. One that does not exist is taken for an empty one",
@@ -102,7 +103,8 @@ class SearchBody(_Body):
     )
     params: ParamsBody | None = Field(default=None, description="search-time knobs")
     min_seq: list[Annotated[int, Field(ge=0, lt=2**63)] | None] = Field(
-        default=[],
+        default_factory=list,  # a default is copied deeply for every request
+        json_schema_extra={"default": []},
         max_length=MAX_SHARDS,
         description="of each shard, by its number, as in the `seq` of an answer: one that has "
         "applied fewer writes is left out of the answer; null and 0 ask for nothing",
