@@ -1,13 +1,18 @@
 """Measurements of two sides, pair by pair: what is asked of each, and how they compare.
 
 A pair is one measurement of either side within seconds; every other pair begins with the other
-side. A ratio is taken within a pair, and is a speed: above 1 the second side is faster.
+side. A ratio is taken within a pair, and is a speed: above 1 the second side is faster. What tells
+small differences apart is the measurement in which every other request goes to the other side.
 """
 
+import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from http.client import HTTPConnection
 from typing import Any
 
 import numpy as np
@@ -94,6 +99,9 @@ class Bench:
             measures.append(("ms", _fan_out))
         samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for pair in range(pairs):
+            both = self.alternating()
+            samples.setdefault(("alternating, p50", "ms"), []).append(both)
+            self.note(f"pair {pair + 1}: alternating, p50: {both[0]:,.3f}, {both[1]:,.3f} ms")
             for unit, take in measures:
                 found = {place: take(self.sides[place]) for place in order_of(pair)}
                 for name in found[0]:
@@ -101,6 +109,28 @@ class Bench:
                     samples.setdefault((name, unit), []).append(both)
                     self.note(f"pair {pair + 1}: {name}: {both[0]:,.3f}, {both[1]:,.3f} {unit}")
         return [comparison(name, unit, taken) for (name, unit), taken in samples.items()]
+
+    def alternating(self) -> tuple[float, float]:
+        """Medians over one connection to each side, asked by turns for ``seconds`` each."""
+        asked = [self._requests(side, 1) for side in self.sides]
+        taken: tuple[list[float], list[float]] = ([], [])
+        places = [address_of(side.address.url) for side in self.sides]
+        with (
+            closing(HTTPConnection(*places[0], timeout=TIMEOUT_MS / 1e3)) as first,
+            closing(HTTPConnection(*places[1], timeout=TIMEOUT_MS / 1e3)) as second,
+        ):
+            connections, ends = (first, second), time.perf_counter() + 2 * self.seconds
+            for number in itertools.count():
+                if time.perf_counter() > ends:
+                    break
+                for place in order_of(number):
+                    request = asked[place][number % len(asked[place])]
+                    began = time.perf_counter()
+                    ok = _is_answered(connections[place], request)
+                    taken[place].append((time.perf_counter() - began) * 1e3)
+                    name = self.sides[place].name
+                    self.failures[name] = self.failures.get(name, 0) + (not ok)
+        return statistics.median(taken[0]), statistics.median(taken[1])
 
     def sequential(self, side: Side) -> dict[str, float]:
         """Over one connection."""
@@ -169,6 +199,13 @@ class Bench:
     def _count(self, side: Side, found: Figures) -> None:
         lost = found.failed + found.rejected + found.partial
         self.failures[side.name] = self.failures.get(side.name, 0) + lost
+
+
+def _is_answered(connection: HTTPConnection, request: Request) -> bool:
+    connection.request(request.method, request.path, request.body, dict(request.headers))
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status == 200
 
 
 def _fan_out(side: Side) -> dict[str, float]:

@@ -2,7 +2,11 @@
 
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +16,8 @@ from click.testing import CliRunner
 from shardline.bench.corpus import clustered_set
 from shardline.bench.load.checkout import Checkout, fan_out_figures
 from shardline.bench.load.compare import main, params_of, parse_params, write_vectors
-from shardline.bench.load.pairs import comparison, order_of
-from shardline.cluster.serving.endpoint import is_alive
+from shardline.bench.load.pairs import BATCH, Bench, Side, comparison, order_of
+from shardline.cluster.serving.endpoint import Address, is_alive
 from shardline.cluster.serving.ray_session import free_port
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable
@@ -166,6 +170,42 @@ def test_a_server_that_does_not_start_says_why(old: Checkout, tmp_path: Path) ->
         pass
     with pytest.raises(Unavailable, match="error: broken as asked"):
         old.build(tmp_path / "other", Path("v"), ("broken=true",))
+
+
+@contextmanager
+def endpoint(name: str, order: list[str], pause_s: float, status: int) -> Iterator[Side]:
+    """Answers every search with this status, after a pause."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            order.append(name)
+            time.sleep(pause_s)
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = Address(f"http://127.0.0.1:{server.server_port}", "k")
+        yield Side(name=name, checkout=Checkout(Path("x")), address=address, params={})
+        server.shutdown()
+
+
+def test_alternating_requests_tell_the_slower_side_and_count_what_failed() -> None:
+    order: list[str] = []
+    with endpoint("fast", order, 0.0, 200) as fast, endpoint("slow", order, 0.03, 503) as slow:
+        queries = np.zeros((BATCH, 4), np.float32)
+        bench = Bench(sides=(fast, slow), queries=queries, seconds=0.2, note=print)
+        first, second = bench.alternating()
+    assert first < 30 <= second
+    assert order[:4] == ["fast", "slow", "slow", "fast"]
+    assert (bench.failures["fast"], bench.failures["slow"]) == (0, order.count("slow"))
 
 
 def test_the_vectors_are_a_file_that_every_version_reads(tmp_path: Path) -> None:
