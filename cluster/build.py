@@ -25,7 +25,12 @@ from shardline.cluster.tuning import Measured, advice, choose, cost_us, ladder_o
 from shardline.shards.core import files
 from shardline.shards.core.encoder_files import ITEM_ENCODER_FOLDER, QUERY_ENCODER_FOLDER
 from shardline.shards.core.errors import ShardlineError, Unavailable, last_line
-from shardline.shards.core.partition import Partition, Partitioning, partition
+from shardline.shards.core.partition import (
+    Partition,
+    Partitioning,
+    check_no_shard_empty,
+    partition,
+)
 from shardline.shards.index.resolve import resolve
 from shardline.shards.index.spec import MEASURED_K, IndexSpec, ResolvedIndex
 from shardline.shards.index.template import train_template, write_index
@@ -46,7 +51,8 @@ RunJobs = Callable[[Sequence[ShardJob]], Iterator[ShardBuilt]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildPlan:
-    """What to build. threads: faiss threads of the template's training and of each shard's job."""
+    """What to build. threads: faiss threads of the template's training and of each shard's job.
+    cut: where shards begin and end; None: where each gets as many rows."""
 
     spec: IndexSpec
     num_shards: int
@@ -54,6 +60,7 @@ class BuildPlan:
     threads: int
     seed: int = 0
     gpu: bool = False
+    cut: Partition | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +85,16 @@ def check_plan(embeddings: Path, plan: BuildPlan, version: str | None = None) ->
     Raises:
         NotFound, CorruptFile, NewerFormat, DataError: the embedding set is absent or damaged.
         ConfigError: the index cannot be built over this corpus.
-        InvalidInput: more shards than items.
+        InvalidInput: more shards than items, or none for one of them.
     """
     started = time.perf_counter()
     corpus = open_embedding_set(embeddings, version=version)
     if corpus.queries_file is not None:
         corpus.queries()
     index = resolve(plan.spec, rows=corpus.rows, dim=corpus.dim, metric=corpus.metric, gpu=plan.gpu)
-    cut = partition(corpus.item_ids(), plan.num_shards, plan.partitioning)
+    cut = plan.cut or partition(corpus.item_ids(), plan.num_shards, plan.partitioning)
+    if plan.cut is not None:
+        check_no_shard_empty(cut, corpus.item_ids())
     seconds = time.perf_counter() - started
     return CheckedPlan(plan=plan, corpus=corpus, index=index, cut=cut, seconds=seconds)
 

@@ -185,6 +185,7 @@ def _copy_main(
         id_max=int(item_ids[-1]),
         rows=found.rows,
         files=tuple(made),
+        own=found.own,
     )
 
 

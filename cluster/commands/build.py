@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from shardline.cluster.build import (
     BuildPlan,
@@ -32,7 +33,7 @@ from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
-from shardline.shards.core.partition import Partitioning
+from shardline.shards.core.partition import Partition, Partitioning
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.gpu import gpu_count
 from shardline.shards.storage.embedding_set import embedding_writer
@@ -80,6 +81,12 @@ READER_VERSION = 2  # of vectors made elsewhere: the same files may become anoth
     help="Ranges of item ids, or of hashed ids (for ids clustered by topic or time).  "
     "[default: range; with --from-live as now]",
 )
+@click.option(
+    "--same-shards",
+    is_flag=True,
+    help="Cut it into the shards of the live generation, not into shards of equal size: what "
+    "`publish --one-shard-at-a-time` needs.",
+)
 @click.option("--no-cut", is_flag=True, help=NO_CUT_HELP)
 @click.option("--in-process", is_flag=True, help="Build shards one after the other, without Ray.")
 @click.option(
@@ -98,6 +105,7 @@ def build(
     metric: str,
     from_live: bool,
     partitioning: str | None,
+    same_shards: bool,
     no_cut: bool,
     in_process: bool,
     no_publish: bool,
@@ -111,6 +119,8 @@ def build(
         raise InvalidInput("--embeddings, --vectors and --from-live exclude each other")
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
+    if same_shards and partitioning is not None:
+        raise InvalidInput("--same-shards and --partitioning exclude each other")
     if no_cut and from_live:
         raise InvalidInput("--no-cut: rows of --from-live have what was written, exactly")
     config, store = settings.config, settings.store
@@ -128,8 +138,10 @@ def build(
                 progress=progress,
             )
         with _corpus(store, embeddings, progress, from_live=from_live) as corpus:
-            cut = Partitioning(partitioning or corpus.partitioning)
-            checked = check_plan(corpus.folder, plan_of(config, cut), corpus.version)
+            plan = plan_of(config, Partitioning(partitioning or corpus.partitioning))
+            if same_shards:
+                plan = as_live(plan, store)
+            checked = check_plan(corpus.folder, plan, corpus.version)
             if no_cut:
                 checked = replace(checked, corpus=replace(checked.corpus, cut=None))
             manifest = _built(settings, checked, progress, in_process=in_process)
@@ -209,6 +221,18 @@ def plan_of(config: ShardlineConfig, partitioning: Partitioning = Partitioning.R
         threads=config.cluster.threads_per_shard,
         gpu=gpu_count() > 0,
     )
+
+
+def as_live(plan: BuildPlan, store: Store) -> BuildPlan:
+    """With the shards of the live generation.
+
+    Raises:
+        NotFound: none is live. CorruptFile: of its manifest.
+    """
+    manifest = read_generation(store.generation(store.current()))
+    partitioning = Partitioning(manifest.partitioning)
+    cut = Partition(partitioning, np.array(manifest.boundaries, np.uint64))
+    return replace(plan, num_shards=cut.num_shards, partitioning=partitioning, cut=cut)
 
 
 def import_vectors(

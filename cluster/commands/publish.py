@@ -18,7 +18,7 @@ from shardline.cluster.rollover.left_behind import check_none_left_behind, part_
 from shardline.cluster.serving.going_live import make_live
 from shardline.cluster.serving.launched import Report, asked, controller
 from shardline.cluster.serving.reaching import note_served, reached
-from shardline.cluster.serving.survey import check_beside
+from shardline.cluster.serving.survey import check_beside, check_one_beside
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput, NotFound, Unavailable, error_of
 
@@ -39,6 +39,12 @@ Progress = dict[str, Any]
     "--skip-gate", metavar="REASON", help="Publish without measuring; the report keeps the reason."
 )
 @click.option(
+    "--one-shard-at-a-time",
+    is_flag=True,
+    help="Without memory for two generations: each shard of the live one takes over the index of "
+    "GENERATION, one after the other. Of the same model only.",
+)
+@click.option(
     "--finish", is_flag=True, help="End the generation that is kept for a rollback, and no more."
 )
 @click.option("--stop", is_flag=True, help="End the publish that is under way, and no more.")
@@ -49,6 +55,7 @@ def publish(
     generation: int | None,
     without_writes: bool,
     skip_gate: str | None,
+    one_shard_at_a_time: bool,
     finish: bool,
     stop: bool,
     as_json: bool,
@@ -60,6 +67,8 @@ def publish(
     `publish` of the configuration that `shardline serve` was started with; `shardline --set
     publish.min_recall=0.95 publish` gives this publish another one). The generation before is kept
     for `shardline rollback`.
+    With --one-shard-at-a-time the live generation keeps its number and its log, and there is no way
+    back but another publish; latency is not measured.
     Interrupting the command stops the display, not the publish: --stop does, and leaves the live
     generation as it is; `shardline status` shows how far it is.
     Where no cluster serves the store, the next `shardline serve` takes the generation, if it has
@@ -67,8 +76,14 @@ def publish(
     """
     if skip_gate is not None and not skip_gate.strip():
         raise InvalidInput("no reason given", field="--skip-gate", expected="a few words")
-    if finish + stop + (generation is not None or without_writes or skip_gate is not None) > 1:
+    asks = generation is not None or without_writes or one_shard_at_a_time or skip_gate is not None
+    if finish + stop + asks > 1:
         raise InvalidInput("--finish and --stop go alone")
+    if one_shard_at_a_time and without_writes:
+        raise InvalidInput(
+            "--one-shard-at-a-time brings all writes: the log of the live generation goes on",
+            hint="leave --without-writes out",
+        )
     config, bounds = settings.config, _bounds(settings)
     if bounds and (finish or stop or skip_gate is not None):
         raise _unused(bounds, "nothing is measured")
@@ -80,6 +95,11 @@ def publish(
         if report is None:
             if bounds:
                 raise _unused(bounds, "no cluster serves this store, so nothing is measured")
+            if one_shard_at_a_time:
+                raise InvalidInput(
+                    "--one-shard-at-a-time is for a cluster that serves; none serves this store",
+                    hint=f"`shardline publish {number}` makes it live for the next `serve`",
+                )
             servable_generation(settings.store, number)
             if without_writes:
                 part_from_live(settings.store, number)
@@ -95,11 +115,13 @@ def publish(
                 with_writes=not without_writes,
                 skip_gate=skip_gate,
                 bounds=bounds,
+                one_at_a_time=one_shard_at_a_time,
             )
             if number != report["generation"]:  # else the controller says so at once
                 progress.note("looking at the memory of the hosts")
+                check_memory = check_one_beside if one_shard_at_a_time else check_beside
                 for warning in enforce(
-                    check_beside(config, servable_generation(settings.store, number))
+                    check_memory(config, servable_generation(settings.store, number))
                 ):
                     progress.note(f"warning: {warning}")
             begun = asked(controller().publish.remote(options), timeout_s=ANSWERS_WITHIN_S)
@@ -210,7 +232,8 @@ def _ended(store: Store, done: Progress, as_json: bool) -> None:
         print_publish(done)
     if done["reason"] is not None:
         raise error_of(done["reason"]["code"], done["reason"]["text"])
-    note_served(store, done["generation"])
+    if not done["one_at_a_time"]:
+        note_served(store, done["generation"])
 
 
 def _finished(report: Report | None) -> str:

@@ -99,6 +99,9 @@ def print_launched(report: dict[str, Any]) -> None:
         if (reason := replica["reason"]) is not None:
             where = f"shard {replica['shard']}, replica {replica['replica']}"
             click.echo(f"{where}: {reason['code']}: {reason['text']}")
+        if (other := replica.get("index_of")) is not None:
+            where = f"shard {replica['shard']}, replica {replica['replica']}"
+            click.echo(f"{where}: searches the index of generation {other}")
     for note in report["notes"]:
         click.echo(f"warning: {note['text']}")
     _print_quality(report)

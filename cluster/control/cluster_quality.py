@@ -85,11 +85,15 @@ class ClusterQuality:
 def _worst_of(
     generation: int, replicas: Mapping[ReplicaKey, ShardHealth]
 ) -> dict[int, ShardHealth]:
-    """By shard: of its replicas the one with most changes to be compacted."""
+    """By shard: of its replicas one whose compaction failed, or that with most changes."""
     worst: dict[int, ShardHealth] = {}
     for key, health in replicas.items():
         if key.generation == generation and (
-            key.shard not in worst or health.changed > worst[key.shard].changed
+            key.shard not in worst or _badness(health) > _badness(worst[key.shard])
         ):
             worst[key.shard] = health
     return worst
+
+
+def _badness(health: ShardHealth) -> tuple[bool, int]:
+    return health.trouble is not None, health.changed

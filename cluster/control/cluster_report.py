@@ -40,13 +40,14 @@ def cluster_report(
     "hosts": [{"host", "node_id", "alive", "replicas": ["shard/replica", ..], "router"}],
     "shards": [{"shard", "primary", "primary_epoch"}],
     "replicas": [{"shard", "replica", "host", "address", "epoch", "answers", "stage", "failures",
-    "seq", "lag", "rows", "reason": {"code", "text"} or None}],
+    "seq", "lag", "rows", "index_of", "reason": {"code", "text"} or None}],
     "routers": [{"host", "node_id", "pid", "url", "heard_s"}], "notes": [{"code", "text"}],
     "restart": as ``restart_progress``}. A router is one that was heard of lately, on a living host.
     writes: whether shards take any. primary: the number of the replica that takes them, and its
     epoch. seq: writes that a replica has applied; lag: how many fewer than its primary
     (``Applied.lag``); rows: live ones, written and deleted items counted, by its last look at
-    itself. Each is None where there is none, or it is not known.
+    itself; index_of: the generation whose index it has taken over. Each is None where there is
+    none, or it is not known.
     """
     table = placement.table
     living = [each for each in news.routers(now_s) if each.router.node_id in placement.hosts]
@@ -126,7 +127,9 @@ def _applied(state: ReplicaState, placement: Placement, applied: Applied) -> dic
 
 def _live(state: ReplicaState, health: Mapping[ReplicaKey, ShardHealth]) -> dict[str, Any]:
     found = health.get(state.key) if state.answers else None
-    return {"rows": None if found is None else found.rows}
+    if found is None:
+        return {"rows": None, "index_of": None}
+    return {"rows": found.rows, "index_of": found.index_of}
 
 
 def _replica(state: ReplicaState) -> dict[str, Any]:

@@ -140,7 +140,12 @@ class Controller:
             self._decisions,
             opener,
             WiredParts(
-                store, settings.secret, settings.publish, CONTROLLER_NAME, self._quality.served
+                store,
+                settings.secret,
+                settings.publish,
+                CONTROLLER_NAME,
+                self._shards,
+                self._quality.served,
             ),
             self._tasks,
             PublishBook(note, noted, lambda: self._fleet),

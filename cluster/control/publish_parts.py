@@ -6,7 +6,8 @@ from typing import Any, Protocol, TypeAlias
 
 from shardline.cluster.rollover.gate import GateFigure, GateReport
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
-from shardline.shards.core.messages import RoutingTable
+from shardline.shards.core.messages import ReplicaKey, RoutingTable
+from shardline.shards.live.takeover import Takeover, TakeoverLook
 
 Bounds: TypeAlias = Mapping[str, Any]
 
@@ -68,6 +69,25 @@ class PublishParts(Protocol):
         Raises:
             ShardlineError: it cannot be measured.
         """
+
+    async def takeovers(self, live: RoutingTable, generation: int) -> tuple[Takeover, ...]:
+        """The order to each shard of the live generation to take over the index of another.
+
+        Raises:
+            VersionMismatch, InvalidInput: it cannot be: ``check_takeover``.
+            WritesLost: the rows of the live one have writes which those of the other lack.
+            NotFound, CorruptFile, NewerFormat, OSError: of the files.
+        """
+
+    async def take_over(self, key: ReplicaKey, order: Takeover) -> None:
+        """Has a primary begin. Raises: as ``ShardActor.take_over``; RayError, TimeoutError: it does
+        not answer."""
+
+    async def taken_over(self, key: ReplicaKey) -> TakeoverLook | None:
+        """How far a replica is; None: it does not answer."""
+
+    async def judge_files(self, live: RoutingTable, generation: int, bounds: Bounds) -> GateReport:
+        """As ``run_gate``, of a generation that is not loaded."""
 
     def judge_unreplayed(self, rows: int, bounds: Bounds) -> GateFigure:
         """The figure of the gate that says how many written rows the candidate lacks."""

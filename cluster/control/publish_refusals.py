@@ -38,13 +38,22 @@ def check_may_begin(decisions: Decisions, noted: Noted, *, is_pinned: bool) -> N
         )
 
 
-def check_room(store: Store, decisions: Decisions, generation: int) -> None:
-    """Whether it exists, is not live, and has the CPUs and GPUs that its replicas reserve.
+def check_is_written(decisions: Decisions) -> None:
+    """Raises InvalidInput: shards of the live generation take no writes, so have no log by which a
+    replica learns of a newer main index."""
+    if not decisions.placement.rules.writes:
+        raise InvalidInput(
+            "shards that take no writes keep the index that they were started with",
+            expected="cluster.writes: true",
+            hint="publish it as a whole, with room for both generations",
+        )
+
+
+def check_other(store: Store, decisions: Decisions, generation: int) -> None:
+    """Whether it exists and is not live.
 
     Raises:
         InvalidInput: it is live. NotFound: there is none.
-        CorruptFile, NewerFormat: its manifest cannot be used.
-        Unavailable: the hosts lack CPUs or GPUs, with the arithmetic.
     """
     live = decisions.placement
     if generation == live.table.generation:
@@ -55,6 +64,18 @@ def check_room(store: Store, decisions: Decisions, generation: int) -> None:
             f"{store.root}: no generation {generation}",
             expected=f"one of {', '.join(map(str, complete))}",
         )
+
+
+def check_room(store: Store, decisions: Decisions, generation: int) -> None:
+    """Whether it exists, is not live, and has the CPUs and GPUs that its replicas reserve.
+
+    Raises:
+        InvalidInput, NotFound: as ``check_other``.
+        CorruptFile, NewerFormat: its manifest cannot be used.
+        Unavailable: the hosts lack CPUs or GPUs, with the arithmetic.
+    """
+    check_other(store, decisions, generation)
+    live = decisions.placement
     manifest, rules = read_generation(store.generation(generation)), live.rules
     reserved = reserved_by(live)
     hosts = live.hosts.values()

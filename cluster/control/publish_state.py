@@ -36,13 +36,15 @@ class PublishKind(StrEnum):
 class PublishOptions:
     """generation: which is to be live. with_writes: it is to have what was written to the live one.
     skip_gate: why it need not pass the gate; None: it must. bounds: values of the section
-    ``publish`` of the configuration, as JSON has them, that count for this one."""
+    ``publish`` of the configuration, as JSON has them, that count for this one. one_at_a_time: the
+    shards of the live generation take over its index, one after the other."""
 
     generation: int
     kind: PublishKind = PublishKind.PUBLISH
     with_writes: bool = True
     skip_gate: str | None = None
     bounds: Mapping[str, Any] = field(default_factory=dict)
+    one_at_a_time: bool = False
 
     @property
     def has_gate(self) -> bool:
@@ -93,6 +95,7 @@ class PublishProgress:
             with_writes=given.pop("with_writes") is True,
             skip_gate=given.pop("skip_gate"),
             bounds=dict(given.pop("bounds", {})),  # not in notes of older versions
+            one_at_a_time=given.pop("one_at_a_time", False) is True,  # nor this
         )
         reason = given.pop("reason")
         progress = cls(

@@ -6,22 +6,25 @@ from functools import partial
 
 from shardline.cluster.control.opening import cluster_id_of
 from shardline.cluster.control.publish_parts import Bounds, Mirror
-from shardline.cluster.control.shard_actors import DIGEST_DIGITS
+from shardline.cluster.control.shard_actors import DIGEST_DIGITS, ShardActors
 from shardline.cluster.rollover.gate import GateFigure, GateReport, unreplayed_figure
 from shardline.cluster.rollover.gate_actor import GateOrder, judged_in_a_process
 from shardline.cluster.rollover.mirror_actor import end_mirror, start_mirror
 from shardline.cluster.rollover.mirror_opening import MirrorOrder
 from shardline.cluster.rollover.mirror_progress import MirrorProgress
 from shardline.cluster.rollover.publish_config import PublishConfig
+from shardline.cluster.rollover.takeovers import takeovers
 from shardline.cluster.rollover.way_back import parting
 from shardline.cluster.store import Store
-from shardline.shards.core.messages import RoutingTable
+from shardline.shards.core.messages import ReplicaKey, RoutingTable
 from shardline.shards.core.schema import FloatArray
+from shardline.shards.live.takeover import Takeover, TakeoverLook
 
 
 class WiredParts:
     """The ``PublishParts`` of a running cluster. secret: what proves a peer to shards. controller:
-    the name of its actor. served: vectors of queries that a model has served lately; None: none."""
+    the name of its actor. shards: those of the cluster. served: vectors of queries that a model
+    has served lately; None: none."""
 
     def __init__(
         self,
@@ -29,12 +32,14 @@ class WiredParts:
         secret: bytes,
         config: PublishConfig,
         controller: str,
+        shards: ShardActors,
         served: Callable[[str], FloatArray | None],
     ) -> None:
         self._store = store
         self._secret = secret
         self._config = config
         self._controller = controller
+        self._shards = shards
         self._served = served
 
     async def start_mirror(self, source: RoutingTable, target: RoutingTable) -> Mirror:
@@ -79,6 +84,32 @@ class WiredParts:
             config=self._config.with_bounds(bounds),
             served=self._served(live.model_version),
             unreplayed=0 if mirrored is None else mirrored.unreplayed,
+        )
+        return await judged_in_a_process(order)
+
+    async def takeovers(self, live: RoutingTable, generation: int) -> tuple[Takeover, ...]:
+        """As ``PublishParts``."""
+        return await asyncio.to_thread(takeovers, self._store, live.generation, generation)
+
+    async def take_over(self, key: ReplicaKey, order: Takeover) -> None:
+        """As ``PublishParts``."""
+        await self._shards.take_over(key, order)
+
+    async def taken_over(self, key: ReplicaKey) -> TakeoverLook | None:
+        """As ``PublishParts``."""
+        return await self._shards.taken_over(key)
+
+    async def judge_files(self, live: RoutingTable, generation: int, bounds: Bounds) -> GateReport:
+        """As ``PublishParts``."""
+        order = GateOrder(
+            candidate=generation,
+            live=live.generation,
+            controller=self._controller,
+            secret=self._secret,
+            config=self._config.with_bounds(bounds),
+            served=self._served(live.model_version),
+            unreplayed=0,
+            in_files=str(self._store.generation(generation)),
         )
         return await judged_in_a_process(order)
 

@@ -17,9 +17,12 @@ from shardline.cluster.control.events import BesideEnded, SealDropped
 from shardline.cluster.control.fleet_state import Beside, Role
 from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.publish_book import PublishBook
+from shardline.cluster.control.publish_in_turn import PublishInTurn
 from shardline.cluster.control.publish_parts import PublishParts
 from shardline.cluster.control.publish_refusals import (
+    check_is_written,
     check_may_begin,
+    check_other,
     check_room,
     rollback_options,
 )
@@ -110,12 +113,19 @@ class Publishing:
 
         Raises:
             InvalidInput: it is live already, or the cluster is pinned to another; or its bounds do
-                not go with those of the cluster.
+                not go with those of the cluster; or its shards cannot be taken over one at a time.
+            VersionMismatch, WritesLost: they cannot.
             NotFound, CorruptFile, NewerFormat: there is no such generation that can be loaded.
             Unavailable: another publish is under way, or a restart; or no host has room.
         """
         check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
-        check_room(self._store, self._decisions, options.generation)
+        if options.one_at_a_time:
+            check_is_written(self._decisions)
+            check_other(self._store, self._decisions, options.generation)
+            await self._tools.parts.takeovers(self._decisions.placement.table, options.generation)
+            check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
+        else:
+            check_room(self._store, self._decisions, options.generation)
         self._tools.parts.check_bounds(options.bounds)
         return self._begun(options)
 
@@ -247,7 +257,8 @@ class Publishing:
 
     async def _run(self, options: PublishOptions) -> None:
         try:
-            await PublishRun(self._tools, options).to_live()
+            run = PublishInTurn if options.one_at_a_time else PublishRun
+            await run(self._tools, options).to_live()
         except Superseded:
             logger.warning("the publish is the newer controller's")
         except (ShardlineError, OSError, RayError) as error:
@@ -269,7 +280,9 @@ class Publishing:
             await self._failed(Unavailable("somebody stopped it"))
 
     async def _succeeded(self) -> None:
-        self._book.switched()
+        publish = self._book.noted.publish
+        if publish is None or not publish.options.one_at_a_time:
+            self._book.switched()
         await self._book.told(stage=PublishStage.LIVE, text="", done=0, total=0)
         await tried(self._tended, "see to what is beside the live generation")
 

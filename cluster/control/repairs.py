@@ -1,5 +1,6 @@
 """Which repair an index needs, from what routers and shards have found. Pure.
 
+compaction_fails  a shard cannot make, or cannot use, a newer main index
 compact         too many rows of a shard are outside its main index: searches slow down
 retrain_index   recall has fallen, or inverted lists have become uneven: the template was
                 trained on other vectors than those of today
@@ -18,12 +19,15 @@ NAMED = 4  # shards that a text names
 class Repair(StrEnum):
     """What is to be done; the code of an ``Absence``."""
 
+    COMPACTION_FAILS = "compaction_fails"
     COMPACT = "compact"
     RETRAIN_INDEX = "retrain_index"
     RETRAIN_MODEL = "retrain_model"
 
 
 TO_DO = {
+    Repair.COMPACTION_FAILS: "searches and writes go on, and it is tried again: see to the store, "
+    "which `shardline doctor` verifies",
     Repair.COMPACT: "compaction does not keep up: `status` and the shard's log say whether it "
     "fails; else write more slowly, or give the host more cores",
     Repair.RETRAIN_INDEX: "train the index on today's items: `shardline build --from-live`, then "
@@ -41,6 +45,10 @@ def repairs_due(
     quality: of the live generation, over all routers. shards: by number, those that are known.
     """
     due: list[Absence] = []
+    failing = {number: each.trouble for number, each in shards.items() if each.trouble is not None}
+    if failing:
+        texts = [f"shard {number}: {failing[number]}" for number in sorted(failing)[:NAMED]]
+        due.append(_due(Repair.COMPACTION_FAILS, "; ".join(texts)))
     changed = {
         number: health.changed / max(1, health.rows)
         for number, health in shards.items()

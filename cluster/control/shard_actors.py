@@ -45,11 +45,13 @@ from shardline.shards.core.errors import (
     DeadlineExceeded,
     ShardlineError,
     Unavailable,
+    error_of,
     last_line,
 )
 from shardline.shards.core.messages import Absence, Pulse, ReplicaKey, ShardHealth
 from shardline.shards.index.spec import Device
 from shardline.shards.live.live_config import LiveConfig
+from shardline.shards.live.takeover import Takeover, TakeoverLook
 from shardline.shards.process.shard_actor import ShardActor
 from shardline.shards.storage.generation import GenerationManifest
 
@@ -214,6 +216,30 @@ class ShardActors:
             return Sealed(key=key, epoch=epoch, seq=seq, now_s=time.monotonic())
         logger.warning("replica %s is not sealed: %s: %s", key, reason.code, reason.text)
         return SealFailed(key=key, epoch=epoch, reason=reason, now_s=time.monotonic())
+
+    async def take_over(self, key: ReplicaKey, order: Takeover) -> None:
+        """Has a primary begin to take over another index.
+
+        Raises:
+            ShardlineError: as ``ShardActor.take_over``. RayError, TimeoutError: it does not answer.
+        """
+        if key not in self._handles:
+            raise Unavailable("it has no process")
+        try:
+            await _answer(self._handles[key].take_over.remote(order))
+        except RayTaskError as error:
+            reason = reason_of(error)
+            raise error_of(reason.code, reason.text) from error
+
+    async def taken_over(self, key: ReplicaKey) -> TakeoverLook | None:
+        """How far a replica is with that; None: it does not answer."""
+        if key not in self._handles:
+            return None
+        try:
+            look: TakeoverLook = await _answer(self._handles[key].taken_over.remote())
+        except (RayError, TimeoutError):
+            return None
+        return look
 
     def forget(self, key: ReplicaKey) -> None:
         """The failure of its actor is on record: nothing is asked of it any more."""

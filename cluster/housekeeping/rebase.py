@@ -53,6 +53,7 @@ def rebase(generation: Path, shard: int) -> bool:
         id_max=int(item_ids[-1]),
         rows=found.rows,
         files=tuple(replace(file, name=f"{name}/{file.name}", rows=found.rows) for file in listed),
+        own=found.own,
     )
     shards = (*manifest.shards[:shard], entry, *manifest.shards[shard + 1 :])
     write_generation(generation, replace(manifest, shards=shards))

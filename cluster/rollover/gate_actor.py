@@ -7,12 +7,14 @@ A thin shell around ``gate_run`` and the tables of the two generations.
 import asyncio
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import ray
 from ray.exceptions import RayTaskError
 
 from shardline.cluster.rollover.controller_tables import table_of
 from shardline.cluster.rollover.gate import GateReport
+from shardline.cluster.rollover.gate_in_files import gate_of_files
 from shardline.cluster.rollover.gate_run import gate_of_generations
 from shardline.cluster.rollover.publish_config import PublishConfig
 from shardline.shards.core.errors import ShardlineError
@@ -22,7 +24,8 @@ from shardline.shards.core.schema import FloatArray
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GateOrder:
     """What is measured: the two generations, the name of the controller's actor, what proves a peer
-    to shards. served, unreplayed: as of ``run_gate``."""
+    to shards. served, unreplayed: as of ``run_gate``. in_files: the folder of the candidate, where
+    that is not loaded; None: it is."""
 
     candidate: int
     live: int
@@ -31,6 +34,7 @@ class GateOrder:
     config: PublishConfig
     served: FloatArray | None
     unreplayed: int
+    in_files: str | None = None
 
 
 class GateActor:
@@ -38,6 +42,15 @@ class GateActor:
 
     async def judged(self, order: GateOrder) -> GateReport:
         """Raises: as ``run_gate``."""
+        if order.in_files is not None:
+            return await gate_of_files(
+                Path(order.in_files),
+                order.live,
+                partial(table_of, order.controller),
+                order.config,
+                secret=order.secret,
+                served=order.served,
+            )
         return await gate_of_generations(
             order.candidate,
             order.live,

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,18 +75,28 @@ async def gate_of_generations(
     Raises also:
         Unavailable: no table of one of them comes: it was ended meanwhile, say.
     """
+    async with connected([candidate, live], table_of, secret) as sides:
+        ours, theirs = (side.fanout for side in sides)
+        return await run_gate(ours, theirs, config, served=served, unreplayed=unreplayed)
+
+
+@asynccontextmanager
+async def connected(
+    generations: Sequence[int], table_of: TableOf, secret: bytes
+) -> AsyncIterator[Sequence[FanoutTarget]]:
+    """To the shards of each of them, by its newest table, for the length of the block. Raises
+    Unavailable: no table of one of them comes."""
     sides = [
         FanoutTarget(generation, Fanout(secret, RouterConfig(), random.Random()))
-        for generation in (candidate, live)
+        for generation in generations
     ]
     following = [
         asyncio.ensure_future(side.follow(partial(table_of, generation)))
-        for side, generation in zip(sides, (candidate, live), strict=True)
+        for side, generation in zip(sides, generations, strict=True)
     ]
     try:
         await _tables_of(sides)
-        ours, theirs = (side.fanout for side in sides)
-        return await run_gate(ours, theirs, config, served=served, unreplayed=unreplayed)
+        yield sides
     finally:
         for task in following:
             task.cancel()
@@ -101,7 +112,7 @@ async def _tables_of(sides: Sequence[FanoutTarget]) -> None:
     except TimeoutError as error:
         failures = [str(side.failure) for side in sides if side.failure is not None]
         raise Unavailable(
-            "the gate has no routing table of both generations",
+            "the gate has no routing table of each generation",
             expected=f"within {TABLES_S:g} s",
             got=failures[0] if failures else None,
         ) from error
@@ -125,7 +136,7 @@ async def run_gate(
         DataError, NotFound, CorruptFile: of what is to be asked: held_out, sample queries, encoder.
         DeadlineExceeded, Unavailable: shards of one of the two do not answer.
     """
-    tables = _table_of(candidate), _table_of(live)
+    tables = table_of_fanout(candidate), table_of_fanout(live)
     is_same_model = tables[0].model_version == tables[1].model_version
     held_out = None
     if config.held_out is not None:
@@ -134,7 +145,7 @@ async def run_gate(
     ours = GateSide(
         fanout=candidate,
         queries=queries,
-        held_out=await _held_out_of(held_out, tables[0], is_same_model),
+        held_out=await held_out_of(held_out, tables[0], is_same_model),
     )
     if is_same_model:  # the same queries, so that answers compare
         theirs = GateSide(fanout=live, queries=queries, held_out=ours.held_out)
@@ -173,11 +184,11 @@ async def measure(
         DeadlineExceeded, Unavailable: shards of one of the two do not answer.
     """
     p99_ms, live_p99_ms = await _latencies(candidate, live, rng, clock)
-    recall, rows = await _recall(candidate.fanout, candidate.queries)
-    live_recall, live_rows = await _recall(live.fanout, live.queries)
+    recall, rows = await recall_of(candidate.fanout, candidate.queries)
+    live_recall, live_rows = await recall_of(live.fanout, live.queries)
     served_recall = None
     if served is not None and len(served):
-        served_recall, _ = await _recall(candidate.fanout, served)
+        served_recall, _ = await recall_of(candidate.fanout, served)
     found, live_found = [
         None if side.held_out is None else await _held_out_ids(side, held_out)
         for side in (candidate, live)
@@ -190,8 +201,8 @@ async def measure(
         served=0 if served is None else len(served),
         served_recall=served_recall,
         held_out=0 if held_out is None else len(held_out.relevant),
-        held_out_recall=_relevant_found(found, held_out),
-        live_held_out_recall=_relevant_found(live_found, held_out),
+        held_out_recall=relevant_found(found, held_out),
+        live_held_out_recall=relevant_found(live_found, held_out),
         p99_ms=p99_ms,
         live_p99_ms=live_p99_ms,
         rows=rows,
@@ -204,12 +215,12 @@ async def measure(
 # What is asked
 
 
-def _table_of(fanout: Fanout) -> RoutingTable:
+def table_of_fanout(fanout: Fanout) -> RoutingTable:
     with fanout.pin() as snapshot:
         return snapshot.table
 
 
-async def _held_out_of(
+async def held_out_of(
     held_out: HeldOut | None, table: RoutingTable, is_same_model: bool
 ) -> FloatArray | None:
     """The held-out queries for a generation; with two models by features alone, because vectors in
@@ -233,7 +244,7 @@ async def _held_out_of_live(held_out: HeldOut | None, table: RoutingTable) -> Fl
     """As ``_held_out_of``, of another model than the candidate's. None, too, where its encoder
     cannot take the file, made for the candidate's: then the live generation has no such figure."""
     try:
-        return await _held_out_of(held_out, table, is_same_model=False)
+        return await held_out_of(held_out, table, is_same_model=False)
     except DataError as error:
         logger.warning("the live generation is not asked the held-out queries: %s", error)
         return None
@@ -272,7 +283,7 @@ async def _latency_round(
     return first, second
 
 
-async def _recall(fanout: Fanout, queries: FloatArray) -> tuple[float | None, int]:
+async def recall_of(fanout: Fanout, queries: FloatArray) -> tuple[float | None, int]:
     """recall@K against exact answers, and the rows that were searched; None where the generation
     has no rows."""
     hits = wanted = rows = 0
@@ -309,10 +320,10 @@ async def _held_out_ids(side: GateSide, held_out: HeldOut | None) -> IdArray:
     assert held_out is not None
     assert side.held_out is not None
     longest = max((len(each) for each in held_out.known), default=0)
-    return await _ids_of(side.fanout, side.held_out, min(MAX_K, K + longest))
+    return await ids_of(side.fanout, side.held_out, min(MAX_K, K + longest))
 
 
-async def _ids_of(fanout: Fanout, queries: FloatArray, k: int) -> IdArray:
+async def ids_of(fanout: Fanout, queries: FloatArray, k: int) -> IdArray:
     parts = [
         (await asked(fanout, queries[start : start + BATCH], k)).ranked.ids
         for start in range(0, len(queries), BATCH)
@@ -320,7 +331,7 @@ async def _ids_of(fanout: Fanout, queries: FloatArray, k: int) -> IdArray:
     return np.concatenate(parts)
 
 
-def _relevant_found(found: IdArray | None, held_out: HeldOut | None) -> float | None:
+def relevant_found(found: IdArray | None, held_out: HeldOut | None) -> float | None:
     return None if found is None or held_out is None else held_out_recall(found, held_out, K)
 
 
@@ -334,8 +345,8 @@ async def _overlap(
     """By the sample queries where the model is the same, else by the held-out ones; None: neither
     was asked of both."""
     if is_same_model:
-        found = await _ids_of(candidate.fanout, candidate.queries, K)
-        live_found = await _ids_of(live.fanout, live.queries, K)
+        found = await ids_of(candidate.fanout, candidate.queries, K)
+        live_found = await ids_of(live.fanout, live.queries, K)
     if found is None or live_found is None:
         return None
     return overlap_of(found[:, :K], live_found[:, :K])

@@ -117,8 +117,25 @@ def survey(
 
 def check_beside(config: ShardlineConfig, number: int) -> list[Check]:
     """Whether the hosts have memory for a generation beside what they hold now."""
-    hosts = living_hosts()
     manifest = read_generation(Store(config.store.resolve()).generation(number))
+    return _check_loaded(config, manifest, shard_bytes(manifest))
+
+
+def check_one_beside(config: ShardlineConfig, number: int) -> list[Check]:
+    """Whether each host has memory for its largest shard of a generation beside what it holds now,
+    twice: while its index is made it is in memory once more."""
+    manifest = read_generation(Store(config.store.resolve()).generation(number))
+    return _check_loaded(config, manifest, [2 * size for size in shard_bytes(manifest)], most=1)
+
+
+def _check_loaded(
+    config: ShardlineConfig,
+    manifest: GenerationManifest,
+    loaded: Sequence[int],
+    most: int | None = None,
+) -> list[Check]:
+    """loaded: bytes of each shard. most: so many of the largest of a host at a time; None: all."""
+    hosts, number = living_hosts(), manifest.generation
     question = Question(
         store=str(config.store.resolve()),
         generation=number,
@@ -128,8 +145,8 @@ def check_beside(config: ShardlineConfig, number: int) -> list[Check]:
     )
     answers, silent = ask_hosts(hosts, question)
     memory = {answer.facts.address: answer.facts.memory for answer in answers}
-    loaded = shard_bytes(manifest)
-    rooms = check_rooms(hosts, wanted_of(config, manifest), memory, loaded, cache_bytes=0)
+    wanted = wanted_of(config, manifest)
+    rooms = check_rooms(hosts, wanted, memory, loaded, cache_bytes=0, most=most)
     return [*check_silent(silent), *rooms]
 
 
@@ -219,14 +236,15 @@ def check_rooms(
     loaded: Sequence[int],
     *,
     cache_bytes: int,
+    most: int | None = None,
 ) -> Iterator[Check]:
     """Each host's memory against the shards that the controller will place there.
 
-    memory: by the host's address; loaded: bytes of each shard.
+    memory: by the host's address; loaded: bytes of each shard; most: as of ``_check_loaded``.
     """
     for address, shards in first_placement(hosts, wanted).items():
         if address in memory:
-            sizes = [loaded[shard] for shard in shards]
+            sizes = sorted((loaded[shard] for shard in shards), reverse=True)[:most]
             yield on_host(address, check_room(memory[address], sizes, cache_bytes=cache_bytes))
 
 

@@ -287,13 +287,17 @@ class ShardHealth:
 
     rows: that may come back. changed: rows written, and rows hidden, since its main index was made.
     unseen: rows of items that the generation was built without. imbalance: of the inverted lists
-    of the main index, 1 where all are of one length; None: it has none.
+    of the main index, 1 where all are of one length; None: it has none. trouble: why the newest
+    compaction, or the change to its main index, failed; None: it did not. index_of: the generation
+    whose index it has taken over; None: it has its own.
     """
 
     rows: int
     changed: int
     unseen: int
     imbalance: float | None
+    trouble: str | None = None
+    index_of: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

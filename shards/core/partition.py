@@ -55,6 +55,17 @@ def partition(item_ids: IdArray, num_shards: int, partitioning: Partitioning) ->
     return Partition(partitioning, keys[first_rows])
 
 
+def check_no_shard_empty(cut: Partition, item_ids: IdArray) -> None:
+    """Raises InvalidInput: one of the shards has no item of item_ids (n,) int64."""
+    rows = np.bincount(cut.shard_of(item_ids), minlength=cut.num_shards)
+    if not rows.all():
+        raise InvalidInput(
+            "a shard would have no item",
+            expected=f"items in each of {cut.num_shards} shards",
+            got=f"none in shard {int(rows.argmin())}",
+        )
+
+
 def partition_keys(item_ids: IdArray, partitioning: Partitioning) -> NDArray[np.uint64]:
     """(n,) uint64 sort keys of ids; different ids have different keys."""
     keys: NDArray[np.uint64] = item_ids.astype(np.uint64)

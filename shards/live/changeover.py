@@ -5,6 +5,7 @@ that sees a newer complete ``main-<seq>`` loads it beside the one in use, in a t
 with what the log has had since; who writes then swaps it in (``ShardWrites.adopt``).
 """
 
+import json
 import logging
 import os
 import subprocess
@@ -15,16 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from shardline.shards.core.errors import Unavailable
+from shardline.shards.core.files import atomic_path
+from shardline.shards.core.messages import Absence
 from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_caught_up
 from shardline.shards.live.mains import compacted_seqs, main_folder
 from shardline.shards.live.state import ShardState
-from shardline.shards.storage.generation import read_generation
+from shardline.shards.live.takeover import Takeover
+from shardline.shards.storage.generation import OwnIndex, read_generation
 
 logger = logging.getLogger(__name__)
 
+KEYS_NAME = ".takeover-keys.msgpack"  # in the shard's live folder, for the process
 LOOK_S = 1.0  # between two looks for a newer main index
 PAUSE_S = 60.0  # after a compaction that failed
 ENDS_WITHIN_S = 5.0  # a compaction that is told to end; then it is killed
@@ -43,9 +49,18 @@ class Running(Protocol):
 
 
 def compaction_process(generation: Path, shard: int, until: int) -> Running:
-    module = "shardline.shards.live.compaction"
-    command = [sys.executable, "-m", module, str(generation), str(shard), str(until)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=_environment())
+    return _process(str(generation), str(shard), str(until))
+
+
+def takeover_process(
+    generation: Path, shard: int, until: int, takeover: Takeover, keys: Path
+) -> Running:
+    return _process(str(generation), str(shard), str(until), takeover.to_json(), str(keys))
+
+
+def _process(*arguments: str) -> Running:
+    command = [sys.executable, "-m", "shardline.shards.live.compaction", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, env=_environment())
 
 
 def _environment() -> dict[str, str]:
@@ -61,20 +76,28 @@ class Changeover:
         shard: int,
         *,
         main_seq: int,
+        own: OwnIndex | None = None,
         config: LiveConfig | None = None,
         start: Callable[[Path, int, int], Running] = compaction_process,
+        start_takeover: Callable[[Path, int, int, Takeover, Path], Running] = takeover_process,
         prepare: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """main_seq: of the main index in use, 0 for the generation's own. prepare: called when a
-        newer one has been loaded, before it is searched, in the thread that loads."""
+        """main_seq: of the main index in use, 0 for the generation's own; own: as of
+        ``ShardEntry``, of that. prepare: called when a newer one has been loaded, before it is
+        searched, in the thread that loads."""
         self.main_seq = main_seq
+        self.own = own
+        self.takeover: Takeover | None = None  # the newest that was ordered here
+        self.takeover_failure: Absence | None = None  # why it failed
         self.trouble: str | None = None  # why the newest compaction or change failed
         self._generation, self._shard = generation, shard
         self._live = live_folder(generation, shard)
         self._config = config or LiveConfig()
-        self._start, self._prepare, self._clock = start, prepare, clock
+        self._start, self._start_takeover = start, start_takeover
+        self._prepare, self._clock = prepare, clock
         self._running: Running | None = None
+        self._is_takeover = False  # what runs, or ran last
         self._newest = main_seq  # of the main indexes on disk, when they were last looked at
         self._damaged: int | None = None  # of one that was passed over; the next repairs the shard
         self._not_before = self._looked_at = -float("inf")
@@ -98,8 +121,33 @@ class Changeover:
         is_free = self._running is None and self._loader is None and is_newest
         if leads and is_free and now >= self._not_before and self._is_due(state):
             self._running = self._start(self._generation, self._shard, state.seq)
+            self._is_takeover = False
             logger.info("shard %d: a compaction begins, at write %d", self._shard, state.seq)
         return None
+
+    def take_over(self, takeover: Takeover, mark: Callable[[], tuple[int, bytes]]) -> None:
+        """Starts a process that makes a main index of another generation's, as ``takeover`` says.
+        mark: ``ShardWrites.mark``.
+
+        Raises:
+            Unavailable: a compaction is under way, or a change to a newer main index.
+            OSError: the file with the keys cannot be written, or no process be started. Else as
+                ``mark``.
+        """
+        if self.is_busy or self._newest > self.main_seq:
+            raise Unavailable(f"shard {self._shard}: a compaction is under way")
+        seq, packed = mark()
+        keys = self._live / KEYS_NAME
+        with atomic_path(keys) as temporary:
+            temporary.write_bytes(packed)
+        self._running = self._start_takeover(self._generation, self._shard, seq, takeover, keys)
+        self._is_takeover = True
+        self.takeover, self.takeover_failure = takeover, None
+        logger.info("shard %d: takes over the index of %s", self._shard, takeover.source)
+
+    def adopted(self, loaded: Loaded) -> None:
+        """What ``turn`` has returned is in use."""
+        self.main_seq, self.own = loaded.main_seq, loaded.own
 
     def put_off(self, error: Exception | None = None) -> None:
         """What was loaded could not be swapped in now, or ``error`` came of it: it is tried again
@@ -113,6 +161,7 @@ class Changeover:
         """For status pages."""
         return {
             "main_seq": self.main_seq,
+            "index_of": None if self.own is None else self.own.generation,
             "compacting": self._running is not None,
             "compaction_trouble": self.trouble,
         }
@@ -126,6 +175,7 @@ class Changeover:
             except subprocess.TimeoutExpired:
                 self._running.kill()
                 self._running.wait()
+            _output_of(self._running)
             self._running = None
         if self._loader is not None:
             self._loader.join()
@@ -142,13 +192,23 @@ class Changeover:
     def _see_process(self, now: float) -> None:
         if self._running is None or (code := self._running.poll()) is None:
             return
-        self._running = None
+        said, self._running = _output_of(self._running), None
+        if self._is_takeover:
+            (self._live / KEYS_NAME).unlink(missing_ok=True)
         self._looked_at = -float("inf")
         self._damaged = None  # it may have been written anew
         if code:
-            self.trouble = f"a compaction ended with code {code}: the log of the shard says why"
-            self._not_before = now + PAUSE_S
-            logger.error("shard %d: %s", self._shard, self.trouble)
+            self._failed(code, said, now)
+
+    def _failed(self, code: int, said: bytes, now: float) -> None:
+        why = _told(said) or Absence(
+            Unavailable.code, f"it ended with code {code}: the log of the shard says why"
+        )
+        if self._is_takeover:
+            self.takeover_failure = why
+        self.trouble = f"a compaction failed: {why.text}"
+        self._not_before = now + PAUSE_S
+        logger.error("shard %d: %s", self._shard, self.trouble)
 
     def _look(self, now: float, state: ShardState) -> None:
         self._looked_at = now
@@ -200,3 +260,20 @@ class Changeover:
             return None
         self.trouble = None
         return loaded
+
+
+def _output_of(ended: Running) -> bytes:
+    if not isinstance(ended, subprocess.Popen) or ended.stdout is None:
+        return b""
+    with ended.stdout as stdout:
+        found: bytes = stdout.read()
+        return found
+
+
+def _told(said: bytes) -> Absence | None:
+    """The last line of what a compaction has printed; None: it is no reason."""
+    try:
+        found = json.loads(said.splitlines()[-1])
+        return Absence(str(found["code"]), str(found["text"]))
+    except (IndexError, ValueError, KeyError, TypeError):
+        return None

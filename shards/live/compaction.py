@@ -1,27 +1,33 @@
 """Compaction: a shard's main index and what was written since, as a new main index.
 
-    python -m shardline.shards.live.compaction <generation's folder> <shard> <last write>
+    python -m shardline.shards.live.compaction <generation's folder> <shard> <last write> \
+        [<Takeover as JSON> <file with keys>]
 
 A function of files: it reads the newest main index and the log, and writes ``main-<seq>``
 (``mains``), seq being the last write that it has read. The template is not trained again: codes
-mean what they mean in every other shard, and those of rows that stay are copied. Whoever serves the
+mean what they did, and those of rows that stay are copied; unless the shard takes the index of
+another generation over (``takeover``). Whoever serves the
 shard goes on meanwhile, in a process of its own, and changes over when the folder is complete
 (``changeover``).
 """
 
 import ctypes
+import json
 import logging
 import os
 import select
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from shutil import copyfile
 
 import numpy as np
 import pyarrow as pa
 
-from shardline.shards.core.errors import InvalidInput, ShardlineError
+from shardline.shards.core.errors import InvalidInput, ShardlineError, Unavailable
 from shardline.shards.core.files import remove_abandoned, staged_folder
 from shardline.shards.index.compacted import NEW, build_compacted_index
 from shardline.shards.index.spec import Device
@@ -37,6 +43,7 @@ from shardline.shards.live.mains import (
     write_main,
 )
 from shardline.shards.live.state import ShardState
+from shardline.shards.live.takeover import Takeover, load_takeover
 from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
     INDEX_NAME,
@@ -68,22 +75,35 @@ class Compacted:
 
 
 def compact(
-    generation: Path, shard: int, *, until: int | None = None, threads: int = 1
+    generation: Path,
+    shard: int,
+    *,
+    until: int | None = None,
+    threads: int = 1,
+    takeover: Takeover | None = None,
+    keys: Path | None = None,
 ) -> Compacted:
     """Writes ``main-<seq>`` of a shard, of all that is in its log now; ``until``: the last write
     that has been acknowledged, beyond which nothing of the log is certain to stay. A newer main
-    index that is damaged is put aside, where the shard is whole without it.
+    index that is damaged is put aside, where the shard is whole without it. takeover, keys: as of
+    ``load_takeover``; None: it keeps its index.
 
     Holds the shard's index, the new one, the delta and all attributes in memory. Works on the CPU,
     whatever the shard is served from.
 
     Raises:
         InvalidInput: no row is left: an index needs one.
-        CorruptFile, NotFound: of the shard's files or its log. OSError: of the disk.
+        CorruptFile, NotFound: of the shard's files or its log. OSError: of the disk. Else as
+        ``load_takeover``.
     """
     manifest = read_generation(generation)
     live = live_folder(generation, shard)
-    loaded = load_caught_up(generation, manifest, shard, device=Device.CPU, until=until)
+    if takeover is None:
+        loaded = load_caught_up(generation, manifest, shard, device=Device.CPU, until=until)
+    else:
+        assert until is not None
+        assert keys is not None
+        loaded = load_takeover(generation, manifest, shard, takeover, until=until, keys=keys)
     state = loaded.state
     rows = live_rows(state)
     if not len(rows.item_ids):
@@ -96,7 +116,7 @@ def compact(
     remove_abandoned(live, "main-*")  # by compactions that were killed
     try:
         with staged_folder(main_folder(live, state.seq)) as folder:
-            _write(folder, generation, manifest, loaded, rows, shard=shard, threads=threads)
+            _write(folder, manifest, loaded, rows, shard=shard, threads=threads)
     except OSError:
         if state.seq not in compacted_seqs(live):
             raise
@@ -106,7 +126,6 @@ def compact(
 
 def _write(
     folder: Path,
-    generation: Path,
     manifest: GenerationManifest,
     loaded: Loaded,
     rows: LiveRows,
@@ -116,7 +135,9 @@ def _write(
 ) -> None:
     """All files of a main index, the manifest last."""
     state, item_ids = loaded.state, rows.item_ids
-    write_index_of(state, rows, generation / TEMPLATE_NAME, folder / INDEX_NAME, threads=threads)
+    write_index_of(state, rows, loaded.template, folder / INDEX_NAME, threads=threads)
+    if loaded.own is not None:
+        copyfile(loaded.template, folder / TEMPLATE_NAME)
     write_item_ids(folder / ITEM_IDS_NAME, item_ids)
     write_attributes(folder / ATTRIBUTES_NAME, attributes_of_rows(state, rows))
     (folder / KEYS_NAME).write_bytes(loaded.keys.pack())
@@ -126,6 +147,7 @@ def _write(
         shard=shard,
         seq=state.seq,
         rows=len(item_ids),
+        own=loaded.own,
     )
 
 
@@ -163,17 +185,22 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
-    generation, shard, until = sys.argv[1:]
+    generation, shard, until, *takeover = sys.argv[1:]
     os.nice(NICENESS)
     _end_with_parent()
-    code = _compacted_when_idle(Path(generation), int(shard), int(until))
+    work = partial(compact, Path(generation), int(shard), until=int(until))
+    if takeover:
+        order, keys = takeover
+        work = partial(work, takeover=Takeover.from_json(order), keys=Path(keys))
+    run = partial(_run, work, int(shard))
+    code = _ended_when_idle(run)
     if code is None:
-        code = _run(Path(generation), int(shard), int(until))
+        code = run()
     sys.exit(code)
 
 
-def _compacted_when_idle(generation: Path, shard: int, until: int) -> int | None:
-    """The exit code of ``_run`` in a child that runs while nothing else does; None if that has not
+def _ended_when_idle(run: Callable[[], int]) -> int | None:
+    """The exit code of ``run`` in a child that runs while nothing else does; None if that has not
     ended within PATIENCE_S, and has been killed."""
     child = os.fork()
     if child == 0:
@@ -181,7 +208,7 @@ def _compacted_when_idle(generation: Path, shard: int, until: int) -> int | None
         try:
             _end_with_parent()
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-            code = _run(generation, shard, until)
+            code = run()
         except Exception:  # noqa: BLE001  a bug: nobody else would show it
             sys.excepthook(*sys.exc_info())
         finally:
@@ -195,12 +222,15 @@ def _compacted_when_idle(generation: Path, shard: int, until: int) -> int | None
     return os.waitstatus_to_exitcode(status) if is_over else None
 
 
-def _run(generation: Path, shard: int, until: int) -> int:
-    """``compact``; the exit code, after a line on stderr if it failed."""
+def _run(work: Callable[[], object], shard: int) -> int:
+    """The exit code, after a line on stderr, for the log, and one on stdout, for who started it, if
+    it failed."""
     try:
-        compact(generation, shard, until=until)
+        work()
     except (ShardlineError, OSError) as error:
         print(f"compaction of shard {shard}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        told = {"code": getattr(error, "code", Unavailable.code), "text": str(error)}
+        print(json.dumps(told), flush=True)  # noqa: T201
         return 1
     return 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shardline.shards.core.errors import CorruptFile, NotFound
 from shardline.shards.index.main_index import MainIndex
-from shardline.shards.index.spec import Device
+from shardline.shards.index.spec import Device, ResolvedIndex
 from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.kept_segments import WithKept
 from shardline.shards.live.live_folder import live_folder
@@ -26,11 +26,14 @@ from shardline.shards.storage.generation import (
     ATTRIBUTES_NAME,
     INDEX_NAME,
     ITEM_IDS_NAME,
+    TEMPLATE_NAME,
     GenerationManifest,
+    OwnIndex,
     read_attribute_file,
     read_attributes,
     read_item_ids,
     shard_folder,
+    shard_template,
     verify_shard,
 )
 
@@ -40,11 +43,14 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """A shard as files have it. keys: of writes in it; main_seq: how many its main index has.
-    damaged: main indexes, ascending, that are newer, and damaged."""
+    template: of its index. own: as of ``ShardEntry``. damaged: main indexes, ascending, that are
+    newer, and damaged."""
 
     state: ShardState
     keys: WriteKeys
     main_seq: int
+    template: Path
+    own: OwnIndex | None = None
     damaged: tuple[int, ...] = ()
 
 
@@ -100,8 +106,7 @@ def load_newest(
     while True:
         seqs = compacted_seqs(live)
         if not seqs:
-            state = load_state(folder, manifest, shard, device=device)
-            return Loaded(state=state, keys=WriteKeys(), main_seq=0)
+            return load_built(folder, manifest, shard, device=device)
         try:
             return _load_compacted(folder, manifest, shard, seqs[-1], device)
         except (CorruptFile, NotFound):
@@ -191,8 +196,7 @@ def _passed_over(
             if seq:
                 loaded = _load_compacted(folder, manifest, shard, seq, device)
             else:
-                state = load_state(folder, manifest, shard, device=device)
-                loaded = Loaded(state=state, keys=WriteKeys(), main_seq=0)
+                loaded = load_built(folder, manifest, shard, device=device)
             found, end = _caught_up(loaded, live, until=until, files=WithKept(FILES))
         except (CorruptFile, NotFound):
             continue
@@ -208,12 +212,24 @@ def _load_compacted(
     live = live_folder(folder, shard)
     made = read_main(live, seq, generation=manifest.generation, shard=shard)
     path = main_folder(live, seq)
-    main = _load_main(path, manifest, made.rows, device or manifest.index.device)
+    index = manifest.index if made.own is None else made.own.index
+    main = _load_main(path, manifest, index, made.rows, device)
     item_ids = read_item_ids(path / ITEM_IDS_NAME, rows=made.rows)
     table = read_attribute_file(path / ATTRIBUTES_NAME, rows=made.rows)
     state = ShardState.of(main, item_ids, ItemAttributes(table), seq=seq)
     keys = WriteKeys.unpack((path / KEYS_NAME).read_bytes(), path / KEYS_NAME)
-    return Loaded(state=state, keys=keys, main_seq=seq)
+    template = (folder if made.own is None else path) / TEMPLATE_NAME
+    return Loaded(state=state, keys=keys, main_seq=seq, template=template, own=made.own)
+
+
+def load_built(
+    folder: Path, manifest: GenerationManifest, shard: int, *, device: Device | None = None
+) -> Loaded:
+    """One shard as it was built, before any write. Raises: as ``load_state``."""
+    state = load_state(folder, manifest, shard, device=device)
+    entry = manifest.shard_entry(shard)
+    template = shard_template(folder, entry)
+    return Loaded(state=state, keys=WriteKeys(), main_seq=0, template=template, own=entry.own)
 
 
 def load_state(
@@ -227,16 +243,26 @@ def load_state(
         CorruptFile: a file is missing, altered, or contradicts the manifest; named.
     """
     entry = verify_shard(folder, manifest, shard)
-    main = _load_main(folder / entry.folder, manifest, entry.rows, device or manifest.index.device)
+    index = manifest.index if entry.own is None else entry.own.index
+    main = _load_main(folder / entry.folder, manifest, index, entry.rows, device)
     item_ids = read_item_ids(folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
     attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))
     return ShardState.of(main, item_ids, attributes)
 
 
-def _load_main(folder: Path, manifest: GenerationManifest, rows: int, device: Device) -> MainIndex:
+def _load_main(
+    folder: Path,
+    manifest: GenerationManifest,
+    index: ResolvedIndex,
+    rows: int,
+    device: Device | None,
+) -> MainIndex:
     path = folder / INDEX_NAME
     main = MainIndex.load(
-        path, metric=manifest.metric, defaults=manifest.index.search_params, device=device
+        path,
+        metric=manifest.metric,
+        defaults=index.search_params,
+        device=device or manifest.index.device,
     )
     if main.rows != rows:
         raise CorruptFile(f"{path}: wrong row count", expected=str(rows), got=str(main.rows))

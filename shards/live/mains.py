@@ -4,6 +4,7 @@
     main-<seq>/item_ids.npy      (n,) int64, ascending: local row -> item id
     main-<seq>/attributes.arrow  attribute columns in local row order; absent where there are none
     main-<seq>/keys.msgpack      the newest idempotency keys among these writes
+    main-<seq>/template.faiss    where the index is of another template than the generation's
     main-<seq>/_manifest.json    written last; the folder is complete when it exists
 
 A complete folder never changes, and any of them is a beginning for the log after its seq. A shard
@@ -26,9 +27,11 @@ from shardline.shards.core.files import (
     verify_files,
     write_manifest,
 )
+from shardline.shards.storage.generation import OwnIndex, own_index_from_json
 
 KIND = "compacted shard"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OF_GENERATION_VERSION = 1  # of one with the generation's template
 KEYS_NAME = "keys.msgpack"
 # Replicas may still be loading the one before the newest; and where the newest is damaged, the
 # shard is loaded from that one and the log.
@@ -40,13 +43,15 @@ _DAMAGED = ".damaged"  # the end of a name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MainManifest:
-    """What a compaction has written: of which shard, after how many writes."""
+    """What a compaction has written: of which shard, after how many writes. own: as of
+    ``ShardEntry``."""
 
     generation: int
     shard: int
     seq: int
     rows: int
     files: tuple[FileEntry, ...]
+    own: OwnIndex | None = None
 
 
 def main_folder(live: Path, seq: int) -> Path:
@@ -58,11 +63,18 @@ def compacted_seqs(live: Path) -> list[int]:
     return [seq for seq in _seqs(live) if (main_folder(live, seq) / MANIFEST_NAME).is_file()]
 
 
-def write_main(folder: Path, *, generation: int, shard: int, seq: int, rows: int) -> None:
+def write_main(
+    folder: Path, *, generation: int, shard: int, seq: int, rows: int, own: OwnIndex | None = None
+) -> None:
     """Declares a staged folder complete. Call it last."""
     files = tuple(describe_tree(folder))
     manifest = MainManifest(generation=generation, shard=shard, seq=seq, rows=rows, files=files)
-    write_manifest(folder, kind=KIND, version=FORMAT_VERSION, body=asdict(manifest))
+    body = asdict(manifest)
+    del body["own"]
+    version = OF_GENERATION_VERSION
+    if own is not None:
+        version, body["own"] = FORMAT_VERSION, own.to_json()
+    write_manifest(folder, kind=KIND, version=version, body=body)
 
 
 def read_main(
@@ -80,11 +92,12 @@ def read_main(
     try:
         files = tuple(FileEntry(**entry) for entry in body["files"])
         numbers = {name: int(body[name]) for name in ("generation", "shard", "seq", "rows")}
+        own = own_index_from_json(body.get("own"))
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(
             f"{folder / MANIFEST_NAME}: a field is missing or wrong", got=repr(error)
         ) from error
-    manifest = MainManifest(**numbers, files=files)
+    manifest = MainManifest(**numbers, files=files, own=own)
     wanted = {"generation": generation, "shard": shard, "seq": seq}
     if any(numbers[name] != number for name, number in wanted.items()):
         raise CorruptFile(

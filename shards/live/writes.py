@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shardline.shards.core.errors import (
     CorruptFile,
     NotFound,
@@ -31,7 +33,7 @@ from shardline.shards.live.log import Log
 from shardline.shards.live.log_files import FILES, LogFiles
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.mains import remove_older
-from shardline.shards.live.records import Record
+from shardline.shards.live.records import Delete, Record
 from shardline.shards.live.state import Applied, ShardState, apply
 from shardline.shards.live.write_group import Holder, WriteGroup, WriteRequest
 from shardline.shards.live.write_keys import WriteKeys
@@ -203,6 +205,24 @@ class ShardWrites:
                 self._close_log()
                 raise
         return group.replies(self._apply_logged(group.records), None)
+
+    def mark(self) -> tuple[int, bytes]:
+        """Logs a write that changes nothing, so that no main index has its number yet, nor any
+        router's cache; that number, and the keys of all writes up to it, packed.
+
+        Raises:
+            NotPrimary, ReadOnly, StoreFull: it cannot be logged.
+        """
+        log = self._writable_log()
+        nothing = Delete(item_ids=np.empty(0, np.int64))
+        record = Record(seq=self.seq + 1, epoch=self.epoch, key="", change=nothing)
+        try:
+            log.append([record])
+        except (NotPrimary, ReadOnly) as error:
+            self._failed(error)
+            raise
+        self._apply_logged([record])
+        return self.seq, self._keys.pack()
 
     def adopt(self, loaded: Loaded) -> bool:
         """Takes a newer main index in place of the one in use, with all that is in the state;

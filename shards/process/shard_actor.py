@@ -7,6 +7,7 @@ through Ray. A restart runs the constructor again, which registers the new addre
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from shardline.shards.live.health import HealthLook
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up
+from shardline.shards.live.takeover import Takeover, TakeoverLook
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.process.memory import prepare_memory, use_huge_pages
 from shardline.shards.process.ray_metrics import RayExporter
@@ -79,6 +81,7 @@ class ShardActor:
             generation,
             key.shard,
             main_seq=loaded.main_seq,
+            own=loaded.own,
             config=live,
             # or searches would take a sixth longer from the first compaction on
             prepare=use_huge_pages if huge_pages else lambda: None,
@@ -128,6 +131,25 @@ class ShardActor:
         """
         return self._server.seal(epoch)
 
+    def take_over(self, takeover: Takeover) -> int:
+        """Starts to take over another generation's index; the write that it will have.
+
+        Raises:
+            NotPrimary: another replica takes the writes of this shard.
+            Unavailable: a compaction is under way: ask again. OSError: of the disk.
+        """
+        return self._server.take_over(takeover)
+
+    def taken_over(self) -> TakeoverLook:
+        """How far that is, or how it ended."""
+        change = self._changeover
+        return TakeoverLook(
+            index_of=None if change.own is None else change.own.generation,
+            is_busy=change.is_busy,
+            ordered=None if change.takeover is None else change.takeover.source,
+            failure=change.takeover_failure,
+        )
+
     def ping(self) -> Pulse:
         """A sign of life, and whether it takes writes."""
         return Pulse(
@@ -150,7 +172,14 @@ class ShardActor:
                 ValueError,
             ) as error:  # a sign of life must not depend on the store
                 logger.warning("the health of the index is not known: %s", error)
-        return self._health
+        if self._health is None:
+            return None
+        own = self._changeover.own
+        return replace(
+            self._health,
+            trouble=self._changeover.trouble,
+            index_of=None if own is None else own.generation,
+        )
 
     def describe(self) -> dict[str, Any]:
         """The rows, the index and the counters of this shard, for `status`."""

@@ -36,6 +36,7 @@ from shardline.shards.core.messages import ReplicaKey
 from shardline.shards.core.metrics import QUEUE_DEPTH, Recorder
 from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.takeover import Takeover
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.answering import Answerer, ServerStats, error_reply
 from shardline.shards.server.exact_searches import ExactSearches, is_exact
@@ -198,6 +199,15 @@ class ShardServer:
         if self._write_thread is None:
             raise NotPrimary("this shard takes no writes")
         return self._write_thread.seal(epoch).result()
+
+    def take_over(self, takeover: Takeover) -> int:
+        """Starts to take over another generation's index: ``Changeover.take_over``.
+
+        Raises: as that, and NotPrimary: another replica takes the writes of this shard.
+        """
+        if self._write_thread is None:
+            raise NotPrimary("this shard takes no writes")
+        return self._write_thread.take_over(takeover).result()
 
     def refresh_metrics(self) -> None:
         """Sets gauges and counters for an export; any thread."""

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from shardline.shards.core.errors import CorruptFile, ShardlineError
+from shardline.shards.core.errors import CorruptFile, NotPrimary, ShardlineError
 from shardline.shards.live.changeover import Changeover
+from shardline.shards.live.takeover import Takeover
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.answering import INTERNAL_ERROR, error_reply
 from shardline.shards.server.handlers import Work
@@ -34,16 +36,15 @@ Deliver = Callable[[list[tuple[Work, Message | None]]], None]
 
 @dataclass(slots=True)
 class _Order:
-    """To lead, or to seal: a method of ``ShardWrites`` that takes an epoch."""
+    """To lead, to seal, or to take an index over."""
 
-    carry_out: Callable[[int], int]
-    epoch: int
+    carry_out: Callable[[], int]
     answer: Future[int]
 
 
 class WriteThread:
-    """``submit``, ``lead`` and ``seal`` may be called by any thread; ``deliver`` is called in this
-    one."""
+    """``submit``, ``lead``, ``seal`` and ``take_over`` may be called by any thread; ``deliver`` is
+    called in this one."""
 
     def __init__(
         self,
@@ -73,15 +74,25 @@ class WriteThread:
 
     def lead(self, epoch: int) -> "Future[int]":
         """``ShardWrites.lead``, after what has been submitted before."""
-        return self._ordered(self.writes.lead, epoch)
+        return self._ordered(partial(self.writes.lead, epoch))
 
     def seal(self, epoch: int) -> "Future[int]":
         """``ShardWrites.seal``, after what has been submitted before."""
-        return self._ordered(self.writes.seal, epoch)
+        return self._ordered(partial(self.writes.seal, epoch))
 
-    def _ordered(self, carry_out: Callable[[int], int], epoch: int) -> "Future[int]":
+    def take_over(self, takeover: Takeover) -> "Future[int]":
+        """``Changeover.take_over``; the write that the new main index will have."""
+        return self._ordered(partial(self._take_over, takeover))
+
+    def _take_over(self, takeover: Takeover) -> int:
+        if self.changeover is None or not self.writes.leads:
+            raise NotPrimary("another replica takes the writes of this shard")
+        self.changeover.take_over(takeover, self.writes.mark)
+        return self.writes.seq
+
+    def _ordered(self, carry_out: Callable[[], int]) -> "Future[int]":
         answer: Future[int] = Future()
-        self._queue.put(_Order(carry_out, epoch, answer))
+        self._queue.put(_Order(carry_out, answer))
         return answer
 
     def stop(self) -> None:
@@ -136,7 +147,7 @@ class WriteThread:
             if loaded is None:
                 return
             if self.writes.adopt(loaded):
-                change.main_seq = loaded.main_seq
+                change.adopted(loaded)
             else:
                 change.put_off()
         except Exception as error:  # noqa: BLE001  whatever it is, the main index in use serves on
@@ -185,6 +196,6 @@ class WriteThread:
 
 def _carry_out(order: _Order) -> None:
     try:
-        order.answer.set_result(order.carry_out(order.epoch))
+        order.answer.set_result(order.carry_out())
     except Exception as error:  # noqa: BLE001  whoever ordered it is told
         order.answer.set_exception(error)

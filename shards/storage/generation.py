@@ -16,7 +16,7 @@ built (``cluster.housekeeping.rebase``). Nothing here needs faiss.
 Every checksum is verified before a file is used.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -42,8 +42,9 @@ from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.shards.storage.vector_files import open_ipc, write_table
 
 KIND = "generation"
-FORMAT_VERSION = 3
-UNMOVED_VERSION = 2  # of one whose shards all lie where its build has put them
+FORMAT_VERSION = 4
+OF_ONE_INDEX_VERSION = 3  # of one whose shards all have the template of the generation
+UNMOVED_VERSION = 2  # of one, besides, whose shards all lie where its build has put them
 TEMPLATE_NAME = "template.faiss"
 INDEX_NAME = "index.faiss"
 ITEM_IDS_NAME = "item_ids.npy"
@@ -51,14 +52,41 @@ ATTRIBUTES_NAME = "attributes.arrow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnIndex:
+    """Of a shard that has taken its index over from another generation (``shards.live.takeover``):
+    which one, and how it is searched. The template lies among the shard's files."""
+
+    generation: int
+    index: ResolvedIndex
+
+    def to_json(self) -> dict[str, Any]:
+        """As manifests keep it."""
+        return {"generation": self.generation, "index": self.index.model_dump(mode="json")}
+
+
+def own_index_from_json(value: Any) -> OwnIndex | None:
+    """What ``OwnIndex.to_json`` made; None for None, as most shards have it.
+
+    Raises:
+        KeyError, TypeError, ValueError: anything else.
+    """
+    if value is None:
+        return None
+    index = ResolvedIndex.model_validate(value["index"])
+    return OwnIndex(generation=int(value["generation"]), index=index)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardEntry:
-    """One shard: its smallest and largest item id, its rows, and its files."""
+    """One shard: its smallest and largest item id, its rows, and its files. own: its index, where
+    that is not of the generation's template."""
 
     shard: int
     id_min: int
     id_max: int
     rows: int
     files: tuple[FileEntry, ...]
+    own: OwnIndex | None = None
 
     @property
     def folder(self) -> str:
@@ -124,6 +152,11 @@ class GenerationManifest:
         return self.shards[shard]
 
 
+def shard_template(folder: Path, entry: ShardEntry) -> Path:
+    """The template of a shard of the generation in ``folder``."""
+    return (folder if entry.own is None else folder / entry.folder) / TEMPLATE_NAME
+
+
 def shard_folder(shard: int) -> str:
     """The name of a shard's folder inside its generation, as a build gives it."""
     return f"shard-{shard:05d}"
@@ -146,7 +179,9 @@ def describe_shard(folder: Path, shard: int, item_ids: IdArray) -> ShardEntry:
 def write_generation(folder: Path, manifest: GenerationManifest) -> None:
     """Declares the folder complete. Call it last."""
     is_moved = any(entry.folder != shard_folder(entry.shard) for entry in manifest.shards)
-    version = FORMAT_VERSION if is_moved else UNMOVED_VERSION
+    version = OF_ONE_INDEX_VERSION if is_moved else UNMOVED_VERSION
+    if any(entry.own is not None for entry in manifest.shards):
+        version = FORMAT_VERSION
     write_manifest(folder, kind=KIND, version=version, body=manifest_to_json(manifest))
 
 
@@ -156,7 +191,15 @@ def manifest_to_json(manifest: GenerationManifest) -> dict[str, Any]:
         "spec": manifest.spec.model_dump(mode="json"),
         "index": manifest.index.model_dump(mode="json"),
         "cut": None if manifest.cut is None else manifest.cut.to_json(),
+        "shards": [_shard_to_json(entry) for entry in manifest.shards],
     }
+
+
+def _shard_to_json(entry: ShardEntry) -> dict[str, Any]:
+    """Without ``own`` where there is none: older versions know no such field."""
+    made = asdict(replace(entry, own=None))
+    del made["own"]
+    return made if entry.own is None else made | {"own": entry.own.to_json()}
 
 
 def read_generation(folder: Path) -> GenerationManifest:
@@ -333,7 +376,13 @@ def manifest_from_json(body: dict[str, Any]) -> GenerationManifest:
         partitioning=str(body["partitioning"]),
         boundaries=tuple(int(key) for key in body["boundaries"]),
         shards=tuple(
-            ShardEntry(**{**entry, "files": _file_entries(entry["files"])})
+            ShardEntry(
+                **{
+                    **entry,
+                    "files": _file_entries(entry["files"]),
+                    "own": own_index_from_json(entry.get("own")),
+                }
+            )
             for entry in body["shards"]
         ),
         template=FileEntry(**body["template"]),

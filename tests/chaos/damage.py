@@ -6,7 +6,9 @@ has the old file open or mapped keeps it.
 
 import json
 import random
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from tests.chaos.oracle import Finding, FindingKind, QueryKind
 from tests.chaos.served import Served
 from tests.chaos.windows import Allowance
 
+PASSED_OVER_S = 15.0  # a shard looks at its own health every 5 s, and routers ask every second
 Hurt = Callable[[bytes, random.Random], bytes]
 
 
@@ -103,7 +106,8 @@ def shard_file(served: Served, rng: random.Random) -> Fault:
 
 
 class SaysWhy:
-    """A damaged shard, whose reason ``status`` must give before the file is whole again."""
+    """A damaged shard: ``status`` must say why it does not answer, or, where its process does
+    without the file, that a repair is due, before the file is whole again."""
 
     def __init__(self, damaged: Damaged, served: Served, generation: Path, shard: int) -> None:
         self._damaged, self._served = damaged, served
@@ -121,13 +125,28 @@ class SaysWhy:
             code = CorruptFile.code
         finally:
             is_read = loaded_folder(self._generation, self._shard) == self._damaged.path.parent
+            is_said = not is_read or code == CorruptFile.code or self._is_passed_over()
             self._damaged.undo()
-        if is_read and code != CorruptFile.code:
+        if not is_said:
             text = f"{self._damaged.path.name} damaged: status says {code!r}"
             self.findings.append(Finding(kind=FindingKind.UNTRUTHFUL, text=text))
 
     def is_whole(self) -> bool:
         return self._damaged.is_whole()
+
+    def _is_passed_over(self) -> bool:
+        """Whether ``status`` names the folder as one that is not used. It hears of that within
+        seconds."""
+        until = time.monotonic() + PASSED_OVER_S
+        while time.monotonic() < until:
+            with suppress(ShardlineError):
+                repairs = self._served.status()["repairs"]
+                if any(str(self._damaged.path.parent) in each["text"] for each in repairs):
+                    return True
+            if loaded_folder(self._generation, self._shard) != self._damaged.path.parent:
+                return True  # a newer compaction has come meanwhile
+            time.sleep(0.5)
+        return False
 
 
 def loaded_folder(generation: Path, shard: int) -> Path:

@@ -390,7 +390,7 @@ async def test_a_generation_that_ends_before_its_first_table_ends_the_gate(
         raise Unavailable("generation 2 is not loaded")
 
     with pytest.raises(
-        Unavailable, match=r"both gen.*expected within 0\.05 s; got .*2 is not loaded"
+        Unavailable, match=r"each gen.*expected within 0\.05 s; got .*2 is not loaded"
     ):
         await gate_of_generations(2, 1, table_of, CONFIG, secret=SECRET)
 

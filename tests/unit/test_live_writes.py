@@ -575,7 +575,8 @@ def test_what_cannot_be_swapped_in_is_put_off(generation: Path) -> None:
     assert not change.is_busy
     now_s[0] += 61.0
     changed_over(change, writes, leads=True)
-    assert change.describe() == {"main_seq": 1, "compacting": False, "compaction_trouble": None}
+    told = {"main_seq": 1, "index_of": None, "compacting": False, "compaction_trouble": None}
+    assert change.describe() == told
 
 
 def test_what_a_compaction_holds_leaves_the_log(generation: Path) -> None:

@@ -48,6 +48,7 @@ def codes(found, shards) -> list[str]:
         (quality(0.0, queries=31), {0: WELL}, []),
         (GOOD, {0: WELL, 1: health(changed=201)}, ["compact"]),
         (GOOD, {0: health(rows=0, changed=1)}, ["compact"]),
+        (GOOD, {0: WELL, 1: health(trouble="no such luck")}, ["compaction_fails"]),
         (GOOD, {0: health(imbalance=4.1)}, ["retrain_index"]),
         (None, {0: health(unseen=1000), 1: health(unseen=1)}, ["retrain_model"]),
         (None, {0: health(unseen=999), 1: health(unseen=1)}, []),
@@ -63,14 +64,14 @@ def test_a_repair_is_due_beyond_its_bound(found, shards, due) -> None:
 
 
 def test_a_text_has_figure_bound_and_what_to_do() -> None:
-    shards = {n: health(changed=300, imbalance=6.25, unseen=700) for n in range(6)}
-    compact, index, model = repairs_due(CONFIG, quality(0.812, queries=40), shards)
+    shards = {n: health(changed=300, imbalance=6.25, unseen=700, trouble="no") for n in range(6)}
+    fails, compact, index, model = repairs_due(CONFIG, quality(0.812, queries=40), shards)
     assert compact.text.startswith("30% of the rows of shards 0, 1, 2, 3 and 2 more have changed")
     assert "bound 20%" in compact.text
     assert "recall@10 of 40 served queries is 0.812, bound 0.9" in index.text
     assert "6.2 times the work of even ones, bound 4" in index.text
     assert "70% of the items came after the generation was built, bound 50%" in model.text
-    for repair, due in zip(Repair, (compact, index, model), strict=True):
+    for repair, due in zip(Repair, (fails, compact, index, model), strict=True):
         assert due.text.endswith(TO_DO[repair])
 
 
@@ -138,3 +139,19 @@ def test_doctor_warns_of_what_is_due() -> None:
     ]
     (check,) = index_checks({"quality": {"recall": 0.987, "queries": 40, "k": 10}})
     assert check.text == "recall@10 0.987 of 40 served queries"
+
+
+def test_a_compaction_that_fails_is_told_with_the_shard_and_the_reason() -> None:
+    (due, *_) = repairs_due(CONFIG, GOOD, {0: WELL, 3: health(trouble="the disk is full")})
+    assert "shard 3: the disk is full" in due.text
+    assert "doctor" in due.text
+
+
+def test_of_replicas_the_one_in_trouble_speaks_for_the_shard() -> None:
+    found = ClusterQuality(CONFIG)
+    replicas = {
+        ReplicaKey(1, 0, 0): health(changed=190),
+        ReplicaKey(1, 0, 1): health(trouble="no such luck"),
+    }
+    (due,) = found.repairs(1, replicas, now_s=0.0)
+    assert due.code == "compaction_fails"
