@@ -47,7 +47,8 @@ METRICS = ("qps", "p50_ms", "p99_ms")
 
 
 def write(url: str, key: str | None, plan: dict[str, Any], seed: int, pipe: Any) -> None:
-    """Upserts on schedule until the pipe says so; then sends what it saw."""
+    """Upserts on schedule until the pipe says so, and tells it of the first; then sends what it
+    saw."""
     from shardline.router.client.sync_client import Client
 
     rng = np.random.default_rng(seed)
@@ -65,6 +66,8 @@ def write(url: str, key: str | None, plan: dict[str, Any], seed: int, pipe: Any)
             done = time.perf_counter()
             acknowledged_ms.append((done - asked) * 1e3)
             sent += 1
+            if sent == 1:
+                pipe.send(None)
             if sent % SEEN_ONE_IN == 0:
                 while client.search(vectors=vectors[:1], k=1).ids[0, 0] != ids[0]:
                     pass
@@ -91,6 +94,7 @@ def writing(target: Target, key: str | None, rate: float, batch: int, seed: int)
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=write, args=(target.url, key, plan, seed, theirs))
     process.start()
+    ours.recv()  # its start takes a second of a core, which is no price of writes
     time.sleep(WARM_UP_S)
     seen: dict[str, Any] = {}
     try:
