@@ -115,7 +115,7 @@ def _search(shard: Shard, works: Sequence[Work]) -> Sequence[Reply]:
 def in_time(work: Work) -> SearchRequest:
     """The request of a search, with what is left of its time."""
     request: SearchRequest = work.request
-    if not work.has_filter and request.excluded is None:  # it does not look at it
+    if request.excluded is None and not request.options.filter:  # it does not look at it
         return request
     return replace(request, timeout_ms=(work.deadline - time.monotonic()) * 1e3)
 

@@ -104,9 +104,13 @@ class Shard:
         ``ShardlineError`` is raised if there is one request alone. One with a filter or exclusions
         is given up, as ``DeadlineExceeded``, when its ``timeout_ms`` from now are over.
         """
-        state, now = self.state, time.monotonic()
+        state = self.state
         if len(requests) == 1:
-            return self._search_group(state, requests, _until(now, requests))
+            (request,) = requests
+            looks = request.options.filter or request.options.exact or request.excluded is not None
+            look = _until(time.monotonic(), requests) if looks else _no_look
+            return self._search_group(state, requests, look)
+        now = time.monotonic()
         replies: dict[int, SearchReply | ShardlineError] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for at, request in enumerate(requests):
@@ -277,6 +281,10 @@ class Shard:
             )
             start = end
         return replies
+
+
+def _no_look() -> None:
+    """For searches that are too quick to be given up."""
 
 
 def _until(now: float, group: Sequence[SearchRequest]) -> Callable[[], None]:

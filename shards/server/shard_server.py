@@ -21,7 +21,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from shardline.shards.core.errors import (
@@ -305,17 +305,7 @@ class ShardServer:
         batch, self._arrived, self._is_due = self._arrived, [], False
         if not batch:
             return
-        rows, may_be_inline = 0, self._handed_over == 0
-        for work in batch:
-            rows += work.rows
-            may_be_inline = may_be_inline and work.handler.may_be_inline(self.shard, work.request)
-        plain = [work.rows for work in batch if not work.has_filter]
-        is_short = (
-            rows <= INLINE_ROWS
-            and len(batch) - len(plain) <= INLINE_FILTERED
-            and (not plain or sum(plain) * self._answerer.ms_per_row <= INLINE_MS)
-        )
-        if is_short and may_be_inline:
+        if self._handed_over == 0 and self._is_short(batch):
             self._deliver(self._answerer.answer(batch))
             return
         self._be_heard()
@@ -325,6 +315,23 @@ class ShardServer:
                 self._filters.submit(work)
             else:
                 self._queue.put(work)
+
+    def _is_short(self, batch: Sequence[Work]) -> bool:
+        """Whether it may be searched in the loop thread."""
+        plain_rows = filtered_rows = filtered = 0
+        for work in batch:
+            if not work.handler.may_be_inline(self.shard, work.request):
+                return False
+            if work.has_filter:
+                filtered_rows += work.rows
+                filtered += 1
+            else:
+                plain_rows += work.rows
+        return (
+            plain_rows + filtered_rows <= INLINE_ROWS
+            and filtered <= INLINE_FILTERED
+            and (not plain_rows or plain_rows * self._answerer.ms_per_row <= INLINE_MS)
+        )
 
     def _be_heard(self) -> None:
         if self._alive_timer is None:
