@@ -32,7 +32,8 @@ class _LocalShard:
         place = folder / entry.folder
         self._index = read_index(place / INDEX_NAME)
         self._item_ids = np.append(read_item_ids(place / ITEM_IDS_NAME, rows=entry.rows), EMPTY_ID)
-        self.stages = stages_of(self._index, manifest.metric, manifest.index.search_params)
+        params = manifest.index_of(shard).search_params
+        self.stages = stages_of(self._index, manifest.metric, params)
 
     def search(self, stage: Stage, queries: FloatArray, k: int) -> Ranked:
         rows, scores = self.stages[stage].search(queries, k, SearchParams())
@@ -54,8 +55,9 @@ class LocalGeneration:
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The stages that this kind of index has, from exhaustive to as configured."""
-        return tuple(self._shards[0].stages)
+        """The stages that the index of every shard has, from exhaustive to as configured."""
+        common = set.intersection(*(set(shard.stages) for shard in self._shards))
+        return tuple(stage for stage in self._shards[0].stages if stage in common)
 
     def search(self, stage: Stage, queries: FloatArray, k: int) -> IdArray:
         """(n, k) int64 item ids of the merged answer, best first, -1 in empty slots.
@@ -66,7 +68,7 @@ class LocalGeneration:
 
     def describe(self, stage: Stage) -> str:
         """What is searched at this stage, in a few words."""
-        index = self.manifest.index
+        index = self.manifest.index_of(0)
         if stage is Stage.CODES:
             return "every code scored"
         if stage is Stage.RERANKED:

@@ -94,10 +94,11 @@ def writing(target: Target, key: str | None, rate: float, batch: int, seed: int)
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=write, args=(target.url, key, plan, seed, theirs))
     process.start()
-    ours.recv()  # its start takes a second of a core, which is no price of writes
-    time.sleep(WARM_UP_S)
+    theirs.close()  # or nobody would learn that it has died
     seen: dict[str, Any] = {}
     try:
+        ours.recv()  # its start takes a second of a core, which is no price of writes
+        time.sleep(WARM_UP_S)
         yield seen
         ours.send(None)
         seen |= ours.recv()

@@ -1,7 +1,9 @@
 """The live rows of a generation on another number of shards, with the template that they have.
 
 Codes of the new shards mean what they meant in the old ones: nothing is trained, and the search
-parameters stay. Vectors of index kinds that keep exact copies are the same bit for bit.
+parameters stay. Where all shards have taken over the index of another generation it is that one's
+template; where only some have, the generation's own. Vectors of index kinds that keep exact copies
+are the same bit for bit.
 """
 
 from collections.abc import Iterator
@@ -16,9 +18,11 @@ from shardline.cluster.corpus_from_live import common_schema, in_schema
 from shardline.cluster.spread import Progress
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.files import describe_file
 from shardline.shards.core.partition import Partition, Partitioning, partition
 from shardline.shards.live.live_rows import LiveRows, open_live_rows
 from shardline.shards.storage.generation import (
+    TEMPLATE_NAME,
     GenerationManifest,
     describe_shard,
     read_generation,
@@ -41,7 +45,12 @@ def respread(
     """
     folder = source.generation(number)
     manifest = read_generation(folder)
-    ids = np.concatenate([rows.item_ids for rows in _all_rows(folder, manifest)])
+    item_ids, owns, template = [], [], folder / TEMPLATE_NAME
+    for shard_rows in _all_rows(folder, manifest):
+        item_ids.append(shard_rows.item_ids)
+        owns.append(shard_rows.own)
+        template = shard_rows.template or template
+    ids = np.concatenate(item_ids)
     if not len(ids):
         raise InvalidInput("every item is deleted: nothing to index")
     cut = partition(ids, num_shards, Partitioning(manifest.partitioning))
@@ -49,6 +58,10 @@ def respread(
     for entry in manifest.common_files:
         (target / entry.name).parent.mkdir(parents=True, exist_ok=True)
         copyfile(folder / entry.name, target / entry.name)
+    if owns[0] is not None and owns.count(owns[0]) == len(owns):
+        copyfile(template, target / TEMPLATE_NAME)
+        listed = describe_file(target, TEMPLATE_NAME)
+        manifest = replace(manifest, index=owns[0].index, template=listed)
     counts = _spread(folder, manifest, cut, target, progress)
     shards = []
     for shard, rows in enumerate(counts):

@@ -29,7 +29,8 @@ from shardline.shards.storage.generation import (
 )
 
 KIND = "snapshot"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OF_ONE_INDEX_VERSION = 1  # of a generation whose shards all have its template
 GENERATION, LIVE = "generation", "live"  # folders in it
 
 
@@ -60,7 +61,9 @@ def write_snapshot(folder: BackupFolder, snapshot: Snapshot) -> None:
         "writes": [asdict(entry) for entry in snapshot.writes],
         "created_at": snapshot.created_at,
     }
-    folder.write(MANIFEST_NAME, [encode_manifest(kind=KIND, version=FORMAT_VERSION, body=body)])
+    has_own = any(entry.own is not None for entry in snapshot.generation.shards)
+    version = FORMAT_VERSION if has_own else OF_ONE_INDEX_VERSION
+    folder.write(MANIFEST_NAME, [encode_manifest(kind=KIND, version=version, body=body)])
 
 
 def read_snapshot(folder: BackupFolder) -> Snapshot:

@@ -68,7 +68,8 @@ def publish(
     publish.min_recall=0.95 publish` gives this publish another one). The generation before is kept
     for `shardline rollback`.
     With --one-shard-at-a-time the live generation keeps its number and its log, and there is no way
-    back but another publish; latency is not measured.
+    back but another publish; latency is not measured; --stop ends it behind the shard that has
+    begun.
     Interrupting the command stops the display, not the publish: --stop does, and leaves the live
     generation as it is; `shardline status` shows how far it is.
     Where no cluster serves the store, the next `shardline serve` takes the generation, if it has
@@ -232,7 +233,7 @@ def _ended(store: Store, done: Progress, as_json: bool) -> None:
         print_publish(done)
     if done["reason"] is not None:
         raise error_of(done["reason"]["code"], done["reason"]["text"])
-    if not done["one_at_a_time"]:
+    if not done.get("one_at_a_time"):
         note_served(store, done["generation"])
 
 

@@ -35,17 +35,17 @@ def publish_line(progress: dict[str, Any], now_s: float) -> str:
     if progress["skip_gate"] is not None:
         what += f" without the gate ({progress['skip_gate']})"
     age = age_of(now_s - progress["since_s"])
-    is_in_turn = progress.get("one_at_a_time", False)  # not in notes of older versions
-    if is_in_turn:
+    is_by_shard = progress.get("one_at_a_time", False)
+    if is_by_shard:
         what += ", one shard at a time"
     if progress["stage"] == "failed":
-        so_far = f" at {progress['done']} of {progress['total']} shards" if is_in_turn else ""
+        so_far = f" at {progress['done']} of {progress['total']} shards" if is_by_shard else ""
         return f"{what} failed{so_far} {age} ago: {progress['reason']['text']}"
     left_out = ""
     if progress["unreplayed"]:
         named = ", ".join(map(str, progress["examples"]))
         left_out = f", without {progress['unreplayed']:,} items that it cannot take ({named})"
-    if progress["stage"] == "live" and is_in_turn:
+    if progress["stage"] == "live" and is_by_shard:
         return f"{what}: all shards of generation {progress['source']} search its index since {age}"
     if progress["stage"] == "live":
         return f"{what}: live since {age}, {progress['source']} before{left_out}"

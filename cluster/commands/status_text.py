@@ -99,12 +99,19 @@ def print_launched(report: dict[str, Any]) -> None:
         if (reason := replica["reason"]) is not None:
             where = f"shard {replica['shard']}, replica {replica['replica']}"
             click.echo(f"{where}: {reason['code']}: {reason['text']}")
-        if (other := replica.get("index_of")) is not None:
-            where = f"shard {replica['shard']}, replica {replica['replica']}"
-            click.echo(f"{where}: searches the index of generation {other}")
+    _print_taken_over(report["replicas"])
     for note in report["notes"]:
         click.echo(f"warning: {note['text']}")
     _print_quality(report)
+
+
+def _print_taken_over(replicas: list[dict[str, Any]]) -> None:
+    """Which shards have taken over the index of another generation."""
+    searched = {replica["shard"]: replica.get("index_of") for replica in replicas}
+    for other in sorted({each for each in searched.values() if each is not None}):
+        shards = sorted(shard for shard, each in searched.items() if each == other)
+        which = "all shards search" if len(shards) == len(searched) else f"shards {shards} search"
+        click.echo(f"{which} the index of generation {other}")
 
 
 def _role(shard: dict[str, Any], replica: dict[str, Any]) -> str:

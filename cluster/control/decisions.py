@@ -35,7 +35,7 @@ class Decisions:
     ) -> None:
         self._store = store
         self._carry_out = carry_out
-        self._guard = guard
+        self.guard = guard
         self._is_current_known = True  # that ``CURRENT`` names the live generation, for good
         self._changed = asyncio.Condition()
         self.fleet = fleet
@@ -64,10 +64,10 @@ class Decisions:
         try:
             if changed.counter != self.fleet.counter:
                 # before anyone sees a number of it
-                self._store.raise_counter(changed.counter, self._guard)
+                self._store.raise_counter(changed.counter, self.guard)
                 self.unsaved = None
             elif changed.beside is None and self.fleet.beside is not None:
-                self._guard()  # processes end that another controller may need
+                self.guard()  # processes end that another controller may need
         except OSError as error:
             await self._cannot_save(error)
             raise
@@ -86,7 +86,7 @@ class Decisions:
         if isinstance(event, Switched):
             self._note_switch(event, model)
         self._is_current_known = False
-        self._store.set_current(generation, self._guard)
+        self._store.set_current(generation, self.guard)
         self._is_current_known = True
 
     def _note_switch(self, event: Switched, model: str) -> None:
@@ -113,7 +113,7 @@ class Decisions:
         if self.unsaved is None:
             return
         try:
-            self._store.raise_counter(self.fleet.counter + 1, self._guard)  # never lower
+            self._store.raise_counter(self.fleet.counter + 1, self.guard)  # never lower
         except OSError as error:
             await self._cannot_save(error)
         else:

@@ -92,6 +92,11 @@ class PublishBook:
         self.noted = replace(self.noted, before=self.noted.publish.source)
         self.put_beside()
 
+    def no_way_back(self) -> None:
+        """What was live before has not what the live generation is about to have."""
+        self.noted = replace(self.noted, before=None)
+        self._try_to_save()
+
     def put_beside(self) -> None:
         """What is beside the live generation now, if anything, is kept there from now on."""
         beside = self._fleet().beside

@@ -70,7 +70,9 @@ class PublishParts(Protocol):
             ShardlineError: it cannot be measured.
         """
 
-    async def takeovers(self, live: RoutingTable, generation: int) -> tuple[Takeover, ...]:
+    async def takeovers(
+        self, live: RoutingTable, generation: int, token: str
+    ) -> tuple[Takeover, ...]:
         """The order to each shard of the live generation to take over the index of another.
 
         Raises:
@@ -85,6 +87,9 @@ class PublishParts(Protocol):
 
     async def taken_over(self, key: ReplicaKey) -> TakeoverLook | None:
         """How far a replica is; None: it does not answer."""
+
+    async def mark(self, key: ReplicaKey) -> None:
+        """Has a primary log a write that changes nothing. Raises: as ``take_over``."""
 
     async def judge_files(self, live: RoutingTable, generation: int, bounds: Bounds) -> GateReport:
         """As ``run_gate``, of a generation that is not loaded."""

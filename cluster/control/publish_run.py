@@ -34,7 +34,8 @@ TROUBLE_S = 60.0  # of a mirror that does not go on
 class RunTools:
     """What a run works with. load_s: in which a generation is to be loaded. ended: raises nothing
     once what is beside the live generation may be ended. opening: notes what is to be loaded.
-    written: as of ``Publishing``. tell: changes of the progress."""
+    written: as of ``Publishing``. tell: changes of the progress. no_way_back: notes that no
+    generation can be returned to any more."""
 
     decisions: Decisions
     opener: Opener
@@ -45,6 +46,25 @@ class RunTools:
     opening: Callable[[PublishOptions], Awaitable[None]]
     written: Callable[[], int | None]
     tell: Callable[..., Awaitable[None]]
+    no_way_back: Callable[[], None]
+
+
+async def until_settled(tools: RunTools) -> None:
+    """A controller that has just begun hears of the live generation first. Raises as ``not_ready``:
+    not in time."""
+    decisions = tools.decisions
+    if not await decisions.until(lambda: decisions.placement.settled, tools.load_s):
+        raise not_ready(decisions.placement, tools.load_s)
+
+
+async def told(tools: RunTools, report: GateReport, generation: int) -> None:
+    """The figures are those of the publish. Raises GateFailed: one is outside its bound."""
+    await tools.tell(figures=tuple(asdict(each) for each in report.figures))
+    if not report.ok:
+        raise GateFailed(
+            f"generation {generation} did not pass the gate: " + "; ".join(report.reasons),
+            hint="--skip-gate REASON publishes it all the same",
+        )
 
 
 class PublishRun:
@@ -63,7 +83,7 @@ class PublishRun:
             GateFailed: a figure is outside its bound.
             ShardlineError, OSError, RayError: it could not be loaded, measured or made live.
         """
-        await self._settled()
+        await until_settled(self._tools)
         if not self._is_loaded:
             await self._load()
         await self._wait_loaded()
@@ -104,12 +124,6 @@ class PublishRun:
     def _is_loaded(self) -> bool:
         beside = self._decisions.fleet.beside
         return beside is not None and beside.generation == self._options.generation
-
-    async def _settled(self) -> None:
-        """A controller that has just begun hears of the live generation first."""
-        ready = lambda: self._decisions.placement.settled  # noqa: E731
-        if not await self._decisions.until(ready, self._tools.load_s):
-            raise not_ready(self._decisions.placement, self._tools.load_s)
 
     async def _load(self) -> None:
         options, opener = self._options, self._tools.opener
@@ -183,13 +197,7 @@ class PublishRun:
 
     async def _judged_by(self, report: GateReport) -> None:
         self._report = report
-        await self._tools.tell(figures=tuple(asdict(each) for each in report.figures))
-        if not report.ok:
-            raise GateFailed(
-                f"generation {self._options.generation} did not pass the gate: "
-                + "; ".join(report.reasons),
-                hint="--skip-gate REASON publishes it all the same",
-            )
+        await told(self._tools, report, self._options.generation)
 
     async def _on_drained(self, reached: MirrorProgress) -> None:
         """Rows that came after the gate may have been left out too."""

@@ -37,7 +37,8 @@ class PublishOptions:
     """generation: which is to be live. with_writes: it is to have what was written to the live one.
     skip_gate: why it need not pass the gate; None: it must. bounds: values of the section
     ``publish`` of the configuration, as JSON has them, that count for this one. one_at_a_time: the
-    shards of the live generation take over its index, one after the other."""
+    shards of the live generation take over its index, one after the other; token: as of
+    ``OwnIndex``, then."""
 
     generation: int
     kind: PublishKind = PublishKind.PUBLISH
@@ -45,6 +46,7 @@ class PublishOptions:
     skip_gate: str | None = None
     bounds: Mapping[str, Any] = field(default_factory=dict)
     one_at_a_time: bool = False
+    token: str = ""
 
     @property
     def has_gate(self) -> bool:
@@ -83,6 +85,8 @@ class PublishProgress:
         """Its fields, the options among them, and ``is_over``."""
         found = asdict(self)
         options: dict[str, Any] = found.pop("options")
+        if not self.options.one_at_a_time:  # older versions know neither
+            del options["one_at_a_time"], options["token"]
         return options | found | {"is_over": self.is_over}
 
     @classmethod
@@ -95,7 +99,8 @@ class PublishProgress:
             with_writes=given.pop("with_writes") is True,
             skip_gate=given.pop("skip_gate"),
             bounds=dict(given.pop("bounds", {})),  # not in notes of older versions
-            one_at_a_time=given.pop("one_at_a_time", False) is True,  # nor this
+            one_at_a_time=given.pop("one_at_a_time", False) is True,
+            token=str(given.pop("token", "")),
         )
         reason = given.pop("reason")
         progress = cls(

@@ -87,9 +87,11 @@ class WiredParts:
         )
         return await judged_in_a_process(order)
 
-    async def takeovers(self, live: RoutingTable, generation: int) -> tuple[Takeover, ...]:
+    async def takeovers(
+        self, live: RoutingTable, generation: int, token: str
+    ) -> tuple[Takeover, ...]:
         """As ``PublishParts``."""
-        return await asyncio.to_thread(takeovers, self._store, live.generation, generation)
+        return await asyncio.to_thread(takeovers, self._store, live.generation, generation, token)
 
     async def take_over(self, key: ReplicaKey, order: Takeover) -> None:
         """As ``PublishParts``."""
@@ -98,6 +100,10 @@ class WiredParts:
     async def taken_over(self, key: ReplicaKey) -> TakeoverLook | None:
         """As ``PublishParts``."""
         return await self._shards.taken_over(key)
+
+    async def mark(self, key: ReplicaKey) -> None:
+        """As ``PublishParts``."""
+        await self._shards.mark(key)
 
     async def judge_files(self, live: RoutingTable, generation: int, bounds: Bounds) -> GateReport:
         """As ``PublishParts``."""

@@ -3,6 +3,7 @@ restart. One is under way at most; ``publish_run`` has its stages."""
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from shardline.cluster.control.events import BesideEnded, SealDropped
 from shardline.cluster.control.fleet_state import Beside, Role
 from shardline.cluster.control.mirrors import Mirrors
 from shardline.cluster.control.publish_book import PublishBook
-from shardline.cluster.control.publish_in_turn import PublishInTurn
+from shardline.cluster.control.publish_by_shard import PublishByShard
 from shardline.cluster.control.publish_parts import PublishParts
 from shardline.cluster.control.publish_refusals import (
     check_is_written,
@@ -88,6 +89,7 @@ class Publishing:
             opening=book.opening,
             written=written,
             tell=book.told,
+            no_way_back=book.no_way_back,
         )
 
     def go_on(self) -> None:
@@ -122,7 +124,9 @@ class Publishing:
         if options.one_at_a_time:
             check_is_written(self._decisions)
             check_other(self._store, self._decisions, options.generation)
-            await self._tools.parts.takeovers(self._decisions.placement.table, options.generation)
+            options = replace(options, token=secrets.token_hex(8))
+            live = self._decisions.placement.table
+            await self._tools.parts.takeovers(live, options.generation, options.token)
             check_may_begin(self._decisions, self._book.noted, is_pinned=self._is_pinned)
         else:
             check_room(self._store, self._decisions, options.generation)
@@ -257,7 +261,7 @@ class Publishing:
 
     async def _run(self, options: PublishOptions) -> None:
         try:
-            run = PublishInTurn if options.one_at_a_time else PublishRun
+            run = PublishByShard if options.one_at_a_time else PublishRun
             await run(self._tools, options).to_live()
         except Superseded:
             logger.warning("the publish is the newer controller's")

@@ -223,13 +223,17 @@ class ShardActors:
         Raises:
             ShardlineError: as ``ShardActor.take_over``. RayError, TimeoutError: it does not answer.
         """
+        await _accepted(self._handle(key).take_over.remote(order))
+
+    async def mark(self, key: ReplicaKey) -> None:
+        """Has a primary log a write that changes nothing. Raises: as ``take_over``."""
+        await _accepted(self._handle(key).mark.remote())
+
+    def _handle(self, key: ReplicaKey) -> "ActorHandle[Any]":
+        """Raises Unavailable: there is none."""
         if key not in self._handles:
             raise Unavailable("it has no process")
-        try:
-            await _answer(self._handles[key].take_over.remote(order))
-        except RayTaskError as error:
-            reason = reason_of(error)
-            raise error_of(reason.code, reason.text) from error
+        return self._handles[key]
 
     async def taken_over(self, key: ReplicaKey) -> TakeoverLook | None:
         """How far a replica is with that; None: it does not answer."""
@@ -338,6 +342,15 @@ def _existing(name: str) -> "ActorHandle[Any] | None":
         return ray.get_actor(name)
     except ValueError:
         return None
+
+
+async def _accepted(reference: Awaitable[Any]) -> None:
+    """Raises ShardlineError: what the method raised. RayError, TimeoutError: it does not answer."""
+    try:
+        await _answer(reference)
+    except RayTaskError as error:
+        reason = reason_of(error)
+        raise error_of(reason.code, reason.text) from error
 
 
 async def _answer(reference: Awaitable[Any], timeout_s: float | None = None) -> Any:

@@ -39,8 +39,10 @@ from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.index.spec import Device
 from shardline.shards.live.loading import load_built
 from shardline.shards.live.state import ShardState
-from shardline.shards.storage.generation import read_generation
+from shardline.shards.storage.generation import GenerationManifest, read_generation
 
+# queries (n, dim), None for none; k; whether they are to be answered exactly too
+Part = tuple[FloatArray | None, int, bool]
 BATCH = 64  # queries at a time: what is allocated for exact scores stays small
 
 
@@ -88,7 +90,7 @@ async def _judged(
     queries = await patiently(lambda: sample_of(live, drawn_from, config.queries, seed=seed))
     recent = None if served is None else served[-config.queries :]
     rows = read_generation(candidate).rows
-    parts: list[tuple[FloatArray | None, int, bool]] = [
+    parts: list[Part] = [
         (queries, K, True),
         (recent, K, True),
         (held_queries, held_k, False),
@@ -119,11 +121,8 @@ async def _judged(
     )
 
 
-def asked_in_files(
-    folder: Path, parts: list[tuple[FloatArray | None, int, bool]], *, threads: int
-) -> list[Asked | None]:
-    """Of each part (queries (n, dim) or None, k, whether exactly too): what all shards of the
-    generation in ``folder`` have, as they were built.
+def asked_in_files(folder: Path, parts: list[Part], *, threads: int) -> list[Asked | None]:
+    """Of each part what all shards of the generation in ``folder`` have, as they were built.
 
     Raises:
         CorruptFile, NotFound: of its files.
@@ -132,14 +131,25 @@ def asked_in_files(
     manifest = read_generation(folder)
     answers: list[Asked | None] = [None] * len(parts)
     for entry in manifest.shards:
-        state = load_built(folder, manifest, entry.shard, device=Device.CPU).state
-        for place, (queries, k, is_exact) in enumerate(parts):
-            if queries is None or not len(queries):
-                continue
-            found = _asked(queries, k, partial(_by_default, state))
-            exact = _asked(queries, k, partial(_exactly, state)) if is_exact else None
-            answers[place] = _merged(answers[place], Asked(found=found, exact=exact))
+        _ask_shard(folder, manifest, entry.shard, parts, answers)
     return answers
+
+
+def _ask_shard(
+    folder: Path,
+    manifest: GenerationManifest,
+    shard: int,
+    parts: list[Part],
+    answers: list[Asked | None],
+) -> None:
+    """Merges what it has into ``answers``; it is in memory no longer than this."""
+    state = load_built(folder, manifest, shard, device=Device.CPU).state
+    for place, (queries, k, is_exact) in enumerate(parts):
+        if queries is None or not len(queries):
+            continue
+        found = _asked(queries, k, partial(_by_default, state))
+        exact = _asked(queries, k, partial(_exactly, state)) if is_exact else None
+        answers[place] = _merged(answers[place], Asked(found=found, exact=exact))
 
 
 def _by_default(state: ShardState, queries: FloatArray, k: int) -> Ranked:

@@ -1,6 +1,8 @@
 """A publish where no cluster runs and nothing brings writes over: what a generation lacks of those
 of the live one, by the rule that a mirror starts with; and the note that they were left out."""
 
+from pathlib import Path
+
 from shardline.cluster.rollover.mirror_start import Made, check_not_ahead, start_of
 from shardline.cluster.rollover.replayed_note import new_run, read_note
 from shardline.cluster.rollover.way_back import parting
@@ -13,7 +15,11 @@ from shardline.shards.core.errors import (
     WritesLost,
 )
 from shardline.shards.core.files import MANIFEST_NAME
+from shardline.shards.live.kept_segments import WithKept
+from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import newest_write
+from shardline.shards.live.log_files import FILES
+from shardline.shards.live.log_tail import LogTail
 from shardline.shards.storage.generation import read_generation
 
 
@@ -61,13 +67,32 @@ def check_none_left_behind(store: Store, number: int) -> None:
             f"without its writes, and has some of its own that {number} may lack",
             hint=hint,
         )
-    writes = sum(max(0, new - old) for new, old in zip(newest, start.seqs, strict=True))
+    writes = sum(
+        changes_after(folder, shard, old) if new > old else 0
+        for shard, (new, old) in enumerate(zip(newest, start.seqs, strict=True))
+    )
     if writes or start.unreplayed.rows:
         raise GateFailed(
             f"generation {number} does not go live: it lacks "
             f"{_said(writes, start.unreplayed.rows)} of generation {live}, which is live",
             hint=hint,
         )
+
+
+def changes_after(folder: Path, shard: int, seq: int) -> int:
+    """Writes of a shard's log behind ``seq`` that change something; all of them where the log does
+    not go back to that.
+
+    Raises:
+        CorruptFile, OSError: of the log.
+    """
+    live = live_folder(folder, shard)
+    tail = LogTail(live, seq, WithKept(FILES))
+    try:
+        records = tail.read_all()
+    except NotFound:
+        return max(1, newest_write(folder, shard, is_written=lambda: False) - seq)
+    return sum(len(record.change.item_ids) > 0 for record in records)
 
 
 def part_from_live(store: Store, number: int) -> None:

@@ -62,7 +62,8 @@ def _is_of_run(live: Path, after: int, run: str) -> bool:
         records = LogTail(live, after_seq=after).read_proven()
     except NotFound:  # compacted, and their keys are not there any more
         return False
-    return all(record.key.startswith(key_prefix(run)) for record in records)
+    changes = (record for record in records if len(record.change.item_ids))
+    return all(record.key.startswith(key_prefix(run)) for record in changes)
 
 
 def parting(

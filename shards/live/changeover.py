@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from tempfile import TemporaryFile
+from typing import IO, Any, Protocol
 
 from shardline.shards.core.errors import Unavailable
-from shardline.shards.core.files import atomic_path
 from shardline.shards.core.messages import Absence
 from shardline.shards.index.main_index import set_search_threads
 from shardline.shards.live.live_config import LiveConfig
@@ -30,7 +30,6 @@ from shardline.shards.storage.generation import OwnIndex, read_generation
 
 logger = logging.getLogger(__name__)
 
-KEYS_NAME = ".takeover-keys.msgpack"  # in the shard's live folder, for the process
 LOOK_S = 1.0  # between two looks for a newer main index
 PAUSE_S = 60.0  # after a compaction that failed
 ENDS_WITHIN_S = 5.0  # a compaction that is told to end; then it is killed
@@ -53,14 +52,19 @@ def compaction_process(generation: Path, shard: int, until: int) -> Running:
 
 
 def takeover_process(
-    generation: Path, shard: int, until: int, takeover: Takeover, keys: Path
+    generation: Path, shard: int, until: int, takeover: Takeover, keys: bytes
 ) -> Running:
-    return _process(str(generation), str(shard), str(until), takeover.to_json(), str(keys))
+    with TemporaryFile() as given:  # larger than a pipe holds
+        given.write(keys)
+        given.seek(0)
+        return _process(str(generation), str(shard), str(until), takeover.to_json(), given=given)
 
 
-def _process(*arguments: str) -> Running:
+def _process(*arguments: str, given: IO[bytes] | None = None) -> Running:
     command = [sys.executable, "-m", "shardline.shards.live.compaction", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=_environment())
+    return subprocess.Popen(
+        command, stdin=given or subprocess.DEVNULL, stdout=subprocess.PIPE, env=_environment()
+    )
 
 
 def _environment() -> dict[str, str]:
@@ -79,7 +83,7 @@ class Changeover:
         own: OwnIndex | None = None,
         config: LiveConfig | None = None,
         start: Callable[[Path, int, int], Running] = compaction_process,
-        start_takeover: Callable[[Path, int, int, Takeover, Path], Running] = takeover_process,
+        start_takeover: Callable[[Path, int, int, Takeover, bytes], Running] = takeover_process,
         prepare: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -111,14 +115,15 @@ class Changeover:
     def turn(self, state: ShardState, *, leads: bool) -> Loaded | None:
         """What is to be swapped in now, else None. A compaction is started by who ``leads``."""
         now = self._clock()
+        if self._running is not None and self._is_takeover and not leads:
+            self._end_process()  # whoever leads now is ordered to do it, and may compact meanwhile
         self._see_process(now)
         if self._loader is not None:
             return self._loaded_by_now(now)
         if now >= self._looked_at + LOOK_S:
             self._look(now, state)
         # not while a newer one waits to be swapped in: what is due may be in it already
-        is_newest = self._newest <= self.main_seq or self._newest == self._damaged
-        is_free = self._running is None and self._loader is None and is_newest
+        is_free = self._running is None and self._loader is None and self._has_newest
         if leads and is_free and now >= self._not_before and self._is_due(state):
             self._running = self._start(self._generation, self._shard, state.seq)
             self._is_takeover = False
@@ -131,15 +136,11 @@ class Changeover:
 
         Raises:
             Unavailable: a compaction is under way, or a change to a newer main index.
-            OSError: the file with the keys cannot be written, or no process be started. Else as
-                ``mark``.
+            OSError: no process can be started. Else as ``mark``.
         """
-        if self.is_busy or self._newest > self.main_seq:
+        if self.is_busy or not self._has_newest:
             raise Unavailable(f"shard {self._shard}: a compaction is under way")
-        seq, packed = mark()
-        keys = self._live / KEYS_NAME
-        with atomic_path(keys) as temporary:
-            temporary.write_bytes(packed)
+        seq, keys = mark()
         self._running = self._start_takeover(self._generation, self._shard, seq, takeover, keys)
         self._is_takeover = True
         self.takeover, self.takeover_failure = takeover, None
@@ -169,16 +170,14 @@ class Changeover:
     def stop(self) -> None:
         """Ends what is under way."""
         if self._running is not None:
-            self._running.terminate()
-            try:
-                self._running.wait(ENDS_WITHIN_S)
-            except subprocess.TimeoutExpired:
-                self._running.kill()
-                self._running.wait()
-            _output_of(self._running)
-            self._running = None
+            self._end_process()
         if self._loader is not None:
             self._loader.join()
+
+    @property
+    def _has_newest(self) -> bool:
+        """Of the main indexes on disk, but for one that is damaged."""
+        return self._newest <= self.main_seq or self._newest == self._damaged
 
     def _is_due(self, state: ShardState) -> bool:
         return self._config.is_due(
@@ -189,12 +188,21 @@ class Changeover:
             shard=self._shard,
         )
 
+    def _end_process(self) -> None:
+        assert self._running is not None
+        self._running.terminate()
+        try:
+            self._running.wait(ENDS_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._running.kill()
+            self._running.wait()
+        _output_of(self._running)
+        self._running = None
+
     def _see_process(self, now: float) -> None:
         if self._running is None or (code := self._running.poll()) is None:
             return
         said, self._running = _output_of(self._running), None
-        if self._is_takeover:
-            (self._live / KEYS_NAME).unlink(missing_ok=True)
         self._looked_at = -float("inf")
         self._damaged = None  # it may have been written anew
         if code:
@@ -206,6 +214,8 @@ class Changeover:
         )
         if self._is_takeover:
             self.takeover_failure = why
+            logger.error("shard %d: the index is not taken over: %s", self._shard, why.text)
+            return
         self.trouble = f"a compaction failed: {why.text}"
         self._not_before = now + PAUSE_S
         logger.error("shard %d: %s", self._shard, self.trouble)

@@ -1,7 +1,7 @@
 """Compaction: a shard's main index and what was written since, as a new main index.
 
     python -m shardline.shards.live.compaction <generation's folder> <shard> <last write> \
-        [<Takeover as JSON> <file with keys>]
+        [<Takeover as JSON>, keys on stdin]
 
 A function of files: it reads the newest main index and the log, and writes ``main-<seq>``
 (``mains``), seq being the last write that it has read. The template is not trained again: codes
@@ -34,7 +34,7 @@ from shardline.shards.index.spec import Device
 from shardline.shards.live.attributes import with_written
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import LiveRows, live_rows
-from shardline.shards.live.loading import Loaded, load_caught_up
+from shardline.shards.live.loading import Loaded, load_caught_up, own_of
 from shardline.shards.live.mains import (
     KEYS_NAME,
     compacted_seqs,
@@ -81,7 +81,7 @@ def compact(
     until: int | None = None,
     threads: int = 1,
     takeover: Takeover | None = None,
-    keys: Path | None = None,
+    keys: bytes = b"",
 ) -> Compacted:
     """Writes ``main-<seq>`` of a shard, of all that is in its log now; ``until``: the last write
     that has been acknowledged, beyond which nothing of the log is certain to stay. A newer main
@@ -102,7 +102,6 @@ def compact(
         loaded = load_caught_up(generation, manifest, shard, device=Device.CPU, until=until)
     else:
         assert until is not None
-        assert keys is not None
         loaded = load_takeover(generation, manifest, shard, takeover, until=until, keys=keys)
     state = loaded.state
     rows = live_rows(state)
@@ -117,11 +116,24 @@ def compact(
     try:
         with staged_folder(main_folder(live, state.seq)) as folder:
             _write(folder, manifest, loaded, rows, shard=shard, threads=threads)
+            if takeover is None:
+                _check_not_taken_over(live, manifest, shard, loaded)
     except OSError:
         if state.seq not in compacted_seqs(live):
             raise
         # another compaction, begun by the primary before, has ended at the same write meanwhile
     return Compacted(state.seq, len(rows.item_ids))
+
+
+def _check_not_taken_over(
+    live: Path, manifest: GenerationManifest, shard: int, loaded: Loaded
+) -> None:
+    """Raises Unavailable: the shard has taken another index over since its own was loaded here,
+    and would go back to that."""
+    newest = (compacted_seqs(live) or [0])[-1]
+    is_newer = newest > loaded.main_seq and newest not in loaded.damaged
+    if is_newer and own_of(live, newest, manifest, shard) != loaded.own:
+        raise Unavailable("the shard has taken over another index meanwhile")
 
 
 def _write(
@@ -190,10 +202,10 @@ def main() -> None:
     _end_with_parent()
     work = partial(compact, Path(generation), int(shard), until=int(until))
     if takeover:
-        order, keys = takeover
-        work = partial(work, takeover=Takeover.from_json(order), keys=Path(keys))
+        (order,) = takeover
+        work = partial(work, takeover=Takeover.from_json(order), keys=sys.stdin.buffer.read())
     run = partial(_run, work, int(shard))
-    code = _ended_when_idle(run)
+    code = None if takeover else _ended_when_idle(run)  # somebody waits for a takeover
     if code is None:
         code = run()
     sys.exit(code)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from shardline.shards.live.log_segments import segment_names
 from shardline.shards.live.log_tail import read_settled
 from shardline.shards.live.state import ShardState
 from shardline.shards.storage.embedding_set import EmbeddingBatch
-from shardline.shards.storage.generation import GenerationManifest
+from shardline.shards.storage.generation import GenerationManifest, OwnIndex
 from shardline.shards.storage.vector_files import ROWS_PER_BATCH
 
 
@@ -33,12 +33,15 @@ class LiveRows:
     """The shard's rows after ``seq`` writes. item_ids (n,) int64, ascending.
 
     rows (n,): the row of each in the main index or, where in_main (n,) is False, in the delta.
+    template, own: as of ``Loaded``.
     """
 
     state: ShardState
     item_ids: IdArray
     rows: IdArray
     in_main: NDArray[np.bool_]
+    template: Path | None = None
+    own: OwnIndex | None = None
 
     @property
     def seq(self) -> int:
@@ -102,7 +105,7 @@ def open_live_rows(
             got=f"{state.seq} writes, of which the main index has {loaded.main_seq}",
         )
     make_durable(live_folder(generation, shard))
-    return live_rows(state)
+    return replace(live_rows(state), template=loaded.template, own=loaded.own)
 
 
 def newest_write(

@@ -184,10 +184,12 @@ def _passed_over(
     built, and the log, its kept segments among it. None: these do not have all that the damaged one
     was made of.
 
-    They have if the log, whose groups are chained by checksums, goes from there to its last write.
+    They have if the log, whose groups are chained by checksums, goes from there to its last write;
+    and if no index has been taken over meanwhile, whose rows the log does not have.
     """
     live = live_folder(folder, shard)
     seqs = compacted_seqs(live)
+    own = own_of(live, seqs[-1], manifest, shard) if seqs else None
     # an erasure has put the files of a compaction in place of those that were built
     is_as_built = manifest.shard_entry(shard).folder == shard_folder(shard)
     older = [*seqs[-2::-1], *([0] if is_as_built and seqs else [])]
@@ -202,8 +204,18 @@ def _passed_over(
             continue
         if end < seqs[-1]:
             return None  # the log itself was cut
+        if own is not None and own != loaded.own:
+            return None
         return replace(found, damaged=tuple(seqs[len(seqs) - 1 - at :]))
     return None
+
+
+def own_of(live: Path, seq: int, manifest: GenerationManifest, shard: int) -> OwnIndex | None:
+    """Of a compaction; None: it has none, or its manifest cannot be read."""
+    try:
+        return read_main(live, seq, generation=manifest.generation, shard=shard, verify=False).own
+    except (CorruptFile, NotFound):
+        return None
 
 
 def _load_compacted(
@@ -243,7 +255,7 @@ def load_state(
         CorruptFile: a file is missing, altered, or contradicts the manifest; named.
     """
     entry = verify_shard(folder, manifest, shard)
-    index = manifest.index if entry.own is None else entry.own.index
+    index = manifest.index_of(shard)
     main = _load_main(folder / entry.folder, manifest, index, entry.rows, device)
     item_ids = read_item_ids(folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
     attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))

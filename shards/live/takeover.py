@@ -11,7 +11,13 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from shardline.shards.core.errors import InvalidInput, NotFound, VersionMismatch, WritesLost
+from shardline.shards.core.errors import (
+    InvalidInput,
+    NotFound,
+    Unavailable,
+    VersionMismatch,
+    WritesLost,
+)
 from shardline.shards.core.messages import Absence
 from shardline.shards.index.spec import Device
 from shardline.shards.live.attributes import decoded_schema
@@ -20,6 +26,8 @@ from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.live_rows import newest_write
 from shardline.shards.live.loading import Loaded, load_built
 from shardline.shards.live.log_files import FILES
+from shardline.shards.live.log_reader import history_of
+from shardline.shards.live.log_segments import segment_names
 from shardline.shards.live.log_tail import LogTail
 from shardline.shards.live.state import apply
 from shardline.shards.live.write_keys import WriteKeys
@@ -34,10 +42,11 @@ from shardline.shards.storage.generation import (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Takeover:
     """source: the folder of the generation whose index it is to be. after_seq: how many writes of
-    the shard are in the rows of that."""
+    the shard are in the rows of that. token: as of ``OwnIndex``."""
 
     source: str
     after_seq: int
+    token: str
 
     def to_json(self) -> str:
         """For the command line of a process."""
@@ -51,14 +60,14 @@ class Takeover:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TakeoverLook:
-    """How far a replica is. index_of: the generation whose index it searches; None: its own.
-    is_busy: it makes or loads a main index. ordered: the source of the newest order that it had as
-    primary; None: none. failure: why that failed."""
+    """How far a replica is. token: of the index that it searches; None: its generation's.
+    is_busy: it makes or loads a main index. failure: why the newest order failed that it had as
+    primary. trouble: why it could not make, or use, a main index of late."""
 
-    index_of: int | None
+    token: str | None
     is_busy: bool
-    ordered: str | None
     failure: Absence | None
+    trouble: str | None
 
 
 def check_takeover(
@@ -122,14 +131,15 @@ def load_takeover(
     takeover: Takeover,
     *,
     until: int,
-    keys: Path,
+    keys: bytes,
 ) -> Loaded:
     """A shard of ``generation`` after write ``until``, with the index of another generation. In
-    memory are that index and what was written since, on the CPU. keys: the file with the keys of
-    its primary after write ``until``.
+    memory are that index and what was written since, on the CPU. keys: those of its primary after
+    write ``until``, packed.
 
     Raises:
         WritesLost: the log does not go back to what the rows of that generation have.
+        Unavailable: another primary is about to begin: not all of the log is certain.
         CorruptFile, NotFound: of the files, or the log. Else as ``check_takeover``.
     """
     source = Path(takeover.source)
@@ -142,12 +152,32 @@ def load_takeover(
         records = [each for each in tail.read_proven() if each.seq <= until]
     except NotFound as error:
         raise _lost(shard, takeover.after_seq, error.message) from error
+    if tail.left_out:
+        raise Unavailable(f"shard {shard}: another primary is about to begin")
     state, _ = apply(replace(loaded.state, seq=takeover.after_seq), records)
     if state.seq != until:
         raise _lost(shard, takeover.after_seq, f"write {state.seq} as the last")
-    own = loaded.own or OwnIndex(generation=coming.generation, index=coming.index)
-    known = WriteKeys.unpack(keys.read_bytes(), keys)
+    own = OwnIndex(generation=coming.generation, token=takeover.token, index=coming.index_of(shard))
+    known = WriteKeys.unpack(keys, live)
     return replace(loaded, state=state, keys=known, own=own)
+
+
+def check_log(generation: Path, shard: int, after_seq: int) -> None:
+    """Whether the log of a shard goes back to a write, by the heads of its segments.
+
+    Raises:
+        WritesLost: it does not. CorruptFile, OSError: of the log.
+    """
+    live, files = live_folder(generation, shard), WithKept(FILES)
+    try:
+        names = segment_names(files.names(live))
+    except FileNotFoundError:
+        return  # never written to
+    if not names:
+        return
+    oldest = history_of(live, names, after_seq + 1, {}, files)[0].name
+    if oldest.first_seq > after_seq + 1:
+        raise _lost(shard, after_seq, f"write {oldest.first_seq} as the first")
 
 
 def _lost(shard: int, after_seq: int, got: str) -> WritesLost:

@@ -197,14 +197,21 @@ class ShardWrites:
             group.add(request)
         if group.records:
             try:
-                log.append(group.records)
+                self._append(log, group.records)
             except (NotPrimary, ReadOnly) as error:
-                self._failed(error)
                 return group.replies([], error)
-            except Exception:  # a bug: nothing can be said of the log, so another is to lead
-                self._close_log()
-                raise
         return group.replies(self._apply_logged(group.records), None)
+
+    def _append(self, log: Log, records: Sequence[Record]) -> None:
+        """Raises NotPrimary, ReadOnly; from then on writes are refused."""
+        try:
+            log.append(records)
+        except (NotPrimary, ReadOnly) as error:
+            self._failed(error)
+            raise
+        except Exception:  # a bug: nothing can be said of the log, so another is to lead
+            self._close_log()
+            raise
 
     def mark(self) -> tuple[int, bytes]:
         """Logs a write that changes nothing, so that no main index has its number yet, nor any
@@ -216,11 +223,7 @@ class ShardWrites:
         log = self._writable_log()
         nothing = Delete(item_ids=np.empty(0, np.int64))
         record = Record(seq=self.seq + 1, epoch=self.epoch, key="", change=nothing)
-        try:
-            log.append([record])
-        except (NotPrimary, ReadOnly) as error:
-            self._failed(error)
-            raise
+        self._append(log, [record])
         self._apply_logged([record])
         return self.seq, self._keys.pack()
 

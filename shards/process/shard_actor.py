@@ -144,11 +144,20 @@ class ShardActor:
         """How far that is, or how it ended."""
         change = self._changeover
         return TakeoverLook(
-            index_of=None if change.own is None else change.own.generation,
+            token=None if change.own is None else change.own.token,
             is_busy=change.is_busy,
-            ordered=None if change.takeover is None else change.takeover.source,
             failure=change.takeover_failure,
+            trouble=change.trouble,
         )
+
+    def mark(self) -> int:
+        """Logs a write that changes nothing: what routers have cached is not used any more. Its
+        number.
+
+        Raises:
+            NotPrimary, ReadOnly: it cannot be logged here.
+        """
+        return self._server.mark()
 
     def ping(self) -> Pulse:
         """A sign of life, and whether it takes writes."""

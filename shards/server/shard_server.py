@@ -209,6 +209,12 @@ class ShardServer:
             raise NotPrimary("this shard takes no writes")
         return self._write_thread.take_over(takeover).result()
 
+    def mark(self) -> int:
+        """``ShardWrites.mark``'s number. Raises: as that, or NotPrimary."""
+        if self._write_thread is None:
+            raise NotPrimary("this shard takes no writes")
+        return self._write_thread.mark().result()
+
     def refresh_metrics(self) -> None:
         """Sets gauges and counters for an export; any thread."""
         self.recorder.set(QUEUE_DEPTH, self.queue_depth, *self.key.labels)

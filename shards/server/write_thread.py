@@ -43,8 +43,8 @@ class _Order:
 
 
 class WriteThread:
-    """``submit``, ``lead``, ``seal`` and ``take_over`` may be called by any thread; ``deliver`` is
-    called in this one."""
+    """``submit``, ``lead``, ``seal``, ``take_over`` and ``mark`` may be called by any thread;
+    ``deliver`` is called in this one."""
 
     def __init__(
         self,
@@ -83,6 +83,10 @@ class WriteThread:
     def take_over(self, takeover: Takeover) -> "Future[int]":
         """``Changeover.take_over``; the write that the new main index will have."""
         return self._ordered(partial(self._take_over, takeover))
+
+    def mark(self) -> "Future[int]":
+        """``ShardWrites.mark``'s number."""
+        return self._ordered(lambda: self.writes.mark()[0])
 
     def _take_over(self, takeover: Takeover) -> int:
         if self.changeover is None or not self.writes.leads:

@@ -54,14 +54,22 @@ ATTRIBUTES_NAME = "attributes.arrow"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnIndex:
     """Of a shard that has taken its index over from another generation (``shards.live.takeover``):
-    which one, and how it is searched. The template lies among the shard's files."""
+    which one, by which publish, and how it is searched. The template lies among the shard's files.
+
+    token: the publish, unlike any other of any store; numbers of generations repeat.
+    """
 
     generation: int
+    token: str
     index: ResolvedIndex
 
     def to_json(self) -> dict[str, Any]:
         """As manifests keep it."""
-        return {"generation": self.generation, "index": self.index.model_dump(mode="json")}
+        return {
+            "generation": self.generation,
+            "token": self.token,
+            "index": self.index.model_dump(mode="json"),
+        }
 
 
 def own_index_from_json(value: Any) -> OwnIndex | None:
@@ -73,7 +81,7 @@ def own_index_from_json(value: Any) -> OwnIndex | None:
     if value is None:
         return None
     index = ResolvedIndex.model_validate(value["index"])
-    return OwnIndex(generation=int(value["generation"]), index=index)
+    return OwnIndex(generation=int(value["generation"]), token=str(value["token"]), index=index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +149,11 @@ class GenerationManifest:
     def files(self) -> tuple[FileEntry, ...]:
         """All, the manifest excepted."""
         return (*self.common_files, *(file for entry in self.shards for file in entry.files))
+
+    def index_of(self, shard: int) -> ResolvedIndex:
+        """What a shard's files hold. Raises NotFound: no such shard."""
+        own = self.shard_entry(shard).own
+        return self.index if own is None else own.index
 
     def shard_entry(self, shard: int) -> ShardEntry:
         """Raises NotFound when the generation has no such shard."""

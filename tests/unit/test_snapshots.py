@@ -422,7 +422,7 @@ def test_a_manifest_that_leads_elsewhere(written: LiveStore, tmp_path: Path) -> 
     written.run("snapshot", tmp_path / "s")
     body = read_manifest(tmp_path / "s", kind="snapshot", version=1)
     del body["kind"], body["format_version"]
-    write_manifest(tmp_path / "s", kind="snapshot", version=2, body=body)
+    write_manifest(tmp_path / "s", kind="snapshot", version=3, body=body)
     with pytest.raises(NewerFormat):
         written.run("restore", tmp_path / "s")
     body["writes"][0]["name"] = "live/../../../../x"

@@ -76,10 +76,10 @@ def status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 def test_a_replica_that_has_taken_an_index_over_is_named(status, monkeypatch) -> None:
     _, out, _ = status()
-    assert "searches the index" not in out
+    assert "search the index" not in out
     monkeypatch.setitem(REPLICA, "index_of", 7)
     _, out, _ = status()
-    assert "shard 0, replica 3: searches the index of generation 7\n" in out
+    assert "all shards search the index of generation 7\n" in out
 
 
 def test_recall_is_that_of_all_routers(status) -> None:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from shardline.cluster.build import check_plan, fill_generation, run_here
 from shardline.cluster.housekeeping.rebase import rebase
 from shardline.shards.core.errors import (
+    CorruptFile,
     InvalidInput,
     NotPrimary,
     ShardlineError,
@@ -19,17 +21,21 @@ from shardline.shards.core.errors import (
     WritesLost,
 )
 from shardline.shards.core.messages import SearchParams
-from shardline.shards.live.changeover import KEYS_NAME, LOOK_S, Changeover
+from shardline.shards.live import compaction
+from shardline.shards.live.changeover import LOOK_S, Changeover
 from shardline.shards.live.compaction import compact
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_built, load_caught_up
-from shardline.shards.live.takeover import Takeover, check_takeover, load_takeover
+from shardline.shards.live.mains import compacted_seqs, main_folder
+from shardline.shards.live.takeover import Takeover, check_log, check_takeover, load_takeover
+from shardline.shards.live.write_keys import WriteKeys
 from shardline.shards.live.writes import ShardWrites
 from shardline.shards.server.shard import Shard
 from shardline.shards.server.write_thread import WriteThread
 from shardline.shards.storage.generation import (
     GenerationManifest,
+    OwnIndex,
     read_generation,
     write_generation,
 )
@@ -89,7 +95,7 @@ class Ended:
 
 
 def takeover_here(
-    generation: Path, shard: int, until: int, takeover: Takeover, keys: Path
+    generation: Path, shard: int, until: int, takeover: Takeover, keys: bytes
 ) -> Ended:
     try:
         compact(generation, shard, until=until, takeover=takeover, keys=keys)
@@ -130,7 +136,7 @@ def taken_over(generation: Path, source: Path, after_seq: int = 0) -> tuple[Shar
     wrote(writes, delete_request([3, NEW_ITEMS], key="b"))
     now_s = [0.0]
     change = changing(generation, now_s)
-    change.take_over(Takeover(source=str(source), after_seq=after_seq), writes.mark)
+    change.take_over(Takeover(source=str(source), after_seq=after_seq, token="t"), writes.mark)
     wrote(writes, upsert_request([4], seed=9))
     changed_over(change, writes, now_s)
     assert change.own is not None
@@ -203,10 +209,10 @@ def test_what_the_rows_have_is_not_applied_again(generation: Path) -> None:
     wrote(writes, delete_request([7]))  # which the coming generation is said to have seen
     source = coming_of(generation, same)
     seq, packed = writes.mark()
-    keys = live_folder(generation, 0) / KEYS_NAME
-    keys.write_bytes(packed)
-    order = Takeover(source=str(source), after_seq=CUT)
-    loaded = load_takeover(generation, read_generation(generation), 0, order, until=seq, keys=keys)
+    order = Takeover(source=str(source), after_seq=CUT, token="t")
+    loaded = load_takeover(
+        generation, read_generation(generation), 0, order, until=seq, keys=packed
+    )
     assert 7 in loaded.state.ids_by_row, "its rows are what it was built with"
     assert loaded.state.seq == seq == shard.state.seq == 2
     writes.close()
@@ -221,11 +227,13 @@ def test_a_log_that_does_not_go_back_is_refused(generation: Path) -> None:
     assert writes.adopt(load_caught_up(generation, read_generation(generation), 0))
     source = coming_of(generation, same)
     seq, packed = writes.mark()
-    keys = live_folder(generation, 0) / KEYS_NAME
-    keys.write_bytes(packed)
-    order = Takeover(source=str(source), after_seq=0)
+    order = Takeover(source=str(source), after_seq=0, token="t")
+    manifest = read_generation(generation)
     with pytest.raises(WritesLost, match="writes from 1 on"):
-        load_takeover(generation, read_generation(generation), 0, order, until=seq, keys=keys)
+        check_log(generation, 0, 0)
+    check_log(generation, 0, 2)
+    with pytest.raises(WritesLost, match="writes from 1 on"):
+        load_takeover(generation, manifest, 0, order, until=seq, keys=packed)
     writes.close()
 
 
@@ -236,7 +244,7 @@ def test_a_failure_is_told_and_the_shard_serves_on(generation: Path) -> None:
     writes.lead(1)
     now_s = [0.0]
     change = Changeover(generation, 0, main_seq=0, clock=lambda: now_s[0])  # a real process
-    change.take_over(Takeover(source=str(source), after_seq=0), writes.mark)
+    change.take_over(Takeover(source=str(source), after_seq=0, token="t"), writes.mark)
     while change.is_busy:
         change.turn(writes.state, leads=True)
     assert change.takeover_failure is not None
@@ -255,14 +263,84 @@ def test_a_process_does_it(generation: Path) -> None:
     change = Changeover(generation, 0, main_seq=0)
     thread = WriteThread(writes, lambda answered: None, changeover=change)
     thread.start()
-    order = Takeover(source=str(source), after_seq=0)
+    order = Takeover(source=str(source), after_seq=0, token="t")
     assert thread.take_over(order).result(10) == 1
     with pytest.raises(Unavailable, match="under way"):
         thread.take_over(order).result(10)
     _wait(lambda: change.own is not None)
     assert shard.state.main.layers.is_ivf
+    _wait(lambda: not change.is_busy)
     thread.stop()
-    assert not list(live_folder(generation, 0).glob(f"{KEYS_NAME}*"))
+    names = {path.name for path in live_folder(generation, 0).iterdir()}
+    assert {name for name in names if not name.startswith(("EPOCH", "log-", "main-"))} <= {"kept"}
+
+
+def test_a_compaction_that_began_before_does_not_undo_it(
+    generation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = coming_of(generation, same)
+    shard, writes = opened(generation)
+    writes.lead(1)
+    wrote(writes, delete_request([7]))
+    now_s = [0.0]
+    change = changing(generation, now_s)
+    write = compaction._write
+
+    def taken_over_meanwhile(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(compaction, "_write", write)
+        change.take_over(Takeover(source=str(source), after_seq=0, token="t"), writes.mark)
+        write(*args, **kwargs)
+
+    wrote(writes, delete_request([8]))
+    monkeypatch.setattr(compaction, "_write", taken_over_meanwhile)
+    with pytest.raises(Unavailable, match="taken over another index"):
+        compact(generation, 0, until=shard.state.seq)
+    changed_over(change, writes, now_s)
+    assert change.own is not None
+    assert compacted_seqs(live_folder(generation, 0)) == [shard.state.seq]
+    writes.close()
+
+
+def test_who_no_longer_leads_ends_what_it_was_ordered(generation: Path) -> None:
+    source = coming_of(generation, same)
+    _, writes = opened(generation)
+    writes.lead(1)
+    change = Changeover(generation, 0, main_seq=0)
+    change.take_over(Takeover(source=str(source), after_seq=0, token="t"), writes.mark)
+    assert change.is_busy
+    change.turn(writes.state, leads=False)
+    assert not change.is_busy
+    assert compacted_seqs(live_folder(generation, 0)) == []
+    writes.close()
+
+
+def test_a_damaged_one_is_not_passed_over_for_the_index_before(generation: Path) -> None:
+    source = coming_of(generation, same)
+    _, writes = taken_over(generation, source)
+    writes.close()
+    live = live_folder(generation, 0)
+    damaged = main_folder(live, compacted_seqs(live)[-1]) / "index.faiss"
+    damaged.write_bytes(b"damaged")
+    with pytest.raises(CorruptFile, match=r"index\.faiss"):
+        opened(generation)
+
+
+def test_one_that_was_taken_over_itself_can_be_taken_over(generation: Path) -> None:
+    """A generation that was restored from a snapshot of such, say."""
+
+    def owning(made: GenerationManifest) -> GenerationManifest:
+        (entry,) = made.shards
+        own = OwnIndex(generation=5, token="another", index=made.index)
+        return replace(made, shards=(replace(entry, own=own),))
+
+    source = coming_of(generation, owning)
+    order = Takeover(source=str(source), after_seq=0, token="new")
+    manifest = read_generation(generation)
+    loaded = load_takeover(generation, manifest, 0, order, until=0, keys=WriteKeys().pack())
+    assert loaded.own is not None
+    assert (loaded.own.generation, loaded.own.token) == (COMING, "new")
+    assert loaded.own.index.nprobe == 4
+    assert loaded.template == source / "shard-00000" / "template.faiss"
 
 
 def test_a_follower_takes_no_order(generation: Path) -> None:
@@ -273,7 +351,7 @@ def test_a_follower_takes_no_order(generation: Path) -> None:
     )
     thread.start()
     with pytest.raises(NotPrimary):
-        thread.take_over(Takeover(source=str(source), after_seq=0)).result(10)
+        thread.take_over(Takeover(source=str(source), after_seq=0, token="t")).result(10)
     thread.stop()
 
 

@@ -33,7 +33,7 @@ from tests.engine import plan_of, write_set
 ROWS, DIM, SHARDS = 4000, 16, 3
 NEW_ITEMS = 1 << 40
 COMMAND = "from shardline.cluster.cli import main; main()"
-ENDED_S = 120.0
+ENDED_S = 240.0
 
 
 def unit(rows: int, seed: int) -> np.ndarray:
