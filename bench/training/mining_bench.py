@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from shardline.bench.training.variants import BASELINE, KS, STRATEGIES, trained, variant
 from shardline.cluster.build import build_generation, run_on_ray
 from shardline.cluster.commands.build import plan_of
 from shardline.cluster.commands.mine import MiningReport, mine_run
@@ -28,10 +29,8 @@ from shardline.cluster.serving.deployment import serving
 from shardline.cluster.serving.ray_session import cores
 from shardline.cluster.store import Store
 from shardline.shards.core.schema import IdArray
-from shardline.training.config.loss_config import LossConfig
-from shardline.training.config.training_config import MiningConfig, TrainingConfig
+from shardline.training.config.training_config import MiningConfig
 from shardline.training.data.tables import Dataset, open_dataset
-from shardline.training.evaluation.evaluate import evaluate_exact
 from shardline.training.evaluation.searchers import ExactSearch, Search, open_cluster
 from shardline.training.export import export
 from shardline.training.loop.launch import train
@@ -42,19 +41,7 @@ from shardline.training.model.checkpoint import load_best, open_data
 from shardline.training.model.encoding import encode_queries
 
 CREATED_AT = "2026-01-01T00:00:00+00:00"  # the same inputs give the same files
-KS = (10, 100)
 BENCH_STORE = "bench-mining"  # below the user's store, whose own runs stay as they are
-BASELINE = "in-batch"
-# name -> what it changes in the loss
-STRATEGIES: dict[str, dict[str, Any]] = {
-    BASELINE: {},
-    "batch-hard": {"strategy": "batch-hard"},
-    "batch-hard, half of the loss": {"strategy": "batch-hard", "batch_hard_weight": 0.5},
-    "offline-mined": {"strategy": "offline-mined"},
-    "mixed": {"strategy": "mixed"},
-    "in-batch + 1 mined": {"hard_negatives": 1},
-    "in-batch + 5 random": {"random_negatives": 5},
-}
 
 
 def run(
@@ -69,7 +56,7 @@ def run(
     training = config.training
     base = store.runs / "base"
     progress.note(f"training {BASELINE}, seed {seeds[0]}")
-    train(_variant(training, {}, seeds[0]), data, base)
+    train(variant(training, {}, seeds[0]), data, base)
     mined, speed = _mining(config, store, dataset, base, progress)
     table = store.root / "hard-negatives"
     origin = Origin(
@@ -86,8 +73,8 @@ def run(
         for seed in seeds:
             progress.note(f"training {name}, seed {seed}")
             folder = store.runs / f"{number}-{seed}"
-            settings = _variant(training, changes, seed)
-            results[name].append(_trained(settings, dataset, folder, table))
+            settings = variant(training, changes, seed)
+            results[name].append(trained(settings, dataset, folder, table))
     return {
         "setup": {
             "dataset": dataset.name,
@@ -191,25 +178,6 @@ def _floors(base: Path, rules: MiningConfig, cluster: Search) -> dict[str, dict[
             search(block, depth)
         floors[name] = {"examples_per_s": total / (time.perf_counter() - started)}
     return floors
-
-
-def _variant(training: TrainingConfig, changes: dict[str, Any], seed: int) -> TrainingConfig:
-    """Another loss and seed, and no early stop, which would end the runs at unequal steps."""
-    loss = LossConfig.model_validate(training.loss.model_dump(exclude_unset=True) | changes)
-    patient = training.validation.model_copy(update={"patience": training.epochs + 1})
-    return training.model_copy(update={"loss": loss, "seed": seed, "validation": patient})
-
-
-def _trained(
-    settings: TrainingConfig, dataset: Dataset, folder: Path, table: Path
-) -> dict[str, Any]:
-    hard = table if settings.loss.hard_negatives else None
-    started = time.perf_counter()
-    result = train(settings, dataset.path, folder, hard=hard)
-    seconds = time.perf_counter() - started
-    means = evaluate_exact(folder, dataset, ks=KS).means
-    chosen = {f"recall@{k}": means[f"recall@{k}"] for k in KS}
-    return chosen | {"seconds": seconds, "steps": result.steps, "best_epoch": result.best_epoch}
 
 
 def _figures(report: MiningReport) -> dict[str, float]:
