@@ -56,18 +56,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Common:
-    """What all rows of a table share."""
+    """What all rows of a table share; ``examples`` are the interactions that they train on."""
 
     training: TrainingConfig
     dataset: Dataset
+    examples: int
     runs: Path
     seeds: tuple[int, ...]
     split: str
     json_path: Path | None
-
-    @property
-    def examples(self) -> int:
-        return len(train_lists(self.dataset, self.training.fitted_splits).items)
 
     @property
     def ks(self) -> tuple[int, ...]:
@@ -133,10 +130,9 @@ def compare(common: Common, rows: Sequence[Row], table: Path | None = None) -> l
 
     examples are what all steps of the run have seen. table: mined negatives.
     """
-    count = common.examples
     # every configuration is checked before the first one trains
     plan = [
-        (number, row, settings_of(row, common.training, count, seed))
+        (number, row, settings_of(row, common.training, common.examples, seed))
         for number, row in enumerate(rows)
         for seed in common.seeds
     ]
@@ -222,7 +218,10 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands)
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--config", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Whose section `training` all rows share; without it, the defaults.",
+)  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="Data set folder.")
 @click.option("--runs", type=click.Path(path_type=Path), required=True, help="New folder for runs.")
 @click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True)
@@ -261,6 +260,7 @@ def main(
     context.obj = Common(
         training=training,
         dataset=dataset,
+        examples=len(train_lists(dataset, training.fitted_splits).items),
         runs=runs,
         seeds=tuple(dict.fromkeys(seeds)),
         split=split,
