@@ -115,7 +115,7 @@ def tiny_config(**changes: Any) -> TrainingConfig:
 def declared_run(folder: Path, config: TrainingConfig, dataset: Dataset) -> Path:
     """A run folder as its ranks find it; the folder."""
     space = fit(config, dataset)
-    prepare(dataset, space, folder / CACHE, config.fitted_splits)
+    prepare(dataset, space, folder / CACHE, config.fitted_splits, tied=config.towers.tied)
     start_run(folder, Run(config=config, space=space), dataset.identity)
     return folder
 

@@ -33,6 +33,7 @@ from shardline.training.data.csr import Csr
 from shardline.training.data.tables import INTERACTIONS, ITEMS, USERS, Dataset, open_dataset
 from shardline.training.evaluation.user_queries import KNOWN_BEFORE, SAMPLE_SEED, sample_users
 from shardline.training.exported_towers import (
+    TiedTower,
     export_item_encoder,
     export_query_encoder,
     history_rows,
@@ -125,11 +126,12 @@ def _export_items(
     lengths = lengths_of(dataset, run.config.fitted_splits, run.config.popularity_exponent)
     history = MappedArrays(writer.folder / QUERY_ENCODER_FOLDER, items.num_rows)
     popularity = MappedArrays(writer.folder / ITEM_ENCODER_FOLDER, items.num_rows)
+    tied = TiedTower(model) if model.tied else None
     for start in range(0, items.num_rows, BLOCK_ROWS):
         table = items.slice(start, BLOCK_ROWS).combine_chunks()
         ids, block = table["item_id"].to_numpy(), run.space.item.encode(table, ITEMS)
         longer = lengths[start : start + len(block)]
-        vectors = encode_items(model, block) * longer[:, None]
+        vectors = tied(block) if tied else encode_items(model, block) * longer[:, None]
         attributes = table.drop_columns(["item_id"]).to_batches()
         writer.append(ids, vectors, attributes[0] if attributes else None)
         if run.space.history is not None:

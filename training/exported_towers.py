@@ -14,16 +14,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shardline.shards.core.encoder_files import MappedArrays, Weights, write_encoder
+from shardline.shards.core.exact_tower import ExactTower, mean_row
+from shardline.shards.core.schema import FloatArray, normalise
 from shardline.training.features.fitted import Block, Columns
 from shardline.training.model.checkpoint import Run
 from shardline.training.model.towers import InputRows, Inputs, TwoTower
 
 ITEM_ID = "item_id"
+TIED: dict[bool, dict[str, Any]] = {True: {"tied": True}, False: {}}  # others are as they were
 
 
 def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) -> None:
     """Writes the query tower into the folder, which has the rows of the history, if any."""
-    weights = _tower_weights(model.query_tower, model.query_rows)
+    if model.tied:
+        weights = _tower_weights(model.item_tower, model.item_rows)
+    else:
+        weights = _tower_weights(model.query_tower, model.query_rows)
     features = _features(run.space.query)
     if run.space.history is not None:
         features.append(run.space.history.model_dump())
@@ -34,6 +40,7 @@ def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) 
         "dim": model.dim,
         "projection": run.config.towers.query.projection,
         "features": features,
+        **TIED[model.tied],
     }
     write_encoder(folder, config, weights)
 
@@ -61,8 +68,32 @@ def export_item_encoder(
         "projection": run.config.towers.item.projection,
         "features": features,
         "attributes": {column.name: str(column.type) for column in columns},
+        **TIED[model.tied],
     }
     write_encoder(folder, config, weights)
+
+
+class TiedTower:
+    """The item tower of a tied model, as the exported encoders compute it bit for bit."""
+
+    def __init__(self, model: TwoTower) -> None:
+        self._summed = model.item_rows.summed
+        weights = _tower_weights(model.item_tower, model.item_rows)
+        self._tables = [weights[name] for name in weights if name.startswith("embedding.")]
+        self._tower = ExactTower(None if self._summed else weights)
+
+    def __call__(self, block: Block) -> FloatArray:
+        """(n, dim) float32 of unit length under cosine, as the router makes a query's."""
+        columns, bags = block.categorical.T, block.bags
+        parts: list[FloatArray] = [
+            table[rows] for table, rows in zip(self._tables, columns, strict=False)
+        ]
+        for table, bag in zip(self._tables[len(columns) :], bags, strict=True):
+            lists = np.split(bag.items, bag.indptr[1:-1])
+            parts.append(np.stack([mean_row(table, places.tolist()) for places in lists]))
+        if not self._summed:
+            return normalise(self._tower(np.concatenate([*parts, block.numeric], axis=1)))
+        return normalise(self._tower(sum(parts[1:], start=parts[0])))
 
 
 @torch.no_grad()

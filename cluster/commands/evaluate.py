@@ -24,6 +24,7 @@ from shardline.training.evaluation.cold import cold_baselines
 from shardline.training.evaluation.evaluate import evaluate_exact, evaluate_through
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, MetricResult
 from shardline.training.evaluation.user_queries import Candidates
+from shardline.training.model.checkpoint import open_run
 
 Columns = dict[str, MetricResult]
 
@@ -40,6 +41,7 @@ class Task:
     candidates: Candidates
     unfinished: bool
     other_data: bool
+    without_own: bool  # nobody is shown themselves
 
 
 @click.command()
@@ -69,6 +71,11 @@ class Task:
     type=int,
     help="Measure this generation's files instead; with --budget: of this one, not the live one.",
 )
+@click.option(
+    "--without-own",
+    is_flag=True,
+    help="Do not show users the item of their own id; always so for a run of tied towers.",
+)
 @click.option("--max-users", type=int, help="Measure only this many users.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -86,6 +93,7 @@ def evaluate(
     candidates: Candidates,
     budget: bool,
     generation: int | None,
+    without_own: bool,
     max_users: int | None,
     as_json: bool,
 ) -> None:
@@ -116,16 +124,17 @@ def evaluate(
             )  # fmt: skip
         print_budget(dataset, split, results, as_json=as_json)
         return
-    task = Task(
-        dataset=dataset, split=split, ks=cutoffs, max_users=max_users,
-        with_segments=segments, candidates=candidates, unfinished=unfinished,
-        other_data=run is not None,
-    )  # fmt: skip
     subject: Address | Path | OfflineGeneration
     if generation is not None:
         subject = OfflineGeneration.open(settings.store, generation)
     else:
         subject = cluster or run or default_run(settings, data)
+    is_tied = isinstance(subject, Path) and open_run(subject).config.towers.tied
+    task = Task(
+        dataset=dataset, split=split, ks=cutoffs, max_users=max_users,
+        with_segments=segments, candidates=candidates, unfinished=unfinished,
+        other_data=run is not None, without_own=without_own or is_tied,
+    )  # fmt: skip
     with StageProgress() as progress:
         if isinstance(subject, Path):
             progress.note(f"run: {subject}")
@@ -153,6 +162,7 @@ def measure(
             ks=task.ks,
             max_users=task.max_users,
             with_segments=task.with_segments,
+            without_own=task.without_own,
             progress=progress,
         )
         return {f"generation {subject.manifest.generation}": found}
@@ -166,6 +176,7 @@ def measure(
                 progress,
                 max_users=task.max_users,
                 with_segments=task.with_segments,
+                without_own=task.without_own,
             )
         return {"cluster": found}
     found = evaluate_exact(
@@ -175,6 +186,7 @@ def measure(
         ks=task.ks,
         max_users=task.max_users,
         with_segments=task.with_segments,
+        without_own=task.without_own,
         candidates=task.candidates,
         unfinished=task.unfinished,
         other_data=task.other_data,
@@ -195,6 +207,7 @@ def measure_baselines(task: Task, progress: StageProgress) -> Columns:
             ks=task.ks,
             max_users=task.max_users,
             with_segments=task.with_segments,
+            without_own=task.without_own,
             progress=progress,
         )
         for baseline in Baseline

@@ -24,6 +24,7 @@ def evaluate_cluster(
     max_users: int | None = None,
     params: SearchParams | None = None,
     with_segments: bool = False,
+    without_own: bool = False,
 ) -> MetricResult:
     """The metrics of a running cluster's answers to the users' features, over HTTP."""
     return evaluate_through(
@@ -34,6 +35,7 @@ def evaluate_cluster(
         ks=ks,
         max_users=max_users,
         with_segments=with_segments,
+        without_own=without_own,
         progress=progress,
     )
 

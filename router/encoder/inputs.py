@@ -22,6 +22,7 @@ from shardline.router.encoder.history_rows import (
     places_of,
 )
 from shardline.shards.core.encoder_files import Weights
+from shardline.shards.core.exact_tower import mean_row
 from shardline.shards.core.ngrams import ngram_buckets
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.shards.core.standardise import standardised, time_inputs
@@ -136,7 +137,7 @@ class MultiValued:
             if element is not None and not _is_of(element, self._type):  # an import drops nulls too
                 raise Refused(row, _kind(element), f"[{place}]")
         places = [self._places[element] for element in value or () if element in self._places]
-        return _mean_row(self._table, places[: self._max_length])
+        return mean_row(self._table, places[: self._max_length])
 
 
 class Text:
@@ -165,7 +166,7 @@ class Text:
             chars=self._chars,
             limit=self._limit,
         )
-        return _mean_row(self._table, places)
+        return mean_row(self._table, places)
 
 
 class Number:
@@ -307,11 +308,6 @@ def _seconds(row: int, text: str) -> float:
     except ValueError:
         raise Refused(row, f"string {text[:40]!r}") from None
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-
-
-def _mean_row(table: FloatArray, places: list[int]) -> FloatArray:
-    mean: FloatArray = table[places or [0]].mean(axis=0)
-    return mean
 
 
 def _kind(value: Any) -> str:

@@ -2,8 +2,8 @@
 
 ``shards.core.encoder_files`` reads the files and says what is in them; the encoders of queries and
 of items share what is here. Input row: embeddings | means of bags | numbers | the history's part.
-Under projection identity the parts are added up instead, and scaled to length one. What each kind
-of feature accepts is in ``router.encoder.inputs``.
+Under projection identity the parts are added up instead, and scaled to length one. Tied towers are
+``shards.core.exact_tower``. What each kind of feature accepts is in ``router.encoder.inputs``.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from shardline.router.encoder.history_rows import NewItems
 from shardline.router.encoder.inputs import History, Input, Refused, inputs_of
 from shardline.shards.core.encoder_files import Weights
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.exact_tower import ExactTower
 from shardline.shards.core.schema import FloatArray
 
 NORM_EPSILON = np.float32(1e-5)  # torch.nn.LayerNorm's default, which training uses
@@ -34,7 +35,11 @@ class ExportedTower:
         self.is_summed = config.get("projection", "linear") == "identity"
         self.inputs: list[Input] = inputs_of(config["features"], weights, summed=self.is_summed)
         self.names = frozenset(feature.info.name for feature in self.inputs)
-        self._projection = None if self.is_summed else _Projection(weights)
+        self._projection: _Projection | ExactTower | None
+        if config.get("tied", False):
+            self._projection = ExactTower(None if self.is_summed else weights)
+        else:
+            self._projection = None if self.is_summed else _Projection(weights)
 
     @property
     def features(self) -> list[dict[str, str]]:

@@ -2,7 +2,8 @@
 
     encoder.json             format_version, model_version, dim, projection, features in input
                              order, and the SHA-256 of every other file; written last. Of the item
-                             tower also attributes, the catalogue's columns and their types
+                             tower also attributes, the catalogue's columns and their types.
+                             tied: computed as in ``shards.core.exact_tower``
     weights.safetensors      the tower: embedding.<i>; hidden.<i>.*, norm.<i>.*, output.*,
                              skip.weight unless projection is identity
 

@@ -43,7 +43,7 @@ def one_rank(rank: int, world: int, folder: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("plain", 1), *((name, world) for name in SETTINGS for world in (2, 3))],
+    [("plain", 1), *((name, world) for name in [*SETTINGS, "tied"] for world in (2, 3))],
 )
 def test_ranks_together_give_the_full_batch_gradient(
     run_folders: Path, tmp_path: Path, name: str, world: int

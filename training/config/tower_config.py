@@ -4,7 +4,7 @@ A tower whose ``features`` are left out gets them from the dataset's columns
 (``training.features.infer``). Cheap to import: no torch here.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +15,7 @@ INIT_NORM = (
     "[length] Length of an initial vector. Adam's steps do not depend on it, so a shorter one "
     "changes faster; with projection identity about 0.15 trains much faster than 1."
 )
+ITEM_KEY, USER_KEY = "item_id", "user_id"  # what the two tables call their ids
 NgramSize = Annotated[int, Field(ge=1, le=16)]
 NgramRange = tuple[NgramSize, NgramSize]
 
@@ -182,9 +183,56 @@ class TowersConfig(Section):
 
     query: TowerConfig = Field(default=TowerConfig(), description="Encodes users, or queries.")
     item: TowerConfig = Field(default=TowerConfig(), description="Encodes the catalogue.")
+    tied: bool = Field(
+        default=False,
+        description="One tower for both sides, for users who are items too (people you may know, "
+        "item to item): score(a, b) = score(b, a). It is given under item; query is left out, or "
+        "says the same, with user_id in place of item_id. Both tables have its columns.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _query_mirrors_item(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tied") is True and "query" not in given:
+            return given | {"query": _mirrored(given.get("item", {}))}
+        return given
+
+    @model_validator(mode="after")
+    def _both_say_the_same(self) -> Self:
+        if self.tied:
+            query = self.query.model_dump()
+            wanted = TowerConfig.model_validate(_mirrored(self.item)).model_dump()
+            differ = [name for name in query if query[name] != wanted[name]]
+            if differ:
+                raise ValueError(
+                    f"tied towers are one tower, and query differs from item in {differ}: leave "
+                    "out towers.query, or set towers.tied to false"
+                )
+        return self
 
     @model_validator(mode="after")
     def _history_is_for_queries(self) -> Self:
         if any(feature.kind == "history" for feature in self.item.features or ()):
             raise ValueError("towers.item: history is a feature of the query tower only")
         return self
+
+
+def mirrored_column(column: str) -> str:
+    """What the users table calls a column of the items table."""
+    return USER_KEY if column == ITEM_KEY else column
+
+
+def _mirrored(item: Any) -> Any:
+    """The query tower tied to an item tower, as plain data; what is no tower stays as it is."""
+    plain = item.model_dump() if isinstance(item, TowerConfig) else item
+    features = plain.get("features") if isinstance(plain, dict) else None
+    if not isinstance(features, list | tuple):
+        return plain
+    return plain | {
+        "features": [
+            each | {"column": mirrored_column(each["column"])}
+            if isinstance(each, dict) and isinstance(each.get("column"), str)
+            else each
+            for each in features
+        ]
+    }

@@ -201,6 +201,20 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tied_scores_are_symmetric(self) -> Self:
+        if self.towers.tied and self.popularity_exponent:
+            raise ValueError(
+                "popularity_exponent makes items longer than the same ones as queries: with "
+                f"towers.tied it is 0, not {self.popularity_exponent}"
+            )
+        if self.towers.tied and not self.loss.mask_known_positives:
+            raise ValueError(
+                "towers.tied needs loss.mask_known_positives: else everybody is a negative of "
+                "themselves, and the nearest one"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _negatives_split_evenly(self) -> Self:
         if self.loss.uniform_negatives % self.num_workers:
             raise ValueError(

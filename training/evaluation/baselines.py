@@ -88,18 +88,25 @@ def evaluate_baseline(
     ks: Sequence[int] = DEFAULT_KS,
     max_users: int | None = None,
     with_segments: bool = False,
+    without_own: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """Metrics on ``test``, with train + val learnt and masked, or on ``val``, with train.
 
-    max_users: only so many are asked, the same ones as a model's evaluation draws. The result is
-    ``about`` the number of factors.
+    max_users: only so many are asked, the same ones as a model's evaluation draws. without_own: as
+    ``evaluation_task``. The result is ``about`` the number of factors.
 
     Raises:
         InvalidInput: nothing to measure, or a k beyond the corpus.
     """
     task = shared(
-        evaluation_task(dataset, split, ks=ks, max_users=max_users, with_segments=with_segments)
+        evaluation_task(
+            *(dataset, split),
+            ks=ks,
+            max_users=max_users,
+            with_segments=with_segments,
+            without_own=without_own,
+        )
     )
     about = ""
     if kind is Baseline.POPULARITY:

@@ -48,13 +48,15 @@ def evaluate_exact(
     candidates: Candidates = "all",
     unfinished: bool = False,
     other_data: bool = False,
+    without_own: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """Brute force over the whole corpus with the run's best model; users without items in the
     split are left out, of the others ``max_users`` are drawn. Progress stage: ``evaluate``.
 
     unfinished: also a run whose training has not ended; other_data: also one that was trained on
-    another dataset. The result is then ``about`` that.
+    another dataset. The result is then ``about`` that. without_own: as ``evaluation_task``, and
+    always where the towers are tied.
 
     Raises:
         NotFound: no trained run. DataError: the run was trained on another dataset, or has not
@@ -73,6 +75,7 @@ def evaluate_exact(
             max_users=max_users,
             with_segments=with_segments,
             candidates=candidates,
+            without_own=without_own or run.config.towers.tied,
         )
     )
     if split in run.config.fitted_splits and not is_other:
@@ -103,18 +106,26 @@ def evaluate_through(
     ks: Sequence[int] = DEFAULT_KS,
     max_users: int | None = None,
     with_segments: bool = False,
+    without_own: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """The same metrics of whatever ``search(features, k)`` answers: (n, k) int64 item ids.
 
     Each batch asks for max(ks) and as many more as its users know items. max_users: only so many,
     the same ones as the other evaluations draw. kinds: name and kind of the encoder's features.
+    without_own: as ``evaluation_task``.
 
     Raises:
         InvalidInput: a k beyond the corpus, or beyond what MAX_K leaves after dropping the known
             items; or no user has an item in the split.
     """
-    task = evaluation_task(dataset, split, ks=ks, max_users=max_users, with_segments=with_segments)
+    task = evaluation_task(
+        *(dataset, split),
+        ks=ks,
+        max_users=max_users,
+        with_segments=with_segments,
+        without_own=without_own,
+    )
     features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
     item_ids, sums = dataset.item_ids, empty_sums(task)
     for batch in request_batches(task):
@@ -134,7 +145,7 @@ def request_batches(task: EvaluationTask) -> list[IdArray]:
     Raises:
         InvalidInput: max(ks) and the longest list of known items are more than MAX_K.
     """
-    longest = int(task.known.take(task.users).lengths.max())
+    longest = int(task.not_shown(task.users).lengths.max())
     _check_reach(max(task.ks), longest, task.num_items)
     places = np.arange(len(task.users))
     return [
@@ -149,7 +160,7 @@ def ask_batch(ask: Ask, batch: IdArray, task: EvaluationTask, item_ids: IdArray)
     ask(places in task.users, k) answers item ids (n, k); item_ids (m,) are those of all rows. An
     item that is answered but not listed there keeps its place, and is never a hit.
     """
-    past = task.known.take(task.users[batch])
+    past = task.not_shown(task.users[batch])
     found = ask(batch, min(max(task.ks) + int(past.lengths.max()), task.num_items))
     rows = np.minimum(np.searchsorted(item_ids, found), len(item_ids) - 1)
     rows = np.where(item_ids[rows] == found, rows, OUTSIDE_ROW)

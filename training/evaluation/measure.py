@@ -53,7 +53,7 @@ def measure(
     Raises:
         InvalidInput: vectors that are not finite or do not fit, or no user to measure.
     """
-    exclude, wanted = task.known.take(task.users), task.relevant.take(task.users)
+    exclude, wanted = task.not_shown(task.users), task.relevant.take(task.users)
     if task.candidates is not None:
         items = items[task.candidates]
         exclude = _renumbered(exclude, task.candidates, task.num_items)

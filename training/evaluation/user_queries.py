@@ -14,6 +14,7 @@ from shardline.training.data.csr import Csr
 from shardline.training.data.segments import Segment, filtered, segments_of
 from shardline.training.data.tables import USERS, Dataset
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, checked_ks
+from shardline.training.features.tied import own_items, with_own
 
 KNOWN_BEFORE = {"val": ("train",), "test": ("train", "val")}  # split -> splits that may be used
 SAMPLE_SEED = 0  # fixed, so that every model, baseline and cluster is asked the same users
@@ -27,7 +28,8 @@ class EvaluationTask:
 
     users (u,) int64 rows to ask. known, relevant: item rows of *all* users, oldest first, in the
     splits before the measured one and in that one; known is also what a baseline learns from.
-    candidates: the item rows that are ranked, ascending; None for all of them.
+    own (all users,): the item row that each user is, which is not shown either; -1 or None for
+    none. candidates: the item rows that are ranked, ascending; None for all of them.
     """
 
     users: IdArray
@@ -37,6 +39,12 @@ class EvaluationTask:
     ks: tuple[int, ...]
     segments: tuple[Segment, ...]
     candidates: IdArray | None
+    own: IdArray | None = None
+
+    def not_shown(self, users: IdArray) -> Csr:
+        """Item rows that are left out of the lists of the users (n,)."""
+        known = self.known.take(users)
+        return known if self.own is None else with_own(known, self.own[users])
 
 
 def evaluation_task(
@@ -47,10 +55,12 @@ def evaluation_task(
     max_users: int | None = None,
     with_segments: bool = False,
     candidates: Candidates = "all",
+    without_own: bool = False,
 ) -> EvaluationTask:
     """Asks the users with items in the split, at most ``max_users``, the same at every call.
 
     With cold candidates only items without a train interaction are ranked, and relevant.
+    without_own: for users who are items: nobody is shown themselves.
 
     Raises:
         InvalidInput: an unknown split, nothing to measure in it, a k beyond the candidates, or
@@ -81,6 +91,7 @@ def evaluation_task(
         ks=checked_ks(ks, num_items if rows is None else len(rows)),
         segments=segments_of(train, num_items) if with_segments else (),
         candidates=rows,
+        own=own_items(dataset) if without_own else None,
     )
 
 

@@ -6,7 +6,7 @@ of feature starts in ``training.features.columns``, gets its configuration in
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from shardline.training.config.tower_config import (
     NumericFeature,
     TextFeature,
     TowerConfig,
+    mirrored_column,
 )
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
@@ -42,6 +43,7 @@ from shardline.training.features.columns import (
     value_type,
     wrong_type,
 )
+from shardline.training.features.tied import rows_of_both
 
 MIN_DEVIATION = 1e-6  # a constant column becomes zeros instead of a division by zero
 SAFE_SQUARE = 1e100  # squares of numbers up to here, and their sums, are finite
@@ -93,6 +95,19 @@ class Columns:
         """Width of an input row."""
         embedded = sum(column.dim for column in (*self.vocabularies, *self.bags))
         return embedded + sum(standardiser.width for standardiser in self.standardisers)
+
+    @property
+    def mirrored(self) -> "Columns":
+        """The same columns as the users table calls them."""
+
+        def named(column: Any) -> Any:
+            return replace(column, column=mirrored_column(column.column))
+
+        return Columns(
+            vocabularies=tuple(map(named, self.vocabularies)),
+            standardisers=tuple(map(named, self.standardisers)),
+            bags=tuple(map(named, self.bags)),
+        )
 
     @property
     def kinds(self) -> dict[str, str]:
@@ -151,15 +166,28 @@ def fit(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
     Raises:
         DataError: a configured column is missing, or of a type that its kind cannot take.
         ConfigError: a tower without projection whose inputs are not all as wide as its output.
+            Of tied towers: users and items that do not have the same columns, or other numbers.
     """
     of_users, of_items = dataset.counts(*config.fitted_splits)
     query, item = config.towers.query, config.towers.item
+    if config.towers.tied:
+        return _fit_tied(config, dataset)
     history = next((f for f in query.features or () if isinstance(f, HistoryFeature)), None)
     space = FeatureSpace(
         query=_fit_columns(query, dataset.users(), USERS, of_users),
         item=_fit_columns(item, dataset.items(), ITEMS, of_items),
         history=history,
     )
+    _check_widths(config, space)
+    return space
+
+
+def _fit_tied(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
+    """One fit over the rows of both tables, so that equal values have equal rows everywhere."""
+    features = [feature.column for feature in config.towers.item.features or ()]
+    table, counts = rows_of_both(dataset, features, config.fitted_splits)
+    item = _fit_columns(config.towers.item, table, f"{ITEMS} and {USERS}", counts)
+    space = FeatureSpace(query=item.mirrored, item=item, history=None)
     _check_widths(config, space)
     return space
 

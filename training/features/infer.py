@@ -64,6 +64,8 @@ def infer_config(config: TrainingConfig, dataset: Dataset) -> TrainingConfig:
         if not features or num_train >= DENSE_INTERACTIONS * items.num_rows:
             features = [IdFeature(column="item_id"), *features]
         item = _with_features("item", item, features)
+    if config.towers.tied:
+        return config.model_copy(update={"towers": TowersConfig(item=item, tied=True)})
     if query.features is None:
         features = _suggest(dataset.users(), "user_id") or [IdFeature(column="user_id")]
         query = _with_features("query", query, [*features, HistoryFeature()])

@@ -19,6 +19,9 @@ from shardline.shards.core.schema import IdArray
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import ITEMS, USERS, Dataset
 from shardline.training.features.fitted import Block, FeatureSpace
+from shardline.training.features.tied import own_items, with_own
+
+OWN = "own.arrow"  # of tied towers alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +29,7 @@ class TrainingData:
     """The prepared dataset, mapped. train and val: item rows per user row, oldest first.
 
     keep_target: an example's own item stays in its history (``HistoryFeature.keep_target``).
+    own (users,): of tied towers, the item row that is the user, or -1.
     """
 
     items: Block
@@ -34,12 +38,14 @@ class TrainingData:
     train_users: IdArray  # train.items[i] is an interaction of train_users[i]
     val: Csr
     keep_target: bool = False
+    own: IdArray | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "TrainingData":
         """Maps what ``prepare`` wrote; nothing is read until a batch asks for it."""
         train, val = _map(folder / "train.arrow"), _map(folder / "val.arrow")
         indptr = _map(folder / "indptr.arrow")
+        own = folder / OWN
         return cls(
             items=_map_block(folder / "items.arrow"),
             users=_map_block(folder / "users.arrow"),
@@ -47,7 +53,14 @@ class TrainingData:
             train_users=train["users"],
             val=Csr(indptr["val"], val["items"]),
             keep_target=bool(_map(folder / "history.arrow")["keep_target"][0]),
+            own=_map(own)["items"] if own.exists() else None,
         )
+
+    def known(self, users: IdArray) -> Csr:
+        """What is no negative of the users (n,) and not to be found for them: their items of train,
+        and of tied towers themselves."""
+        lists = self.train.take(users)
+        return lists if self.own is None else with_own(lists, self.own[users])
 
     def item_counts(self) -> IdArray:
         """(items,) int64, occurrences in train."""
@@ -59,8 +72,12 @@ def prepare(
     space: FeatureSpace,
     folder: Path,
     fitted: tuple[str, ...] = ("train",),
+    *,
+    tied: bool = False,
 ) -> None:
     """Writes the dataset as dense, mappable Arrow files: inputs of both towers, train and val.
+
+    tied: also which item each user is (``training.features.tied``).
 
     train holds the splits that are fitted; where val is one of them, there is no val left.
 
@@ -70,6 +87,7 @@ def prepare(
     train, val = train_lists(dataset, fitted), dataset.positives("val")
     if "val" in fitted:
         val = Csr(np.zeros_like(val.indptr), val.items[:0])
+    own = own_items(dataset) if tied else None
     items = space.item.encode(dataset.items(), ITEMS)
     users = space.query.encode(dataset.users(), USERS)
     _write_block(folder / "items.arrow", items)
@@ -79,6 +97,8 @@ def prepare(
     _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
     keep_target = space.history is not None and space.history.keep_target
     _write(folder / "history.arrow", keep_target=np.array([keep_target], np.int64))
+    if own is not None:
+        _write(folder / OWN, items=own)
 
 
 def train_lists(dataset: Dataset, fitted: tuple[str, ...] = ("train",)) -> Csr:

@@ -29,7 +29,7 @@ class Batch:
     users, items: input rows of both towers; items are the positives, then ``negatives.encoded``.
     history: input rows of the past items of all b users, one user after the other, history_lengths
     (b,) int64 of them each. user_rows and item_rows (b,) int64: the interactions. known: (P,) pairs
-    of an example, 0 to b - 1, and an item its user has in train.
+    of an example, 0 to b - 1, and an item its user has in train, or of tied towers is.
     """
 
     users: Block
@@ -85,7 +85,7 @@ class Sampler:
         history = self._history(users, rows[mine])
         lengths = np.where(hidden[:, -1], 0, history.lengths)
         kept = np.repeat(~hidden[:, -1], history.lengths)
-        known = data.train.take(users)
+        known = data.known(users)
         drawn = draw(self.loss, data.train_users[rows], len(data.items), self.hard, rng)
         negatives = drawn.of_rank(self.rank, self.world)
         hidden_items = np.concatenate([hidden[:, num_user:-1], self._hidden_negatives(drawn, rng)])

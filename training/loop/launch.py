@@ -147,7 +147,7 @@ def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Pa
     hard = _hard_lists(config, dataset, table)
     space = fit(config, dataset)
     shutil.rmtree(run_folder / CACHE, ignore_errors=True)  # of a start that did not get to its end
-    prepare(dataset, space, run_folder / CACHE, config.fitted_splits)
+    prepare(dataset, space, run_folder / CACHE, config.fitted_splits, tied=config.towers.tied)
     if hard is not None:
         with atomic_path(run_folder / CACHE / HARD) as temporary:
             save_file(lists_to_tensors(hard), temporary)

@@ -251,6 +251,8 @@ def _lookups(config: TrainingConfig, model: TwoTower, data: TrainingData) -> dic
     history = np.average(np.minimum(lengths, model.history_length), weights=lengths)
     an_example = 1 + history + loss.hard_negatives + loss.random_negatives
     items = config.batch_size * an_example + loss.uniform_negatives
+    if config.towers.tied:  # its tables are read for the users too
+        items += config.batch_size
     return {
         name: items if name.startswith("item_rows.") else config.batch_size
         for name in tables(model)

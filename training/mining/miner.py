@@ -89,9 +89,9 @@ class Miner:
 
 def build_miner(model: TwoTower, data: TrainingData, config: MiningConfig, seed: int) -> Miner:
     """A miner of the model as it is now, in evaluation mode; a collective of all ranks."""
-    known = data.train
+    known = data.known(np.arange(len(data.users)))
     if config.drop_val:
-        known = merged(data.train, data.val, len(data.items))
+        known = merged(known, data.val, len(data.items))
     return Miner(
         model=model,
         data=data,

@@ -6,7 +6,8 @@
 The past items go through the item tower's own embeddings, so both towers share them. LayerNorm,
 never BatchNorm: batch statistics would tell a row which column is its positive. The linear path
 carries bilinear structure (attribute . interest) straight to the output. Under projection
-``identity`` the parts are added up instead, and there is nothing after them.
+``identity`` the parts are added up instead, and there is nothing after them. Tied towers are the
+item tower alone, which encodes queries too.
 """
 
 import itertools
@@ -161,7 +162,10 @@ class IdentityTower(nn.Module):
 
 
 class TwoTower(nn.Module):
-    """Both towers, the input rows they share, and the temperature."""
+    """Both towers, the input rows they share, and the temperature.
+
+    Tied, there is no ``query_rows`` and no ``query_tower``.
+    """
 
     def __init__(self, config: TrainingConfig, space: FeatureSpace) -> None:
         super().__init__()
@@ -170,11 +174,14 @@ class TwoTower(nn.Module):
         self.loss_config: LossConfig = config.loss
         self.history_length = space.history.max_length if space.history else 0
         self.item_rows = InputRows(space.item, towers.item, config.dim)
-        self.query_rows = InputRows(space.query, towers.query, config.dim)
+        self.tied = towers.tied
+        if not self.tied:
+            self.query_rows = InputRows(space.query, towers.query, config.dim)
         self.history = HistoryPooling(space.history, self.item_rows.width)
         pooled = self.item_rows.width + HISTORY_EXTRAS if space.history else 0
         self.item_tower = _tower(self.item_rows.width, towers.item, config.dim)
-        self.query_tower = _tower(self.query_rows.width + pooled, towers.query, config.dim)
+        if not self.tied:
+            self.query_tower = _tower(self.query_rows.width + pooled, towers.query, config.dim)
         self.log_temperature = nn.Parameter(
             torch.tensor(config.loss.temperature).log(),
             requires_grad=config.loss.learn_temperature,
@@ -197,6 +204,8 @@ class TwoTower(nn.Module):
     def encode_queries(
         self, queries: QueryInputs, generator: torch.Generator | None = None
     ) -> Tensor:
+        if self.tied:
+            return self.encode_items(queries.columns, generator)
         rows = self.query_rows(queries.columns)
         if self.history_length:
             lengths = queries.history_lengths
