@@ -9,12 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.csr import Csr
 from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset, vector_column
 from shardline.training.features.fitted import fit
 from shardline.training.features.prepared import prepare
+from shardline.training.loop.run_rank import HARD
+from shardline.training.loop.trainer import lists_to_tensors
 from shardline.training.model.checkpoint import (
     CACHE,
     MODEL,
@@ -112,10 +116,14 @@ def tiny_config(**changes: Any) -> TrainingConfig:
     return TrainingConfig.model_validate(base | changes)
 
 
-def declared_run(folder: Path, config: TrainingConfig, dataset: Dataset) -> Path:
-    """A run folder as its ranks find it; the folder."""
+def declared_run(
+    folder: Path, config: TrainingConfig, dataset: Dataset, *, hard: Csr | None = None
+) -> Path:
+    """A run folder as its ranks find it; the folder. hard: mined lists to start with."""
     space = fit(config, dataset)
     prepare(dataset, space, folder / CACHE, config.fitted_splits, tied=config.towers.tied)
+    if hard is not None:
+        save_file(lists_to_tensors(hard), folder / CACHE / HARD)
     start_run(folder, Run(config=config, space=space), dataset.identity)
     return folder
 

@@ -4,15 +4,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import click
-from pydantic import BaseModel, ValidationError
 
 from shardline.cluster.catalogue_cut import NO_CUT_HELP, assumption_of, catalogue_cut
 from shardline.cluster.cli import Settings
+from shardline.cluster.commands.data_options import out_option, overwrite_option, validated
+from shardline.cluster.commands.data_sessions import sessions
 from shardline.cluster.commands.report import metric_rows
-from shardline.cluster.config import config_error
 from shardline.cluster.console import StageProgress, print_table
 from shardline.cluster.serving.ray_session import cores
 from shardline.shards.core.name_lists import split_names
@@ -20,13 +20,6 @@ from shardline.training.data.importers import Format, ImportConfig, import_datas
 from shardline.training.data.tables import open_dataset
 from shardline.training.features.infer import suggested_kinds
 from shardline.training.synthetic.generator import PRESETS, Observed, SynthConfig, generate
-
-Model = TypeVar("Model", bound=BaseModel)
-
-out_option = click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder to write."
-)
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 
 
 @click.group()
@@ -114,6 +107,10 @@ def synth(
 @click.option("--user-column", help="Column of user ids.")
 @click.option("--item-column", help="Column of item ids.")
 @click.option("--time-column", help="Column of times, or 'none' for the rows' order.")
+@click.option(
+    "--weight-column",
+    help="Column of the interactions' weights, such as a rating: numbers >= 0 or null.",
+)
 @click.option(
     "--types",
     multiple=True,
@@ -240,9 +237,4 @@ def embed_text(
     click.echo(f"{out}: items have a column {vectors}")
 
 
-def validated(model: type[Model], values: dict[str, Any]) -> Model:
-    """The pydantic model of these values. Raises ConfigError, naming the first wrong one."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise config_error(error, model, "the command line") from error
+data.add_command(sessions)

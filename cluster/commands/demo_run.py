@@ -18,7 +18,7 @@ from shardline.bench.load.http_bytes import EMPTY, Request, search_request
 from shardline.cluster.build import build_generation, run_on_ray
 from shardline.cluster.cli import Settings
 from shardline.cluster.commands.build import plan_of
-from shardline.cluster.commands.data import validated
+from shardline.cluster.commands.data_options import validated
 from shardline.cluster.commands.demo_report import TARGETS, print_report
 from shardline.cluster.commands.demo_text import stage_line, stay_lines
 from shardline.cluster.commands.encoder_kinds import encoder_kinds

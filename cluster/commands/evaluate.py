@@ -20,6 +20,7 @@ from shardline.cluster.serving.endpoint import Address
 from shardline.shards.core.errors import InvalidInput
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.evaluation.baselines import Baseline, evaluate_baseline
+from shardline.training.evaluation.co_occurrence import evaluate_co_occurrence
 from shardline.training.evaluation.cold import cold_baselines
 from shardline.training.evaluation.evaluate import evaluate_exact, evaluate_through
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, MetricResult
@@ -196,10 +197,11 @@ def measure(
 
 
 def measure_baselines(task: Task, progress: StageProgress) -> Columns:
-    """Popularity and SVD, or the baselines that exist for items without interactions."""
+    """Popularity and SVD, of pairs of items co-occurrence too; or the baselines that exist for
+    items without interactions."""
     if task.candidates == "cold":
         return cold_baselines(task.dataset, split=task.split, ks=task.ks, max_users=task.max_users)
-    return {
+    columns = {
         baseline.value: evaluate_baseline(
             baseline,
             task.dataset,
@@ -212,6 +214,11 @@ def measure_baselines(task: Task, progress: StageProgress) -> Columns:
         )
         for baseline in Baseline
     }
+    if task.dataset.item_to_item:
+        columns["co-occurrence"] = evaluate_co_occurrence(
+            task.dataset, split=task.split, ks=task.ks, max_users=task.max_users
+        )
+    return columns
 
 
 def print_columns(

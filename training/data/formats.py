@@ -12,7 +12,7 @@ from typing import Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from shardline.shards.core.schema import IdArray
+from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.data.splits import SplitCodes
 
 SHOWN = 5  # offending lines quoted in a report
@@ -70,6 +70,11 @@ class ImportConfig(BaseModel):
         default="timestamp",
         description="integers, dates, times or ISO 8601 texts; None takes the order of rows",
     )
+    weight_column: str | None = Field(
+        default=None,
+        description="of interactions, such as a rating: numbers >= 0, null where one is not "
+        "known; None reads no weights",
+    )
     types: tuple[str, ...] = Field(
         default=(), description="column=type, where a text format would infer another type"
     )
@@ -117,3 +122,4 @@ class Source:
     times: IdArray
     codes: SplitCodes | None
     where: Callable[[int], str]
+    weights: FloatArray | None = None  # NaN where one is not known

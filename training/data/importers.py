@@ -55,11 +55,13 @@ def import_dataset(
     settings = config or ImportConfig()
     report = ImportReport()
     parsed = READERS[kind](_place(kind, source), settings, report)
-    parsed = _drop_unknown(parsed, settings, report)
+    parsed = drop_unknown(parsed, settings, report)
     parsed = _drop_repeats(parsed, report)
     codes = _split(parsed, settings)
     _describe(parsed, codes, report)
-    batch = interaction_batch(parsed.user_ids, parsed.item_ids, parsed.times, codes)
+    batch = interaction_batch(
+        *(parsed.user_ids, parsed.item_ids, parsed.times, codes), parsed.weights
+    )
     write_dataset(
         target,
         parsed.users,
@@ -78,7 +80,7 @@ def _place(kind: Format, source: Path | str) -> Path | str:
     return source if kind in (Format.TABLE, Format.PARQUET) else Path(source)
 
 
-def _drop_unknown(parsed: Source, config: ImportConfig, report: ImportReport) -> Source:
+def drop_unknown(parsed: Source, config: ImportConfig, report: ImportReport) -> Source:
     """Interactions with users or items that are in no table: an error, or skipped and counted."""
     keep = np.ones(len(parsed.user_ids), dtype=np.bool_)
     for kind, ids, table in (
@@ -119,6 +121,7 @@ def _select(parsed: Source, rows: IdArray) -> Source:
         parsed.times[rows],
         None if parsed.codes is None else parsed.codes[rows],
         lambda row: parsed.where(int(rows[row])),
+        None if parsed.weights is None else parsed.weights[rows],
     )
 
 

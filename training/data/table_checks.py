@@ -23,6 +23,8 @@ INTERACTION_SCHEMA = pa.schema(
         pa.field("split", pa.dictionary(pa.int32(), pa.string()), nullable=False),
     ]
 )
+WEIGHT = "weight"  # of an interaction; the table may lack it, and a null is one that is not known
+WEIGHTED_SCHEMA = INTERACTION_SCHEMA.append(pa.field(WEIGHT, pa.float32()))
 
 
 def split_code(name: str) -> int:
@@ -59,7 +61,8 @@ def check_references(ids: IdArray, table: pa.Table, column: str, where: str, fil
 
 
 def interaction_table(table: pa.Table, where: str) -> pa.Table:
-    """The table in the exact schema; DataError naming the column that does not fit."""
+    """The table in the exact schema, with weights where it has them; DataError naming the column
+    that does not fit."""
     columns = []
     for field in INTERACTION_SCHEMA:
         if field.name not in table.column_names:
@@ -81,7 +84,25 @@ def interaction_table(table: pa.Table, where: str) -> pa.Table:
         raise DataError(
             "unknown split", field=f"{where}: split", expected=" | ".join(SPLITS), got=repr(bad)
         )
-    return pa.Table.from_arrays(columns, schema=INTERACTION_SCHEMA)
+    if WEIGHT not in table.column_names:
+        return pa.Table.from_arrays(columns, schema=INTERACTION_SCHEMA)
+    columns.append(_weights(table[WEIGHT], where))
+    return pa.Table.from_arrays(columns, schema=WEIGHTED_SCHEMA)
+
+
+def _weights(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    if column.type != pa.float32():
+        raise _wrong_type(where, WEIGHT, "float", str(column.type))
+    values = column.drop_null().to_numpy()
+    bad = values[~(np.isfinite(values) & (values >= 0))]
+    if len(bad):
+        raise DataError(
+            "weights of interactions are finite and not negative",
+            field=f"{where}: {WEIGHT}",
+            expected="numbers >= 0, or null where one is not known",
+            got=str(bad[0]),
+        )
+    return column
 
 
 def feature_table(table: pa.Table, key: str, where: str) -> pa.Table:

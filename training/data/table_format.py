@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.name_lists import joined_names
-from shardline.shards.core.schema import ORIGINAL_ID, IdArray
+from shardline.shards.core.schema import ORIGINAL_ID, FloatArray, IdArray
 from shardline.shards.storage.column_types import (
     Unusable,
     feature_column,
@@ -79,6 +79,7 @@ def read_tables(source: object, config: ImportConfig, report: ImportReport) -> S
         _times(table, config.time_column, name),
         _codes(table, name),
         lambda row: f"{name}: row {row} ({', '.join(str(each[row]) for each in called)})",
+        _weights(table, config.weight_column, name),
     )
 
 
@@ -314,6 +315,24 @@ def _times(table: pa.Table, column: str | None, name: str) -> IdArray:
         ) from why
 
 
+def _weights(table: pa.Table, column: str | None, name: str) -> FloatArray | None:
+    """(n,) float32, NaN for null; what is negative or infinite is refused when it is written."""
+    if column is None:
+        return None
+    try:
+        found = feature_column(_present(table, column, name))
+        if pa.types.is_boolean(found.type):
+            found = found.cast(pa.int8())
+        if not (pa.types.is_integer(found.type) or pa.types.is_floating(found.type)):
+            raise Unusable("numbers >= 0", str(found.type))
+    except Unusable as why:
+        raise DataError(
+            "not usable as weights", field=f"{name}: {column}", expected=why.expected, got=why.got
+        ) from why
+    weights: FloatArray = found.cast(pa.float64()).to_numpy().astype(np.float32)
+    return weights
+
+
 def _codes(table: pa.Table, name: str) -> SplitCodes | None:
     if "split" not in table.column_names:
         return None
@@ -336,6 +355,19 @@ def _codes(table: pa.Table, name: str) -> SplitCodes | None:
 
 
 def _column(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
+    found = _present(table, column, name)
+    if found.null_count:
+        raise DataError(
+            "missing values",
+            field=f"{name}: {column}",
+            expected="no nulls",
+            got=f"{found.null_count} nulls, the first in row "
+            f"{pc.index(found.is_null(), True).as_py()}",
+        )
+    return found
+
+
+def _present(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
     if column not in table.column_names:
         raise DataError(
             "missing column",
@@ -343,13 +375,5 @@ def _column(table: pa.Table, column: str, name: str) -> pa.ChunkedArray:
             got=", ".join(table.column_names),
             hint="--user-column, --item-column and --time-column name yours, each by one name for "
             "all tables; --time-column none takes the order of the rows",
-        )
-    if table[column].null_count:
-        raise DataError(
-            "missing values",
-            field=f"{name}: {column}",
-            expected="no nulls",
-            got=f"{table[column].null_count} nulls, the first in row "
-            f"{pc.index(table[column].is_null(), True).as_py()}",
         )
     return table[column]

@@ -1,5 +1,6 @@
 """Writes a dataset folder, all of it or nothing; ``training.data.tables`` reads it."""
 
+import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ from shardline.training.data.splits import SplitCodes
 from shardline.training.data.table_checks import (
     INTERACTION_SCHEMA,
     SPLITS,
+    WEIGHT,
+    WEIGHTED_SCHEMA,
     check_references,
     feature_table,
     interaction_table,
@@ -62,8 +65,11 @@ class DatasetWriter:
     def interactions(self, batches: Iterable[pa.RecordBatch]) -> None:
         """Written as they come; users and items must have been written before."""
         path, rows = self.folder / INTERACTIONS, 0
-        with pq.ParquetWriter(path, INTERACTION_SCHEMA, write_page_checksum=True) as writer:
-            for batch in batches:
+        ahead = iter(batches)
+        first = next(ahead, pa.RecordBatch.from_pylist([], schema=INTERACTION_SCHEMA))
+        schema = WEIGHTED_SCHEMA if WEIGHT in first.schema.names else INTERACTION_SCHEMA
+        with pq.ParquetWriter(path, schema, write_page_checksum=True) as writer:
+            for batch in itertools.chain([first], ahead):
                 table = interaction_table(pa.Table.from_batches([batch]), INTERACTIONS)
                 for column, file in (("user_id", USERS), ("item_id", ITEMS)):
                     check_references(self._ids[file], table, column, INTERACTIONS, file)
@@ -146,12 +152,20 @@ def write_dataset(
 
 
 def interaction_batch(
-    users: IdArray, items: IdArray, timestamps: IdArray, codes: SplitCodes
+    users: IdArray,
+    items: IdArray,
+    timestamps: IdArray,
+    codes: SplitCodes,
+    weights: NDArray[np.float32] | None = None,
 ) -> pa.RecordBatch:
-    """Four columns of equal length as a record batch of the interactions table."""
+    """Columns of equal length as a record batch of the interactions table; NaN is no weight."""
     split = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(SPLITS))
     columns = [pa.array(a, pa.int64()) for a in (users, items, timestamps)]
-    return pa.RecordBatch.from_arrays([*columns, split], schema=INTERACTION_SCHEMA)
+    columns.append(split)
+    if weights is None:
+        return pa.RecordBatch.from_arrays(columns, schema=INTERACTION_SCHEMA)
+    columns.append(pa.array(weights, pa.float32(), from_pandas=True))
+    return pa.RecordBatch.from_arrays(columns, schema=WEIGHTED_SCHEMA)
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:

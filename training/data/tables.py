@@ -34,7 +34,7 @@ from safetensors.numpy import load_file
 
 from shardline.shards.core.errors import CorruptFile, DataError, NotFound
 from shardline.shards.core.files import FileEntry, read_manifest, verify_files
-from shardline.shards.core.schema import ORIGINAL_ID, IdArray
+from shardline.shards.core.schema import ORIGINAL_ID, FloatArray, IdArray
 from shardline.shards.storage.cut import Cut, cut_from_json
 from shardline.training.data.csr import Csr
 from shardline.training.data.sequences import Sequences
@@ -49,6 +49,7 @@ KIND = "dataset"
 VERSION = 1
 USERS, ITEMS, INTERACTIONS = "users.parquet", "items.parquet", "interactions.parquet"
 ORACLE = "oracle.safetensors"
+ITEM_TO_ITEM = "item_to_item"  # among the parameters of the manifest
 
 
 @dataclass(frozen=True)  # no slots, which would leave the cached properties no place
@@ -84,6 +85,12 @@ class Dataset:
     def cut(self) -> Cut | None:
         """What the items contain of a live generation's writes; None where nobody has said it."""
         return cut_from_json(self.manifest.get("cut"))
+
+    @property
+    def item_to_item(self) -> bool:
+        """Whether users are the items themselves, asked for what goes with them: nothing asks for
+        itself, and what is known may be found again (``training.data.session_import``)."""
+        return bool((self.manifest["parameters"] or {}).get(ITEM_TO_ITEM, False))
 
     @property
     def rows(self) -> dict[str, int]:
@@ -132,6 +139,13 @@ class Dataset:
     def positives(self, *splits: str) -> Csr:
         """Item rows of every user row over the splits, oldest first, no item twice."""
         return self._sequences.positives(splits, len(self.item_ids))
+
+    def weights(self, *splits: str) -> FloatArray | None:
+        """(n,) float32: the weight of each entry of ``positives``, NaN where it is not known.
+
+        None where the interactions have no weights. A repeated pair has that of its first row.
+        """
+        return self._sequences.weights_of(splits, len(self.item_ids))
 
     def counts(self, *splits: str) -> tuple[IdArray, IdArray]:
         """(users,) and (items,) int64: interactions of each over the splits, repeats included."""

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shardline.shards.core.errors import DataError, NotFound
+from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.training.data.formats import ImportConfig, ImportReport, Source
 
+RATING = "rating"  # what MovieLens 100k calls the weight of an interaction
 # of MovieLens 100k, in the order of its flags
 GENRES = (
     *("unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime"),
@@ -22,6 +23,8 @@ GENRES = (
 
 def read_lightgcn(source: Path, config: ImportConfig, report: ImportReport) -> Source:
     """train.txt and test.txt: a user and their items per line; the position is the timestamp."""
+    if config.weight_column is not None:
+        raise InvalidInput("the format has no weights", field="--weight-column", got="lightgcn")
     users: list[int] = []
     items: list[int] = []
     times: list[int] = []
@@ -53,6 +56,13 @@ def read_lightgcn(source: Path, config: ImportConfig, report: ImportReport) -> S
 
 def read_movielens(source: Path, config: ImportConfig, report: ImportReport) -> Source:
     """u.user, u.item, and the split ua.base / ua.test, or u.data where that is absent."""
+    if config.weight_column not in (None, RATING):
+        raise InvalidInput(
+            "no such column of interactions",
+            field="--weight-column",
+            expected=RATING,
+            got=str(config.weight_column),
+        )
     has_split = (source / "ua.base").exists() and (source / "ua.test").exists()
     files = ((0, "ua.base"), (2, "ua.test")) if has_split else ((0, "u.data"),)
     rows: list[list[int]] = []
@@ -67,9 +77,9 @@ def read_movielens(source: Path, config: ImportConfig, report: ImportReport) -> 
             if rating < config.min_rating:
                 report.below_min_rating += 1
                 continue
-            rows.append([user, item, time, code])
+            rows.append([user, item, time, code, rating])
             where.append(f"{name}:{number}")
-    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    table = np.array(rows, dtype=np.int64).reshape(-1, 5)
     return Source(
         _movielens_users(source / "u.user", config, report),
         _movielens_items(source / "u.item", config, report),
@@ -78,6 +88,7 @@ def read_movielens(source: Path, config: ImportConfig, report: ImportReport) -> 
         table[:, 2],
         table[:, 3].astype(np.int8) if has_split else None,
         where.__getitem__,
+        table[:, 4].astype(np.float32) if config.weight_column else None,
     )
 
 

@@ -29,7 +29,8 @@ class EvaluationTask:
     users (u,) int64 rows to ask. known, relevant: item rows of *all* users, oldest first, in the
     splits before the measured one and in that one; known is also what a baseline learns from.
     own (all users,): the item row that each user is, which is not shown either; -1 or None for
-    none. candidates: the item rows that are ranked, ascending; None for all of them.
+    none. shows_known: known items may be found again.
+    candidates: the item rows that are ranked, ascending; None for all of them.
     """
 
     users: IdArray
@@ -40,10 +41,13 @@ class EvaluationTask:
     segments: tuple[Segment, ...]
     candidates: IdArray | None
     own: IdArray | None = None
+    shows_known: bool = False
 
     def not_shown(self, users: IdArray) -> Csr:
         """Item rows that are left out of the lists of the users (n,)."""
         known = self.known.take(users)
+        if self.shows_known:
+            known = Csr(np.zeros(len(users) + 1, np.int64), known.items[:0])
         return known if self.own is None else with_own(known, self.own[users])
 
 
@@ -91,7 +95,8 @@ def evaluation_task(
         ks=checked_ks(ks, num_items if rows is None else len(rows)),
         segments=segments_of(train, num_items) if with_segments else (),
         candidates=rows,
-        own=own_items(dataset) if without_own else None,
+        own=own_items(dataset) if without_own or dataset.item_to_item else None,
+        shows_known=dataset.item_to_item,
     )
 
 

@@ -29,7 +29,8 @@ class TrainingData:
     """The prepared dataset, mapped. train and val: item rows per user row, oldest first.
 
     keep_target: an example's own item stays in its history (``HistoryFeature.keep_target``).
-    own (users,): of tied towers, the item row that is the user, or -1.
+    own (users,): the item row that is the user, or -1, where users are items. shows_known: what a
+    user has in train may be found again, as in ``Dataset.item_to_item``.
     """
 
     items: Block
@@ -39,6 +40,7 @@ class TrainingData:
     val: Csr
     keep_target: bool = False
     own: IdArray | None = None
+    shows_known: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> "TrainingData":
@@ -54,13 +56,20 @@ class TrainingData:
             val=Csr(indptr["val"], val["items"]),
             keep_target=bool(_map(folder / "history.arrow")["keep_target"][0]),
             own=_map(own)["items"] if own.exists() else None,
+            shows_known="shows_known" in _map(folder / "history.arrow"),
         )
 
     def known(self, users: IdArray) -> Csr:
-        """What is no negative of the users (n,) and not to be found for them: their items of train,
-        and of tied towers themselves."""
+        """What is no negative of the users (n,): their items of train, and themselves."""
         lists = self.train.take(users)
         return lists if self.own is None else with_own(lists, self.own[users])
+
+    def not_shown(self, users: IdArray) -> Csr:
+        """What is not to be found for the users (n,)."""
+        if not self.shows_known or self.own is None:
+            return self.known(users)
+        nothing = Csr(np.zeros(len(users) + 1, np.int64), self.train.items[:0])
+        return with_own(nothing, self.own[users])
 
     def item_counts(self) -> IdArray:
         """(items,) int64, occurrences in train."""
@@ -87,7 +96,7 @@ def prepare(
     train, val = train_lists(dataset, fitted), dataset.positives("val")
     if "val" in fitted:
         val = Csr(np.zeros_like(val.indptr), val.items[:0])
-    own = own_items(dataset) if tied else None
+    own = own_items(dataset) if tied or dataset.item_to_item else None
     items = space.item.encode(dataset.items(), ITEMS)
     users = space.query.encode(dataset.users(), USERS)
     _write_block(folder / "items.arrow", items)
@@ -96,7 +105,10 @@ def prepare(
     _write(folder / "val.arrow", items=val.items)
     _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
     keep_target = space.history is not None and space.history.keep_target
-    _write(folder / "history.arrow", keep_target=np.array([keep_target], np.int64))
+    flags = {"keep_target": np.array([keep_target], np.int64)}
+    if dataset.item_to_item:
+        flags["shows_known"] = np.array([1])
+    _write(folder / "history.arrow", **flags)
     if own is not None:
         _write(folder / OWN, items=own)
 

@@ -33,7 +33,7 @@ def validation_recall(model: TwoTower, sampler: Sampler, config: TrainingConfig)
     total = torch.zeros(2, dtype=torch.float64)
     if len(users):
         k = min(settings.k, len(data.items))
-        ranked = rank_exact(queries, vectors, k=k, exclude=data.known(users)).ids
+        ranked = rank_exact(queries, vectors, k=k, exclude=data.not_shown(users)).ids
         recall = score_lists(ranked, data.val.take(users), (k,)).values[f"recall@{k}"]
         total = torch.tensor([recall.sum(), len(recall)], dtype=torch.float64)
     total = total.to(model.log_temperature.device)
