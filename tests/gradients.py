@@ -17,7 +17,14 @@ from shardline.training.model.checkpoint import open_run
 from shardline.training.model.encoding import encode_items_sharded
 from shardline.training.model.towers import build_model
 from tests.people import people, tied_config
-from tests.tiny import NUM_ITEMS, NUM_USERS, declared_run, tiny_config, tiny_dataset
+from tests.tiny import (
+    NUM_ITEMS,
+    NUM_USERS,
+    declared_run,
+    tiny_config,
+    tiny_dataset,
+    with_weights,
+)
 
 STEPS = 3  # the later ones see what memory and streaming estimate have kept
 
@@ -45,14 +52,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bsl-cached": {"loss": NEGATIVES | {"kind": "bsl"}, "micro_batch": 5},
     "sigmoid": {"loss": NEGATIVES | {"kind": "sigmoid", "hard_weight": 1.0}},
 }
+WEIGHTED: dict[str, Any] = {
+    "weighted": {"loss": NEGATIVES | {"symmetric": 0.3, "weight_exponent": 0.7}},
+    "weighted-bsl": {"loss": NEGATIVES | {"kind": "bsl", "weight_exponent": 1.0}, "micro_batch": 5},
+}
+OTHERS = ("tied", *WEIGHTED)  # on data of their own
 TIED = {"loss": {"uniform_negatives": 12, "symmetric": 0.3}, "unknown_rate": 0.2}
 
 
 def declare_runs(folder: Path) -> None:
-    """A run folder for each of SETTINGS, and one of tied towers, below ``folder``."""
+    """A run folder for each of SETTINGS and OTHERS, below ``folder``."""
     dataset = tiny_dataset(folder / "data")
     for name, settings in SETTINGS.items():
         declared_run(folder / name, tiny_config(unknown_rate=0.2, **settings), dataset)
+    weighted = with_weights(dataset, folder / "weighted-data")
+    for name, settings in WEIGHTED.items():
+        declared_run(folder / name, tiny_config(unknown_rate=0.2, **settings), weighted)
     declared_run(folder / "tied", tied_config(**TIED), people(folder / "people"))
 
 

@@ -69,6 +69,21 @@ def tiny_dataset(folder: Path, seed: int = 0) -> Dataset:
     return write_dataset(folder, users, items, interactions, name="tiny")
 
 
+def with_weights(dataset: Dataset, folder: Path) -> Dataset:
+    """The same with a weight of 0 to 5 for each interaction; some are not known."""
+    rows = dataset.interactions()
+    weights = np.random.default_rng(7).integers(0, 6, len(rows)).astype(np.float32)
+    mask = np.arange(len(rows)) % 7 == 3
+    column = pa.array(weights, pa.float32(), mask=mask)
+    return write_dataset(
+        folder,
+        dataset.users(),
+        dataset.items(),
+        rows.append_column("weight", column),
+        name="weighted",
+    )
+
+
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each table is read from now on, whole or a column of it, by file name."""
     reads: Counter[str] = Counter()

@@ -43,6 +43,7 @@ class Task:
     unfinished: bool
     other_data: bool
     without_own: bool  # nobody is shown themselves
+    graded: bool  # weights of interactions are grades
 
 
 @click.command()
@@ -77,6 +78,9 @@ class Task:
     is_flag=True,
     help="Do not show users the item of their own id; always so for a run of tied towers.",
 )
+@click.option(
+    "--graded", is_flag=True, help="Also NDCG with 2^weight - 1 of the interactions' weights."
+)
 @click.option("--max-users", type=int, help="Measure only this many users.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -95,6 +99,7 @@ def evaluate(
     budget: bool,
     generation: int | None,
     without_own: bool,
+    graded: bool,
     max_users: int | None,
     as_json: bool,
 ) -> None:
@@ -114,6 +119,11 @@ def evaluate(
         )
     through_index = through or generation is not None
     _refuse_contradictions(budget, candidates, segments, through_index, unfinished)
+    if graded and (budget or candidates == "cold"):
+        raise InvalidInput(
+            "--budget and --candidates cold have no graded metric", field="graded",
+            hint="leave it out",
+        )  # fmt: skip
     dataset = open_dataset(data)
     cutoffs = ks or DEFAULT_KS
     cluster = address_of(settings, url, key_file) if through else None
@@ -134,7 +144,7 @@ def evaluate(
     task = Task(
         dataset=dataset, split=split, ks=cutoffs, max_users=max_users,
         with_segments=segments, candidates=candidates, unfinished=unfinished,
-        other_data=run is not None, without_own=without_own or is_tied,
+        other_data=run is not None, without_own=without_own or is_tied, graded=graded,
     )  # fmt: skip
     with StageProgress() as progress:
         if isinstance(subject, Path):
@@ -164,6 +174,7 @@ def measure(
             max_users=task.max_users,
             with_segments=task.with_segments,
             without_own=task.without_own,
+            graded=task.graded,
             progress=progress,
         )
         return {f"generation {subject.manifest.generation}": found}
@@ -178,6 +189,7 @@ def measure(
                 max_users=task.max_users,
                 with_segments=task.with_segments,
                 without_own=task.without_own,
+                graded=task.graded,
             )
         return {"cluster": found}
     found = evaluate_exact(
@@ -188,6 +200,7 @@ def measure(
         max_users=task.max_users,
         with_segments=task.with_segments,
         without_own=task.without_own,
+        graded=task.graded,
         candidates=task.candidates,
         unfinished=task.unfinished,
         other_data=task.other_data,
@@ -210,13 +223,19 @@ def measure_baselines(task: Task, progress: StageProgress) -> Columns:
             max_users=task.max_users,
             with_segments=task.with_segments,
             without_own=task.without_own,
+            graded=task.graded,
             progress=progress,
         )
         for baseline in Baseline
     }
     if task.dataset.item_to_item:
         columns["co-occurrence"] = evaluate_co_occurrence(
-            task.dataset, split=task.split, ks=task.ks, max_users=task.max_users
+            task.dataset,
+            split=task.split,
+            ks=task.ks,
+            max_users=task.max_users,
+            with_segments=task.with_segments,
+            graded=task.graded,
         )
     return columns
 

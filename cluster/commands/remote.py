@@ -25,6 +25,7 @@ def evaluate_cluster(
     params: SearchParams | None = None,
     with_segments: bool = False,
     without_own: bool = False,
+    graded: bool = False,
 ) -> MetricResult:
     """The metrics of a running cluster's answers to the users' features, over HTTP."""
     return evaluate_through(
@@ -36,6 +37,7 @@ def evaluate_cluster(
         max_users=max_users,
         with_segments=with_segments,
         without_own=without_own,
+        graded=graded,
         progress=progress,
     )
 

@@ -18,7 +18,13 @@ from shardline.training.model import encoding
 from shardline.training.model.checkpoint import Run, open_run, start_run
 from shardline.training.model.encoding import encode_items, encode_items_sharded
 from shardline.training.model.towers import build_model
-from tests.gradients import SETTINGS, assert_same_gradients, declare_runs, losses_and_gradients
+from tests.gradients import (
+    OTHERS,
+    SETTINGS,
+    assert_same_gradients,
+    declare_runs,
+    losses_and_gradients,
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def one_rank(rank: int, world: int, folder: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("plain", 1), *((name, world) for name in [*SETTINGS, "tied"] for world in (2, 3))],
+    [("plain", 1), *((name, world) for name in [*SETTINGS, *OTHERS] for world in (2, 3))],
 )
 def test_ranks_together_give_the_full_batch_gradient(
     run_folders: Path, tmp_path: Path, name: str, world: int

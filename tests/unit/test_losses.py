@@ -19,7 +19,7 @@ TRAIN_COUNTS = torch.tensor([5, 9, 1, 4, 7, 2, 3, 8, 6, 1, 2, 5, 3, 0])
 TAU = 0.5
 
 
-def draw_case(config: LossConfig, seed: int = 0) -> tuple[Vectors, Ids]:
+def draw_case(config: LossConfig, seed: int = 0, *, weighted: bool = False) -> tuple[Vectors, Ids]:
     generator = torch.Generator().manual_seed(seed)
 
     def vectors(*shape: int) -> Tensor:
@@ -38,6 +38,8 @@ def draw_case(config: LossConfig, seed: int = 0) -> tuple[Vectors, Ids]:
     pairs = [(r, i) for r in range(ROWS) for u, i in sorted(known) if u == users[r]]
     known_rows, known_items = (torch.tensor(part) for part in zip(*pairs, strict=True))
     uniform, random = config.uniform_negatives, config.random_negatives
+    weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(seed + 1)) * 3
+    weights[2] = 0.0
     ids = Ids(
         users=users,
         items=items,
@@ -46,6 +48,7 @@ def draw_case(config: LossConfig, seed: int = 0) -> tuple[Vectors, Ids]:
         random=rows(ITEMS, ROWS, random),
         known_rows=known_rows,
         known_items=known_items,
+        weights=weights if weighted else None,
     )
     embedded = Vectors(
         queries=vectors(ROWS),
@@ -56,6 +59,14 @@ def draw_case(config: LossConfig, seed: int = 0) -> tuple[Vectors, Ids]:
         temperature=torch.tensor(TAU, dtype=torch.float64, requires_grad=True),
     )
     return embedded, ids
+
+
+def mean_of(losses: list[Tensor], ids: Ids) -> Tensor:
+    """Over rows, each times its weight."""
+    weights = torch.ones(ROWS) if ids.weights is None else ids.weights
+    return (
+        sum((w * loss for w, loss in zip(weights, losses, strict=True)), torch.tensor(0.0)) / ROWS
+    )
 
 
 @dataclass
@@ -141,7 +152,7 @@ def slow_loss(
         negatives += raw[1:].tolist()
         right += bool((label >= rest).all())
         losses.append(one_loss(config, label, rest))
-    loss = torch.stack(losses).mean()
+    loss = mean_of(losses, ids)
     if config.symmetric:
         loss = (1 - config.symmetric) * loss + config.symmetric * slow_symmetric(
             config, vectors, ids
@@ -178,7 +189,7 @@ def slow_symmetric(config: LossConfig, vectors: Vectors, ids: Ids) -> Tensor:
                 score = vectors.items[row] @ vectors.queries[other] / vectors.temperature
                 scores.append(score)
         losses.append(torch.logsumexp(torch.stack(scores), 0) - scores[0])
-    return torch.stack(losses).mean()
+    return mean_of(losses, ids)
 
 
 def leaves(vectors: Vectors) -> list[Tensor]:
@@ -252,9 +263,10 @@ def with_memory(config: LossConfig) -> tuple[LossState, list[Column]]:
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("seed", range(2))
-def test_every_ingredient_against_loops(name: str, seed: int) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_ingredient_against_loops(name: str, seed: int, weighted: bool) -> None:
     config = LossConfig.model_validate(SETTINGS[name])
-    vectors, ids = draw_case(config, seed)
+    vectors, ids = draw_case(config, seed, weighted=weighted)
     state, kept = with_memory(config)
     terms = step_loss(config, vectors, ids, state, ITEMS)
     expected, logged = slow_loss(config, vectors, ids, kept)
@@ -272,9 +284,10 @@ def test_every_ingredient_against_loops(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("logq", ["none", "standard"])
 @pytest.mark.parametrize("weight", [1.0, 1.3])
-def test_bsl_against_loops(logq: str, weight: float) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bsl_against_loops(logq: str, weight: float, weighted: bool) -> None:
     config = LossConfig(kind="bsl", logq=logq, bsl_negative_weight=weight, uniform_negatives=4)
-    vectors, ids = draw_case(config)
+    vectors, ids = draw_case(config, weighted=weighted)
     terms = step_loss(config, vectors, ids, LossState(config, TRAIN_COUNTS, DIM), ITEMS)
     labels, losses = [], []
     for row in range(ROWS):
@@ -288,7 +301,7 @@ def test_bsl_against_loops(logq: str, weight: float) -> None:
     for row in range(ROWS):
         same = [labels[other].exp() for other in range(ROWS) if ids.users[other] == ids.users[row]]
         losses[row] = losses[row] - torch.stack(same).mean().log()
-    expected = torch.stack(losses).mean()
+    expected = mean_of(losses, ids)
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for ours, theirs in zip(
         torch.autograd.grad(terms.loss, [vectors.queries, vectors.items]),

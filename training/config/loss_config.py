@@ -117,6 +117,14 @@ class LossConfig(Section):
     bsl_negative_weight: float = Field(
         default=1.0, gt=0, le=10, description="[factor] Weight of the negatives' log-sum, bsl."
     )
+    weight_exponent: float = Field(
+        default=0.0,
+        ge=0,
+        le=4,
+        description="[exponent] Each row's loss is multiplied by weight ** exponent of its "
+        "interaction, divided by the mean over train; a weight that is not known counts as that "
+        "mean. 0: all rows count alike. Needs weights (`data import --weight-column`).",
+    )
     tile_mib: int = Field(
         default=64, ge=1, le=1 << 14, description="Memory for the logits held at a time."
     )

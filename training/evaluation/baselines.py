@@ -89,12 +89,13 @@ def evaluate_baseline(
     max_users: int | None = None,
     with_segments: bool = False,
     without_own: bool = False,
+    graded: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """Metrics on ``test``, with train + val learnt and masked, or on ``val``, with train.
 
-    max_users: only so many are asked, the same ones as a model's evaluation draws. without_own: as
-    ``evaluation_task``. The result is ``about`` the number of factors.
+    max_users: only so many are asked, the same ones as a model's evaluation draws. without_own,
+    graded: as ``evaluation_task``. The result is ``about`` the number of factors.
 
     Raises:
         InvalidInput: nothing to measure, or a k beyond the corpus.
@@ -106,6 +107,7 @@ def evaluate_baseline(
             max_users=max_users,
             with_segments=with_segments,
             without_own=without_own,
+            graded=graded,
         )
     )
     about = ""

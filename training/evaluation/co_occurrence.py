@@ -28,6 +28,8 @@ def evaluate_co_occurrence(
     split: str = "test",
     ks: Sequence[int] = DEFAULT_KS,
     max_users: int | None = None,
+    with_segments: bool = False,
+    graded: bool = False,
 ) -> MetricResult:
     """Metrics by what each item was paired with before the split; weights are how often.
 
@@ -41,13 +43,21 @@ def evaluate_co_occurrence(
             expected="a dataset of `shardline data sessions`",
             got=dataset.name,
         )
-    task = shared(evaluation_task(dataset, split, ks=ks, max_users=max_users))
+    task = shared(
+        evaluation_task(
+            *(dataset, split),
+            ks=ks,
+            max_users=max_users,
+            with_segments=with_segments,
+            graded=graded,
+        )
+    )
     assert task.own is not None, "users of such a dataset are items"
     weights, sums = dataset.weights(*KNOWN_BEFORE[split]), empty_sums(task)
     lists = co_occurrence_lists(task.known, weights, task.users, task.own, max(task.ks))
     if len(task.users):
         add_lists(sums, task, lists, task.relevant.take(task.users), task.users)
-    return result_of(all_reduced(sums, metric_names(task.ks)))
+    return result_of(all_reduced(sums, metric_names(task.ks, graded=graded)))
 
 
 def co_occurrence_lists(

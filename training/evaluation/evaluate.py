@@ -49,14 +49,15 @@ def evaluate_exact(
     unfinished: bool = False,
     other_data: bool = False,
     without_own: bool = False,
+    graded: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """Brute force over the whole corpus with the run's best model; users without items in the
     split are left out, of the others ``max_users`` are drawn. Progress stage: ``evaluate``.
 
     unfinished: also a run whose training has not ended; other_data: also one that was trained on
-    another dataset. The result is then ``about`` that. without_own: as ``evaluation_task``, and
-    always where the towers are tied.
+    another dataset. The result is then ``about`` that. without_own, graded: as
+    ``evaluation_task``, and without_own always where the towers are tied.
 
     Raises:
         NotFound: no trained run. DataError: the run was trained on another dataset, or has not
@@ -76,6 +77,7 @@ def evaluate_exact(
             with_segments=with_segments,
             candidates=candidates,
             without_own=without_own or run.config.towers.tied,
+            graded=graded,
         )
     )
     if split in run.config.fitted_splits and not is_other:
@@ -107,13 +109,14 @@ def evaluate_through(
     max_users: int | None = None,
     with_segments: bool = False,
     without_own: bool = False,
+    graded: bool = False,
     progress: Progress | None = None,
 ) -> MetricResult:
     """The same metrics of whatever ``search(features, k)`` answers: (n, k) int64 item ids.
 
     Each batch asks for max(ks) and as many more as its users know items. max_users: only so many,
     the same ones as the other evaluations draw. kinds: name and kind of the encoder's features.
-    without_own: as ``evaluation_task``.
+    without_own, graded: as ``evaluation_task``.
 
     Raises:
         InvalidInput: a k beyond the corpus, or beyond what MAX_K leaves after dropping the known
@@ -125,6 +128,7 @@ def evaluate_through(
         max_users=max_users,
         with_segments=with_segments,
         without_own=without_own,
+        graded=graded,
     )
     features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
     item_ids, sums = dataset.item_ids, empty_sums(task)

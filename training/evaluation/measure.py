@@ -66,7 +66,8 @@ def measure(
         add_lists(sums, task, ranked, wanted.slice(start, done), task.users[start:done])
         if progress is not None:
             progress(stage, done, len(task.users))
-    return result_of(all_reduced(sums, metric_names(task.ks)))
+    names = metric_names(task.ks, graded=task.grades is not None)
+    return result_of(all_reduced(sums, names))
 
 
 def empty_sums(task: EvaluationTask) -> Sums:
@@ -81,10 +82,12 @@ def add_lists(
 
     A segment of items asks where its own items stand in the whole list.
     """
-    sums[WHOLE].add(score_lists(ranked, wanted, task.ks))
+    grades = task.grades_of(users)
+    sums[WHOLE].add(score_lists(ranked, wanted, task.ks, grades))
     for segment in task.segments:
-        part = filtered(wanted, segment.holds(users, wanted))
-        sums[segment.name].add(score_lists(ranked, part, task.ks))
+        inside = segment.holds(users, wanted)
+        part = None if grades is None else grades[inside]
+        sums[segment.name].add(score_lists(ranked, filtered(wanted, inside), task.ks, part))
 
 
 def result_of(sums: Sums) -> MetricResult:

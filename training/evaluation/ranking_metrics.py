@@ -8,6 +8,12 @@ A ranked list is a row of ids, best first; -1 marks an empty slot. For a user wi
                 ranks 1 .. min(k, R)
     mrr         1 / rank of the first hit in the whole list, 0 without a hit
 
+and, of relevant items with grades, such as ratings (Burges et al., ICML 2005):
+
+    graded_ndcg@k  sum of (2^grade - 1) / log2(rank + 1) over hits in the first k, divided by the
+                same sum for the relevant items in the order of their grades; 0 for a user none of
+                whose items has a grade above 0
+
 Users without relevant items have no recall; they are left out of every mean and counted. Means
 are sums over users, so parts of a test set can be scored apart and merged (``MetricSums``).
 Pure numpy: nothing here knows about models, tables or indexes.
@@ -20,10 +26,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.errors import InvalidInput
-from shardline.shards.core.schema import EMPTY_ID, IdArray, check_k
+from shardline.shards.core.schema import EMPTY_ID, FloatArray, IdArray, check_k
 from shardline.training.data.csr import Csr
 
 DEFAULT_KS = (10, 100, 1000)
+MAX_GRADE = 50.0  # 2 to this power, and sums of it, are exact in float64 where grades are whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +118,9 @@ def checked_ks(ks: Sequence[int], rows: int) -> tuple[int, ...]:
     return tuple(check_k(k, limit=rows) for k in ks)
 
 
-def metric_names(ks: Sequence[int]) -> tuple[str, ...]:
+def metric_names(ks: Sequence[int], *, graded: bool = False) -> tuple[str, ...]:
     """The names of ``score_lists``, in its order."""
-    kinds = ("recall", "hit_rate", "ndcg")
+    kinds = ("recall", "hit_rate", "ndcg") + ("graded_ndcg",) * graded
     return (*(f"{kind}@{k}" for k in ks for kind in kinds), "mrr")
 
 
@@ -147,20 +154,31 @@ def hit_matrix(ranked: IdArray, relevant: Csr) -> NDArray[np.bool_]:
     return hits
 
 
-def score_lists(ranked: IdArray, relevant: Csr, ks: Sequence[int] = DEFAULT_KS) -> UserMetrics:
+def score_lists(
+    ranked: IdArray,
+    relevant: Csr,
+    ks: Sequence[int] = DEFAULT_KS,
+    grades: FloatArray | None = None,
+) -> UserMetrics:
     """Metrics of each user; ranked (n, K) int64 best first, -1 empty; every k of ks <= K.
 
+    grades: of each entry of ``relevant``, 0 to MAX_GRADE; 1 where it is NaN. None leaves out the
+    graded metric.
+
     Raises:
-        InvalidInput: a k below 1 or beyond the lists' length, or see ``hit_matrix``.
+        InvalidInput: a k below 1 or beyond the lists' length, a grade out of range, or see
+            ``hit_matrix``.
     """
     hits = hit_matrix(ranked, relevant)
     width = hits.shape[1]
     if not ks or min(ks) < 1 or max(ks) > width:
         raise InvalidInput("k out of range", field="ks", expected=f"1 to {width}", got=str(ks))
     users = np.flatnonzero(relevant.lengths)
+    hits_of_all = hits
     hits, sizes = hits[users], relevant.lengths[users]
     gains = 1.0 / np.log2(np.arange(2, width + 2))
     ideal = np.concatenate([[0.0], np.cumsum(gains)])
+    graded = None if grades is None else _graded(ranked, relevant, grades, hits_of_all)
     first = np.where(hits.any(axis=1), hits.argmax(axis=1), -1)
     values: dict[str, NDArray[np.float64]] = {}
     for k in ks:
@@ -168,6 +186,9 @@ def score_lists(ranked: IdArray, relevant: Csr, ks: Sequence[int] = DEFAULT_KS) 
         values[f"recall@{k}"] = head.sum(axis=1) / sizes
         values[f"hit_rate@{k}"] = ((first >= 0) & (first < k)).astype(np.float64)
         values[f"ndcg@{k}"] = (head @ gains[:k]) / ideal[np.minimum(sizes, k)]
+        if graded is not None:
+            found, best = (part[users, :k] @ gains[:k] for part in graded)
+            values[f"graded_ndcg@{k}"] = found / np.where(best > 0, best, 1.0)
     values["mrr"] = np.where(first >= 0, 1.0 / np.maximum(first + 1, 1), 0.0)
     return UserMetrics(
         users=users,
@@ -175,6 +196,36 @@ def score_lists(ranked: IdArray, relevant: Csr, ks: Sequence[int] = DEFAULT_KS) 
         relevant=len(relevant.items),
         skipped=len(relevant.indptr) - 1 - len(users),
     )
+
+
+def _graded(
+    ranked: IdArray, relevant: Csr, grades: FloatArray, hits: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(n, K) 2^grade - 1 of each ranked id, 0 where it is no hit; and of the best lists."""
+    known = np.nan_to_num(grades.astype(np.float64), nan=1.0)
+    if len(known) and (known.min() < 0 or known.max() > MAX_GRADE):
+        raise InvalidInput(
+            "grades out of range",
+            field="weight",
+            expected=f"0 to {MAX_GRADE:g}, because 2 to their power is what counts",
+            got=f"{known.min():g} to {known.max():g}",
+        )
+    gains, owners = 2.0**known - 1.0, relevant.owners
+    shape, width = hits.shape, hits.shape[1]
+    # a user's entries by id, in which the hits are looked up
+    ids = np.unique(relevant.items)
+    by_id = np.lexsort((relevant.items, owners))
+    keys = owners[by_id] * len(ids) + np.searchsorted(ids, relevant.items[by_id])
+    rows, columns = np.nonzero(hits)
+    wanted = rows * len(ids) + np.searchsorted(ids, ranked[rows, columns])
+    found = np.zeros(shape)
+    found[rows, columns] = gains[by_id[np.searchsorted(keys, wanted)]]
+    by_gain = np.lexsort((-gains, owners))
+    place = np.arange(len(owners)) - np.repeat(relevant.indptr[:-1], relevant.lengths)
+    best = np.zeros(shape)
+    kept = place < width
+    best[owners[kept], place[kept]] = gains[by_gain][kept]
+    return found, best
 
 
 def _refuse_repeats(ordered: IdArray, name: str, stride: int) -> None:

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shardline.shards.core.errors import InvalidInput, NotFound
-from shardline.shards.core.schema import IdArray
-from shardline.training.data.csr import Csr
+from shardline.shards.core.schema import FloatArray, IdArray
+from shardline.training.data.csr import Csr, places_of
 from shardline.training.data.segments import Segment, filtered, segments_of
 from shardline.training.data.tables import USERS, Dataset
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, checked_ks
@@ -29,7 +29,8 @@ class EvaluationTask:
     users (u,) int64 rows to ask. known, relevant: item rows of *all* users, oldest first, in the
     splits before the measured one and in that one; known is also what a baseline learns from.
     own (all users,): the item row that each user is, which is not shown either; -1 or None for
-    none. shows_known: known items may be found again.
+    none. shows_known: known items may be found again. grades: the weight of each entry of
+    ``relevant``, for graded metrics; None without.
     candidates: the item rows that are ranked, ascending; None for all of them.
     """
 
@@ -42,6 +43,14 @@ class EvaluationTask:
     candidates: IdArray | None
     own: IdArray | None = None
     shows_known: bool = False
+    grades: FloatArray | None = None
+
+    def grades_of(self, users: IdArray) -> FloatArray | None:
+        """The weights of the entries of ``relevant.take(users)``."""
+        if self.grades is None:
+            return None
+        starts = self.relevant.indptr[:-1][users]
+        return self.grades[places_of(starts, self.relevant.lengths[users]).items]
 
     def not_shown(self, users: IdArray) -> Csr:
         """Item rows that are left out of the lists of the users (n,)."""
@@ -60,15 +69,17 @@ def evaluation_task(
     with_segments: bool = False,
     candidates: Candidates = "all",
     without_own: bool = False,
+    graded: bool = False,
 ) -> EvaluationTask:
     """Asks the users with items in the split, at most ``max_users``, the same at every call.
 
     With cold candidates only items without a train interaction are ranked, and relevant.
-    without_own: for users who are items: nobody is shown themselves.
+    without_own: for users who are items: nobody is shown themselves. graded: the interactions'
+    weights are grades of relevance.
 
     Raises:
-        InvalidInput: an unknown split, nothing to measure in it, a k beyond the candidates, or
-            max_users < 1.
+        InvalidInput: an unknown split, nothing to measure in it, a k beyond the candidates,
+            max_users < 1, or grades where there are no weights.
     """
     if split not in KNOWN_BEFORE:
         raise InvalidInput(
@@ -76,10 +87,20 @@ def evaluation_task(
         )
     if max_users is not None and max_users < 1:
         raise InvalidInput("out of range", field="max_users", expected=">= 1", got=str(max_users))
+    grades = dataset.weights(split) if graded else None
+    if graded and grades is None:
+        raise InvalidInput(
+            "the interactions have no weights to be grades",
+            field="graded",
+            expected="a dataset with weights",
+            got=dataset.name,
+            hint="`shardline data import --weight-column` reads them",
+        )
     num_items, train = dataset.rows["items"], dataset.positives("train")
     relevant, rows = dataset.positives(split), None
     if candidates == "cold":
         cold = np.bincount(train.items, minlength=num_items) == 0
+        grades = None if grades is None else grades[cold[relevant.items]]
         relevant, rows = filtered(relevant, cold[relevant.items]), np.flatnonzero(cold)
     users = np.flatnonzero(relevant.lengths)
     if not len(users):
@@ -97,6 +118,7 @@ def evaluation_task(
         candidates=rows,
         own=own_items(dataset) if without_own or dataset.item_to_item else None,
         shows_known=dataset.item_to_item,
+        grades=grades,
     )
 
 

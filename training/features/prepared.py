@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from shardline.shards.core.errors import DataError
+from shardline.shards.core.errors import ConfigError, DataError
 from shardline.shards.core.files import atomic_path
-from shardline.shards.core.schema import IdArray
+from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import ITEMS, USERS, Dataset
 from shardline.training.features.fitted import Block, FeatureSpace
@@ -30,7 +30,8 @@ class TrainingData:
 
     keep_target: an example's own item stays in its history (``HistoryFeature.keep_target``).
     own (users,): the item row that is the user, or -1, where users are items. shows_known: what a
-    user has in train may be found again, as in ``Dataset.item_to_item``.
+    user has in train may be found again, as in ``Dataset.item_to_item``. weights
+    (len(train.items),) float32: of each example, NaN where unknown; None where there are none.
     """
 
     items: Block
@@ -41,6 +42,7 @@ class TrainingData:
     keep_target: bool = False
     own: IdArray | None = None
     shows_known: bool = False
+    weights: FloatArray | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "TrainingData":
@@ -56,6 +58,7 @@ class TrainingData:
             val=Csr(indptr["val"], val["items"]),
             keep_target=bool(_map(folder / "history.arrow")["keep_target"][0]),
             own=_map(own)["items"] if own.exists() else None,
+            weights=train.get("weights"),
             shows_known="shows_known" in _map(folder / "history.arrow"),
         )
 
@@ -70,6 +73,15 @@ class TrainingData:
             return self.known(users)
         nothing = Csr(np.zeros(len(users) + 1, np.int64), self.train.items[:0])
         return with_own(nothing, self.own[users])
+
+    def row_weights(self, exponent: float) -> FloatArray | None:
+        """(len(train.items),) float32: what each example's loss is multiplied by, 1 on average;
+        None where all are alike (``loss.weight_exponent``).
+
+        Raises:
+            ConfigError: weights are asked for, and the dataset has none, or none above 0.
+        """
+        return example_weights(self.weights, exponent) if exponent else None
 
     def item_counts(self) -> IdArray:
         """(items,) int64, occurrences in train."""
@@ -101,7 +113,11 @@ def prepare(
     users = space.query.encode(dataset.users(), USERS)
     _write_block(folder / "items.arrow", items)
     _write_block(folder / "users.arrow", users)
-    _write(folder / "train.arrow", users=train.owners, items=train.items)
+    examples: dict[str, NDArray[Any]] = {"users": train.owners, "items": train.items}
+    weights = dataset.weights(*fitted)
+    if weights is not None:
+        examples["weights"] = weights
+    _write(folder / "train.arrow", **examples)
     _write(folder / "val.arrow", items=val.items)
     _write(folder / "indptr.arrow", train=train.indptr, val=val.indptr)
     keep_target = space.history is not None and space.history.keep_target
@@ -119,6 +135,28 @@ def train_lists(dataset: Dataset, fitted: tuple[str, ...] = ("train",)) -> Csr:
     if not len(train.items):
         raise DataError("no interactions to train on", field="split", expected="train rows")
     return train
+
+
+def example_weights(given: FloatArray | None, exponent: float) -> FloatArray:
+    """given ** exponent over its mean, float32; 1 where one is NaN. Errors as ``row_weights``."""
+    if given is None:
+        raise ConfigError(
+            "the interactions have no weights",
+            field="loss.weight_exponent",
+            expected="0, or a dataset with weights",
+            got=str(exponent),
+            hint="`shardline data import --weight-column` reads them",
+        )
+    powers = given.astype(np.float64) ** exponent
+    known = powers[~np.isnan(powers)]
+    if not known.sum() > 0:
+        raise ConfigError(
+            "no interaction of train has a weight above 0",
+            field="loss.weight_exponent",
+            expected="0, or weights above 0",
+            got=str(exponent),
+        )
+    return np.where(np.isnan(powers), 1.0, powers / known.mean()).astype(np.float32)
 
 
 def _write_block(path: Path, block: Block) -> None:

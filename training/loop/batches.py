@@ -6,13 +6,13 @@ same for any number of ranks, and a resumed run draws what it would have.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.errors import ConfigError
-from shardline.shards.core.schema import IdArray
+from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.config.loss_config import LossConfig
 from shardline.training.data.csr import Csr, places_of
 from shardline.training.features.fitted import Block
@@ -29,7 +29,8 @@ class Batch:
     users, items: input rows of both towers; items are the positives, then ``negatives.encoded``.
     history: input rows of the past items of all b users, one user after the other, history_lengths
     (b,) int64 of them each. user_rows and item_rows (b,) int64: the interactions. known: (P,) pairs
-    of an example, 0 to b - 1, and an item its user has in train, or of tied towers is.
+    of an example, 0 to b - 1, and an item its user has in train, or of tied towers is. weights (b,)
+    float32: of the examples in the loss; None where all are alike.
     """
 
     users: Block
@@ -41,6 +42,7 @@ class Batch:
     known_rows: IdArray
     known_items: IdArray
     negatives: Negatives
+    weights: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +58,11 @@ class Sampler:
     history_length: int  # 0 without a history feature
     loss: LossConfig  # which negatives to draw
     hard: Csr | None = None  # mined item rows per user row
+    weights: FloatArray | None = field(init=False, repr=False)  # of all examples in the loss
 
     def __post_init__(self) -> None:
+        weights = self.data.row_weights(self.loss.weight_exponent)
+        object.__setattr__(self, "weights", weights)
         check_hard(self.loss, self.hard, len(self.data.users))
 
     @property
@@ -99,6 +104,7 @@ class Sampler:
             known_rows=np.repeat(np.arange(size), known.lengths),
             known_items=known.items,
             negatives=negatives,
+            weights=None if self.weights is None else self.weights[rows[mine]],
         )
 
     def _history(self, users: IdArray, rows: IdArray) -> Csr:

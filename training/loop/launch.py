@@ -22,7 +22,7 @@ from shardline.training.data.csr import Csr
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.features.fitted import fit
 from shardline.training.features.infer import infer_config
-from shardline.training.features.prepared import prepare, train_lists
+from shardline.training.features.prepared import example_weights, prepare, train_lists
 from shardline.training.loop.batches import check_batch
 from shardline.training.loop.ray_ranks import train_under_ray
 from shardline.training.loop.run_rank import HARD, given_lists, train_rank
@@ -144,6 +144,8 @@ def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Pa
     examples = len(train_lists(dataset, config.fitted_splits).items)
     check_batch(config.batch_size, config.num_workers, examples)
     _check_memory(config, examples // config.batch_size * config.epochs)
+    if config.loss.weight_exponent:
+        example_weights(dataset.weights(*config.fitted_splits), config.loss.weight_exponent)
     hard = _hard_lists(config, dataset, table)
     space = fit(config, dataset)
     shutil.rmtree(run_folder / CACHE, ignore_errors=True)  # of a start that did not get to its end

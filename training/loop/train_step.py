@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shardline.shards.core.schema import IdArray
+from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.features.fitted import Block
 from shardline.training.features.prepared import TrainingData
@@ -146,10 +146,11 @@ class Step:
             random=self._tensor(drawn.random),
             known_rows=self._tensor(batch.known_rows),
             known_items=self._tensor(batch.known_items),
+            weights=None if batch.weights is None else self._tensor(batch.weights),
         )
         return step_loss(self._config.loss, vectors, ids, self.state, self._num_items)
 
-    def _tensor(self, rows: IdArray) -> Tensor:
+    def _tensor(self, rows: IdArray | FloatArray) -> Tensor:
         return torch.from_numpy(rows).to(self._device)
 
 

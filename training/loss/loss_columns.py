@@ -40,7 +40,8 @@ class Vectors:
 class Ids:
     """Whose vectors they are, int64: users (b,), and items as in ``Vectors``; -1 fills hard.
 
-    known: (P,) pairs of a local row and an item its user has in train.
+    known: (P,) pairs of a local row and an item its user has in train. weights (b,): what the rows'
+    losses are multiplied by; None for 1.
     """
 
     users: Tensor
@@ -50,6 +51,7 @@ class Ids:
     random: Tensor
     known_rows: Tensor
     known_items: Tensor
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ from shardline.training.loss.tiles import (
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """loss: () float32 with gradient, mean over local rows; the others () float32, to be logged.
+    """loss: () float32 with gradient, weighted mean over local rows; the others () float32, to be
+    logged.
 
     accuracy and masked are shares of rows and of all columns. Mean logits are before correction,
     those of negatives without the masked ones.
@@ -65,13 +66,14 @@ def step_loss(
         own_masked=_own_masked(config, ids, own.items),
         loss=_tile_loss(config),
         tile_mib=config.tile_mib,
+        weights=ids.weights,
     )
     scaled = vectors.queries / vectors.temperature
     loss, sums = tiled_loss(scaled, shared.vectors, own.vectors, frame)
     if config.kind == "bsl":
         ours = pool.correction(state.shares.of(ids.items)) if config.logq == "standard" else 0.0
         logits = (scaled.float() * vectors.items.float()).sum(dim=1) - ours
-        loss = config.bsl_negative_weight * loss - _mean_of_users(logits, ids.users)
+        loss = config.bsl_negative_weight * loss - _mean_of_users(logits, ids.users, ids.weights)
     if config.symmetric:
         loss = torch.lerp(loss, _item_to_user(config, vectors, ids, labels), config.symmetric)
     if state.memory is not None:
@@ -133,8 +135,10 @@ def _tile_loss(config: LossConfig) -> TileLoss:
     return softmax
 
 
-def _mean_of_users(logits: Tensor, users: Tensor) -> Tensor:
+def _mean_of_users(logits: Tensor, users: Tensor, weights: Tensor | None) -> Tensor:
     """() mean over local rows of log mean exp of all the step's positives of the row's user.
+
+    weights (b,): what the rows are multiplied by, if anything.
 
     The positive side of the bilateral softmax loss (Wu et al., 2024): among a user's positives
     those the model believes count most, so one that is noise pulls less.
@@ -146,8 +150,8 @@ def _mean_of_users(logits: Tensor, users: Tensor) -> Tensor:
     best = best.scatter_reduce(0, groups, logits.detach(), "amax")
     total = torch.zeros_like(best).index_add(0, groups, (logits - best[groups]).exp())
     means = (total / counts).log() + best
-    ours = groups[gather.rank() * rows :][:rows]
-    return torch.mean(means[ours])
+    ours = means[groups[gather.rank() * rows :][:rows]]
+    return torch.mean(ours if weights is None else ours * weights)
 
 
 def _item_to_user(config: LossConfig, vectors: Vectors, ids: Ids, labels: Tensor) -> Tensor:
@@ -176,6 +180,7 @@ def _item_to_user(config: LossConfig, vectors: Vectors, ids: Ids, labels: Tensor
         own_masked=nothing.bool(),
         loss=softmax,
         tile_mib=config.tile_mib,
+        weights=ids.weights,
     )
     scaled = vectors.items / vectors.temperature
     own = scaled.new_zeros(len(labels), 0, scaled.shape[1])

@@ -35,7 +35,8 @@ class Frame:
 
     labels (b,) int64, a place among the C + K columns. correction (C,) and own_correction (b, K)
     are subtracted from the logits, from the label's too if ``correct_label``. masks: joins of rows
-    and shared columns whose pairs are masked; own_masked (b, K) bool. The label never is.
+    and shared columns whose pairs are masked; own_masked (b, K) bool. The label never is. weights
+    (b,): what the rows' losses are multiplied by; None for 1.
     """
 
     labels: Tensor
@@ -46,6 +47,7 @@ class Frame:
     own_masked: Tensor
     loss: TileLoss
     tile_mib: int
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,10 @@ class _Tiles:
         self._fill(logits, start, stop)
         self._mask(logits, labels, start, stop)
         losses, right = self.frame.loss(logits, labels, 1 / len(self.queries))
+        if self.frame.weights is not None:  # a row's gradient is linear in its loss
+            weights = self.frame.weights[start:stop].to(losses.dtype)
+            losses = losses * weights
+            logits.mul_(weights[:, None])
         self.loss += losses.sum(dtype=torch.float64) / len(self.queries)
         self.sums[3].add_(right.sum())
         self._multiply_out(logits, start, stop)
