@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "micro_batch": 3,
     },
     "bsl-cached": {"loss": NEGATIVES | {"kind": "bsl"}, "micro_batch": 5},
+    "dot": {"metric": "dot", "loss": {"symmetric": 0.3, "uniform_negatives": 12}},
     "sigmoid": {"loss": NEGATIVES | {"kind": "sigmoid", "hard_weight": 1.0}},
 }
 WEIGHTED: dict[str, Any] = {
@@ -107,7 +108,7 @@ def losses_and_gradients(folder: Path, rank: int, world: int) -> dict[str, Tenso
     if dist.is_initialized():
         dist.all_reduce(values)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(gradients) == len(list(model.parameters()))
+    assert len(gradients) == sum(p.requires_grad for p in model.parameters())
     vectors = encode_items_sharded(
         model.eval(), data.items.take(np.arange(59))
     )  # shares are uneven
@@ -119,7 +120,8 @@ def losses_and_gradients(folder: Path, rank: int, world: int) -> dict[str, Tenso
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """But for the order of float additions."""
     assert found.keys() == expected.keys()
-    assert expected["log_temperature"].abs() > 1e-3
+    if "log_temperature" in expected:
+        assert expected["log_temperature"].abs() > 1e-3
     for key, value in expected.items():
         scale = value.abs().max().item()
         difference = (found[key] - value).abs().max().item()

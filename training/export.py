@@ -77,7 +77,7 @@ def export(
         target,
         model_version=version,
         dim=model.dim,
-        metric=metric_of(exponent),
+        metric=metric_of(exponent, run.config.metric),
         created_at=created_at,
         cut=dataset.cut,
     ) as writer:

@@ -21,7 +21,6 @@ from shardline.training.model.checkpoint import Run
 from shardline.training.model.towers import InputRows, Inputs, TwoTower
 
 ITEM_ID = "item_id"
-TIED: dict[bool, dict[str, Any]] = {True: {"tied": True}, False: {}}  # others are as they were
 
 
 def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) -> None:
@@ -40,7 +39,7 @@ def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) 
         "dim": model.dim,
         "projection": run.config.towers.query.projection,
         "features": features,
-        **TIED[model.tied],
+        **_kind(model),
     }
     write_encoder(folder, config, weights)
 
@@ -68,7 +67,7 @@ def export_item_encoder(
         "projection": run.config.towers.item.projection,
         "features": features,
         "attributes": {column.name: str(column.type) for column in columns},
-        **TIED[model.tied],
+        **_kind(model),
     }
     write_encoder(folder, config, weights)
 
@@ -80,7 +79,8 @@ class TiedTower:
         self._summed = model.item_rows.summed
         weights = _tower_weights(model.item_tower, model.item_rows)
         self._tables = [weights[name] for name in weights if name.startswith("embedding.")]
-        self._tower = ExactTower(None if self._summed else weights)
+        self._unit = model.unit
+        self._tower = ExactTower(None if self._summed else weights, unit=self._unit)
 
     def __call__(self, block: Block) -> FloatArray:
         """(n, dim) float32 of unit length under cosine, as the router makes a query's."""
@@ -91,9 +91,11 @@ class TiedTower:
         for table, bag in zip(self._tables[len(columns) :], bags, strict=True):
             lists = np.split(bag.items, bag.indptr[1:-1])
             parts.append(np.stack([mean_row(table, places.tolist()) for places in lists]))
-        if not self._summed:
-            return normalise(self._tower(np.concatenate([*parts, block.numeric], axis=1)))
-        return normalise(self._tower(sum(parts[1:], start=parts[0])))
+        if self._summed:
+            vectors = self._tower(sum(parts[1:], start=parts[0]))
+        else:
+            vectors = self._tower(np.concatenate([*parts, block.numeric], axis=1))
+        return normalise(vectors) if self._unit else vectors
 
 
 @torch.no_grad()
@@ -113,6 +115,12 @@ def _map_ids(folder: Path, feature: dict[str, Any], table: NDArray[Any]) -> None
     MappedArrays(folder, len(ids)).write(0, {"ids.values": ids})
     MappedArrays(folder, len(table)).write(0, {"ids.rows": table})
     feature |= {"values": [], "mapped": True}
+
+
+def _kind(model: TwoTower) -> dict[str, bool | str]:
+    """What sets the encoders apart from those of two towers and cosine."""
+    tied = {"tied": True} if model.tied else {}
+    return tied | ({} if model.unit else {"metric": "dot"})
 
 
 def _features(columns: Columns) -> list[dict[str, Any]]:

@@ -69,7 +69,8 @@ class ItemEncoder:
     ) -> FloatArray:
         """(n, dim) float32: the vectors of item_ids (n,) with these features, in order.
 
-        Of unit length, except for catalogue items of a model that makes popular ones longer.
+        Of unit length, except for catalogue items of a model that makes popular ones longer, and
+        under inner product.
 
         Raises:
             InvalidInput: a feature that is missing, unknown, of the wrong type or not finite; all

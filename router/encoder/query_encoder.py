@@ -47,7 +47,7 @@ class QueryEncoder:
     def encode(
         self, queries: Sequence[dict[str, Any]], new_items: NewItems | None = None
     ) -> FloatArray:
-        """(n, dim) float32 of unit length, one row per query, in order.
+        """(n, dim) float32, of unit length under cosine, one row per query, in order.
 
         new_items: past items that were written since the export.
 

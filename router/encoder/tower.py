@@ -1,4 +1,5 @@
-"""An exported tower in numpy: rows of features, checked, to vectors of length one.
+"""An exported tower in numpy: rows of features, checked, to vectors of length one, or under inner
+product of any length.
 
 ``shards.core.encoder_files`` reads the files and says what is in them; the encoders of queries and
 of items share what is here. Input row: embeddings | means of bags | numbers | the history's part.
@@ -32,14 +33,15 @@ class ExportedTower:
 
     def __init__(self, config: dict[str, Any], weights: Weights) -> None:
         self.dim: int = config["dim"]
+        self.is_unit = config.get("metric", "cosine") == "cosine"
         self.is_summed = config.get("projection", "linear") == "identity"
         self.inputs: list[Input] = inputs_of(config["features"], weights, summed=self.is_summed)
         self.names = frozenset(feature.info.name for feature in self.inputs)
         self._projection: _Projection | ExactTower | None
         if config.get("tied", False):
-            self._projection = ExactTower(None if self.is_summed else weights)
+            self._projection = ExactTower(None if self.is_summed else weights, unit=self.is_unit)
         else:
-            self._projection = None if self.is_summed else _Projection(weights)
+            self._projection = None if self.is_summed else _Projection(weights, unit=self.is_unit)
 
     @property
     def features(self) -> list[dict[str, str]]:
@@ -59,10 +61,11 @@ class ExportedTower:
         return [self._part(feature, rows, field_of, new_items) for feature in self.inputs]
 
     def vectors(self, parts: list[FloatArray], field_of: FieldOf) -> FloatArray:
-        """(n, dim) float32 of unit length. Raises InvalidInput: not finite."""
+        """(n, dim) float32, of unit length under cosine. Raises InvalidInput: not finite."""
         with np.errstate(all="ignore"):  # what overflows is refused just below
             if self._projection is None:
-                vectors = _unit(self.input_rows(parts))
+                vectors = self.input_rows(parts)
+                vectors = _unit(vectors) if self.is_unit else vectors
             else:
                 vectors = self._projection(self.input_rows(parts))
         finite = np.isfinite(vectors)
@@ -129,13 +132,15 @@ class ExportedTower:
 
 
 class _Projection:
-    """relu(LayerNorm(linear)) per hidden layer, plus a linear path, scaled to length one.
+    """relu(LayerNorm(linear)) per hidden layer, plus a linear path; with ``unit`` of length one.
 
     A query alone is a dozen small products, whose calls cost more than their arithmetic: what can
     be done to the weights once is done to them here.
     """
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, weights: Weights, *, unit: bool) -> None:
+        self._is_unit = unit
+
         # transposed, so that a single query is a row times a matrix
         def matrix(name: str) -> FloatArray:
             return np.ascontiguousarray(weights[name].T)
@@ -167,7 +172,7 @@ class _Projection:
         out = deep @ self._output
         out += self._output_bias
         out += rows @ self._skip
-        return _unit(out)
+        return _unit(out) if self._is_unit else out
 
 
 def _centred(weights: FloatArray) -> FloatArray:

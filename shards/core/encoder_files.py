@@ -3,7 +3,8 @@
     encoder.json             format_version, model_version, dim, projection, features in input
                              order, and the SHA-256 of every other file; written last. Of the item
                              tower also attributes, the catalogue's columns and their types.
-                             tied: computed as in ``shards.core.exact_tower``
+                             tied: computed as in ``shards.core.exact_tower``. metric dot:
+                             vectors keep their lengths; else they have length one
     weights.safetensors      the tower: embedding.<i>; hidden.<i>.*, norm.<i>.*, output.*,
                              skip.weight unless projection is identity
 
@@ -46,7 +47,8 @@ from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import sha256_of, write_json
 from shardline.shards.core.small_files import MAX_VOCABULARY_BYTES, parse_json, read_small
 
-FORMAT_VERSION = 4  # 1 had neither projection nor attention, and is read as without them
+FORMAT_VERSION = 5  # 1 had neither projection nor attention, and is read as without them
+WITHOUT_KINDS = 4  # what a reader takes that makes all vectors of length one, in one way
 WITHOUT_CYCLES = 3  # what a reader before cycles takes
 # in an embedding set and in a generation
 QUERY_ENCODER_FOLDER, ITEM_ENCODER_FOLDER = "query_encoder", "item_encoder"
@@ -98,7 +100,9 @@ def write_encoder(folder: Path, config: dict[str, Any], weights: Weights) -> Non
     names = sorted(path.name for path in folder.iterdir())
     checksums = {name: sha256_of(folder / name) for name in names}
     has_cycles = any(feature.get("cycles") for feature in config.get("features", ()))
-    version = FORMAT_VERSION if has_cycles else WITHOUT_CYCLES
+    version = WITHOUT_KINDS if has_cycles else WITHOUT_CYCLES
+    if "tied" in config or "metric" in config:
+        version = FORMAT_VERSION
     write_json(folder / CONFIG, {"format_version": version, **config, "sha256": checksums})
 
 

@@ -19,13 +19,14 @@ NORM_EPSILON = 1e-5  # torch.nn.LayerNorm's default, which training uses
 
 
 class ExactTower:
-    """(n, width) float32 input rows -> (n, dim) float32 of unit length; zeros stay zeros.
+    """(n, width) float32 input rows -> (n, dim) float32, with ``unit`` of unit length or zeros.
 
     The towers of ``router.encoder.tower``. None as weights under projection identity, where the
     input row is the vector.
     """
 
-    def __init__(self, weights: Mapping[str, NDArray[Any]] | None) -> None:
+    def __init__(self, weights: Mapping[str, NDArray[Any]] | None, *, unit: bool = True) -> None:
+        self._unit = unit
         self._layers: list[tuple[NDArray[np.float64], ...]] = []
         self._output: tuple[NDArray[np.float64], ...] | None = None
         if weights is None:
@@ -54,6 +55,8 @@ class ExactTower:
                 deep = np.maximum(deep, 0.0)
             weight, bias, skip = self._output
             out = weight @ deep + bias + skip @ row
+        if not self._unit:
+            return out
         length = np.sqrt(np.sum(out * out))
         return out / length if length > 0 else out
 

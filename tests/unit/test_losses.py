@@ -64,9 +64,7 @@ def draw_case(config: LossConfig, seed: int = 0, *, weighted: bool = False) -> t
 def mean_of(losses: list[Tensor], ids: Ids) -> Tensor:
     """Over rows, each times its weight."""
     weights = torch.ones(ROWS) if ids.weights is None else ids.weights
-    return (
-        sum((w * loss for w, loss in zip(weights, losses, strict=True)), torch.tensor(0.0)) / ROWS
-    )
+    return (torch.stack(losses) * weights).mean()
 
 
 @dataclass

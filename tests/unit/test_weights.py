@@ -184,7 +184,7 @@ def test_equal_grades_rank_as_without_and_large_ones_are_refused() -> None:
     ranked = np.array([[5, 1, 4]])
     same = score_lists(ranked, relevant, (3,), np.full(2, 3.0, np.float32)).values
     assert same["graded_ndcg@3"][0] == pytest.approx(same["ndcg@3"][0])
-    with pytest.raises(InvalidInput, match="expected 0 to 50.*got 1 to 900"):
+    with pytest.raises(InvalidInput, match=r"expected 0 to 50.*got 1 to 900"):
         score_lists(ranked, relevant, (3,), np.array([1, 900], np.float32))
 
 

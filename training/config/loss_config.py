@@ -38,7 +38,7 @@ class LossConfig(Section):
         "bsl: softmax over negatives and over a user's positives (arXiv 2312.12882).",
     )
     temperature: float = Field(
-        default=0.05, gt=0, le=10, description="[factor] Divisor of the cosines; initial value."
+        default=0.05, gt=0, le=10, description="[factor] Divisor of the scores; initial value."
     )
     learn_temperature: bool = Field(default=True, description="Train the temperature too.")
     min_temperature: float = Field(

@@ -21,6 +21,9 @@ PLACEMENT = {
     *("log_every_steps", "checkpoint_every_steps", "max_failures"),
 }
 
+# what the loss is with metric dot, unless given: logits are the products themselves
+DOT_LOSS: dict[str, Any] = {"temperature": 1.0, "learn_temperature": False}
+
 
 class OptimiserConfig(Section):
     """AdamW with a linear warm-up. Embedding tables may have settings of their own."""
@@ -128,6 +131,12 @@ class TrainingConfig(Section):
     """One training run."""
 
     dim: int = Field(default=128, ge=2, le=4096, description="[dimensions] Embedding width.")
+    metric: Literal["cosine", "dot"] = Field(
+        default="cosine",
+        description="Score of a query and an item. cosine: vectors of length one; dot: vectors as "
+        "the towers make them, so that lengths say something too, popularity for one. With dot "
+        "loss.temperature is 1 unless given, and fixed: lengths do what it would learn.",
+    )
     towers: TowersConfig = Field(default=TowersConfig(), description="The two encoders.")
     loss: LossConfig = Field(default=LossConfig(), description="What is minimised.")
     optimiser: OptimiserConfig = Field(default=OptimiserConfig(), description="How.")
@@ -191,6 +200,30 @@ class TrainingConfig(Section):
         "from the newest checkpoint.",
     )
     seed: int = Field(default=0, ge=0, lt=1 << 31, description="[seed] Initial weights, shuffling.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dot_has_a_temperature_of_its_own(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("metric") != "dot":
+            return given
+        loss = given.get("loss", {})
+        if isinstance(loss, LossConfig):
+            loss = loss.model_dump(exclude_unset=True)
+        return given | {"loss": DOT_LOSS | loss} if isinstance(loss, dict) else given
+
+    @model_validator(mode="after")
+    def _dot_learns_lengths(self) -> Self:
+        if self.metric == "dot" and self.loss.learn_temperature:
+            raise ValueError(
+                "with metric dot the lengths of vectors are learned, and a temperature beside them "
+                "is one factor too many: leave out loss.learn_temperature, or set it to false"
+            )
+        if self.metric == "dot" and self.popularity_exponent:
+            raise ValueError(
+                "popularity_exponent sets the lengths of vectors, which metric dot learns: it is "
+                f"0 there, not {self.popularity_exponent}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_splits_evenly(self) -> Self:

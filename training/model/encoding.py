@@ -15,7 +15,7 @@ SHARED_ROWS = 1024  # of a block that one rank encodes; small, so that the ranks
 
 @torch.no_grad()
 def encode_items(model: TwoTower, items: Block) -> FloatArray:
-    """(n, dim) float32 of length one, in the order of the rows."""
+    """(n, dim) float32, of length one under cosine, in the order of the rows."""
     device = model.log_temperature.device
     parts = [model.encode_items(Inputs.of(block, device)).cpu().numpy() for block in _blocks(items)]
     return np.concatenate([np.empty((0, model.dim), np.float32), *parts])
@@ -40,7 +40,7 @@ def encode_items_sharded(model: TwoTower, items: Block) -> FloatArray:
 
 @torch.no_grad()
 def encode_queries(model: TwoTower, users: Block, history: Csr, items: Block) -> FloatArray:
-    """(n, dim) float32 of length one. history: item rows of each user, oldest first.
+    """(n, dim) float32, of length one under cosine. history: item rows of each user, oldest first.
 
     Only the newest items that the model's history takes are used.
     """

@@ -25,6 +25,9 @@ def lengths_of(dataset: Dataset, splits: tuple[str, ...], exponent: float) -> Fl
     return item_lengths(np.bincount(fitted, minlength=dataset.rows["items"]), exponent)
 
 
-def metric_of(exponent: float) -> Metric:
-    """What scores exported vectors: cosine while all of them have length one."""
-    return Metric.DOT if exponent else Metric.COSINE
+def metric_of(exponent: float, trained: str = "cosine") -> Metric:
+    """What scores exported vectors: cosine while all of them have length one.
+
+    trained: ``training.metric``.
+    """
+    return Metric.DOT if exponent or trained == "dot" else Metric.COSINE

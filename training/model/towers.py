@@ -1,4 +1,5 @@
-"""The two towers: input rows, an MLP with a linear path around it, a vector of length one.
+"""The two towers: input rows, an MLP with a linear path around it, a vector of length one; with
+``training.metric`` dot, of any length.
 
     item:  embeddings | means of bags | numbers
     query: the same of its own columns | pooled input rows of the past items | share of history
@@ -132,10 +133,11 @@ class InputRows(nn.Module):
 
 
 class Tower(nn.Module):
-    """(n, width) -> (n, dim) float32 of length one."""
+    """(n, width) -> (n, dim) float32, of length one if ``unit``."""
 
-    def __init__(self, width: int, config: TowerConfig, dim: int) -> None:
+    def __init__(self, width: int, config: TowerConfig, dim: int, *, unit: bool) -> None:
         super().__init__()
+        self.unit = unit
         widths = [width, *config.hidden]
         self.dropout = config.dropout
         self.hidden = nn.ModuleList(
@@ -151,14 +153,18 @@ class Tower(nn.Module):
             deep = functional.relu(norm(linear(deep)))
             if generator is not None and self.dropout:
                 deep = deep * _dropout_scale(deep, self.dropout, generator)
-        return _unit(self.output(deep) + self.skip(rows))
+        return _vectors(self.output(deep) + self.skip(rows), unit=self.unit)
 
 
 class IdentityTower(nn.Module):
-    """(n, dim) -> (n, dim) float32 of length one: the input rows are the output."""
+    """(n, dim) -> (n, dim) float32, of length one if ``unit``: the input rows are the output."""
+
+    def __init__(self, *, unit: bool) -> None:
+        super().__init__()
+        self.unit = unit
 
     def forward(self, rows: Tensor, generator: torch.Generator | None) -> Tensor:
-        return _unit(rows)
+        return _vectors(rows, unit=self.unit)
 
 
 class TwoTower(nn.Module):
@@ -179,9 +185,11 @@ class TwoTower(nn.Module):
             self.query_rows = InputRows(space.query, towers.query, config.dim)
         self.history = HistoryPooling(space.history, self.item_rows.width)
         pooled = self.item_rows.width + HISTORY_EXTRAS if space.history else 0
-        self.item_tower = _tower(self.item_rows.width, towers.item, config.dim)
+        self.unit = unit = config.metric == "cosine"
+        self.item_tower = _tower(self.item_rows.width, towers.item, config.dim, unit=unit)
         if not self.tied:
-            self.query_tower = _tower(self.query_rows.width + pooled, towers.query, config.dim)
+            width = self.query_rows.width + pooled
+            self.query_tower = _tower(width, towers.query, config.dim, unit=unit)
         self.log_temperature = nn.Parameter(
             torch.tensor(config.loss.temperature).log(),
             requires_grad=config.loss.learn_temperature,
@@ -251,8 +259,10 @@ def distinct(rows: IdArray) -> tuple[IdArray, IdArray]:
     return where[found], (np.cumsum(found) - 1)[rows]
 
 
-def _tower(width: int, config: TowerConfig, dim: int) -> Tower | IdentityTower:
-    return IdentityTower() if config.projection == "identity" else Tower(width, config, dim)
+def _tower(width: int, config: TowerConfig, dim: int, *, unit: bool) -> Tower | IdentityTower:
+    if config.projection == "identity":
+        return IdentityTower(unit=unit)
+    return Tower(width, config, dim, unit=unit)
 
 
 def _initialised(table: nn.Embedding | nn.EmbeddingBag, norm: float) -> nn.Module:
@@ -261,8 +271,9 @@ def _initialised(table: nn.Embedding | nn.EmbeddingBag, norm: float) -> nn.Modul
     return table
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return functional.normalize(rows.float(), dim=1)  # bfloat16 would leave lengths 0.4 % off
+def _vectors(rows: Tensor, *, unit: bool) -> Tensor:
+    rows = rows.float()  # bfloat16 would leave lengths 0.4 % off
+    return functional.normalize(rows, dim=1) if unit else rows
 
 
 def _dropout_scale(values: Tensor, rate: float, generator: torch.Generator) -> Tensor:
