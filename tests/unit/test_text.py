@@ -5,10 +5,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from shardline.shards.core.errors import ConfigError, DataError, NotFound
+from shardline.training.data.session_import import SessionConfig, import_sessions
 from shardline.training.data.tables import Dataset, open_dataset, vector_matrix
 from shardline.training.features import embed_text as text
 from shardline.training.features.embed_text import TextEncoder, embed_items
@@ -106,6 +109,24 @@ def test_items_get_a_vector_column(
             embed_items(dataset, tmp_path / "no", name=name, **(options | {"column": column}))
         assert words in str(caught.value)
     assert not (tmp_path / "no").exists()
+
+
+def test_users_who_are_items_get_the_column_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_transformers", Library)
+    (tmp_path / "source").mkdir()
+    clicks = {"session_id": [1, 1, 1], "item_id": [7, 8, 9], "timestamp": [1, 2, 3]}
+    pq.write_table(pa.table(clicks), tmp_path / "source" / "interactions.parquet")
+    titles = {"item_id": [9, 8, 7], "title": ["a bb", "ccc", "d"]}
+    pq.write_table(pa.table(titles), tmp_path / "source" / "items.parquet")
+    config = SessionConfig(val_share=0, test_share=0)
+    import_sessions(tmp_path / "source", tmp_path / "pairs", config)
+    pairs = open_dataset(tmp_path / "pairs")
+    written = embed_items(pairs, tmp_path / "out", column="title", name="v", model=folder)
+    assert written.item_to_item
+    assert written.users()["v"].equals(written.items()["v"])
+    assert vector_matrix(written.users()["v"])[:, 0].tolist() == [1, 3, 1.5]
 
 
 def test_no_library_or_no_model(

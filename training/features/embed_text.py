@@ -20,7 +20,7 @@ from shardline.shards.core.errors import ConfigError, DataError, NotFound
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import FloatArray
 from shardline.training.data.table_writer import write_dataset
-from shardline.training.data.tables import ITEMS, Dataset, vector_column
+from shardline.training.data.tables import ITEM_TO_ITEM, ITEMS, Dataset, vector_column
 from shardline.training.features.columns import column_of, strings
 
 TEXTS_PER_BATCH = 64
@@ -78,7 +78,8 @@ def embed_items(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Writes the data set to ``target`` with a vector column ``name`` of the items' texts.
+    """Writes the data set to ``target`` with a vector column ``name`` of the items' texts, of users
+    who are items too.
 
     Raises:
         DataError: ``column`` is missing or no text, or there is a column ``name`` already.
@@ -91,14 +92,20 @@ def embed_items(
             "column occurs twice", field=f"{ITEMS}: {name}", hint="--name gives it another name"
         )
     vectors = TextEncoder(model, device).encode(texts.to_pylist(), progress)
+    embedded = pa.chunked_array([vector_column(vectors)])
+    users = dataset.users()
+    parameters: dict[str, Any] = {"text_column": column, "text_model": model.name}
+    if dataset.item_to_item:  # its users are its items, row by row
+        users = users.append_column(name, embedded)
+        parameters[ITEM_TO_ITEM] = True
     return write_dataset(
         target,
-        dataset.users(),
-        items.append_column(name, pa.chunked_array([vector_column(vectors)])),
+        users,
+        items.append_column(name, embedded),
         dataset.interactions(),
         name=dataset.name,
         ceilings=dataset.ceilings,
-        parameters={"text_column": column, "text_model": model.name},
+        parameters=parameters,
         cut=dataset.cut,
         overwrite=overwrite,
     )
