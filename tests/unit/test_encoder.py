@@ -304,7 +304,7 @@ def test_broken_folders(encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CorruptFile, match=r"weights\.safetensors: missing or altered"):
         QueryEncoder.load(folder)
     (folder / "encoder.json").write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(NewerFormat, match="format_version <= 4; got 99"):
+    with pytest.raises(NewerFormat, match="format_version <= 5; got 99"):
         QueryEncoder.load(folder)
     for content in ("{", "[]", "{}"):
         (folder / "encoder.json").write_text(content)

@@ -42,12 +42,12 @@ from shardline.training.features.prepared import TrainingData, prepare
 from shardline.training.features.tied import own_items, with_own
 from shardline.training.loop.batches import Sampler
 from shardline.training.loop.run_rank import train_rank
-from shardline.training.model.checkpoint import load_best, open_data
+from shardline.training.model.checkpoint import load_best, load_parts, open_data
 from shardline.training.model.encoding import encode_items, encode_queries
 from shardline.training.model.towers import build_model
 from tests.engine import plan_of
 from tests.people import FEATURES, NUM_PEOPLE, PEOPLE, people, tied_config
-from tests.tiny import declared_run, untrained_run
+from tests.tiny import declared_run, untrained_run, with_weights
 
 CPU = torch.device("cpu")
 WHEN = "2026-01-01T00:00:00Z"
@@ -106,6 +106,26 @@ def test_a_person_is_no_negative_of_themselves(dataset: Dataset, trained: Path) 
     batch = next(sampler.epoch(0))
     pairs = set(zip(batch.known_rows.tolist(), batch.known_items.tolist(), strict=True))
     assert all((row, data.own[user]) in pairs for row, user in enumerate(batch.user_rows))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """Tied, without lengths of one, with weighted examples: to the last bit."""
+    weighted = with_weights(people(tmp_path / "people"), tmp_path / "data")
+    loss = {"weight_exponent": 1.0, "uniform_negatives": 4}
+    config = tied_config(metric="dot", loss=loss, epochs=3, validation={"k": 10, "patience": 9})
+    whole, cut = (declared_run(tmp_path / name, config, weighted) for name in ("whole", "cut"))
+    state = train_rank(whole, CPU)
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "validation" and event["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_rank(cut, CPU, interrupt)
+    assert train_rank(cut, CPU) == state
+    ours, theirs = (load_parts(run, state.step)["model"] for run in (whole, cut))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_own_items_at_the_end_of_lists() -> None:
