@@ -10,6 +10,7 @@ import click
 
 from shardline.cluster.commands.data_options import out_option, overwrite_option, validated
 from shardline.shards.core.errors import InvalidInput
+from shardline.shards.core.schema import MAX_K
 from shardline.training.data.session_import import SessionConfig, import_sessions
 from shardline.training.data.tables import open_dataset
 
@@ -36,7 +37,11 @@ from shardline.training.data.tables import open_dataset
     help="Folder for those negatives, which `train --hard` takes.",
 )
 @click.option(
-    "--per-item", type=int, default=50, show_default=True, help="Negatives listed for an item."
+    "--per-item",
+    type=click.IntRange(1, MAX_K),
+    default=50,
+    show_default=True,
+    help="Negatives listed for an item.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws those negatives.")
 @overwrite_option
@@ -61,7 +66,7 @@ def sessions(
     for name in ("items_file", "time_column"):
         if values.get(name) == "none":
             values[name] = None
-    config = validated(SessionConfig, values)
+    config = validated(SessionConfig, values | {"market_column": market_column})
     if (market_column is None) != (negatives is None):
         raise InvalidInput(
             "a market and a folder for its negatives go together",

@@ -235,9 +235,20 @@ def test_sessions_without_a_pair_and_options_that_go_together(tmp_path: Path) ->
     arguments = ["data", "sessions", "--source", str(source), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(cli, [*arguments, "--market-column", "city"])
     assert isinstance(done.exception, InvalidInput)
+    assert "expected both, or neither" in str(done.exception)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InvalidInput, match="co-occurrence is of pairs of items"):
         evaluate_co_occurrence(tiny_dataset(tmp_path / "tiny"))
+
+
+def test_a_market_that_is_no_column_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = click_tables(tmp_path / "source")
+    arguments = ["data", "sessions", "--source", str(source), "--out", str(tmp_path / "out")]
+    arguments += ["--market-column", "town", "--negatives", str(tmp_path / "negatives")]
+    done = CliRunner().invoke(cli, arguments)
+    assert isinstance(done.exception, InvalidInput)
+    assert "no such column of items; expected city; got town" in str(done.exception)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
 
 
 def test_report_says_what_was_read(tmp_path: Path) -> None:

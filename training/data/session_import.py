@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from shardline.shards.core.errors import DataError
+from shardline.shards.core.errors import DataError, InvalidInput
 from shardline.training.data.formats import ImportConfig, ImportReport, OnError
 from shardline.training.data.importers import drop_unknown
 from shardline.training.data.sessions import Clicks, session_pairs, session_splits
@@ -34,6 +34,9 @@ class SessionConfig(BaseModel):
     )
     booked_column: str | None = Field(
         default=None, description="true or above 0 where the click ended in a booking or purchase"
+    )
+    market_column: str | None = Field(
+        default=None, description="of items, which shall be there for negatives of one market"
     )
     interactions_file: str = Field(default="interactions", description="the table of clicks")
     items_file: str | None = Field(default="items", description="None derives the items")
@@ -68,13 +71,14 @@ def import_sessions(
     """Reads the clicks of ``source``, writes the dataset folder ``target``.
 
     Raises:
-        NotFound, InvalidInput: as ``training.data.table_format.read_tables``.
+        NotFound, InvalidInput: as ``training.data.table_format.read_tables``; no market column.
         DataError: a column that cannot be used; no session with two different items; an item that
             the table of items does not list, unless skipped; a target that exists.
     """
     settings = _import_config(config)
     report = ImportReport()
     parsed = drop_unknown(read_tables(source, settings, report), settings, report)
+    check_market(parsed.items, config.market_column)
     booked = np.zeros(len(parsed.user_ids), np.bool_)
     if parsed.weights is not None:
         booked = parsed.weights > 0  # NaN is not
@@ -108,6 +112,17 @@ def import_sessions(
         unknown_items=report.unknown_items,
         warnings=[each for each in report.warnings if "users" not in each],
     )
+
+
+def check_market(items: pa.Table, column: str | None) -> None:
+    """Raises InvalidInput where a market column is named that the items do not have."""
+    if column is not None and column not in items.column_names:
+        raise InvalidInput(
+            "no such column of items",
+            field="market_column",
+            expected=", ".join(items.column_names[1:]) or "a table of items with columns",
+            got=column,
+        )
 
 
 def _import_config(config: SessionConfig) -> ImportConfig:

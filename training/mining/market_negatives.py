@@ -11,6 +11,7 @@ import pyarrow as pa
 from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, IdArray
 from shardline.training.config.training_config import MiningConfig
+from shardline.training.data.session_import import check_market
 from shardline.training.data.tables import Dataset
 from shardline.training.features.tied import own_items, with_own
 from shardline.training.mining.candidates import Mined
@@ -27,13 +28,7 @@ def market_negatives(dataset: Dataset, column: str, *, per_item: int, seed: int)
         InvalidInput: no such column of items, or per_item < 1.
     """
     items = dataset.items()
-    if column not in items.column_names:
-        raise InvalidInput(
-            "no such column of items",
-            field="market_column",
-            expected=", ".join(items.column_names[1:]) or "a table of items with columns",
-            got=column,
-        )
+    check_market(items, column)
     if per_item < 1:
         raise InvalidInput("out of range", field="per_item", expected=">= 1", got=str(per_item))
     markets = items[column].combine_chunks()
