@@ -8,6 +8,12 @@ from typing import Any
 import click
 
 from shardline.cluster.cli import Settings
+from shardline.cluster.commands.train_tune import (
+    DEFAULT_MINUTES,
+    refuse_others,
+    say_how_a_search_goes_on,
+    tune_with_progress,
+)
 from shardline.cluster.config import ShardlineConfig
 from shardline.cluster.console import StageProgress, print_warnings
 from shardline.cluster.preflight.check import enforce
@@ -15,12 +21,16 @@ from shardline.cluster.preflight.folders import check_writable, look_at
 from shardline.cluster.preflight.machine import before_ray, check_store
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.shards.core.files import MANIFEST_NAME
+from shardline.training.data.tables import open_dataset
 from shardline.training.export import export as export_embeddings
 from shardline.training.loop.batches import FITTING_STEPS, fitting_batch
 from shardline.training.loop.launch import TrainResult, check_folders
 from shardline.training.loop.launch import train as train_model
 from shardline.training.loop.run_plot import plot_run
 from shardline.training.model.checkpoint import GO_ON, latest_state, open_run
+from shardline.training.search.search_run import check_base
+from shardline.training.search.search_state import state_path
+from shardline.training.search.shape_defaults import MODEL_KEYS, shape_of, with_default
 
 data_option = click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set."
@@ -61,6 +71,18 @@ unfinished_option = click.option(
 )
 @click.option("--plot", is_flag=True, help="Draw the run's log into its training.png.")
 @click.option("--resume", is_flag=True, help="Go on from the run's newest checkpoint.")
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Choose the settings on the validation split, then fit them on train and validation; "
+    "repeated, it goes on.",
+)
+@click.option(
+    "--minutes",
+    type=float,
+    help=f"Time for --tune, the last fit included.  [default: {DEFAULT_MINUTES:g}]",
+)
+@click.option("--tune-size", is_flag=True, help="Let --tune choose the dimension and layers too.")
 @click.pass_obj
 def train(
     settings: Settings,
@@ -73,8 +95,19 @@ def train(
     fit_all: bool,
     plot: bool,
     resume: bool,
+    tune: bool,
+    minutes: float | None,
+    tune_size: bool,
 ) -> None:
-    """Train the two towers, data-parallel, with negatives gathered from every rank."""
+    """Train the two towers, data-parallel, with negatives gathered from every rank.
+
+    Where the configuration says nothing of the model, its settings are chosen by the shape of the
+    data (docs/TRAINING.md).
+    """
+    if tune:
+        refuse_others(resume=resume, hard=hard)
+    elif minutes is not None or tune_size:
+        raise click.UsageError("--minutes and --tune-size are options of --tune")
     shorts = {
         "num_workers": workers,
         "epochs": epochs,
@@ -86,16 +119,28 @@ def train(
             settings.extra_overrides.append(f"training.{key}={value}")
     run = run or default_run(settings, data)
     config = settings.config
-    check_folders(data, run, resume=resume)  # before Ray, which takes seconds to start
+    minutes = DEFAULT_MINUTES if minutes is None else minutes
+    if tune:
+        check_base(config.training, minutes)
+    if not (tune and state_path(run).exists()):
+        check_folders(data, run, resume=resume)  # before Ray, which takes seconds to start
     checks = [check_writable("run", look_at(run))]
     if config.training.num_workers > 1 and config.cluster.address == "local":
         checks += before_ray(None)
     print_warnings(enforce(checks))
+    config = with_shape_default(config, data)
     try:
+        if tune:
+            with StageProgress() as progress:
+                result = tune_with_progress(
+                    config.training, data, run, progress, minutes=minutes, sizes=tune_size
+                )
+            click.echo(describe_run(result))
+            return
         with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
             result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)
     except KeyboardInterrupt:
-        if (run / MANIFEST_NAME).exists():
+        if not (tune and say_how_a_search_goes_on(run)) and (run / MANIFEST_NAME).exists():
             say_how_to_go_on(run)
         raise
     click.echo(describe_run(result))
@@ -133,6 +178,14 @@ def export(settings: Settings, data: Path, run: Path | None, unfinished: bool) -
 def default_run(settings: Settings, data: Path) -> Path:
     """The run folder of a data set when no --run is given."""
     return settings.store.runs / data.resolve().name
+
+
+def with_shape_default(config: ShardlineConfig, data: Path) -> ShardlineConfig:
+    """The configuration with what its training section leaves out chosen by the data's shape."""
+    if config.training.model_fields_set.intersection(MODEL_KEYS):
+        return config
+    chosen = with_default(config.training, shape_of(open_dataset(data)))
+    return config.model_copy(update={"training": chosen})
 
 
 def ray_for_training(

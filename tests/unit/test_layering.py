@@ -49,6 +49,7 @@ BELOW = {
         *("config", "data", "evaluation", "features"),
         *("loss", "mining", "model"),
     ),
+    "training/search": ("config", "data", "features", "loop", "model"),
     "training/synthetic": ("data", "evaluation"),
     "cluster/backup": ("rollover",),
     "cluster/batch": (),
@@ -75,7 +76,10 @@ CONFINED = {
     "fastapi": ("router/http/",),
     "httptools": ("router/client/",),
     "starlette": ("router/http/", "router/serve/"),
-    "matplotlib": ("bench/plots.py", "training/loop/run_plot.py"),
+    "matplotlib": (
+        *("bench/plots.py", "training/loop/run_plot.py"),
+        "training/search/search_plot.py",
+    ),
     "rich": ("cluster/", "bench/"),
     "click": ("cluster/cli.py", "cluster/commands/", "bench/"),
 }

@@ -67,6 +67,7 @@ def train(
     on_event: OnEvent | None = None,
     resume: bool = False,
     hard: Path | None = None,
+    until_epoch: int | None = None,
 ) -> TrainResult:
     """Trains ``config.num_workers`` ranks to the end; the run folder keeps the best checkpoint.
 
@@ -75,7 +76,7 @@ def train(
     resume: go on from the newest checkpoint of the same configuration and data; how many ranks
     there are, and how often they write, may be another one. hard: table of mined negatives to start
     with; a resumed run goes on with the lists that it has, and takes no table but that of its
-    start.
+    start. until_epoch: stop after this epoch, for a later resume; of one worker.
 
     Raises:
         ConfigError, DataError: settings or data that do not fit, are not the ones resumed, or ask
@@ -83,12 +84,14 @@ def train(
         Unavailable: several workers without a Ray connection or GPUs, a disk that is full, or
             ranks died more often than max_failures.
     """
+    assert until_epoch is None or config.num_workers == 1, "ranks under Ray train to the end"
     run_folder = run_folder.resolve()  # ranks under Ray have another working directory
     check_folders(data_folder, run_folder, resume=resume)
     use_gpu = _use_gpu(config)
     config = _declare(config, data_folder, run_folder, resume=resume, hard=hard)
     if config.num_workers == 1:
-        train_rank(run_folder, torch.device("cuda" if use_gpu else "cpu"), on_event)
+        device = torch.device("cuda" if use_gpu else "cpu")
+        train_rank(run_folder, device, on_event, until_epoch=until_epoch)
     else:
         with followed(run_folder / LOG, on_event):
             train_under_ray(config, use_gpu, run_folder)

@@ -36,9 +36,15 @@ HARD = "hard.safetensors"  # inside the cache: mined lists that the run was star
 
 
 def train_rank(
-    run_folder: Path, device: torch.device, on_event: Callable[[Event], None] | None = None
+    run_folder: Path,
+    device: torch.device,
+    on_event: Callable[[Event], None] | None = None,
+    *,
+    until_epoch: int | None = None,
 ) -> TrainState:
     """Trains from the newest checkpoint, or the start, to the end; all ranks return the same.
+
+    until_epoch: no further than this epoch; another call goes on as if there had been no stop.
 
     ``run_folder`` holds a declared run and the prepared data. Rank 0 writes checkpoints and the
     log, and gives every log line to ``on_event`` too. The precision of the first step stays, also
@@ -78,10 +84,10 @@ def train_rank(
         trainer.log = RunLog(run_folder / LOG, on_event, config.batch_size)
         trainer.log_start(state)
     state = replace(state, world=sampler.world, precision=trainer.precision)
-    while not state.has_ended(config):
+    while not state.has_ended(config) and (until_epoch is None or state.epoch < until_epoch):
         state = trainer.epoch(state)
         trainer.save(state)
-    if trainer.log is not None:
+    if trainer.log is not None and state.has_ended(config):
         trainer.log_end(state)
     if gather.world_size() > 1:
         dist.barrier()  # nobody leaves before the last checkpoint is complete

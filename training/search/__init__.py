@@ -1,0 +1,1 @@
+"""A search for the settings of a training run, on the validation split."""
