@@ -23,15 +23,23 @@ def test_rungs_end_with_all_epochs(epochs: int, expected: tuple[int, ...]) -> No
     assert rungs(epochs) == expected
 
 
-def test_a_bracket_costs_what_its_trials_train() -> None:
+def test_no_rung_is_below_the_least() -> None:
+    assert rungs(12, least=2) == (2, 4, 12)
+    assert rungs(12, least=5) == (5, 12)
+    assert rungs(12, least=30) == (12,)
+
+
+def test_a_bracket_costs_what_its_trials_train_where_a_bad_base_is_kept() -> None:
     for size in range(1, 20):
         for ladder in ((1,), (1, 4), (1, 4, 12), (4, 13, 40)):
-            trained = dict.fromkeys(range(size), 0)
-            alive = list(trained)
-            for epochs in ladder:
-                trained.update(dict.fromkeys(alive, epochs))
-                alive = survivors({number: float(number) for number in alive})
-            assert bracket_epochs(size, ladder) == sum(trained.values())
+            for kept in (0, 1):
+                trained = dict.fromkeys(range(size), 0)
+                alive = list(trained)
+                for epochs in ladder:
+                    trained.update(dict.fromkeys(alive, epochs))
+                    going = survivors({number: float(number) for number in alive})
+                    alive = sorted({*going, *range(kept)})  # number 0 is the worst
+                assert bracket_epochs(size, ladder, kept) == sum(trained.values())
 
 
 def test_the_best_third_goes_on_and_the_lower_number_of_equal_ones() -> None:
@@ -41,27 +49,27 @@ def test_the_best_third_goes_on_and_the_lower_number_of_equal_ones() -> None:
     assert promoted(7) == -(-7 // ETA) == 3
 
 
-def test_a_plan_stays_within_its_time_and_is_none_only_where_two_trials_are_too_many() -> None:
+def test_a_plan_stays_within_its_time_and_judges_nothing_by_the_first_rung_alone() -> None:
     for epochs in (1, 2, 8, 12, 40):
         ladder = rungs(epochs)
-        for affordable in range(300):
+        for affordable in range(400):
             for first in (True, False):
                 planned = plan(affordable, ladder, first=first)
                 if planned is None:
-                    assert bracket_epochs(2, ladder[:1]) > affordable
+                    assert bracket_epochs(2, ladder[:2], int(first)) > affordable
                     continue
                 size, taken = planned
-                assert bracket_epochs(size, taken) <= affordable
+                assert bracket_epochs(size, taken, int(first)) <= affordable
                 assert 2 <= size <= MOST_TRIALS
-                assert taken == ladder[: len(taken)]
+                assert taken == ladder[: len(taken)] and len(taken) >= min(2, len(ladder))
 
 
-def test_a_first_bracket_leaves_half_the_time_and_a_short_one_leaves_out_rungs() -> None:
+def test_a_first_bracket_leaves_half_the_time_and_a_short_one_leaves_out_the_last_rung() -> None:
     ladder = (1, 4, 12)
-    size, taken = plan(2 * bracket_epochs(9, ladder), ladder, first=True) or (0, ())
-    assert (size, taken) == (9, ladder)
-    # 14 epochs: three trials up to the end, six up to the second rung
-    assert plan(14, ladder, first=True) == (6, (1, 4))
+    assert plan(2 * bracket_epochs(9, ladder, 1), ladder, first=True) == (9, ladder)
+    # six trials: 6 x 1 + 3 x 3, and 2 x 8 more up to the end
+    assert plan(31, ladder, first=True) == (FEWEST_TRIALS, ladder)
+    assert plan(30, ladder, first=True) == (12, (1, 4))
     assert plan(14, ladder, first=False) == (FEWEST_LATER_TRIALS, ladder)
-    assert plan(FEWEST_TRIALS, ladder, first=True) == (FEWEST_TRIALS, (1,))
-    assert plan(1.9, ladder, first=False) is None
+    assert plan(8, ladder, first=True) == (2, (1, 4))
+    assert plan(7, ladder, first=True) is None

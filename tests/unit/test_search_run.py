@@ -17,15 +17,15 @@ from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset
 from shardline.training.loop.launch import train
 from shardline.training.model.checkpoint import latest_state, load_best, load_parts, open_run
-from shardline.training.search import search_run
-from shardline.training.search.ladder import rungs
+from shardline.training.search import search_loop
+from shardline.training.search.ladder import survivors
 from shardline.training.search.search_report import (
     best_yaml,
     summary_line,
     trials_table,
     worth_table,
 )
-from shardline.training.search.search_run import SearchResult, search
+from shardline.training.search.search_run import SearchResult, least_rung, search
 from shardline.training.search.search_state import SearchState, load_state, state_path
 from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
 
@@ -105,12 +105,13 @@ def test_a_search_tries_the_default_first_and_fits_the_best(
     assert run.config.fit_splits == "train+val"
     assert run.config.epochs == found.config.epochs
     assert load_state(found.fitted.run_folder) == state
-    for bracket in state.brackets[:-1]:  # the last one may have been cut off
+    for bracket in state.brackets:
+        alive = set(bracket.trials)
         for before, after in zip(bracket.rungs, bracket.rungs[1:], strict=False):
-            reached = [n for n in bracket.trials if after in state.trials[n].values]
-            out = [n for n in bracket.trials if n not in reached]
-            lowest = min(state.trials[n].values[before] for n in reached)
-            assert all(state.trials[n].values[before] <= lowest for n in out)
+            values = {n: state.trials[n].values for n in alive}
+            going = survivors({n: at[before] for n, at in values.items() if before in at})
+            assert {n for n in bracket.trials if after in state.trials[n].values} <= {0, *going}
+            alive = {0, *going} & alive
 
 
 def test_the_time_is_kept_and_the_last_fit_counts(data: Dataset, tmp_path: Path) -> None:
@@ -128,15 +129,33 @@ def test_a_time_that_is_too_short_for_the_epochs_gives_fewer(data: Dataset, tmp_
         tiny_config(epochs=40, log_every_steps=10),
         data.path,
         tmp_path / "run",
-        minutes=2,
+        minutes=4,
         clock=clock,
         on_event=clock.on_event,
         say=said.append,
     )
-    assert result.state.epochs < 40
-    assert open_run(tmp_path / "run").config.epochs <= result.state.epochs
-    assert any("instead of 40" in line for line in said)
-    assert clock.now <= 130
+    assert result.state.epochs == 8  # .4 of 240 s, at 10 s x 7/6
+    assert result.state.brackets and open_run(tmp_path / "run").config.epochs <= 8
+    assert any("models get 8 epochs instead of 40" in line for line in said)
+    assert clock.now <= 240
+
+
+def test_the_base_goes_as_far_as_any_other_of_its_bracket(found: SearchResult) -> None:
+    bracket = found.state.brackets[0]
+    reached = [
+        r for r in bracket.rungs if any(r in found.state.trials[n].values for n in bracket.trials)
+    ]
+    assert set(reached) <= set(found.state.trials[0].values)
+
+
+def test_the_first_comparison_comes_when_the_warm_up_is_over_twice() -> None:
+    config = tiny_config(optimiser={"warmup_steps": 50}, batch_size=100)
+    assert [least_rung(config, examples) for examples in (99, 1000, 10_000, 11_000)] == [
+        100,
+        10,
+        1,
+        1,
+    ]
 
 
 def test_where_there_is_no_time_for_a_search_all_of_it_is_for_the_fit(
@@ -236,7 +255,7 @@ def test_a_candidate_that_cannot_be_trained_is_out_and_the_base_is_an_error(
             raise ConfigError("no number any more", field="optimiser.learning_rate")
         return train(config, *args, **options)
 
-    monkeypatch.setattr(search_run, "train", refusing)
+    monkeypatch.setattr(search_loop, "train", refusing)
     result = searched(data.path, tmp_path / "run")
     refused = [trial for trial in result.state.trials if trial.refused]
     assert broken and refused
@@ -316,7 +335,7 @@ def test_data_without_a_validation_split_is_refused(data: Dataset, tmp_path: Pat
 
 
 def test_the_last_rung_is_a_trials_own_end(found: SearchResult) -> None:
-    last = rungs(found.state.epochs)[-1]
+    last = found.state.ladder[-1]
     ended = [trial for trial in found.state.trials if last in trial.values]
     assert ended and all(trial.ended for trial in ended)
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from shardline.shards.core.files import atomic_path
 from shardline.training.search.choices import describe
-from shardline.training.search.search_run import effects
+from shardline.training.search.findings import effects
 from shardline.training.search.search_state import SEARCH, SearchState
 
 PLOT = "search.png"  # inside <run>/search

@@ -9,7 +9,7 @@ import yaml
 
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.search.choices import describe
-from shardline.training.search.search_run import effects
+from shardline.training.search.findings import effects
 from shardline.training.search.search_state import SearchState, Trial
 
 BEST = "best.yaml"  # inside <run>/search

@@ -18,6 +18,7 @@ from shardline.shards.core.files import write_json
 from shardline.shards.core.small_files import read_small
 from shardline.training.config.training_config import TrainingConfig, differences
 from shardline.training.data.tables import check_identity
+from shardline.training.search.ladder import rungs
 
 SEARCH = "search"  # inside the run folder
 STATE = "state.json"
@@ -61,7 +62,8 @@ class Bracket(Record):
 class SearchState(Record):
     """All of a search. epochs: of the base, maybe fewer than its configuration's for want of time.
 
-    base: the base's configuration as it was asked for. spent_s: wall-clock of the search so far.
+    base: the base's configuration as it was asked for. least_rung: epochs that the first comparison
+    comes after, at least. spent_s: wall-clock of the search so far.
     """
 
     version: int = VERSION
@@ -70,6 +72,7 @@ class SearchState(Record):
     sizes: bool
     minutes: float
     epochs: int
+    least_rung: int = 1
     stage: Stage = "search"
     spent_s: float = 0.0
     brackets: list[Bracket] = []
@@ -79,6 +82,11 @@ class SearchState(Record):
     def base_config(self) -> TrainingConfig:
         """The configuration that trials change."""
         return TrainingConfig.model_validate({**self.base, "epochs": self.epochs})
+
+    @property
+    def ladder(self) -> tuple[int, ...]:
+        """Epochs of the rungs, ascending; the last is a trial's own end."""
+        return rungs(self.epochs, self.least_rung)
 
     def best(self) -> Trial:
         """The trial with the highest recall on validation; of equal ones the lower number."""

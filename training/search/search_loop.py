@@ -1,0 +1,306 @@
+"""The brackets of a search, one trial at a time, within its minutes; then the fit of the best.
+
+Trials are judged by recall on the validation split; no row of test is used. A trial is a training
+run of its own that stops at each rung and goes on from its checkpoint: trained to its end it is the
+run that ``train`` makes of its configuration.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardline.shards.core.errors import ConfigError
+from shardline.shards.core.files import MANIFEST_NAME
+from shardline.training.config.training_config import TrainingConfig
+from shardline.training.loop.launch import TrainResult, train
+from shardline.training.loop.runlog import Event, OnEvent
+from shardline.training.model.checkpoint import latest_state
+from shardline.training.search.choices import SearchSpace, describe
+from shardline.training.search.findings import effects, final_config
+from shardline.training.search.ladder import plan, rungs, survivors
+from shardline.training.search.proposals import first_candidates, next_candidates
+from shardline.training.search.search_state import (
+    Bracket,
+    SearchState,
+    Trial,
+    drop_files,
+    save_state,
+    set_aside,
+    trial_folder,
+)
+
+LEAST_RECALL = -1.0  # of a trial that cannot be trained
+FIT_SHARE = 0.4  # of the time, at most, is kept for the last fit
+FEWEST_EPOCHS = 3  # of a trial: trials that end earlier say nothing of longer ones
+
+Say = Callable[[str], None]
+OnStageEvent = Callable[[str, Event], None]  # ("trial 3" or "fit", a line of its log)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """fitted: the run on train and validation that was made with ``config``, epochs of it."""
+
+    state: SearchState
+    config: TrainingConfig
+    fitted: TrainResult
+
+
+@dataclass(kw_only=True)
+class SearchLoop:
+    """A search on its way: its state, and where its trials lie. ``to_the_end`` is all of it."""
+
+    state: SearchState
+    data_folder: Path
+    run_folder: Path
+    num_items: int
+    refit_factor: float  # examples of the last fit by those of a trial
+    say: Say
+    on_event: OnStageEvent | None
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self._at = self.clock()
+        self.space = self._space()
+
+    def to_the_end(self, on_chosen: Callable[[SearchState, TrainingConfig], None]) -> SearchResult:
+        state = self.state
+        if state.stage == "search":
+            self._measure()
+            for number in range(len(state.brackets)):
+                self._run_bracket(number)
+            while state.stage == "search" and self._next_bracket():
+                self._run_bracket(len(state.brackets) - 1)
+            state.stage = "fit"
+            self._save()
+        config = final_config(state, self.space)
+        on_chosen(state, config)
+        best = state.best()
+        for trial in state.trials:
+            drop_files(trial_folder(self.run_folder, trial))
+        self.say(
+            f"fits trial {best.number} ({describe(best.changes)}) on train and validation, "
+            f"{config.epochs} epochs"
+        )
+        fitted = train(
+            config.model_copy(update={"fit_splits": "train+val"}),
+            self.data_folder,
+            self.run_folder,
+            on_event=self._named("fit"),
+            resume=(self.run_folder / MANIFEST_NAME).exists(),
+        )
+        state.stage = "done"
+        self._save()
+        return SearchResult(state=state, config=config, fitted=fitted)
+
+    def _space(self) -> SearchSpace:
+        base = self.state.base_config
+        return SearchSpace(base, num_items=self.num_items, sizes=self.state.sizes)
+
+    def _save(self) -> None:
+        now = self.clock()
+        self.state.spent_s += now - self._at
+        self._at = now
+        save_state(self.run_folder, self.state)
+
+    # time ---------------------------------------------------------------------------------------
+
+    def _own_s(self, trial: Trial) -> float:
+        """Seconds of an epoch of this trial, its start and validation included; of one that has
+        not begun, the mean of all.
+        """
+        trained = [trial] if trial.epochs else [each for each in self.state.trials if each.epochs]
+        return sum(t.seconds for t in trained) / sum(t.epochs for t in trained)
+
+    def _left_s(self) -> float:
+        """Seconds left for trials once the fit of the best one so far has its own."""
+        spent = self.state.spent_s + self.clock() - self._at
+        best = self.state.best()
+        epochs = final_config(self.state, self.space).epochs
+        return self.state.minutes * 60 - spent - self._fit_s(best, epochs)
+
+    def _fit_s(self, trial: Trial, epochs: int) -> float:
+        return epochs * self._own_s(trial) * self.refit_factor
+
+    def _affordable(self, changes: dict[str, str]) -> bool:
+        """Whether the last fit could take that many epochs, should these changes be the best."""
+        config = self.space.config(changes)
+        assert config is not None, "a candidate has a configuration"
+        most = max(FIT_SHARE * self.state.minutes * 60, self._fit_s(self._base, self.state.epochs))
+        return self._fit_s(self._base, config.epochs) <= most
+
+    @property
+    def _base(self) -> Trial:
+        return self.state.trials[0]
+
+    def _measure(self) -> None:
+        """Trains the base for an epoch; where the time is too short for its epochs, takes fewer."""
+        state = self.state
+        if state.trials and state.trials[0].epochs:
+            return
+        base = Trial(number=0, changes={})
+        state.trials = [base]
+        self._advance(base, 1)
+        if state.epochs > self._most_epochs(base):
+            self._shorten(base)
+        self._save()
+
+    def _most_epochs(self, base: Trial) -> int:
+        """Epochs of a last fit that leaves trials their share of the time."""
+        return int(FIT_SHARE * self.state.minutes * 60 / self._fit_s(base, 1))
+
+    def _shorten(self, base: Trial) -> None:
+        state, epoch_s = self.state, self._own_s(base)
+        asked, fit_s, most = state.epochs, self._fit_s(base, 1), self._most_epochs(base)
+        left = state.minutes * 60 - state.spent_s - (self.clock() - self._at)
+        # less the base's first epoch, which is trained again
+        trials = (left - most * fit_s) / epoch_s - 1
+        if most >= FEWEST_EPOCHS and plan(trials, rungs(most, state.least_rung), first=True):
+            state.epochs, what = most, f"models get {most} epochs"
+        else:  # trials would say nothing: all the time for the fit
+            state.epochs, state.stage = max(1, min(asked, int(left / fit_s))), "fit"
+            what = f"nothing is searched, the default is fitted with {state.epochs} epochs"
+        self.say(
+            f"warning: an epoch takes {epoch_s:.1f} s, so {what} instead of {asked}; "
+            f"about {asked * fit_s / FIT_SHARE / 60:.0f} minutes would hold those"
+        )
+        self.space = self._space()
+        if state.stage == "search":
+            set_aside(trial_folder(self.run_folder, base))  # its learning rate was that of more
+            state.trials = [base := Trial(number=0, changes={})]
+            self._save()
+            self._advance(base, 1)
+
+    # brackets -----------------------------------------------------------------------------------
+
+    def _next_bracket(self) -> bool:
+        """Plans another bracket and its trials; False where there is no time or nothing to try."""
+        state = self.state
+        affordable = self._left_s() / self._own_s(self._base)
+        planned = plan(affordable, state.ladder, first=not state.brackets)
+        if planned is None:
+            return False
+        size, ladder = planned
+        candidates = [changes for changes in self._candidates(size) if self._affordable(changes)]
+        if not candidates:
+            return False
+        numbers = []
+        for changes in candidates:
+            if changes:
+                state.trials.append(Trial(number=len(state.trials), changes=changes))
+            # no changes: the base, of the first bracket, which has begun
+            numbers.append(state.trials[-1].number if changes else 0)
+        state.brackets.append(Bracket(trials=tuple(numbers), rungs=ladder))
+        self.say(
+            f"bracket {len(state.brackets)}: {len(numbers)} trials, the best third goes on after "
+            f"{', '.join(map(str, ladder))} epochs"
+        )
+        self._save()
+        return True
+
+    def _candidates(self, size: int) -> list[dict[str, str]]:
+        state, seed = self.state, self.state.base_config.seed
+        if not state.brackets:
+            return first_candidates(self.space, size, seed)
+        return next_candidates(
+            self.space,
+            size,
+            seed=seed,
+            bracket=len(state.brackets),
+            tried=[trial.changes for trial in state.trials if trial.epochs or trial.refused],
+            incumbent=state.best().changes,
+            found=effects(state),
+        )
+
+    def _run_bracket(self, number: int) -> None:
+        """Trains a bracket's trials from rung to rung; what is there already is not done again."""
+        bracket = self.state.brackets[number]
+        alive = list(bracket.trials)
+        for epochs in bracket.rungs:
+            # one that there is no time for, of more epochs than others say, does not stop those
+            alive = [each for each in alive if self._reach(self.state.trials[each], epochs)]
+            recalls = {each: self._recall(self.state.trials[each], epochs) for each in alive}
+            going = sorted({*survivors(recalls), *({0} & set(alive))})  # the base in any case
+            for each in set(alive).difference(going):
+                drop_files(trial_folder(self.run_folder, self.state.trials[each]))
+            alive = [each for each in going if not self.state.trials[each].refused]
+
+    def _reach(self, trial: Trial, rung: int) -> bool:
+        """Trains a trial to a rung; False where the time is not enough."""
+        if rung in trial.values or trial.refused:
+            return True
+        until = self._until(trial, rung)
+        left = 0 if trial.ended else until - trial.epochs
+        if left * self._own_s(trial) > self._left_s():
+            return False
+        self._advance(trial, until)
+        if trial.value is not None and not trial.refused:
+            trial.values[rung] = trial.value
+        self._save()
+        return True
+
+    def _recall(self, trial: Trial, rung: int) -> float:
+        return LEAST_RECALL if trial.refused else trial.values[rung]
+
+    def _until(self, trial: Trial, rung: int) -> int:
+        """The epochs to train to for a rung: the last rung is the trial's own end."""
+        config = self.space.config(trial.changes)
+        assert config is not None, "a trial has a configuration"
+        is_last = rung == self.state.ladder[-1]
+        return config.epochs if is_last else min(rung, config.epochs)
+
+    def _advance(self, trial: Trial, until: int) -> None:
+        """Trains a trial up to ``until`` epochs, from its checkpoint if it has one."""
+        config = self.space.config(trial.changes)
+        assert config is not None, "a trial has a configuration"
+        if trial.ended or trial.epochs >= until:
+            return
+        folder, counted = trial_folder(self.run_folder, trial), self.clock()
+        report = self._named(f"trial {trial.number}")
+
+        def on_event(event: Event) -> None:
+            nonlocal counted
+            if event["event"] == "start" and not self._base.epochs:
+                counted = self.clock()  # a first start loads libraries, which no other one does
+            if event["event"] == "validation":  # so that the time of a killed search counts
+                now = self.clock()
+                trial.seconds, counted = trial.seconds + now - counted, now
+                self._save()
+            if report is not None:
+                report(event)
+
+        try:
+            train(
+                config,
+                self.data_folder,
+                folder,
+                on_event=on_event,
+                resume=(folder / MANIFEST_NAME).exists(),
+                until_epoch=until,
+            )
+        except ConfigError as error:  # it diverged, or has lists of negatives that are too short
+            if not trial.changes:
+                raise
+            trial.refused, trial.ended = str(error), True
+        else:
+            reached = latest_state(folder)
+            assert reached is not None, "a trial has a checkpoint after an epoch"
+            trial.epochs, trial.value = reached.epoch, reached.best_value
+            trial.best_epoch, trial.ended = reached.best_epoch, reached.has_ended(config)
+        trial.seconds += self.clock() - counted
+        self._tell(trial, config)
+
+    def _named(self, stage: str) -> OnEvent | None:
+        report = self.on_event
+        return None if report is None else lambda event: report(stage, event)
+
+    def _tell(self, trial: Trial, config: TrainingConfig) -> None:
+        what = f"trial {trial.number}, {describe(trial.changes)}: "
+        if trial.refused:
+            self.say(what + f"out: {trial.refused}")
+            return
+        best = self.state.best()
+        self.say(
+            what + f"recall@{config.validation.k} {trial.value:.4f} after {trial.epochs} of "
+            f"{config.epochs} epochs; best {best.value:.4f}, trial {best.number}"
+        )
