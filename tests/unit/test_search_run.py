@@ -136,7 +136,7 @@ def test_a_time_that_is_too_short_for_the_epochs_gives_fewer(data: Dataset, tmp_
     )
     assert result.state.epochs == 8  # .4 of 240 s, at 10 s x 7/6
     assert result.state.brackets and open_run(tmp_path / "run").config.epochs <= 8
-    assert any("models get 8 epochs instead of 40" in line for line in said)
+    assert any("models get 8 epochs, of 40" in line for line in said)
     assert clock.now <= 240
 
 
@@ -170,7 +170,23 @@ def test_where_there_is_no_time_for_a_search_all_of_it_is_for_the_fit(
     assert "the default is the best" in summary_line(result.state, result.config)
 
 
-@pytest.mark.parametrize("kill_at", [1, 8, 14])
+def test_a_short_first_epoch_is_followed_by_one_that_is_measured(
+    data: Dataset, tmp_path: Path
+) -> None:
+    class Slow(EpochClock):
+        def on_event(self, stage: str, event: dict[str, Any]) -> None:
+            super().on_event(stage, event)
+            if event["event"] == "step" and self.epochs == 1:
+                self.now += 4.0  # longer than others
+
+    clock = Slow()
+    result = searched(data.path, tmp_path / "run", minutes=6, clock=clock)
+    base = result.state.trials[0]
+    assert base.seconds == 10.0 * base.epochs
+    assert base.epochs == 3 and result.state.epochs == 3
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 8, 14])
 def test_a_killed_search_decides_what_it_would_have(
     data: Dataset, found: SearchResult, tmp_path: Path, kill_at: int
 ) -> None:

@@ -31,6 +31,7 @@ from shardline.training.search.search_state import (
 
 LEAST_RECALL = -1.0  # of a trial that cannot be trained
 FIT_SHARE = 0.4  # of the time, at most, is kept for the last fit
+SHORT_SHARE = 0.04  # of the time: an epoch that takes less is followed by one that is measured
 FEWEST_EPOCHS = 3  # of a trial: trials that end earlier say nothing of longer ones
 
 Say = Callable[[str], None]
@@ -134,15 +135,25 @@ class SearchLoop:
         return self.state.trials[0]
 
     def _measure(self) -> None:
-        """Trains the base for an epoch; where the time is too short for its epochs, takes fewer."""
+        """Trains the base for an epoch; where the time is too short for its epochs, takes fewer.
+
+        A short first epoch says little of others, so the second is measured then.
+        """
         state = self.state
-        if state.trials and state.trials[0].epochs:
+        if state.measured:
             return
-        base = Trial(number=0, changes={})
-        state.trials = [base]
+        state.trials = state.trials or [Trial(number=0, changes={})]
+        base = state.trials[0]
         self._advance(base, 1)
+        if state.ladder[0] == 1 and base.value is not None:
+            base.values[1] = base.value
+        first = base.seconds
+        if first < SHORT_SHARE * state.minutes * 60 and not base.ended:
+            self._advance(base, 2)
+            base.seconds = 2 * (base.seconds - first)
         if state.epochs > self._most_epochs(base):
             self._shorten(base)
+        state.measured = True
         self._save()
 
     def _most_epochs(self, base: Trial) -> int:
@@ -161,8 +172,8 @@ class SearchLoop:
             state.epochs, state.stage = max(1, min(asked, int(left / fit_s))), "fit"
             what = f"nothing is searched, the default is fitted with {state.epochs} epochs"
         self.say(
-            f"warning: an epoch takes {epoch_s:.1f} s, so {what} instead of {asked}; "
-            f"about {asked * fit_s / FIT_SHARE / 60:.0f} minutes would hold those"
+            f"warning: an epoch takes {epoch_s:.1f} s, so {what}, of {asked}; for a search with "
+            f"{asked} give it {asked * fit_s / FIT_SHARE / 60:.0f} minutes or more"
         )
         self.space = self._space()
         if state.stage == "search":

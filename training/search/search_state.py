@@ -63,7 +63,7 @@ class SearchState(Record):
     """All of a search. epochs: of the base, maybe fewer than its configuration's for want of time.
 
     base: the base's configuration as it was asked for. least_rung: epochs that the first comparison
-    comes after, at least. spent_s: wall-clock of the search so far.
+    comes after, at least. measured: what an epoch takes is known. spent_s: wall-clock so far.
     """
 
     version: int = VERSION
@@ -73,6 +73,7 @@ class SearchState(Record):
     minutes: float
     epochs: int
     least_rung: int = 1
+    measured: bool = False
     stage: Stage = "search"
     spent_s: float = 0.0
     brackets: list[Bracket] = []
