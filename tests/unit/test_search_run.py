@@ -21,13 +21,14 @@ from shardline.training.search import search_loop
 from shardline.training.search.ladder import survivors
 from shardline.training.search.search_report import (
     best_yaml,
+    standard_error,
     summary_line,
     trials_table,
     worth_table,
 )
 from shardline.training.search.search_run import SearchResult, least_rung, search
 from shardline.training.search.search_state import SearchState, load_state, state_path
-from tests.tiny import ITEM_IDS, tiny_config, tiny_dataset
+from tests.tiny import ITEM_IDS, NUM_USERS, tiny_config, tiny_dataset
 
 
 class EpochClock:
@@ -292,6 +293,8 @@ def test_the_report_has_every_trial_and_every_choice(data: Dataset, found: Searc
     tried = {choice for t in state.trials if t.values for choice in t.changes.items()}
     assert {row[0] for row in worth_table(state).rows} == {f"{s} {label}" for s, label in tried}
     assert f"{state.best().value:.4f}" in summary_line(state, found.config)
+    assert state.val_users == NUM_USERS
+    assert standard_error(0.5, 100) == 0.05
 
 
 def test_the_written_configuration_makes_the_model_of_the_search(

@@ -3,6 +3,7 @@
 The file is what ``shardline -c best.yaml train`` takes.
 """
 
+import math
 from dataclasses import dataclass
 
 import yaml
@@ -62,8 +63,14 @@ def summary_line(state: SearchState, config: TrainingConfig) -> str:
     return (
         f"trial {best.number} ({describe(best.changes)}) is the best: recall@{k} {best.value:.4f} "
         f"on validation; at the comparison after {both} epochs {best.values[both]:.4f}, the "
-        f"default {base.values[both]:.4f}"
+        f"default {base.values[both]:.4f}; a recall over {state.val_users:,} users has a standard "
+        f"error of up to {standard_error(best.value or 0.0, state.val_users):.4f}"
     )
+
+
+def standard_error(recall: float, users: int) -> float:
+    """Of a mean recall over so many users, at most: as if every user's were 0 or 1."""
+    return math.sqrt(max(0.0, recall * (1 - recall)) / max(1, users))
 
 
 def best_yaml(state: SearchState, config: TrainingConfig) -> str:

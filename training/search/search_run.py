@@ -11,6 +11,7 @@ from pathlib import Path
 from shardline.shards.core.errors import ConfigError, DataError
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.training.config.training_config import TrainingConfig
+from shardline.training.data.csr import Csr
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.features.infer import infer_config
 from shardline.training.search.search_loop import OnStageEvent, Say, SearchLoop, SearchResult
@@ -49,7 +50,7 @@ def search(
     """
     check_base(config, minutes)
     dataset = open_dataset(data_folder, keep=True)
-    check_val(dataset)
+    val = check_val(dataset)
     base = infer_config(config, dataset)
     # every rung must have been validated
     every = base.validation.model_copy(update={"every_epochs": 1})
@@ -75,10 +76,11 @@ def search(
             dataset=dataset.identity,
             sizes=sizes,
             minutes=minutes,
+            val_users=min(base.validation.max_users, int((val.lengths > 0).sum())),
             epochs=base.epochs,
             least_rung=least_rung(base, len(dataset.positives("train").items)),
         )
-    val_share = len(dataset.positives("val").items) / len(dataset.positives("train").items)
+    val_share = len(val.items) / len(dataset.positives("train").items)
     num_items = dataset.rows["items"]
     del dataset  # its tables are not needed while trials train
     run = SearchLoop(
@@ -122,9 +124,10 @@ def least_rung(config: TrainingConfig, examples: int) -> int:
     return max(1, -(-2 * config.optimiser.warmup_steps // steps))
 
 
-def check_val(dataset: Dataset) -> None:
-    """Raises DataError where there is nothing to judge trials by."""
-    if not len(dataset.positives("val").items):
+def check_val(dataset: Dataset) -> Csr:
+    """The validation items of every user; DataError where there is nothing to judge trials by."""
+    val = dataset.positives("val")
+    if not len(val.items):
         raise DataError(
             f"{dataset.path}: nothing to judge trials by",
             field="split",
@@ -132,3 +135,4 @@ def check_val(dataset: Dataset) -> None:
             got="none",
             hint="import the data with --val-users and --val-per-user",
         )
+    return val

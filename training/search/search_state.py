@@ -64,6 +64,7 @@ class SearchState(Record):
 
     base: the base's configuration as it was asked for. least_rung: epochs that the first comparison
     comes after, at least. measured: what an epoch takes is known. spent_s: wall-clock so far.
+    val_users: users that a trial's recall is the mean of.
     """
 
     version: int = VERSION
@@ -71,6 +72,7 @@ class SearchState(Record):
     dataset: dict[str, Any]
     sizes: bool
     minutes: float
+    val_users: int
     epochs: int
     least_rung: int = 1
     measured: bool = False
