@@ -71,7 +71,12 @@ def test_keys_that_were_given_stay_and_a_given_model_is_left_alone() -> None:
     config = with_default(given, GOWALLA)
     assert (config.epochs, config.validation.k, config.batch_size) == (3, 7, 99)
     assert (config.validation.max_users, config.loss.kind) == (10_000, "bsl")
-    for model in ({"dim": 32}, {"loss": {"temperature": 0.1}}, {"optimiser": {}}):
+    for model in (
+        {"dim": 32},
+        {"metric": "dot"},
+        {"loss": {"temperature": 0.1}},
+        {"optimiser": {}},
+    ):
         own = TrainingConfig.model_validate(model)
         assert with_default(own, GOWALLA) is own
 

@@ -14,7 +14,7 @@ from shardline.training.features.infer import suggested_kinds
 from shardline.training.loop.batches import fitting_batch
 
 # keys of the training section that say what the model is: where one is given, none is chosen here
-MODEL_KEYS = ("dim", "towers", "loss", "optimiser", "popularity_exponent", "unknown_rate")
+MODEL_KEYS = ("dim", "towers", "metric", "loss", "optimiser", "popularity_exponent", "unknown_rate")
 DENSE = 0.01  # share of all (user, item) pairs: ml-100k has .05, Gowalla and Amazon CDs .0006
 MOST_USER_VECTORS = 1_000_000  # of 64 float32 with Adam's moments: 0.8 GB
 FULL_BATCH = 2048
