@@ -134,3 +134,15 @@ def test_effects_of_an_additive_model_are_found() -> None:
 def test_changes_are_described() -> None:
     assert describe({}) == "the default"
     assert describe({"temperature": "0.04", "epochs": "24"}) == "temperature 0.04, epochs 24"
+
+
+def test_tied_towers_and_metric_dot_get_only_what_they_take() -> None:
+    item = {"features": [{"kind": "id", "column": "item_id", "dim": 8}], "hidden": [16]}
+    tied = TrainingConfig.model_validate({"dim": 16, "towers": {"tied": True, "item": item}})
+    space = SearchSpace(tied, num_items=60, sizes=True)
+    assert "popularity exponent" not in space.settings and "temperature" in space.settings
+    deep = space.config({"layers": "256 128", "dim": "32"})
+    assert deep is not None and deep.towers.query.hidden == deep.towers.item.hidden == (256, 128)
+    dot = SearchSpace(TrainingConfig.model_validate({"metric": "dot"}), num_items=60)
+    assert "popularity exponent" not in dot.settings
+    assert set(dot.settings["temperature"]) == {"0.5", "0.7"}

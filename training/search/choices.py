@@ -185,7 +185,7 @@ def _sizes(base: TrainingConfig) -> list[Choice]:
     def width(dim: int) -> Change:
         def change(dump: dict[str, Any]) -> None:
             dump["dim"] = dim
-            for tower in dump["towers"].values():
+            for tower in (dump["towers"]["query"], dump["towers"]["item"]):
                 # the inputs of a tower without weights are as wide as its output
                 wide = tower["projection"] == "identity"
                 for feature in (tower["features"] or ()) if wide else ():
