@@ -41,6 +41,25 @@ TEXT = {"kind": "text", "column": "title"}
         ),
         ({"loss": {"kind": "sigmoid", "hard_weight": 2}}, "which kind sigmoid has not"),
         ({"loss": {"hard_shared": True}}, "hard_shared needs hard_negatives"),
+        ({"mining": {"start_epoch": 2}}, "start_epoch 2 needs loss.hard_negatives"),
+        (
+            {"mining": {"start_epoch": 4}, "epochs": 3, "loss": {"hard_negatives": 1}},
+            "start_epoch 4 is after the last of 3 epochs",
+        ),
+        (
+            {"mining": {"start_epoch": 2}, "loss": {"strategy": "offline-mined"}},
+            "start_epoch 2 leaves the epochs before it without negatives: loss.in_batch is off",
+        ),
+        ({"mining": {"easy_ranks": 5}}, "easy_ranks 5 and ramp_epochs 0: each needs the other"),
+        ({"mining": {"ramp_epochs": 2}}, "easy_ranks 0 and ramp_epochs 2: each needs the other"),
+        (
+            {"mining": {"easy_ranks": 5, "ramp_epochs": 2}},
+            "easy_ranks needs every_epochs",
+        ),
+        (
+            {"mining": {"easy_ranks": 2000, "ramp_epochs": 2, "every_epochs": 1}},
+            "range_max 100 and easy_ranks 2000 exceed rank 2048",
+        ),
         ({"loss": {"kind": "bsl", "symmetric": 0.5}}, "symmetric is a part of kind infonce"),
         ({"loss": {"kind": "sigmoid", "strategy": "batch-hard"}}, "batch_hard is a part of kind"),
         (

@@ -92,6 +92,27 @@ class MiningConfig(Section):
     every_epochs: int = Field(
         default=0, ge=0, description="Epochs between two minings during training; 0 for never."
     )
+    start_epoch: int = Field(
+        default=1,
+        ge=1,
+        le=100_000,
+        description="[epoch] First epoch with mined negatives; those before it train with the "
+        "other negatives alone. 1: from the first step, mined with the initial weights.",
+    )
+    easy_ranks: int = Field(
+        default=0,
+        ge=0,
+        le=MAX_K,
+        description="[ranks] How much deeper range_min and range_max lie in start_epoch: easier "
+        "negatives first. The shift falls linearly to 0 over ramp_epochs.",
+    )
+    ramp_epochs: int = Field(
+        default=0,
+        ge=0,
+        le=100_000,
+        description="[epochs] From start_epoch until range_min and range_max are used as they are; "
+        "0 without easy_ranks.",
+    )
     per_user: int = Field(
         default=10,
         ge=1,
@@ -123,6 +144,21 @@ class MiningConfig(Section):
             raise ValueError(
                 f"range_min {self.range_min} to range_max {self.range_max} hold fewer than "
                 f"per_user {self.per_user} items"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ramp_is_whole(self) -> Self:
+        if bool(self.easy_ranks) != bool(self.ramp_epochs):
+            raise ValueError(
+                f"easy_ranks {self.easy_ranks} and ramp_epochs {self.ramp_epochs}: each needs the "
+                "other"
+            )
+        if self.easy_ranks and not self.every_epochs:
+            raise ValueError("easy_ranks needs every_epochs: a mined table is not mined again")
+        if self.range_max + self.easy_ranks > MAX_K:
+            raise ValueError(
+                f"range_max {self.range_max} and easy_ranks {self.easy_ranks} exceed rank {MAX_K}"
             )
         return self
 
@@ -253,6 +289,25 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"loss.uniform_negatives {self.loss.uniform_negatives} is not a multiple of "
                 f"num_workers {self.num_workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mined_negatives_start(self) -> Self:
+        start, loss = self.mining.start_epoch, self.loss
+        if start == 1:
+            return self
+        if not loss.hard_negatives:
+            raise ValueError(f"mining.start_epoch {start} needs loss.hard_negatives")
+        if start > self.epochs:
+            raise ValueError(
+                f"mining.start_epoch {start} is after the last of {self.epochs} epochs"
+            )
+        others = (loss.uniform_negatives, loss.random_negatives, loss.memory_size)
+        if not (loss.in_batch or any(others)):
+            raise ValueError(
+                f"mining.start_epoch {start} leaves the epochs before it without negatives: "
+                "loss.in_batch is off"
             )
         return self
 

@@ -6,7 +6,7 @@ same for any number of ranks, and a resumed run draws what it would have.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,12 +58,14 @@ class Sampler:
     history_length: int  # 0 without a history feature
     loss: LossConfig  # which negatives to draw
     hard: Csr | None = None  # mined item rows per user row
+    hard_from: int = 0  # epochs before it, counted from 0, have no mined negatives
     weights: FloatArray | None = field(init=False, repr=False)  # of all examples in the loss
 
     def __post_init__(self) -> None:
         weights = self.data.row_weights(self.loss.weight_exponent)
         object.__setattr__(self, "weights", weights)
-        check_hard(self.loss, self.hard, len(self.data.users))
+        if not self.hard_from or self.hard is not None:
+            check_hard(self.loss, self.hard, len(self.data.users))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,6 +74,10 @@ class Sampler:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from its step ``start`` on, in order."""
+        if epoch < self.hard_from:
+            yield from self._without_mined().epoch(epoch, start)
+            return
+        check_hard(self.loss, self.hard, len(self.data.users))
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.data.train.items))
         for step in range(start, self.steps_per_epoch):
             rows = order[step * self.batch_size : (step + 1) * self.batch_size]
@@ -106,6 +112,11 @@ class Sampler:
             negatives=negatives,
             weights=None if self.weights is None else self.weights[rows[mine]],
         )
+
+    def _without_mined(self) -> "Sampler":
+        """Rows without slots for mined items, so that none is encoded for nothing."""
+        loss = self.loss.model_copy(update={"hard_negatives": 0})
+        return replace(self, loss=loss, hard=None, hard_from=0)
 
     def _history(self, users: IdArray, rows: IdArray) -> Csr:
         """The past items of each example, the interactions ``rows`` of ``users``."""

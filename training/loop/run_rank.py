@@ -21,6 +21,7 @@ from shardline.training.features.prepared import TrainingData
 from shardline.training.loop.batches import Sampler, check_batch
 from shardline.training.loop.runlog import LOG, Event, RunLog, trim_log
 from shardline.training.loop.trainer import MINED, build_trainer, lists_from_tensors, mined_lists
+from shardline.training.mining.curriculum import mines_after
 from shardline.training.model.checkpoint import (
     CACHE,
     TrainState,
@@ -75,6 +76,7 @@ def train_rank(
         history_length=run.space.history.max_length if run.space.history else 0,
         loss=config.loss,
         hard=_first_lists(run_folder, config, model, data, parts),
+        hard_from=config.mining.start_epoch - 1,
     )
     trainer = build_trainer(run_folder, config, model, sampler)
     trainer.restore(parts)
@@ -107,7 +109,10 @@ def _first_lists(
     data: TrainingData,
     parts: dict[str, dict[str, Tensor]],
 ) -> Csr | None:
-    """The mined lists to start with: the checkpoint's, those given, or the initial model's own."""
+    """The mined lists to start with: the checkpoint's, those given, or the initial model's own.
+
+    None where there are none yet, because the run mines later.
+    """
     if MINED in parts:
         return lists_from_tensors(parts[MINED])
     if not config.loss.hard_negatives:
@@ -115,4 +120,6 @@ def _first_lists(
     given = given_lists(run_folder)
     if given is not None:
         return given
-    return mined_lists(model, data, config, 0) if config.mining.every_epochs else None
+    if mines_after(config.mining, 0, has_lists=False):
+        return mined_lists(model, data, config, 0)
+    return None

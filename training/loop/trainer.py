@@ -29,6 +29,7 @@ from shardline.training.loop.train_step import Step
 from shardline.training.loop.validation import validation_recall
 from shardline.training.loss.losses import LossTerms
 from shardline.training.mining.candidates import starved_share
+from shardline.training.mining.curriculum import mines_after, window
 from shardline.training.mining.miner import mine_in_process
 from shardline.training.model.checkpoint import MODEL, TrainState, save_checkpoint
 from shardline.training.model.precision import Autocast, Precision, resolve
@@ -119,8 +120,10 @@ class Trainer:
         due = state.epoch % config.validation.every_epochs == 0 or state.epoch == config.epochs
         if due and len(self.sampler.data.val.items):
             state = self._validate(state)
-        every = config.mining.every_epochs
-        if every and state.epoch % every == 0 and state.epoch < config.epochs:
+        has_lists = self.sampler.hard is not None
+        if state.epoch < config.epochs and mines_after(
+            config.mining, state.epoch, has_lists=has_lists
+        ):
             self._mine(state)
         return state
 
@@ -190,6 +193,7 @@ class Trainer:
         lists = mined_lists(self.model, self.sampler.data, self.config, state.epoch)
         self.sampler = replace(self.sampler, hard=lists)
         mined = self.sampler.data.train.lengths > 0
+        used = window(self.config.mining, state.epoch)
         if self.log is not None:
             self.log.write(
                 "mining",
@@ -197,6 +201,7 @@ class Trainer:
                 step=state.step,
                 seconds=time.perf_counter() - started,
                 starved_share=starved_share(lists, mined, self.config.mining),
+                ranks=[used.range_min, used.range_max],
             )
 
     def _log_step(self, terms: LossTerms, update: Update, step: int, epoch: int) -> None:
@@ -233,7 +238,7 @@ class Trainer:
 def mined_lists(model: TwoTower, data: TrainingData, config: TrainingConfig, epoch: int) -> Csr:
     """Hard negatives of every user by the model after ``epoch`` epochs; a collective."""
     seed = int(np.random.SeedSequence([config.seed, epoch]).generate_state(1)[0])
-    return mine_in_process(model, data, config.mining, seed)
+    return mine_in_process(model, data, window(config.mining, epoch), seed)
 
 
 def lists_to_tensors(lists: Csr) -> dict[str, Tensor]:
