@@ -28,6 +28,7 @@ from shardline.training.loop.launch import TrainResult, check_folders
 from shardline.training.loop.launch import train as train_model
 from shardline.training.loop.run_plot import plot_run
 from shardline.training.model.checkpoint import GO_ON, latest_state, open_run
+from shardline.training.model.warm_start import describe_origin
 from shardline.training.search.search_run import check_base
 from shardline.training.search.search_state import state_path
 from shardline.training.search.shape_defaults import MODEL_KEYS, shape_of, with_default
@@ -67,6 +68,14 @@ unfinished_option = click.option(
     help="Table of `mine` to start with, for training.loss.hard_negatives.",
 )
 @click.option(
+    "--from",
+    "warm",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Folder of an ended run whose best weights to start from: the same towers, new data or "
+    "a new schedule. New ids get fresh vectors, lost ones are dropped; the optimiser starts anew.",
+)
+@click.option(
     "--all", "fit_all", is_flag=True, help="Short for --set training.fit_splits=train+val."
 )
 @click.option("--plot", is_flag=True, help="Draw the run's log into its training.png.")
@@ -92,6 +101,7 @@ def train(
     epochs: int | None,
     mine_every: int | None,
     hard: Path | None,
+    warm: Path | None,
     fit_all: bool,
     plot: bool,
     resume: bool,
@@ -122,8 +132,8 @@ def train(
     minutes = DEFAULT_MINUTES if minutes is None else minutes
     if tune:
         check_base(config.training, minutes)
-    if not (tune and state_path(run).exists()):
-        check_folders(data, run, resume=resume)  # before Ray, which takes seconds to start
+    if not (tune and state_path(run).exists()):  # before Ray, which takes seconds to start
+        check_folders(data, run, resume=resume, warm=warm)
     checks = [check_writable("run", look_at(run))]
     if config.training.num_workers > 1 and config.cluster.address == "local":
         checks += before_ray(None)
@@ -138,7 +148,9 @@ def train(
             click.echo(describe_run(result))
             return
         with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
-            result = train_with_progress(config, data, run, progress, resume=resume, hard=hard)
+            result = train_with_progress(
+                config, data, run, progress, resume=resume, hard=hard, warm=warm
+            )
     except KeyboardInterrupt:
         if not (tune and say_how_a_search_goes_on(run)) and (run / MANIFEST_NAME).exists():
             say_how_to_go_on(run)
@@ -207,6 +219,7 @@ def train_with_progress(
     *,
     resume: bool,
     hard: Path | None = None,
+    warm: Path | None = None,
 ) -> TrainResult:
     """Trains a run, showing its log as a progress bar and a line per validation."""
 
@@ -226,6 +239,9 @@ def train_with_progress(
                 f"epoch {event['epoch']}: mined in {event['seconds']:.1f} s, "
                 f"{event['starved_share']:.1%} of users starved"
             )
+        elif event["event"] == "warm_start":
+            for line in describe_origin(event["origin"]):
+                progress.note(line)
         elif event["event"] == "end":
             if event["early"]:
                 progress.note(describe_early_stop(event))
@@ -234,7 +250,9 @@ def train_with_progress(
                 progress.note(f"resumed with {event['world']} ranks, was {event['world_before']}")
             warn_of_few_steps(event, config.training.batch_size, progress)
 
-    return train_model(config.training, data, run, on_event=on_event, resume=resume, hard=hard)
+    return train_model(
+        config.training, data, run, on_event=on_event, resume=resume, hard=hard, warm=warm
+    )
 
 
 def warn_of_few_steps(event: dict[str, Any], batch_size: int, progress: StageProgress) -> None:

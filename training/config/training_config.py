@@ -322,7 +322,7 @@ class TrainingConfig(Section):
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """Dotted names of settings that differ, with both values: ``loss.logq: True, was False``."""
-    left, right = dict(_flatten(ours)), dict(_flatten(theirs))
+    left, right = dict(flattened(ours)), dict(flattened(theirs))
     return [
         f"{name}: {left.get(name)}, was {right.get(name)}"
         for name in sorted(left.keys() | right.keys())
@@ -330,9 +330,10 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of everything in nested mappings; a list is one value."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from flattened(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, value

@@ -40,6 +40,18 @@ from shardline.training.model.checkpoint import (
     place_run,
     start_run,
 )
+from shardline.training.model.warm_start import (
+    WARM,
+    WarmStart,
+    carried_space,
+    carried_weights,
+    check_architecture,
+    check_same_start,
+    check_validation,
+    ended_state,
+    open_warm_start,
+    with_features_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +79,7 @@ def train(
     on_event: OnEvent | None = None,
     resume: bool = False,
     hard: Path | None = None,
+    warm: Path | None = None,
     until_epoch: int | None = None,
 ) -> TrainResult:
     """Trains ``config.num_workers`` ranks to the end; the run folder keeps the best checkpoint.
@@ -76,7 +89,9 @@ def train(
     resume: go on from the newest checkpoint of the same configuration and data; how many ranks
     there are, and how often they write, may be another one. hard: table of mined negatives to start
     with; a resumed run goes on with the lists that it has, and takes no table but that of its
-    start. until_epoch: stop after this epoch, for a later resume; of one worker.
+    start. warm: folder of an ended run whose best weights this one starts from; what
+    ``training.model.warm_start`` says of it. A resumed run needs it no more. until_epoch: stop after
+    this epoch, for a later resume; of one worker.
 
     Raises:
         ConfigError, DataError: settings or data that do not fit, are not the ones resumed, or ask
@@ -86,9 +101,11 @@ def train(
     """
     assert until_epoch is None or config.num_workers == 1, "ranks under Ray train to the end"
     run_folder = run_folder.resolve()  # ranks under Ray have another working directory
-    check_folders(data_folder, run_folder, resume=resume)
+    check_folders(data_folder, run_folder, resume=resume, warm=warm)
+    older = None if warm is None else open_warm_start(warm)
+    config = _with_architecture(config, run_folder, older, resume=resume)
     use_gpu = _use_gpu(config)
-    config = _declare(config, data_folder, run_folder, resume=resume, hard=hard)
+    config = _declare(config, data_folder, run_folder, resume=resume, hard=hard, warm=older)
     if config.num_workers == 1:
         device = torch.device("cuda" if use_gpu else "cpu")
         train_rank(run_folder, device, on_event, until_epoch=until_epoch)
@@ -107,11 +124,14 @@ def train(
     )
 
 
-def check_folders(data_folder: Path, run_folder: Path, *, resume: bool) -> None:
+def check_folders(
+    data_folder: Path, run_folder: Path, *, resume: bool, warm: Path | None = None
+) -> None:
     """What ``train`` refuses at a glance; for callers that start a cluster first.
 
     Raises:
-        NotFound: no dataset there, or no run to resume. ConfigError: a run is in the way.
+        NotFound: no dataset there, or no run to resume or to start from. ConfigError: a run is in
+            the way. DataError: the training of the run to start from has not ended.
     """
     open_dataset(data_folder, verify=False)
     if resume:
@@ -121,10 +141,34 @@ def check_folders(data_folder: Path, run_folder: Path, *, resume: bool) -> None:
             f"{run_folder}: holds a run already",
             hint="--resume goes on with it, --run names another folder, also to what follows",
         )
+    if warm is not None:
+        ended_state(warm)
+
+
+def _with_architecture(
+    config: TrainingConfig, run_folder: Path, warm: WarmStart | None, *, resume: bool
+) -> TrainingConfig:
+    """``config`` with the features of the run to start from; refuses another architecture."""
+    if resume:
+        declared = open_run(run_folder)
+        if warm is not None:
+            check_same_start(run_folder, declared, warm)
+        return with_features_of(config, declared.config) if declared.origin else config
+    if warm is None:
+        return config
+    config = with_features_of(config, warm.run.config)
+    check_architecture(config, warm.run.config, warm.folder)
+    return config
 
 
 def _declare(
-    config: TrainingConfig, data_folder: Path, run_folder: Path, *, resume: bool, hard: Path | None
+    config: TrainingConfig,
+    data_folder: Path,
+    run_folder: Path,
+    *,
+    resume: bool,
+    hard: Path | None,
+    warm: WarmStart | None,
 ) -> TrainingConfig:
     """Puts the run into its folder, or checks that it is the one to resume; its configuration.
 
@@ -138,11 +182,17 @@ def _declare(
             _check_same_hard(config, dataset, run_folder, hard)
         place_run(run_folder, config)
     else:
-        _start(config, dataset, run_folder, hard)
+        _start(config, dataset, run_folder, hard, warm)
     return config
 
 
-def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Path | None) -> None:
+def _start(
+    config: TrainingConfig,
+    dataset: Dataset,
+    run_folder: Path,
+    table: Path | None,
+    warm: WarmStart | None,
+) -> None:
     # before anything is written: a declared run keeps its batch size
     examples = len(train_lists(dataset, config.fitted_splits).items)
     check_batch(config.batch_size, config.num_workers, examples)
@@ -151,12 +201,21 @@ def _start(config: TrainingConfig, dataset: Dataset, run_folder: Path, table: Pa
         example_weights(dataset.weights(*config.fitted_splits), config.loss.weight_exponent)
     hard = _hard_lists(config, dataset, table)
     space = fit(config, dataset)
+    if warm is not None:
+        check_validation(config, warm, dataset.identity)
+        space = carried_space(space, warm.run.space, warm.folder)
     shutil.rmtree(run_folder / CACHE, ignore_errors=True)  # of a start that did not get to its end
     prepare(dataset, space, run_folder / CACHE, config.fitted_splits, tied=config.towers.tied)
     if hard is not None:
         with atomic_path(run_folder / CACHE / HARD) as temporary:
             save_file(lists_to_tensors(hard), temporary)
-    start_run(run_folder, Run(config=config, space=space), dataset.identity)
+    origin = None
+    if warm is not None:
+        weights, growth = carried_weights(config, space, warm)
+        origin = warm.origin(growth)
+        with atomic_path(run_folder / CACHE / WARM) as temporary:
+            save_file(weights, temporary)
+    start_run(run_folder, Run(config=config, space=space, origin=origin), dataset.identity)
 
 
 def _check_memory(config: TrainingConfig, total_steps: int) -> None:

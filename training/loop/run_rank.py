@@ -32,6 +32,7 @@ from shardline.training.model.checkpoint import (
     remove_unfinished,
 )
 from shardline.training.model.towers import TwoTower, build_model
+from shardline.training.model.warm_start import load_warm
 
 HARD = "hard.safetensors"  # inside the cache: mined lists that the run was started with
 
@@ -66,6 +67,9 @@ def train_rank(
     if state.precision is not None:
         config = config.model_copy(update={"precision": state.precision})
     model = build_model(config, run.space).to(device)
+    starts_warm = run.origin is not None and not parts
+    if starts_warm:
+        load_warm(run_folder, model)
     sampler = Sampler(
         data=data,
         batch_size=config.batch_size,
@@ -85,6 +89,8 @@ def train_rank(
         trim_log(run_folder / LOG, state.step)
         trainer.log = RunLog(run_folder / LOG, on_event, config.batch_size)
         trainer.log_start(state)
+    if starts_warm:
+        trainer.start_warm(run.origin)
     state = replace(state, world=sampler.world, precision=trainer.precision)
     while not state.has_ended(config) and (until_epoch is None or state.epoch < until_epoch):
         state = trainer.epoch(state)

@@ -1,11 +1,12 @@
 """The log of a run: one JSON object per line, appended, so that a resumed run goes on in it.
 
 Every line has ``event``, ``time`` (s since 1970), ``epoch`` (of the step, from 1) and ``step``
-(optimiser steps done). Events: start, step, validation, mining, end; the last one says whether it
-was early and which epoch is kept. Loss, shares and logits of a step line are means over the ranks
-at that step. examples_per_s and gathered_bytes are of the steps since the line before or the
-epoch's start, without validation, mining and checkpoints; gathered_bytes came to rank 0 per step
-from the others, without the dense gradients, which are reduced.
+(optimiser steps done). Events: start, warm_start (``origin``: the run whose weights it starts from;
+then their validation, of epoch 0), step, validation, mining, end; the last one says whether it was
+early and which epoch is kept. Loss, shares and logits of a step line are means over the ranks at
+that step. examples_per_s and gathered_bytes are of the steps since the line before or the epoch's
+start, without validation, mining and checkpoints; gathered_bytes came to rank 0 per step from the
+others, without the dense gradients, which are reduced.
 """
 
 import json

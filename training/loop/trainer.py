@@ -5,7 +5,7 @@ no random state.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,13 @@ class Trainer:
             steps_per_epoch=self.sampler.steps_per_epoch,
         )
 
+    def start_warm(self, origin: Mapping[str, Any] | None) -> None:
+        """Where the weights come from, and how good they are on val before the first step."""
+        if self.log is not None:
+            self.log.write("warm_start", epoch=1, step=0, origin=origin)
+        if len(self.sampler.data.val.items):
+            self._recall(epoch=0, step=0)
+
     def log_end(self, state: TrainState) -> None:
         """The line a run ends with: whether before its last epoch, and which epoch is kept."""
         assert self.log is not None
@@ -177,16 +184,20 @@ class Trainer:
         return terms, update
 
     def _validate(self, state: TrainState) -> TrainState:
+        recall = self._recall(epoch=state.epoch, step=state.step)
+        if state.best_value is None or recall > state.best_value:
+            best = replace(state, best_epoch=state.epoch, best_step=state.step)
+            return replace(best, best_value=recall, stale=0)
+        return replace(state, stale=state.stale + 1)
+
+    def _recall(self, *, epoch: int, step: int) -> float:
         started = time.perf_counter()
         recall = validation_recall(self.model, self.sampler, self.config)
         if self.log is not None:
             name = f"recall@{self.config.validation.k}"
             values = {"seconds": time.perf_counter() - started, name: recall}
-            self.log.write("validation", epoch=state.epoch, step=state.step, **values)
-        if state.best_value is None or recall > state.best_value:
-            best = replace(state, best_epoch=state.epoch, best_step=state.step)
-            return replace(best, best_value=recall, stale=0)
-        return replace(state, stale=state.stale + 1)
+            self.log.write("validation", epoch=epoch, step=step, **values)
+        return recall
 
     def _mine(self, state: TrainState) -> None:
         started = time.perf_counter()

@@ -2,7 +2,7 @@
 
     _manifest.json           configuration, fitted features, dataset, checksums of what is in cache;
                              written when the run starts
-    cache/                   the prepared data, and mined lists that the run was started with
+    cache/                   the prepared data; mined lists and weights that the run starts with
     checkpoints/00000300/    after step 300: <part>.safetensors, _manifest.json
 
 Parts are the model, the optimiser's moments, the loss's state and what was mined. There is no
@@ -77,11 +77,13 @@ class Run:
     """What a run folder declares: how it was configured, and what its features look like.
 
     cut_off: its model is of a training that has not ended, as ``load_best`` was asked to allow.
+    origin: the run that its first weights are of (``training.model.warm_start``), None for none.
     """
 
     config: TrainingConfig
     space: FeatureSpace
     cut_off: bool = False
+    origin: dict[str, Any] | None = None
 
 
 def start_run(folder: Path, run: Run, dataset: dict[str, Any]) -> None:
@@ -93,6 +95,8 @@ def start_run(folder: Path, run: Run, dataset: dict[str, Any]) -> None:
         "dataset": dataset,
         "files": [asdict(entry) for entry in describe_tree(folder / CACHE)],
     }
+    if run.origin is not None:
+        body["from"] = run.origin
     write_manifest(folder, kind=RUN_KIND, version=VERSION, body=body)
 
 
@@ -123,7 +127,8 @@ def open_run(folder: Path) -> Run:
             got=first["msg"],
             hint=TRAIN_AGAIN,
         ) from error
-    return Run(config=config, space=FeatureSpace.from_json(manifest["space"]))
+    space = FeatureSpace.from_json(manifest["space"])
+    return Run(config=config, space=space, origin=manifest.get("from"))
 
 
 def open_data(folder: Path) -> TrainingData:
