@@ -6,7 +6,8 @@ is (the full refit, which is the baseline), and from yesterday's weights (``trai
 epochs. Most of what a model knows of the whole it knows of the rest, so the warm run has to learn
 a day, not a year; its floor is the share of the epochs that it trains. Both are measured on the
 same split with the same known items left out, and timed from the opening of the data to the last
-checkpoint. ``start_recall`` is that of yesterday's weights on validation before the first step.
+checkpoint. ``start_recall`` is that of yesterday's weights on validation before the first step,
+with today's items known; the other figures of yesterday's run are with its own.
 
 A day drawn at random is kind: the taste of users does not drift within it, and few of its users and
 items are new. Choose the warm schedule on validation (``--split val``), then look at test once.
@@ -160,6 +161,11 @@ def compare(
     type=click.FloatRange(min=0, min_open=True),
     help="Peak rate of the warm run; that of the configuration.",
 )
+@click.option(
+    "--warm-batch-size",
+    type=click.IntRange(min=2),
+    help="Of the warm run; that of the configuration. A smaller one gives a short run more steps.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--split", type=click.Choice(["val", "test"]), default="test", show_default=True)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures too.")
@@ -171,6 +177,7 @@ def main(
     epochs: int | None,
     warm_epochs: int,
     warm_learning_rate: float | None,
+    warm_batch_size: int | None,
     seed: int,
     split: str,
     json_path: Path | None,
@@ -181,6 +188,8 @@ def main(
     warm_changes: dict[str, Any] = {"epochs": warm_epochs}
     if warm_learning_rate is not None:
         warm_changes["optimiser"] = {"learning_rate": warm_learning_rate}
+    if warm_batch_size is not None:
+        warm_changes["batch_size"] = warm_batch_size
     dataset = open_dataset(data)
     report = compare(settings, warm_changes, dataset, runs, share=day_share, split=split)
     rows = [

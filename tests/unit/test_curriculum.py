@@ -73,9 +73,14 @@ def losses(run: Path) -> list[float]:
     return [event["loss"] for event in read_log(run / "log.jsonl") if event["event"] == "step"]
 
 
-def test_epochs_before_the_start_are_those_of_a_run_without_mined_negatives(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_epochs_before_the_start_are_those_of_a_run_without_mined_negatives(
+    tmp_path: Path, shared: bool
+) -> None:
     data = tiny_dataset(tmp_path / "data").path
-    train(config_of(start_epoch=3), data, tmp_path / "later")
+    config = config_of(start_epoch=3)
+    loss = config.loss.model_copy(update={"hard_shared": shared})
+    train(config.model_copy(update={"loss": loss}), data, tmp_path / "later")
     plain = config_of().model_copy(update={"loss": tiny_config().loss, "mining": MiningConfig()})
     train(plain, data, tmp_path / "plain")
     ours, theirs = losses(tmp_path / "later"), losses(tmp_path / "plain")

@@ -34,7 +34,8 @@ def test_the_report_holds_what_the_runs_are(tmp_path: Path) -> None:
         main,
         [
             *("--config", str(config), "--data", str(dataset.path), "--runs", str(tmp_path / "r")),
-            *("--warm-learning-rate", "0.003", "--split", "val", "--json", str(report)),
+            *("--warm-learning-rate", "0.003", "--warm-batch-size", "12"),
+            *("--split", "val", "--json", str(report)),
         ],
     )
     assert found.exception is None, found.output
@@ -53,4 +54,4 @@ def test_the_report_holds_what_the_runs_are(tmp_path: Path) -> None:
     assert ratio["recall@20"] == means["recall@20"] / runs["full refit"]["recall@20"]
     run = open_run(tmp_path / "r/warm")
     assert run.origin is not None and run.origin["run"] == str(tmp_path / "r/yesterday")
-    assert run.config.optimiser.learning_rate == 0.003
+    assert (run.config.optimiser.learning_rate, run.config.batch_size) == (0.003, 12)

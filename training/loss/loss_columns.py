@@ -104,7 +104,7 @@ class Pool:
         if config.uniform_negatives:
             items = gather.gather_values(ids.uniform)
             parts.append(self._drawn(gather.gather_rows(vectors.uniform), items))
-        if config.hard_shared:
+        if config.hard_shared and ids.hard.numel():  # none before mining.start_epoch
             items = gather.gather_values(ids.hard.flatten())
             there = items >= 0
             hard = gather.gather_rows(vectors.hard.flatten(0, 1))
