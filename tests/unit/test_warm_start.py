@@ -33,6 +33,7 @@ from shardline.training.model.warm_start import (
     carried_weights,
     open_warm_start,
 )
+from tests.people import people, tied_config
 from tests.tiny import ITEM_IDS, NUM_USERS, USER_IDS, count_reads, tiny_config, tiny_dataset
 
 NEW_USERS, NEW_ITEMS = (2, 1000), (101, 500, 501)  # ids that lie between and after the others
@@ -254,6 +255,7 @@ def without_price(tower: dict[str, Any]) -> None:
     ("changes", "words"),
     [
         ({"dim": 8}, r"training\.dim: .*another architecture; expected dim 16; got dim 8"),
+        ({"metric": "dot"}, r"training\.metric: .*expected metric cosine; got metric dot"),
         (
             changed_tower("item", lambda tower: tower.update(hidden=[24, 24])),
             r"training\.towers\.item\.hidden: .*expected .*\[24\]; got .*\[24, 24\]",
@@ -396,6 +398,21 @@ def test_the_command_says_what_was_taken_and_refuses_before_it_trains(
     assert f"query.user_id: {NUM_USERS} values kept, 2 new, 0 dropped" in lines
     assert "item.tags: 7 values kept, 1 new, 0 dropped" in lines
     assert "epoch 0: validation recall@10" in lines
+
+
+def test_tied_towers_start_warm_too(older: tuple[Dataset, Path], tmp_path: Path) -> None:
+    dataset = people(tmp_path / "people")
+    config = tied_config(epochs=1)
+    first = train(config, dataset.path, tmp_path / "first")
+    events: list[Event] = []
+    train(config, dataset.path, tmp_path / "warm", warm=tmp_path / "first", on_event=events.append)
+    recalls = [event for event in events if event["event"] == "validation"]
+    name = next(key for key in recalls[0] if key.startswith("recall@"))
+    assert recalls[0]["epoch"] == 0 and recalls[0][name] == first.best_value
+    tables = events[1]["origin"]["tables"]
+    assert tables and all(table.startswith("item.") for table in tables)
+    with pytest.raises(ConfigError, match=r"training\.towers.*tied False"):
+        train(config, dataset.path, tmp_path / "other", warm=older[1])
 
 
 def one_rank(rank: int, world: int, run: Path) -> None:

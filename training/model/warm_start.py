@@ -160,6 +160,7 @@ def carried_space(space: FeatureSpace, older: FeatureSpace, folder: Path) -> Fea
     Raises:
         DataError: a column has another type or width than it had for the older run.
     """
+    # tied towers have the same columns on both sides, and so the same scaling
     return FeatureSpace(
         query=_carried_columns(space.query, older.query, f"{folder}: towers.query"),
         item=_carried_columns(space.item, older.item, f"{folder}: towers.item"),
@@ -179,10 +180,10 @@ def carried_weights(
     fresh, older = dict(model.state_dict()), warm.weights
     growth: dict[str, TableGrowth] = {}
     tables: set[str] = set()
-    for tower, columns, before in (
-        ("query", space.query, warm.run.space.query),
-        ("item", space.item, warm.run.space.item),
-    ):
+    sides = [("item", space.item, warm.run.space.item)]
+    if not config.towers.tied:
+        sides.insert(0, ("query", space.query, warm.run.space.query))
+    for tower, columns, before in sides:
         for kind, ours, theirs in (
             ("embeddings", columns.vocabularies, before.vocabularies),
             ("bags", columns.bags, before.bags),
@@ -252,7 +253,8 @@ def _architecture(config: TrainingConfig) -> dict[str, Any]:
         name: _tower_shape(tower)
         for name, tower in (("query", config.towers.query), ("item", config.towers.item))
     }
-    return dict(flattened({"dim": config.dim, "towers": towers}))
+    both = {"dim": config.dim, "metric": config.metric}
+    return dict(flattened(both | {"towers": towers | {"tied": config.towers.tied}}))
 
 
 def _tower_shape(tower: TowerConfig) -> dict[str, Any]:
