@@ -115,7 +115,7 @@ def train(
     data (docs/TRAINING.md).
     """
     if tune:
-        refuse_others(resume=resume, hard=hard)
+        refuse_others(resume=resume, hard=hard, warm=warm)
     elif minutes is not None or tune_size:
         raise click.UsageError("--minutes and --tune-size are options of --tune")
     shorts = {
