@@ -90,8 +90,8 @@ def train(
     there are, and how often they write, may be another one. hard: table of mined negatives to start
     with; a resumed run goes on with the lists that it has, and takes no table but that of its
     start. warm: folder of an ended run whose best weights this one starts from; what
-    ``training.model.warm_start`` says of it. A resumed run needs it no more. until_epoch: stop after
-    this epoch, for a later resume; of one worker.
+    ``training.model.warm_start`` says of it. A resumed run needs it no more. until_epoch: stop
+    after this epoch, for a later resume; of one worker.
 
     Raises:
         ConfigError, DataError: settings or data that do not fit, are not the ones resumed, or ask
