@@ -1,5 +1,7 @@
 """Gradients of a few steps of training, by W ranks or by one process; on data of tests.tiny."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
 from shardline.training.features.prepared import TrainingData
 from shardline.training.loop.batches import Sampler
+from shardline.training.loop.svd_start import start_at_svd
 from shardline.training.loop.train_step import Step
 from shardline.training.model.checkpoint import open_run
 from shardline.training.model.encoding import encode_items_sharded
 from shardline.training.model.towers import build_model
+from tests.audiences import audience_config, plain_sum_config
 from tests.people import people, tied_config
 from tests.tiny import (
     NUM_ITEMS,
@@ -52,6 +57,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bsl-cached": {"loss": NEGATIVES | {"kind": "bsl"}, "micro_batch": 5},
     "dot": {"metric": "dot", "loss": {"symmetric": 0.3, "uniform_negatives": 12}},
     "sigmoid": {"loss": NEGATIVES | {"kind": "sigmoid", "hard_weight": 1.0}},
+    "audience": {"loss": NEGATIVES, "id_start": "svd"},
+    "audience-attention-cached": {"loss": NEGATIVES, "micro_batch": 5},
+    "audience-summed": {"loss": NEGATIVES | {"kind": "bsl"}, "id_start": "svd"},
+}
+# what of them is no change of tiny_config
+CONFIGS: dict[str, Callable[..., TrainingConfig]] = {
+    "audience": audience_config,
+    "audience-attention-cached": partial(audience_config, "attention"),
+    "audience-summed": plain_sum_config,
 }
 WEIGHTED: dict[str, Any] = {
     "weighted": {"loss": NEGATIVES | {"symmetric": 0.3, "weight_exponent": 0.7}},
@@ -65,7 +79,8 @@ def declare_runs(folder: Path) -> None:
     """A run folder for each of SETTINGS and OTHERS, below ``folder``."""
     dataset = tiny_dataset(folder / "data")
     for name, settings in SETTINGS.items():
-        declared_run(folder / name, tiny_config(unknown_rate=0.2, **settings), dataset)
+        make = CONFIGS.get(name, tiny_config)
+        declared_run(folder / name, make(unknown_rate=0.2, **settings), dataset)
     weighted = with_weights(dataset, folder / "weighted-data")
     for name, settings in WEIGHTED.items():
         declared_run(folder / name, tiny_config(unknown_rate=0.2, **settings), weighted)
@@ -98,6 +113,7 @@ def losses_and_gradients(folder: Path, rank: int, world: int) -> dict[str, Tenso
         hard=mined(),
     )
     model = build_model(run.config, run.space)
+    start_at_svd(model, run.config, run.space, folder / "cache")
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     step = Step(run.config, data, torch.device("cpu"))
     logged = []

@@ -18,6 +18,7 @@ from shardline.training.data.tables import Dataset, vector_column
 from shardline.training.features.fitted import fit
 from shardline.training.features.prepared import prepare
 from shardline.training.loop.run_rank import HARD
+from shardline.training.loop.svd_start import write_svd_start
 from shardline.training.loop.trainer import lists_to_tensors
 from shardline.training.model.checkpoint import (
     CACHE,
@@ -137,6 +138,7 @@ def declared_run(
     """A run folder as its ranks find it; the folder. hard: mined lists to start with."""
     space = fit(config, dataset)
     prepare(dataset, space, folder / CACHE, config.fitted_splits, tied=config.towers.tied)
+    write_svd_start(config, dataset, space, folder / CACHE)
     if hard is not None:
         save_file(lists_to_tensors(hard), folder / CACHE / HARD)
     start_run(folder, Run(config=config, space=space), dataset.identity)

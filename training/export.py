@@ -9,6 +9,7 @@ be the one trained on, as long as it has the feature columns.
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,12 @@ from shardline.training.data.tables import INTERACTIONS, ITEMS, USERS, Dataset, 
 from shardline.training.evaluation.user_queries import KNOWN_BEFORE, SAMPLE_SEED, sample_users
 from shardline.training.exported_towers import (
     TiedTower,
+    audience_rows,
     export_item_encoder,
     export_query_encoder,
     history_rows,
 )
+from shardline.training.features.item_inputs import audience_of
 from shardline.training.model.checkpoint import Run, load_best
 from shardline.training.model.encoding import BLOCK_ROWS, encode_items, encode_queries
 from shardline.training.model.popularity import lengths_of, metric_of
@@ -106,7 +109,7 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
         "space": run.space.to_json(),
         "items": dataset.checksum(ITEMS),
     }
-    if run.config.popularity_exponent:
+    if run.config.popularity_exponent or run.space.audience is not None:
         declared["interactions"] = dataset.checksum(INTERACTIONS)
     digest.update(json.dumps(declared, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -118,7 +121,8 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
 def _export_items(
     run: Run, model: TwoTower, dataset: Dataset, writer: EmbeddingWriter, progress: Progress | None
 ) -> None:
-    """Vector and attributes of every item and, for the encoders, its row of a history and length.
+    """Vector and attributes of every item and, for the encoders, its row of a history, its length
+    and what its tower reads of its users.
 
     A block at a time: what is computed is never in memory as a whole.
     """
@@ -127,9 +131,14 @@ def _export_items(
     history = MappedArrays(writer.folder / QUERY_ENCODER_FOLDER, items.num_rows)
     popularity = MappedArrays(writer.folder / ITEM_ENCODER_FOLDER, items.num_rows)
     tied = TiedTower(model) if model.tied else None
+    audiences = audience_of(run.space, dataset, run.config.fitted_splits)
+    audience = MappedArrays(writer.folder / ITEM_ENCODER_FOLDER, items.num_rows)
     for start in range(0, items.num_rows, BLOCK_ROWS):
         table = items.slice(start, BLOCK_ROWS).combine_chunks()
         ids, block = table["item_id"].to_numpy(), run.space.item.encode(table, ITEMS)
+        if audiences is not None:
+            block = replace(block, audience=audiences.take(np.arange(start, start + len(block))))
+            audience.write(start, {"audience.item_ids": ids, **audience_rows(model, block)})
         longer = lengths[start : start + len(block)]
         vectors = tied(block) if tied else encode_items(model, block) * longer[:, None]
         attributes = table.drop_columns(["item_id"]).to_batches()

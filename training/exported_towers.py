@@ -47,7 +47,8 @@ def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) 
 def export_item_encoder(
     run: Run, model: TwoTower, version: str, columns: pa.Schema, folder: Path
 ) -> None:
-    """Writes the item tower into the folder, which has the lengths of popular items, if any.
+    """Writes the item tower into the folder, which has the lengths of popular items, and what the
+    tower reads of the users of each item, if any.
 
     columns: the catalogue's, without the id.
     """
@@ -69,6 +70,8 @@ def export_item_encoder(
         "attributes": {column.name: str(column.type) for column in columns},
         **_kind(model),
     }
+    if run.space.audience is not None:
+        config["audience"] = run.space.audience.model_dump()
     write_encoder(folder, config, weights)
 
 
@@ -101,11 +104,18 @@ class TiedTower:
 @torch.no_grad()
 def history_rows(model: TwoTower, block: Block) -> Weights:
     """What the query tower takes of each of the items as past ones: (n, width), (n,) scores."""
-    rows: Tensor = model.item_rows(Inputs.of(block, model.log_temperature.device))
+    rows: Tensor = model.item_rows(Inputs.of(block.alone(), model.log_temperature.device))
     arrays = {"history.rows": rows.cpu().numpy()}
     if model.history.attends:
         arrays["history.item_scores"] = model.history.item_scores(rows).cpu().numpy()
     return arrays
+
+
+@torch.no_grad()
+def audience_rows(model: TwoTower, block: Block) -> Weights:
+    """What the item tower takes of the users of each of the items: (n, width)."""
+    rows = model.audience_rows(Inputs.of(block, model.log_temperature.device))
+    return {"audience.rows": rows.cpu().numpy()}
 
 
 def _map_ids(folder: Path, feature: dict[str, Any], table: NDArray[Any]) -> None:

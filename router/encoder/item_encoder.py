@@ -3,7 +3,9 @@
 The twin of the query encoder for items that are written by features, and of what training computes
 of each catalogue item: its vector, and its row in users' histories. The id of an item is a feature
 where the tower has one called ITEM_ID: an id that training knows has its own row of the table,
-any other the row of the unknown.
+any other the row of the unknown. Where the tower reads an item's users, an item of the catalogue
+has those that were counted when the model was exported, whatever is written of it since; any other
+has none.
 """
 
 from collections.abc import Sequence
@@ -33,6 +35,9 @@ class ItemEncoder:
         self._tower = ExportedTower(config, weights)
         self.dim = self._tower.dim
         self._lengths = _Lengths(weights) if "popularity.lengths" in weights else None
+        self._audience = (
+            _Audience(weights, self._tower.is_summed) if config.get("audience") else None
+        )
         self._attention = _Attention(weights) if "history.query" in weights else None
         self.attributes = FeatureAttributes(config["attributes"], config["features"])
         inputs = self._tower.inputs
@@ -83,7 +88,10 @@ class ItemEncoder:
             part = slice(start, start + ROWS_AT_ONCE)
             named = _shifted(field_of, start)
             whole = self._with_ids(item_ids[part], rows[part], named)
-            vectors[part] = self._tower.vectors(self._tower.parts(whole, named), named)
+            parts = self._tower.parts(whole, named)
+            if self._audience is not None:
+                parts.append(self._audience.of(item_ids[part]))
+            vectors[part] = self._tower.vectors(parts, named)
         nothing = np.flatnonzero(~vectors.any(axis=1))
         if len(nothing):
             raise InvalidInput(
@@ -160,6 +168,28 @@ class _Lengths:
         places, is_known = places_of(item_ids, self._ids)
         lengths: FloatArray = np.where(is_known, self._lengths.take(places), np.float32(1))
         return lengths
+
+
+class _Audience:
+    """``TwoTower.audience_rows`` of ``training.model.towers``, of catalogue items; mapped arrays.
+
+    The users of a written item are not known here: an item that the catalogue lacked has nobody.
+    """
+
+    def __init__(self, weights: Weights, summed: bool) -> None:
+        self._ids: IdArray = weights["audience.item_ids"]
+        self._rows: FloatArray = weights["audience.rows"]
+        self._nobody = np.zeros(self._rows.shape[1], np.float32)
+        if not summed:
+            self._nobody[-1] = 1
+
+    def of(self, item_ids: IdArray) -> FloatArray:
+        """(n, width) float32: the last part of the input rows."""
+        places, is_known = places_of(item_ids, self._ids)
+        rows: FloatArray = np.where(
+            is_known[:, None], self._rows.take(places, axis=0), self._nobody
+        )
+        return rows
 
 
 class _Attention:

@@ -29,6 +29,13 @@ Of the item tower, where popular items have longer vectors:
     popularity.item_ids.npy  (n,) int64, ascending
     popularity.lengths.npy   (n,) float32: how long their vectors are; others have length one
 
+Of the item tower, where it reads the users of each item (encoder.json has audience then):
+
+    audience.item_ids.npy    (n,) int64, ascending
+    audience.rows.npy        (n, a) float32: their pooled users, the last part of the input row;
+                             unless projection is identity, the last two numbers are the share of
+                             the longest audience that is filled, and 1 where there is none
+
 These arrays have a row per item of the catalogue. They are mapped, not loaded: all
 processes of a host share them in its page cache, and read no more of them than they look up.
 Formats 1 and 2 hold them in weights.safetensors and are read into memory.
@@ -48,7 +55,8 @@ from shardline.shards.core.files import sha256_of, write_json
 from shardline.shards.core.small_files import MAX_VOCABULARY_BYTES, parse_json, read_small
 
 FORMAT_VERSION = 5  # 1 had neither projection nor attention, and is read as without them
-WITHOUT_KINDS = 4  # what a reader takes that makes all vectors of length one, in one way
+WITHOUT_KINDS = 4  # what a reader takes that makes all vectors of length one, in one way, and that
+# knows of no item's users
 WITHOUT_CYCLES = 3  # what a reader before cycles takes
 # in an embedding set and in a generation
 QUERY_ENCODER_FOLDER, ITEM_ENCODER_FOLDER = "query_encoder", "item_encoder"
@@ -101,7 +109,7 @@ def write_encoder(folder: Path, config: dict[str, Any], weights: Weights) -> Non
     checksums = {name: sha256_of(folder / name) for name in names}
     has_cycles = any(feature.get("cycles") for feature in config.get("features", ()))
     version = WITHOUT_KINDS if has_cycles else WITHOUT_CYCLES
-    if "tied" in config or "metric" in config:
+    if "tied" in config or "metric" in config or config.get("audience"):
         version = FORMAT_VERSION
     write_json(folder / CONFIG, {"format_version": version, **config, "sha256": checksums})
 

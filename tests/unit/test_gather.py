@@ -49,7 +49,10 @@ def one_rank(rank: int, world: int, folder: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "world"),
-    [("plain", 1), *((name, world) for name in [*SETTINGS, *OTHERS] for world in (2, 3))],
+    [
+        *(("plain", 1), ("audience", 1)),
+        *((name, world) for name in [*SETTINGS, *OTHERS] for world in (2, 3)),
+    ],
 )
 def test_ranks_together_give_the_full_batch_gradient(
     run_folders: Path, tmp_path: Path, name: str, world: int
@@ -63,7 +66,7 @@ def test_ranks_together_give_the_full_batch_gradient(
         assert_same_gradients(load_file(tmp_path / f"rank-{rank}.safetensors"), expected)
 
 
-@pytest.mark.parametrize("name", ["infonce-cached", "bsl-cached"])
+@pytest.mark.parametrize("name", ["infonce-cached", "bsl-cached", "audience-attention-cached"])
 def test_cached_gradients_equal_those_of_one_pass(
     run_folders: Path, tmp_path: Path, name: str
 ) -> None:

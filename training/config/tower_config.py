@@ -130,9 +130,39 @@ class HistoryFeature(Section):
         return self
 
 
+class AudienceFeature(Section):
+    """An item's users, each as its vector of the query tower's ``id`` feature, pooled. Item tower
+    only. Counted when a model is exported too; an item without users has zeros, as an empty history
+    has.
+    """
+
+    kind: Literal["audience"] = "audience"
+    max_length: int = Field(
+        default=50, ge=1, le=10_000, description="[users] Newest users per item that are used."
+    )
+    pooling: Literal["mean", "sqrtn", "attention"] = Field(
+        default="mean",
+        description="mean; sqrtn: sum divided by the square root of the number of users; "
+        "attention: weights learned from the user and from how many came after it.",
+    )
+    keep_target: bool = Field(
+        default=False,
+        description="Leave the user of a training row in the audience of the row's own item, as "
+        "`keep_target` of a history leaves the item in: only for plain sums of ids with "
+        "strong weight decay.",
+    )
+
+    @model_validator(mode="after")
+    def _attention_would_copy(self) -> Self:
+        if self.keep_target and self.pooling == "attention":
+            raise ValueError("keep_target needs pooling mean or sqrtn: attention finds the answer")
+        return self
+
+
 EmbeddedFeature = IdFeature | CategoricalFeature | MultiValuedFeature | TextFeature
 FeatureConfig = Annotated[
-    EmbeddedFeature | NumericFeature | HistoryFeature, Field(discriminator="kind")
+    EmbeddedFeature | NumericFeature | HistoryFeature | AudienceFeature,
+    Field(discriminator="kind"),
 ]
 
 
@@ -168,14 +198,25 @@ class TowerConfig(Section):
 
     @model_validator(mode="after")
     def _columns_differ(self) -> Self:
-        columns = [feature.column for feature in self.features or ()]
+        given = self.features or ()
+        columns = [each.column for each in given if not isinstance(each, AudienceFeature)]
         if self.features is not None and not columns:
-            raise ValueError("a tower needs at least one feature")
+            raise ValueError("a tower needs at least one feature, and not an audience alone")
         if len(set(columns)) != len(columns):
             raise ValueError(f"a column is listed twice: {columns}")
         if sum(feature.kind == "history" for feature in self.features or ()) > 1:
             raise ValueError("at most one history feature")
+        if sum(feature.kind == "audience" for feature in self.features or ()) > 1:
+            raise ValueError("at most one audience feature")
         return self
+
+    @property
+    def audience(self) -> AudienceFeature | None:
+        return next((f for f in self.features or () if isinstance(f, AudienceFeature)), None)
+
+    def has_ids(self, column: str) -> bool:
+        """Whether a vector per id of the column is among the named features."""
+        return any(isinstance(f, IdFeature) and f.column == column for f in self.features or ())
 
 
 class TowersConfig(Section):
@@ -214,6 +255,20 @@ class TowersConfig(Section):
     def _history_is_for_queries(self) -> Self:
         if any(feature.kind == "history" for feature in self.item.features or ()):
             raise ValueError("towers.item: history is a feature of the query tower only")
+        return self
+
+    @model_validator(mode="after")
+    def _audience_is_for_items(self) -> Self:
+        if self.tied and self.item.audience is not None:
+            raise ValueError("tied towers have no vectors of users apart, so no audience")
+        if self.query.audience is not None:
+            raise ValueError("towers.query: audience is a feature of the item tower only")
+        named = self.query.features is not None
+        if self.item.audience is not None and named and not self.query.has_ids(USER_KEY):
+            raise ValueError(
+                "towers.item: audience pools the query tower's vectors of users, and "
+                f"towers.query has no feature {{kind: id, column: {USER_KEY}}}"
+            )
         return self
 
 

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from shardline.shards.core.schema import MAX_K
 from shardline.training.config.loss_config import LossConfig
 from shardline.training.config.section import Section
-from shardline.training.config.tower_config import TowersConfig
+from shardline.training.config.tower_config import ITEM_KEY, USER_KEY, TowersConfig
 
 # settings of TrainingConfig that leave the weights as they are: a resumed run may change them
 PLACEMENT = {
@@ -200,6 +200,11 @@ class TrainingConfig(Section):
         description="[share] Share of training values that are hidden (category unknown, history "
         "empty), so that the model learns to do without them.",
     )
+    id_start: Literal["random", "svd"] = Field(
+        default="random",
+        description="Where the vectors of `user_id` and `item_id` (kind id) begin. svd: at a "
+        "truncated SVD of the normalised interactions, made once before the first step.",
+    )
     popularity_exponent: float = Field(
         default=0.0,
         ge=0,
@@ -310,6 +315,22 @@ class TrainingConfig(Section):
                 "loss.in_batch is off"
             )
         return self
+
+    @model_validator(mode="after")
+    def _ids_can_start(self) -> Self:
+        named = self.towers.query.features is not None and self.towers.item.features is not None
+        if self.id_start == "svd" and self.towers.tied:
+            raise ValueError("id_start svd has vectors of users and of items: towers.tied has one")
+        if self.id_start == "svd" and named and not self.has_id_tables():
+            raise ValueError(
+                f"id_start svd needs a feature of kind id, {USER_KEY} of the query tower or "
+                f"{ITEM_KEY} of the item tower"
+            )
+        return self
+
+    def has_id_tables(self) -> bool:
+        """Whether users or items have vectors of their own, by the features that are named."""
+        return self.towers.query.has_ids(USER_KEY) or self.towers.item.has_ids(ITEM_KEY)
 
     @property
     def fitted_splits(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from shardline.shards.core.errors import InvalidInput
 from shardline.shards.core.progress import Progress
 from shardline.shards.core.schema import EMPTY_ID, MAX_K, IdArray
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import ITEMS, USERS, Dataset
+from shardline.training.data.tables import USERS, Dataset
 from shardline.training.evaluation.measure import add_lists, empty_sums, measure, result_of, shared
 from shardline.training.evaluation.ranking_metrics import DEFAULT_KS, MetricResult
 from shardline.training.evaluation.user_queries import (
@@ -26,6 +26,7 @@ from shardline.training.evaluation.user_queries import (
     evaluation_task,
     query_features,
 )
+from shardline.training.features.item_inputs import item_inputs
 from shardline.training.model.checkpoint import check_dataset, is_dataset_of, load_best
 from shardline.training.model.encoding import encode_items, encode_queries
 from shardline.training.model.popularity import lengths_of
@@ -88,7 +89,7 @@ def evaluate_exact(
             got=f"{split} (fit_splits: {run.config.fit_splits})",
             hint="--split test, or --run with one that was trained without --all",
         )
-    items = run.space.item.encode(dataset.items(), ITEMS)
+    items = item_inputs(run.space, dataset, run.config.fitted_splits)
     inputs = run.space.query.encode(dataset.users(), USERS)
     known = task.known.take(task.users)
     queries = encode_queries(model, inputs.take(task.users), known, items)

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.config.tower_config import (
+    USER_KEY,
+    AudienceFeature,
     CategoricalFeature,
     HistoryFeature,
     IdFeature,
@@ -29,6 +31,7 @@ from shardline.training.config.tower_config import (
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import ITEMS, USERS, Dataset
+from shardline.training.features.audience import Audience
 from shardline.training.features.columns import (
     Bag,
     MultiVocabulary,
@@ -60,23 +63,30 @@ class Block:
     numeric: FloatArray
     bags: tuple[Csr, ...] = ()
     sources: IdArray | None = None
+    audience: Audience | None = None  # of items whose tower has one
 
     @property
     def hideable(self) -> int:
-        """Columns that ``hide`` can make unknown: the categorical ones, then the bags."""
-        return int(self.categorical.shape[1]) + len(self.bags)
+        """Columns that ``hide`` can make unknown: the categorical ones, the bags, the audience."""
+        return int(self.categorical.shape[1]) + len(self.bags) + (self.audience is not None)
 
     def take(self, rows: IdArray) -> "Block":
         bags = tuple(bag.take(rows) for bag in self.bags)
         sources = rows if self.sources is None else self.sources[rows]
-        return Block(self.categorical[rows], self.numeric[rows], bags, sources)
+        audience = None if self.audience is None else self.audience.take(rows)
+        return Block(self.categorical[rows], self.numeric[rows], bags, sources, audience)
 
     def hide(self, hidden: NDArray[np.bool_]) -> "Block":
         """The block with the values where hidden (n, hideable) is set made unknown, row 0."""
         width = self.categorical.shape[1]
         bags = [_hide(bag, hidden[:, width + i]) for i, bag in enumerate(self.bags)]
         categorical = np.where(hidden[:, :width], 0, self.categorical)
-        return Block(categorical, self.numeric, tuple(bags))
+        audience = None if self.audience is None else self.audience.hide(hidden[:, -1])
+        return Block(categorical, self.numeric, tuple(bags), audience=audience)
+
+    def alone(self) -> "Block":
+        """The block without an audience: what a history pools of each item."""
+        return self if self.audience is None else replace(self, audience=None)
 
     def __len__(self) -> int:
         return len(self.numeric)
@@ -139,6 +149,14 @@ class FeatureSpace:
     query: Columns
     item: Columns
     history: HistoryFeature | None
+    audience: AudienceFeature | None = None
+
+    @property
+    def user_ids(self) -> int:
+        """Which vocabulary of the query tower is that of user ids; ValueError if there is none."""
+        return [(each.kind, each.column) for each in self.query.vocabularies].index(
+            ("id", USER_KEY)
+        )
 
     @property
     def query_kinds(self) -> dict[str, str]:
@@ -148,15 +166,18 @@ class FeatureSpace:
 
     def to_json(self) -> dict[str, Any]:
         history = self.history.model_dump() if self.history else None
-        return {"query": asdict(self.query), "item": asdict(self.item), "history": history}
+        content = {"query": asdict(self.query), "item": asdict(self.item), "history": history}
+        audience = {"audience": self.audience.model_dump()} if self.audience else {}
+        return content | audience  # without one as it was before there were any
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "FeatureSpace":
-        history = content["history"]
+        history, audience = content["history"], content.get("audience")
         return cls(
             query=_columns_from_json(content["query"]),
             item=_columns_from_json(content["item"]),
             history=HistoryFeature(**history) if history else None,
+            audience=AudienceFeature(**audience) if audience else None,
         )
 
 
@@ -177,6 +198,7 @@ def fit(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
         query=_fit_columns(query, dataset.users(), USERS, of_users),
         item=_fit_columns(item, dataset.items(), ITEMS, of_items),
         history=history,
+        audience=item.audience,
     )
     _check_widths(config, space)
     return space
@@ -184,7 +206,8 @@ def fit(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
 
 def _fit_tied(config: TrainingConfig, dataset: Dataset) -> FeatureSpace:
     """One fit over the rows of both tables, so that equal values have equal rows everywhere."""
-    features = [feature.column for feature in config.towers.item.features or ()]
+    given = config.towers.item.features or ()  # an audience is none of a tied tower's
+    features = [each.column for each in given if not isinstance(each, AudienceFeature)]
     table, counts = rows_of_both(dataset, features, config.fitted_splits)
     item = _fit_columns(config.towers.item, table, f"{ITEMS} and {USERS}", counts)
     space = FeatureSpace(query=item.mirrored, item=item, history=None)
@@ -315,6 +338,8 @@ def _check_widths(config: TrainingConfig, space: FeatureSpace) -> None:
             widths = {column.column: column.dim for column in embedded}
             if name == "query" and space.history and towers.item.projection == "linear":
                 widths[space.history.column] = space.item.width
+            if name == "item" and space.audience:
+                widths["audience"] = space.query.vocabularies[space.user_ids].dim
             for column, width in widths.items():
                 if width != config.dim:
                     raise ConfigError(

@@ -17,6 +17,7 @@ from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.schema import ORIGINAL_ID
 from shardline.shards.core.standardise import days_before
 from shardline.training.config.tower_config import (
+    USER_KEY,
     CategoricalFeature,
     FeatureConfig,
     HistoryFeature,
@@ -67,7 +68,9 @@ def infer_config(config: TrainingConfig, dataset: Dataset) -> TrainingConfig:
     if config.towers.tied:
         return config.model_copy(update={"towers": TowersConfig(item=item, tied=True)})
     if query.features is None:
-        features = _suggest(dataset.users(), "user_id") or [IdFeature(column="user_id")]
+        features = _suggest(dataset.users(), USER_KEY)
+        if not features or item.audience is not None:  # which pools the vectors of user ids
+            features = [IdFeature(column=USER_KEY), *features]
         query = _with_features("query", query, [*features, HistoryFeature()])
     return config.model_copy(update={"towers": TowersConfig(query=query, item=item)})
 

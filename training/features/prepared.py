@@ -5,7 +5,7 @@ them, so all ranks of a host share the same pages and a rank reads only the rows
 Users and items go by their row in users.parquet and items.parquet, not by id.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,14 @@ from shardline.shards.core.errors import ConfigError, DataError
 from shardline.shards.core.files import atomic_path
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.data.csr import Csr
-from shardline.training.data.tables import ITEMS, USERS, Dataset
+from shardline.training.data.tables import USERS, Dataset
+from shardline.training.features.audience import Audience
 from shardline.training.features.fitted import Block, FeatureSpace
+from shardline.training.features.item_inputs import item_inputs
 from shardline.training.features.tied import own_items, with_own
 
 OWN = "own.arrow"  # of tied towers alone
+AUDIENCE, AUDIENCE_LISTS = "audience.arrow", "audience-lists.arrow"  # only where there is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,7 @@ class TrainingData:
         indptr = _map(folder / "indptr.arrow")
         own = folder / OWN
         return cls(
-            items=_map_block(folder / "items.arrow"),
+            items=replace(_map_block(folder / "items.arrow"), audience=_map_audience(folder)),
             users=_map_block(folder / "users.arrow"),
             train=Csr(indptr["train"], train["items"]),
             train_users=train["users"],
@@ -109,10 +112,12 @@ def prepare(
     if "val" in fitted:
         val = Csr(np.zeros_like(val.indptr), val.items[:0])
     own = own_items(dataset) if tied or dataset.item_to_item else None
-    items = space.item.encode(dataset.items(), ITEMS)
+    items = item_inputs(space, dataset, fitted)
     users = space.query.encode(dataset.users(), USERS)
     _write_block(folder / "items.arrow", items)
     _write_block(folder / "users.arrow", users)
+    if items.audience is not None:
+        _write_audience(folder, items.audience)
     examples: dict[str, NDArray[Any]] = {"users": train.owners, "items": train.items}
     weights = dataset.weights(*fitted)
     if weights is not None:
@@ -178,6 +183,20 @@ def _map_block(path: Path) -> Block:
         arrays.get("numeric", np.empty((rows, 0), np.float32)),
         _map_lists(path),
     )
+
+
+def _write_audience(folder: Path, audience: Audience) -> None:
+    _write(folder / AUDIENCE_LISTS, users=audience.lists)
+    options = (audience.longest, audience.user_column, audience.keep_target)
+    _write(folder / AUDIENCE, options=np.array(options, np.int64))
+
+
+def _map_audience(folder: Path) -> Audience | None:
+    if not (folder / AUDIENCE).exists():
+        return None
+    (lists,) = _map_lists(folder / AUDIENCE_LISTS)
+    longest, user_column, keep_target = _map(folder / AUDIENCE)["options"].tolist()
+    return Audience(lists, longest, user_column, bool(keep_target))
 
 
 def _write(path: Path, **arrays: NDArray[Any] | Csr) -> None:

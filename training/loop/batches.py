@@ -15,6 +15,7 @@ from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.schema import FloatArray, IdArray
 from shardline.training.config.loss_config import LossConfig
 from shardline.training.data.csr import Csr, places_of
+from shardline.training.features.audience import Audience
 from shardline.training.features.fitted import Block
 from shardline.training.features.prepared import TrainingData
 from shardline.training.loss.negatives import Negatives, check_hard, draw
@@ -100,10 +101,15 @@ class Sampler:
         drawn = draw(self.loss, data.train_users[rows], len(data.items), self.hard, rng)
         negatives = drawn.of_rank(self.rank, self.world)
         hidden_items = np.concatenate([hidden[:, num_user:-1], self._hidden_negatives(drawn, rng)])
+        encoded = np.concatenate([items, negatives.encoded])
+        blocks = data.items.alone().take(encoded)
+        if data.items.audience is not None:
+            audience = self._audiences(data.items.audience, users, encoded, drawn, rng)
+            blocks = replace(blocks, audience=audience)
         return Batch(
             users=data.users.take(users).hide(hidden[:, :num_user]),
-            items=data.items.take(np.concatenate([items, negatives.encoded])).hide(hidden_items),
-            history=data.items.take(history.items[kept]),
+            items=blocks.hide(hidden_items),
+            history=data.items.alone().take(history.items[kept]),
             history_lengths=lengths,
             user_rows=users,
             item_rows=items,
@@ -124,18 +130,39 @@ class Sampler:
             return self.data.train.take(users, self.history_length)
         return others(self.data.train, users, rows, self.history_length)
 
+    def _audiences(
+        self,
+        audience: Audience,
+        users: IdArray,
+        encoded: IdArray,
+        drawn: Negatives,
+        rng: np.random.Generator,
+    ) -> Audience:
+        """Of the positives of ``users`` without them, then of the negatives without anyone."""
+        if audience.keep_target:
+            return audience.take(encoded)
+        own = self.data.users.categorical[users, audience.user_column]
+        draws = self._negative_draws(drawn, 1, rng)[:, 0]
+        left = np.concatenate([own, audience.drawn(encoded[len(own) :], draws)])
+        return audience.without(encoded, left)
+
     def _hidden_negatives(self, drawn: Negatives, rng: np.random.Generator) -> NDArray[np.bool_]:
         """Which values of this rank's encoded negatives are hidden, at the rate of the positives.
 
         Were they not, a hidden value would give a positive away.
         """
-        width = self.data.items.hideable
+        return self._negative_draws(drawn, self.data.items.hideable, rng) < self.unknown_rate
+
+    def _negative_draws(
+        self, drawn: Negatives, width: int, rng: np.random.Generator
+    ) -> NDArray[np.float32]:
+        """(n, width) in [0, 1) for this rank's n encoded negatives of the global ``drawn``."""
         parts = []
         for part in (drawn.uniform, drawn.hard, drawn.random):
             draws = rng.random((len(part), part[:1].size, width), dtype=np.float32)
             mine = np.split(draws, self.world)[self.rank]
             parts.append(mine.reshape(mine.shape[0] * mine.shape[1], width))
-        return np.concatenate(parts) < self.unknown_rate
+        return np.concatenate(parts)
 
 
 def check_batch(batch_size: int, ranks: int, examples: int) -> None:

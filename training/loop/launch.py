@@ -27,6 +27,7 @@ from shardline.training.loop.batches import check_batch
 from shardline.training.loop.ray_ranks import train_under_ray
 from shardline.training.loop.run_rank import HARD, given_lists, train_rank
 from shardline.training.loop.runlog import LOG, OnEvent, followed
+from shardline.training.loop.svd_start import check_svd_start, write_svd_start
 from shardline.training.loop.trainer import lists_to_tensors
 from shardline.training.loss.negatives import check_hard
 from shardline.training.mining.hard_negatives import check_per_user, load_hard
@@ -199,6 +200,7 @@ def _start(
     _check_memory(config, examples // config.batch_size * config.epochs)
     if config.loss.weight_exponent:
         example_weights(dataset.weights(*config.fitted_splits), config.loss.weight_exponent)
+    check_svd_start(config)
     hard = _hard_lists(config, dataset, table)
     space = fit(config, dataset)
     if warm is not None:
@@ -206,6 +208,7 @@ def _start(
         space = carried_space(space, warm.run.space, warm.folder)
     shutil.rmtree(run_folder / CACHE, ignore_errors=True)  # of a start that did not get to its end
     prepare(dataset, space, run_folder / CACHE, config.fitted_splits, tied=config.towers.tied)
+    write_svd_start(config, dataset, space, run_folder / CACHE)
     if hard is not None:
         with atomic_path(run_folder / CACHE / HARD) as temporary:
             save_file(lists_to_tensors(hard), temporary)

@@ -20,6 +20,7 @@ from shardline.training.data.csr import Csr
 from shardline.training.features.prepared import TrainingData
 from shardline.training.loop.batches import Sampler, check_batch
 from shardline.training.loop.runlog import LOG, Event, RunLog, trim_log
+from shardline.training.loop.svd_start import start_at_svd
 from shardline.training.loop.trainer import MINED, build_trainer, lists_from_tensors, mined_lists
 from shardline.training.mining.curriculum import mines_after
 from shardline.training.model.checkpoint import (
@@ -70,6 +71,8 @@ def train_rank(
     starts_warm = run.origin is not None and not parts
     if starts_warm:
         load_warm(run_folder, model)
+    elif not state.step:
+        start_at_svd(model, config, run.space, run_folder / CACHE)
     sampler = Sampler(
         data=data,
         batch_size=config.batch_size,

@@ -269,10 +269,20 @@ def _lookups(config: TrainingConfig, model: TwoTower, data: TrainingData) -> dic
     items = config.batch_size * an_example + loss.uniform_negatives
     if config.towers.tied:  # its tables are read for the users too
         items += config.batch_size
-    return {
+    found = {
         name: items if name.startswith("item_rows.") else config.batch_size
         for name in tables(model)
     }
+    audience = data.items.audience
+    if audience is not None:
+        # positives come up as often as they have examples, and drawn negatives all alike
+        users = np.minimum(audience.lists.lengths, audience.longest)
+        positives = np.average(users, weights=data.item_counts())
+        negatives = config.batch_size * (loss.hard_negatives + loss.random_negatives)
+        negatives += loss.uniform_negatives
+        name = f"query_rows.embeddings.{audience.user_column}.weight"
+        found[name] += config.batch_size * positives + negatives * users.mean()
+    return found
 
 
 class _Watch:

@@ -44,6 +44,7 @@ def encode_queries(model: TwoTower, users: Block, history: Csr, items: Block) ->
 
     Only the newest items that the model's history takes are used.
     """
+    items = items.alone()
     parts = []
     for start in range(0, len(users), BLOCK_ROWS):
         rows = np.arange(start, min(start + BLOCK_ROWS, len(users)))

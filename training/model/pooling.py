@@ -1,5 +1,7 @@
 """The past items of each query, pooled into one row: mean, sum over root, attention with recency.
 
+The users of each item (``audience``) are pooled the same way; read "user" for "item" then.
+
 A popular item is in the histories of many queries of a batch, so its row is made once and the
 histories name it by its place. Sums then read rows where they lie, and their gradient is the same
 sum with queries and items exchanged: no array as long as all histories together is ever made.
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shardline.training.config.tower_config import HistoryFeature
+from shardline.training.config.tower_config import AudienceFeature, HistoryFeature
 
 KEY_WIDTH = 32  # of the keys that the query is compared with
 
@@ -28,7 +30,7 @@ class HistoryPooling(nn.Module):
     as the mean: its weights and biases are zero.
     """
 
-    def __init__(self, feature: HistoryFeature | None, width: int) -> None:
+    def __init__(self, feature: HistoryFeature | AudienceFeature | None, width: int) -> None:
         super().__init__()
         self.by_root = feature is not None and feature.pooling == "sqrtn"
         self.attends = feature is not None and feature.pooling == "attention"

@@ -1,10 +1,12 @@
 """The two towers: input rows, an MLP with a linear path around it, a vector of length one; with
 ``training.metric`` dot, of any length.
 
-    item:  embeddings | means of bags | numbers
+    item:  embeddings | means of bags | numbers | pooled id vectors of its users | share of audience
     query: the same of its own columns | pooled input rows of the past items | share of history
 
-The past items go through the item tower's own embeddings, so both towers share them. LayerNorm,
+The past items go through the item tower's own embeddings, so both towers share them; of an item in
+a history its users do not count. An item's users go by the query tower's table of user ids: each
+tower reads one hop of the interactions, and nothing of the other one's rows. LayerNorm,
 never BatchNorm: batch statistics would tell a row which column is its positive. The linear path
 carries bilinear structure (attribute . interest) straight to the output. Under projection
 ``identity`` the parts are added up instead, and there is nothing after them. Tied towers are the
@@ -25,11 +27,12 @@ from shardline.training.config.loss_config import LossConfig
 from shardline.training.config.tower_config import EmbeddedFeature, TowerConfig
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
+from shardline.training.features.audience import Audience
 from shardline.training.features.fitted import Block, Columns, FeatureSpace
 from shardline.training.model.pooling import HistoryPooling
 
 SWEEP = 16  # values a row up to which marking them all is cheaper than sorting the rows
-HISTORY_EXTRAS = 2  # share of max_length that is filled, and whether there is none
+EXTRAS = 2  # of a history or an audience: share of max_length that is filled, whether there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +41,14 @@ class Inputs:
 
     bags: of each bag column the embedding rows of m bags, end to end, and where each begins and the
     last one ends (m + 1,). places (n,): the bag of each input row; None where bag i is row i's.
+    audience: of items whose tower has one.
     """
 
     categorical: Tensor
     numeric: Tensor
     bags: tuple[tuple[Tensor, Tensor], ...] = ()
     places: Tensor | None = None
+    audience: "AudienceInputs | None" = None
 
     @classmethod
     def of(cls, block: Block, device: torch.device) -> "Inputs":
@@ -60,7 +65,28 @@ class Inputs:
             torch.from_numpy(block.numeric).to(device),
             tuple(on_device(bag) for bag in bags),
             places,
+            None if block.audience is None else AudienceInputs.of(block.audience, device),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class AudienceInputs:
+    """users (m,) int64: embedding rows of the different users of n items. places (sum of lengths,)
+    int64: which of them each user of an item is, oldest first, item after item. lengths (n,).
+    """
+
+    users: Tensor
+    places: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, audience: Audience, device: torch.device) -> "AudienceInputs":
+        lists = audience.lists
+        if lists.lengths.max(initial=0) > audience.longest:
+            lists = lists.take(np.arange(len(lists.lengths)), audience.longest)
+        first, places = distinct(lists.items)
+        arrays = (lists.items[first], places, lists.lengths)
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +210,15 @@ class TwoTower(nn.Module):
         if not self.tied:
             self.query_rows = InputRows(space.query, towers.query, config.dim)
         self.history = HistoryPooling(space.history, self.item_rows.width)
-        pooled = self.item_rows.width + HISTORY_EXTRAS if space.history else 0
+        pooled = self.item_rows.width + EXTRAS if space.history else 0
+        self.audience_length = space.audience.max_length if space.audience else 0
+        self._user_ids = space.user_ids if space.audience else -1  # among the query's embeddings
+        user_width = space.query.vocabularies[self._user_ids].dim if space.audience else 0
+        self.audience = HistoryPooling(space.audience, user_width)
+        audience_width = user_width + EXTRAS if space.audience else 0
         self.unit = unit = config.metric == "cosine"
-        self.item_tower = _tower(self.item_rows.width, towers.item, config.dim, unit=unit)
+        item_width = self.item_rows.width + audience_width
+        self.item_tower = _tower(item_width, towers.item, config.dim, unit=unit)
         if not self.tied:
             width = self.query_rows.width + pooled
             self.query_tower = _tower(width, towers.query, config.dim, unit=unit)
@@ -206,8 +238,25 @@ class TwoTower(nn.Module):
         )
 
     def encode_items(self, items: Inputs, generator: torch.Generator | None = None) -> Tensor:
-        embedded: Tensor = self.item_tower(self.item_rows(items), generator)
+        rows: Tensor = self.item_rows(items)
+        if self.audience_length:
+            part = self.audience_rows(items)
+            rows = rows + part if self.item_rows.summed else torch.cat([rows, part], dim=1)
+        embedded: Tensor = self.item_tower(rows, generator)
         return embedded
+
+    def audience_rows(self, items: Inputs) -> Tensor:
+        """(n, width of a user's vector) pooled users of each item; unless inputs are summed, two
+        numbers more: share of the longest audience that is filled, 1 where there is none.
+        """
+        given = items.audience
+        assert given is not None, "the items of a tower with an audience have one"
+        pooled: Tensor = self.audience(
+            self.query_rows.embeddings[self._user_ids](given.users), given.places, given.lengths
+        )
+        if self.item_rows.summed:
+            return pooled
+        return torch.cat([pooled, _extras(given.lengths, self.audience_length)], dim=1)
 
     def encode_queries(
         self, queries: QueryInputs, generator: torch.Generator | None = None
@@ -222,8 +271,7 @@ class TwoTower(nn.Module):
             if self.query_rows.summed:
                 rows = rows + pooled
             else:
-                filled = (lengths / self.history_length)[:, None]
-                rows = torch.cat([rows, pooled, filled, (lengths == 0).float()[:, None]], dim=1)
+                rows = torch.cat([rows, pooled, _extras(lengths, self.history_length)], dim=1)
         embedded: Tensor = self.query_tower(rows, generator)
         return embedded
 
@@ -263,6 +311,11 @@ def _tower(width: int, config: TowerConfig, dim: int, *, unit: bool) -> Tower | 
     if config.projection == "identity":
         return IdentityTower(unit=unit)
     return Tower(width, config, dim, unit=unit)
+
+
+def _extras(lengths: Tensor, longest: int) -> Tensor:
+    """(n, EXTRAS) float32 of (n,) lengths: the share of ``longest``, and 1 where it is 0."""
+    return torch.stack([lengths / longest, (lengths == 0).float()], dim=1)
 
 
 def _initialised(table: nn.Embedding | nn.EmbeddingBag, norm: float) -> nn.Module:
