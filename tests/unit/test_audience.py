@@ -307,6 +307,20 @@ def test_towers_that_cannot_have_an_audience_are_refused(
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("feature", "start", "message"),
+    [
+        ({"kind": "audience"}, "random", "tied towers have no vectors of users apart"),
+        ({"kind": "categorical", "column": "category"}, "svd", "id_start svd has vectors of users"),
+    ],
+)
+def test_tied_towers_are_refused(feature: Any, start: str, message: str) -> None:
+    item = {"features": [{"kind": "id", "column": "item_id"}, feature]}
+    with pytest.raises(ValidationError) as caught:
+        TrainingConfig.model_validate({"towers": {"tied": True, "item": item}, "id_start": start})
+    assert message in str(caught.value)
+
+
 def test_inferred_query_features_get_the_ids_that_an_audience_pools(dataset: Dataset) -> None:
     item = {"features": [{"kind": "id", "column": "item_id"}, {"kind": "audience"}]}
     config = TrainingConfig.model_validate({"towers": {"item": item}})
