@@ -415,6 +415,24 @@ def test_tied_towers_start_warm_too(older: tuple[Dataset, Path], tmp_path: Path)
         train(config, dataset.path, tmp_path / "other", warm=older[1])
 
 
+def test_audiences_start_warm_and_an_svd_start_does_not_undo_it(
+    older: tuple[Dataset, Path], tmp_path: Path
+) -> None:
+    dataset, _ = older
+    towers = config_of().towers.model_dump()
+    towers["item"]["features"] += ({"kind": "audience", "max_length": 4},)
+    config = config_of(towers=towers, epochs=1, id_start="svd")
+    first = train(config, dataset.path, tmp_path / "first")
+    events: list[Event] = []
+    train(config, dataset.path, tmp_path / "warm", warm=tmp_path / "first", on_event=events.append)
+    recalls = [event for event in events if event["event"] == "validation"]
+    name = next(key for key in recalls[0] if key.startswith("recall@"))
+    assert recalls[0]["epoch"] == 0
+    assert recalls[0][name] == first.best_value
+    with pytest.raises(ConfigError, match="audience"):
+        train(config_of(), dataset.path, tmp_path / "other", warm=tmp_path / "first")
+
+
 def one_rank(rank: int, world: int, run: Path) -> None:
     torch.set_num_threads(1)
     group = f"file://{run}/group"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from shardline.shards.core.errors import ConfigError, DataError
-from shardline.training.config.tower_config import FeatureConfig, TowerConfig
+from shardline.training.config.tower_config import AudienceFeature, FeatureConfig, TowerConfig
 from shardline.training.config.training_config import TrainingConfig, flattened
 from shardline.training.features.columns import Standardiser, TextHash
 from shardline.training.features.fitted import Columns, FeatureSpace
@@ -161,10 +161,10 @@ def carried_space(space: FeatureSpace, older: FeatureSpace, folder: Path) -> Fea
         DataError: a column has another type or width than it had for the older run.
     """
     # tied towers have the same columns on both sides, and so the same scaling
-    return FeatureSpace(
+    return replace(
+        space,
         query=_carried_columns(space.query, older.query, f"{folder}: towers.query"),
         item=_carried_columns(space.item, older.item, f"{folder}: towers.item"),
-        history=space.history,
     )
 
 
@@ -260,8 +260,12 @@ def _architecture(config: TrainingConfig) -> dict[str, Any]:
 def _tower_shape(tower: TowerConfig) -> dict[str, Any]:
     settings = tower.model_dump(mode="json", exclude={"features", *FREE})
     return settings | {
-        "features": {feature.column: _feature_shape(feature) for feature in tower.features or ()}
+        "features": {_name_of(feature): _feature_shape(feature) for feature in tower.features or ()}
     }
+
+
+def _name_of(feature: FeatureConfig) -> str:
+    return feature.kind if isinstance(feature, AudienceFeature) else feature.column
 
 
 def _feature_shape(feature: FeatureConfig) -> dict[str, Any]:
@@ -271,7 +275,7 @@ def _feature_shape(feature: FeatureConfig) -> dict[str, Any]:
 
 def _orders(config: TrainingConfig) -> dict[str, Sequence[str]]:
     return {
-        f"towers.{name}.features": [feature.column for feature in tower.features or ()]
+        f"towers.{name}.features": [_name_of(feature) for feature in tower.features or ()]
         for name, tower in (("query", config.towers.query), ("item", config.towers.item))
     }
 
