@@ -41,6 +41,7 @@ def measure_budget(
     generation: int | None,
     cluster: Address | None,
     max_users: int | None,
+    without_own: bool = False,
 ) -> list[StageResult]:
     """Recall at each stage from the model's own vectors to the served answer, of one generation.
 
@@ -56,7 +57,7 @@ def measure_budget(
     encoder = QueryEncoder.load(verify_query_encoder(store.generation(number), local.manifest))
     version = local.manifest.model_version
     corpus = open_embedding_set(_embeddings_of(store, version), version=version)
-    task = evaluation_task(dataset, split, ks=ks, max_users=max_users)
+    task = evaluation_task(dataset, split, ks=ks, max_users=max_users, without_own=without_own)
     kinds = {feature["name"]: feature["kind"] for feature in encoder.features}
     features = query_features(dataset, kinds, task.users, KNOWN_BEFORE[split])
     queries = encoder.encode(features)

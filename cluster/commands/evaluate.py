@@ -132,6 +132,7 @@ def evaluate(
             results = measure_budget(
                 settings.store, dataset, split, cutoffs, progress,
                 generation=generation, cluster=cluster, max_users=max_users,
+                without_own=without_own,
             )  # fmt: skip
         print_budget(dataset, split, results, as_json=as_json)
         return

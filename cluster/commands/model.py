@@ -20,6 +20,7 @@ from shardline.cluster.preflight.check import enforce
 from shardline.cluster.preflight.folders import check_writable, look_at
 from shardline.cluster.preflight.machine import before_ray, check_store
 from shardline.cluster.serving.ray_session import cores, ray_for
+from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.training.data.tables import open_dataset
 from shardline.training.export import export as export_embeddings
@@ -31,7 +32,7 @@ from shardline.training.model.checkpoint import GO_ON, latest_state, open_run
 from shardline.training.model.warm_start import describe_origin
 from shardline.training.search.search_run import check_base
 from shardline.training.search.search_state import state_path
-from shardline.training.search.shape_defaults import MODEL_KEYS, shape_of, with_default
+from shardline.training.search.shape_defaults import shape_of, with_default, with_settings_of
 
 data_option = click.option(
     "--data", type=click.Path(path_type=Path), required=True, help="Folder of the data set."
@@ -115,7 +116,7 @@ def train(
     data (docs/TRAINING.md).
     """
     if tune:
-        refuse_others(resume=resume, hard=hard, warm=warm)
+        refuse_others(resume=resume, hard=hard, warm=warm, plot=plot)
     elif minutes is not None or tune_size:
         raise click.UsageError("--minutes and --tune-size are options of --tune")
     shorts = {
@@ -134,11 +135,16 @@ def train(
         check_base(config.training, minutes)
     if not (tune and state_path(run).exists()):  # before Ray, which takes seconds to start
         check_folders(data, run, resume=resume, warm=warm)
+    if not tune and not resume and state_path(run).exists():
+        raise ConfigError(
+            f"{run}: holds a search that has not ended",
+            hint="train --tune goes on with it, --run names another folder, also to what follows",
+        )
     checks = [check_writable("run", look_at(run))]
     if config.training.num_workers > 1 and config.cluster.address == "local":
         checks += before_ray(None)
     print_warnings(enforce(checks))
-    config = with_shape_default(config, data)
+    config = with_left_out(config, data, run if resume else warm, is_same=resume)
     try:
         if tune:
             with StageProgress() as progress:
@@ -192,11 +198,19 @@ def default_run(settings: Settings, data: Path) -> Path:
     return settings.store.runs / data.resolve().name
 
 
-def with_shape_default(config: ShardlineConfig, data: Path) -> ShardlineConfig:
-    """The configuration with what its training section leaves out chosen by the data's shape."""
-    if config.training.model_fields_set.intersection(MODEL_KEYS):
-        return config
-    chosen = with_default(config.training, shape_of(open_dataset(data)))
+def with_left_out(
+    config: ShardlineConfig, data: Path, older: Path | None, *, is_same: bool
+) -> ShardlineConfig:
+    """The configuration with what its training section leaves out: of the run ``older``, all of it
+    if it is the same run, or what the model is; without one chosen by the data's shape.
+
+    Raises:
+        NotFound, CorruptFile, NewerFormat: of that run.
+    """
+    if older is None:
+        chosen = with_default(config.training, shape_of(open_dataset(data)))
+    else:
+        chosen = with_settings_of(config.training, open_run(older).config, whole=is_same)
     return config.model_copy(update={"training": chosen})
 
 
@@ -223,6 +237,8 @@ def train_with_progress(
 ) -> TrainResult:
     """Trains a run, showing its log as a progress bar and a line per validation."""
 
+    start: dict[str, float] = {}  # recall of the weights that a warm run begins with
+
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "step":
             progress("train", event["step"], event["total_steps"])
@@ -233,6 +249,8 @@ def train_with_progress(
             )
         elif event["event"] == "validation":
             recall = next(name for name in event if name.startswith("recall@"))
+            if event["epoch"] == 0:
+                start[recall] = event[recall]
             progress.note(f"epoch {event['epoch']}: validation {recall} {event[recall]:.4f}")
         elif event["event"] == "mining":
             progress.note(
@@ -250,9 +268,17 @@ def train_with_progress(
                 progress.note(f"resumed with {event['world']} ranks, was {event['world_before']}")
             warn_of_few_steps(event, config.training.batch_size, progress)
 
-    return train_model(
+    result = train_model(
         config.training, data, run, on_event=on_event, resume=resume, hard=hard, warm=warm
     )
+    for recall, before in start.items():
+        if result.best_value is not None and result.best_value < before:
+            progress.note(
+                f"warning: validation {recall} is {result.best_value:.4f}, and was {before:.4f} "
+                "with the weights it started from: try a lower training.optimiser.learning_rate, "
+                "or more epochs"
+            )
+    return result
 
 
 def warn_of_few_steps(event: dict[str, Any], batch_size: int, progress: StageProgress) -> None:

@@ -23,7 +23,7 @@ from shardline.training.search.search_state import SEARCH, SearchState, state_pa
 DEFAULT_MINUTES = 20.0
 
 
-def refuse_others(*, resume: bool, hard: Path | None, warm: Path | None) -> None:
+def refuse_others(*, resume: bool, hard: Path | None, warm: Path | None, plot: bool) -> None:
     """Options that mean nothing to a search. Raises click.UsageError."""
     if resume:
         raise click.UsageError("--tune goes on by itself: leave out --resume")
@@ -31,6 +31,8 @@ def refuse_others(*, resume: bool, hard: Path | None, warm: Path | None) -> None
         raise click.UsageError("--tune mines by itself where that pays: leave out --hard")
     if warm is not None:
         raise click.UsageError("--tune begins with new weights: leave out --from")
+    if plot:
+        raise click.UsageError("--tune draws its own plot: leave out --plot")
 
 
 def tune_with_progress(

@@ -3,7 +3,7 @@ product of any length.
 
 ``shards.core.encoder_files`` reads the files and says what is in them; the encoders of queries and
 of items share what is here. Input row: embeddings | means of bags | numbers | the history's part.
-Under projection identity the parts are added up instead, and scaled to length one. Tied towers are
+Under projection identity the parts are added up instead, and scaled likewise. Tied towers are
 ``shards.core.exact_tower``. What each kind of feature accepts is in ``router.encoder.inputs``.
 """
 

@@ -375,6 +375,7 @@ def test_the_command_searches_and_prints_what_it_found(data: Dataset, tmp_path: 
         (["--tune", "--resume"], "leave out --resume"),
         (["--tune", "--hard", "x"], "leave out --hard"),
         (["--tune", "--from", "x"], "leave out --from"),
+        (["--tune", "--plot"], "leave out --plot"),
         (["--minutes", "3"], "options of --tune"),
         (["--tune", "--all"], "leave out --all"),
         (["--tune", "--workers", "2"], "one process"),

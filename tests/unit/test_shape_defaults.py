@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shardline.shards.core.errors import ConfigError
 from shardline.training.config.training_config import TrainingConfig, differences
 from shardline.training.search.shape_defaults import (
     MOST_USER_VECTORS,
@@ -12,6 +13,7 @@ from shardline.training.search.shape_defaults import (
     default_for,
     shape_of,
     with_default,
+    with_settings_of,
 )
 from tests.tiny import NUM_ITEMS, NUM_USERS, PER_USER, tiny_dataset
 
@@ -92,3 +94,30 @@ def test_the_shape_counts_train_alone(tmp_path: Path) -> None:
     )
     assert not shape.ids_alone
     assert shape.density == pytest.approx((PER_USER - 2) / NUM_ITEMS)
+
+
+def test_epochs_follow_a_batch_size_that_was_given() -> None:
+    given = ({"batch_size": 1024}, {}, {"batch_size": 8192})
+    found = [with_default(TrainingConfig.model_validate(each), GOWALLA).epochs for each in given]
+    assert found == [8, 12, 40]
+
+
+def test_weights_of_interactions_go_with_the_default() -> None:
+    given = TrainingConfig.model_validate({"loss": {"weight_exponent": 0.5}})
+    config = with_default(given, GOWALLA)
+    assert (config.loss.weight_exponent, config.loss.kind, config.dim) == (0.5, "bsl", 64)
+
+
+def test_what_is_left_out_is_as_in_another_run() -> None:
+    older = with_default(TrainingConfig(), GOWALLA)
+    given = TrainingConfig.model_validate({"optimiser": {"learning_rate": 0.0007}, "epochs": 1})
+    warm = with_settings_of(given, older, whole=False)
+    assert (warm.loss, warm.towers, warm.dim) == (older.loss, older.towers, older.dim)
+    assert warm.optimiser == older.optimiser.model_copy(update={"learning_rate": 0.0007})
+    assert (warm.epochs, warm.batch_size) == (1, TrainingConfig().batch_size), "its own schedule"
+    again = with_settings_of(TrainingConfig(), older, whole=True)
+    assert again == older, "a run that is resumed with nothing said"
+    symmetric = TrainingConfig.model_validate({"loss": {"symmetric": 0.3}})
+    bsl = TrainingConfig.model_validate({"loss": {"kind": "bsl"}})
+    with pytest.raises(ConfigError, match="does not go with"):
+        with_settings_of(bsl, symmetric, whole=False)

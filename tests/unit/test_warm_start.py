@@ -398,6 +398,14 @@ def test_the_command_says_what_was_taken_and_refuses_before_it_trains(
     assert f"query.user_id: {NUM_USERS} values kept, 2 new, 0 dropped" in lines
     assert "item.tags: 7 values kept, 1 new, 0 dropped" in lines
     assert "epoch 0: validation recall@10" in lines
+    plain = ["--store", str(tmp_path / "store"), "--set", "training.optimiser.learning_rate=1"]
+    small = ["--set", "training.batch_size=24", "--set", "training.validation.k=10"]
+    again = [*train_day[:-1], str(tmp_path / "again"), "--epochs", "1"]
+    found = CliRunner().invoke(cli, [*plain, *small, "train", *again])
+    assert found.exception is None, found.output
+    declared, before = open_run(tmp_path / "again").config, open_run(run).config
+    assert (declared.loss, declared.dim) == (before.loss, before.dim), "not said, so as before"
+    assert "with the weights it started from: try a lower" in found.output
 
 
 def test_tied_towers_start_warm_too(older: tuple[Dataset, Path], tmp_path: Path) -> None:

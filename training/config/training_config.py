@@ -203,7 +203,8 @@ class TrainingConfig(Section):
     id_start: Literal["random", "svd"] = Field(
         default="random",
         description="Where the vectors of `user_id` and `item_id` (kind id) begin. svd: at a "
-        "truncated SVD of the normalised interactions, made once before the first step.",
+        "truncated SVD of the normalised interactions, made once before the first step. With "
+        "--from they begin where that run ended, and new ids at random.",
     )
     popularity_exponent: float = Field(
         default=0.0,

@@ -200,15 +200,18 @@ def _start(
     _check_memory(config, examples // config.batch_size * config.epochs)
     if config.loss.weight_exponent:
         example_weights(dataset.weights(*config.fitted_splits), config.loss.weight_exponent)
-    check_svd_start(config)
+    if warm is None:
+        check_svd_start(config)
+    else:
+        check_validation(config, warm, dataset.identity)
     hard = _hard_lists(config, dataset, table)
     space = fit(config, dataset)
     if warm is not None:
-        check_validation(config, warm, dataset.identity)
         space = carried_space(space, warm.run.space, warm.folder)
     shutil.rmtree(run_folder / CACHE, ignore_errors=True)  # of a start that did not get to its end
     prepare(dataset, space, run_folder / CACHE, config.fitted_splits, tied=config.towers.tied)
-    write_svd_start(config, dataset, space, run_folder / CACHE)
+    if warm is None:
+        write_svd_start(config, dataset, space, run_folder / CACHE)
     if hard is not None:
         with atomic_path(run_folder / CACHE / HARD) as temporary:
             save_file(lists_to_tensors(hard), temporary)

@@ -239,6 +239,11 @@ def describe_origin(origin: Mapping[str, Any]) -> list[str]:
     lines = [
         f"weights of {origin['run']}, epoch {origin['epoch']}; the optimiser's moments start anew"
     ]
+    if "val" in origin["fit_splits"]:
+        lines.append(
+            "warning: that run was fitted on validation rows too; where they are in this data, "
+            "validation says more than is true"
+        )
     for name, table in origin["tables"].items():
         lines.append(
             f"  {name}: {table['kept']:,} values kept, {table['new']:,} new, "

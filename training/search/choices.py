@@ -78,7 +78,13 @@ class SearchSpace:
 
     def _differs(self, changes: Changes) -> bool:
         config = self.config(changes)
-        return config is not None and config.identity() != self.base.identity()
+        return config is not None and _trained(config) != _trained(self.base)
+
+
+def _trained(config: TrainingConfig) -> dict[str, Any]:
+    """What decides the weights; a strategy is but a name of other settings."""
+    named = config.identity()
+    return named | {"loss": {**named["loss"], "strategy": None}}
 
 
 def describe(changes: Changes) -> str:
@@ -112,7 +118,9 @@ def _loss(base: TrainingConfig, num_items: int) -> list[Choice]:
     )
     if loss.learn_temperature:
         found.append(_set("temperature", "fixed", {"loss.learn_temperature": False}))
-    bare = {"loss.symmetric": 0.0, "loss.batch_hard": 0}  # parts of infonce alone
+    bare: dict[str, Any] = {"loss.symmetric": 0.0, "loss.batch_hard": 0}  # parts of infonce alone
+    if loss.strategy == "batch-hard":
+        bare["loss.strategy"] = "in-batch"
     found += [
         _set("loss", f"bsl {w:g}", {"loss.kind": "bsl", "loss.bsl_negative_weight": w, **bare})
         for w in BSL_WEIGHTS
@@ -133,7 +141,13 @@ def _loss(base: TrainingConfig, num_items: int) -> list[Choice]:
     mined = {"loss.hard_negatives": MINED, "mining.every_epochs": 1}
     found.append(_set("negatives", f"mined {MINED}", mined))
     if loss.in_batch:
-        none = {"loss.uniform_negatives": 0, "loss.hard_negatives": 0, "mining.every_epochs": 0}
+        none = {
+            "loss.uniform_negatives": 0,
+            "loss.random_negatives": 0,
+            "loss.hard_negatives": 0,
+            "loss.batch_hard": 0,
+            "mining.every_epochs": 0,
+        }
         found.append(_set("negatives", "in-batch", {**none, "loss.strategy": "in-batch"}))
     return found
 

@@ -58,6 +58,11 @@ def search(
     if state_path(run_folder).exists():
         state = load_state(run_folder)
         check_same_search(run_folder, state, base, dataset.identity, sizes)
+        if state.stage == "search" and (run_folder / MANIFEST_NAME).exists():
+            raise ConfigError(
+                f"{run_folder}: another run was trained there, before the search had ended",
+                hint="move that run away, or search anew with another --run",
+            )
         if state.stage == "done":
             raise ConfigError(
                 f"{run_folder / SEARCH}: the search has ended",
@@ -100,6 +105,17 @@ def check_base(config: TrainingConfig, minutes: float) -> None:
     """What a search refuses before it reads any data. Raises ConfigError."""
     if not minutes > 0:
         raise ConfigError("out of range", field="--minutes", expected="> 0", got=f"{minutes:g}")
+    for field, value in (
+        ("mining.start_epoch", config.mining.start_epoch - 1),
+        ("loss.memory_size", config.loss.memory_size),
+    ):
+        if value:
+            raise ConfigError(
+                "trials have other epochs and batches than it is meant for",
+                field=f"training.{field}",
+                expected="left out",
+                hint="search without it, then train -c best.yaml with it",
+            )
     if config.num_workers > 1:
         raise ConfigError(
             "trials train in one process",

@@ -8,6 +8,9 @@ chosen on validation (bench/configs); ``default_for`` states them.
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
+from shardline.shards.core.errors import ConfigError
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.tables import Dataset
 from shardline.training.features.infer import suggested_kinds
@@ -54,7 +57,7 @@ def shape_of(dataset: Dataset) -> DataShape:
     )
 
 
-def default_for(shape: DataShape, ranks: int = 1) -> dict[str, Any]:
+def default_for(shape: DataShape, ranks: int = 1, batch_size: int | None = None) -> dict[str, Any]:
     """The training section for data of this shape; what it leaves out has its declared default.
 
     1. Ids alone: the settings of bench/configs/gowalla.yaml. A vector per user, up to a million
@@ -65,11 +68,12 @@ def default_for(shape: DataShape, ranks: int = 1) -> dict[str, Any]:
        hidden layers, a fixed temperature of .2, a learning rate of .01, 8 epochs.
     3. Features and sparser data: the declared defaults.
 
-    In all of them the batch has no more than an eighth of the examples, a multiple of ``ranks``.
+    In all of them the batch has no more than an eighth of the examples, a multiple of ``ranks``;
+    batch_size: one that was given.
     """
     batch = max(2, fitting_batch(shape.interactions, ranks))
     if shape.ids_alone:
-        batch = min(batch, FULL_BATCH // ranks * ranks)
+        batch = batch_size or min(batch, FULL_BATCH // ranks * ranks)
         steps = max(1, shape.interactions // batch)
         epochs = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(FULL_STEPS / steps)))
         return {**_ids_alone(shape), "batch_size": batch, "epochs": epochs}
@@ -82,12 +86,37 @@ def with_default(config: TrainingConfig, shape: DataShape) -> TrainingConfig:
     """The configuration over ``default_for`` its data: keys that were given stay as given.
 
     Where one of MODEL_KEYS was given the configuration is returned as it is: parts of two models
-    need not fit together.
+    need not fit together. The weights of interactions go with any.
     """
-    if config.model_fields_set.intersection(MODEL_KEYS):
+    said = config.model_fields_set.intersection(MODEL_KEYS)
+    if said == {"loss"} and config.loss.model_fields_set <= {"weight_exponent"}:
+        said = set()
+    if said:
         return config
     given = config.model_dump(exclude_unset=True)
-    return TrainingConfig.model_validate(_merged(default_for(shape, config.num_workers), given))
+    default = default_for(shape, config.num_workers, given.get("batch_size"))
+    return TrainingConfig.model_validate(_merged(default, given))
+
+
+def with_settings_of(
+    config: TrainingConfig, older: TrainingConfig, *, whole: bool
+) -> TrainingConfig:
+    """The configuration over those settings of another run that say what the model is (MODEL_KEYS),
+    or all of them if ``whole``; keys that were given stay as given, each by itself.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    settings = older.model_dump(include=None if whole else set(MODEL_KEYS))
+    given = config.model_dump(exclude_unset=True)
+    try:
+        return TrainingConfig.model_validate(_merged(settings, given))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ConfigError(
+            f"what is given does not go with the other settings of that run: {problem['msg']}",
+            field=".".join(("training", *map(str, problem["loc"]))),
+        ) from error
 
 
 def _ids_alone(shape: DataShape) -> dict[str, Any]:
