@@ -1,10 +1,18 @@
-"""A Ray of the module's own, which serves nothing."""
+"""A Ray of the module's own, which serves nothing; and the order of the modules, which run two at a
+time: the longest first, so that none is left alone at the end."""
 
 from collections.abc import Iterator
 
 import pytest
 
 from shardline.cluster.serving.ray_session import local_ray
+
+LONGEST = ("test_ray_train_killed", "test_every_type", "test_application", "test_one_at_a_time")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="module")
