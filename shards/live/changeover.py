@@ -196,7 +196,8 @@ class Changeover:
         except subprocess.TimeoutExpired:
             self._running.kill()
             self._running.wait()
-        _output_of(self._running)
+        if isinstance(self._running, subprocess.Popen) and self._running.stdout is not None:
+            self._running.stdout.close()  # not read: a child of it may hold it for a moment
         self._running = None
 
     def _see_process(self, now: float) -> None:

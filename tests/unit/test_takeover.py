@@ -51,6 +51,7 @@ from tests.live_shard import (
     upsert_request,
     wrote,
 )
+from tests.loaded_generation import Ended
 
 COMING = 8
 CUT = 1  # write of generation 7 that the rows of the coming one are said to have
@@ -77,21 +78,6 @@ def coming_of(generation: Path, change: Callable[[GenerationManifest], Generatio
 
 def same(manifest: GenerationManifest) -> GenerationManifest:
     return manifest
-
-
-class Ended:
-    def __init__(self, code: int) -> None:
-        self._code = code
-
-    def poll(self) -> int:
-        return self._code
-
-    def terminate(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-    def wait(self, timeout: float | None = None) -> int:
-        return self._code
 
 
 def takeover_here(
