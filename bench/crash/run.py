@@ -132,7 +132,9 @@ def check(cluster: Cluster, writers: list[Writer], journal: Journal, expected: E
     """Every replica, and a process that loads the shard anew, hold what was acknowledged, exactly,
     once no write is under way."""
     if not paused(writers, cluster.leader, PAUSED_WITHIN_S):
-        journal.violation(f"writes were not acknowledged within {PAUSED_WITHIN_S} s")
+        journal.violation(
+            f"writes were not acknowledged within {PAUSED_WITHIN_S} s: {cluster.situation()}"
+        )
         return
     expected.take(journal)
     held: dict[str, Contents | str] = {"a new process": cluster.fresh_contents()}

@@ -214,11 +214,15 @@ class Cluster:
         return left
 
     def leader(self) -> ReplicaProcess:
-        """The primary; one is elected if there is none that lives."""
+        """The primary; one is elected if there is none that lives and says that it leads: who was
+        to succeed it may have taken its epoch away, and then have failed."""
         process = self._replicas[self.primary.number] if self.primary is not None else None
         if process is None or not process.is_alive or process.is_stopped:
             return self.elect(self.others())
-        return process
+        with suppress(Ended):
+            if process.ask("state")["leads"] is not None:
+                return process
+        return self.elect([*self.others(), process.number])
 
     def next_epoch(self) -> int:
         self.epoch += 1
@@ -243,6 +247,21 @@ class Cluster:
             return True
         self.refusals.append(str(outcome))
         return False
+
+    def situation(self) -> str:
+        """Who leads, and what each replica says of itself: for whoever looks into a violation."""
+        told = [f"to be written to {self.primary}", f"last refusals {self.refusals[-3:]}"]
+        for number, process in enumerate(self._replicas):
+            state: object = "has ended"
+            if process is not None and process.is_stopped:
+                state = "is stopped"
+            elif process is not None and process.is_alive:
+                try:
+                    state = process.ask("state")
+                except Ended as error:
+                    state = f"alive, {error or 'no answer'}"
+            told.append(f"replica {number}: {state}")
+        return "; ".join(told)
 
     def fresh_contents(self) -> Contents | str:
         """Of the shard as a new process loads it, which does not lead; or why it cannot."""

@@ -249,6 +249,7 @@ def _done(
         assert thread is not None
         assert thread.changeover is not None
         return {
+            "leads": thread.writes.leading_epoch,
             "seq": server.shard.state.seq,
             "main_seq": thread.changeover.main_seq,
             "killed": compactions.killed,
