@@ -170,53 +170,55 @@ class ShardState:
         selection, delta = among
         if is_filtered:
             assert selection is not None
-            rows, scores = self.main.search_filtered(queries, k, params, selection, look)
+            in_main = self.main.search_filtered(queries, k, params, selection, look)
         else:
-            rows, scores = self.main.search(queries, k, params, selection, beyond)
-        found = enter_delta(delta, queries, Ranked(self.ids_by_row[rows], scores))
-        if is_filtered or params.nprobe or params.ef_search:
-            return found
-        # one number is looked at in a tenth of the time of an array
-        least = found.ids.item(-1) if len(queries) == 1 else found.ids[:, -1].min()
-        if least == EMPTY_ID:
-            self._fill(found, queries, params, among, look)
-        return found
+            in_main = self.main.search(queries, k, params, selection, beyond)
+            if not (params.nprobe or params.ef_search):
+                # one number is looked at in a tenth of the time of an array
+                least = in_main.ids.item(-1) if len(queries) == 1 else in_main.ids[:, -1].min()
+                if least < 0:
+                    self._fill(in_main, queries, params, selection, look)
+        return self._with_delta(in_main, queries, delta)
 
     def _fill(
         self,
         found: Ranked,
         queries: FloatArray,
         params: SearchParams,
-        among: Among,
+        selection: Selection | None,
         look: Callable[[], None],
     ) -> None:
-        """Finds k items where what was visited has fewer though there are more: in further lists,
-        where there are such, and at last in all rows."""
-        selection, delta = among
+        """Finds k rows of main where what was visited has fewer though there are more: in further
+        lists, where there are such, and at last in all rows. However many rows the delta has: they
+        are no better for being many."""
         hidden = 0 if selection is None else selection.num_excluded
         k = found.ids.shape[1]
-        wanted = min(k, self.main.rows - hidden + delta.num_live)
+        wanted = min(k, self.main.rows - hidden)
         if not wanted:
             return
-        is_short = found.ids[:, wanted - 1] == EMPTY_ID
+        is_short = found.ids[:, wanted - 1] < 0
         is_short &= np.isfinite(queries).all(axis=1)  # others find nothing anyhow
         short = np.flatnonzero(is_short)
         for times in FILLED_FROM if self.main.layers.is_ivf else ():
             if not short.size:
                 return
-            rows, scores = self.main.search(queries[short], k, params, selection, times * k)
-            more = enter_delta(delta, queries[short], Ranked(self.ids_by_row[rows], scores))
+            more = self.main.search(queries[short], k, params, selection, times * k)
             found.ids[short], found.scores[short] = more
-            short = short[more.ids[:, wanted - 1] == EMPTY_ID]
+            short = short[more.ids[:, wanted - 1] < 0]
         if short.size:
-            whole = self._best_exactly(queries[short], k, among, look)
+            whole = self.main.search_exactly(queries[short], k, selection, look)
             found.ids[short], found.scores[short] = whole
+
+    def _with_delta(self, in_main: Ranked, queries: FloatArray, delta: Delta) -> Ranked:
+        """The best items of rows of main and of the delta."""
+        found = Ranked(self.ids_by_row[in_main.ids], in_main.scores)
+        return enter_delta(delta, queries, found)
 
     def _best_exactly(
         self, queries: FloatArray, k: int, among: Among, look: Callable[[], None]
     ) -> Ranked:
-        rows, scores = self.main.search_exactly(queries, k, among.selection, look)
-        return enter_delta(among.delta, queries, Ranked(self.ids_by_row[rows], scores))
+        in_main = self.main.search_exactly(queries, k, among.selection, look)
+        return self._with_delta(in_main, queries, among.delta)
 
     def fetch(self, item_ids: IdArray) -> tuple[IdArray, FloatArray]:
         """Those of item_ids (n,) int64 that are here, and their vectors (m, dim) float32.

@@ -452,3 +452,17 @@ def test_lists_with_fewer_than_k_rows_are_followed_by_others_not_by_all_rows(
         assert (found.scores[:, 50] >= least).mean() > 0.9, "the nearest lists, not any"
     given = state.search(vectors[:1], 100, SearchParams(nprobe=1))
     assert (given.ids == EMPTY_ID).any(), "who says how much is visited gets that"
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_written_rows_do_not_stand_in_for_rows_of_main_that_were_not_looked_for(kind: str) -> None:
+    """Which rows of main are found does not depend on how many rows the delta has."""
+    vectors = manifold(4000, 32, 8, seed=3)
+    settings = {"nlist": 100, "nprobe": 1} if kind == "ivf" else {"ef_search": 16}
+    state = ShardState.of(build_main(vectors, kind=kind, **settings), np.arange(4000))
+    poor = -vectors[:1]  # the last of every answer
+    records = [upsert(1 + n, [10_000 + n], poor) for n in range(150)]
+    before = state.search(vectors[:1], 100, NO_PARAMS)
+    after = apply(state, records)[0].search(vectors[:1], 100, NO_PARAMS)
+    assert before.ids.max() < 4000
+    assert_same_answers(after, before)
