@@ -30,7 +30,7 @@ serve: install ## the same, and stays up until Ctrl-C
 test: export OMP_NUM_THREADS = 1
 test: install lint ## lint, unit tests, then tests on a real local cluster, then on two simulated hosts
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=10 tests/unit
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=10 tests/integration/own
+	$(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder --durations=10 tests/integration/own
 	$(BIN)/pytest --durations=10 --ignore=tests/integration/own tests/integration
 	$(BIN)/pytest --durations=10 tests/hosts/test_rig.py tests/hosts/test_two_hosts.py
 

@@ -228,7 +228,8 @@ def _load_compacted(
     main = _load_main(path, manifest, index, made.rows, device)
     item_ids = read_item_ids(path / ITEM_IDS_NAME, rows=made.rows)
     table = read_attribute_file(path / ATTRIBUTES_NAME, rows=made.rows)
-    state = ShardState.of(main, item_ids, ItemAttributes(table), seq=seq)
+    share = _share(manifest, shard)
+    state = ShardState.of(main, item_ids, ItemAttributes(table), seq=seq, share=share)
     keys = WriteKeys.unpack((path / KEYS_NAME).read_bytes(), path / KEYS_NAME)
     template = (folder if made.own is None else path) / TEMPLATE_NAME
     return Loaded(state=state, keys=keys, main_seq=seq, template=template, own=made.own)
@@ -259,7 +260,12 @@ def load_state(
     main = _load_main(folder / entry.folder, manifest, index, entry.rows, device)
     item_ids = read_item_ids(folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
     attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))
-    return ShardState.of(main, item_ids, attributes)
+    return ShardState.of(main, item_ids, attributes, share=_share(manifest, shard))
+
+
+def _share(manifest: GenerationManifest, shard: int) -> float:
+    """Of the generation's rows those that the shard was built with."""
+    return manifest.shard_entry(shard).rows / max(1, manifest.rows)
 
 
 def _load_main(

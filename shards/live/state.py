@@ -8,6 +8,7 @@ An item is in one of main and delta, never in both: writing it anew, or deleting
 that it had. So the newest version of an item is the only one that can be found.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,9 @@ NO_ATTRIBUTES = ItemAttributes()
 # Where lists have fewer than k rows, as many are visited as have so many times k besides, because a
 # scan of a whole shard takes as long as a hundred searches.
 FILLED_FROM = (4, 64)
+# A shard finds at least so many times its share of k: so all have k together though some are away,
+# and a list with fewer than k rows seldom costs another search.
+SHARE_FACTOR = 2
 READ_ROWS = 64  # values of an attribute between two looks at the clock
 
 
@@ -52,7 +56,8 @@ class ShardState:
     ids_by_row (rows + 1,) int64: the item of each local row of ``main``, ascending; the last slot
     is the empty id, so that row -1 of an empty result reads it. selection: the rows of ``main``
     that may come back, None for all. seq: how many writes are in it. filter_rows: of which rows it
-    is known whether they match a filter; shared by all states of a main index.
+    is known whether they match a filter; shared by all states of a main index. share: of the rows
+    of its generation, as it was built, those that this shard had.
     """
 
     main: MainIndex
@@ -62,6 +67,7 @@ class ShardState:
     selection: Selection | None = None
     seq: int = 0
     attributes: ItemAttributes = NO_ATTRIBUTES
+    share: float = 1.0
 
     @classmethod
     def of(
@@ -71,6 +77,7 @@ class ShardState:
         attributes: ItemAttributes = NO_ATTRIBUTES,
         *,
         seq: int = 0,
+        share: float = 1.0,
     ) -> "ShardState":
         """item_ids (n,) int64, ascending: the item of each local row of ``main``. seq: how many
         writes are in ``main`` already."""
@@ -81,6 +88,7 @@ class ShardState:
             delta=Delta.empty(main.dim, main.metric),
             seq=seq,
             attributes=attributes,
+            share=share,
             filter_rows=FilterRows(item_ids, attributes),
         )
 
@@ -120,12 +128,15 @@ class ShardState:
         """The k best items of queries (n, dim) float32, among those that match where that is given;
         look: as of ``MainIndex.search_filtered``.
 
-        There are k, if there are so many, unless params say how much is visited.
+        Unless params say how much is visited, there are as many as it takes for all shards to have
+        k together, if there are so many.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        return self._best(queries, k, params, self.among(matching), matching is not None, look, 0)
+        fewest = min(k, math.ceil(SHARE_FACTOR * self.share * k))
+        among = self.among(matching)
+        return self._best(queries, k, params, among, matching is not None, look, fewest)
 
     def search_exactly(
         self,
@@ -152,7 +163,7 @@ class ShardState:
         def find(queries: FloatArray, k: int, among: Among, beyond: int = 0) -> Ranked:
             if params is None:
                 return self._best_exactly(queries, k, among, look)
-            return self._best(queries, k, params, among, matching is not None, look, beyond)
+            return self._best(queries, k, params, among, matching is not None, look, k, beyond)
 
         excluding = Excluding(find, self.ids_by_row, self.among(matching), look)
         return excluding.search(queries, k, excluded)
@@ -165,7 +176,8 @@ class ShardState:
         among: Among,
         is_filtered: bool,
         look: Callable[[], None],
-        beyond: int,
+        fewest: int,
+        beyond: int = 0,
     ) -> Ranked:
         selection, delta = among
         if is_filtered:
@@ -175,9 +187,10 @@ class ShardState:
             in_main = self.main.search(queries, k, params, selection, beyond)
             if not (params.nprobe or params.ef_search):
                 # one number is looked at in a tenth of the time of an array
-                least = in_main.ids.item(-1) if len(queries) == 1 else in_main.ids[:, -1].min()
+                last = in_main.ids[:, fewest - 1]
+                least = last.item() if len(queries) == 1 else last.min()
                 if least < 0:
-                    self._fill(in_main, queries, params, selection, look)
+                    self._fill(in_main, queries, params, selection, look, fewest)
         return self._with_delta(in_main, queries, delta)
 
     def _fill(
@@ -187,13 +200,14 @@ class ShardState:
         params: SearchParams,
         selection: Selection | None,
         look: Callable[[], None],
+        fewest: int,
     ) -> None:
-        """Finds k rows of main where what was visited has fewer though there are more: in further
-        lists, where there are such, and at last in all rows. However many rows the delta has: they
-        are no better for being many."""
+        """Finds more rows of main where what was visited has not ``fewest`` though there are so
+        many: in further lists, where there are such, and at last in all rows. However many rows
+        the delta has: they are no better for being many."""
         hidden = 0 if selection is None else selection.num_excluded
         k = found.ids.shape[1]
-        wanted = min(k, self.main.rows - hidden)
+        wanted = min(fewest, self.main.rows - hidden)
         if not wanted:
             return
         is_short = found.ids[:, wanted - 1] < 0

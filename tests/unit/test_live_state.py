@@ -466,3 +466,18 @@ def test_written_rows_do_not_stand_in_for_rows_of_main_that_were_not_looked_for(
     after = apply(state, records)[0].search(vectors[:1], 100, NO_PARAMS)
     assert before.ids.max() < 4000
     assert_same_answers(after, before)
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_a_shard_of_several_finds_what_makes_k_with_the_others(queries: int) -> None:
+    """Lists of 40 rows, k = 100: all of it alone, twice its share of it beside others."""
+    vectors = manifold(4000, 32, 8, seed=3)
+    main = build_main(vectors, kind="ivf", nlist=100, nprobe=1)
+    whole = ShardState.of(main, np.arange(4000))
+    fewest = {1.0: 100, 0.5: 100, 0.25: 50, 0.125: 25}
+    for share, wanted in fewest.items():
+        found = replace(whole, share=share).search(vectors[:queries], 100, NO_PARAMS)
+        counts = (found.ids != EMPTY_ID).sum(axis=1)
+        assert counts.min() >= wanted
+        if queries > 1:
+            assert share >= 0.5 or counts.min() < 100, "no search for what others have"

@@ -18,7 +18,7 @@ from shardline.cluster.cli import cli
 from shardline.cluster.serving.ray_session import free_port
 from shardline.router.client.sync_client import Client
 from tests.data_shapes.columns import ROWS, TAKEN
-from tests.integration.test_cli import START_S, command, shardline
+from tests.integration.own.test_cli import START_S, command, shardline
 
 USERS, ITEMS, TAKES = 64, 48, 9
 
