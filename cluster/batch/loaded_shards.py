@@ -89,7 +89,7 @@ class LoadedShards:
                 matching = state.matching(packed)
                 ids[place], scores[place] = state.search(vectors, k, params, matching)
                 continue
-            rows, scores[place] = state.main.search(vectors, k, params, lists=lists)
+            rows, scores[place] = state.search_main(vectors, k, params, lists)
             # row -1 of an empty result is the last slot, which holds the empty id
             np.take(state.ids_by_row, rows, out=ids[place], mode="wrap")
         return merge_stacked(ids, scores)

@@ -134,9 +134,17 @@ class ShardState:
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        fewest = min(k, math.ceil(SHARE_FACTOR * self.share * k))
-        among = self.among(matching)
+        among, fewest = self.among(matching), self._fewest(k)
         return self._best(queries, k, params, among, matching is not None, look, fewest)
+
+    def search_main(
+        self, queries: FloatArray, k: int, params: SearchParams, lists: IdArray | None = None
+    ) -> Ranked:
+        """As ``search``, of a state without writes: local rows, not items. lists: as of
+        ``MainIndex.search``."""
+        found = self.main.search(queries, k, params, lists=lists)
+        self._fill(found, queries, params, None, lambda: None, self._fewest(k))
+        return found
 
     def search_exactly(
         self,
@@ -185,13 +193,12 @@ class ShardState:
             in_main = self.main.search_filtered(queries, k, params, selection, look)
         else:
             in_main = self.main.search(queries, k, params, selection, beyond)
-            if not (params.nprobe or params.ef_search):
-                # one number is looked at in a tenth of the time of an array
-                last = in_main.ids[:, fewest - 1]
-                least = last.item() if len(queries) == 1 else last.min()
-                if least < 0:
-                    self._fill(in_main, queries, params, selection, look, fewest)
+            self._fill(in_main, queries, params, selection, look, fewest)
         return self._with_delta(in_main, queries, delta)
+
+    def _fewest(self, k: int) -> int:
+        """Results of this shard that make k with those of the others."""
+        return min(k, math.ceil(SHARE_FACTOR * self.share * k))
 
     def _fill(
         self,
@@ -204,7 +211,13 @@ class ShardState:
     ) -> None:
         """Finds more rows of main where what was visited has not ``fewest`` though there are so
         many: in further lists, where there are such, and at last in all rows. However many rows
-        the delta has: they are no better for being many."""
+        the delta has: they are no better for being many. Not if params say how much is visited."""
+        if params.nprobe or params.ef_search:
+            return
+        last = found.ids[:, fewest - 1]
+        # one number is looked at in a tenth of the time of an array
+        if (last.item() if len(queries) == 1 else last.min(initial=0)) >= 0:
+            return
         hidden = 0 if selection is None else selection.num_excluded
         k = found.ids.shape[1]
         wanted = min(fewest, self.main.rows - hidden)

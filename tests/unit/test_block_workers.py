@@ -15,7 +15,7 @@ from shardline.cluster.batch.pipeline import BlockWorkers
 from shardline.cluster.batch.queries import Queries
 from shardline.cluster.batch.spans import Span, spans_of
 from shardline.shards.core.messages import SearchParams
-from shardline.shards.core.schema import Metric, normalise
+from shardline.shards.core.schema import EMPTY_ID, Metric, normalise
 from shardline.shards.index.main_index import search_threads, set_search_threads
 from tests.batch_store import DIM, SHARDS, make_store
 from tests.reference import brute_force
@@ -140,3 +140,14 @@ def test_queries_of_one_list_follow_each_other(tmp_path: Path) -> None:
     lists = template.quantizer.assign(made.vectors, 1)[order, 0]
     assert (np.diff(lists) >= 0).all()
     assert len(set(lists.tolist())) == 8
+
+
+def test_a_query_whose_lists_have_few_rows_gets_k_all_the_same(tmp_path: Path) -> None:
+    """As served: only ``nprobe`` in the parameters says that what it visits is all."""
+    made = make_store(tmp_path, kind="ivf", nlist=8, nprobe=1)
+    loaded = LoadedShards.load(made.folder, range(SHARDS))
+    k = len(made.ids) // 2
+    found = loaded.search(made.vectors[:20], Wanted(k=k))
+    assert (found.ids != EMPTY_ID).all()
+    given = loaded.search(made.vectors[:20], Wanted(k=k, params=SearchParams(nprobe=1)))
+    assert (given.ids == EMPTY_ID).any(axis=1).all()
