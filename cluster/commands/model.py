@@ -93,6 +93,12 @@ unfinished_option = click.option(
     help=f"Time for --tune, the last fit included.  [default: {DEFAULT_MINUTES:g}]",
 )
 @click.option("--tune-size", is_flag=True, help="Let --tune choose the dimension and layers too.")
+@click.option(
+    "--trials-at-once",
+    type=click.IntRange(min=1),
+    help="Trials that --tune trains at the same time: above 1 under Ray Tune, on this host or on "
+    "the cluster of cluster.address, whose hosts share the run's folder.  [default: 1]",
+)
 @click.pass_obj
 def train(
     settings: Settings,
@@ -109,6 +115,7 @@ def train(
     tune: bool,
     minutes: float | None,
     tune_size: bool,
+    trials_at_once: int | None,
 ) -> None:
     """Train the two towers, data-parallel, with negatives gathered from every rank.
 
@@ -117,8 +124,8 @@ def train(
     """
     if tune:
         refuse_others(resume=resume, hard=hard, warm=warm, plot=plot)
-    elif minutes is not None or tune_size:
-        raise click.UsageError("--minutes and --tune-size are options of --tune")
+    elif minutes is not None or tune_size or trials_at_once is not None:
+        raise click.UsageError("--minutes, --tune-size, --trials-at-once are options of --tune")
     shorts = {
         "num_workers": workers,
         "epochs": epochs,
@@ -141,19 +148,29 @@ def train(
             hint="train --tune goes on with it, --run names another folder, also to what follows",
         )
     checks = [check_writable("run", look_at(run))]
-    if config.training.num_workers > 1 and config.cluster.address == "local":
+    at_once = trials_at_once or 1
+    processes = max(config.training.num_workers, at_once)  # of training, under Ray if several
+    if processes > 1 and config.cluster.address == "local":
         checks += before_ray(None)
     print_warnings(enforce(checks))
     config = with_left_out(config, data, run if resume else warm, is_same=resume)
     try:
         if tune:
-            with StageProgress() as progress:
+            ray_ready = ray_for_training(config, processes, verbose=settings.verbose)
+            with StageProgress() as progress, ray_ready:
                 result = tune_with_progress(
-                    config.training, data, run, progress, minutes=minutes, sizes=tune_size
+                    config.training,
+                    data,
+                    run,
+                    progress,
+                    minutes=minutes,
+                    sizes=tune_size,
+                    at_once=at_once,
                 )
             click.echo(describe_run(result))
             return
-        with StageProgress() as progress, ray_for_training(config, verbose=settings.verbose):
+        ray_ready = ray_for_training(config, processes, verbose=settings.verbose)
+        with StageProgress() as progress, ray_ready:
             result = train_with_progress(
                 config, data, run, progress, resume=resume, hard=hard, warm=warm
             )
@@ -215,13 +232,12 @@ def with_left_out(
 
 
 def ray_for_training(
-    config: ShardlineConfig, *, verbose: bool
+    config: ShardlineConfig, processes: int, *, verbose: bool
 ) -> contextlib.AbstractContextManager[object]:
-    """Starts Ray for several ranks; does nothing for one, which trains in this process."""
-    workers = config.training.num_workers
-    if workers == 1:
+    """Starts Ray for several processes that train; does nothing for one, which is this one."""
+    if processes == 1:
         return contextlib.nullcontext()
-    num_cpus = max(cores(), workers + 1)
+    num_cpus = max(cores(), processes + 1)
     return ray_for(config.cluster.address, num_cpus=num_cpus, verbose=verbose, in_flight=None)
 
 

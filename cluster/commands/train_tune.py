@@ -9,6 +9,7 @@ from shardline.cluster.console import StageProgress, print_table
 from shardline.shards.core.files import write_bytes
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.loop.launch import TrainResult
+from shardline.training.search.search_loop import Together
 from shardline.training.search.search_plot import plot_search
 from shardline.training.search.search_report import (
     BEST,
@@ -43,8 +44,12 @@ def tune_with_progress(
     *,
     minutes: float,
     sizes: bool,
+    at_once: int = 1,
 ) -> TrainResult:
-    """Searches, writes best.yaml and the plot, prints both tables; the last fit."""
+    """Searches, writes best.yaml and the plot, prints both tables; the last fit.
+
+    at_once: trials that train at the same time; several need a connection to Ray.
+    """
 
     def on_event(stage: str, event: dict[str, Any]) -> None:
         if event["event"] == "step":
@@ -65,11 +70,21 @@ def tune_with_progress(
         say=progress.note,
         on_event=on_event,
         on_chosen=on_chosen,
+        together=_together(at_once),
     )
     for table in (trials_table(result.state), worth_table(result.state)):
         print_table(table.title, table.header, table.rows)
     click.echo(summary_line(result.state, result.config))
     return result.fitted
+
+
+def _together(at_once: int) -> Together | None:
+    if at_once == 1:
+        return None
+    # Ray Tune takes seconds to import
+    from shardline.training.search.side_by_side import SideBySide
+
+    return SideBySide(at_once=at_once)
 
 
 def say_how_a_search_goes_on(run: Path) -> bool:

@@ -1,5 +1,7 @@
 """A search from its first trial to the last fit: what it decides, and that a killed one goes on."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import Dataset
 from shardline.training.loop.launch import train
 from shardline.training.model.checkpoint import latest_state, load_best, load_parts, open_run
-from shardline.training.search import search_loop
+from shardline.training.search import trial_training
 from shardline.training.search.ladder import survivors
+from shardline.training.search.search_loop import OnTrained
 from shardline.training.search.search_report import (
     best_yaml,
     standard_error,
@@ -28,6 +31,7 @@ from shardline.training.search.search_report import (
 )
 from shardline.training.search.search_run import SearchResult, least_rung, search
 from shardline.training.search.search_state import SearchState, load_state, state_path
+from shardline.training.search.trial_training import TrialJob, train_trial
 from tests.tiny import ITEM_IDS, NUM_USERS, tiny_config, tiny_dataset
 
 
@@ -58,6 +62,30 @@ def searched(
     clock = clock or EpochClock()
     config = tiny_config(**{"epochs": 3, "log_every_steps": 10, **changes})
     return search(config, data, run, minutes=minutes, clock=clock, on_event=clock.on_event)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoAtOnce:
+    """As if two trained at the same time, ten seconds per epoch; the longest first ones end last.
+    rungs: the numbers of the trials of each call."""
+
+    clock: EpochClock
+    at_once: int = 2
+    rungs: list[list[int]] = field(default_factory=list)
+
+    def train(self, jobs: Sequence[TrialJob], search_folder: Path, on_trained: OnTrained) -> None:
+        self.rungs.append([job.number for job in jobs])
+        began = {job.number: trained_epochs(job.folder) for job in jobs}
+        for job in reversed(jobs):
+            trained = train_trial(job)
+            seconds = 10.0 * (trained.epochs - began[job.number])
+            self.clock.now += seconds / min(self.at_once, len(jobs))
+            on_trained(job, replace(trained, seconds=seconds))
+
+
+def trained_epochs(run: Path) -> int:
+    state = latest_state(run) if run.exists() else None
+    return 0 if state is None else state.epoch
 
 
 def decisions(state: SearchState) -> dict[str, Any]:
@@ -272,7 +300,7 @@ def test_a_candidate_that_cannot_be_trained_is_out_and_the_base_is_an_error(
             raise ConfigError("no number any more", field="optimiser.learning_rate")
         return train(config, *args, **options)
 
-    monkeypatch.setattr(search_loop, "train", refusing)
+    monkeypatch.setattr(trial_training, "train", refusing)
     result = searched(data.path, tmp_path / "run")
     refused = [trial for trial in result.state.trials if trial.refused]
     assert broken and refused
@@ -383,3 +411,33 @@ def test_the_command_searches_and_prints_what_it_found(data: Dataset, tmp_path: 
         refused = CliRunner().invoke(cli, [*command, *options])
         assert refused.exit_code != 0
         assert message in f"{refused.output} {refused.exception}"
+
+
+def test_trials_side_by_side_are_decided_as_one_after_the_other(
+    data: Dataset, found: SearchResult, tmp_path: Path
+) -> None:
+    """With twice the trials in the same time: those of the first rung train together."""
+    clock = EpochClock()
+    together = TwoAtOnce(clock=clock)
+    result = search(
+        tiny_config(epochs=3, log_every_steps=10),
+        data.path,
+        tmp_path / "run",
+        minutes=4.0,
+        clock=clock,
+        on_event=clock.on_event,
+        together=together,
+    )
+    assert set(clock.stages) == {"fit"}, "no trial trained in this process"
+    assert clock.now <= 240
+    first, alone = result.state.brackets[0], found.state.brackets[0]
+    assert len(result.state.trials) > len(found.state.trials)
+    assert together.rungs[0] == [0], "the base is measured first"
+    assert len(together.rungs[1]) == len(first.trials) - 1
+    for number in set(first.trials) & set(alone.trials):
+        changes = found.state.trials[number].changes
+        same_trial = next(t for t in result.state.trials if t.changes == changes)
+        common = same_trial.values.keys() & found.state.trials[number].values.keys()
+        assert common and all(
+            same_trial.values[rung] == found.state.trials[number].values[rung] for rung in common
+        )

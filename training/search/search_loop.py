@@ -1,25 +1,26 @@
-"""The brackets of a search, one trial at a time, within its minutes; then the fit of the best.
+"""The brackets of a search, within its minutes; then the fit of the best.
 
 Trials are judged by recall on the validation split; no row of test is used. A trial is a training
 run of its own that stops at each rung and goes on from its checkpoint: trained to its end it is the
-run that ``train`` makes of its configuration.
+run that ``train`` makes of its configuration. They train one at a time in this process, or some at
+once under Ray Tune (``side_by_side``), which decides nothing.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.training.config.training_config import TrainingConfig
 from shardline.training.loop.launch import TrainResult, train
 from shardline.training.loop.runlog import Event, OnEvent
-from shardline.training.model.checkpoint import latest_state
 from shardline.training.search.choices import SearchSpace, describe
 from shardline.training.search.findings import effects, final_config
 from shardline.training.search.ladder import plan, rungs, survivors
 from shardline.training.search.proposals import first_candidates, next_candidates
 from shardline.training.search.search_state import (
+    SEARCH,
     Bracket,
     SearchState,
     Trial,
@@ -28,6 +29,7 @@ from shardline.training.search.search_state import (
     set_aside,
     trial_folder,
 )
+from shardline.training.search.trial_training import Trained, TrialJob, train_trial
 
 LEAST_RECALL = -1.0  # of a trial that cannot be trained
 FIT_SHARE = 0.4  # of the time, at most, is kept for the last fit
@@ -35,7 +37,19 @@ SHORT_SHARE = 0.04  # of the time: an epoch that takes less is followed by one t
 FEWEST_EPOCHS = 3  # of a trial: trials that end earlier say nothing of longer ones
 
 Say = Callable[[str], None]
+OnTrained = Callable[[TrialJob, Trained], None]
 OnStageEvent = Callable[[str, Event], None]  # ("trial 3" or "fit", a line of its log)
+
+
+class Together(Protocol):
+    """Trains trials side by side: ``side_by_side``."""
+
+    @property
+    def at_once(self) -> int:
+        """Trials that train at the same time."""
+
+    def train(self, jobs: Sequence[TrialJob], search_folder: Path, on_trained: OnTrained) -> None:
+        """Trains all of them, at least one; ``on_trained`` hears of each as it ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +63,10 @@ class SearchResult:
 
 @dataclass(kw_only=True)
 class SearchLoop:
-    """A search on its way: its state, and where its trials lie. ``to_the_end`` is all of it."""
+    """A search on its way: its state, and where its trials lie. ``to_the_end`` is all of it.
+
+    together: trains several trials at once; None: one at a time, in this process.
+    """
 
     state: SearchState
     data_folder: Path
@@ -59,6 +76,7 @@ class SearchLoop:
     say: Say
     on_event: OnStageEvent | None
     clock: Callable[[], float]
+    together: Together | None = None
 
     def __post_init__(self) -> None:
         self._at = self.clock()
@@ -104,6 +122,10 @@ class SearchLoop:
         self._at = now
         save_state(self.run_folder, self.state)
 
+    @property
+    def _at_once(self) -> int:
+        return 1 if self.together is None else self.together.at_once
+
     # time ---------------------------------------------------------------------------------------
 
     def _own_s(self, trial: Trial) -> float:
@@ -144,12 +166,12 @@ class SearchLoop:
             return
         state.trials = state.trials or [Trial(number=0, changes={})]
         base = state.trials[0]
-        self._advance(base, 1)
+        self._advance([(base, 1)])
         if state.ladder[0] == 1 and base.value is not None:
             base.values[1] = base.value
         first = base.seconds
         if first < SHORT_SHARE * state.minutes * 60 and not base.ended:
-            self._advance(base, 2)
+            self._advance([(base, 2)])
             base.seconds = 2 * (base.seconds - first)
         if state.epochs > self._most_epochs(base):
             self._shorten(base)
@@ -165,7 +187,7 @@ class SearchLoop:
         asked, fit_s, most = state.epochs, self._fit_s(base, 1), self._most_epochs(base)
         left = state.minutes * 60 - state.spent_s - (self.clock() - self._at)
         # less the base's first epoch, which is trained again
-        trials = (left - most * fit_s) / epoch_s - 1
+        trials = self._at_once * ((left - most * fit_s) / epoch_s - 1)
         if most >= FEWEST_EPOCHS and plan(trials, rungs(most, state.least_rung), first=True):
             state.epochs, what = most, f"models get {most} epochs"
         else:  # trials would say nothing: all the time for the fit
@@ -180,14 +202,14 @@ class SearchLoop:
             set_aside(trial_folder(self.run_folder, base))  # its learning rate was that of more
             state.trials = [base := Trial(number=0, changes={})]
             self._save()
-            self._advance(base, 1)
+            self._advance([(base, 1)])
 
     # brackets -----------------------------------------------------------------------------------
 
     def _next_bracket(self) -> bool:
         """Plans another bracket and its trials; False where there is no time or nothing to try."""
         state = self.state
-        affordable = self._left_s() / self._own_s(self._base)
+        affordable = self._at_once * self._left_s() / self._own_s(self._base)
         planned = plan(affordable, state.ladder, first=not state.brackets)
         if planned is None:
             return False
@@ -228,27 +250,33 @@ class SearchLoop:
         bracket = self.state.brackets[number]
         alive = list(bracket.trials)
         for epochs in bracket.rungs:
-            # one that there is no time for, of more epochs than others say, does not stop those
-            alive = [each for each in alive if self._reach(self.state.trials[each], epochs)]
+            alive = self._reach(alive, epochs)
             recalls = {each: self._recall(self.state.trials[each], epochs) for each in alive}
             going = sorted({*survivors(recalls), *({0} & set(alive))})  # the base in any case
             for each in set(alive).difference(going):
                 drop_files(trial_folder(self.run_folder, self.state.trials[each]))
             alive = [each for each in going if not self.state.trials[each].refused]
 
-    def _reach(self, trial: Trial, rung: int) -> bool:
-        """Trains a trial to a rung; False where the time is not enough."""
-        if rung in trial.values or trial.refused:
-            return True
-        until = self._until(trial, rung)
-        left = 0 if trial.ended else until - trial.epochs
-        if left * self._own_s(trial) > self._left_s():
-            return False
-        self._advance(trial, until)
-        if trial.value is not None and not trial.refused:
-            trial.values[rung] = trial.value
-        self._save()
-        return True
+    def _reach(self, numbers: Sequence[int], rung: int) -> list[int]:
+        """Trains trials to a rung; those that have reached it. One that there is no time for, of
+        more epochs than others say, does not stop those."""
+        reached, due, busy_s = [], [], 0.0
+        for number in numbers:
+            trial = self.state.trials[number]
+            if rung not in trial.values and not trial.refused:
+                until = self._until(trial, rung)
+                own_s = (0 if trial.ended else until - trial.epochs) * self._own_s(trial)
+                if max(own_s, (busy_s + own_s) / self._at_once) > self._left_s():
+                    continue
+                due.append((trial, until))
+                if self.together is None:  # the next one's time is what this one leaves
+                    self._advance(due, rung)
+                    due = []
+                else:
+                    busy_s += own_s
+            reached.append(number)
+        self._advance(due, rung)
+        return reached
 
     def _recall(self, trial: Trial, rung: int) -> float:
         return LEAST_RECALL if trial.refused else trial.values[rung]
@@ -260,46 +288,71 @@ class SearchLoop:
         is_last = rung == self.state.ladder[-1]
         return config.epochs if is_last else min(rung, config.epochs)
 
-    def _advance(self, trial: Trial, until: int) -> None:
-        """Trains a trial up to ``until`` epochs, from its checkpoint if it has one."""
+    def _advance(self, due: Sequence[tuple[Trial, int]], rung: int | None = None) -> None:
+        """Trains trials up to so many epochs each, from their checkpoints if they have any; what
+        they reach is their value at ``rung``, where one is given."""
+
+        def has_reached(trial: Trial) -> None:
+            if rung is not None and trial.value is not None and not trial.refused:
+                trial.values[rung] = trial.value
+            self._save()
+
+        jobs = []
+        for trial, until in due:
+            if trial.ended or trial.epochs >= until:
+                has_reached(trial)
+            else:
+                jobs.append(self._job(trial, until))
+
+        def take(job: TrialJob, trained: Trained) -> None:
+            trial = self.state.trials[job.number]
+            trial.seconds += trained.seconds
+            trial.refused, trial.ended = trained.refused, trained.ended
+            if trained.refused is None:
+                trial.epochs, trial.value = trained.epochs, trained.value
+                trial.best_epoch = trained.best_epoch
+            has_reached(trial)
+            self._tell(trial, job.config)
+
+        if self.together is None:
+            for job in jobs:
+                take(job, self._trained_here(job))
+        elif jobs:
+            self.together.train(jobs, self.run_folder / SEARCH, take)
+
+    def _job(self, trial: Trial, until: int) -> TrialJob:
         config = self.space.config(trial.changes)
         assert config is not None, "a trial has a configuration"
-        if trial.ended or trial.epochs >= until:
-            return
-        folder, counted = trial_folder(self.run_folder, trial), self.clock()
+        folder = trial_folder(self.run_folder, trial)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return TrialJob(
+            number=trial.number,
+            config=config,
+            data_folder=self.data_folder,
+            folder=folder,
+            until=until,
+            may_be_refused=bool(trial.changes),
+        )
+
+    def _trained_here(self, job: TrialJob) -> Trained:
+        """In this process, with its log shown; the time until now counts at each validation, so
+        that of a killed search does."""
+        trial, counted = self.state.trials[job.number], self.clock()
         report = self._named(f"trial {trial.number}")
 
         def on_event(event: Event) -> None:
             nonlocal counted
             if event["event"] == "start" and not self._base.epochs:
                 counted = self.clock()  # a first start loads libraries, which no other one does
-            if event["event"] == "validation":  # so that the time of a killed search counts
+            if event["event"] == "validation":
                 now = self.clock()
                 trial.seconds, counted = trial.seconds + now - counted, now
                 self._save()
             if report is not None:
                 report(event)
 
-        try:
-            train(
-                config,
-                self.data_folder,
-                folder,
-                on_event=on_event,
-                resume=(folder / MANIFEST_NAME).exists(),
-                until_epoch=until,
-            )
-        except ConfigError as error:  # it diverged, or has lists of negatives that are too short
-            if not trial.changes:
-                raise
-            trial.refused, trial.ended = str(error), True
-        else:
-            reached = latest_state(folder)
-            assert reached is not None, "a trial has a checkpoint after an epoch"
-            trial.epochs, trial.value = reached.epoch, reached.best_value
-            trial.best_epoch, trial.ended = reached.best_epoch, reached.has_ended(config)
-        trial.seconds += self.clock() - counted
-        self._tell(trial, config)
+        trained = train_trial(job, on_event)
+        return replace(trained, seconds=self.clock() - counted)
 
     def _named(self, stage: str) -> OnEvent | None:
         report = self.on_event

@@ -14,7 +14,13 @@ from shardline.training.config.training_config import TrainingConfig
 from shardline.training.data.csr import Csr
 from shardline.training.data.tables import Dataset, open_dataset
 from shardline.training.features.infer import infer_config
-from shardline.training.search.search_loop import OnStageEvent, Say, SearchLoop, SearchResult
+from shardline.training.search.search_loop import (
+    OnStageEvent,
+    Say,
+    SearchLoop,
+    SearchResult,
+    Together,
+)
 from shardline.training.search.search_state import (
     SEARCH,
     SearchState,
@@ -35,13 +41,15 @@ def search(
     on_event: OnStageEvent | None = None,
     on_chosen: Callable[[SearchState, TrainingConfig], None] = lambda state, config: None,
     clock: Callable[[], float] = time.monotonic,
+    together: Together | None = None,
 ) -> SearchResult:
     """Finds settings within ``minutes``, the last fit included; the run folder gets that fit.
 
     config: the base, which is the first trial. Goes on with a search that the folder holds.
-    on_event: what trains now, and a line of its log. on_chosen: called before the last fit, with
-    its configuration. Nothing is begun that would not end in time, by the time of earlier epochs;
-    the first epoch is trained in any case, and the last fit is never shortened.
+    on_event: what trains now in this process, and a line of its log. on_chosen: called before the
+    last fit, with its configuration. together: trains several trials at once; the last fit is
+    alone. Nothing is begun that would not end in time, by the time of earlier epochs; the first
+    epoch is trained in any case, and the last fit is never shortened.
 
     Raises:
         ConfigError: the base cannot be searched, or is not that of the folder's search; the search
@@ -97,6 +105,7 @@ def search(
         say=say,
         on_event=on_event,
         clock=clock,
+        together=together,
     )
     return run.to_the_end(on_chosen)
 
