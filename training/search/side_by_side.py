@@ -5,9 +5,10 @@ killed again, from its checkpoint; which trials go on is decided by ``search_loo
 search is the same wherever it trains, but for its time. Expects a caller that is connected to Ray.
 """
 
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ RAY_FOLDER = "ray"  # beside the trials: what Ray Tune itself writes, while a ru
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # a trial's own log says more
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the search, which goes on when repeated
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new tables are printed at any verbosity
 }
 
 
@@ -47,26 +49,27 @@ class SideBySide:
         cpus = self._cpus_of_each()
         by_number = {job.number: job for job in jobs}
 
-        class Hear(tune.Callback):  # type: ignore[misc]
-            def on_trial_result(self, *_: object, result: dict[str, Any], **__: object) -> None:
-                found = result["trained"]
-                on_trained(by_number[found["number"]], Trained(**found["outcome"]))
+        def hear(result: dict[str, Any]) -> None:
+            found = result["trained"]
+            on_trained(by_number[found["number"]], Trained(**found["outcome"]))
 
         folder = search_folder / RAY_FOLDER
         tuner = tune.Tuner(
             tune.with_resources(_entry, {"cpu": cpus, "gpu": self._gpus_of_each(jobs[0])}),
             param_space={"job": tune.grid_search([_packed(job, cpus) for job in jobs])},
-            tune_config=tune.TuneConfig(max_concurrent_trials=self.at_once),
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=self.at_once, trial_dirname_creator=_folder_of
+            ),
             run_config=tune.RunConfig(
                 name=RAY_FOLDER,
-                storage_path=str(search_folder),
+                storage_path=str(search_folder.resolve()),
                 failure_config=tune.FailureConfig(max_failures=jobs[0].config.max_failures),
-                callbacks=[Hear()],
+                callbacks=[_Hear(hear)],
                 verbose=0,
             ),
         )
         try:
-            with _environment(QUIET):
+            with _environment(QUIET), _no_log("ray.tune"):
                 found = tuner.fit()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -90,13 +93,33 @@ class SideBySide:
         return int(has_gpus and job.config.device != "cpu")
 
 
+class _Hear(tune.Callback):  # type: ignore[misc]
+    """Hands on what trials report."""
+
+    def __init__(self, hear: Callable[[dict[str, Any]], None]) -> None:
+        self._hear = hear
+
+    def on_trial_result(self, *_: object, result: dict[str, Any], **__: object) -> None:
+        self._hear(result)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune writes its callbacks down to go on with them, which we do not do."""
+        return {}
+
+
+def _folder_of(trial: Any) -> str:
+    """Of a trial, for Ray Tune: the default has all of its settings in the name."""
+    return str(trial.trial_id)
+
+
 def _packed(job: TrialJob, cpus: int) -> dict[str, Any]:
     """A job as Ray Tune carries it; ``_entry`` reads it."""
     return {
         "number": job.number,
         "config": job.config.model_dump(mode="json"),
-        "data_folder": str(job.data_folder),
-        "folder": str(job.folder),
+        # workers have another working directory
+        "data_folder": str(job.data_folder.resolve()),
+        "folder": str(job.folder.resolve()),
         "until": job.until,
         "may_be_refused": job.may_be_refused,
         "threads": cpus,
@@ -145,6 +168,18 @@ def _cause(error: Exception) -> Exception:
     return Unavailable(
         "a trial failed", got=last_line(cause), hint="repeat the same command to go on"
     )
+
+
+@contextmanager
+def _no_log(name: str) -> Iterator[None]:
+    """Without a library's messages: what has failed is raised."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Two ranks under Ray Train give what one process gives."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,9 +46,12 @@ def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
         train(tiny_config(num_workers=2), other.path, tmp_path / "two", resume=True)
 
 
-def test_trials_under_ray_tune_reach_what_they_reach_here(tmp_path: Path) -> None:
+def test_trials_under_ray_tune_reach_what_they_reach_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rung by rung, from the checkpoint of the rung before; one that cannot be trained is out."""
-    dataset = tiny_dataset(tmp_path / "data")
+    tiny_dataset(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
     each_epoch = {"every_epochs": 1}
     configs = [
         tiny_config(validation=each_epoch),
@@ -59,7 +63,7 @@ def test_trials_under_ray_tune_reach_what_they_reach_here(tmp_path: Path) -> Non
             TrialJob(
                 number=number,
                 config=config,
-                data_folder=dataset.path,
+                data_folder=Path("data"),
                 folder=folder / "trials" / str(number),
                 until=until,
                 may_be_refused=True,
@@ -68,14 +72,16 @@ def test_trials_under_ray_tune_reach_what_they_reach_here(tmp_path: Path) -> Non
         ]
 
     found: dict[int, list[Trained]] = {}
+    lock = threading.Lock()  # whoever hears of them has what cannot be pickled
+
+    def hear(job: TrialJob, trained: Trained) -> None:
+        with lock:
+            found.setdefault(job.number, []).append(trained)
+
     search_folder = tmp_path / "search"
     (search_folder / "trials").mkdir(parents=True)
     for until, count in ((1, 2), (2, 1)):
-        SideBySide(at_once=2).train(
-            jobs(search_folder, until, count),
-            search_folder,
-            lambda job, trained: found.setdefault(job.number, []).append(trained),
-        )
+        SideBySide(at_once=2).train(jobs(search_folder, until, count), search_folder, hear)
     assert sorted(path.name for path in search_folder.iterdir()) == ["trials"]
     assert found[1][0].refused is not None and "batch" in found[1][0].refused
     (job,) = jobs(tmp_path / "here", 2, 1)
@@ -84,4 +90,4 @@ def test_trials_under_ray_tune_reach_what_they_reach_here(tmp_path: Path) -> Non
     assert replace(second, seconds=0.0) == replace(train_trial(job), seconds=0.0)
     assert second.seconds > 0
     with pytest.raises(Unavailable, match="no room for so many trials"):
-        SideBySide(at_once=99).train(jobs(search_folder, 2, 1), search_folder, found.__setitem__)
+        SideBySide(at_once=99).train(jobs(search_folder, 2, 1), search_folder, hear)
