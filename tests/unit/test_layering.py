@@ -71,6 +71,7 @@ CONFINED = {
         "training/loop/launch.py",
         "training/loop/process_group.py",
         "training/loop/ray_ranks.py",
+        "training/search/side_by_side.py",
     ),
     "torch": ("training/", "bench/"),
     "fastapi": ("router/http/",),
