@@ -47,6 +47,7 @@ STACK_BYTES = 16  # gpu/utils/StackDeviceMemory.cpp (the first address is 16 byt
 # gpu/GpuIndicesOptions.h; by 64-bit a row's number takes 8 bytes on the device
 INDICES_CPU, INDICES_IVF, INDICES_32_BIT, INDICES_64_BIT = range(4)
 INDEX_BYTES = {INDICES_CPU: 0, INDICES_IVF: 0, INDICES_32_BIT: 4, INDICES_64_BIT: 8}
+COPY_ROWS = 1 << 20  # gpu/GpuCloner.cpp (clone_Index): fp16 rows are added so many at a time
 SHARED_MEMORY_BYTES = 48 << 10  # cudaDeviceProp.sharedMemPerBlock of every card since 2010
 
 
@@ -448,7 +449,27 @@ class GpuIndexFlat(GpuIndex):
             inner = faiss.clone_index(index)
         super().__init__(resources, device, inner, cuvs=cuvs)
         self._half = half
+        if half:
+            self._grow()
         self._take_rows(self.ntotal)
+
+    def _grow(self) -> None:
+        """gpu/impl/FlatIndex.cu (add): of each block a float32 copy and a half one are on the card;
+        gpu/utils/DeviceVector.cuh (append): the store is copied to one that has room."""
+        impl, before = self._handle.impl, 0
+        for start in range(0, self.ntotal, COPY_ROWS):
+            rows = min(COPY_ROWS, self.ntotal - start)
+            taken = [
+                impl.allocate(self._device, size, "FlatData")
+                for size in (
+                    rows * self.d * 4,
+                    rows * self.d * 2,
+                    (start + rows) * self.d * 2,
+                )
+            ]
+            impl.free(self._device, sum(taken[:2]) + before, "FlatData")
+            before = taken[2]
+        impl.free(self._device, before, "FlatData")
 
     def _take_rows(self, rows: int) -> None:
         self._take("FlatData", rows * self.d * (2 if self._half else 4))

@@ -35,7 +35,7 @@ from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partition, Partitioning
 from shardline.shards.core.schema import Metric
-from shardline.shards.index.gpu import gpu_count
+from shardline.shards.index.cards import gpu_count
 from shardline.shards.storage.embedding_set import embedding_writer
 from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_queries
 from shardline.shards.storage.generation import GenerationManifest, read_generation

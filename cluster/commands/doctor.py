@@ -110,7 +110,7 @@ def _faiss() -> str:
             f"expected exactly one of {', '.join(FAISS_WHEELS)}; got {', '.join(found) or 'none'}; "
             "install the cpu or the gpu extra into a fresh environment"
         )
-    from shardline.shards.index.gpu import gpu_count
+    from shardline.shards.index.cards import gpu_count
 
     return f"{found[0]}, {gpu_count()} GPUs"
 

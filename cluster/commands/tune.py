@@ -40,7 +40,7 @@ from shardline.cluster.tuner.tuning_report import (
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.shards.core.errors import InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
-from shardline.shards.index.gpu import gpu_count
+from shardline.shards.index.cards import gpu_count
 from shardline.shards.index.spec import IndexKind
 from shardline.shards.storage.embedding_set import EmbeddingSet, open_embedding_set
 

@@ -132,6 +132,10 @@ class Unavailable(ShardlineError):
     code = "unavailable"
 
 
+class CardFailed(Unavailable):
+    code = "card_failed"
+
+
 class DeadlineExceeded(Unavailable):
     code = "deadline_exceeded"
 

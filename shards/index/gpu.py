@@ -1,69 +1,198 @@
-"""Puts an index on a CUDA device. Not yet run on a GPU: written from faiss's documentation.
+"""The base of an index on a CUDA device, and its re-rank in the host's memory.
 
-Used with the ``faiss-gpu`` wheel, for flat, ivf and ivfpq. Its GPU indexes ignore an IDSelector
-without an error, so MainIndex over-fetches and filters. Two searches may not share one resources
-object; they do not, because a shard has one search thread.
+Not yet run on a card: proved on a double of faiss's GPU builds (tests/fake_gpu_faiss.py).
+
+flat, ivf and ivfpq. Both wheels are used with faiss's classic kernels, which ignore an IDSelector
+without an error: MainIndex fetches more and filters. One lock per index: two threads that share a
+resources object break its stack of temporary memory. A CUDA error within faiss ends the process,
+and is known afterwards only from ``CardWatch``; what it raises instead is ``CardFailed``.
 """
 
-from typing import Any
+import contextlib
+import threading
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
 
-from shardline.shards.core.errors import ConfigError
-from shardline.shards.index.layers import layers_of
+from shardline.shards.core.errors import CardFailed, ConfigError, last_line
+from shardline.shards.core.schema import FloatArray, IdArray, Metric
+from shardline.shards.index import cards
+from shardline.shards.index.card_memory import (
+    TEMP_MEMORY_BYTES,
+    card_memory,
+    is_half,
+    refuse_without_room,
+)
+from shardline.shards.index.layers import Layers, codes_of, faiss_metric, layers_of
 
-GPU_MAX_K = 2048  # faiss's limit for k and for nprobe
-TEMP_MEMORY_BYTES = 256 << 20  # faiss's default of 1.5 GiB per shard is more than needed here
+GPU_MAX_K = 2048  # faiss's limit for k and for nprobe (faiss/gpu/utils/DeviceDefs.cuh)
 FP16_LOOKUP_M = 56  # from this m on, float32 lookup tables exceed the GPU's shared memory
 SELF_TEST_ROWS = 8
-SELF_TEST_TOLERANCE = 1e-3
+SELF_TEST_TOLERANCE = 1e-3  # of the largest score
+SELF_TEST_TOLERANCE_HALF = 1e-2
+RERANK_VALUES = 4 << 20  # gathered at a time: 16 MiB of float32
 
 
-def gpu_count() -> int:
-    """CUDA devices that this build of faiss can use; 0 for the CPU wheel."""
-    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+class CardWatch(Protocol):
+    """Is told when searches use the card, so that one that ends the process is known after it."""
+
+    def searching(self) -> AbstractContextManager[None]: ...
 
 
-def to_gpu(index: Any) -> tuple[Any, Any]:
-    """(a copy of the index on device 0, the resources that must outlive it).
-
-    Raises:
-        ConfigError: no usable GPU.
-    """
-    if gpu_count() == 0:
-        raise ConfigError(
-            "no GPU can be used here",
-            field="index.device",
-            expected="a CUDA device and a GPU build of faiss",
-            hint="install the gpu extra, or build with index.device cpu",
-        )
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(TEMP_MEMORY_BYTES)
-    options = faiss.GpuClonerOptions()
-    base = layers_of(index).base
-    # for an ivfpq index this sets the type of the lookup tables, not of the codes
-    options.useFloat16 = hasattr(base, "pq") and base.pq.M >= FP16_LOOKUP_M
-    return faiss.index_cpu_to_gpu(resources, 0, index, options), resources
+class _Unwatched:
+    def searching(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
-def self_test(index: Any, on_gpu: Any) -> None:
-    """Compares scores of a few stored rows, used as queries, on both devices.
+_watch: CardWatch = _Unwatched()
+
+
+def watch(watching: CardWatch) -> None:
+    """Of all indexes of this process, from now on."""
+    global _watch
+    _watch = watching
+
+
+def check_room(factory: str, *, rows: int, dim: int, metric: Metric, card: int) -> None:
+    """Returns if a card can take an index that has not been read yet.
 
     Raises:
-        ConfigError: the GPU's answers differ from the CPU's.
+        ConfigError: there is no such card, or too little memory is free; with the arithmetic.
     """
-    rows = min(SELF_TEST_ROWS, index.ntotal)
-    if rows == 0:
-        return
-    queries = index.reconstruct_n(0, rows)
-    expected, _ = index.search(queries, 1)
-    got, _ = on_gpu.search(queries, 1)
-    if not np.allclose(got, expected, rtol=SELF_TEST_TOLERANCE, atol=SELF_TEST_TOLERANCE):
-        raise ConfigError(
-            "the GPU's answers differ from the CPU's",
-            field="index.device",
-            expected=str(expected[:, 0]),
-            got=str(got[:, 0]),
-            hint="serve with index.device cpu, and check the driver and the faiss wheel",
+    trouble = cards.why_no_card(card)
+    if trouble is not None:
+        raise trouble
+    layers = layers_of(faiss.index_factory(dim, factory, faiss_metric(metric)))
+    refuse_without_room(card_memory(layers, rows), cards.memory_of(card).free, card)
+
+
+class CardIndex:
+    """Searches the layers of an index: the base on the card, the others on the CPU."""
+
+    def __init__(self, layers: Layers, *, metric: Metric, card: int) -> None:
+        """Copies the base to the card and compares some answers.
+
+        Raises:
+            ConfigError: no such card, too little memory, or its answers differ from the CPU's.
+        """
+        trouble = cards.why_no_card(card)
+        if trouble is not None:
+            raise trouble
+        refuse_without_room(
+            card_memory(layers, int(layers.whole.ntotal)), cards.memory_of(card).free, card
         )
+        self._layers, self._metric = layers, metric
+        self._lock = threading.Lock()
+        self._resources = faiss.StandardGpuResources()
+        self._resources.setTempMemory(TEMP_MEMORY_BYTES)
+        self._is_half = is_half(layers.base)
+        self._vectors = None if layers.refine is None else _copies(layers.refine)
+        try:
+            self._on_card = faiss.index_cpu_to_gpu(
+                self._resources, card, layers.base, self._options()
+            )
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the shard cannot be put on card {card}",
+                field="index.device",
+                got=last_line(error),
+                hint="serve it with index.device cpu",
+            ) from error
+        self._self_test()
+
+    def _options(self) -> Any:
+        options = faiss.GpuClonerOptions()
+        # the kernels of both wheels are the same; cuVS has none for half precision
+        options.use_cuvs = False
+        if hasattr(self._layers.base, "pq"):  # the type of the lookup tables, not of the codes
+            options.useFloat16 = self._layers.base.pq.M >= FP16_LOOKUP_M
+            self._is_half = bool(options.useFloat16)
+        return options
+
+    def search(
+        self, queries: FloatArray, fetch: int, *, candidates: int, nprobe: int | None
+    ) -> tuple[FloatArray, IdArray]:
+        """faiss's distances and rows, (n, fetch), of queries (n, dim); best first, -1 at the end.
+
+        fetch: at most GPU_MAX_K. candidates: of the re-rank, at most as many; nprobe: of lists.
+
+        Raises:
+            CardFailed: faiss has raised an error.
+        """
+        inner = queries if self._layers.transform is None else self._moved(queries)
+        found = self._search(inner, min(max(fetch, candidates), GPU_MAX_K), nprobe)
+        if self._vectors is None:
+            return found
+        return _reranked(queries, found[1], self._vectors, fetch, self._metric)
+
+    def _search(
+        self, queries: FloatArray, k: int, nprobe: int | None
+    ) -> tuple[FloatArray, IdArray]:
+        params = None if nprobe is None else faiss.SearchParametersIVF(nprobe=nprobe)
+        try:
+            with self._lock, _watch.searching():
+                distances, rows = self._on_card.search(queries, k, params=params)
+        except RuntimeError as error:
+            raise CardFailed("the card has failed in a search", got=last_line(error)) from error
+        return distances, rows
+
+    def _moved(self, queries: FloatArray) -> FloatArray:
+        assert self._layers.transform is not None
+        chain = self._layers.transform.chain
+        for place in range(chain.size()):
+            queries = chain.at(place).apply(queries)
+        return queries
+
+    def _self_test(self) -> None:
+        """Compares the best scores of a few stored rows, used as queries, on both devices."""
+        rows = min(SELF_TEST_ROWS, int(self._layers.whole.ntotal))
+        if rows == 0:
+            return
+        if self._layers.is_ivf and self._layers.refine is None:
+            self._layers.base.make_direct_map()
+        queries = np.asarray(self._layers.whole.reconstruct_n(0, rows), dtype=np.float32)
+        if self._layers.transform is not None:
+            queries = self._moved(queries)
+        expected, _ = self._layers.base.search(queries, 1)
+        nprobe = int(self._layers.base.nprobe) if self._layers.is_ivf else None
+        got, _ = self._search(queries, 1, nprobe)
+        tolerance = SELF_TEST_TOLERANCE_HALF if self._is_half else SELF_TEST_TOLERANCE
+        if not np.allclose(got, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max())):
+            raise ConfigError(
+                "the GPU's answers differ from the CPU's",
+                field="index.device",
+                expected=str(expected[:, 0]),
+                got=str(got[:, 0]),
+                hint="serve with index.device cpu, and check the driver and the faiss wheel",
+            )
+
+
+def _copies(refine: Any) -> FloatArray:
+    """(rows, dim) float32 or float16, a view of the copies that re-rank."""
+    index = faiss.downcast_index(refine.refine_index)
+    value = np.float16 if is_half(index) else np.float32
+    copies: FloatArray = codes_of(index).view(value)
+    return copies
+
+
+def _reranked(
+    queries: FloatArray, rows: IdArray, vectors: FloatArray, fetch: int, metric: Metric
+) -> tuple[FloatArray, IdArray]:
+    """(n, fetch): the best of candidates (n, c), -1 for none, by exact distances."""
+    is_l2 = metric is Metric.L2
+    worst = np.float32(np.inf if is_l2 else -np.inf)
+    exact = np.empty(rows.shape, np.float32)
+    step = max(1, RERANK_VALUES // (rows.shape[1] * vectors.shape[1]))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        taken = vectors[np.maximum(rows[part], 0)].astype(np.float32, copy=False)
+        if is_l2:
+            taken = taken - queries[part, None, :]
+            exact[part] = np.einsum("ncd,ncd->nc", taken, taken)
+        else:
+            exact[part] = np.matmul(taken, queries[part, :, None])[:, :, 0]
+    exact[rows < 0] = worst
+    order = np.argsort(exact if is_l2 else -exact, axis=1, kind="stable")[:, :fetch]
+    return np.take_along_axis(exact, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -125,6 +125,7 @@ class MainIndex:
         metric: Metric,
         defaults: SearchParams,
         device: Device = Device.CPU,
+        card: int = 0,
     ) -> None:
         self._layers = layers_of(index)
         self.rows = int(self._layers.whole.ntotal)
@@ -132,13 +133,12 @@ class MainIndex:
         self.metric = metric
         self._defaults = defaults
         self._device = device
-        self._searched, self._resources = self._layers.whole, None
+        self._on_card: gpu.CardIndex | None = None
+        self._from_cpu = 0  # queries that the card's limits kept from an answer
         if device is Device.CUDA:
-            self._searched, self._resources = gpu.to_gpu(self._layers.whole)
+            self._on_card = gpu.CardIndex(self._layers, metric=metric, card=card)
         if self._layers.is_ivf and self._layers.refine is None:
             self._layers.base.make_direct_map()  # reconstruct needs to find a row's list
-        if device is Device.CUDA:
-            gpu.self_test(self._layers.whole, self._searched)
         self._stored = StoredVectors(self._layers)
         self._imbalance: float | None = None
         if self._layers.is_ivf and self.rows:
@@ -171,14 +171,16 @@ class MainIndex:
         metric: Metric,
         defaults: SearchParams,
         device: Device = Device.CPU,
+        card: int = 0,
     ) -> "MainIndex":
-        """Reads an index file whose checksum has been verified already.
+        """Reads an index file whose checksum has been verified already; card: its number, of
+        those that this process sees, if the device is cuda.
 
         Raises:
             CorruptFile: faiss cannot read it.
-            ConfigError: device is cuda and there is none.
+            ConfigError: as ``gpu.CardIndex``.
         """
-        return cls(read_index(path), metric=metric, defaults=defaults, device=device)
+        return cls(read_index(path), metric=metric, defaults=defaults, device=device, card=card)
 
     @property
     def layers(self) -> Layers:
@@ -205,6 +207,7 @@ class MainIndex:
             "metric": str(self.metric),
             "device": str(self._device),
             "bytes_per_vector": round(self.bytes_per_vector, 1),
+            **({} if self._on_card is None else {"queries_from_cpu": self._from_cpu}),
         }
 
     def search(
@@ -229,8 +232,6 @@ class MainIndex:
         self._check_dim(queries)
         if beyond:
             params = self._reaching(params, k, beyond)
-        if self._device is Device.CUDA and k > gpu.GPU_MAX_K:
-            return _padded(self.search(queries, gpu.GPU_MAX_K, params, selection), k)
         if k >= self._askable:
             return self._ranked(queries, k, k, params, selection, lists)[0]
         (rows, scores), has_ties = self._ranked(queries, k, k + 1, params, selection, lists)
@@ -390,7 +391,9 @@ class MainIndex:
     ) -> tuple[Ranked, bool]:
         """The ``fetch`` best rows, found with the parameters of a search for k, and whether some
         have the same score."""
-        if selection is None or self._takes_selector:
+        if selection is None and self._on_card is not None:
+            distances, rows = self._search_card(queries, k, fetch, params)
+        elif selection is None or self._takes_selector:
             distances, rows = self._search(queries, k, fetch, params, selection, lists)
         else:
             distances, rows = self._search_and_filter(queries, k, fetch, params, selection)
@@ -433,8 +436,24 @@ class MainIndex:
             prepared = self._make_parameters(k, fetch, params, selection)
             named = faiss.SearchParameters(sel=faiss.IDSelectorArray(lists))
             prepared.parts[0].quantizer_params = named
-        distances, rows = self._searched.search(queries, fetch, params=prepared.top)
+        distances, rows = self._layers.whole.search(queries, fetch, params=prepared.top)
         return distances, rows
+
+    def _search_card(
+        self, queries: FloatArray, k: int, fetch: int, params: SearchParams
+    ) -> tuple[FloatArray, IdArray]:
+        """As ``_search`` of all rows, on the card, or on the CPU for more rows than it gives."""
+        assert self._on_card is not None
+        if fetch > gpu.GPU_MAX_K:
+            self._from_cpu += len(queries)
+            return self._search(queries, k, fetch, params, None)
+        _check_params(params)
+        return self._on_card.search(
+            queries,
+            fetch,
+            candidates=self._candidates(k, fetch, params),
+            nprobe=self._nprobe(params, k) if self._layers.is_ivf else None,
+        )
 
     def _search_and_filter(
         self,
@@ -446,18 +465,30 @@ class MainIndex:
     ) -> tuple[FloatArray, IdArray]:
         """For indexes that cannot exclude rows: fetches more rows until ``wanted`` remain."""
         most = max(wanted, min(wanted + selection.num_excluded, self.rows))
-        if self._device is Device.CUDA:
-            most = min(most, gpu.GPU_MAX_K)
+        if self._on_card is not None:
+            most = max(wanted, min(most, gpu.GPU_MAX_K))
         fetch = min(2 * wanted + OVERFETCH_START, most)
         while True:
-            distances, rows = self._search(queries, max(k, fetch), fetch, params, None)
+            if self._on_card is None:
+                distances, rows = self._search(queries, max(k, fetch), fetch, params, None)
+            else:
+                distances, rows = self._search_card(queries, max(k, fetch), fetch, params)
             keep = (rows >= 0) & selection.are_live(rows)
             if fetch == most or (keep.sum(axis=1) >= wanted).all():
                 break
             fetch = min(4 * fetch, most)
         order = np.argsort(~keep, axis=1, kind="stable")[:, :wanted]
         rows = np.take_along_axis(np.where(keep, rows, EMPTY_ID), order, axis=1)
-        return np.take_along_axis(distances, order, axis=1), rows
+        distances = np.take_along_axis(distances, order, axis=1)
+        if self._on_card is not None and selection.num_selected:
+            # more may be hidden among the nearest rows than a card gives: the copy on the CPU
+            # excludes rows itself
+            short = np.flatnonzero(rows[:, min(wanted, selection.num_selected) - 1] == EMPTY_ID)
+            if short.size and fetch < self.rows:
+                self._from_cpu += short.size
+                found = self._search(queries[short], k, wanted, params, selection)
+                distances[short], rows[short] = found
+        return distances, rows
 
     def _prepare(
         self, k: int, fetch: int, params: SearchParams, selection: Selection | None
@@ -484,12 +515,7 @@ class MainIndex:
     ) -> _Prepared:
         _check_params(params)
         layers = self._layers
-        factor: float = params.rerank_factor or self._defaults.rerank_factor or 1
-        if params.rerank_factor is None:
-            # Of codes that hold the best 100 among their first 100, the first 10 are not the best
-            # 10: fewer results than a default was measured with need as many candidates
-            factor *= max(k, MEASURED_K) / k
-        candidates = max(fetch, round(k * factor)) if layers.refine else fetch
+        candidates = self._candidates(k, fetch, params)
         inner: Any = self._base_parameters(candidates, k, params, selection)
         outer: Any
         parts = [inner]
@@ -506,6 +532,17 @@ class MainIndex:
             parts.append(outer)
             inner = outer
         return _Prepared(inner, tuple(parts), selection)
+
+    def _candidates(self, k: int, fetch: int, params: SearchParams) -> int:
+        """Rows that the base finds for a search of k results, of which ``fetch`` come back."""
+        if self._layers.refine is None:
+            return fetch
+        factor: float = params.rerank_factor or self._defaults.rerank_factor or 1
+        if params.rerank_factor is None:
+            # Of codes that hold the best 100 among their first 100, the first 10 are not the best
+            # 10: fewer results than a default was measured with need as many candidates
+            factor *= max(k, MEASURED_K) / k
+        return max(fetch, round(k * factor))
 
     def _base_parameters(
         self, candidates: int, k: int, params: SearchParams, selection: Selection | None
@@ -531,15 +568,6 @@ class MainIndex:
 def _widening(k: int) -> float:
     """More results lie in more lists, and behind more links."""
     return max(k / MEASURED_K, 1)
-
-
-def _padded(ranked: Ranked, k: int) -> Ranked:
-    """(n, k): with empty slots at the end."""
-    pad = ((0, 0), (0, k - ranked.ids.shape[1]))
-    return Ranked(
-        np.pad(ranked.ids, pad, constant_values=EMPTY_ID),
-        np.pad(ranked.scores, pad, constant_values=EMPTY_SCORE),
-    )
 
 
 def _check_params(params: SearchParams) -> None:

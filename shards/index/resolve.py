@@ -12,7 +12,15 @@ import faiss
 from shardline.shards.core.errors import ConfigError
 from shardline.shards.core.schema import Metric
 from shardline.shards.index.layers import Layers, faiss_metric, layers_of
-from shardline.shards.index.spec import Device, IndexKind, IndexSpec, Rerank, ResolvedIndex
+from shardline.shards.index.spec import (
+    MEASURED_K,
+    Device,
+    IndexKind,
+    IndexSpec,
+    Rerank,
+    ResolvedIndex,
+    Storage,
+)
 
 AUTO_FLAT_ROWS_CPU = 20_000  # below this an exact scan takes about a millisecond on one core
 AUTO_FLAT_ROWS_GPU = 500_000  # 256 MB at 128-d: a tenth of a millisecond of GPU memory bandwidth
@@ -29,6 +37,8 @@ DEFAULT_EF_SEARCH = 256
 ROWS_PER_LIST_MIN = 39  # k-means needs about this many training points per centroid
 TRAIN_ROWS_PER_LIST = 64
 TRAIN_ROWS_MIN = 65_536  # 256 points for each of 256 product quantiser centroids
+GPU_MAX_CANDIDATES = 2048  # that a GPU index finds per query, and so that are re-ranked
+GPU_SQ8_DIM = 6144  # its scales, 8 bytes per dimension, must be below 48 KiB of shared memory
 GPU_PQ_M = (1, 2, 3, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96)
 
 IVF_KINDS = frozenset({IndexKind.IVF, IndexKind.IVFPQ, IndexKind.IVFPQ_FS})
@@ -41,6 +51,7 @@ FIELD_KINDS: dict[str, frozenset[IndexKind]] = {
     "nprobe": IVF_KINDS | {IndexKind.FACTORY},
     "m": PQ_KINDS,
     "nbits": PQ_KINDS,
+    "storage": frozenset({IndexKind.FLAT, IndexKind.IVF}),
     "hnsw_m": frozenset({IndexKind.HNSW}),
     "ef_construction": frozenset({IndexKind.HNSW, IndexKind.FACTORY}),
     "ef_search": frozenset({IndexKind.HNSW, IndexKind.FACTORY}),
@@ -80,11 +91,12 @@ def resolve(
         kind=kind,
         factory=",".join(part for part in parts if part),
         device=device,
+        card=spec.card if device is Device.CUDA else 0,
         nlist=nlist,
         nprobe=_choose_nprobe(spec, nlist) if nlist else None,
         ef_construction=(spec.ef_construction or DEFAULT_EF_CONSTRUCTION) if is_hnsw else None,
         ef_search=(spec.ef_search or DEFAULT_EF_SEARCH) if is_hnsw else None,
-        rerank_factor=_choose_rerank_factor(spec, rerank),
+        rerank_factor=_choose_rerank_factor(spec, rerank, device),
         train_rows=_train_rows(rows, nlist, trained=_is_trained(kind, spec)),
         reason=reason,
     )
@@ -94,19 +106,22 @@ def _choose_kind(spec: IndexSpec, rows: int, dim: int, gpu: bool) -> tuple[Index
     size = f"{rows:,} rows x {dim}"
     if spec.kind is not IndexKind.AUTO:
         return spec.kind, f"{spec.kind} as asked, for {size}"
-    if gpu and spec.device is not Device.CPU:
+    if gpu and spec.device_kind is not Device.CPU:
         if rows <= AUTO_FLAT_ROWS_GPU:
             return IndexKind.FLAT, f"flat: {size} are scanned exactly in a moment on a GPU"
         if rows * dim * 4 <= AUTO_IVF_BYTES_GPU:
             return IndexKind.IVF, f"ivf: {size} fit GPU memory uncompressed"
-        return IndexKind.IVFPQ, f"ivfpq: {size} would crowd GPU memory uncompressed"
+        return IndexKind.IVFPQ, (
+            f"ivfpq: {size} would crowd GPU memory uncompressed; codes on the GPU, in place of "
+            "ivfpq-fs, which has none, are re-ranked from copies in the host's memory"
+        )
     if rows <= AUTO_FLAT_ROWS_CPU:
         return IndexKind.FLAT, f"flat: an exact scan of {size} takes about a millisecond on a core"
     return IndexKind.IVFPQ_FS, f"ivfpq-fs: for {size} the fastest re-ranked kind on CPU cores"
 
 
 def _choose_device(spec: IndexSpec, kind: IndexKind, gpu: bool) -> Device:
-    if spec.device is Device.CUDA:
+    if spec.device_kind is Device.CUDA:
         if not gpu:
             raise _refuse(
                 "device",
@@ -116,16 +131,19 @@ def _choose_device(spec: IndexSpec, kind: IndexKind, gpu: bool) -> Device:
             )
         if kind not in GPU_KINDS:
             names = ", ".join(sorted(GPU_KINDS))
-            raise _refuse("kind", "runs on CPU only", expected=f"{names} on cuda", got=kind)
+            hint = "ivfpq with a re-rank is its like on a GPU" if "ivfpq" in kind else None
+            raise _refuse(
+                "kind", "runs on CPU only", expected=f"{names} on cuda", got=kind, hint=hint
+            )
         return Device.CUDA
-    wanted = spec.device is Device.AUTO and gpu and kind in GPU_KINDS
+    wanted = spec.device_kind is Device.AUTO and gpu and kind in GPU_KINDS
     return Device.CUDA if wanted and _fits_gpu(spec) else Device.CPU
 
 
 def _fits_gpu(spec: IndexSpec) -> bool:
     """Whether an explicit choice rules the GPU out, so that ``device: auto`` means the CPU."""
     return (
-        spec.rerank in (None, Rerank.NONE)
+        (spec.rerank_factor or 1) * MEASURED_K <= GPU_MAX_CANDIDATES
         and spec.nbits in (None, 8)
         and (spec.m is None or spec.m in GPU_PQ_M)
     )
@@ -172,7 +190,8 @@ def _choose_nprobe(spec: IndexSpec, nlist: int) -> int:
 def _choose_rerank(spec: IndexSpec, kind: IndexKind, device: Device) -> Rerank:
     rerank = spec.rerank
     if rerank is None:
-        lossy = kind is IndexKind.IVFPQ_FS or (spec.pca and device is Device.CPU)
+        on_card = kind is IndexKind.IVFPQ and device is Device.CUDA
+        lossy = kind is IndexKind.IVFPQ_FS or spec.pca or on_card
         rerank = Rerank.FP16 if lossy else Rerank.NONE
     if rerank is Rerank.NONE and kind is IndexKind.IVFPQ_FS:
         raise _refuse(
@@ -181,15 +200,22 @@ def _choose_rerank(spec: IndexSpec, kind: IndexKind, device: Device) -> Rerank:
             expected="fp16 or fp32",
             got="none",
         )
-    if rerank is not Rerank.NONE and device is Device.CUDA:
-        raise _refuse("rerank", "faiss does not re-rank on a GPU", expected="none", got=rerank)
-    if rerank is not Rerank.NONE and kind in EXACT_KINDS and not spec.pca:
+    keeps = spec.storage in (None, Storage.FP32) and not spec.pca
+    if rerank is not Rerank.NONE and kind in EXACT_KINDS and keeps:
         raise _refuse("rerank", f"{kind} is exact already", expected="none", got=rerank)
     return rerank
 
 
-def _choose_rerank_factor(spec: IndexSpec, rerank: Rerank) -> int | None:
+def _choose_rerank_factor(spec: IndexSpec, rerank: Rerank, device: Device) -> int | None:
     if rerank is not Rerank.NONE:
+        most = GPU_MAX_CANDIDATES // MEASURED_K
+        if device is Device.CUDA and (spec.rerank_factor or 1) > most:
+            raise _refuse(
+                "rerank_factor",
+                f"a GPU finds at most {GPU_MAX_CANDIDATES} candidates per query",
+                expected=f"<= {most}, for {MEASURED_K} results",
+                got=spec.rerank_factor,
+            )
         return spec.rerank_factor or DEFAULT_RERANK_FACTOR
     if spec.rerank_factor is not None:
         raise _refuse(
@@ -201,7 +227,7 @@ def _choose_rerank_factor(spec: IndexSpec, rerank: Rerank) -> int | None:
 def _code_part(spec: IndexSpec, kind: IndexKind, rows: int, dim: int, device: Device) -> str:
     """How the base index stores a vector of ``dim`` values (after the PCA, if there is one)."""
     if kind in (IndexKind.FLAT, IndexKind.IVF):
-        return "Flat"
+        return _stored(spec, kind, dim, device)
     if kind is IndexKind.HNSW:
         return f"HNSW{spec.hnsw_m or DEFAULT_HNSW_M}"
     if kind is IndexKind.SQ8:
@@ -225,6 +251,23 @@ def _code_part(spec: IndexSpec, kind: IndexKind, rows: int, dim: int, device: De
     return f"PQ{m}x4fsr" if is_fastscan else f"PQ{m}x{nbits}"
 
 
+def _stored(spec: IndexSpec, kind: IndexKind, dim: int, device: Device) -> str:
+    storage = spec.storage or Storage.FP32
+    if storage is Storage.SQ8 and kind is IndexKind.FLAT:
+        raise _refuse(
+            "storage",
+            "a flat index does not have it",
+            expected="fp32 or fp16",
+            got=storage,
+            hint="kind ivf has, and kind sq8 on the CPU",
+        )
+    if storage is Storage.SQ8 and device is Device.CUDA and dim >= GPU_SQ8_DIM:
+        raise _refuse(
+            "storage", "too many dimensions on a GPU", expected=f"< {GPU_SQ8_DIM}", got=dim
+        )
+    return {Storage.FP32: "Flat", Storage.FP16: "SQfp16", Storage.SQ8: "SQ8"}[storage]
+
+
 def _choose_m(spec: IndexSpec, dim: int, target: int, device: Device) -> int:
     """Explicit, or the legal divisor of ``dim`` that is nearest to ``target`` in ratio."""
     legal = [m for m in range(1, dim + 1) if dim % m == 0]
@@ -233,10 +276,12 @@ def _choose_m(spec: IndexSpec, dim: int, target: int, device: Device) -> int:
     if spec.m is None:
         return min(legal, key=lambda m: abs(math.log(m / max(target, 1))))
     if spec.m not in legal:
-        where = " on a GPU" if device is Device.CUDA else ""
+        divides = dim % spec.m == 0
         raise _refuse(
             "m",
-            f"does not divide the dimension {dim}{where}",
+            "no code length that faiss has on a GPU"
+            if divides
+            else f"does not divide the dimension {dim}",
             expected=f"one of {', '.join(map(str, legal))}",
             got=spec.m,
         )

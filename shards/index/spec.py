@@ -36,6 +36,14 @@ class Rerank(StrEnum):
     FP32 = "fp32"
 
 
+class Storage(StrEnum):
+    """Of the vectors of a flat or ivf index: 4, 2 or 1 bytes per value."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    SQ8 = "sq8"
+
+
 class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
@@ -92,8 +100,15 @@ class IndexSpec(BaseModel):
         description="[candidates] Queue size of a query, hnsw; at least k. Chosen by the build if "
         "null.",
     )
+    storage: Storage | None = Field(
+        default=None,
+        description="How flat (fp32, fp16) and ivf keep vectors: 4, 2 or 1 bytes per value; null: "
+        "fp32.",
+    )
     rerank: Rerank | None = Field(
-        default=None, description="Copies of the vectors that re-rank the candidates."
+        default=None,
+        description="Copies of the vectors that re-rank the candidates; in the host's memory where "
+        "the shard is on a GPU.",
     )
     rerank_factor: int | None = Field(
         default=None,
@@ -114,9 +129,21 @@ class IndexSpec(BaseModel):
         description="[share] recall@100 for which a build chooses nprobe, ef_search, "
         "rerank_factor.",
     )
-    device: Device = Field(
-        default=Device.AUTO, description="Where shards search; auto: a GPU if one suits."
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$",
+        description="Where shards search: auto, cpu, cuda, or cuda:n, the GPU n of those that a "
+        "shard sees; auto: a GPU if one suits.",
     )
+
+    @property
+    def device_kind(self) -> Device:
+        return Device(self.device.partition(":")[0])
+
+    @property
+    def card(self) -> int:
+        """Of those that the process sees."""
+        return int(self.device.partition(":")[2] or 0)
 
 
 class ResolvedIndex(BaseModel):
@@ -127,6 +154,7 @@ class ResolvedIndex(BaseModel):
     kind: IndexKind = Field(description="Any kind but auto.")
     factory: str = Field(description="The whole index as a faiss factory string.")
     device: Device = Field(description="cpu or cuda.")
+    card: int = Field(default=0, description="GPU of those that a shard sees, on cuda.")
     nlist: int | None = Field(description="Inverted lists; null if the kind has none.")
     nprobe: int | None = Field(description="Lists searched by default; null if there are none.")
     ef_construction: int | None = Field(description="hnsw's build queue; null for other kinds.")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shardline.shards.core.errors import CorruptFile, NotFound
+from shardline.shards.index.gpu import check_room
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.spec import Device, ResolvedIndex
 from shardline.shards.live.item_attributes import ItemAttributes
@@ -276,11 +277,15 @@ def _load_main(
     device: Device | None,
 ) -> MainIndex:
     path = folder / INDEX_NAME
+    device, card = device or manifest.index.device, manifest.index.card
+    if device is Device.CUDA:  # before gigabytes are read that it has no room for
+        check_room(index.factory, rows=rows, dim=manifest.dim, metric=manifest.metric, card=card)
     main = MainIndex.load(
         path,
         metric=manifest.metric,
         defaults=index.search_params,
-        device=device or manifest.index.device,
+        device=device,
+        card=card,
     )
     if main.rows != rows:
         raise CorruptFile(f"{path}: wrong row count", expected=str(rows), got=str(main.rows))

@@ -21,7 +21,10 @@ def resolved(rows: int = 1_000_000, dim: int = 128, gpu: bool = False, **fields)
     [
         ({"kind": "flat"}, "Flat"),
         ({"kind": "flat", "pca": 64}, "PCA64,Flat,Refine(SQfp16)"),
+        ({"kind": "flat", "storage": "fp16"}, "SQfp16"),
         ({"kind": "ivf"}, "IVF2048,Flat"),
+        ({"kind": "ivf", "storage": "fp16"}, "IVF2048,SQfp16"),
+        ({"kind": "ivf", "storage": "sq8", "rerank": "fp32"}, "IVF2048,SQ8,RFlat"),
         ({"kind": "ivf", "nlist": 100, "nprobe": 7}, "IVF100,Flat"),
         ({"kind": "hnsw"}, "HNSW32"),
         ({"kind": "hnsw", "hnsw_m": 16, "pca": 64, "rerank": "fp32"}, "PCA64,HNSW16,RFlat"),
@@ -70,7 +73,9 @@ def test_auto_honours_an_explicit_cpu() -> None:
     [
         ({"kind": "ivfpq"}, Device.CUDA),
         ({"kind": "ivfpq", "nbits": 6}, Device.CPU),
-        ({"kind": "ivfpq", "rerank": "fp16"}, Device.CPU),
+        ({"kind": "ivfpq", "rerank": "fp16"}, Device.CUDA),
+        ({"kind": "ivfpq", "rerank": "fp16", "rerank_factor": 21}, Device.CPU),
+        ({"kind": "ivfpq", "m": 128}, Device.CPU),
         ({"kind": "hnsw"}, Device.CPU),
         ({"kind": "ivfpq-fs"}, Device.CPU),
     ],
@@ -157,7 +162,7 @@ def test_sub_vectors_divide_any_dimension(dim: int, m: int) -> None:
         ({"kind": "hnsw", "device": "cuda", "gpu": True}, "kind", "runs on CPU only"),
         ({"kind": "ivfpq", "device": "cuda", "gpu": True, "nbits": 6}, "nbits", "8-bit codes"),
         ({"kind": "ivfpq", "device": "cuda", "gpu": True, "m": 128}, "m", "on a GPU"),
-        ({"kind": "ivfpq", "device": "cuda", "gpu": True, "rerank": "fp16"}, "rerank", "on a GPU"),
+        ({"kind": "ivf", "storage": "fp32", "rerank": "fp16"}, "rerank", "exact already"),
     ],
 )
 def test_limits_name_the_field(fields: dict, field: str, message: str) -> None:

@@ -2,18 +2,15 @@
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
 from shardline.bench.vectors import manifold
-from shardline.shards.core.errors import ConfigError, CorruptFile, InvalidInput
+from shardline.shards.core.errors import CorruptFile, InvalidInput
 from shardline.shards.core.messages import NO_PARAMS, SearchParams
 from shardline.shards.core.schema import Metric, Ranked
-from shardline.shards.index import gpu
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.selection import Selection
-from shardline.shards.index.spec import Device
 from shardline.shards.index.template import write_index
 from tests.engine import build_main
 from tests.index_kinds import DIM, FULL, KINDS, ROWS
@@ -333,40 +330,3 @@ def test_a_file_that_is_no_index_is_named(tmp_path: Path) -> None:
     (tmp_path / "index.faiss").write_bytes(b"IxF2 and then nothing")
     with pytest.raises(CorruptFile, match=r"index\.faiss: not a faiss index"):
         MainIndex.load(tmp_path / "index.faiss", metric=Metric.DOT, defaults=SearchParams())
-
-
-def test_cuda_without_a_gpu_is_refused(vectors, monkeypatch) -> None:
-    monkeypatch.setattr(gpu, "gpu_count", lambda: 0)
-    index = faiss.IndexFlatIP(DIM)
-    index.add(vectors)
-    with pytest.raises(ConfigError, match="no GPU can be used here"):
-        MainIndex(index, metric=Metric.DOT, defaults=SearchParams(), device=Device.CUDA)
-
-
-def test_over_fetch_and_filter_on_a_gpu_that_ignores_selectors(
-    vectors, queries, monkeypatch
-) -> None:
-    """The faiss-gpu wheel has no selectors; a CPU index stands in for its device index."""
-    monkeypatch.setattr(gpu, "to_gpu", lambda index: (index, None))
-    index = faiss.IndexFlatIP(DIM)
-    index.add(vectors)
-    main = MainIndex(index, metric=Metric.DOT, defaults=SearchParams(), device=Device.CUDA)
-    excluded = np.flatnonzero(np.random.default_rng(6).random(ROWS) < 0.9)
-    got = main.search(queries, 50, FULL, without(excluded))
-    expected = brute_force(queries, vectors, np.arange(ROWS), 50, Metric.DOT, excluded.tolist())
-    assert_same_answers(got, expected)
-    monkeypatch.setattr(gpu, "GPU_MAX_K", 20)
-    most = main.search(queries, 50, FULL)
-    expected = brute_force(queries, vectors, np.arange(ROWS), 20, Metric.DOT)
-    assert_same_answers(Ranked(most.ids[:, :20], most.scores[:, :20]), expected)
-    assert (most.ids[:, 20:] == -1).all()
-    assert np.isneginf(most.scores[:, 20:]).all()
-
-
-def test_a_gpu_that_answers_wrongly_is_refused(vectors, monkeypatch) -> None:
-    right, wrong = faiss.IndexFlatIP(DIM), faiss.IndexFlatIP(DIM)
-    right.add(vectors)
-    wrong.add(-vectors)
-    monkeypatch.setattr(gpu, "to_gpu", lambda index: (wrong, None))
-    with pytest.raises(ConfigError, match="differ from the CPU's"):
-        MainIndex(right, metric=Metric.DOT, defaults=SearchParams(), device=Device.CUDA)
