@@ -55,6 +55,11 @@ class ClusterConfig(BaseModel):
     gpus_per_shard: float = Field(
         default=1, ge=0, le=8, description="[GPUs] GPUs that each shard on a GPU reserves in Ray."
     )
+    cpu_when_gpu_fails: bool = Field(
+        default=False,
+        description="Whether a shard whose GPU has failed three times within ten minutes is served "
+        "from the CPU, slower; `status` says so. Else it is tried on the GPU again and again.",
+    )
     huge_pages: bool = Field(
         default=True,
         description="Move what shards and routers have loaded to huge pages, where the system has "

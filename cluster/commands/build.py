@@ -35,7 +35,8 @@ from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partition, Partitioning
 from shardline.shards.core.schema import Metric
-from shardline.shards.index.cards import gpu_count
+from shardline.shards.index.cards import gpu_count, why_no_card
+from shardline.shards.index.spec import Device
 from shardline.shards.storage.embedding_set import embedding_writer
 from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_queries
 from shardline.shards.storage.generation import GenerationManifest, read_generation
@@ -213,7 +214,15 @@ def _built(
 
 
 def plan_of(config: ShardlineConfig, partitioning: Partitioning = Partitioning.RANGE) -> BuildPlan:
-    """The build that a configuration asks for on this machine."""
+    """The build that a configuration asks for on this machine.
+
+    Raises:
+        ConfigError: it asks for a GPU, and none can be used here.
+    """
+    if config.index.device_kind is Device.CUDA:
+        trouble = why_no_card(config.index.card)
+        if trouble is not None:
+            raise trouble
     return BuildPlan(
         spec=config.index,
         num_shards=config.cluster.shards,

@@ -110,9 +110,16 @@ def _faiss() -> str:
             f"expected exactly one of {', '.join(FAISS_WHEELS)}; got {', '.join(found) or 'none'}; "
             "install the cpu or the gpu extra into a fresh environment"
         )
-    from shardline.shards.index.cards import gpu_count
+    from shardline.shards.index import cards
 
-    return f"{found[0]}, {gpu_count()} GPUs"
+    count = cards.gpu_count()
+    if "gpu" not in found[0]:
+        return f"{found[0]}, {count} GPUs"
+    if not count:
+        return f"{found[0]}, 0 GPUs: {cards.why_no_card()}"
+    free = [cards.memory_of(card) for card in range(count)]
+    each = ", ".join(f"{one.free / 2**30:.1f} of {one.total / 2**30:.1f} GiB free" for one in free)
+    return f"{found[0]}, {count} GPUs: {each}"
 
 
 def _installed(name: str) -> bool:

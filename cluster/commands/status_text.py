@@ -96,6 +96,8 @@ def print_launched(report: dict[str, Any]) -> None:
         ],
     )
     for replica in report["replicas"]:
+        if (note := replica.get("device_note")) is not None:
+            click.echo(f"shard {replica['shard']}, replica {replica['replica']}: {note}")
         if (reason := replica["reason"]) is not None:
             where = f"shard {replica['shard']}, replica {replica['replica']}"
             click.echo(f"{where}: {reason['code']}: {reason['text']}")

@@ -40,13 +40,14 @@ def cluster_report(
     "hosts": [{"host", "node_id", "alive", "replicas": ["shard/replica", ..], "router"}],
     "shards": [{"shard", "primary", "primary_epoch"}],
     "replicas": [{"shard", "replica", "host", "address", "epoch", "answers", "stage", "failures",
-    "seq", "lag", "rows", "index_of", "reason": {"code", "text"} or None}],
+    "seq", "lag", "rows", "index_of", "device_note", "reason": {"code", "text"} or None}],
     "routers": [{"host", "node_id", "pid", "url", "heard_s"}], "notes": [{"code", "text"}],
     "restart": as ``restart_progress``}. A router is one that was heard of lately, on a living host.
     writes: whether shards take any. primary: the number of the replica that takes them, and its
     epoch. seq: writes that a replica has applied; lag: how many fewer than its primary
     (``Applied.lag``); rows: live ones, written and deleted items counted, by its last look at
-    itself; index_of: the generation whose index it has taken over. Each is None where there is
+    itself; index_of: the generation whose index it has taken over; device_note: why it is searched
+    on the CPU though its generation is made for a GPU. Each is None where there is
     none, or it is not known.
     """
     table = placement.table
@@ -128,8 +129,12 @@ def _applied(state: ReplicaState, placement: Placement, applied: Applied) -> dic
 def _live(state: ReplicaState, health: Mapping[ReplicaKey, ShardHealth]) -> dict[str, Any]:
     found = health.get(state.key) if state.answers else None
     if found is None:
-        return {"rows": None, "index_of": None}
-    return {"rows": found.rows, "index_of": found.index_of}
+        return {"rows": None, "index_of": None, "device_note": None}
+    return {
+        "rows": found.rows,
+        "index_of": found.index_of,
+        "device_note": found.device_note,
+    }
 
 
 def _replica(state: ReplicaState) -> dict[str, Any]:

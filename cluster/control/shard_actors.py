@@ -78,6 +78,7 @@ class ShardSettings:
     gpus_per_shard: float
     huge_pages: bool
     live: LiveConfig = field(default_factory=LiveConfig)
+    cpu_when_gpu_fails: bool = False
 
 
 class ShardActors:
@@ -319,6 +320,7 @@ class ShardActors:
             threads=settings.threads_per_shard,
             huge_pages=settings.huge_pages,
             live=settings.live,
+            cpu_when_gpu_fails=settings.cpu_when_gpu_fails,
         )
 
 

@@ -193,6 +193,7 @@ def controller_settings(
         threads_per_shard=cluster.threads_per_shard,
         cpus_per_shard=cluster.cpus_per_shard,
         gpus_per_shard=cluster.gpus_per_shard,
+        cpu_when_gpu_fails=cluster.cpu_when_gpu_fails,
         huge_pages=cluster.huge_pages,
         live=config.live,
         quality=config.quality,

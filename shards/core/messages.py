@@ -289,7 +289,8 @@ class ShardHealth:
     unseen: rows of items that the generation was built without. imbalance: of the inverted lists
     of the main index, 1 where all are of one length; None: it has none. trouble: why the newest
     compaction, or the change to its main index, failed; None: it did not. index_of: the generation
-    whose index it has taken over; None: it has its own.
+    whose index it has taken over; None: it has its own. device_note: why it is searched on another
+    device than its generation is made for; None: it is not.
     """
 
     rows: int
@@ -298,6 +299,7 @@ class ShardHealth:
     imbalance: float | None
     trouble: str | None = None
     index_of: int | None = None
+    device_note: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

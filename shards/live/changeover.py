@@ -20,6 +20,7 @@ from typing import IO, Any, Protocol
 from shardline.shards.core.errors import Unavailable
 from shardline.shards.core.messages import Absence
 from shardline.shards.index.main_index import set_search_threads
+from shardline.shards.index.spec import Device
 from shardline.shards.live.live_config import LiveConfig
 from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import Loaded, load_caught_up
@@ -86,10 +87,12 @@ class Changeover:
         start_takeover: Callable[[Path, int, int, Takeover, bytes], Running] = takeover_process,
         prepare: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        device: Device | None = None,
     ) -> None:
         """main_seq: of the main index in use, 0 for the generation's own; own: as of
         ``ShardEntry``, of that. prepare: called when a newer one has been loaded, before it is
-        searched, in the thread that loads."""
+        searched, in the thread that loads. device: what newer ones are searched on; None: the
+        manifest's."""
         self.main_seq = main_seq
         self.own = own
         self.takeover: Takeover | None = None  # the newest that was ordered here
@@ -100,6 +103,7 @@ class Changeover:
         self._config = config or LiveConfig()
         self._start, self._start_takeover = start, start_takeover
         self._prepare, self._clock = prepare, clock
+        self._device = device
         self._running: Running | None = None
         self._is_takeover = False  # what runs, or ran last
         self._newest = main_seq  # of the main indexes on disk, when they were last looked at
@@ -239,7 +243,7 @@ class Changeover:
         set_search_threads(1)  # of this thread
         try:
             manifest = read_generation(self._generation)
-            loaded = load_caught_up(self._generation, manifest, self._shard)
+            loaded = load_caught_up(self._generation, manifest, self._shard, device=self._device)
             if loaded.main_seq > self.main_seq:
                 if has_filters:
                     loaded.state.main.prepare_for_filters()

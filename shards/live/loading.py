@@ -132,7 +132,9 @@ def load_caught_up(
 
     Raises:
         NotFound: also if the log does not go back to the newest compaction. Else as ``load_state``.
+        ConfigError: it is searched on a card, and there is none, or too little room on it.
     """
+    _check_card(manifest, shard, device)
     live = live_folder(folder, shard)
     while True:
         newest = compacted_seqs(live)[-1:]
@@ -256,12 +258,26 @@ def load_state(
         NotFound: no such shard.
         CorruptFile: a file is missing, altered, or contradicts the manifest; named.
     """
+    _check_card(manifest, shard, device)
     entry = verify_shard(folder, manifest, shard)
     index = manifest.index_of(shard)
     main = _load_main(folder / entry.folder, manifest, index, entry.rows, device)
     item_ids = read_item_ids(folder / entry.folder / ITEM_IDS_NAME, rows=entry.rows)
     attributes = ItemAttributes(read_attributes(folder, manifest, shard, verify=False))
     return ShardState.of(main, item_ids, attributes, share=_share(manifest, shard))
+
+
+def _check_card(manifest: GenerationManifest, shard: int, device: Device | None) -> None:
+    """Raises ConfigError where the shard as it was built has no card, or no room on it: before
+    its files are verified, which reads them."""
+    if (device or manifest.index.device) is Device.CUDA:
+        check_room(
+            manifest.index_of(shard).factory,
+            rows=manifest.shard_entry(shard).rows,
+            dim=manifest.dim,
+            metric=manifest.metric,
+            card=manifest.index.card,
+        )
 
 
 def _share(manifest: GenerationManifest, shard: int) -> float:

@@ -7,6 +7,7 @@ through Ray. A restart runs the constructor again, which registers the new addre
 import logging
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from typing import Any
 import psutil
 import ray
 
-from shardline.shards.core.errors import CorruptFile, ShardlineError
+from shardline.shards.core.errors import CardFailed, CorruptFile, ShardlineError
 from shardline.shards.core.messages import Pulse, ReplicaKey, ShardHealth
 from shardline.shards.core.unused_imports import forgo_pandas
+from shardline.shards.index import gpu
 from shardline.shards.index.spec import Device
 from shardline.shards.live.changeover import Changeover
 from shardline.shards.live.health import HealthLook
@@ -25,6 +27,12 @@ from shardline.shards.live.live_folder import live_folder
 from shardline.shards.live.loading import load_caught_up
 from shardline.shards.live.takeover import Takeover, TakeoverLook
 from shardline.shards.live.writes import ShardWrites
+from shardline.shards.process.card_log import (
+    CardLog,
+    card_log_path,
+    device_for,
+    noting_refusals,
+)
 from shardline.shards.process.memory import prepare_memory, use_huge_pages
 from shardline.shards.process.ray_metrics import RayExporter
 from shardline.shards.server.shard import Shard
@@ -51,8 +59,10 @@ class ShardActor:
         threads: int,
         huge_pages: bool,
         live: LiveConfig,
+        cpu_when_gpu_fails: bool = False,
     ) -> None:
-        """``controller``: name of the actor to register with; ``threads``: faiss threads per batch.
+        """``controller``: name of the actor to register with; ``threads``: faiss threads per batch;
+        ``cpu_when_gpu_fails``: as of the configuration.
 
         Raises:
             ShardlineError: the generation cannot be loaded, or the controller refuses it.
@@ -61,13 +71,26 @@ class ShardActor:
         forgo_pandas()
         generation = Path(folder)
         manifest = read_generation(generation)
-        if manifest.index.device is Device.CPU:
+        device, self._device_note = manifest.index.device, None
+        noting: AbstractContextManager[None] = nullcontext()
+        if device is Device.CUDA:
+            log = CardLog(card_log_path(generation, key))
+            device, self._device_note = device_for(
+                device, log.failures, cpu_allowed=cpu_when_gpu_fails
+            )
+            gpu.watch(log)
+            noting = noting_refusals(log)
+        if device is Device.CPU:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray shows every GPU to an actor without one
+        if self._device_note is not None:
+            logger.error("replica %s: %s", key, self._device_note)
         # before anybody is answered: a shard that was written and starts again must know all of it
-        loaded = load_caught_up(generation, manifest, key.shard)
+        with noting:
+            loaded = load_caught_up(generation, manifest, key.shard, device=device)
         if loaded.state.attributes.names:  # or the first search with a filter would wait for it
             loaded.state.main.prepare_for_filters()
         self._shard = Shard(shard=key.shard, generation=key.generation, state=loaded.state)
+        self._shard.on_card_failure = _end
         self._writes = ShardWrites(
             self._shard, live_folder(generation, key.shard), keys=loaded.keys, config=live
         )
@@ -85,6 +108,7 @@ class ShardActor:
             config=live,
             # or searches would take a sixth longer from the first compaction on
             prepare=use_huge_pages if huge_pages else lambda: None,
+            device=device,
         )
         self._server = ShardServer(
             self._shard,
@@ -188,6 +212,7 @@ class ShardActor:
             self._health,
             trouble=self._changeover.trouble,
             index_of=None if own is None else own.generation,
+            device_note=self._device_note,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -198,6 +223,7 @@ class ShardActor:
             **self._writes.describe(),
             **self._changeover.describe(),
             "replica": self._server.key.replica,
+            "device_note": self._device_note,
             "address": self._address,
             "pid": os.getpid(),
             "epoch": self._server.epoch,
@@ -228,8 +254,9 @@ class ShardActor:
         self._server.stop()
 
 
-def _end(error: CorruptFile) -> None:
-    """A replica that cannot follow its log would answer without writes for good. Ray starts it
-    again: it reads all files anew, or the reason why it cannot is known to whoever asks."""
+def _end(error: CorruptFile | CardFailed) -> None:
+    """A replica that cannot follow its log would answer without writes for good, and one whose card
+    has failed not at all. Ray starts it again: it reads all files anew, or the reason why it cannot
+    is known to whoever asks. Routers ask another replica at once, as their connection breaks."""
     logger.critical("this replica ends, to be loaded anew: %s", error)
     os._exit(1)

@@ -13,6 +13,7 @@ import numpy as np
 
 from shardline.shards.core.errors import (
     Behind,
+    CardFailed,
     DeadlineExceeded,
     InvalidInput,
     ShardlineError,
@@ -50,6 +51,8 @@ class Shard:
         self.shard = shard
         self.generation = generation
         self.state = state
+        # told before the answer is; a process whose card has failed may end itself
+        self.on_card_failure: Callable[[CardFailed], None] = lambda error: None
 
     @classmethod
     def load(cls, folder: Path, shard: int, *, device: Device | None = None) -> "Shard":
@@ -261,6 +264,9 @@ class Shard:
                 ranked = state.search_exactly(queries, k, look, matching)
             else:
                 ranked = state.search(queries, k, params, matching, look)
+        except CardFailed as error:
+            self.on_card_failure(error)
+            return [error] * len(group)
         except ShardlineError as error:
             return [error] * len(group)
         search_ms = (time.perf_counter() - started) * 1e3

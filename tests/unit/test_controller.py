@@ -788,7 +788,7 @@ async def test_the_report_tells_hosts_replicas_and_routers(
             "address": ("10.0.0.2", 1), "epoch": table.shards[0].replicas[1].epoch,
             "answers": True, "stage": "staying", "failures": 0, "reason": None,
             "seq": report["replicas"][1]["seq"], "lag": report["replicas"][1]["lag"],
-            "rows": 777, "index_of": None,
+            "rows": 777, "index_of": None, "device_note": None,
         }  # fmt: skip
         (router,) = report["routers"]
         assert 0 <= router.pop("heard_s") < 5

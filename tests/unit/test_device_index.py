@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 
 from shardline.bench.vectors import manifold
+from shardline.cluster.commands import doctor
+from shardline.cluster.commands.build import plan_of
+from shardline.cluster.config import ShardlineConfig
 from shardline.shards.core.errors import CardFailed, ConfigError
 from shardline.shards.core.messages import NO_PARAMS, SearchParams
 from shardline.shards.core.schema import Metric, Ranked
@@ -350,10 +353,12 @@ def test_a_full_card_is_refused_with_the_arithmetic_before_the_file_is_read(
         )
     from shardline.shards.live import loading
 
-    monkeypatch.setattr(loading.MainIndex, "load", lambda *args, **named: pytest.fail("was read"))
+    monkeypatch.setattr(loading, "verify_shard", lambda *args, **named: pytest.fail("was read"))
     with machine(Card(total_bytes=8 * GIB, taken_bytes=int(7.5 * GIB))) as one:
         with pytest.raises(ConfigError, match="does not fit on card 0") as refused:
             loading.load_state(tmp_path, made, 0)
+        with pytest.raises(ConfigError, match="does not fit on card 0"):
+            loading.load_caught_up(tmp_path, made, 0)
         assert one.used_bytes == 0
     line = str(refused.value)
     assert "expected 768.2 MiB free (rows 0.2 MiB + norms 0.0 MiB + temporary memory" in line
@@ -458,6 +463,30 @@ def test_a_generation_is_built_loaded_and_searched_on_a_card(
         expected = on_cpu.state.search(QUERIES, 20, FULL)
         assert (got.ids == expected.ids).mean() > 0.95
     assert made.index.device is Device.CPU
+
+
+def test_a_build_for_a_card_is_refused_before_anything_is_read() -> None:
+    config = ShardlineConfig.model_validate({"index": {"device": "cuda:1"}})
+    with (
+        machine(wheels={"faiss-cpu": "1.15.1"}),
+        pytest.raises(ConfigError, match="this faiss has no GPU code"),
+    ):
+        plan_of(config)
+    with machine(Card()), pytest.raises(ConfigError, match="there is no card 1"):
+        plan_of(config)
+    with machine(Card(), Card()):
+        assert plan_of(config).gpu
+
+
+def test_doctor_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_installed", lambda name: name == "faiss-gpu")
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "1.15.1")
+    with machine(Card(total_bytes=80 * GIB, taken_bytes=GIB)):
+        assert doctor._faiss() == "faiss-gpu 1.15.1, 1 GPUs: 79.0 of 80.0 GiB free"
+    with machine(Card(driver_too_old=True), cuda=11_080):
+        assert "0 GPUs: index.device: no GPU can be used here: the NVIDIA driver is too old" in (
+            doctor._faiss()
+        )
 
 
 def test_the_driver_is_asked_only_where_there_is_a_card() -> None:

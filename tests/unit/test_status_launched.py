@@ -82,6 +82,14 @@ def test_a_replica_that_has_taken_an_index_over_is_named(status, monkeypatch) ->
     assert "all shards search the index of generation 7\n" in out
 
 
+def test_a_replica_whose_card_has_failed_says_so(status, monkeypatch) -> None:
+    _, out, _ = status()
+    assert "from the CPU" not in out
+    monkeypatch.setitem(REPLICA, "device_note", "served from the CPU: its card has failed")
+    _, out, _ = status()
+    assert out.count("shard 0, replica 3: served from the CPU: its card has failed\n") == 1
+
+
 def test_recall_is_that_of_all_routers(status) -> None:
     _, out, _ = status()
     assert out.count("against exact answers") == 1
