@@ -36,13 +36,13 @@ RERANK_VALUES = 4 << 20  # gathered at a time: 16 MiB of float32
 
 
 class CardWatch(Protocol):
-    """Is told when searches use the card, so that one that ends the process is known after it."""
+    """Is told when the card is in use, so that what ends the process there is known after it."""
 
-    def searching(self) -> AbstractContextManager[None]: ...
+    def using(self) -> AbstractContextManager[None]: ...
 
 
 class _Unwatched:
-    def searching(self) -> AbstractContextManager[None]:
+    def using(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
 
@@ -89,10 +89,14 @@ class CardIndex:
         self._resources.setTempMemory(TEMP_MEMORY_BYTES)
         self._is_half = is_half(layers.base)
         self._vectors = None if layers.refine is None else _copies(layers.refine)
+        with _watch.using():
+            self._on_card = self._copied(card)
+        self._self_test()
+
+    def _copied(self, card: int) -> Any:
+        base, options = self._layers.base, self._options()
         try:
-            self._on_card = faiss.index_cpu_to_gpu(
-                self._resources, card, layers.base, self._options()
-            )
+            return faiss.index_cpu_to_gpu(self._resources, card, base, options)
         except RuntimeError as error:
             raise ConfigError(
                 f"the shard cannot be put on card {card}",
@@ -100,7 +104,6 @@ class CardIndex:
                 got=last_line(error),
                 hint="serve it with index.device cpu",
             ) from error
-        self._self_test()
 
     def _options(self) -> Any:
         options = faiss.GpuClonerOptions()
@@ -132,7 +135,7 @@ class CardIndex:
     ) -> tuple[FloatArray, IdArray]:
         params = None if nprobe is None else faiss.SearchParametersIVF(nprobe=nprobe)
         try:
-            with self._lock, _watch.searching():
+            with self._lock, _watch.using():
                 distances, rows = self._on_card.search(queries, k, params=params)
         except RuntimeError as error:
             raise CardFailed("the card has failed in a search", got=last_line(error)) from error

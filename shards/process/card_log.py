@@ -1,7 +1,7 @@
 """Remembers over restarts that a card has failed, and serves from the CPU when that goes on.
 
 A CUDA error in a search ends the process within faiss, which raises nothing and says nothing to who
-comes after. So a byte of a file that is mapped into memory says while a search is on the card; the
+comes after. So a byte of a file that is mapped into memory says while the card is in use; the
 next process of the replica finds it set. The file has the times of the last failures behind it and
 lies on the host of the card.
 """
@@ -23,7 +23,7 @@ from shardline.shards.index.spec import Device
 
 FAILURES = 3  # so many within WINDOW_S, and the CPU is used, if that is allowed
 WINDOW_S = 600.0
-LAYOUT = struct.Struct(f"<B7x{FAILURES}d")  # is one searching; when it failed, 0 for never
+LAYOUT = struct.Struct(f"<B7x{FAILURES}d")  # is it in use; when it failed, 0 for never
 
 
 def card_log_path(generation: Path, key: ReplicaKey) -> Path:
@@ -59,7 +59,7 @@ class CardLog:
             Unavailable: the file cannot be read or written.
         """
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._inside = 0
         try:
             with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
@@ -81,18 +81,29 @@ class CardLog:
 
     def note_failure(self) -> None:
         """One more; the oldest goes."""
-        _, *times = LAYOUT.unpack(self._bytes)
-        LAYOUT.pack_into(self._bytes, 0, 0, *times[1:], self._clock())
+        with self._lock:
+            _, *times = LAYOUT.unpack(self._bytes)
+            LAYOUT.pack_into(self._bytes, 0, self._inside > 0, *times[1:], self._clock())
 
     @contextmanager
-    def searching(self) -> Iterator[None]:
-        """Around a search on the card; what is raised within stays noted as a failure."""
+    def using(self) -> Iterator[None]:
+        """Around what the card does. An error within is a failure, but for a ConfigError, which is
+        that of who loads: ``noting_refusals``."""
+        self._step(1)
+        try:
+            yield
+        except ConfigError:
+            self._step(-1)
+            raise
+        except Exception:
+            self._step(-1)
+            self.note_failure()
+            raise
+        self._step(-1)
+
+    def _step(self, change: int) -> None:
         with self._lock:
-            self._inside += 1
-            self._bytes[0] = 1
-        yield
-        with self._lock:
-            self._inside -= 1
+            self._inside += change
             self._bytes[0] = self._inside > 0
 
     def close(self) -> None:

@@ -1,11 +1,13 @@
 """A card that fails: what is known of it after a restart, and where the shard is served then."""
 
+import dataclasses
 import os
 import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.index import gpu
 from shardline.shards.index.spec import Device
+from shardline.shards.live.live_config import LiveConfig
+from shardline.shards.process import shard_actor
 from shardline.shards.process.card_log import (
     FAILURES,
     WINDOW_S,
@@ -42,22 +46,12 @@ def no_watch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_watch", gpu._watch)
 
 
-def failed_process(path: Path) -> None:
-    """A process that ends within a search on a card, as faiss ends it."""
-    log = CardLog(path)
-    try:
-        with log.searching():
-            raise ProcessAborted
-    except ProcessAborted:
-        log.close()
-
-
 def test_a_search_that_ended_the_process_is_known_to_the_next(tmp_path: Path) -> None:
     path = tmp_path / "log"
     program = (
         "import os, pathlib, sys\n"
         "from shardline.shards.process.card_log import CardLog\n"
-        "with CardLog(pathlib.Path(sys.argv[1])).searching():\n"
+        "with CardLog(pathlib.Path(sys.argv[1])).using():\n"
         "    os.abort()\n"
     )
     ended = subprocess.run([sys.executable, "-c", program, str(path)], check=False, timeout=60)
@@ -68,16 +62,29 @@ def test_a_search_that_ended_the_process_is_known_to_the_next(tmp_path: Path) ->
 
 def test_searches_that_end_are_no_failures(tmp_path: Path) -> None:
     log = CardLog(tmp_path / "log")
-    with log.searching():
-        with log.searching():
+    with log.using():
+        with log.using():
             pass
         assert CardLog(tmp_path / "log").failures == 1  # as of a process that ends here
     log.close()
 
 
+def test_an_error_is_counted_once_and_the_process_may_go_on(tmp_path: Path) -> None:
+    log = CardLog(tmp_path / "log")
+    with pytest.raises(RuntimeError), log.using():
+        raise RuntimeError("out of memory")
+    with pytest.raises(ConfigError), noting_refusals(log), log.using():
+        raise ConfigError("does not fit", field="index.device")
+    with pytest.raises(ConfigError), log.using():  # of a compaction: the old index serves on
+        raise ConfigError("does not fit", field="index.device")
+    assert log.failures == 2
+    log.close()
+    assert CardLog(tmp_path / "log").failures == 2
+
+
 def test_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
     log = CardLog(tmp_path / "log")
-    with log.searching(), log.searching():
+    with log.using(), log.using():
         pass
     log.close()
     assert CardLog(tmp_path / "log").failures == 0
@@ -176,7 +183,7 @@ def test_a_restarted_shard_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
         for _ in range(FAILURES):
             log = CardLog(tmp_path / "log", clock.time)
             served.append(device_for(Device.CUDA, log.failures, cpu_allowed=True)[0])
-            with pytest.raises(ProcessAborted), log.searching():
+            with pytest.raises(ProcessAborted), log.using():
                 raise ProcessAborted
             log.close()
         log = CardLog(tmp_path / "log", clock.time)
@@ -187,3 +194,47 @@ def test_a_restarted_shard_goes_to_the_cpu_and_back(tmp_path: Path) -> None:
     assert note is not None
     clock.hold_up(WINDOW_S + 1)
     assert device_for(Device.CUDA, log.failures, cpu_allowed=True)[0] is Device.CUDA
+
+
+def test_an_actor_whose_card_has_failed_serves_from_the_cpu_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_generation(tmp_path / "g", VECTORS, np.arange(50), 1, kind="flat")
+    index = made.index.model_copy(update={"device": Device.CUDA})
+    on_card = dataclasses.replace(made, index=index)
+    monkeypatch.setattr(shard_actor, "read_generation", lambda folder: on_card)
+    monkeypatch.setattr(shard_actor, "RayExporter", lambda *_: SimpleNamespace(stop=lambda: None))
+    monkeypatch.setattr(shard_actor, "prepare_memory", lambda **_: None)
+    monkeypatch.setattr(shard_actor.ShardActor, "_register", lambda self: 1)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    key = ReplicaKey(made.generation, 0, 0)
+
+    def served(*cards: Card, allowed: bool = True) -> tuple[str, str | None, str]:
+        with machine(*cards):
+            actor = shard_actor.ShardActor(
+                folder=str(tmp_path / "g"),
+                key=key,
+                controller="c",
+                secret=b"0" * 32,
+                host="127.0.0.1",
+                threads=1,
+                huge_pages=False,
+                live=LiveConfig(),
+                cpu_when_gpu_fails=allowed,
+            )
+        health = actor.ping().health
+        actor.stop()
+        assert health is not None
+        return actor.describe()["device"], health.device_note, os.environ["CUDA_VISIBLE_DEVICES"]
+
+    assert served(Card()) == ("cuda", None, "0")
+    for _ in range(FAILURES):
+        with pytest.raises(ConfigError, match="there is no card"):
+            served()
+    with pytest.raises(ConfigError, match="there is no card"):
+        served(allowed=False)
+    device, note, visible = served()
+    assert (device, visible) == ("cpu", "")
+    assert note is not None
+    assert "served from the CPU" in note

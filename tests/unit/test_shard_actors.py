@@ -45,6 +45,7 @@ from shardline.shards.core.errors import (
     Unavailable,
 )
 from shardline.shards.core.messages import Absence, Pulse, ReplicaKey, ShardHealth
+from shardline.shards.index.spec import Device
 from tests.engine import build_generation
 from tests.fake_actor import HANG, Handle, raised_in_a_method, raised_in_the_constructor
 
@@ -302,24 +303,40 @@ def test_those_that_are_found_are_of_this_cluster_and_generation(
     assert actors.found(KEY.generation) == {KEY: NODE}
 
 
-def test_an_actor_stays_on_its_host(actors: ShardActors, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What an actor is created with."""
+    found: dict[str, Any] = {}
 
     class Remote:
         def options(self, **options: Any) -> "Remote":
-            asked.update(options)
+            found.update(options)
             return self
 
         def remote(self, **arguments: Any) -> str:
-            asked.update(arguments)
+            found.update(arguments)
             return "handle"
 
     monkeypatch.setattr(ray, "remote", lambda kind: Remote())
+    return found
+
+
+def test_an_actor_stays_on_its_host(actors: ShardActors, asked: dict[str, Any]) -> None:
     assert actors._create(ActorName(KEY, "d", NODE)) == "handle"
     strategy = asked["scheduling_strategy"]
     assert (strategy.node_id, strategy.soft) == (NODE, False)
     assert (asked["max_restarts"], asked["lifetime"], asked["num_cpus"]) == (-1, "detached", 0.5)
     assert (asked["num_gpus"], asked["key"]) == (0, KEY)
+    assert asked["cpu_when_gpu_fails"] is False
+
+
+def test_a_shard_on_a_card_reserves_it(actors: ShardActors, asked: dict[str, Any]) -> None:
+    folder, manifest = actors._opened[KEY.generation]
+    index = manifest.index.model_copy(update={"device": Device.CUDA})
+    actors.open(folder, replace(manifest, index=index))
+    actors._settings = replace(actors._settings, gpus_per_shard=0.25, cpu_when_gpu_fails=True)
+    actors._create(ActorName(KEY, "d", NODE))
+    assert (asked["num_gpus"], asked["cpu_when_gpu_fails"]) == (0.25, True)
 
 
 def test_one_whose_host_is_gone_has_failed(actors: ShardActors, handle: Handle) -> None:
