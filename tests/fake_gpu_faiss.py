@@ -48,6 +48,7 @@ STACK_BYTES = 16  # gpu/utils/StackDeviceMemory.cpp (the first address is 16 byt
 INDICES_CPU, INDICES_IVF, INDICES_32_BIT, INDICES_64_BIT = range(4)
 INDEX_BYTES = {INDICES_CPU: 0, INDICES_IVF: 0, INDICES_32_BIT: 4, INDICES_64_BIT: 8}
 COPY_ROWS = 1 << 20  # gpu/GpuCloner.cpp (clone_Index): fp16 rows are added so many at a time
+CANCELLATION = np.float32(2.0**-21)  # of a squared length: what an L2 distance is wrong by
 SHARED_MEMORY_BYTES = 48 << 10  # cudaDeviceProp.sharedMemPerBlock of every card since 2010
 
 
@@ -374,7 +375,7 @@ class GpuIndex:
             distances, rows = self._inner.search(self._queries(x), k, params=inner_params)
         if card.wrong:
             distances = distances * np.float32(0.5)
-        distances = self._in_precision(distances)
+        distances = self._with_errors(x, self._in_precision(distances))
         if D is not None:
             D[:], I[:] = distances, rows
         return distances, rows
@@ -397,6 +398,11 @@ class GpuIndex:
 
     def _queries(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return x
+
+    def _with_errors(
+        self, x: NDArray[np.float32], distances: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        return distances
 
     def _in_precision(self, distances: NDArray[np.float32]) -> NDArray[np.float32]:
         return distances
@@ -474,6 +480,15 @@ class GpuIndexFlat(GpuIndex):
     def _take_rows(self, rows: int) -> None:
         self._take("FlatData", rows * self.d * (2 if self._half else 4))
         self._take("FlatData", rows * 4)
+
+    def _with_errors(
+        self, x: NDArray[np.float32], distances: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """gpu/impl/Distance.cu (runDistance): L2 is the sum of two norms less twice a product, with
+        the rounding of what is as large as they are."""
+        if self.metric_type != faiss.METRIC_L2:
+            return distances
+        return distances + CANCELLATION * np.square(x).sum(axis=1, keepdims=True)
 
     def _queries(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         return x.astype(np.float16).astype(np.float32) if self._half else x

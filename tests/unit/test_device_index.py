@@ -420,13 +420,24 @@ def test_two_threads_that_search_one_index_wait_for_each_other(card: Card) -> No
 # ------------------------------------------------------------------------------ failures
 
 
-@pytest.mark.parametrize("kind", ["flat", "flat-fp16", "ivfpq"])
-def test_a_card_that_answers_wrongly_is_refused(kind: str) -> None:
+@pytest.mark.parametrize("metric", [Metric.COSINE, Metric.L2])
+@pytest.mark.parametrize("kind", ["flat", "flat-fp16", "ivf", "ivfpq"])
+def test_a_card_that_answers_wrongly_is_refused(kind: str, metric: Metric) -> None:
     with (
         machine(Card(wrong=True)),
-        pytest.raises(ConfigError, match="differ from the CPU's"),
+        pytest.raises(ConfigError, match="differ from the CPU's") as refused,
     ):
-        main_on(Device.CUDA, kind)
+        main_on(Device.CUDA, kind, metric)
+    assert "\n" not in str(refused.value)
+
+
+def test_rounding_of_long_vectors_is_no_wrong_answer(card: Card) -> None:
+    """What an L2 distance is wrong by grows with the vectors, though the best distance is 0."""
+    index = faiss.IndexFlatL2(DIM)
+    index.add(1000 * VECTORS)
+    main = MainIndex(index, metric=Metric.L2, defaults=NO_PARAMS, device=Device.CUDA)
+    got = main.search(1000 * VECTORS[:5], 1, NO_PARAMS)
+    assert got.scores.min() < -0.1  # more than it is, which is 0
 
 
 def test_an_error_of_the_card_is_one_of_ours(card: Card) -> None:
