@@ -2,23 +2,34 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-FAISS ?= cpu
+# cpu or gpu; by default what .venv holds
+HELD = $(shell cat $(VENV)/installed 2>/dev/null)
+FAISS ?= $(or $(HELD),cpu)
+PIN_FILES := constraints.txt
+ifeq ($(FAISS),gpu)
+PIN_FILES += constraints-gpu.txt
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-recipes test-machines test-chaos test-hosts lint format docs bench clean
+.PHONY: help install one-faiss demo serve test test-recipes test-machines test-chaos test-hosts lint format docs bench gpu-check clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/installed ## make .venv with the pinned versions (FAISS=gpu for the CUDA wheel)
+install: one-faiss $(VENV)/installed ## make .venv with the pinned versions (FAISS=gpu for the CUDA wheel)
+
+# the wheels of faiss overwrite each other's files
+one-faiss:
+	@test ! -e $(VENV)/installed || test "$(or $(HELD),cpu)" = "$(FAISS)" || \
+	  { echo "$(VENV) holds faiss for $(or $(HELD),cpu); 'make clean' before FAISS=$(FAISS)" >&2; exit 2; }
 
 # setuptools warns in a box of every editable install without a src folder, and pip prints it
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(PIN_FILES) | one-faiss
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	PYTHONWARNINGS='ignore:Editable installation' \
-	  $(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cluster,train,$(FAISS),dev]'
-	touch $@
+	  $(BIN)/pip install --quiet $(PIN_FILES:%=--constraint %) --editable '.[cluster,train,$(FAISS),dev]'
+	echo $(FAISS) > $@
 
 demo: install ## the whole main job: data, training, shards, HTTP queries; prints tables, then stops
 	$(BIN)/shardline demo
@@ -67,6 +78,9 @@ docs: install ## write docs/TREE.md and docs/CONFIG.md anew, from the code
 
 bench: install ## one million vectors, four shards: HTTP latency beside its floor
 	$(BIN)/shardline bench latency
+
+gpu-check: ## pack bench/gpu_check.py into gpu-check.tgz, and say how to run it on a card
+	@$(PYTHON) -m shardline.bench.gpu.archive
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

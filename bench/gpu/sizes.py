@@ -1,0 +1,103 @@
+"""How large each part is: ``FULL`` on a card, ``TINY`` for a run without one."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Rows, lists and repetitions of every part."""
+
+    name: str
+    dim: int
+    k: int
+    batches: tuple[int, ...]
+    seconds: float  # per timed operation
+    fewest: int  # samples per timed operation
+    copy_bytes: int
+    matrix_side: int
+    block_rows: int
+    truth_queries: int
+    checked_rows: int  # held against the CPU
+    checked_lists: int
+    kinds_rows: int
+    kinds_lists: int
+    flat_rows: tuple[int, int]
+    pq_rows: int
+    pq_lists: int
+    pq_code: int  # bytes per row
+    nprobes: tuple[int, ...]
+    rerank_factors: tuple[int, ...]
+    target_recall: float
+    billion_rows: int
+    billion_lists: int
+    billion_code: int  # at most
+    sample_per_list: int
+    users: int
+    items: int
+    train_batch: int
+    hidden: int
+
+
+FULL = Sizes(
+    name="full",
+    dim=128,
+    k=100,
+    batches=(1, 8, 64, 512),
+    seconds=0.5,
+    fewest=10,
+    copy_bytes=2 << 30,
+    matrix_side=8192,
+    block_rows=1 << 20,
+    truth_queries=128,
+    checked_rows=100_000,
+    checked_lists=256,
+    kinds_rows=1_000_000,
+    kinds_lists=2048,
+    flat_rows=(10_000_000, 100_000_000),
+    pq_rows=100_000_000,
+    pq_lists=16_384,
+    pq_code=32,
+    nprobes=(8, 16, 32, 64, 128),
+    rerank_factors=(1, 4, 10),
+    target_recall=0.95,
+    billion_rows=1_000_000_000,
+    billion_lists=32_768,
+    billion_code=64,
+    sample_per_list=40,
+    users=2_000_000,
+    items=2_000_000,
+    train_batch=8192,
+    hidden=512,
+)
+
+TINY = Sizes(
+    name="tiny",
+    dim=32,
+    k=10,
+    batches=(1, 8),
+    seconds=0.0,
+    fewest=2,
+    copy_bytes=1 << 20,
+    matrix_side=64,
+    block_rows=1024,
+    truth_queries=8,
+    checked_rows=1000,
+    checked_lists=8,
+    kinds_rows=1200,
+    kinds_lists=8,
+    flat_rows=(1000, 2000),
+    pq_rows=1500,
+    pq_lists=8,
+    pq_code=8,
+    nprobes=(2, 8),
+    rerank_factors=(1, 20),
+    target_recall=0.95,
+    billion_rows=2000,
+    billion_lists=8,
+    billion_code=4,
+    sample_per_list=40,
+    users=500,
+    items=500,
+    train_batch=64,
+    hidden=32,
+)
