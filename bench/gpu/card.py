@@ -67,7 +67,12 @@ class Card:
 
     def add(self, index: Any, rows: torch.Tensor) -> None:
         """Adds (n, dim) float32 rows that are on the card already."""
-        index.add(rows.numpy() if self.fake else rows)
+        if self.fake:
+            index.add(rows.numpy())
+            return
+        torch.cuda.synchronize()  # faiss works in a stream of its own
+        add_by_pointer(self.faiss, index, rows)
+        torch.cuda.synchronize()
 
     def search(
         self, index: Any, queries: torch.Tensor, k: int
@@ -76,8 +81,35 @@ class Card:
         if self.fake:
             scores, ids = index.search(queries.numpy(), k)
             return torch.from_numpy(scores), torch.from_numpy(ids)
-        found: tuple[torch.Tensor, torch.Tensor] = index.search(queries, k)
+        torch.cuda.synchronize()
+        found = search_by_pointer(self.faiss, index, queries, k)
+        torch.cuda.synchronize()
         return found
+
+
+def add_by_pointer(faiss: Any, index: Any, rows: torch.Tensor) -> None:
+    """Adds (n, dim) float32 rows from wherever they lie: faiss.contrib.torch_utils would do it,
+    too, but replaces ``search`` of all indexes by one that takes no parameters."""
+    rows = rows.contiguous()
+    index.add_ex(len(rows), faiss.cast_integer_to_float_ptr(rows.data_ptr()), faiss.Float32)
+
+
+def search_by_pointer(
+    faiss: Any, index: Any, queries: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(n, k) scores and ids beside the queries (n, dim) float32, on their device."""
+    queries = queries.contiguous()
+    scores = torch.empty((len(queries), k), dtype=torch.float32, device=queries.device)
+    ids = torch.empty((len(queries), k), dtype=torch.int64, device=queries.device)
+    index.search_ex(
+        len(queries),
+        faiss.cast_integer_to_float_ptr(queries.data_ptr()),
+        faiss.Float32,
+        k,
+        faiss.cast_integer_to_float_ptr(scores.data_ptr()),
+        faiss.cast_integer_to_idx_t_ptr(ids.data_ptr()),
+    )
+    return scores, ids
 
 
 @contextmanager
@@ -114,7 +146,6 @@ def open_card(*, fake: bool) -> Iterator[Card]:
             got=f"faiss {faiss.__version__}, {faiss.get_num_gpus()} GPUs",
             hint="install faiss-gpu by constraints-gpu.txt, without faiss-cpu beside it",
         )
-    import_module("faiss.contrib.torch_utils")  # lets indexes on the card take torch's tensors
     yield Card(
         faiss=faiss,
         device=torch.device("cuda:0"),

@@ -21,10 +21,21 @@ import torch
 
 from shardline.bench import gpu_check
 from shardline.bench.gpu import archive, card_checks, check_run
-from shardline.bench.gpu.card import Card, Corpus, Truth, centroids, open_card, recall, reranked
+from shardline.bench.gpu.card import (
+    Card,
+    Corpus,
+    Truth,
+    add_by_pointer,
+    centroids,
+    open_card,
+    recall,
+    reranked,
+    search_by_pointer,
+)
 from shardline.bench.gpu.check_run import MACHINE, NAMES, PARTS, Budget, Part, chosen_parts
 from shardline.bench.gpu.check_table import FAKE_LINE, report
 from shardline.bench.gpu.floors import (
+    CODE_LENGTHS,
     GIB,
     HEADROOM_BYTES,
     TEMP_BYTES,
@@ -464,6 +475,16 @@ def test_centroids_are_unit_vectors_that_lie_nearer_than_rows_do() -> None:
     assert (sample @ found.T).max(dim=1).values.mean() > before + 0.03
 
 
+def test_rows_and_queries_go_to_faiss_as_pointers() -> None:
+    rows, asked = torch.randn(50, 16), torch.randn(16, 3).T  # the queries are not contiguous
+    index = faiss.IndexFlatIP(16)
+    add_by_pointer(faiss, index, rows)
+    scores, ids = search_by_pointer(faiss, index, asked, 4)
+    expected, places = (asked @ rows.T).topk(4, dim=1)
+    torch.testing.assert_close(scores, expected)
+    assert torch.equal(ids, places)
+
+
 # ------------------------------------------------------------------ what is packed
 
 # what a bare machine has not: an import of it fails
@@ -533,7 +554,11 @@ def test_the_pins_of_both_sets_agree() -> None:
     assert {"torch", "numpy"} <= cpu.keys() & gpu.keys()
 
 
-def test_full_sizes_are_those_of_the_table_in_the_docs() -> None:
-    assert FULL.flat_rows == (10_000_000, 100_000_000)
-    assert (FULL.kinds_rows, FULL.billion_rows, FULL.dim) == (1_000_000, 1_000_000_000, 128)
-    assert FULL.batches == (1, 8, 64, 512)
+def test_the_page_names_every_part_its_seconds_and_its_rows() -> None:
+    page = (ROOT / "docs" / "GPU.md").read_text()
+    listed = re.findall(r"^\| `([a-z0-9-]+)` \| (\d+) \|", page, re.MULTILINE)
+    assert listed == [(part.name, str(int(part.seconds))) for part in PARTS]
+    for count in (*FULL.flat_rows, FULL.pq_lists, FULL.kinds_rows, FULL.billion_rows):
+        assert f"{count:,}" in page
+    lengths = ", ".join(map(str, CODE_LENGTHS))
+    assert lengths in page and set(CODE_LENGTHS) == double.PQ_LENGTHS
