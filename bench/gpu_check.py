@@ -18,7 +18,7 @@ from shardline.bench.gpu.check_table import FAKE_LINE, report
 from shardline.bench.gpu.part_outcome import as_json, write_json
 from shardline.shards.core.errors import InvalidInput, ShardlineError
 
-PASSED, FAILED, REFUSED = 0, 1, 2  # exit codes
+PASSED, FAILED, REFUSED, STOPPED = 0, 1, 2, 130  # exit codes
 MOST_MINUTES = 600
 JSON_NAME = "gpu-check.json"
 
@@ -48,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ShardlineError as error:
         sys.stderr.write(f"gpu-check: {error}\n")
         return REFUSED
+    except KeyboardInterrupt:
+        sys.stderr.write("gpu-check: stopped; the same command goes on with what is missing\n")
+        return STOPPED
     content = {
         "fake": options.fake,
         "ended_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -47,7 +47,9 @@ FULL = Sizes(
     fewest=10,
     copy_bytes=2 << 30,
     matrix_side=8192,
-    block_rows=1 << 20,
+    # faiss splits what is more than 524,288 rows or 256 MiB into pages of 32,768 rows, and a flat
+    # index moves all its vectors for each (faiss/gpu/GpuIndex.cu, addPaged_ex_)
+    block_rows=1 << 19,
     truth_queries=128,
     checked_rows=100_000,
     checked_lists=256,

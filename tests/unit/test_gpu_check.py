@@ -144,6 +144,10 @@ def test_a_flat_scan_is_bound_by_bandwidth_until_the_batch_is_large() -> None:
     assert wide.ms == pytest.approx(many.ms * 16), "float32 products at the float32 rate"
 
 
+def test_a_block_is_added_in_one_piece() -> None:
+    assert FULL.block_rows <= 512 * 1024 and FULL.block_rows * FULL.dim * 4 <= 256 << 20
+
+
 def test_faiss_moves_two_float32_scores_per_row_and_query_besides() -> None:
     assert faiss_flat_ms(10_000_000, 128, 64, 2, RATES) == pytest.approx(0.64 * (256 + 512) / 256)
 
