@@ -28,6 +28,7 @@ from shardline.bench.gpu.floors import (
     ivf_plan,
 )
 from shardline.bench.gpu.part_findings import Findings, Work, time_search
+from shardline.shards.core.errors import ConfigError
 
 POOL = 4096  # different queries, so that repetitions do not ask the same again
 QUANTISER_SAMPLE = 65_536  # rows that a product quantiser is trained on: 256 per centroid
@@ -179,9 +180,14 @@ def pq_with_copies(work: Work, findings: Findings) -> None:
 
 
 def billion(work: Work, findings: Findings) -> None:
-    """A billion rows as IVF-PQ, codes alone, as long as they fit; recall and time by nprobe."""
+    """A billion rows as IVF-PQ, codes alone, as long as they fit; recall and time by nprobe.
+
+    Raises:
+        ConfigError: not all rows could be added in time; the figures are of those that were.
+    """
     sizes, card = work.sizes, work.card
-    rows, lists = sizes.billion_rows, sizes.billion_lists
+    wanted, lists = sizes.billion_rows, sizes.billion_lists
+    rows = wanted
     code = code_length(rows, sizes.dim, lists, card.free_bytes(), wanted=sizes.billion_code)
     plan = ivf_plan(rows, sizes.dim, lists, code, centroid_bytes=2)
     corpus = Corpus(card, rows, sizes.dim, sizes.block_rows)
@@ -190,7 +196,7 @@ def billion(work: Work, findings: Findings) -> None:
     free = card.free_bytes()
     resources = card.resources()
     index = _put_pq(work, empty, resources, code, rows)
-    _fill(work, index, corpus, truth.see)
+    rows = _fill(work, index, corpus, truth.see, keep_seconds=sizes.billion_search_seconds)
     findings.use(f"ivfpq{code}, {rows:,} rows", plan, free - card.free_bytes())
     queries = corpus.queries(POOL).cpu().numpy()
     for nprobe in sizes.nprobes:
@@ -209,6 +215,11 @@ def billion(work: Work, findings: Findings) -> None:
             rows=rows,
             recall=_recall(ask, corpus, truth, sizes.truth_queries),
             floor_of=floor_of,
+        )
+    if rows < wanted:
+        raise ConfigError(
+            f"{rows:,} of {wanted:,} rows could be added in time, and the figures are of these; "
+            "give it more --minutes"
         )
 
 
@@ -283,19 +294,24 @@ def _fill(
     index: Any,
     corpus: Corpus,
     see: Callable[[int, torch.Tensor], None] = lambda first, block: None,
-) -> None:
-    """Adds all rows; stops as soon as the time left is seen not to be enough.
+    *,
+    keep_seconds: float | None = None,
+) -> int:
+    """Adds all rows; stops as soon as the time left is seen not to be enough. Returns how many.
+
+    ``keep_seconds``: with it, adds as many as it can until only so much time is left.
 
     Raises:
-        ConfigError: it would not end in time.
+        ConfigError: without ``keep_seconds``, it would not end in time.
     """
     started = time.monotonic()
     for first, block in corpus.blocks():
         see(first, block)
         work.card.add(index, block)
         done = first + len(block)
-        if first:  # the first block also pays for what happens once
-            work.card.synchronize()
-            spent = time.monotonic() - started
-            left = spent * (corpus.rows - done) / done
+        if keep_seconds is not None and work.seconds_left() <= keep_seconds:
+            return done
+        if keep_seconds is None and first:  # the first block also pays for what happens once
+            left = (time.monotonic() - started) * (corpus.rows - done) / done
             work.need_seconds(left, f"adding {corpus.rows - done:,} of {corpus.rows:,} rows")
+    return corpus.rows

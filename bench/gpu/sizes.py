@@ -31,6 +31,7 @@ class Sizes:
     billion_rows: int
     billion_lists: int
     billion_code: int  # at most
+    billion_search_seconds: float  # kept for searching, if adding takes longer than there is time
     sample_per_list: int
     users: int
     items: int
@@ -63,8 +64,9 @@ FULL = Sizes(
     rerank_factors=(1, 4, 10),
     target_recall=0.95,
     billion_rows=1_000_000_000,
-    billion_lists=32_768,
+    billion_lists=16_384,
     billion_code=64,
+    billion_search_seconds=45.0,
     sample_per_list=40,
     users=2_000_000,
     items=2_000_000,
@@ -97,6 +99,7 @@ TINY = Sizes(
     billion_rows=2000,
     billion_lists=8,
     billion_code=4,
+    billion_search_seconds=0.0,
     sample_per_list=40,
     users=500,
     items=500,

@@ -60,7 +60,7 @@ from shardline.bench.gpu.part_outcome import (
     load,
     save,
 )
-from shardline.bench.gpu.search_parts import flat
+from shardline.bench.gpu.search_parts import billion, flat
 from shardline.bench.gpu.sizes import FULL, TINY
 from shardline.shards.core.errors import ConfigError, DataError, InvalidInput
 from tests import fake_gpu_faiss as double
@@ -430,6 +430,16 @@ def test_a_card_that_is_too_small_is_refused_before_anything_is_loaded() -> None
     assert fake.peak_bytes == 0
 
 
+def test_a_billion_rows_that_cannot_all_be_added_are_measured_as_far_as_they_were() -> None:
+    found, left = findings(), iter([60.0, 60.0, 0.0])
+    with card_of(double.Card()) as work:
+        short = replace(work, sizes=replace(TINY, block_rows=500), seconds_left=lambda: next(left))
+        with pytest.raises(ConfigError, match=r"^1,500 of 2,000 rows could be added in time"):
+            billion(short, found)
+    assert {timing.rows for timing in found.timings} == {1500}
+    assert len(found.timings) == len(TINY.nprobes) * len(TINY.batches)
+
+
 def test_the_exact_answers_are_those_of_all_rows_at_once() -> None:
     with card_of(double.Card()) as work:
         corpus = Corpus(work.card, 700, 16, 256)
@@ -485,7 +495,7 @@ def test_rows_and_queries_go_to_faiss_as_pointers() -> None:
     add_by_pointer(faiss, index, rows)
     scores, ids = search_by_pointer(faiss, index, asked, 4)
     expected, places = (asked @ rows.T).topk(4, dim=1)
-    torch.testing.assert_close(scores, expected)
+    np.testing.assert_allclose(scores.numpy(), expected.numpy(), rtol=1e-5)
     assert torch.equal(ids, places)
 
 
@@ -493,7 +503,9 @@ def test_rows_and_queries_go_to_faiss_as_pointers() -> None:
 
 # what a bare machine has not: an import of it fails
 BLOCKED = """
-import runpy, sys
+import os, runpy, sys
+import shardline
+assert shardline.__file__.startswith(os.getcwd()), "not what was unpacked"
 class Bare:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {"ray", "pydantic", "click", "pyarrow", "msgpack", "rich"}:
