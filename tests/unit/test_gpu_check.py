@@ -4,6 +4,7 @@ import faulthandler
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -568,6 +569,30 @@ def test_the_pins_of_both_sets_agree() -> None:
     }
     assert gpu["faiss-gpu"] == cpu["faiss-cpu"]
     assert {"torch", "numpy"} <= cpu.keys() & gpu.keys()
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``make`` in a folder of its own, as if called by nobody."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("FAISS", "VENV")}
+    environment = {name: value for name, value in kept.items() if not name.startswith("MAKE")}
+    command = ["make", *words]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_an_environment_holds_the_wheel_of_its_first_install(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-gpu.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    gpu, cpu = make(tmp_path, "-n", "install", "FAISS=gpu"), make(tmp_path, "-n", "install")
+    assert "--constraint constraints-gpu.txt --editable '.[cluster,train,gpu,dev]'" in gpu.stdout
+    assert "--constraint constraints.txt --editable '.[cluster,train,cpu,dev]'" in cpu.stdout
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "installed").write_text("gpu\n")
+    assert make(tmp_path, "install").returncode == 0, "what it holds is the default"
+    refused = make(tmp_path, "install", "FAISS=cpu")
+    assert refused.returncode != 0
+    assert refused.stderr.startswith(".venv holds faiss for gpu; 'make clean' before FAISS=cpu\n")
 
 
 def test_the_page_names_every_part_its_seconds_and_its_rows() -> None:
