@@ -58,6 +58,11 @@ COMMANDS = {
         "tune",
         "Find the fastest index within bounds on recall and size.",
     ),
+    "plan": (
+        "shardline.cluster.commands.plan",
+        "plan",
+        "Shards, hosts, memory, latency and cost for a load, on paper.",
+    ),
     "generations": (
         "shardline.cluster.commands.generations",
         "generations",

@@ -55,6 +55,7 @@ BELOW = {
     "cluster/batch": (),
     "cluster/control": ("rollover",),
     "cluster/housekeeping": ("backup", "control", "serving"),
+    "cluster/planner": ("preflight",),
     "cluster/preflight": (),
     "cluster/rollover": ("batch",),
     "cluster/serving": ("control", "preflight", "rollover"),
