@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from shardline.cluster.commands.bench_options import AT_LEAST_ONE, POSITIVE, json_option
+from shardline.cluster.commands.bench_options import AT_LEAST_ONE, json_option
 from shardline.cluster.planner.card_plan import AskedCards, card_lines, card_plan, cards_as_json
 from shardline.cluster.planner.measured_costs import KIND_COSTS
 from shardline.cluster.planner.plan_text import as_json, lines_of
@@ -41,11 +41,28 @@ class Rows(click.ParamType[int]):
         return int(number)
 
 
+class Amount(click.ParamType[float]):
+    """A finite number above 0."""
+
+    name = "number"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            number = float(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is no number", param, ctx)
+        if not math.isfinite(number) or number <= 0:
+            self.fail(f"{value} is not a finite number above 0", param, ctx)
+        return number
+
+
 @click.command()
 @click.option("--rows", required=True, type=Rows(), help="Vectors to serve, e.g. 1e9.")
 @click.option("--dim", required=True, type=click.IntRange(1, MOST_DIM), help="Their dimension.")
-@click.option("--qps", required=True, type=POSITIVE, help="Queries per second, one per request.")
-@click.option("--p99-ms", required=True, type=POSITIVE, help="Bound on the latency over HTTP.")
+@click.option("--qps", required=True, type=Amount(), help="Queries per second, one per request.")
+@click.option("--p99-ms", required=True, type=Amount(), help="Bound on the latency over HTTP.")
 @click.option(
     "-k",
     "--k",
@@ -85,7 +102,7 @@ class Rows(click.ParamType[int]):
 @click.option("--shards", type=click.IntRange(1, MOST_SHARDS), help="[default: chosen]")
 @click.option("--replicas", type=click.IntRange(1, 64), help="Of each shard.  [default: chosen]")
 @click.option(
-    "--host-memory", "host_gib", default=128.0, show_default=True, type=POSITIVE, help="[GiB]"
+    "--host-memory", "host_gib", default=128.0, show_default=True, type=Amount(), help="[GiB]"
 )
 @click.option("--host-cores", default=16, show_default=True, type=AT_LEAST_ONE)
 @click.option(
@@ -96,14 +113,14 @@ class Rows(click.ParamType[int]):
     help="gpu: by memory and bandwidth of a card alone, nothing of which has been measured.",
 )
 @click.option(
-    "--card-memory", "card_gb", default=141.0, show_default=True, type=POSITIVE, help="[GB] gpu."
+    "--card-memory", "card_gb", default=141.0, show_default=True, type=Amount(), help="[GB] gpu."
 )
 @click.option(
     "--card-bandwidth",
     "card_gbs",
     default=4300.0,
     show_default=True,
-    type=POSITIVE,
+    type=Amount(),
     help="[GB/s] gpu.",
 )
 @json_option

@@ -6,6 +6,7 @@ a plan and `serve` agree.
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from shardline.cluster.preflight.build_space import FLOAT_BYTES, ID_BYTES
 from shardline.cluster.preflight.free_memory import FILTER_BYTES, SHARD_BYTES
@@ -70,7 +71,7 @@ def shard_size(index: ResolvedIndex, *, rows: int, dim: int, metric: Metric) -> 
     """Of the largest shard, which has so many rows."""
     nlist = index.nlist or 0
     has_copies = "Refine" in index.factory or "RFlat" in index.factory
-    row_bytes = bytes_to_come(index, dim=dim, metric=metric)
+    row_bytes = _row_bytes(index, dim, metric)
     codes = CODES.search(index.factory)
     m, nbits = (int(codes[1]), int(codes[2])) if codes else (0, 0)
     tables = nlist * m * 2**nbits * FLOAT_BYTES if metric is Metric.L2 else 0
@@ -94,4 +95,10 @@ def code_bytes(index: ResolvedIndex, *, dim: int, metric: Metric) -> float:
     parts = [part for part in index.factory.split(",") if not part.startswith(("Refine", "RFlat"))]
     plain = index.model_copy(update={"factory": ",".join(parts)})
     numbers = ROW_NUMBER_BYTES if index.nlist else 0
-    return bytes_to_come(plain, dim=dim, metric=metric) - numbers
+    return _row_bytes(plain, dim, metric) - numbers
+
+
+@cache
+def _row_bytes(index: ResolvedIndex, dim: int, metric: Metric) -> float:
+    """A plan asks for the same ones many times, and each makes an index."""
+    return bytes_to_come(index, dim=dim, metric=metric)

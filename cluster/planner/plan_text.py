@@ -85,7 +85,7 @@ def _result(plan: Plan) -> Iterator[str]:
     yield (
         f"{asked.rows:,} rows x {asked.dim}, k = {asked.k}, {asked.qps:g} queries per second, "
         f"p99 <= {asked.p99_ms:g} ms, hosts of {asked.host_cores} cores and "
-        f"{asked.host_bytes // GIB} GiB"
+        f"{asked.host_bytes / GIB:g} GiB"
     )
     yield f"  index      {layout.index.factory}{_depth(layout)}"
     yield f"             {layout.index.reason}"
@@ -142,7 +142,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         f"  host       {layout.shards_per_host} x {_size(size.most_bytes)} + "
         f"{layout.routers_per_host} routers x {_size(ROUTER_BYTES + config.cache_bytes)} + "
         f"{_size(OTHER_BYTES)} of Ray and Serve = {_size(layout.host_bytes)}, of at most "
-        f"{MEMORY_SHARE:.0%} of {asked.host_bytes // GIB} GiB"
+        f"{MEMORY_SHARE:.0%} of {asked.host_bytes / GIB:g} GiB"
     )
 
 

@@ -391,8 +391,8 @@ def _nothing_fits(asked: Asked) -> InvalidInput:
     row_bytes = shard_size(index, rows=1, dim=asked.dim, metric=asked.metric).row_bytes
     return InvalidInput(
         "no layout holds the rows in the memory of a host, or the rate in its cores",
-        expected=f"a shard of at most {MEMORY_SHARE:.0%} of {asked.host_bytes >> 30} GiB, and at "
-        f"most {MOST_BUSY:.0%} of a core per replica",
+        expected=f"a shard of at most {MEMORY_SHARE:.0%} of {asked.host_bytes / (1 << 30):g} GiB, "
+        f"and at most {MOST_BUSY:.0%} of a core per replica",
         got=f"{asked.rows:,} rows of {row_bytes:.0f} bytes, {asked.qps:g} queries/s"
         + (f", {asked.shards} shards" if asked.shards else "")
         + (f", {asked.replicas} replicas" if asked.replicas else ""),
