@@ -5,14 +5,15 @@ one shard has once in a hundred, 63 of 100 queries have over 100 shards (Dean an
 at Scale", CACM 56(2), 2013). Replicas and hedged requests, sent to a second replica when the first
 is late, are their remedy. What that comes to also depends on queues, so it is simulated: queries
 arrive at random (Poisson), each replica searches one query at a time in the order of arrival, of
-two replicas drawn at random the one with less to do is asked, and after the hedge delay of
-``router.fanout.hedging`` a second one, within its budget.
+two replicas drawn at random the one with less to do is asked, and after the hedge delay a second
+one: delay and budget are the router's own code (``router.fanout.hedging``), of one router for all.
 
 Simplified: what waits is not searched as one batch, as shards do, so long queues look longer than
 they are; a hedged search that has lost is not cancelled, as in the router; replicas of equal load
 are equally fast; searches take times that do not depend on each other.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -20,9 +21,10 @@ from heapq import heappop, heappush
 import numpy as np
 from numpy.typing import NDArray
 
-from shardline.router.fanout.hedging import HEADROOM, MAX_TOKENS, PERCENTILE
+from shardline.router.fanout.hedging import Budget, Pace
 
 Times = NDArray[np.float64]  # milliseconds
+KNOWN_AFTER = 64  # queries after which a router knows what one has taken, roughly
 _Late = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -91,35 +93,49 @@ class Tails:
 
 def simulate(fleet: Fleet, offered: Offered, *, queries: int, seed: int = 0) -> Tails:
     """As many queries, the first tenth of which only fills the queues and is not counted."""
-    plain = _run(fleet, offered, queries=queries, seed=seed, delay_ms=None)
-    if fleet.replicas < 2 or not fleet.hedge_share:
-        return plain.tails(None)
-    delay = max(fleet.hedge_min_ms, HEADROOM * float(np.quantile(plain.shard_ms, PERCENTILE)))
-    return _run(fleet, offered, queries=queries, seed=seed, delay_ms=delay).tails(delay)
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """query_ms (q,), shard_ms (q, shards); share of searches sent twice; the cores' load."""
-
-    query_ms: Times
-    shard_ms: Times
-    hedged_share: float
-    busy_share: float
-
-    def tails(self, delay_ms: float | None) -> Tails:
-        p50, p99, p999 = np.quantile(self.query_ms, (0.5, 0.99, 0.999))
-        shard_p50, shard_p99 = np.quantile(self.shard_ms, (0.5, 0.99))
-        return Tails(
-            p50_ms=float(p50),
-            p99_ms=float(p99),
-            p99_9_ms=float(p999),
-            shard_p50_ms=float(shard_p50),
-            shard_p99_ms=float(shard_p99),
-            hedged_share=self.hedged_share,
-            hedge_delay_ms=delay_ms,
-            busy_share=self.busy_share,
-        )
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(1e3 / offered.qps, queries))
+    fronts = offered.front_p50_ms * offered.front.draw(rng, (queries,))
+    groups = _Groups(fleet, np.random.default_rng(seed + 1))
+    counts = _group_sizes(fleet)
+    first_shard = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    asked_ms, end_ms = np.empty(queries), np.empty((queries, fleet.shards))
+    hedges = _Hedges(fleet, offered, groups, end_ms, rng)
+    routers = [0.0] * offered.routers
+    for number, arrival in enumerate(arrivals.tolist()):
+        router = number % offered.routers
+        asked = max(arrival, routers[router])
+        routers[router] = asked + offered.router_ms
+        asked_ms[number] = asked
+        hedges.send_until(asked)
+        if number >= KNOWN_AFTER:
+            known = number - KNOWN_AFTER
+            hedges.took(end_ms[known] - asked_ms[known])
+        for round_ in range(fleet.group):
+            who = counts > round_
+            took = offered.search_p50_ms * offered.search.draw(rng, (groups.groups,))
+            replica = groups.pick()
+            end = groups.search(asked, replica, took, who)
+            end_ms[number, first_shard[who] + round_] = end[who]
+            late = np.flatnonzero(who & (end > asked + hedges.delay_ms))
+            if late.size:
+                hedges.expect(asked, number, first_shard[late] + round_, late, replica)
+    hedges.send_until(np.inf)
+    shard_ms = end_ms - asked_ms[:, None]
+    query_ms = asked_ms - arrivals + fronts + shard_ms.max(axis=1)
+    kept = queries // 10
+    p50, p99, p999 = np.quantile(query_ms[kept:], (0.5, 0.99, 0.999))
+    shard_p50, shard_p99 = np.quantile(shard_ms[kept:], (0.5, 0.99))
+    return Tails(
+        p50_ms=float(p50),
+        p99_ms=float(p99),
+        p99_9_ms=float(p999),
+        shard_p50_ms=float(shard_p50),
+        shard_p99_ms=float(shard_p99),
+        hedged_share=hedges.sent / (queries * fleet.shards),
+        hedge_delay_ms=hedges.delay_ms if math.isfinite(hedges.delay_ms) else None,
+        busy_share=groups.worked / (groups.free.size * float(arrivals[-1])),
+    )
 
 
 class _Groups:
@@ -163,48 +179,6 @@ class _Groups:
         return end
 
 
-def _run(
-    fleet: Fleet, offered: Offered, *, queries: int, seed: int, delay_ms: float | None
-) -> _Run:
-    rng = np.random.default_rng(seed)
-    arrivals = np.cumsum(rng.exponential(1e3 / offered.qps, queries))
-    fronts = offered.front_p50_ms * offered.front.draw(rng, (queries,))
-    groups = _Groups(fleet, np.random.default_rng(seed + 1))
-    counts = _group_sizes(fleet)
-    first_shard = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    asked_ms, end_ms = np.empty(queries), np.empty((queries, fleet.shards))
-    hedges = _Hedges(fleet, offered, groups, end_ms, rng)
-    routers = [0.0] * offered.routers
-    for number, arrival in enumerate(arrivals.tolist()):
-        router = number % offered.routers
-        asked = max(arrival, routers[router])
-        routers[router] = asked + offered.router_ms
-        asked_ms[number] = asked
-        hedges.send_until(asked)
-        for round_ in range(fleet.group):
-            who = counts > round_
-            took = offered.search_p50_ms * offered.search.draw(rng, (groups.groups,))
-            replica = groups.pick()
-            end = groups.search(asked, replica, took, who)
-            end_ms[number, first_shard[who] + round_] = end[who]
-            if delay_ms is not None:
-                late = np.flatnonzero(who & (end > asked + delay_ms))
-                if late.size:
-                    shards = first_shard[late] + round_
-                    hedges.expect(asked + delay_ms, number, shards, late, replica)
-        hedges.earn(fleet.shards)
-    hedges.send_until(np.inf)
-    shard_ms = end_ms - asked_ms[:, None]
-    query_ms = asked_ms - arrivals + fronts + shard_ms.max(axis=1)
-    kept = queries // 10
-    return _Run(
-        query_ms[kept:],
-        shard_ms[kept:],
-        hedges.sent / (queries * fleet.shards),
-        groups.worked / (groups.free.size * float(arrivals[-1])),
-    )
-
-
 class _Hedges:
     """Searches that are late, and when each is sent to a second replica, in the order of time.
 
@@ -220,21 +194,30 @@ class _Hedges:
         rng: np.random.Generator,
     ) -> None:
         self.sent = 0
-        self._share = fleet.hedge_share
         self._offered = offered
         self._groups = groups
         self._end_ms = end_ms
         self._rng = rng
-        self._tokens = 0.0
+        self._budget = Budget(fleet.hedge_share if fleet.replicas > 1 else 0.0)
+        self._pace = Pace(self._budget, fleet.hedge_min_ms / 1e3)
         self._expected: list[tuple[float, int, int, _Late]] = []
         self._count = 0
 
-    def earn(self, searches: int) -> None:
-        self._tokens = min(self._tokens + self._share * searches, MAX_TOKENS)
+    @property
+    def delay_ms(self) -> float:
+        """Infinite where nothing is sent twice, and at first."""
+        return self._pace.delay_s * 1e3
+
+    def took(self, shard_ms: Times) -> None:
+        """What the searches (shards,) of one query have taken."""
+        self._budget.sends(len(shard_ms))
+        if self._budget.share:
+            for took_ms in shard_ms.tolist():
+                self._pace.took(took_ms / 1e3)
 
     def expect(
         self,
-        at_ms: float,
+        asked_ms: float,
         number: int,
         shards: NDArray[np.int64],
         groups: NDArray[np.int64],
@@ -243,13 +226,14 @@ class _Hedges:
         """Query ``number`` will be late at ``shards`` (m,), which lie in ``groups`` (m,); replica
         (all groups,): those that were asked."""
         self._count += 1  # of equal times the one that was expected first
-        heappush(self._expected, (at_ms, self._count, number, (shards, groups, replica)))
+        late = (shards, groups, replica)
+        heappush(self._expected, (asked_ms + self.delay_ms, self._count, number, late))
 
     def send_until(self, now_ms: float) -> None:
         while self._expected and self._expected[0][0] <= now_ms:
             at_ms, _, number, (shards, groups, replica) = heappop(self._expected)
-            few = int(self._tokens)
-            shards, groups = shards[:few], groups[:few]
+            allowed = [self._budget.allows(1) for _ in shards]
+            shards, groups = shards[allowed], groups[allowed]
             if not groups.size:
                 continue
             who = np.zeros(self._groups.groups, np.bool_)
@@ -258,7 +242,6 @@ class _Hedges:
             took *= self._offered.search_p50_ms
             end = self._groups.search(at_ms, self._groups.pick(replica), took, who)
             self._end_ms[number, shards] = np.minimum(self._end_ms[number, shards], end[groups])
-            self._tokens -= groups.size
             self.sent += int(groups.size)
 
 

@@ -110,7 +110,7 @@ def test_planned_bytes_are_those_of_a_generation(tmp_path: Path) -> None:
     )
     size = shard_size(manifest.index, rows=rows // shards, dim=dim, metric=Metric.COSINE)
     for entry in manifest.shards:
-        assert size.file_bytes == pytest.approx(sum(file.bytes for file in entry.files), rel=0.05)
+        assert size.file_bytes == pytest.approx(sum(file.bytes for file in entry.files), rel=0.02)
 
 
 @pytest.mark.parametrize("shards", [1, 10, 100])
@@ -151,15 +151,20 @@ def test_hedging_cuts_the_tail_within_its_budget() -> None:
         for fleet in (plain, replace(plain, hedge_share=0.05, hedge_min_ms=2.0))
     )
     assert one.p99_ms > 90 and one.hedged_share == 0 and one.hedge_delay_ms is None
-    assert two.p99_ms < 10
+    assert two.p99_ms < 10 and two.hedge_delay_ms is not None
     assert 0 < two.hedged_share <= 0.05
     none = simulate(replace(plain, hedge_share=0.001, hedge_min_ms=2.0), load, queries=2000)
     assert 0 < none.hedged_share <= 0.001
-    busy = offered(600.0, stalling)  # with searches that are late all the time, still no worse
-    assert (
-        simulate(replace(plain, hedge_share=0.05), busy, queries=2000).p99_ms
-        < 1.2 * simulate(plain, busy, queries=2000).p99_ms
-    )
+
+
+def test_hedging_does_no_harm_where_queues_are_long() -> None:
+    """A hedge that reserved its replica before it is sent would leave it idle until then."""
+    slow_ones = spread_of([(0.5, 1.0), (0.96, 1.0), (0.961, 6.0), (1.0, 6.0)])
+    load, plain = offered(800.0, slow_ones), Fleet(shards=4, replicas=2)
+    without = simulate(plain, load, queries=2000)
+    hedged = simulate(replace(plain, hedge_share=0.05, hedge_min_ms=5.0), load, queries=2000)
+    assert hedged.hedged_share > 0
+    assert hedged.p99_ms < 1.2 * without.p99_ms
 
 
 def test_replicas_shorten_queues() -> None:
@@ -245,6 +250,8 @@ def test_layouts_hold_rows_and_rate() -> None:
         hot_us = replace(layout, search_cold=0.0).shard_us
         assert asked.qps * hot_us / 1e6 / layout.replicas <= MOST_BUSY
     assert {layout.index.nlist for layout in layouts} > {65_536}
+    small = replace(ASKED, qps=50_000.0, shards=1, replicas=None, host_cores=64)
+    assert all(1 < each.replicas <= each.hosts for each in layouts_of(small))
 
 
 def test_more_lists_for_more_recall_and_more_rows() -> None:
