@@ -46,8 +46,8 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """What answers. shards_per_core_group: shards of one host that share ``cores`` cores, where a
-    host has fewer cores than shards; 1 and 1 where each search has a core.
+    """What answers. group: shards of one host, which share ``cores`` cores, where a host has fewer
+    cores than shards; 1 and 1 where each search has a core.
 
     hedge_share: searches that may be sent a second time, per search; 0: none.
     hedge_min_ms: the least delay before that.
@@ -63,9 +63,9 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offered:
-    """What is asked. search_ms: times of one search, the median 1, by ``search_p50_ms``;
-    front_ms: what a query takes outside of the shards; routers: processes, of which each query
-    occupies one for ``router_ms``."""
+    """What is asked. search: times of one search without waiting, by their median
+    ``search_p50_ms``; front: what a query takes outside of the shards, by its median
+    ``front_p50_ms``. routers: processes, one of which each query occupies for ``router_ms``."""
 
     qps: float
     search_p50_ms: float
