@@ -86,7 +86,6 @@ EXTRAS = {
     "scipy": "train",
     "torch": "train",
     "faiss": "cpu",
-    "transformers": "text",
 }
 TEMPORARY = re.compile(r"\..+\.tmp")  # as `shards.core.files` names what is not complete yet
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from shardline.router.query import QueryKind, ResolvedQuery, SeqOrigin
 from shardline.router.rearrange.rearrangement import Rearrangement, sized
-from shardline.router.router_config import QUERIES_IN_TIME, RouterConfig
+from shardline.router.router_config import MAX_TEXT_CHARS, QUERIES_IN_TIME, RouterConfig
 from shardline.shards.core.errors import InvalidInput, Overloaded
 from shardline.shards.core.filter_language import MAX_FILTER_BYTES
 from shardline.shards.core.messages import (
@@ -63,6 +63,7 @@ def resolve(
     vectors: Any = None,
     features: list[dict[str, Any]] | None = None,
     item_ids: Any = None,
+    texts: list[str] | None = None,
     exclude_lists: Sequence[str] = (),
     k: int | None = None,
     timeout_ms: float | None = None,
@@ -77,14 +78,14 @@ def resolve(
     exclude_history: bool = False,
     rearrange: Rearrangement | None = None,
 ) -> ResolvedQuery:
-    """A query as it came, exactly one of vectors, features, item_ids; None stands for the default.
-    filters: one per query, or none at all. excluded: of each query, ascending, each once.
+    """A query as it came, exactly one of vectors, features, item_ids, texts; None stands for the
+    default. filters: one per query, or none at all. excluded: of each query, ascending, each once.
     rearrange: without its pool.
 
     Raises:
         InvalidInput: not one kind, an empty or too large batch, a value out of range.
     """
-    kind, values = _queries_of(vectors, features, item_ids)
+    kind, values = _queries_of(vectors, features, item_ids, texts)
     check_batch(kind, len(values), config.max_batch)
     if timeout_ms is None:
         timeout_ms = default_timeout_ms(config, len(values))
@@ -152,6 +153,21 @@ def check_excluded(excluded: tuple[IdArray, ...], queries: int) -> tuple[IdArray
             got=f"a list of {len(excluded)}",
         )
     return excluded if any(map(len, excluded)) else ()
+
+
+def check_text(text: str, field: str) -> None:
+    """Raises InvalidInput: an empty text, or one of more than MAX_TEXT_CHARS characters."""
+    if not text.strip():
+        raise InvalidInput(
+            "empty text", field=field, expected="one character or more that is no space"
+        )
+    if len(text) > MAX_TEXT_CHARS:
+        raise InvalidInput(
+            "text too long",
+            field=field,
+            expected=f"<= {MAX_TEXT_CHARS} characters",
+            got=f"{len(text)} characters",
+        )
 
 
 def _check_returned(num_values: int, names: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ class QueryKind(StrEnum):
     VECTORS = "vectors"
     FEATURES = "features"
     ITEM_IDS = "item_ids"
+    TEXTS = "texts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +38,13 @@ class SeqOrigin:
 class ResolvedQuery:
     """A search with nothing left open: what the caller left out is filled in, the rest is checked.
 
-    values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, or n ids, none
-    of them empty or too many, but not looked at one by one. timeout_ms counts from the arrival.
-    min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live. filters:
-    where queries differ in them, the ``options.filter`` of each; else empty. excluded: of each
-    query the ids (m,) int64 that must not come back, ascending, each once; empty where no query has
-    any. exclude_history: nor the items of its history feature; exclude_lists: nor those of lists of
-    these names. Neither are in ``excluded`` yet.
+    values holds the queries as ``kind`` says: (n, dim) numbers, n maps of features, n ids or n
+    texts, none of them empty or too many, but not looked at one by one. timeout_ms counts from the
+    arrival. min_seq_of: where ``options.min_seq`` is from; None: from the generation that is live.
+    filters: where queries differ in them, the ``options.filter`` of each; else empty. excluded: of
+    each query the ids (m,) int64 that must not come back, ascending, each once; empty where no
+    query has any. exclude_history: nor the items of its history feature; exclude_lists: nor those
+    of lists of these names. Neither are in ``excluded`` yet.
     """
 
     kind: QueryKind

@@ -16,6 +16,8 @@ from shardline.shards.core.schema import MAX_K
 # 64 queries take 20 to 440 ms, 1024 take 0.7 to 0.9 s.
 QUERIES_IN_TIME = 64
 
+MAX_TEXT_CHARS = 4096  # of a query's text, several times what the usual models read
+
 
 class RouterConfig(BaseModel):
     """Limits of a request, admission of requests, cache, and connections to shards."""
@@ -204,6 +206,27 @@ class RouterConfig(BaseModel):
         description="Time between two served queries that each router asks again exactly, to watch "
         "recall; 0 watches nothing. It is longer where an exact search takes more than a twentieth "
         "of it.",
+    )
+
+    text_encoder: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Text encoder for queries by text (docs/TEXT.md): a folder on every host that "
+        "runs a router, or an installed Python package that carries the model. It must be the one "
+        "that `shardline data embed-text` had. null encodes no texts.",
+    )
+    text_max_waiting: int = Field(
+        default=256,
+        ge=1,
+        le=65536,
+        description="[texts] Texts that wait for the text encoder of one router; more are refused "
+        "with 429, and a request of more than these with 400.",
+    )
+    text_threads: int = Field(
+        default=1,
+        ge=1,
+        le=256,
+        description="[threads] Threads of the text encoder's process, one process per router.",
     )
 
     experiments: tuple[ExperimentConfig, ...] = Field(

@@ -55,6 +55,8 @@ from shardline.router.recall_watch import RecallWatch
 from shardline.router.returned import bring_returned
 from shardline.router.router_config import RouterConfig
 from shardline.router.shortfall import shortfall_reasons
+from shardline.router.text.query_texts import with_vectors
+from shardline.router.text.text_encoding import TextEncoding
 from shardline.router.write_service import WriteService
 from shardline.shards.core.errors import (
     ShardlineError,
@@ -142,6 +144,11 @@ class SearchService:
         self._readiness = Readiness(self._fanout)
         self._finder = Finder(self._fanout, self.watch, config.cache_bytes)
         self._rearranger = Rearranger(self._fanout, self._finder, config.max_k, wall)
+        self.texts = TextEncoding(
+            config.text_encoder,
+            max_waiting=config.text_max_waiting,
+            threads=config.text_threads,
+        )
         self.writes = WriteService(config, self._fanout, self.recorder, self._finder.wrote)
 
     async def apply(self, table: RoutingTable) -> bool:
@@ -150,6 +157,7 @@ class SearchService:
         An encoder that does not load keeps no table from being served: queries, or writes, by
         features fail.
         """
+        self.texts.begin()
         current = self._fanout.snapshot
         if current is not None and table.version <= current.table.version:
             return False
@@ -183,6 +191,7 @@ class SearchService:
 
     async def close(self) -> None:
         await self.watch.close()
+        await self.texts.close()
         await self.lists.close()
         await self._fanout.close()
         await self._readiness.ended()
@@ -319,9 +328,13 @@ class SearchService:
             if self.controller_trouble is not None:
                 trouble = {"about": "controller", **asdict(self.controller_trouble)}
                 described["warnings"].append(trouble)
+            wanted = getattr(snapshot.encoder, "text_encoders", {})
+            if (missing := self.texts.trouble(set(wanted.values()))) is not None:
+                described["warnings"].append({"about": "text_encoder", **asdict(missing)})
             quality = self.watch.quality()
             return {
                 **described,
+                "text_encoder": self.texts.describe(),
                 "quality": None if quality is None else asdict(quality),
                 "experiments": [
                     {"experiment": name, "arm": arm, "quality": found and asdict(found)}
@@ -367,7 +380,8 @@ class SearchService:
                 query = await off_loop(num_ids, without_own, query, own)
         else:
             values = query.values
-            if query.kind is QueryKind.FEATURES:
+            if query.kind is not QueryKind.VECTORS:
+                query = await with_vectors(self.texts, snapshot, query, deadline)
                 values = await encoded(self._fanout, snapshot, query, deadline)
                 if query.exclude_history:
                     query = await _without_history(snapshot, query)

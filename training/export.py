@@ -87,7 +87,9 @@ def export(
         for name in (QUERY_ENCODER_FOLDER, ITEM_ENCODER_FOLDER):
             (writer.folder / name).mkdir()
         _export_items(run, model, dataset, writer, progress)
-        export_query_encoder(run, model, version, writer.folder / QUERY_ENCODER_FOLDER)
+        export_query_encoder(
+            run, model, version, writer.folder / QUERY_ENCODER_FOLDER, dataset.text_encoders
+        )
         columns = dataset.items().schema.remove(0)
         export_item_encoder(run, model, version, columns, writer.folder / ITEM_ENCODER_FOLDER)
         queries = sample_queries(run, model, dataset)
@@ -111,6 +113,8 @@ def model_version(run: Run, model: TwoTower, dataset: Dataset) -> str:
     }
     if run.config.popularity_exponent or run.space.audience is not None:
         declared["interactions"] = dataset.checksum(INTERACTIONS)
+    if dataset.text_encoders:  # which router may serve it
+        declared["text_encoders"] = dataset.text_encoders
     digest.update(json.dumps(declared, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

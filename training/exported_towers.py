@@ -3,6 +3,7 @@
 ``router.encoder.query_encoder`` and ``router.encoder.item_encoder`` run them without torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,22 @@ from shardline.training.model.towers import InputRows, Inputs, TwoTower
 ITEM_ID = "item_id"
 
 
-def export_query_encoder(run: Run, model: TwoTower, version: str, folder: Path) -> None:
-    """Writes the query tower into the folder, which has the rows of the history, if any."""
+def export_query_encoder(
+    run: Run, model: TwoTower, version: str, folder: Path, text_encoders: Mapping[str, str]
+) -> None:
+    """Writes the query tower into the folder, which has the rows of the history, if any.
+
+    text_encoders: as ``Dataset.text_encoders``; features of these columns of users take texts.
+    """
     if model.tied:
         weights = _tower_weights(model.item_tower, model.item_rows)
     else:
         weights = _tower_weights(model.query_tower, model.query_rows)
     features = _features(run.space.query)
+    for feature in features:
+        made_by = text_encoders.get(f"users.{feature['column']}")
+        if made_by is not None and feature["kind"] == "numeric":
+            feature["text_encoder"] = made_by
     if run.space.history is not None:
         features.append(run.space.history.model_dump())
         if model.history.attends:

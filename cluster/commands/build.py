@@ -31,6 +31,7 @@ from shardline.cluster.serving.going_live import cluster_there, made_live
 from shardline.cluster.serving.ray_session import cores, ray_for
 from shardline.cluster.spread import SAMPLE_QUERIES
 from shardline.cluster.store import Store
+from shardline.shards.core.encoder_files import QUERY_ENCODER_FOLDER, write_text_tower
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.core.files import MANIFEST_NAME
 from shardline.shards.core.partition import Partition, Partitioning
@@ -41,6 +42,7 @@ from shardline.shards.storage.embedding_set import embedding_writer
 from shardline.shards.storage.foreign_vectors import read_foreign, read_foreign_queries
 from shardline.shards.storage.generation import GenerationManifest, read_generation
 from shardline.shards.storage.table_parts import open_parts
+from shardline.shards.text.model_folder import TextModel, describe_model, find_model
 
 READER_VERSION = 2  # of vectors made elsewhere: the same files may become another set
 
@@ -69,6 +71,11 @@ READER_VERSION = 2  # of vectors made elsewhere: the same files may become anoth
     default=Metric.COSINE.value,
     show_default=True,
     help="How the vectors of --vectors are compared.",
+)
+@click.option(
+    "--text-encoder",
+    help="The model that made --vectors of the items' texts, as `data embed-text --model` names "
+    "it: queries by text are then answered without a query tower (docs/TEXT.md).",
 )
 @click.option(
     "--from-live",
@@ -104,6 +111,7 @@ def build(
     id_column: str | None,
     vector_column: str | None,
     metric: str,
+    text_encoder: str | None,
     from_live: bool,
     partitioning: str | None,
     same_shards: bool,
@@ -120,6 +128,10 @@ def build(
         raise InvalidInput("--embeddings, --vectors and --from-live exclude each other")
     if queries and not vectors:
         raise InvalidInput("--queries goes with --vectors: exported sets hold queries of their own")
+    if text_encoder is not None and not vectors:
+        raise InvalidInput("--text-encoder goes with --vectors: exported sets have encoders")
+    # before any vector is read
+    text_model = None if text_encoder is None else describe_model(find_model(text_encoder))
     if same_shards and partitioning is not None:
         raise InvalidInput("--same-shards and --partitioning exclude each other")
     if no_cut and from_live:
@@ -136,6 +148,7 @@ def build(
                 id_column=id_column,
                 vector_column=vector_column,
                 no_cut=no_cut,
+                text_model=text_model,
                 progress=progress,
             )
         with _corpus(store, embeddings, progress, from_live=from_live) as corpus:
@@ -253,12 +266,15 @@ def import_vectors(
     id_column: str | None,
     vector_column: str | None,
     no_cut: bool = False,
+    text_model: TextModel | None = None,
     progress: StageProgress,
 ) -> Path:
     """Copies foreign vectors into an embedding set, named after their contents; its folder.
 
+    text_model: what made them of texts, and is to make the vectors of queries.
+
     Raises:
-        As ``read_foreign``.
+        As ``read_foreign``. InvalidInput: text_model makes vectors of another width.
     """
     # before the first look: what is written later may be missing
     cut = None if no_cut else catalogue_cut(store)
@@ -271,7 +287,9 @@ def import_vectors(
         for option in given
         for part in parts[option]
     ]
-    declared = (READER_VERSION, str(metric), id_column, vector_column, contents)
+    declared: tuple[Any, ...] = (READER_VERSION, str(metric), id_column, vector_column, contents)
+    if text_model is not None:
+        declared += (text_model.id,)
     digest = hashlib.sha256(repr(declared).encode())
     version = f"vectors-{digest.hexdigest()[:12]}"
     target = store.embeddings / version
@@ -281,14 +299,30 @@ def import_vectors(
     first = next(batches, None)
     if first is None:
         raise DataError("no rows", field=", ".join(sources), expected="at least one vector")
+    dim = first.vectors.shape[1]
+    if text_model is not None and text_model.width != dim:
+        raise InvalidInput(
+            "the text encoder did not make these vectors",
+            field="--text-encoder",
+            expected=f"a model of {dim} dimensions",
+            got=f"{text_model.name} of {text_model.width}",
+        )
     with embedding_writer(
         target,
         model_version=version,
-        dim=first.vectors.shape[1],
+        dim=dim,
         metric=metric,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         cut=cut,
     ) as writer:
+        if text_model is not None:
+            write_text_tower(
+                writer.folder / QUERY_ENCODER_FOLDER,
+                version=version,
+                encoder=text_model.id,
+                dim=dim,
+                metric=metric,
+            )
         rows = 0
         for batch in (first, *batches):
             writer.append(batch.item_ids, batch.vectors, batch.attributes)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 
@@ -196,13 +196,20 @@ def _columns_of(folder: Path) -> Iterator[str]:
     "--data", "source", type=click.Path(path_type=Path), required=True, help="Data set folder."
 )
 @out_option
-@click.option("--column", required=True, help="Text column of the items.")
+@click.option("--column", required=True, help="Text column of the items, or of the users.")
+@click.option(
+    "--of",
+    type=click.Choice(["items", "users"]),
+    default="items",
+    show_default=True,
+    help="Whose texts; in a product search users are queries.",
+)
 @click.option("--name", help="Name of the vector column.  [default: <column>_vector]")
 @click.option(
     "--model",
-    type=click.Path(path_type=Path),
     required=True,
-    help="Folder of a transformer as save_pretrained writes it; nothing is downloaded.",
+    help="Folder of a transformer (BERT with WordPiece, as sentence-transformers saves it), or "
+    "an installed Python package that carries one; nothing is downloaded.",
 )
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:<i>.")
 @overwrite_option
@@ -210,31 +217,34 @@ def embed_text(
     source: Path,
     out: Path,
     column: str,
+    of: Literal["items", "users"],
     name: str | None,
-    model: Path,
+    model: str,
     device: str,
     overwrite: bool,
 ) -> None:
-    """Add the vectors that a transformer gives the items' texts, as a column of numbers.
+    """Add the vectors that a transformer gives texts, as a column of numbers (docs/TEXT.md).
 
-    Needs the extra "text". Without it, a text feature hashes n-grams.
+    A router with the same model takes texts as queries. Without a model, a text feature hashes
+    n-grams.
     """
     from shardline.training.data.tables import open_dataset
-    from shardline.training.features.embed_text import embed_items
+    from shardline.training.features.embed_text import embed_texts
 
     vectors = name or f"{column}_vector"
     with StageProgress() as progress:
-        embed_items(
+        embed_texts(
             open_dataset(source),
             out,
             column=column,
+            of=of,
             name=vectors,
             model=model,
             device=device,
             overwrite=overwrite,
             progress=progress,
         )
-    click.echo(f"{out}: items have a column {vectors}")
+    click.echo(f"{out}: {of} have a column {vectors}")
 
 
 data.add_command(sessions)

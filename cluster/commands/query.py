@@ -30,6 +30,7 @@ OPTIONS = {
     "vectors": "--vector",
     "features": "--features",
     "item_ids": "--item",
+    "texts": "--text",
     "params.nprobe": "--nprobe",
     "k": "-k",
     "return": "--show",
@@ -114,6 +115,7 @@ def _show(as_json: bool, report: dict[str, Any] | None, told: dict[str, Any] | N
     multiple=True,
     help="An item id: find similar items. With --data also an id of your own. Repeatable.",
 )
+@click.option("--text", help="Words to search by, where the cluster has a text encoder.")
 @click.option("--user", help="A user of the data set given by --data, by your own id.")
 @click.option("--data", type=click.Path(path_type=Path), help="Where --user and --item are known.")
 @click.option(
@@ -162,6 +164,7 @@ def query(
     vector: str | None,
     features: str | None,
     items: tuple[str, ...],
+    text: str | None,
     user: str | None,
     data: Path | None,
     show: str | None,
@@ -179,11 +182,12 @@ def query(
     key_file: Path | None,
     as_json: bool,
 ) -> None:
-    """Ask a running cluster for the top K, by vector, features, items or user.
+    """Ask a running cluster for the top K, by vector, features, items, text or user.
 
     Items that the cluster does not know are named, the others answered; the exit code is 3 then.
     """
-    given = {"--vector": vector, "--features": features, "--item": items, "--user": user}
+    given = {"--vector": vector, "--features": features, "--item": items, "--text": text}
+    given["--user"] = user
     if sum(value not in (None, ()) for value in given.values()) != 1:
         raise InvalidInput("say what to search for", expected=f"exactly one of {', '.join(given)}")
     if user is not None and data is None:
@@ -193,6 +197,8 @@ def query(
         body["vectors"] = [_numbers(vector)]
     elif items:
         body["item_ids"] = _item_ids(items, data)
+    elif text is not None:
+        body["texts"] = [text]
     elif features is not None:
         body["features"] = [_map(features, "--features", "not features", '{"age": 31}')]
     if given_filter is not None:

@@ -17,6 +17,7 @@ from shardline.cluster.preflight.open_files import (
     hard_limit,
     requests_in_flight,
 )
+from shardline.cluster.preflight.text_models import check_text_encoder
 from shardline.cluster.preflight.thread_limits import check_processes, room_for_threads
 from shardline.cluster.store import Store
 from shardline.shards.core.errors import Unavailable
@@ -65,6 +66,8 @@ def before_start(config: ShardlineConfig, own_url: str | None = None) -> list[Ch
     """Those of ``before_serving`` that Ray's own processes do not change: they hold while Ray runs,
     too."""
     checks = [check_store(Store(config.store.resolve()))]
+    if config.router.text_encoder is not None:
+        checks.append(check_text_encoder(config.router.text_encoder))
     if config.cluster.address == "local":
         checks.insert(0, check_http(config.cluster.http_host, config.cluster.http_port, own_url))
     return checks

@@ -18,6 +18,7 @@ from ray.serve.schema import ApplicationStatus
 from shardline.cluster.config import ClusterConfig, ShardlineConfig
 from shardline.cluster.control.actor_name import CONTROLLER_NAME
 from shardline.cluster.http_address import LOOPBACK, host_and_port, literal_address
+from shardline.cluster.preflight.text_models import with_absolute_folder
 from shardline.cluster.serving.ray_session import NAMESPACE
 from shardline.cluster.store import Store
 from shardline.router.http.auth import AuthSettings
@@ -62,7 +63,7 @@ def router_application(
         options["max_replicas_per_node"] = per_host
     deployment: Any = serve.deployment(RouterReplica).options(**options)
     application: serve.Application = deployment.bind(
-        config=config.router,
+        config=with_absolute_folder(config.router),
         controller=CONTROLLER_NAME,
         namespace=NAMESPACE,
         auth=auth,

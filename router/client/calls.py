@@ -114,6 +114,7 @@ class SearchFields(TypedDict, total=False):
     vectors: "ArrayLike | None"
     features: "Sequence[Mapping[str, Any]] | None"
     item_ids: "ArrayLike | None"
+    texts: "Sequence[str] | None"
     exclude_lists: "Sequence[str] | None"
     k: int | None
     timeout_ms: float | None
@@ -187,6 +188,7 @@ _CONVERTED: dict[str, Callable[[Any], Any]] = {
         {name: to_json(value) for name, value in dict(row).items()} for row in records(rows)
     ],
     "item_ids": to_ids,
+    "texts": lambda texts: texts if isinstance(texts, str) else listed(texts),
     "return_": lambda names: names if isinstance(names, str) else listed(names),
     "min_seq": listed,
     "filter": to_filter,

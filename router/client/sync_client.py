@@ -140,20 +140,21 @@ class Client(ClientCore):
         """ids (n, k) int64 and scores (n, k) float32, best first; empty slots are -1 and -inf.
 
         exclude_lists names lists, as ``put_list`` writes them, whose items are not to come back.
-        Exactly one of vectors (n, dim), features (n maps), item_ids (n,). What else is left out is
-        the server's choice: k results per query, timeout_ms it may take, min_coverage (share of
-        rows below which the answer is Unavailable), params (SearchParams) of the index, min_seq
-        (the ``seq`` of an answer: of each shard, how many writes it must have applied to be asked),
-        background (True: it gives way to all other searches), exact (True: every item is scored,
-        which takes long: for measuring recall), filter (only items that match it: a map as
-        docs/FILTERS.md describes it, or a list with one per query, None for none), exclude (a list
-        with one list or array of item ids per query, which do not come back), exclude_lists (names
-        of lists whose items do not come back), exclude_history (True: nor do the items of the
-        history feature), cap, boost, diversify (at most so many items per value of an attribute,
-        scores by attributes, different items: maps as docs/RESULTS.md describes them). return_
-        names attributes of items that the answer is to bring, return_original_ids the ids they had
-        before their import. experiment_key (who asks) makes the search part of the server's
-        experiments; the answer's ``arms`` says how.
+        Exactly one of vectors (n, dim), features (n maps), item_ids (n,), texts (n strings, for the
+        text encoder of the server: docs/TEXT.md). What else is left out is the server's choice: k
+        results per query, timeout_ms it may take, min_coverage (share of rows below which the
+        answer is Unavailable), params (SearchParams) of the index, min_seq (the ``seq`` of an
+        answer: of each shard, how many writes it must have applied to be asked), background (True:
+        it gives way to all other searches), exact (True: every item is scored, which takes long:
+        for measuring recall), filter (only items that match it: a map as docs/FILTERS.md describes
+        it, or a list with one per query, None for none), exclude (a list with one list or array of
+        item ids per query, which do not come back), exclude_lists (names of lists whose items do
+        not come back), exclude_history (True: nor do the items of the history feature), cap, boost,
+        diversify (at most so many items per value of an attribute, scores by attributes, different
+        items: maps as docs/RESULTS.md describes them). return_ names attributes of items that the
+        answer is to bring, return_original_ids the ids they had before their import. experiment_key
+        (who asks) makes the search part of the server's experiments; the answer's ``arms`` says
+        how.
 
         Raises:
             InvalidInput: a field is wrong; field names which.

@@ -183,11 +183,15 @@ class Number:
         self._missing: bool = config.get("missing", False)  # earlier encoders had no nulls
         self._newest: float | None = config.get("newest")
         self._cycles: list[str] = config.get("cycles", [])
+        # the id of the encoder that made the vectors of texts; None: they are not of texts
+        self.text_encoder: str | None = config.get("text_encoder")
         what = f"list of {len(self._mean)} finite numbers" if self._vector else "finite number"
         if self._newest is not None:
             what = "time as ISO 8601 text or in seconds since 1970"
         elif self._log:
             what += " >= 0"
+        elif self.text_encoder is not None:
+            what = f"text, or {what}"
         self.info = FeatureInfo(name=config["column"], kind="numeric", value=f"{what}, or null")
 
     def rows(self, values: list[Any]) -> FloatArray:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shardline.router.encoder.history_rows import NewItems
-from shardline.router.encoder.inputs import History
+from shardline.router.encoder.inputs import History, Number
 from shardline.router.encoder.tower import ExportedTower
 from shardline.shards.core.encoder_files import Weights, read_encoder
 from shardline.shards.core.errors import CorruptFile, InvalidInput
@@ -25,6 +25,12 @@ class QueryEncoder:
         self._tower = ExportedTower(config, weights)
         self.dim = self._tower.dim
         self.has_history = any(isinstance(each, History) for each in self._tower.inputs)
+        # of each feature that takes a text instead of its vector, the id of the text encoder
+        self.text_encoders: dict[str, str] = {
+            each.info.name: each.text_encoder
+            for each in self._tower.inputs
+            if isinstance(each, Number) and each.text_encoder is not None
+        }
 
     @property
     def features(self) -> list[dict[str, str]]:

@@ -112,21 +112,31 @@ class TableSnapshot:
             EncoderUnavailable: there is one, and it did not load.
             VersionMismatch: the encoder is of another model.
         """
-        encoder = self.encoder
-        if encoder is None:
-            raise InvalidInput(
-                "this generation has no query encoder",
-                field="features",
-                hint="its vectors were imported; send vectors or item_ids",
-            )
-        if isinstance(encoder, UnusableEncoder):
-            raise _unavailable("query", encoder, "send vectors or item_ids")
-        self._check_model("query", encoder.model_version)
+        encoder = self.query_encoder("features")
         encode = partial(encoder.encode, features)
         if new_items is not None:
             assert isinstance(encoder, QueryEncoder)
             encode = partial(encoder.encode, features, new_items)
         return encode() if len(features) <= ENCODE_IN_LOOP else await asyncio.to_thread(encode)
+
+    def query_encoder(self, field: str) -> Encoder:
+        """The query encoder that belongs to the table; field: what errors call what needs it.
+
+        Raises:
+            InvalidInput: there is none. EncoderUnavailable: there is one, and it did not load.
+            VersionMismatch: it is of another model.
+        """
+        encoder = self.encoder
+        if encoder is None:
+            raise InvalidInput(
+                "this generation has no query encoder",
+                field=field,
+                hint="its vectors were imported; send vectors or item_ids",
+            )
+        if isinstance(encoder, UnusableEncoder):
+            raise _unavailable("query", encoder, "send vectors or item_ids", field)
+        self._check_model("query", encoder.model_version)
+        return encoder
 
     def encoder_of_new_items(self) -> ItemEncoder | None:
         """What makes items that the query encoder does not know countable in histories.
@@ -218,10 +228,12 @@ class TableSnapshot:
         }
 
 
-def _unavailable(of: str, encoder: UnusableEncoder, instead: str) -> EncoderUnavailable:
+def _unavailable(
+    of: str, encoder: UnusableEncoder, instead: str, field: str = "features"
+) -> EncoderUnavailable:
     return EncoderUnavailable(
         f"the {of} encoder of this generation could not be loaded",
-        field="features",
+        field=field,
         got=encoder.reason.code,
         hint=f"{instead}; `shardline status` says what is wrong with it",
     )

@@ -27,6 +27,7 @@ PROBES: tuple[dict[str, Any], ...] = (
     {QueryKind.FEATURES.value: [{}]},
     {QueryKind.ITEM_IDS.value: [0]},
     {QueryKind.ITEM_IDS.value: [0, 1]},
+    {QueryKind.TEXTS.value: ["a"]},
 )
 
 

@@ -22,6 +22,7 @@ from shardline.router.http.media import Media
 from shardline.router.http.models import ParamsBody, SearchBody, SeqOriginBody
 from shardline.router.http.problems import from_validation, short_name, unknown_field, wrong_type
 from shardline.router.http.rearrange_body import read_rearrangement
+from shardline.router.http.text_fields import to_texts
 from shardline.router.limits import check_batch, resolve
 from shardline.router.list_names import check_list_name
 from shardline.router.query import QueryKind, ResolvedQuery, SearchAnswer, SeqOrigin
@@ -110,6 +111,7 @@ def _query_of(content: Mapping[Any, Any], config: RouterConfig) -> ResolvedQuery
         vectors=None if vectors is None else to_matrix(vectors, "vectors", config.max_batch),
         features=None if features is None else _features(features, config.max_batch),
         item_ids=None if item_ids is None else to_ids(item_ids, "item_ids", config.max_batch),
+        texts=None if parsed.texts is None else to_texts(parsed.texts, config.max_batch),
         exclude_lists=_list_names(parsed.exclude_lists),
         k=parsed.k,
         timeout_ms=parsed.timeout_ms,

@@ -16,7 +16,7 @@ from shardline.router.http.rearrange_schema import BOOST_FIELD, CAP_FIELD, DIVER
 from shardline.router.http.text_fields import KeyText
 from shardline.router.http.write_models import TABLE_VERSION, FailedPartBody
 from shardline.router.list_names import MAX_EXCLUDE_LISTS
-from shardline.router.router_config import QUERIES_IN_TIME
+from shardline.router.router_config import MAX_TEXT_CHARS, QUERIES_IN_TIME
 from shardline.shards.core.messages import (
     MAX_EF_SEARCH,
     MAX_NPROBE,
@@ -59,7 +59,7 @@ class SeqOriginBody(_Body):
 
 
 class SearchBody(_Body):
-    """Exactly one of vectors, features, item_ids; everything else is optional."""
+    """Exactly one of vectors, features, item_ids, texts; everything else is optional."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -79,6 +79,13 @@ class SearchBody(_Body):
     item_ids: Annotated[list[int] | None, SkipValidation] = Field(
         default=None,
         description="items whose neighbours are asked for; an item is left out of its own answer",
+    )
+    texts: Annotated[list[str] | None, SkipValidation] = Field(
+        default=None,
+        description="one text per query, encoded by the cluster's text encoder "
+        f"(router.text_encoder), of at most {MAX_TEXT_CHARS} characters and the tokens that its "
+        "model reads; where the query tower has other features too, send features, with the text "
+        "in its own",
     )
     exclude_lists: list[str] = Field(
         default_factory=list,  # a default is copied deeply for every request

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ LATE_S = 5.0  # after the end of a poll: there will be no answer
 RETRY_S = 0.5
 SECRET_S = 30.0
 FIRST_TABLE_S = 300.0  # above ENCODER_WAIT_S
+TEXT_ENCODER_S = 60.0
 # pauses between attempts to load an encoder that is damaged: its files may be large
 FIRST_MEND_S, LAST_MEND_S = 5.0, 60.0
 END_S = 5.0  # after the server's end, when Serve should have ended the process
@@ -130,6 +132,9 @@ class RouterReplica:
         )
         self._following = [asyncio.ensure_future(each) for each in follow]
         await asyncio.wait_for(self._has_table.wait(), FIRST_TABLE_S)
+        with suppress(TimeoutError):  # all but texts are answered without it
+            async with asyncio.timeout(TEXT_ENCODER_S):
+                await self._service.texts.loaded()
         self._exporter = RayExporter(self._service.recorder, self._service.refresh_metrics)
         prepare_memory(huge_pages=self._huge_pages)
 

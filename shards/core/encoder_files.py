@@ -52,6 +52,7 @@ from safetensors.numpy import load, load_file, save_file
 
 from shardline.shards.core.errors import CorruptFile, NewerFormat, NotFound
 from shardline.shards.core.files import sha256_of, write_json
+from shardline.shards.core.schema import Metric
 from shardline.shards.core.small_files import MAX_VOCABULARY_BYTES, parse_json, read_small
 
 FORMAT_VERSION = 5  # 1 had neither projection nor attention, and is read as without them
@@ -60,6 +61,7 @@ WITHOUT_KINDS = 4  # what a reader takes that makes all vectors of length one, i
 WITHOUT_CYCLES = 3  # what a reader before cycles takes
 # in an embedding set and in a generation
 QUERY_ENCODER_FOLDER, ITEM_ENCODER_FOLDER = "query_encoder", "item_encoder"
+TEXT_FEATURE = "text"  # of a query tower without weights
 CONFIG, WEIGHTS = "encoder.json", "weights.safetensors"
 MAPPED = ".npy"
 # Weights up to this size are verified as the bytes that are then parsed. Larger ones are read
@@ -112,6 +114,32 @@ def write_encoder(folder: Path, config: dict[str, Any], weights: Weights) -> Non
     if "tied" in config or "metric" in config or config.get("audience"):
         version = FORMAT_VERSION
     write_json(folder / CONFIG, {"format_version": version, **config, "sha256": checksums})
+
+
+def write_text_tower(folder: Path, *, version: str, encoder: str, dim: int, metric: Metric) -> None:
+    """Makes the folder of a query tower that gives a text the vector of the text encoder.
+
+    Its one feature, ``text``, is the vector as it is, or of length one under cosine.
+    """
+    feature = {
+        "kind": "numeric",
+        "column": TEXT_FEATURE,
+        "log": False,
+        "vector": True,
+        "mean": [0.0] * dim,
+        "deviation": [1.0] * dim,
+        "missing": False,
+        "text_encoder": encoder,
+    }
+    config = {
+        "model_version": version,
+        "dim": dim,
+        "projection": "identity",
+        "features": [feature],
+        **({} if metric is Metric.COSINE else {"metric": "dot"}),  # dot keeps the lengths
+    }
+    folder.mkdir()
+    write_encoder(folder, config, {})
 
 
 def read_encoder(folder: Path, checksum: str | None = None) -> tuple[dict[str, Any], Weights]:

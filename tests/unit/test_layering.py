@@ -13,8 +13,11 @@ FOLDERS = ("cluster", "router", "shards", "training", "bench")
 # folder -> what of other folders its modules may import; a package stands for all below it
 ALLOWED = {
     "shards": (),
-    "router": ("shards.core", "shards.wire", "shards.process.memory", "shards.process.ray_metrics"),
-    "training": ("shards.core", "shards.storage", "router.client"),
+    "router": (
+        *("shards.core", "shards.text", "shards.wire"),
+        *("shards.process.memory", "shards.process.ray_metrics"),
+    ),
+    "training": ("shards.core", "shards.storage", "shards.text", "router.client"),
     "cluster": ("router", "shards", "training.config"),
     "bench": FOLDERS,
 }
@@ -27,6 +30,7 @@ BELOW = {
     "shards/storage": ("core", "index"),
     "shards/filters": ("core",),
     "shards/live": ("core", "filters", "index", "storage"),
+    "shards/text": ("core",),
     "shards/wire": ("core",),
     "shards/server": ("core", "filters", "index", "live", "storage", "wire"),
     "shards/process": ("core", "filters", "index", "live", "server", "storage"),
@@ -38,6 +42,7 @@ BELOW = {
     "router/lists": (),
     "router/rearrange": ("fanout",),
     "router/serve": ("http",),
+    "router/text": ("fanout",),
     "training/config": (),
     "training/data": (),
     "training/features": ("config", "data"),

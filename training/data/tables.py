@@ -50,6 +50,7 @@ VERSION = 1
 USERS, ITEMS, INTERACTIONS = "users.parquet", "items.parquet", "interactions.parquet"
 ORACLE = "oracle.safetensors"
 ITEM_TO_ITEM = "item_to_item"  # among the parameters of the manifest
+TEXT_ENCODERS = "text_encoders"  # likewise: "items.<column>" or "users.<column>" -> encoder id
 
 
 @dataclass(frozen=True)  # no slots, which would leave the cached properties no place
@@ -91,6 +92,11 @@ class Dataset:
         """Whether users are the items themselves, asked for what goes with them: nothing asks for
         itself, and what is known may be found again (``training.data.session_import``)."""
         return bool((self.manifest["parameters"] or {}).get(ITEM_TO_ITEM, False))
+
+    @property
+    def text_encoders(self) -> dict[str, str]:
+        """Which text encoder made a vector column, by "items.<column>" or "users.<column>"."""
+        return dict((self.manifest["parameters"] or {}).get(TEXT_ENCODERS, {}))
 
     @property
     def rows(self) -> dict[str, int]:

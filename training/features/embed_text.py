@@ -1,107 +1,95 @@
 """Vectors of texts by a transformer, computed once and kept as a vector column of a data set.
 
-Needs the extra ``text`` and a model in a local folder, as ``save_pretrained`` writes it; nothing is
-fetched from anywhere and no code of the model's is run. Serving never runs the transformer: the
-column is a numeric feature, of the item tower as a rule, since a query would have to bring its
-vector along. Texts of queries are for the hashed n-grams of ``training.features.columns``.
+The model is a local folder or an installed package that carries one (``shards.text``); nothing is
+fetched from anywhere and no code of the model's is run. Of items the column is a numeric feature of
+the item tower, or what is built as it is; of users, who are queries in a product search, one of the
+query tower, and a query may bring its text instead: routers run the same model
+(docs/TEXT.md). Which model made a column stands in the manifest's parameters, ``text_encoders``.
 """
 
-import importlib
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
-from shardline.shards.core.errors import ConfigError, DataError, NotFound
+from shardline.shards.core.errors import DataError
 from shardline.shards.core.progress import Progress
-from shardline.shards.core.schema import FloatArray
+from shardline.shards.text.text_encoder import TextEncoder
 from shardline.training.data.table_writer import write_dataset
-from shardline.training.data.tables import ITEM_TO_ITEM, ITEMS, Dataset, vector_column
+from shardline.training.data.tables import (
+    ITEM_TO_ITEM,
+    ITEMS,
+    TEXT_ENCODERS,
+    USERS,
+    Dataset,
+    vector_column,
+)
 from shardline.training.features.columns import column_of, strings
+from shardline.training.features.torch_bert import TorchBert
 
-TEXTS_PER_BATCH = 64
-MAX_TOKENS = 128  # of a text; attention costs their square, and titles are short
-
-
-class TextEncoder:
-    """A transformer from a folder; mean of its last layer over a text's tokens."""
-
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Raises NotFound without a model there, ConfigError without the ``text`` extra."""
-        if not (folder / "config.json").is_file():
-            raise NotFound(
-                f"{folder}: no model here",
-                expected="config.json, model.safetensors and the tokenizer's files",
-                hint="copy a model into a local folder; none is downloaded",
-            )
-        library = _transformers()
-        try:
-            self._tokenizer = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = library.AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError) as error:
-            raise NotFound(f"{folder}: not a model that can be loaded", got=str(error)) from error
-        self._model = model.to(device).eval()
-        self._device = device
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], progress: Progress | None = None) -> FloatArray:
-        """(n, width) float32, in order. Progress stage: ``texts``."""
-        parts = [np.empty((0, self._model.config.hidden_size), np.float32)]
-        for start in range(0, len(texts), TEXTS_PER_BATCH):
-            batch = list(texts[start : start + TEXTS_PER_BATCH])
-            tokens = self._tokenizer(
-                batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-            ).to(self._device)
-            states: Tensor = self._model(**tokens).last_hidden_state
-            weights = tokens["attention_mask"][:, :, None].to(states.dtype)
-            mean = (states * weights).sum(1) / weights.sum(1).clamp(min=1)
-            parts.append(mean.float().cpu().numpy())
-            if progress is not None:
-                progress("texts", start + len(batch), len(texts))
-        return np.concatenate(parts)
+Of = Literal["items", "users"]
 
 
-def embed_items(
+def embed_texts(
     dataset: Dataset,
     target: Path,
     *,
     column: str,
     name: str,
-    model: Path,
+    model: str,
+    of: Of = "items",
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Writes the data set to ``target`` with a vector column ``name`` of the items' texts, of users
-    who are items too.
+    """Writes the data set to ``target`` with a vector column ``name`` of the texts of its items, or
+    of its users; of both where users are items. Of longer texts the model reads the beginning, and
+    a null is an empty text.
 
     Raises:
-        DataError: ``column`` is missing or no text, or there is a column ``name`` already.
-        NotFound, ConfigError: as ``TextEncoder``.
+        DataError: ``column`` is missing or no text, there is a column ``name`` already, or another
+            model made columns of this data set.
+        NotFound, ConfigError, CorruptFile: as ``TextEncoder.load``.
     """
-    items = dataset.items()
-    texts = strings(column_of(items, column, ITEMS), ITEMS, column)
-    if name in items.column_names:
+    tables = {"items": (dataset.items, ITEMS), "users": (dataset.users, USERS)}
+    read, where = tables[of]
+    table = read()
+    texts = strings(column_of(table, column, where), where, column)
+    both = (table, dataset.users()) if dataset.item_to_item else (table,)
+    if any(name in each.column_names for each in both):
         raise DataError(
-            "column occurs twice", field=f"{ITEMS}: {name}", hint="--name gives it another name"
+            "column occurs twice", field=f"{where}: {name}", hint="--name gives it another name"
         )
-    vectors = TextEncoder(model, device).encode(texts.to_pylist(), progress)
+    encoder = TextEncoder.load(model, partial(TorchBert, device=device))
+    made = dataset.text_encoders
+    others = {other for other in made.values() if other != encoder.model.id}
+    if others:
+        raise DataError(
+            "another text encoder made vectors of this data set",
+            field=", ".join(sorted(made)),
+            expected=f"encoder {', '.join(sorted(others))}",
+            got=f"{encoder.model.id} ({encoder.model.name})",
+            hint="a router has one: use one for all texts",
+        )
+    given_texts = [text or "" for text in texts.to_pylist()]
+    vectors = encoder.encode(given_texts, cut=True, progress=progress)
     embedded = pa.chunked_array([vector_column(vectors)])
-    users = dataset.users()
-    parameters: dict[str, Any] = {"text_column": column, "text_model": model.name}
-    if dataset.item_to_item:  # its users are its items, row by row
-        users = users.append_column(name, embedded)
+    given = {"items": dataset.items(), "users": dataset.users()}
+    for each in given if dataset.item_to_item else (of,):  # whose users are its items, row by row
+        given[each] = given[each].append_column(name, embedded)
+        made = made | {f"{each}.{name}": encoder.model.id}
+    parameters: dict[str, Any] = {
+        "text_column": column,
+        "text_model": encoder.model.name,
+        TEXT_ENCODERS: made,
+    }
+    if dataset.item_to_item:
         parameters[ITEM_TO_ITEM] = True
     return write_dataset(
         target,
-        users,
-        items.append_column(name, embedded),
+        given["users"],
+        given["items"],
         dataset.interactions(),
         name=dataset.name,
         ceilings=dataset.ceilings,
@@ -109,14 +97,3 @@ def embed_items(
         cut=dataset.cut,
         overwrite=overwrite,
     )
-
-
-def _transformers() -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "the transformers library is not installed",
-            expected='the extra "text"',
-            hint="pip install 'shardline[text]', or use a text feature, which hashes n-grams",
-        ) from error
