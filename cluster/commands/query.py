@@ -186,8 +186,13 @@ def query(
 
     Items that the cluster does not know are named, the others answered; the exit code is 3 then.
     """
-    given = {"--vector": vector, "--features": features, "--item": items, "--text": text}
-    given["--user"] = user
+    given = {
+        "--vector": vector,
+        "--features": features,
+        "--item": items,
+        "--text": text,
+        "--user": user,
+    }
     if sum(value not in (None, ()) for value in given.values()) != 1:
         raise InvalidInput("say what to search for", expected=f"exactly one of {', '.join(given)}")
     if user is not None and data is None:

@@ -218,6 +218,15 @@ def test_caps_boosts_and_diversity_are_passed_on(
     assert cluster.asked[-1].keys().isdisjoint(expected)
 
 
+def test_a_text_is_sent_as_it_is_typed(
+    cluster: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert query(capsys, "--text", "red shoes")[0] == 0
+    assert cluster.asked[-1]["texts"] == ["red shoes"]
+    code, _, err = query(capsys, "--text", "red shoes", "--item", "42")
+    assert code == 2 and "exactly one of" in err and "--text" in err
+
+
 @pytest.mark.parametrize(("index", "warns"), [("flat", True), ("hnsw", True), ("ivfpq-fs", False)])
 def test_nprobe_for_an_index_without_lists_is_a_warning(
     cluster: FakeClient, capsys: pytest.CaptureFixture[str], index: str, warns: bool
@@ -258,7 +267,7 @@ def test_a_refusal_names_options(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "exactly one of --vector, --features, --item, --user"),
+        ((), "exactly one of --vector, --features, --item, --text, --user"),
         (("--item", "1", "--vector", "[1]"), "exactly one of"),
         (("--user", "1"), "--user needs --data"),
         (("--vector", "[1,"), "--vector: not JSON; expected a list of numbers"),

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from shardline.shards.core.encoder_files import read_encoder
 from shardline.shards.core.errors import DataError, InvalidInput, NotFound
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.storage.vector_files import read_queries
+from shardline.shards.text.model_folder import describe_model
 from shardline.training.data.csr import Csr
 from shardline.training.data.table_writer import write_dataset
 from shardline.training.data.tables import ITEMS, Dataset
@@ -25,9 +27,11 @@ from shardline.training.evaluation.user_queries import (
     query_features,
 )
 from shardline.training.export import export
+from shardline.training.features.embed_text import embed_texts
 from shardline.training.loop.run_rank import train_rank
 from shardline.training.model.checkpoint import load_best
 from shardline.training.model.encoding import encode_items
+from tests.text_models import tiny_model
 from tests.tiny import ITEM_IDS, declared_run, tiny_config, tiny_dataset
 
 WHEN = "2026-01-01T00:00:00Z"
@@ -341,3 +345,20 @@ def test_queries_need_the_columns_of_the_model(trained: tuple[Path, Dataset]) ->
     _, dataset = trained
     with pytest.raises(NotFound, match="no column 'shoe_size'"):
         evaluate_through(lambda f, k: np.empty(0), dataset, kinds={"shoe_size": "numeric"})
+
+
+def test_a_query_tower_of_texts_takes_them_and_knows_their_encoder(tmp_path: Path) -> None:
+    tiny, model = tiny_dataset(tmp_path / "data"), tiny_model(tmp_path / "model")
+    users = tiny.users().append_column("words", pa.array(["red shoes"] * tiny.rows["users"]))
+    dataset = write_dataset(tmp_path / "w", users, tiny.items(), tiny.interactions(), name="w")
+    options: dict[str, Any] = {"column": "words", "name": "v", "of": "users"}
+    embedded = embed_texts(dataset, tmp_path / "e", model=str(model), **options)
+    towers = tiny_config().model_dump()["towers"]
+    towers["query"]["features"] = [{"kind": "numeric", "column": "v"}]
+    run_folder = declared_run(tmp_path / "run", tiny_config(epochs=1, towers=towers), embedded)
+    train_rank(run_folder, torch.device("cpu"))
+    written = export(run_folder, embedded.path, tmp_path, created_at=WHEN)
+    assert written.encoder_folder is not None
+    encoder = QueryEncoder.load(written.encoder_folder)
+    assert encoder.text_encoders == {"v": describe_model(model).id}
+    assert encoder.features[0]["value"] == "text, or list of 8 finite numbers, or null"
