@@ -211,6 +211,7 @@ class RouterConfig(BaseModel):
     text_encoder: str | None = Field(
         default=None,
         min_length=1,
+        max_length=4096,
         description="Text encoder for queries by text (docs/TEXT.md): a folder on every host that "
         "runs a router, or an installed Python package that carries the model. It must be the one "
         "that `shardline data embed-text` had. null encodes no texts.",

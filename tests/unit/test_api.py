@@ -675,6 +675,7 @@ def test_openapi_describes_what_the_code_checks():
         "vectors",
         "features",
         "item_ids",
+        "texts",
         "k",
         "timeout_ms",
         "min_coverage",

@@ -192,7 +192,7 @@ def test_a_command_that_fails_ends_in_one_line(
         (("buidl",), "Did you mean 'build'?"),
         (("qurey",), "Did you mean 'query'?"),
         (("keys", "lsit"), "Did you mean 'list'?"),
-        (("query", "--itme", "3"), "Did you mean one of: '--filter', '--item'?"),
+        (("query", "--itme", "3"), "Did you mean one of: '--filter', '--item', '--text'?"),
         (("query", "--store", "x"), "--store goes before the command: `shardline --store ... que"),
         (("keys", "list", "-c", "x"), "-c goes before the command: `shardline -c ... keys list`."),
     ],
