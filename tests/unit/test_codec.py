@@ -30,8 +30,8 @@ CONFIG = RouterConfig()
 INF = np.float32(np.inf)
 KNOWN_FIELDS = (
     "vectors, features, item_ids, texts, exclude_lists, k, timeout_ms, min_coverage, params, "
-    "min_seq, min_seq_of, background, exact, filter, exclude, exclude_history, cap, boost, diversify, "
-    "return, return_original_ids, experiment_key"
+    "min_seq, min_seq_of, background, exact, filter, exclude, exclude_history, cap, boost, "
+    "diversify, return, return_original_ids, experiment_key"
 )
 REASON = Reason(query=1, code=ReasonCode.NOT_FOUND, text="why")
 

@@ -45,6 +45,10 @@ class Service:
 
     def __init__(self, *mended: Any) -> None:
         self.mended, self.calls, self.closed = list(mended), 0, False
+        self.texts = self
+
+    async def loaded(self) -> bool:  # the text encoder
+        return False
 
     async def mend_encoder(self) -> bool:
         self.calls += 1
