@@ -203,6 +203,8 @@ class Number:
                 continue
             if self._vector and (not isinstance(value, list | tuple) or len(value) != width):
                 got = f"{len(value)} values" if isinstance(value, list | tuple) else _kind(value)
+                if type(value) is str and self.text_encoder is not None:
+                    got = "a text, which routers alone encode"
                 raise Refused(row, got)
             for place, item in enumerate(value if self._vector else (value,)):
                 numbers[row, place] = self._checked(item, row, place)

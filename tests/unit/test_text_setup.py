@@ -16,7 +16,7 @@ from shardline.cluster.preflight.text_models import with_absolute_folder
 from shardline.cluster.store import Store
 from shardline.router.encoder.query_encoder import QueryEncoder
 from shardline.router.router_config import RouterConfig
-from shardline.shards.core.errors import ConfigError
+from shardline.shards.core.errors import ConfigError, InvalidInput
 from shardline.shards.storage.embedding_set import open_embedding_set
 from shardline.shards.text.text_encoder import TextEncoder
 from tests.text_models import WIDTH, tiny_model
@@ -44,6 +44,8 @@ def test_a_build_of_texts_takes_texts(tmp_path: Path, capsys: pytest.CaptureFixt
     assert encoder.text_encoders == {"text": text_encoder.model.id}
     vectors = text_encoder.encode(["red tent", "tent"])
     found = encoder.encode([{"text": vector.tolist()} for vector in vectors])
+    with pytest.raises(InvalidInput, match="a text, which routers alone encode"):
+        encoder.encode([{"text": "red tent"}])  # as a batch job would
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     np.testing.assert_allclose(found, unit, atol=1e-6)
     assert encoder.model_version == open_embedding_set(store.newest_embeddings()).model_version
