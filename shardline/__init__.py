@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardline.router.contract import Reason as Reason
     from shardline.router.contract import Unauthenticated as Unauthenticated
     from shardline.shards.core.errors import Behind as Behind
+    from shardline.shards.core.errors import CardFailed as CardFailed
     from shardline.shards.core.errors import DeadlineExceeded as DeadlineExceeded
     from shardline.shards.core.errors import DeltaFull as DeltaFull
     from shardline.shards.core.errors import EncoderUnavailable as EncoderUnavailable
@@ -48,6 +49,7 @@ else:
         "shards.core.errors": (
             *(
                 "Behind",
+                "CardFailed",
                 "DeadlineExceeded",
                 "DeltaFull",
                 "EncoderUnavailable",

@@ -55,6 +55,7 @@ from shardline.router.contract import (
 )
 from shardline.shards.core.errors import (
     Behind,
+    CardFailed,
     DeadlineExceeded,
     DeltaFull,
     EncoderUnavailable,
@@ -95,6 +96,7 @@ _KINDS: tuple[type[ShardlineError], ...] = (
     StoreFull,
     ListsUnavailable,
     EncoderUnavailable,
+    CardFailed,
     *REFUSALS,
 )
 _ERRORS = {kind.code: kind for kind in _KINDS}

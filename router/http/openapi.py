@@ -65,8 +65,8 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "payload_too_large",
         415: "unsupported_media_type",
         429: "overloaded: try again after Retry-After seconds",
-        503: "unavailable, version_mismatch or lists_unavailable: try again after Retry-After "
-        "seconds; "
+        503: "unavailable, card_failed, version_mismatch or lists_unavailable: try again after "
+        "Retry-After seconds; "
         "encoder_unavailable: no Retry-After, because waiting alone mends nothing",
         504: "deadline_exceeded: no shard answered in time",
     }

@@ -28,6 +28,7 @@ from shardline.router.contract import (
 )
 from shardline.shards.core.errors import (
     Behind,
+    CardFailed,
     DeadlineExceeded,
     DeltaFull,
     EncoderUnavailable,
@@ -81,6 +82,7 @@ PROBLEMS: dict[str, _Kind] = {
     NotPrimary.code: _Kind(503, "No replica takes writes now", retry=True),
     ReadOnly.code: _Kind(503, "Writes cannot be kept now", retry=True),
     StoreFull.code: _Kind(507, "The store is full"),
+    CardFailed.code: _Kind(503, "The cards of shards have failed", retry=True),
     ListsUnavailable.code: _Kind(503, "Lists cannot be read now", retry=True),
     EncoderUnavailable.code: _Kind(503, "The query encoder cannot be used"),
     DeadlineExceeded.code: _Kind(504, "Deadline exceeded"),
