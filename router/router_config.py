@@ -217,7 +217,7 @@ class RouterConfig(BaseModel):
         "that `shardline data embed-text` had. null encodes no texts.",
     )
     text_max_waiting: int = Field(
-        default=256,
+        default=64,
         ge=1,
         le=65536,
         description="[texts] Texts that wait for the text encoder of one router; more are refused "

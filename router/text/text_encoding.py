@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ from shardline.shards.core.schema import FloatArray
 logger = logging.getLogger(__name__)
 
 TEXTS_AT_ONCE = 32
+CHARACTERS_AT_ONCE = 8192  # of one list, unless it is one text: what others wait for meanwhile
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0  # before the process is started again
 LOAD_S = 300.0  # a model of gigabytes from a slow disk
+REPLY_S = 60.0  # to one list; a process that takes longer hangs
 END_S = 2.0  # after its pipe was closed
 # each of them sets the threads of one of numpy's libraries
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -153,9 +156,10 @@ class TextEncoding:
                 hint="try again after the time in Retry-After",
             )
         loop = asyncio.get_running_loop()
+        starts = _starts_of(texts)
         parts = [
-            _Part(texts[start : start + TEXTS_AT_ONCE], deadline, loop.create_future())
-            for start in range(0, len(texts), TEXTS_AT_ONCE)
+            _Part(texts[start:end], deadline, loop.create_future())
+            for start, end in pairwise([*starts, len(texts)])
         ]
         self._waiting.extend(parts)
         self._texts += len(texts)
@@ -168,13 +172,13 @@ class TextEncoding:
         except TimeoutError as error:
             raise DeadlineExceeded("the text encoder did not answer in time") from error
         vectors: list[FloatArray] = []
-        for number, each in enumerate(found):
+        for start, each in zip(starts, found, strict=True):
             if isinstance(each, BaseException):
                 raise each
             if isinstance(each, TooManyTokens):
                 raise InvalidInput(
                     "text too long",
-                    field=fields[number * TEXTS_AT_ONCE + each.place],
+                    field=fields[start + each.place],
                     expected=f"<= {each.most} tokens",
                     got=f"{each.tokens} tokens",
                 )
@@ -239,13 +243,17 @@ class TextEncoding:
             assert isinstance(first, Hello), first
             self._loaded, self._pause = first, FIRST_PAUSE_S
             self._changed.set()
+            ended = asyncio.ensure_future(process.wait())
             while True:
-                parts = await self._take()
-                process.stdin.write(frame([text for part in parts for text in part.texts]))
+                parts = await self._take_unless(ended)
                 await self._answer(parts, process.stdin, process.stdout)
         except TimeoutError:  # an OSError, too
             return Absence(Unavailable.code, f"it was not loaded within {LOAD_S:g} s")
-        except (EOFError, OSError):
+        except (
+            EOFError,
+            OSError,
+            RuntimeError,
+        ):  # the last one of uvloop, of a pipe that is closed
             return Absence(Unavailable.code, "its process has ended")
         finally:
             self._loaded = None
@@ -258,17 +266,33 @@ class TextEncoding:
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         return os.environ | {"PYTHONPATH": path} | dict.fromkeys(THREADS, str(self._threads))
 
+    async def _take_unless(self, ended: "asyncio.Future[int]") -> list[_Part]:
+        """What ``_take`` returns. Raises EOFError: the process has ended before."""
+        taking = asyncio.ensure_future(self._take())
+        try:
+            either: set[asyncio.Future[Any]] = {taking, ended}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not taking.done():
+                raise EOFError
+            return taking.result()
+        finally:
+            taking.cancel()  # it takes nothing before it returns
+
     async def _take(self) -> list[_Part]:
         """Whatever waits and is still wanted, of at most TEXTS_AT_ONCE texts."""
         while True:
             parts: list[_Part] = []
-            count, now = 0, asyncio.get_running_loop().time()
+            count, size, now = 0, 0, asyncio.get_running_loop().time()
             while self._waiting and count + len(self._waiting[0].texts) <= TEXTS_AT_ONCE:
+                more = sum(map(len, self._waiting[0].texts))
+                if parts and size + more > CHARACTERS_AT_ONCE:
+                    break
                 part = self._waiting.popleft()
                 self._texts -= len(part.texts)
                 if not part.found.done() and part.deadline > now:
                     parts.append(part)
                     count += len(part.texts)
+                    size += more
             if parts:
                 return parts
             self._arrived.clear()
@@ -280,11 +304,15 @@ class TextEncoding:
     ) -> None:
         """Of a list that is too long for the model, the parts are asked for one by one."""
         try:
-            await texts.drain()
-            reply = await _next(replies)
+            texts.write(frame([text for part in parts for text in part.texts]))
+            try:
+                async with asyncio.timeout(REPLY_S):
+                    await texts.drain()
+                    reply = await _next(replies)
+            except TimeoutError as error:
+                raise EOFError("no answer") from error
             if isinstance(reply, TooManyTokens) and len(parts) > 1:
                 for part in parts:
-                    texts.write(frame(list(part.texts)))
                     await self._answer([part], texts, replies)
                 return
         except BaseException:
@@ -324,3 +352,16 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
     with suppress(ProcessLookupError):
         process.kill()
     await process.wait()
+
+
+def _starts_of(texts: Sequence[str]) -> list[int]:
+    """Where parts of one request begin: none has more than TEXTS_AT_ONCE texts, nor more than
+    CHARACTERS_AT_ONCE but for a single text."""
+    starts, size = [0], 0
+    for place, text in enumerate(texts):
+        is_full = place - starts[-1] == TEXTS_AT_ONCE or size + len(text) > CHARACTERS_AT_ONCE
+        if is_full and place > starts[-1]:
+            starts.append(place)
+            size = 0
+        size += len(text)
+    return starts

@@ -21,6 +21,9 @@ from shardline.shards.text.model_folder import (
 from shardline.shards.text.word_piece import WordPiece
 
 TEXTS_AT_ONCE = 32  # of similar length, so that little is padding
+# With padding: a long text beside 31 short ones would cost as much as 32 long ones, and the tables
+# of attention would leave the caches.
+TOKENS_AT_ONCE = 2048
 
 # numbers (n, t) int64 and mask (n, t), False in padding, to states (n, t, width) float32
 Layers: TypeAlias = Callable[[IdArray, NDArray[np.bool_]], FloatArray]
@@ -80,11 +83,17 @@ class TextEncoder:
                 lists[place] = [*numbers[: longest - 1], numbers[-1]]
         vectors = np.empty((len(texts), self.model.width), np.float32)
         order = sorted(range(len(texts)), key=lambda place: len(lists[place]))
-        for start in range(0, len(order), TEXTS_AT_ONCE):
-            places = order[start : start + TEXTS_AT_ONCE]
+        start = 0
+        while start < len(order):
+            end = start + 1
+            most = min(start + TEXTS_AT_ONCE, len(order))
+            while end < most and (end + 1 - start) * len(lists[order[end]]) <= TOKENS_AT_ONCE:
+                end += 1
+            places = order[start:end]
             vectors[places] = self._pooled([lists[place] for place in places])
             if progress is not None:
-                progress("texts", start + len(places), len(texts))
+                progress("texts", end, len(texts))
+            start = end
         return vectors
 
     def _pooled(self, lists: list[list[int]]) -> FloatArray:

@@ -63,7 +63,12 @@ class WordPiece:
         """Those of [CLS], the text's pieces, [SEP]."""
         found = [self._first]
         for word in self._words(text):
-            found.extend(self._pieces(word))
+            if (
+                len(word) > self._longest_word
+            ):  # not kept: long words of one letter each fill memory
+                found.append(self._unknown)
+            else:
+                found.extend(self._pieces(word))
         found.append(self._last)
         return found
 
@@ -90,8 +95,6 @@ class WordPiece:
                 yield run[start:]
 
     def _pieces_of(self, word: str) -> tuple[int, ...]:
-        if len(word) > self._longest_word:
-            return (self._unknown,)
         found, start = [], 0
         while start < len(word):
             prefix = self._prefix if start else ""

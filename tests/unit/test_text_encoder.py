@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from shardline.shards.core.errors import ConfigError, CorruptFile, NotFound
+from shardline.shards.text import text_encoder
 from shardline.shards.text.model_folder import describe_model, find_model
 from shardline.shards.text.text_encoder import TextEncoder, TooLong
 from shardline.training.features.torch_bert import TorchBert
@@ -111,6 +112,34 @@ def test_texts_that_are_too_long(tmp_path: Path) -> None:
     assert (caught.value.place, caught.value.tokens) == (1, 9)
     cut = encoder.encode(["red red red red red red red"], cut=True)
     np.testing.assert_array_equal(cut, encoder.encode(["red red red red red red"]))
+
+
+def test_a_long_text_does_not_make_the_short_ones_beside_it_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = TextEncoder.load(str(tiny_model(tmp_path / "model")))
+    texts = ["red"] * 31 + ["red " * 6]
+    expected = np.concatenate([encoder.encode([text]) for text in texts])
+    shapes, layers = [], encoder._layers
+
+    def counted(numbers: Any, mask: Any) -> Any:
+        shapes.append(numbers.shape)
+        return layers(numbers, mask)
+
+    monkeypatch.setattr(encoder, "_layers", counted)
+    monkeypatch.setattr(text_encoder, "TOKENS_AT_ONCE", 100)
+    found = encoder.encode(texts)
+    assert shapes == [(31, 3), (1, 8)]
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+def test_words_that_are_too_long_are_not_kept(tmp_path: Path) -> None:
+    encoder = TextEncoder.load(str(tiny_model(tmp_path / "model")))
+    tokenizer = encoder._tokenizer
+    before = tokenizer._pieces.cache_info().currsize
+    long = "x" * (tokenizer._longest_word + 1)
+    assert len(tokenizer.numbers(f"{long} {long}y")) == 4
+    assert tokenizer._pieces.cache_info().currsize == before
 
 
 def test_the_id_is_of_what_decides_on_vectors(tmp_path: Path) -> None:

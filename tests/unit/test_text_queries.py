@@ -164,6 +164,13 @@ async def test_what_waits_is_bounded_and_in_time(
         assert (await first).json()["ids"] == [[0]]
         assert (await second).json()["ids"] == [[1]] * 3
 
+        idle = process().pid
+        os.kill(idle, signal.SIGKILL)  # nobody waits: it is noticed all the same, and replaced
+        await until(lambda: not service.texts.describe()["loaded"])
+        await until(lambda: service.texts.describe()["loaded"])
+        assert process().pid != idle
+        assert (await ask(http, texts=["red shoe"], k=1)).json()["ids"] == [[0]]
+
         before = process().pid
         process().send_signal(signal.SIGSTOP)
         waiting = asyncio.ensure_future(ask(http, texts=["red shoe"]))
