@@ -441,3 +441,19 @@ def test_trials_side_by_side_are_decided_as_one_after_the_other(
         assert common and all(
             same_trial.values[rung] == found.state.trials[number].values[rung] for rung in common
         )
+
+
+def test_no_bracket_is_planned_that_trains_nothing(data: Dataset, tmp_path: Path) -> None:
+    """Many at once make many epochs affordable, but none in less time than it takes."""
+    clock = EpochClock()
+    result = search(
+        tiny_config(epochs=3, log_every_steps=10),
+        data.path,
+        tmp_path / "run",
+        minutes=2.0,
+        clock=clock,
+        on_event=clock.on_event,
+        together=TwoAtOnce(clock=clock, at_once=16),
+    )
+    for bracket in result.state.brackets:
+        assert any(result.state.trials[number].epochs for number in bracket.trials)

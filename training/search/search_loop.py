@@ -214,6 +214,8 @@ class SearchLoop:
         if planned is None:
             return False
         size, ladder = planned
+        if ladder[0] * self._own_s(self._base) > self._left_s():
+            return False  # however many train at once, the first rung takes its time
         candidates = [changes for changes in self._candidates(size) if self._affordable(changes)]
         if not candidates:
             return False
