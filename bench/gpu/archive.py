@@ -3,6 +3,7 @@
 python -m shardline.bench.gpu.archive [FILE]
 """
 
+import argparse
 import ast
 import sys
 import tarfile
@@ -77,7 +78,9 @@ def commands(target: Path) -> list[str]:
 
 def main() -> None:
     """Writes the archive and prints the two commands."""
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else f"{FOLDER}.tgz")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, default=Path(f"{FOLDER}.tgz"))
+    target: Path = parser.parse_args().file
     count = len(write(target))
     lines = [
         f"{target}: {count} files, {target.stat().st_size / 1024:.0f} KiB. Carry it to a machine "

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn import functional
 from shardline.bench.gpu.floors import TEMP_BYTES
 from shardline.bench.gpu.part_outcome import Timing
 from shardline.shards.core.errors import ConfigError
+from shardline.shards.index import cards
 
 FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]
@@ -122,14 +124,21 @@ def open_card(*, fake: bool) -> Iterator[Card]:
     faiss = import_module("faiss")
     if fake:
         double = import_module(DOUBLE)
-        with double.installed(double.Card(total_bytes=FAKE_CARD_BYTES)) as cards:
+        with (
+            double.installed(double.Card(total_bytes=FAKE_CARD_BYTES)) as there,
+            patch.object(
+                cards,
+                "memory_of",
+                lambda card: cards.Memory(there[card].free_bytes, FAKE_CARD_BYTES),
+            ),
+        ):
             yield Card(
                 faiss=faiss,
                 device=torch.device("cpu"),
                 fake=True,
                 name="no card: a double of the GPU build on this CPU",
-                total_bytes=cards[0].total_bytes,
-                memory=lambda: int(cards[0].free_bytes),
+                total_bytes=there[0].total_bytes,
+                memory=lambda: int(there[0].free_bytes),
             )
         return
     if not torch.cuda.is_available():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from shardline.bench.gpu.card import Card, Corpus, FloatArray, recall, time_calls
+from shardline.bench.gpu.card import Card, Corpus, FloatArray, IdArray, recall, time_calls
 from shardline.bench.gpu.floors import FP16_TABLES_FROM, GIB, Rates
 from shardline.bench.gpu.part_findings import Findings, Work
 from shardline.bench.gpu.sizes import Sizes
@@ -125,22 +125,21 @@ def correctness(work: Work, findings: Findings) -> None:
         resources = work.card.resources()
         on_card = work.card.put(index, resources, **clone_options(kind, code))
         tolerance = CLOSE_FP16 if "fp16" in kind or code >= FP16_TABLES_FROM else CLOSE
-        _compare(findings, kind, index, on_card, queries, sizes.k, tolerance)
+        found = index.search(queries, sizes.k), on_card.search(queries, sizes.k)
+        compare(findings, kind, *found, tolerance)
         _self_test(findings, kind, index, on_card, tolerance)
         del on_card, resources
 
 
-def _compare(
+def compare(
     findings: Findings,
     kind: str,
-    index: Any,
-    on_card: Any,
-    queries: FloatArray,
-    k: int,
+    on_cpu: tuple[FloatArray, IdArray],
+    on_card: tuple[FloatArray, IdArray],
     tolerance: float,
 ) -> None:
-    expected, expected_ids = index.search(queries, k)
-    got, got_ids = on_card.search(queries, k)
+    """Checks (n, k) scores and ids of the card against the CPU's."""
+    (expected, expected_ids), (got, got_ids) = on_cpu, on_card
     worst = float(np.abs(got - expected).max() / np.abs(expected).max())
     findings.check(
         f"{kind}: scores as on the CPU",

@@ -25,6 +25,7 @@ from shardline.bench.gpu.card import open_card
 from shardline.bench.gpu.floors import Rates
 from shardline.bench.gpu.part_findings import STOPPED, Findings, Work
 from shardline.bench.gpu.part_outcome import Outcome, Status, load, save
+from shardline.bench.gpu.shard_part import shard
 from shardline.bench.gpu.sizes import FULL, TINY, Sizes
 from shardline.bench.gpu.training_step import training_step
 from shardline.shards.core.errors import ConfigError, InvalidInput, ShardlineError
@@ -49,6 +50,7 @@ PARTS = (
     Part(MACHINE, 15, None),
     Part("correctness", 25, card_checks.correctness),
     Part("limits", 15, card_checks.limits),
+    Part("shard", 30, shard),
     Part("flat-10m", 15, partial(search_parts.flat, number=0)),
     Part("flat-100m", 40, partial(search_parts.flat, number=1)),
     Part("ivfpq-100m", 100, search_parts.pq_with_copies),

@@ -82,7 +82,7 @@ def kinds(work: Work, findings: Findings) -> None:
     truth = Truth(corpus.queries(sizes.truth_queries), sizes.k)
     for first, block in corpus.blocks():
         truth.see(first, block)
-    quantizer = _quantizer(work, corpus, lists)
+    quantizer = coarse_quantizer(work, corpus, lists)
     queries = corpus.queries(POOL).cpu().numpy()
     code_bytes = {"ivf": 4 * sizes.dim, "ivf fp16": 2 * sizes.dim, "ivf sq8": sizes.dim}
     for kind, index in cpu_kinds(card.faiss, quantizer, sizes.dim, lists, code).items():
@@ -259,7 +259,7 @@ def _recall(ask: Ask, corpus: Corpus, truth: Truth, queries: int) -> float:
     return recall(ids, truth.ids)
 
 
-def _quantizer(work: Work, corpus: Corpus, lists: int) -> Any:
+def coarse_quantizer(work: Work, corpus: Corpus, lists: int) -> Any:
     """A trained coarse quantiser on the CPU, its centroids found on the card."""
     sample = corpus.sample(min(corpus.rows, lists * work.sizes.sample_per_list))
     quantizer = work.card.faiss.IndexFlatIP(corpus.dim)
@@ -270,7 +270,7 @@ def _quantizer(work: Work, corpus: Corpus, lists: int) -> Any:
 def _trained(work: Work, corpus: Corpus, lists: int, code: int) -> Any:
     """An empty, trained IVF-PQ index on the CPU."""
     faiss = work.card.faiss
-    quantizer = _quantizer(work, corpus, lists)
+    quantizer = coarse_quantizer(work, corpus, lists)
     index = faiss.IndexIVFPQ(quantizer, corpus.dim, lists, code, 8, faiss.METRIC_INNER_PRODUCT)
     rows: FloatArray = corpus.sample(min(corpus.rows, QUANTISER_SAMPLE)).cpu().numpy()
     index.train(rows)

@@ -16,6 +16,7 @@ MEASURED_DIM = 128
 MEASURED_SHARDS = 4  # of the fan-out whose time and router's cost are known as a whole
 PLAN_COSTS = "python -m shardline.bench.plan_costs"
 BUSY = "niceness 15, other work on the machine (load 6)"
+QUIET = "no other work on the machine"
 TODAY = "2026-11-30"
 
 
@@ -67,23 +68,23 @@ class Latency:
 SEARCHES = Source(
     what="searches of one shard of 250,000 rows: call, centroid, list, row, candidate",
     date=TODAY,
-    conditions=f"processor time, the least of 5 rounds of 64 queries; {BUSY}",
+    conditions=f"processor time, the least of 5 rounds of 64 queries; {QUIET}",
     command=PLAN_COSTS,
 )
 # Centroids: 1 MiB of them, and 32 MiB, which lie in no cache of a core.
-CENTROID_COSTS = ((2048, 0.0128), (65_536, 0.0193))
+CENTROID_COSTS = ((2048, 0.0114), (65_536, 0.0193))
 KIND_COSTS: Mapping[IndexKind, KindCosts] = {
     IndexKind.FLAT: KindCosts(
-        call_us=0.0, list_us=0.0, row_us=0.0239, candidate_us=0.0, code_bytes=512
+        call_us=0.0, list_us=0.0, row_us=0.0242, candidate_us=0.0, code_bytes=512
     ),
     IndexKind.IVF: KindCosts(
-        call_us=13.9, list_us=0.494, row_us=0.0551, candidate_us=0.0, code_bytes=512
+        call_us=19.6, list_us=0.303, row_us=0.0467, candidate_us=0.0, code_bytes=512
     ),
     IndexKind.IVFPQ: KindCosts(
-        call_us=21.7, list_us=0.694, row_us=0.0162, candidate_us=0.0, code_bytes=32
+        call_us=23.5, list_us=0.744, row_us=0.0136, candidate_us=0.0, code_bytes=32
     ),
     IndexKind.IVFPQ_FS: KindCosts(
-        call_us=22.2, list_us=0.889, row_us=0.00634, candidate_us=0.0293, code_bytes=32
+        call_us=24.8, list_us=0.811, row_us=0.00457, candidate_us=0.0255, code_bytes=32
     ),
 }
 
@@ -91,11 +92,11 @@ KIND_COSTS: Mapping[IndexKind, KindCosts] = {
 # Earlier: 268 instead of 67 us after 5 ms (bench/LOG.md, 2026-11-22 and -23).
 COLD_AFTER_MS = 5.0
 COLD_SEARCH = Cost(
-    us=220.0,
+    us=123.0,
     source=Source(
         what="a search that begins after a pause, beyond one that follows another",
         date=TODAY,
-        conditions=f"300 against 79 us, 100 queries per second at random, nprobe 16; {BUSY}",
+        conditions=f"200 against 77 us, 100 queries per second at random, nprobe 16; {QUIET}",
         command=PLAN_COSTS,
     ),
 )
@@ -177,23 +178,23 @@ NETWORK_MS = 0.2  # assumed: one round trip between hosts of one data centre
 LATENCIES = Source(
     what="how the latencies of one shard's searches are spread",
     date=TODAY,
-    conditions=f"2,000 searches of 250,000 rows at 100 per second, at random; {BUSY}",
+    conditions=f"2,000 searches of 250,000 rows at 100 per second, at random; {QUIET}",
     command=PLAN_COSTS,
 )
 # By the median of the same run.
 SEARCH_SPREAD = spread_of(
     (
-        (0.01, 0.560),
-        (0.1, 0.755),
-        (0.25, 0.867),
+        (0.01, 0.658),
+        (0.1, 0.724),
+        (0.25, 0.816),
         (0.5, 1.0),
-        (0.75, 1.147),
-        (0.9, 1.300),
-        (0.95, 1.389),
-        (0.99, 1.529),
-        (0.995, 1.585),
-        (0.999, 1.669),
-        (1.0, 2.744),
+        (0.75, 1.366),
+        (0.9, 1.698),
+        (0.95, 1.909),
+        (0.99, 2.290),
+        (0.995, 2.416),
+        (0.999, 2.725),
+        (1.0, 3.187),
     )
 )
 

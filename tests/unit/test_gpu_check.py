@@ -587,8 +587,10 @@ def test_an_environment_holds_the_wheel_of_its_first_install(tmp_path: Path) -> 
     gpu, cpu = make(tmp_path, "-n", "install", "FAISS=gpu"), make(tmp_path, "-n", "install")
     assert "--constraint constraints-gpu.txt --editable '.[cluster,train,gpu,dev]'" in gpu.stdout
     assert "--constraint constraints.txt --editable '.[cluster,train,cpu,dev]'" in cpu.stdout
-    (tmp_path / ".venv").mkdir()
-    (tmp_path / ".venv" / "installed").write_text("gpu\n")
+    packages = tmp_path / ".venv" / "lib" / "python3.11" / "site-packages"
+    (packages / "faiss_gpu-1.15.1.dist-info").mkdir(parents=True)
+    assert make(tmp_path, "install", "FAISS=cpu").returncode != 0, "an install that did not end"
+    (tmp_path / ".venv" / "installed").touch()
     assert make(tmp_path, "install").returncode == 0, "what it holds is the default"
     refused = make(tmp_path, "install", "FAISS=cpu")
     assert refused.returncode != 0
