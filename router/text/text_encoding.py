@@ -26,8 +26,8 @@ from shardline.router.text.text_frames import (
     Failure,
     Hello,
     Reply,
-    TooManyTokens,
     Vectors,
+    WrongText,
     frame,
     read_reply,
 )
@@ -36,6 +36,7 @@ from shardline.shards.core.errors import (
     EncoderUnavailable,
     InvalidInput,
     Overloaded,
+    ShardlineError,
     Unavailable,
     VersionMismatch,
 )
@@ -62,7 +63,7 @@ class _Part:
 
     texts: Sequence[str]
     deadline: float
-    found: "asyncio.Future[FloatArray | TooManyTokens]"
+    found: "asyncio.Future[FloatArray | WrongText]"
 
 
 class TextEncoding:
@@ -135,10 +136,11 @@ class TextEncoding:
         encoders that are to make the vectors. deadline: on the event loop's clock.
 
         Raises:
-            InvalidInput: more tokens than the model reads, or more texts than may wait.
+            InvalidInput: no word, more tokens than the model reads, or more texts than may wait.
             EncoderUnavailable: this router has no text encoder, or it cannot be loaded.
             Unavailable: it is being loaded, or its process has ended. VersionMismatch: it is not
-                the one that is wanted. Overloaded, DeadlineExceeded.
+                the one that is wanted. Overloaded, DeadlineExceeded. ShardlineError: it has failed
+                on a text.
         """
         self._check(fields[0], wanted)
         if len(texts) > self._max_waiting:
@@ -175,12 +177,12 @@ class TextEncoding:
         for start, each in zip(starts, found, strict=True):
             if isinstance(each, BaseException):
                 raise each
-            if isinstance(each, TooManyTokens):
+            if isinstance(each, WrongText):
                 raise InvalidInput(
-                    "text too long",
+                    each.message,
                     field=fields[start + each.place],
-                    expected=f"<= {each.most} tokens",
-                    got=f"{each.tokens} tokens",
+                    expected=each.expected,
+                    got=each.got,
                 )
             vectors.append(each)
         return np.concatenate(vectors)
@@ -302,7 +304,7 @@ class TextEncoding:
     async def _answer(
         self, parts: list[_Part], texts: asyncio.StreamWriter, replies: asyncio.StreamReader
     ) -> None:
-        """Of a list that is too long for the model, the parts are asked for one by one."""
+        """Of a list that has no vectors, the parts are asked for one by one."""
         try:
             texts.write(frame([text for part in parts for text in part.texts]))
             try:
@@ -311,7 +313,7 @@ class TextEncoding:
                     reply = await _next(replies)
             except TimeoutError as error:
                 raise EOFError("no answer") from error
-            if isinstance(reply, TooManyTokens) and len(parts) > 1:
+            if isinstance(reply, WrongText | Failure) and len(parts) > 1:
                 for part in parts:
                     await self._answer([part], texts, replies)
                 return
@@ -323,7 +325,9 @@ class TextEncoding:
         start = 0
         for part in parts:
             end = start + len(part.texts)
-            if not part.found.done():
+            if isinstance(reply, Failure) and not part.found.done():
+                part.found.set_exception(ShardlineError("internal error of the text encoder"))
+            elif not part.found.done():
                 found = reply.array[start:end] if isinstance(reply, Vectors) else reply
                 assert not isinstance(found, Hello | Failure)
                 part.found.set_result(found)

@@ -2,7 +2,7 @@
 
 process -> router, once    Hello or Failure
 router -> process          a list of texts
-process -> router          Vectors or TooManyTokens, in the same order
+process -> router          Vectors in the same order, WrongText, or Failure
 """
 
 import struct
@@ -28,7 +28,8 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """It has not: code and text of the error. The process ends."""
+    """It has not, and the process ends; or these texts have failed, and it goes on. Code and text
+    of the error."""
 
     code: str
     text: str
@@ -47,16 +48,17 @@ class Vectors:
 
 
 @dataclass(frozen=True, slots=True)
-class TooManyTokens:
-    """The text at ``place`` has more tokens than the model reads; none of the list is encoded."""
+class WrongText:
+    """What is wrong with the text at ``place``; none of the list is encoded."""
 
     place: int
-    tokens: int
-    most: int
+    message: str
+    expected: str
+    got: str
 
 
-Reply: TypeAlias = Hello | Failure | Vectors | TooManyTokens
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Hello, Failure, Vectors, TooManyTokens)}
+Reply: TypeAlias = Hello | Failure | Vectors | WrongText
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Hello, Failure, Vectors, WrongText)}
 
 
 def pack_reply(reply: Reply) -> bytes:

@@ -6,6 +6,7 @@ Runs no event loop and no thread of its own; the router sends one list at a time
 closes the pipe, and so ends it.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -18,12 +19,14 @@ from shardline.router.text.text_frames import (
     Failure,
     Hello,
     Reply,
-    TooManyTokens,
     Vectors,
+    WrongText,
     pack_reply,
 )
 from shardline.shards.core.errors import ShardlineError, Unavailable
-from shardline.shards.text.text_encoder import TextEncoder, TooLong
+from shardline.shards.text.text_encoder import FRAME, TextEncoder, Unreadable
+
+logger = logging.getLogger(__name__)
 
 
 def main(model: str) -> None:
@@ -47,8 +50,16 @@ def main(model: str) -> None:
 def encoded(encoder: TextEncoder, texts: list[str]) -> Reply:
     try:
         vectors = encoder.encode(texts)
-    except TooLong as error:
-        return TooManyTokens(error.place, error.tokens, encoder.model.max_tokens)
+    except Unreadable as error:
+        if error.tokens <= FRAME:
+            return WrongText(
+                error.place, "text without a word", "one character or more that can be seen", "none"
+            )
+        most = f"<= {encoder.model.max_tokens} tokens"
+        return WrongText(error.place, "text too long", most, f"{error.tokens} tokens")
+    except Exception as error:  # whatever it is, other texts can be encoded
+        logger.exception("texts")
+        return Failure(ShardlineError.code, repr(error))
     return Vectors(len(vectors), vectors.tobytes())
 
 

@@ -24,13 +24,14 @@ TEXTS_AT_ONCE = 32  # of similar length, so that little is padding
 # With padding: a long text beside 31 short ones would cost as much as 32 long ones, and the tables
 # of attention would leave the caches.
 TOKENS_AT_ONCE = 2048
+FRAME = 2  # tokens around those of a text's words
 
 # numbers (n, t) int64 and mask (n, t), False in padding, to states (n, t, width) float32
 Layers: TypeAlias = Callable[[IdArray, NDArray[np.bool_]], FloatArray]
 
 
-class TooLong(Exception):
-    """The text at ``place`` has ``tokens`` tokens, more than the model reads."""
+class Unreadable(Exception):
+    """The text at ``place`` has ``tokens`` tokens: more than the model reads, or none of a word."""
 
     def __init__(self, place: int, tokens: int) -> None:
         super().__init__(place, tokens)
@@ -67,19 +68,20 @@ class TextEncoder:
     def encode(
         self, texts: Sequence[str], *, cut: bool = False, progress: Progress | None = None
     ) -> FloatArray:
-        """(n, width) float32, in order. cut: of texts that are too long, what the model reads.
+        """(n, width) float32, in order. cut: whatever they are, of texts that are too long what the
+        model reads.
 
         Progress stage: ``texts``.
 
         Raises:
-            TooLong: the first such text, unless ``cut``.
+            Unreadable: the first such text, unless ``cut``.
         """
         longest = self.model.max_tokens
         lists = [self._tokenizer.numbers(text) for text in texts]
         for place, numbers in enumerate(lists):
+            if not cut and not FRAME < len(numbers) <= longest:
+                raise Unreadable(place, len(numbers))
             if len(numbers) > longest:
-                if not cut:
-                    raise TooLong(place, len(numbers))
                 lists[place] = [*numbers[: longest - 1], numbers[-1]]
         vectors = np.empty((len(texts), self.model.width), np.float32)
         order = sorted(range(len(texts)), key=lambda place: len(lists[place]))

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ async def ask(http: httpx.AsyncClient, **body: Any) -> httpx.Response:
 
 def process() -> psutil.Process:
     (found,) = [p for p in psutil.Process().children() if "text_worker" in " ".join(p.cmdline())]
+    return found
+
+
+def process_of(worker: Path) -> psutil.Process:
+    (found,) = [p for p in psutil.Process().children() if str(worker) in p.cmdline()]
     return found
 
 
@@ -180,6 +186,53 @@ async def test_what_waits_is_bounded_and_in_time(
         await until(lambda: service.texts._loaded is not None)  # it starts again
         assert process().pid != before
         assert (await ask(http, texts=["red shoe"], k=1)).json()["ids"] == [[0]]
+
+
+BROKEN = """#!{python}
+import sys
+from shardline.router.text import text_worker
+from shardline.shards.text.text_encoder import TextEncoder
+
+encode = TextEncoder.encode
+
+def broken(self, texts):
+    if "blue tent" in texts:
+        raise ZeroDivisionError("a bug")
+    return encode(self, texts)
+
+TextEncoder.encode = broken
+text_worker.main(sys.argv[-1])
+"""
+
+
+async def test_a_text_that_cannot_be_encoded_harms_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model(tmp_path / "model")
+    tiny = TextEncoder.load(str(folder))
+    tower = text_tower(tmp_path / "tower", tiny.model.id, WIDTH)
+    worker = tmp_path / "worker"
+    worker.write_text(BROKEN.format(python=sys.executable))
+    worker.chmod(0o755)
+    monkeypatch.setattr(text_encoding.sys, "executable", str(worker))
+    async with api(tiny.encode(["red shoe", "tent"]), tower, str(folder)) as (http, service):
+        before = process_of(worker)
+        before.send_signal(signal.SIGSTOP)  # so that what follows the first goes as one list
+        waiting = [asyncio.ensure_future(ask(http, texts=["tent"], k=1))]
+        await until(lambda: service._in_flight.taken == 1)
+        await until(lambda: service.texts.describe()["waiting"] == 0)  # it was sent
+        asked = [["red shoe"], ["blue tent"], ["\u200b\u00ad"], ["tent"]]
+        waiting += [asyncio.ensure_future(ask(http, texts=each, k=1)) for each in asked]
+        await until(lambda: service.texts.describe()["waiting"] == 4)
+        before.send_signal(signal.SIGCONT)
+        first, second, broken, invisible, last = await asyncio.gather(*waiting)
+        assert [each.json()["ids"] for each in (first, second, last)] == [[[1]], [[0]], [[1]]]
+        problem(broken, 500, "internal")
+        problem(invisible, 400, "invalid_input", "texts[0]", "without a word")
+        surrogate = await http.post("/v1/search", content=b'{"texts": ["\\ud800"]}')
+        assert surrogate.status_code == 400, surrogate.text
+        assert (await ask(http, texts=["red shoe"], k=1)).json()["ids"] == [[0]]
+        assert process_of(worker) == before
 
 
 async def test_encoders_that_do_not_fit(tmp_path: Path) -> None:
