@@ -229,7 +229,8 @@ async def test_a_text_that_cannot_be_encoded_harms_no_other(
         assert [each.json()["ids"] for each in (first, second, last)] == [[[1]], [[0]], [[1]]]
         problem(broken, 500, "internal")
         problem(invisible, 400, "invalid_input", "texts[0]", "without a word")
-        surrogate = await http.post("/v1/search", content=b'{"texts": ["\\ud800"]}')
+        lone, json_type = b'{"texts": ["\\ud800"]}', {"content-type": "application/json"}
+        surrogate = await http.post("/v1/search", content=lone, headers=json_type)
         assert surrogate.status_code == 400, surrogate.text
         assert (await ask(http, texts=["red shoe"], k=1)).json()["ids"] == [[0]]
         assert process_of(worker) == before
