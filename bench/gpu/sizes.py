@@ -19,6 +19,7 @@ class Sizes:
     truth_queries: int
     checked_rows: int  # held against the CPU
     checked_lists: int
+    shard_rows: int  # more than faiss copies at a time (card_memory.COPY_ROWS)
     kinds_rows: int
     kinds_lists: int
     flat_rows: tuple[int, int]
@@ -54,6 +55,7 @@ FULL = Sizes(
     truth_queries=128,
     checked_rows=100_000,
     checked_lists=256,
+    shard_rows=2_000_000,
     kinds_rows=1_000_000,
     kinds_lists=2048,
     flat_rows=(10_000_000, 100_000_000),
@@ -87,6 +89,7 @@ TINY = Sizes(
     truth_queries=8,
     checked_rows=1000,
     checked_lists=8,
+    shard_rows=1200,
     kinds_rows=1200,
     kinds_lists=8,
     flat_rows=(1000, 2000),

@@ -2,8 +2,9 @@
 
 Conditions, unless a line says otherwise: two cores of a shared virtual machine (AMD EPYC, 2.4 GHz),
 one thread, faiss 1.15.1, 128 dimensions, k = 100, clustered corpus. Other work on the machine makes
-processor times longer by up to a half, and tails longer by more. ``NETWORK_MS`` and what concerns
-GPUs (``card_plan``) are not measured: they are marked as assumed wherever they are printed.
+processor times longer by up to a half, medians more than tails, so that a spread looks narrower.
+``NETWORK_MS`` and what concerns GPUs (``card_plan``) are not measured: they are marked as assumed
+wherever they are printed.
 """
 
 from collections.abc import Mapping

@@ -51,6 +51,7 @@ FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0  # before the process is started again
 LOAD_S = 300.0  # a model of gigabytes from a slow disk
 REPLY_S = 60.0  # to one list; a process that takes longer hangs
 END_S = 2.0  # after its pipe was closed
+MOST_FAILURES = 4  # on single parts, one after the other: then another process may do better
 # each of them sets the threads of one of numpy's libraries
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 NOT_SET = "the generation takes texts, and router.text_encoder is not set"
@@ -81,6 +82,7 @@ class TextEncoding:
         self._absence = NOT_LOADED  # why there is none now
         self._changed = asyncio.Event()
         self._pause = FIRST_PAUSE_S  # before the next start
+        self._failures = 0  # since it last encoded something
 
     def begin(self) -> None:
         """Starts the process, if there is to be one and it was not started before."""
@@ -243,12 +245,14 @@ class TextEncoding:
             if isinstance(first, Failure):
                 return Absence(first.code, first.text)
             assert isinstance(first, Hello), first
-            self._loaded, self._pause = first, FIRST_PAUSE_S
+            self._loaded, self._failures = first, 0
             self._changed.set()
             ended = asyncio.ensure_future(process.wait())
             while True:
                 parts = await self._take_unless(ended)
                 await self._answer(parts, process.stdin, process.stdout)
+                if self._failures >= MOST_FAILURES:
+                    return Absence(Unavailable.code, "it has failed on one text after the other")
         except TimeoutError:  # an OSError, too
             return Absence(Unavailable.code, f"it was not loaded within {LOAD_S:g} s")
         except (
@@ -323,6 +327,10 @@ class TextEncoding:
                     part.found.set_exception(Unavailable("the text encoder ended"))
             raise
         start = 0
+        if isinstance(reply, Failure):
+            self._failures += 1
+        else:
+            self._failures, self._pause = 0, FIRST_PAUSE_S
         for part in parts:
             end = start + len(part.texts)
             if isinstance(reply, Failure) and not part.found.done():

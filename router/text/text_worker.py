@@ -53,10 +53,12 @@ def encoded(encoder: TextEncoder, texts: list[str]) -> Reply:
     except Unreadable as error:
         if error.tokens <= FRAME:
             return WrongText(
-                error.place, "text without a word", "one character or more that can be seen", "none"
+                error.place, "text without a word", "a character that the model reads", "none"
             )
         most = f"<= {encoder.model.max_tokens} tokens"
         return WrongText(error.place, "text too long", most, f"{error.tokens} tokens")
+    except MemoryError:
+        raise  # to begin anew helps
     except Exception as error:  # whatever it is, other texts can be encoded
         logger.exception("texts")
         return Failure(ShardlineError.code, repr(error))

@@ -18,6 +18,7 @@ TEMP_MEMORY_BYTES = 256 * MIB  # faiss's default of 1.5 GiB per shard is more th
 HEAD_ROOM_BYTES = 512 * MIB
 ALLOCATION_BYTES = 256
 INDEX_BYTES = 8  # of a row's number, on the card too
+LOADING, HEAD_ROOM = "while it is loaded", "head-room"  # the parts that a loaded index may not use
 COPY_ROWS = 1 << 20  # that faiss copies at a time where it rounds to half precision
 
 
@@ -74,12 +75,12 @@ def card_memory(layers: Layers, rows: int) -> CardMemory:
             block = min(rows, COPY_ROWS)
             growth = (rows - block) * code
             text = f"{block:,} x {4 * d + code} bytes + {rows - block:,} x {code} bytes"
-            parts.append(("while it is loaded", text, block * (4 * d + code) + growth))
+            parts.append((LOADING, text, block * (4 * d + code) + growth))
     # what is one allocation is rounded up; of lists this is in ``lists``
     parts = [(name, text, _rounded(size)) for name, text, size in parts]
     parts += [
         ("temporary memory", "per shard", TEMP_MEMORY_BYTES),
-        ("head-room", "per shard", HEAD_ROOM_BYTES),
+        (HEAD_ROOM, "per shard", HEAD_ROOM_BYTES),
     ]
     return CardMemory(tuple(parts))
 

@@ -74,6 +74,11 @@ CALIBRATION_GROWTH = 64  # of the lists, to see what the default does not find
 CHEAP_MS = 2.0  # of a search that may keep others waiting who wait for no search
 TIME_DECAY = 0.9  # so that the dear ones among a filter's queries are not forgotten at once
 FADING_USES = 4096  # queries after which all earlier ones count half
+# A default that finds a share of a shard's results is good enough where other shards have better
+# ones; of that share one in so many is taken to count. 1,000,000 rows of filter_bench in four
+# shards: less time than with 3 by 10 % for half of the rows at random, and recall .97, not .975,
+# for half of all categories without the query's.
+COUNTED = 3.5
 COVERED = 0.95  # of the results that a wider search finds: then all of them count
 
 
@@ -95,8 +100,9 @@ class _Derived:
 
     rows (m,) int64: those that match, ascending, once they are copied; copies: an index of their
     vectors. some: the selection whose copies were searched last, and part: the same as a selection
-    of the copies; None: all. Before that, lists: those that have some of the rows; far: the share
-    of the last queries that had to leave the nearest of them; ms: what a query without parameters
+    of the copies; None: all. Before that, lists: those that have some of the rows; far: of the
+    last queries, the share that had to visit more than twice as many as usual, where that can be
+    estimated; ms: what a query without parameters
     is estimated to take, by the size of k, which rises at once and falls slowly.
     """
 
@@ -111,7 +117,7 @@ class _Derived:
     bytes: int = 0
 
     def note_far(self, went_far: bool) -> None:
-        """Takes in whether a query had to leave the nearest lists."""
+        """Takes in whether a query went far."""
         self.far += FAR_WEIGHT * (went_far - self.far)
 
     def note_time(self, k: int, ms: float) -> None:
@@ -419,7 +425,7 @@ class FilteredSearch:
         reached = self._main.search(queries, k, wide).scores[:, -1]
         covered = float((usual.scores >= reached[:, None]).mean())
         if covered < COVERED:
-            self._depth = covered / 3
+            self._depth = covered / COUNTED
         return self._lists
 
 

@@ -11,6 +11,7 @@ Scores are higher-is-better, as everywhere; ``lift`` is a row's score less that 
 units of the query's length (inner products) or of its distance from the centroid (L2).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,12 @@ class Lifts:
         np.fmin(np.fmax(found, 0, out=found), BINS, out=found)
         return found.astype(np.int32)
 
+    def share(self, lift: float) -> float:
+        """Of rows that have more than ``lift``, as ``steps`` counts them."""
+        step = (lift - float(self.low)) / float(self.width)
+        # a comparison with NaN, of what has overflowed, is False
+        return float(self.shares[BINS if step >= BINS else int(step) if step > 0 else 0])
+
     def above(self, rows: NDArray[np.float64], step: int) -> float:
         """How many rows are above a score. rows (BINS,): by how many steps their centroids are
         below the best one; step: that of the lift which the score is for the best one, from -BINS
@@ -70,10 +77,12 @@ class Lifts:
 class FilledLists:
     """The lists that have rows of a selection.
 
-    rows (lists,): how many each has; numbers (lists,): which of all lists they are; None: all.
+    rows (lists,): how many each has, ``total`` together; numbers (lists,): which of all lists they
+    are; None: all.
     """
 
     rows: NDArray[np.float64]
+    total: int
     numbers: IdArray | None
 
 
@@ -84,7 +93,17 @@ class NearLists:
     the lift, of inner products; None under L2, where each list has its own.
     """
 
-    __slots__ = ("_first", "_lifts", "_order", "numbers", "rows", "scale", "scores", "seen")
+    __slots__ = (
+        "_first",
+        "_lifts",
+        "_order",
+        "_total",
+        "numbers",
+        "rows",
+        "scale",
+        "scores",
+        "seen",
+    )
 
     def __init__(
         self,
@@ -95,7 +114,8 @@ class NearLists:
         lifts: Lifts,
     ) -> None:
         self.seen, self.scores, self.scale = seen, scores, scale
-        self.rows, self.numbers, self._lifts = filled.rows, filled.numbers, lifts
+        self.rows, self.numbers, self._total = filled.rows, filled.numbers, filled.total
+        self._lifts = lifts
         self._first: IdArray | None = None
         self._order: IdArray | None = None
 
@@ -130,6 +150,8 @@ class NearLists:
         """How many of the lists, nearest first, have to be visited, if that is more than those at
         the places ``visited``; else 0. last: the score of the k-th result, -inf where there are
         fewer."""
+        if self._beyond(last, visited) <= MISSED_SHARE * k:
+            return 0
         lift = max(last, LOWEST) - self.scores
         lift /= np.sqrt(-self.scores) + TINY if self.scale is None else self.scale
         # the lift that a better row needs rises from the nearest list to the farthest
@@ -140,6 +162,18 @@ class NearLists:
         rest = np.cumsum(np.bincount(steps, better, BINS + 1)[BINS - 1 :: -1])[::-1]
         last_step = np.count_nonzero(rest > MISSED_SHARE * k)
         return int(np.count_nonzero(steps < last_step))
+
+    def _beyond(self, last: np.float32, visited: IdArray) -> float:
+        """At most so many rows of other lists than the nearest ones, at the places ``visited``, are
+        better than ``last``: as many as if all lay in the next nearest list. Takes a tenth of the
+        time of a look at each list, and says enough where results lie close together."""
+        others = self.scores.copy()
+        others[visited] = -np.inf
+        nearest = float(others.max())
+        if nearest == -math.inf:
+            return 0.0
+        scale = math.sqrt(-nearest) + float(TINY) if self.scale is None else float(self.scale)
+        return self._total * self._lifts.share((max(float(last), float(LOWEST)) - nearest) / scale)
 
     def holding(self, count: int) -> int:
         """How many of the lists, nearest first, have ``count`` rows together; all where they have
@@ -186,7 +220,9 @@ class Lists:
         counts = np.bincount(self.of_row[rows], minlength=self.count)
         numbers = np.flatnonzero(counts)
         return FilledLists(
-            counts[numbers].astype(np.float64), None if len(numbers) == self.count else numbers
+            counts[numbers].astype(np.float64),
+            len(rows),
+            None if len(numbers) == self.count else numbers,
         )
 
     def near(self, queries: FloatArray, filled: FilledLists) -> list[NearLists]:

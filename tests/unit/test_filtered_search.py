@@ -14,6 +14,7 @@ from shardline.shards.core.recall import exact_scores, recall_at_k
 from shardline.shards.core.schema import EMPTY_ID, EMPTY_SCORE, Metric, Ranked
 from shardline.shards.index import filtered_search
 from shardline.shards.index.exact import exact_top_k
+from shardline.shards.index.list_scan import ListWalk
 from shardline.shards.index.main_index import MainIndex
 from shardline.shards.index.selection import Selection
 from tests.engine import build_main
@@ -242,6 +243,37 @@ def test_filters_far_from_the_query_lose_little(
         mask = np.isin(of_row, others[:categories])
         recalls.append(recall_of(main, large, mask, np.flatnonzero(of_query == own)))
     assert np.mean(recalls) >= 0.95
+
+
+def test_one_query_that_goes_far_does_not_send_the_next_one(large, monkeypatch) -> None:
+    """Whose results lie near: it visits as many lists as a search without a filter."""
+    vectors, queries = large
+    main = build_main(vectors, kind="ivf", nlist=64, nprobe=2)
+    for name in ("_copied", "_copied_again"):
+        monkeypatch.setattr(main._filtered, name, 100)
+    steps: list[int] = []
+    walk = ListWalk.to
+    monkeypatch.setattr(
+        ListWalk, "to", lambda self, *step: (steps.append(step[0]), walk(self, *step))[1]
+    )
+    of_row = main.layers.base.quantizer.search(vectors, 1)[1][:, 0]
+    ranked = main.layers.base.quantizer.search(queries, 64)[1]
+    chosen = Selection.of(~np.isin(of_row, ranked[0, :8]))  # far from the first query alone
+    assert np.isin(ranked[1:, 0], ranked[0, :8]).mean() < 0.5
+    near = queries[~np.isin(ranked[:, :4], ranked[0, :8]).any(axis=1)][:1]
+    main.search_filtered(near, 1, NO_PARAMS, chosen)
+    usual, steps[:] = list(steps), []
+    for _ in range(2):
+        main.search_filtered(queries[:1], 1, NO_PARAMS, chosen)
+        assert max(steps) > max(usual)
+    steps.clear()
+    main.search_filtered(near, 1, NO_PARAMS, chosen)
+    assert steps == usual
+    for _ in range(8):  # where nearly all go far, they begin with what that takes
+        main.search_filtered(queries[:1], 1, NO_PARAMS, chosen)
+    steps.clear()
+    main.search_filtered(near, 1, NO_PARAMS, chosen)
+    assert max(steps) > max(usual)
 
 
 @pytest.mark.parametrize("kind", ["ivf", "ivfpq-fs"])

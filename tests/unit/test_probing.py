@@ -9,7 +9,7 @@ from shardline.shards.core.schema import EMPTY_SCORE, Metric
 from shardline.shards.index.exact import exact_top_k
 from shardline.shards.index.filtered_search import LIKELY_DEPTH
 from shardline.shards.index.main_index import MainIndex
-from shardline.shards.index.probing import Lists
+from shardline.shards.index.probing import Lists, NearLists
 from tests.engine import build_main
 
 ROWS, DIM, K = 20_000, 32, 50
@@ -76,6 +76,24 @@ def test_the_lists_needed_hold_nearly_all_of_the_best_and_are_not_many_more(
     assert (ranks < np.maximum(needed, 2)[:, None]).mean() >= 0.9
     enough = np.quantile(ranks, 0.99, axis=1) + 1
     assert np.median(needed) <= max(8, 4 * np.median(enough))
+
+
+def test_a_look_at_the_next_nearest_list_alone_never_ends_a_search_too_soon(
+    corpus, main, monkeypatch
+) -> None:
+    lists = lists_of(main)
+    mask = np.random.default_rng(1).random(ROWS) < 0.3
+    near = lists.near(corpus[1][:20], lists.filled(np.flatnonzero(mask)))
+    asked = [
+        (each, score, each.order[:visited])
+        for each in near
+        for score in (EMPTY_SCORE, *np.quantile(each.scores, (0.5, 0.99)), each.scores.max() + 1)
+        for visited in (0, 1, 8, 127, 128)
+    ]
+    quick = [each.needed(K, score, visited) for each, score, visited in asked]
+    monkeypatch.setattr(NearLists, "_beyond", lambda self, last, visited: np.inf)
+    assert quick == [each.needed(K, score, visited) for each, score, visited in asked]
+    assert min(quick) == 0 < max(quick)
 
 
 def test_an_empty_slot_needs_all_lists(corpus, main) -> None:

@@ -208,6 +208,7 @@ text_worker.main(sys.argv[-1])
 async def test_a_text_that_cannot_be_encoded_harms_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(text_encoding, "FIRST_PAUSE_S", 0.01)
     folder = tiny_model(tmp_path / "model")
     tiny = TextEncoder.load(str(folder))
     tower = text_tower(tmp_path / "tower", tiny.model.id, WIDTH)
@@ -234,6 +235,11 @@ async def test_a_text_that_cannot_be_encoded_harms_no_other(
         assert surrogate.status_code == 400, surrogate.text
         assert (await ask(http, texts=["red shoe"], k=1)).json()["ids"] == [[0]]
         assert process_of(worker) == before
+        for _ in range(text_encoding.MOST_FAILURES):  # nothing but failures: it begins anew
+            problem(await ask(http, texts=["blue tent"]), 500, "internal")
+        await until(lambda: not before.is_running())
+        await until(lambda: service.texts.describe()["loaded"])
+        assert (await ask(http, texts=["red shoe"], k=1)).json()["ids"] == [[0]]
 
 
 async def test_encoders_that_do_not_fit(tmp_path: Path) -> None:

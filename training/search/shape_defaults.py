@@ -19,7 +19,7 @@ from shardline.training.loop.batches import fitting_batch
 # keys of the training section that say what the model is: where one is given, none is chosen here
 MODEL_KEYS = ("dim", "towers", "metric", "loss", "optimiser", "popularity_exponent", "unknown_rate")
 DENSE = 0.01  # share of all (user, item) pairs: ml-100k has .05, Gowalla and Amazon CDs .0006
-IDS_DIM = 128  # of ids alone: recall is 4 to 6 % above that of 64 (docs/EXPERIMENTS.md)
+IDS_DIM = 128  # of ids alone: recall is 4 and 7 % above that of 64 (docs/EXPERIMENTS.md)
 MOST_USER_VECTORS = 1_000_000  # of IDS_DIM float32 with Adam's moments: 1.5 GB
 FULL_BATCH = 2048
 DENSE_BATCH = 1024
