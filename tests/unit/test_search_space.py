@@ -53,10 +53,11 @@ def test_the_values_are_around_the_base_and_those_that_mean_nothing_are_left_out
 
 def test_a_dimension_goes_for_the_inputs_of_a_sum_too() -> None:
     space = SearchSpace(ids_config(), num_items=2000, sizes=True)
-    config = space.config({"dim": "128"})
-    assert config is not None and config.dim == 128
+    assert space.base.dim != 256
+    config = space.config({"dim": "256"})
+    assert config is not None and config.dim == 256
     assert config.towers.item.features is not None
-    assert getattr(config.towers.item.features[0], "dim", 0) == 128
+    assert getattr(config.towers.item.features[0], "dim", 0) == 256
     assert "layers" not in space.settings
     layers = SearchSpace(tiny_config(), num_items=60, sizes=True)
     deep = layers.config({"layers": "256 128"})
