@@ -102,8 +102,8 @@ class _Derived:
     vectors. some: the selection whose copies were searched last, and part: the same as a selection
     of the copies; None: all. Before that, lists: those that have some of the rows; far: of the
     last queries, the share that had to visit more than twice as many as usual, where that can be
-    estimated; ms: what a query without parameters
-    is estimated to take, by the size of k, which rises at once and falls slowly.
+    estimated; ms: what a query without parameters is estimated to take, by the size of k, which
+    rises at once and falls slowly.
     """
 
     uses: int = 0

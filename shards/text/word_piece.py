@@ -63,9 +63,7 @@ class WordPiece:
         """Those of [CLS], the text's pieces, [SEP]."""
         found = [self._first]
         for word in self._words(text):
-            if (
-                len(word) > self._longest_word
-            ):  # not kept: long words of one letter each fill memory
+            if len(word) > self._longest_word:  # not kept: many long words would fill memory
                 found.append(self._unknown)
             else:
                 found.extend(self._pieces(word))

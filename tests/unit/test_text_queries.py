@@ -49,6 +49,13 @@ def text_tower(folder: Path, encoder: str, dim: int) -> QueryEncoder:
     return QueryEncoder.load(folder)
 
 
+def tiny_text(folder: Path) -> tuple[Path, TextEncoder, QueryEncoder]:
+    """A tiny model's folder, the model, and a tower that takes its vectors."""
+    model = tiny_model(folder / "model")
+    tiny = TextEncoder.load(str(model))
+    return model, tiny, text_tower(folder / "tower", tiny.model.id, WIDTH)
+
+
 @contextlib.asynccontextmanager
 async def api(
     vectors: np.ndarray, tower: Any, model: str | None, **config: Any
@@ -147,9 +154,7 @@ async def test_what_waits_is_bounded_and_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_encoding, "FIRST_PAUSE_S", 0.01)
-    folder = tiny_model(tmp_path / "model")
-    tiny = TextEncoder.load(str(folder))
-    tower = text_tower(tmp_path / "tower", tiny.model.id, WIDTH)
+    folder, tiny, tower = tiny_text(tmp_path)
     vectors = tiny.encode(["red shoe", "blue tent"])
     async with api(vectors, tower, str(folder), text_max_waiting=4) as (http, service):
         process().send_signal(signal.SIGSTOP)
@@ -209,9 +214,7 @@ async def test_a_text_that_cannot_be_encoded_harms_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_encoding, "FIRST_PAUSE_S", 0.01)
-    folder = tiny_model(tmp_path / "model")
-    tiny = TextEncoder.load(str(folder))
-    tower = text_tower(tmp_path / "tower", tiny.model.id, WIDTH)
+    folder, tiny, tower = tiny_text(tmp_path)
     worker = tmp_path / "worker"
     worker.write_text(BROKEN.format(python=sys.executable))
     worker.chmod(0o755)
