@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +287,10 @@ def _status_bytes(name: str) -> int:
     return int(line.split()[1]) << 10
 
 
-def measured(size: int) -> Iterator[tuple[str, Media, int, dict[str, Any]]]:
-    """Every kind, at about ``size`` bytes: its name, media, size and ``measure``.
+def measured(
+    size: int, names: Collection[str] = ()
+) -> Iterator[tuple[str, Media, int, dict[str, Any]]]:
+    """Every kind, or those of ``names``, at about ``size`` bytes: name, media, size, ``measure``.
 
     A process for each, forked from this one, so that no memory that another has freed is reused.
     """
@@ -296,6 +298,8 @@ def measured(size: int) -> Iterator[tuple[str, Media, int, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as folder, context.Pool(1, maxtasksperchild=1) as forked:
         path = Path(folder) / "body"
         for name, media in KINDS:
+            if names and name not in names:
+                continue
             length = forked.apply(_write, (path, (name, media), size))
             yield name, media, length, forked.apply(measure, (path, media))
 
@@ -306,13 +310,21 @@ def _write(path: Path, kind: tuple[str, Media], size: int) -> int:
 
 @click.command(help=__doc__)
 @click.option("--mib", default=DEFAULT_MIB, show_default=True, help="MiB of each body.")
+@click.option(
+    "--body",
+    "names",
+    multiple=True,
+    type=click.Choice(sorted({name for name, _ in KINDS})),
+    metavar="NAME",
+    help="Only the bodies of this name; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="A JSON object per body instead of a table.")
-def main(mib: float, as_json: bool) -> None:
+def main(mib: float, names: tuple[str, ...], as_json: bool) -> None:
     if not as_json:
         click.echo(f"Bodies of at most {mib:g} MiB\n")
         click.echo("| body | format | MiB | memory, x its size | processor, s | outcome |")
         click.echo("|---|---|---|---|---|---|")
-    for name, media, size, cost in measured(int(mib * (1 << 20))):
+    for name, media, size, cost in measured(int(mib * (1 << 20)), names):
         if as_json:
             click.echo(json.dumps({"body": name, "format": media, "size": size, **cost}))
             continue

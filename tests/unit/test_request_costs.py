@@ -57,10 +57,13 @@ VALUES = st.recursive(
 )
 
 
-@pytest.fixture(scope="module")
-def costs():
+MEASUREMENTS = 4  # at most, of a body whose time is over the limit: other work only adds to it
+PAUSE_S = 1.0  # before another one
+
+
+def _measured(*options: str) -> dict[tuple[str, str], dict]:
     """By kind of body: its size and what it cost. Measured from a process without threads."""
-    command = [sys.executable, "-m", "shardline.bench.load.request_costs", "--json"]
+    command = [sys.executable, "-m", "shardline.bench.load.request_costs", "--json", *options]
     run = subprocess.run(
         [*command, "--mib", str(SIZE_MIB)], check=True, capture_output=True, text=True
     )
@@ -68,13 +71,23 @@ def costs():
     return {(row["body"], row["format"]): row for row in rows}
 
 
+@pytest.fixture(scope="module")
+def costs():
+    return _measured()
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 def test_no_body_costs_more_than_ten_times_its_size(costs, kind) -> None:
     cost = costs[kind]
     assert cost["bytes"] <= max(FACTOR * cost["size"], LEAST_BYTES + cost["size"])
     growing_s = SECONDS_PER_MIB * cost["size"] / MIB + ALLOWANCE_S
-    taken_s = cost["seconds"] * PROBE_S / cost["probe_seconds"]
-    assert taken_s <= (BOUNDED_S if kind[0] in BOUNDED else growing_s)
+    limit_s = BOUNDED_S if kind[0] in BOUNDED else growing_s
+    taken_s = [cost["seconds"] * PROBE_S / cost["probe_seconds"]]
+    while taken_s[-1] > limit_s and len(taken_s) < MEASUREMENTS:
+        time.sleep(PAUSE_S)
+        again = _measured("--body", kind[0])[kind]
+        taken_s.append(again["seconds"] * PROBE_S / again["probe_seconds"])
+    assert taken_s[-1] <= limit_s, taken_s
 
 
 def test_a_legal_batch_of_vectors_is_answered_in_either_form(costs) -> None:
