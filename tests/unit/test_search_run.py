@@ -215,6 +215,20 @@ def test_a_short_first_epoch_is_followed_by_one_that_is_measured(
     assert base.epochs == 3 and result.state.epochs == 3
 
 
+def test_a_first_epoch_that_other_work_slowed_does_not_cost_every_model_epochs(
+    data: Dataset, tmp_path: Path
+) -> None:
+    class Disturbed(EpochClock):
+        def on_event(self, stage: str, event: dict[str, Any]) -> None:
+            super().on_event(stage, event)
+            if event["event"] == "step" and self.epochs == 1:
+                self.now += 15.0
+
+    result = searched(data.path, tmp_path / "run", minutes=6, epochs=12, clock=Disturbed())
+    assert result.state.epochs == 12  # .4 of 360 s hold 12 epochs of 10 s x 7/6, and 4 of 25 s
+    assert result.state.trials[0].seconds == 10.0 * result.state.trials[0].epochs
+
+
 @pytest.mark.parametrize("kill_at", [1, 2, 8, 14])
 def test_a_killed_search_decides_what_it_would_have(
     data: Dataset, found: SearchResult, tmp_path: Path, kill_at: int

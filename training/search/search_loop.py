@@ -34,6 +34,7 @@ from shardline.training.search.trial_training import Trained, TrialJob, train_tr
 LEAST_RECALL = -1.0  # of a trial that cannot be trained
 FIT_SHARE = 0.4  # of the time, at most, is kept for the last fit
 SHORT_SHARE = 0.04  # of the time: an epoch that takes less is followed by one that is measured
+AGAIN_SHARE = 0.1  # of the time: an epoch that takes more is not measured again
 FEWEST_EPOCHS = 3  # of a trial: trials that end earlier say nothing of longer ones
 
 Say = Callable[[str], None]
@@ -159,7 +160,8 @@ class SearchLoop:
     def _measure(self) -> None:
         """Trains the base for an epoch; where the time is too short for its epochs, takes fewer.
 
-        A short first epoch says little of others, so the second is measured then.
+        A short first epoch says little of others, so the second is measured then. So it is before
+        all models get fewer epochs: other work on the machine only adds to what an epoch takes.
         """
         state = self.state
         if state.measured:
@@ -170,13 +172,20 @@ class SearchLoop:
         if state.ladder[0] == 1 and base.value is not None:
             base.values[1] = base.value
         first = base.seconds
-        if first < SHORT_SHARE * state.minutes * 60 and not base.ended:
+        share = first / (state.minutes * 60)
+        is_short = share < SHORT_SHARE
+        measures_again = is_short or (share < AGAIN_SHARE and self._is_too_long(base))
+        if base.epochs == 1 and not base.ended and measures_again:
             self._advance([(base, 2)])
-            base.seconds = 2 * (base.seconds - first)
-        if state.epochs > self._most_epochs(base):
+            second = base.seconds - first
+            base.seconds = 2 * (second if is_short else min(first, second))
+        if self._is_too_long(base):
             self._shorten(base)
         state.measured = True
         self._save()
+
+    def _is_too_long(self, base: Trial) -> bool:
+        return self.state.epochs > self._most_epochs(base)
 
     def _most_epochs(self, base: Trial) -> int:
         """Epochs of a last fit that leaves trials their share of the time."""
