@@ -46,12 +46,21 @@ from shardline.training.evaluation.user_queries import query_features
 from shardline.training.export import export
 from shardline.training.synthetic.generator import PRESETS, SynthConfig, add_ceilings, generate
 
-# Three epochs: of 3, 4 and 6 the best validation recall@1000 (.9085, .9080, .9075). Without the
-# cache, because the latencies are those of the search.
+# The towers suit the generator: bench/configs/sharp.yaml and docs/PERFORMANCE.md say why. Without
+# the cache, because the latencies are those of the search.
 DEMO_SETTINGS = {
     "training.num_workers": 2,
-    "training.epochs": 3,
-    "training.validation.k": 1000,
+    "training.metric": "dot",
+    "training.towers.query.hidden": [],
+    "training.towers.query.features": [
+        {"kind": "numeric", "column": "age"},
+        {"kind": "categorical", "column": "gender"},
+        {"kind": "categorical", "column": "country"},
+        {"kind": "history", "pooling": "attention"},
+    ],
+    "training.towers.item.hidden": [],
+    "training.epochs": 10,
+    "training.validation.every_epochs": 10,
     "cluster.shards": 4,
     "router.cache_bytes": 0,
 }

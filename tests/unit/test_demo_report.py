@@ -1,10 +1,15 @@
-"""What the demo says of its targets: which of them the data allow."""
+"""What the demo says of its targets, which of them the data allow, and what it trains."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shardline.cluster.commands.demo_report import TARGETS, target_note
+from shardline.cluster.commands.demo_run import DEMO_SETTINGS
+from shardline.cluster.config import load_config
+
+SHARP_FILE = Path(__file__).parents[2] / "bench/configs/sharp.yaml"
 
 # means of the oracle on both presets at their usual sizes (docs/PERFORMANCE.md)
 SHARP = {"recall@10": 0.426, "recall@100": 0.726, "recall@1000": 0.919}
@@ -32,3 +37,10 @@ def test_targets_above_the_oracle_are_named(name: str) -> None:
 
 def test_without_ceilings_there_are_no_targets_to_speak_of() -> None:
     assert target_note({"ceilings": None}, preset="sharp") is None
+
+
+def test_the_demo_trains_what_the_documented_configuration_does() -> None:
+    documented = load_config(SHARP_FILE).training
+    demo = load_config(preferences=DEMO_SETTINGS).training
+    assert demo.model_copy(update={"num_workers": documented.num_workers}) == documented
+    assert documented != load_config().training
