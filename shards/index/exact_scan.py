@@ -77,6 +77,17 @@ class StoredVectors:
         vectors = np.asarray(self._outer.reconstruct_n(first, last - first + 1), dtype=np.float32)
         return vectors if len(vectors) == len(rows) else np.take(vectors, rows - first, axis=0)
 
+    def scores(self, query: FloatArray, rows: IdArray, metric: Metric) -> FloatArray:
+        """(m,): of rows (m,) int64, ascending, for a query (dim,). Each row by itself: equal
+        vectors have equal scores, wherever they stand."""
+        vectors = self.of(rows)
+        if metric is not Metric.L2:
+            products: FloatArray = np.vecdot(vectors, query)
+            return products
+        vectors -= query
+        squares: FloatArray = np.vecdot(vectors, vectors)
+        return -squares
+
     def copied(self, rows: IdArray) -> Any:
         """An index of faiss with the vectors of rows (m,) int64, ascending, and no others: in the
         form they are stored in, if that is full or half precision."""

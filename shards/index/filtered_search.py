@@ -4,6 +4,7 @@ An index visits a part of its rows that is large enough where all of them count.
 few rows match it would find few: what it visits has to grow as the share of matching rows falls.
 
     few rows match      their stored vectors are copied, side by side, and all are scored
+    more, and often     all are compared by codes of their own (``row_codes``), the best are scored
     more, with lists    as many matching rows are visited as an unfiltered search visits rows; then
                         as many lists as may hold better ones, by the estimate of ``probing``
     more, without       the parameters are widened by the share of what matches
@@ -43,16 +44,27 @@ from shardline.shards.index.exact_scan import StoredVectors, scan
 from shardline.shards.index.layers import Layers
 from shardline.shards.index.list_scan import ListScan, ListWalk
 from shardline.shards.index.probing import FilledLists, Lists, NearLists
+from shardline.shards.index.row_codes import CodedRows, RowCodes
 from shardline.shards.index.selection import Selection
 from shardline.shards.index.spec import MEASURED_K
 
 # Filters with so few values (rows x dimensions) are copied and scored as a whole: 8,192 rows of 128
 # take 0.1 ms of one core, and copying them 0.2 ms.
 COPIED_VALUES = 1 << 20
-# Those with so few, once so many queries have used them, if that is far less than what these took:
-# 65,536 rows take a millisecond where other shards read memory too. Copying them takes 10 ms, and
-# few of them are kept.
-COPIED_AGAIN_VALUES, COPIED_AFTER = 8 << 20, 16
+# Those that so many queries have used are compared by codes, if that is far less than what these
+# took. The codes of all rows are made when a filter needs them first; an index with fewer rows has
+# few filters that do, and one with more rows than fit into half of what is kept has none.
+USED_AGAIN = 16
+CODED_FROM, CODED_ROWS = 1 << 14, 1 << 17
+CODED_MS, CODED_ROW_MS = 0.15, 2e-6  # of a query, where other shards read memory too
+CODED_GAIN = 2  # how many times as long a walk has to take
+# Candidates that are scored by their vectors, as a multiple of the results that count: codes of
+# 25,000 to 125,000 rows lose .003 to .017 of these.
+CODED_FACTOR = 10
+CODED_HIDDEN = 8  # of so many rows one may be hidden, or excluded by a query
+# Where there can be no codes, rows of so few values are copied instead: 65,536 rows of 128 take a
+# millisecond where other shards read memory too. Copying them takes 10 ms, and few are kept.
+COPIED_AGAIN_VALUES = 8 << 20
 COPIES_MS, COPIES_GAIN = 1.0, 3  # of as many values; and how many times as long a walk has to take
 ENTRY_BYTES = 6000  # of a filter beside its arrays: two forms of faiss, an index, objects
 KEPT_BYTES = 64 << 20  # derived from filters, per index; what was not used for longest goes
@@ -98,17 +110,18 @@ class Searched(Protocol):
 class _Derived:
     """Of a filter. uses: queries so far; bytes: of it all, about.
 
-    rows (m,) int64: those that match, ascending, once they are copied; copies: an index of their
-    vectors. some: the selection whose copies were searched last, and part: the same as a selection
-    of the copies; None: all. Before that, lists: those that have some of the rows; far: of the
-    last queries, the share that had to visit more than twice as many as usual, where that can be
-    estimated; ms: what a query without parameters is estimated to take, by the size of k, which
-    rises at once and falls slowly.
+    coded: codes of the rows that match, once they have been made. rows (m,) int64: those that
+    match, ascending, once they are copied; copies: an index of their vectors. some: the selection
+    whose copies were searched last, and part: the same as a selection of the copies; None: all.
+    Before that, lists: those that have some of the rows; far: of the last queries, the share that
+    had to visit more than twice as many as usual, where that can be estimated; ms: what a query
+    without parameters is estimated to take, by the size of k, which rises at once and falls slowly.
     """
 
     uses: int = 0
     lists: FilledLists | None = None
     far: float = 0.0
+    coded: CodedRows | None = None
     rows: IdArray | None = None
     copies: Searched | None = None
     some: Selection | None = None
@@ -157,6 +170,10 @@ class FilteredSearch:
         self._list_scan = ListScan(layers, stored, metric)
         self._lists: Lists | None = None
         self._depth = 1.0
+        size = RowCodes.row_bytes(stored.dim)
+        self._can_be_coded = size > 0 and CODED_FROM <= stored.rows <= KEPT_BYTES // 2 // size
+        self._codes: RowCodes | None = None
+        self._coding: threading.Thread | None = None
         self._copied = COPIED_VALUES // stored.dim
         self._copied_again = COPIED_AGAIN_VALUES // stored.dim
         self._derived: OrderedDict[Selection, _Derived] = OrderedDict()
@@ -187,6 +204,8 @@ class FilteredSearch:
         if derived.copies is not None:
             return queries * (origin.num_selected + others) <= self._copied_again
         if params != NO_PARAMS or self._is_copied(derived, origin, queries):
+            return False
+        if derived.coded is None and self._shall_be_coded(derived, origin, queries):
             return False
         is_quick = queries * derived.ms_of(k) <= CHEAP_MS
         return is_quick and queries * others <= self._copied_again
@@ -219,8 +238,24 @@ class FilteredSearch:
         chosen: Selection,
         look: Callable[[], None],
     ) -> Ranked:
-        if self._is_copied(derived, chosen.origin or chosen, 0):
+        origin = chosen.origin or chosen
+        coded = self._coded(derived, origin)
+        if coded is not None and self._can_use(coded, chosen):
+            return self._among_codes(queries, k, params, coded, derived, chosen, look)
+        if coded is None and self._is_copied(derived, origin, 0):
             return self._among_copies(queries, k, derived, chosen)
+        return self._searched(queries, k, params, derived, chosen, look)
+
+    def _searched(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        derived: _Derived,
+        chosen: Selection,
+        look: Callable[[], None],
+    ) -> Ranked:
+        """By the index, and where it has not found k by all that is stored."""
         if self._has_lists:
             ranked = self._in_lists(queries, k, params, derived, chosen, look)
         else:
@@ -255,17 +290,62 @@ class FilteredSearch:
         rows = origin.num_selected
         if derived.copies is not None or rows <= self._copied:
             return True
-        if rows > self._copied_again or derived.uses + more <= COPIED_AFTER:
+        if self._can_be_coded:
+            return False
+        if rows > self._copied_again or derived.uses + more <= USED_AGAIN:
             return False
         copies_ms = COPIES_MS * rows / self._copied_again
         is_gain = copies_ms * COPIES_GAIN <= max(derived.ms.values(), default=0.0)
-        return is_gain and self._has_room(derived, rows)
+        return is_gain and self._has_room(derived, rows * self._stored.row_bytes)
 
-    def _has_room(self, derived: _Derived, rows: int) -> bool:
-        """Whether copies of so many rows fit beside what else is kept, or beside what is not used
-        more rarely: filters that take turns must not drive out each other's copies."""
+    def _shall_be_coded(self, derived: _Derived, origin: Selection, more: int) -> bool:
+        """Whether the rows of a filter are to be compared by codes, after ``more`` further uses."""
+        rows = origin.num_selected
+        if not self._can_be_coded or not self._copied < rows <= CODED_ROWS:
+            return False
+        if derived.uses + more <= USED_AGAIN:
+            return False
+        coded_ms = CODED_MS + CODED_ROW_MS * rows
+        is_gain = coded_ms * CODED_GAIN <= max(derived.ms.values(), default=0.0)
+        size = rows * (8 + RowCodes.row_bytes(self._stored.dim))
+        return is_gain and self._has_room(derived, size)
+
+    def _coded(self, derived: _Derived, origin: Selection) -> CodedRows | None:
+        """The codes of a filter's rows, if that is how these are to be searched. The first filter
+        that needs some has those of all rows made, and is searched otherwise until then."""
+        if derived.coded is not None or not self._shall_be_coded(derived, origin, 0):
+            return derived.coded
         with self._lock:
-            over = self._bytes + rows * self._stored.row_bytes - KEPT_BYTES
+            if self._codes is None:
+                if self._coding is None:
+                    given = weakref.ref(self), self._stored, self._metric
+                    name = "row-codes"
+                    self._coding = threading.Thread(
+                        target=_make_codes, args=given, name=name, daemon=True
+                    )
+                    self._coding.start()
+            elif derived.coded is None:
+                derived.coded = self._codes.of_rows(origin.selected())
+                self._count(origin, derived.coded.nbytes)
+            return derived.coded
+
+    def take_codes(self, codes: RowCodes) -> None:
+        """Of all rows; any thread."""
+        with self._lock:
+            self._codes = codes
+            self._bytes += codes.nbytes
+
+    @staticmethod
+    def _can_use(coded: CodedRows, chosen: Selection) -> bool:
+        """Whether few of the rows are hidden by now: as many more are compared by vectors."""
+        rows = len(coded.rows)
+        return CODED_HIDDEN * (rows - chosen.num_selected) <= rows
+
+    def _has_room(self, derived: _Derived, size: int) -> bool:
+        """Whether so many bytes fit beside what else is kept, or beside what is not used more
+        rarely: filters that take turns must not drive out each other's copies."""
+        with self._lock:
+            over = self._bytes + size - KEPT_BYTES
             for other in self._derived.values():
                 if over <= 0:
                     return True
@@ -295,6 +375,40 @@ class FilteredSearch:
     def _nprobe(self, params: SearchParams, times: float) -> int:
         nprobe = math.ceil((params.nprobe or self._defaults.nprobe or 1) * times)
         return min(nprobe, int(self._layers.base.nlist), MAX_NPROBE)
+
+    def _among_codes(
+        self,
+        queries: FloatArray,
+        k: int,
+        params: SearchParams,
+        coded: CodedRows,
+        derived: _Derived,
+        chosen: Selection,
+        look: Callable[[], None],
+    ) -> Ranked:
+        """All rows compared by codes, the best of them scored."""
+        factor = max(params.rerank_factor or 1, RERANK_FACTOR, CODED_FACTOR * self._depth)
+        candidates = max(k + 1, math.ceil(max(k, MEASURED_K) * factor))
+        missing = len(coded.rows) - chosen.num_selected
+        asked = self._stored.queries(queries)
+        ranked, cut = _nothing(len(queries), k), []
+        for place, query in enumerate(asked):
+            look()
+            rows = coded.nearest(query, candidates + missing)
+            is_cut = len(rows) < len(coded.rows)
+            if missing:
+                rows = rows[chosen.are_live(rows)]
+            scores = self._stored.scores(query, rows, self._metric)
+            order = np.argsort(-scores, kind="stable")  # of equal scores the lowest row first
+            rows, scores = rows[order], scores[order]
+            if is_cut and self._can_tie and len(rows) > k and scores[-1] == scores[k - 1]:
+                cut.append(place)
+            rows, scores = rows[:k], scores[:k]
+            ranked.ids[place, : len(rows)], ranked.scores[place, : len(rows)] = rows, scores
+        if cut:
+            found = self._searched(queries[cut], k, params, derived, chosen, look)
+            ranked.ids[cut], ranked.scores[cut] = found
+        return ranked
 
     def _among_copies(
         self, queries: FloatArray, k: int, derived: _Derived, chosen: Selection
@@ -427,6 +541,16 @@ class FilteredSearch:
         if covered < COVERED:
             self._depth = covered / COUNTED
         return self._lists
+
+
+def _make_codes(
+    search: "weakref.ref[FilteredSearch]", stored: StoredVectors, metric: Metric
+) -> None:
+    """The work of the thread that a filter had begun; ends early where the index is gone."""
+    codes = RowCodes.of(stored, metric, lambda: search() is not None)
+    asked = search()
+    if codes is not None and asked is not None:
+        asked.take_codes(codes)
 
 
 def _nothing(queries: int, k: int) -> Ranked:

@@ -78,17 +78,9 @@ class ListScan:
             rows.sort()
         empty = np.searchsorted(rows, 0)  # they come first
         rows = rows[empty:]
-        return rows, found[empty:] if self._refine is None else self._exact(query, rows)
-
-    def _exact(self, query: FloatArray, rows: IdArray) -> FloatArray:
-        vectors = self._stored.of(rows)
-        # each row by itself: equal vectors have equal scores, wherever they stand
-        if self._metric is not Metric.L2:
-            products: FloatArray = np.vecdot(vectors, query)
-            return products
-        vectors -= query
-        squares: FloatArray = np.vecdot(vectors, vectors)
-        return -squares
+        if self._refine is None:
+            return rows, found[empty:]
+        return rows, self._stored.scores(query, rows, self._metric)
 
 
 class ListWalk:
