@@ -218,12 +218,14 @@ class MainIndex:
         selection: Selection | None = None,
         beyond: int = 0,
         lists: IdArray | None = None,
+        more: int = 0,
     ) -> Ranked:
         """The k best local rows, as ids, of queries (n, dim) float32; of all rows without a
         ``selection``. Parameters that this kind of index does not have are ignored.
 
-        beyond: how many rows that are not selected may be nearer than these; more is visited then,
-        unless the parameters say how much. lists: of ``ByList``, without a selection.
+        more: results (n, k + more) instead, of what a search for k visits. beyond: how many rows
+        that are not selected may be nearer than these; more is visited then, unless the parameters
+        say how much. lists: of ``ByList``, without a selection.
 
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
@@ -232,12 +234,13 @@ class MainIndex:
         self._check_dim(queries)
         if beyond:
             params = self._reaching(params, k, beyond)
-        if k >= self._askable:
-            return self._ranked(queries, k, k, params, selection, lists)[0]
-        (rows, scores), has_ties = self._ranked(queries, k, k + 1, params, selection, lists)
-        ranked = Ranked(rows[:, :k], np.ascontiguousarray(scores[:, :k]))
+        width = k + more
+        if width >= self._askable:
+            return self._ranked(queries, k, width, params, selection, lists)[0]
+        (rows, scores), has_ties = self._ranked(queries, k, width + 1, params, selection, lists)
+        ranked = Ranked(rows[:, :width], np.ascontiguousarray(scores[:, :width]))
         if has_ties:
-            is_cut = (scores[:, k] == scores[:, k - 1]) & (rows[:, k] >= 0)
+            is_cut = (scores[:, width] == scores[:, width - 1]) & (rows[:, width] >= 0)
             self._close_ties(queries, k, params, selection, ranked, is_cut)
         return ranked
 
@@ -409,16 +412,18 @@ class MainIndex:
         ranked: Ranked,
         is_cut: NDArray[np.bool_],
     ) -> None:
-        """Searches those queries again whose last score (n, k) goes on beyond the answer."""
-        cut, fetch = np.flatnonzero(is_cut), k + 1
-        most = min(self._askable, max(MAX_TIED, TIE_GROWTHS[0] * k))
+        """Searches those queries again, as for k results, whose last score (n, m) goes on beyond
+        the answer."""
+        width = ranked.ids.shape[1]
+        cut, fetch = np.flatnonzero(is_cut), width + 1
+        most = min(self._askable, max(MAX_TIED, TIE_GROWTHS[0] * width))
         for growth in TIE_GROWTHS:
             if not cut.size or fetch == most:
                 break
             fetch = min(growth * fetch, most)
             (rows, scores), _ = self._ranked(queries[cut], k, fetch, params, selection)
-            ranked.ids[cut], ranked.scores[cut] = rows[:, :k], scores[:, :k]
-            cut = cut[(scores[:, -1] == scores[:, k - 1]) & (rows[:, -1] >= 0)]
+            ranked.ids[cut], ranked.scores[cut] = rows[:, :width], scores[:, :width]
+            cut = cut[(scores[:, -1] == scores[:, width - 1]) & (rows[:, -1] >= 0)]
 
     def _search(
         self,

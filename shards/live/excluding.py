@@ -1,10 +1,11 @@
 """Searches that leave out items of each query's own.
 
 Queries are asked for a few more results than they want, and what they exclude is taken out of
-these. Those that come out short are asked once more together, for as many more as they exclude. A
-query that is short even then is searched alone, with a selection and a delta that lack its excluded
-rows; so is one that comes alone and excludes many. Either way an answer is that of a shard
-which does not have the excluded items.
+these: most exclude few of the items near to them, and a selection of all other rows takes longer to
+make than a search. Those that come out short are asked once more together, for as many more as they
+exclude. A query that is short even then, or came alone, is searched alone, with a selection and a
+delta that lack its excluded rows. Either way an answer is that of a shard which does not have the
+excluded items.
 """
 
 from collections.abc import Callable
@@ -27,8 +28,8 @@ from shardline.shards.core.schema import (
 from shardline.shards.index.selection import Selection
 from shardline.shards.live.delta import NOT_HERE, Delta
 
-# Results beyond k that queries are asked for which share a search, or exclude no more. More cost
-# all of them; with fewer, more of them are searched alone.
+# Results beyond k that queries are asked for. More cost all of them; with fewer, more of them are
+# searched alone.
 MARGIN = 32
 # The same of queries that came out short with MARGIN. A batch of k = 10 takes 4 % longer with 60
 # more, and three times as long where each query is searched alone.
@@ -46,16 +47,21 @@ class Among(NamedTuple):
 
 
 class Find(Protocol):
-    def __call__(self, queries: FloatArray, k: int, among: Among, beyond: int = 0, /) -> Ranked:
-        """The k best items; beyond: how many rows that are excluded may be nearer than these."""
+    def __call__(
+        self, queries: FloatArray, k: int, among: Among, more: int = 0, beyond: int = 0, /
+    ) -> Ranked:
+        """The k best items, or k + more of what a search for k visits; beyond: how many rows that
+        are excluded may be nearer than these."""
 
 
 @dataclass(frozen=True, slots=True)
 class Excluding:
-    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; look: called before
-    queries are searched once more; what it raises ends the search."""
+    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; fewest: how many items of a query
+    are enough of this shard; look: called before queries are searched once more; what it raises
+    ends the search."""
 
     find: Find
+    fewest: int
     ids_by_row: IdArray
     among: Among
     look: Callable[[], None]
@@ -70,9 +76,6 @@ class Excluding:
         lists = [excluded.ids]
         if len(queries) > 1:
             lists = np.split(excluded.ids, np.cumsum(excluded.counts[:-1]))
-        elif len(excluded.ids) > MARGIN:
-            found, counts[0] = self._alone(queries, k, excluded.ids)
-            return found, counts
         kept = Ranked(
             np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         )
@@ -102,17 +105,28 @@ class Excluding:
         """Fills ``kept`` (n, k), and counts (n,), of the queries ``asked``; those that came out
         short though there may be more."""
         k, short = kept.ids.shape[1], []
-        found = self.find(queries[asked], k + margin, self.among)
+        found = self.find(queries[asked], k, self.among, margin)
         kept.ids[asked], kept.scores[asked] = found.ids[:, :k], found.scores[:, :k]
         for place, query in enumerate(asked):
             own = found.rows(slice(place, place + 1))
             if not _take_out(lists[query], own, kept.rows(slice(query, query + 1))):
                 continue
-            if own.ids[0, -1] == EMPTY_ID:  # everything that can be found has been
+            if self._are_enough(own.ids[0], kept.ids[query]):
                 counts[query] = self._count(lists[query])
             else:
                 short.append(query)
         return short
+
+    def _are_enough(self, found: IdArray, left: IdArray) -> bool:
+        """Whether nothing is to be looked for beyond ``found`` (m,), of which fewer than k are
+        ``left`` (k,): it is all that was visited, and that is enough, or all that there is."""
+        if found[-1] != EMPTY_ID:
+            return False
+        if left[self.fewest - 1] != EMPTY_ID:
+            return True
+        selection, delta = self.among
+        rows = len(self.ids_by_row) - 1 if selection is None else selection.num_selected
+        return int(np.count_nonzero(found != EMPTY_ID)) == rows + delta.num_live
 
     def _alone(self, query: FloatArray, k: int, ids: IdArray) -> tuple[Ranked, int]:
         """As ``search``, of one query (1, dim) that excludes ids (m,)."""
@@ -123,7 +137,7 @@ class Excluding:
             selection = whole.less(of_main)
         if len(of_delta):
             delta = delta.hiding(of_delta)
-        found = self.find(query, k, Among(selection, delta), len(of_main))
+        found = self.find(query, k, Among(selection, delta), 0, len(of_main))
         is_short = found.ids[0, -1] == EMPTY_ID
         return found, len(of_main) + len(of_delta) if is_short else 0
 

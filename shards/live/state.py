@@ -134,8 +134,7 @@ class ShardState:
         Raises:
             InvalidInput: wrong dimension, or a search parameter out of range.
         """
-        among, fewest = self.among(matching), self._fewest(k)
-        return self._best(queries, k, params, among, matching is not None, look, fewest)
+        return self._best(queries, k, params, self.among(matching), matching is not None, look)
 
     def search_main(
         self, queries: FloatArray, k: int, params: SearchParams, lists: IdArray | None = None
@@ -168,12 +167,16 @@ class ShardState:
         """As ``search``, without the items that each query excludes, and ``Excluding.search``'s
         counts. params None: as ``search_exactly``."""
 
-        def find(queries: FloatArray, k: int, among: Among, beyond: int = 0) -> Ranked:
+        def find(
+            queries: FloatArray, k: int, among: Among, more: int = 0, beyond: int = 0
+        ) -> Ranked:
             if params is None:
-                return self._best_exactly(queries, k, among, look)
-            return self._best(queries, k, params, among, matching is not None, look, k, beyond)
+                return self._best_exactly(queries, k + more, among, look)
+            is_filtered = matching is not None
+            return self._best(queries, k, params, among, is_filtered, look, more, beyond)
 
-        excluding = Excluding(find, self.ids_by_row, self.among(matching), look)
+        fewest = self._fewest(k)
+        excluding = Excluding(find, fewest, self.ids_by_row, self.among(matching), look)
         return excluding.search(queries, k, excluded)
 
     def _best(
@@ -184,16 +187,17 @@ class ShardState:
         among: Among,
         is_filtered: bool,
         look: Callable[[], None],
-        fewest: int,
+        more: int = 0,
         beyond: int = 0,
     ) -> Ranked:
+        """The k best, or k + more of what a search for k visits."""
         selection, delta = among
         if is_filtered:
             assert selection is not None
-            in_main = self.main.search_filtered(queries, k, params, selection, look)
+            in_main = self.main.search_filtered(queries, k + more, params, selection, look)
         else:
-            in_main = self.main.search(queries, k, params, selection, beyond)
-            self._fill(in_main, queries, params, selection, look, fewest)
+            in_main = self.main.search(queries, k, params, selection, beyond, more=more)
+            self._fill(in_main, queries, params, selection, look, self._fewest(k))
         return self._with_delta(in_main, queries, delta)
 
     def _fewest(self, k: int) -> int:

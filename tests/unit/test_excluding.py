@@ -213,6 +213,40 @@ def test_a_search_finds_k_items_where_the_lists_that_it_visits_have_too_few(kind
     assert (few.ids == -1).any()
 
 
+def test_of_one_of_several_shards_its_share_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many far items a query excludes, no more is visited than without."""
+    vectors = clustered(8000, 16, 80, seed=1)
+    main = build_main(vectors, kind="ivf", nlist=100, nprobe=1)
+    state = ShardState.of(main, np.arange(8000), share=0.25)
+    visited: list[tuple[int, int]] = []
+    search = type(main).search
+
+    def noted(self: Any, queries: Any, k: int, params: Any, selection: Any = None,
+              beyond: int = 0, more: int = 0) -> Ranked:  # fmt: skip
+        visited.append((k, beyond))
+        return search(self, queries, k, params, selection, beyond, more=more)
+
+    monkeypatch.setattr(type(main), "search", noted)
+    k, enough = MEASURED_K, MEASURED_K // 2
+    sizes = (state.search(vectors[:100], k, NO_PARAMS).ids >= 0).sum(axis=1)
+    (places,) = ((sizes >= enough + 5) & (sizes < k)).nonzero()
+    query = vectors[places[:1]]
+    plain = state.search(query, k, NO_PARAMS)
+    scores = vectors @ query[0]
+    far, near = np.argsort(scores)[:1000], np.argsort(-scores)[:5]
+    visited.clear()
+    found, counts = state.search_excluding(query, k, NO_PARAMS, of([[*far, *near]]))
+    assert visited == [(k, 0)]
+    left = plain.ids[0][~np.isin(plain.ids[0], near)]
+    assert found.ids[0].tolist() == [*left, *[-1] * 5]
+    assert counts.tolist() == [1005]
+    # one that excludes most of what it finds gets as many of other lists
+    own = plain.ids[0][plain.ids[0] >= 0]
+    found, counts = state.search_excluding(query, k, NO_PARAMS, of([own[5:]]))
+    assert (found.ids >= 0).sum() >= enough
+    assert not np.isin(found.ids, own[5:]).any()
+
+
 def test_all_but_a_few_rows_may_be_excluded_or_deleted() -> None:
     state = new_state("ivf")
     state, _ = apply(state, [delete(1, IDS[:-30])])
