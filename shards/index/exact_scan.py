@@ -11,6 +11,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+from numpy.typing import NDArray
 
 from shardline.shards.core.schema import (
     EMPTY_ID,
@@ -26,6 +27,11 @@ from shardline.shards.index.selection import Selection
 
 DENSE = 4  # of so many rows one is wanted: then decoding all of them takes as long as picking some
 BLOCK_BYTES = 8 << 20  # of the vectors of a block: some milliseconds of one core
+# A number in half precision as one in single precision: the fraction has so many bits more, and the
+# exponent counts from so much lower.
+FRACTION_BITS = 13
+SIGN_AND_NUMBER = np.uint32(0x8FFFE000).astype(np.int32)  # without copies of the sign between them
+EXPONENT_OF_ONE = np.float32(2.0**112)
 
 
 class StoredVectors:
@@ -42,6 +48,10 @@ class StoredVectors:
         self._has_ranges = isinstance(self._outer, faiss.IndexFlatCodes)
         is_packed = isinstance(self._outer, faiss.IndexPQFastScan)
         self._codes = codes_of(self._outer) if self._has_ranges and not is_packed else None
+        self._are_halves = (
+            isinstance(self._outer, faiss.IndexScalarQuantizer)
+            and self._outer.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+        )
         self.rows = int(self._index.ntotal)
         self.dim = int(self._outer.d)
 
@@ -71,6 +81,11 @@ class StoredVectors:
         if not self._has_ranges or not rows.size:
             return np.asarray(self._outer.reconstruct_batch(rows), dtype=np.float32)
         first, last = int(rows[0]), int(rows[-1])
+        if self._codes is not None and self._are_halves:
+            is_range = last - first + 1 == len(rows)
+            return of_halves(
+                self._codes[first : last + 1] if is_range else np.take(self._codes, rows, axis=0)
+            )
         if self._codes is not None and DENSE * len(rows) < last - first:
             codes = np.take(self._codes, rows, axis=0)
             return np.asarray(self._outer.sa_decode(codes), dtype=np.float32)
@@ -101,6 +116,18 @@ class StoredVectors:
             made.sq, made.is_trained = outer.sq, True
         made.add_sa_codes(np.take(self._codes, rows, axis=0))
         return made
+
+
+def of_halves(codes: NDArray[np.uint8]) -> FloatArray:
+    """(m, d) float32 of finite numbers in half precision, codes (m, 2 d): what faiss decodes one
+    by one, in a quarter of the time. Both have sign, exponent and fraction in this order; the
+    exponent has three bits more, and another number stands for 1."""
+    bits = codes.view(np.int16).astype(np.int32)
+    bits <<= FRACTION_BITS
+    bits &= SIGN_AND_NUMBER
+    numbers: FloatArray = bits.view(np.float32)
+    numbers *= EXPONENT_OF_ONE
+    return numbers
 
 
 def scan(

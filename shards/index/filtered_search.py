@@ -52,9 +52,10 @@ from shardline.shards.index.spec import MEASURED_K
 # take 0.1 ms of one core, and copying them 0.2 ms.
 COPIED_VALUES = 1 << 20
 # Those that so many queries have used are compared by codes, if that is far less than what these
-# took. The codes of all rows are made when a filter needs them first; an index with fewer rows has
-# few filters that do, and one with more rows than fit into half of what is kept has none.
-USED_AGAIN = 16
+# took: to pick the codes of 25,000 rows takes a millisecond, of 125,000 four. The codes of all rows
+# are made when a filter needs them first; an index with fewer rows has few filters that do, and one
+# with more rows than fit into half of what is kept has none.
+CODED_AFTER = 4
 CODED_FROM, CODED_ROWS = 1 << 14, 1 << 17
 CODED_MS, CODED_ROW_MS = 0.15, 2e-6  # of a query, where other shards read memory too
 CODED_GAIN = 2  # how many times as long a walk has to take
@@ -64,7 +65,7 @@ CODED_FACTOR = 10
 CODED_HIDDEN = 8  # of so many rows one may be hidden, or excluded by a query
 # Where there can be no codes, rows of so few values are copied instead: 65,536 rows of 128 take a
 # millisecond where other shards read memory too. Copying them takes 10 ms, and few are kept.
-COPIED_AGAIN_VALUES = 8 << 20
+COPIED_AGAIN_VALUES, COPIED_AFTER = 8 << 20, 16
 COPIES_MS, COPIES_GAIN = 1.0, 3  # of as many values; and how many times as long a walk has to take
 ENTRY_BYTES = 6000  # of a filter beside its arrays: two forms of faiss, an index, objects
 KEPT_BYTES = 64 << 20  # derived from filters, per index; what was not used for longest goes
@@ -108,7 +109,8 @@ class Searched(Protocol):
 
 @dataclass(slots=True)
 class _Derived:
-    """Of a filter. uses: queries so far; bytes: of it all, about.
+    """Of a filter. uses: queries so far; first, last: the number of the search that used it first,
+    and last; bytes: of it all, about.
 
     coded: codes of the rows that match, once they have been made. rows (m,) int64: those that
     match, ascending, once they are copied; copies: an index of their vectors. some: the selection
@@ -118,6 +120,8 @@ class _Derived:
     without parameters is estimated to take, by the size of k, which rises at once and falls slowly.
     """
 
+    first: int
+    last: int = 0
     uses: int = 0
     lists: FilledLists | None = None
     far: float = 0.0
@@ -178,6 +182,7 @@ class FilteredSearch:
         self._copied_again = COPIED_AGAIN_VALUES // stored.dim
         self._derived: OrderedDict[Selection, _Derived] = OrderedDict()
         self._bytes = 0  # of these
+        self._searches = 0
         self._uses = 0  # since they have faded
         self._lock = threading.Lock()  # around what is derived
 
@@ -269,12 +274,14 @@ class FilteredSearch:
 
     def _derived_of(self, origin: Selection, queries: int) -> _Derived:
         with self._lock:
+            self._searches += 1
             derived = self._derived.get(origin)
             if derived is None:
-                derived = self._derived[origin] = _Derived()
+                derived = self._derived[origin] = _Derived(first=self._searches)
                 # the bits of ``origin``, and of what was narrowed from it and searched last
                 self._count(origin, ENTRY_BYTES + 2 * origin.bits.nbytes)
             self._derived.move_to_end(origin)
+            derived.last = self._searches
             derived.uses += queries
             self._uses += queries
             if self._uses >= FADING_USES:
@@ -292,7 +299,7 @@ class FilteredSearch:
             return True
         if self._can_be_coded:
             return False
-        if rows > self._copied_again or derived.uses + more <= USED_AGAIN:
+        if rows > self._copied_again or derived.uses + more <= COPIED_AFTER:
             return False
         copies_ms = COPIES_MS * rows / self._copied_again
         is_gain = copies_ms * COPIES_GAIN <= max(derived.ms.values(), default=0.0)
@@ -303,7 +310,7 @@ class FilteredSearch:
         rows = origin.num_selected
         if not self._can_be_coded or not self._copied < rows <= CODED_ROWS:
             return False
-        if derived.uses + more <= USED_AGAIN:
+        if derived.uses + more <= CODED_AFTER:
             return False
         coded_ms = CODED_MS + CODED_ROW_MS * rows
         is_gain = coded_ms * CODED_GAIN <= max(derived.ms.values(), default=0.0)
@@ -342,14 +349,16 @@ class FilteredSearch:
         return CODED_HIDDEN * (rows - chosen.num_selected) <= rows
 
     def _has_room(self, derived: _Derived, size: int) -> bool:
-        """Whether so many bytes fit beside what else is kept, or beside what is not used more
-        rarely: filters that take turns must not drive out each other's copies."""
+        """Whether so many bytes fit beside what else is kept, without what has not been used since
+        this filter came, or far more rarely: filters that take turns must not drive out each
+        other's copies."""
         with self._lock:
             over = self._bytes + size - KEPT_BYTES
             for other in self._derived.values():
                 if over <= 0:
                     return True
-                if other is derived or 2 * other.uses > derived.uses:
+                is_rare = 2 * other.uses <= derived.uses or other.last < derived.first
+                if other is derived or not is_rare:
                     return False
                 over -= other.bytes
         return over <= 0

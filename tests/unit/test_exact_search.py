@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 import faiss
 import numpy as np
@@ -24,6 +25,7 @@ from shardline.shards.core.messages import (
 )
 from shardline.shards.core.schema import Metric, Ranked
 from shardline.shards.index import exact_scan
+from shardline.shards.index.exact_scan import of_halves
 from shardline.shards.live.state import ShardState, apply
 from shardline.shards.server import exact_searches, shard_server
 from shardline.shards.server.exact_searches import (
@@ -314,3 +316,22 @@ def test_a_server_stops_in_the_middle_of_one(gated) -> None:
     began = time.monotonic()
     server.stop()
     assert time.monotonic() - began < 5
+
+
+def test_half_precision_is_decoded_as_numpy_does() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16)
+    halves = every[np.isfinite(every.view(np.float16))]
+    decoded = of_halves(halves.view(np.uint8).reshape(-1, 2))
+    expected = halves.view(np.float16).astype(np.float32)[:, None]
+    np.testing.assert_array_equal(decoded, expected)
+    np.testing.assert_array_equal(np.signbit(decoded), np.signbit(expected))
+
+
+@pytest.mark.parametrize("rows", [[0], [3, 4, 5, 6], [0, 2, 4, 6, 8], [0, 499], range(500)])
+def test_stored_halves_are_those_of_faiss(rows: Sequence[int]) -> None:
+    vectors = np.random.default_rng(1).standard_normal((500, 16)).astype(np.float32)
+    vectors[7] = 0.0
+    vectors[8] *= 1e-7
+    main = build_main(vectors, metric=Metric.DOT, kind="ivfpq-fs", nlist=8, nprobe=8)
+    chosen = np.array(rows, np.int64)
+    np.testing.assert_array_equal(main._stored.of(chosen), main.reconstruct(chosen))

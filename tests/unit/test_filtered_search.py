@@ -305,7 +305,7 @@ def test_a_filter_that_comes_again_and_again_is_copied_where_that_saves_time(
             main.search_filtered(large[1][:1], 20, NO_PARAMS, chosen)
             asked.append(filtered._derived[chosen].copies is not None)
 
-    ask(filtered_search.USED_AGAIN + 2)
+    ask(filtered_search.COPIED_AFTER + 2)
     assert not any(asked)
     monkeypatch.setattr(filtered_search, "COPIES_MS", 0.0)
     ask(2)
@@ -335,9 +335,12 @@ def test_filters_that_take_turns_do_not_drive_out_each_others_copies(large, monk
         kept = [filtered._derived.get(each) for each in chosen]
         return [each is not None and each.copies is not None for each in kept]
 
-    assert ask(chosen, 4 * filtered_search.USED_AGAIN) == [True, True, False]
+    assert ask(chosen, 4 * filtered_search.COPIED_AFTER) == [True, True, False]
     # one that is used far more often than another takes its place
-    assert ask(chosen[1:], 8 * filtered_search.USED_AGAIN) == [False, True, True]
+    assert ask(chosen[1:], 8 * filtered_search.COPIED_AFTER) == [False, True, True]
+    # and so does one that came when the others were used no more, however often they had been
+    chosen[0] = Selection.of(np.arange(LARGE) % 3 == 0)
+    assert ask(chosen[:1], filtered_search.COPIED_AFTER + 1)[0]
 
 
 def test_an_index_is_gone_with_the_last_reference_to_it(large) -> None:

@@ -472,7 +472,7 @@ def test_a_server_stops_though_filters_wait(held: Any) -> None:
 def test_dear_searches_with_filters_are_not_the_loop_threads(monkeypatch) -> None:
     monkeypatch.setattr(filtered_search, "COPIED_VALUES", 100 * DIM)
     monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
-    monkeypatch.setattr(filtered_search, "USED_AGAIN", 1)
+    monkeypatch.setattr(filtered_search, "COPIED_AFTER", 1)
     monkeypatch.setattr(filtered_search, "COPIES_MS", 0.0)
     monkeypatch.setattr(filtered_search, "CHEAP_MS", 0.0)
     shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
@@ -511,7 +511,7 @@ def test_the_loop_thread_searches_copies_that_are_made_and_what_took_little_time
     monkeypatch.setattr(filtered_search, "CHEAP_MS", cheap_ms)
     monkeypatch.setattr(filtered_search, "COPIED_VALUES", 0)
     monkeypatch.setattr(filtered_search, "COPIED_AGAIN_VALUES", 200 * DIM)
-    monkeypatch.setattr(filtered_search, "USED_AGAIN", 1)
+    monkeypatch.setattr(filtered_search, "COPIED_AFTER", 1)
     monkeypatch.setattr(filtered_search, "COPIES_MS", 0.0)
     shard = Shard(shard=0, generation=7, state=new_state("ivf")[0])
     threads: list[str] = []

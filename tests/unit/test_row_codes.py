@@ -47,7 +47,7 @@ def queries() -> np.ndarray:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes whatever they save, of filters that were used once, of hundreds of rows."""
     monkeypatch.setattr(filtered_search, "COPIED_VALUES", 100 * DIM)
-    monkeypatch.setattr(filtered_search, "USED_AGAIN", 0)
+    monkeypatch.setattr(filtered_search, "CODED_AFTER", 0)
     monkeypatch.setattr(filtered_search, "CODED_GAIN", 0)
 
 
