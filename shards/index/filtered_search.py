@@ -55,7 +55,7 @@ COPIED_VALUES = 1 << 20
 # took: to pick the codes of 25,000 rows takes a millisecond, of 125,000 four. The codes of all rows
 # are made when a filter needs them first; an index with fewer rows has few filters that do, and one
 # with more rows than fit into half of what is kept has none.
-CODED_AFTER = 4
+CODED_AFTER = 1
 CODED_FROM, CODED_ROWS = 1 << 14, 1 << 17
 CODED_MS, CODED_ROW_MS = 0.15, 2e-6  # of a query, where other shards read memory too
 CODED_GAIN = 2  # how many times as long a walk has to take
@@ -68,7 +68,8 @@ CODED_HIDDEN = 8  # of so many rows one may be hidden, or excluded by a query
 COPIED_AGAIN_VALUES, COPIED_AFTER = 8 << 20, 16
 COPIES_MS, COPIES_GAIN = 1.0, 3  # of as many values; and how many times as long a walk has to take
 ENTRY_BYTES = 6000  # of a filter beside its arrays: two forms of faiss, an index, objects
-KEPT_BYTES = 64 << 20  # derived from filters, per index; what was not used for longest goes
+KEPT_BYTES = 96 << 20  # derived from filters, per index; what was not used for longest goes
+VECTOR_SHARE = 7 / 8  # of it for vectors and codes
 # Results in many lists have scores nearer to each other than those in few, and codes tell them
 # apart less well: of the results in 256 of 1,024 lists factor 2 finds .93, factor 4 .98.
 RERANK_FACTOR = 4
@@ -132,6 +133,11 @@ class _Derived:
     part: Selection | None = None
     ms: dict[int, float] = field(default_factory=dict)
     bytes: int = 0
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether it has copies or codes, which are most of what is kept."""
+        return self.copies is not None or self.coded is not None
 
     def note_far(self, went_far: bool) -> None:
         """Takes in whether a query went far."""
@@ -289,8 +295,19 @@ class FilteredSearch:
                 for each in self._derived.values():
                     each.uses //= 2
             while self._bytes > KEPT_BYTES and len(self._derived) > 1:
-                self._bytes -= self._derived.popitem(last=False)[1].bytes
+                self._drop_one(origin)
         return derived
+
+    def _drop_one(self, used: Selection) -> None:
+        """What was not used for longest: of filters without copies and codes, as ``_has_room``
+        decides of these, or else of all. Not ``used``."""
+        others = (each for each in self._derived if each is not used)
+        oldest = next(others)
+        for each in (oldest, *others):
+            if not self._derived[each].has_vectors:
+                oldest = each
+                break
+        self._bytes -= self._derived.pop(oldest).bytes
 
     def _is_copied(self, derived: _Derived, origin: Selection, more: int) -> bool:
         """Whether all rows of a filter are to be scored, after ``more`` further uses."""
@@ -314,7 +331,7 @@ class FilteredSearch:
             return False
         coded_ms = CODED_MS + CODED_ROW_MS * rows
         is_gain = coded_ms * CODED_GAIN <= max(derived.ms.values(), default=0.0)
-        size = rows * (8 + RowCodes.row_bytes(self._stored.dim))
+        size = rows * (4 + RowCodes.row_bytes(self._stored.dim))
         return is_gain and self._has_room(derived, size)
 
     def _coded(self, derived: _Derived, origin: Selection) -> CodedRows | None:
@@ -353,10 +370,14 @@ class FilteredSearch:
         this filter came, or far more rarely: filters that take turns must not drive out each
         other's copies."""
         with self._lock:
-            over = self._bytes + size - KEPT_BYTES
+            kept = sum(each.bytes for each in self._derived.values() if each.has_vectors)
+            kept += 0 if self._codes is None else self._codes.nbytes
+            over = kept + size - VECTOR_SHARE * KEPT_BYTES
             for other in self._derived.values():
                 if over <= 0:
                     return True
+                if not other.has_vectors:
+                    continue
                 is_rare = 2 * other.uses <= derived.uses or other.last < derived.first
                 if other is derived or not is_rare:
                     return False

@@ -71,13 +71,13 @@ class RowCodes:
         plain = faiss.IndexPQ(self._trained.d, self._trained.pq.M, BITS, self._trained.metric_type)
         plain.pq, plain.is_trained = self._trained.pq, True
         plain.add_sa_codes(np.take(self._codes, rows, axis=0))
-        return CodedRows(rows, faiss.IndexPQFastScan(plain))
+        return CodedRows(rows.astype(np.int32), faiss.IndexPQFastScan(plain))
 
 
 class CodedRows:
-    """rows (m,) int64, ascending, and an index of their codes alone."""
+    """rows (m,) int32, ascending, and an index of their codes alone."""
 
-    def __init__(self, rows: IdArray, packed: Any) -> None:
+    def __init__(self, rows: NDArray[np.int32], packed: Any) -> None:
         self.rows, self._packed = rows, packed
 
     @property
@@ -87,6 +87,6 @@ class CodedRows:
     def nearest(self, query: FloatArray, count: int) -> IdArray:
         """(count or fewer,) int64, ascending: the rows whose codes score best for a query (d,)."""
         _, places = self._packed.search(query[None], min(count, len(self.rows)))
-        found: IdArray = self.rows[places[places >= 0]]
+        found: IdArray = self.rows[places[places >= 0]].astype(np.int64)
         found.sort()
         return found

@@ -24,7 +24,7 @@ from shardline.shards.live.delta import Delta
 from shardline.shards.live.item_attributes import ItemAttributes
 from shardline.shards.live.written_columns import WrittenColumns
 
-MAX_KEPT_BYTES = 64 << 20  # of a shard: 500 filters of 1M rows each
+MAX_KEPT_BYTES = 32 << 20  # of a shard: 250 filters of 1M rows each
 # A filter's values as Python has them, and as Arrow, against their bytes as they travel
 VALUES_FACTOR = 16
 ENTRY_BYTES = 2000  # of a filter beside its rows and values

@@ -147,7 +147,7 @@ def test_what_is_kept_counts_the_codes(vectors, queries) -> None:
     filtered = filtered_of(main)
     per_filter = sum(each.bytes for each in filtered._derived.values())
     assert filtered._bytes == per_filter + ROWS * RowCodes.row_bytes(DIM)
-    assert per_filter > MASKS["half"].sum() * (8 + RowCodes.row_bytes(DIM))
+    assert per_filter > MASKS["half"].sum() * (4 + RowCodes.row_bytes(DIM))
 
 
 def test_indexes_that_are_small_or_too_large_have_no_codes(vectors, queries, monkeypatch) -> None:
