@@ -15,6 +15,7 @@ bytes. Hidden rows change with every write, so it is kept for ``Selection.origin
 and hidden rows are left out when it is searched.
 """
 
+import logging
 import math
 import threading
 import time
@@ -57,19 +58,23 @@ COPIED_VALUES = 1 << 20
 # with more rows than fit into half of what is kept has none.
 CODED_AFTER = 1
 CODED_FROM, CODED_ROWS = 1 << 14, 1 << 17
-CODED_MS, CODED_ROW_MS = 0.15, 2e-6  # of a query, where other shards read memory too
-CODED_GAIN = 2  # how many times as long a walk has to take
-# Candidates that are scored by their vectors, as a multiple of the results that count: codes of
-# 25,000 to 125,000 rows lose .003 to .017 of these.
-CODED_FACTOR = 10
+# Of a query, of each of its rows, and of each candidate, in vectors of CODED_DIM numbers, where
+# other shards read memory too; and how many times as long a walk has to take.
+CODED_MS, CODED_ROW_MS, CODED_CANDIDATE_MS, CODED_DIM = 0.1, 2e-6, 1e-4, 128
+CODED_GAIN = 2
+# Candidates that are scored by their vectors, as a multiple of the results that count. How many of
+# these the codes then lose depends on the vectors: very much, where they lie in tight clusters. So
+# that is measured once, and codes with a lower recall than this are not used.
+CODED_FACTOR, CODED_RECALL, CODED_QUERIES = 10, 0.97, 32
 CODED_HIDDEN = 8  # of so many rows one may be hidden, or excluded by a query
 # Where there can be no codes, rows of so few values are copied instead: 65,536 rows of 128 take a
 # millisecond where other shards read memory too. Copying them takes 10 ms, and few are kept.
 COPIED_AGAIN_VALUES, COPIED_AFTER = 8 << 20, 16
 COPIES_MS, COPIES_GAIN = 1.0, 3  # of as many values; and how many times as long a walk has to take
 ENTRY_BYTES = 6000  # of a filter beside its arrays: two forms of faiss, an index, objects
-KEPT_BYTES = 96 << 20  # derived from filters, per index; what was not used for longest goes
-VECTOR_SHARE = 7 / 8  # of it for vectors and codes
+# Derived from filters, per index, and the share of it for vectors and codes. What was not used for
+# longest goes: one that has such while these exceed their share, otherwise one that has none.
+KEPT_BYTES, VECTOR_SHARE = 96 << 20, 7 / 8
 # Results in many lists have scores nearer to each other than those in few, and codes tell them
 # apart less well: of the results in 256 of 1,024 lists factor 2 finds .93, factor 4 .98.
 RERANK_FACTOR = 4
@@ -96,6 +101,9 @@ COUNTED = 3.5
 COVERED = 0.95  # of the results that a wider search finds: then all of them count
 
 
+logger = logging.getLogger(__name__)
+
+
 class Searched(Protocol):
     """What is needed of a ``MainIndex``."""
 
@@ -111,7 +119,8 @@ class Searched(Protocol):
 @dataclass(slots=True)
 class _Derived:
     """Of a filter. uses: queries so far; first, last: the number of the search that used it first,
-    and last; bytes: of it all, about.
+    and last; bytes: of it all, about; has_vectors: whether it has copies or codes, which are most
+    of what is kept.
 
     coded: codes of the rows that match, once they have been made. rows (m,) int64: those that
     match, ascending, once they are copied; copies: an index of their vectors. some: the selection
@@ -133,11 +142,7 @@ class _Derived:
     part: Selection | None = None
     ms: dict[int, float] = field(default_factory=dict)
     bytes: int = 0
-
-    @property
-    def has_vectors(self) -> bool:
-        """Whether it has copies or codes, which are most of what is kept."""
-        return self.copies is not None or self.coded is not None
+    has_vectors: bool = False
 
     def note_far(self, went_far: bool) -> None:
         """Takes in whether a query went far."""
@@ -181,13 +186,17 @@ class FilteredSearch:
         self._lists: Lists | None = None
         self._depth = 1.0
         size = RowCodes.row_bytes(stored.dim)
-        self._can_be_coded = size > 0 and CODED_FROM <= stored.rows <= KEPT_BYTES // 2 // size
+        # an index that stores nothing else than vectors finds exactly; codes would not
+        is_inexact = self._has_lists and layers.refine is not None
+        fits = size > 0 and CODED_FROM <= stored.rows <= KEPT_BYTES // 2 // size
+        self._can_be_coded = is_inexact and fits
         self._codes: RowCodes | None = None
         self._coding: threading.Thread | None = None
         self._copied = COPIED_VALUES // stored.dim
         self._copied_again = COPIED_AGAIN_VALUES // stored.dim
         self._derived: OrderedDict[Selection, _Derived] = OrderedDict()
-        self._bytes = 0  # of these
+        self._bytes = 0  # of these, and of the codes of all rows
+        self._vector_bytes = 0  # of these, of filters with copies or codes, and of all codes
         self._searches = 0
         self._uses = 0  # since they have faded
         self._lock = threading.Lock()  # around what is derived
@@ -216,7 +225,7 @@ class FilteredSearch:
             return queries * (origin.num_selected + others) <= self._copied_again
         if params != NO_PARAMS or self._is_copied(derived, origin, queries):
             return False
-        if derived.coded is None and self._shall_be_coded(derived, origin, queries):
+        if derived.coded is None and self._shall_be_coded(derived, origin, k, queries):
             return False
         is_quick = queries * derived.ms_of(k) <= CHEAP_MS
         return is_quick and queries * others <= self._copied_again
@@ -250,11 +259,11 @@ class FilteredSearch:
         look: Callable[[], None],
     ) -> Ranked:
         origin = chosen.origin or chosen
-        coded = self._coded(derived, origin)
+        if self._is_copied(derived, origin, 0):
+            return self._among_copies(queries, k, derived, chosen)
+        coded = None if params.nprobe else self._coded(derived, origin, k)
         if coded is not None and self._can_use(coded, chosen):
             return self._among_codes(queries, k, params, coded, derived, chosen, look)
-        if coded is None and self._is_copied(derived, origin, 0):
-            return self._among_copies(queries, k, derived, chosen)
         return self._searched(queries, k, params, derived, chosen, look)
 
     def _searched(
@@ -299,15 +308,27 @@ class FilteredSearch:
         return derived
 
     def _drop_one(self, used: Selection) -> None:
-        """What was not used for longest: of filters without copies and codes, as ``_has_room``
-        decides of these, or else of all. Not ``used``."""
-        others = (each for each in self._derived if each is not used)
-        oldest = next(others)
-        for each in (oldest, *others):
-            if not self._derived[each].has_vectors:
-                oldest = each
-                break
-        self._bytes -= self._derived.pop(oldest).bytes
+        """What was not used for longest, but ``used``: of filters with copies and codes, or of
+        those without, as VECTOR_SHARE says, unless one with these has not been used for very
+        long."""
+
+        def oldest(has_vectors: bool) -> Selection | None:
+            of_kind = (
+                each
+                for each, derived in self._derived.items()
+                if each is not used and derived.has_vectors == has_vectors
+            )
+            return next(of_kind, None)
+
+        with_vectors, without = oldest(True), oldest(False)
+        are_over = self._vector_bytes > VECTOR_SHARE * KEPT_BYTES
+        if with_vectors is not None:
+            are_over |= self._derived[with_vectors].last + FADING_USES < self._searches
+        first, second = (with_vectors, without) if are_over else (without, with_vectors)
+        dropped = self._derived.pop(first or second or next(iter(self._derived)))
+        self._bytes -= dropped.bytes
+        if dropped.has_vectors:
+            self._vector_bytes -= dropped.bytes
 
     def _is_copied(self, derived: _Derived, origin: Selection, more: int) -> bool:
         """Whether all rows of a filter are to be scored, after ``more`` further uses."""
@@ -322,42 +343,49 @@ class FilteredSearch:
         is_gain = copies_ms * COPIES_GAIN <= max(derived.ms.values(), default=0.0)
         return is_gain and self._has_room(derived, rows * self._stored.row_bytes)
 
-    def _shall_be_coded(self, derived: _Derived, origin: Selection, more: int) -> bool:
-        """Whether the rows of a filter are to be compared by codes, after ``more`` further uses."""
+    def _shall_be_coded(self, derived: _Derived, origin: Selection, k: int, more: int) -> bool:
+        """Whether the rows of a filter are to be compared by codes, after ``more`` further uses,
+        by what queries for as many results took."""
         rows = origin.num_selected
         if not self._can_be_coded or not self._copied < rows <= CODED_ROWS:
             return False
         if derived.uses + more <= CODED_AFTER:
             return False
-        coded_ms = CODED_MS + CODED_ROW_MS * rows
-        is_gain = coded_ms * CODED_GAIN <= max(derived.ms.values(), default=0.0)
+        candidates = self._coded_candidates(k, NO_PARAMS)
+        coded_ms = CODED_ROW_MS * rows + CODED_CANDIDATE_MS * candidates
+        coded_ms = CODED_MS + coded_ms * self._stored.dim / CODED_DIM
+        is_gain = coded_ms * CODED_GAIN <= derived.ms.get(k.bit_length(), 0.0)
         size = rows * (4 + RowCodes.row_bytes(self._stored.dim))
         return is_gain and self._has_room(derived, size)
 
-    def _coded(self, derived: _Derived, origin: Selection) -> CodedRows | None:
+    def _coded(self, derived: _Derived, origin: Selection, k: int) -> CodedRows | None:
         """The codes of a filter's rows, if that is how these are to be searched. The first filter
         that needs some has those of all rows made, and is searched otherwise until then."""
-        if derived.coded is not None or not self._shall_be_coded(derived, origin, 0):
+        if derived.coded is not None or not self._shall_be_coded(derived, origin, k, 0):
             return derived.coded
-        with self._lock:
-            if self._codes is None:
+        if self._codes is None:
+            with self._lock:
                 if self._coding is None:
-                    given = weakref.ref(self), self._stored, self._metric
-                    name = "row-codes"
+                    given = weakref.ref(self), self._stored, self._metric, self._depth
                     self._coding = threading.Thread(
-                        target=_make_codes, args=given, name=name, daemon=True
+                        target=_make_codes, args=given, name="row-codes", daemon=True
                     )
                     self._coding.start()
-            elif derived.coded is None:
-                derived.coded = self._codes.of_rows(origin.selected())
-                self._count(origin, derived.coded.nbytes)
-            return derived.coded
-
-    def take_codes(self, codes: RowCodes) -> None:
-        """Of all rows; any thread."""
+            return None
+        made = self._codes.of_rows(origin.selected())  # takes too long to hold the lock meanwhile
         with self._lock:
-            self._codes = codes
-            self._bytes += codes.nbytes
+            if derived.coded is None:
+                derived.coded = made
+                self._count(origin, made.nbytes, are_vectors=True)
+        return derived.coded
+
+    def take_codes(self, codes: RowCodes | None) -> None:
+        """Of all rows; None: there are none that are good enough. Any thread."""
+        with self._lock:
+            self._codes, self._can_be_coded = codes, codes is not None
+            if codes is not None:
+                self._bytes += codes.nbytes
+                self._vector_bytes += codes.nbytes
 
     @staticmethod
     def _can_use(coded: CodedRows, chosen: Selection) -> bool:
@@ -366,13 +394,11 @@ class FilteredSearch:
         return CODED_HIDDEN * (rows - chosen.num_selected) <= rows
 
     def _has_room(self, derived: _Derived, size: int) -> bool:
-        """Whether so many bytes fit beside what else is kept, without what has not been used since
-        this filter came, or far more rarely: filters that take turns must not drive out each
-        other's copies."""
+        """Whether so many bytes of vectors or codes fit, if others go that have not been used since
+        this filter came, or are used far more rarely: filters that take turns must not drive out
+        each other's."""
         with self._lock:
-            kept = sum(each.bytes for each in self._derived.values() if each.has_vectors)
-            kept += 0 if self._codes is None else self._codes.nbytes
-            over = kept + size - VECTOR_SHARE * KEPT_BYTES
+            over = self._vector_bytes + derived.bytes + size - VECTOR_SHARE * KEPT_BYTES
             for other in self._derived.values():
                 if over <= 0:
                     return True
@@ -384,12 +410,17 @@ class FilteredSearch:
                 over -= other.bytes
         return over <= 0
 
-    def _count(self, origin: Selection, more: int) -> None:
+    def _count(self, origin: Selection, more: int, *, are_vectors: bool = False) -> None:
         """Adds bytes to an entry, and to the total unless the entry has been dropped meanwhile."""
         derived = self._derived.get(origin)
         if derived is not None:
             derived.bytes += more
             self._bytes += more
+            if derived.has_vectors:
+                self._vector_bytes += more
+            elif are_vectors:
+                derived.has_vectors = True
+                self._vector_bytes += derived.bytes
 
     def _widened(self, params: SearchParams, chosen: Selection) -> SearchParams:
         """With as many times more visited as rows are than rows that match."""
@@ -417,17 +448,17 @@ class FilteredSearch:
         look: Callable[[], None],
     ) -> Ranked:
         """All rows compared by codes, the best of them scored."""
-        factor = max(params.rerank_factor or 1, RERANK_FACTOR, CODED_FACTOR * self._depth)
-        candidates = max(k + 1, math.ceil(max(k, MEASURED_K) * factor))
+        candidates = self._coded_candidates(k, params)
         missing = len(coded.rows) - chosen.num_selected
         asked = self._stored.queries(queries)
         ranked, cut = _nothing(len(queries), k), []
         for place, query in enumerate(asked):
             look()
             rows = coded.nearest(query, candidates + missing)
-            is_cut = len(rows) < len(coded.rows)
             if missing:
-                rows = rows[chosen.are_live(rows)]
+                rows = rows[chosen.are_live(rows)][:candidates]
+            is_cut = len(rows) < chosen.num_selected
+            rows.sort()
             scores = self._stored.scores(query, rows, self._metric)
             order = np.argsort(-scores, kind="stable")  # of equal scores the lowest row first
             rows, scores = rows[order], scores[order]
@@ -440,6 +471,9 @@ class FilteredSearch:
             ranked.ids[cut], ranked.scores[cut] = found
         return ranked
 
+    def _coded_candidates(self, k: int, params: SearchParams) -> int:
+        return coded_candidates(k, self._depth, params.rerank_factor)
+
     def _among_copies(
         self, queries: FloatArray, k: int, derived: _Derived, chosen: Selection
     ) -> Ranked:
@@ -451,7 +485,8 @@ class FilteredSearch:
                 derived.rows = origin.selected()
                 index = self._stored.copied(derived.rows)
                 derived.copies = self._index_of(index)
-                self._count(origin, derived.rows.nbytes + index.ntotal * index.code_size)
+                size = derived.rows.nbytes + index.ntotal * index.code_size
+                self._count(origin, size, are_vectors=True)
                 derived.some = None
             part = derived.part
             if derived.some is not whole:
@@ -574,13 +609,32 @@ class FilteredSearch:
 
 
 def _make_codes(
-    search: "weakref.ref[FilteredSearch]", stored: StoredVectors, metric: Metric
+    search: "weakref.ref[FilteredSearch]", stored: StoredVectors, metric: Metric, depth: float
 ) -> None:
     """The work of the thread that a filter had begun; ends early where the index is gone."""
-    codes = RowCodes.of(stored, metric, lambda: search() is not None)
+    codes = None
+    try:
+        codes = RowCodes.of(stored, metric, lambda: search() is not None)
+        if codes is None:
+            return
+        candidates = coded_candidates(MEASURED_K, depth, None)
+        wanted = math.ceil(MEASURED_K * min(1, 2 * depth))
+        recall = codes.recall(stored, metric, candidates, wanted, CODED_ROWS, CODED_QUERIES)
+        if recall < CODED_RECALL:
+            logger.info("filters are searched without codes, which find %.3f", recall)
+            codes = None
+    except Exception:  # searches go on without
+        logger.exception("no codes for filters")
     asked = search()
-    if codes is not None and asked is not None:
+    if asked is not None:
         asked.take_codes(codes)
+
+
+def coded_candidates(k: int, depth: float, given: float | None) -> int:
+    """How many rows are scored by their vectors for k results, of which a share ``depth`` count;
+    given: the factor that a caller asks for at least."""
+    factor = max(given or 1, RERANK_FACTOR, CODED_FACTOR * depth)
+    return max(k + 1, math.ceil(max(k, MEASURED_K) * factor))
 
 
 def _nothing(queries: int, k: int) -> Ranked:

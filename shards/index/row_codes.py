@@ -17,21 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shardline.shards.core.schema import FloatArray, IdArray, Metric
-from shardline.shards.index.exact_scan import StoredVectors
+from shardline.shards.index.exact_scan import StoredVectors, scan
 from shardline.shards.index.layers import faiss_metric
+from shardline.shards.index.selection import Selection
 
 NUMBERS_PER_CODE = 2  # fewer errors than with four, at twice the memory
 BITS = 4  # FastScan's
 TRAIN_ROWS, TRAIN_ROUNDS = 8192, 10
 BLOCK_ROWS = 4096  # encoded in 16 ms
 PAUSE = 3.0  # times as long as a block took: others want the core
+RECALL_PAUSE_S = 0.02  # between blocks of some milliseconds
 
 
 class RowCodes:
-    """codes (rows, bytes per row) uint8, by row, all made with the same ``_trained`` quantiser."""
+    """codes (rows, bytes per row) uint8, by row, all made with the same ``_trained`` quantiser, of
+    vectors less their ``_mean``: what all have in common says nothing of which is better."""
 
-    def __init__(self, trained: Any, codes: NDArray[np.uint8]) -> None:
-        self._trained, self._codes = trained, codes
+    def __init__(self, trained: Any, mean: FloatArray, codes: NDArray[np.uint8]) -> None:
+        self._trained, self._mean, self._codes = trained, mean, codes
 
     @staticmethod
     def row_bytes(dim: int) -> int:
@@ -51,16 +54,18 @@ class RowCodes:
             stored.dim, stored.dim // NUMBERS_PER_CODE, BITS, faiss_metric(metric)
         )
         trained.pq.cp.niter = TRAIN_ROUNDS
-        trained.train(stored.of(sample))
+        vectors = stored.of(sample)
+        mean = vectors.mean(axis=0)
+        trained.train(vectors - mean)
         codes = np.empty((stored.rows, trained.code_size), np.uint8)
         for start in range(0, stored.rows, BLOCK_ROWS):
             if not is_wanted():
                 return None
             began = time.perf_counter()
             rows = np.arange(start, min(start + BLOCK_ROWS, stored.rows))
-            codes[rows[0] : rows[-1] + 1] = trained.sa_encode(stored.of(rows))
+            codes[rows[0] : rows[-1] + 1] = trained.sa_encode(stored.of(rows) - mean)
             time.sleep(PAUSE * (time.perf_counter() - began))
-        return cls(trained, codes)
+        return cls(trained, mean, codes)
 
     @property
     def nbytes(self) -> int:
@@ -71,22 +76,50 @@ class RowCodes:
         plain = faiss.IndexPQ(self._trained.d, self._trained.pq.M, BITS, self._trained.metric_type)
         plain.pq, plain.is_trained = self._trained.pq, True
         plain.add_sa_codes(np.take(self._codes, rows, axis=0))
-        return CodedRows(rows.astype(np.int32), faiss.IndexPQFastScan(plain))
+        return CodedRows(rows.astype(np.int32), faiss.IndexPQFastScan(plain), self._mean)
+
+    def recall(
+        self,
+        stored: StoredVectors,
+        metric: Metric,
+        candidates: int,
+        wanted: int,
+        most_rows: int,
+        queries: int,
+    ) -> float:
+        """Of the ``wanted`` best of the first ``most_rows`` rows, the share that is among so many
+        candidates: half of the queries are rows, and half lie between two of them."""
+        count = min(stored.rows, most_rows)
+        rng = np.random.default_rng(1)
+        one, other = (
+            stored.of(np.sort(rng.choice(count, queries, replace=False))) for _ in range(2)
+        )
+        asked = one.copy()
+        asked[::2] = (one[::2] + other[::2]) / 2
+        among = Selection.of(np.arange(stored.rows) < count)
+        best = scan(stored, asked, wanted, metric, among, lambda: time.sleep(RECALL_PAUSE_S))
+        coded = self.of_rows(np.arange(count))
+        found = 0
+        for query, least in zip(asked, best.scores[:, -1], strict=True):
+            rows = np.sort(coded.nearest(query, candidates))
+            found += int((stored.scores(query, rows, metric) >= least).sum())
+        return min(1.0, found / best.scores.size)
 
 
 class CodedRows:
     """rows (m,) int32, ascending, and an index of their codes alone."""
 
-    def __init__(self, rows: NDArray[np.int32], packed: Any) -> None:
-        self.rows, self._packed = rows, packed
+    def __init__(self, rows: NDArray[np.int32], packed: Any, mean: FloatArray) -> None:
+        self.rows, self._packed, self._mean = rows, packed, mean
 
     @property
     def nbytes(self) -> int:
         return int(self.rows.nbytes + self._packed.codes.size())
 
     def nearest(self, query: FloatArray, count: int) -> IdArray:
-        """(count or fewer,) int64, ascending: the rows whose codes score best for a query (d,)."""
+        """(count or fewer,) int64: the rows whose codes score best for a query (d,), in order."""
+        if self._packed.metric_type == faiss.METRIC_L2:
+            query = query - self._mean
         _, places = self._packed.search(query[None], min(count, len(self.rows)))
         found: IdArray = self.rows[places[places >= 0]].astype(np.int64)
-        found.sort()
         return found

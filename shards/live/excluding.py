@@ -56,9 +56,9 @@ class Find(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Excluding:
-    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; fewest: how many items of a query
-    are enough of this shard; look: called before queries are searched once more; what it raises
-    ends the search."""
+    """Of one state: ids_by_row (rows + 1,) as of ``ShardState``; fewest: how many items of main are
+    enough of this shard, if it has as many; look: called before queries are searched once more;
+    what it raises ends the search."""
 
     find: Find
     fewest: int
@@ -109,24 +109,36 @@ class Excluding:
         kept.ids[asked], kept.scores[asked] = found.ids[:, :k], found.scores[:, :k]
         for place, query in enumerate(asked):
             own = found.rows(slice(place, place + 1))
-            if not _take_out(lists[query], own, kept.rows(slice(query, query + 1))):
-                continue
-            if self._are_enough(own.ids[0], kept.ids[query]):
-                counts[query] = self._count(lists[query])
-            else:
+            own_kept = kept.rows(slice(query, query + 1))
+            is_left = _take_out(lists[query], own, own_kept)
+            is_short = own_kept.ids[0, -1] == EMPTY_ID
+            if not self._are_enough(own.ids[0], is_left, is_short=bool(is_short)):
                 short.append(query)
+            elif is_short:
+                counts[query] = self._count(lists[query])
         return short
 
-    def _are_enough(self, found: IdArray, left: IdArray) -> bool:
-        """Whether nothing is to be looked for beyond ``found`` (m,), of which fewer than k are
-        ``left`` (k,): it is all that was visited, and that is enough, or all that there is."""
-        if found[-1] != EMPTY_ID:
-            return False
-        if left[self.fewest - 1] != EMPTY_ID:
+    def _are_enough(self, found: IdArray, is_left: NDArray[np.bool_], *, is_short: bool) -> bool:
+        """Whether ``found`` (m,), of which some are left, says what a shard without the excluded
+        items would answer; is_short: fewer than k are left.
+
+        If there are more than were asked for, k of them must be left. If not, all that was visited
+        is in it, and of main enough must be left, or it is all that there is. Where there is a
+        delta, whose items say nothing of main's, these are always looked at.
+        """
+        if is_left.all():
             return True
         selection, delta = self.among
+        is_all = found[-1] == EMPTY_ID
+        if not is_all and (is_short or not delta.num_live):
+            return not is_short
+        in_main = found != EMPTY_ID
+        if delta.num_live:
+            in_main &= delta.rows_of(found) == NOT_HERE
+        if np.count_nonzero(in_main & is_left) >= self.fewest:
+            return True
         rows = len(self.ids_by_row) - 1 if selection is None else selection.num_selected
-        return int(np.count_nonzero(found != EMPTY_ID)) == rows + delta.num_live
+        return bool(is_all and np.count_nonzero(in_main) == rows)
 
     def _alone(self, query: FloatArray, k: int, ids: IdArray) -> tuple[Ranked, int]:
         """As ``search``, of one query (1, dim) that excludes ids (m,)."""
@@ -176,18 +188,18 @@ def _whole(rows: int) -> Selection:
     return Selection.whole(rows)
 
 
-def _take_out(ids: IdArray, found: Ranked, kept: Ranked) -> bool:
-    """Writes to ``kept`` (1, k) the first of ``found`` (1, k or more), which it has already, that
-    are not among ids (m,), ascending. Whether there are fewer than k of these."""
+def _take_out(ids: IdArray, found: Ranked, kept: Ranked) -> NDArray[np.bool_]:
+    """Writes to ``kept`` (1, k) the first of ``found`` (1, m), m >= k, which it has already, that
+    are not among ids (n,), ascending; which of ``found`` (m,) are not."""
     (of_found,), k = found.ids, kept.ids.shape[1]
     if not len(ids):
-        return False
+        return np.ones(len(of_found), np.bool_)
     at = np.searchsorted(ids, of_found)
     at[at == len(ids)] = 0
-    is_left = ids[at] != of_found
+    is_left: NDArray[np.bool_] = ids[at] != of_found
     if not is_left[:k].all():
         left = is_left.nonzero()[0][:k]
         kept.ids[:], kept.scores[:] = EMPTY_ID, EMPTY_SCORE
         kept.ids[0, : len(left)] = of_found[left]
         kept.scores[0, : len(left)] = found.scores[0, left]
-    return bool(kept.ids[0, -1] == EMPTY_ID)
+    return is_left

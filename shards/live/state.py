@@ -175,7 +175,8 @@ class ShardState:
             is_filtered = matching is not None
             return self._best(queries, k, params, among, is_filtered, look, more, beyond)
 
-        fewest = self._fewest(k)
+        is_fixed = params is not None and (params.nprobe or params.ef_search)
+        fewest = 0 if is_fixed else self._fewest(k)
         excluding = Excluding(find, fewest, self.ids_by_row, self.among(matching), look)
         return excluding.search(queries, k, excluded)
 

@@ -240,8 +240,17 @@ def test_of_one_of_several_shards_its_share_is_enough(monkeypatch: pytest.Monkey
     left = plain.ids[0][~np.isin(plain.ids[0], near)]
     assert found.ids[0].tolist() == [*left, *[-1] * 5]
     assert counts.tolist() == [1005]
-    # one that excludes most of what it finds gets as many of other lists
+    # far items of the delta are no better for being many
+    items = np.arange(8000, 8000 + k)
+    written, _ = apply(state, [upsert(1, items, np.repeat(-query, k, axis=0))])
     own = plain.ids[0][plain.ids[0] >= 0]
+    found, _ = written.search_excluding(query, k, NO_PARAMS, of([own[5:]]))
+    assert np.isin(found.ids[0], np.arange(8000)).sum() >= enough
+    assert np.isin(own[:5], found.ids[0]).all()
+    own_params = SearchParams(nprobe=1)
+    found, _ = state.search_excluding(query, k, own_params, of([own[5:]]))
+    assert sorted(found.ids[0][found.ids[0] >= 0]) == sorted(own[:5]), "as its caller wants it"
+    # one that excludes most of what it finds gets as many of other lists
     found, counts = state.search_excluding(query, k, NO_PARAMS, of([own[5:]]))
     assert (found.ids >= 0).sum() >= enough
     assert not np.isin(found.ids, own[5:]).any()

@@ -120,10 +120,10 @@ def test_a_bug_costs_the_requests_that_meet_it(shard, vectors, monkeypatch, capl
     main = shard.state.main
     search = main.search
 
-    def broken(queries, k, *others):
+    def broken(queries, k, *others, **named):
         if k == 5:
             raise RuntimeError("a bug")
-        return search(queries, k, *others)
+        return search(queries, k, *others, **named)
 
     monkeypatch.setattr(main, "search", broken)
     good, bad = request(vectors[:2]), request(vectors[:2], 5)
@@ -142,9 +142,9 @@ def test_compatible_requests_share_one_search(shard, vectors, monkeypatch) -> No
     main = shard.state.main
     search = main.search
 
-    def counted(queries, k, *others):
+    def counted(queries, k, *others, **named):
         sizes.append((len(queries), k))
-        return search(queries, k, *others)
+        return search(queries, k, *others, **named)
 
     monkeypatch.setattr(main, "search", counted)
     shard.search_batch([request(vectors[:2]), request(vectors[:3], 5), request(vectors[:4])])
