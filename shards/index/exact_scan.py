@@ -120,8 +120,8 @@ class StoredVectors:
 
 def of_halves(codes: NDArray[np.uint8]) -> FloatArray:
     """(m, d) float32 of finite numbers in half precision, codes (m, 2 d): what faiss decodes one
-    by one, in a quarter of the time. Both have sign, exponent and fraction in this order; the
-    exponent has three bits more, and another number stands for 1."""
+    by one, in a quarter of the time. Both formats have sign, exponent and fraction in this order;
+    single precision has three more bits of exponent, and another bias."""
     bits = codes.view(np.int16).astype(np.int32)
     bits <<= FRACTION_BITS
     bits &= SIGN_AND_NUMBER

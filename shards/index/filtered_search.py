@@ -54,8 +54,8 @@ from shardline.shards.index.spec import MEASURED_K
 COPIED_VALUES = 1 << 20
 # Those that so many queries have used are compared by codes, if that is far less than what these
 # took: to pick the codes of 25,000 rows takes a millisecond, of 125,000 four. The codes of all rows
-# are made when a filter needs them first; an index with fewer rows has few filters that do, and one
-# with more rows than fit into half of what is kept has none.
+# are made when a filter needs them first: of no index with fewer rows, most of whose filters have
+# so few that all are scored, and of none whose codes would take more than half of what is kept.
 CODED_AFTER = 1
 CODED_FROM, CODED_ROWS = 1 << 14, 1 << 17
 # Of a query, of each of its rows, and of each candidate, in vectors of CODED_DIM numbers, where
@@ -389,7 +389,7 @@ class FilteredSearch:
 
     @staticmethod
     def _can_use(coded: CodedRows, chosen: Selection) -> bool:
-        """Whether few of the rows are hidden by now: as many more are compared by vectors."""
+        """Whether few of the rows are hidden, or excluded: they may all be among the nearest."""
         rows = len(coded.rows)
         return CODED_HIDDEN * (rows - chosen.num_selected) <= rows
 

@@ -223,7 +223,7 @@ class MainIndex:
         """The k best local rows, as ids, of queries (n, dim) float32; of all rows without a
         ``selection``. Parameters that this kind of index does not have are ignored.
 
-        more: results (n, k + more) instead, of what a search for k visits. beyond: how many rows
+        more: k + more results come back, and no more is visited than for k. beyond: how many rows
         that are not selected may be nearer than these; more is visited then, unless the parameters
         say how much. lists: of ``ByList``, without a selection.
 

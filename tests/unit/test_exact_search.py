@@ -334,4 +334,5 @@ def test_stored_halves_are_those_of_faiss(rows: Sequence[int]) -> None:
     vectors[8] *= 1e-7
     main = build_main(vectors, metric=Metric.DOT, kind="ivfpq-fs", nlist=8, nprobe=8)
     chosen = np.array(rows, np.int64)
+    assert main._stored._are_halves
     np.testing.assert_array_equal(main._stored.of(chosen), main.reconstruct(chosen))
