@@ -364,6 +364,8 @@ class FilteredSearch:
         if derived.coded is not None or not self._shall_be_coded(derived, origin, k, 0):
             return derived.coded
         if self._codes is None:
+            if not self.is_prepared:
+                self.prepare()  # for the share of results that count
             with self._lock:
                 if self._coding is None:
                     given = weakref.ref(self), self._stored, self._metric, self._depth

@@ -94,6 +94,12 @@ def tight(rng: np.random.Generator) -> np.ndarray:
     return centres[rng.integers(20, size=ROWS)] + 0.1 * rng.standard_normal((ROWS, DIM))
 
 
+def with_copies(rng: np.random.Generator) -> np.ndarray:
+    made = tight(rng)
+    made[: ROWS // 3] = made[0]
+    return made
+
+
 def shifted(rng: np.random.Generator) -> np.ndarray:
     made = rng.standard_normal((ROWS, DIM))
     made[:, 0] += 50
@@ -101,7 +107,13 @@ def shifted(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("made", "metric"), [(tight, Metric.COSINE), (tight, Metric.L2), (shifted, Metric.DOT)]
+    ("made", "metric"),
+    [
+        (tight, Metric.COSINE),
+        (tight, Metric.L2),
+        (with_copies, Metric.L2),
+        (shifted, Metric.DOT),
+    ],
 )
 def test_vectors_that_codes_do_not_tell_apart_are_searched_without(made, metric) -> None:
     vectors = made(np.random.default_rng(2)).astype(np.float32)
